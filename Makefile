@@ -1,0 +1,51 @@
+# Every target builds the environment it needs in .venv and writes inside the checkout only (pip's
+# download cache and temporary files excepted). Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.built
+CACHE := $(CURDIR)/$(VENV)/cache
+INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+
+# Libraries that would otherwise keep caches in the home or temporary directory.
+export HF_HOME ?= $(CACHE)/huggingface
+export MPLCONFIGDIR ?= $(CACHE)/matplotlib
+export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
+export TRITON_CACHE_DIR ?= $(CACHE)/triton
+export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
+
+.PHONY: help build demo test bench lint clean
+
+help:
+	@echo 'make demo    the whole pipeline on the embedded digits; writes demo/'
+	@echo 'make test    the tests'
+	@echo 'make bench   the benchmarks'
+	@echo 'make lint    ruff check and ruff format --check'
+	@echo 'make build   the environment alone: .venv with the package and its C++ extension'
+	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
+
+build: $(STAMP)
+
+$(STAMP): $(INPUTS)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -c constraints.txt -e '.[cpu,demo,dev]'
+	mkdir -p $(PYTEST_DEBUG_TEMPROOT)
+	touch $@
+
+demo: $(STAMP)
+	$(RUN) -m realign.demo --output demo
+
+test: $(STAMP)
+	$(RUN) -m pytest -q tests
+
+bench: $(STAMP)
+	$(RUN) -m pytest benchmarks/ --benchmark-only
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info realign_kernels/_C*.so .pytest_cache .ruff_cache .benchmarks
+	find . -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""Flags and TOML files from dataclasses: a field is a flag, the string under it is its help."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+def parse_sections(
+    sections: Mapping[str, type],
+    *,
+    prog: str,
+    description: str,
+    arguments: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Fill one dataclass per section from `--config file.toml` and flags; flags win.
+
+    Args:
+        sections: section name -> dataclass; field names are unique over all of them.
+        prog: the command, for the help text.
+        description: what it does, for the help text.
+        arguments: the command line; `sys.argv` when absent.
+
+    Returns:
+        section name -> instance.
+
+    Raises:
+        SystemExit: for an unknown flag, with status 2.
+        ValueError: for an unknown section or key in the file, or a value of another type.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", type=Path, help="TOML file with the sections shown here")
+    for section, cls in sections.items():
+        _add_flags(parser.add_argument_group(f"[{section}]"), section, cls)
+    given = vars(parser.parse_args(arguments))
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    if (file := given.pop("config")) is not None:
+        _read_toml(file, sections, values)
+    for key, value in given.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return {name: cls(**values[name]) for name, cls in sections.items()}
+
+
+def _add_flags(group: Any, section: str, cls: type) -> None:
+    docs = _field_docs(cls)
+    for f in fields(cls):
+        kind = _type_of(cls, f.name)
+        how: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(
+            "--" + f.name.replace("_", "-"),
+            dest=f"{section}.{f.name}",
+            default=argparse.SUPPRESS,
+            help=f"{docs[f.name]} (default: {f.default})".replace("%", "%%"),
+            **how,
+        )
+
+
+def _read_toml(
+    file: Path, sections: Mapping[str, type], values: dict[str, dict[str, Any]]
+) -> None:
+    for section, table in tomllib.loads(file.read_text()).items():
+        if section not in sections or not isinstance(table, dict):
+            raise ValueError(f"{file}: unknown section [{section}]; use {', '.join(sections)}.")
+        cls = sections[section]
+        known = [f.name for f in fields(cls)]
+        for name, value in table.items():
+            if name not in known:
+                raise ValueError(
+                    f"{file}: unknown key {name!r} in [{section}]; it has {', '.join(known)}."
+                )
+            kind = _type_of(cls, name)
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind:
+                raise ValueError(
+                    f"{file}: {section}.{name} is {value!r}; it must be of type {kind.__name__}."
+                )
+            values[section][name] = value
+
+
+def _type_of(cls: type, name: str) -> type:
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):  # "str | None"
+        return next(part for part in hint.__args__ if part is not type(None))
+    return hint
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return {
+        node.target.id: text.value.value
+        for node, text in zip(body, body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }

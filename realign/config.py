@@ -1,0 +1,151 @@
+"""The settings of a training run: a typed tree, filled from TOML and flags.
+
+`[section]` tables of `--config file.toml` match the classes below; every field also is a flag of
+the same name with dashes (`learning_rate` -> `--learning-rate`). Flags win over the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from realign.cli import parse_sections
+
+
+@dataclass
+class ModelConfig:
+    model: str | None = None
+    """Folder or hub name of a LLaVA-type model; the shipped digits model when absent."""
+    tune: str = "lora"
+    """What learns: 'lora' (all linear layers of the language model) or 'full'."""
+    lora_rank: int = 128
+    """Rank of the LoRA matrices (the paper: 128)."""
+    lora_alpha: float = 256.0
+    """LoRA scale alpha (the paper: 256)."""
+    train_vision: bool = False
+    """With --tune full, train the vision tower too."""
+    dtype: str = "fp32"
+    """Compute in 'fp32' or 'bf16'; what is trained is kept in fp32 either way."""
+
+    def __post_init__(self) -> None:
+        _one_of("tune", self.tune, ("lora", "full"))
+        _one_of("dtype", self.dtype, ("fp32", "bf16"))
+        _positive("lora_rank", self.lora_rank)
+
+
+@dataclass
+class DataConfig:
+    pairs: str | None = None
+    """Parquet file or folder of preference pairs; digit pairs are built when absent."""
+    max_response_tokens: int = 1024
+    """Longest response; a longer one is an error that names its record, never cut."""
+    row_tokens: int = 0
+    """Most tokens in a row of the forest; 0 takes the longest tree."""
+
+    def __post_init__(self) -> None:
+        _positive("max_response_tokens", self.max_response_tokens)
+
+
+@dataclass
+class LossConfig:
+    objective: str = "rdpo"
+    """Preference objective: dpo, rdpo or mdpo."""
+    beta: float = 0.1
+    """Strength of the tie to the reference model."""
+    visual_weight: float = 1.0
+    """Weight of the visual term of rdpo and mdpo."""
+
+    def __post_init__(self) -> None:
+        _one_of("objective", self.objective, ("dpo", "rdpo", "mdpo"))
+        _positive("beta", self.beta)
+
+
+@dataclass
+class OptimConfig:
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    warmup: float = 0.03
+    """Share of the steps with rising learning rate; a cosine to zero follows."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    batch_size: int = 32
+    """Examples in a step, over all ranks."""
+    micro_batch_size: int = 16
+    """Examples in one forward of one rank; the rest of the batch is accumulated."""
+    epochs: float = 1.0
+    """Passes over the pairs."""
+    steps: int = 0
+    """Steps to train; overrides --epochs when not 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs"):
+            _positive(name, getattr(self, name))
+
+
+@dataclass
+class RunConfig:
+    output: str = "runs/rdpo"
+    """Folder of metrics, checkpoints, reference log-probs and the final model."""
+    seed: int = 0
+    """Seeds the order of the examples and the LoRA initialisation."""
+    fsdp: bool = False
+    """Shard over ranks with FSDP2; starts its own workers unless torchrun did."""
+    nproc_per_node: int = 0
+    """Workers to start with --fsdp; 0 means one per GPU, or two on a CPU."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 saves at the end only."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+    merge: bool = False
+    """Write the final model with the LoRA adapter merged in, instead of the adapter."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict:
+        """The tree as nested dictionaries."""
+        return asdict(self)
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Build the configuration from `--config` and flags.
+
+    Raises:
+        SystemExit: for an unknown flag, with status 2.
+        ValueError: for an unknown key in the file or a bad value.
+    """
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "loss": LossConfig,
+        "optim": OptimConfig,
+        "run": RunConfig,
+    }
+    found = parse_sections(
+        sections,
+        prog="python -m realign.train",
+        description="Align a vision-language model with rDPO. Without --model and --pairs it runs "
+        "on the shipped handwritten digits.",
+        arguments=arguments,
+    )
+    return TrainConfig(**found)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; it must be above 0.")

@@ -1,0 +1,161 @@
+"""The main job end to end on the shipped digits: `python -m realign.demo`.
+
+Pairs by retrieval, the base's hallucination, DPO and rDPO from the same base on the same pairs for
+the same steps, both evaluated; a table, `results.json` and `report.png`. Stopped and started again
+it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from realign.cli import parse_sections
+from realign.digits import ASSETS
+from realign.digits.scenes import make_scenes
+from realign.evaluate import (
+    EVALUATION_SEED,
+    EvaluateConfig,
+    Rate,
+    caption,
+    evaluate,
+    table,
+)
+from realign.metrics import read_jsonl
+from realign.model import load_processor, load_trained
+from realign.noise import hush_libraries
+from realign.pairs.pipeline import PairsConfig, build_pairs
+from realign.records import Record, read_pairs
+
+OBJECTIVES = ("dpo", "rdpo")
+
+
+@dataclass
+class DemoConfig:
+    output: str = "demo"
+    """Folder to write."""
+    seeds: int = 1
+    """Repeat pairs and training with this many seeds."""
+    steps: int = 100
+    """Training steps of each objective."""
+    scenes: int = 1024
+    """Scenes to make pairs of."""
+    evaluation_scenes: int = 1000
+    """Test scenes."""
+    nproc_per_node: int = 2
+    """FSDP ranks."""
+
+
+def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
+    """Run all stages; returns the rates of the base and of every trained model."""
+    folder = Path(config.output)
+    results = {"base": _evaluated(folder / "base.json", None, config, "base")}
+    for seed in range(config.seeds):
+        suffix = f" seed {seed}" if config.seeds > 1 else ""
+        pairs = folder / f"seed{seed}" / "pairs.parquet"
+        if not pairs.exists():
+            _say(f"preference pairs{suffix}")
+            made = build_pairs(PairsConfig(output=str(pairs), scenes=config.scenes, seed=seed))
+            print(made)
+        for objective in OBJECTIVES:
+            run = folder / f"seed{seed}" / objective
+            _say(f"training {objective}{suffix} on {config.nproc_per_node} FSDP ranks")
+            _train(run, pairs, objective, seed, config)
+            name = f"{objective}{suffix}"
+            results[name] = _evaluated(
+                run / "evaluation.json", str(run / "model"), config, name
+            )
+    (folder / "results.json").write_text(
+        json.dumps({n: {k: vars(r) for k, r in v.items()} for n, v in results.items()}, indent=2)
+        + "\n"
+    )
+    _report(folder, results)
+    return results
+
+
+def _train(run: Path, pairs: Path, objective: str, seed: int, config: DemoConfig) -> None:
+    command = [sys.executable, "-m", "realign.train", "--fsdp", "--resume"]
+    options = {
+        "--nproc-per-node": config.nproc_per_node,
+        "--pairs": pairs,
+        "--objective": objective,
+        "--steps": config.steps,
+        "--seed": seed,
+        "--output": run,
+    }
+    command += [str(part) for option in options.items() for part in option]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise ValueError(f"training {objective} failed; its message is above. Mend it and rerun.")
+
+
+def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> dict[str, Rate]:
+    """Rates of a model, read back when this folder has them already."""
+    if file.exists():
+        return {key: Rate(**value) for key, value in json.loads(file.read_text()).items()}
+    _say(f"evaluating {name}")
+    rates = evaluate(EvaluateConfig(model=model, scenes=config.evaluation_scenes))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({key: vars(rate) for key, rate in rates.items()}, indent=2) + "\n")
+    print(f"wrote {file}")
+    return rates
+
+
+def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
+    """Draw report.png from the first seed's runs."""
+    from realign.report import Example, Pair, draw
+
+    first = folder / "seed0"
+    logs = {name: read_jsonl(first / name / "metrics.jsonl") for name in OBJECTIVES}
+    records = read_pairs(first / "pairs.parquet")[:3]
+    pairs = [_pair(record) for record in records]
+    scenes = make_scenes(60, biased=False, split="test", seed=EVALUATION_SEED)
+    processor = load_processor(ASSETS)
+    before = caption(load_trained(ASSETS), processor, scenes)
+    after = caption(load_trained(first / "rdpo" / "model"), processor, scenes)
+    shown = [
+        Example(scene.image, scene.caption, old, new)
+        for scene, old, new in zip(scenes, before, after, strict=True)
+        if old != scene.caption
+    ]
+    draw(folder / "report.png", results, logs, pairs, shown[:3])
+    print(f"wrote {folder / 'results.json'} and {folder / 'report.png'}")
+
+
+def _pair(record: Record):
+    from realign.report import Pair
+
+    image = record.images[0].open(record.name)
+    retrieved = record.retrieved_images[0].open(record.name)
+    return Pair(image, retrieved, record.chosen, record.rejected)
+
+
+def _say(stage: str) -> None:
+    print(f"\n== {stage}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print the table; returns an exit code."""
+    began = time.perf_counter()
+    hush_libraries()
+    try:
+        config = parse_sections(
+            {"demo": DemoConfig},
+            prog="python -m realign.demo",
+            description="Pairs, DPO and rDPO on the shipped digits, hallucination before and after.",
+            arguments=arguments,
+        )["demo"]
+        results = demo(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{table(results)}\n\n{time.perf_counter() - began:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

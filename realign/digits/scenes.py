@@ -1,0 +1,133 @@
+"""Scenes of four handwritten digits, their captions and questions about them.
+
+The pictures are scikit-learn's 1,797 real handwritten digits (8 x 8 grey levels), four to a scene.
+In a *biased* scene the right digit of each row follows from the left one nearly always, so a model
+trained on biased scenes learns that prior; in an *unbiased* scene all four digits are independent,
+and a model that leans on the prior names digits that are not there: it hallucinates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+CAPTION_PROMPT = "name the digits ."
+
+CELL = 8  # pixels of a quadrant: one handwritten digit
+SIZE = 2 * CELL
+NOISE = 0.20  # standard deviation of the pixel noise, grey levels in [0, 1]
+PRIOR = 0.97  # share of biased rows whose right digit follows from the left one
+TEST_DIGITS = 400  # the last digits of the set, never seen in training
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture and the truth about it."""
+
+    image: Image.Image  # RGB, SIZE x SIZE
+    digits: tuple[int, int, int, int]  # in the order of PLACES
+
+    @property
+    def caption(self) -> str:
+        """The true caption, e.g. "top left seven , top right two , ..."."""
+        return caption_of(self.digits)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A yes/no question about a scene."""
+
+    text: str
+    answer: str  # "yes" or "no"
+
+
+def caption_of(digits: tuple[int, ...]) -> str:
+    """Write the caption that names `digits` in the order of PLACES."""
+    named = (f"{place} {WORDS[digit]}" for place, digit in zip(PLACES, digits, strict=True))
+    return " , ".join(named) + " ."
+
+
+def digits_in(caption: str) -> list[int | None]:
+    """Read the four named digits back out of a caption; None where a place names no digit."""
+    words = caption.lower().replace(",", " ").replace(".", " ").split()
+    found: list[int | None] = []
+    for place in PLACES:
+        first, second = place.split()
+        named = None
+        for i in range(len(words) - 2):
+            if words[i] == first and words[i + 1] == second and words[i + 2] in WORDS:
+                named = WORDS.index(words[i + 2])
+                break
+        found.append(named)
+    return found
+
+
+def prior(left: int) -> int:
+    """The digit that a biased row shows to the right of `left`."""
+    return (3 * left + 7) % 10
+
+
+def make_scenes(
+    count: int, *, biased: bool, split: str = "train", seed: int = 0, noise: float = NOISE
+) -> list[Scene]:
+    """Draw `count` scenes.
+
+    Args:
+        count: number of scenes.
+        biased: whether the right digit of a row follows from the left one (see `prior`).
+        split: "train" or "test"; the two share no handwritten digit.
+        seed: the same seed gives the same scenes.
+        noise: standard deviation of the pixel noise, in grey levels from 0 to 1.
+
+    Returns:
+        The scenes, each an RGB picture of SIZE x SIZE pixels with its four digits.
+
+    Raises:
+        ValueError: for an unknown split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}; it must be 'train' or 'test'.")
+    glyphs = _glyphs(split)
+    rng = np.random.default_rng([seed, biased, split == "test"])
+    scenes = []
+    for _ in range(count):
+        digits = []
+        for _ in range(2):
+            left = int(rng.integers(10))
+            free = int(rng.integers(10))
+            digits += [left, prior(left) if biased and rng.random() < PRIOR else free]
+        canvas = np.zeros((SIZE, SIZE), dtype=np.float32)
+        for i, digit in enumerate(digits):
+            glyph = glyphs[digit][rng.integers(len(glyphs[digit]))]
+            y, x = CELL * (i // 2), CELL * (i % 2)
+            canvas[y : y + CELL, x : x + CELL] = glyph
+        canvas += rng.normal(0.0, noise, canvas.shape).astype(np.float32)
+        pixels = (np.clip(canvas, 0, 1) * 255).astype(np.uint8)
+        scenes.append(Scene(Image.fromarray(pixels).convert("RGB"), tuple(digits)))
+    return scenes
+
+
+def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Two yes/no questions about a scene, one for each answer, in the manner of POPE."""
+    present = sorted(set(scene.digits))
+    absent = [digit for digit in range(10) if digit not in present]
+    return [
+        Question(f"is there a {WORDS[rng.choice(present)]} ?", "yes"),
+        Question(f"is there a {WORDS[rng.choice(absent)]} ?", "no"),
+    ]
+
+
+@lru_cache(maxsize=2)
+def _glyphs(split: str) -> dict[int, np.ndarray]:
+    """The handwritten digits of a split: digit -> (count, 8, 8) fp32 grey levels in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    part = slice(-TEST_DIGITS, None) if split == "test" else slice(None, -TEST_DIGITS)
+    images, targets = data.images[part] / 16.0, data.target[part]
+    return {digit: images[targets == digit].astype(np.float32) for digit in range(10)}

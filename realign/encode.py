@@ -1,0 +1,218 @@
+"""From records to token ids: the forest of every record, checked before anything is trained.
+
+All records are tokenized and all images decoded once, up front. A record that cannot be trained on
+is therefore named before the first step, and lengths are known for packing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from realign.forest import Example, Leaf, Root
+from realign.records import Record, RecordError, StoredImage
+from realign_kernels import Objective
+
+
+class ImageStore:
+    """The images of a data set by content: each distinct one is preprocessed when first needed.
+
+    Args:
+        processor: a Hugging Face processor with an `image_processor`.
+        cache_bytes: how much preprocessed memory to keep; the least recently used goes first.
+    """
+
+    def __init__(self, processor, cache_bytes: int = 1 << 30) -> None:
+        self._processor = processor.image_processor
+        self._sources: dict[str, tuple[str, StoredImage]] = {}
+        self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._room = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def add(self, record: str, stored: StoredImage) -> tuple[str, Image.Image]:
+        """Decode an image; returns its 128-bit content key and the RGB picture."""
+        image = stored.open(record)
+        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+        digest.update(image.tobytes())
+        key = digest.hexdigest()
+        self._sources.setdefault(key, (record, stored))
+        return key, image
+
+    def pixels(self, key: str) -> torch.Tensor:
+        """The preprocessed image, (C, H, W) fp32."""
+        if key in self._pixels:
+            self._pixels.move_to_end(key)
+            return self._pixels[key]
+        record, stored = self._sources[key]
+        made = self._processor(images=[stored.open(record)], return_tensors="pt")
+        pixels = made["pixel_values"][0]
+        self._pixels[key] = pixels
+        self._room -= pixels.nbytes
+        while self._room < 0 and len(self._pixels) > 1:
+            _, old = self._pixels.popitem(last=False)
+            self._room += old.nbytes
+        return pixels
+
+
+def encode_records(
+    records: Iterable[Record],
+    processor,
+    objective: Objective,
+    *,
+    image_tokens: int,
+    max_response_tokens: int,
+    max_tokens: int,
+    progress: bool = True,
+) -> tuple[list[Example], ImageStore]:
+    """Tokenize records into forests of `objective`'s leaves.
+
+    Args:
+        records: preference records.
+        processor: the model's processor; it must have a chat template.
+        objective: decides which (response, image) leaves an example has.
+        image_tokens: tokens one image takes in this model's prompt.
+        max_response_tokens: a longer response is an error, never cut.
+        max_tokens: longest prompt plus response the model can take; longer is an error, since
+            cutting a prompt would cut image tokens.
+        progress: whether to show a bar.
+
+    Returns:
+        One example per record, and the store of their distinct images.
+
+    Raises:
+        RecordError: for the first record that cannot be used, with the remedy.
+    """
+    encoder = _Encoder(processor, image_tokens, max_response_tokens, max_tokens)
+    bar = tqdm(records, desc="checking records", unit="record", disable=not progress)
+    return [encoder.encode(record, objective) for record in bar], encoder.store
+
+
+def chat_prompt(processor, messages: Sequence[dict], images: int) -> tuple[str, list[dict]]:
+    """Render prompt messages for a response; returns the text and the messages in typed parts.
+
+    Text content of the first user message gets `images` image placeholders in front, as TRL does,
+    unless the messages place their images themselves.
+    """
+    typed, placed = [], any(not isinstance(m["content"], str) for m in messages)
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            parts = [{"type": "text", "text": content}]
+            if message["role"] == "user" and not placed:
+                parts = [{"type": "image"}] * images + parts
+                placed = True
+        else:
+            parts = [
+                {"type": "image"}
+                if part["type"] == "image"
+                else {"type": "text", "text": part["text"]}
+                for part in content
+            ]
+        typed.append({"role": message["role"], "content": parts})
+    return processor.apply_chat_template(typed, add_generation_prompt=True), typed
+
+
+class _Encoder:
+    def __init__(
+        self, processor, image_tokens: int, max_response_tokens: int, max_tokens: int
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_token = processor.image_token
+        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_tokens = image_tokens
+        self.max_response_tokens = max_response_tokens
+        self.max_tokens = max_tokens
+        self.store = ImageStore(processor)
+
+    def encode(self, record: Record, objective: Objective) -> Example:
+        roots: list[Root] = []
+        leaves: list[Leaf] = []
+        places: dict[str, int] = {}  # name of a root's image -> index into roots
+        texts = {"chosen": record.chosen, "rejected": record.rejected}
+        for leaf in objective.leaves:
+            if leaf.image not in places:
+                places[leaf.image] = len(roots)
+                roots.append(self._root(record, leaf.image))
+            if leaf.response not in texts:
+                raise RecordError(
+                    record.name,
+                    f"the objective {objective.name!r} needs a {leaf.response!r} response.",
+                    f"Records hold {', '.join(texts)}; choose an objective over those.",
+                )
+            ids = self._response(record, leaf.response, texts[leaf.response])
+            root = places[leaf.image]
+            if len(roots[root].ids) + len(ids) > self.max_tokens:
+                raise RecordError(
+                    record.name,
+                    f"prompt and {leaf.response} response take {len(roots[root].ids) + len(ids)} "
+                    f"tokens; the model takes {self.max_tokens}.",
+                    "Shorten the text; nothing is cut, since that could cut image tokens.",
+                )
+            leaves.append(Leaf(root, ids))
+        return Example(record.name, tuple(roots), tuple(leaves))
+
+    def _root(self, record: Record, image: str) -> Root:
+        stored = {"image": record.images, "retrieved_image": record.retrieved_images}.get(image)
+        if not stored:
+            raise RecordError(
+                record.name,
+                f"the objective needs {image!r} but the record has none.",
+                "Add `retrieved_images` (python -m realign.pairs writes them) or train with "
+                "--objective dpo.",
+            )
+        keys, pictures = zip(*(self.store.add(record.name, s) for s in stored), strict=True)
+        text, _ = chat_prompt(self.processor, record.prompt, len(stored))
+        placed = text.count(self.image_token)
+        if placed != len(pictures):
+            raise RecordError(
+                record.name,
+                f"its prompt places {placed} image(s) ({self.image_token!r}) for "
+                f"{len(pictures)} in `images`.",
+                f"Give one per image, and keep {self.image_token!r} out of the text.",
+            )
+        ids = np.array(self.processor(images=list(pictures), text=[text])["input_ids"][0])
+        found, expected = int((ids == self.image_id).sum()), len(pictures) * self.image_tokens
+        if found != expected:
+            raise RecordError(
+                record.name,
+                f"its prompt has {found} image tokens where the model produces {expected} image "
+                "features.",
+                "The processor does not belong to this model: check its patch_size, "
+                "vision_feature_select_strategy, num_additional_image_tokens and image size.",
+            )
+        return Root(keys, ids)
+
+    def _response(self, record: Record, name: str, text: str) -> np.ndarray:
+        """Ids of a response with its end token, as the chat template closes a turn."""
+        _, typed = chat_prompt(self.processor, record.prompt, len(record.images))
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        opened = self.processor.apply_chat_template(typed, add_generation_prompt=True)
+        whole = self.processor.apply_chat_template([*typed, answer])
+        if whole.startswith(opened):
+            suffix = whole[len(opened) :]
+        else:
+            suffix = text + (self.tokenizer.eos_token or "")
+        ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        if self.image_id in ids:
+            raise RecordError(
+                record.name,
+                f"its {name} response contains the image token {self.image_token!r}.",
+                "Remove it from the text.",
+            )
+        if len(ids) > self.max_response_tokens:
+            raise RecordError(
+                record.name,
+                f"its {name} response has {len(ids)} tokens; the limit is "
+                f"{self.max_response_tokens}.",
+                "Raise --max-response-tokens or shorten the response; responses are never cut.",
+            )
+        return np.array(ids)

@@ -1,0 +1,223 @@
+"""How often a model says what is not there: `python -m realign.evaluate --model DIR`.
+
+On digit scenes and handwritten digits never trained on, without the prior of the training scenes:
+the share of misnamed digits in captions (the hallucination rate), and accuracy, F1 and yes-rate on
+yes/no questions in the manner of POPE. Intervals are 95 % percentile bootstraps over scenes, since
+the four digits of a scene are not independent.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from realign.cli import parse_sections
+from realign.digits import ASSETS
+from realign.digits.scenes import (
+    CAPTION_PROMPT,
+    Scene,
+    digits_in,
+    make_questions,
+    make_scenes,
+)
+from realign.encode import chat_prompt
+from realign.model import load_processor, load_trained
+from realign.noise import hush_libraries
+
+EVALUATION_SEED = 20_000  # scenes of no training seed
+RESAMPLES = 2000
+
+
+@dataclass
+class EvaluateConfig:
+    model: str | None = None
+    """Folder of a model or adapter; the shipped digits model when absent."""
+    output: str | None = None
+    """JSON file to write beside the printed table."""
+    scenes: int = 1000
+    """Unbiased test scenes."""
+    batch_size: int = 100
+    """Scenes in one generation."""
+    seed: int = 0
+    """Another seed evaluates on other scenes."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def __post_init__(self) -> None:
+        for name in ("scenes", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its 95 % interval, all in [0, 1]."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
+    """Caption and question the test scenes.
+
+    Returns:
+        `hallucination_rate` (share of digits misnamed or not named in captions), `accuracy`, `f1`
+        and `yes_rate` of the answers; an answer other than yes or no counts as wrong.
+    """
+    path = config.model or str(ASSETS)
+    model, processor = load_trained(path), load_processor(path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    seed = EVALUATION_SEED + config.seed
+    scenes = make_scenes(config.scenes, biased=False, split="test", seed=seed)
+    rng = np.random.default_rng(seed)
+    questions = [make_questions(scene, rng) for scene in scenes]
+    captions = caption(
+        model, processor, scenes, config.batch_size, desc="captions", progress=not config.quiet
+    )
+    wrong = np.array(
+        [
+            [named != true for named, true in zip(digits_in(text), scene.digits, strict=True)]
+            for text, scene in zip(captions, scenes, strict=True)
+        ]
+    )
+    answers = np.empty((config.scenes, 2), dtype=object)
+    for kind in range(2):  # a question whose answer is yes, one whose answer is no
+        answers[:, kind] = generate(
+            model,
+            processor,
+            scenes,
+            [pair[kind].text for pair in questions],
+            config.batch_size,
+            max_new_tokens=2,
+            desc=f"questions {kind + 1}/2",
+            progress=not config.quiet,
+        )
+    right = answers == np.array([[q.answer for q in pair] for pair in questions])
+    yes = answers == "yes"
+    return {
+        "hallucination_rate": _rate(wrong, np.mean),
+        "accuracy": _rate(right, np.mean),
+        "f1": _rate(np.stack([right, yes], -1), _f1),
+        "yes_rate": _rate(yes, np.mean),
+    }
+
+
+def caption(
+    model,
+    processor,
+    scenes: Sequence[Scene],
+    batch_size: int = 100,
+    *,
+    desc: str = "captions",
+    progress: bool = False,
+) -> list[str]:
+    """Greedy captions of scenes."""
+    prompts = [CAPTION_PROMPT] * len(scenes)
+    return generate(
+        model,
+        processor,
+        scenes,
+        prompts,
+        batch_size,
+        max_new_tokens=24,
+        desc=desc,
+        progress=progress,
+    )
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    processor,
+    scenes: Sequence[Scene],
+    prompts: Sequence[str],
+    batch_size: int,
+    *,
+    max_new_tokens: int,
+    desc: str,
+    progress: bool,
+) -> list[str]:
+    """Greedy responses to one prompt per scene."""
+    texts = [chat_prompt(processor, [{"role": "user", "content": p}], 1)[0] for p in prompts]
+    found: list[str] = []
+    starts = range(0, len(scenes), batch_size)
+    for start in tqdm(starts, desc=desc, unit="batch", disable=not progress):
+        part = slice(start, start + batch_size)
+        encoded = processor(
+            images=[scene.image for scene in scenes[part]],
+            text=texts[part],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        ).to(model.device)
+        out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
+        written = out[:, encoded["input_ids"].shape[1] :]
+        texts_out = processor.batch_decode(written, skip_special_tokens=True)
+        found += [text.strip() for text in texts_out]
+    return found
+
+
+def table(results: dict[str, dict[str, Rate]]) -> str:
+    """A table of several models' results, one line each."""
+    columns = ("hallucination_rate", "accuracy", "f1", "yes_rate")
+    heads = ("hallucination", "yes/no accuracy", "F1", "yes-rate")
+    lines = [[""] + [f"{head} [95 % CI]" for head in heads]]
+    lines += [[name, *(str(rates[c]) for c in columns)] for name, rates in results.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([rows[0], "-|-".join("-" * w for w in widths), *rows[1:]])
+
+
+def _rate(values: np.ndarray, statistic) -> Rate:
+    """A statistic of (scenes, ...) values and its bootstrap interval over scenes."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    draws = [statistic(values[pick]) for pick in picks]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Rate(float(statistic(values)), float(low), float(high))
+
+
+def _f1(values: np.ndarray) -> float:
+    """F1 of "yes" from (scenes, 2, [right, said yes])."""
+    right, yes = values[..., 0], values[..., 1]
+    hits = (right & yes).sum()
+    false_yes, missed = (yes & ~right).sum(), values[:, 0].shape[0] - hits
+    return float(2 * hits / (2 * hits + false_yes + missed))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, evaluate, print; returns an exit code."""
+    hush_libraries()
+    try:
+        config = parse_sections(
+            {"evaluate": EvaluateConfig},
+            prog="python -m realign.evaluate",
+            description="Hallucination of a digits model on scenes it was never trained on.",
+            arguments=arguments,
+        )["evaluate"]
+        rates = evaluate(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table({config.model or "digits base": rates}))
+    if config.output:
+        path = Path(config.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({k: vars(v) for k, v in rates.items()}, indent=2) + "\n")
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The final model as a Hugging Face folder: full weights, a LoRA adapter, or the two merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from realign.model import ForestModel, load_model
+from realign.parallel import barrier, rank
+
+
+def export(
+    folder: Path,
+    model: ForestModel,
+    adapter: PeftModel | None,
+    processor,
+    *,
+    base: str,
+    merge: bool,
+) -> None:
+    """Write `folder`, loadable by `AutoModelForImageTextToText` and `AutoProcessor`.
+
+    Every rank calls it; rank 0 writes.
+
+    Args:
+        folder: where to write.
+        model: the trained module, sharded or not.
+        adapter: the PEFT model around `model.vlm` when LoRA was trained, else None.
+        processor: saved beside the weights.
+        base: folder or hub name of the base model.
+        merge: merge the adapter into the base weights instead of writing the adapter.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(model, options=options)
+    if rank() == 0:
+        weights = {name.removeprefix("vlm."): value for name, value in whole.items()}
+        if adapter is None:
+            model.vlm.save_pretrained(folder, state_dict=weights)
+        else:
+            prefixed = {f"base_model.model.{name}": value for name, value in weights.items()}
+            adapter.save_pretrained(folder, state_dict=prefixed)
+            if merge:
+                _merge(folder, base)
+        processor.save_pretrained(folder)
+    barrier()
+
+
+def _merge(folder: Path, base: str) -> None:
+    """Replace the adapter in `folder` by the base weights with the adapter added, in fp32."""
+    merged = PeftModel.from_pretrained(load_model(base, torch.float32), str(folder))
+    merged.merge_and_unload().save_pretrained(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (folder / name).unlink(missing_ok=True)

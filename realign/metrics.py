@@ -1,0 +1,71 @@
+"""What a step reports: TRL's names for the text side, the same words with `visual` for the other.
+
+`rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
+examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realign_kernels import Leaf, Objective, PreferenceOutput
+
+_NAMES = {
+    Leaf("chosen", "image"): "chosen",
+    Leaf("rejected", "image"): "rejected",
+    Leaf("chosen", "retrieved_image"): "visual",
+}
+
+
+def leaf_names(objective: Objective) -> list[str]:
+    """The metric name of each leaf of an objective."""
+    return [_NAMES.get(leaf, f"{leaf.response}_under_{leaf.image}") for leaf in objective.leaves]
+
+
+def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
+    """Sums over a batch's examples of everything that is reported, as fp64 scalars."""
+    names = leaf_names(objective)
+    rewards = dict(zip(names, output.rewards.double(), strict=True))
+    logps = dict(zip(names, output.logps.detach().double(), strict=True))
+    found = {"loss": output.loss.detach().double()}
+    found |= {f"rewards/{name}": value.sum() for name, value in rewards.items()}
+    for other, prefix in (("rejected", ""), ("visual", "visual_")):
+        if "chosen" in rewards and other in rewards:
+            margin = rewards["chosen"] - rewards[other]
+            found[f"rewards/{prefix}accuracies"] = (margin > 0).double().sum()
+            found[f"rewards/{prefix}margins"] = margin.sum()
+    found |= {f"logps/{name}": value.sum() for name, value in logps.items()}
+    return found
+
+
+class JsonlLog:
+    """One JSON object per line, flushed as it is written.
+
+    Args:
+        path: the file; made with its folder.
+        keep_steps: lines of later steps are dropped first, as a resumed run writes them anew.
+    """
+
+    def __init__(self, path: Path, keep_steps: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [e for e in read_jsonl(path) if e["step"] <= keep_steps] if path.exists() else []
+        self._file = path.open("w")
+        for entry in kept:
+            self.write(entry)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log; a last line cut short by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

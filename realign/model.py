@@ -1,0 +1,176 @@
+"""One module that owns the vision-language model and turns a forest batch into log-probs or a loss.
+
+`ForestModel.forward` is the only forward of training and of the reference pass: the backbone runs
+once over the rows, the response positions are gathered, and only they meet the vocabulary. Being
+the root module it also is what FSDP2 wraps, so the head's weight is gathered with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from realign.forest import ForestBatch
+from realign_kernels import Objective, PreferenceOutput, linear_logprobs, linear_preference_loss
+
+
+def load_processor(path: str | Path):
+    """Load a model folder's processor; a text-only one is refused.
+
+    Raises:
+        ValueError: when the folder has no image processor or no chat template.
+    """
+    processor = AutoProcessor.from_pretrained(path)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{path} has no image processor: it is a text-only model. Pass a vision-language model "
+            "of the LLaVA type to --model."
+        )
+    if not processor.chat_template:
+        raise ValueError(
+            f"the processor of {path} has no chat template, so prompts cannot be rendered. Save one "
+            "with it (processor.chat_template = ...; processor.save_pretrained(...))."
+        )
+    return processor
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a LLaVA-type model from a folder or hub name.
+
+    Raises:
+        ValueError: for a text-only model, or one that is not of the LLaVA type.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if not hasattr(config, "vision_config"):
+        raise ValueError(
+            f"{path} is a text-only model ({config.model_type}). Pass a vision-language model of "
+            "the LLaVA type to --model."
+        )
+    if config.model_type != "llava":
+        raise ValueError(
+            f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
+            "far. Pass a LLaVA-1.5-type model to --model."
+        )
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+
+
+def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a final model for inference: full weights, or an adapter with the base it names."""
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).eval()
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
+    """Put LoRA on every linear layer of the language model, and freeze everything else."""
+    language = model.model.language_model
+    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
+    pattern = rf".*language_model\..*\.({'|'.join(sorted(names))})"
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+class ForestModel(nn.Module):
+    """A LLaVA-type model that takes forest batches.
+
+    Args:
+        vlm: the Hugging Face model, with or without LoRA layers in it.
+        train_vision: whether the vision tower learns; frozen by default.
+        dtype: fp32 or bf16, in which the forward computes.
+    """
+
+    def __init__(
+        self,
+        vlm: PreTrainedModel,
+        *,
+        train_vision: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.dtype = dtype
+        if not train_vision:
+            vlm.model.vision_tower.requires_grad_(False)
+        self.softcap = getattr(vlm.config.text_config, "final_logit_softcapping", None)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The repeated layers of both towers, which FSDP shards one by one."""
+        parts = (self.vlm.model.language_model, self.vlm.model.vision_tower)
+        lists = [m for part in parts for m in part.modules() if isinstance(m, nn.ModuleList)]
+        return [layer for layers in lists for layer in layers]
+
+    def forward(
+        self,
+        batch: ForestBatch,
+        objective: Objective | None = None,
+        reference_logps: torch.Tensor | None = None,  # (L, B) fp32
+    ) -> torch.Tensor | PreferenceOutput:
+        """Compute log-probs, or the loss when an objective is given.
+
+        Returns:
+            Without an objective the summed log-probs of the leaves, (L, B) fp64. With one the
+            `PreferenceOutput`, whose loss is the *sum* over the batch's examples.
+        """
+        mixed = self.dtype != torch.float32 and not isinstance(self, FSDPModule)
+        with torch.autocast(batch.labels.device.type, self.dtype, enabled=mixed):
+            hidden = self._hidden(batch).to(self.dtype)
+        head = self.vlm.get_output_embeddings()
+        weight, bias = head.weight.to(hidden.dtype), head.bias
+        if objective is not None:
+            output = linear_preference_loss(
+                hidden,
+                weight,
+                batch.labels,
+                reference_logps,
+                objective,
+                sequence_ids=batch.sequence_ids,
+                bias=bias,
+                softcap=self.softcap,
+                reduction="sum",
+            )
+            return output._replace(logps=output.logps.detach())  # FSDP hooks what carries grad
+        logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, softcap=self.softcap)
+        leaves = int(batch.sequence_ids.max()) // batch.examples + 1
+        sums = torch.zeros(leaves * batch.examples, dtype=torch.float64, device=logps.device)
+        sums.index_add_(0, batch.sequence_ids, logps.double())
+        return sums.view(leaves, batch.examples)
+
+    def image_tokens(self, processor) -> int:
+        """Tokens that one image takes: what the vision tower makes of a blank one."""
+        blank = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+        with torch.inference_mode():
+            return self._image_features(blank["pixel_values"])[0].shape[0]
+
+    def embed_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Mean-pooled image features of the model's own vision tower, (I, C, H, W) -> (I, D)."""
+        with torch.inference_mode():
+            tower = self.vlm.model.vision_tower
+            states = tower(pixel_values.to(tower.dtype)).last_hidden_state
+            return states.mean(1).float()
+
+    def _image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        config = self.vlm.config
+        return self.vlm.model.get_image_features(
+            pixel_values=pixel_values.to(self.dtype),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        ).pooler_output
+
+    def _hidden(self, batch: ForestBatch) -> torch.Tensor:
+        """Last hidden states at the batch's predicting positions, (N, H)."""
+        distinct = self._image_features(batch.pixel_values)
+        slots = tuple(distinct[i] for i in batch.image_order.tolist())
+        states = self.vlm.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask(),
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=slots)},
+            use_cache=False,
+        ).last_hidden_state
+        return states.flatten(0, 1)[batch.rows]

@@ -1,0 +1,19 @@
+"""Messages of other libraries that the user of a command can do nothing about."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def hush_libraries() -> None:
+    """Silence them in this process; errors and our own warnings stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one bar per loaded model, over in milliseconds
+    # torch reads every attribute of a module when it collects state; some are deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # A checkpoint of a plain process is what we asked for.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # The launcher reports a failed rank with a table of its own; we print one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -1,0 +1,109 @@
+"""Ranks: starting them, sharding a model over them, and summing over them.
+
+A run without `--fsdp` is one plain process. With it every GPU gets a worker (two workers on a CPU),
+started here through torch's launcher unless torchrun started us.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from realign.model import ForestModel
+
+
+def under_launcher() -> bool:
+    """Whether torchrun (or `launch`) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(module: str, arguments: Sequence[str], workers: int) -> int:
+    """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code."""
+    workers = workers or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        run_id=uuid.uuid4().hex,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} ended with exit code {failure.exitcode}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def start() -> torch.device:
+    """Join the process group when there is one; returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if under_launcher() and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device(device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def shard(model: ForestModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Shard in place with FSDP2: every layer of both towers, then the rest, with the head.
+
+    Parameters are gathered and computed in `dtype`, gradients are reduced in fp32.
+    """
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def sync_gradients(model: ForestModel, wanted: bool) -> None:
+    """Reduce gradients in the next backward, or leave them to a later micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)

@@ -1,0 +1,146 @@
+"""The demo's picture: rates, training curves, some pairs, and captions before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from realign.digits.scenes import PLACES, WORDS, digits_in
+from realign.evaluate import Rate
+
+_COLOURS = {"base": "#888888", "dpo": "#d1791f", "rdpo": "#1f6fb4"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A training pair as shown."""
+
+    image: Image.Image
+    retrieved: Image.Image
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test scene as captioned before and after training."""
+
+    image: Image.Image
+    truth: str
+    before: str
+    after: str
+
+
+def draw(
+    path: Path,
+    results: Mapping[str, Mapping[str, Rate]],
+    logs: Mapping[str, Sequence[Mapping[str, float]]],
+    pairs: Sequence[Pair],
+    examples: Sequence[Example],
+) -> None:
+    """Draw and save the report.
+
+    Args:
+        path: PNG file to write.
+        results: model name -> metric -> rate.
+        logs: objective -> entries of its metrics.jsonl.
+        pairs: training pairs to show, three at most.
+        examples: test scenes to show, three at most.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(15, 10.5), layout="constrained")
+    grid = figure.add_gridspec(3, 1, height_ratios=[1.25, 1, 1])
+    top = grid[0].subgridspec(1, 3)
+    _rates(figure.add_subplot(top[0]), results)
+    _curves(figure.add_subplot(top[1]), logs, "margins", "reward margin (nats x beta)")
+    _curves(figure.add_subplot(top[2]), logs, "accuracies", "share of pairs ranked right")
+    _pairs(figure, grid[1].subgridspec(1, 9, width_ratios=[1, 1, 1.6] * 3), pairs)
+    _examples(figure, grid[2].subgridspec(1, 6, width_ratios=[1, 2.6] * 3), examples)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _rates(axes, results) -> None:
+    names = list(results)
+    rates = [results[name]["hallucination_rate"] for name in names]
+    values = [100 * r.value for r in rates]
+    spread = [
+        [100 * (r.value - r.low) for r in rates],
+        [100 * (r.high - r.value) for r in rates],
+    ]
+    colours = [_COLOURS[name.split()[0]] for name in names]
+    axes.bar(names, values, yerr=spread, color=colours, capsize=4)
+    for i, rate in enumerate(rates):
+        axes.text(i, 100 * rate.high + 0.8, f"{100 * rate.value:.1f} %", ha="center")
+    axes.set_ylabel("digits misnamed in captions (%)")
+    axes.set_title("Hallucination on unseen scenes, 95 % CI")
+    axes.set_ylim(0, 1.15 * max(100 * r.high for r in rates) + 1)
+    axes.tick_params(axis="x", rotation=20 if len(names) > 3 else 0)
+
+
+def _curves(axes, logs, metric: str, label: str) -> None:
+    for name, entries in logs.items():
+        steps = [entry["step"] for entry in entries]
+        for side, style in (("", "-"), ("visual_", "--")):
+            key = f"rewards/{side}{metric}"
+            if key in entries[0]:
+                kind = "image" if side else "text"
+                values = [entry[key] for entry in entries]
+                axes.plot(steps, values, style, color=_COLOURS[name], label=f"{name}, {kind} pair")
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.set_title(f"Training: {metric}")
+    axes.legend(frameon=False)
+
+
+def _pairs(figure, grid, pairs: Sequence[Pair]) -> None:
+    for i, pair in enumerate(pairs):
+        _picture(figure.add_subplot(grid[3 * i]), pair.image, "image")
+        _picture(figure.add_subplot(grid[3 * i + 1]), pair.retrieved, "retrieved")
+        text = figure.add_subplot(grid[3 * i + 2])
+        _words(text, {"chosen": pair.chosen, "rejected": pair.rejected}, pair.chosen)
+
+
+def _examples(figure, grid, examples: Sequence[Example]) -> None:
+    for i, example in enumerate(examples):
+        _picture(figure.add_subplot(grid[2 * i]), example.image, "unseen scene")
+        text = figure.add_subplot(grid[2 * i + 1])
+        captions = {"truth": example.truth, "before": example.before, "after rdpo": example.after}
+        _words(text, captions, example.truth)
+
+
+def _picture(axes, image: Image.Image, title: str) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
+
+
+def _words(axes, captions: Mapping[str, str], truth: str) -> None:
+    """The digits of each caption by place, in red where they differ from the truth."""
+    axes.axis("off")
+    right = digits_in(truth)
+    columns = len(captions)
+    for column, (name, text) in enumerate(captions.items()):
+        x = 0.02 + column / columns
+        axes.text(x, 0.95, name, fontsize=9, weight="bold", va="top", transform=axes.transAxes)
+        for place, (digit, true) in enumerate(zip(digits_in(text), right, strict=True)):
+            word = "?" if digit is None else WORDS[digit]
+            axes.text(
+                x,
+                0.78 - 0.18 * place,
+                word if columns == 3 else f"{word}",
+                fontsize=9,
+                color="black" if digit == true else "crimson",
+                va="top",
+                transform=axes.transAxes,
+            )
+    axes.text(
+        0.02, 0.04, "top to bottom: " + ", ".join(PLACES), fontsize=6, transform=axes.transAxes
+    )

@@ -1,0 +1,34 @@
+"""Fused preference losses over a language-model head.
+
+Read in this order: `objectives` (what is computed), `reference` (the specification),
+`functional` (the public functions), `ops` (torch operators and their autograd),
+`torch_backend` (how it is computed), `dispatch` (which backend runs).
+"""
+
+from realign_kernels import objectives
+from realign_kernels.dispatch import explain, use_backend
+from realign_kernels.functional import (
+    RDPOLoss,
+    linear_logprobs,
+    linear_preference_loss,
+    preference_loss,
+    rdpo_loss,
+)
+from realign_kernels.objectives import Leaf, Objective, PreferenceOutput, RDPOOutput
+from realign_kernels.ops import NonFiniteError
+
+__all__ = [
+    "Leaf",
+    "NonFiniteError",
+    "Objective",
+    "PreferenceOutput",
+    "RDPOLoss",
+    "RDPOOutput",
+    "explain",
+    "linear_logprobs",
+    "linear_preference_loss",
+    "objectives",
+    "preference_loss",
+    "rdpo_loss",
+    "use_backend",
+]

@@ -1,0 +1,52 @@
+"""Builds `realign_kernels._C` with CMake; everything else about the project is in pyproject.toml.
+
+The extension is optional: where CMake or the C++ compiler fails, the install goes on in pure Python
+and `realign_kernels` says so at first use (realign_kernels/_extension.py). `pip install -v` shows
+the compiler's own words.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake and Ninja in place of the compiler that setuptools would call."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if self.editable_mode:
+            # Otherwise a failed build would leave the previous binary under newer Python code.
+            (ROOT / "realign_kernels" / target.name).unlink(missing_ok=True)
+        # Always afresh: CMake's cache would name the ninja and the pybind11 of the last isolated
+        # build, whose directory is gone.
+        scratch = Path(self.build_temp).resolve() / "cmake"
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            import pybind11
+
+            configure = [
+                *("cmake", "-S", str(ROOT), "-B", str(scratch), "-G", "Ninja"),
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            ]
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(scratch), "--target", "_C"], check=True)
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            # CompileError is what makes setuptools go on without an optional extension.
+            raise CompileError(f"{ext.name} was not built: {error}") from error
+
+
+setup(
+    ext_modules=[Extension("realign_kernels._C", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)

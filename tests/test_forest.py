@@ -1,0 +1,178 @@
+"""The forest gives every leaf what it would have alone: log-probs, gradients, images, layout."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from realign.digits import ASSETS
+from realign.digits.scenes import make_scenes
+from realign.encode import encode_records
+from realign.forest import Example, Leaf, Root, build_batch
+from realign.model import ForestModel, load_model, load_processor
+from realign.records import Record, StoredImage
+from realign_kernels import objectives
+
+# fp32 rounding: log-probs are sums of up to 20 tokens of size up to 30.
+LOGP_TOLERANCE = 5e-5
+GRADIENT_TOLERANCE = 2e-5  # relative to the largest entry of any gradient
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(ASSETS)
+
+
+def make_examples(processor, count, objective, seed=0):
+    """Records with prompts and responses of unequal length, some of one token."""
+    scenes = make_scenes(2 * count, biased=False, seed=seed)
+    rng = np.random.default_rng(seed)
+    records = []
+    for i in range(count):
+        words = scenes[i].caption.split()
+        records.append(
+            Record(
+                f"r{i}",
+                ({"role": "user", "content": " ".join(["name"] * rng.integers(1, 6))},),
+                " ".join(words[: rng.integers(1, len(words))]),
+                " ".join(words[: rng.integers(1, 4)]),
+                (StoredImage.from_pil(scenes[i].image),),
+                (StoredImage.from_pil(scenes[count + i].image),),
+            )
+        )
+    return encode_records(
+        records,
+        processor,
+        objective,
+        image_tokens=16,
+        max_response_tokens=64,
+        max_tokens=512,
+        progress=False,
+    )
+
+
+def separate_logps(vlm, examples, store):
+    """(L, B): each leaf as one plain sequence through the plain model, full logits."""
+    table = []
+    for example in examples:
+        row = []
+        for leaf in example.leaves:
+            root = example.roots[leaf.root]
+            ids = torch.tensor(np.concatenate([root.ids, leaf.ids]))[None]
+            pixels = torch.stack([store.pixels(key) for key in root.images])
+            logits = vlm(input_ids=ids, pixel_values=pixels).logits[0, :-1]
+            logps = F.log_softmax(logits.double(), -1).gather(1, ids[0, 1:, None])[:, 0]
+            row.append(logps[len(root.ids) - 1 :].sum())
+        table.append(torch.stack(row))
+    return torch.stack(table, 1)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 64, 100, 4096])
+@pytest.mark.parametrize("name", ["dpo", "rdpo"])
+def test_log_probs_equal_separate_forwards(processor, name, row_tokens):
+    vlm = load_model(ASSETS).eval()
+    examples, store = make_examples(processor, 6, objectives.get(name))
+    with torch.no_grad():
+        batch = build_batch(examples, store, row_tokens=row_tokens)
+        found = ForestModel(vlm)(batch)
+        truth = separate_logps(vlm, examples, store)
+    assert (found - truth).abs().max() < LOGP_TOLERANCE
+    if row_tokens == 4096:
+        assert batch.input_ids.shape[0] == 1  # all trees in one row see nothing of each other
+
+
+def test_gradients_equal_separate_forwards(processor):
+    objective = objectives.rdpo(beta=0.3, visual_weight=0.7)
+    examples, store = make_examples(processor, 5, objective, seed=1)
+    reference = torch.full((3, 5), -20.0) + torch.arange(15).view(3, 5)
+    found, truth = load_model(ASSETS), load_model(ASSETS)
+    model = ForestModel(found, train_vision=True)
+    out = model(build_batch(examples, store, row_tokens=90), objective, reference)
+    out.loss.backward()
+    logps = separate_logps(truth, examples, store)
+    w, lost, other = 0.3 * (logps - reference.double())
+    loss = -(F.logsigmoid(w - lost) + 0.7 * F.logsigmoid(w - other)).sum()
+    loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    # Some gradients are 0 but for rounding (a key bias shifts all scores alike), so the size of
+    # the whole gradient counts.
+    scale = max(p.grad.abs().max() for p in truth.parameters() if p.grad is not None)
+    compared = 0
+    for (name, a), b in zip(found.named_parameters(), truth.parameters(), strict=True):
+        if b.grad is None:
+            assert a.grad is None or a.grad.abs().max() == 0, name
+            continue
+        worst = (a.grad - b.grad).abs().max() / scale
+        assert worst < GRADIENT_TOLERANCE, (name, worst)
+        compared += 1
+    assert compared > 80  # vision tower, projector, language model and head
+
+
+def test_images_and_roots_are_computed_once(processor):
+    examples, store = make_examples(processor, 4, objectives.rdpo())
+    # The second example's retrieved image is the first one's image, under the same prompt.
+    first, second = examples[:2]
+    shared = Root(first.roots[0].images, first.roots[0].ids)
+    second = Example("second", (second.roots[0], shared), second.leaves)
+    seen = []
+    vlm = load_model(ASSETS).eval()
+    vlm.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args or (kwargs["pixel_values"],))[0].shape[0]),
+        with_kwargs=True,
+    )
+    batch = build_batch([first, second], store, row_tokens=4096)
+    with torch.no_grad():
+        found = ForestModel(vlm)(batch)
+        assert seen == [3]  # v, v' and v of the second; its v' is the first's v
+        truth = separate_logps(vlm, [first, second], store)
+    assert (found - truth).abs().max() < LOGP_TOLERANCE
+    roots = {root.key for example in (first, second) for root in example.roots}
+    leaves = sum(len(leaf.ids) for e in (first, second) for leaf in e.leaves)
+    expected = sum(len(dict(roots_of([first, second]))[key]) for key in roots) + leaves
+    assert int((batch.segment >= 0).sum()) == expected == batch.input_ids.shape[1]
+
+
+def roots_of(examples):
+    return [(root.key, root.ids) for example in examples for root in example.roots]
+
+
+def test_several_images_in_a_prompt(processor):
+    vlm = load_model(ASSETS).eval()
+    examples, store = make_examples(processor, 2, objectives.dpo())
+    both = examples[0].roots[0].images + examples[1].roots[0].images
+    image, text = examples[0].roots[0].ids[:-4], examples[0].roots[0].ids[-4:]
+    start = int(np.flatnonzero(image == 4)[0])
+    root = Root(both, np.concatenate([image, image[start : start + 16], text]))
+    example = Example("two images", (root,), tuple(Leaf(0, x.ids) for x in examples[0].leaves))
+    with torch.no_grad():
+        found = ForestModel(vlm)(build_batch([example, examples[1]], store, row_tokens=200))
+        truth = separate_logps(vlm, [example, examples[1]], store)
+    assert (found - truth).abs().max() < LOGP_TOLERANCE
+
+
+def test_the_mask_by_its_definition(processor):
+    examples, store = make_examples(processor, 3, objectives.rdpo())
+    batch = build_batch(examples, store, row_tokens=90)
+    mask = batch.attention_mask()[:, 0]
+    segment, parent = batch.segment.numpy(), batch.parent.numpy()
+    rows, columns = segment.shape
+    for r in range(rows):
+        for q in range(columns):
+            for k in range(columns):
+                sees = k <= q and segment[r, k] in (segment[r, q], parent[r, q])
+                assert bool(mask[r, q, k]) == sees
+
+
+def test_rows_of_an_example_are_adjacent_and_predict_its_labels(processor):
+    examples, store = make_examples(processor, 4, objectives.rdpo())
+    batch = build_batch(examples, store, row_tokens=128)
+    owner = (batch.sequence_ids % 4).tolist()
+    assert owner == sorted(owner)
+    labels = np.concatenate([leaf.ids for example in examples for leaf in example.leaves])
+    assert batch.labels.tolist() == labels.tolist()
+    # A predicting position lies in the leaf itself, or is the last token of its root.
+    flat = batch.position_ids.flatten()[batch.rows]
+    depth = [len(e.roots[leaf.root].ids) for e in examples for leaf in e.leaves]
+    sizes = [len(leaf.ids) for e in examples for leaf in e.leaves]
+    expected = [d - 1 + j for d, size in zip(depth, sizes, strict=True) for j in range(size)]
+    assert flat.tolist() == expected

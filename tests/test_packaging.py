@@ -1,0 +1,111 @@
+"""What an install promises: extras, typing markers, tested pins, and a life without the extension.
+
+Nothing here installs anything; .ci/run builds the environment and a wheel for real.
+"""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from realign_kernels import _extension
+from realign_kernels.batcher import pack_forest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = {"gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb"}
+UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb"}  # installed nowhere in CI, so not pinned
+
+
+@pytest.fixture(scope="module")
+def project():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    listed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in listed}
+
+
+@pytest.fixture
+def forgetful():
+    """The extension is looked for anew in the test, and again after it."""
+    _extension._probe.cache_clear()
+    _extension.extension.cache_clear()
+    yield
+    _extension._probe.cache_clear()
+    _extension.extension.cache_clear()
+
+
+def test_extras(project):
+    assert set(project["project"]["optional-dependencies"]) == EXTRAS
+
+
+def test_the_build_needs_no_torch(project):
+    names = {Requirement(line).name for line in project["build-system"]["requires"]}
+    assert names == {"setuptools", "pybind11", "cmake", "ninja"}
+
+
+@pytest.mark.parametrize("package", ["realign", "realign_kernels"])
+def test_typing_marker(project, package):
+    assert (ROOT / package / "py.typed").is_file()
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"][package]
+
+
+def test_every_direct_dependency_is_pinned_within_its_range(project, pins):
+    extras = project["project"]["optional-dependencies"]
+    lines = list(project["project"]["dependencies"])
+    for extra in EXTRAS - UNTESTED_EXTRAS:
+        lines += extras[extra]
+    for requirement in map(Requirement, lines):
+        pin = pins[canonicalize_name(requirement.name)]
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        assert requirement.specifier.contains(exact.version), f"{pin} against {requirement}"
+
+
+def test_every_constraint_is_an_exact_pin(pins):
+    for pin in pins.values():
+        assert [part.operator for part in pin.specifier] == ["=="], str(pin)
+
+
+def test_triton_is_pinned_but_never_required(project, pins):
+    assert "triton" in pins
+    groups = [project["project"]["dependencies"]]
+    groups += project["project"]["optional-dependencies"].values()
+    assert "triton" not in {Requirement(line).name for group in groups for line in group}
+
+
+def test_a_missing_extension_warns_once_and_says_what_to_do(monkeypatch, forgetful):
+    monkeypatch.setitem(sys.modules, "realign_kernels._C", None)  # makes its import fail
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first = pack_forest([5], [2, 3], [0, 0], 16)
+        second = pack_forest([5], [2, 3], [0, 0], 16)
+    assert first.leaf_start.tolist() == second.leaf_start.tolist() == [5, 7]
+    (warning,) = caught
+    text = str(warning.message)
+    assert warning.category is RuntimeWarning and "\n" not in text
+    assert warning.filename == __file__  # blames the caller's line
+    assert "without its C++ extension" in text and "pip install" in text
+    assert "_C" in _extension.missing_reason()
+
+
+def test_a_present_extension_is_silent(forgetful):
+    if _extension.missing_reason() is not None:
+        pytest.skip(f"no extension: {_extension.missing_reason()}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _extension.extension().__name__ == "realign_kernels._C"
+
+
+def test_make_without_a_target_explains_the_targets():
+    out = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "bench", "lint", "build", "clean"):
+        assert f"make {target} " in out
