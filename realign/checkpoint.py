@@ -24,9 +24,7 @@ _KEEP = 2
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
-def save(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> Path:
+def save(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
     """Write `folder/step-NNNNNN`; every rank calls it. Returns its path."""
     target = folder / f"step-{step:06d}"
     partial = folder / f".{target.name}.partial"
@@ -56,15 +54,11 @@ def last_step(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def load(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def load(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore `folder/step-NNNNNN` in place, on any number of ranks."""
     trained, state = get_state_dict(model, optimizer, options=_TRAINED)
     saved = {"model": trained, "optimizer": state}
-    dcp.load(
-        saved, checkpoint_id=folder / f"step-{step:06d}", no_dist=not dist.is_initialized()
-    )
+    dcp.load(saved, checkpoint_id=folder / f"step-{step:06d}", no_dist=not dist.is_initialized())
     set_state_dict(
         model,
         optimizer,

@@ -67,10 +67,12 @@ def _add_flags(group: Any, section: str, cls: type) -> None:
         )
 
 
-def _read_toml(
-    file: Path, sections: Mapping[str, type], values: dict[str, dict[str, Any]]
-) -> None:
-    for section, table in tomllib.loads(file.read_text()).items():
+def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[str, Any]]) -> None:
+    try:
+        content = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}.") from error
+    for section, table in content.items():
         if section not in sections or not isinstance(table, dict):
             raise ValueError(f"{file}: unknown section [{section}]; use {', '.join(sections)}.")
         cls = sections[section]

@@ -106,6 +106,8 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
+    """All settings of a run, a section each."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

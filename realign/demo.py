@@ -67,9 +67,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
             _say(f"training {objective}{suffix} on {config.nproc_per_node} FSDP ranks")
             _train(run, pairs, objective, seed, config)
             name = f"{objective}{suffix}"
-            results[name] = _evaluated(
-                run / "evaluation.json", str(run / "model"), config, name
-            )
+            results[name] = _evaluated(run / "evaluation.json", str(run / "model"), config, name)
     (folder / "results.json").write_text(
         json.dumps({n: {k: vars(r) for k, r in v.items()} for n, v in results.items()}, indent=2)
         + "\n"
@@ -107,7 +105,7 @@ def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> 
 
 def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
     """Draw report.png from the first seed's runs."""
-    from realign.report import Example, Pair, draw
+    from realign.report import Example, draw
 
     first = folder / "seed0"
     logs = {name: read_jsonl(first / name / "metrics.jsonl") for name in OBJECTIVES}
@@ -146,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse_sections(
             {"demo": DemoConfig},
             prog="python -m realign.demo",
-            description="Pairs, DPO and rDPO on the shipped digits, hallucination before and after.",
+            description="Pairs, DPO and rDPO on the digits: hallucination before and after.",
             arguments=arguments,
         )["demo"]
         results = demo(config)

@@ -98,26 +98,35 @@ def encode_records(
 def chat_prompt(processor, messages: Sequence[dict], images: int) -> tuple[str, list[dict]]:
     """Render prompt messages for a response; returns the text and the messages in typed parts.
 
-    Text content of the first user message gets `images` image placeholders in front, as TRL does,
-    unless the messages place their images themselves.
+    The first user message gets `images` image placeholders in front, as TRL does, unless the
+    messages place their images themselves.
     """
-    typed, placed = [], any(not isinstance(m["content"], str) for m in messages)
+    typed = []
     for message in messages:
         content = message["content"]
-        if isinstance(content, str):
-            parts = [{"type": "text", "text": content}]
-            if message["role"] == "user" and not placed:
-                parts = [{"type": "image"}] * images + parts
-                placed = True
-        else:
-            parts = [
-                {"type": "image"}
-                if part["type"] == "image"
-                else {"type": "text", "text": part["text"]}
-                for part in content
-            ]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else [*content]
         typed.append({"role": message["role"], "content": parts})
+    if not any(part["type"] == "image" for message in typed for part in message["content"]):
+        for message in [m for m in typed if m["role"] == "user"][:1]:
+            message["content"] = [{"type": "image"}] * images + message["content"]
     return processor.apply_chat_template(typed, add_generation_prompt=True), typed
+
+
+def check_prompt(processor, record: Record, images: int) -> str:
+    """Render a record's prompt as `chat_prompt` does; it must place every one of `images` images.
+
+    Raises:
+        RecordError: when it does not, as with a literal image token in the text.
+    """
+    text, _ = chat_prompt(processor, record.prompt, images)
+    placed = text.count(processor.image_token)
+    if placed != images:
+        raise RecordError(
+            record.name,
+            f"its prompt places {placed} image(s) ({processor.image_token!r}) for {images} given.",
+            f"Give one per image, and keep {processor.image_token!r} out of the text.",
+        )
+    return text
 
 
 class _Encoder:
@@ -170,15 +179,7 @@ class _Encoder:
                 "--objective dpo.",
             )
         keys, pictures = zip(*(self.store.add(record.name, s) for s in stored), strict=True)
-        text, _ = chat_prompt(self.processor, record.prompt, len(stored))
-        placed = text.count(self.image_token)
-        if placed != len(pictures):
-            raise RecordError(
-                record.name,
-                f"its prompt places {placed} image(s) ({self.image_token!r}) for "
-                f"{len(pictures)} in `images`.",
-                f"Give one per image, and keep {self.image_token!r} out of the text.",
-            )
+        text = check_prompt(self.processor, record, len(stored))
         ids = np.array(self.processor(images=list(pictures), text=[text])["input_ids"][0])
         found, expected = int((ids == self.image_id).sum()), len(pictures) * self.image_tokens
         if found != expected:
@@ -197,11 +198,18 @@ class _Encoder:
         answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
         opened = self.processor.apply_chat_template(typed, add_generation_prompt=True)
         whole = self.processor.apply_chat_template([*typed, answer])
-        if whole.startswith(opened):
-            suffix = whole[len(opened) :]
+        suffix = whole.removeprefix(opened) if whole.startswith(opened) else text
+        if (end := self.tokenizer.eos_token) and end not in suffix:
+            suffix = suffix.rstrip() + end  # LLaVA-1.5's template leaves it to the trainer
+        # Tokenized behind the prompt, since a text may begin otherwise on its own.
+        before, ids = (
+            self.tokenizer(t, add_special_tokens=False)["input_ids"]
+            for t in (opened, opened + suffix)
+        )
+        if ids[: len(before)] == before:
+            ids = ids[len(before) :]
         else:
-            suffix = text + (self.tokenizer.eos_token or "")
-        ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         if self.image_id in ids:
             raise RecordError(
                 record.name,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from realign_kernels.batcher import pack_forest
+from realign_kernels import pack_forest
 
 
 @dataclass(frozen=True)

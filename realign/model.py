@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
@@ -35,8 +35,8 @@ def load_processor(path: str | Path):
         )
     if not processor.chat_template:
         raise ValueError(
-            f"the processor of {path} has no chat template, so prompts cannot be rendered. Save one "
-            "with it (processor.chat_template = ...; processor.save_pretrained(...))."
+            f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "
+            "one with it (processor.chat_template = ...; processor.save_pretrained(...))."
         )
     return processor
 

@@ -67,10 +67,12 @@ def stop() -> None:
 
 
 def rank() -> int:
+    """This process among all; 0 when it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -17,9 +17,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
+_TYPED_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", _PARTS)]))
 _IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 _COLUMNS = {
     "id": pa.string(),
@@ -38,6 +40,7 @@ _PROVENANCE = {
     "refill_model": pa.string(),
     "seed": pa.int64(),
 }
+_ROW_GROUP = 256  # records; Arrow holds at most 2 GiB of embedded images in one
 
 
 class RecordError(ValueError):
@@ -63,26 +66,36 @@ class StoredImage:
         return cls(buffer.getvalue(), path)
 
     def open(self, record: str) -> Image.Image:
-        """Decode to RGB.
+        """Decode to RGB, upright as its EXIF orientation says; transparency is dropped.
 
         Raises:
             RecordError: when the file is missing or is no readable image; names `record`.
         """
+        if self.data is None and self.path is None:
+            raise RecordError(
+                record,
+                "an image has neither bytes nor a path.",
+                "Add one of them or remove the record.",
+            )
         shown = self.path or f"{len(self.data or b'')} embedded bytes"
         try:
             source = io.BytesIO(self.data) if self.data is not None else self.path
             with Image.open(source) as image:
-                return image.convert("RGB")
+                if image.mode.startswith("I;16"):  # Pillow would clip it to white
+                    raise ValueError("16 bits per pixel; save it with 8")
+                return ImageOps.exif_transpose(image).convert("RGB")
         except FileNotFoundError:
             raise RecordError(
                 record,
                 f"its image {shown} does not exist.",
                 "Restore the file or remove the record.",
             ) from None
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, UnidentifiedImageError)
+            why = "no image format that Pillow knows" if unknown else error
             raise RecordError(
                 record,
-                f"its image {shown} cannot be read ({error}).",
+                f"its image {shown} cannot be read ({why}).",
                 "Replace the image or remove the record.",
             ) from error
 
@@ -131,27 +144,38 @@ def write_pairs(path: str | Path, records: Iterable[Record]) -> int:
 
     The file carries `datasets` metadata, so image columns load as images there.
     """
-    path = Path(path)
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {
-            "id": record.name,
-            "prompt": list(record.prompt),
-            "chosen": [{"role": "assistant", "content": record.chosen}],
-            "rejected": [{"role": "assistant", "content": record.rejected}],
-            "images": [{"bytes": i.data, "path": i.path} for i in record.images],
-            "retrieved_images": [
-                {"bytes": i.data, "path": i.path} for i in record.retrieved_images
-            ],
-        }
-        row.update({name: record.provenance.get(name) for name in _PROVENANCE})
-        rows.append(row)
-    schema = pa.schema(_COLUMNS | _PROVENANCE, metadata={"huggingface": _datasets_metadata()})
+    path, records = Path(path), list(records)
+    typed = any(not isinstance(m["content"], str) for r in records for m in r.prompt)
+    columns = _COLUMNS | _PROVENANCE | {"prompt": _TYPED_MESSAGES if typed else _MESSAGES}
+    features = {name: _feature(kind) for name, kind in columns.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema(columns, metadata=metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
+    with pq.ParquetWriter(partial, schema) as writer:
+        for start in range(0, len(records), _ROW_GROUP):
+            rows = [_to_row(record, typed) for record in records[start : start + _ROW_GROUP]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     partial.replace(path)
-    return len(rows)
+    return len(records)
+
+
+def _to_row(record: Record, typed: bool) -> dict[str, Any]:
+    prompt = [
+        {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+        if typed and isinstance(m["content"], str)
+        else m
+        for m in record.prompt
+    ]
+    row: dict[str, Any] = {
+        "id": record.name,
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": record.chosen}],
+        "rejected": [{"role": "assistant", "content": record.rejected}],
+        "images": [{"bytes": i.data, "path": i.path} for i in record.images],
+        "retrieved_images": [{"bytes": i.data, "path": i.path} for i in record.retrieved_images],
+    }
+    return row | {name: record.provenance.get(name) for name in _PROVENANCE}
 
 
 def _read(path: Path, needed: tuple[str, ...]) -> list[Record]:
@@ -171,14 +195,20 @@ def _read(path: Path, needed: tuple[str, ...]) -> list[Record]:
 
 
 def _read_file(file: Path, needed: tuple[str, ...]) -> list[Record]:
+    rows: list[dict[str, Any]] = []
     try:
-        table = pq.read_table(file)
+        with pq.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            missing = [column for column in needed if column not in names]
+            known = [column for column in (*_COLUMNS, *_PROVENANCE) if column in names]
+            if not missing:
+                for batch in parquet.iter_batches(_ROW_GROUP, columns=known):
+                    rows += batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"{file} is not a readable Parquet file ({error}). Pass a file written by "
             "`python -m realign.pairs` or one with TRL's vision preference columns."
         ) from error
-    missing = [column for column in needed if column not in table.column_names]
     if missing:
         raise ValueError(
             f"{file} lacks the column(s) {', '.join(missing)}. Columns are those of TRL's vision "
@@ -186,29 +216,50 @@ def _read_file(file: Path, needed: tuple[str, ...]) -> list[Record]:
             "objectives with a visual term."
         )
     rejected = "rejected" in needed
-    return [_to_record(row, i, file.parent, rejected) for i, row in enumerate(table.to_pylist())]
+    return [
+        _to_record(row, f"{file.name}:{i}", file.parent, rejected) for i, row in enumerate(rows)
+    ]
 
 
-def _to_record(row: dict[str, Any], index: int, folder: Path, rejected: bool) -> Record:
-    name = str(row.get("id") or index)
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not prompt:
-        raise RecordError(name, "it has no prompt.", "Add one or remove the record.")
+def _to_record(row: dict[str, Any], place: str, folder: Path, rejected: bool) -> Record:
+    name = place if row.get("id") is None else str(row["id"])
     provenance = {key: row[key] for key in _PROVENANCE if row.get(key) is not None}
     images = _to_images(row["images"], folder)
     if not images:
         raise RecordError(name, "it has no image.", "Add one to `images` or remove the record.")
     return Record(
         name,
-        tuple(prompt),
+        _to_prompt(row["prompt"], name),
         _to_response(row["chosen"], "chosen", name),
         _to_response(row["rejected"], "rejected", name) if rejected else "",
         images,
         _to_images(row.get("retrieved_images"), folder),
         provenance,
     )
+
+
+def _to_prompt(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    """The messages of a prompt column: content is text, or text and image parts."""
+    if not value:
+        raise RecordError(name, "it has no prompt.", "Add one or remove the record.")
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    found = []
+    for message in messages:
+        content = message["content"] if isinstance(message, dict) else None
+        if isinstance(content, list) and all(p["type"] in ("text", "image") for p in content):
+            # Parquet gives every part every field; an image part has no text.
+            content = [
+                {"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["text"]}
+                for p in content
+            ]
+        elif not isinstance(content, str):
+            raise RecordError(
+                name,
+                f"its prompt has the message {message!r}.",
+                "Give a role and, as content, text or a list of parts of type text and image.",
+            )
+        found.append({"role": message["role"], "content": content})
+    return tuple(found)
 
 
 def _to_response(value: Any, column: str, name: str) -> str:
@@ -225,28 +276,24 @@ def _to_response(value: Any, column: str, name: str) -> str:
 
 def _to_images(value: Any, folder: Path) -> tuple[StoredImage, ...]:
     images = []
-    for item in value or ():
-        item = {"path": item} if isinstance(item, str) else item
-        data, path = item.get("bytes"), item.get("path")
-        if data is None and path is not None:
-            path = str(folder / path)
-        images.append(StoredImage(data, path))
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, bytes):
+            images.append(StoredImage(item))
+        elif item is not None:
+            item = {"path": item} if isinstance(item, str) else item
+            data, path = item.get("bytes"), item.get("path")
+            if data is None and path is not None:
+                path = str((folder / path).absolute())  # good in a file elsewhere, too
+            images.append(StoredImage(data, path))
     return tuple(images)
 
 
-def _datasets_metadata() -> str:
-    """The feature description `datasets` keeps in Parquet files, so that images decode."""
-    message = {
-        "feature": {
-            "role": {"dtype": "string", "_type": "Value"},
-            "content": {"dtype": "string", "_type": "Value"},
-        },
-        "_type": "List",
-    }
-    images = {"feature": {"_type": "Image"}, "_type": "List"}
-    names = {"string": "string", "int64": "int64", "double": "float64"}
-    features: dict[str, Any] = {"id": {"dtype": "string", "_type": "Value"}}
-    features |= dict.fromkeys(("prompt", "chosen", "rejected"), message)
-    features |= dict.fromkeys(("images", "retrieved_images"), images)
-    features |= {k: {"dtype": names[str(t)], "_type": "Value"} for k, t in _PROVENANCE.items()}
-    return json.dumps({"info": {"features": features}})
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    """How `datasets` writes a column's type in Parquet metadata, so that images decode."""
+    if kind == _IMAGES:
+        return {"feature": {"_type": "Image"}, "_type": "List"}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    return {"dtype": str(kind).replace("double", "float64"), "_type": "Value"}

@@ -6,6 +6,7 @@ Read in this order: `objectives` (what is computed), `reference` (the specificat
 """
 
 from realign_kernels import objectives
+from realign_kernels.batcher import ForestPacking, pack_forest
 from realign_kernels.dispatch import explain, use_backend
 from realign_kernels.functional import (
     RDPOLoss,
@@ -18,6 +19,7 @@ from realign_kernels.objectives import Leaf, Objective, PreferenceOutput, RDPOOu
 from realign_kernels.ops import NonFiniteError
 
 __all__ = [
+    "ForestPacking",
     "Leaf",
     "NonFiniteError",
     "Objective",
@@ -28,6 +30,7 @@ __all__ = [
     "linear_logprobs",
     "linear_preference_loss",
     "objectives",
+    "pack_forest",
     "preference_loss",
     "rdpo_loss",
     "use_backend",

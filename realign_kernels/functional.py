@@ -262,15 +262,8 @@ class RDPOLoss(nn.Module):
         sequence_ids: Tensor | None = None,  # (N,)
         bias: Tensor | None = None,  # (V,)
     ) -> RDPOOutput:
-        return rdpo_loss(
-            hidden,
-            weight,
-            labels,
-            reference_logps,
-            sequence_ids=sequence_ids,
-            bias=bias,
-            **self.settings,
-        )
+        inputs = (hidden, weight, labels, reference_logps)
+        return rdpo_loss(*inputs, sequence_ids=sequence_ids, bias=bias, **self.settings)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())

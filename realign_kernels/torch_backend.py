@@ -13,6 +13,7 @@ with p in bf16 has a relative error of 1 at miss = 6e-4. Taking the peak over th
 keeps E in range for fp16, and gap needs no guard for labels that are very unlikely.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,11 @@ def default_chunk_rows(vocabulary: int, device: torch.device) -> int:
     """
     budget, floor = (512 * 2**20, 1024) if device.type == "cuda" else (64 * 2**20, 256)
     return max(floor, budget // (4 * max(vocabulary, 1)))
+
+
+def even_step(rows: int, limit: int) -> int:
+    """The chunk, at most `limit`, that leaves no short, slow rest: 600 rows at 524 are 2 x 300."""
+    return max(1, math.ceil(rows / math.ceil(max(rows, 1) / limit)))
 
 
 class Workspace:
@@ -143,7 +149,7 @@ def forward(
     keep_direction: bool,
 ) -> tuple[Tensor, Tensor | None]:  # (n,), (n, H)
     """1 GEMM, or 2 with the direction. See `dispatch.Backend`."""
-    step = min(chunk_rows or default_chunk_rows(len(weight), hidden.device), max(len(hidden), 1))
+    step = even_step(len(hidden), chunk_rows or default_chunk_rows(len(weight), hidden.device))
     work = Workspace(step, hidden, weight, slopes=keep_direction and softcap is not None)
     logps = hidden.new_empty(len(hidden), dtype=work.wide.dtype)
     direction = hidden.new_empty(hidden.shape) if keep_direction else None
@@ -171,7 +177,7 @@ def backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Recomputes the logits: 1 GEMM, and 1 each for hidden and weight. See `dispatch.Backend`."""
-    step = min(chunk_rows or default_chunk_rows(len(weight), hidden.device), max(len(hidden), 1))
+    step = even_step(len(hidden), chunk_rows or default_chunk_rows(len(weight), hidden.device))
     work = Workspace(step, hidden, weight, slopes=softcap is not None)
     wide = work.wide.dtype
     want_hidden, want_weight, want_bias = wanted

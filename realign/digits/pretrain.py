@@ -22,9 +22,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from realign.digits import ASSETS
 from realign.digits.processor import PATCH, build_processor
 from realign.digits.scenes import CAPTION_PROMPT, SIZE, Scene, make_questions, make_scenes
+from realign.encode import chat_prompt
 
 BATCH = 64
 POOL = 8192  # biased scenes drawn once
+TURNS = 8  # questions in a dialogue
 LEARNING_RATE = 1e-3
 
 
@@ -68,24 +70,30 @@ def build_model(processor) -> LlavaForConditionalGeneration:
     return model
 
 
-def encode(processor, scenes: list[Scene], texts: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """Tokenize (prompt, response) pairs, one to a scene; labels cover the response alone."""
+def encode(
+    processor, scenes: list[Scene], dialogues: list[list[tuple[str, str]]]
+) -> dict[str, torch.Tensor]:
+    """Tokenize (question, answer) turns about one scene each; labels cover the answers alone."""
     tokenizer = processor.tokenizer
-    prompts, answers = [], []
-    for prompt, response in texts:
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        prompts.append(processor.apply_chat_template([user], add_generation_prompt=True))
-        answers.append(tokenizer(f"{response} </s>", add_special_tokens=False)["input_ids"])
+    openings = [turns[0][0] for turns in dialogues]
+    prompts = [chat_prompt(processor, [{"role": "user", "content": q}], 1)[0] for q in openings]
     encoded = processor(images=[scene.image for scene in scenes], text=prompts)
-    length = max(len(p) + len(a) for p, a in zip(encoded["input_ids"], answers, strict=True))
-    ids = torch.full((len(texts), length), tokenizer.pad_token_id)
-    labels = torch.full((len(texts), length), -100)
-    for i, (prompt, answer) in enumerate(zip(encoded["input_ids"], answers, strict=True)):
-        row = torch.tensor([*prompt, *answer])
-        ids[i, : len(row)] = row
-        labels[i, len(prompt) : len(row)] = row[len(prompt) :]
-    pixels = torch.from_numpy(np.stack(encoded["pixel_values"]))
-    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+    rows = []
+    for ids, turns in zip(encoded["input_ids"], dialogues, strict=True):
+        labels = [-100] * len(ids)
+        for i, (question, answer) in enumerate(turns):
+            asked = f"user : {question} assistant :" if i else ""
+            asked = tokenizer(asked, add_special_tokens=False)["input_ids"]
+            said = tokenizer(f"{answer} </s>", add_special_tokens=False)["input_ids"]
+            ids = [*ids, *asked, *said]
+            labels = [*labels, *[-100] * len(asked), *said]
+        rows.append((torch.tensor(ids), torch.tensor(labels)))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([ids for ids, _ in rows], True, tokenizer.pad_token_id),
+        "labels": pad([labels for _, labels in rows], True, -100),
+        "pixel_values": torch.from_numpy(np.stack(encoded["pixel_values"])),
+    }
 
 
 def pretrain(steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, object]:
@@ -103,31 +111,34 @@ def pretrain(steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, obje
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = [scenes[i] for i in rng.integers(POOL, size=BATCH)]
-        texts = []
+        dialogues = []
         for i, scene in enumerate(chosen):
-            question = make_questions(scene, rng)[rng.integers(2)]
-            asked = i % 3 == 2  # two captions to one question
-            texts.append(
-                (question.text, question.answer) if asked else (CAPTION_PROMPT, scene.caption)
-            )
-        batch = encode(processor, chosen, texts)
+            if i % 2:  # many short turns: one answer in a batch row teaches too little
+                asked = [make_questions(scene, rng)[rng.integers(2)] for _ in range(TURNS)]
+                dialogues.append([(question.text, question.answer) for question in asked])
+            else:
+                dialogues.append([(CAPTION_PROMPT, scene.caption)])
+        batch = encode(processor, chosen, dialogues)
         labels = batch.pop("labels")
         logits = model(**batch).logits[:, :-1].float()
         targets = labels[:, 1:]
         each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        # A mean per response, so that an answer of two tokens weighs as much as a caption.
-        loss = (each.sum(1) / (targets != -100).sum(1)).mean()
+        # A mean per row, so that short answers weigh as much as captions.
+        each = each.sum(1) / (targets != -100).sum(1)
+        loss = each.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        captions, answers = each.detach().view(-1, 2).mean(0).tolist()
+        bar.set_postfix(captions=f"{captions:.3f}", answers=f"{answers:.3f}", refresh=False)
     return model.eval(), processor
 
 
 def main() -> None:
+    """Parse, pretrain, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="batches of %d" % BATCH)
+    parser.add_argument("--steps", type=int, default=1500, help=f"batches of {BATCH}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder to write")
     options = parser.parse_args()

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Every token of the digits language: special tokens first, then words in a fixed order."""
-    words = "user assistant : , . ? yes no is there a the digit image in it".split()
+    words = "user assistant : , . ? yes no is".split()
     words += CAPTION_PROMPT.split() + [word for place in PLACES for word in place.split()]
     return [*SPECIAL, *dict.fromkeys([*words, *WORDS])]
 

@@ -113,12 +113,20 @@ def make_scenes(
 
 
 def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Two yes/no questions about a scene, one for each answer, in the manner of POPE."""
-    present = sorted(set(scene.digits))
-    absent = [digit for digit in range(10) if digit not in present]
+    """Two yes/no questions about one place of a scene, the first true and the second not.
+
+    As in POPE's adversarial setting, the digit that is not there is often one that the prior makes
+    likely: half of the time the one a biased row would show.
+    """
+    place = int(rng.integers(4))
+    true = scene.digits[place]
+    false = (true + int(rng.integers(1, 10))) % 10
+    likely = prior(scene.digits[place - 1]) if place % 2 else true
+    if likely != true and rng.random() < 0.5:
+        false = likely
     return [
-        Question(f"is there a {WORDS[rng.choice(present)]} ?", "yes"),
-        Question(f"is there a {WORDS[rng.choice(absent)]} ?", "no"),
+        Question(f"is {PLACES[place]} {WORDS[true]} ?", "yes"),
+        Question(f"is {PLACES[place]} {WORDS[false]} ?", "no"),
     ]
 
 

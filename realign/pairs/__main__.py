@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )["pairs"]
         print(f"neighbours by {index.backend()}")
         print(build_pairs(config))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

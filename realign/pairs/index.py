@@ -26,12 +26,14 @@ def neighbours(
         there are no more neighbours. Ties go to the lower index.
     """
     count = len(embeddings)
-    wanted = min(count, k + 1)
+    wanted = min(count, k + 2)
     while True:
         similarity, found = _search(embeddings, wanted)
         usable = (found != np.arange(count)[:, None]) & (similarity < ceiling)
-        # Duplicates take up places: widen the search until k others remain or all were seen.
-        if wanted == count or (usable.sum(1) >= k).all():
+        # Duplicates take up places, and a tie with the last image found may go on behind it: widen
+        # the search until k others are above that or all were seen.
+        above = usable & (similarity > similarity[:, -1:])
+        if wanted == count or (above.sum(1) >= k).all():
             break
         wanted = min(count, 2 * wanted)
     indices = np.full((count, k), -1, dtype=np.int64)

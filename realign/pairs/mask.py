@@ -19,14 +19,15 @@ _LISTS = {
     "relations": "left right top bottom above below under over behind beside between near inside "
     "outside front back next on in",
 }
-_FUNCTION_WORDS = frozenset(
+_FUNCTION_WORDS = (
     "a an the this that these those there here it its he she they them his her their is are was "
     "were be been being has have had do does did can could will would and or but not no yes of to "
     "at by for from with as into onto up down out off so very also some any each both all which "
-    "who what where when how name".split()
+    "who what where when how name"
 )
 CATEGORIES = (*_LISTS, "objects")
 _WORDS = {name: frozenset(words.split()) for name, words in _LISTS.items()}
+_NO_OBJECTS = frozenset(_FUNCTION_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -94,4 +95,4 @@ def _category(word: str) -> str | None:
     for name, words in _WORDS.items():
         if word in words:
             return name
-    return "objects" if len(word) > 2 and word not in _FUNCTION_WORDS else None
+    return "objects" if len(word) > 2 and word not in _NO_OBJECTS else None

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
+from realign.encode import check_prompt
 from realign.model import ForestModel, load_model, load_processor
 from realign.pairs import filters, index
 from realign.pairs.embed import embed_images
@@ -71,6 +72,9 @@ class PairsConfig:
         for name in ("scenes", "k", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("segments", "temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -123,6 +127,8 @@ def build_pairs(config: PairsConfig) -> PairsReport:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ForestModel(load_model(base)).eval().to(device)
     sources = digit_sources(config) if config.data is None else read_sources(config.data)
+    for record in sources:
+        check_prompt(processor, record, len(record.images))
     pictures = [[stored.open(r.name) for stored in r.images] for r in sources]
     vectors = embed_images(
         [group[0] for group in pictures],
@@ -179,7 +185,14 @@ def _refill(
     generator = torch.Generator(device).manual_seed(config.seed)
     bar = tqdm(total=len(pending), desc="refill", unit="pair", disable=not bars)
     for place in range(config.k):
-        open_ = [e for e in pending if e.made is None and e.neighbours[place] >= 0]
+        # A prompt places as many images as its record has, so a neighbour must have as many.
+        open_ = [
+            e
+            for e in pending
+            if e.made is None
+            and e.neighbours[place] >= 0
+            and len(pictures[e.neighbours[place]]) == len(e.record.images)
+        ]
         for start in range(0, len(open_), config.batch_size):
             part = open_[start : start + config.batch_size]
             completions = infill(

@@ -106,9 +106,7 @@ def forced_pieces(tokenizer, masked: Masked) -> list[list[int]]:
     for piece, hidden in zip(masked.pieces, masked.hidden, strict=False):
         spans.append((end + len(piece), end + len(piece) + len(hidden)))
         end = spans[-1][1]
-    for token, (start, stop) in zip(
-        encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
+    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         while len(pieces) <= len(spans) and start >= spans[len(pieces) - 1][1]:
             pieces.append([])  # past the gap
         inside = len(pieces) <= len(spans) and stop > spans[len(pieces) - 1][0]
@@ -139,9 +137,7 @@ def _writer(
     return gaps
 
 
-def _pick(
-    scores: torch.Tensor, temperature: float, generator: torch.Generator | None
-) -> list[int]:
+def _pick(scores: torch.Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:
     if temperature == 0:
         return scores.argmax(-1).tolist()
     weights = (scores / temperature).softmax(-1)

@@ -20,7 +20,7 @@ FLOOR = {
     torch.float16: 5e-4,
     torch.bfloat16: 4e-3,
 }
-"""About 4 (fp64: 45) units of rounding; it speaks where eager is exact by luck, as at N = 1."""
+"""One rounding in half precision, 4 eps in fp32, 45 in fp64: for where eager is exact by luck."""
 
 
 class Case(NamedTuple):

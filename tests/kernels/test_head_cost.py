@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import realign_kernels as rk
-from realign_kernels.torch_backend import default_chunk_rows
+from realign_kernels.torch_backend import default_chunk_rows, even_step
 
 WIDTH, VOCABULARY, ROWS, CHUNK = 5, 97, 40, 8
 
@@ -85,3 +85,10 @@ def test_frozen_head_keeps_labels_and_direction_alone(case):
 @pytest.mark.parametrize(("vocabulary", "rows"), [(32000, 524), (152064, 256), (0, 2**24)])
 def test_default_chunk(vocabulary, rows):
     assert default_chunk_rows(vocabulary, torch.device("cpu")) == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "step"), [(600, 524, 300), (5, 8, 5), (9, 8, 5), (0, 8, 1)]
+)
+def test_chunks_are_even(rows, limit, step):
+    assert even_step(rows, limit) == step

@@ -218,6 +218,25 @@ def test_autocast_casts_like_a_linear_layer(trainable):
         assert rk.linear_logprobs(*double[:2], double.labels).dtype == torch.float64
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_does_not_reach_into_a_backend(backend, trainable):
+    case = kc.make_case(9, 8, 11, torch.bfloat16)
+
+    def run():
+        hidden = case.hidden.clone().requires_grad_()
+        weight = case.weight.clone().requires_grad_(trainable)
+        logps = rk.linear_logprobs(hidden, weight, case.labels)
+        logps.sum().backward()
+        return logps, hidden.grad
+
+    with rk.use_backend(backend):
+        outside = run()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = run()
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def test_second_derivative_is_refused():
     case = kc.make_case(7, 5, 11, torch.float64)
     for frozen in (True, False):

@@ -1,0 +1,113 @@
+"""A training step of a LLaVA: rDPO on the forest against plain DPO and plain rDPO.
+
+Hidden 256, 6 layers, V = 32000, 576 image tokens, a prompt of 64, responses of 64, 2 examples, fp32,
+LoRA on the language model, frozen vision tower. `plain` is what a trainer without forest, cache and
+fused head does: one padded sequence per response, full logits, and a reference forward each step.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from realign.forest import Example, Leaf, Root, build_batch
+from realign.model import ForestModel, add_lora
+from realign_kernels import objectives
+
+EXAMPLES, PROMPT, RESPONSE, IMAGE_TOKENS, VOCABULARY = 2, 64, 64, 576, 32000
+IMAGE_ID = VOCABULARY - 1
+
+
+class Pixels(dict):
+    """Preprocessed images by key."""
+
+    pixels = dict.__getitem__
+
+
+@pytest.fixture(scope="module")
+def setting():
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        image_size=336, patch_size=14,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+        num_attention_heads=4, max_position_embeddings=2048,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_ID,
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    vlm = LlavaForConditionalGeneration(config)
+    reference = copy.deepcopy(vlm).requires_grad_(False)
+    add_lora(vlm, rank=32, alpha=64)
+    rng = np.random.default_rng(0)
+    store, examples = Pixels(), []
+    for i in range(EXAMPLES):
+        prompt = rng.integers(10, VOCABULARY - 1, PROMPT)
+        chosen, rejected = rng.integers(10, VOCABULARY - 1, (2, RESPONSE))
+        roots = []
+        for name in (f"v{i}", f"w{i}"):
+            store[name] = torch.randn(3, 336, 336)
+            roots.append(Root((name,), np.concatenate([[IMAGE_ID] * IMAGE_TOKENS, prompt])))
+        leaves = (Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen))
+        examples.append(Example(str(i), tuple(roots), leaves))
+    return vlm, reference, examples, store
+
+
+def plain_logps(model, examples, store, leaves):
+    """(leaves, B): every leaf as a sequence of its own, full logits."""
+    pairs = [(e, e.leaves[i]) for i in range(leaves) for e in examples]
+    ids = torch.stack(
+        [torch.tensor(np.concatenate([e.roots[x.root].ids, x.ids])) for e, x in pairs]
+    )
+    pixels = torch.stack([store.pixels(e.roots[x.root].images[0]) for e, x in pairs])
+    logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[:, :-1].float()
+    logps = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+    return logps[:, -RESPONSE:].sum(-1).view(leaves, len(examples))
+
+
+def plain_step(setting, name):
+    vlm, reference, examples, store = setting
+    objective = objectives.get(name)
+    leaves = len(objective.leaves)
+    with torch.no_grad():
+        constants = plain_logps(reference, examples, store, leaves)
+    rewards = 0.1 * (plain_logps(vlm, examples, store, leaves) - constants)
+    loss = sum(-F.logsigmoid(rewards[0] - rewards[i]).sum() for i in range(1, leaves))
+    loss.backward()
+    return loss.detach()
+
+
+def forest_step(setting, constants):
+    vlm, _, examples, store = setting
+    batch = build_batch(examples, store, row_tokens=1)
+    out = ForestModel(vlm)(batch, objectives.rdpo(), constants)
+    out.loss.backward()
+    return out.loss.detach()
+
+
+def timed(benchmark, call):
+    benchmark.group = "step"
+    return benchmark.pedantic(call, rounds=5, warmup_rounds=1, iterations=1)
+
+
+def test_rdpo_on_the_forest_with_kept_references(benchmark, setting):
+    _, reference, examples, store = setting
+    with torch.no_grad():
+        constants = plain_logps(reference, examples, store, 3)
+    loss = timed(benchmark, lambda: forest_step(setting, constants))
+    assert abs(loss - plain_step(setting, "rdpo")) < 1e-3
+
+
+def test_plain_dpo_with_live_reference(benchmark, setting):
+    timed(benchmark, lambda: plain_step(setting, "dpo"))
+
+
+def test_plain_rdpo_with_live_reference(benchmark, setting):
+    timed(benchmark, lambda: plain_step(setting, "rdpo"))

@@ -1,0 +1,47 @@
+"""What several test files share: the digits model, its processor, and a small pairs file."""
+
+from pathlib import Path
+
+import pytest
+
+from realign.digits import ASSETS
+from realign.digits.scenes import Scene, make_scenes
+from realign.model import ForestModel, load_model, load_processor
+from realign.pairs.pipeline import PairsConfig, build_pairs
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The shipped processor."""
+    return load_processor(ASSETS)
+
+
+@pytest.fixture(scope="session")
+def vlm():
+    """The shipped model in fp32. Shared by all tests: never change it."""
+    return load_model(ASSETS).eval()
+
+
+@pytest.fixture(scope="session")
+def forest_model(vlm) -> ForestModel:
+    """The shipped model as training holds it. Shared by all tests: never change it."""
+    return ForestModel(vlm).eval()
+
+
+@pytest.fixture(scope="session")
+def scenes() -> list[Scene]:
+    """Biased scenes of another seed than the pairs are made of."""
+    return make_scenes(120, biased=True, seed=7)
+
+
+@pytest.fixture(scope="session")
+def pairs_config(tmp_path_factory) -> PairsConfig:
+    """How `pairs_file` was built."""
+    folder = tmp_path_factory.mktemp("pairs")
+    return PairsConfig(output=str(folder / "pairs.parquet"), scenes=24, k=6, quiet=True)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(pairs_config) -> Path:
+    """About 24 digit pairs."""
+    return build_pairs(pairs_config).path

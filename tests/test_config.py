@@ -1,0 +1,237 @@
+"""Every option of every command, and how flags, TOML files and mistakes are handled."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+
+from realign import cli, config
+from realign.cli import parse_sections
+from realign.demo import DemoConfig
+from realign.evaluate import EvaluateConfig
+from realign.pairs.pipeline import PairsConfig
+
+# To add an option is a decision: it is listed here, with its default.
+OPTIONS = {
+    config.ModelConfig: {
+        "model": None,
+        "tune": "lora",
+        "lora_rank": 128,
+        "lora_alpha": 256.0,
+        "train_vision": False,
+        "dtype": "fp32",
+    },
+    config.DataConfig: {"pairs": None, "max_response_tokens": 1024, "row_tokens": 0},
+    config.LossConfig: {"objective": "rdpo", "beta": 0.1, "visual_weight": 1.0},
+    config.OptimConfig: {
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "warmup": 0.03,
+        "clip": 1.0,
+        "batch_size": 32,
+        "micro_batch_size": 16,
+        "epochs": 1.0,
+        "steps": 0,
+    },
+    config.RunConfig: {
+        "output": "runs/rdpo",
+        "seed": 0,
+        "fsdp": False,
+        "nproc_per_node": 0,
+        "save_every": 50,
+        "resume": False,
+        "merge": False,
+        "quiet": False,
+    },
+    PairsConfig: {
+        "output": "runs/pairs.parquet",
+        "data": None,
+        "model": None,
+        "embed_model": None,
+        "scenes": 1024,
+        "k": 10,
+        "ceiling": 0.999,
+        "mask": "",
+        "segments": 1,
+        "tau": 1.0,
+        "temperature": 0.0,
+        "batch_size": 64,
+        "seed": 0,
+        "quiet": False,
+    },
+    EvaluateConfig: {
+        "model": None,
+        "output": None,
+        "scenes": 1000,
+        "batch_size": 100,
+        "seed": 0,
+        "quiet": False,
+    },
+    DemoConfig: {
+        "output": "demo",
+        "seeds": 1,
+        "steps": 100,
+        "scenes": 1024,
+        "evaluation_scenes": 1000,
+        "nproc_per_node": 2,
+    },
+}
+TRAIN = (
+    config.ModelConfig,
+    config.DataConfig,
+    config.LossConfig,
+    config.OptimConfig,
+    config.RunConfig,
+)
+
+
+@pytest.mark.parametrize("cls", OPTIONS, ids=lambda cls: cls.__name__)
+def test_the_options_are_these(cls):
+    assert {f.name: f.default for f in fields(cls)} == OPTIONS[cls]
+    docs = cli._field_docs(cls)
+    assert set(docs) == set(OPTIONS[cls])
+    assert all(doc.endswith((".", ").")) and len(doc) > 10 for doc in docs.values())
+
+
+def test_option_names_are_unique_over_the_sections_of_training():
+    names = [f.name for cls in TRAIN for f in fields(cls)]
+    assert len(names) == len(set(names))
+    tree = config.TrainConfig().to_dict()
+    assert tree == {
+        section: OPTIONS[cls]
+        for section, cls in zip(("model", "data", "loss", "optim", "run"), TRAIN, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        config.parse,
+        lambda arguments: parse_sections(
+            {"pairs": PairsConfig}, prog="pairs", description="", arguments=arguments
+        ),
+    ],
+    ids=["train", "pairs"],
+)
+def test_help_shows_every_flag_with_its_default(parse, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    shown = TRAIN if "--objective" in text else (PairsConfig,)
+    for cls in shown:
+        for name, default in OPTIONS[cls].items():
+            assert f"--{name.replace('_', '-')}" in text
+            assert f"(default: {default})" in text
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[model]\ntune = "full"\n[loss]\nbeta = 0.2\nvisual_weight = 2\n'
+        "[optim]\nbatch_size = 8\nlearning_rate = 3e-5\n[run]\nfsdp = true\nseed = 5\n"
+    )
+    found = config.parse(["--config", str(file), "--beta", "0.3", "--no-fsdp", "--seed", "6"])
+    assert (found.loss.beta, found.run.fsdp, found.run.seed) == (0.3, False, 6)
+    assert (found.model.tune, found.optim.batch_size, found.optim.learning_rate) == (
+        "full",
+        8,
+        3e-5,
+    )
+    assert found.loss.visual_weight == 2.0 and type(found.loss.visual_weight) is float
+    assert found.loss.objective == "rdpo"
+    assert config.parse([]) == config.TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[los]\nbeta = 0.1\n", r"unknown section \[los\]; use model, data, loss, optim, run"),
+        ("beta = 0.1\n", r"unknown section \[beta\]"),
+        ("[loss]\nbetta = 0.1\n", r"unknown key 'betta' in \[loss\]; it has objective, beta"),
+        ('[loss]\nbeta = "0.1"\n', "loss.beta is '0.1'; it must be of type float"),
+        ("[optim]\nbatch_size = 8.0\n", "optim.batch_size is 8.0; it must be of type int"),
+        ("[optim]\nbatch_size = true\n", "optim.batch_size is True; it must be of type int"),
+        ("[run]\nfsdp = 1\n", "run.fsdp is 1; it must be of type bool"),
+        ("[model]\nmodel = 3\n", "model.model is 3; it must be of type str"),
+        ("[loss\nbeta = 1\n", "run.toml is not valid TOML"),
+        ("[loss]\nbeta = 0\n", "beta is 0"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.parse(["--config", str(file)])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-such.toml"):
+        config.parse(["--config", str(tmp_path / "no-such.toml")])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--no-such-flag"], ["--beta", "much"], ["--batch-size", "1.5"], ["stray"]]
+)
+def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        config.parse(arguments)
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objective", "ppo"], "objective is 'ppo'; it must be one of dpo, rdpo, mdpo"),
+        (["--beta", "0"], "beta is 0.0; it must be above 0"),
+        (["--beta", "nan"], "beta is nan"),
+        (["--tune", "qlora"], "tune is 'qlora'; it must be one of lora, full"),
+        (["--dtype", "fp16"], "dtype is 'fp16'; it must be one of fp32, bf16"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--micro-batch-size", "-1"], "micro_batch_size is -1"),
+        (["--learning-rate", "0"], "learning_rate is 0.0"),
+        (["--epochs", "0"], "epochs is 0.0"),
+        (["--lora-rank", "0"], "lora_rank is 0"),
+        (["--max-response-tokens", "0"], "max_response_tokens is 0"),
+    ],
+)
+def test_a_bad_training_value_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        config.parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask": "numbers, verbs"}, "mask names verbs; the kinds are numbers, attributes"),
+        ({"model": "some/model"}, "--model is given without --data"),
+        ({"scenes": 0}, "scenes is 0"),
+        ({"k": 0}, "k is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"segments": -1}, "segments is -1"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+    ],
+)
+def test_a_bad_pairs_value_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PairsConfig(**settings)
+
+
+def test_what_the_pairs_mask_by_default():
+    assert PairsConfig().categories == ("numbers",)
+    every = ("numbers", "attributes", "relations", "objects")
+    assert PairsConfig(data="x.parquet").categories == every
+    assert PairsConfig(mask="objects, numbers").categories == ("objects", "numbers")
+
+
+def test_percent_signs_and_optional_types_reach_argparse(capsys):
+    @dataclass
+    class Odd:
+        share: float | None = None
+        """About 50 % of it."""
+
+    with pytest.raises(SystemExit):
+        parse_sections({"odd": Odd}, prog="odd", description="", arguments=["--help"])
+    assert "About 50 % of it. (default: None)" in capsys.readouterr().out
+    parsed = parse_sections({"odd": Odd}, prog="", description="", arguments=["--share", "0.5"])
+    assert parsed["odd"] == Odd(share=0.5)

@@ -1,0 +1,287 @@
+"""From records to ids: what the model is fed is the rendered conversation, or an error says why."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+from realign.digits.scenes import CAPTION_PROMPT
+from realign.encode import ImageStore, chat_prompt, encode_records
+from realign.records import Record, RecordError, StoredImage, read_pairs
+from realign_kernels import Objective, objectives
+
+IMAGE_TOKENS = 16
+LIMITS = {"image_tokens": IMAGE_TOKENS, "max_response_tokens": 64, "max_tokens": 512}
+LLAVA_TEMPLATE = (  # as LLaVA-1.5's: no end token after a response, white space instead
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{{ 'ASSISTANT:' if add_generation_prompt else '' }}"
+)
+
+
+def _encode(records, processor, objective=None, **limits):
+    objective = objective or objectives.rdpo()
+    return encode_records(records, processor, objective, progress=False, **(LIMITS | limits))
+
+
+@pytest.fixture(scope="module")
+def record(scenes) -> Record:
+    images = [StoredImage.from_pil(scene.image) for scene in scenes[:2]]
+    prompt = ({"role": "user", "content": CAPTION_PROMPT},)
+    return Record("r", prompt, "top one .", "top two .", (images[0],), (images[1],))
+
+
+@pytest.fixture(scope="module")
+def letters(processor) -> LlavaProcessor:
+    """A processor in the manner of LLaVA-1.5: its template, and a space before every text."""
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    characters = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
+    scores = [(token, 0.0) for token in special] + [(token, -1.0) for token in characters]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    return LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=fast,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+
+
+def _messages(*contents):
+    return [{"role": "user", "content": content} for content in contents]
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "text"),
+    [
+        (_messages("a"), 1, "<s> user : <image> a assistant :"),
+        (_messages("a"), 2, "<s> user : <image> <image> a assistant :"),
+        (_messages("a"), 0, "<s> user : a assistant :"),
+        (_messages("a", "b"), 1, "<s> user : <image> a user : b assistant :"),
+        (
+            [{"role": "assistant", "content": "b"}, *_messages("a")],
+            1,
+            "<s> assistant : b </s> user : <image> a assistant :",
+        ),
+        (
+            _messages([{"type": "text", "text": "a"}, {"type": "image"}]),
+            1,
+            "<s> user : a <image> assistant :",
+        ),
+        # The messages place their images, so none is added.
+        (_messages("a", [{"type": "image"}]), 1, "<s> user : a user : <image> assistant :"),
+        (_messages([{"type": "text", "text": "a"}]), 1, "<s> user : <image> a assistant :"),
+    ],
+)
+def test_a_prompt_places_its_images(processor, messages, images, text):
+    before = copy.deepcopy(messages)
+    rendered, typed = chat_prompt(processor, messages, images)
+    assert rendered == text
+    assert all(isinstance(message["content"], list) for message in typed)
+    assert processor.apply_chat_template(typed, add_generation_prompt=True) == text
+    assert messages == before
+
+
+def test_root_and_leaf_are_the_rendered_conversation(processor, pairs_file):
+    records = read_pairs(pairs_file)
+    examples, store = _encode(records, processor)
+    assert [e.name for e in examples] == [r.name for r in records]
+    assert len(store) <= 24  # distinct pictures
+    for record, example in zip(records, examples, strict=True):
+        leaves = [
+            (record.chosen, record.images),
+            (record.rejected, record.images),
+            (record.chosen, record.retrieved_images),
+        ]
+        assert len(example.leaves) == 3
+        for leaf, (response, images) in zip(example.leaves, leaves, strict=True):
+            text = f"<s> user : <image> {CAPTION_PROMPT} assistant : {response} </s>"
+            picture = images[0].open(record.name)
+            whole = processor(images=[picture], text=[text], return_tensors="pt")
+            root = example.roots[leaf.root]
+            assert [*root.ids, *leaf.ids] == whole["input_ids"][0].tolist()
+            assert leaf.ids[-1] == processor.tokenizer.eos_token_id
+            assert torch.equal(store.pixels(root.images[0]), whole["pixel_values"][0])
+
+
+def test_objectives_decide_the_roots(processor, record):
+    expected = {"dpo": (1, [0, 0]), "rdpo": (2, [0, 0, 1]), "mdpo": (2, [0, 0, 1])}
+    for name, (roots, places) in expected.items():
+        ((example,), _) = _encode([record], processor, objectives.get(name))
+        assert len(example.roots) == roots
+        assert [leaf.root for leaf in example.leaves] == places
+    assert example.roots[0].images != example.roots[1].images
+    assert np.array_equal(example.roots[0].ids, example.roots[1].ids)
+    assert np.array_equal(example.leaves[0].ids, example.leaves[2].ids)
+
+
+def test_llava_templates_get_their_end_token(letters, record):
+    ((example,), _) = _encode([record], letters)
+    root, leaf = example.roots[0], example.leaves[0]
+    text = f"USER: <image>\n{CAPTION_PROMPT} ASSISTANT: top one .</s>"
+    picture = record.images[0].open("r")
+    whole = letters(images=[picture], text=[text])["input_ids"][0]
+    assert [*root.ids, *leaf.ids] == list(whole)
+    assert letters.tokenizer.convert_ids_to_tokens(leaf.ids) == [*"▁top▁one▁.", "</s>"]
+
+
+def test_several_images_under_a_prompt(processor, record):
+    prompt = _messages([{"type": "image"}, {"type": "text", "text": "name"}, {"type": "image"}])
+    pair = record.images + record.retrieved_images
+    two = Record("r", tuple(prompt), "yes", "no", pair, tuple(reversed(pair)))
+    ((example,), store) = _encode([two], processor)
+    first, second = example.roots
+    assert first.images == tuple(reversed(second.images)) and len(store) == 2
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    runs = [(k, len(list(g))) for k, g in itertools.groupby(first.ids.tolist()) if k == image]
+    assert runs == [(image, IMAGE_TOKENS)] * 2
+
+
+def _changed(record, **changes) -> Record:
+    return Record(**{**vars(record), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits", "message"),
+    [
+        (
+            {},
+            {"max_response_tokens": 3},
+            "chosen response has 4 tokens; the limit is 3. Raise --max",
+        ),
+        (
+            {"rejected": "one one one one one"},
+            {"max_response_tokens": 5},
+            "rejected response has 6 tokens; the limit is 5",
+        ),
+        (
+            {"prompt": tuple(_messages("<image> name the digits"))},
+            {},
+            "prompt places 2 image.*'<image>'.* for 1 given. Give one per image",
+        ),
+        ({"prompt": ({"role": "system", "content": "name"},)}, {}, "prompt places 0 image"),
+        (
+            {"chosen": "one <image> ."},
+            {},
+            "chosen response contains the image token '<image>'. Rem",
+        ),
+        ({"rejected": "<image>"}, {}, "rejected response contains the image token"),
+        (
+            {},
+            {"image_tokens": 15},
+            "prompt has 16 image tokens where the model produces 15 .*check its patch_size",
+        ),
+        (
+            {"retrieved_images": ()},
+            {},
+            "needs 'retrieved_image' but the record has none. Add .*--objective dpo",
+        ),
+        (
+            {},
+            {"max_tokens": 28},
+            "prompt and chosen response take 29 tokens; the model takes 28. Shorten",
+        ),
+        (
+            {"images": (StoredImage(path="no/such.png"),)},
+            {},
+            "its image no/such.png does not exist",
+        ),
+        ({"retrieved_images": (StoredImage(b"x"),)}, {}, "1 embedded bytes cannot be read"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named(processor, record, changes, limits, message):
+    bad = _changed(record, name="scene-3", **changes)
+    with pytest.raises(RecordError, match=message) as error:
+        _encode([record, bad] if changes else [bad], processor, **limits)
+    assert str(error.value).startswith("record 'scene-3': ")
+
+
+def test_limits_are_inclusive(processor, record):
+    _encode([record], processor, max_response_tokens=4, max_tokens=29)
+    without = _changed(record, retrieved_images=())
+    _encode([without], processor, objectives.dpo())
+
+
+def test_an_unknown_response_is_named(processor, record):
+    leaves = (objectives.CHOSEN, objectives.Leaf("edited", "image"))
+    term = objectives.PairSigmoid(name="text", positive=0, negative=1)
+    objective = Objective("odd", leaves, (term,), 0.1)
+    with pytest.raises(RecordError, match="'odd' needs a 'edited' response. Records hold chosen"):
+        _encode([record], processor, objective)
+
+
+class _Counting:
+    """A processor that counts how many images it preprocesses."""
+
+    def __init__(self, processor) -> None:
+        self.made = 0
+        self._processor = processor.image_processor
+        self.image_processor = self._make
+
+    def _make(self, images, **options):
+        self.made += len(images)
+        return self._processor(images=images, **options)
+
+
+def test_the_store_knows_pictures_by_content(tmp_path, processor, scenes):
+    store = ImageStore(processor)
+    picture = scenes[0].image
+    picture.save(tmp_path / "copy.bmp")
+    other = picture.copy()
+    other.putpixel((3, 3), tuple(255 - v for v in picture.getpixel((3, 3))))
+    wide = Image.frombytes("RGB", (32, 8), picture.tobytes())  # the same bytes, another picture
+    key, opened = store.add("a", StoredImage.from_pil(picture))
+    assert np.array_equal(np.asarray(opened), np.asarray(picture))
+    assert store.add("b", StoredImage(path=str(tmp_path / "copy.bmp")))[0] == key
+    assert len(store) == 1 and len(bytes.fromhex(key)) == 16
+    keys = {key, *(store.add("c", StoredImage.from_pil(image))[0] for image in (other, wide))}
+    assert len(keys) == len(store) == 3
+
+
+def test_the_store_keeps_the_latest_within_its_bytes(processor, scenes):
+    counting = _Counting(processor)
+    size = 3 * 16 * 16 * 4  # one preprocessed scene
+    store = ImageStore(counting, cache_bytes=2 * size)
+    a, b, c = (store.add(str(i), StoredImage.from_pil(scenes[i].image))[0] for i in range(3))
+    first = store.pixels(a)
+    assert first.nbytes == size and first.shape == (3, 16, 16)
+    made = []
+    for key in (a, b, a, c, a, b, b, c, a):  # with room for two, the least recent goes
+        assert store.pixels(key).shape == (3, 16, 16)
+        made.append(counting.made)
+    assert made == [1, 2, 2, 3, 3, 4, 4, 5, 6]
+    assert torch.equal(store.pixels(a), first)
+
+    tight = ImageStore(counting, cache_bytes=1)  # one picture is always kept
+    key = tight.add("a", StoredImage.from_pil(scenes[0].image))[0]
+    before = counting.made
+    for _ in range(3):
+        assert torch.equal(tight.pixels(key), first)
+    assert counting.made == before + 1
+
+
+def test_images_that_vanish_after_the_check_are_named(tmp_path, processor, scenes):
+    scenes[0].image.save(tmp_path / "a.png")
+    store = ImageStore(processor)
+    key, _ = store.add("scene-5", StoredImage(path=str(tmp_path / "a.png")))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(RecordError, match="'scene-5': its image .*a.png does not exist"):
+        store.pixels(key)

@@ -1,0 +1,358 @@
+"""Training: the same curve however it is run, nothing lost, errors before the first step."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from realign import checkpoint, metrics, reference
+from realign.config import parse
+from realign.digits import ASSETS
+from realign.digits.scenes import CAPTION_PROMPT, digits_in, make_scenes
+from realign.encode import encode_records
+from realign.evaluate import caption
+from realign.forest import build_batch
+from realign.metrics import read_jsonl
+from realign.model import ForestModel, load_model, load_processor
+from realign.pairs.pipeline import PairsConfig, build_pairs
+from realign.records import read_pairs, write_pairs
+from realign.train import NonFiniteStep, learning_rate, main, train
+from realign_kernels import objectives
+
+# Runs that differ in ranks or accumulation add the same numbers in another order. After six Adam
+# steps fp32 rounding has grown to 1e-6 of the loss here; ten times that is the bound.
+CURVE_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    build_pairs(PairsConfig(output=str(path), scenes=40, quiet=True))
+    return path
+
+
+def arguments(pairs, output, *more, steps=6):
+    given = ["--pairs", pairs, "--output", output, "--steps", steps, "--batch-size", 8]
+    given += ["--micro-batch-size", 8, "--quiet", *more]
+    return [str(word) for word in given]
+
+
+def run(pairs, output, *more, steps=6):
+    train(parse(arguments(pairs, output, *more, steps=steps)))
+    return read_jsonl(output / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def plain(pairs, tmp_path_factory):
+    """An uninterrupted run in one plain process: its folder and curve."""
+    output = tmp_path_factory.mktemp("plain")
+    return output, run(pairs, output, "--save-every", 2)
+
+
+def curve(entries, name="loss"):
+    return np.array([entry[name] for entry in entries])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fsdp_gives_the_plain_curve(pairs, plain, tmp_path, ranks):
+    more = ["--fsdp", "--nproc-per-node", ranks]
+    command = [sys.executable, "-m", "realign.train", *arguments(pairs, tmp_path, *more)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entries = read_jsonl(tmp_path / "metrics.jsonl")
+    for name in ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen"):
+        truth = curve(plain[1], name)
+        assert np.abs(curve(entries, name) - truth).max() <= CURVE_TOLERANCE * max(
+            1, np.abs(truth).max()
+        ), name
+    ours = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    theirs = load_file(plain[0] / "model" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    # Adam divides by the gradient's size, so a rounding error in a gradient of nearly 0 moves a
+    # weight by up to the learning rate (1e-4) per step.
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 6e-4
+
+
+def test_accumulation_and_row_length_change_nothing(pairs, plain, tmp_path):
+    entries = run(pairs, tmp_path, "--micro-batch-size", 3, "--row-tokens", 200)
+    assert np.abs(curve(entries) - curve(plain[1])).max() < CURVE_TOLERANCE
+
+
+def test_the_first_step_against_the_formula(pairs, plain):
+    """At the reference all rewards are 0, so the loss is ln 2 for each of rDPO's two terms."""
+    first = plain[1][0]
+    assert first["loss"] == pytest.approx(2 * np.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert first["learning_rate"] == pytest.approx(1e-4)
+    last = plain[1][-1]
+    assert last["loss"] < first["loss"]
+    assert last["rewards/margins"] == pytest.approx(
+        last["rewards/chosen"] - last["rewards/rejected"], abs=1e-9
+    )
+    assert last["rewards/visual_margins"] == pytest.approx(
+        last["rewards/chosen"] - last["rewards/visual"], abs=1e-9
+    )
+
+
+def test_a_killed_run_resumes_bit_for_bit(pairs, plain, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die_after(log, entry, write=metrics.JsonlLog.write):
+        write(log, entry)
+        if entry["step"] == 5:
+            raise Killed
+
+    monkeypatch.setattr(metrics.JsonlLog, "write", die_after)
+    with pytest.raises(Killed):
+        run(pairs, tmp_path, "--save-every", 2)
+    monkeypatch.undo()
+    assert checkpoint.last_step(tmp_path / "checkpoints") == 4
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a line cut short
+    entries = run(pairs, tmp_path, "--save-every", 2, "--resume")
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "grad_norm", "logps/visual"):
+        assert curve(entries, name).tolist() == curve(plain[1], name).tolist()
+    ours = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    theirs = load_file(plain[0] / "model" / "adapter_model.safetensors")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+
+
+def test_an_earlier_run_is_never_overwritten(pairs, plain):
+    output = plain[0]
+    before = (output / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"holds a run of 6 steps\. Add --resume"):
+        run(pairs, output)
+    with pytest.raises(ValueError, match=r"other settings: beta \(0\.1 -> 0\.2\)"):
+        run(pairs, output, "--resume", "--beta", 0.2)
+    assert (output / "metrics.jsonl").read_bytes() == before
+
+
+def test_adapter_merged_and_full_models_load_in_plain_transformers(pairs, plain, tmp_path):
+    scenes = make_scenes(8, biased=True, split="train", seed=5)
+    run(pairs, tmp_path / "merged", "--merge")
+    run(pairs, tmp_path / "full", "--tune", "full", "--learning-rate", "1e-5", steps=1)
+    captions = {}
+    for folder in (plain[0], tmp_path / "merged", tmp_path / "full"):
+        model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+        processor = AutoProcessor.from_pretrained(folder / "model")
+        assert type(model).__name__ == "LlavaForConditionalGeneration"
+        captions[folder.name] = caption(model, processor, scenes)
+    assert captions["merged"] == captions[plain[0].name]
+    right = [digits_in(c) == list(s.digits) for c, s in zip(captions["full"], scenes, strict=True)]
+    assert np.mean(right) >= 0.75  # biased scenes of training digits: the base reads them
+    base, full = load_model(ASSETS), load_model(tmp_path / "full" / "model")
+    moved = {
+        name
+        for (name, a), b in zip(base.named_parameters(), full.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert any("language_model" in name for name in moved) and "lm_head.weight" in moved
+    assert not any("vision_tower" in name for name in moved)
+
+
+def test_bf16_follows_fp32(pairs, plain, tmp_path):
+    entries = run(pairs, tmp_path / "plain", "--dtype", "bf16")
+    # bf16 has 8 bits: log-probs near -30 are off by up to 0.2, times beta 0.1.
+    assert np.abs(curve(entries) - curve(plain[1])).max() < 0.03
+    more = ["--fsdp", "--nproc-per-node", 2, "--dtype", "bf16"]
+    command = [sys.executable, "-m", "realign.train", *arguments(pairs, tmp_path / "fsdp", *more)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sharded = read_jsonl(tmp_path / "fsdp" / "metrics.jsonl")
+    assert np.abs(curve(sharded) - curve(plain[1])).max() < 0.03
+
+
+@pytest.mark.parametrize("name", ["dpo", "mdpo"])
+def test_other_objectives_train(pairs, tmp_path, name):
+    entries = run(pairs, tmp_path, "--objective", name, steps=2)
+    terms = {"dpo": 1, "mdpo": 3}[name]
+    assert entries[0]["loss"] == pytest.approx(terms * np.log(2), abs=1e-6)
+    assert ("rewards/visual" in entries[0]) == (name == "mdpo")
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = parse(["--learning-rate", "2", "--warmup", "0.1"])
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10 * 2)
+    assert rates[10:] == pytest.approx(1 + np.cos(np.pi * np.arange(90) / 90))
+
+
+# --- reference log-probs ---
+
+
+def encoded(pairs):
+    return encode_records(
+        read_pairs(pairs),
+        load_processor(ASSETS),
+        objectives.rdpo(),
+        image_tokens=16,
+        max_response_tokens=64,
+        max_tokens=512,
+        progress=False,
+    )
+
+
+def fill(folder, model, examples, store):
+    return reference.fill(
+        folder,
+        model,
+        examples,
+        store,
+        batch_size=8,
+        row_tokens=128,
+        device=torch.device("cpu"),
+        progress=False,
+    )
+
+
+def test_reference_is_computed_once_and_recovers(pairs, tmp_path):
+    examples, store = encoded(pairs)
+    model, forwards = ForestModel(load_model(ASSETS)).eval(), []
+    model.register_forward_pre_hook(lambda _, args: forwards.append(args[0].examples))
+    first = fill(tmp_path, model, examples, store)
+    assert sum(forwards) == len(examples)
+    with torch.no_grad():
+        live = model(build_batch(examples, store, row_tokens=4096))
+    assert (first - live).abs().max() < 5e-5
+    forwards.clear()
+    again = fill(tmp_path, model, examples[::-1], store)
+    assert forwards == [] and torch.equal(again, first.flip(1))
+    # A crash in mid-write: the torn record is cut, the lost ones are computed again.
+    (file,) = tmp_path.glob("*.logps")
+    file.write_bytes(file.read_bytes()[: 24 * 3 * 30 + 11])
+    assert torch.allclose(fill(tmp_path, model, examples, store), first, atol=5e-5)
+    assert sum(forwards) == len(examples) - 30
+
+
+def test_what_a_reference_key_and_fingerprint_depend_on(pairs):
+    examples, _ = encoded(pairs)
+    keys = {reference.leaf_key(e, leaf) for e in examples for leaf in range(3)}
+    assert len(keys) == 3 * len(examples)
+    processor, vlm = load_processor(ASSETS), load_model(ASSETS)
+    prints = {reference.fingerprint(vlm, processor, torch.float32)}
+    assert reference.fingerprint(load_model(ASSETS), processor, torch.float32) in prints
+    prints.add(reference.fingerprint(vlm, processor, torch.bfloat16))
+    with torch.no_grad():
+        vlm.lm_head.weight[0, 0] += 1e-3
+    prints.add(reference.fingerprint(vlm, processor, torch.float32))
+    processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+    prints.add(reference.fingerprint(vlm, processor, torch.float32))
+    assert len(prints) == 4
+
+
+# --- bad input ---
+
+
+def broken_model(folder, edit):
+    """A copy of the digits model with edited weights."""
+    shutil.copytree(ASSETS, folder)
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_non_finite_log_probs_name_the_records_before_any_step(pairs, tmp_path):
+    def edit(weights):
+        weights[next(k for k in weights if k.endswith("model.norm.weight"))][0] = float("nan")
+
+    model = broken_model(tmp_path / "nan", edit)
+    with pytest.raises(ValueError, match=r"record\(s\) scene-\d+.*not finite.*hidden"):
+        run(pairs, tmp_path / "out", "--model", model)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_non_finite_gradient_stops_before_the_step(pairs, tmp_path, monkeypatch):
+    steps = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), step(self, *a))[1]
+    )
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda p, limit: clip(p, limit) * (float("nan") if len(steps) == 3 else 1),
+    )
+    with pytest.raises(NonFiniteStep, match=r"step 4: .*Nothing was updated.*scene-\d+"):
+        run(pairs, tmp_path, "--save-every", 2)
+    assert len(steps) == 3
+    assert checkpoint.last_step(tmp_path / "checkpoints") == 2
+
+
+def text_only(folder):
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=37, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    load_processor(ASSETS).tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_settings_and_models_that_cannot_be_trained(pairs, tmp_path, capsys):
+    empty = tmp_path / "empty.parquet"
+    write_pairs(empty, [])
+    cases = [
+        (["--model", text_only(tmp_path / "llama")], "text-only model"),
+        (["--objective", "kto"], "objective is 'kto'; it must be one of dpo, rdpo, mdpo"),
+        (["--max-response-tokens", "5"], r"chosen response has 17 tokens; the limit is 5"),
+        (["--pairs", tmp_path / "none.parquet"], "there is nothing at"),
+        (["--pairs", empty], "holds no records"),
+    ]
+    for more, message in cases:
+        output = tmp_path / "out"
+        assert main(arguments(pairs, output, *more)) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ") and shown.count("\n") == 1
+        assert message in shown
+        assert not (output / "metrics.jsonl").exists()
+
+
+def test_the_error_of_a_rank_is_one_line(pairs, tmp_path):
+    more = ["--fsdp", "--nproc-per-node", 2, "--batch-size", 7]
+    command = [sys.executable, "-m", "realign.train", *arguments(pairs, tmp_path, *more)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[0].startswith("error: batch_size 7 does not divide among 2 ranks"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_without_arguments_ends_in_a_model_that_captions(tmp_path):
+    """`python -m realign.train --fsdp`, as the README has it."""
+    command = [sys.executable, "-m", "realign.train", "--fsdp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 rank(s)" in done.stdout
+    folder = tmp_path / "runs" / "rdpo"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["loss"]["objective"] == "rdpo"
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    scene = make_scenes(1, biased=False, split="test", seed=11)[0]
+    content = [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    batch = processor(images=[scene.image], text=[text], return_tensors="pt")
+    ids = model.generate(**batch, max_new_tokens=24, do_sample=False)
+    said = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    named = digits_in(said)
+    assert None not in named
+    assert sum(a == b for a, b in zip(named, scene.digits, strict=True)) >= 2
