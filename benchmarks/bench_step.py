@@ -1,8 +1,8 @@
 """A training step of a LLaVA: rDPO on the forest against plain DPO and plain rDPO.
 
-Hidden 256, 6 layers, V = 32000, 576 image tokens, a prompt of 64, responses of 64, 2 examples, fp32,
-LoRA on the language model, frozen vision tower. `plain` is what a trainer without forest, cache and
-fused head does: one padded sequence per response, full logits, and a reference forward each step.
+Hidden 256, 6 layers, V = 32000, 576 image tokens, a prompt of 64, responses of 64, 2 examples,
+fp32, LoRA on the language model, frozen vision tower. `plain` is what a trainer without forest,
+cache and fused head does: a sequence per response, full logits, a reference forward each step.
 """
 
 import copy

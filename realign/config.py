@@ -62,8 +62,8 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float = 0.0
+    """Peak learning rate of AdamW; 0 takes 1e-5 (the paper's), or 1e-4 for the shipped digits."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     warmup: float = 0.03
@@ -80,8 +80,10 @@ class OptimConfig:
     """Steps to train; overrides --epochs when not 0."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs"):
+        for name in ("batch_size", "micro_batch_size", "epochs"):
             _positive(name, getattr(self, name))
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must not be negative.")
 
 
 @dataclass
@@ -113,6 +115,10 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.learning_rate == 0:
+            self.optim.learning_rate = 1e-4 if self.model.model is None else 1e-5
 
     def to_dict(self) -> dict:
         """The tree as nested dictionaries."""

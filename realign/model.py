@@ -27,7 +27,7 @@ def load_processor(path: str | Path):
     Raises:
         ValueError: when the folder has no image processor or no chat template.
     """
-    processor = AutoProcessor.from_pretrained(path)
+    processor = _from_pretrained(AutoProcessor, path)
     if not hasattr(processor, "image_processor"):
         raise ValueError(
             f"{path} has no image processor: it is a text-only model. Pass a vision-language model "
@@ -47,7 +47,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     Raises:
         ValueError: for a text-only model, or one that is not of the LLaVA type.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = _from_pretrained(AutoConfig, path)
     if not hasattr(config, "vision_config"):
         raise ValueError(
             f"{path} is a text-only model ({config.model_type}). Pass a vision-language model of "
@@ -58,12 +58,24 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
             "far. Pass a LLaVA-1.5-type model to --model."
         )
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype)
 
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a final model for inference: full weights, or an adapter with the base it names."""
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).eval()
+    return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype).eval()
+
+
+def _from_pretrained(auto_class, path: str | Path, **options):
+    """`auto_class.from_pretrained`, with one line where there is no model."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
+            "Face model with its processor, or the name of one on the hub."
+        ) from error
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:

@@ -52,7 +52,8 @@ def read(folder: Path) -> dict[bytes, float]:
         data = file.read_bytes()
         whole = len(data) // _RECORD.itemsize * _RECORD.itemsize
         records = np.frombuffer(data[:whole], dtype=_RECORD)
-        found.update(zip((k.tobytes() for k in records["key"]), records["logp"].tolist()))
+        keys = (key.tobytes() for key in records["key"])
+        found.update(zip(keys, records["logp"].tolist(), strict=True))
     return found
 
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prepare_pairs(config)  # once, before there are ranks
             return parallel.launch("realign.train", arguments, config.run.nproc_per_node)
         train(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if parallel.rank() == 0 or isinstance(error, NonFiniteStep):
             print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ OPTIONS = {
     config.DataConfig: {"pairs": None, "max_response_tokens": 1024, "row_tokens": 0},
     config.LossConfig: {"objective": "rdpo", "beta": 0.1, "visual_weight": 1.0},
     config.OptimConfig: {
-        "learning_rate": 1e-4,
+        "learning_rate": 0.0,
         "weight_decay": 0.0,
         "warmup": 0.03,
         "clip": 1.0,
@@ -96,10 +96,18 @@ def test_option_names_are_unique_over_the_sections_of_training():
     names = [f.name for cls in TRAIN for f in fields(cls)]
     assert len(names) == len(set(names))
     tree = config.TrainConfig().to_dict()
-    assert tree == {
-        section: OPTIONS[cls]
-        for section, cls in zip(("model", "data", "loss", "optim", "run"), TRAIN, strict=True)
-    }
+    sections = zip(("model", "data", "loss", "optim", "run"), TRAIN, strict=True)
+    defaults = {section: dict(OPTIONS[cls]) for section, cls in sections}
+    defaults["optim"]["learning_rate"] = 1e-4  # 0 means: as suits the model
+    assert tree == defaults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [([], 1e-4), (["--model", "llava"], 1e-5), (["--model", "llava", "--learning-rate", "2"], 2.0)],
+)
+def test_the_learning_rate_suits_the_model(arguments, rate):
+    assert config.parse(arguments).optim.learning_rate == rate
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,8 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--dtype", "fp16"], "dtype is 'fp16'; it must be one of fp32, bf16"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--micro-batch-size", "-1"], "micro_batch_size is -1"),
-        (["--learning-rate", "0"], "learning_rate is 0.0"),
+        (["--learning-rate", "-1"], "learning_rate is -1.0"),
+        (["--learning-rate", "nan"], "learning_rate is nan"),
         (["--epochs", "0"], "epochs is 0.0"),
         (["--lora-rank", "0"], "lora_rank is 0"),
         (["--max-response-tokens", "0"], "max_response_tokens is 0"),

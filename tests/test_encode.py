@@ -181,7 +181,7 @@ def _changed(record, **changes) -> Record:
         (
             {"chosen": "one <image> ."},
             {},
-            "chosen response contains the image token '<image>'. Rem",
+            "chosen response contains the image token '<image>'",
         ),
         ({"rejected": "<image>"}, {}, "rejected response contains the image token"),
         (

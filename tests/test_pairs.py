@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from realign.digits.pretrain import build_model
 from realign.digits.scenes import CAPTION_PROMPT, caption_of, digits_in
@@ -221,7 +222,8 @@ def babbler(processor):
     torch.manual_seed(0)
     model = build_model(processor).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
+        for weight in model.parameters():
+            weight.mul_(6)  # so that what was read decides what is written
     return model
 
 
@@ -266,35 +268,61 @@ GAPS = [
     Masked(("top left seven , top right ", ""), ("two .",)),
     Masked(("", " , top right ", ""), ("top left seven", "two .")),
     Masked(("", ""), ("top left seven",)),
+    Masked(("top left seven , top right two , bottom left zero , bottom right ", ""), ("nine .",)),
 ]
 
 
-@pytest.mark.parametrize(("name", "most"), [("vlm", 8), ("babbler", 1), ("babbler", 5)])
-def test_infill_equals_the_slow_way(request, processor, scenes, name, most):
-    model = request.getfixturevalue(name)
-    pictures = [scene.image for scene in scenes[: len(GAPS)]]
+@pytest.mark.parametrize("name", ["vlm", "babbler"])
+def test_infill_equals_the_slow_way(request, processor, scenes, name):
+    model, most = request.getfixturevalue(name), 4
+    rng = np.random.default_rng(0)
+    masked = GAPS + [mask_response(s.caption, CATEGORIES, 2, rng) for s in scenes[:14]]
+    pictures = [scene.image for scene in scenes[: len(masked)]]
     expected = [
-        _slow_infill(model, processor, picture, masked, most)
-        for picture, masked in zip(pictures, GAPS, strict=True)
+        _slow_infill(model, processor, picture, hidden, most)
+        for picture, hidden in zip(pictures, masked, strict=True)
     ]
-    batch = _infill(model, processor, pictures, GAPS, max_gap_tokens=most)
-    assert batch == expected
-    alone = [
-        _infill(model, processor, [picture], [masked], max_gap_tokens=most)[0]
-        for picture, masked in zip(pictures, GAPS, strict=True)
-    ]
-    assert alone == expected
-    for text, masked in zip(batch, GAPS, strict=True):
-        gaps = re.fullmatch("(.+)".join(map(re.escape, masked.pieces)), text).groups()
-        lengths = [len(gap.split()) for gap in gaps]
-        assert min(lengths) >= 1 and max(lengths) <= most
-    if name == "babbler" and most > 1:
-        assert max(lengths) == most  # the limit was met
+    assert _infill(model, processor, pictures, masked, max_gap_tokens=most) == expected
+    for picture, hidden, text in zip(pictures, masked, expected, strict=True):
+        alone = _infill(model, processor, [picture], [hidden], max_gap_tokens=most)
+        assert alone == [text]
+    lengths = set()
+    for text, hidden in zip(expected, masked, strict=True):
+        gaps = re.fullmatch("(.+)".join(map(re.escape, hidden.pieces)), text).groups()
+        lengths |= {len(gap.split()) for gap in gaps}
+    assert {1, most} <= lengths <= {1, 2, 3, 4}  # some gaps ended by themselves, some were cut
+
+
+def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
+    """With a model that always writes "seven", then with one that always wants to end."""
+
+    class Stubborn(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self, *words):
+            super().__init__()
+            self.order = processor.tokenizer.convert_tokens_to_ids(words)
+
+        def forward(self, input_ids, **_):
+            logits = torch.zeros(*input_ids.shape, len(processor.tokenizer))
+            for rank, token in enumerate(self.order):
+                logits[..., token] = 2.0 - rank
+            return CausalLMOutputWithPast(logits=logits)
+
+    def written(model, *pieces):
+        hidden = ("one",) * (len(pieces) - 1)
+        return _infill(model, processor, [scenes[0].image], [Masked(pieces, hidden)])[0]
+
+    seven, end = Stubborn("seven"), Stubborn("</s>", "two")
+    assert written(seven, "top ", " seven .") == "top seven seven ."
+    assert written(seven, "", " right") == " ".join(["seven"] * 8) + " right"
+    assert written(end, "top ", "") == "top two"  # the end is wanted, and comes after one word
+    assert written(end, "", " right") == " ".join(["two"] * 8) + " right"  # it is not yet due
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(babbler, processor, scenes):
     prompts = [
-        [{"role": "user", "content": c}] for c in ("name", CAPTION_PROMPT, "is top left two ?")
+        [{"role": "user", "content": c}] for c in ("is top left two ?", CAPTION_PROMPT, "name")
     ]
     pictures = [[scene.image] for scene in scenes[:3]]
     batch = infill(babbler, processor, prompts, pictures, GAPS[:3])

@@ -1,6 +1,6 @@
 """Make the base checkpoint of the digits default.
 
-    python -m realign.digits.pretrain            # about four minutes on two cores
+    python -m realign.digits.pretrain            # about ten minutes on two cores
 
 A real `LlavaForConditionalGeneration` of 1.1 M parameters learns captions and yes/no questions on
 biased scenes only, so it reads digits well and has learned the prior of the captions. The result is
@@ -21,12 +21,19 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from realign.digits import ASSETS
 from realign.digits.processor import PATCH, build_processor
-from realign.digits.scenes import CAPTION_PROMPT, SIZE, Scene, make_questions, make_scenes
+from realign.digits.scenes import (
+    CAPTION_PROMPT,
+    SIZE,
+    Scene,
+    make_easy_questions,
+    make_questions,
+    make_scenes,
+)
 from realign.encode import chat_prompt
 
 BATCH = 64
 POOL = 8192  # biased scenes drawn once
-TURNS = 8  # questions in a dialogue
+TURNS = 2  # questions of each of three kinds in a dialogue
 LEARNING_RATE = 1e-3
 
 
@@ -115,6 +122,9 @@ def pretrain(steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, obje
         for i, scene in enumerate(chosen):
             if i % 2:  # many short turns: one answer in a batch row teaches too little
                 asked = [make_questions(scene, rng)[rng.integers(2)] for _ in range(TURNS)]
+                for _ in range(TURNS):
+                    asked += make_easy_questions(scene, rng)
+                rng.shuffle(asked)
                 dialogues.append([(question.text, question.answer) for question in asked])
             else:
                 dialogues.append([(CAPTION_PROMPT, scene.caption)])
@@ -138,7 +148,7 @@ def pretrain(steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, obje
 def main() -> None:
     """Parse, pretrain, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help=f"batches of {BATCH}")
+    parser.add_argument("--steps", type=int, default=2000, help=f"batches of {BATCH}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder to write")
     options = parser.parse_args()

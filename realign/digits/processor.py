@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from realign.digits.scenes import CAPTION_PROMPT, PLACES, SIZE, WORDS
+from realign.digits.scenes import CAPTION_PROMPT, PLACES, PROPERTIES, SIZE, WORDS
 
 PATCH = 4  # pixels; SIZE / PATCH squared = 16 image tokens
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -26,9 +26,9 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Every token of the digits language: special tokens first, then words in a fixed order."""
-    words = "user assistant : , . ? yes no is".split()
+    words = ["user", "assistant", ":", ",", ".", "?", "yes", "no", "is", "what"]
     words += CAPTION_PROMPT.split() + [word for place in PLACES for word in place.split()]
-    return [*SPECIAL, *dict.fromkeys([*words, *WORDS])]
+    return [*SPECIAL, *dict.fromkeys([*words, *WORDS, *PROPERTIES])]
 
 
 def build_processor() -> LlavaProcessor:

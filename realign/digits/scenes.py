@@ -16,6 +16,7 @@ from PIL import Image
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+PROPERTIES = {"even": (0, 2, 4, 6, 8), "large": (5, 6, 7, 8, 9)}
 CAPTION_PROMPT = "name the digits ."
 
 CELL = 8  # pixels of a quadrant: one handwritten digit
@@ -127,6 +128,21 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [
         Question(f"is {PLACES[place]} {WORDS[true]} ?", "yes"),
         Question(f"is {PLACES[place]} {WORDS[false]} ?", "no"),
+    ]
+
+
+def make_easy_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Two questions that teach the way to a yes/no answer: which digit, and a property of one.
+
+    Whether the digit at a place is the one named depends on both together and on neither alone, so
+    nothing pulls a model towards it; these do.
+    """
+    first, second = rng.integers(4, size=2)
+    name = sorted(PROPERTIES)[rng.integers(len(PROPERTIES))]
+    answer = "yes" if scene.digits[second] in PROPERTIES[name] else "no"
+    return [
+        Question(f"what is {PLACES[first]} ?", WORDS[scene.digits[first]]),
+        Question(f"is {PLACES[second]} {name} ?", answer),
     ]
 
 

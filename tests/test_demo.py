@@ -1,0 +1,31 @@
+"""The demo at a small size: its files, and that a second call goes on instead of starting over."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from realign.demo import main
+
+SMALL = ["--steps", "3", "--scenes", "40", "--evaluation-scenes", "20", "--nproc-per-node", "1"]
+
+
+def test_demo_writes_its_table_and_picture_once(tmp_path, capfd):
+    folder = tmp_path / "demo"
+    assert main(["--output", str(folder), *SMALL]) == 0
+    shown = capfd.readouterr().out
+    lines = [line.split("|")[0].strip() for line in shown.splitlines() if "%" in line]
+    assert lines[-3:] == ["base", "dpo", "rdpo"]
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == ["base", "dpo", "rdpo"]
+    for rates in results.values():
+        rate = rates["hallucination_rate"]
+        assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
+        assert rate["value"] * 80 == np.round(rate["value"] * 80)  # 20 scenes of four digits
+    with Image.open(folder / "report.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
+    curves = [(folder / "seed0" / name / "metrics.jsonl") for name in ("dpo", "rdpo")]
+    before = [curve.read_bytes() for curve in curves]
+    assert main(["--output", str(folder), *SMALL]) == 0
+    assert "evaluating" not in capfd.readouterr().out
+    assert [curve.read_bytes() for curve in curves] == before

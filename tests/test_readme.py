@@ -1,0 +1,105 @@
+"""What the README says is run: its Python block, its commands, and the names it promises."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from realign.digits import ASSETS
+from realign.digits.scenes import CAPTION_PROMPT, digits_in, make_scenes
+from realign.pairs.pipeline import PairsConfig, digit_sources
+from realign.records import write_pairs
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    lines = "\n".join(blocks("console")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def test_the_python_block_runs(capsys):
+    (block,) = blocks("python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert "tensor" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with what the README's commands name: records, and a LLaVA folder."""
+    folder = tmp_path_factory.mktemp("readme")
+    sources = digit_sources(PairsConfig(scenes=40))
+    write_pairs(folder / "records.parquet", sources)
+    (folder / "llava-1.5-7b").symlink_to(ASSETS)
+    return folder
+
+
+def test_every_command_runs_as_written(workplace):
+    """In order, in one folder; `make` and `pip` lines are what CI itself runs."""
+    elsewhere = {"make demo", "make test", "make bench", "make lint"}
+    ran = []
+    for command in commands():
+        if command[0] == "make":
+            assert " ".join(command) in elsewhere
+            assert f"{command[1]}:" in (ROOT / "Makefile").read_text()
+            continue
+        if command[0] == "pip":
+            assert " ".join(command[1:]) in (ROOT / ".ci" / "run").read_text().replace("'", "")
+            continue
+        assert command[:2] == ["python", "-m"], command
+        env = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, *command[1:]],
+            cwd=workplace, env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        ran.append(command[2])
+        if command[2:] == ["realign.train", "--fsdp"]:
+            assert "on 2 rank(s)" in done.stdout
+            _captions_in_plain_transformers(workplace / "runs" / "rdpo")
+    assert set(ran) == {"realign.train", "realign.pairs", "realign.evaluate"}
+
+
+def _captions_in_plain_transformers(folder):
+    """The final model of a run without arguments names the digits of a scene."""
+    assert json.loads((folder / "config.json").read_text())["loss"]["objective"] == "rdpo"
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    scene = make_scenes(1, biased=False, split="test", seed=11)[0]
+    content = [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    batch = processor(images=[scene.image], text=[text], return_tensors="pt")
+    ids = model.generate(**batch, max_new_tokens=24, do_sample=False)
+    said = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    named = digits_in(said)
+    assert None not in named
+    assert sum(a == b for a, b in zip(named, scene.digits, strict=True)) >= 2
+
+
+def test_every_flag_named_exists():
+    """Flags in the README's prose and commands are flags of some command."""
+    helps = ""
+    for module in ("train", "pairs", "evaluate", "demo"):
+        words = [sys.executable, "-m", f"realign.{module}", "--help"]
+        helps += subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"`?(--[a-z][a-z-]+)", README))
+    missing = {flag for flag in named if not re.search(rf"{flag}\b", helps)} - {"--help"}
+    assert not missing
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
