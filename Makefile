@@ -8,6 +8,8 @@ STAMP := $(VENV)/.built
 CACHE := $(CURDIR)/$(VENV)/cache
 INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
+# Threads that spin while they wait starve other processes on a small machine.
+export OMP_WAIT_POLICY ?= passive
 # Libraries that would otherwise keep caches in the home or temporary directory.
 export HF_HOME ?= $(CACHE)/huggingface
 export MPLCONFIGDIR ?= $(CACHE)/matplotlib

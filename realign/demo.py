@@ -45,7 +45,7 @@ class DemoConfig:
     """Training steps of each objective."""
     scenes: int = 1024
     """Scenes to make pairs of."""
-    evaluation_scenes: int = 1000
+    evaluation_scenes: int = 3000
     """Test scenes."""
     nproc_per_node: int = 2
     """FSDP ranks."""

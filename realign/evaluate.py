@@ -41,9 +41,9 @@ class EvaluateConfig:
     """Folder of a model or adapter; the shipped digits model when absent."""
     output: str | None = None
     """JSON file to write beside the printed table."""
-    scenes: int = 1000
+    scenes: int = 3000
     """Unbiased test scenes."""
-    batch_size: int = 100
+    batch_size: int = 250
     """Scenes in one generation."""
     seed: int = 0
     """Another seed evaluates on other scenes."""
@@ -117,7 +117,7 @@ def caption(
     model,
     processor,
     scenes: Sequence[Scene],
-    batch_size: int = 100,
+    batch_size: int = 250,
     *,
     desc: str = "captions",
     progress: bool = False,

@@ -79,8 +79,8 @@ def test_fsdp_gives_the_plain_curve(pairs, plain, tmp_path, ranks):
     theirs = load_file(plain[0] / "model" / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     # Adam divides by the gradient's size, so a rounding error in a gradient of nearly 0 moves a
-    # weight by up to the learning rate (1e-4) per step.
-    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 6e-4
+    # weight by up to the learning rate (5e-5) per step.
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 3e-4
 
 
 def test_accumulation_and_row_length_change_nothing(pairs, plain, tmp_path):
@@ -93,7 +93,7 @@ def test_the_first_step_against_the_formula(pairs, plain):
     first = plain[1][0]
     assert first["loss"] == pytest.approx(2 * np.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    assert first["learning_rate"] == pytest.approx(1e-4)
+    assert first["learning_rate"] == pytest.approx(5e-5)
     last = plain[1][-1]
     assert last["loss"] < first["loss"]
     assert last["rewards/margins"] == pytest.approx(
