@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from realign.digits.pretrain import build_model
-from realign.digits.scenes import CAPTION_PROMPT, caption_of, digits_in
+from realign.digits.scenes import CAPTION_PROMPT, caption_of, digits_in, make_scenes
 from realign.pairs import index
 from realign.pairs.__main__ import main
 from realign.pairs.embed import embed_images
@@ -533,3 +533,34 @@ def test_build_pairs_raises_what_the_command_reports(tmp_path, own):
         build_pairs(replace(config, data=_no_image(own, tmp_path)))
     with pytest.raises(ValueError, match="nothing to mask"):
         build_pairs(replace(config, data=_nothing_to_mask(own, tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_embeddings_of_a_named_encoder(kind, tmp_path, processor, forest_model):
+    """A tiny CLIP or SigLIP folder by name: unit vectors of its own image features."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = {**small, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    text = {**small, "num_attention_heads": 2, "vocab_size": 20}
+    classes = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}[kind]
+    config = classes[0](vision_config=vision, text_config=text)
+    encoder = classes[1](config).eval()
+    encoder.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)  # any image processor of the right size serves
+    images = [scene.image for scene in make_scenes(5, biased=False)]
+    found = embed_images(
+        images,
+        name=str(tmp_path),
+        model=forest_model,
+        processor=processor,
+        batch_size=2,
+        progress=False,
+    )
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        pooled = encoder.vision_model(pixel_values=pixels).pooler_output
+        truth = encoder.visual_projection(pooled) if kind == "clip" else pooled
+    truth = torch.nn.functional.normalize(truth, dim=-1).numpy()
+    assert np.abs(found - truth).max() < 1e-6
+    own = embed_images(images, name=None, model=forest_model, processor=processor, progress=False)
+    assert own.shape == (5, 128) and np.allclose(np.linalg.norm(own, axis=1), 1, atol=1e-6)

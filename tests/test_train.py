@@ -65,7 +65,8 @@ def curve(entries, name="loss"):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fsdp_gives_the_plain_curve(pairs, plain, tmp_path, ranks):
-    more = ["--fsdp", "--nproc-per-node", ranks]
+    # Two ranks also accumulate: two forwards of two examples each before gradients are reduced.
+    more = ["--fsdp", "--nproc-per-node", ranks, "--micro-batch-size", 8 if ranks == 1 else 2]
     command = [sys.executable, "-m", "realign.train", *arguments(pairs, tmp_path, *more)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
