@@ -86,7 +86,9 @@ def plain_step(setting, name):
 
 def forest_step(setting, constants):
     vlm, _, examples, store = setting
-    batch = build_batch(examples, store, row_tokens=1)
+    batch = build_batch(
+        examples, store, row_tokens=max(example.longest_tree for example in examples)
+    )
     out = ForestModel(vlm)(batch, objectives.rdpo(), constants)
     out.loss.backward()
     return out.loss.detach()

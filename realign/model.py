@@ -7,6 +7,7 @@ the root module it also is what FSDP2 wraps, so the head's weight is gathered wi
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -18,21 +19,27 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from realign.forest import ForestBatch
-from realign_kernels import Objective, PreferenceOutput, linear_logprobs, linear_preference_loss
+from realign_kernels import (
+    NonFiniteError,
+    Objective,
+    PreferenceOutput,
+    linear_logprobs,
+    linear_preference_loss,
+)
+
+
+class NonFiniteRecords(ValueError):
+    """Log-probs of some records are NaN or infinite; the message names the records."""
 
 
 def load_processor(path: str | Path):
-    """Load a model folder's processor; a text-only one is refused.
+    """Load a model folder's processor; a text-only model is refused.
 
     Raises:
-        ValueError: when the folder has no image processor or no chat template.
+        ValueError: when the model is text-only, or its processor has no chat template.
     """
+    _vision_config(path)
     processor = _from_pretrained(AutoProcessor, path)
-    if not hasattr(processor, "image_processor"):
-        raise ValueError(
-            f"{path} has no image processor: it is a text-only model. Pass a vision-language model "
-            "of the LLaVA type to --model."
-        )
     if not processor.chat_template:
         raise ValueError(
             f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "
@@ -47,12 +54,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     Raises:
         ValueError: for a text-only model, or one that is not of the LLaVA type.
     """
-    config = _from_pretrained(AutoConfig, path)
-    if not hasattr(config, "vision_config"):
-        raise ValueError(
-            f"{path} is a text-only model ({config.model_type}). Pass a vision-language model of "
-            "the LLaVA type to --model."
-        )
+    config = _vision_config(path)
     if config.model_type != "llava":
         raise ValueError(
             f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
@@ -64,6 +66,20 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a final model for inference: full weights, or an adapter with the base it names."""
     return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype).eval()
+
+
+def _vision_config(path: str | Path):
+    """The configuration of a vision-language model; that of an adapter is its base's."""
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.exists():
+        path = json.loads(adapter.read_text())["base_model_name_or_path"]
+    config = _from_pretrained(AutoConfig, path)
+    if not hasattr(config, "vision_config"):
+        raise ValueError(
+            f"{path} is a text-only model ({config.model_type}). Pass a vision-language model of "
+            "the LLaVA type to --model."
+        )
+    return config
 
 
 def _from_pretrained(auto_class, path: str | Path, **options):
@@ -128,13 +144,20 @@ class ForestModel(nn.Module):
         Returns:
             Without an objective the summed log-probs of the leaves, (L, B) fp64. With one the
             `PreferenceOutput`, whose loss is the *sum* over the batch's examples.
+
+        Raises:
+            NonFiniteRecords: when a log-prob is NaN or infinite.
         """
         mixed = self.dtype != torch.float32 and not isinstance(self, FSDPModule)
         with torch.autocast(batch.labels.device.type, self.dtype, enabled=mixed):
             hidden = self._hidden(batch).to(self.dtype)
         head = self.vlm.get_output_embeddings()
-        weight, bias = head.weight.to(hidden.dtype), head.bias
-        if objective is not None:
+        weight = head.weight.to(hidden.dtype)
+        shared = {"bias": head.bias, "softcap": self.softcap}
+        try:
+            if objective is None:
+                logps = linear_logprobs(hidden, weight, batch.labels, **shared)
+                return _sequence_sums(logps, batch)
             output = linear_preference_loss(
                 hidden,
                 weight,
@@ -142,16 +165,17 @@ class ForestModel(nn.Module):
                 reference_logps,
                 objective,
                 sequence_ids=batch.sequence_ids,
-                bias=bias,
-                softcap=self.softcap,
                 reduction="sum",
+                **shared,
             )
-            return output._replace(logps=output.logps.detach())  # FSDP hooks what carries grad
-        logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, softcap=self.softcap)
-        leaves = int(batch.sequence_ids.max()) // batch.examples + 1
-        sums = torch.zeros(leaves * batch.examples, dtype=torch.float64, device=logps.device)
-        sums.index_add_(0, batch.sequence_ids, logps.double())
-        return sums.view(leaves, batch.examples)
+        except NonFiniteError as error:
+            owners = batch.sequence_ids.cpu()[error.rows] % batch.examples
+            names = sorted({batch.names[i] for i in owners.tolist()})
+            raise NonFiniteRecords(
+                f"record(s) {', '.join(names)}: {error}. Nothing was updated. If one record is "
+                "named, look at its image and text; if all are, at the model's weights."
+            ) from error
+        return output._replace(logps=output.logps.detach())  # FSDP hooks what carries grad
 
     def image_tokens(self, processor) -> int:
         """Tokens that one image takes: what the vision tower makes of a blank one."""
@@ -186,3 +210,11 @@ class ForestModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return states.flatten(0, 1)[batch.rows]
+
+
+def _sequence_sums(logps: torch.Tensor, batch: ForestBatch) -> torch.Tensor:
+    """Per-token log-probs (N,) summed over each leaf, (L, B) fp64."""
+    leaves = int(batch.sequence_ids.max()) // batch.examples + 1
+    sums = torch.zeros(leaves * batch.examples, dtype=torch.float64, device=logps.device)
+    sums.index_add_(0, batch.sequence_ids, logps.double())
+    return sums.view(leaves, batch.examples)

@@ -55,14 +55,14 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(15, 10.5), layout="constrained")
-    grid = figure.add_gridspec(3, 1, height_ratios=[1.25, 1, 1])
+    figure = plt.figure(figsize=(15, 7.5), layout="constrained")
+    grid = figure.add_gridspec(3, 1, height_ratios=[1.9, 0.8, 0.8])
     top = grid[0].subgridspec(1, 3)
     _rates(figure.add_subplot(top[0]), results)
-    _curves(figure.add_subplot(top[1]), logs, "margins", "reward margin (nats x beta)")
+    _curves(figure.add_subplot(top[1]), logs, "margins", "reward margin (beta x nats)")
     _curves(figure.add_subplot(top[2]), logs, "accuracies", "share of pairs ranked right")
-    _pairs(figure, grid[1].subgridspec(1, 9, width_ratios=[1, 1, 1.6] * 3), pairs)
-    _examples(figure, grid[2].subgridspec(1, 6, width_ratios=[1, 2.6] * 3), examples)
+    _pairs(figure, grid[1].subgridspec(1, 9, width_ratios=[1, 1, 2.2] * 3), pairs)
+    _examples(figure, grid[2].subgridspec(1, 6, width_ratios=[1, 3.2] * 3), examples)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -123,24 +123,17 @@ def _picture(axes, image: Image.Image, title: str) -> None:
 
 
 def _words(axes, captions: Mapping[str, str], truth: str) -> None:
-    """The digits of each caption by place, in red where they differ from the truth."""
+    """A table of the digits that captions name, place by place; red where they are not there."""
     axes.axis("off")
-    right = digits_in(truth)
-    columns = len(captions)
-    for column, (name, text) in enumerate(captions.items()):
-        x = 0.02 + column / columns
-        axes.text(x, 0.95, name, fontsize=9, weight="bold", va="top", transform=axes.transAxes)
-        for place, (digit, true) in enumerate(zip(digits_in(text), right, strict=True)):
-            word = "?" if digit is None else WORDS[digit]
-            axes.text(
-                x,
-                0.78 - 0.18 * place,
-                word if columns == 3 else f"{word}",
-                fontsize=9,
-                color="black" if digit == true else "crimson",
-                va="top",
-                transform=axes.transAxes,
-            )
-    axes.text(
-        0.02, 0.04, "top to bottom: " + ", ".join(PLACES), fontsize=6, transform=axes.transAxes
-    )
+    columns = {"": PLACES} | {
+        name: ["?" if digit is None else WORDS[digit] for digit in digits_in(text)]
+        for name, text in captions.items()
+    }
+    right = [None if digit is None else WORDS[digit] for digit in digits_in(truth)]
+    for column, (name, words) in enumerate(columns.items()):
+        x = 0.02 + (column and 0.22 + 0.72 * column / len(columns))
+        place = {"fontsize": 9, "va": "center", "transform": axes.transAxes}
+        axes.text(x, 0.74, name, weight="bold", **place)
+        for row, (word, true) in enumerate(zip(words, right, strict=True)):
+            colour = "#666666" if not column else "black" if word == true else "crimson"
+            axes.text(x, 0.62 - 0.11 * row, word, color=colour, **place)

@@ -27,10 +27,10 @@ from realign.digits import ASSETS
 from realign.encode import encode_records
 from realign.export import export
 from realign.forest import Example, build_batch
-from realign.model import ForestModel, add_lora, load_model, load_processor
+from realign.model import ForestModel, NonFiniteRecords, add_lora, load_model, load_processor
 from realign.noise import hush_libraries
 from realign.records import read_pairs
-from realign_kernels import NonFiniteError, Objective, objectives
+from realign_kernels import Objective, objectives
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return parallel.launch("realign.train", arguments, config.run.nproc_per_node)
         train(config)
     except (ValueError, OSError) as error:
-        if parallel.rank() == 0 or isinstance(error, NonFiniteStep):
+        if parallel.rank() == 0 or isinstance(error, NonFiniteStep | NonFiniteRecords):
             print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -287,14 +287,7 @@ def _accumulate(
         row_tokens = config.data.row_tokens or max(example.longest_tree for example in part)
         batch = build_batch(part, store, row_tokens=row_tokens).to(device)
         parallel.sync_gradients(model, micro.last)
-        try:
-            out = model(batch, objective, references[:, micro.indices].to(device))
-        except NonFiniteError as error:
-            owners = batch.sequence_ids.cpu()[error.rows] % batch.examples
-            names = sorted({batch.names[i] for i in owners.tolist()})
-            raise NonFiniteStep(
-                f"log-probs of record(s) {', '.join(names)} are not finite ({error})"
-            ) from error
+        out = model(batch, objective, references[:, micro.indices].to(device))
         (out.loss * scale).backward()
         for name, value in metrics.sums(out, objective).items():
             totals[name] = totals.get(name, 0) + value

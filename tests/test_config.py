@@ -61,8 +61,8 @@ OPTIONS = {
     EvaluateConfig: {
         "model": None,
         "output": None,
-        "scenes": 1000,
-        "batch_size": 100,
+        "scenes": 3000,
+        "batch_size": 250,
         "seed": 0,
         "quiet": False,
     },
@@ -71,7 +71,7 @@ OPTIONS = {
         "seeds": 1,
         "steps": 100,
         "scenes": 1024,
-        "evaluation_scenes": 1000,
+        "evaluation_scenes": 3000,
         "nproc_per_node": 2,
     },
 }
@@ -98,13 +98,13 @@ def test_option_names_are_unique_over_the_sections_of_training():
     tree = config.TrainConfig().to_dict()
     sections = zip(("model", "data", "loss", "optim", "run"), TRAIN, strict=True)
     defaults = {section: dict(OPTIONS[cls]) for section, cls in sections}
-    defaults["optim"]["learning_rate"] = 1e-4  # 0 means: as suits the model
+    defaults["optim"]["learning_rate"] = 5e-5  # 0 means: as suits the model
     assert tree == defaults
 
 
 @pytest.mark.parametrize(
     ("arguments", "rate"),
-    [([], 1e-4), (["--model", "llava"], 1e-5), (["--model", "llava", "--learning-rate", "2"], 2.0)],
+    [([], 5e-5), (["--model", "llava"], 1e-5), (["--model", "llava", "--learning-rate", "2"], 2.0)],
 )
 def test_the_learning_rate_suits_the_model(arguments, rate):
     assert config.parse(arguments).optim.learning_rate == rate

@@ -290,7 +290,7 @@ def test_infill_equals_the_slow_way(request, processor, scenes, name):
     for text, hidden in zip(expected, masked, strict=True):
         gaps = re.fullmatch("(.+)".join(map(re.escape, hidden.pieces)), text).groups()
         lengths |= {len(gap.split()) for gap in gaps}
-    assert {1, most} <= lengths <= {1, 2, 3, 4}  # some gaps ended by themselves, some were cut
+    assert most in lengths and len(lengths) > 1  # some gaps ended by themselves, some were cut
 
 
 def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):

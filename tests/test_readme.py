@@ -76,17 +76,18 @@ def _captions_in_plain_transformers(folder):
     assert json.loads((folder / "config.json").read_text())["loss"]["objective"] == "rdpo"
     model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
     processor = AutoProcessor.from_pretrained(folder / "model")
-    scene = make_scenes(1, biased=False, split="test", seed=11)[0]
+    scenes = make_scenes(20, biased=False, split="test", seed=11)
     content = [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    batch = processor(images=[scene.image], text=[text], return_tensors="pt")
-    ids = model.generate(**batch, max_new_tokens=24, do_sample=False)
-    said = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    named = digits_in(said)
-    assert None not in named
-    assert sum(a == b for a, b in zip(named, scene.digits, strict=True)) >= 2
+    right = 0
+    for scene in scenes:
+        batch = processor(images=[scene.image], text=[text], return_tensors="pt")
+        ids = model.generate(**batch, max_new_tokens=24, do_sample=False)
+        said = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(a == b for a, b in zip(digits_in(said), scene.digits, strict=True))
+    assert right >= 0.75 * 80  # 88 % over many scenes
 
 
 def test_every_flag_named_exists():

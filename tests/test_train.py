@@ -23,7 +23,7 @@ from realign.encode import encode_records
 from realign.evaluate import caption
 from realign.forest import build_batch
 from realign.metrics import read_jsonl
-from realign.model import ForestModel, load_model, load_processor
+from realign.model import ForestModel, NonFiniteRecords, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs, write_pairs
 from realign.train import NonFiniteStep, learning_rate, main, train
@@ -271,7 +271,7 @@ def test_non_finite_log_probs_name_the_records_before_any_step(pairs, tmp_path):
         weights[next(k for k in weights if k.endswith("model.norm.weight"))][0] = float("nan")
 
     model = broken_model(tmp_path / "nan", edit)
-    with pytest.raises(ValueError, match=r"record\(s\) scene-\d+.*not finite.*hidden"):
+    with pytest.raises(NonFiniteRecords, match=r"record\(s\) scene-\d+.*not finite.*hidden"):
         run(pairs, tmp_path / "out", "--model", model)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -316,6 +316,7 @@ def test_settings_and_models_that_cannot_be_trained(pairs, tmp_path, capsys):
         (["--pairs", tmp_path / "none.parquet"], "there is nothing at"),
         (["--pairs", empty], "holds no records"),
     ]
+    capsys.readouterr()
     for more, message in cases:
         output = tmp_path / "out"
         assert main(arguments(pairs, output, *more)) == 1
