@@ -6,6 +6,7 @@ the same name with dashes (`learning_rate` -> `--learning-rate`). Flags win over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -31,6 +32,11 @@ class ModelConfig:
         _one_of("tune", self.tune, ("lora", "full"))
         _one_of("dtype", self.dtype, ("fp32", "bf16"))
         _positive("lora_rank", self.lora_rank)
+        _positive("lora_alpha", self.lora_alpha)
+        if self.tune == "lora" and self.train_vision:
+            _no_effect("train_vision", "LoRA trains the language model alone", "--tune full")
+        if self.tune == "full" and (self.lora_rank, self.lora_alpha) != (128, 256.0):
+            _no_effect("lora_rank or lora_alpha", "there is no LoRA", "--tune lora")
 
 
 @dataclass
@@ -44,6 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)
+        _not_negative("row_tokens", self.row_tokens)
 
 
 @dataclass
@@ -58,6 +65,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, ("dpo", "rdpo", "mdpo"))
         _positive("beta", self.beta)
+        _not_negative("visual_weight", self.visual_weight)
+        if self.objective == "dpo" and self.visual_weight != 1.0:
+            _no_effect("visual_weight", "dpo has no visual term", "--objective rdpo")
 
 
 @dataclass
@@ -82,8 +92,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "epochs"):
             _positive(name, getattr(self, name))
-        if not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must not be negative.")
+        for name in ("learning_rate", "weight_decay", "warmup", "clip", "steps"):
+            _not_negative(name, getattr(self, name))
+        if self.warmup > 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, 1 at most.")
 
 
 @dataclass
@@ -105,6 +117,12 @@ class RunConfig:
     quiet: bool = False
     """No progress bars."""
 
+    def __post_init__(self) -> None:
+        for name in ("seed", "nproc_per_node", "save_every"):
+            _not_negative(name, getattr(self, name))
+        if self.nproc_per_node and not self.fsdp:
+            _no_effect("nproc_per_node", "one process trains", "--fsdp")
+
 
 @dataclass
 class TrainConfig:
@@ -117,6 +135,8 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.run.merge and self.model.tune == "full":
+            _no_effect("merge", "there is no adapter to merge", "--tune lora")
         if self.optim.learning_rate == 0:
             self.optim.learning_rate = 5e-5 if self.model.model is None else 1e-5
 
@@ -155,5 +175,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} is {value}; it must be above 0.")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}; it must be finite and above 0.")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}; it must be finite and not negative.")
+
+
+def _no_effect(name: str, why: str, remedy: str) -> None:
+    raise ValueError(f"{name} would have no effect: {why}. Leave it out, or add {remedy}.")

@@ -7,6 +7,8 @@ it goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import Record, read_pairs
 
 OBJECTIVES = ("dpo", "rdpo")
+EVALUATED = 1  # settings were chosen on scenes of evaluation seed 0, so these are others
 
 
 @dataclass
@@ -54,6 +57,7 @@ class DemoConfig:
 def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
     """Run all stages; returns the rates of the base and of every trained model."""
     folder = Path(config.output)
+    _claim(folder, config)
     results = {"base": _evaluated(folder / "base.json", None, config, "base")}
     for seed in range(config.seeds):
         suffix = f" seed {seed}" if config.seeds > 1 else ""
@@ -76,6 +80,26 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
     return results
 
 
+def _claim(folder: Path, config: DemoConfig) -> None:
+    """Make the folder this demo's, or go on with it when it was begun the same way.
+
+    Raises:
+        ValueError: when it holds another demo, or matplotlib is missing for the picture.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the report needs matplotlib: pip install 'realign[demo]'.")
+    base = hashlib.blake2b((ASSETS / "model.safetensors").read_bytes(), digest_size=16)
+    begun = vars(config) | {"output": None, "base": base.hexdigest()}
+    file = folder / "demo.json"
+    if file.exists() and json.loads(file.read_text()) != begun:
+        raise ValueError(
+            f"{folder} holds a demo with other settings or another base. Remove it, or name "
+            "another --output."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(begun, indent=2) + "\n")
+
+
 def _train(run: Path, pairs: Path, objective: str, seed: int, config: DemoConfig) -> None:
     command = [sys.executable, "-m", "realign.train", "--fsdp", "--resume"]
     options = {
@@ -96,7 +120,8 @@ def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> 
     if file.exists():
         return {key: Rate(**value) for key, value in json.loads(file.read_text()).items()}
     _say(f"evaluating {name}")
-    rates = evaluate(EvaluateConfig(model=model, scenes=config.evaluation_scenes))
+    scenes = config.evaluation_scenes
+    rates = evaluate(EvaluateConfig(model=model, scenes=scenes, seed=EVALUATED))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({key: vars(rate) for key, rate in rates.items()}, indent=2) + "\n")
     print(f"wrote {file}")
@@ -111,7 +136,7 @@ def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
     logs = {name: read_jsonl(first / name / "metrics.jsonl") for name in OBJECTIVES}
     records = read_pairs(first / "pairs.parquet")[:3]
     pairs = [_pair(record) for record in records]
-    scenes = make_scenes(60, biased=False, split="test", seed=EVALUATION_SEED)
+    scenes = make_scenes(60, biased=False, split="test", seed=EVALUATION_SEED + EVALUATED)
     processor = load_processor(ASSETS)
     before = caption(load_trained(ASSETS), processor, scenes)
     after = caption(load_trained(first / "rdpo" / "model"), processor, scenes)

@@ -45,6 +45,8 @@ class EvaluateConfig:
     """Unbiased test scenes."""
     batch_size: int = 250
     """Scenes in one generation."""
+    biased: bool = False
+    """Use scenes that follow the prior of the training captions instead."""
     seed: int = 0
     """Another seed evaluates on other scenes."""
     quiet: bool = False
@@ -79,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
     model, processor = load_trained(path), load_processor(path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     seed = EVALUATION_SEED + config.seed
-    scenes = make_scenes(config.scenes, biased=False, split="test", seed=seed)
+    scenes = make_scenes(config.scenes, biased=config.biased, split="test", seed=seed)
     rng = np.random.default_rng(seed)
     questions = [make_questions(scene, rng) for scene in scenes]
     captions = caption(

@@ -53,9 +53,8 @@ class JsonlLog:
     def __init__(self, path: Path, keep_steps: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [e for e in read_jsonl(path) if e["step"] <= keep_steps] if path.exists() else []
-        self._file = path.open("w")
-        for entry in kept:
-            self.write(entry)
+        write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = path.open("a")
 
     def write(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry) + "\n")
@@ -63,6 +62,13 @@ class JsonlLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

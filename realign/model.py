@@ -60,7 +60,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
             "far. Pass a LLaVA-1.5-type model to --model."
         )
-    return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype)
+    auto = AutoModelForImageTextToText
+    return _from_pretrained(auto, path, dtype=dtype, attn_implementation="sdpa")
 
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -120,6 +121,12 @@ class ForestModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        attention = vlm.model.language_model.config._attn_implementation
+        if attention != "sdpa":
+            raise ValueError(
+                f"the language model's attention is {attention!r}, which does not read the forest's"
+                " boolean mask as one. Load it with attn_implementation='sdpa'."
+            )
         self.vlm = vlm
         self.dtype = dtype
         if not train_vision:
@@ -153,7 +160,8 @@ class ForestModel(nn.Module):
             hidden = self._hidden(batch).to(self.dtype)
         head = self.vlm.get_output_embeddings()
         weight = head.weight.to(hidden.dtype)
-        shared = {"bias": head.bias, "softcap": self.softcap}
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        shared = {"bias": bias, "softcap": self.softcap}
         try:
             if objective is None:
                 logps = linear_logprobs(hidden, weight, batch.labels, **shared)
@@ -180,14 +188,15 @@ class ForestModel(nn.Module):
     def image_tokens(self, processor) -> int:
         """Tokens that one image takes: what the vision tower makes of a blank one."""
         blank = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+        pixels = blank["pixel_values"].to(self.vlm.device)
         with torch.inference_mode():
-            return self._image_features(blank["pixel_values"])[0].shape[0]
+            return self._image_features(pixels)[0].shape[0]
 
     def embed_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean-pooled image features of the model's own vision tower, (I, C, H, W) -> (I, D)."""
         with torch.inference_mode():
             tower = self.vlm.model.vision_tower
-            states = tower(pixel_values.to(tower.dtype)).last_hidden_state
+            states = tower(pixel_values.to(tower.device, tower.dtype)).last_hidden_state
             return states.mean(1).float()
 
     def _image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:

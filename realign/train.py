@@ -67,13 +67,17 @@ def train(config: TrainConfig) -> Path:
     """
     device = parallel.start()
     run, output = config.run, Path(config.run.output)
-    say = print if parallel.rank() == 0 else _silent
+    say = print if parallel.rank() == 0 else lambda *_: None
     bars = not run.quiet and parallel.rank() == 0
     dtype = _DTYPES[config.model.dtype]
     share = _share_of_rank(config)
     done = _steps_done(config)
 
     base = config.model.model or str(ASSETS)
+    if Path(base).is_dir():
+        base = str(
+            Path(base).resolve()
+        )  # an adapter names its base; it must be found from anywhere
     processor = load_processor(base)
     frozen_dtype = dtype if config.model.tune == "lora" else torch.float32
     vlm = load_model(base, frozen_dtype)
@@ -90,7 +94,14 @@ def train(config: TrainConfig) -> Path:
         progress=bars,
     )
     row_tokens = config.data.row_tokens or max(example.longest_tree for example in examples)
-    kept = output / "reference" / reference.fingerprint(vlm, processor, dtype)
+    weights = reference.fingerprint(vlm, processor, dtype, sharded=run.fsdp)
+    identity = {
+        "config": config.to_dict(),
+        "base": weights,
+        "pairs": reference.digest_of(examples),
+    }
+    if done:
+        _check_same_run(output, identity)
 
     adapter = None
     if config.model.tune == "lora":
@@ -101,7 +112,7 @@ def train(config: TrainConfig) -> Path:
         parallel.shard(model, device, dtype)
     # Nothing is trained or restored yet and a new adapter adds exactly zero: this is the reference.
     references = reference.fill(
-        kept,
+        output / "reference" / weights,
         model.eval(),
         examples,
         store,
@@ -111,6 +122,8 @@ def train(config: TrainConfig) -> Path:
         progress=bars,
     ).float()
 
+    if run.fsdp:
+        model.reshard()  # a forward without backward leaves the root gathered
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay
@@ -129,7 +142,7 @@ def train(config: TrainConfig) -> Path:
     log = None
     if parallel.rank() == 0:
         log = metrics.JsonlLog(output / "metrics.jsonl", keep_steps=done)
-        (output / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        metrics.write_whole(output / "run.json", json.dumps(identity, indent=2) + "\n")
 
     model.train()
     bar = tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not bars)
@@ -168,27 +181,32 @@ def _steps_done(config: TrainConfig) -> int:
     """Steps of the run in the output folder to go on from; an earlier run is never overwritten."""
     output = Path(config.run.output)
     done = checkpoint.last_step(output / "checkpoints")
-    if not done:
-        return 0
-    if not config.run.resume:
+    if not config.run.resume and (done or (output / "metrics.jsonl").exists()):
         raise ValueError(
-            f"{output} holds a run of {done} steps. Add --resume to go on with it, or name another "
-            "--output."
-        )
-    old, new = json.loads((output / "config.json").read_text()), config.to_dict()
-    free = {"row_tokens", "micro_batch_size"}  # change no result beyond rounding
-    changed = [
-        f"{name} ({old[section].get(name)!r} -> {value!r})"
-        for section in ("model", "data", "loss", "optim")
-        for name, value in new[section].items()
-        if name not in free and old[section].get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{output} was trained with other settings: {', '.join(changed)}. Resume with the same "
-            "ones, or name another --output."
+            f"{output} holds a run with a checkpoint at step {done}. Add --resume to go on with "
+            "it, or name another --output."
         )
     return done
+
+
+def _check_same_run(output: Path, new: dict) -> None:
+    """A run goes on only as it began: same settings, base weights and pairs."""
+    old = json.loads((output / "run.json").read_text())
+    free = {"row_tokens", "micro_batch_size"}  # change no result beyond rounding
+    sections = {name: new["config"][name] for name in ("model", "data", "loss", "optim")}
+    sections["run"] = {"seed": new["config"]["run"]["seed"]}
+    changed = [
+        f"{name} ({old['config'][section].get(name)!r} -> {value!r})"
+        for section, values in sections.items()
+        for name, value in values.items()
+        if name not in free and old["config"][section].get(name) != value
+    ]
+    changed += [f"the {name}" for name in ("base", "pairs") if old[name] != new[name]]
+    if changed:
+        raise ValueError(
+            f"{output} was trained otherwise; changed since: {', '.join(changed)}. Resume with "
+            "what it began with, or name another --output."
+        )
 
 
 def prepare_pairs(config: TrainConfig) -> Path:
@@ -200,7 +218,7 @@ def prepare_pairs(config: TrainConfig) -> Path:
             "--model is given without --pairs. Build pairs for it with `python -m realign.pairs` "
             "and pass the file."
         )
-    path = Path(config.run.output) / "pairs.parquet"
+    path = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
     if not path.exists() and parallel.rank() == 0:
         from realign.pairs.pipeline import PairsConfig, build_pairs
 
@@ -237,6 +255,11 @@ class _Micro:
 
 def _share_of_rank(config: TrainConfig) -> slice:
     """Which part of every global batch this rank takes."""
+    if parallel.world_size() > 1 and not config.run.fsdp:
+        raise ValueError(
+            f"this is one of {parallel.world_size()} ranks, but without --fsdp nothing is shared "
+            "between them. Add --fsdp, or start one process."
+        )
     ranks, size = parallel.world_size(), config.optim.batch_size
     if size % ranks:
         raise ValueError(
@@ -319,10 +342,6 @@ def _non_finite(
 def _shown(means: dict[str, float]) -> dict[str, str]:
     names = {"loss": "loss", "rewards/margins": "margin", "rewards/visual_margins": "visual"}
     return {short: f"{means[name]:.3f}" for name, short in names.items() if name in means}
-
-
-def _silent(*_: object) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from realign_kernels.reference import wide_dtype
 
 
 class NonFiniteError(ValueError):
-    """A log-prob is NaN or infinite. `rows` are the flat indices of the rows, as they were given.
+    """A log-prob is NaN or infinite. `rows` are the flat indices of the rows, as they were given
+    (of the (L, B) table that the message names, where it is not hidden).
 
     A trainer maps the rows to examples, names them, and stops before the optimizer step.
     """

@@ -55,7 +55,7 @@ def test_every_command_runs_as_written(workplace):
             assert f"{command[1]}:" in (ROOT / "Makefile").read_text()
             continue
         if command[0] == "pip":
-            assert " ".join(command[1:]) in (ROOT / ".ci" / "run").read_text().replace("'", "")
+            assert " ".join(command[2:]) in (ROOT / ".ci" / "run").read_text().replace("'", "")
             continue
         assert command[:2] == ["python", "-m"], command
         env = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -73,7 +73,7 @@ def test_every_command_runs_as_written(workplace):
 
 def _captions_in_plain_transformers(folder):
     """The final model of a run without arguments names the digits of a scene."""
-    assert json.loads((folder / "config.json").read_text())["loss"]["objective"] == "rdpo"
+    assert json.loads((folder / "run.json").read_text())["config"]["loss"]["objective"] == "rdpo"
     model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
     processor = AutoProcessor.from_pretrained(folder / "model")
     scenes = make_scenes(20, biased=False, split="test", seed=11)

@@ -84,6 +84,37 @@ def test_fsdp_gives_the_plain_curve(pairs, plain, tmp_path, ranks):
     assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 3e-4
 
 
+def test_full_fine_tuning_is_the_same_on_two_ranks(pairs, tmp_path):
+    full = ["--tune", "full", "--learning-rate", "1e-4", "--save-every", 2]
+    alone = run(pairs, tmp_path / "plain", *full, steps=4)
+    more = [*full, "--fsdp", "--nproc-per-node", 2]
+    command = [sys.executable, "-m", "realign.train"]
+    command += arguments(pairs, tmp_path / "fsdp", *more, steps=4)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entries = read_jsonl(tmp_path / "fsdp" / "metrics.jsonl")
+    for name in ("loss", "grad_norm"):
+        assert np.abs(curve(entries, name) - curve(alone, name)).max() < 10 * CURVE_TOLERANCE
+    ours = load_file(tmp_path / "fsdp" / "model" / "model.safetensors")
+    theirs = load_file(tmp_path / "plain" / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 4e-4  # see above
+
+
+def test_ranks_without_fsdp_are_refused(pairs, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "realign.train", *arguments(pairs, tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "error: this is one of 2 ranks, but without --fsdp nothing is shared" in done.stderr
+
+
+def test_only_attention_that_reads_the_mask_is_taken():
+    vlm = AutoModelForImageTextToText.from_pretrained(ASSETS, attn_implementation="eager")
+    with pytest.raises(ValueError, match="attention is 'eager'.*attn_implementation='sdpa'"):
+        ForestModel(vlm)
+
+
 def test_accumulation_and_row_length_change_nothing(pairs, plain, tmp_path):
     entries = run(pairs, tmp_path, "--micro-batch-size", 3, "--row-tokens", 200)
     assert np.abs(curve(entries) - curve(plain[1])).max() < CURVE_TOLERANCE
@@ -131,14 +162,25 @@ def test_a_killed_run_resumes_bit_for_bit(pairs, plain, tmp_path, monkeypatch):
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
 
 
-def test_an_earlier_run_is_never_overwritten(pairs, plain):
+def test_an_earlier_run_is_never_overwritten(pairs, plain, tmp_path):
     output = plain[0]
     before = (output / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"holds a run of 6 steps\. Add --resume"):
+    with pytest.raises(ValueError, match=r"holds a run with a checkpoint at step 6\. Add --r"):
         run(pairs, output)
-    with pytest.raises(ValueError, match=r"other settings: beta \(0\.1 -> 0\.2\)"):
-        run(pairs, output, "--resume", "--beta", 0.2)
+    with pytest.raises(
+        ValueError, match=r"changed since: beta \(0\.1 -> 0\.2\), seed \(0 -> 7\)\."
+    ):
+        run(pairs, output, "--resume", "--beta", 0.2, "--seed", 7)
+    fewer = tmp_path / "fewer.parquet"
+    write_pairs(fewer, read_pairs(pairs)[:-1])
+    with pytest.raises(ValueError, match=r"changed since: pairs \(.*\), the pairs\."):
+        run(fewer, output, "--resume")
     assert (output / "metrics.jsonl").read_bytes() == before
+    early = tmp_path / "early"  # stopped before its first checkpoint
+    early.mkdir()
+    (early / "metrics.jsonl").write_bytes(before)
+    with pytest.raises(ValueError, match=r"at step 0\. Add --resume"):
+        run(pairs, early)
 
 
 def test_adapter_merged_and_full_models_load_in_plain_transformers(pairs, plain, tmp_path):

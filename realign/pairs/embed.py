@@ -42,7 +42,7 @@ def embed_images(
     if name is None:
         encode, image_processor = model.embed_images, processor.image_processor
     else:
-        encoder = AutoModel.from_pretrained(name).eval()
+        encoder = AutoModel.from_pretrained(name).eval().to(model.vlm.device)
         if not hasattr(encoder, "get_image_features"):
             raise ValueError(
                 f"--embed-model {name} is a {encoder.config.model_type!r} model without image "
@@ -63,7 +63,7 @@ def embed_images(
 
 def _features_of(encoder):
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        found = encoder.get_image_features(pixel_values=pixels)
+        found = encoder.get_image_features(pixel_values=pixels.to(encoder.device))
         return found if isinstance(found, torch.Tensor) else found.pooler_output
 
     return encode

@@ -69,6 +69,8 @@ class PairsConfig:
             )
         if self.model is not None and self.data is None:
             raise ValueError("--model is given without --data; pass the records to make pairs of.")
+        if self.data is not None and self.scenes != 1024:
+            raise ValueError("--scenes counts digit scenes and has no effect with --data; drop it.")
         for name in ("scenes", "k", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -206,6 +208,9 @@ def _refill(
             )
             for entry, completion in zip(part, completions, strict=True):
                 chosen = entry.record.chosen
+                if completion is None:
+                    entry.last_reason = "gap not closed"
+                    continue
                 reason = filters.reason_to_drop(chosen, completion, config.tau)
                 if reason is not None:
                     entry.last_reason = reason

@@ -28,7 +28,7 @@ def infill(
     max_gap_tokens: int = 8,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-) -> list[str]:
+) -> list[str | None]:
     """Complete a batch of masked responses.
 
     Args:
@@ -42,7 +42,8 @@ def infill(
         generator: random numbers for sampling.
 
     Returns:
-        The completed responses.
+        The completed responses; None where a gap did not lead back to the forced text within
+        `max_gap_tokens`.
     """
     tokenizer = processor.tokenizer
     texts = [chat_prompt(processor, p, len(i))[0] for p, i in zip(prompts, images, strict=True)]
@@ -66,18 +67,19 @@ def infill(
     for writer in writers:
         next(writer)
     gaps: list[list[list[int]] | None] = [None] * len(writers)
+    open_ = set(range(len(writers)))
     while True:
         scores = out.logits[:, -1].float()
         best = scores.argmax(-1).tolist()
         picks = _pick(scores.masked_fill(special, -torch.inf), temperature, generator)
         feed = [tokenizer.eos_token_id] * len(writers)
-        for i, writer in enumerate(writers):
-            if gaps[i] is None:
-                try:
-                    feed[i] = writer.send((picks[i], best[i]))
-                except StopIteration as finished:
-                    gaps[i] = finished.value
-        if all(gap is not None for gap in gaps):
+        for i in sorted(open_):
+            try:
+                feed[i] = writers[i].send((picks[i], best[i]))
+            except StopIteration as finished:
+                gaps[i] = finished.value
+                open_.discard(i)
+        if not open_:
             break
         mask = torch.cat([mask, mask.new_ones(len(writers), 1)], dim=1)
         out = vlm(
@@ -87,10 +89,11 @@ def infill(
             past_key_values=out.past_key_values,
             use_cache=True,
         )
-    return [
-        response.fill(tuple(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in gap))
-        for response, gap in zip(masked, gaps, strict=True)
-    ]
+    written = []
+    for response, found in zip(masked, gaps, strict=True):
+        texts = found and [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+        written.append(response.fill(tuple(text.strip() for text in texts)) if texts else None)
+    return written
 
 
 def forced_pieces(tokenizer, masked: Masked) -> list[list[int]]:
@@ -119,10 +122,10 @@ def forced_pieces(tokenizer, masked: Masked) -> list[list[int]]:
 
 def _writer(
     pieces: list[list[int]], max_gap_tokens: int
-) -> Generator[int | None, tuple[int, int], list[list[int]]]:
+) -> Generator[int | None, tuple[int, int], list[list[int]] | None]:
     """Write one response: is sent (the model's pick, its best token), yields the token to feed.
 
-    Returns the ids of each gap as soon as the last one is closed.
+    Returns the ids of each gap as soon as the last one is closed, None when one does not close.
     """
     pick, best = yield None
     gaps: list[list[int]] = []
@@ -130,7 +133,9 @@ def _writer(
         for token in piece:
             pick, best = yield token
         gap: list[int] = []
-        while len(gap) < max_gap_tokens and not (gap and following[:1] == [best]):
+        while not (gap and following[:1] == [best]):
+            if len(gap) == max_gap_tokens:
+                return None
             gap.append(pick)
             pick, best = yield pick
         gaps.append(gap)
