@@ -21,7 +21,7 @@ from realign.pairs.embed import embed_images
 from realign.pairs.filters import reason_to_drop, text_similarity, words_of
 from realign.pairs.mask import CATEGORIES, MASK, Masked, mask_response
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources
-from realign.pairs.refill import forced_pieces, infill
+from realign.pairs.refill import Completion, forced_pieces, infill
 from realign.records import Record, RecordError, StoredImage, read_pairs, write_pairs
 
 PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
@@ -228,7 +228,7 @@ def babbler(processor):
 
 
 @torch.inference_mode()
-def _slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> str | None:
+def _slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> Completion:
     """The specification: no cache, no batch; every token is chosen after reading everything."""
     tokenizer = processor.tokenizer
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant :"
@@ -238,7 +238,7 @@ def _slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> str | None:
     special = set(tokenizer.convert_tokens_to_ids(names))
     forced = [tokenizer.convert_tokens_to_ids(piece.split()) for piece in masked.pieces]
     forced[-1].append(tokenizer.eos_token_id)
-    text = masked.pieces[0]
+    text, closed = masked.pieces[0], True
     ids += forced[0]
     for following, piece in zip(forced[1:], masked.pieces[1:], strict=True):
         gap: list[int] = []
@@ -247,17 +247,18 @@ def _slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> str | None:
             if gap and scores.argmax().item() == following[0]:
                 break
             if len(gap) == max_gap_tokens:
-                return None
+                closed = False
+                break
             allowed = [i for i in range(len(scores)) if i not in special]
             best = max(allowed, key=lambda i: scores[i].item())
             gap.append(best)
             ids.append(best)
         ids += following
         text += " ".join(tokenizer.convert_ids_to_tokens(gap)) + piece
-    return text
+    return Completion(text, closed)
 
 
-def _infill(vlm, processor, pictures, masked, **options) -> list[str | None]:
+def _infill(vlm, processor, pictures, masked, **options) -> list[Completion]:
     prompts = [PROMPT] * len(masked)
     return infill(vlm, processor, prompts, [[p] for p in pictures], masked, **options)
 
@@ -288,13 +289,13 @@ def test_infill_equals_the_slow_way(request, processor, scenes, name):
     for picture, hidden, text in zip(pictures, masked, expected, strict=True):
         alone = _infill(model, processor, [picture], [hidden], max_gap_tokens=most)
         assert alone == [text]
-    assert (None in expected) == (name == "babbler")  # a gap that never closes gives no completion
     lengths = set()
-    for text, hidden in zip(expected, masked, strict=True):
-        if text is not None:
-            gaps = re.fullmatch("(.+)".join(map(re.escape, hidden.pieces)), text).groups()
-            lengths |= {len(gap.split()) for gap in gaps}
-    assert lengths and lengths <= {1, 2, 3, 4}
+    for (text, _), hidden in zip(expected, masked, strict=True):
+        gaps = re.fullmatch("(.+)".join(map(re.escape, hidden.pieces)), text).groups()
+        lengths |= {len(gap.split()) for gap in gaps}
+    assert most in lengths and len(lengths) > 1
+    assert False in {completion.closed for completion in expected}
+    assert name == "babbler" or True in {completion.closed for completion in expected}
 
 
 def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
@@ -318,10 +319,14 @@ def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
         return _infill(model, processor, [scenes[0].image], [Masked(pieces, hidden)])[0]
 
     seven, end = Stubborn("seven"), Stubborn("</s>", "two")
-    assert written(seven, "top ", " seven .") == "top seven seven ."
-    assert written(seven, "", " right") == " ".join(["seven"] * 8) + " right"
-    assert written(end, "top ", "") == "top two"  # the end is wanted, and comes after one word
-    assert written(end, "", " right") == " ".join(["two"] * 8) + " right"  # it is not yet due
+    assert written(seven, "top ", " seven .") == ("top seven seven .", True)
+    assert written(seven, "", " right") == (" ".join(["seven"] * 8) + " right", False)
+    assert written(end, "top ", "") == (
+        "top two",
+        True,
+    )  # the end is wanted, and comes after one word
+    not_due = " ".join(["two"] * 8) + " right"
+    assert written(end, "", " right") == (not_due, False)
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(babbler, processor, scenes):
@@ -345,7 +350,7 @@ def test_completions_of_digits_differ_in_the_gaps_alone(vlm, processor, scenes):
     completions = []
     for start in range(0, 240, 80):
         part = slice(start, start + 80)
-        completions += _infill(vlm, processor, pictures[part], masked[part])
+        completions += [c.text for c in _infill(vlm, processor, pictures[part], masked[part])]
     for text, mask in zip(completions, masked, strict=True):
         pattern = "([a-z ]+)".join(map(re.escape, mask.pieces))
         assert re.fullmatch(pattern, text)
@@ -372,7 +377,7 @@ def test_sampling_follows_the_generator(babbler, processor, scenes):
     generator = torch.Generator().manual_seed(0)
     cold = _infill(babbler, processor, pictures, masked, temperature=1e-4, generator=generator)
     assert cold == greedy
-    for text in first:
+    for text, _ in first:
         assert not re.search("<|>", text)  # never a special token
 
 
@@ -411,7 +416,7 @@ def test_what_a_pair_holds(pairs_config, pairs_file, vlm, processor, forest_mode
         assert len(pieces) == 2  # one segment
         for rank in range(facts["neighbour_rank"] + 1):
             picture = sources[nearest[rank]].images[0].open("")
-            completion = _slow_infill(vlm, processor, picture, masked, 8)
+            completion = _slow_infill(vlm, processor, picture, masked, 8).text
             accepted = rank == facts["neighbour_rank"]
             assert (completion == record.rejected) == accepted
             assert (words_of(completion) == words_of(record.chosen)) != accepted

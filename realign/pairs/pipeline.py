@@ -208,10 +208,9 @@ def _refill(
             )
             for entry, completion in zip(part, completions, strict=True):
                 chosen = entry.record.chosen
-                if completion is None:
-                    entry.last_reason = "gap not closed"
-                    continue
-                reason = filters.reason_to_drop(chosen, completion, config.tau)
+                reason = filters.reason_to_drop(chosen, completion.text, config.tau)
+                if not completion.closed:
+                    reason = "gap not closed"
                 if reason is not None:
                     entry.last_reason = reason
                     continue
@@ -219,14 +218,14 @@ def _refill(
                     entry.record.name,
                     entry.record.prompt,
                     chosen,
-                    completion,
+                    completion.text,
                     entry.record.images,
                     sources[entry.neighbours[place]].images,
                     {
                         "masked": str(entry.masked),
                         "neighbour_rank": place,
                         "similarity": float(entry.similarities[place]),
-                        "text_similarity": filters.text_similarity(chosen, completion),
+                        "text_similarity": filters.text_similarity(chosen, completion.text),
                         "embed_model": config.embed_model or config.model or "digits",
                         "refill_model": config.model or "digits",
                         "seed": config.seed,

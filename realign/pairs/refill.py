@@ -9,12 +9,20 @@ next forced token than go on.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from realign.encode import chat_prompt
 from realign.pairs.mask import Masked
+
+
+class Completion(NamedTuple):
+    """A filled-in response."""
+
+    text: str
+    closed: bool  # every gap led back to the forced text; False where one was cut off
 
 
 @torch.inference_mode()
@@ -28,7 +36,7 @@ def infill(
     max_gap_tokens: int = 8,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-) -> list[str | None]:
+) -> list[Completion]:
     """Complete a batch of masked responses.
 
     Args:
@@ -42,8 +50,7 @@ def infill(
         generator: random numbers for sampling.
 
     Returns:
-        The completed responses; None where a gap did not lead back to the forced text within
-        `max_gap_tokens`.
+        The completed responses.
     """
     tokenizer = processor.tokenizer
     texts = [chat_prompt(processor, p, len(i))[0] for p, i in zip(prompts, images, strict=True)]
@@ -66,7 +73,7 @@ def infill(
     writers = [_writer(forced_pieces(tokenizer, m), max_gap_tokens) for m in masked]
     for writer in writers:
         next(writer)
-    gaps: list[list[list[int]] | None] = [None] * len(writers)
+    gaps: list[tuple[list[list[int]], bool]] = [([], True)] * len(writers)
     open_ = set(range(len(writers)))
     while True:
         scores = out.logits[:, -1].float()
@@ -90,9 +97,9 @@ def infill(
             use_cache=True,
         )
     written = []
-    for response, found in zip(masked, gaps, strict=True):
-        texts = found and [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
-        written.append(response.fill(tuple(text.strip() for text in texts)) if texts else None)
+    for response, (ids, closed) in zip(masked, gaps, strict=True):
+        texts = [tokenizer.decode(gap, skip_special_tokens=True).strip() for gap in ids]
+        written.append(Completion(response.fill(tuple(texts)), closed))
     return written
 
 
@@ -122,24 +129,26 @@ def forced_pieces(tokenizer, masked: Masked) -> list[list[int]]:
 
 def _writer(
     pieces: list[list[int]], max_gap_tokens: int
-) -> Generator[int | None, tuple[int, int], list[list[int]] | None]:
+) -> Generator[int | None, tuple[int, int], tuple[list[list[int]], bool]]:
     """Write one response: is sent (the model's pick, its best token), yields the token to feed.
 
-    Returns the ids of each gap as soon as the last one is closed, None when one does not close.
+    Returns the ids of each gap as soon as the last one ends, and whether all closed by themselves.
     """
     pick, best = yield None
     gaps: list[list[int]] = []
+    closed = True
     for piece, following in zip(pieces, pieces[1:], strict=False):
         for token in piece:
             pick, best = yield token
         gap: list[int] = []
         while not (gap and following[:1] == [best]):
             if len(gap) == max_gap_tokens:
-                return None
+                closed = False
+                break
             gap.append(pick)
             pick, best = yield pick
         gaps.append(gap)
-    return gaps
+    return gaps, closed
 
 
 def _pick(scores: torch.Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:
