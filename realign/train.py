@@ -74,10 +74,8 @@ def train(config: TrainConfig) -> Path:
     done = _steps_done(config)
 
     base = config.model.model or str(ASSETS)
-    if Path(base).is_dir():
-        base = str(
-            Path(base).resolve()
-        )  # an adapter names its base; it must be found from anywhere
+    if Path(base).is_dir():  # the adapter will name its base, to be found from anywhere
+        base = str(Path(base).resolve())
     processor = load_processor(base)
     frozen_dtype = dtype if config.model.tune == "lora" else torch.float32
     vlm = load_model(base, frozen_dtype)
