@@ -143,7 +143,7 @@ def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
     shown = [
         Example(scene.image, scene.caption, old, new)
         for scene, old, new in zip(scenes, before, after, strict=True)
-        if old != scene.caption
+        if old != new
     ]
     draw(folder / "report.png", results, logs, pairs, shown[:3])
     print(f"wrote {folder / 'results.json'} and {folder / 'report.png'}")

@@ -110,7 +110,7 @@ def _pairs(figure, grid, pairs: Sequence[Pair]) -> None:
 
 def _examples(figure, grid, examples: Sequence[Example]) -> None:
     for i, example in enumerate(examples):
-        _picture(figure.add_subplot(grid[2 * i]), example.image, "scene the base misread")
+        _picture(figure.add_subplot(grid[2 * i]), example.image, "caption changed")
         text = figure.add_subplot(grid[2 * i + 1])
         captions = {"truth": example.truth, "before": example.before, "after rdpo": example.after}
         _words(text, captions, example.truth)
