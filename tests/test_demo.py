@@ -29,3 +29,5 @@ def test_demo_writes_its_table_and_picture_once(tmp_path, capfd):
     assert main(["--output", str(folder), *SMALL]) == 0
     assert "evaluating" not in capfd.readouterr().out
     assert [curve.read_bytes() for curve in curves] == before
+    assert main(["--output", str(folder), *SMALL, "--seeds", "2"]) == 1
+    assert "holds a demo with other settings" in capfd.readouterr().err

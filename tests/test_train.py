@@ -206,6 +206,14 @@ def test_adapter_merged_and_full_models_load_in_plain_transformers(pairs, plain,
     assert not any("vision_tower" in name for name in moved)
 
 
+def test_an_adapter_finds_its_base_from_anywhere(pairs, tmp_path, monkeypatch):
+    (tmp_path / "base").symlink_to(ASSETS)
+    monkeypatch.chdir(tmp_path)
+    run(pairs, tmp_path / "run", "--model", "base", steps=1)
+    monkeypatch.chdir("/")
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
+
+
 def test_bf16_follows_fp32(pairs, plain, tmp_path):
     entries = run(pairs, tmp_path / "plain", "--dtype", "bf16")
     # bf16 has 8 bits: log-probs near -30 are off by up to 0.2, times beta 0.1.
