@@ -22,7 +22,7 @@ export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
 help:
 	@echo 'make demo    the whole pipeline on the embedded digits; writes demo/'
 	@echo 'make test    the tests'
-	@echo 'make bench   the benchmarks'
+	@echo 'make bench   the benchmarks, beside TRL, Liger and CCE, which it installs'
 	@echo 'make lint    ruff check and ruff format --check'
 	@echo 'make build   the environment alone: .venv with the package and its C++ extension'
 	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
@@ -42,6 +42,7 @@ test: $(STAMP)
 	$(RUN) -m pytest -q tests
 
 bench: $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'
 	$(RUN) -m pytest benchmarks/ --benchmark-only
 
 lint: $(STAMP)

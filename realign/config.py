@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from realign.cli import parse_sections
+from realign_kernels import objectives
 
 
 @dataclass
@@ -56,18 +57,20 @@ class DataConfig:
 @dataclass
 class LossConfig:
     objective: str = "rdpo"
-    """Preference objective: dpo, rdpo or mdpo."""
+    """Preference objective: dpo, rdpo, mdpo, mfpo, svco, symmpo, ovip, adavip, mispdpo, lpoi, chip,
+    cdpo, ipo, hinge, or released (what Re-Align's code computes; to reproduce it only)."""
     beta: float = 0.1
     """Strength of the tie to the reference model."""
     visual_weight: float = 1.0
-    """Weight of the visual term of rdpo and mdpo."""
+    """Weight of the visual term of rdpo, mdpo, mfpo, lpoi and released."""
 
     def __post_init__(self) -> None:
-        _one_of("objective", self.objective, ("dpo", "rdpo", "mdpo"))
+        _one_of("objective", self.objective, tuple(objectives.PRESETS))
         _positive("beta", self.beta)
         _not_negative("visual_weight", self.visual_weight)
-        if self.objective == "dpo" and self.visual_weight != 1.0:
-            _no_effect("visual_weight", "dpo has no visual term", "--objective rdpo")
+        weighted = "visual_weight" in objectives.settings(self.objective)
+        if not weighted and self.visual_weight != 1.0:
+            _no_effect("visual_weight", f"{self.objective} has no such weight", "--objective rdpo")
 
 
 @dataclass

@@ -7,6 +7,7 @@ is therefore named before the first step, and lengths are known for packing.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -15,9 +16,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from realign.config import LossConfig
 from realign.forest import Example, Leaf, Root
 from realign.records import Record, RecordError, StoredImage
-from realign_kernels import Objective
+from realign_kernels import Objective, objectives
 
 
 class ImageStore:
@@ -60,6 +62,44 @@ class ImageStore:
             _, old = self._pixels.popitem(last=False)
             self._room += old.nbytes
         return pixels
+
+
+def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
+    """The preset of that name; where it takes `negatives`, as many as the records hold.
+
+    Raises:
+        RecordError: when records hold one visual negative, or unequal numbers of them, where the
+            objective takes several.
+    """
+    accepted = objectives.settings(loss.objective)
+    settings = {"beta": loss.beta}
+    if "visual_weight" in accepted:
+        settings["visual_weight"] = loss.visual_weight
+    if "negatives" in accepted:
+        settings["negatives"] = _visual_negatives(loss.objective, records)
+    return objectives.get(loss.objective, **settings)
+
+
+def _visual_negatives(name: str, records: Sequence[Record]) -> int:
+    """How many visual negatives every record has."""
+    first = len(records[0].retrieved_images) // len(records[0].images)
+    for record in records:
+        found = len(record.retrieved_images) // len(record.images)
+        if found < 2:
+            raise RecordError(
+                record.name,
+                f"it has {found} visual negative(s); the objective {name!r} compares several.",
+                "List two or more in `retrieved_images`, nearest first (python -m realign.pairs "
+                "writes one), or train with --objective mdpo.",
+            )
+        if found != first:
+            raise RecordError(
+                record.name,
+                f"it has {found} visual negatives and {records[0].name!r} has {first}; the "
+                f"objective {name!r} takes one number for all.",
+                "Give every record as many `retrieved_images`.",
+            )
+    return first
 
 
 def encode_records(
@@ -146,18 +186,12 @@ class _Encoder:
         roots: list[Root] = []
         leaves: list[Leaf] = []
         places: dict[str, int] = {}  # name of a root's image -> index into roots
-        texts = {"chosen": record.chosen, "rejected": record.rejected}
         for leaf in objective.leaves:
+            text = self._text(record, leaf.response, objective.name)
             if leaf.image not in places:
                 places[leaf.image] = len(roots)
-                roots.append(self._root(record, leaf.image))
-            if leaf.response not in texts:
-                raise RecordError(
-                    record.name,
-                    f"the objective {objective.name!r} needs a {leaf.response!r} response.",
-                    f"Records hold {', '.join(texts)}; choose an objective over those.",
-                )
-            ids = self._response(record, leaf.response, texts[leaf.response])
+                roots.append(self._root(record, leaf.image, objective.name))
+            ids = self._response(record, leaf.response, text)
             root = places[leaf.image]
             if len(roots[root].ids) + len(ids) > self.max_tokens:
                 raise RecordError(
@@ -166,18 +200,66 @@ class _Encoder:
                     f"tokens; the model takes {self.max_tokens}.",
                     "Shorten the text; nothing is cut, since that could cut image tokens.",
                 )
-            leaves.append(Leaf(root, ids))
+            leaves.append(Leaf(root, ids, leaf.rival))
         return Example(record.name, tuple(roots), tuple(leaves))
 
-    def _root(self, record: Record, image: str) -> Root:
-        stored = {"image": record.images, "retrieved_image": record.retrieved_images}.get(image)
-        if not stored:
+    def _text(self, record: Record, response: str, objective: str) -> str:
+        texts = {
+            "chosen": record.chosen,
+            "rejected": record.rejected,
+            "retrieved_chosen": record.retrieved_chosen,
+        }
+        if response not in texts:
             raise RecordError(
                 record.name,
-                f"the objective needs {image!r} but the record has none.",
+                f"the objective {objective!r} needs a {response!r} response.",
+                f"Records hold {', '.join(texts)}; choose an objective over those.",
+            )
+        if not texts[response]:
+            raise RecordError(
+                record.name,
+                f"the objective {objective!r} needs {response!r} but the record has none.",
+                f"Add a column `{response}`, the response preferred for the retrieved image "
+                "(where the rejected one is right about that image, it will do), or train with "
+                "--objective mdpo.",
+            )
+        return texts[response]
+
+    def _images(self, record: Record, image: str, objective: str) -> tuple[StoredImage, ...]:
+        """The images a leaf's image name stands for, as many as the record's prompt places."""
+        count, found = len(record.images), len(record.retrieved_images)
+        if image == "image":
+            return record.images
+        if image == "blank_image":
+            # Of the same size, so that the processor makes as many image tokens of it.
+            sizes = (stored.open(record.name).size for stored in record.images)
+            return tuple(StoredImage.from_pil(Image.new("RGB", size)) for size in sizes)
+        if not (numbered := re.fullmatch(r"retrieved_image(?:_([2-9]|[1-9]\d+))?", image)):
+            raise RecordError(
+                record.name,
+                f"the objective {objective!r} needs an image {image!r}.",
+                "Records hold image, retrieved_image, retrieved_image_2, ..., and blank_image is "
+                "made; choose an objective over those.",
+            )
+        if found % count:
+            raise RecordError(
+                record.name,
+                f"it has {found} retrieved images for {count} images.",
+                "For each visual negative give as many as the prompt places.",
+            )
+        place = int(numbered[1] or 1)
+        if found < place * count:
+            some = "none" if found == 0 else f"{found // count} retrieved image(s)"
+            raise RecordError(
+                record.name,
+                f"the objective {objective!r} needs {image!r} but the record has {some}.",
                 "Add `retrieved_images` (python -m realign.pairs writes them) or train with "
                 "--objective dpo.",
             )
+        return record.retrieved_images[(place - 1) * count : place * count]
+
+    def _root(self, record: Record, image: str, objective: str) -> Root:
+        stored = self._images(record, image, objective)
         keys, pictures = zip(*(self.store.add(record.name, s) for s in stored), strict=True)
         text = check_prompt(self.processor, record, len(stored))
         ids = np.array(self.processor(images=list(pictures), text=[text])["input_ids"][0])

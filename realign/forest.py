@@ -38,6 +38,7 @@ class Leaf:
 
     root: int  # index into the example's roots
     ids: np.ndarray  # (R,) token ids, R >= 1
+    rival: bool = False  # scored by the strongest other token at each position (objectives.Leaf)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class ForestBatch:
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens; rows of one example are adjacent.
         sequence_ids: (N,) int64, leaf * examples + example.
+        rival: (N,) bool, the rows of rival leaves; None where there are none.
         examples: number of examples B.
         names: their records' names.
     """
@@ -84,6 +86,7 @@ class ForestBatch:
     rows: torch.Tensor
     labels: torch.Tensor
     sequence_ids: torch.Tensor
+    rival: torch.Tensor | None
     examples: int
     names: tuple[str, ...]
 
@@ -124,6 +127,7 @@ def build_batch(
     index: dict[tuple, int] = {}
     leaf_ids: list[np.ndarray] = []
     leaf_roots: list[int] = []
+    rivals: list[bool] = []
     for example in examples:
         for leaf in example.leaves:
             root = example.roots[leaf.root]
@@ -132,6 +136,7 @@ def build_batch(
                 roots.append(root)
             leaf_roots.append(index[root.key])
             leaf_ids.append(leaf.ids)
+            rivals.append(leaf.rival)
     root_lengths = np.array([len(root.ids) for root in roots])
     leaf_lengths = np.array([len(ids) for ids in leaf_ids])
     least = int((root_lengths[leaf_roots] + leaf_lengths).max())
@@ -179,6 +184,7 @@ def build_batch(
         rows=as_tensor(np.concatenate(predictors)),
         labels=as_tensor(np.concatenate(leaf_ids)),
         sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths)),
+        rival=as_tensor(np.repeat(rivals, leaf_lengths)) if any(rivals) else None,
         examples=len(examples),
         names=tuple(example.name for example in examples),
     )

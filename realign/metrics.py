@@ -1,12 +1,14 @@
 """What a step reports: TRL's names for the text side, the same words with `visual` for the other.
 
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
-examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats.
+examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats. Leaves
+without a name of their own are called `{response}_under_{image}`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,23 @@ import torch
 
 from realign_kernels import Leaf, Objective, PreferenceOutput
 
-_NAMES = {
-    Leaf("chosen", "image"): "chosen",
-    Leaf("rejected", "image"): "rejected",
-    Leaf("chosen", "retrieved_image"): "visual",
-}
+_NAMES = {("chosen", "image"): "chosen", ("rejected", "image"): "rejected"}
 
 
 def leaf_names(objective: Objective) -> list[str]:
-    """The metric name of each leaf of an objective."""
-    return [_NAMES.get(leaf, f"{leaf.response}_under_{leaf.image}") for leaf in objective.leaves]
+    """The metric name of each leaf of an objective.
+
+    The chosen response under the retrieved images is visual, visual_2, ... A rival leaf's name
+    says so, and it has no margins: its rewards are of other tokens than the response's.
+    """
+    return [_name(leaf) for leaf in objective.leaves]
+
+
+def _name(leaf: Leaf) -> str:
+    name = _NAMES.get(leaf[:2], f"{leaf.response}_under_{leaf.image}")
+    if leaf.response == "chosen" and leaf.image.startswith("retrieved_image"):
+        name = leaf.image.replace("retrieved_image", "visual")
+    return name + "_detached" * leaf.detached + "_rival" * leaf.rival
 
 
 def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
@@ -33,8 +42,9 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
     logps = dict(zip(names, output.logps.detach().double(), strict=True))
     found = {"loss": output.loss.detach().double()}
     found |= {f"rewards/{name}": value.sum() for name, value in rewards.items()}
-    for other, prefix in (("rejected", ""), ("visual", "visual_")):
-        if "chosen" in rewards and other in rewards:
+    for other in names:
+        if "chosen" in rewards and re.fullmatch(r"rejected|visual(_\d+)?", other):
+            prefix = "" if other == "rejected" else f"{other}_"
             margin = rewards["chosen"] - rewards[other]
             found[f"rewards/{prefix}accuracies"] = (margin > 0).double().sum()
             found[f"rewards/{prefix}margins"] = margin.sum()

@@ -164,7 +164,7 @@ class ForestModel(nn.Module):
         shared = {"bias": bias, "softcap": self.softcap}
         try:
             if objective is None:
-                logps = linear_logprobs(hidden, weight, batch.labels, **shared)
+                logps = linear_logprobs(hidden, weight, batch.labels, rival=batch.rival, **shared)
                 return _sequence_sums(logps, batch)
             output = linear_preference_loss(
                 hidden,

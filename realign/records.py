@@ -4,6 +4,10 @@ A record is a prompt about an image, a chosen and a rejected response, and for o
 visual term the retrieved image. On disk it is a row of Parquet with TRL's vision preference columns
 (`prompt`, `chosen`, `rejected` as messages, `images`) plus `retrieved_images`; further columns hold
 where the record came from. `datasets.load_dataset("parquet", data_files=...)` reads it.
+
+Optional, for objectives that ask for it: several visual negatives, nearest first, as further
+entries of `retrieved_images` (each as many images as the record has), and `retrieved_chosen`, the
+response preferred for the retrieved image.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ _COLUMNS = {
     "images": _IMAGES,
     "retrieved_images": _IMAGES,
 }
+_OPTIONAL = {"retrieved_chosen": _MESSAGES}  # written if a record has it
 _PROVENANCE = {
     "masked": pa.string(),  # the chosen response with its masked segments as [MASK]
     "neighbour_rank": pa.int64(),  # 0 is the nearest image that passed the filters
@@ -111,6 +116,7 @@ class Record:
     images: tuple[StoredImage, ...]
     retrieved_images: tuple[StoredImage, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    retrieved_chosen: str = ""  # preferred for the retrieved image; "" where there is none
 
 
 def read_pairs(path: str | Path) -> list[Record]:
@@ -146,7 +152,9 @@ def write_pairs(path: str | Path, records: Iterable[Record]) -> int:
     """
     path, records = Path(path), list(records)
     typed = any(not isinstance(m["content"], str) for r in records for m in r.prompt)
-    columns = _COLUMNS | _PROVENANCE | {"prompt": _TYPED_MESSAGES if typed else _MESSAGES}
+    optional = {n: kind for n, kind in _OPTIONAL.items() if any(getattr(r, n) for r in records)}
+    columns = _COLUMNS | optional | _PROVENANCE
+    columns |= {"prompt": _TYPED_MESSAGES if typed else _MESSAGES}
     features = {name: _feature(kind) for name, kind in columns.items()}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(columns, metadata=metadata)
@@ -175,6 +183,8 @@ def _to_row(record: Record, typed: bool) -> dict[str, Any]:
         "images": [{"bytes": i.data, "path": i.path} for i in record.images],
         "retrieved_images": [{"bytes": i.data, "path": i.path} for i in record.retrieved_images],
     }
+    if record.retrieved_chosen:
+        row["retrieved_chosen"] = [{"role": "assistant", "content": record.retrieved_chosen}]
     return row | {name: record.provenance.get(name) for name in _PROVENANCE}
 
 
@@ -200,7 +210,7 @@ def _read_file(file: Path, needed: tuple[str, ...]) -> list[Record]:
         with pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             missing = [column for column in needed if column not in names]
-            known = [column for column in (*_COLUMNS, *_PROVENANCE) if column in names]
+            known = [c for c in (*_COLUMNS, *_OPTIONAL, *_PROVENANCE) if c in names]
             if not missing:
                 for batch in parquet.iter_batches(_ROW_GROUP, columns=known):
                     rows += batch.to_pylist()
@@ -224,7 +234,7 @@ def _read_file(file: Path, needed: tuple[str, ...]) -> list[Record]:
 def _to_record(row: dict[str, Any], place: str, folder: Path, rejected: bool) -> Record:
     name = place if row.get("id") is None else str(row["id"])
     provenance = {key: row[key] for key in _PROVENANCE if row.get(key) is not None}
-    images = _to_images(row["images"], folder)
+    images, preferred = _to_images(row["images"], folder), row.get("retrieved_chosen")
     if not images:
         raise RecordError(name, "it has no image.", "Add one to `images` or remove the record.")
     return Record(
@@ -235,6 +245,7 @@ def _to_record(row: dict[str, Any], place: str, folder: Path, rejected: bool) ->
         images,
         _to_images(row.get("retrieved_images"), folder),
         provenance,
+        _to_response(preferred, "retrieved_chosen", name) if preferred else "",
     )
 
 

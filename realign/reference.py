@@ -25,12 +25,14 @@ _LAYOUT = b"forest-1"  # changes when the same leaf would get another log-prob
 
 
 def leaf_key(example: Example, leaf: int) -> bytes:
-    """128-bit digest of (images, prompt ids, response ids)."""
+    """128-bit digest of (images, prompt ids, response ids), and of being a rival leaf."""
     root = example.roots[example.leaves[leaf].root]
     digest = hashlib.blake2b(digest_size=16)
     for part in (*(key.encode() for key in root.images), root.ids, example.leaves[leaf].ids):
         data = part if isinstance(part, bytes) else part.astype("<i8").tobytes()
         digest.update(len(data).to_bytes(8, "little") + data)
+    if example.leaves[leaf].rival:  # other tokens are scored; plain leaves keep their keys
+        digest.update(b"rival")
     return digest.digest()
 
 

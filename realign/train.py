@@ -24,13 +24,13 @@ from tqdm import tqdm
 from realign import checkpoint, metrics, parallel, reference
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
-from realign.encode import encode_records
+from realign.encode import encode_records, make_objective
 from realign.export import export
 from realign.forest import Example, build_batch
 from realign.model import ForestModel, NonFiniteRecords, add_lora, load_model, load_processor
 from realign.noise import hush_libraries
 from realign.records import read_pairs
-from realign_kernels import Objective, objectives
+from realign_kernels import Objective
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -79,8 +79,8 @@ def train(config: TrainConfig) -> Path:
     processor = load_processor(base)
     frozen_dtype = dtype if config.model.tune == "lora" else torch.float32
     vlm = load_model(base, frozen_dtype)
-    objective = make_objective(config)
     records = read_pairs(prepare_pairs(config))
+    objective = make_objective(config.loss, records)
     model = ForestModel(vlm, train_vision=config.model.train_vision, dtype=dtype)
     examples, store = encode_records(
         records,
@@ -223,15 +223,6 @@ def prepare_pairs(config: TrainConfig) -> Path:
         build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=config.run.quiet))
     parallel.barrier()
     return path
-
-
-def make_objective(config: TrainConfig) -> Objective:
-    """The objective with its own settings: `visual_weight` only where there is a visual term."""
-    loss = config.loss
-    settings = {"beta": loss.beta}
-    if loss.objective != "dpo":
-        settings["visual_weight"] = loss.visual_weight
-    return objectives.get(loss.objective, **settings)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

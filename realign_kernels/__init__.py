@@ -15,6 +15,7 @@ from realign_kernels.functional import (
     preference_loss,
     rdpo_loss,
 )
+from realign_kernels.heads import head_inputs, head_parameters
 from realign_kernels.objectives import Leaf, Objective, PreferenceOutput, RDPOOutput
 from realign_kernels.ops import NonFiniteError
 
@@ -27,6 +28,8 @@ __all__ = [
     "RDPOLoss",
     "RDPOOutput",
     "explain",
+    "head_inputs",
+    "head_parameters",
     "linear_logprobs",
     "linear_preference_loss",
     "objectives",

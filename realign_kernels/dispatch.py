@@ -1,26 +1,33 @@
 """Which backend computes an operator.
 
 One decision per (device, dtype), in this order: `use_backend`, the environment variable
-REALIGN_BACKEND, the default. Operators ask when they run, not when they are traced, so a choice
-never breaks a compiled graph and a compiled function obeys the `use_backend` it is called under.
+REALIGN_BACKEND, the fastest that can. Operators ask when they run, not when they are traced, so a
+choice never breaks a compiled graph and a compiled function obeys the `use_backend` it is called
+under.
 """
 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-KNOWN = ("reference", "torch", "cpp", "triton")
-"""Every backend there is, in any build."""
+from realign_kernels._extension import extension, missing_reason
+from realign_kernels.rows import Head
 
-MODULES = {"reference": "realign_kernels.reference", "torch": "realign_kernels.torch_backend"}
-"""The backends of this build."""
+MODULES = {
+    "reference": "realign_kernels.reference",
+    "torch": "realign_kernels.torch_backend",
+    "cpp": "realign_kernels.cpp_backend",
+    "triton": "realign_kernels.triton.backend",
+}
+"""The backends. Each module has a function backend()."""
 
 ENVIRONMENT = "REALIGN_BACKEND"
 
@@ -28,36 +35,45 @@ _override: ContextVar[str] = ContextVar("realign_backend", default="")
 
 
 class Backend(Protocol):
-    """What a backend module provides. Rows are compacted: no label is ignored, labels in [0, V)."""
+    """What a backend provides. Rows are compacted: no label is ignored, labels in [0, V)."""
 
     def forward(
         self,
         hidden: Tensor,  # (n, H)
-        weight: Tensor,  # (V, H)
+        head: Head,
         labels: Tensor,  # (n,) int64
-        bias: Tensor | None,  # (V,)
-        softcap: float | None,
-        temperature: float,
+        rival: Tensor | None,  # (n,) bool: the target is the strongest token but the label
         *,
         chunk_rows: int | None,
         keep_direction: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """logps (n,) in fp32 or fp64; if wanted, d logp_i / d hidden_i (n, H) in hidden's dtype."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """logps (n,) and, if wanted, d logp_i / d hidden_i (n, H), both wide; targets (n,)."""
 
     def backward(
         self,
         grad: Tensor,  # (n,) in the dtype of logps
         hidden: Tensor,  # (n, H)
-        weight: Tensor,  # (V, H)
-        labels: Tensor,  # (n,) int64
-        bias: Tensor | None,  # (V,)
-        softcap: float | None,
-        temperature: float,
+        head: Head,
+        labels: Tensor,  # (n,) int64, the targets of forward
         *,
         chunk_rows: int | None,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias in their dtypes; None where not wanted."""
+
+    def by_spans(
+        self,
+        hidden: Tensor,  # (n, H)
+        head: Head,
+        labels: Tensor,  # (n,) int64
+        rival: Tensor | None,  # (n,) bool
+        lengths: list[int],
+        slopes: Callable[[int, int, Tensor], Tensor],
+        *,
+        chunk_rows: int | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Both of them for a loss that is a sum over spans: see `chunked.ChunkedBackend`."""
 
 
 class Choice(NamedTuple):
@@ -67,30 +83,71 @@ class Choice(NamedTuple):
     reason: str
 
 
+def _missing(name: str) -> str | None:
+    """Why this installation lacks a backend; None where it has it."""
+    if name == "cpp":
+        return missing_reason()
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _cannot(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot compute on this device and dtype; None where it can."""
+    if name == "cpp" and (device != "cpu" or dtype not in (torch.float32, torch.bfloat16)):
+        return "it computes float32 and bfloat16 on the CPU"
+    if name == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if dtype == torch.float64 or (device != "cuda" and not interpreted):
+            return "it computes float32, bfloat16 and float16 on CUDA"
+    return None
+
+
 def _check(name: str, source: str) -> None:
-    if name not in KNOWN:
-        raise ValueError(f"{source}: unknown backend {name!r}, choose one of {', '.join(MODULES)}")
     if name not in MODULES:
+        raise ValueError(f"{source}: unknown backend {name!r}, choose one of {', '.join(MODULES)}")
+    if reason := _missing(name):
+        available = ", ".join(other for other in MODULES if not _missing(other))
         raise ValueError(
-            f"{source}: backend {name!r} is not in this build, available: {', '.join(MODULES)}"
+            f"{source}: backend {name!r} is not available ({reason}); choose one of {available}"
         )
 
 
-@functools.cache
 def _decide(device: str, dtype: torch.dtype, override: str, environment: str) -> Choice:
-    if override:
-        return Choice(override, "asked for by use_backend")
-    if environment:
-        _check(environment, ENVIRONMENT)
-        return Choice(environment, f"asked for by {ENVIRONMENT}")
-    absent = " and ".join(name for name in KNOWN if name not in MODULES)
-    return Choice("torch", f"the default: {absent} are not in this build")
+    asked = override or environment
+    if asked:
+        source = "use_backend" if override else ENVIRONMENT
+        _check(asked, source)
+        if reason := _cannot(asked, device, dtype):
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{source}: backend {asked!r} cannot take {name} on {device}: {reason}; "
+                "choose torch or reference"
+            )
+        return Choice(asked, f"asked for by {source}")
+    passed_over = []
+    for name in ("triton", "cpp"):
+        if _cannot(name, device, dtype):
+            continue
+        if reason := _missing(name):
+            passed_over.append(f"no {name}: {reason}")
+            if name == "cpp":
+                extension()  # says once how to build it
+        elif name == "cpp":
+            module = importlib.import_module(MODULES[name])
+            return Choice(name, f"the fastest here: {module.describe()}")
+        elif device == "cuda":
+            return Choice(name, "the fastest here")
+    return Choice("torch", "; ".join(passed_over) or "the only one for this device and dtype")
+
+
+_decided = functools.cache(_decide)
 
 
 def choose(device: torch.device, dtype: torch.dtype, override: str = "") -> Choice:
-    """The decision for tensors of this device and dtype. `override` stands for use_backend."""
+    """The backend for tensors of this device and dtype. `override` stands for use_backend."""
     asked = override or current_override()
-    return _decide(device.type, dtype, asked, os.environ.get(ENVIRONMENT, ""))
+    return _decided(device.type, dtype, asked, os.environ.get(ENVIRONMENT, ""))
 
 
 def current_override() -> str:
@@ -98,9 +155,14 @@ def current_override() -> str:
     return _override.get()
 
 
+@functools.cache
+def _load(name: str) -> Backend:
+    return importlib.import_module(MODULES[name]).backend()
+
+
 def backend_for(tensor: Tensor, override: str = "") -> Backend:
-    """The module that computes on this tensor."""
-    return importlib.import_module(MODULES[choose(tensor.device, tensor.dtype, override).name])
+    """The backend that computes on this tensor."""
+    return _load(choose(tensor.device, tensor.dtype, override).name)
 
 
 @contextlib.contextmanager
@@ -110,7 +172,7 @@ def use_backend(name: str) -> Iterator[None]:
     A backward pass uses the backend of its forward. Enter the block outside of compiled functions.
 
     Raises:
-        ValueError: the name is unknown, or its backend is not in this build.
+        ValueError: the name is unknown, or this installation lacks the backend.
     """
     _check(name, "use_backend")
     token = _override.set(name)

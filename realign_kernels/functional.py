@@ -6,17 +6,16 @@ they cost nothing, get gradient 0, and may hold anything. Keep the rows of one e
 you can; that is for speed, not for correctness.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from realign_kernels import objectives, ops
+from realign_kernels import checks, objectives, ops, preference_ops
+from realign_kernels.heads import local_head
 from realign_kernels.objectives import Objective, PreferenceOutput, RDPOOutput, Term
 from realign_kernels.reference import wide_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def linear_logprobs(
@@ -29,6 +28,8 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
+    rival: Tensor | None = None,  # (...) bool
+    group: ProcessGroup | None = None,
 ) -> Tensor:  # (...) fp32; fp64 for fp64 inputs
     """Log-prob of each label under a linear head, without ever holding all logits.
 
@@ -42,39 +43,58 @@ def linear_logprobs(
     Args:
         hidden: fp32, fp64, bf16 or fp16; any strides.
         weight: same dtype. Under autocast all three are cast as F.linear casts them. A DTensor is
-            gathered; its gradient is that of one replica, so data-parallel training of the head
-            needs a weight that FSDP has gathered.
+            gathered, once; its gradient is averaged over the ranks of its mesh, as FSDP does.
         labels: rows with ignore_index give 0 and are not read.
         bias: same dtype as weight.
         softcap: as in Gemma 2, applied before temperature.
         temperature: divides the logits.
         chunk_rows: rows that pass the head together; default by device and vocabulary.
+        rival: rows that score, instead of the label, the strongest token that is not the label
+            (`objectives.released` says what for). Not with `group`.
+        group: the head is split by vocabulary over the ranks of this process group, in their order:
+            weight and bias are this rank's rows (a DTensor sharded on axis 0 is one, too); hidden
+            and labels are the same on all ranks, and so are the results and hidden's gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a label is outside [0, V).
         NonFiniteError: a log-prob is NaN or infinite.
     """
-    hidden, weight, bias = _check_head(hidden, weight, bias)
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} must have one entry per row of hidden "
-            f"{tuple(hidden.shape)}, that is {tuple(hidden.shape[:-1])}"
-        )
-    _check_integer("labels", labels)
-    _check_device(hidden, labels=labels)
-    _check_settings(softcap, temperature, chunk_rows)
+    hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
+    checks.check_labels(labels, hidden)
+    checks.check_settings(softcap, temperature, chunk_rows)
+    checks.check_rival(rival, labels, weight, group)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    logps, _ = ops.linear_logprobs(
-        hidden.reshape(labels.numel(), hidden.shape[-1]),
-        weight,
-        labels.reshape(-1).long(),
-        bias,
-        None if softcap is None else float(softcap),
-        float(temperature),
-        ignore_index,
-        chunk_rows,
-        torch.is_grad_enabled() and hidden.requires_grad and not head_trains,
+    flat = labels.reshape(-1).long()
+    inputs = (
+        hidden.reshape(len(flat), hidden.shape[-1]),
+        flat,
+        None if rival is None else rival.reshape(-1),
     )
+    # What is kept for backward is then as small as the rows that count. A graph of torch.compile
+    # cannot depend on their number; the operator drops them itself.
+    rows = None
+    if group is None and not torch.compiler.is_compiling():
+        rows = ops.valid_rows(flat, len(weight), ignore_index)
+    if rows is not None:
+        inputs = [None if t is None else t.index_select(0, rows) for t in inputs]
+    try:
+        logps, _, _ = ops.linear_logprobs(
+            inputs[0],
+            weight,
+            inputs[1],
+            bias,
+            inputs[2],
+            None if softcap is None else float(softcap),
+            float(temperature),
+            ignore_index,
+            chunk_rows,
+            "" if group is None else group.group_name,
+            torch.is_grad_enabled() and hidden.requires_grad and not head_trains,
+        )
+    except ops.NonFiniteError as error:
+        raise (error if rows is None else error.at(rows)) from None
+    if rows is not None:
+        logps = logps.new_zeros(len(flat)).index_copy(0, rows, logps)
     return logps.reshape(labels.shape)
 
 
@@ -85,6 +105,7 @@ def preference_loss(
     *,
     beta: float | None = None,
     reduction: str = "mean",
+    token_counts: Tensor | None = None,  # (L, B) integer
 ) -> PreferenceOutput:
     """An objective over log-probs of whole responses, summed over their tokens.
 
@@ -94,25 +115,33 @@ def preference_loss(
         terms: an Objective (`objectives.rdpo()`), or a list of terms over leaf indices.
         beta: with a list of terms only (default 0.1); an Objective brings its own.
         reduction: over examples, "mean", "sum" or "none".
+        token_counts: tokens of each response; for objectives that average over them.
 
     Raises:
         ValueError: shapes or dtypes do not fit the objective.
         NonFiniteError: an input holds NaN or infinity (checked outside of compiled graphs).
     """
     objective = objectives.as_objective(terms, beta)
-    _check_reference(reference_logps, objective, reduction)
+    checks.check_reference(reference_logps, objective, reduction)
     if leaf_logps.shape != reference_logps.shape:
         raise ValueError(
             f"leaf_logps {tuple(leaf_logps.shape)} and reference_logps "
             f"{tuple(reference_logps.shape)} must have one shape, (leaves, examples)"
         )
-    _check_wide("leaf_logps", leaf_logps)
-    _check_device(leaf_logps, reference_logps=reference_logps)
+    checks.check_wide("leaf_logps", leaf_logps)
+    checks.check_device(leaf_logps, reference_logps=reference_logps, token_counts=token_counts)
+    if token_counts is not None:
+        checks.check_integer("token_counts", token_counts)
+        if token_counts.shape != leaf_logps.shape:
+            raise ValueError(
+                f"token_counts {tuple(token_counts.shape)} must have the shape of leaf_logps "
+                f"{tuple(leaf_logps.shape)}"
+            )
     if not torch.compiler.is_compiling():
         for name, values in (("leaf_logps", leaf_logps), ("reference_logps", reference_logps)):
             if not values.isfinite().all():
-                raise ops.non_finite_sequences(name, values)
-    return objective(leaf_logps, reference_logps, reduction)
+                raise preference_ops.non_finite_sequences(name, values)
+    return objective(leaf_logps, reference_logps, reduction, token_counts)
 
 
 def linear_preference_loss(
@@ -130,17 +159,27 @@ def linear_preference_loss(
     ignore_index: int = -100,
     chunk_rows: int | None = None,
     reduction: str = "mean",
+    token_weights: Tensor | None = None,  # of the shape of labels
+    group: ProcessGroup | None = None,
 ) -> PreferenceOutput:
     """An objective from hidden states: linear_logprobs, sums per sequence, preference_loss.
 
-    The arguments are those of these two functions. sequence_ids of ignored rows are not read.
+    The arguments are those of these two functions. sequence_ids and token_weights of ignored rows
+    are not read. A head that trains costs 3u here, and not 4u: the gradients are made in the
+    forward, by whole examples. Examples of more than chunk_rows rows take 4u; so does everything
+    under torch.compile and with reduction="none".
+
+    Args:
+        token_weights: factor of each token's log-prob in the sum of its sequence; constants.
+            reference_logps must be weighted alike. An objective that averages divides by the
+            number of tokens, not by the sum of their weights.
 
     Raises:
         ValueError: as there; also if a sequence has no label to score.
         NonFiniteError: as there.
     """
     objective = objectives.as_objective(terms, beta)
-    _check_reference(reference_logps, objective, reduction)
+    checks.check_reference(reference_logps, objective, reduction)
     leaves, examples = reference_logps.shape
     if sequence_ids is None:
         names = ", ".join(f"{leaf.response} under {leaf.image}" for leaf in objective.leaves)
@@ -159,9 +198,47 @@ def linear_preference_loss(
                 f"with sequence_ids {tuple(sequence_ids.shape)} hidden must be (N, H) and "
                 f"sequence_ids (N,), got hidden {tuple(hidden.shape)}"
             )
-        _check_integer("sequence_ids", sequence_ids)
+        checks.check_integer("sequence_ids", sequence_ids)
         ids = sequence_ids.long()
-    _check_device(hidden, reference_logps=reference_logps, sequence_ids=ids)
+    checks.check_device(
+        hidden, reference_logps=reference_logps, sequence_ids=ids, token_weights=token_weights
+    )
+    if token_weights is not None:
+        if token_weights.shape != labels.shape or token_weights.requires_grad:
+            raise ValueError(
+                f"token_weights {tuple(token_weights.shape)} must have the shape of labels "
+                f"{tuple(labels.shape)} and be constants: detach() them"
+            )
+        token_weights = token_weights.reshape(-1).to(wide_dtype(hidden.dtype))
+    weight, bias = local_head(weight, bias, group)  # once, though two functions want it
+    flat = labels.reshape(-1).long()
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if (
+        (head_trains and torch.is_grad_enabled())
+        and reduction != "none"
+        and not torch.compiler.is_compiling()
+    ):
+        checks.check_settings(softcap, temperature, chunk_rows)
+        hidden, weight, bias = checks.check_head(hidden, weight, bias)
+        checks.check_labels(labels, hidden)
+        loss, sums, counts = preference_ops.FusedPreference.apply(
+            hidden.reshape(labels.numel(), hidden.shape[-1]),
+            weight,
+            bias,
+            flat,
+            ids,
+            token_weights,
+            reference_logps,
+            objective,
+            reduction,
+            softcap,
+            temperature,
+            ignore_index,
+            chunk_rows,
+            "" if group is None else group.group_name,
+        )
+        return objective(sums, reference_logps, reduction, counts)._replace(loss=loss)
+    rival = preference_ops.rival_rows(objective, ids, examples)
     logps = linear_logprobs(
         hidden,
         weight,
@@ -171,10 +248,12 @@ def linear_preference_loss(
         temperature=temperature,
         ignore_index=ignore_index,
         chunk_rows=chunk_rows,
-    )
-    sums, counts = ops.sequence_sums(
-        logps.reshape(-1), labels.reshape(-1).long(), ids, reference_logps, ignore_index
-    )
+        rival=None if rival is None else rival.reshape(labels.shape),
+        group=group,
+    ).reshape(-1)
+    if token_weights is not None:
+        logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
+    sums, counts = preference_ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
     return objective(sums, reference_logps, reduction, counts)
 
 
@@ -193,6 +272,8 @@ def rdpo_loss(
     ignore_index: int = -100,
     chunk_rows: int | None = None,
     reduction: str = "mean",
+    token_weights: Tensor | None = None,  # of the shape of labels
+    group: ProcessGroup | None = None,
 ) -> RDPOOutput:
     """rDPO, the loss of Re-Align (arXiv 2502.13146): linear_preference_loss with objectives.rdpo.
 
@@ -220,6 +301,8 @@ def rdpo_loss(
         ignore_index=ignore_index,
         chunk_rows=chunk_rows,
         reduction=reduction,
+        token_weights=token_weights,
+        group=group,
     )
     return RDPOOutput(output.loss, output.logps, output.rewards, output.token_counts)
 
@@ -240,7 +323,7 @@ class RDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         objectives.rdpo(beta, visual_weight)
-        _check_settings(softcap, temperature, chunk_rows)
+        checks.check_settings(softcap, temperature, chunk_rows)
         objectives.check_reduction(reduction)
         self.settings = {
             "beta": beta,
@@ -267,80 +350,3 @@ class RDPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
-
-
-def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checked, gathered if DTensor, and cast if autocast is on."""
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} must end in H and weight {tuple(weight.shape)} be "
-            "(V, H), with one H: weight is lm_head.weight, not its transpose"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias {tuple(bias.shape)} must be ({weight.shape[0]},), one entry per row of weight"
-        )
-    if hidden.dtype not in DTYPES:
-        raise ValueError(f"hidden must be float32, float64, bfloat16 or float16: {hidden.dtype}")
-    head = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in (weight, bias)]
-    tensors = [hidden, *head]
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    hidden, weight, bias = tensors
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype} and hidden {hidden.dtype}: cast one of them "
-                f"({name}.to(hidden.dtype)), or call under torch.autocast"
-            )
-    _check_device(hidden, weight=weight, bias=bias)
-    return hidden, weight, bias
-
-
-def _check_reference(reference_logps: Tensor, objective: Objective, reduction: str) -> None:
-    leaves = len(objective.leaves)
-    if reference_logps.dim() != 2 or reference_logps.shape[0] != leaves:
-        raise ValueError(
-            f"reference_logps {tuple(reference_logps.shape)} must be ({leaves}, B): objective "
-            f"{objective.name!r} has {leaves} leaves"
-        )
-    _check_wide("reference_logps", reference_logps)
-    if reference_logps.requires_grad:
-        raise ValueError("reference_logps requires grad, but is a constant: detach() it")
-    objectives.check_reduction(reduction)
-    if reduction == "mean" and reference_logps.shape[1] == 0:
-        raise ValueError(
-            'reference_logps has no examples, whose mean is undefined: use reduction="sum"'
-        )
-
-
-def _check_wide(name: str, values: Tensor) -> None:
-    if values.dtype != wide_dtype(values.dtype):
-        raise ValueError(
-            f"{name} must be float32 or float64, got {values.dtype}: a sum of log-probs near -200 "
-            "is off by up to 0.5 in bfloat16"
-        )
-
-
-def _check_integer(name: str, values: Tensor) -> None:
-    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {values.dtype}: use .long()")
-
-
-def _check_device(hidden: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}: move it to {hidden.device}")
-
-
-def _check_settings(softcap: float | None, temperature: float, chunk_rows: int | None) -> None:
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be finite and > 0, got {softcap}; None means no cap")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}; None chooses")

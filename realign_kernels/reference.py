@@ -1,13 +1,17 @@
 """The specification: every operator in plain PyTorch, in fp32 (fp64 for fp64 inputs).
 
 These functions define what the operators compute and are what tests compare with. They build all
-logits at once, so they are for small inputs. `forward` and `backward` at the end make them a
-backend (`use_backend("reference")`).
+logits at once, so they are for small inputs. `ReferenceBackend` makes them a backend
+(`use_backend("reference")`).
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from realign_kernels.rows import Head
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,18 +97,62 @@ def rdpo_loss(
     return (text_loss + visual_weight * visual_loss).mean()
 
 
-def forward(hidden, weight, labels, bias, softcap, temperature, *, chunk_rows, keep_direction):
-    """The backend interface of `dispatch.Backend` over the specification."""
-    head = (hidden, weight, labels, bias, softcap, temperature)
-    logps = linear_logprobs(*head, ignore_index=-1)
-    if not keep_direction:
-        return logps, None
-    return logps, linear_logprobs_backward(torch.ones_like(logps), *head)[0].to(hidden.dtype)
+def rivals(
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,) int64
+) -> Tensor:  # (N,) int64
+    """The strongest token that is not the label: what the authors' release scores (`released`)."""
+    return logits.scatter(1, labels[:, None], float("-inf")).argmax(1)
 
 
-def backward(grad, hidden, weight, labels, bias, softcap, temperature, *, chunk_rows, wanted):
-    """The backend interface of `dispatch.Backend` over the specification."""
-    grads = linear_logprobs_backward(grad, hidden, weight, labels, bias, softcap, temperature)
-    dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    triples = zip(grads, dtypes, wanted, strict=True)
-    return tuple(g.to(dtype) if want else None for g, dtype, want in triples)
+class ReferenceBackend:
+    """`dispatch.Backend` over the specification."""
+
+    def forward(self, hidden, head, labels, rival, *, chunk_rows, keep_direction):
+        args = _arguments(head)
+        if rival is not None:
+            strongest = rivals(linear_logits(hidden, *args), labels)
+            labels = torch.where(rival, strongest, labels)
+        logps = linear_logprobs(hidden, args[0], labels, *args[1:], ignore_index=-1)
+        direction = None
+        if keep_direction:
+            ones = torch.ones_like(logps)
+            direction = linear_logprobs_backward(ones, hidden, args[0], labels, *args[1:])[0]
+        return logps, labels, direction
+
+    def backward(self, grad, hidden, head, labels, *, chunk_rows, wanted):
+        args = _arguments(head)
+        grads = linear_logprobs_backward(grad, hidden, args[0], labels, *args[1:])
+        inputs = zip(grads, (hidden, head.weight, head.bias), wanted, strict=True)
+        return tuple(g.to(tensor.dtype) if want else None for g, tensor, want in inputs)
+
+    def by_spans(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        rival: Tensor | None,
+        lengths: list[int],
+        slopes: Callable[[int, int, Tensor], Tensor],
+        *,
+        chunk_rows: int | None,
+        wanted: tuple[bool, bool, bool],
+    ):
+        settings = {"chunk_rows": chunk_rows}
+        logps, targets, _ = self.forward(
+            hidden, head, labels, rival, keep_direction=False, **settings
+        )
+        grad = slopes(0, len(lengths), logps)
+        grads = self.backward(grad, hidden, head, targets, wanted=wanted, **settings)
+        return logps, targets, grads
+
+
+def _arguments(head: Head) -> tuple[Tensor, Tensor | None, float | None, float]:
+    if head.shard is not None:
+        raise ValueError("the reference backend has no vocabulary-parallel head: use torch")
+    return head.weight, head.bias, head.softcap, head.temperature
+
+
+def backend() -> ReferenceBackend:
+    """See `dispatch.Backend`."""
+    return ReferenceBackend()

@@ -1,5 +1,6 @@
 """Every option of every command, and how flags, TOML files and mistakes are handled."""
 
+import re
 from dataclasses import dataclass, fields
 
 import pytest
@@ -9,6 +10,7 @@ from realign.cli import parse_sections
 from realign.demo import DemoConfig
 from realign.evaluate import EvaluateConfig
 from realign.pairs.pipeline import PairsConfig
+from realign_kernels import objectives
 
 # To add an option is a decision: it is listed here, with its default.
 OPTIONS = {
@@ -216,6 +218,21 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
 def test_a_bad_training_value_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         config.parse(arguments)
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_every_preset_can_be_named(name):
+    assert config.parse(["--objective", name]).loss.objective == name
+    docs = cli._field_docs(config.LossConfig)
+    assert re.search(rf"\b{name}\b", docs["objective"])
+    weighted = "visual_weight" in objectives.settings(name)
+    assert bool(re.search(rf"\b{name}\b", docs["visual_weight"])) == weighted
+    given = ["--objective", name, "--visual-weight", "0.5"]
+    if weighted:
+        assert config.parse(given).loss.visual_weight == 0.5
+    else:
+        with pytest.raises(ValueError, match=f"no effect: {name} has no such weight. Leave it out"):
+            config.parse(given)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from realign_kernels import dispatch, reference
 
 def test_default_and_its_reason():
     line = rk.explain(dtype=torch.bfloat16)
-    assert line.startswith("realign_kernels: backend torch for bfloat16 on cpu (")
-    assert "\n" not in line
+    assert line.startswith("realign_kernels: backend cpp for bfloat16 on cpu (the fastest here: ")
+    assert "rows, GEMM" in line and "\n" not in line
 
 
 def test_use_backend_holds_inside_the_block_and_wins_over_the_environment(monkeypatch):
@@ -41,18 +41,32 @@ def test_use_backend_ends_with_an_exception_and_does_not_leak_into_other_threads
     assert seen == [""]
 
 
-@pytest.mark.parametrize("name", [n for n in dispatch.KNOWN if n not in dispatch.MODULES])
-def test_a_backend_of_another_build(name, monkeypatch):
-    message = f"backend '{name}' is not in this build, available: reference, torch"
-    with pytest.raises(ValueError, match=message), rk.use_backend(name):
+def test_a_backend_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_reason", lambda: "No module named _C")
+    message = (
+        r"backend 'cpp' is not available \(No module named _C\); choose one of reference, torch"
+    )
+    with pytest.raises(ValueError, match=f"use_backend: {message}"), rk.use_backend("cpp"):
         pass
-    monkeypatch.setenv("REALIGN_BACKEND", name)
+    monkeypatch.setenv("REALIGN_BACKEND", "cpp")
+    dispatch._decided.cache_clear()
     with pytest.raises(ValueError, match=f"REALIGN_BACKEND: {message}"):
         rk.explain()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_dtype_that_a_backend_does_not_take(dtype):
+    assert "backend torch" in rk.explain(dtype=dtype)
+    args = (torch.randn(2, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype), torch.tensor([0, 1]))
+    with (
+        rk.use_backend("cpp"),
+        pytest.raises(ValueError, match=f"'cpp' cannot take {str(dtype)[6:]} on cpu"),
+    ):
+        rk.linear_logprobs(*args)
+
+
 def test_an_unknown_backend(monkeypatch):
-    message = "unknown backend 'cuda', choose one of reference, torch"
+    message = "unknown backend 'cuda', choose one of reference, torch, cpp, triton"
     with pytest.raises(ValueError, match=message), rk.use_backend("cuda"):
         pass
     monkeypatch.setenv("REALIGN_BACKEND", "cuda")
@@ -64,13 +78,13 @@ def test_an_unknown_backend(monkeypatch):
 def test_reference_computes_forward_and_backward(frozen, monkeypatch):
     calls = []
     for name in ("forward", "backward"):
-        original = getattr(reference, name)
+        original = getattr(reference.ReferenceBackend, name)
 
         def record(*args, _name=name, _original=original, **kwargs):
             calls.append(_name)
             return _original(*args, **kwargs)
 
-        monkeypatch.setattr(reference, name, record)
+        monkeypatch.setattr(reference.ReferenceBackend, name, record)
     case = kc.make_case(7, 5, 11, torch.float32)
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight.clone().requires_grad_(not frozen)

@@ -6,14 +6,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import realign_kernels as rk
-from realign_kernels.torch_backend import default_chunk_rows, even_step
+from realign_kernels.chunked import default_chunk_rows, even_step
 
 WIDTH, VOCABULARY, ROWS, CHUNK = 5, 97, 40, 8
 
 
 def gemm_units(call):
     """GEMMs that run in call(), in units of valid rows x WIDTH x VOCABULARY multiply-adds."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+    with (
+        rk.use_backend("torch"),
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace,
+    ):
         call()
     work = 0
     for event in trace.events():
@@ -29,6 +32,7 @@ def case():
     return kc.make_case(ROWS, WIDTH, VOCABULARY, torch.float32, bias=True)
 
 
+# Units of GEMM in forward and backward; the bias takes two columns beside the WIDTH of a unit.
 COSTS = {
     "no gradient": ((False, False, False), 1, 0),
     "frozen head": ((True, False, False), 2, 0),
@@ -52,7 +56,8 @@ def test_gemm_units_over_the_rows_that_count(case, needs, forward, backward):
     assert gemm_units(run) == forward * unit
     if any(needs):
         loss = logps[0].sum()
-        assert gemm_units(loss.backward) == backward * unit
+        of_bias = 2 * unit // WIDTH if needs[2] else 0
+        assert gemm_units(loss.backward) == backward * unit + of_bias
 
 
 def test_no_grad_costs_one_unit_although_the_inputs_train(case):
@@ -65,21 +70,26 @@ def test_no_grad_costs_one_unit_although_the_inputs_train(case):
 
 def test_no_tensor_of_all_logits(case):
     hidden = case.hidden.clone().requires_grad_()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+    with (
+        rk.use_backend("torch"),
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace,
+    ):
         rk.linear_logprobs(hidden, case.weight, case.labels, chunk_rows=CHUNK).sum().backward()
     shapes = [shape for event in trace.events() for shape in event.input_shapes]
     widest = max(shape[0] for shape in shapes if len(shape) == 2 and shape[1] == VOCABULARY)
     assert widest == CHUNK
 
 
-def test_frozen_head_keeps_labels_and_direction_alone(case):
+def test_frozen_head_keeps_a_direction_per_row_that_counts_and_no_matrix_else(case):
     hidden = case.hidden.clone().requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.shape) or t, lambda t: t
     ):
         rk.linear_logprobs(hidden, case.weight, case.labels)
-    assert sorted(saved) == [(ROWS,), (ROWS, WIDTH)]
+    rows = int((case.labels != -100).sum())
+    assert (rows, WIDTH) in saved and (ROWS, WIDTH) not in saved
+    assert all(len(shape) < 2 for shape in saved if shape != (rows, WIDTH))
 
 
 @pytest.mark.parametrize(("vocabulary", "rows"), [(32000, 524), (152064, 256), (0, 2**24)])

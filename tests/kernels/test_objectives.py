@@ -1,7 +1,7 @@
-"""Objectives: each preset against its formula, and how to add one."""
+"""Objectives: what they do with leaves and terms, and what they refuse. Formulas: test_presets."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,58 +9,20 @@ from torch import Tensor
 
 import realign_kernels as rk
 from realign_kernels import objectives, reference
-from realign_kernels.objectives import AnchorSigmoid, PairSigmoid, Term
-
-
-def nll(z: float) -> float:
-    """-log sigmoid, in plain floats."""
-    return math.log1p(math.exp(-z))
-
-
-def by_hand(name, s, beta):
-    """s: scores of one example, logp - reference, one per leaf. Settings are those of PRESETS."""
-    loss = nll(beta * (s[0] - s[1]))
-    if name in ("rdpo", "mdpo"):
-        loss += 0.6 * nll(beta * (s[0] - s[2]))
-    if name == "mdpo":
-        loss += 0.3 * nll(beta * s[0] - 0.2)
-    return loss
-
-
-SETTINGS = {
-    "dpo": {},
-    "rdpo": {"visual_weight": 0.6},
-    "mdpo": {"visual_weight": 0.6, "anchor_weight": 0.3, "delta": 0.2},
-}
-
-
-@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
-@pytest.mark.parametrize("name", objectives.PRESETS)
-def test_preset_is_its_formula(name, beta):
-    objective = objectives.get(name, beta=beta, **SETTINGS[name])
-    g = torch.Generator().manual_seed(1)
-    logps = -20 + torch.randn(len(objective.leaves), 5, generator=g, dtype=torch.float64)
-    ref = -20 + torch.randn(len(objective.leaves), 5, generator=g, dtype=torch.float64)
-    out = rk.preference_loss(logps, ref, objective, reduction="none")
-    expected = [by_hand(name, (logps - ref)[:, i].tolist(), beta) for i in range(5)]
-    torch.testing.assert_close(out.loss, torch.tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(out.rewards, beta * (logps - ref))
-    weights = torch.tensor([[term.weight] for term in objective.terms], dtype=torch.float64)
-    torch.testing.assert_close((weights * out.term_losses).sum(0), out.loss)
-    for reduction, reduced in (("mean", out.loss.mean()), ("sum", out.loss.sum())):
-        again = rk.preference_loss(logps, ref, objective, reduction=reduction)
-        torch.testing.assert_close(again.loss, reduced)
+from realign_kernels.objectives import AnchorSigmoid, Leaf, PairSigmoid, Term
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)
-def test_preset_gradient(name):
-    objective = objectives.get(name, **SETTINGS[name])
+def test_what_carries_gradient(name):
+    objective = objectives.get(name)
     logps = torch.randn(len(objective.leaves), 3, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(len(objective.leaves), 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: rk.preference_loss(x, ref, objective).loss, logps)
     out = rk.preference_loss(logps, ref, objective)
     assert out.loss.requires_grad and out.logps.requires_grad
     assert not out.rewards.requires_grad and not out.term_losses.requires_grad
+    each = rk.preference_loss(logps, ref, objective, reduction="none").loss
+    total = rk.preference_loss(logps, ref, objective, reduction="sum").loss
+    torch.testing.assert_close((each.mean(), each.sum()), (out.loss, total))
 
 
 def test_rdpo_is_the_specification_and_lowers_both_negatives():
@@ -73,25 +35,47 @@ def test_rdpo_is_the_specification_and_lowers_both_negatives():
     assert chosen < 0 < visual and rejected > 0
 
 
-def test_far_margins_stay_finite():
-    logps = torch.tensor([[-1e4, 0.0], [0.0, -1e4]], requires_grad=True)
-    out = rk.preference_loss(logps, torch.zeros(2, 2), objectives.dpo(beta=1.0), reduction="none")
-    assert out.loss.tolist() == [1e4, 0.0]
-    out.loss.sum().backward()
-    assert logps.grad.isfinite().all()
+def test_a_detached_leaf_is_a_constant():
+    """Its reward counts in full; only its gradient is gone."""
+    plain = objectives.rdpo(beta=0.3)
+    leaves = (plain.leaves[0], plain.leaves[1]._replace(detached=True), plain.leaves[2])
+    stopped = replace(plain, leaves=leaves)
+    logps = torch.randn(2, 3, 4, dtype=torch.float64)
+    results = []
+    for objective in (plain, stopped):
+        x = logps[0].clone().requires_grad_()
+        out = rk.preference_loss(x, logps[1], objective)
+        results.append((out.loss, out.rewards, torch.autograd.grad(out.loss, x)[0]))
+    (loss, rewards, gradient), (same_loss, same_rewards, without) = results
+    assert torch.equal(loss, same_loss) and torch.equal(rewards, same_rewards)
+    assert (without[1] == 0).all() and (gradient[1] != 0).all()
+    assert torch.equal(without[[0, 2]], gradient[[0, 2]])
 
 
-def test_visual_weight_zero_is_dpo():
-    logps, ref = torch.randn(3, 4), torch.randn(3, 4)
-    text_alone = rk.preference_loss(logps, ref, objectives.rdpo(visual_weight=0))
-    dpo = rk.preference_loss(logps[:2], ref[:2], objectives.dpo())
-    assert torch.equal(text_alone.loss, dpo.loss)
+def test_averaging_counts_tokens_from_hidden_states():
+    """linear_preference_loss hands the counts over; log-probs alone do not have them."""
+    hidden = torch.randn(2, 2, 3, 5, dtype=torch.float64)
+    weight = torch.randn(7, 5, dtype=torch.float64)
+    labels = torch.tensor([[[1, 2, -100], [3, 4, 5]], [[6, -100, -100], [0, 1, -100]]])
+    ref = torch.tensor([[-4.0, -5.0], [-2.0, -6.0]], dtype=torch.float64)
+    objective = replace(objectives.dpo(beta=0.4), average=True)
+    out = rk.linear_preference_loss(hidden, weight, labels, ref, objective)
+    sums = rk.linear_logprobs(hidden, weight, labels).sum(-1)
+    s = (sums - ref) / torch.tensor([[2, 3], [1, 2]])
+    expected = -torch.nn.functional.logsigmoid(0.4 * (s[0] - s[1])).mean()
+    torch.testing.assert_close(out.loss, expected)
+    with pytest.raises(ValueError, match="token_counts is None, but objective 'dpo' averages"):
+        objective(sums, ref)
 
 
-def test_leaves_of_the_presets():
-    names = [("chosen", "image"), ("rejected", "image"), ("chosen", "retrieved_image")]
-    assert list(objectives.rdpo().leaves) == list(objectives.mdpo().leaves) == names
-    assert list(objectives.dpo().leaves) == names[:2]
+def test_objectives_are_values():
+    made = [objectives.get(name) for name in objectives.PRESETS]
+    table = {objective: objective.name for objective in made}
+    assert len(table) == len(objectives.PRESETS)
+    for name in objectives.PRESETS:
+        assert table[objectives.get(name)] == name
+    assert objectives.rdpo(beta=0.2) not in table
+    assert replace(objectives.dpo(), average=True) not in table
 
 
 def test_a_list_of_terms_is_an_objective():
@@ -104,40 +88,69 @@ def test_a_list_of_terms_is_an_objective():
 
 def test_a_new_link_is_one_class():
     @dataclass(frozen=True, kw_only=True)
-    class Hinge(Term):
+    class Exponential(Term):
         positive: int
         negative: int
+        rate: float = 1.0
 
         @property
         def leaves(self) -> tuple[int, ...]:
             return (self.positive, self.negative)
 
         def __call__(self, rewards: Tensor) -> Tensor:
-            return torch.relu(1 - (rewards[self.positive] - rewards[self.negative]))
+            return torch.exp(self.rate * (rewards[self.negative] - rewards[self.positive]))
 
     logps = torch.tensor([[0.0, 2.0], [0.5, 0.0]])
-    term = Hinge(name="hinge", positive=0, negative=1)
+    term = Exponential(name="exponential", positive=0, negative=1)
     out = rk.preference_loss(logps, torch.zeros(2, 2), [term], beta=1.0)
-    assert out.term_losses.tolist() == [[1.5, 0.0]]
+    torch.testing.assert_close(out.term_losses, torch.tensor([[math.exp(0.5), math.exp(-2)]]))
+    with pytest.raises(ValueError, match="rate of term 'e' must be finite, got nan"):
+        Exponential(name="e", positive=0, negative=1, rate=math.nan)
 
 
+def test_settings_of_a_preset():
+    assert objectives.settings("rdpo") == {"beta": 0.1, "visual_weight": 1.0}
+    assert objectives.settings("lpoi")["negatives"] == 4
+
+
+TWO = objectives.dpo().leaves
 MISTAKES = [
-    (lambda: objectives.get("rdop"), r"unknown objective 'rdop': choose one of dpo, rdpo, mdpo"),
+    (
+        lambda: objectives.get("rdop"),
+        r"unknown objective 'rdop': choose one of dpo, rdpo, mdpo, .*, released",
+    ),
+    (lambda: objectives.settings("rdop"), r"unknown objective 'rdop'"),
     (
         lambda: objectives.get("dpo", visual_weight=1),
         r"'dpo' has no setting visual_weight: .* beta",
     ),
     (lambda: objectives.rdpo(beta=0), r"beta must be finite and > 0, got 0"),
-    (lambda: objectives.rdpo(beta=float("nan")), r"beta must be finite and > 0, got nan"),
+    (lambda: objectives.rdpo(beta="0.1"), r"beta must be finite and > 0, got '0.1'"),
+    (lambda: objectives.ipo(beta=0), r"beta must be finite and > 0, got 0"),
+    (lambda: objectives.ipo(beta=1e-200), r"weight of term 'text' must be finite, got inf"),
     (lambda: objectives.rdpo(visual_weight=-1), r"weight of term 'visual' .* got -1"),
-    (lambda: rk.Objective("x", objectives.dpo().leaves, ()), r"'x' has no terms"),
+    (lambda: objectives.mdpo(delta=math.nan), r"delta of term 'anchor' must be finite, got nan"),
+    (lambda: objectives.lpoi(negatives=0), r"negatives must be an int, 1 or more, got 0"),
+    (lambda: objectives.mispdpo(negatives=2.0), r"negatives must be an int, 1 or more, got 2.0"),
+    (lambda: objectives.mispdpo(omegas=(1.0,)), r"omegas of term 'visual' must be .* 4 numbers"),
+    (lambda: rk.Objective("x", TWO, ()), r"'x' has no terms"),
     (
-        lambda: rk.Objective("x", objectives.dpo().leaves, objectives.rdpo().terms),
+        lambda: rk.Objective("x", TWO, objectives.rdpo().terms),
         r"term 'visual' reads leaf 2, but objective 'x' has 2 leaves",
     ),
+    (lambda: rk.Objective("x", TWO, objectives.dpo().terms * 2), r"two terms of one name"),
+    (lambda: rk.Objective("x", TWO + TWO, objectives.dpo().terms), r"lists one leaf twice"),
     (
-        lambda: rk.Objective("x", objectives.dpo().leaves, objectives.dpo().terms * 2),
-        r"two terms of one name",
+        lambda: rk.Objective("x", list(TWO), objectives.dpo().terms),
+        r"leaves of objective 'x' must be a tuple of Leaf, got \[Leaf",
+    ),
+    (
+        lambda: rk.Objective("x", (("chosen", "image"),) * 2, objectives.dpo().terms),
+        r"leaves of objective 'x' must be a tuple of Leaf",
+    ),
+    (
+        lambda: rk.Objective("x", TWO, list(objectives.dpo().terms)),
+        r"terms of objective 'x' must be a tuple of Term",
     ),
     (
         lambda: rk.preference_loss(torch.zeros(2, 1), torch.zeros(2, 1), objectives.dpo(), beta=1),
@@ -150,3 +163,9 @@ MISTAKES = [
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_leaves_that_differ_in_an_option_are_different():
+    plain, rival = Leaf("rejected", "image"), Leaf("rejected", "image", rival=True)
+    pair = PairSigmoid(name="text", positive=0, negative=1)
+    assert len(set(rk.Objective("x", (plain, rival), (pair,)).leaves)) == 2

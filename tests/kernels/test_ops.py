@@ -16,15 +16,16 @@ HEADS = [(None, 1.0), (5.0, 0.7)]
 def test_opcheck_linear_logprobs(frozen, ignored, softcap, temperature):
     case = kc.make_case(9, 8, 11, torch.float32, bias=True, ignored=ignored)
     weight, bias = (t.requires_grad_(not frozen) for t in (case.weight, case.bias))
-    args = (case.hidden.requires_grad_(), weight, case.labels, bias, softcap, temperature)
-    torch.library.opcheck(torch.ops.realign.linear_logprobs, (*args, -100, 4, frozen))
+    args = (case.hidden.requires_grad_(), weight, case.labels, bias, None, softcap, temperature)
+    args = (*args, -100, 4, "", frozen)
+    torch.library.opcheck(torch.ops.realign.linear_logprobs, args)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (True, True, True)])
 def test_opcheck_linear_logprobs_backward(wanted):
     case = kc.make_case(9, 8, 11, torch.bfloat16, bias=True)
     args = (case.upstream.float(), case.hidden.T.contiguous().T, case.weight, case.labels)
-    args = (*args, case.bias, None, 1.0, -100, 4, *wanted, "")
+    args = (*args, case.bias, None, 1.0, -100, 4, "", list(wanted), "")
     torch.library.opcheck(torch.ops.realign.linear_logprobs_backward, args)
 
 

@@ -100,8 +100,11 @@ def test_every_preset_from_hidden_states(name):
     objective = objectives.get(name)
     hidden, weight, labels, reference = batch(leaves=len(objective.leaves))
     out = rk.linear_preference_loss(hidden, weight, labels, reference, objective)
-    sums = rk.linear_logprobs(hidden, weight, labels).sum(-1)
-    expected = rk.preference_loss(sums, reference, objective)
+    rival = torch.tensor([leaf.rival for leaf in objective.leaves])[:, None, None]
+    rival = rival.expand(labels.shape)
+    sums = rk.linear_logprobs(hidden, weight, labels, rival=rival).sum(-1)
+    counts = (labels != -100).sum(-1)
+    expected = rk.preference_loss(sums, reference, objective, token_counts=counts)
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(out.term_losses, expected.term_losses)
     assert out.term_losses.shape == (len(objective.terms), EXAMPLES)

@@ -1,0 +1,146 @@
+// Row kernels and GEMM for realign_kernels/cpp_backend.py, over addresses: the caller owns the
+// tensors and has checked shapes, strides and dtypes.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using realign::CpuLevel;
+using realign::Dtype;
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::f32;
+  if (name == "bfloat16") return Dtype::bf16;
+  throw py::value_error("dtype must be float32 or bfloat16, got " + name);
+}
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::dict cpu_features() {
+  const realign::Cpu& cpu = realign::cpu();
+  static const char* const names[] = {"scalar", "avx2", "avx512"};
+  py::dict features;
+  features["level"] = names[static_cast<int>(cpu.level)];
+  features["bf16"] = cpu.bf16;
+  features["amx"] = cpu.amx;
+#if defined(REALIGN_X86)
+  features["gemm_f32"] = cpu.level == CpuLevel::avx512;
+  features["gemm_bf16"] = cpu.bf16;
+#else
+  features["gemm_f32"] = features["gemm_bf16"] = false;
+#endif
+  return features;
+}
+
+void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row,
+          int64_t a_column, uintptr_t b, int64_t b_row, int64_t b_column, uintptr_t c,
+          int64_t c_row, const std::string& c_dtype, bool accumulate, int threads) {
+#if defined(REALIGN_X86)
+  const realign::Matrix left{at<const void>(a), a_row, a_column};
+  const realign::Matrix right{at<const void>(b), b_row, b_column};
+  if ((a_row != 1 && a_column != 1) || (b_row != 1 && b_column != 1)) {
+    throw py::value_error("a and b must be contiguous along one axis");
+  }
+  const bool half = dtype_of(dtype) == Dtype::bf16, half_out = dtype_of(c_dtype) == Dtype::bf16;
+  if (half_out && (!half || accumulate)) {
+    throw py::value_error("a bfloat16 product is of bfloat16 matrices, and does not accumulate");
+  }
+  if (half ? !realign::cpu().bf16 : realign::cpu().level != CpuLevel::avx512) {
+    throw py::value_error("this CPU has no " + dtype + " GEMM here: ask cpu_features()");
+  }
+  py::gil_scoped_release release;
+  const realign::Product product{at(c), c_row, half_out, accumulate};
+  (half ? realign::gemm_bf16 : realign::gemm_f32)(m, n, k, left, right, product, threads);
+#else
+  throw py::value_error("there is no GEMM for this CPU: ask cpu_features()");
+#endif
+}
+
+void read_rows(uintptr_t logits, const std::string& logits_dtype, int64_t logits_stride,
+               int64_t rows, int64_t vocabulary, uintptr_t labels, uintptr_t bias, float softcap,
+               float temperature, uintptr_t rival, uintptr_t others,
+               const std::string& others_dtype, int64_t others_stride, uintptr_t target,
+               uintptr_t logit, uintptr_t peak, uintptr_t total, uintptr_t slope, int threads) {
+  const realign::RowInputs in{at(logits),     dtype_of(logits_dtype), logits_stride,
+                              rows,           vocabulary,             at<const int64_t>(labels),
+                              at<float>(bias), softcap,               temperature,
+                              at<const bool>(rival)};
+  const realign::RowOutputs out{at(others),       dtype_of(others_dtype), others_stride,
+                                at<int64_t>(target), at<float>(logit),    at<float>(peak),
+                                at<float>(total), at<float>(slope)};
+  realign::cpu();  // REALIGN_CPU may be refused: before the GIL is released
+  py::gil_scoped_release release;
+  realign::read_rows(in, out, threads);
+}
+
+void finish_direction(int64_t rows, int64_t width, uintptr_t pull, uintptr_t weight,
+                      int64_t weight_stride, const std::string& weight_dtype, uintptr_t target,
+                      uintptr_t slope, uintptr_t total, uintptr_t factor, uintptr_t out,
+                      const std::string& out_dtype, int threads) {
+  const Dtype from = dtype_of(weight_dtype), to = dtype_of(out_dtype);
+  py::gil_scoped_release release;
+  realign::finish_direction(rows, width, at<const float>(pull), at<const void>(weight),
+                            weight_stride, from, at<const int64_t>(target),
+                            at<const float>(slope), at<const float>(total),
+                            at<const float>(factor), at(out), to, threads);
+}
+
+// Asks for large pages before the memory is first touched: 53 ms of page faults become 6 for 128 MiB.
+void advise_huge(uintptr_t address, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, start = (address + page - 1) / page * page;
+  const uintptr_t end = (address + bytes) / page * page;
+  if (end > start) madvise(at(start), end - start, MADV_HUGEPAGE);  // a hint: may be refused
+#endif
+}
+
+py::array_t<float> exponential(const py::array_t<float, py::array::c_style>& x) {
+  py::array_t<float> out(x.size());
+  auto run = realign::exp_scalar;
+#if defined(REALIGN_X86)
+  const realign::Cpu& cpu = realign::cpu();
+  if (cpu.level == CpuLevel::avx2) run = realign::exp_avx2;
+  if (cpu.level == CpuLevel::avx512) run = cpu.bf16 ? realign::exp_avx512_bf16 : realign::exp_avx512;
+#endif
+  run(x.data(), out.mutable_data(), x.size());
+  return out;
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& module) {
+  module.def("cpu_features", &cpu_features, "What the kernels use of this CPU.");
+  module.def("gemm", &gemm, py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
+             py::arg("a"), py::arg("a_row"), py::arg("a_column"), py::arg("b"), py::arg("b_row"),
+             py::arg("b_column"), py::arg("c"), py::arg("c_row"), py::arg("c_dtype"),
+             py::arg("accumulate"), py::arg("threads"));
+  module.def("read_rows", &read_rows, py::arg("logits"), py::arg("logits_dtype"),
+             py::arg("logits_stride"), py::arg("rows"), py::arg("vocabulary"), py::arg("labels"),
+             py::arg("bias"), py::arg("softcap"), py::arg("temperature"), py::arg("rival"),
+             py::arg("others"), py::arg("others_dtype"), py::arg("others_stride"),
+             py::arg("target"), py::arg("logit"), py::arg("peak"), py::arg("total"),
+             py::arg("slope"), py::arg("threads"));
+  module.def("finish_direction", &finish_direction, py::arg("rows"), py::arg("width"),
+             py::arg("pull"), py::arg("weight"), py::arg("weight_stride"), py::arg("weight_dtype"),
+             py::arg("target"), py::arg("slope"), py::arg("total"), py::arg("factor"),
+             py::arg("out"), py::arg("out_dtype"), py::arg("threads"));
+  module.def("advise_huge", &advise_huge, py::arg("address"), py::arg("bytes"));
+  module.def("exponential", &exponential, py::arg("x"), "exp as the row kernels compute it.");
+}

@@ -1,0 +1,79 @@
+#include "rows.h"
+
+#include <cstring>
+
+#include "cpu.h"
+
+namespace realign {
+namespace {
+
+RowKernel row_kernel() {
+#if defined(REALIGN_X86)
+  switch (cpu().level) {
+    case CpuLevel::avx512: return cpu().bf16 ? read_row_avx512_bf16 : read_row_avx512;
+    case CpuLevel::avx2: return read_row_avx2;
+    default: break;
+  }
+#endif
+  return read_row_scalar;
+}
+
+float widen(float x) { return x; }
+
+float widen(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+void narrow(float x, float& out) { out = x; }
+
+void narrow(float x, uint16_t& out) {  // to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out = static_cast<uint16_t>((x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class Weight, class Out>
+void finish_row(int64_t width, const float* pull, const Weight* weight, float slope, float total,
+                float factor, Out* out) {
+  // total is 0 only if there are no others, and pull with it.
+  const float towards = factor * slope, away = total > 0 ? factor / total : factor;
+  for (int64_t j = 0; j < width; ++j) {
+    narrow(towards * (weight ? widen(weight[j]) : 0) - away * pull[j], out[j]);
+  }
+}
+
+}  // namespace
+
+void read_rows(const RowInputs& in, const RowOutputs& out, int threads) {
+  const RowKernel kernel = row_kernel();
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < in.rows; ++row) kernel(in, out, row);
+}
+
+void finish_direction(int64_t rows, int64_t width, const float* pull, const void* weight,
+                      int64_t weight_stride, Dtype weight_dtype, const int64_t* target,
+                      const float* slope, const float* total, const float* factor, void* out,
+                      Dtype out_dtype, int threads) {
+  const auto finish = [&](int64_t i, auto* elements, auto* result) {
+    const auto* label = target[i] < 0 ? nullptr : elements + target[i] * weight_stride;
+    finish_row(width, pull + i * width, label, slope[i], total[i], factor[i], result + i * width);
+  };
+  const auto* wide = static_cast<const float*>(weight);
+  const auto* half = static_cast<const uint16_t*>(weight);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool wide_out = out_dtype == Dtype::f32;
+    if (weight_dtype == Dtype::f32) {
+      if (wide_out) finish(i, wide, static_cast<float*>(out));
+      else finish(i, wide, static_cast<uint16_t*>(out));
+    } else {
+      if (wide_out) finish(i, half, static_cast<float*>(out));
+      else finish(i, half, static_cast<uint16_t*>(out));
+    }
+  }
+}
+
+}  // namespace realign

@@ -1,0 +1,333 @@
+// Row kernels of every instruction set and the GEMM against double precision, for odd sizes. Run
+// under AddressSanitizer and UBSan by tests/test_csrc.py; by hand: see there. Exits 1 on a failure.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "batcher.h"
+#include "cpu.h"
+#include "rows.h"
+#if defined(REALIGN_X86)
+#include "gemm.h"
+#endif
+
+using namespace realign;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool held, const std::string& what) {
+  if (held) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+float widen(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+uint16_t narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+struct Level {
+  const char* name;
+  RowKernel read_row;
+  void (*exp)(const float*, float*, int64_t);
+};
+
+std::vector<Level> levels() {
+  std::vector<Level> found{{"scalar", read_row_scalar, exp_scalar}};
+#if defined(REALIGN_X86)
+  if (cpu().level >= CpuLevel::avx2) found.push_back({"avx2", read_row_avx2, exp_avx2});
+  if (cpu().level >= CpuLevel::avx512) {
+    found.push_back({"avx512", read_row_avx512, exp_avx512});
+    if (cpu().bf16) found.push_back({"avx512_bf16", read_row_avx512_bf16, exp_avx512_bf16});
+  }
+#endif
+  return found;
+}
+
+// exp: relative error at most 2^-22.5 for every normal result; 0 below; NaN stays.
+void test_exp(const Level& level) {
+  std::vector<float> x, y;
+  for (double v = -110; v <= 20; v += 1.0 / 4096) x.push_back(static_cast<float>(v));
+  for (uint32_t bits = 0x33000000; bits < 0x42b00000; bits += 977) {  // 3e-8 .. 88, negated
+    float v;
+    std::memcpy(&v, &bits, 4);
+    x.push_back(-v);
+  }
+  const float special[] = {0.0f, -0.0f, std::nanf(""), -std::numeric_limits<float>::infinity()};
+  x.insert(x.end(), std::begin(special), std::end(special));
+  y.resize(x.size());
+  level.exp(x.data(), y.data(), static_cast<int64_t>(x.size()));
+  double worst = 0;
+  bool right = true;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (std::isnan(x[i])) {
+      right = right && std::isnan(y[i]);
+    } else if (x[i] < -87.3f) {
+      right = right && y[i] == 0;
+    } else {
+      const double exact = std::exp(static_cast<double>(x[i]));
+      worst = std::max(worst, std::abs(y[i] / exact - 1));
+    }
+  }
+  expect(right, std::string("exp of NaN, -inf and tiny results, ") + level.name);
+  expect(worst <= std::exp2(-22.5), std::string("exp error, ") + level.name);
+  std::printf("exp %-12s largest relative error 2^%.2f\n", level.name, std::log2(worst));
+}
+
+struct Case {
+  int64_t vocabulary;
+  bool bias, rival, half_in, half_out, in_place;
+  float softcap, temperature;
+};
+
+// One row of `test` against the definition in double.
+void test_row(const Level& level, const Case& test, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  const int64_t v = test.vocabulary;
+  // Exactly sized, so that AddressSanitizer sees a read beyond the last row.
+  std::vector<float> wide(2 * v), bias(v);
+  std::vector<uint16_t> half(2 * v);
+  for (int64_t i = 0; i < 2 * v; ++i) {
+    half[i] = narrow(4 * normal(random));
+    wide[i] = test.half_in ? widen(half[i]) : 4 * normal(random);
+  }
+  for (auto& b : bias) b = normal(random);
+  const int64_t label = static_cast<int64_t>(random() % v);
+  const bool absent = random() % 5 == 0;
+  const int64_t labels[2] = {0, absent ? -1 : label};
+  const bool rival[2] = {false, test.rival && v > 1};
+  const std::vector<float> raw(wide.begin() + v, wide.end());
+
+  const double cap = test.softcap, heat = test.temperature;
+  std::vector<double> z(v), slope(v);
+  for (int64_t i = 0; i < v; ++i) {
+    z[i] = static_cast<double>(raw[i]) + (test.bias ? bias[i] : 0);
+    slope[i] = 1 / heat;
+    if (cap > 0) {
+      const double t = std::tanh(z[i] / cap);
+      slope[i] *= 1 - t * t;
+      z[i] = cap * t;
+    }
+    z[i] /= heat;
+  }
+
+  std::vector<float> wide_out(2 * v, NAN);
+  std::vector<uint16_t> half_out(2 * v, 0x7fc0);
+  RowInputs in{};
+  in.logits = test.half_in ? static_cast<void*>(half.data()) : wide.data();
+  in.logits_dtype = test.half_in ? Dtype::bf16 : Dtype::f32;
+  in.logits_stride = v;
+  in.rows = 2;
+  in.vocabulary = v;
+  in.labels = labels;
+  in.bias = test.bias ? bias.data() : nullptr;
+  in.softcap = test.softcap;
+  in.temperature = test.temperature;
+  in.rival = test.rival ? rival : nullptr;
+  int64_t target[2];
+  float logit[2], peak[2], total[2], at_target[2];
+  RowOutputs out{};
+  out.others_dtype = test.half_out ? Dtype::bf16 : Dtype::f32;
+  out.others = test.half_out ? static_cast<void*>(half_out.data()) : wide_out.data();
+  out.others_stride = v;
+  if (test.in_place) {  // bf16 into fp32 logits starts where the row does
+    out.others = in.logits;
+    out.others_stride = test.half_out && !test.half_in ? 2 * v : v;
+  }
+  out.target = target;
+  out.logit = logit;
+  out.peak = peak;
+  out.total = total;
+  out.slope = at_target;
+  level.read_row(in, out, 1);
+
+  char name[160];
+  std::snprintf(name, sizeof(name), "row %s V=%ld bias=%d rival=%d in=%d out=%d place=%d cap=%g T=%g",
+                level.name, static_cast<long>(v), test.bias, test.rival, test.half_in,
+                test.half_out, test.in_place, cap, heat);
+  int64_t expected = labels[1];
+  if (rival[1] && expected >= 0) {
+    // The strongest other token; among equals within rounding, whichever the kernel took.
+    double best = -1e300;
+    for (int64_t i = 0; i < v; ++i) {
+      if (i != label) best = std::max(best, z[i]);
+    }
+    expect(target[1] != label && std::abs(z[target[1]] - best) < 1e-4, std::string(name) + " rival");
+    expected = target[1];
+  }
+  expect(target[1] == expected, std::string(name) + " target");
+  double top = -std::numeric_limits<float>::max(), sum = 0;
+  for (int64_t i = 0; i < v; ++i) {
+    if (i != expected) top = std::max(top, z[i]);
+  }
+  for (int64_t i = 0; i < v; ++i) {
+    if (i != expected) sum += std::exp(z[i] - top);
+  }
+  if (expected < 0) {
+    expect(std::isinf(logit[1]) && logit[1] < 0 && at_target[1] == 0, std::string(name) + " none");
+  } else {
+    expect(std::abs(logit[1] - z[expected]) < 1e-5 * (1 + std::abs(z[expected])),
+           std::string(name) + " logit");
+    expect(std::abs(at_target[1] - slope[expected]) < 2e-5, std::string(name) + " slope");
+  }
+  expect(std::abs(peak[1] / top - 1) < 1e-5 || std::abs(peak[1] - top) < 1e-5,
+         std::string(name) + " peak");
+  const double scaled = sum * std::exp(top - peak[1]);
+  expect(std::abs(total[1] - scaled) <= 2e-5 * scaled, std::string(name) + " total");
+
+  double worst = 0;
+  for (int64_t i = 0; i < v; ++i) {
+    double found;
+    if (test.half_out) {
+      const auto* rows = static_cast<const uint16_t*>(out.others) + out.others_stride;
+      found = widen(rows[i]);
+    } else {
+      const auto* rows = static_cast<const float*>(out.others) + out.others_stride;
+      found = rows[i];
+    }
+    const double exact = i == expected ? 0 : std::exp(z[i] - peak[1]) * slope[i];
+    const double error = std::abs(found - exact);
+    worst = std::max(worst, std::isnan(error) ? 1e9 : error);
+  }
+  expect(worst < (test.half_out ? 5e-3 : 4e-5) / heat, std::string(name) + " others");
+}
+
+void test_rows(const Level& level) {
+  std::mt19937 random(0);
+  for (const int64_t v : {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 97, 257, 1003}) {
+    for (const bool bias : {false, true}) {
+      for (const bool rival : {false, true}) {
+        for (const int io : {0, 1, 2, 3}) {
+          for (const bool in_place : {false, true}) {
+            const bool half_in = io & 1, half_out = io & 2;
+            if (in_place && half_in && !half_out) continue;  // does not fit
+            for (const float cap : {0.0f, 5.0f}) {
+              for (const float heat : {1.0f, 0.7f}) {
+                test_row(level, {v, bias, rival, half_in, half_out, in_place, cap, heat}, random);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// What must not read as a finite log-prob: gap = logit - peak - log(total) + (logit - logit).
+void test_non_finite(const Level& level) {
+  const float inf = std::numeric_limits<float>::infinity();
+  for (const int64_t v : {2, 16, 33}) {
+    for (int64_t place = 0; place < v; ++place) {
+      for (const float value : {inf, std::nanf("")}) {
+        std::vector<float> logits(v, 1.0f), others(v);
+        logits[place] = value;
+        const int64_t label = 1;
+        int64_t target;
+        float logit, peak, total, slope;
+        RowInputs in{logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, 1, nullptr};
+        RowOutputs out{others.data(), Dtype::f32, v, &target, &logit, &peak, &total, &slope};
+        level.read_row(in, out, 0);
+        const float gap = logit - peak - std::log(total) + (logit - logit);
+        expect(std::isnan(gap), std::string("NaN or inf in a row, ") + level.name);
+      }
+    }
+  }
+}
+
+#if defined(REALIGN_X86)
+void test_gemm() {
+  std::mt19937 random(0);
+  std::normal_distribution<float> normal;
+  const int64_t sizes[][3] = {{1, 1, 1},    {7, 97, 33},    {6, 64, 512},  {13, 65, 513},
+                              {261, 70, 37}, {33, 600, 514}, {300, 130, 3}, {5, 3, 1100}};
+  for (const auto& size : sizes) {
+    const int64_t m = size[0], n = size[1], k = size[2];
+    std::vector<float> a(m * k), b(k * n);
+    std::vector<uint16_t> half_a(m * k), half_b(k * n);
+    for (int64_t i = 0; i < m * k; ++i) a[i] = widen(half_a[i] = narrow(normal(random)));
+    for (int64_t i = 0; i < k * n; ++i) b[i] = widen(half_b[i] = narrow(normal(random)));
+    for (int which = 0; which < 16; ++which) {
+      const bool ta = which & 1, tb = which & 2, accumulate = which & 4, half = which & 8;
+      if (half && !cpu().bf16) continue;
+      const auto matrix = [](const void* data, bool transposed, int64_t rows, int64_t columns) {
+        return transposed ? Matrix{data, 1, rows} : Matrix{data, columns, 1};
+      };
+      const int64_t stride = n + 3;
+      std::vector<float> one(m * stride, 2.0f), two(m * stride, 2.0f);
+      for (int threads = 1; threads <= 3; threads += 2) {
+        auto& c = threads == 1 ? one : two;
+        (half ? gemm_bf16 : gemm_f32)(
+            m, n, k, matrix(half ? static_cast<const void*>(half_a.data()) : a.data(), ta, m, k),
+            matrix(half ? static_cast<const void*>(half_b.data()) : b.data(), tb, k, n),
+            {c.data(), stride, false, accumulate}, threads);
+      }
+      if (half && !accumulate) {
+        std::vector<uint16_t> rounded(m * stride, 7);
+        gemm_bf16(m, n, k, matrix(half_a.data(), ta, m, k), matrix(half_b.data(), tb, k, n),
+                  {rounded.data(), stride, true, false}, 2);
+        bool same = true;
+        for (int64_t i = 0; i < m; ++i) {
+          for (int64_t j = 0; j < stride; ++j) {
+            const uint16_t wanted = j < n ? narrow(one[i * stride + j]) : 7;
+            same = same && rounded[i * stride + j] == wanted;
+          }
+        }
+        expect(same, "bf16 product is the rounded fp32 one");
+      }
+      expect(one == two, "GEMM depends on the number of threads");
+      double worst = 0;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          double sum = accumulate ? 2 : 0;
+          for (int64_t x = 0; x < k; ++x) {
+            sum += static_cast<double>(a[ta ? x * m + i : i * k + x]) * b[tb ? j * k + x : x * n + j];
+          }
+          worst = std::max(worst, std::abs(sum - one[i * stride + j]));
+        }
+        for (int64_t j = n; j < stride; ++j) {
+          expect(one[i * stride + j] == 2.0f, "GEMM writes beyond its columns");
+        }
+      }
+      expect(worst < 1e-5 * std::sqrt(static_cast<double>(k)) + 1e-6, "GEMM error");
+    }
+  }
+}
+#endif
+
+void test_batcher() {
+  const int64_t roots[] = {5, 3}, leaves[] = {2, 2, 4}, parents[] = {0, 0, 1};
+  const ForestPacking packing = pack_forest(roots, 2, leaves, parents, 3, 9);
+  expect(packing.row_lengths.size() == 2, "batcher");
+}
+
+}  // namespace
+
+int main() {
+  for (const Level& level : levels()) {
+    test_exp(level);
+    test_rows(level);
+    test_non_finite(level);
+  }
+#if defined(REALIGN_X86)
+  if (cpu().level == CpuLevel::avx512) test_gemm();
+#endif
+  test_batcher();
+  std::printf("%d failures\n", failures);
+  return failures ? 1 : 0;
+}

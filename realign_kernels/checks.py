@@ -1,0 +1,136 @@
+"""What the public functions refuse, and in which words."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from realign_kernels import objectives
+from realign_kernels.objectives import Objective
+from realign_kernels.reference import wide_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked, and cast if autocast is on."""
+    if isinstance(hidden, DTensor):
+        raise ValueError(
+            f"hidden is a DTensor placed {hidden.placements}: pass plain rows, hidden.to_local() "
+            "where ranks hold different examples, else hidden.full_tensor()"
+        )
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must end in H and weight {tuple(weight.shape)} be "
+            "(V, H), with one H: weight is lm_head.weight, not its transpose"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias {tuple(bias.shape)} must be ({weight.shape[0]},), one entry per row of weight"
+        )
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden must be float32, float64, bfloat16 or float16: {hidden.dtype}")
+    check_device(hidden, weight=weight, bias=bias)
+    tensors = [hidden, weight, bias]
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    hidden, weight, bias = tensors
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} and hidden {hidden.dtype}: cast one of them "
+                f"({name}.to(hidden.dtype)), or call under torch.autocast"
+            )
+    return hidden, weight, bias
+
+
+def check_reference(reference_logps: Tensor, objective: Objective, reduction: str) -> None:
+    """Refuses references that are not (L, B) constants of this objective."""
+    leaves = len(objective.leaves)
+    if reference_logps.dim() != 2 or reference_logps.shape[0] != leaves:
+        raise ValueError(
+            f"reference_logps {tuple(reference_logps.shape)} must be ({leaves}, B): objective "
+            f"{objective.name!r} has {leaves} leaves"
+        )
+    check_wide("reference_logps", reference_logps)
+    if reference_logps.requires_grad:
+        raise ValueError("reference_logps requires grad, but is a constant: detach() it")
+    objectives.check_reduction(reduction)
+    if reduction == "mean" and reference_logps.shape[1] == 0:
+        raise ValueError(
+            'reference_logps has no examples, whose mean is undefined: use reduction="sum"'
+        )
+
+
+def check_wide(name: str, values: Tensor) -> None:
+    """Refuses half precision."""
+    if values.dtype != wide_dtype(values.dtype):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {values.dtype}: a sum of log-probs near -200 "
+            "is off by up to 0.5 in bfloat16"
+        )
+
+
+def check_integer(name: str, values: Tensor) -> None:
+    """Refuses what cannot be labels or numbers of sequences."""
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {values.dtype}: use .long()")
+
+
+def check_device(hidden: Tensor, **others: Tensor | None) -> None:
+    """Refuses tensors that are not where hidden is."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}: move it to {hidden.device}")
+
+
+def check_settings(softcap: float | None, temperature: float, chunk_rows: int | None) -> None:
+    """Refuses settings of the head that are not finite and positive."""
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be finite and > 0, got {softcap}; None means no cap")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    for name, value in (("softcap", softcap), ("temperature", temperature)):
+        # Kernels hold it and its reciprocal in fp32, where 0 would mean no cap.
+        if value is not None and not 1e-30 <= value <= 1e30:
+            raise ValueError(f"{name} must be between 1e-30 and 1e30, got {value}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}; None chooses")
+
+
+def check_labels(labels: Tensor, hidden: Tensor) -> None:
+    """Refuses labels that are not one integer per row of hidden."""
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must have one entry per row of hidden "
+            f"{tuple(hidden.shape)}, that is {tuple(hidden.shape[:-1])}"
+        )
+    check_integer("labels", labels)
+    check_device(hidden, labels=labels)
+
+
+def check_rival(
+    rival: Tensor | None, labels: Tensor, weight: Tensor, group: ProcessGroup | None
+) -> None:
+    """Refuses rival rows that are no mask over the labels, or that need more than there is."""
+    if rival is None:
+        return
+    if rival.shape != labels.shape or rival.dtype != torch.bool:
+        raise ValueError(
+            f"rival {tuple(rival.shape)} {rival.dtype} must be bool and have the shape of labels "
+            f"{tuple(labels.shape)}"
+        )
+    check_device(labels, rival=rival)
+    if group is not None:
+        raise ValueError("rival rows need the whole head: gather it, and leave out group")
+    if len(weight) < 2:
+        raise ValueError(
+            f"rival rows need a vocabulary of 2 or more, weight has {len(weight)} rows"
+        )

@@ -1,0 +1,158 @@
+"""Row kernel and GEMM of the C++ extension (csrc/rows.h, csrc/gemm.h), on the CPU.
+
+With AVX-512 the GEMMs are the extension's too: fp32 about twice as fast as MKL on an AMD CPU, bf16
+as fast as oneDNN but with fp32 results, so logits are never rounded. Elsewhere torch multiplies.
+"""
+
+import functools
+import threading
+
+import torch
+from torch import Tensor
+
+from realign_kernels import torch_backend
+from realign_kernels._extension import extension
+from realign_kernels.chunked import ChunkedBackend
+from realign_kernels.rows import RowStats, Scores
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = tuple(_NAMES)
+
+
+@functools.cache
+def _own_gemm(dtype: torch.dtype) -> bool:
+    """Whether the extension multiplies. A CPU with AMX has a faster bf16 GEMM in torch."""
+    features = extension().cpu_features()
+    if dtype == torch.bfloat16:
+        return features["gemm_bf16"] and not features["amx"]
+    return features["gemm_f32"]
+
+
+def describe() -> str:
+    """The instruction set, and who multiplies."""
+    features = extension().cpu_features()
+    own = [name for dtype, name in _NAMES.items() if _own_gemm(dtype)]
+    return f"{features['level']} rows, GEMM " + (f"for {', '.join(own)}" if own else "of torch")
+
+
+class _Memory(threading.local):
+    """The chunk buffer of each thread, kept between calls: fresh memory costs 5 % of a step."""
+
+    buffer = torch.empty(0, dtype=torch.uint8)
+
+
+_memory = _Memory()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """See `rows.Kernels`. In large pages, whose first use is 8 times as fast."""
+    memory = torch.empty(shape, dtype=dtype)
+    if memory.nbytes >= 2**23:
+        extension().advise_huge(memory.data_ptr(), memory.nbytes)
+    return memory
+
+
+def _reserve(size: int) -> Tensor:
+    if _memory.buffer.numel() < size:
+        _memory.buffer = torch.empty(0, dtype=torch.uint8)  # frees before it allocates
+        with torch.inference_mode(False):  # else the buffer could not be written outside of it
+            _memory.buffer = empty((size,), torch.uint8)
+    return _memory.buffer[:size]
+
+
+def buffers(
+    rows: int, hidden: Tensor, vocabulary: int, derivative: bool
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits, or bf16 where torch multiplies; `others` of a row starts where its logits do.
+
+    A row kernel reads ahead of what it writes, so bf16 `others` fit into fp32 logits in place.
+    """
+    dtype = torch.float32 if _own_gemm(hidden.dtype) else hidden.dtype
+    memory = _reserve(rows * vocabulary * dtype.itemsize).view(dtype).view(rows, vocabulary)
+    return memory, memory.view(hidden.dtype)[:, :vocabulary] if derivative else None
+
+
+def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b. See `rows.Kernels`."""
+    half_out = out.dtype == torch.bfloat16
+    if not _own_gemm(a.dtype) or (half_out and accumulate):
+        return torch_backend.gemm(a, b, out, accumulate)
+    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+    (m, k), n = a.shape, b.shape[1]
+    matrices = (a.data_ptr(), *_strides(a), b.data_ptr(), *_strides(b))
+    extension().gemm(
+        _NAMES[a.dtype],
+        *(m, n, k),
+        *matrices,
+        *(out.data_ptr(), out.stride(0), _NAMES[out.dtype]),
+        accumulate,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _strides(matrix: Tensor) -> tuple[int, int]:
+    """A dimension of size 1 may carry any stride; the extension wants a 1 somewhere."""
+    row, column = matrix.stride()
+    if row != 1 and column != 1:
+        return (1, column) if matrix.shape[0] == 1 else (row, 1)
+    return row, column
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def read_rows(
+    logits: Tensor,  # (r, V)
+    labels: Tensor,  # (r,)
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    temperature: float,
+    rival: Tensor | None,  # (r,) bool
+    others: Tensor | None,  # (r, V)
+) -> RowStats:
+    """See `rows.Kernels`."""
+    rows, vocabulary = logits.shape
+    labels, bias, rival = (
+        None if t is None else t.contiguous()
+        for t in (labels, None if bias is None else bias.float(), rival)
+    )
+    target = torch.empty_like(labels)
+    logit, peak, total, slope = torch.empty(4, rows).unbind()
+    written = logits if others is None else others
+    extension().read_rows(
+        *(logits.data_ptr(), _NAMES[logits.dtype], logits.stride(0)),
+        *(rows, vocabulary),
+        *(labels.data_ptr(), _address(bias), softcap or 0.0, temperature, _address(rival)),
+        *(_address(others), _NAMES[written.dtype], written.stride(0)),
+        *(t.data_ptr() for t in (target, logit, peak, total, slope)),
+        torch.get_num_threads(),
+    )
+    return RowStats(target, logit, peak, total, slope)
+
+
+def finish(
+    pull: Tensor,  # (r, H)
+    weight: Tensor,  # (V, H)
+    scores: Scores,
+    factor: Tensor,  # (r,)
+    out: Tensor,  # (r, H)
+) -> None:
+    """See `rows.Kernels`."""
+    if weight.stride(1) != 1 or not out.is_contiguous():
+        return torch_backend.finish(pull, weight, scores, factor, out)
+    vectors = [t.contiguous() for t in (scores.target, scores.slope, scores.total, factor)]
+    extension().finish_direction(
+        *pull.shape,
+        *(pull.data_ptr(), weight.data_ptr(), weight.stride(0), _NAMES[weight.dtype]),
+        *(t.data_ptr() for t in vectors),
+        *(out.data_ptr(), _NAMES[out.dtype], torch.get_num_threads()),
+    )
+
+
+def backend() -> ChunkedBackend:
+    """See `dispatch.Backend`."""
+    import realign_kernels.cpp_backend as kernels
+
+    return ChunkedBackend(kernels)

@@ -1,0 +1,169 @@
+"""Heads that are not one plain matrix: sharded over ranks, or with LoRA beside it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from realign_kernels.checks import DTYPES
+from realign_kernels.reference import wide_dtype
+
+
+def local_head(
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Plain tensors: a DTensor gathered, or with a group its local rows."""
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"group is {group!r}, not a process group that this rank is in: call on its ranks only"
+        )
+    return _local("weight", weight, group), _local("bias", bias, group)
+
+
+def _local(name: str, tensor: Tensor | None, group: ProcessGroup | None) -> Tensor | None:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    if group is None:
+        # Ranks see different examples, each with the mean of its own loss: like FSDP, average.
+        return tensor.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)
+    if mesh.ndim != 1 or mesh.get_group().group_name != group.group_name:
+        raise ValueError(
+            f"{name} is a DTensor on {mesh}, not on the ranks of group: pass the group of its "
+            "mesh, mesh.get_group(), or leave group out to gather it"
+        )
+    if tensor.placements != (Shard(0),):
+        raise ValueError(
+            f"{name} is a DTensor placed {tensor.placements}: a head split by vocabulary is "
+            "Shard(0); leave group out to gather any other"
+        )
+    return tensor.to_local()
+
+
+def head_inputs(
+    lm_head: nn.Module,
+    hidden: Tensor,  # (..., H)
+) -> tuple[Tensor, Tensor, Tensor | None]:  # (..., H'), (V, H'), (V,)
+    """hidden, weight and bias whose product is what a language-model head really computes.
+
+    nn.Linear gives its own weight and bias, with hidden as it came; so does the trained copy in
+    PEFT's modules_to_save. A PEFT LoRA layer appends its rank to both:
+
+        [h, s A h] [W, B]^T = W h + s B A h
+
+    so gradients reach A and B, LoRA dropout is applied as the layer does, and an adapter that is
+    small beside W keeps its digits in bf16, which a merged weight (`head_parameters`) rounds away.
+    It costs a copy of the weight, V x (H + r), each call.
+
+    Raises:
+        ValueError: the module is none of these, or an active adapter is another kind than LoRA.
+    """
+    base, adapters = _layers(lm_head)
+    if not adapters:
+        return hidden, base.weight, base.bias
+    inputs, columns, bias = [hidden], [base.weight], base.bias
+    for adapter in adapters:
+        down, up = adapter.down, adapter.up
+        low = down(adapter.dropout(hidden.to(down.weight.dtype))) * adapter.scaling
+        inputs.append(low.to(hidden.dtype))
+        columns.append(up.weight.to(base.weight.dtype))
+        bias = adapter.add_bias(bias, base.weight.dtype)
+    return torch.cat(inputs, -1), torch.cat(columns, 1), bias
+
+
+def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight (V, H) and bias (V,) that a language-model head really multiplies by.
+
+    As `head_inputs`, for code that has no hidden states at hand: LoRA is merged, W + sum over
+    active adapters of scaling * B A, as a function of A and B, so that gradients reach them. The
+    merged weight is a copy of V x H, made by each call and rounded once to the dtype of W: in bf16
+    what is below 1/512 of an entry of W is lost.
+
+    Raises:
+        ValueError: as head_inputs, and for LoRA dropout while training.
+    """
+    base, adapters = _layers(lm_head)
+    if not adapters:
+        return base.weight, base.bias
+    kept, bias = base.weight.dtype, base.bias
+    wide = wide_dtype(kept)
+    weight = base.weight.to(wide)
+    for adapter in adapters:
+        rate = getattr(adapter.dropout, "p", 0.0)
+        if lm_head.training and rate > 0:
+            raise ValueError(
+                f"adapter {adapter.name!r} of lm_head has dropout {rate}, which no merged weight "
+                "can express: use head_inputs, or set lora_dropout=0"
+            )
+        up, down = adapter.up.weight.to(wide), adapter.down.weight.to(wide)
+        weight = torch.addmm(weight, up, down, alpha=adapter.scaling)
+        bias = adapter.add_bias(bias, kept)
+    return weight.to(kept), bias
+
+
+class _Adapter(NamedTuple):
+    name: str
+    down: nn.Linear  # A (r, H)
+    up: nn.Linear  # B (V, r)
+    scaling: float
+    dropout: nn.Module
+
+    def add_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """With PEFT's lora_bias B has one, which is scaled, too."""
+        if self.up.bias is None:
+            return bias
+        extra = self.scaling * self.up.bias
+        return (extra if bias is None else bias + extra).to(dtype)
+
+
+def _layers(lm_head: nn.Module) -> tuple[nn.Linear, list[_Adapter]]:
+    """The linear layer that runs now, and the LoRA adapters that are added to it.
+
+    PEFT is recognised by its attributes, as this package does not import it.
+    """
+    if hasattr(lm_head, "modules_to_save") and hasattr(lm_head, "original_module"):
+        copies = lm_head.modules_to_save
+        names = () if lm_head.disable_adapters else lm_head.active_adapters
+        trained = len(names) > 0 and all(name in copies for name in names)
+        lm_head = copies[names[0]] if trained else lm_head.original_module
+    if isinstance(lm_head, nn.Linear) and not hasattr(lm_head, "base_layer"):
+        return _plain(lm_head), []
+    base = getattr(lm_head, "base_layer", None)
+    if not isinstance(base, nn.Linear) or not hasattr(lm_head, "lora_A"):
+        raise ValueError(
+            f"lm_head is {type(lm_head).__name__}: pass nn.Linear or a PEFT LoRA layer around one, "
+            "or compute weight and bias yourself"
+        )
+    if lm_head.disable_adapters:
+        if lm_head.merged:
+            lm_head.unmerge()  # as its forward does
+        return _plain(base), []
+    adapters = []
+    for name in () if lm_head.merged else lm_head.active_adapters:
+        if name not in lm_head.lora_A:
+            continue
+        down, up = lm_head.lora_A[name], lm_head.lora_B[name]
+        linear = isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
+        if not linear or name in getattr(lm_head, "lora_variant", {}):
+            raise ValueError(
+                f"adapter {name!r} of lm_head is not plain LoRA (DoRA?): merge it, or leave the "
+                "head out of target_modules"
+            )
+        dropout = lm_head.lora_dropout[name]
+        adapters.append(_Adapter(name, down, up, lm_head.scaling[name], dropout))
+    return _plain(base), adapters
+
+
+def _plain(linear: nn.Linear) -> nn.Linear:
+    """Quantized layers are nn.Linear, too, with a weight that means nothing without its scales."""
+    weight = linear.weight
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"lm_head holds a {tuple(weight.shape)} weight of {weight.dtype}: leave the head out "
+            "of quantization, or pass its dequantized weight"
+        )
+    return linear

@@ -1,0 +1,273 @@
+"""The methods of the family, a few lines each.
+
+In the formulas r(y, u) is the reward of response y under image u, beta times its log-ratio of
+policy and reference; w, l the chosen and the rejected response, v the image, v' the retrieved one
+(v1, v2, ... several), w' the response preferred for v', o a blank image; l(m) = -log sigmoid(m).
+
+Where a method's negative image comes from (a crop, noise, a diffusion model) is a matter of data:
+the loss is the same, and every such image is `retrieved_image` here. POVID (2402.11411) is `dpo`
+on other data.
+"""
+
+from dataclasses import replace
+
+from realign_kernels.objectives.objective import CHOSEN, REJECTED, VISUAL, Leaf, Objective
+from realign_kernels.objectives.terms import (
+    AnchorSigmoid,
+    LinearSigmoid,
+    MarginDifference,
+    PairHinge,
+    PairSigmoid,
+    PairSquared,
+    PlackettLuce,
+    SoftmaxNegatives,
+    Term,
+)
+
+
+def dpo(beta: float = 0.1) -> Objective:
+    """DPO: Rafailov et al., arXiv 2305.18290, eq. 7.
+
+    l(r(w,v) - r(l,v))
+    """
+    return Objective("dpo", (CHOSEN, REJECTED), (_text(),), beta)
+
+
+def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
+    """Conservative DPO: Mitchell, A note on DPO with noisy preferences, 2023; e = label_smoothing.
+
+    (1 - e) l(m) + e l(-m), m = r(w,v) - r(l,v)
+    """
+    text = PairSigmoid(name="text", positive=0, negative=1, label_smoothing=label_smoothing)
+    return Objective("cdpo", (CHOSEN, REJECTED), (text,), beta)
+
+
+def hinge(beta: float = 0.1, target: float = 1.0) -> Objective:
+    """SLiC's hinge over DPO's margin: Zhao et al., arXiv 2305.10425; Liu et al., arXiv 2309.06657.
+
+    max(0, target - (r(w,v) - r(l,v)))
+    """
+    text = PairHinge(name="text", positive=0, negative=1, target=target)
+    return Objective("hinge", (CHOSEN, REJECTED), (text,), beta)
+
+
+def ipo(beta: float = 0.1, average: bool = False) -> Objective:
+    """IPO: Azar et al., arXiv 2310.12036, eq. 17; beta is the paper's tau.
+
+    ((r(w,v) - r(l,v)) / beta - 1 / (2 beta))^2 = (r(w,v) - r(l,v) - 1/2)^2 / beta^2
+
+    The paper sums log-probs over tokens; TRL averages them, as `average` does.
+    """
+    text = PairSquared(name="text", weight=_inverse_square(beta), positive=0, negative=1)
+    return Objective("ipo", (CHOSEN, REJECTED), (text,), beta, average)
+
+
+def rdpo(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
+    """rDPO: Xing et al., Re-Align, arXiv 2502.13146.
+
+    l(r(w,v) - r(l,v)) + visual_weight l(r(w,v) - r(w,v'))
+    """
+    terms = (_text(), _visual(visual_weight))
+    return Objective("rdpo", (CHOSEN, REJECTED, VISUAL), terms, beta)
+
+
+def mdpo(
+    beta: float = 0.1, visual_weight: float = 1.0, anchor_weight: float = 1.0, delta: float = 0.0
+) -> Objective:
+    """mDPO: Wang et al., arXiv 2406.11839. The paper's v' is a random crop of v.
+
+    l(r(w,v) - r(l,v)) + visual_weight l(r(w,v) - r(w,v')) + anchor_weight l(r(w,v) - delta)
+    """
+    terms = (_text(), _visual(visual_weight), _anchor(0, anchor_weight, delta))
+    return Objective("mdpo", (CHOSEN, REJECTED, VISUAL), terms, beta)
+
+
+def mfpo(
+    beta: float = 0.1, visual_weight: float = 1.0, anchor_weight: float = 1.0, delta: float = 0.0
+) -> Objective:
+    """MFPO: Jiang et al., arXiv 2410.15334. mDPO's terms; v' is v with noise on key regions.
+
+    l(r(w,v) - r(l,v)) + visual_weight l(r(w,v) - r(w,v')) + anchor_weight l(r(w,v) - delta)
+    """
+    return replace(mdpo(beta, visual_weight, anchor_weight, delta), name="mfpo")
+
+
+def svco(beta: float = 0.1) -> Objective:
+    """S-VCO: Wu et al., arXiv 2502.13928.
+
+    l(r(w,v) - r(w,o)) + l(r(w,o) - r(w,v')) + l(r(w',v') - r(w',o)) + l(r(w',o) - r(w',v))
+
+    o is no image at all in the authors' code and a blank one here, so that both share a prompt;
+    their four betas are one.
+    """
+    leaves = (
+        CHOSEN,
+        Leaf("chosen", "blank_image"),
+        VISUAL,
+        Leaf("retrieved_chosen", "retrieved_image"),
+        Leaf("retrieved_chosen", "blank_image"),
+        Leaf("retrieved_chosen", "image"),
+    )
+    terms = (
+        PairSigmoid(name="attend", positive=0, negative=1),
+        PairSigmoid(name="reject", positive=1, negative=2),
+        PairSigmoid(name="retrieved_attend", positive=3, negative=4),
+        PairSigmoid(name="retrieved_reject", positive=4, negative=5),
+    )
+    return Objective("svco", leaves, terms, beta)
+
+
+def symmpo(
+    beta: float = 0.1,
+    pair_weight: float = 0.5,
+    margin_weight: float = 1e-4,
+    anchor_weight: float = 1.0,
+    delta: float = 0.0,
+) -> Objective:
+    """SymMPO: Liu et al., arXiv 2506.11712; the weights are the paper's lambda, gamma and eta.
+
+    l(r(w,v) - r(l,v)) + pair_weight [l(d1) + l(d2)] + margin_weight (d1 - d2)^2
+    + anchor_weight [l(r(w,v) - delta) + l(r(w',v') - delta)],
+    d1 = r(w,v) - r(w',v), d2 = r(w',v') - r(w,v')
+
+    Every pair holds the image fixed, so partition functions cancel, as they do not in rDPO.
+    """
+    leaves = (
+        CHOSEN,
+        REJECTED,
+        Leaf("retrieved_chosen", "image"),
+        Leaf("retrieved_chosen", "retrieved_image"),
+        VISUAL,
+    )
+    terms = (
+        _text(),
+        PairSigmoid(name="pair", weight=pair_weight, positive=0, negative=2),
+        PairSigmoid(name="retrieved_pair", weight=pair_weight, positive=3, negative=4),
+        MarginDifference(name="margin", weight=margin_weight, first=(0, 2), second=(3, 4)),
+        _anchor(0, anchor_weight, delta),
+        _anchor(3, anchor_weight, delta, name="retrieved_anchor"),
+    )
+    return Objective("symmpo", leaves, terms, beta)
+
+
+def ovip(beta: float = 0.1) -> Objective:
+    """OViP: Liu et al., arXiv 2505.15963, its loss without the online sampling of data.
+
+    l(r(w,v) - r(l,v)) + l(r(w,v) - r(w,o)) + l(r(w,o) - r(w,v'))
+    """
+    terms = (
+        _text(),
+        PairSigmoid(name="attend", positive=0, negative=2),
+        PairSigmoid(name="reject", positive=2, negative=3),
+    )
+    return Objective("ovip", (CHOSEN, REJECTED, Leaf("chosen", "blank_image"), VISUAL), terms, beta)
+
+
+def adavip(beta: float = 0.1) -> Objective:
+    """AdaViP: Lu et al., arXiv 2504.15619.
+
+    -log sigmoid(-log [exp(r(l,v) - r(w,v)) + exp(r(w,v') - r(w,v))])
+    """
+    both = SoftmaxNegatives(name="text_and_visual", positive=0, negatives=(1, 2))
+    return Objective("adavip", (CHOSEN, REJECTED, VISUAL), (both,), beta)
+
+
+def mispdpo(
+    beta: float = 0.1,
+    negatives: int = 4,
+    text_weight: float = 1.0,
+    omegas: tuple[float, ...] | None = None,
+) -> Objective:
+    """MISP-DPO: Li et al., arXiv 2509.25717; text_weight is its lambda, i runs over the negatives.
+
+    text_weight l(r(w,v) - r(l,v)) - log sigmoid(-log sum_i omega_i exp(r(w,vi) - r(w,v)))
+
+    The paper's omegas are importance weights of sampled images. They are constants of the
+    objective here, 1 unless given; four negatives are our default.
+    """
+    leaves = (CHOSEN, REJECTED, *_visuals(negatives))
+    several = tuple(range(2, 2 + negatives))
+    terms = (
+        PairSigmoid(name="text", weight=text_weight, positive=0, negative=1),
+        SoftmaxNegatives(name="visual", positive=0, negatives=several, omegas=omegas),
+    )
+    return Objective("mispdpo", leaves, terms, beta)
+
+
+def lpoi(
+    beta: float = 0.1,
+    negatives: int = 4,
+    visual_weight: float = 1.0,
+    anchor_weight: float = 1.0,
+    delta: float = 0.0,
+) -> Objective:
+    """LPOI: Pesaran Zadeh et al., arXiv 2505.21061, with K = negatives (its code: 4).
+
+    l(r(w,v) - r(l,v)) + anchor_weight l(r(w,v) - delta)
+    - visual_weight sum_k log(exp r(w,vk) / sum_{j >= k} exp r(w,vj)), k = 0 .. K-1, v0 = v
+
+    The retrieved images are ranked as they are listed: v1 is the nearest to v, vK the farthest
+    (the paper's: the object less and less visible).
+    """
+    leaves = (CHOSEN, REJECTED, *_visuals(negatives))
+    ranking = (0, *range(2, 2 + negatives))
+    terms = (
+        _text(),
+        PlackettLuce(name="visual", weight=visual_weight, ranking=ranking),
+        _anchor(0, anchor_weight, delta),
+    )
+    return Objective("lpoi", leaves, terms, beta)
+
+
+def chip(beta: float = 0.1) -> Objective:
+    """CHiP: Fu et al., arXiv 2501.16629, without its KL (token level) and its segment weights.
+
+    -log sigmoid([r(w,v) - r(l,v)] + [r(w,v) - r(w,v')])
+
+    The KL term, kappa (KL_l - sg KL_w), needs whole distributions; a term has label log-probs.
+    """
+    both = LinearSigmoid(name="text_and_visual", coefficients=((0, 2.0), (1, -1.0), (2, -1.0)))
+    return Objective("chip", (CHOSEN, REJECTED, VISUAL), (both,), beta)
+
+
+def released(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
+    """What the code released with Re-Align (arXiv 2502.13146) computes. To reproduce it only.
+
+    l(r(w,v) - R(l,v)) + visual_weight l(r(w,v) - R(w,v')), where R sums, over the positions of the
+    response, the log-prob of the strongest token that is *not* the label (top-1, or top-2 where
+    top-1 is the label) in place of the label's.
+
+    Not the default, since it is not the paper's loss: the rejected response and the retrieved image
+    never enter as such; pushing R down raises the label's own probability, to first order, where
+    the paper's loss lowers it; and as policy and reference pick different tokens, R is no
+    log-ratio of anything, so margins say nothing.
+    """
+    rivals = tuple(leaf._replace(rival=True) for leaf in (REJECTED, VISUAL))
+    terms = (_text(), _visual(visual_weight))
+    return Objective("released", (CHOSEN, *rivals), terms, beta)
+
+
+def _text() -> Term:
+    return PairSigmoid(name="text", positive=0, negative=1)
+
+
+def _visual(weight: float) -> Term:
+    return PairSigmoid(name="visual", weight=weight, positive=0, negative=2)
+
+
+def _anchor(leaf: int, weight: float, delta: float, name: str = "anchor") -> Term:
+    return AnchorSigmoid(name=name, weight=weight, leaf=leaf, delta=delta)
+
+
+def _visuals(negatives: int) -> tuple[Leaf, ...]:
+    """The chosen response under retrieved_image, retrieved_image_2, ..."""
+    if not isinstance(negatives, int) or isinstance(negatives, bool) or negatives < 1:
+        raise ValueError(f"negatives must be an int, 1 or more, got {negatives!r}")
+    more = (Leaf("chosen", f"retrieved_image_{k}") for k in range(2, negatives + 1))
+    return (VISUAL, *more)
+
+
+def _inverse_square(beta: float) -> float:
+    """1 / beta^2; 1 for a beta that Objective is going to refuse."""
+    inverse = 1 / beta if beta > 0 else 1.0
+    return inverse * inverse

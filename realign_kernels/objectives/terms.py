@@ -1,0 +1,304 @@
+"""Links: how the rewards of a few leaves become one loss.
+
+Each is a frozen dataclass, a pure function of rewards (L, B) that returns (B,). Values and
+gradients are finite and right for far rewards (1e4 in fp32): differences of rewards first, then a
+log-sigmoid or a log-sum-exp relative to the largest, never an exp of a reward.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One comparison of rewards. A pure function: rewards (L, B) -> loss (B,), unweighted.
+
+    Entry b of the loss may depend on column b of the rewards alone. The fused head turns an
+    example's log-probs into coefficients while other examples are not computed yet, so nothing
+    that mixes examples, such as centering rewards over the batch, can be a term.
+
+    Fields are numbers, strings or tuples of them, so that terms can be compared and hashed. A
+    subclass with checks of its own calls super().__post_init__() in them.
+    """
+
+    name: str
+    """Under which the loss of this term is reported."""
+    weight: float = 1.0
+    """Its factor in the sum; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_value(f"{field.name} of term {self.name!r}", getattr(self, field.name))
+            if field.type in (int, float, "int", "float"):
+                self._require(
+                    isinstance(getattr(self, field.name), numbers.Real), field.name, "a number"
+                )
+        self._require(self.weight >= 0, "weight", "finite and >= 0")
+        leaves = self.leaves
+        for leaf in leaves:
+            if not isinstance(leaf, int) or isinstance(leaf, bool) or leaf < 0:
+                raise ValueError(
+                    f"term {self.name!r} reads leaf {leaf!r}: give the index of a leaf, 0 or more"
+                )
+        if len(set(leaves)) < len(leaves):
+            raise ValueError(
+                f"term {self.name!r} reads one leaf twice, {leaves}, which compares it with "
+                "itself: give each leaf once"
+            )
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Indices of the leaves it reads, each once."""
+        raise NotImplementedError
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _require(self, right: bool, name: str, rule: str) -> None:
+        if not right:
+            raise ValueError(
+                f"{name} of term {self.name!r} must be {rule}, got {getattr(self, name)!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair(Term):
+    """A link over the margin of two leaves, r[positive] - r[negative]."""
+
+    positive: int
+    negative: int
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return (self.positive, self.negative)
+
+    def margin(self, rewards: Tensor) -> Tensor:
+        return rewards[self.positive] - rewards[self.negative]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSigmoid(_Pair):
+    """-log sigmoid(m), m = r[positive] - r[negative]: Bradley-Terry, DPO (2305.18290, eq. 7).
+
+    With label_smoothing e it is conservative DPO, which expects a share e of flipped pairs:
+    -(1 - e) log sigmoid(m) - e log sigmoid(-m) (Mitchell, A note on DPO with noisy preferences,
+    2023).
+    """
+
+    label_smoothing: float = 0.0
+    """In [0, 0.5)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 <= self.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)")
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        margin = self.margin(rewards)
+        loss = -F.logsigmoid(margin)
+        if self.label_smoothing == 0:
+            return loss
+        flipped = F.logsigmoid(-margin)
+        return (1 - self.label_smoothing) * loss - self.label_smoothing * flipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairHinge(_Pair):
+    """max(0, target - m), m = r[positive] - r[negative]: SLiC's link (2305.10425)."""
+
+    target: float = 1.0
+    """The margin from which on there is no loss, > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.target > 0, "target", "finite and > 0")
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return F.relu(self.target - self.margin(rewards))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSquared(_Pair):
+    """(m - target)^2, m = r[positive] - r[negative]: IPO's link (2310.12036, eq. 17).
+
+    IPO is written in log-ratios, r / beta: (m / beta - 1 / (2 beta))^2. In rewards that is
+    (m - 1/2)^2 / beta^2, so its target is 1/2 and its weight 1 / beta^2.
+    """
+
+    target: float = 0.5
+    """The margin it regresses to."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return (self.margin(rewards) - self.target) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorSigmoid(Term):
+    """-log sigmoid(r[leaf] - delta): holds one reward above delta (mDPO, 2406.11839).
+
+    With below it is -log sigmoid(delta - r[leaf]) and holds the reward below delta.
+    """
+
+    leaf: int
+    delta: float = 0.0
+    below: bool = False
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return (self.leaf,)
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        above = rewards[self.leaf] - self.delta
+        return -F.logsigmoid(-above if self.below else above)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxNegatives(Term):
+    """-log sigmoid(-log sum_j omega_j exp(r[j] - r[positive])) over the negatives j.
+
+    One positive against several negatives at once: AdaViP (2504.15619), MISP-DPO (2509.25717).
+    The same as log(1 + sum_j omega_j exp(r[j] - r[positive])); with one negative, PairSigmoid.
+    """
+
+    positive: int
+    negatives: tuple[int, ...]
+    omegas: tuple[float, ...] | None = None
+    """A factor > 0 for each negative; all 1 when None."""
+
+    def __post_init__(self) -> None:
+        self._require(_is_tuple(self.negatives, least=1), "negatives", "a tuple of leaf indices")
+        super().__post_init__()
+        if self.omegas is not None:
+            count = len(self.negatives)
+            right = _is_tuple(self.omegas) and len(self.omegas) == count
+            self._require(right, "omegas", f"a tuple of {count} numbers, one per negative")
+            right = all(isinstance(o, numbers.Real) and o > 0 for o in self.omegas)
+            self._require(right, "omegas", "finite and > 0 (leave a negative out instead of 0)")
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return (self.positive, *self.negatives)
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        omegas = self.omegas or (1.0,) * len(self.negatives)
+        gaps = [
+            rewards[negative] - rewards[self.positive] + math.log(omega)
+            for negative, omega in zip(self.negatives, omegas, strict=True)
+        ]
+        return _log_one_plus_exps(gaps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlackettLuce(Term):
+    """-sum_k log(exp r[k] / sum_{j at or after k} exp r[j]) over a ranking of leaves, best first.
+
+    The likelihood that drawing without replacement gives this order: LPOI (2505.21061). With two
+    leaves it is PairSigmoid.
+    """
+
+    ranking: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        right = _is_tuple(self.ranking, least=2)
+        self._require(right, "ranking", "a tuple of two or more leaf indices, best first")
+        super().__post_init__()
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return self.ranking
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        draws = [
+            _log_one_plus_exps([rewards[other] - rewards[drawn] for other in self.ranking[k + 1 :]])
+            for k, drawn in enumerate(self.ranking[:-1])
+        ]
+        return torch.stack(draws).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginDifference(Term):
+    """((r[a] - r[b]) - (r[c] - r[d]))^2 with first = (a, b), second = (c, d).
+
+    Asks two preferences to be equally strong: SymMPO's margin consistency (2506.11712).
+    """
+
+    first: tuple[int, int]
+    second: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for name in ("first", "second"):
+            pair = getattr(self, name)
+            right = _is_tuple(pair) and len(pair) == 2 and pair[0] != pair[1]
+            self._require(right, name, "a tuple of two different leaf indices")
+        super().__post_init__()
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((*self.first, *self.second)))  # margins may share a leaf
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        (a, b), (c, d) = self.first, self.second
+        return ((rewards[a] - rewards[b]) - (rewards[c] - rewards[d])) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSigmoid(Term):
+    """-log sigmoid(sum_i c_i r[i]): one sigmoid over any linear combination, as in CHiP.
+
+    CHiP (2501.16629) adds two margins under one sigmoid: coefficients ((0, 2), (1, -1), (2, -1)).
+    """
+
+    coefficients: tuple[tuple[int, float], ...]
+    """(leaf, factor) pairs."""
+
+    def __post_init__(self) -> None:
+        right = _is_tuple(self.coefficients, least=1)
+        right = right and all(_is_tuple(pair) and len(pair) == 2 for pair in self.coefficients)
+        self._require(right, "coefficients", "a tuple of (leaf, factor) tuples")
+        super().__post_init__()
+        right = all(isinstance(f, numbers.Real) and f != 0 for _, f in self.coefficients)
+        self._require(right, "coefficients", "(leaf, factor) with factors other than 0")
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return tuple(leaf for leaf, _ in self.coefficients)
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        parts = [factor * rewards[leaf] for leaf, factor in self.coefficients]
+        return -F.logsigmoid(torch.stack(parts).sum(0))
+
+
+def _log_one_plus_exps(gaps: Sequence[Tensor]) -> Tensor:
+    """log(1 + sum_j exp(gaps[j])), right for gaps of any size.
+
+    logsumexp has the gradient exp(gap - logsumexp), which at gaps of 2e4 in fp32 is off by up to
+    1e-3, the rounding of that difference; relative to the largest gap it is exact.
+    """
+    stacked = torch.stack(gaps)
+    largest = stacked.detach().amax(0)
+    return -F.logsigmoid(-(largest + (stacked - largest).logsumexp(0)))
+
+
+def _is_tuple(value: Any, least: int = 0) -> bool:
+    return isinstance(value, tuple) and len(value) >= least
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Finite numbers, strings, None, and tuples of them."""
+    if isinstance(value, tuple):
+        for entry in value:
+            _check_value(name, entry)
+    elif isinstance(value, numbers.Real):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value!r}")
+    elif not (value is None or isinstance(value, str)):
+        raise ValueError(
+            f"{name} must be made of numbers, strings and tuples, so that it can be hashed; got a "
+            f"{type(value).__name__}"
+        )

@@ -1,0 +1,136 @@
+"""The head, a chunk of rows at a time: what a row kernel takes and leaves behind.
+
+With z the logits of a row, t its target, and everything below about the *other* tokens (v != t):
+
+    peak = max z_v        E_v = exp(z_v - peak)        total = sum E_v
+    gap  = z_t - peak - log total            # the target's logit against all others
+    logp = logsigmoid(gap)      miss = 1 - p_t = sigmoid(-gap)
+    d logp / d hidden = miss * (W[t] - (E W) / total)
+
+Leaving the target out before anything is rounded is what keeps confident tokens right: W[t] - p W
+with p in bf16 has a relative error of 1 at miss = 6e-4. Taking the peak over the others alone
+keeps E in range for fp16, and gap needs no guard for targets that are very unlikely.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class VocabularyShard(NamedTuple):
+    """Which rows of the head this rank holds."""
+
+    group: dist.ProcessGroup
+    start: int
+    total: int
+    """Vocabulary over all ranks."""
+    largest: int
+    """Rows of the largest shard: what every rank sizes its chunks by, so that they agree."""
+
+
+class Head(NamedTuple):
+    """z = cap(hidden @ weight.T + bias) / temperature, cap(x) = softcap * tanh(x / softcap)."""
+
+    weight: Tensor  # (V, H); with a shard, this rank's rows
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    temperature: float
+    shard: VocabularyShard | None = None
+
+
+class RowStats(NamedTuple):
+    """What a row kernel returns, one entry per row. fp32; fp64 for fp64 logits."""
+
+    target: Tensor  # (r,) int64, the label or the rival; -1 where it is on another shard
+    logit: Tensor  # (r,) z[target], -inf where target is -1
+    peak: Tensor  # (r,) max over the others, clamped to finite: there may be none
+    total: Tensor  # (r,) sum over the others of exp(z - peak)
+    slope: Tensor  # (r,) dz / d(raw logit) at the target, 0 where it is -1
+
+
+class Kernels(Protocol):
+    """What a chunked backend provides; a module that defines these functions."""
+
+    def buffers(
+        self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Memory for the logits of a chunk, and for `others` (hidden's dtype), which may share it.
+
+        It is only valid until the next call.
+        """
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a result, as torch.empty."""
+
+    def gemm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        """out = a @ b, or out += a @ b; out may be fp32 where a and b are half."""
+
+    def read_rows(
+        self,
+        logits: Tensor,  # (r, V) hidden @ weight.T, is overwritten
+        labels: Tensor,  # (r,) int64; -1: on another shard
+        bias: Tensor | None,  # (V,)
+        softcap: float | None,
+        temperature: float,
+        rival: Tensor | None,  # (r,) bool: the target is the strongest token but the label
+        others: Tensor | None,  # (r, V), None: no derivative is wanted
+    ) -> RowStats:
+        """The statistics of each row; others = E * dz / d(raw logit), 0 at the target.
+
+        A NaN in a row, or an infinite logit, must make gap NaN or logit infinite.
+        """
+
+    def finish(
+        self,
+        pull: Tensor,  # (r, H) others @ weight, wide
+        weight: Tensor,  # (V, H)
+        scores: "Scores",
+        factor: Tensor,  # (r,) wide
+        out: Tensor,  # (r, H)
+    ) -> None:
+        """out = factor * (slope * weight[target] - pull / total); no weight where target is -1."""
+
+
+class Scores(NamedTuple):
+    """RowStats made into log-probs, over all shards."""
+
+    logps: Tensor  # (r,)
+    miss: Tensor  # (r,) 1 - p[target]
+    target: Tensor  # (r,) in this shard, or -1
+    total: Tensor  # (r,) over all shards, on the scale of this shard's E
+    slope: Tensor  # (r,)
+
+
+def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
+    """log p[target] and 1 - p[target]. With a shard: two reductions over its group."""
+    logit, peak, total = stats.logit, stats.peak, stats.total
+    scale = torch.ones_like(total)
+    if shard is not None:
+        highest = peak.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
+        scale = (peak - highest).exp()
+        owned = logit.masked_fill(stats.target < 0, 0)  # -inf elsewhere would swallow it
+        sums = torch.stack([total * scale, owned])
+        dist.all_reduce(sums, group=shard.group)
+        peak, (total, logit) = highest, sums
+    # logit - logit is 0, but NaN where it is inf: an overflow must not read as certainty.
+    gap = logit - peak - total.log() + (logit - logit)
+    # total is 0 only if there are no others, and what it divides with it.
+    safe = total.clamp(min=torch.finfo(total.dtype).tiny) / scale
+    return Scores(F.logsigmoid(gap), torch.sigmoid(-gap), stats.target, safe, stats.slope)
+
+
+def shard_of(weight: Tensor, group: dist.ProcessGroup) -> VocabularyShard:
+    """Which rows of the whole head `weight` is: shards stand in the order of the ranks."""
+    mine = torch.tensor([len(weight)], device=weight.device)
+    sizes = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(sizes, mine, group)
+    counts = torch.cat(sizes).tolist()
+    if min(counts) == 0:
+        raise ValueError(
+            f"weight has {counts} rows on the ranks of group: each needs one, use fewer ranks"
+        )
+    return VocabularyShard(group, sum(counts[: group.rank()]), sum(counts), max(counts))

@@ -1,0 +1,15 @@
+"""The chunked head with Triton row kernels, and the forward without logits where no gradient is."""
+
+from realign_kernels.chunked import ChunkedBackend
+from realign_kernels.torch_backend import buffers, empty, finish, gemm
+from realign_kernels.triton.forward import head_stats
+from realign_kernels.triton.rows import read_rows
+
+__all__ = ["backend", "buffers", "empty", "finish", "gemm", "head_stats", "read_rows"]
+
+
+def backend() -> ChunkedBackend:
+    """See `dispatch.Backend`."""
+    import realign_kernels.triton.backend as kernels
+
+    return ChunkedBackend(kernels)

@@ -1,0 +1,241 @@
+"""Compiles every kernel ahead of time, without a GPU, and says what came out.
+
+    python -m realign_kernels.triton.compile --arch 80 90 100
+
+The kernels are compiled as the launchers call them (argument types, alignments, tiles): the
+launchers run on tensors without memory, and what they would launch is compiled instead.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    raise RuntimeError("TRITON_INTERPRET is set: unset it, interpreted kernels do not compile")
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from realign_kernels import objectives
+from realign_kernels.triton import forward, loss, rows
+from realign_kernels.triton.logits import assume_device
+
+PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+FETCHES = re.compile(r"\b(LDGSTS|UTMALDG)\b")
+
+
+class Report(NamedTuple):
+    """One kernel on one architecture."""
+
+    architecture: int
+    case: str
+    registers: int
+    spills: int
+    """Bytes stored to and loaded from local memory."""
+    shared: int
+    """Bytes."""
+    warps: int
+    stages: int
+    tensor_cores: str
+    """Instruction that multiplies tiles: HMMA (mma.sync), HGMMA (wgmma), UTC...MMA (tcgen05)."""
+    fetches: str
+    """Instruction that brings tiles to shared memory: LDGSTS (cp.async), UTMALDG (TMA)."""
+    serialized: bool
+    """Whether ptxas had to wait for each wgmma (C7510)."""
+
+
+class Launch(NamedTuple):
+    """What a launcher asked Triton to run."""
+
+    kernel: Any
+    source: ASTSource
+    warps: int
+    stages: int
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _long(*shape: int) -> Tensor:
+    return _empty(*shape, dtype=torch.int64)
+
+
+def _read(dtype: torch.dtype, vocabulary: int, *, options: bool = False, others: str = "bf16"):
+    """A launch of the row kernel; `options` are bias, softcap and rivals."""
+    logits = _empty(4, vocabulary, dtype=dtype)
+    target = {"bf16": _empty(4, vocabulary), "in place": logits, "none": None}[others]
+    bias = _empty(vocabulary) if options else None
+    rival = _empty(4, dtype=torch.bool) if options else None
+    softcap, temperature = (30.0, 0.7) if options else (None, 1.0)
+    rows.read_rows(logits, _long(4), bias, softcap, temperature, rival, target)
+
+
+def _head(
+    count: int, width: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16, cap: bool = True
+):
+    """A launch of the fused head; `cap` adds bias and softcap."""
+    hidden, weight = _empty(count, width, dtype=dtype), _empty(vocabulary, width, dtype=dtype)
+    bias = _empty(vocabulary, dtype=dtype) if cap else None
+    softcap, temperature = (30.0, 0.7) if cap else (None, 1.0)
+    forward.head_stats(hidden, weight, _long(count), bias, softcap, temperature)
+
+
+def _loss(name: str, count: int, examples: int):
+    objective = objectives.get(name)
+    logps = _empty(count, dtype=torch.float32)
+    table = _empty(len(objective.leaves), examples, dtype=torch.float32)
+    loss.preference_sums(logps, _long(count), _long(count), table, objective)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "rows fp32 to bf16": lambda: _read(torch.float32, 151936),
+    "rows fp32, all options": lambda: _read(torch.float32, 151936, options=True),
+    "rows bf16 in place": lambda: _read(torch.bfloat16, 151936, others="in place"),
+    "rows fp32, no derivative": lambda: _read(torch.float32, 151936, others="none"),
+    "head wide": lambda: _head(4096, 4096, 151936, cap=False),
+    "head wide, all options": lambda: _head(4096, 4096, 151936),
+    "head narrow": lambda: _head(4096, 1024, 151936),
+    "head few rows": lambda: _head(64, 4096, 151936),
+    "head float32 ragged": lambda: _head(4096, 4095, 32003, torch.float32),
+    "head pointers": lambda: _head(4096, 4095, 32003),
+    "loss": lambda: _loss("mdpo", 4096, 32),
+}
+
+ONES: dict[str, Callable[[], None]] = {
+    "rows of one token": lambda: _read(torch.float32, 1, options=True),
+    "head of one": lambda: _head(1, 8, 1),
+    "head of one, pointers": lambda: _head(1, 1, 1),
+    "loss of one": lambda: _loss("dpo", 1, 1),
+}
+"""Triton makes arguments that are 1 constants, so other code is compiled."""
+
+
+class _Driver:
+    """As much of a CUDA driver as compilation asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps one cache per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextlib.contextmanager
+def _recorded(architecture: int) -> Iterator[list[Launch]]:
+    """Collects launches instead of running them."""
+    launches: list[Launch] = []
+
+    def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        kernel, (attributes,) = fn.jit_function, compile["configs"]
+        source = ASTSource(kernel, compile["signature"], compile["constants"], attributes)
+        launches.append(Launch(kernel, source, compile["num_warps"], compile["num_stages"]))
+        return True  # Triton then neither compiles nor launches
+
+    driver = triton.runtime.driver
+    before = driver._active  # reset_active() would ask for a real driver
+    processors = PROCESSORS.get(architecture, 132)
+    with triton.knobs.runtime.scope(), assume_device(architecture, processors):
+        triton.knobs.runtime.jit_cache_hook = record
+        driver.set_active(_Driver(architecture))
+        try:
+            yield launches
+        finally:
+            driver.set_active(before)
+
+
+def _disassemble(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_launch(architecture: int, case: str, launch: Launch) -> Report:
+    """Compiles one launch, past Triton's cache, which keeps no log of ptxas."""
+    log = io.StringIO()
+    with (
+        triton.knobs.nvidia.scope(),
+        triton.knobs.compilation.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        kernel = triton.compile(
+            launch.source,
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": launch.warps, "num_stages": launch.stages},
+        )
+    text, sass = log.getvalue(), ""
+    if "mma" in kernel.asm["ptx"]:  # half of the time, and the others have nothing to show
+        sass = _disassemble(kernel.asm["cubin"])
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
+    (registers,) = re.findall(r"Used (\d+) registers", text)
+    assert len(spills) == 2, text
+    return Report(
+        architecture,
+        case,
+        int(registers),
+        sum(map(int, spills)),
+        kernel.metadata.shared,
+        launch.warps,
+        launch.stages,
+        " ".join(sorted(set(TENSOR_CORES.findall(sass)))),
+        " ".join(sorted(set(FETCHES.findall(sass)))),
+        "C7510" in text,
+    )
+
+
+def reports(architecture: int, cases: dict[str, Callable[[], None]] = CASES) -> Iterator[Report]:
+    """Compiles the kernels of the cases, one after another."""
+    for name, call in cases.items():
+        with _recorded(architecture) as launches:
+            call()
+        (launch,) = launches
+        yield compile_launch(architecture, name, launch)
+
+
+def table(found: list[Report]) -> str:
+    """Text, one line per kernel."""
+    lines = ["arch case                       regs spills  shared warps stages tensor  fetch"]
+    for r in found:
+        serial = "  wgmma serialized" if r.serialized else ""
+        lines.append(
+            f"{r.architecture:4} {r.case:26} {r.registers:4} {r.spills:6} {r.shared:7} {r.warps:5} "
+            f"{r.stages:6} {r.tensor_cores:7} {r.fetches}{serial}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--ones", action="store_true", help="also with arguments that are 1")
+    parser.add_argument("--json", action="store_true", help="a list of objects, no table")
+    options = parser.parse_args()
+    cases = CASES | (ONES if options.ones else {})
+    found = [report for architecture in options.arch for report in reports(architecture, cases)]
+    print(json.dumps([report._asdict() for report in found]) if options.json else table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Label logit, peak and sum of the others straight from hidden states: logits are never written.
+
+For passes without gradient: references, evaluation. A program holds one block of rows and walks
+its split of the vocabulary a tile at a time, GEMM and online sum together; the splits of a row
+are combined in a fixed order, so results do not depend on which program ends first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from realign_kernels.rows import RowStats
+from realign_kernels.triton.configs import GemmConfig, choose_splits, gemm_config
+from realign_kernels.triton.logits import (
+    LOWEST,
+    check_dtype,
+    check_unit_stride,
+    device_facts,
+    load_wide,
+    scale_logits,
+)
+
+
+@triton.jit
+def head_kernel(
+    hidden,  # (N, H), a descriptor of BLOCK_ROWS x BLOCK_DEPTH or a pointer
+    weight,  # (V, H), a descriptor of BLOCK_COLUMNS x BLOCK_DEPTH or a pointer
+    labels,  # (N,) int64
+    bias,  # (V,) or None
+    logit_out,  # (N,) fp32, -inf where no program finds the label
+    peak_out,  # (splits, N) fp32
+    total_out,  # (splits, N) fp32
+    count,
+    vocabulary,
+    width,
+    hidden_stride,
+    weight_stride,
+    splits,
+    tiles_per_split,
+    softcap,
+    inverse_temperature,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+):
+    """One block of rows against one split of the vocabulary."""
+    # Programs that run at one time share the tiles of weight (a group of row blocks at one split)
+    # and the rows of hidden (GROUP blocks, small enough for L2).
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(count, BLOCK_ROWS)
+    group = program // (GROUP * splits)
+    group_rows = row_blocks - group * GROUP
+    group_rows = tl.where(group_rows < GROUP, group_rows, GROUP)
+    within = program % (GROUP * splits)
+    first_row = (group * GROUP + within % group_rows) * BLOCK_ROWS
+    split = within // group_rows
+
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    depth = tl.arange(0, BLOCK_DEPTH)
+    label = tl.load(labels + rows, rows < count, other=-1).to(tl.int32)
+    peak = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    tiles = tl.cdiv(vocabulary, BLOCK_COLUMNS)
+    first_tile = split * tiles_per_split
+    last_tile = first_tile + tiles_per_split
+    last_tile = tl.where(last_tile < tiles, last_tile, tiles)
+
+    for tile in range(first_tile, last_tile):
+        first_column = tile * BLOCK_COLUMNS
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        z = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        if bias is not None:
+            z += load_wide(bias + columns, columns < vocabulary)[None, :]
+        if DESCRIPTORS:
+            for k in range(0, width, BLOCK_DEPTH):
+                a = hidden.load([first_row, k])
+                b = weight.load([first_column, k])
+                z = tl.dot(a, b.T, z, input_precision="tf32x3")
+        else:
+            # Past the end the last row is read again: its results are masked or not stored.
+            a_rows = tl.where(rows < count, rows, count - 1).to(tl.int64)
+            b_rows = tl.where(columns < vocabulary, columns, vocabulary - 1).to(tl.int64)
+            a_pointers = hidden + a_rows[:, None] * hidden_stride + depth[None, :]
+            b_pointers = weight + b_rows[None, :] * weight_stride + depth[:, None]
+            for k in range(0, width, BLOCK_DEPTH):
+                if EVEN_DEPTH:
+                    a = tl.load(a_pointers)
+                    b = tl.load(b_pointers)
+                else:
+                    a = tl.load(a_pointers, depth[None, :] < width - k, other=0.0)
+                    b = tl.load(b_pointers, depth[:, None] < width - k, other=0.0)
+                z = tl.dot(a, b, z, input_precision="tf32x3")
+                a_pointers += BLOCK_DEPTH
+                b_pointers += BLOCK_DEPTH
+        z = scale_logits(z, softcap, inverse_temperature)
+        is_label = columns[None, :] == label[:, None]
+        # One tile holds the label, so one program writes its logit. label = -1 is in none.
+        found = (label >= first_column) & (label < first_column + BLOCK_COLUMNS)
+        tl.store(logit_out + rows, tl.sum(tl.where(is_label, z, 0.0), 1), found)
+        z = tl.where(is_label | (columns >= vocabulary)[None, :], float("-inf"), z)
+        top = tl.max(z, 1)
+        # A comparison, not maximum(): a NaN never becomes the peak, so the sum keeps it for sure.
+        higher = tl.where(top > peak, top, peak)
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        peak = higher
+
+    slot = split.to(tl.int64) * count + rows
+    tl.store(peak_out + slot, peak, rows < count)
+    tl.store(total_out + slot, total, rows < count)
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address it: everything in multiples of 16 bytes."""
+    pitch = tensor.stride(0) * tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and pitch % 16 == 0
+
+
+def head_stats(
+    hidden: Tensor,  # (N, H) fp32, bf16 or fp16
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,) int64 in [0, V), or -1: not in this shard of the vocabulary
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    temperature: float,
+    *,
+    config: GemmConfig | None = None,
+) -> RowStats:
+    """`read_rows` of hidden @ weight.T, with the logits in fp32 and never in memory.
+
+    fp32 inputs are multiplied as three tf32 products, about as exact as fp32.
+    """
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        check_dtype(name, tensor)
+        check_unit_stride(name, tensor)
+    (count, width), vocabulary = hidden.shape, len(weight)
+    architecture, processors = device_facts(hidden)
+    describable = _describable(hidden) and _describable(weight)
+    if config is None:
+        config = gemm_config(architecture, hidden.dtype, count, width, vocabulary, describable)
+    described = config.descriptors and describable
+    row_blocks = triton.cdiv(count, config.rows)
+    splits, tiles_per_split = choose_splits(
+        row_blocks, triton.cdiv(vocabulary, config.columns), processors
+    )
+    logit = hidden.new_full((count,), float("-inf"), dtype=torch.float32)
+    peaks, totals = hidden.new_empty(2, splits, count, dtype=torch.float32)
+    if count:
+        left, right = hidden, weight
+        if described:
+            left = TensorDescriptor.from_tensor(hidden, [config.rows, config.depth])
+            right = TensorDescriptor.from_tensor(weight, [config.columns, config.depth])
+        head_kernel[(row_blocks * splits,)](
+            left,
+            right,
+            labels.contiguous(),
+            bias,
+            logit,
+            peaks,
+            totals,
+            count,
+            vocabulary,
+            width,
+            hidden.stride(0),
+            weight.stride(0),
+            splits,
+            tiles_per_split,
+            softcap,
+            1 / temperature,
+            BLOCK_ROWS=config.rows,
+            BLOCK_COLUMNS=config.columns,
+            BLOCK_DEPTH=config.depth,
+            GROUP=config.group,
+            DESCRIPTORS=described,
+            EVEN_DEPTH=width % config.depth == 0,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    peak = peaks.amax(0)
+    total = (totals * (peaks - peak).exp()).sum(0)
+    slope = torch.full_like(logit, 1 / temperature)
+    if softcap is not None:
+        slope *= 1 - (logit * (temperature / softcap)) ** 2
+    slope = slope.masked_fill(labels < 0, 0)
+    return RowStats(labels, logit, peak, total, slope)

@@ -1,0 +1,88 @@
+"""What the row kernel and the fused head share: from a raw logit to z, and launch helpers."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""Peaks start here and not at -inf: -inf - -inf is NaN where a row has no other token."""
+
+
+@triton.jit
+def load_wide(pointer, mask):
+    """fp32 values; 0 where masked."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scale_logits(logits, softcap, inverse_temperature):
+    """cap(logits) / temperature.
+
+    tanh from one exponential, since tanh.approx errs by 5e-4. An infinite logit is an overflow and
+    must not become the finite softcap: + 0 * logits makes it NaN.
+    """
+    if softcap is not None:
+        tanh = 1 - 2 / (tl.exp(logits * (2 / softcap)) + 1)
+        return tanh * (softcap * inverse_temperature) + 0 * logits
+    else:
+        return logits * inverse_temperature
+
+
+@triton.jit
+def logit_slope(logits, softcap, inverse_temperature):
+    """d z / d logits. 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x|) does not cancel."""
+    if softcap is not None:
+        e = tl.exp(tl.abs(logits) * (-2 / softcap))
+        return inverse_temperature * 4 * e / ((1 + e) * (1 + e))
+    else:
+        return inverse_temperature
+
+
+_assumed: tuple[int, int] | None = None
+
+
+@contextlib.contextmanager
+def assume_device(architecture: int, processors: int) -> Iterator[None]:
+    """Launchers choose tiles for this device, whatever is there: for compiling and for tests."""
+    global _assumed
+    before, _assumed = _assumed, (architecture, processors)
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+@functools.cache
+def _device_facts(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def device_facts(tensor: Tensor) -> tuple[int, int]:
+    """(architecture, multiprocessors) of the tensor's device; (0, 1) for the interpreter's CPU."""
+    if _assumed is not None:
+        return _assumed
+    return _device_facts(tensor.get_device()) if tensor.is_cuda else (0, 1)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Refuses what the kernels do not compute in."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name} is {tensor.dtype}, and the Triton kernels take float32, bfloat16 and float16: "
+            'cast it, or call under use_backend("torch")'
+        )
+
+
+def check_unit_stride(name: str, tensor: Tensor) -> None:
+    """Refuses rows whose elements are not adjacent."""
+    if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
+        raise ValueError(
+            f"{name} {tuple(tensor.shape)} with strides {tensor.stride()} must be two-dimensional "
+            "with last stride 1: call contiguous() on it"
+        )

@@ -1,0 +1,274 @@
+"""From log-probs of tokens to the loss and its coefficients, in one launch.
+
+One program per example reads the rows of all examples and keeps its own, so rows need no order
+and sums need no atomics; the program that ends last adds up the losses of the examples, in their
+order. Whatever the GPU does first, the result is the same to the bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from realign_kernels.objectives import AnchorSigmoid, Objective, PairSigmoid
+from realign_kernels.triton.configs import LOSS_BLOCK, LOSS_WARPS
+
+
+class LossOutput(NamedTuple):
+    """Everything about a batch. L leaves, B examples, K terms; all detached."""
+
+    loss: Tensor  # () fp32, mean or sum over examples
+    coefficients: Tensor  # (N,) fp32, d loss / d logps[i]; 0 where ignored
+    sums: Tensor  # (L, B) fp32
+    counts: Tensor  # (L, B) int64
+    rewards: Tensor  # (L, B) fp32
+    term_losses: Tensor  # (K, B) fp32, unweighted
+    losses: Tensor  # (B,) fp32, before the mean or sum
+    outside: Tensor  # () int64, rows that are not ignored, with an id outside [0, L * B)
+
+
+class Table(NamedTuple):
+    """An objective as the kernel reads it: one entry per term."""
+
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+    """-1 in a term that compares with delta and not with another leaf."""
+    weights: tuple[float, ...]
+    deltas: tuple[float, ...]
+
+
+LEAF_FIELDS = {"response", "image", "detached", "rival"}
+"""Which token a leaf is scored by (rival) is settled before the log-probs come here."""
+
+NEUTRAL = {"label_smoothing": 0, "below": False, "average": False}
+"""Settings that the kernel does not compute, and their values where nothing is to compute."""
+
+
+def _known(thing: object, *names: str) -> bool:
+    """Whether an object has no fields but these and NEUTRAL's, the latter at their neutral values.
+
+    So a field that is added later is refused, not ignored.
+    """
+    rest = {name: value for name, value in vars(thing).items() if name not in names}
+    return all(name in NEUTRAL and NEUTRAL[name] == value for name, value in rest.items())
+
+
+def supports(objective: Objective) -> bool:
+    """Whether the kernel computes this objective: PairSigmoid and AnchorSigmoid, plain ones."""
+    return (
+        type(objective) is Objective
+        and _known(objective, "name", "leaves", "terms", "beta")
+        and all(set(leaf._fields) <= LEAF_FIELDS and not leaf.detached for leaf in objective.leaves)
+        and all(
+            (type(term) is PairSigmoid and _known(term, "name", "weight", "positive", "negative"))
+            or (type(term) is AnchorSigmoid and _known(term, "name", "weight", "leaf", "delta"))
+            for term in objective.terms
+        )
+    )
+
+
+def encode(objective: Objective) -> Table:
+    """The table of an objective that `supports` accepts."""
+    if not supports(objective):
+        raise ValueError(
+            f"objective {objective.name!r} has a term that the fused loss does not know: "
+            "use preference_loss, or use_backend('torch')"
+        )
+    rows = [
+        (term.positive, term.negative, float(term.weight), 0.0)
+        if type(term) is PairSigmoid
+        else (term.leaf, -1, float(term.weight), float(term.delta))
+        for term in objective.terms
+    ]
+    return Table(*zip(*rows, strict=True))
+
+
+@triton.jit
+def pick(values, leaves, leaf: tl.constexpr):
+    """values[leaf], where `leaves` is arange."""
+    return tl.sum(tl.where(leaves == leaf, values, 0.0), 0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) in fp64. log(1 + e) is e * log(u) / (u - 1) with u = 1 + e as rounded."""
+    e = tl.exp(-tl.abs(x))
+    u = 1 + e
+    small = u == 1
+    log1p = tl.where(small, e, e * tl.log(u) / tl.where(small, 1.0, u - 1))
+    return tl.where(x > 0, x, 0.0) + tl.where(x != x, x, log1p)
+
+
+@triton.jit
+def sigmoid(x):
+    """In fp64, without overflow."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1 + e)
+
+
+@triton.jit
+def loss_kernel(
+    logps,  # (N,) fp32
+    labels,  # (N,) int64
+    ids,  # (N,) int64
+    reference,  # (L, B)
+    coefficients,  # (N,) fp32
+    sums_out,  # (L, B) fp32
+    counts_out,  # (L, B) int64
+    rewards_out,  # (L, B) fp32
+    terms_out,  # (K, B) fp32
+    losses_out,  # (B,) fp32
+    loss_out,  # () fp32
+    outside_out,  # () int64
+    finished,  # () int64, 0
+    rows,
+    examples,
+    ignore_index,
+    beta,
+    weights,  # K floats
+    deltas,  # K floats
+    POSITIVE: tl.constexpr,  # K leaves
+    NEGATIVE: tl.constexpr,  # K leaves or -1
+    LEAVES: tl.constexpr,
+    PADDED: tl.constexpr,  # LEAVES, up to a power of two
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One example. fp64 throughout: it is little, and what is reported is then exact in fp32."""
+    example = tl.program_id(0)
+    leaves = tl.arange(0, PADDED)
+    slot = leaves.to(tl.int64) * examples + example  # the ids of this example
+    sums = tl.zeros((PADDED, BLOCK), tl.float64)
+    counts = tl.zeros((PADDED, BLOCK), tl.int32)
+    outside = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, rows, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < rows
+        scored = inside & (tl.load(labels + at, inside, other=0) != ignore_index)
+        sequence = tl.load(ids + at, scored, other=-1)
+        lost = scored & ((sequence < 0) | (sequence >= LEAVES * examples))
+        outside += lost.to(tl.int64)
+        mine = (sequence[None, :] == slot[:, None]) & scored[None, :]
+        logp = tl.load(logps + at, scored, other=0.0).to(tl.float64)
+        sums += tl.where(mine, logp[None, :], 0.0)
+        counts += mine.to(tl.int32)
+
+    real = leaves < LEAVES
+    total = tl.sum(sums, 1)
+    tl.store(sums_out + slot, total.to(tl.float32), real)
+    tl.store(counts_out + slot, tl.sum(counts, 1).to(tl.int64), real)
+    rewards = beta * (total - tl.load(reference + slot, real, other=0.0).to(tl.float64))
+    tl.store(rewards_out + slot, rewards.to(tl.float32), real)
+
+    loss = tl.zeros((), tl.float64)
+    slopes = tl.zeros((PADDED,), tl.float64)
+    for term in tl.static_range(len(POSITIVE)):
+        margin = pick(rewards, leaves, POSITIVE[term]) - deltas[term]
+        if NEGATIVE[term] >= 0:
+            margin -= pick(rewards, leaves, NEGATIVE[term])
+        term_loss = softplus(-margin)
+        tl.store(terms_out + term * examples + example, term_loss.to(tl.float32))
+        loss += weights[term] * term_loss
+        slope = weights[term] * sigmoid(-margin)
+        slopes += tl.where(leaves == POSITIVE[term], -slope, 0.0)
+        if NEGATIVE[term] >= 0:
+            slopes += tl.where(leaves == NEGATIVE[term], slope, 0.0)
+    tl.store(losses_out + example, loss.to(tl.float32))
+
+    scale = tl.full((), 1.0, tl.float64)
+    if MEAN:
+        scale /= examples
+    slopes = slopes * beta * scale
+    for start in range(0, rows, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < rows
+        scored = inside & (tl.load(labels + at, inside, other=0) != ignore_index)
+        sequence = tl.load(ids + at, scored, other=-1)
+        belongs = scored & (sequence >= 0) & (sequence < LEAVES * examples)
+        mine = (sequence[None, :] == slot[:, None]) & belongs[None, :]
+        value = tl.sum(tl.where(mine, slopes[:, None], 0.0), 0)
+        # Rows that belong to no example are the first program's, which writes 0.
+        write = (tl.sum(mine.to(tl.int32), 0) > 0) | (inside & (belongs == 0) & (example == 0))
+        tl.store(coefficients + at, value.to(tl.float32), write)
+
+    # The barrier orders the stores of all warps before the release; the acquire of whoever counts
+    # to the end then orders the loads behind the stores of all programs. .cg reads them from L2.
+    tl.debug_barrier()
+    before = tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    if before == examples - 1:
+        parts = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, examples, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            part = tl.load(losses_out + at, at < examples, other=0.0, cache_modifier=".cg")
+            parts += part.to(tl.float64)
+        tl.store(loss_out, (tl.sum(parts, 0) * scale).to(tl.float32))
+        tl.store(outside_out, tl.sum(outside, 0))
+
+
+def preference_sums(
+    logps: Tensor,  # (N,) fp32
+    labels: Tensor,  # (N,) int64
+    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    reference_logps: Tensor,  # (L, B) fp32 or fp64
+    objective: Objective,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> LossOutput:
+    """Sums, rewards, terms, loss and d loss / d logps. See `objectives.Objective.__call__`.
+
+    With reduction "none", `loss` is the sum, and coefficients are those of each example's own loss.
+    Ids out of range are counted in `outside` and otherwise skipped: the caller looks.
+    """
+    if logps.dtype != torch.float32:
+        raise ValueError(f"logps must be float32, got {logps.dtype}: use use_backend('torch')")
+    table = encode(objective)
+    leaves, examples = reference_logps.shape
+    wide = logps.new_empty((2 * leaves + len(table.weights) + 1) * examples + 1)
+    heights = (leaves, leaves, len(table.weights), 1)
+    *blocks, loss = wide.split([*(height * examples for height in heights), 1])
+    sums, rewards, terms, losses = (
+        block.view(height, examples) for block, height in zip(blocks, heights, strict=True)
+    )
+    counts = torch.empty(leaves, examples, dtype=torch.int64, device=logps.device)
+    coefficients = torch.empty_like(logps)
+    # Zeroed for each call: a counter that resets itself would not survive two streams.
+    outside, finished = torch.zeros(2, dtype=torch.int64, device=logps.device)
+    if examples == 0:
+        loss.zero_()
+        coefficients.zero_()
+    else:
+        loss_kernel[(examples,)](
+            logps.contiguous(),
+            labels.contiguous(),
+            sequence_ids.contiguous(),
+            reference_logps.contiguous(),
+            coefficients,
+            sums,
+            counts,
+            rewards,
+            terms,
+            losses,
+            loss,
+            outside,
+            finished,
+            len(logps),
+            examples,
+            ignore_index,
+            objective.beta,
+            table.weights,
+            table.deltas,
+            POSITIVE=table.positive,
+            NEGATIVE=table.negative,
+            LEAVES=leaves,
+            PADDED=triton.next_power_of_2(leaves),
+            MEAN=reduction == "mean",
+            BLOCK=LOSS_BLOCK,
+            num_warps=LOSS_WARPS,
+        )
+    return LossOutput(
+        loss.view(()), coefficients, sums, counts, rewards, terms, losses.view(-1), outside
+    )

@@ -1,0 +1,153 @@
+"""The row kernel: what a row of logits says about its label, and the derivative in its place.
+
+One program reads one row twice: once for the peak and the sum of the others, once (from L2 where
+it still lies there) to write E. See `realign_kernels.rows` for what the numbers are for.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from realign_kernels.rows import RowStats
+from realign_kernels.triton.configs import row_config
+from realign_kernels.triton.logits import (
+    LOWEST,
+    check_dtype,
+    check_unit_stride,
+    device_facts,
+    load_wide,
+    logit_slope,
+    scale_logits,
+)
+
+
+@triton.jit
+def rows_kernel(
+    logits,  # (r, V)
+    labels,  # (r,) int64
+    bias,  # (V,) or None
+    rival,  # (r,) uint8 or None
+    others,  # (r, V) or None, possibly logits
+    target_out,  # (r,) int64
+    logit_out,  # (r,) fp32, and so the next three
+    peak_out,
+    total_out,
+    slope_out,
+    vocabulary,
+    stride,
+    others_stride,
+    softcap,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    """One row. `target` is left out of peak and total before anything is rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    offsets = tl.arange(0, BLOCK)
+    label = tl.load(labels + row).to(tl.int32)
+    target = label
+    # Before the first pass: its reductions are barriers, the second pass may overwrite the row.
+    raw = load_wide(logits + target, target >= 0)
+    if rival is not None:
+        is_rival = tl.load(rival + row) != 0
+        target = tl.where(is_rival, -1, label)
+    best = tl.full((), float("-inf"), tl.float32)
+    peak = tl.full((), LOWEST, tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + offsets
+        inside = columns < vocabulary
+        x = tl.load(logits + columns, inside, other=0.0, eviction_policy="evict_last")
+        x = x.to(tl.float32)
+        if bias is not None:
+            x += load_wide(bias + columns, inside)
+        z = tl.where(inside, scale_logits(x, softcap, inverse_temperature), float("-inf"))
+        displaced = tl.full((), float("-inf"), tl.float32)
+        if rival is not None:
+            # The target is the best so far but the label; the best that it displaces, and all
+            # else, are others. Strictly greater, from the left: the first index of the largest.
+            candidates = inside & (columns != label)
+            leader = tl.max(tl.where(candidates, z, float("-inf")), 0)
+            found = tl.min(tl.where(candidates & (z == leader), columns, vocabulary), 0)
+            better = is_rival & ((leader > best) | ((target < 0) & (found < vocabulary)))
+            displaced = tl.where(better, best, displaced)
+            best = tl.where(better, leader, best)
+            target = tl.where(better, found, target)
+        z = tl.where(columns == target, float("-inf"), z)
+        top = tl.max(z, 0)
+        top = tl.where(displaced > top, displaced, top)
+        # Comparisons, not maximum(): a NaN never becomes the peak, so the sum keeps it for sure.
+        higher = tl.where(top > peak, top, peak)
+        sums = sums * tl.exp(peak - higher) + tl.exp(z - higher)
+        sums += tl.where(offsets == 0, tl.exp(displaced - higher), 0.0)
+        peak = higher
+    total = tl.sum(sums, 0)
+
+    if rival is not None:
+        raw = load_wide(logits + target, target >= 0)
+        # The other warps may not write the row before this one has read it.
+        tl.debug_barrier()
+    if bias is not None:
+        raw += load_wide(bias + target, target >= 0)
+    logit = scale_logits(raw, softcap, inverse_temperature)
+    slope = logit_slope(raw, softcap, inverse_temperature)
+    tl.store(target_out + row, target.to(tl.int64))
+    tl.store(logit_out + row, tl.where(target >= 0, logit, float("-inf")))
+    tl.store(peak_out + row, peak)
+    tl.store(total_out + row, total)
+    tl.store(slope_out + row, tl.where(target >= 0, slope, 0.0))
+
+    if others is not None:
+        others += row * others_stride
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + offsets
+            inside = columns < vocabulary
+            x = tl.load(logits + columns, inside, other=0.0, eviction_policy="evict_first")
+            x = x.to(tl.float32)
+            if bias is not None:
+                x += load_wide(bias + columns, inside)
+            z = scale_logits(x, softcap, inverse_temperature)
+            e = tl.exp(z - peak) * logit_slope(x, softcap, inverse_temperature)
+            e = tl.where(columns == target, 0.0, e)
+            tl.store(others + columns, e.to(others.dtype.element_ty), inside)
+
+
+def read_rows(
+    logits: Tensor,  # (r, V) fp32, bf16 or fp16; may be overwritten
+    labels: Tensor,  # (r,) int64 in [0, V), or -1: not in this shard of the vocabulary
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    temperature: float,
+    rival: Tensor | None = None,  # (r,) bool
+    others: Tensor | None = None,  # (r, V), written; may be logits
+) -> RowStats:
+    """The row kernel in Triton. See `realign_kernels.rows.Kernels.read_rows`, the contract."""
+    check_dtype("logits", logits)
+    check_unit_stride("logits", logits)
+    if others is not None:
+        check_dtype("others", others)
+        check_unit_stride("others", others)
+    count, vocabulary = logits.shape
+    wide = [logits.new_empty(count, dtype=torch.float32) for _ in range(4)]
+    stats = RowStats(torch.empty_like(labels), *wide)
+    if count == 0:
+        return stats
+    config = row_config(device_facts(logits)[0], vocabulary)
+    rows_kernel[(count,)](
+        logits,
+        labels.contiguous(),
+        bias,
+        None if rival is None else rival.contiguous().view(torch.uint8),
+        others,
+        *stats,
+        vocabulary,
+        logits.stride(0),
+        0 if others is None else others.stride(0),
+        softcap,
+        1 / temperature,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
+    return stats

@@ -1,0 +1,62 @@
+"""Processes that wait for checks to run: starting them takes longer than any check."""
+
+import contextlib
+import datetime
+import multiprocessing
+import traceback
+
+import torch
+import torch.distributed as dist
+
+ANSWER = 60
+"""Seconds until a check counts as hung."""
+
+
+def serve(rank, size, members, store, pipe):
+    """Runs the checks that come through the pipe; answers with the traceback, or ''."""
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=20)  # a hang becomes an error
+    store = dist.FileStore(store, size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    groups = {name: dist.new_group(ranks, timeout=limit) for name, ranks in members.items()}
+    while message := pipe.recv():
+        check, arguments = message
+        try:
+            check(*(groups.get(a, a) for a in arguments))
+            pipe.send("")
+        except BaseException:
+            pipe.send(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def processes(size, members, store):
+    """Yields run(check, *arguments): calls it in `size` processes and fails where one fails.
+
+    An argument that is a name in `members`, {name: ranks}, is given as that process group.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pipes, started = [], []
+    for rank in range(size):
+        here, there = spawn.Pipe()
+        args = (rank, size, members, store, there)
+        started.append(spawn.Process(target=serve, args=args, daemon=True))
+        started[-1].start()
+        pipes.append(here)
+
+    def run(check, *arguments):
+        for pipe in pipes:
+            pipe.send((check, arguments))
+        answers = [pipe.recv() if pipe.poll(ANSWER) else f"silent for {ANSWER} s" for pipe in pipes]
+        failed = [f"rank {rank}:\n{answer}" for rank, answer in enumerate(answers) if answer]
+        assert not failed, "\n".join(failed)
+
+    try:
+        yield run
+        for pipe in pipes:
+            pipe.send(None)
+        for process in started:
+            process.join(10)
+    finally:
+        for process in started:
+            process.kill()

@@ -1,0 +1,151 @@
+"""One matrix of cases, every backend, against the specification and the error budget."""
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+
+import kernel_cases as kc
+import pytest
+import torch
+
+import realign_kernels as rk
+from realign_kernels import _extension, objectives, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BACKENDS = {
+    "torch": kc.DTYPES,
+    "cpp": (torch.float32, torch.bfloat16),
+    # The interpreter multiplies bf16 wrongly (it takes the bits for integers).
+    "triton": (torch.float32, torch.float16),
+}
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap, temperature, bias": {"bias": True, "temperature": 1.7, "softcap": 8.0},
+}
+MATRIX = [(name, dtype) for name, dtypes in BACKENDS.items() for dtype in dtypes]
+
+
+@pytest.fixture(params=MATRIX, ids=lambda pair: f"{pair[0]}-{str(pair[1])[6:]}")
+def setting(request, monkeypatch):
+    """A dtype, under its backend."""
+    name, dtype = request.param
+    if name == "cpp" and _extension.missing_reason():
+        pytest.skip("the C++ extension is not built")
+    with contextlib.ExitStack() as stack:
+        if name == "triton":
+            pytest.importorskip("triton")
+            cases = importlib.import_module("triton_cases")  # imports the kernels as it must
+            stack.enter_context(cases.interpreted())
+            if cases.DEVICE == "cpu":
+                monkeypatch.setenv("TRITON_INTERPRET", "1")
+        stack.enter_context(rk.use_backend(name))
+        yield dtype
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_values_and_gradients(setting, frozen, head):
+    called = {name: value for name, value in head.items() if name != "bias"}
+    for seed, shape in enumerate([(5, 33, 97), (12, 16, 131)]):
+        case = kc.make_case(*shape, setting, bias="bias" in head, seed=seed)
+        result = kc.ours(case, frozen=frozen, chunk_rows=5, **called)
+        eager, exact = kc.eager(case, setting, **called), kc.truth(case, **called)
+        kc.within_budget(result, eager, exact, setting)
+
+
+def test_without_gradient(setting):
+    case = kc.make_case(12, 33, 131, setting, bias=True)
+    with torch.no_grad():
+        logps = rk.linear_logprobs(*case[:2], case.labels, bias=case.bias, softcap=9.0)
+    exact = kc.truth(case, softcap=9.0).logps
+    plain = kc.eager(case, setting, softcap=9.0).logps
+    assert kc.error(logps, exact) <= 2 * kc.error(plain, exact) + kc.FLOOR[setting]
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_rival_rows_score_the_strongest_other_token(setting, frozen):
+    """Against plain PyTorch; one-hot hidden states make the logits, and so the choice, exact."""
+    g = torch.Generator().manual_seed(0)
+    width, vocabulary = 9, 61
+    weight = torch.randn(vocabulary, width, generator=g, dtype=torch.float64).to(setting)
+    hidden = torch.eye(width, dtype=setting)
+    labels = weight.argmax(0)  # the label is the strongest in every other row
+    labels[1::2] = (labels[1::2] + 7) % vocabulary
+    labels[3] = -100
+    rival = torch.arange(width) % 3 != 2
+    upstream = torch.randn(width, generator=g)
+
+    h64 = hidden.to(torch.float64, copy=True).requires_grad_()
+    w64 = weight.to(torch.float64, copy=True).requires_grad_(not frozen)
+    logps = torch.log_softmax(h64 @ w64.T, 1)
+    top = logps.topk(2, 1).indices
+    strongest = torch.where(top[:, 0] == labels, top[:, 1], top[:, 0])
+    target = torch.where(rival, strongest, labels).clamp(min=0)
+    expected = logps.gather(1, target[:, None]).squeeze(1) * (labels != -100)
+    (expected * upstream).sum().backward()
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+    found = rk.linear_logprobs(h, w, labels, rival=rival, chunk_rows=4)
+    (found * upstream.to(found.dtype)).sum().backward()
+    floor = 4 * kc.FLOOR[setting]
+    assert kc.error(found, expected) <= floor
+    assert kc.error(h.grad, h64.grad) <= floor
+    if not frozen:
+        assert kc.error(w.grad, w64.grad) <= floor
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("chunk_rows", [3, 16, None])
+@pytest.mark.parametrize("name", ["rdpo", "released"])
+def test_the_loss_with_examples_shorter_and_longer_than_a_chunk(setting, name, chunk_rows, frozen):
+    """Packed in any order, token weights, mean: against the specification in fp64."""
+    g = torch.Generator().manual_seed(1)
+    objective = objectives.get(name)
+    examples, width, vocabulary = 4, 24, 97
+    lengths = torch.tensor([[1, 7, 2, 3], [1, 9, 1, 4], [1, 7, 2, 3]])
+    ids = torch.arange(12).repeat_interleave(lengths.flatten())
+    ids = ids[torch.randperm(len(ids), generator=g)]
+    hidden = torch.randn(len(ids), width, generator=g, dtype=torch.float64).to(setting)
+    weight = (torch.randn(vocabulary, width, generator=g) / 3).to(setting)
+    labels = torch.randint(vocabulary, (len(ids),), generator=g)
+    factors = torch.rand(len(ids), generator=g)
+    ref = torch.randn(3, examples, generator=g) - 4.0 * lengths
+
+    h64 = hidden.to(torch.float64, copy=True).requires_grad_()
+    w64 = weight.to(torch.float64, copy=True).requires_grad_(not frozen)
+    logits = h64 @ w64.T
+    rival = torch.tensor([leaf.rival for leaf in objective.leaves])[ids // examples]
+    target = torch.where(rival, reference.rivals(logits, labels), labels)
+    tokens = torch.log_softmax(logits, 1).gather(1, target[:, None]).squeeze(1) * factors
+    sums = tokens.new_zeros(12).index_add(0, ids, tokens).view(3, examples)
+    loss = objective(sums, ref.double()).loss
+    loss.backward()
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+    settings = {"sequence_ids": ids, "token_weights": factors, "chunk_rows": chunk_rows}
+    wide = ref.double() if setting == torch.float64 else ref
+    out = rk.linear_preference_loss(h, w, labels, wide, objective, **settings)
+    out.loss.backward()
+    floor = 8 * kc.FLOOR[setting]
+    assert kc.error(out.loss, loss) <= floor
+    assert kc.error(out.logps, sums) <= floor
+    assert kc.error(h.grad, h64.grad) <= 2 * floor
+    if not frozen:
+        assert kc.error(w.grad, w64.grad) <= 2 * floor
+
+
+@pytest.mark.skipif("REALIGN_CPU" in os.environ, reason="already one of the levels")
+@pytest.mark.parametrize("level", ["scalar", "avx2"])
+def test_the_matrix_on_lesser_cpus(level):
+    if _extension.missing_reason():
+        pytest.skip("the C++ extension is not built")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "cpp", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "REALIGN_CPU": level}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout

@@ -1,0 +1,186 @@
+"""The links: options no preset sets, what they reduce to, and every field that is refused."""
+
+import math
+from dataclasses import MISSING, fields, replace
+
+import pytest
+import torch
+
+import realign_kernels as rk
+from realign_kernels import objectives
+from realign_kernels.objectives import (
+    AnchorSigmoid,
+    LinearSigmoid,
+    MarginDifference,
+    PairHinge,
+    PairSigmoid,
+    PairSquared,
+    PlackettLuce,
+    SoftmaxNegatives,
+    Term,
+)
+
+LINKS = {
+    term.name: term
+    for term in (
+        PairSigmoid(name="sigmoid", positive=0, negative=1),
+        PairHinge(name="hinge", positive=0, negative=1),
+        PairSquared(name="squared", positive=0, negative=1),
+        AnchorSigmoid(name="anchor", leaf=0),
+        SoftmaxNegatives(name="softmax", positive=0, negatives=(1, 2), omegas=(0.5, 2.0)),
+        PlackettLuce(name="plackett_luce", ranking=(2, 0, 1)),
+        MarginDifference(name="difference", first=(0, 1), second=(2, 3)),
+        LinearSigmoid(name="linear", coefficients=((0, 2.0), (1, -1.0), (2, -1.0))),
+    )
+}
+REWARDS = torch.tensor([[0.7, -2.0], [0.2, 1.5], [-0.4, 0.3], [1.1, -0.6]], dtype=torch.float64)
+
+
+def nll(z: float) -> float:
+    return math.log1p(math.exp(-z))
+
+
+def test_every_link_is_here():
+    public = [getattr(objectives, name) for name in objectives.__all__]
+    links = {c for c in public if isinstance(c, type) and issubclass(c, Term)}
+    assert links == {Term, *(type(term) for term in LINKS.values())}
+
+
+def by_hand(a, b, c, d):
+    """Of rewards a, b, c, d: LINKS, then options that no preset uses."""
+    soft = 0.5 * math.exp(b - a) + 2 * math.exp(c - a)
+    first = math.exp(c) / (math.exp(a) + math.exp(b) + math.exp(c))
+    second = math.exp(a) / (math.exp(a) + math.exp(b))
+    return [
+        (LINKS["sigmoid"], nll(a - b)),
+        (LINKS["hinge"], max(0.0, 1 - (a - b))),
+        (LINKS["squared"], (a - b - 0.5) ** 2),
+        (LINKS["anchor"], nll(a)),
+        (LINKS["softmax"], math.log(1 + soft)),
+        (LINKS["plackett_luce"], -math.log(first) - math.log(second)),
+        (LINKS["difference"], ((a - b) - (c - d)) ** 2),
+        (LINKS["linear"], nll(2 * a - b - c)),
+        (replace(LINKS["sigmoid"], label_smoothing=0.3), 0.7 * nll(a - b) + 0.3 * nll(b - a)),
+        (replace(LINKS["hinge"], target=0.4), max(0.0, 0.4 - (a - b))),
+        (replace(LINKS["squared"], target=-2.0), (a - b + 2) ** 2),
+        (replace(LINKS["anchor"], leaf=2, delta=0.5), nll(c - 0.5)),
+        (replace(LINKS["anchor"], leaf=2, delta=0.5, below=True), nll(0.5 - c)),
+        (replace(LINKS["softmax"], omegas=None), math.log(1 + math.exp(b - a) + math.exp(c - a))),
+        (replace(LINKS["softmax"], negatives=(3,), omegas=None), nll(a - d)),
+        (replace(LINKS["plackett_luce"], ranking=(3, 1)), nll(d - b)),
+        (replace(LINKS["difference"], second=(0, 2)), (c - b) ** 2),
+        (replace(LINKS["linear"], coefficients=((3, -1.5),)), nll(-1.5 * d)),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(by_hand(0, 0, 0, 0))))
+def test_link_is_its_formula(case):
+    columns = [by_hand(*column)[case] for column in REWARDS.T.tolist()]
+    term = columns[0][0]
+    expected = torch.tensor([value for _, value in columns], dtype=torch.float64)
+    torch.testing.assert_close(term(REWARDS), expected, rtol=1e-13, atol=0)
+    rewards = REWARDS.clone().requires_grad_()
+    assert torch.autograd.gradcheck(term, rewards)
+    (gradient,) = torch.autograd.grad(term(rewards).sum(), rewards)
+    assert set((gradient != 0).any(1).nonzero()[:, 0].tolist()) <= set(term.leaves)
+
+
+def test_compiled_equals_eager():
+    """Every link in one graph, with a detached leaf and averaging."""
+    leaves = (*objectives.symmpo().leaves[:3], objectives.Leaf("chosen", "image", detached=True))
+    objective = rk.Objective("compiled", leaves, tuple(LINKS.values()), 0.5, average=True)
+    counts = torch.tensor([[2, 3], [1, 4], [5, 2], [2, 2]])
+
+    def losses(logps):
+        out = objective(logps, torch.zeros_like(logps), "mean", counts)
+        return out.loss, out.term_losses
+
+    eager, compiled = (REWARDS.clone().requires_grad_() for _ in range(2))
+    found = torch.compile(losses, fullgraph=True, backend="aot_eager")(compiled)
+    torch.testing.assert_close(found, losses(eager), rtol=1e-13, atol=0)
+    found[0].backward()
+    losses(eager)[0].backward()
+    torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", LINKS)
+def test_no_number_may_be_nan_or_infinite(name, bad):
+    term, refused = LINKS[name], []
+    for field in fields(term):
+        value = getattr(term, field.name)
+        if isinstance(value, float):
+            changed = bad
+        elif field.name == "omegas":
+            changed = (1.0, bad)
+        elif field.name == "coefficients":
+            changed = (*value[:-1], (2, bad))
+        else:
+            continue
+        with pytest.raises(ValueError, match=f"{field.name} of term '{name}' must be finite, got"):
+            replace(term, **{field.name: changed})
+        refused.append(field.name)
+    assert "weight" in refused
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_no_setting_of_a_preset_may_be_nan_or_infinite(name, bad):
+    numbers = [k for k, default in objectives.settings(name).items() if isinstance(default, float)]
+    assert "beta" in numbers
+    for setting in numbers:
+        with pytest.raises(ValueError, match="finite"):
+            objectives.get(name, **{setting: bad})
+
+
+PAIR = {"name": "t", "positive": 0, "negative": 1}
+MISTAKES = [
+    (PairSigmoid, PAIR | {"weight": -1}, r"weight of term 't' must be finite and >= 0, got -1"),
+    (PairSigmoid, PAIR | {"weight": "1"}, r"weight of term 't' must be a number, got '1'"),
+    (PairSigmoid, PAIR | {"weight": torch.ones(())}, r"weight of term 't' .* got a Tensor"),
+    (PairSigmoid, PAIR | {"label_smoothing": 0.5}, r"label_smoothing of .* in \[0, 0.5\), got 0.5"),
+    (PairSigmoid, PAIR | {"label_smoothing": -0.1}, r"label_smoothing of .* got -0.1"),
+    (PairSigmoid, PAIR | {"negative": 0}, r"'t' reads one leaf twice, \(0, 0\)"),
+    (PairSigmoid, PAIR | {"negative": -1}, r"'t' reads leaf -1: give the index of a leaf"),
+    (PairSigmoid, PAIR | {"negative": 1.0}, r"'t' reads leaf 1.0"),
+    (PairHinge, PAIR | {"target": 0}, r"target of term 't' must be finite and > 0, got 0"),
+    (AnchorSigmoid, {"name": "t", "leaf": 0, "delta": None}, r"delta .* a number, got None"),
+    (SoftmaxNegatives, {"name": "t", "positive": 0, "negatives": ()}, r"negatives .* got \(\)"),
+    (
+        SoftmaxNegatives,
+        {"name": "t", "positive": 0, "negatives": [1, 2]},
+        r"negatives of term 't' must be a tuple of leaf indices, got \[1, 2\]",
+    ),
+    (
+        SoftmaxNegatives,
+        {"name": "t", "positive": 0, "negatives": (1, 2), "omegas": (1.0,)},
+        r"omegas of term 't' must be a tuple of 2 numbers, one per negative, got \(1.0,\)",
+    ),
+    (
+        SoftmaxNegatives,
+        {"name": "t", "positive": 0, "negatives": (1,), "omegas": (0.0,)},
+        r"omegas of term 't' must be finite and > 0 .* got \(0.0,\)",
+    ),
+    (SoftmaxNegatives, {"name": "t", "positive": 0, "negatives": (1, 0)}, r"one leaf twice"),
+    (PlackettLuce, {"name": "t", "ranking": (0,)}, r"ranking .* two or more .* got \(0,\)"),
+    (PlackettLuce, {"name": "t", "ranking": (0, 1, 0)}, r"one leaf twice"),
+    (MarginDifference, {"name": "t", "first": (0, 0), "second": (1, 2)}, r"first .* \(0, 0\)"),
+    (MarginDifference, {"name": "t", "first": (0, 1), "second": (1,)}, r"second .* \(1,\)"),
+    (LinearSigmoid, {"name": "t", "coefficients": ()}, r"coefficients .* \(leaf, factor\)"),
+    (LinearSigmoid, {"name": "t", "coefficients": ((0, 0.0),)}, r"factors other than 0, got"),
+    (LinearSigmoid, {"name": "t", "coefficients": (0, 1)}, r"coefficients .* got \(0, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("link", "given", "message"), MISTAKES, ids=[m for *_, m in MISTAKES])
+def test_mistakes_are_named(link, given, message):
+    with pytest.raises(ValueError, match=message):
+        link(**given)
+
+
+def test_terms_are_values():
+    """Equal, and equal as dictionary keys, when their fields are."""
+    for name, term in LINKS.items():
+        assert {replace(term): name}[term] == name and replace(term, weight=2.0) != term
+        required = [f.name for f in fields(term) if f.default is MISSING]
+        assert required[0] == "name"

@@ -1,0 +1,188 @@
+"""The fused head against fp64, against the row kernel, and its division of work."""
+
+import contextlib
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton_cases as tc
+from triton_cases import DEVICE, forward, gap, rows
+
+from realign_kernels import reference
+from realign_kernels.triton import configs
+from realign_kernels.triton.configs import GemmConfig
+from realign_kernels.triton.logits import assume_device
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's, interpreted
+]
+NAN, INF = float("nan"), float("inf")
+POINTERS = GemmConfig(16, 32, 16, 4, 2, 2, False)
+DESCRIPTORS = GemmConfig(16, 64, 32, 4, 2, 2, True)
+CONFIGS = {"pointers": POINTERS, "descriptors": DESCRIPTORS}
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    """With five processors, so that the small cases have several splits."""
+    assumed = assume_device(90, 5) if DEVICE == "cpu" else contextlib.nullcontext()
+    with tc.interpreted(), assumed:
+        yield
+
+
+def make(count, width, vocabulary, dtype, bias=False, spread=3.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(count, width, generator=g) * spread).to(dtype)
+    weight = (torch.randn(vocabulary, width, generator=g) / width**0.5).to(dtype)
+    offset = torch.randn(vocabulary, generator=g).to(dtype) if bias else None
+    labels = torch.randint(vocabulary, (count,), generator=g)
+    labels[1::4] = -1
+    return [None if t is None else t.to(DEVICE) for t in (hidden, weight, labels, offset)]
+
+
+def check(stats, hidden, weight, labels, bias, softcap, temperature):
+    wide = (t if t is None else t.double() for t in (hidden, weight, bias))
+    z = reference.linear_logits(*wide, softcap, temperature)
+    columns = torch.arange(len(weight), device=DEVICE)
+    others = z.masked_fill(columns == labels[:, None], -INF)
+    peak = others.amax(1).clamp(min=torch.finfo(torch.float32).min)
+    total = (others - peak[:, None]).exp().sum(1)
+    logit = z.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(labels < 0, -INF)
+    slope = torch.full_like(logit, 1 / temperature)
+    if softcap is not None:
+        slope *= 1 - (logit * temperature / softcap) ** 2
+    slope = slope.masked_fill(labels < 0, 0)
+    assert torch.equal(stats.target, labels)
+    for name, exact in {"logit": logit, "peak": peak, "total": total, "slope": slope}.items():
+        value = getattr(stats, name)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), exact, rtol=5e-6, atol=5e-6, msg=name)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("bias", "softcap", "temperature"),
+    [(False, None, 1.0), (True, None, 0.7), (True, 5.0, 2.0)],
+    ids=["plain", "bias", "softcap"],
+)
+def test_against_fp64(config, dtype, bias, softcap, temperature):
+    hidden, weight, labels, offset = make(37, 40, 331, dtype, bias)
+    args = (hidden, weight, labels, offset, softcap, temperature)
+    check(forward.head_stats(*args, config=config), *args)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("count", "width", "vocabulary"), [(1, 8, 1), (3, 16, 2), (16, 72, 97)])
+def test_odd_shapes(config, count, width, vocabulary):
+    hidden, weight, labels, _ = make(count, width, vocabulary, torch.float16)
+    args = (hidden, weight, labels, None, None, 1.0)
+    check(forward.head_stats(*args, config=config), *args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [24, 23])
+def test_tiles_of_the_tables(dtype, width):
+    """Their own tiles; a width that descriptors cannot address takes pointers."""
+    hidden, weight, labels, offset = make(20, width, 300, dtype, bias=True)
+    args = (hidden, weight, labels, offset, None, 1.0)
+    check(forward.head_stats(*args), *args)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_strided_inputs(config):
+    hidden, weight, labels, _ = make(37, 32, 200, torch.float32)
+    wide = [torch.full((len(t), 40), NAN, device=DEVICE) for t in (hidden, weight)]
+    for target, source in zip(wide, (hidden, weight), strict=True):
+        target[:, 4:36] = source
+    args = (wide[0][:, 4:36], wide[1][:, 4:36], labels, None, None, 1.0)
+    check(forward.head_stats(*args, config=config), *args)
+
+
+def test_against_the_row_kernel_over_shards_of_the_vocabulary():
+    """Two shards, a label in one of them: -1 in the other."""
+    hidden, weight, labels, _ = make(20, 24, 150, torch.float32)
+    for shard, start in ((weight[:60], 0), (weight[60:], 60)):
+        local = labels - start
+        local = torch.where((local >= 0) & (local < len(shard)) & (labels >= 0), local, -1)
+        fused = forward.head_stats(hidden, shard, local, None, None, 1.0, config=POINTERS)
+        read = rows.read_rows(hidden @ shard.T, local, None, None, 1.0)
+        for one, other in zip(fused, read, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_non_finite_inputs_end_as_nan(config, softcap, value):
+    hidden, weight, labels, _ = make(20, 32, 130, torch.float32)
+    labels = labels.clamp(min=0)
+    hidden[3, 5] = hidden[17, 31] = value
+    finite = gap(forward.head_stats(hidden, weight, labels, None, softcap, 1.0, config=config))
+    bad = (~finite.isfinite()).nonzero().squeeze(1)
+    assert bad.tolist() == [3, 17]
+    hidden, weight, labels, _ = make(20, 32, 130, torch.float32)
+    weight[129, 0] = value
+    hidden[:, 0] = 1
+    stats = forward.head_stats(hidden, weight, labels.clamp(min=0), None, softcap, 1.0)
+    assert gap(stats).isnan().all()
+
+
+def test_confident_tokens():
+    hidden, weight, labels, _ = make(12, 16, 500, torch.float32)
+    labels = torch.arange(12, device=DEVICE)
+    miss = torch.logspace(-2, -6, 12, dtype=torch.float64, device=DEVICE)
+    rest = (hidden @ weight.T).double().scatter(1, labels[:, None], -INF).logsumexp(1)
+    bias = torch.zeros(500, device=DEVICE)
+    for row in range(12):
+        own = (hidden[row] @ weight[row]).double()
+        bias[row] = (rest[row] + torch.log1p(-miss[row]) - miss[row].log() - own).float()
+        stats = forward.head_stats(
+            hidden[row : row + 1], weight, labels[row : row + 1], bias, None, 1.0, config=POINTERS
+        )
+        z = hidden[row].double() @ weight.double().T + bias.double()
+        exact = 1 - z.softmax(0)[row]
+        relative = (torch.sigmoid(-gap(stats)).double() - exact).abs() / exact
+        assert relative < 1e-3, (row, relative)
+        bias[row] = 0
+
+
+def test_no_rows():
+    hidden, weight, labels, _ = make(4, 16, 50, torch.float32)
+    stats = forward.head_stats(hidden[:0], weight, labels[:0], None, None, 1.0)
+    assert [len(field) for field in stats] == [0] * 5
+
+
+@pytest.mark.parametrize("processors", [1, 5, 108, 132])
+@pytest.mark.parametrize("row_blocks", [0, 1, 8, 31, 133, 1000])
+@pytest.mark.parametrize("tiles", [1, 2, 97, 593])
+def test_splits_cover_the_vocabulary_and_leave_no_processor_far_behind(
+    row_blocks, tiles, processors
+):
+    splits, per_split = configs.choose_splits(row_blocks, tiles, processors)
+    assert 1 <= splits <= configs.MOST_SPLITS
+    assert (splits - 1) * per_split < tiles <= splits * per_split, "an empty split, or a short one"
+    busiest = -(-row_blocks * splits // processors) * per_split
+    ideal = row_blocks * tiles / processors
+    assert busiest <= max(1.34 * ideal, ideal + 3)
+
+
+def test_tables_and_their_fallback():
+    for architecture, expected in {
+        75: 80,
+        80: 80,
+        86: 80,
+        89: 80,
+        90: 90,
+        103: 100,
+        121: 120,
+    }.items():
+        assert configs.listed(architecture) == expected
+    wide = configs.gemm_config(90, torch.bfloat16, 4096, 4096, 128256)
+    assert (wide.rows, wide.columns, wide.descriptors) == (128, 256, True)
+    assert not configs.gemm_config(90, torch.bfloat16, 4096, 4095, 128256, False).descriptors
+    assert configs.gemm_config(90, torch.bfloat16, 64, 4096, 128256).rows == 64
+    assert configs.row_config(90, 128256) == (4096, 8)
+    assert configs.row_config(0, 97) == (128, 1) and configs.row_config(90, 1).block == 32

@@ -1,0 +1,236 @@
+"""The fused loss against the objective and autograd, in fp64."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton_cases as tc
+from triton_cases import DEVICE, loss
+
+from realign_kernels import objectives, reference
+from realign_kernels.objectives import AnchorSigmoid, Leaf, PairSigmoid
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's, interpreted
+]
+NAN, INF = float("nan"), float("inf")
+LEAVES = tuple(Leaf(f"response_{i}", "image") for i in range(5))
+PAIR = PairSigmoid(name="plain", positive=0, negative=1)
+OBJECTIVES = {
+    "dpo": objectives.dpo(),
+    "rdpo": objectives.rdpo(0.3, visual_weight=0.5),
+    "mdpo": objectives.mdpo(0.2, 0.7, 1.3, delta=0.4),
+    "weight 0": objectives.rdpo(visual_weight=0.0),
+    "five leaves": objectives.Objective(
+        "five",
+        LEAVES,
+        (
+            PairSigmoid(name="a", positive=4, negative=0, weight=0.25),
+            AnchorSigmoid(name="b", leaf=3, delta=-1.0),
+            PairSigmoid(name="c", positive=4, negative=2),
+        ),
+        1.0,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with tc.interpreted():
+        yield
+
+
+def make(leaves, examples, rows, *, order="mixed", spread=1.0, seed=0):
+    """Ignored rows hold NaN and ids out of range: nothing of them may be read."""
+    g = torch.Generator().manual_seed(seed)
+    sequences = leaves * examples
+    ids = torch.arange(rows) % sequences
+    ids = ids[torch.randperm(rows, generator=g)] if order == "mixed" else ids.sort().values
+    labels = torch.randint(50, (rows,), generator=g)
+    ignored = torch.rand(rows, generator=g) < 0.3
+    logps = -torch.rand(rows, generator=g) * 6
+    labels[ignored], ids[ignored], logps[ignored] = -100, sequences + 7, NAN
+    table = -torch.rand(leaves, examples, generator=g) * 6 * rows / sequences * spread
+    return [t.to(DEVICE) for t in (logps, labels, ids, table)]
+
+
+def expected(logps, labels, ids, table, objective, reduction, ignore_index=-100):
+    leaf = logps.double().requires_grad_()
+    flat = (leaf.detach(), labels, ids, table.numel(), ignore_index)
+    sums, counts = reference.sequence_sums(*flat)
+    valid = (labels != ignore_index).nonzero().squeeze(1)
+    sums = sums.new_zeros(table.numel()).index_add(0, ids[valid], leaf[valid]).view(table.shape)
+    wide = objective(sums, table.double(), "none" if reduction == "none" else reduction)
+    wide.loss.sum().backward()
+    each = objective(sums.detach(), table.double(), "none").loss
+    return wide, each, leaf.grad.nan_to_num(), counts.view(table.shape)
+
+
+def check(output, logps, labels, ids, table, objective, reduction="mean"):
+    wide, each, grad, counts = expected(logps, labels, ids, table, objective, reduction)
+    total = wide.loss.sum() if reduction == "none" else wide.loss
+    pairs = {
+        "loss": (output.loss, total),
+        "losses": (output.losses, each),
+        "coefficients": (output.coefficients, grad),
+        "sums": (output.sums, wide.logps),
+        "rewards": (output.rewards, wide.rewards),
+        "term_losses": (output.term_losses, wide.term_losses),
+    }
+    for name, (value, exact) in pairs.items():
+        assert value.dtype == torch.float32 and value.shape == exact.shape, name
+        torch.testing.assert_close(value.double(), exact.detach(), rtol=3e-7, atol=1e-9, msg=name)
+    assert torch.equal(output.counts, counts) and output.outside == 0
+    assert not output.coefficients[labels == -100].any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_against_autograd(objective, reduction):
+    case = make(len(objective.leaves), 3, 120)
+    output = loss.preference_sums(*case, objective, reduction=reduction)
+    check(output, *case, objective, reduction)
+
+
+@pytest.mark.parametrize("rows", [9, 255, 256, 257, 700])
+@pytest.mark.parametrize("order", ["mixed", "sorted"])
+def test_rows_in_any_number_and_order(rows, order):
+    objective = objectives.rdpo()
+    case = make(3, 2, rows, order=order)
+    check(loss.preference_sums(*case, objective), *case, objective)
+
+
+@pytest.mark.parametrize("examples", [1, 40])
+def test_more_and_fewer_examples_than_a_block(examples, monkeypatch):
+    monkeypatch.setattr(loss, "LOSS_BLOCK", 16)
+    objective = objectives.dpo()
+    case = make(2, examples, 4 * examples)
+    check(loss.preference_sums(*case, objective), *case, objective)
+
+
+def test_many_tokens_are_summed_as_if_exactly():
+    """A policy near its reference: rewards are what is left of sums near -7500."""
+    objective = objectives.dpo(1.0)
+    case = make(2, 1, 5000)
+    case[3] = expected(*case, objective, "sum")[0].logps.detach() - 1e-3
+    output = loss.preference_sums(*case, objective)
+    check(output, *case, objective)
+    again = loss.preference_sums(*case, objective)
+    assert all(torch.equal(one, other) for one, other in zip(output, again, strict=True))
+
+
+@pytest.mark.parametrize("margin", [-1e4, -200.0, -30.0, 0.0, 30.0, 200.0, 1e4])
+def test_far_margins(margin):
+    """Losses and slopes keep their relative accuracy until fp32 has no number for them."""
+    objective = objectives.dpo(1.0)
+    logps = torch.tensor([margin, 0.0], device=DEVICE)
+    zero = torch.zeros(2, 1, device=DEVICE)
+    ids, labels = torch.arange(2, device=DEVICE), torch.zeros(2, device=DEVICE).long()
+    output = loss.preference_sums(logps, labels, ids, zero, objective)
+    e = math.exp(-abs(margin))
+    exact = max(-margin, 0) + math.log1p(e)
+    slope = (1 if margin < 0 else e) / (1 + e)
+    assert output.loss.item() == pytest.approx(exact, rel=1e-6, abs=1e-38)
+    assert output.coefficients.tolist() == pytest.approx([-slope, slope], rel=1e-6, abs=1e-38)
+
+
+def test_another_ignore_index_and_strided_inputs():
+    objective = objectives.dpo()
+    logps, labels, ids, table = make(2, 3, 60)
+    labels = torch.where(labels == -100, 7, labels + 100)
+    wide = [torch.stack([t, t], 1)[:, 0] for t in (logps, labels, ids)]
+    output = loss.preference_sums(*wide, table.T.contiguous().T, objective, ignore_index=7)
+    back = torch.where(labels == 7, -100, labels)
+    check(output, logps, back, ids, table, objective)
+
+
+def test_ids_out_of_range_are_counted_and_not_followed():
+    objective = objectives.dpo()
+    logps, labels, ids, table = make(2, 3, 60)
+    stray = (labels != -100).nonzero().squeeze(1)[:3]
+    ids[stray] = torch.tensor([-1, 6, 2**40], device=DEVICE)
+    output = loss.preference_sums(logps, labels, ids, table, objective)
+    assert output.outside == 3 and not output.coefficients[stray].any()
+    labels[stray] = -100
+    clean = loss.preference_sums(logps, labels, ids, table, objective)
+    assert torch.equal(output.loss, clean.loss) and clean.outside == 0
+
+
+def test_a_sequence_without_tokens_shows_in_counts():
+    ids, labels = torch.zeros(4).long().to(DEVICE), torch.ones(4).long().to(DEVICE)
+    zeros = torch.zeros(4, device=DEVICE)
+    table = torch.zeros(2, 1, device=DEVICE)
+    output = loss.preference_sums(zeros, labels, ids, table, objectives.dpo())
+    assert output.counts.tolist() == [[4], [0]]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_non_finite_values_reach_the_loss_of_their_example_alone(value):
+    logps, labels, ids, table = make(2, 3, 60)
+    row = int(((ids % 3 == 1) & (labels != -100)).nonzero()[0])
+    logps[row] = value
+    output = loss.preference_sums(logps, labels, ids, table, objectives.dpo())
+    assert output.losses.isfinite().tolist()[::2] == [True, True]
+    assert not output.sums.isfinite().all()
+    if math.isnan(value):
+        assert output.loss.isnan() and output.coefficients[row].isnan()
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_examples(rows):
+    ids = torch.zeros(rows, device=DEVICE).long()
+    labels = torch.full((rows,), -100, device=DEVICE)
+    table = torch.zeros(2, 0, device=DEVICE)
+    args = (torch.zeros(rows, device=DEVICE), labels, ids, table, objectives.dpo())
+    output = loss.preference_sums(*args, reduction="sum")
+    assert output.loss == 0 and output.sums.shape == (2, 0) and not output.coefficients.any()
+
+
+def test_only_what_the_kernel_knows_is_supported():
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(PairSigmoid):
+        def __call__(self, rewards):
+            return rewards[0]
+
+    @dataclass(frozen=True)
+    class Wider(objectives.Objective):
+        extra: int = 0
+
+    plain = objectives.dpo()
+    for name in ("dpo", "rdpo", "mdpo"):
+        assert loss.supports(objectives.get(name))
+    mine = Mine(name="pair", positive=0, negative=1)
+    refused = [
+        objectives.Objective("mine", plain.leaves, (mine,)),
+        objectives.Objective("both", plain.leaves, (mine, PAIR)),
+        Wider("wider", plain.leaves, plain.terms),
+        objectives.cdpo(),
+        objectives.hinge(),
+        objectives.ipo(),
+        replace(plain, average=True),
+        replace(plain, leaves=(plain.leaves[0]._replace(detached=True), plain.leaves[1])),
+        objectives.Objective(
+            "below", plain.leaves, (AnchorSigmoid(name="anchor", leaf=0, below=True),)
+        ),
+    ]
+    for objective in refused:
+        assert not loss.supports(objective), objective
+    with pytest.raises(ValueError, match="objective 'mine' has a term .* use preference_loss"):
+        loss.encode(refused[0])
+    with pytest.raises(ValueError, match="logps must be float32, got torch.float64"):
+        zero = torch.zeros(0)
+        loss.preference_sums(zero.double(), zero.long(), zero.long(), zero.view(2, 0), plain)
+
+
+def test_a_field_that_is_added_later_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Changed(PairSigmoid):
+        margin_floor: float = 0.0
+
+    assert not loss._known(
+        Changed(name="x", positive=0, negative=1), "name", "weight", "positive", "negative"
+    )

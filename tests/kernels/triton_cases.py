@@ -1,0 +1,69 @@
+"""Runs Triton kernels in tests: compiled where there is a GPU, else interpreted on the CPU.
+
+The interpreter knows no races and no barriers, rounds fp32 to bf16 by cutting, and multiplies bf16
+in tl.dot wrongly, so tests of GEMMs use fp16 and fp32.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _set_interpret(value: str | None) -> None:
+    if value is None:
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = value
+
+
+# triton.jit looks at the variable when it decorates, so it is set while the kernels are imported
+# and not longer: torch.compile in other tests must not see it.
+_before = os.environ.get("TRITON_INTERPRET")
+if DEVICE == "cpu":
+    _set_interpret("1")
+try:
+    from realign_kernels.triton import forward, loss, rows
+finally:
+    _set_interpret(_before)
+
+__all__ = ["DEVICE", "forward", "interpreted", "loss", "rows"]
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Makes tl.max and the like callable by interpreted kernels.
+
+    They are decorated when Triton is imported, which another package did before the variable was
+    set. On a GPU this does nothing.
+    """
+    if DEVICE == "cuda":
+        yield
+        return
+    # The interpreter imports it when it is first used; it must find tl as it was.
+    importlib.import_module("triton.experimental.gluon.language")
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    assert isinstance(rows.rows_kernel, InterpretedFunction), "the kernels were imported before"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in list(vars(tl.standard).items()):
+            if isinstance(function, JITFunction):
+                replacement = InterpretedFunction(function.fn)
+                patch.setattr(tl.standard, name, replacement)
+                if getattr(tl, name, None) is function:
+                    patch.setattr(tl, name, replacement)
+        yield
+
+
+def gap(stats) -> torch.Tensor:  # (r,)
+    """The label's logit against all others: logp = logsigmoid(gap). As the backends compute it."""
+    return stats.logit - stats.peak - stats.total.log() + (stats.logit - stats.logit)
