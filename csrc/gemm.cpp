@@ -27,6 +27,7 @@ constexpr int kTileColumns = 64;
 constexpr int64_t kSteps = 256;         // of k in a block
 constexpr int64_t kBlockRows = 258;     // of a: 43 tiles
 constexpr int64_t kBlockColumns = 512;  // of b
+constexpr int64_t kKeep = 2 << 20;      // bytes of b that a thread keeps packed
 
 struct F32 {
   using Element = float;
@@ -212,84 +213,110 @@ int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to;
 
 // One thread's part of c: rows [m0, m1), columns [n0, n1).
 template <class T>
-void block(int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k, Matrix a, Matrix b,
-           Product c) {
+class Part {
+ public:
   using Element = typename T::Element;
-  static thread_local Scratch scratch_a, scratch_b, scratch_c;
-  const auto* a_data = static_cast<const Element*>(a.data);
-  const auto* b_data = static_cast<const Element*>(b.data);
-  const int64_t depth = kSteps * T::per_step;
-  // The last bf16 of an odd k has no partner in memory: a packed block gives it a zero.
-  const int64_t whole = k / T::per_step * T::per_step;
-  // Several blocks of rows meet the same columns: b is packed for all k, and kept.
-  const bool keep = m1 - m0 > kBlockRows;
-  const int64_t panel_floats = round_up(k, depth) / T::per_step * kTileColumns;
 
-  for (int64_t jc = n0; jc < n1; jc += kBlockColumns) {
-    const int64_t columns = std::min(kBlockColumns, n1 - jc);
-    const int64_t panels = (columns + kTileColumns - 1) / kTileColumns;
-    const int64_t per_panel = keep ? panel_floats : kSteps * kTileColumns;
-    auto* packed_b = reinterpret_cast<float*>(scratch_b.reserve(panels * per_panel * 4));
-    for (int64_t ic = m0; ic < m1; ic += kBlockRows) {
-      const int64_t rows = std::min(kBlockRows, m1 - ic);
-      float* sums;
-      int64_t sums_row;
-      if (c.half) {
-        sums_row = kBlockColumns;
-        sums = reinterpret_cast<float*>(scratch_c.reserve(kBlockRows * sums_row * 4));
+  Part(int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k, Matrix a, Matrix b, Product c)
+      : m0_(m0), m1_(m1), n0_(n0), n1_(n1), k_(k), a_(a), b_(b), c_(c) {}
+
+  void run() {
+    const int64_t columns = std::min(kBlockColumns, n1_ - n0_);
+    // Several blocks of rows meet the same columns. Their panels are kept packed for all k where
+    // they are small; else k is the outer loop, and the sums of all rows go to memory more often.
+    const int64_t whole = columns * round_up(k_, kSteps * T::per_step) * int64_t{sizeof(Element)};
+    const bool one_block = m1_ - m0_ <= kBlockRows;
+    const bool k_outer = !one_block && !c_.half && whole > kKeep;
+    keep_ = !one_block && !k_outer;
+    for (int64_t jc = n0_; jc < n1_; jc += kBlockColumns) {
+      columns_ = std::min(kBlockColumns, n1_ - jc);
+      if (k_outer) {
+        for (int64_t pc = 0; pc < k_; pc += depth(pc)) {
+          for (int64_t ic = m0_; ic < m1_; ic += kBlockRows) multiply(ic, jc, pc);
+        }
       } else {
-        sums_row = c.row;
-        sums = static_cast<float*>(c.data) + ic * c.row + jc;
-      }
-      for (int64_t pc = 0; pc < k;) {
-        const int64_t elements = pc < whole ? std::min(depth, whole - pc) : k - pc;
-        const int64_t steps = (elements + T::per_step - 1) / T::per_step;
-        const int64_t offset = keep ? pc / T::per_step * kTileColumns : 0;
-
-        const char* from;
-        int64_t a_row, a_step;
-        if (a.column == 1 && elements % T::per_step == 0) {
-          from = reinterpret_cast<const char*>(a_data + ic * a.row + pc);
-          a_row = a.row * sizeof(Element);
-          a_step = 4;
-        } else {
-          const int64_t width = round_up(kBlockRows, 32);
-          auto* packed_a = reinterpret_cast<float*>(scratch_a.reserve(width * kSteps * 4));
-          const Element* source = a_data + ic * a.row + pc * a.column;
-          if (a.column == 1) {
-            pack_k_contiguous<T>(source, a.row, rows, elements, width, packed_a);
-          } else {
-            pack_k_strided<T>(source, a.column, rows, elements, width, packed_a);
-          }
-          from = reinterpret_cast<const char*>(packed_a);
-          a_row = 4;
-          a_step = width * 4;
+        for (int64_t ic = m0_; ic < m1_; ic += kBlockRows) {
+          for (int64_t pc = 0; pc < k_; pc += depth(pc)) multiply(ic, jc, pc);
+          if (c_.half) finish(ic, jc);
         }
-
-        for (int64_t p = 0; p < panels; ++p) {
-          const int64_t column = jc + p * kTileColumns;
-          const int64_t width = std::min<int64_t>(kTileColumns, n1 - column);
-          float* panel = packed_b + p * per_panel + offset;
-          if (!keep || ic == m0) {
-            const Element* source = b_data + pc * b.row + column * b.column;
-            if (b.row == 1) {
-              pack_k_contiguous<T>(source, b.column, width, elements, kTileColumns, panel);
-            } else {
-              pack_k_strided<T>(source, b.row, width, elements, kTileColumns, panel);
-            }
-          }
-          tiles<T>(from, a_row, a_step, rows, panel, steps, sums + p * kTileColumns, sums_row,
-                   static_cast<int>(width), c.accumulate || pc > 0);
-        }
-        pc += elements;
-      }
-      if (c.half) {
-        round_rows(sums, sums_row, rows, columns,
-                   static_cast<uint16_t*>(c.data) + ic * c.row + jc, c.row);
       }
     }
   }
-}
+
+ private:
+  // Elements of k from pc in one block. The last bf16 of an odd k has no partner in memory: it is a
+  // block of its own, whose packed copy has a zero beside it.
+  int64_t depth(int64_t pc) const {
+    const int64_t even = k_ / T::per_step * T::per_step;
+    return pc < even ? std::min(kSteps * T::per_step, even - pc) : k_ - pc;
+  }
+
+  int64_t rows(int64_t ic) const { return std::min(kBlockRows, m1_ - ic); }
+
+  // Where the sums of a block go, and the floats between their rows.
+  float* sums(int64_t ic, int64_t jc, int64_t& row) const {
+    static thread_local Scratch scratch;
+    row = c_.half ? kBlockColumns : c_.row;
+    if (c_.half) return reinterpret_cast<float*>(scratch.reserve(kBlockRows * row * 4));
+    return static_cast<float*>(c_.data) + ic * c_.row + jc;
+  }
+
+  void multiply(int64_t ic, int64_t jc, int64_t pc) const {
+    static thread_local Scratch scratch_a, scratch_b;
+    const int64_t elements = depth(pc), steps = (elements + T::per_step - 1) / T::per_step;
+    const auto* a = static_cast<const Element*>(a_.data) + ic * a_.row + pc * a_.column;
+    const char* from = reinterpret_cast<const char*>(a);
+    int64_t a_row = a_.row * int64_t{sizeof(Element)}, a_step = 4;
+    if (a_.column != 1 || elements % T::per_step != 0) {
+      const int64_t width = round_up(kBlockRows, 32);
+      auto* packed = reinterpret_cast<float*>(scratch_a.reserve(width * kSteps * 4));
+      if (a_.column == 1) {
+        pack_k_contiguous<T>(a, a_.row, rows(ic), elements, width, packed);
+      } else {
+        pack_k_strided<T>(a, a_.column, rows(ic), elements, width, packed);
+      }
+      from = reinterpret_cast<const char*>(packed);
+      a_row = 4;
+      a_step = width * 4;
+    }
+
+    const int64_t panels = (columns_ + kTileColumns - 1) / kTileColumns;
+    const int64_t steps_kept = keep_ ? round_up(k_, kSteps * T::per_step) / T::per_step : kSteps;
+    const int64_t per_panel = steps_kept * kTileColumns;
+    auto* packed_b = reinterpret_cast<float*>(scratch_b.reserve(panels * per_panel * 4));
+    int64_t sums_row;
+    float* to = sums(ic, jc, sums_row);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t column = p * kTileColumns;
+      const int64_t width = std::min<int64_t>(kTileColumns, columns_ - column);
+      float* panel = packed_b + p * per_panel + (keep_ ? pc / T::per_step * kTileColumns : 0);
+      if (ic == m0_) {
+        const auto* b = static_cast<const Element*>(b_.data) + pc * b_.row;
+        b += (jc + column) * b_.column;
+        if (b_.row == 1) {
+          pack_k_contiguous<T>(b, b_.column, width, elements, kTileColumns, panel);
+        } else {
+          pack_k_strided<T>(b, b_.row, width, elements, kTileColumns, panel);
+        }
+      }
+      tiles<T>(from, a_row, a_step, rows(ic), panel, steps, to + column, sums_row,
+               static_cast<int>(width), c_.accumulate || pc > 0);
+    }
+  }
+
+  void finish(int64_t ic, int64_t jc) const {
+    int64_t row;
+    const float* from = sums(ic, jc, row);
+    round_rows(from, row, rows(ic), columns_, static_cast<uint16_t*>(c_.data) + ic * c_.row + jc,
+               c_.row);
+  }
+
+  const int64_t m0_, m1_, n0_, n1_, k_;
+  const Matrix a_, b_;
+  const Product c_;
+  bool keep_ = false;
+  int64_t columns_ = 0;
+};
 
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int threads) {
@@ -317,7 +344,7 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int th
     if (m0 >= m || n0 >= n) continue;
     const int64_t m1 = std::min(m, m0 + tall), n1 = std::min(n, n0 + wide);
     try {
-      block<T>(m0, m1, n0, n1, k, a, b, c);
+      Part<T>(m0, m1, n0, n1, k, a, b, c).run();
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }

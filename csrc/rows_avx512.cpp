@@ -1,5 +1,5 @@
-// Compiled twice, with and without -mavx512bf16, which has the conversion to bf16 as an instruction;
-// called only where the CPU has what was asked for.
+// Compiled twice: -mavx512bf16 has the conversion to bf16 as an instruction. Called only where the
+// CPU has what was asked for.
 #include <immintrin.h>
 
 #include "rows_impl.h"

@@ -104,7 +104,9 @@ float largest(const Row<V, In>& row, int64_t begin, int64_t end, float start) {
   for (; at + 4 * V::width <= end; at += 4 * V::width) {
     for (int i = 0; i < 4; ++i) m[i] = V::max(m[i], row.value(at + i * V::width, V::width));
   }
-  over<V>(at, end, [&](int64_t column, int lanes) { m[0] = V::max(m[0], row.value(column, lanes)); });
+  over<V>(at, end, [&](int64_t column, int lanes) {
+    m[0] = V::max(m[0], row.value(column, lanes));
+  });
   return V::reduce_max(V::max(V::max(m[0], m[1]), V::max(m[2], m[3])));
 }
 

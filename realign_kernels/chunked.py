@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from realign_kernels.objectives import Objective
 from realign_kernels.reference import wide_dtype
 from realign_kernels.rows import Head, Kernels, Scores, score
 
@@ -130,6 +131,11 @@ class ChunkedBackend:
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
+
+    def fused_loss(self, objective: Objective) -> Callable | None:
+        """The kernel that computes this objective from tokens, if there is one."""
+        supports = getattr(self.kernels, "supports", None)
+        return self.kernels.preference_sums if supports and supports(objective) else None
 
     def forward(
         self,

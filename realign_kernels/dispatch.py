@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from realign_kernels._extension import extension, missing_reason
+from realign_kernels.objectives import Objective
 from realign_kernels.rows import Head
 
 MODULES = {
@@ -74,6 +75,9 @@ class Backend(Protocol):
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Both of them for a loss that is a sum over spans: see `chunked.ChunkedBackend`."""
+
+    def fused_loss(self, objective: Objective) -> Callable | None:
+        """A kernel from tokens to the loss (`triton.loss.preference_sums`), None without one."""
 
 
 class Choice(NamedTuple):

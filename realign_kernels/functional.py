@@ -167,7 +167,7 @@ def linear_preference_loss(
     The arguments are those of these two functions. sequence_ids and token_weights of ignored rows
     are not read. A head that trains costs 3u here, and not 4u: the gradients are made in the
     forward, by whole examples. Examples of more than chunk_rows rows take 4u; so does everything
-    under torch.compile and with reduction="none".
+    under torch.compile, in fp16 and with reduction="none".
 
     Args:
         token_weights: factor of each token's log-prob in the sum of its sequence; constants.
@@ -210,16 +210,18 @@ def linear_preference_loss(
                 f"{tuple(labels.shape)} and be constants: detach() them"
             )
         token_weights = token_weights.reshape(-1).to(wide_dtype(hidden.dtype))
-    weight, bias = local_head(weight, bias, group)  # once, though two functions want it
+    # Once, though two functions want it.
+    hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
     flat = labels.reshape(-1).long()
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if (
         (head_trains and torch.is_grad_enabled())
         and reduction != "none"
         and not torch.compiler.is_compiling()
+        # Gradients made in the forward would underflow before a loss scale reaches them.
+        and hidden.dtype != torch.float16
     ):
         checks.check_settings(softcap, temperature, chunk_rows)
-        hidden, weight, bias = checks.check_head(hidden, weight, bias)
         checks.check_labels(labels, hidden)
         loss, sums, counts = preference_ops.FusedPreference.apply(
             hidden.reshape(labels.numel(), hidden.shape[-1]),
@@ -253,8 +255,8 @@ def linear_preference_loss(
     ).reshape(-1)
     if token_weights is not None:
         logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
-    sums, counts = preference_ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
-    return objective(sums, reference_logps, reduction, counts)
+    tokens = (logps, flat, ids, reference_logps)
+    return preference_ops.from_tokens(*tokens, objective, reduction, ignore_index)
 
 
 def rdpo_loss(

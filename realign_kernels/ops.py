@@ -231,6 +231,14 @@ def _(
     return tuple(t.new_empty(t.shape) if want else hidden.new_empty(0) for t, want in inputs)
 
 
+def refuse_second_derivative() -> None:
+    """To be called in a backward. once_differentiable is silent where the gradient that comes in
+    is a constant, so that a gradient penalty would be left out.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the head has no second derivative: call backward without create_graph")
+
+
 def _setup_linear_logprobs(ctx, inputs, output) -> None:
     hidden, weight, labels, bias, rival, *ctx.settings, ctx.keep_direction = inputs
     _, direction, targets = output
@@ -247,10 +255,7 @@ def _setup_linear_logprobs(ctx, inputs, output) -> None:
 
 
 def _linear_logprobs_grads(ctx, grad, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "realign::linear_logprobs has no second derivative: call backward without create_graph"
-        )
+    refuse_second_derivative()
     others = (None,) * 7
     if grad is None:
         return None, None, None, None, *others

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from realign_kernels.dispatch import backend_for, current_override
-from realign_kernels.objectives import Objective
+from realign_kernels.objectives import Objective, PreferenceOutput
 from realign_kernels.ops import (
     IGNORED,
     NonFiniteError,
@@ -13,6 +12,7 @@ from realign_kernels.ops import (
     linear_logprobs_backward,
     make_head,
     non_finite,
+    refuse_second_derivative,
     spread_gradients,
     valid_rows,
     vocabulary_of,
@@ -99,6 +99,80 @@ def _sequence_sums_grads(ctx, grad, _):
 
 
 sequence_sums.register_autograd(_sequence_sums_grads, setup_context=_setup_sequence_sums)
+
+
+def from_tokens(
+    logps: Tensor,  # (N,), 0 where ignored
+    labels: Tensor,  # (N,) int64
+    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    reference_logps: Tensor,  # (L, B)
+    objective: Objective,
+    reduction: str,
+    ignore_index: int,
+) -> PreferenceOutput:
+    """The objective of per-token log-probs; in one launch where the backend has it."""
+    kernel = None
+    if reduction != "none" and logps.dtype == torch.float32 and not torch.compiler.is_compiling():
+        kernel = backend_for(logps).fused_loss(objective)
+    inputs = (logps, labels, sequence_ids, reference_logps)
+    if kernel is None:
+        sums, counts = sequence_sums(*inputs, ignore_index)
+        return objective(sums, reference_logps, reduction, counts)
+    return PreferenceOutput(*_FusedLoss.apply(*inputs, objective, reduction, ignore_index, kernel))
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss, sums, rewards and d loss / d logp of every token by one kernel."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logps,
+        labels,
+        sequence_ids,
+        reference_logps,
+        objective,
+        reduction,
+        ignore_index,
+        kernel,
+    ):
+        out = kernel(
+            logps,
+            labels,
+            sequence_ids,
+            reference_logps,
+            objective,
+            reduction=reduction,
+            ignore_index=ignore_index,
+        )
+        wrong = torch.stack(
+            [
+                out.outside > 0,
+                (out.counts == 0).any(),
+                ~reference_logps.isfinite().all(),
+                ~out.sums.isfinite().all(),
+            ]
+        )
+        if wrong.any():  # sequence_sums finds it again, and says what it is
+            sequence_sums(logps, labels, sequence_ids, reference_logps, ignore_index)
+            raise AssertionError("the fused loss refuses what sequence_sums accepts")
+        ctx.save_for_backward(out.coefficients, labels, sequence_ids)
+        ctx.ignore_index = ignore_index
+        ctx.mark_non_differentiable(out.rewards, out.counts, out.term_losses)
+        ctx.set_materialize_grads(False)
+        return out.loss, out.sums, out.rewards, out.counts, out.term_losses
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_sums, *_):
+        refuse_second_derivative()
+        coefficients, labels, sequence_ids = ctx.saved_tensors
+        grad = None if grad_loss is None else coefficients * grad_loss
+        if grad_sums is not None:
+            ignored = labels == ctx.ignore_index
+            spread = grad_sums.flatten()[sequence_ids.masked_fill(ignored, 0)]
+            spread = spread.masked_fill(ignored, 0)
+            grad = spread if grad is None else grad + spread
+        return (grad, *(None,) * 7)
 
 
 class FusedPreference(torch.autograd.Function):
@@ -204,8 +278,8 @@ class FusedPreference(torch.autograd.Function):
         return loss, sums, counts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, grad_sums, _):
+        refuse_second_derivative()
         hidden, weight, bias, targets, sequence_ids, token_weights, slope = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         # Given away, so that they need not be copied; a second backward recomputes them.

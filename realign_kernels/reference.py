@@ -108,6 +108,9 @@ def rivals(
 class ReferenceBackend:
     """`dispatch.Backend` over the specification."""
 
+    def fused_loss(self, objective):
+        return None
+
     def forward(self, hidden, head, labels, rival, *, chunk_rows, keep_direction):
         args = _arguments(head)
         if rival is not None:

@@ -33,7 +33,10 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     """
     if a.dtype == out.dtype:
         return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-    product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else torch.mm(a, b)
+    if a.is_cuda:
+        settings = {"out_dtype": out.dtype, "out": out}
+        return torch.addmm(out, a, b, **settings) if accumulate else torch.mm(a, b, **settings)
+    product = torch.mm(a, b)
     return out.add_(product) if accumulate else out.copy_(product)
 
 

@@ -158,8 +158,9 @@ void test_row(const Level& level, const Case& test, std::mt19937& random) {
   level.read_row(in, out, 1);
 
   char name[160];
-  std::snprintf(name, sizeof(name), "row %s V=%ld bias=%d rival=%d in=%d out=%d place=%d cap=%g T=%g",
-                level.name, static_cast<long>(v), test.bias, test.rival, test.half_in,
+  std::snprintf(name, sizeof(name),
+                "row %s V=%ld bias=%d rival=%d in=%d out=%d place=%d cap=%g T=%g", level.name,
+                static_cast<long>(v), test.bias, test.rival, test.half_in,
                 test.half_out, test.in_place, cap, heat);
   int64_t expected = labels[1];
   if (rival[1] && expected >= 0) {
@@ -168,7 +169,8 @@ void test_row(const Level& level, const Case& test, std::mt19937& random) {
     for (int64_t i = 0; i < v; ++i) {
       if (i != label) best = std::max(best, z[i]);
     }
-    expect(target[1] != label && std::abs(z[target[1]] - best) < 1e-4, std::string(name) + " rival");
+    expect(target[1] != label && std::abs(z[target[1]] - best) < 1e-4,
+           std::string(name) + " rival");
     expected = target[1];
   }
   expect(target[1] == expected, std::string(name) + " target");
@@ -296,7 +298,8 @@ void test_gemm() {
         for (int64_t j = 0; j < n; ++j) {
           double sum = accumulate ? 2 : 0;
           for (int64_t x = 0; x < k; ++x) {
-            sum += static_cast<double>(a[ta ? x * m + i : i * k + x]) * b[tb ? j * k + x : x * n + j];
+            const double left = a[ta ? x * m + i : i * k + x];
+            sum += left * b[tb ? j * k + x : x * n + j];
           }
           worst = std::max(worst, std::abs(sum - one[i * stride + j]));
         }

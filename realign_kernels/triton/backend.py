@@ -3,9 +3,20 @@
 from realign_kernels.chunked import ChunkedBackend
 from realign_kernels.torch_backend import buffers, empty, finish, gemm
 from realign_kernels.triton.forward import head_stats
+from realign_kernels.triton.loss import preference_sums, supports
 from realign_kernels.triton.rows import read_rows
 
-__all__ = ["backend", "buffers", "empty", "finish", "gemm", "head_stats", "read_rows"]
+__all__ = [
+    "backend",
+    "buffers",
+    "empty",
+    "finish",
+    "gemm",
+    "head_stats",
+    "preference_sums",
+    "read_rows",
+    "supports",
+]
 
 
 def backend() -> ChunkedBackend:

@@ -138,6 +138,47 @@ def test_the_loss_with_examples_shorter_and_longer_than_a_chunk(setting, name, c
         assert kc.error(w.grad, w64.grad) <= 2 * floor
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["dpo", "rdpo", "mdpo", "released", "symmpo", "ipo"])
+def test_objectives_and_gradient_through_the_log_probs(setting, name, reduction):
+    """Whether the backend fuses the objective or not; a second loss hangs on out.logps."""
+    g = torch.Generator().manual_seed(2)
+    objective = objectives.get(name)
+    leaves, examples, length = len(objective.leaves), 3, 4
+    hidden = torch.randn(leaves, examples, length, 16, generator=g).to(setting)
+    weight = (torch.randn(61, 16, generator=g) / 3).to(setting)
+    labels = torch.randint(61, hidden.shape[:3], generator=g)
+    labels[:, 1, 2:] = -100
+    wide = torch.float64 if setting == torch.float64 else torch.float32
+    ref = torch.randn(leaves, examples, generator=g).to(wide)
+
+    def both(run, source):
+        h = source.clone().requires_grad_()
+        out = run(h)
+        (3 * out.loss.sum() + (out.logps**2).mean()).backward()
+        return out, h.grad
+
+    def plain(h):
+        logits = h @ weight.double().T
+        flags = torch.tensor([leaf.rival for leaf in objective.leaves])[:, None, None]
+        flat = reference.rivals(logits.flatten(0, 2), labels.flatten().clamp(min=0))
+        target = torch.where(flags, flat.view(labels.shape), labels.clamp(min=0))
+        tokens = torch.log_softmax(logits, -1).gather(-1, target[..., None]).squeeze(-1)
+        counts = (labels != -100).sum(-1)
+        return objective((tokens * (labels != -100)).sum(-1), ref.double(), reduction, counts)
+
+    expected, exact = both(plain, hidden.double())
+    found, grad = both(
+        lambda h: rk.linear_preference_loss(h, weight, labels, ref, objective, reduction=reduction),
+        hidden,
+    )
+    floor = 8 * kc.FLOOR[setting]
+    for field in ("loss", "logps", "rewards", "term_losses"):
+        assert kc.error(getattr(found, field), getattr(expected, field)) <= floor, field
+    assert torch.equal(found.token_counts, expected.token_counts)
+    assert kc.error(grad, exact) <= floor
+
+
 @pytest.mark.skipif("REALIGN_CPU" in os.environ, reason="already one of the levels")
 @pytest.mark.parametrize("level", ["scalar", "avx2"])
 def test_the_matrix_on_lesser_cpus(level):
