@@ -23,6 +23,7 @@ from realign_kernels import (
     NonFiniteError,
     Objective,
     PreferenceOutput,
+    head_inputs,
     linear_logprobs,
     linear_preference_loss,
 )
@@ -158,9 +159,10 @@ class ForestModel(nn.Module):
         mixed = self.dtype != torch.float32 and not isinstance(self, FSDPModule)
         with torch.autocast(batch.labels.device.type, self.dtype, enabled=mixed):
             hidden = self._hidden(batch).to(self.dtype)
-        head = self.vlm.get_output_embeddings()
-        weight = head.weight.to(hidden.dtype)
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
+        hidden, weight, bias = head_inputs(self.vlm.get_output_embeddings(), hidden)
+        weight = weight.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
         shared = {"bias": bias, "softcap": self.softcap}
         try:
             if objective is None:

@@ -1,8 +1,9 @@
 """Fused preference losses over a language-model head.
 
 Read in this order: `objectives` (what is computed), `reference` (the specification),
-`functional` (the public functions), `ops` (torch operators and their autograd),
-`torch_backend` (how it is computed), `dispatch` (which backend runs).
+`functional` (the public functions), `ops` and `preference_ops` (operators and their autograd),
+`rows` and `chunked` (how it is computed), `dispatch` (which backend runs). docs/kernels.md tells it
+in one page.
 """
 
 from realign_kernels import objectives

@@ -112,7 +112,7 @@ def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
         highest = peak.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
         scale = (peak - highest).exp()
-        owned = logit  # -inf elsewhere would swallow it
+        owned = logit.masked_fill(stats.target < 0, 0)  # -inf elsewhere would swallow it
         sums = torch.stack([total * scale, owned])
         dist.all_reduce(sums, group=shard.group)
         peak, (total, logit) = highest, sums

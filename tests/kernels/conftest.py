@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import realign_kernels as rk
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -23,3 +25,12 @@ def poisoned_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(params=["reference", "torch", "cpp"])
+def cpu_backend(request):
+    """Every backend for the CPU, one after the other; its name."""
+    if request.param == "cpp":
+        pytest.importorskip("realign_kernels._C")
+    with rk.use_backend(request.param):
+        yield request.param

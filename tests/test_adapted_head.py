@@ -1,0 +1,46 @@
+"""ForestModel trains the head that the model really has: with LoRA on it, or a trained copy."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_forest import LOGP_TOLERANCE, make_examples, separate_logps
+from torch import nn
+
+from realign.digits import ASSETS
+from realign.forest import build_batch
+from realign.model import ForestModel, load_model
+from realign_kernels import objectives, preference_loss
+
+CONFIGS = {
+    "lora": {"target_modules": ["q_proj", "lm_head"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_adapted_head_counts_and_learns(processor, config):
+    vlm = load_model(ASSETS)
+    adapted = get_peft_model(vlm, LoraConfig(r=4, **config)).eval()
+    trained = {n: p for n, p in adapted.named_parameters() if "lm_head" in n and p.requires_grad}
+    torch.manual_seed(0)
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.3)
+    objective = objectives.rdpo()
+    examples, store = make_examples(processor, 3, objective)
+    batch, model = build_batch(examples, store, row_tokens=100), ForestModel(vlm)
+
+    reference = torch.full((3, 3), -20.0)
+    logps = separate_logps(vlm, examples, store)
+    expected = preference_loss(logps, reference.double(), objective, reduction="sum").loss
+    expected = torch.autograd.grad(expected, trained.values())
+    loss = model(batch, objective, reference).loss
+    found = torch.autograd.grad(loss, trained.values())
+    for name, value, exact in zip(trained, found, expected, strict=True):
+        assert (value - exact).abs().max() < 1e-4 * exact.abs().max(), name
+    with torch.no_grad():
+        # Log-probs of a random head are some 10 times as large.
+        assert (model(batch) - logps).abs().max() < 10 * LOGP_TOLERANCE
+        with adapted.disable_adapter():
+            assert (model(batch) - logps).abs().max() > 1
+            base = separate_logps(vlm, examples, store)
+            assert (model(batch) - base).abs().max() < LOGP_TOLERANCE
