@@ -84,7 +84,7 @@ def make(name):
 
 def run(benchmark, group, call, case, rounds=5):
     benchmark.group = group
-    grad = benchmark.pedantic(call, rounds=rounds, warmup_rounds=1, iterations=1)
+    grad = benchmark.pedantic(call, rounds=rounds, warmup_rounds=2, iterations=1)
     if grad is not None:
         error = (grad.double() - case.truth).norm() / case.truth.norm()
         benchmark.extra_info["error"] = float(error)
@@ -101,13 +101,13 @@ def test_frozen(benchmark, case, name):
 
 
 def test_three_gemms_alone(benchmark, case):
-    run(benchmark, f"trainable head {case.name}", case.gemms(trainable=True), case, rounds=3)
+    run(benchmark, f"trainable head {case.name}", case.gemms(trainable=True), case, rounds=7)
 
 
 @pytest.mark.parametrize("name", ["ours", "eager", "TRL chunked log-prob"])
 def test_trainable(benchmark, case, name):
     loss = make(name)
-    run(benchmark, f"trainable head {case.name}", lambda: case.step(loss, True), case, rounds=3)
+    run(benchmark, f"trainable head {case.name}", lambda: case.step(loss, True), case, rounds=7)
 
 
 @pytest.mark.parametrize("name", ["ours", "Liger DPO, two calls", "CCE, torch.compile"])

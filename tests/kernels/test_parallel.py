@@ -81,9 +81,6 @@ def agree(group, *tensors):
         assert all(torch.equal(other, tensor) for other in others)
 
 
-# --- split by vocabulary ---
-
-
 def logprobs_equal(group, dtype, frozen):
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         return
@@ -249,9 +246,6 @@ def mistakes(group):
 
 def test_mistakes_are_named(everywhere):
     everywhere(mistakes, 2)
-
-
-# --- each rank its own examples ---
 
 
 def gathered(shape, dtype, trainable):
