@@ -49,6 +49,7 @@ Cpu decide() {
     throw std::invalid_argument("REALIGN_CPU=" + name + ": this CPU does not have it");
   }
   found.level = level;
+  found.amx = false;  // AVX-512 was asked for, and nothing beyond it
   found.bf16 = found.bf16 && level == CpuLevel::avx512;
   return found;
 }

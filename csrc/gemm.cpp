@@ -320,6 +320,7 @@ class Part {
 
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int threads) {
+  threads = std::max(threads, 1);
   if (m == 0 || n == 0) return;
   if (k == 0) {
     const size_t size = c.half ? sizeof(uint16_t) : sizeof(float);

@@ -1,7 +1,6 @@
 #include "rows.h"
 
-#include <cstring>
-
+#include "bf16.h"
 #include "cpu.h"
 
 namespace realign {
@@ -18,22 +17,10 @@ RowKernel row_kernel() {
   return read_row_scalar;
 }
 
-float widen(float x) { return x; }
-
-float widen(uint16_t x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-void narrow(float x, float& out) { out = x; }
-
-void narrow(float x, uint16_t& out) {  // to nearest even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  out = static_cast<uint16_t>((x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+float value_of(float x) { return x; }
+float value_of(uint16_t x) { return widen(x); }
+void assign(float& out, float x) { out = x; }
+void assign(uint16_t& out, float x) { out = narrow(x); }
 
 template <class Weight, class Out>
 void finish_row(int64_t width, const float* pull, const Weight* weight, float slope, float total,
@@ -41,7 +28,7 @@ void finish_row(int64_t width, const float* pull, const Weight* weight, float sl
   // total is 0 only if there are no others, and pull with it.
   const float towards = factor * slope, away = total > 0 ? factor / total : factor;
   for (int64_t j = 0; j < width; ++j) {
-    narrow(towards * (weight ? widen(weight[j]) : 0) - away * pull[j], out[j]);
+    assign(out[j], towards * (weight ? value_of(weight[j]) : 0) - away * pull[j]);
   }
 }
 

@@ -174,7 +174,7 @@ void read_row_as(const RowInputs& in, const RowOutputs& out, int64_t index) {
   };
   range(0, split);
   range(split + 1, end);
-  if (others && target >= 0) others[target] = 0;
+  if (others && target >= 0) V::store(others + target, V::set(0.0f), 1);
 
   out.target[index] = target;
   out.logit[index] = logit;

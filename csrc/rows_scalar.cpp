@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bf16.h"
 #include "rows_impl.h"
 
 namespace realign {
@@ -20,22 +21,24 @@ struct Scalar {
   static Mask less(Reg a, Reg b) { return a < b; }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
   static Mask first(int n) { return n > 0; }
-  static Reg load(const float* p) { return *p; }
-  static Reg load(const float* p, int) { return *p; }
-  static Reg load(const uint16_t* p) {
-    const uint32_t bits = uint32_t{*p} << 16;
+  // Through memcpy: bf16 `others` may be written over fp32 logits, which the types do not say.
+  static Reg load(const float* p) {
     float x;
-    std::memcpy(&x, &bits, 4);
+    std::memcpy(&x, p, sizeof(x));
     return x;
   }
+  static Reg load(const float* p, int) { return load(p); }
+  static Reg load(const uint16_t* p) {
+    uint16_t x;
+    std::memcpy(&x, p, sizeof(x));
+    return widen(x);
+  }
   static Reg load(const uint16_t* p, int) { return load(p); }
-  static void store(float* p, Reg x) { *p = x; }
-  static void store(float* p, Reg x, int) { *p = x; }
+  static void store(float* p, Reg x) { std::memcpy(p, &x, sizeof(x)); }
+  static void store(float* p, Reg x, int) { store(p, x); }
   static void store(uint16_t* p, Reg x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const bool nan = x != x;
-    *p = static_cast<uint16_t>((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const uint16_t half = narrow(x);
+    std::memcpy(p, &half, sizeof(half));
   }
   static void store(uint16_t* p, Reg x, int) { store(p, x); }
   static Reg round(Reg x) { return std::nearbyint(x); }

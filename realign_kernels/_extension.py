@@ -8,13 +8,19 @@ import importlib
 import warnings
 from types import ModuleType
 
+ABI = 1
+"""What the Python side expects of the extension: csrc/kernel_bindings.cpp."""
+
 
 @functools.cache
 def _probe() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("realign_kernels._C"), ""
+        module = importlib.import_module("realign_kernels._C")
     except ImportError as error:
         return None, str(error)
+    if getattr(module, "ABI", 0) != ABI:
+        return None, f"{module.__file__} was built from other sources"
+    return module, ""
 
 
 def missing_reason() -> str | None:

@@ -41,6 +41,12 @@ class _Chunks:
         self.kernels, self.head, self.derivative = kernels, head, derivative
         self.buffers = kernels.buffers(rows, hidden, len(head.weight), derivative)
 
+    def __enter__(self) -> "_Chunks":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.kernels.release(self.buffers[0])
+
     def read(self, hidden: Tensor, labels: Tensor, rival: Tensor | None) -> tuple[Scores, Tensor]:
         """One GEMM and the row kernel. `others` (none without derivative) lasts to the next."""
         head = self.head
@@ -71,12 +77,17 @@ class _Gradients:
     """Sums of the gradients over chunks, in fp32 or wider."""
 
     def __init__(
-        self, chunks: _Chunks, hidden: Tensor, wanted: tuple[bool, bool, bool], one_chunk: bool
+        self,
+        chunks: _Chunks,
+        hidden: Tensor,  # (n, H)
+        wanted: tuple[bool, bool, bool],
+        one_chunk: bool,
+        hidden_dtype: torch.dtype,
     ) -> None:
         weight, bias, wide = chunks.head.weight, chunks.head.bias, wide_dtype(hidden.dtype)
         self.chunks, self.source, self.started = chunks, hidden, False
         want_hidden, want_weight, want_bias = wanted
-        self.hidden = hidden.new_empty(hidden.shape) if want_hidden else None
+        self.hidden = hidden.new_empty(hidden.shape, dtype=hidden_dtype) if want_hidden else None
         # A single product is rounded once, as its sum would be: no fp32 copy is needed.
         dtype = weight.dtype if one_chunk else wide
         empty = chunks.kernels.empty
@@ -105,7 +116,7 @@ class _Gradients:
             gemm(others.T, columns, out=self.bias, accumulate=True)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In the dtypes of the inputs; None where not wanted."""
+        """In the dtypes of the inputs, but for hidden's; None where not wanted."""
         head, weight = self.chunks.head, self.weight
         if weight is not None and not self.started:
             weight.zero_()
@@ -156,15 +167,15 @@ class ChunkedBackend:
             )
             return scores.logps, labels, None
         parts = _parts(0, len(hidden), _limit(head, chunk_rows))
-        chunks = _Chunks(self.kernels, head, _longest(parts), hidden, keep_direction)
         logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
-        direction = torch.empty_like(hidden, dtype=logps.dtype) if keep_direction else None
-        for part in parts:
-            scores, others = chunks.read(hidden[part], labels[part], _at(rival, part))
-            logps[part], targets[part] = scores.logps, scores.target
-            if direction is not None:
-                chunks.hidden_gradient(scores, others, scores.miss, direction[part])
+        direction = hidden.new_empty(hidden.shape, dtype=logps.dtype) if keep_direction else None
+        with _Chunks(self.kernels, head, _longest(parts), hidden, keep_direction) as chunks:
+            for part in parts:
+                scores, others = chunks.read(hidden[part], labels[part], _at(rival, part))
+                logps[part], targets[part] = scores.logps, scores.target
+                if direction is not None:
+                    chunks.hidden_gradient(scores, others, scores.miss, direction[part])
         return logps, targets, direction
 
     def backward(
@@ -179,11 +190,11 @@ class ChunkedBackend:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Recomputes the logits: 1 GEMM, and 1 each for hidden and weight."""
         parts = _parts(0, len(hidden), _limit(head, chunk_rows))
-        chunks = _Chunks(self.kernels, head, _longest(parts), hidden, derivative=True)
-        gradients = _Gradients(chunks, hidden, wanted, len(parts) == 1)
-        for part in parts:
-            scores, others = chunks.read(hidden[part], labels[part], None)
-            gradients.add(part, scores, others, grad[part])
+        with _Chunks(self.kernels, head, _longest(parts), hidden, derivative=True) as chunks:
+            gradients = _Gradients(chunks, hidden, wanted, len(parts) == 1, hidden.dtype)
+            for part in parts:
+                scores, others = chunks.read(hidden[part], labels[part], None)
+                gradients.add(part, scores, others, grad[part])
         return gradients.results()
 
     def by_spans(
@@ -201,32 +212,36 @@ class ChunkedBackend:
         """Log-probs, targets and gradients in one go, for a loss that is a sum over spans of rows.
 
         slopes(first, last, logps) is d loss / d logp of the rows of the spans [first, last), from
-        their log-probs. Spans share a chunk as long as they fit; their logits are then computed
+        their log-probs. The gradient of hidden is wide: it can still be scaled before it is
+        rounded. Spans share a chunk as long as they fit; their logits are then computed
         once (3 GEMMs with hidden and weight), those of a longer span twice.
         """
         # Twice as tall: fewer examples fall apart, and fewer sums of a V x H gradient are needed.
         limit = chunk_rows or 2 * _limit(head, None)
         groups = list(_groups(lengths, limit))
         longest = max((min(stop - start, limit) for _, _, start, stop in groups), default=0)
-        chunks = _Chunks(self.kernels, head, longest, hidden, derivative=True)
-        one_chunk = len(groups) == 1 and longest == len(hidden)
-        gradients = _Gradients(chunks, hidden, wanted, one_chunk)
         logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
-        for first, last, start, stop in groups:
-            span = slice(start, stop)
-            if stop - start <= limit:
-                scores, others = chunks.read(hidden[span], labels[span], _at(rival, span))
-                logps[span], targets[span] = scores.logps, scores.target
-                gradients.add(span, scores, others, slopes(first, last, logps[span]))
-                continue
-            for part in _parts(start, stop, limit):
-                scores, _ = chunks.read(hidden[part], labels[part], _at(rival, part))
-                logps[part], targets[part] = scores.logps, scores.target
-            grad = slopes(first, last, logps[span])
-            for part in _parts(start, stop, limit):
+        with _Chunks(self.kernels, head, longest, hidden, derivative=True) as chunks:
+            one_chunk = len(groups) == 1 and longest == len(hidden)
+            gradients = _Gradients(chunks, hidden, wanted, one_chunk, logps.dtype)
+
+            def read(part: slice) -> tuple[Scores, Tensor]:
                 scores, others = chunks.read(hidden[part], labels[part], _at(rival, part))
-                gradients.add(part, scores, others, grad[part.start - start : part.stop - start])
+                logps[part], targets[part] = scores.logps, scores.target
+                return scores, others
+
+            for first, last, start, stop in groups:
+                span = slice(start, stop)
+                if stop - start <= limit:
+                    scores, others = read(span)
+                    gradients.add(span, scores, others, slopes(first, last, logps[span]))
+                    continue
+                for part in _parts(start, stop, limit):
+                    read(part)
+                grad = slopes(first, last, logps[span])
+                for part in _parts(start, stop, limit):
+                    gradients.add(part, *read(part), grad[part.start - start : part.stop - start])
         return logps, targets, gradients.results()
 
 

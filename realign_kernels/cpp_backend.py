@@ -35,10 +35,14 @@ def describe() -> str:
     return f"{features['level']} rows, GEMM " + (f"for {', '.join(own)}" if own else "of torch")
 
 
+KEPT = 192 * 2**20
+"""Bytes of a thread's chunk buffer that are kept between calls; more is given back."""
+
+
 class _Memory(threading.local):
     """The chunk buffer of each thread, kept between calls: fresh memory costs 5 % of a step."""
 
-    buffer = torch.empty(0, dtype=torch.uint8)
+    buffer: Tensor | None = None
 
 
 _memory = _Memory()
@@ -46,18 +50,31 @@ _memory = _Memory()
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """See `rows.Kernels`. In large pages, whose first use is 8 times as fast."""
-    memory = torch.empty(shape, dtype=dtype)
+    memory = torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch.device is around
     if memory.nbytes >= 2**23:
         extension().advise_huge(memory.data_ptr(), memory.nbytes)
     return memory
 
 
 def _reserve(size: int) -> Tensor:
-    if _memory.buffer.numel() < size:
-        _memory.buffer = torch.empty(0, dtype=torch.uint8)  # frees before it allocates
-        with torch.inference_mode(False):  # else the buffer could not be written outside of it
-            _memory.buffer = empty((size,), torch.uint8)
-    return _memory.buffer[:size]
+    """Bytes that are this call's alone: the kept buffer is taken away until `release`.
+
+    A term of an objective, or a hook of autograd, may call the head inside the head.
+    """
+    kept, _memory.buffer = _memory.buffer, None
+    if kept is not None and kept.numel() >= size:
+        return kept
+    del kept  # frees before it allocates
+    with torch.inference_mode(False):  # else the buffer could not be written outside of it
+        return empty((size,), torch.uint8)
+
+
+def release(logits: Tensor) -> None:
+    """See `rows.Kernels`."""
+    memory = logits.untyped_storage()
+    if 0 < memory.nbytes() <= KEPT:
+        with torch.inference_mode(False):
+            _memory.buffer = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
 
 
 def buffers(
@@ -68,7 +85,8 @@ def buffers(
     A row kernel reads ahead of what it writes, so bf16 `others` fit into fp32 logits in place.
     """
     dtype = torch.float32 if _own_gemm(hidden.dtype) else hidden.dtype
-    memory = _reserve(rows * vocabulary * dtype.itemsize).view(dtype).view(rows, vocabulary)
+    size = rows * vocabulary * dtype.itemsize
+    memory = _reserve(size)[:size].view(dtype).view(rows, vocabulary)
     return memory, memory.view(hidden.dtype)[:, :vocabulary] if derivative else None
 
 
@@ -119,7 +137,7 @@ def read_rows(
         for t in (labels, None if bias is None else bias.float(), rival)
     )
     target = torch.empty_like(labels)
-    logit, peak, total, slope = torch.empty(4, rows).unbind()
+    logit, peak, total, slope = empty((4, rows), torch.float32).unbind()
     written = logits if others is None else others
     extension().read_rows(
         *(logits.data_ptr(), _NAMES[logits.dtype], logits.stride(0)),

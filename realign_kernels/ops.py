@@ -28,6 +28,9 @@ class NonFiniteError(ValueError):
         super().__init__(message)
         self.rows, self.reason = rows, reason
 
+    def __reduce__(self):
+        return NonFiniteError, (str(self), self.rows, self.reason)
+
     def at(self, places: Tensor) -> "NonFiniteError":
         """The same error where row i stands at places[i]."""
         return _in_rows(places.cpu()[torch.tensor(self.rows)].tolist(), self.reason)

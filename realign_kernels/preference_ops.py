@@ -1,5 +1,7 @@
 """From per-token log-probs to sequences, and the whole loss in one pass over a trainable head."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,6 @@ from realign_kernels.ops import (
     make_head,
     non_finite,
     refuse_second_derivative,
-    spread_gradients,
     valid_rows,
     vocabulary_of,
 )
@@ -93,9 +94,7 @@ def _setup_sequence_sums(ctx, inputs, output) -> None:
 
 def _sequence_sums_grads(ctx, grad, _):
     labels, sequence_ids = ctx.saved_tensors
-    ignored = labels == ctx.ignore_index
-    spread = grad.flatten()[sequence_ids.masked_fill(ignored, 0)]
-    return spread.masked_fill(ignored, 0), None, None, None, None
+    return _spread(grad, sequence_ids, labels == ctx.ignore_index), None, None, None, None
 
 
 sequence_sums.register_autograd(_sequence_sums_grads, setup_context=_setup_sequence_sums)
@@ -168,9 +167,7 @@ class _FusedLoss(torch.autograd.Function):
         coefficients, labels, sequence_ids = ctx.saved_tensors
         grad = None if grad_loss is None else coefficients * grad_loss
         if grad_sums is not None:
-            ignored = labels == ctx.ignore_index
-            spread = grad_sums.flatten()[sequence_ids.masked_fill(ignored, 0)]
-            spread = spread.masked_fill(ignored, 0)
+            spread = _spread(grad_sums, sequence_ids, labels == ctx.ignore_index)
             grad = spread if grad is None else grad + spread
         return (grad, *(None,) * 7)
 
@@ -218,7 +215,7 @@ class FusedPreference(torch.autograd.Function):
         ends = [0, *lengths.cumsum(0).tolist()]
         factor = None if token_weights is None else token_weights[rows]
         scale = 1 / examples if reduction == "mean" else 1.0
-        every = []  # d loss / d logp, span by span
+        every, partial = [], []  # d loss / d logp and the loss, by chunks of examples
 
         def slopes(first: int, last: int, logps: Tensor) -> Tensor:
             """d loss / d logp of the examples [first, last), whose rows stand together."""
@@ -232,17 +229,11 @@ class FusedPreference(torch.autograd.Function):
             used = logps if factor is None else logps * factor[span]
             sums = used.new_zeros(leaves * width, dtype=torch.float64)
             sums = sums.index_add_(0, index, used.double()).to(logps.dtype).view(leaves, width)
-            with torch.enable_grad():
-                sums.requires_grad_()
-                part = slice(first, last)
-                loss = objective(sums, reference_logps[:, part], "sum", counts[:, part]).loss
-                # A loss over detached leaves alone has no slope.
-                (of_sum,) = (
-                    torch.autograd.grad(loss, sums, allow_unused=True)
-                    if (loss.requires_grad)
-                    else (None,)
-                )
-            of_sum = torch.zeros_like(sums) if of_sum is None else of_sum
+            part = slice(first, last)
+            loss, of_sum = _with_slope(
+                lambda s: objective(s, reference_logps[:, part], "sum", counts[:, part]).loss, sums
+            )
+            partial.append(loss)
             grad = of_sum.flatten()[index] * scale
             every.append(grad if factor is None else grad * factor[span])
             return every[-1]
@@ -264,8 +255,9 @@ class FusedPreference(torch.autograd.Function):
         weighted = spread if token_weights is None else spread * token_weights
         sums, _ = sequence_sums(weighted, labels, sequence_ids, reference_logps, ignore_index)
         loss = objective(sums, reference_logps, reduction, counts).loss
+        _check_separable(objective, partial, loss / scale)
 
-        ctx.grads = spread_gradients(grads, rows, hidden)
+        ctx.grads, ctx.rows, ctx.hidden_like = grads, rows, (hidden.shape, hidden.dtype)
         slope = torch.cat(every) if every else logps
         targets = torch.full_like(labels, IGNORED).index_copy_(0, rows, scored)
         slope = spread.index_copy(0, rows, slope)
@@ -280,31 +272,80 @@ class FusedPreference(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, grad_sums, _):
         refuse_second_derivative()
-        hidden, weight, bias, targets, sequence_ids, token_weights, slope = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
         # Given away, so that they need not be copied; a second backward recomputes them.
         ready, ctx.grads = ctx.grads, None
-        again = None
-        if grad_loss is not None and ready is None:
-            again = slope * grad_loss
-        if grad_sums is not None:
-            ignored = targets == IGNORED
-            spread = grad_sums.flatten()[sequence_ids.masked_fill(ignored, 0)]
-            spread = spread if token_weights is None else spread * token_weights
-            spread = spread.masked_fill(ignored, 0).to(slope.dtype)
-            again = spread if again is None else again + spread
         grads = [None, None, None]
-        if grad_loss is not None and ready is not None:
-            # On the CPU a pass over the gradient of the weight is worth a look at the scalar.
-            if grad_loss.is_cuda or grad_loss.item() != 1:
-                ready = [grad.mul_(grad_loss) for grad in ready]
-            grads = list(ready)
-        if again is not None:
-            args = (again, hidden, weight, targets, bias, *ctx.settings, wanted, ctx.backend)
-            more = linear_logprobs_backward(*args)
-            grads = [m if g is None else g + m for g, m in zip(grads, more, strict=True)]
-        given = (g if want else None for g, want in zip(grads, wanted, strict=True))
-        return (*given, *(None,) * 11)
+        if ready is not None and grad_loss is not None:
+            grads = FusedPreference._scaled(ctx, ready, grad_loss)
+            grad_loss = None
+        if grad_loss is not None or grad_sums is not None:
+            more = FusedPreference._recomputed(ctx, grad_loss, grad_sums)
+            pairs = zip(grads, more, strict=True)
+            grads = [b if a is None else a if b is None else a + b for a, b in pairs]
+        return (*grads, *(None,) * 11)
+
+    @staticmethod
+    def _scaled(ctx, ready, grad_loss) -> list[Tensor | None]:
+        """The gradients of forward times that of the loss; hidden's is rounded after that."""
+        hidden, weight, bias = ready
+        shape, dtype = ctx.hidden_like
+        if hidden is not None:
+            hidden = (hidden * grad_loss).to(dtype)
+            hidden = hidden.new_zeros(shape).index_copy_(0, ctx.rows, hidden)
+        # On the CPU a pass over the gradient of the weight is worth a look at the scalar.
+        if grad_loss.is_cuda or grad_loss.item() != 1:
+            weight, bias = (None if g is None else g.mul_(grad_loss) for g in (weight, bias))
+        return [hidden, weight, bias]
+
+    @staticmethod
+    def _recomputed(ctx, grad_loss, grad_sums) -> list[Tensor | None]:
+        """Gradients from those of the loss and of the sums, by linear_logprobs_backward."""
+        hidden, weight, bias, targets, sequence_ids, token_weights, slope = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        tokens = torch.zeros_like(slope) if grad_loss is None else slope * grad_loss
+        if grad_sums is not None:
+            spread = _spread(grad_sums, sequence_ids, targets == IGNORED)
+            spread = spread if token_weights is None else spread * token_weights
+            tokens = tokens + spread.masked_fill(targets == IGNORED, 0).to(tokens.dtype)
+        args = (tokens, hidden, weight, targets, bias, *ctx.settings, wanted, ctx.backend)
+        grads = zip(linear_logprobs_backward(*args), wanted, strict=True)
+        return [grad if want else None for grad, want in grads]
+
+
+def _with_slope(loss_of: Callable[[Tensor], Tensor], sums: Tensor) -> tuple[Tensor, Tensor]:
+    """loss_of(sums) and its gradient, outside of whatever graph is being built around."""
+    # Hooks of checkpointing would run the caller's forward again at each tensor that is kept.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        sums.requires_grad_()
+        loss = loss_of(sums)
+        if not loss.requires_grad:  # a loss over detached leaves alone
+            return loss.detach(), torch.zeros_like(sums)
+        (slope,) = torch.autograd.grad(loss, sums, allow_unused=True)
+    return loss.detach(), torch.zeros_like(sums) if slope is None else slope
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _check_separable(objective: Objective, parts: list[Tensor], whole: Tensor) -> None:
+    """The gradients are of the parts; were they not the whole loss, they would be wrong."""
+    if len(parts) > 1:
+        total, whole = torch.stack(parts).double().sum().item(), whole.item()
+        if abs(total - whole) > 1e-3 * (1e-3 + abs(total) + abs(whole)):
+            raise ValueError(
+                f"objective {objective.name!r} gives {whole} for all examples and {total} for them "
+                "in parts: a term must be a function of one example's rewards alone"
+            )
+
+
+def _spread(
+    grad: Tensor,  # (L, B)
+    sequence_ids: Tensor,  # (N,)
+    ignored: Tensor,  # (N,) bool
+) -> Tensor:  # (N,)
+    """The gradient of each sequence's sum, for each of its tokens; 0 where ignored."""
+    return grad.flatten()[sequence_ids.masked_fill(ignored, 0)].masked_fill(ignored, 0)
 
 
 def rival_rows(

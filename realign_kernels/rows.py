@@ -59,8 +59,11 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Memory for the logits of a chunk, and for `others` (hidden's dtype), which may share it.
 
-        It is only valid until the next call.
+        They are the caller's until it calls `release`.
         """
+
+    def release(self, logits: Tensor) -> None:
+        """Gives the memory of `buffers` back."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for a result, as torch.empty."""

@@ -19,6 +19,10 @@ def buffers(
     return logits, hidden.new_empty(rows, vocabulary)
 
 
+def release(logits: Tensor) -> None:
+    """See `rows.Kernels`."""
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """See `rows.Kernels`."""
     return torch.empty(shape, dtype=dtype, device=device)

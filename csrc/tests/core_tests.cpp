@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "batcher.h"
+#include "bf16.h"
 #include "cpu.h"
 #include "rows.h"
 #if defined(REALIGN_X86)
@@ -27,19 +28,6 @@ void expect(bool held, const std::string& what) {
   if (held) return;
   ++failures;
   std::printf("FAILED: %s\n", what.c_str());
-}
-
-float widen(uint16_t x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-uint16_t narrow(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 struct Level {

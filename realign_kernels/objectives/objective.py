@@ -109,7 +109,8 @@ class Objective:
         """The loss and what is reported with it, in the dtype of logps. Inputs are not checked.
 
         Raises:
-            ValueError: the objective averages and there are no token counts.
+            ValueError: the objective averages and there are no token counts, or a term does not
+                return a loss per example.
         """
         if self.average and token_counts is None:
             raise ValueError(
@@ -124,7 +125,14 @@ class Objective:
         if self.average:
             ratios = ratios / token_counts
         rewards = self.beta * ratios
-        term_losses = torch.stack([term(rewards) for term in self.terms])
+        each = [term(rewards) for term in self.terms]
+        for term, values in zip(self.terms, each, strict=True):
+            if values.shape != rewards.shape[1:]:
+                raise ValueError(
+                    f"term {term.name!r} returned {tuple(values.shape)} for {rewards.shape[1]} "
+                    f"examples: a loss per example is wanted, ({rewards.shape[1]},)"
+                )
+        term_losses = torch.stack(each)
         pairs = zip(self.terms, term_losses, strict=True)
         loss = torch.stack([term.weight * term_loss for term, term_loss in pairs]).sum(0)
         if reduction != "none":

@@ -1,7 +1,7 @@
 """The chunked head with Triton row kernels, and the forward without logits where no gradient is."""
 
 from realign_kernels.chunked import ChunkedBackend
-from realign_kernels.torch_backend import buffers, empty, finish, gemm
+from realign_kernels.torch_backend import buffers, empty, finish, gemm, release
 from realign_kernels.triton.forward import head_stats
 from realign_kernels.triton.loss import preference_sums, supports
 from realign_kernels.triton.rows import read_rows
@@ -15,6 +15,7 @@ __all__ = [
     "head_stats",
     "preference_sums",
     "read_rows",
+    "release",
     "supports",
 ]
 
