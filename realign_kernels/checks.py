@@ -1,9 +1,11 @@
 """What the public functions refuse, and in which words."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +20,8 @@ def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked, and cast if autocast is on."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        _check_tensor(name, tensor, optional=name == "bias")
     if isinstance(hidden, DTensor):
         raise ValueError(
             f"hidden is a DTensor placed {hidden.placements}: pass plain rows, hidden.to_local() "
@@ -49,6 +53,22 @@ def check_head(
                 f"({name}.to(hidden.dtype)), or call under torch.autocast"
             )
     return hidden, weight, bias
+
+
+def _check_tensor(name: str, tensor: object, optional: bool = False) -> None:
+    if optional and tensor is None:
+        return
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(
+            f"{name} must be a dense torch.Tensor, got {kind}; of a module, pass its .weight"
+        )
+    compiling = torch.compiler.is_compiling()
+    if not compiling and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{name} carries a tangent of forward-mode differentiation, which the head does not "
+            "have: use backward()"
+        )
 
 
 def check_reference(reference_logps: Tensor, objective: Objective, reduction: str) -> None:
@@ -91,8 +111,17 @@ def check_device(hidden: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}: move it to {hidden.device}")
 
 
-def check_settings(softcap: float | None, temperature: float, chunk_rows: int | None) -> None:
-    """Refuses settings of the head that are not finite and positive."""
+def check_settings(
+    softcap: float | None, temperature: float, chunk_rows: int | None, ignore_index: int
+) -> None:
+    """Refuses settings of the head that are not numbers, or not finite and positive."""
+    for name, value in (("softcap", softcap), ("temperature", temperature)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    for name, value in (("chunk_rows", chunk_rows), ("ignore_index", ignore_index)):
+        optional = name == "chunk_rows" and value is None
+        if not optional and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be finite and > 0, got {softcap}; None means no cap")
     if not (math.isfinite(temperature) and temperature > 0):

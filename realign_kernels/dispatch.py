@@ -93,6 +93,11 @@ def _missing(name: str) -> str | None:
         return missing_reason()
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if name == "triton" and torch.cuda.is_available():
+        if torch.version.hip is not None:
+            return "its tiles are for NVIDIA GPUs"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "its tiles are for compute capability 8.0 and above"
     return None
 
 
@@ -141,7 +146,7 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
             module = importlib.import_module(MODULES[name])
             return Choice(name, f"the fastest here: {module.describe()}")
         elif device == "cuda":
-            return Choice(name, "the fastest here")
+            return Choice(name, "written for it; speed not measured")
     return Choice("torch", "; ".join(passed_over) or "the only one for this device and dtype")
 
 

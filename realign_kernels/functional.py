@@ -61,22 +61,19 @@ def linear_logprobs(
     """
     hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
     checks.check_labels(labels, hidden)
-    checks.check_settings(softcap, temperature, chunk_rows)
+    checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
     checks.check_rival(rival, labels, weight, group)
-    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     flat = labels.reshape(-1).long()
-    inputs = (
-        hidden.reshape(len(flat), hidden.shape[-1]),
-        flat,
-        None if rival is None else rival.reshape(-1),
-    )
+    flags = None if rival is None else rival.reshape(-1)
     # What is kept for backward is then as small as the rows that count. A graph of torch.compile
     # cannot depend on their number; the operator drops them itself.
     rows = None
     if group is None and not torch.compiler.is_compiling():
         rows = ops.valid_rows(flat, len(weight), ignore_index)
-    if rows is not None:
-        inputs = [None if t is None else t.index_select(0, rows) for t in inputs]
+    if rows is None:
+        inputs = hidden.reshape(len(flat), hidden.shape[-1]), flat, flags
+    else:
+        inputs = ops.take_rows(hidden, rows), flat[rows], None if flags is None else flags[rows]
     try:
         logps, _, _ = ops.linear_logprobs(
             inputs[0],
@@ -89,13 +86,17 @@ def linear_logprobs(
             ignore_index,
             chunk_rows,
             "" if group is None else group.group_name,
-            torch.is_grad_enabled() and hidden.requires_grad and not head_trains,
+            torch.is_grad_enabled() and hidden.requires_grad and not _trains(weight, bias),
         )
     except ops.NonFiniteError as error:
         raise (error if rows is None else error.at(rows)) from None
     if rows is not None:
         logps = logps.new_zeros(len(flat)).index_copy(0, rows, logps)
     return logps.reshape(labels.shape)
+
+
+def _trains(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def preference_loss(
@@ -213,18 +214,17 @@ def linear_preference_loss(
     # Once, though two functions want it.
     hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
     flat = labels.reshape(-1).long()
-    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if (
-        (head_trains and torch.is_grad_enabled())
+        (_trains(weight, bias) and torch.is_grad_enabled())
         and reduction != "none"
         and not torch.compiler.is_compiling()
         # Gradients made in the forward would underflow before a loss scale reaches them.
         and hidden.dtype != torch.float16
     ):
-        checks.check_settings(softcap, temperature, chunk_rows)
+        checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
         checks.check_labels(labels, hidden)
         loss, sums, counts = preference_ops.FusedPreference.apply(
-            hidden.reshape(labels.numel(), hidden.shape[-1]),
+            hidden,
             weight,
             bias,
             flat,
@@ -310,7 +310,11 @@ def rdpo_loss(
 
 
 class RDPOLoss(nn.Module):
-    """rdpo_loss with its settings given once. They are checked here, not at the first batch."""
+    """rdpo_loss with its settings given once. They are checked here, not at the first batch.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     def __init__(
         self,
@@ -325,7 +329,7 @@ class RDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         objectives.rdpo(beta, visual_weight)
-        checks.check_settings(softcap, temperature, chunk_rows)
+        checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
         objectives.check_reduction(reduction)
         self.settings = {
             "beta": beta,
@@ -346,9 +350,13 @@ class RDPOLoss(nn.Module):
         *,
         sequence_ids: Tensor | None = None,  # (N,)
         bias: Tensor | None = None,  # (V,)
+        token_weights: Tensor | None = None,  # of the shape of labels
+        group: ProcessGroup | None = None,
     ) -> RDPOOutput:
+        """rdpo_loss with these settings; it says what it raises."""
+        others = {"bias": bias, "token_weights": token_weights, "group": group}
         inputs = (hidden, weight, labels, reference_logps)
-        return rdpo_loss(*inputs, sequence_ids=sequence_ids, bias=bias, **self.settings)
+        return rdpo_loss(*inputs, sequence_ids=sequence_ids, **others, **self.settings)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())

@@ -71,6 +71,16 @@ def valid_rows(
     return torch.nonzero_static(valid, size=count).squeeze(1)
 
 
+def take_rows(
+    hidden: Tensor,  # (..., H)
+    rows: Tensor,  # (n,) int64, of the flattened leading axes
+) -> Tensor:  # (n, H)
+    """Rows of hidden, and no copy of the others: hidden[:, :, :-1] cannot be flattened in place."""
+    if hidden.is_contiguous():
+        return hidden.view(-1, hidden.shape[-1]).index_select(0, rows)
+    return hidden[torch.unravel_index(rows, hidden.shape[:-1])]
+
+
 def non_finite(rows: list[int], hidden: Tensor, head: Head) -> NonFiniteError:
     """The error for rows whose log-prob is not finite, with its likely cause."""
     causes = []

@@ -150,8 +150,15 @@ def as_objective(terms: Objective | Sequence[Term], beta: float | None = None) -
     """An Objective as it is; a list of terms over unnamed leaves, as many as its highest index + 1.
 
     Raises:
-        ValueError: beta beside an Objective, which has its own.
+        ValueError: beta beside an Objective, which has its own; or what is neither of the two.
     """
+    if isinstance(terms, str) or (callable(terms) and not isinstance(terms, Objective | Term)):
+        name = terms if isinstance(terms, str) else getattr(terms, "__name__", "rdpo")
+        raise ValueError(
+            f"terms is {terms!r}: pass an Objective, objectives.get({name!r}), or a list of terms"
+        )
+    if isinstance(terms, Term):
+        raise ValueError(f"terms is one term, {terms.name!r}: pass a list of them")
     if isinstance(terms, Objective):
         if beta is None:
             return terms

@@ -1,0 +1,220 @@
+"""The head inside other people's code: defaults, checkpointing, nested calls, scaled losses."""
+
+import pickle
+
+import kernel_cases as kc
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+import realign_kernels as rk
+from realign_kernels import cpp_backend, objectives
+
+VOCABULARY, WIDTH = 101, 33
+
+
+def batch(dtype=torch.float32, examples=4, length=7):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, examples, length, WIDTH, generator=g, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=g, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, hidden.shape[:3], generator=g)
+    labels[:, :, :2] = -100
+    references = torch.full((3, examples), -60.0, dtype=torch.float32)
+    return hidden.to(dtype), weight.to(dtype), labels, references
+
+
+def step(hidden, weight, labels, references, trainable, around=None, **settings):
+    """Loss and gradients; `around` wraps the function of hidden and weight."""
+    h = hidden.clone().requires_grad_()
+    w = weight.clone().requires_grad_(trainable)
+
+    def loss(h, w):
+        return rk.rdpo_loss(h, w, labels, references, **settings).loss
+
+    value = around(loss, h, w) if around else loss(h, w)
+    value.backward()
+    return [value.detach(), h.grad, *([w.grad] if trainable else [])]
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(cpu_backend, dtype, default, trainable):
+    inputs = batch(dtype)
+    expected = step(*inputs, trainable, chunk_rows=21)
+    torch.set_default_dtype(default)
+    try:
+        found = step(*inputs, trainable, chunk_rows=21)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_a_device_context_changes_nothing(trainable):
+    inputs = batch()
+    expected = step(*inputs, trainable)
+    cpp_backend._memory.buffer = None
+    with torch.device("meta"):
+        found = step(*inputs, trainable)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("chunk_rows", [None, 42, 21])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_activation_checkpointing(cpu_backend, trainable, chunk_rows, reentrant, early_stop):
+    inputs = batch()
+    expected = step(*inputs, trainable, chunk_rows=chunk_rows)
+
+    def around(loss, h, w):
+        return checkpoint(loss, h, w, use_reentrant=reentrant)
+
+    with set_checkpoint_early_stop(early_stop):
+        found = step(*inputs, trainable, around, chunk_rows=chunk_rows)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_checkpointing_makes_each_product_twice_and_not_more(monkeypatch):
+    calls = []
+    original = cpp_backend.gemm
+    monkeypatch.setattr(cpp_backend, "gemm", lambda *a, **k: calls.append(1) or original(*a, **k))
+    inputs = batch()
+    step(*inputs, True, chunk_rows=21)
+    plain = len(calls)
+    step(*inputs, True, lambda f, *a: checkpoint(f, *a, use_reentrant=False), chunk_rows=21)
+    assert len(calls) - plain <= 2 * plain
+
+
+def test_a_term_may_call_the_head():
+    """The chunk of the outer call is still in use then, and must not be written over."""
+    hidden, weight, labels, references = batch()
+    term = objectives.PairSigmoid(name="pair", positive=0, negative=1)
+
+    class Nested(objectives.PairSigmoid):
+        def __call__(self, rewards):
+            with torch.no_grad():
+                rk.linear_logprobs(-hidden, weight, labels)
+            return super().__call__(rewards)
+
+    nested = Nested(name="pair", positive=0, negative=1)
+    grads = []
+    for kind in (term, nested):
+        w = weight.clone().requires_grad_()
+        rk.linear_preference_loss(hidden[:2], w, labels[:2], references[:2], [kind]).loss.backward()
+        grads.append(w.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_large_chunk_is_not_kept():
+    hidden, weight, labels, _ = batch()
+    rk.linear_logprobs(hidden, weight, labels)
+    assert cpp_backend._memory.buffer.numel() >= 60 * VOCABULARY * 4
+    rows, vocabulary = 600, cpp_backend.KEPT // (4 * 500)
+    big = torch.randn(rows, 1), torch.randn(vocabulary, 1)
+    rk.linear_logprobs(*big, torch.zeros(rows, dtype=torch.int64), chunk_rows=rows)
+    kept = cpp_backend._memory.buffer
+    assert kept is None or kept.numel() <= cpp_backend.KEPT
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 0.7])
+def test_a_scaled_loss_rounds_the_gradient_of_hidden_once(scale):
+    hidden, weight, labels, references = batch(torch.bfloat16, examples=16, length=20)
+    exact = hidden.double().requires_grad_()
+    logps = torch.log_softmax(exact @ weight.double().T, -1)
+    logps = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    (objectives.rdpo()(logps.sum(-1), references.double()).loss * scale).backward()
+    found = hidden.clone().requires_grad_()
+    head = weight.clone().requires_grad_()
+    (rk.rdpo_loss(found, head, labels, references).loss * scale).backward()
+    rounded = (exact.grad.bfloat16().double() - exact.grad).norm()
+    assert (found.grad.double() - exact.grad).norm() < 1.1 * rounded
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_a_view_without_its_last_position(trainable):
+    hidden, weight, labels, references = batch(length=8)
+    view, short = hidden[:, :, :-1], labels[:, :, :-1]
+    found = step(view, weight, short, references, trainable)
+    base = hidden.clone().requires_grad_()
+    w = weight.clone().requires_grad_(trainable)
+    rk.rdpo_loss(base[:, :, :-1], w, short, references).loss.backward()
+    assert torch.equal(base.grad[:, :, :-1], found[1]) and not base.grad[:, :, -1].any()
+
+
+class Mean(objectives.PairSigmoid):
+    def __call__(self, rewards):
+        return super().__call__(rewards).mean()
+
+
+class Centred(objectives.PairSigmoid):
+    def __call__(self, rewards):
+        return super().__call__(rewards - rewards.mean(1, keepdim=True))
+
+
+def test_a_term_that_is_no_loss_per_example_is_refused():
+    hidden, weight, labels, references = batch()
+    for trainable in (False, True):
+        w = weight.clone().requires_grad_(trainable)
+        args = (hidden[:2], w, labels[:2], references[:2])
+        with pytest.raises(ValueError, match=r"term 'pair' returned \(\) for . examples: .*\(.,\)"):
+            rk.linear_preference_loss(*args, [Mean(name="pair", positive=0, negative=1)])
+    centred = [Centred(name="pair", positive=0, negative=1)]
+    with pytest.raises(ValueError, match="a function of one example's rewards alone"):
+        rk.linear_preference_loss(*args, centred, chunk_rows=20)
+
+
+def test_a_non_finite_error_travels_between_processes():
+    with pytest.raises(rk.NonFiniteError) as caught:
+        rk.linear_logprobs(torch.full((2, 3), torch.nan), torch.randn(4, 3), torch.tensor([0, 1]))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value) and copy.rows == [0, 1]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_forward_mode_is_refused(frozen):
+    case = kc.make_case(4, 5, 11, torch.float32)
+    weight = case.weight.requires_grad_(not frozen)
+    with pytest.raises(ValueError, match="hidden carries a tangent of forward-mode"):
+        torch.func.jvp(
+            lambda h: rk.linear_logprobs(h, weight, case.labels).sum(),
+            (case.hidden,),
+            (torch.ones_like(case.hidden),),
+        )
+
+
+MISTAKES = {
+    "name": ({"terms": "rdpo"}, r"terms is 'rdpo': pass an Objective, objectives.get\('rdpo'\)"),
+    "uncalled": ({"terms": objectives.rdpo}, r"objectives.get\('rdpo'\)"),
+    "one term": (
+        {"terms": objectives.PairSigmoid(name="pair", positive=0, negative=1)},
+        "terms is one term, 'pair': pass a list",
+    ),
+    "chunk_rows": ({"chunk_rows": 2.5}, "chunk_rows must be an integer, got 2.5"),
+    "chunk_rows bool": ({"chunk_rows": True}, "chunk_rows must be an integer, got True"),
+    "ignore_index": ({"ignore_index": None}, "ignore_index must be an integer, got None"),
+    "softcap": ({"softcap": "30"}, "softcap must be a number, got '30'"),
+    "module": ({"weight": torch.nn.Linear(3, 4)}, "weight must be a dense .* got Linear"),
+    "sparse": (
+        {"weight": torch.randn(VOCABULARY, WIDTH).to_sparse()},
+        "weight must be a dense .* got torch.sparse_coo",
+    ),
+}
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_of_type_are_named(changes, message, trainable):
+    hidden, weight, labels, references = batch()
+    args = {
+        "hidden": hidden,
+        "weight": weight.requires_grad_(trainable),
+        "labels": labels,
+        "reference_logps": references,
+        "terms": objectives.rdpo(),
+    }
+    with pytest.raises(ValueError, match=message):
+        rk.linear_preference_loss(**{**args, **changes})
