@@ -35,8 +35,8 @@ def extension() -> ModuleType | None:
     module, reason = _probe()
     if module is None:
         warnings.warn(
-            f"realign_kernels runs without its C++ extension ({reason}), with the same results but "
-            "slower; to build it, install a C++17 compiler and, in the checkout, run: "
+            f"realign_kernels runs without its C++ extension ({reason}): slower, and with bf16 "
+            "logits rounded; to build it, install a C++17 compiler and, in the checkout, run: "
             "pip install -v --force-reinstall --no-deps .",
             RuntimeWarning,
             stacklevel=3,
