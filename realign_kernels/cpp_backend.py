@@ -5,6 +5,7 @@ as fast as oneDNN but with fp32 results, so logits are never rounded. Elsewhere 
 """
 
 import functools
+import math
 import threading
 
 import torch
@@ -49,11 +50,12 @@ _memory = _Memory()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """See `rows.Kernels`. In large pages, whose first use is 8 times as fast."""
-    memory = torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch.device is around
-    if memory.nbytes >= 2**23:
-        extension().advise_huge(memory.data_ptr(), memory.nbytes)
-    return memory
+    """See `rows.Kernels`. From 8 MiB on it comes from a pool, in large pages (csrc: Block)."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < 2**23:
+        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch.device is around
+    memory = torch.frombuffer(extension().Block(size), dtype=torch.uint8, count=size)
+    return memory.view(dtype).view(shape)
 
 
 def _reserve(size: int) -> Tensor:

@@ -218,3 +218,23 @@ def test_mistakes_of_type_are_named(changes, message, trainable):
     }
     with pytest.raises(ValueError, match=message):
         rk.linear_preference_loss(**{**args, **changes})
+
+
+def test_the_memory_of_a_gradient_is_used_again_and_only_once_it_is_free():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 1, 2, 64, generator=g)
+    weight = torch.randn(40000, 64, generator=g).requires_grad_()  # 10 MB, from the pool
+    labels, references = torch.randint(40000, (3, 1, 2), generator=g), torch.zeros(3, 1)
+
+    def gradient(scale):
+        weight.grad = None
+        rk.rdpo_loss(hidden * scale, weight, labels, references).loss.backward()
+        return weight.grad
+
+    first = gradient(1.0)
+    copy, address = first.clone(), first.data_ptr()
+    second = gradient(2.0)
+    assert second.data_ptr() != address and torch.equal(first, copy)
+    del first
+    third = gradient(1.0)
+    assert third.data_ptr() == address and torch.equal(third, copy)
