@@ -2,9 +2,11 @@
 
 The extension is optional: where CMake or the C++ compiler fails, the install goes on in pure Python
 and `realign_kernels` says so at first use (realign_kernels/_extension.py). `pip install -v` shows
-the compiler's own words.
+the compiler's own words. REALIGN_CUDA=auto|on|off says whether the CUDA code is built with it: by
+default where a CUDA compiler works.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+CUDA = os.environ.get("REALIGN_CUDA", "auto")
+if CUDA not in ("auto", "on", "off"):
+    raise SystemExit(f"REALIGN_CUDA is {CUDA!r}: use auto, on or off")
 
 
 class CMakeBuild(build_ext):
@@ -39,14 +44,27 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             ]
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(scratch), "--target", "_C"], check=True)
+            try:
+                self.cmake(configure, scratch, CUDA)
+            except subprocess.CalledProcessError:
+                if CUDA != "auto":
+                    raise
+                # A CUDA compiler may pass CMake's test and yet not compile our code. What else was
+                # built stays.
+                print("the build failed: once more, without CUDA", flush=True)
+                self.cmake(configure, scratch, "off")
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             # CompileError is what makes setuptools go on without an optional extension.
             raise CompileError(f"{ext.name} was not built: {error}") from error
 
+    def cmake(self, configure: list[str], scratch: Path, cuda: str) -> None:
+        """Builds `_C` with REALIGN_CUDA=cuda."""
+        subprocess.run([*configure, f"-DREALIGN_CUDA={cuda}"], check=True)
+        subprocess.run(["cmake", "--build", str(scratch), "--target", "_C"], check=True)
 
+
+# Who asks for CUDA by name is told where it fails; a package without it would be no answer.
 setup(
-    ext_modules=[Extension("realign_kernels._C", sources=[], optional=True)],
+    ext_modules=[Extension("realign_kernels._C", sources=[], optional=CUDA != "on")],
     cmdclass={"build_ext": CMakeBuild},
 )

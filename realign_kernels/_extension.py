@@ -8,7 +8,7 @@ import importlib
 import warnings
 from types import ModuleType
 
-ABI = 2
+ABI = 3
 """What the Python side expects of the extension: csrc/kernel_bindings.cpp."""
 
 

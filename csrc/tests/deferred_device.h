@@ -1,0 +1,190 @@
+// A device for the tests of the staging ring that is as late, or as unpredictable, as a device may
+// be: what is enqueued runs when something waits for it, or at any moment that its stream and its
+// events allow. A ring that forgets a dependency then delivers wrong numbers.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "segments.h"
+
+namespace realign {
+
+// What a device may be told to forget.
+enum class Flaw { none, no_stream_wait, no_synchronize };
+
+// Streams are queues. With `eager` an operation may run whenever another is enqueued or waited for,
+// else at the last moment. Memory is poisoned when it is made.
+struct World {
+  struct Operation {
+    std::function<void()> run;
+    void* event = nullptr;  // for a wait, with `ticket`: what must have happened
+    int64_t ticket = 0;
+    std::vector<const void*> touches;
+  };
+  using Stream = std::deque<Operation>;
+  struct Event {
+    int64_t recorded = 0, reached = 0;  // the number of the last record; the last that ran
+    Stream* stream = nullptr;           // of the last record
+  };
+
+  World(unsigned seed, bool eager, Flaw flaw = Flaw::none)
+      : random(seed), eager(eager), flaw(flaw) {}
+
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+  ~World() {
+    for (void* memory : freed_in_use) ::operator delete(memory);
+  }
+
+  Stream* create_stream() {
+    streams.push_back(std::make_unique<Stream>());
+    return streams.back().get();
+  }
+
+  void enqueue(void* stream, Operation operation) {
+    if (fail_in > 0 && --fail_in == 0) throw std::runtime_error("the device fails");
+    static_cast<Stream*>(stream)->push_back(std::move(operation));
+    if (eager) {
+      for (auto steps = random() % 4; steps > 0; --steps) run_any();
+    }
+  }
+
+  static bool runnable(const Operation& next) {
+    return next.event == nullptr || static_cast<Event*>(next.event)->reached >= next.ticket;
+  }
+
+  static void run_first(Stream& stream) {
+    const Operation operation = std::move(stream.front());
+    stream.pop_front();
+    if (operation.run) operation.run();
+  }
+
+  void run_any() {
+    std::vector<Stream*> able;
+    for (auto& stream : streams) {
+      if (!stream->empty() && runnable(stream->front())) able.push_back(stream.get());
+    }
+    if (!able.empty()) run_first(*able[random() % able.size()]);
+  }
+
+  // Runs what the record depends on, on its stream and on those that one waits for: no more.
+  void reach(Event* event, int64_t ticket) {
+    while (event->reached < ticket) {
+      const Operation& next = event->stream->front();
+      if (!runnable(next)) reach(static_cast<Event*>(next.event), next.ticket);
+      run_first(*event->stream);
+    }
+  }
+
+  bool in_use(const void* memory) const {
+    for (const auto& stream : streams) {
+      for (const Operation& operation : *stream) {
+        const auto& touched = operation.touches;
+        if (std::find(touched.begin(), touched.end(), memory) != touched.end()) return true;
+      }
+    }
+    return false;
+  }
+
+  std::mt19937 random;
+  bool eager;
+  Flaw flaw;
+  int fail_in = 0;  // which operation from now on fails to be enqueued; 0: none
+  int allocations_left = 1 << 30;
+  int live = 0;     // allocations, streams of the ring and events that were not freed
+  int wrong = 0;    // frees of what is in use
+  std::vector<void*> freed_in_use;
+  std::vector<std::unique_ptr<Stream>> streams;
+};
+
+struct DeferredDevice {
+  struct Current {
+    explicit Current(const DeferredDevice&) {}
+  };
+
+  World* world;
+
+  void* alloc(size_t bytes) {
+    if (world->allocations_left-- == 0) throw std::bad_alloc();
+    ++world->live;
+    void* memory = ::operator new(bytes);
+    std::memset(memory, 0x7f, bytes);
+    return memory;
+  }
+  void free(void* memory) noexcept {
+    if (memory == nullptr) return;
+    --world->live;
+    if (!world->in_use(memory)) return ::operator delete(memory);
+    ++world->wrong;
+    world->freed_in_use.push_back(memory);
+  }
+  void* alloc_pinned(size_t bytes) { return alloc(bytes); }
+  void free_pinned(void* memory) noexcept { free(memory); }
+
+  void* create_stream() {
+    ++world->live;
+    return world->create_stream();
+  }
+  void destroy_stream(void*) noexcept { --world->live; }  // World keeps it, and its queue
+  void* create_event() {
+    ++world->live;
+    return new World::Event;
+  }
+  void destroy_event(void* event) noexcept {
+    if (world->in_use(event)) ++world->wrong;
+    --world->live;
+    delete static_cast<World::Event*>(event);
+  }
+
+  void copy_to_device_async(void* to, const void* from, size_t bytes, void* stream) {
+    world->enqueue(stream, {[=] { std::memcpy(to, from, bytes); }, nullptr, 0, {to, from}});
+  }
+  void copy_to_host_async(void* to, const void* from, size_t bytes, void* stream) {
+    copy_to_device_async(to, from, bytes, stream);
+  }
+  void segment_sums(const float* values, const int64_t* offsets, int64_t leaves, double* sums,
+                    void* stream) {
+    const auto kernel = [=] {
+      for (int64_t leaf = 0; leaf < leaves; ++leaf) {
+        // Offsets that are not there yet would lead anywhere.
+        const bool there = offsets[leaf] >= 0 && offsets[leaf + 1] < (1 << 20);
+        sums[leaf] = there ? segment_sum(values, offsets[leaf], offsets[leaf + 1]) : NAN;
+      }
+    };
+    world->enqueue(stream, {kernel, nullptr, 0, {values, offsets, sums}});
+  }
+  void record(void* event, void* stream) {
+    auto* recorded = static_cast<World::Event*>(event);
+    const int64_t ticket = recorded->recorded + 1;
+    world->enqueue(stream, {[=] { recorded->reached = ticket; }, nullptr, 0, {event}});
+    recorded->recorded = ticket;
+    recorded->stream = static_cast<World::Stream*>(stream);
+  }
+  void stream_wait(void* stream, void* event) {
+    if (world->flaw == Flaw::no_stream_wait) return;
+    const int64_t ticket = static_cast<World::Event*>(event)->recorded;
+    world->enqueue(stream, {nullptr, event, ticket, {event}});
+  }
+  void synchronize(void* event) {
+    if (world->flaw == Flaw::no_synchronize) return;
+    auto* waited = static_cast<World::Event*>(event);
+    if (world->eager) {
+      while (waited->reached < waited->recorded) world->run_any();
+    }
+    world->reach(waited, waited->recorded);
+  }
+};
+
+}  // namespace realign

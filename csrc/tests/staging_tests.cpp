@@ -1,0 +1,257 @@
+// The sum of a leaf, and the staging ring over a device that makes its mistakes visible. Run under
+// sanitizers by tests/test_staging.py. Exits 1 on a failure.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "deferred_device.h"
+#include "segments.h"
+#include "staging.h"
+#include "staging_host.h"
+
+using namespace realign;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool held, const std::string& what) {
+  if (held) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+template <class Error, class Call>
+void expect_throws(Call call, const std::string& what) {
+  bool thrown = false;
+  try {
+    call();
+  } catch (const Error&) {
+    thrown = true;
+  }
+  expect(thrown, what);
+}
+
+// A warp as hardware runs it: all lanes take a step together, and a lane whose partner would be
+// beyond the warp is handed its own value, as __shfl_down_sync does.
+double warp_sum(const float* values, int64_t begin, int64_t end) {
+  std::vector<double> lanes(kLanes);
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane_sum(values, begin, end, lane);
+  for (int step = 16; step > 0; step /= 2) {
+    const std::vector<double> before = lanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += before[lane + step < kLanes ? lane + step : lane];
+    }
+  }
+  return lanes[0];
+}
+
+bool same_bits(double a, double b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
+
+void test_segment_sum() {
+  std::mt19937 random(0);
+  std::uniform_real_distribution<float> exponent(-60, 4);  // a confident token's log-prob is tiny
+  const float one = -0.1f;
+  expect(segment_sum(&one, 0, 0) == 0, "the sum of an empty leaf");
+  expect(segment_sum(&one, 0, 1) == static_cast<double>(one), "one token is exact");
+  double worst = 0;
+  for (const int64_t n : {2, 3, 31, 32, 33, 63, 64, 65, 97, 1000, 1024, 4097, 100003}) {
+    for (const int64_t begin : {0, 5}) {
+      std::vector<float> values(begin + n);  // exactly sized, for AddressSanitizer
+      for (float& value : values) value = -std::exp2(exponent(random));
+      long double exact = 0;
+      for (int64_t i = begin; i < begin + n; ++i) exact += values[i];
+      const double sum = segment_sum(values.data(), begin, begin + n);
+      // A lane adds ceil(n / 32) values, the first to 0 and so exactly; the tree adds 5 times. No
+      // value takes part in more roundings than these, each of relative size 2^-53 at most, and
+      // log-probs have one sign. `exact` itself errs by n 2^-64 at most.
+      const double roundings = std::ceil(n / 32.0) - 1 + 5;
+      const double bound = std::exp2(-53) * (roundings + n * std::exp2(-11));
+      const double error = static_cast<double>(std::abs((sum - exact) / exact));
+      worst = std::max(worst, error / bound);
+      expect(error <= bound, "the sum of " + std::to_string(n) + " tokens");
+      expect(same_bits(sum, warp_sum(values.data(), begin, begin + n)),
+             "the order of a warp, " + std::to_string(n) + " tokens");
+    }
+  }
+  std::printf("segment_sum errs by %.2f of its bound\n", worst);
+  const float edges[] = {-1, -std::numeric_limits<float>::infinity(), std::nanf(""), 1e-45f};
+  expect(std::isinf(segment_sum(edges, 0, 2)), "-inf stays");
+  expect(std::isnan(segment_sum(edges, 0, 3)), "NaN stays");
+  expect(segment_sum(edges, 3, 4) == static_cast<double>(1e-45f), "subnormals count");
+}
+
+using Ring = StagingRing<DeferredDevice>;
+
+// One forward: values that exist only in stream order. Before, and after the ring has been given
+// its part, the same memory holds something else.
+struct Forward {
+  Forward(World& world, int64_t most) {
+    const auto leaves = static_cast<int64_t>(world.random() % (most + 1));
+    offsets.push_back(world.random() % 3);
+    for (int64_t leaf = 0; leaf < leaves; ++leaf) {
+      offsets.push_back(offsets.back() + world.random() % 70);
+    }
+    std::uniform_real_distribution<float> logp(-9, 0);
+    truth.resize(offsets.back() + world.random() % 3);
+    for (float& value : truth) value = logp(world.random);
+    values.assign(truth.size(), NAN);
+    for (int64_t leaf = 0; leaf < leaves; ++leaf) {
+      sums.push_back(segment_sum(truth.data(), offsets[leaf], offsets[leaf + 1]));
+    }
+  }
+
+  void push(World& world, Ring& ring, void* stream) {
+    world.enqueue(stream, {[this] { values = truth; }, nullptr, 0, {}});
+    std::vector<int64_t> passing = offsets;
+    ring.push(values.data(), static_cast<int64_t>(values.size()), passing.data(),
+              static_cast<int64_t>(passing.size()) - 1, stream);
+    std::fill(passing.begin(), passing.end(), -1);  // the ring has its own copy
+    world.enqueue(stream, {[this] { values.assign(values.size(), NAN); }, nullptr, 0, {}});
+  }
+
+  std::vector<int64_t> offsets;
+  std::vector<float> truth, values;
+  std::vector<double> sums;
+};
+
+// The number of things that went wrong in one random history of a ring.
+int history(unsigned seed, bool eager, Flaw flaw) {
+  World world(seed, eager, flaw);
+  void* computes[] = {world.create_stream(), world.create_stream()};
+  std::deque<std::unique_ptr<Forward>> forwards;  // all outlive the ring and the queues
+  size_t oldest = 0;
+  int wrong = 0;
+  {
+    Ring ring(1 + static_cast<int>(world.random() % 4), DeferredDevice{&world});
+    for (int step = 0; step < 30; ++step) {
+      const int pending = static_cast<int>(forwards.size() - oldest);
+      wrong += ring.pending() != pending;
+      if (pending < ring.slots() && (pending == 0 || world.random() % 2)) {
+        // Now and then a forward that makes the slot grow, again and again.
+        const int64_t most = world.random() % 8 ? 20 : 1000 << (world.random() % 3);
+        forwards.push_back(std::make_unique<Forward>(world, most));
+        forwards.back()->push(world, ring, computes[world.random() % 2]);
+      } else {
+        wrong += ring.pop() != forwards[oldest++]->sums;
+      }
+    }
+  }  // with what is pending
+  wrong += world.wrong + (world.live != 0);
+  for (auto& stream : world.streams) {
+    // After the ring, nothing of it may be left to run.
+    for (const auto& operation : *stream) wrong += !operation.touches.empty();
+  }
+  return wrong;
+}
+
+void test_histories() {
+  for (const bool eager : {false, true}) {
+    const std::string how = eager ? " at any time" : " at the last moment";
+    int missed_wait = 0, missed_event = 0;
+    for (unsigned seed = 0; seed < 150; ++seed) {
+      expect(history(seed, eager, Flaw::none) == 0, "ring, seed " + std::to_string(seed) + how);
+      if (seed >= 20) continue;
+      missed_wait += history(seed, eager, Flaw::no_stream_wait) > 0;
+      missed_event += history(seed, eager, Flaw::no_synchronize) > 0;
+    }
+    // What these histories are worth: a device that forgets a dependency is found out.
+    expect(missed_wait >= 10, "a copy that does not wait for the sums is seen" + how);
+    expect(missed_event >= 10, "a pop that does not wait is seen" + how);
+  }
+}
+
+// Whichever operation of a push fails, the next use of the slot is right and nothing leaks.
+void test_failures() {
+  for (unsigned seed = 0; seed < 120; ++seed) {
+    const int fail_in = 2 + static_cast<int>(seed % 6);  // 1 is the forward's own
+    World world(seed, seed % 4 != 0);
+    void* compute = world.create_stream();
+    void* other = world.create_stream();
+    Forward first(world, 9), lost(world, 9), last(world, 9);
+    {
+      Ring ring(2, DeferredDevice{&world});
+      first.push(world, ring, compute);
+      world.fail_in = fail_in;
+      expect_throws<std::runtime_error>([&] { lost.push(world, ring, compute); }, "push passes on");
+      expect(ring.pop() == first.sums && ring.pending() == 0, "what came before a failure");
+      if (seed % 5 != 0) {  // else the ring goes at once
+        last.push(world, ring, other);
+        expect(ring.pop() == last.sums, "after a failure of operation " + std::to_string(fail_in));
+      }
+    }
+    expect(world.live == 0 && world.wrong == 0, "after a failure all is freed");
+  }
+  for (int left = 0; left < 4; ++left) {
+    World world(8, false);
+    void* compute = world.create_stream();
+    Forward lost(world, 9), last(world, 9);
+    {
+      Ring ring(1, DeferredDevice{&world});
+      world.allocations_left = left;
+      expect_throws<std::bad_alloc>([&] { lost.push(world, ring, compute); }, "no memory");
+      world.allocations_left = 4;
+      last.push(world, ring, compute);
+      expect(ring.pop() == last.sums, "after memory ran out");
+    }
+    expect(world.live == 0 && world.wrong == 0, "after memory ran out all is freed");
+  }
+}
+
+void test_refusals() {
+  expect_throws<std::invalid_argument>([] { make_host_staging(0); }, "no slots");
+  const auto ring = make_host_staging(1);
+  const float values[] = {-1, -2, -3};
+  expect_throws<std::logic_error>([&] { ring->pop(); }, "pop of an empty ring");
+  const int64_t bad[][3] = {{-1, 0, 1}, {0, 2, 1}, {0, 1, 4}, {0, 9, 3}};
+  for (const auto& offsets : bad) {
+    expect_throws<std::invalid_argument>([&] { ring->push(values, 3, offsets, 2, nullptr); },
+                                         "offsets outside of the values");
+  }
+  const int64_t good[] = {0, 3, 3};
+  ring->push(values, 3, good, 2, nullptr);
+  expect_throws<std::logic_error>([&] { ring->push(values, 3, good, 2, nullptr); }, "full ring");
+  expect(ring->pop() == std::vector<double>{-6, 0}, "sums after refusals");
+}
+
+void test_a_thread_may_push_while_another_pops() {
+  constexpr int rounds = 2000;
+  const auto ring = make_host_staging(3);
+  std::thread producer([&] {
+    for (int round = 0; round < rounds; ++round) {
+      while (ring->pending() == ring->slots()) std::this_thread::yield();
+      const float values[] = {static_cast<float>(round), 1};
+      const int64_t offsets[] = {0, 1, 2};
+      ring->push(values, 2, offsets, 2, nullptr);
+    }
+  });
+  int wrong = 0;
+  for (int round = 0; round < rounds; ++round) {
+    while (ring->pending() == 0) std::this_thread::yield();
+    wrong += ring->pop() != std::vector<double>{static_cast<double>(round), 1};
+  }
+  producer.join();
+  expect(wrong == 0, "sums in order over two threads");
+}
+
+}  // namespace
+
+int main() {
+  test_segment_sum();
+  test_histories();
+  test_failures();
+  test_refusals();
+  test_a_thread_may_push_while_another_pops();
+  std::printf("%d failures\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,146 @@
+// What the tests of the table share: batches of records whose values follow from their keys, and
+// system calls that can be made to fail. Included once.
+#pragma once
+
+#include <dirent.h>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "table.h"
+
+// Stand in for the C library's, so that a test can make the system refuse.
+static int flock_error = 0, truncate_error = 0, sync_error = 0;
+static int rename_error = 0, unlink_error = 0, empty_listings = 0;
+static const char* vanishing = nullptr;  // replaced between the opening and the lock
+
+static int refuse(int error, long result) {
+  if (error == 0) return static_cast<int>(result);
+  errno = error;
+  return -1;
+}
+
+extern "C" int flock(int fd, int how) {
+  if (vanishing != nullptr) {
+    unlinkat(AT_FDCWD, vanishing, 0);
+    close(open(vanishing, O_CREAT | O_WRONLY, 0666));
+    vanishing = nullptr;
+  }
+  return refuse(flock_error, flock_error ? 0 : syscall(SYS_flock, fd, how));
+}
+extern "C" int ftruncate(int fd, off_t size) noexcept {
+  return refuse(truncate_error, truncate_error ? 0 : syscall(SYS_ftruncate, fd, size));
+}
+extern "C" int fdatasync(int fd) {
+  return refuse(sync_error, sync_error ? 0 : syscall(SYS_fdatasync, fd));
+}
+extern "C" dirent* readdir(DIR* stream) {
+  static const auto next = reinterpret_cast<dirent* (*)(DIR*)>(dlsym(RTLD_NEXT, "readdir"));
+  if (empty_listings == 0) return next(stream);
+  --empty_listings;
+  return nullptr;
+}
+extern "C" int rename(const char* from, const char* to) noexcept {
+  return refuse(rename_error, rename_error ? 0 : renameat(AT_FDCWD, from, AT_FDCWD, to));
+}
+extern "C" int unlink(const char* path) noexcept {
+  return refuse(unlink_error, unlink_error ? 0 : unlinkat(AT_FDCWD, path, 0));
+}
+
+namespace realign {
+
+inline std::atomic<int> failures{0};
+inline std::string root;  // the folder to work in
+const Fingerprint kPrint = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+
+inline void expect(bool held, const std::string& what) {
+  if (held) return;
+  if (++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+// What it throws, as text; empty where it throws nothing.
+inline std::string thrown(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+inline bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+// Records number `first` and on: keys that count up, and values that follow from them.
+struct Batch {
+  std::vector<uint8_t> keys;
+  std::vector<double> logps;
+  std::vector<int32_t> tokens;
+  Batch(int64_t first, int64_t count)
+      : keys(static_cast<size_t>(16 * count)), logps(keys.size() / 16), tokens(logps.size()) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t number = first + i;
+      std::memcpy(keys.data() + 16 * i, &number, 8);
+      logps[i] = -1.0 / static_cast<double>(number + 3);
+      tokens[i] = static_cast<int32_t>(number % 1000 + 1);
+    }
+  }
+};
+
+inline size_t insert(Table& table, int64_t first, int64_t count) {
+  const Batch batch(first, count);
+  return table.insert(batch.keys.data(), batch.logps.data(), batch.tokens.data(),
+                      static_cast<size_t>(count));
+}
+
+// How many of these records are there; a wrong value is a failure.
+inline int64_t count_right(const Table& table, int64_t first, int64_t count) {
+  const Batch batch(first, count);
+  std::vector<double> logps(batch.logps.size());
+  std::vector<int32_t> tokens(batch.logps.size());
+  table.lookup(batch.keys.data(), static_cast<size_t>(count), logps.data(), tokens.data());
+  int64_t right = 0;
+  for (size_t i = 0; i < logps.size(); ++i) {
+    const bool absent = std::isnan(logps[i]) && tokens[i] == 0;
+    const bool same = logps[i] == batch.logps[i] && tokens[i] == batch.tokens[i];
+    expect(absent || same, "a wrong value behind key " + std::to_string(first));
+    right += same;
+  }
+  return right;
+}
+
+inline std::string fresh(const std::string& name) {
+  const std::string folder = root + "/" + name;
+  std::filesystem::remove_all(folder);
+  return folder;
+}
+
+inline std::vector<uint8_t> read_file(const std::string& path) {
+  std::vector<uint8_t> bytes(std::filesystem::file_size(path));
+  FILE* file = std::fopen(path.c_str(), "rb");
+  expect(std::fread(bytes.data(), 1, bytes.size(), file) == bytes.size(), "reading " + path);
+  std::fclose(file);
+  return bytes;
+}
+
+inline void write_file(const std::string& path, const std::vector<uint8_t>& bytes) {
+  FILE* file = std::fopen(path.c_str(), "wb");
+  expect(std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size(), "writing " + path);
+  std::fclose(file);
+}
+
+}  // namespace realign

@@ -1,0 +1,172 @@
+"""The CUDA code of the extension: what it compiles to, what it needs, how it is left out."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from realign_kernels._extension import extension, missing_reason
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = (80, 90, 100)
+REGISTERS = 32  # a multiprocessor's 65536 are enough for all of its 2048 threads
+
+with_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on this machine")
+with_extension = pytest.mark.skipif(
+    missing_reason() is not None, reason=f"no extension: {missing_reason()}"
+)
+with_cmake = pytest.mark.skipif(
+    not shutil.which("cmake") or not importlib.util.find_spec("pybind11"),
+    reason="needs cmake and pybind11",
+)
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What ptxas says of csrc/staging.cu, by architecture."""
+    target = tmp_path_factory.mktemp("cuda") / "staging.o"
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command = ["nvcc", "-c", ROOT / "csrc" / "staging.cu", "-o", target, "-std=c++17", "-O3"]
+    define = '-DREALIGN_CUDA_ARCHITECTURES=""'
+    done = subprocess.run(
+        [*command, define, "-Xptxas", "-v", *codes], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", done.stderr)[1:]
+    kernels = zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    return {int(architecture): (name, words) for name, architecture, words in kernels}
+
+
+@with_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kernel_spills_nothing_and_fills_a_multiprocessor(report, architecture):
+    name, words = report[architecture]
+    assert "sum_segments" in name
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in words
+    registers = int(re.search(r"Used (\d+) registers", words)[1])
+    print(f"{architecture:4} sum_segments {registers:3} registers")
+    assert registers <= REGISTERS
+
+
+@with_nvcc
+@with_extension
+def test_the_module_holds_code_for_every_architecture():
+    architectures = extension().CUDA_ARCHITECTURES.split()
+    assert {f"{a}-real" for a in ARCHITECTURES} | {"100-virtual"} <= set(architectures)
+
+
+@with_extension
+@pytest.mark.skipif(not shutil.which("ldd"), reason="needs ldd")
+def test_the_module_needs_neither_driver_nor_toolkit():
+    file = extension().__file__
+    needed = subprocess.run(["ldd", file], capture_output=True, text=True, check=True).stdout
+    assert "libstdc++" in needed and "libcuda" not in needed and "libcudart" not in needed
+    # Nor may its copy of the runtime be replaced by the one that torch has loaded.
+    symbols = subprocess.run(["nm", "-D", file], capture_output=True, text=True, check=True).stdout
+    assert "PyInit__C" in symbols and not re.search(r"\bcu(da)?[A-Z]\w+", symbols)
+
+
+@with_nvcc
+@with_extension
+@pytest.mark.skipif(has_driver(), reason="this machine has a CUDA driver")
+def test_without_a_driver_the_ring_says_what_cuda_says():
+    with pytest.raises(RuntimeError, match="cudaGetDevice: .*driver.*cudaErrorInsufficientDriver"):
+        extension().StagingRing(2, device=0)
+
+
+def configure(folder, *options, **environment):
+    import pybind11
+
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    python = (f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    return subprocess.run(
+        ["cmake", "-S", ROOT, "-B", folder, *generator, *python, *options],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(repr(module.CUDA_ARCHITECTURES), module.StagingRing(2).slots)
+try:
+    module.StagingRing(2, device=0)
+except ValueError as error:
+    print(error)
+"""
+
+
+@with_cmake
+@pytest.mark.skipif(not shutil.which("ninja"), reason="needs ninja")
+def test_an_install_goes_on_without_cuda_where_our_code_does_not_compile(tmp_path):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *staging.cu*) exit 1;; esac\n'
+        f'exec {shutil.which("nvcc") or "false"} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    folders = ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
+        cwd=ROOT,
+        env={**os.environ, "CUDACXX": str(compiler), "REALIGN_CUDA": "auto"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("once more, without CUDA" in done.stdout) == bool(shutil.which("nvcc"))
+    (module,) = tmp_path.glob("lib/realign_kernels/_C*.so")
+    load = [sys.executable, "-c", LOAD, module]
+    loaded = subprocess.run(load, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert loaded[0] == "'' 2"
+    assert "device is 0, but this build has no CUDA: put nvcc on PATH" in loaded[1]
+
+
+@with_cmake
+def test_off_does_not_even_look(tmp_path):
+    done = configure(tmp_path, "-DREALIGN_CUDA=off")
+    assert done.returncode == 0 and "CUDA" not in done.stdout, done.stdout + done.stderr
+
+
+@with_cmake
+@pytest.mark.parametrize("broken", [False, True], ids=["no compiler", "a broken compiler"])
+def test_only_who_asks_for_cuda_must_have_a_compiler(tmp_path, broken):
+    compiler = tmp_path / "nvcc"
+    if broken:
+        compiler.write_text("#!/bin/sh\nexit 1\n")
+        compiler.chmod(0o755)
+    done = configure(tmp_path / "on", "-DREALIGN_CUDA=on", CUDACXX=str(compiler))
+    assert done.returncode != 0
+    assert "REALIGN_CUDA=on, but no CUDA compiler works here" in done.stderr
+    done = configure(tmp_path / "auto", CUDACXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    assert "REALIGN_CUDA: no CUDA compiler works here, so the module is built" in done.stdout
+
+
+@with_cmake
+def test_other_words_are_refused(tmp_path):
+    done = configure(tmp_path, "-DREALIGN_CUDA=yes")
+    assert done.returncode != 0 and "REALIGN_CUDA is 'yes': use auto, on or off" in done.stderr
+    setup = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(
+        setup, cwd=ROOT, env={**os.environ, "REALIGN_CUDA": "yes"}, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "REALIGN_CUDA is 'yes': use auto, on or off" in done.stderr

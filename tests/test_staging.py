@@ -1,0 +1,215 @@
+"""Log-probs to the host as sums per leaf: the ring, its stand-in, and the tests in C++."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from realign_kernels import staging
+from realign_kernels._extension import extension, missing_reason
+from realign_kernels.staging import Staging, leaf_sums
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+LENGTHS = ([], [0], [1], [5, 0, 0, 7], [31, 32, 33], [63, 64, 65, 0], [1000, 1, 4097], [3] * 1500)
+
+without_extension = pytest.mark.skipif(
+    missing_reason() is not None, reason=f"no extension: {missing_reason()}"
+)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((device, kind), marks=without_extension if kind == "extension" else ())
+        for device in DEVICES
+        for kind in ("extension", "torch")
+    ],
+    ids=" ".join,
+)
+def make(request, monkeypatch):
+    """Makes a ring of the device and the kind that the test is run for."""
+    device, kind = request.param
+    if kind == "torch":
+        monkeypatch.setattr(staging, "extension", lambda: None)
+
+    def make(slots: int = 2) -> Staging:
+        ring = Staging(torch.device(device), slots)
+        assert ring.backend.startswith(kind)
+        return ring
+
+    return make
+
+
+def forward(lengths, seed=0, before=0, after=0):
+    """Log-probs of many magnitudes, and where the leaves stand in them."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.rand(before + sum(lengths) + after, generator=generator) * 30 - 27
+    offsets = before + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return -torch.exp2(exponents), offsets
+
+
+def exact(values, offsets):
+    return [math.fsum(values[a:b].tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)} leaves")
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (5, 3)])
+def test_sums(make, lengths, before, after):
+    values, offsets = forward(lengths, len(lengths), before, after)
+    ring = make()
+    ring.push(values.to(ring.device), offsets)
+    sums = ring.pop()
+    assert sums.dtype == np.float64 and sums.shape == (len(lengths),)
+    # A token takes part in at most ceil(n / 32) + 4 roundings: csrc/tests/staging_tests.cpp.
+    bound = (math.ceil(max(lengths, default=0) / 32) + 5) * 2.0**-53
+    np.testing.assert_allclose(sums, exact(values, offsets), rtol=bound, atol=0)
+    # A sum that was kept must not depend on where it was made.
+    assert sums.tobytes() == leaf_sums(values.numpy(), offsets).tobytes()
+
+
+def test_results_come_in_order_whatever_the_interleaving(make):
+    forwards = [forward([n, 2 * n], seed=n) for n in (1, 40, 2000, 3, 700, 9, 1, 65)]
+    ring = make(3)
+    found = []
+    for step, (values, offsets) in enumerate(forwards):
+        if ring.full or step == 3:
+            found.append(ring.pop())
+        offsets = offsets.copy()
+        ring.push(values.to(ring.device), offsets)
+        offsets[:] = 0  # the ring has its own
+        assert ring.pending == len(ring) == step + 1 - len(found)
+    while ring.pending:
+        found.append(ring.pop())
+    for sums, (values, offsets) in zip(found, forwards, strict=True):
+        assert sums.tobytes() == leaf_sums(values.numpy(), offsets).tobytes()
+
+
+def test_values_may_be_overwritten_by_what_comes_next(make):
+    values, offsets = forward([50, 60])
+    ring = make()
+    moving = values.to(ring.device, copy=True)
+    ring.push(moving, offsets)
+    moving.fill_(float("nan"))
+    ring.push(values.to(ring.device).repeat_interleave(2)[::2], offsets)  # not contiguous
+    assert (
+        ring.pop().tobytes() == ring.pop().tobytes() == leaf_sums(values.numpy(), offsets).tobytes()
+    )
+
+
+def test_non_finite_log_probs_stay_so(make):
+    ring = make()
+    values = torch.tensor([-1.0, -math.inf, -2.0, math.nan, -3.0], device=ring.device)
+    ring.push(values, np.array([0, 2, 4, 5]))
+    np.testing.assert_array_equal(ring.pop(), [-math.inf, math.nan, -3.0])
+
+
+def test_a_full_and_an_empty_ring_say_so(make):
+    ring = make(1)
+    values, offsets = forward([4])
+    with pytest.raises(RuntimeError, match=r"nothing is pending: push\(\) first"):
+        ring.pop()
+    ring.push(values.to(ring.device), offsets)
+    assert ring.full
+    with pytest.raises(RuntimeError, match=r"all 1 slots are taken: pop\(\) first"):
+        ring.push(values.to(ring.device), offsets)
+    assert ring.pop().tolist() == exact(values, offsets) and not ring.full
+
+
+def test_a_ring_may_go_with_sums_pending(make):
+    ring = make()
+    values, offsets = forward([1000])
+    ring.push(values.to(ring.device), offsets)
+
+
+@pytest.mark.parametrize(
+    ("values", "offsets", "message"),
+    [
+        ([-1.0], [0, 1], r"values must be a \(N,\) float32 tensor, got list"),
+        (torch.zeros(2, 2), [0, 1], r"got Tensor \(2, 2\) torch.float32: use .float"),
+        (torch.zeros(4).double(), [0, 1], "torch.float64: use .float"),
+        (torch.zeros(4, device="meta"), [0, 1], "values is on meta, the ring on cpu"),
+        (torch.zeros(4), (0, 4), r"offsets must be a \(L \+ 1,\) int64 array, got tuple"),
+        (torch.zeros(4), np.zeros(2), "float64: use np.asarray"),
+        (torch.zeros(4), np.zeros((2, 1), np.int64), r"got ndarray \(2, 1\) int64"),
+        (torch.zeros(4), [], r"offsets is empty.*use \[0\]"),
+        (torch.zeros(4), [0, 3, 2, 4], "offsets decrease from 3 to 2 at leaf 1"),
+        (torch.zeros(4), [-(2**63), 2**63 - 1], "but values has 4 entries"),
+        (torch.zeros(4), [-1, 4], "offsets go from -1 to 4"),
+        (torch.zeros(4), [0, 5], "offsets go from 0 to 5, but values has 4 entries"),
+    ],
+)
+def test_mistakes_are_named(values, offsets, message):
+    ring = Staging(CPU)
+    if isinstance(offsets, list):
+        offsets = np.array(offsets, dtype=np.int64)
+    with pytest.raises(ValueError, match=message):
+        ring.push(values, offsets)
+    assert ring.pending == 0
+
+
+@pytest.mark.parametrize("slots", [0, -1, 1.5, True, None])
+def test_slots_must_be_a_number_of_forwards(slots):
+    with pytest.raises(ValueError, match="slots must be an integer of at least 1, got"):
+        Staging(CPU, slots)
+
+
+@without_extension
+def test_the_core_checks_for_itself():
+    ring = extension().StagingRing(1)
+    assert (ring.slots, ring.pending) == (1, 0)
+    values = torch.zeros(4)
+    for offsets in ([], [[0, 4]], [0, 5], [-1, 4], [3, 2]):
+        with pytest.raises(ValueError, match="offsets must"):
+            ring.push(values.data_ptr(), 4, np.array(offsets, dtype=np.int64))
+    with pytest.raises(TypeError):
+        ring.push(values.data_ptr(), 4, np.array([0.0, 4.0]))
+    with pytest.raises(RuntimeError, match="empty: push first"):
+        ring.pop()
+    with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
+        extension().StagingRing(0)
+
+
+class Driverless:
+    """An extension with CUDA on a machine whose driver refuses it."""
+
+    CUDA_ARCHITECTURES = "90-real"
+
+    def StagingRing(self, slots: int, device: int):  # noqa: N802
+        raise RuntimeError("driver version is insufficient")
+
+
+def test_the_extension_is_used_where_it_can_be(monkeypatch):
+    cuda = torch.device("cuda", 1)
+    calls = []
+
+    class Ring:
+        def __init__(self, *arguments):
+            calls.append(arguments)
+
+        def push(self, *arguments):
+            calls.append(arguments)
+
+    working = SimpleNamespace(CUDA_ARCHITECTURES="90-real", StagingRing=Ring)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7 + device.index)
+    )
+    ring, reason = staging._make_ring(working, cuda, 3)
+    values, offsets = forward([2])
+    ring.push(values, offsets)
+    assert reason == "extension for 90-real"
+    assert calls == [(3, 1), (values.data_ptr(), 2, offsets, 8)]
+
+    for module, device, words in (
+        (None, CPU, "no extension"),
+        (SimpleNamespace(CUDA_ARCHITECTURES=""), cuda, "built without CUDA"),
+        (working, torch.device("meta"), "no ring for meta"),
+    ):
+        ring, reason = staging._make_ring(module, device, 2)
+        assert isinstance(ring, staging._TorchRing) and words in reason
+    with pytest.warns(RuntimeWarning, match="cannot use cuda:1 .driver version is insufficient"):
+        ring, _ = staging._make_ring(Driverless(), cuda, 2)
+    assert isinstance(ring, staging._TorchRing)
