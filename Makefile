@@ -15,6 +15,7 @@ export HF_HOME ?= $(CACHE)/huggingface
 export MPLCONFIGDIR ?= $(CACHE)/matplotlib
 export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
 export TRITON_CACHE_DIR ?= $(CACHE)/triton
+export REALIGN_CACHE ?= $(CACHE)/realign
 export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
 
 .PHONY: help build demo test bench lint clean

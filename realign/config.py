@@ -104,7 +104,10 @@ class OptimConfig:
 @dataclass
 class RunConfig:
     output: str = "runs/rdpo"
-    """Folder of metrics, checkpoints, reference log-probs and the final model."""
+    """Folder of metrics, checkpoints and the final model."""
+    reference_cache: str | None = None
+    """Folder of reference log-probs, shared by all runs; $REALIGN_CACHE/reference, or
+    ~/.cache/realign/reference, when absent."""
     seed: int = 0
     """Seeds the order of the examples and the LoRA initialisation."""
     fsdp: bool = False

@@ -6,7 +6,6 @@ is therefore named before the first step, and lengths are known for packing.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -19,15 +18,16 @@ from tqdm import tqdm
 from realign.config import LossConfig
 from realign.forest import Example, Leaf, Root
 from realign.records import Record, RecordError, StoredImage
-from realign_kernels import Objective, objectives
+from realign_kernels import Objective, array_digest, objectives
 
 
 class ImageStore:
-    """The images of a data set by content: each distinct one is preprocessed when first needed.
+    """The preprocessed images of a data set, each distinct one once.
 
     Args:
         processor: a Hugging Face processor with an `image_processor`.
-        cache_bytes: how much preprocessed memory to keep; the least recently used goes first.
+        cache_bytes: how much preprocessed memory to keep; the least recently used goes first, and
+            is made again when needed.
     """
 
     def __init__(self, processor, cache_bytes: int = 1 << 30) -> None:
@@ -39,29 +39,37 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self._sources)
 
-    def add(self, record: str, stored: StoredImage) -> tuple[str, Image.Image]:
-        """Decode an image; returns its 128-bit content key and the RGB picture."""
-        image = stored.open(record)
-        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
-        digest.update(image.tobytes())
-        key = digest.hexdigest()
+    def add(self, record: str, stored: StoredImage, pixels: torch.Tensor) -> str:
+        """Take an image with its preprocessed pixels, (C, H, W); returns the digest of these."""
+        key = array_digest(pixels.numpy())
         self._sources.setdefault(key, (record, stored))
-        return key, image
+        self._keep(key, pixels)
+        return key
 
     def pixels(self, key: str) -> torch.Tensor:
         """The preprocessed image, (C, H, W) fp32."""
+        if key not in self._pixels:
+            record, stored = self._sources[key]
+            made = self._processor(images=[stored.open(record)], return_tensors="pt")
+            pixels = made["pixel_values"][0]
+            if array_digest(pixels.numpy()) != key:
+                raise RecordError(
+                    record,
+                    f"its image {stored.path} is not what it was when the records were checked.",
+                    "Let no image file change during a run.",
+                )
+            self._keep(key, pixels)
+        self._pixels.move_to_end(key)
+        return self._pixels[key]
+
+    def _keep(self, key: str, pixels: torch.Tensor) -> None:
         if key in self._pixels:
-            self._pixels.move_to_end(key)
-            return self._pixels[key]
-        record, stored = self._sources[key]
-        made = self._processor(images=[stored.open(record)], return_tensors="pt")
-        pixels = made["pixel_values"][0]
+            return
         self._pixels[key] = pixels
         self._room -= pixels.nbytes
         while self._room < 0 and len(self._pixels) > 1:
             _, old = self._pixels.popitem(last=False)
             self._room += old.nbytes
-        return pixels
 
 
 def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
@@ -260,9 +268,10 @@ class _Encoder:
 
     def _root(self, record: Record, image: str, objective: str) -> Root:
         stored = self._images(record, image, objective)
-        keys, pictures = zip(*(self.store.add(record.name, s) for s in stored), strict=True)
+        pictures = [s.open(record.name) for s in stored]
         text = check_prompt(self.processor, record, len(stored))
-        ids = np.array(self.processor(images=list(pictures), text=[text])["input_ids"][0])
+        made = self.processor(images=pictures, text=[text], return_tensors="pt")
+        ids = made["input_ids"][0].numpy()
         found, expected = int((ids == self.image_id).sum()), len(pictures) * self.image_tokens
         if found != expected:
             raise RecordError(
@@ -272,7 +281,8 @@ class _Encoder:
                 "The processor does not belong to this model: check its patch_size, "
                 "vision_feature_select_strategy, num_additional_image_tokens and image size.",
             )
-        return Root(keys, ids)
+        images = zip(stored, made["pixel_values"], strict=True)
+        return Root(tuple(self.store.add(record.name, s, pixels) for s, pixels in images), ids)
 
     def _response(self, record: Record, name: str, text: str) -> np.ndarray:
         """Ids of a response with its end token, as the chat template closes a turn."""

@@ -23,7 +23,7 @@ from realign_kernels import pack_forest
 class Root:
     """Images and a prompt."""
 
-    images: tuple[str, ...]  # content keys, in the order of the prompt's image tokens
+    images: tuple[str, ...]  # digests of preprocessed pixels, in the order of the image tokens
     ids: np.ndarray  # (P,) token ids, image tokens expanded
 
     @property
@@ -98,6 +98,16 @@ class ForestBatch:
         length = segment.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
         return ((same | ancestor) & causal)[:, None]
+
+    def leaf_sums(
+        self,
+        logps: torch.Tensor,  # (N,) per-token log-probs
+    ) -> torch.Tensor:
+        """Log-probs summed over each leaf, (L, B) fp64."""
+        leaves = int(self.sequence_ids.max()) // self.examples + 1
+        sums = torch.zeros(leaves * self.examples, dtype=torch.float64, device=logps.device)
+        sums.index_add_(0, self.sequence_ids, logps.double())
+        return sums.view(leaves, self.examples)
 
     def to(self, device: torch.device | str) -> ForestBatch:
         """The same batch with its tensors on `device`."""

@@ -8,13 +8,16 @@ the root module it also is what FSDP2 wraps, so the head's weight is gathered wi
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from PIL import Image
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -27,6 +30,9 @@ from realign_kernels import (
     linear_logprobs,
     linear_preference_loss,
 )
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a model may compute in, by the names of the settings."""
 
 
 class NonFiniteRecords(ValueError):
@@ -50,7 +56,7 @@ def load_processor(path: str | Path):
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a LLaVA-type model from a folder or hub name.
+    """Load a LLaVA-type model from a folder or hub name; an adapter is merged into its base.
 
     Raises:
         ValueError: for a text-only model, or one that is not of the LLaVA type.
@@ -61,8 +67,12 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
             "far. Pass a LLaVA-1.5-type model to --model."
         )
-    auto = AutoModelForImageTextToText
-    return _from_pretrained(auto, path, dtype=dtype, attn_implementation="sdpa")
+    auto, attention = AutoModelForImageTextToText, "sdpa"
+    if (base := adapter_base(path)) is None:
+        return _from_pretrained(auto, path, dtype=dtype, attn_implementation=attention)
+    wide = _from_pretrained(auto, base, dtype=torch.float32, attn_implementation=attention)
+    merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
+    return merged.to(dtype).requires_grad_(True)  # PEFT froze them
 
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -70,12 +80,15 @@ def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype).eval()
 
 
+def adapter_base(path: str | Path) -> str | None:
+    """The base model that an adapter folder names; None for a folder or name of a whole model."""
+    adapter = Path(path) / "adapter_config.json"
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+
+
 def _vision_config(path: str | Path):
     """The configuration of a vision-language model; that of an adapter is its base's."""
-    adapter = Path(path) / "adapter_config.json"
-    if adapter.exists():
-        path = json.loads(adapter.read_text())["base_model_name_or_path"]
-    config = _from_pretrained(AutoConfig, path)
+    config = _from_pretrained(AutoConfig, adapter_base(path) or path)
     if not hasattr(config, "vision_config"):
         raise ValueError(
             f"{path} is a text-only model ({config.model_type}). Pass a vision-language model of "
@@ -105,13 +118,32 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     return get_peft_model(model, config)
 
 
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model, exactly: every LoRA layer in `model` passes on what its base layer gives.
+
+    PEFT's own `disable_adapter` also toggles `requires_grad`, which FSDP2 reads when it sets its
+    groups up, so that LoRA would not train afterwards.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 class ForestModel(nn.Module):
     """A LLaVA-type model that takes forest batches.
 
     Args:
         vlm: the Hugging Face model, with or without LoRA layers in it.
         train_vision: whether the vision tower learns; frozen by default.
-        dtype: fp32 or bf16, in which the forward computes.
+        dtype: fp32 or bf16, in which the forward computes: that of `vlm`'s parameters, or what
+            FSDP2 casts them to (`parallel.shard`).
     """
 
     def __init__(
@@ -150,15 +182,14 @@ class ForestModel(nn.Module):
         """Compute log-probs, or the loss when an objective is given.
 
         Returns:
-            Without an objective the summed log-probs of the leaves, (L, B) fp64. With one the
-            `PreferenceOutput`, whose loss is the *sum* over the batch's examples.
+            Without an objective the log-probs of the batch's response tokens, (N,) fp32
+            (`ForestBatch.leaf_sums` adds them up). With one the `PreferenceOutput`, whose loss is
+            the *sum* over the batch's examples.
 
         Raises:
             NonFiniteRecords: when a log-prob is NaN or infinite.
         """
-        mixed = self.dtype != torch.float32 and not isinstance(self, FSDPModule)
-        with torch.autocast(batch.labels.device.type, self.dtype, enabled=mixed):
-            hidden = self._hidden(batch).to(self.dtype)
+        hidden = self._hidden(batch).to(self.dtype)
         # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
         hidden, weight, bias = head_inputs(self.vlm.get_output_embeddings(), hidden)
         weight = weight.to(hidden.dtype)
@@ -166,8 +197,7 @@ class ForestModel(nn.Module):
         shared = {"bias": bias, "softcap": self.softcap}
         try:
             if objective is None:
-                logps = linear_logprobs(hidden, weight, batch.labels, rival=batch.rival, **shared)
-                return _sequence_sums(logps, batch)
+                return linear_logprobs(hidden, weight, batch.labels, rival=batch.rival, **shared)
             output = linear_preference_loss(
                 hidden,
                 weight,
@@ -221,11 +251,3 @@ class ForestModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return states.flatten(0, 1)[batch.rows]
-
-
-def _sequence_sums(logps: torch.Tensor, batch: ForestBatch) -> torch.Tensor:
-    """Per-token log-probs (N,) summed over each leaf, (L, B) fp64."""
-    leaves = int(batch.sequence_ids.max()) // batch.examples + 1
-    sums = torch.zeros(leaves * batch.examples, dtype=torch.float64, device=logps.device)
-    sums.index_add_(0, batch.sequence_ids, logps.double())
-    return sums.view(leaves, batch.examples)

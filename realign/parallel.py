@@ -1,11 +1,14 @@
 """Ranks: starting them, sharding a model over them, and summing over them.
 
-A run without `--fsdp` is one plain process. With it every GPU gets a worker (two workers on a CPU),
-started here through torch's launcher unless torchrun started us.
+A run without `--fsdp` is one process. With it every GPU gets a worker (two workers on a CPU),
+started here through torch's launcher unless torchrun started us. In bf16 one process is a mesh of
+one: FSDP2 is what keeps trained parameters in fp32 and computes in bf16, the same way for any
+number of ranks, so that reference log-probs are the same, too.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import uuid
@@ -49,14 +52,21 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     return 0
 
 
-def start() -> torch.device:
-    """Join the process group when there is one; returns this rank's device."""
+def start(*, alone: bool = False) -> torch.device:
+    """Join the process group when there is one; returns this rank's device.
+
+    With `alone` a process that no launcher started becomes the only rank of a group of its own.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
-    if under_launcher() and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+    backend = "nccl" if cuda else "gloo"
+    if not dist.is_initialized():
+        if under_launcher():
+            dist.init_process_group(backend)
+        elif alone:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
 
 
@@ -74,6 +84,23 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def report(error: Exception, *alone: type[Exception]) -> None:
+    """Print the error that ends this process, once for all ranks where all have it.
+
+    Args:
+        error: what was raised.
+        alone: kinds of error that one rank can have without the others.
+    """
+    disk = isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+    )
+    if rank() == 0 or disk or isinstance(error, alone):
+        print(f"error: {error}", file=sys.stderr)
 
 
 def barrier() -> None:

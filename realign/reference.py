@@ -1,143 +1,184 @@
-"""Reference log-probs: one forward per distinct leaf, before training, kept on disk.
+"""The reference pass: what decides a log-prob, and computing those that a cache lacks.
 
-A leaf's key is a digest of its images' pixels, prompt ids and response ids; the file belongs to one
-fingerprint of weights, dtype and processor. So a changed record misses, a changed model gets a new
-file, and the learning rate, the order of the records or the number of ranks change nothing.
-Records are appended batch by batch: a killed pass goes on where it was.
+The reference is the model before its first step. Its log-probs are constants, so every distinct
+leaf is computed once, ever, and kept in a `ReferenceCache` that all runs share.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from realign.forest import Example, build_batch
-from realign.model import ForestModel
-from realign.parallel import barrier, rank, world_size
+from realign.forest import Example, Leaf, build_batch
+from realign.model import ForestModel, adapters_off
+from realign.parallel import world_size
+from realign_kernels import ReferenceCache, leaf_keys
 
-_RECORD = np.dtype([("key", "V16"), ("logp", "<f8")])
-_LAYOUT = b"forest-1"  # changes when the same leaf would get another log-prob
+_LAYOUT = "forest-2"
+"""Changes when the code of this project would give the same leaf another log-prob."""
+
+_NO_EFFECT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
-def leaf_key(example: Example, leaf: int) -> bytes:
-    """128-bit digest of (images, prompt ids, response ids), and of being a rival leaf."""
-    root = example.roots[example.leaves[leaf].root]
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (*(key.encode() for key in root.images), root.ids, example.leaves[leaf].ids):
-        data = part if isinstance(part, bytes) else part.astype("<i8").tobytes()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    if example.leaves[leaf].rival:  # other tokens are scored; plain leaves keep their keys
-        digest.update(b"rival")
-    return digest.digest()
+def default_directory() -> Path:
+    """Where runs share log-probs: $REALIGN_CACHE/reference, or ~/.cache/realign/reference."""
+    root = os.environ.get("REALIGN_CACHE") or Path.home() / ".cache" / "realign"
+    return Path(root) / "reference"
 
 
 def fingerprint(
-    model: torch.nn.Module, processor, dtype: torch.dtype, *, sharded: bool = False
-) -> str:
-    """Digest of everything that decides a log-prob besides the leaf itself.
+    vlm: PreTrainedModel, processor, dtype: torch.dtype, device: torch.device
+) -> dict[str, str]:
+    """Everything that decides a log-prob besides the leaf itself, by name.
 
-    In bf16 a plain process computes under autocast and a sharded one with bf16 parameters, which
-    differ by up to 0.14 nats in a log-prob; in fp32 they agree.
+    Weights are taken as the forward sees them, in `dtype`, so it does not matter whether they were
+    loaded in fp32 or bf16. Preprocessing and the chat template show in the leaf's key as well.
+
+    Args:
+        vlm: the reference, before LoRA is put on it.
+        processor: its processor.
+        dtype: in which the forward computes.
+        device: on which; its type counts, as bf16 rounds differently on a CPU.
     """
-    mode = f"{dtype} {'sharded' if sharded and dtype != torch.float32 else 'plain'}"
-    digest = hashlib.blake2b(_LAYOUT + mode.encode(), digest_size=16)
-    digest.update(processor.image_processor.to_json_string().encode())
-    digest.update(model.config._attn_implementation.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(name.encode() + raw.numpy().data)
-    return digest.hexdigest()
+    parts = (
+        vlm,
+        getattr(vlm.model, "language_model", None),
+        getattr(vlm.model, "vision_tower", None),
+    )
+    attention = {part.config._attn_implementation for part in parts if part is not None}
+    return {
+        "weights": weights_digest(vlm, dtype),
+        "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
+        "processor": _digest(processor.image_processor.to_dict()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": ",".join(sorted(attention)),
+        "device": device.type,
+        "transformers": transformers.__version__,
+        "layout": _LAYOUT,
+    }
 
 
-def read(folder: Path) -> dict[bytes, float]:
-    """All log-probs of a folder; a record cut short by a crash is left out."""
-    found: dict[bytes, float] = {}
-    for file in sorted(folder.glob("*.logps")):
-        data = file.read_bytes()
-        whole = len(data) // _RECORD.itemsize * _RECORD.itemsize
-        records = np.frombuffer(data[:whole], dtype=_RECORD)
-        keys = (key.tobytes() for key in records["key"])
-        found.update(zip(keys, records["logp"].tolist(), strict=True))
-    return found
+def weights_digest(model: torch.nn.Module, dtype: torch.dtype) -> str:
+    """128-bit digest of all parameters and buffers in a state dict, cast to `dtype`.
+
+    Tensors are hashed by threads (hashlib lets go of the GIL): about 1 GB/s for each core.
+    """
+
+    def one(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        shown = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        digest = hashlib.blake2b(shown, digest_size=16)
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(one, sorted(model.state_dict().items()))
+        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
 def digest_of(examples: Sequence[Example]) -> str:
     """128-bit digest of a data set: all its leaves, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        for leaf in range(len(example.leaves)):
-            digest.update(leaf_key(example, leaf))
-    return digest.hexdigest()
+    return hashlib.blake2b(leaf_keys(examples).tobytes(), digest_size=16).hexdigest()
 
 
 def fill(
-    folder: Path,
+    cache: ReferenceCache,
     model: ForestModel,
     examples: Sequence[Example],
     store,
     *,
-    batch_size: int,
     row_tokens: int,
+    batch_rows: int,
     device: torch.device,
     progress: bool = True,
+    say: Callable[[str], None] = print,
 ) -> torch.Tensor:
-    """Compute what `folder` lacks; every rank calls it, each does its share.
+    """Compute what `cache` lacks; every rank calls it, each does its share.
 
     Args:
-        folder: where this fingerprint's log-probs are.
-        model: the reference: adapters off, in inference mode.
+        cache: where this model's log-probs are kept.
+        model: the reference, on `device`; LoRA layers in it are passed by.
         examples: the forests of the data set.
         store: gives the pixels of an image key.
-        batch_size: examples in one forward.
         row_tokens: most tokens in a row of the forest.
+        batch_rows: rows in one forward.
         device: where the model is.
-        progress: whether to show a bar (on rank 0).
+        progress: whether to show a bar.
+        say: told in a line what was known and what was computed.
 
     Returns:
         Reference log-probs of all leaves, (L, examples) fp64.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    barrier()
-    known = read(folder)
-    barrier()
-    missing = [
-        example
-        for example in examples
-        if any(leaf_key(example, leaf) not in known for leaf in range(len(example.leaves)))
-    ]
-    # Every rank makes the same number of forwards, whatever its share: collectives need it.
-    share = -(-len(missing) // world_size())
-    first = min(rank() * share, max(len(missing) - share, 0))
-    mine = missing[first : first + share]
-    bar = tqdm(
-        total=len(mine),
-        desc="reference log-probs",
-        unit="record",
-        disable=not progress or rank() != 0,
+
+    def build(pairs: Sequence[tuple[int, int]]):
+        single = [_alone(examples[i], leaf) for i, leaf in pairs]
+        return build_batch(single, store, row_tokens=row_tokens).to(device)
+
+    absent = cache.missing(examples)
+    say(
+        f"reference log-probs: {len(absent) - absent.sum():,} of {len(absent):,} leaves known in "
+        f"{cache.folder}{_nearest(cache)}"
     )
-    with (folder / f"rank-{rank():05d}.logps").open("ab") as file:
-        file.truncate(file.tell() // _RECORD.itemsize * _RECORD.itemsize)
-        for start in range(0, share, batch_size):
-            part = mine[start : start + batch_size]
-            batch = build_batch(part, store, row_tokens=row_tokens).to(device)
-            with torch.no_grad():
-                logps = model(batch).cpu().numpy()
-            records = [
-                (leaf_key(example, leaf), logps[leaf, i])
-                for i, example in enumerate(part)
-                for leaf in range(len(example.leaves))
-            ]
-            file.write(np.array(records, dtype=_RECORD).tobytes())
-            file.flush()
-            bar.update(len(part))
-    bar.close()
-    barrier()
-    known = read(folder)
-    leaves = range(len(examples[0].leaves))
-    table = [[known[leaf_key(example, leaf)] for example in examples] for leaf in leaves]
-    return torch.tensor(table, dtype=torch.float64)
+    share, tokens = -(-int(absent.sum()) // world_size()), 0
+    bar = tqdm(
+        total=share,
+        desc="reference log-probs",
+        unit="leaf",
+        unit_scale=True,
+        disable=not progress or share == 0,
+    )
+
+    def on_batch(leaves: int, computed: int) -> None:
+        nonlocal tokens
+        tokens += computed
+        rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        bar.update(leaves)
+
+    with bar, adapters_off(model):
+        cache.fill(
+            model,
+            examples,
+            build=build,
+            row_tokens=row_tokens,
+            batch_rows=batch_rows,
+            on_batch=on_batch,
+        )
+    logps = cache.lookup(examples).logps
+    return torch.from_numpy(logps.reshape(len(examples), -1).T.copy())
+
+
+def _nearest(cache: ReferenceCache) -> str:
+    """Why an empty table is empty, where another one nearly fits."""
+    if len(cache) or (nearest := cache.nearest()) is None:
+        return ""
+    folder, differences = nearest
+    return f"; not those in {folder.name}: other {', '.join(differences)}"
+
+
+def _alone(example: Example, leaf: int) -> Example:
+    """One leaf of an example under its root; a batch merges equal roots again."""
+    one = example.leaves[leaf]
+    return Example(example.name, (example.roots[one.root],), (Leaf(0, one.ids, one.rival),))
+
+
+def _without(tree, names: set[str]):
+    """A nested configuration without keys that decide no log-prob."""
+    if isinstance(tree, dict):
+        return {key: _without(value, names) for key, value in tree.items() if key not in names}
+    return tree
+
+
+def _digest(tree) -> str:
+    canonical = json.dumps(tree, sort_keys=True, default=str).encode()
+    return hashlib.blake2b(canonical, digest_size=16).hexdigest()

@@ -27,12 +27,18 @@ from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
 from realign.export import export
 from realign.forest import Example, build_batch
-from realign.model import ForestModel, NonFiniteRecords, add_lora, load_model, load_processor
+from realign.model import (
+    DTYPES,
+    ForestModel,
+    NonFiniteRecords,
+    adapter_base,
+    add_lora,
+    load_model,
+    load_processor,
+)
 from realign.noise import hush_libraries
 from realign.records import read_pairs
-from realign_kernels import Objective
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from realign_kernels import Objective, ReferenceCache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return parallel.launch("realign.train", arguments, config.run.nproc_per_node)
         train(config)
     except (ValueError, OSError) as error:
-        if parallel.rank() == 0 or isinstance(error, NonFiniteStep | NonFiniteRecords):
-            print(f"error: {error}", file=sys.stderr)
+        parallel.report(error, NonFiniteStep, NonFiniteRecords)
         return 1
     finally:
         parallel.stop()
@@ -65,17 +70,23 @@ def train(config: TrainConfig) -> Path:
         ValueError: for settings, records or a model that cannot be trained on; before any step.
         NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
     """
-    device = parallel.start()
+    dtype = DTYPES[config.model.dtype]
+    sharded = config.run.fsdp or dtype != torch.float32
+    device = parallel.start(alone=sharded)
     run, output = config.run, Path(config.run.output)
     say = print if parallel.rank() == 0 else lambda *_: None
     bars = not run.quiet and parallel.rank() == 0
-    dtype = _DTYPES[config.model.dtype]
     share = _share_of_rank(config)
     done = _steps_done(config)
 
     base = config.model.model or str(ASSETS)
     if Path(base).is_dir():  # the adapter will name its base, to be found from anywhere
         base = str(Path(base).resolve())
+    if adapter_base(base) and config.model.tune == "lora" and not run.merge:
+        raise ValueError(
+            f"{base} is an adapter itself; one for it on top could not be loaded elsewhere."
+            " Add --merge, which writes whole weights, or --tune full."
+        )
     processor = load_processor(base)
     frozen_dtype = dtype if config.model.tune == "lora" else torch.float32
     vlm = load_model(base, frozen_dtype)
@@ -92,10 +103,10 @@ def train(config: TrainConfig) -> Path:
         progress=bars,
     )
     row_tokens = config.data.row_tokens or max(example.longest_tree for example in examples)
-    weights = reference.fingerprint(vlm, processor, dtype, sharded=run.fsdp)
+    fingerprint = reference.fingerprint(vlm, processor, dtype, device)
     identity = {
         "config": config.to_dict(),
-        "base": weights,
+        "base": fingerprint["weights"],
         "pairs": reference.digest_of(examples),
     }
     if done:
@@ -106,21 +117,23 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(run.seed)
         adapter = add_lora(vlm, config.model.lora_rank, config.model.lora_alpha)
     model.to(device)
-    if run.fsdp:
+    if sharded:
         parallel.shard(model, device, dtype)
-    # Nothing is trained or restored yet and a new adapter adds exactly zero: this is the reference.
-    references = reference.fill(
-        output / "reference" / weights,
-        model.eval(),
-        examples,
-        store,
-        batch_size=config.optim.micro_batch_size,
-        row_tokens=row_tokens,
-        device=device,
-        progress=bars,
-    ).float()
-
-    if run.fsdp:
+    # Nothing is trained or restored yet, and adapters are off: this is the reference.
+    directory = run.reference_cache or reference.default_directory()
+    with ReferenceCache.open(directory, fingerprint) as cache:
+        references = reference.fill(
+            cache,
+            model.eval(),
+            examples,
+            store,
+            row_tokens=row_tokens,
+            batch_rows=config.optim.micro_batch_size * len(examples[0].roots),
+            device=device,
+            progress=bars,
+            say=say,
+        ).float()
+    if sharded:
         model.reshard()  # a forward without backward leaves the root gathered
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

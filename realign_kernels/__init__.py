@@ -6,7 +6,7 @@ Read in this order: `objectives` (what is computed), `reference` (the specificat
 in one page.
 """
 
-from realign_kernels import objectives
+from realign_kernels import objectives, refcache
 from realign_kernels.batcher import ForestPacking, pack_forest
 from realign_kernels.dispatch import explain, use_backend
 from realign_kernels.functional import (
@@ -17,25 +17,33 @@ from realign_kernels.functional import (
     rdpo_loss,
 )
 from realign_kernels.heads import head_inputs, head_parameters
+from realign_kernels.leaves import array_digest, leaf_keys
 from realign_kernels.objectives import Leaf, Objective, PreferenceOutput, RDPOOutput
 from realign_kernels.ops import NonFiniteError
+from realign_kernels.refcache import MissingReferences, ReferenceCache, References
 
 __all__ = [
     "ForestPacking",
     "Leaf",
+    "MissingReferences",
     "NonFiniteError",
     "Objective",
     "PreferenceOutput",
     "RDPOLoss",
     "RDPOOutput",
+    "ReferenceCache",
+    "References",
+    "array_digest",
     "explain",
     "head_inputs",
     "head_parameters",
+    "leaf_keys",
     "linear_logprobs",
     "linear_preference_loss",
     "objectives",
     "pack_forest",
     "preference_loss",
     "rdpo_loss",
+    "refcache",
     "use_backend",
 ]

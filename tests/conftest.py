@@ -1,11 +1,15 @@
 """What several test files share: the digits model, its processor, and a small pairs file."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Read by OpenMP when torch loads it. Beside other busy processes, threads that spin while they wait
 # make these small models 17 times slower (160 s against 9 s on two cores under load 4).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Reference log-probs of tests, and of the commands they run, stay out of the user's cache.
+os.environ["REALIGN_CACHE"] = tempfile.mkdtemp(prefix="realign-cache-")
 
 import pytest
 
@@ -13,6 +17,11 @@ from realign.digits import ASSETS
 from realign.digits.scenes import Scene, make_scenes
 from realign.model import ForestModel, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
+
+
+def pytest_sessionfinish():
+    """Remove what tests left in the cache."""
+    shutil.rmtree(os.environ["REALIGN_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from realign import cli, config
+from realign.cache import CacheConfig, FillConfig
 from realign.cli import parse_sections
 from realign.demo import DemoConfig
 from realign.evaluate import EvaluateConfig
@@ -36,12 +37,26 @@ OPTIONS = {
     },
     config.RunConfig: {
         "output": "runs/rdpo",
+        "reference_cache": None,
         "seed": 0,
         "fsdp": False,
         "nproc_per_node": 0,
         "save_every": 50,
         "resume": False,
         "merge": False,
+        "quiet": False,
+    },
+    CacheConfig: {"reference_cache": None},
+    FillConfig: {
+        "pairs": None,
+        "model": None,
+        "objective": "rdpo",
+        "dtype": "fp32",
+        "max_response_tokens": 1024,
+        "row_tokens": 0,
+        "batch_rows": 32,
+        "fsdp": False,
+        "nproc_per_node": 0,
         "quiet": False,
     },
     PairsConfig: {

@@ -74,7 +74,7 @@ def test_log_probs_equal_separate_forwards(processor, name, row_tokens):
     examples, store = make_examples(processor, 6, objectives.get(name))
     with torch.no_grad():
         batch = build_batch(examples, store, row_tokens=row_tokens)
-        found = ForestModel(vlm)(batch)
+        found = batch.leaf_sums(ForestModel(vlm)(batch))
         truth = separate_logps(vlm, examples, store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
     if row_tokens == 4096:
@@ -122,7 +122,7 @@ def test_images_and_roots_are_computed_once(processor):
     )
     batch = build_batch([first, second], store, row_tokens=4096)
     with torch.no_grad():
-        found = ForestModel(vlm)(batch)
+        found = batch.leaf_sums(ForestModel(vlm)(batch))
         assert seen == [3]  # v, v' and v of the second; its v' is the first's v
         truth = separate_logps(vlm, [first, second], store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
@@ -145,7 +145,8 @@ def test_several_images_in_a_prompt(processor):
     root = Root(both, np.concatenate([image, image[start : start + 16], text]))
     example = Example("two images", (root,), tuple(Leaf(0, x.ids) for x in examples[0].leaves))
     with torch.no_grad():
-        found = ForestModel(vlm)(build_batch([example, examples[1]], store, row_tokens=200))
+        batch = build_batch([example, examples[1]], store, row_tokens=200)
+        found = batch.leaf_sums(ForestModel(vlm)(batch))
         truth = separate_logps(vlm, [example, examples[1]], store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
 

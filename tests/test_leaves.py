@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from realign import metrics, reference
+from realign import metrics
 from realign.config import LossConfig, parse
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
 from realign.metrics import read_jsonl
 from realign.records import RecordError, StoredImage, read_pairs, write_pairs
 from realign.train import main, train
-from realign_kernels import Objective, PreferenceOutput, objectives
+from realign_kernels import Objective, PreferenceOutput, leaf_keys, objectives
 
 NEGATIVES = 3
 
@@ -100,7 +100,7 @@ def test_every_preset_computes_its_loss(rich, processor, forest_model, name):
     assert objective.beta == 0.2
     batch = build_batch(examples, store, row_tokens=200)
     with torch.no_grad():
-        logps = forest_model(batch)
+        logps = batch.leaf_sums(forest_model(batch))
         out = forest_model(batch, objective, logps.float())
     assert logps.shape == (len(objective.leaves), 4)
     assert out.loss.item() / 4 == pytest.approx(AT_THE_REFERENCE[name], abs=2e-5)
@@ -122,14 +122,15 @@ def test_objectives_with_leaves_of_their_own_train(rich, tmp_path, name, first):
     assert entries[-1]["loss"] < entries[0]["loss"]
 
 
-def test_a_blank_image_is_as_large_as_the_image(rich, processor):
+def test_images_are_known_by_what_the_model_sees(rich, processor):
+    """A blank image is as large as its record's; here the processor makes all sizes one."""
     small = rich[0]
     picture = small.images[0].open("r")
     large = replace(small, images=(StoredImage.from_pil(picture.resize((40, 24))),))
     _, examples, store = encode([small, large], processor, "ovip")
     blanks = {example.roots[1].images for example in examples}
-    assert len(blanks) == 2  # a store knows a picture by its size, too
-    assert len(store) == 2 + 2 + 1
+    assert len(blanks) == 1
+    assert len(store) == 2 + 1 + 1  # ovip lists image, blank_image and retrieved_image
 
 
 REFUSED = [
@@ -252,7 +253,7 @@ def test_a_rival_leaf_is_marked_and_has_a_key_of_its_own(rich, processor):
     for field in fields(batch):
         if isinstance(value := getattr(batch, field.name), torch.Tensor) and field.name != "rival":
             assert torch.equal(value, getattr(same, field.name)), field.name
-    keys = np.array([[reference.leaf_key(e, leaf) for leaf in range(3)] for e in (*plain, *rival)])
+    keys = leaf_keys([*plain, *rival]).view("u8").reshape(8, 3, 2)[..., 0]
     assert (keys[:4, 0] == keys[4:, 0]).all()
     assert not set(keys[:4, 1:].flat) & set(keys[4:, 1:].flat)
 
@@ -261,7 +262,8 @@ def test_released_scores_the_strongest_other_token(rich, processor, vlm, forest_
     """The authors' rule on each sequence alone: top-1, or top-2 where top-1 is the label."""
     _, examples, store = encode(rich[:3], processor, "released")
     with torch.no_grad():
-        found = forest_model(build_batch(examples, store, row_tokens=200))
+        batch = build_batch(examples, store, row_tokens=200)
+        found = batch.leaf_sums(forest_model(batch))
         for column, example in enumerate(examples):
             for row, leaf in enumerate(example.leaves):
                 root = example.roots[leaf.root]

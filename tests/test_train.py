@@ -15,19 +15,16 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from realign import checkpoint, metrics, reference
+from realign import checkpoint, metrics
 from realign.config import parse
 from realign.digits import ASSETS
 from realign.digits.scenes import digits_in, make_scenes
-from realign.encode import encode_records
 from realign.evaluate import caption
-from realign.forest import build_batch
 from realign.metrics import read_jsonl
 from realign.model import ForestModel, NonFiniteRecords, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs, write_pairs
 from realign.train import NonFiniteStep, learning_rate, main, train
-from realign_kernels import objectives
 
 # Runs that differ in ranks or accumulation add the same numbers in another order. After six Adam
 # steps fp32 rounding has grown to 1e-6 of the loss here; ten times that is the bound.
@@ -239,69 +236,6 @@ def test_learning_rate_warms_up_and_falls():
     rates = [learning_rate(step, 100, config) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10 * 2)
     assert rates[10:] == pytest.approx(1 + np.cos(np.pi * np.arange(90) / 90))
-
-
-# --- reference log-probs ---
-
-
-def encoded(pairs):
-    return encode_records(
-        read_pairs(pairs),
-        load_processor(ASSETS),
-        objectives.rdpo(),
-        image_tokens=16,
-        max_response_tokens=64,
-        max_tokens=512,
-        progress=False,
-    )
-
-
-def fill(folder, model, examples, store):
-    return reference.fill(
-        folder,
-        model,
-        examples,
-        store,
-        batch_size=8,
-        row_tokens=128,
-        device=torch.device("cpu"),
-        progress=False,
-    )
-
-
-def test_reference_is_computed_once_and_recovers(pairs, tmp_path):
-    examples, store = encoded(pairs)
-    model, forwards = ForestModel(load_model(ASSETS)).eval(), []
-    model.register_forward_pre_hook(lambda _, args: forwards.append(args[0].examples))
-    first = fill(tmp_path, model, examples, store)
-    assert sum(forwards) == len(examples)
-    with torch.no_grad():
-        live = model(build_batch(examples, store, row_tokens=4096))
-    assert (first - live).abs().max() < 5e-5
-    forwards.clear()
-    again = fill(tmp_path, model, examples[::-1], store)
-    assert forwards == [] and torch.equal(again, first.flip(1))
-    # A crash in mid-write: the torn record is cut, the lost ones are computed again.
-    (file,) = tmp_path.glob("*.logps")
-    file.write_bytes(file.read_bytes()[: 24 * 3 * 30 + 11])
-    assert torch.allclose(fill(tmp_path, model, examples, store), first, atol=5e-5)
-    assert sum(forwards) == len(examples) - 30
-
-
-def test_what_a_reference_key_and_fingerprint_depend_on(pairs):
-    examples, _ = encoded(pairs)
-    keys = {reference.leaf_key(e, leaf) for e in examples for leaf in range(3)}
-    assert len(keys) == 3 * len(examples)
-    processor, vlm = load_processor(ASSETS), load_model(ASSETS)
-    prints = {reference.fingerprint(vlm, processor, torch.float32)}
-    assert reference.fingerprint(load_model(ASSETS), processor, torch.float32) in prints
-    prints.add(reference.fingerprint(vlm, processor, torch.bfloat16))
-    with torch.no_grad():
-        vlm.lm_head.weight[0, 0] += 1e-3
-    prints.add(reference.fingerprint(vlm, processor, torch.float32))
-    processor.image_processor.image_mean = [0.4, 0.5, 0.5]
-    prints.add(reference.fingerprint(vlm, processor, torch.float32))
-    assert len(prints) == 4
 
 
 # --- bad input ---

@@ -1,0 +1,199 @@
+"""Reference log-probs ahead of training, and care of the tables that hold them.
+
+    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute what is missing
+    python -m realign.cache stats                                     # what there is
+    python -m realign.cache verify                                    # read every record again
+    python -m realign.cache compact                                   # merge logs, drop bad records
+
+`fill` is what `python -m realign.train` does by itself before its first step. Run it on its own to
+use other machines for it (under torchrun, or with --nproc-per-node, ranks share the work), or to
+let several runs find everything there. `COMMAND --help` lists the settings.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from realign import parallel, reference
+from realign.cli import parse_sections
+from realign.config import LossConfig
+from realign.digits import ASSETS
+from realign.encode import encode_records, make_objective
+from realign.model import DTYPES, ForestModel, NonFiniteRecords, load_model, load_processor
+from realign.noise import hush_libraries
+from realign.records import read_pairs
+from realign_kernels import ReferenceCache, refcache
+
+
+@dataclass
+class CacheConfig:
+    reference_cache: str | None = None
+    """Folder of the tables; $REALIGN_CACHE/reference, or ~/.cache/realign/reference, if absent."""
+
+    @property
+    def directory(self) -> Path:
+        """The folder."""
+        return Path(self.reference_cache or reference.default_directory())
+
+
+@dataclass
+class FillConfig:
+    pairs: str | None = None
+    """Parquet file or folder of preference pairs."""
+    model: str | None = None
+    """Folder or hub name of the reference model; the shipped digits model when absent."""
+    objective: str = "rdpo"
+    """Objective to be trained: it decides which responses under which images are needed."""
+    dtype: str = "fp32"
+    """Compute in 'fp32' or 'bf16', as training will."""
+    max_response_tokens: int = 1024
+    """Longest response; a longer one is an error that names its record, never cut."""
+    row_tokens: int = 0
+    """Most tokens in a row of the forest; 0 takes the longest tree."""
+    batch_rows: int = 32
+    """Rows in one forward."""
+    fsdp: bool = False
+    """Shard the model over the ranks, where one GPU cannot hold it."""
+    nproc_per_node: int = 0
+    """Workers to start on this machine; 0 is this process alone, unless torchrun started it."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.pairs is None:
+            raise ValueError("pairs is missing: pass the file to be trained on, --pairs FILE.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        for name, least in {"max_response_tokens": 1, "batch_rows": 1, "row_tokens": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
+        LossConfig(objective=self.objective)  # refuses unknown names
+
+
+def fill(tables: CacheConfig, config: FillConfig) -> None:
+    """Compute the reference log-probs that a training run on these pairs will look up."""
+    dtype = DTYPES[config.dtype]
+    device = parallel.start(alone=config.fsdp)
+    bars = not config.quiet and parallel.rank() == 0
+    base = config.model or str(ASSETS)
+    processor, vlm = load_processor(base), load_model(base, dtype)
+    model = ForestModel(vlm, dtype=dtype).eval()
+    records = read_pairs(config.pairs)
+    examples, store = encode_records(
+        records,
+        processor,
+        make_objective(LossConfig(objective=config.objective), records),
+        image_tokens=model.image_tokens(processor),
+        max_response_tokens=config.max_response_tokens,
+        max_tokens=vlm.config.text_config.max_position_embeddings,
+        progress=bars,
+    )
+    fingerprint = reference.fingerprint(vlm, processor, dtype, device)
+    model.to(device)
+    if config.fsdp:
+        parallel.shard(model, device, dtype)
+    with ReferenceCache.open(tables.directory, fingerprint) as cache:
+        reference.fill(
+            cache,
+            model,
+            examples,
+            store,
+            row_tokens=config.row_tokens or max(example.longest_tree for example in examples),
+            batch_rows=config.batch_rows,
+            device=device,
+            progress=bars,
+            say=print if parallel.rank() == 0 else lambda _: None,
+        )
+
+
+def stats(tables: CacheConfig) -> int:
+    """Print every table and what its logs hold; returns the number of unreadable records."""
+    bad, found = 0, refcache.tables(tables.directory)
+    for folder, parts in found.items():
+        held = refcache.inspect(folder)
+        print(f"{folder}")
+        print("  " + ", ".join(f"{name} {_short(value)}" for name, value in parts.items()))
+        print(
+            f"  {held['records']:,} log-probs in {held['logs']} log(s), {held['bytes']:,} bytes; "
+            f"{held['duplicates']:,} written twice"
+        )
+        if held["conflicts"]:
+            print(
+                f"  {held['conflicts']:,} of these differ, by {held['largest_difference']:.2g} at "
+                "most; the first one counts"
+            )
+        if held["bad"] or held["torn_bytes"]:
+            print(
+                f"  {held['bad']:,} unreadable records and {held['torn_bytes']} bytes of "
+                "unfinished ones are passed over"
+            )
+        bad += held["bad"]
+    if not found:
+        print(f"no tables in {tables.directory}")
+    return bad
+
+
+def compact(tables: CacheConfig) -> None:
+    """Merge the logs of every table, without duplicates and unreadable records."""
+    for folder in refcache.tables(tables.directory):
+        done = refcache.compact(folder)
+        print(
+            f"{folder}: {done['logs_merged']} log(s) merged, {done['bytes_before']:,} -> "
+            f"{done['bytes_after']:,} bytes, {done['bad_dropped']:,} unreadable records dropped"
+        )
+        if done["logs_in_use"]:
+            print(f"  {done['logs_in_use']} log(s) are being written and were left alone")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of fill, stats, verify, compact; returns an exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if command not in ("fill", "stats", "verify", "compact"):
+        print(f"error: unknown command {command!r}: fill, stats, verify, compact", file=sys.stderr)
+        return 2
+    hush_libraries()
+    sections = {"cache": CacheConfig} | ({"fill": FillConfig} if command == "fill" else {})
+    try:
+        found = parse_sections(
+            sections,
+            prog=f"python -m realign.cache {command}",
+            description="Reference log-probs.",
+            arguments=rest,
+        )
+        if command == "fill":
+            workers = found["fill"].nproc_per_node
+            if workers and not parallel.under_launcher():
+                return parallel.launch("realign.cache", arguments, workers)
+            fill(found["cache"], found["fill"])
+        elif command == "compact":
+            compact(found["cache"])
+        elif stats(found["cache"]) and command == "verify":
+            print(
+                "error: there are unreadable records. The next run computes these log-probs again; "
+                "`python -m realign.cache compact` removes the records.",
+                file=sys.stderr,
+            )
+            return 1
+    except (ValueError, OSError) as error:
+        parallel.report(error, NonFiniteRecords)
+        return 1
+    finally:
+        parallel.stop()
+    return 0
+
+
+def _short(value: str) -> str:
+    """A digest by its first digits; other values whole."""
+    is_digest = len(value) == 32 and not set(value) - set("0123456789abcdef")
+    return value[:8] if is_digest else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""The reference pass: which leaves are computed in which forward, and the loop that does it.
+
+`ReferenceCache.fill` is its public face. Read `fill` from top to bottom.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed.fsdp import FSDPModule
+
+from realign_kernels.batcher import pack_forest
+from realign_kernels.leaves import Leaves
+from realign_kernels.staging import Staging
+
+
+class Filled(NamedTuple):
+    """What one rank computed."""
+
+    leaves: int  # log-probs that were missing
+    tokens: int  # of the rows that were computed, prompts once for all leaves under them
+    batches: int
+    recomputed: int  # leaves that were known, but share a batch with missing ones
+    seconds: float
+
+
+class Store(Protocol):
+    """Where log-probs are kept (`ReferenceCache`)."""
+
+    def find(self, keys: NDArray[np.void]) -> tuple[NDArray[np.float64], NDArray[np.int32]]: ...
+
+    def keep(
+        self, keys: NDArray[np.void], logps: NDArray[np.float64], counts: NDArray[np.int32]
+    ) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Leaves that one forward computes."""
+
+    leaves: NDArray[np.int64]  # indices into Leaves, row by row
+    tokens: int  # in its rows, without padding
+
+
+def plan(
+    leaves: Leaves,
+    wanted: NDArray[np.bool_],  # (L,)
+    row_tokens: int,
+    batch_rows: int,
+) -> list[Batch]:
+    """Distinct wanted leaves packed into rows, and rows into batches, the longest first.
+
+    A batch is whole rows of one packing, so packing its leaves alone gives the same rows again.
+    """
+    chosen = np.flatnonzero(wanted)
+    _, first = np.unique(leaves.keys[chosen].view("<u8").reshape(-1, 2), axis=0, return_index=True)
+    chosen = chosen[np.sort(first)]
+    if not len(chosen):
+        return []
+    roots, under = np.unique(leaves.roots[chosen], return_inverse=True)
+    packing = pack_forest(leaves.root_lengths[roots], leaves.lengths[chosen], under, row_tokens)
+    row_order = np.argsort(-packing.row_lengths, kind="stable")
+    rank_of_row = np.empty_like(row_order)
+    rank_of_row[row_order] = np.arange(len(row_order))
+    row = rank_of_row[packing.tree_row[packing.leaf_tree]]
+    order = np.lexsort((packing.leaf_start, row))
+    bounds = np.searchsorted(row[order], np.arange(0, packing.num_rows + batch_rows, batch_rows))
+    lengths = packing.row_lengths[row_order]
+    return [
+        Batch(chosen[order[start:end]], int(lengths[i * batch_rows :][:batch_rows].sum()))
+        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        if end > start
+    ]
+
+
+def batches_to_compute(
+    leaves: Leaves,
+    known: NDArray[np.bool_],  # (L,)
+    row_tokens: int,
+    batch_rows: int,
+) -> list[Batch]:
+    """The batches of the plan over *all* leaves that lack something.
+
+    So an interrupted pass continues with the batches it would have run, and which rows share a
+    forward, hence the last bits of a log-prob, depends neither on the interruption nor on the
+    number of ranks. Where known leaves are scattered over many batches that would compute much
+    again: there the missing leaves are packed by themselves.
+    """
+    everything = plan(leaves, np.ones(len(known), bool), row_tokens, batch_rows)
+    lacking = [batch for batch in everything if not known[batch.leaves].all()]
+    # A pass that was cut off leaves at most one batch of each rank half written.
+    if sum(bool(known[batch.leaves].any()) for batch in lacking) <= max(2, _ranks()[0]):
+        return lacking
+    return plan(leaves, ~known, row_tokens, batch_rows)
+
+
+def fill(
+    store: Store,
+    model: Callable[[Any], torch.Tensor],
+    leaves: Leaves,
+    build: Callable[[Sequence[tuple[int, int]]], Any],
+    row_tokens: int,
+    batch_rows: int,
+    on_batch: Callable[[int, int], None] | None,
+) -> Filled:
+    """Compute and keep what `store` lacks; see `ReferenceCache.fill`."""
+    began = time.perf_counter()
+    known = _anywhere(store.find(leaves.keys)[1] > 0)
+    batches = batches_to_compute(leaves, known, row_tokens, batch_rows)
+    mine = _share(batches, repeat=isinstance(model, FSDPModule))
+    without_gradients = torch.no_grad if isinstance(model, FSDPModule) else torch.inference_mode
+
+    staging: Staging | None = None
+    waiting: deque[Batch] = deque()
+    computed = tokens = recomputed = 0
+
+    def land() -> None:
+        """Write the oldest batch in flight."""
+        batch = waiting.popleft()
+        sums, at = staging.pop(), batch.leaves
+        if (bad := np.flatnonzero(~np.isfinite(sums))).size:
+            forest, leaf = leaves.pairs[at[bad[0]]]
+            raise ValueError(
+                f"the reference log-prob of leaf {leaf} of forest {forest} is {sums[bad[0]]}: look "
+                "at its image and text, and at the model's weights"
+            )
+        new = ~known[at]
+        store.keep(leaves.keys[at][new], sums[new], leaves.lengths[at][new])
+        if on_batch:
+            on_batch(int(new.sum()), batch.tokens)
+
+    for batch, inputs, spare in _built(mine, leaves, build):
+        with without_gradients():
+            logps = model(inputs)
+        if spare:  # only the other ranks' collectives needed it
+            continue
+        lengths = leaves.lengths[batch.leaves]
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        if logps.shape != (offsets[-1],):
+            raise ValueError(
+                f"model must return per-token log-probs of shape ({offsets[-1]},), one for each "
+                f"response token of the batch, got {tuple(logps.shape)}"
+            )
+        if staging is None:
+            staging = Staging(logps.device)
+        if staging.full:
+            land()
+        staging.push(logps.float(), offsets)
+        waiting.append(batch)
+        if logps.device.type == "cpu":
+            land()  # nothing is in flight: a crash loses this batch no more
+        computed += int((~known[batch.leaves]).sum())
+        recomputed += int(known[batch.leaves].sum())
+        tokens += batch.tokens
+    while waiting:
+        land()
+    _exchange(store, leaves)
+    return Filled(computed, tokens, len(mine), recomputed, time.perf_counter() - began)
+
+
+def _built(
+    mine: Sequence[tuple[Batch, bool]],
+    leaves: Leaves,
+    build: Callable[[Sequence[tuple[int, int]]], Any],
+) -> Iterator[tuple[Batch, Any, bool]]:
+    """(batch, model input, spare), the next one being built in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[tuple[Batch, Any, bool]] = deque()
+        for batch, spare in mine:
+            pairs = [(forest, leaf) for forest, leaf in leaves.pairs[batch.leaves].tolist()]
+            ahead.append((batch, pool.submit(build, pairs), spare))
+            if len(ahead) > 1:
+                first, future, is_spare = ahead.popleft()
+                yield first, future.result(), is_spare
+        for last, future, is_spare in ahead:
+            yield last, future.result(), is_spare
+
+
+def _share(batches: list[Batch], *, repeat: bool) -> list[tuple[Batch, bool]]:
+    """This rank's batches; with `repeat` all ranks get as many, the last ones perhaps a spare."""
+    ranks, rank = _ranks()
+    mine = [(batch, False) for batch in batches[rank::ranks]]
+    if repeat and len(mine) < -(-len(batches) // ranks):
+        mine.append((batches[-1], True))
+    return mine
+
+
+def _anywhere(known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Known on any rank: ranks of other machines may have folders of their own."""
+    if not _distributed():
+        return known
+    return _reduce_max(torch.from_numpy(known.astype(np.uint8))).numpy().astype(bool)
+
+
+def _exchange(store: Store, leaves: Leaves) -> None:
+    """Give every rank what it cannot read from its own folder."""
+    if not _distributed():
+        return
+    dist.barrier()
+    logps, counts = store.find(leaves.keys)
+    lacking = torch.tensor([int((counts == 0).any())])
+    if not int(_reduce_max(lacking)):
+        return
+    logps = _reduce_max(torch.from_numpy(np.where(counts > 0, logps, -np.inf))).numpy()
+    # Ranks of one machine share a folder: one of them writes, the others read it then.
+    for turn in (True, False):
+        if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
+            absent = store.find(leaves.keys)[1] == 0
+            store.keep(leaves.keys[absent], logps[absent], leaves.lengths[absent])
+        dist.barrier()
+
+
+def _ranks() -> tuple[int, int]:
+    """How many processes share the work, and which of them this is."""
+    return (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _reduce_max(values: torch.Tensor) -> torch.Tensor:
+    on_cuda = dist.get_backend() == "nccl"
+    moved = values.cuda() if on_cuda else values
+    dist.all_reduce(moved, dist.ReduceOp.MAX)
+    return moved.cpu()

@@ -1,0 +1,126 @@
+"""What a reference log-prob belongs to: leaves, their keys and their lengths.
+
+A leaf is a response under a root, (images, prompt). Its key is a digest of the three and of nothing
+else: a change of one token or one pixel is another key, and nothing about a run is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEY = np.dtype("V16")
+"""dtype of keys: 128 bits without meaning to numpy."""
+
+
+class RootLike(Protocol):
+    """Images and a prompt."""
+
+    images: Sequence[str]  # digests of the images as the model sees them
+    ids: NDArray[np.integer]  # (P,) prompt token ids
+
+
+class LeafLike(Protocol):
+    """A response under a root."""
+
+    root: int  # index into the forest's roots
+    ids: NDArray[np.integer]  # (R,) response token ids, R >= 1
+    rival: bool  # scored by the strongest other token at each position
+
+
+class Forest(Protocol):
+    """What the cache has to know of an example: its roots, and the leaves under them."""
+
+    roots: Sequence[RootLike]
+    leaves: Sequence[LeafLike]
+
+
+@dataclass(frozen=True, eq=False)
+class Leaves:
+    """All L leaves of a list of forests in order, over the R distinct roots among them."""
+
+    keys: NDArray[np.void]  # (L,) V16
+    lengths: NDArray[np.int32]  # (L,) response tokens
+    pairs: NDArray[np.int64]  # (L, 2) forest, leaf in it
+    roots: NDArray[np.int64]  # (L,) in [0, R)
+    root_lengths: NDArray[np.int64]  # (R,) prompt tokens
+
+
+def collect(forests: Sequence[Forest]) -> Leaves:
+    """Keys, lengths and roots of all leaves of all forests.
+
+    A key is blake2b-128 over the root's digest, whether the leaf is a rival, and the response ids;
+    a root's digest is over its images' digests and its prompt ids. Token ids count as int64,
+    whatever their dtype. About 10 us per leaf.
+
+    Raises:
+        ValueError: an image is no digest, or ids are no flat array of integers.
+    """
+    keys = bytearray()
+    lengths: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    roots: list[int] = []
+    index: dict[bytes, int] = {}
+    root_lengths: list[int] = []
+    for number, forest in enumerate(forests):
+        digests = [_root_digest(root) for root in forest.roots]
+        for place, leaf in enumerate(forest.leaves):
+            above = digests[leaf.root]
+            if above not in index:
+                index[above] = len(root_lengths)
+                root_lengths.append(len(forest.roots[leaf.root].ids))
+            digest = hashlib.blake2b(above, digest_size=16, person=b"realign leaf")
+            digest.update(b"\1" if leaf.rival else b"\0")
+            digest.update(_id_bytes(leaf.ids))
+            keys += digest.digest()
+            lengths.append(len(leaf.ids))
+            pairs.append((number, place))
+            roots.append(index[above])
+    return Leaves(
+        keys=np.frombuffer(bytes(keys), dtype=KEY),
+        lengths=np.array(lengths, np.int32),
+        pairs=np.array(pairs, np.int64).reshape(-1, 2),
+        roots=np.array(roots, np.int64),
+        root_lengths=np.array(root_lengths, np.int64),
+    )
+
+
+def leaf_keys(forests: Sequence[Forest]) -> NDArray[np.void]:
+    """Keys of all leaves of all forests, in order: (leaves,) of dtype V16."""
+    return collect(forests).keys
+
+
+def array_digest(array: NDArray[Any]) -> str:
+    """128-bit digest of an array's dtype, shape and bytes, such as preprocessed pixels, as hex."""
+    array = np.ascontiguousarray(array)
+    digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=16)
+    digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _root_digest(root: RootLike) -> bytes:
+    digest = hashlib.blake2b(digest_size=16, person=b"realign root")
+    digest.update(len(root.images).to_bytes(8, "little"))
+    for image in root.images:
+        if not isinstance(image, str):
+            raise ValueError(
+                f"images of a root must be digests (array_digest of the pixels), got {image!r:.80}"
+            )
+        name = image.encode()
+        digest.update(len(name).to_bytes(8, "little") + name)
+    digest.update(_id_bytes(root.ids))
+    return digest.digest()
+
+
+def _id_bytes(ids: NDArray[np.integer]) -> bytes:
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"ids must be a flat array of token ids, got {array.dtype} of shape {array.shape}"
+        )
+    return array.astype("<i8").tobytes()

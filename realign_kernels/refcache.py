@@ -1,0 +1,329 @@
+"""The reference cache: log-probs of a frozen model, computed once per distinct leaf and kept.
+
+    cache = ReferenceCache.open(directory, {"weights": digest, "dtype": "bf16"})
+    cache.fill(model, forests, build=build)      # what is missing, on every rank its share
+    logps, token_counts = cache.lookup(forests)  # (leaves,) each
+
+A leaf's key is a digest of its images, prompt and response (`leaves.py`), so the learning rate,
+the batch size or the order of records never matter to it. What else decides a log-prob is in the
+fingerprint; each fingerprint has a table of its own, in a folder of its own. The table (`table.py`,
+csrc/table.cpp) is an append-only log that survives kill -9; the pass over the model is in
+`filling.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from realign_kernels import filling
+from realign_kernels.leaves import Forest, collect
+from realign_kernels.table import compact_table, open_table
+
+_ABOUT = "table.json"
+
+
+class References(NamedTuple):
+    """Reference log-probs of leaves, in the order of forests and of the leaves in each."""
+
+    logps: NDArray[np.float64]  # (leaves,) summed over response tokens, in nats
+    token_counts: NDArray[np.int32]  # (leaves,)
+
+
+class MissingReferences(ValueError):
+    """Leaves without a reference log-prob were asked for.
+
+    Attributes:
+        leaves: their indices, in the order of forests and of the leaves in each.
+    """
+
+    def __init__(self, message: str, leaves: NDArray[np.int64]) -> None:
+        super().__init__(message, leaves)
+        self.leaves = leaves
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ReferenceCache:
+    """Reference log-probs under one fingerprint; safe with other processes in the same folder.
+
+    Args:
+        directory: holds a folder for each fingerprint; made when needed.
+        fingerprint: named parts that decide a log-prob besides the leaf, such as
+            {"weights": ..., "dtype": ..., "processor": ...}. Any difference is another table.
+        writer: name of this process's log in the table; the lowest free number when absent.
+        read_only: refuse `insert` and `fill`, and make nothing.
+
+    Raises:
+        ValueError: the fingerprint is empty, the folder holds logs of another table, or with
+            read_only there is no table.
+        OSError: the folder cannot be made or read.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        fingerprint: Mapping[str, str],
+        *,
+        writer: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.directory = Path(directory)
+        self.fingerprint = _checked(fingerprint)
+        self.digest = fingerprint_digest(self.fingerprint)
+        self.folder = self.directory / self.digest
+        self.read_only = read_only
+        self._table = open_table(
+            self.folder, bytes.fromhex(self.digest), writer=writer, read_only=read_only
+        )
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        fingerprint: Mapping[str, str],
+        **options: Any,
+    ) -> ReferenceCache:
+        """The same as the constructor."""
+        return cls(directory, fingerprint, **options)
+
+    def missing(self, forests: Sequence[Forest]) -> NDArray[np.bool_]:
+        """Which leaves have no log-prob here yet, (leaves,), written by others included."""
+        return self.find(collect(forests).keys)[1] == 0
+
+    def lookup(self, forests: Sequence[Forest]) -> References:
+        """The log-probs of all leaves of all forests.
+
+        Raises:
+            MissingReferences: some leaves have none.
+            ValueError: a log-prob was stored for another number of tokens than its leaf has.
+        """
+        leaves = collect(forests)
+        keys, lengths = leaves.keys, leaves.lengths
+        logps, counts = self._table.lookup(keys)
+        if not counts.all():  # perhaps another process has written them meanwhile
+            logps, counts = self.find(keys)
+        if not counts.all():
+            absent = np.flatnonzero(counts == 0)
+            raise MissingReferences(
+                f"{len(absent)} of {len(keys)} leaves have no reference log-prob in "
+                f"{self.folder}: call fill(model, forests, ...) with the reference model first",
+                absent,
+            )
+        if (at := np.flatnonzero(counts != lengths)).size:
+            raise ValueError(
+                f"leaf {at[0]} has {lengths[at[0]]} tokens, its log-prob in {self.folder} is of "
+                f"{counts[at[0]]}: it was inserted for another leaf; remove the folder and fill it "
+                "again"
+            )
+        return References(logps, counts)
+
+    def insert(
+        self,
+        forests: Sequence[Forest],
+        logps: ArrayLike,  # (leaves,) summed over response tokens
+    ) -> int:
+        """Keep log-probs computed elsewhere; returns how many were new.
+
+        Values on disk never change: of a leaf that is known the first value stays.
+
+        Raises:
+            ValueError: another number of log-probs than leaves, or one that is not finite.
+            OSError: they could not be written; what was written before is kept.
+        """
+        leaves = collect(forests)
+        values = np.ascontiguousarray(logps, dtype=np.float64)
+        if values.shape != leaves.keys.shape:
+            raise ValueError(
+                f"logps must have shape {leaves.keys.shape}, one for each leaf, got {values.shape}"
+            )
+        return self.keep(leaves.keys, values, leaves.lengths)
+
+    def fill(
+        self,
+        model: Callable[[Any], Any],
+        forests: Sequence[Forest],
+        *,
+        build: Callable[[Sequence[tuple[int, int]]], Any],
+        row_tokens: int,
+        batch_rows: int = 8,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> filling.Filled:
+        """Compute what is missing, each distinct leaf once, and write it batch by batch.
+
+        Leaves are laid out by `pack_forest`, longest trees first, over all forests, whatever is
+        known: so a pass that was killed goes on with the very batches it would have run, and its
+        values are the same bits. Where known leaves are scattered over many batches, the missing
+        ones are packed anew instead.
+
+        With torch.distributed initialised every rank calls this with the same forests and computes
+        its share; afterwards all ranks can look everything up, with a shared folder or without.
+
+        Args:
+            model: takes what `build` returns; gives per-token log-probs, (N,) fp32 on any device,
+                leaf after leaf in the order given. It runs without gradients: under
+                torch.inference_mode, or no_grad where FSDP2 shards it (its gathered parameters
+                would stay inference tensors). It must be the reference: adapters off, eval mode.
+            forests: the examples.
+            build: from (forest, leaf) index pairs to the model's input. Called in a thread, one
+                batch ahead.
+            row_tokens: most tokens in a row of the forest.
+            batch_rows: rows in one forward.
+            on_batch: told (leaves, tokens of their roots and responses) after each batch.
+
+        Raises:
+            ValueError: row_tokens is too small for a leaf, the model returned another number of
+                log-probs than there are tokens, or one of them is not finite.
+            OSError: a log-prob could not be written; those before are kept.
+        """
+        self._writable("fill")
+        leaves = collect(forests)
+        done = filling.fill(self, model, leaves, build, row_tokens, batch_rows, on_batch)
+        self._table.sync()
+        return done
+
+    def find(
+        self,
+        keys: NDArray[np.void],  # (n,) V16
+    ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+        """Log-probs, NaN where absent, and token counts, 0 where absent; (n,) each."""
+        self._table.refresh()
+        return self._table.lookup(keys)
+
+    def keep(
+        self,
+        keys: NDArray[np.void],  # (n,) V16
+        logps: NDArray[np.float64],  # (n,)
+        counts: NDArray[np.int32],  # (n,)
+    ) -> int:
+        """Append what is not known yet; returns how many that were. Raises as `insert` does."""
+        self._writable("keep")
+        if len(keys):
+            self._describe()
+        return self._table.insert(keys, logps, counts)
+
+    def refresh(self) -> int:
+        """Read what other processes wrote since; returns the number of new leaves."""
+        return self._table.refresh()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of the table, as `inspect` gives them, and the name of this process's log."""
+        return self._table.stats()
+
+    def nearest(self) -> tuple[Path, list[str]] | None:
+        """The most similar table under `directory`, and the parts in which it differs, if any.
+
+        Tells why a cache did not hit: "processor", "dtype (fp32, here bf16)".
+        """
+        found: list[tuple[int, Path, list[str]]] = []
+        for folder, parts in tables(self.directory).items():
+            if folder == self.folder or not parts:
+                continue
+            names = [name for name in {**self.fingerprint, **parts} if self._part(name, parts)]
+            found.append((len(names), folder, [self._part(name, parts) for name in names]))
+        return min(found)[1:] if found else None
+
+    def _part(self, name: str, parts: Mapping[str, str]) -> str:
+        here, there = self.fingerprint.get(name), parts.get(name)
+        if here == there:
+            return ""
+        short = all(value is not None and len(value) < 24 for value in (here, there))
+        return f"{name} ({there}, here {here})" if short else name
+
+    def close(self) -> None:
+        """Write through to disk and give up this process's log."""
+        self._table.close()
+
+    def __enter__(self) -> ReferenceCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def _writable(self, what: str) -> None:
+        if self.read_only:
+            raise ValueError(f"{what} needs a cache that was not opened with read_only=True")
+
+    def _describe(self) -> None:
+        """Say beside the logs what the fingerprint stands for."""
+        about = self.folder / _ABOUT
+        if not about.exists():
+            partial = about.with_name(f".{_ABOUT}.{os.getpid()}")
+            partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
+            partial.replace(about)
+
+
+def fingerprint_digest(parts: Mapping[str, str]) -> str:
+    """128-bit digest of named parts, as hex; the name of the table's folder."""
+    canonical = json.dumps(dict(parts), sort_keys=True, ensure_ascii=True).encode()
+    return hashlib.blake2b(canonical, digest_size=16, person=b"realign table").hexdigest()
+
+
+def tables(directory: str | os.PathLike[str]) -> dict[Path, dict[str, str]]:
+    """The tables under a directory and the parts of their fingerprints, by folder name.
+
+    A table whose description is lost or damaged has no parts.
+    """
+    found = {}
+    for folder in sorted(Path(directory).glob("*")):
+        name = folder.name
+        if len(name) == 32 and not set(name) - set("0123456789abcdef") and folder.is_dir():
+            try:
+                parts = json.loads((folder / _ABOUT).read_text())
+            except (OSError, ValueError):
+                parts = {}
+            found[folder] = parts if fingerprint_digest(parts) == name else {}
+    return found
+
+
+def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read all logs of one table (a folder of `tables`) and count what is in them.
+
+    Returns:
+        records (distinct leaves), logs, bytes, bad (unreadable records), torn_bytes (of records cut
+        short), duplicates, conflicts (duplicates that differ), largest_difference of these.
+    """
+    path = Path(folder)
+    table = open_table(path, bytes.fromhex(path.name), read_only=True)
+    try:
+        return table.stats()
+    finally:
+        table.close()
+
+
+def compact(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Merge the logs of one table (a folder of `tables`) without duplicates and bad records.
+
+    Safe beside readers and writers: logs being written are left alone.
+
+    Returns:
+        Counts: records, bytes_before, bytes_after, logs_merged, logs_in_use, bad_dropped,
+        torn_bytes, duplicates_dropped.
+    """
+    path = Path(folder)
+    return compact_table(path, bytes.fromhex(path.name))
+
+
+def _checked(fingerprint: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(fingerprint, Mapping) or not fingerprint:
+        raise ValueError(
+            "fingerprint must be a mapping of named parts that decide a log-prob, such as "
+            f'{{"weights": ..., "dtype": "bf16"}}, got {fingerprint!r}'
+        )
+    for name, value in fingerprint.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ValueError(
+                f"fingerprint[{name!r}] is {value!r}; names and values must be strings"
+            )
+    return dict(fingerprint)

@@ -1,0 +1,455 @@
+"""Reference log-probs of real models: what misses, what hits, and that they are the right ones."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from test_forest import LOGP_TOLERANCE, separate_logps
+
+from realign import cache as cache_command
+from realign import parallel, reference
+from realign import train as training
+from realign.config import parse
+from realign.digits import ASSETS
+from realign.encode import encode_records
+from realign.metrics import read_jsonl
+from realign.model import (
+    ForestModel,
+    adapters_off,
+    add_lora,
+    load_model,
+    load_processor,
+)
+from realign.records import StoredImage, read_pairs, write_pairs
+from realign.train import train
+from realign_kernels import ReferenceCache, objectives
+
+CPU = torch.device("cpu")
+
+
+def encoded(pairs, processor, **options):
+    return encode_records(
+        read_pairs(pairs),
+        processor,
+        objectives.rdpo(),
+        image_tokens=16,
+        max_response_tokens=64,
+        max_tokens=512,
+        progress=False,
+        **options,
+    )
+
+
+def fill(cache, model, examples, store, **options):
+    options = {"row_tokens": 128, "batch_rows": 16, "device": CPU} | options
+    return reference.fill(
+        cache, model, examples, store, progress=False, say=lambda _: None, **options
+    )
+
+
+# --- what misses and what hits, from the command line on ---
+
+
+class Trainer:
+    """Runs one training step with its own cache; tells how many leaves were known."""
+
+    def __init__(self, folder, pairs, capsys):
+        self.folder, self.pairs, self.capsys, self.runs = folder, pairs, capsys, 0
+
+    def known(self, *options, pairs=None, ranks=0):
+        self.runs += 1
+        given = ["--pairs", pairs or self.pairs, "--output", self.folder / f"run {self.runs}"]
+        given += ["--reference-cache", self.folder / "cache", "--steps", 1, "--batch-size", 8]
+        given += [*options, "--quiet"] + (["--fsdp", "--nproc-per-node", ranks] if ranks else [])
+        given = [str(word) for word in given]
+        if ranks:
+            command = [sys.executable, "-m", "realign.train", *given]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            shown = done.stdout
+        else:
+            self.capsys.readouterr()
+            train(parse(given))
+            shown = self.capsys.readouterr().out
+        known, total = re.search(r"([\d,]+) of ([\d,]+) leaves known", shown).groups()
+        return int(known), int(total), shown
+
+
+@pytest.fixture
+def trainer(tmp_path, pairs_file, capsys):
+    return Trainer(tmp_path, pairs_file, capsys)
+
+
+def test_what_must_hit(trainer, pairs_file, tmp_path):
+    known, total, _ = trainer.known()
+    assert known == 0 and total == 3 * len(read_pairs(pairs_file))
+    records = read_pairs(pairs_file)
+    write_pairs(tmp_path / "reversed.parquet", records[::-1])
+    paths = []
+    for i, record in enumerate(records):  # the same pictures as files of other names and formats
+        path = tmp_path / f"renamed {i}.bmp"
+        record.images[0].open("").save(path)
+        paths.append(type(record)(**vars(record) | {"images": (StoredImage(path=str(path)),)}))
+    write_pairs(tmp_path / "renamed.parquet", paths)
+    for options in (
+        ["--learning-rate", "1e-3"],
+        ["--output", tmp_path / "another folder"],
+        ["--batch-size", 4, "--micro-batch-size", 2],
+        ["--row-tokens", 300],
+        ["--seed", 5],
+        ["--beta", 0.5, "--visual-weight", 0.3],
+        ["--tune", "full"],
+        ["--lora-rank", 4],
+        ["--objective", "dpo"],
+        ["--max-response-tokens", 100],
+    ):
+        known, all_leaves, _ = trainer.known(*options)
+        assert known == all_leaves, options
+    for name in ("reversed", "renamed"):
+        assert trainer.known(pairs=tmp_path / f"{name}.parquet")[0] == total, name
+    assert trainer.known(ranks=2)[0] == total
+
+
+def test_bf16_hits_on_any_number_of_ranks_and_from_the_command(trainer, tmp_path):
+    _, total, _ = trainer.known("--dtype", "bf16")
+    assert trainer.known("--dtype", "bf16", ranks=2)[0] == total
+    assert trainer.known("--dtype", "bf16", "--tune", "full")[0] == total
+    assert trainer.known()[0] == 0  # fp32
+    command = ["fill", "--pairs", str(trainer.pairs), "--dtype", "bf16", "--quiet"]
+    command += ["--reference-cache", str(tmp_path / "cache")]
+    trainer.capsys.readouterr()
+    assert cache_command.main(command) == 0
+    assert f"{total} of {total} leaves known" in trainer.capsys.readouterr().out
+
+
+def edited_model(folder, edit):
+    """A copy of the digits model, changed by `edit`."""
+    shutil.copytree(ASSETS, folder)
+    edit(folder)
+    return folder
+
+
+def flip_a_byte(folder):
+    """One bit of one byte in the middle of the weights."""
+    file = folder / "model.safetensors"
+    with safe_open(file, "np") as weights:
+        assert len(weights.keys()) > 50
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def edit_processor(folder):
+    """Another mean that pixels are normalised with."""
+    file = folder / "processor_config.json"
+    content = json.loads(file.read_text())
+    assert content["image_processor"]["image_mean"] != [0.4, 0.5, 0.5]
+    content["image_processor"]["image_mean"] = [0.4, 0.5, 0.5]
+    file.write_text(json.dumps(content))
+
+
+def adapter_on_the_base(folder, alpha=8.0):
+    """A LoRA folder that changes what the base says; others differ in alpha alone."""
+    vlm = load_model(ASSETS)
+    adapter = add_lora(vlm, 4, alpha)
+    torch.manual_seed(0)
+    for name, parameter in vlm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapter.save_pretrained(folder)
+    load_processor(ASSETS).save_pretrained(folder)
+    return folder
+
+
+def test_what_must_miss(trainer, pairs_file, tmp_path):
+    _, total, _ = trainer.known()
+    edits = {"weights": flip_a_byte, "processor": edit_processor}
+    for name, edit in edits.items():
+        model = edited_model(tmp_path / name, edit)
+        known, _, shown = trainer.known("--model", model)
+        assert known == 0, name
+        assert re.search(rf"not those in [0-9a-f]{{32}}: other {name}\n", shown), shown
+        assert trainer.known("--model", model)[0] == total
+    for alpha in (8.0, 16.0):
+        model = adapter_on_the_base(tmp_path / f"adapter {alpha}", alpha)
+        assert trainer.known("--model", model, "--merge")[0] == 0
+        assert trainer.known("--model", model, "--tune", "full")[0] == total
+    known, _, shown = trainer.known("--dtype", "bf16")
+    assert known == 0 and "dtype (float32, here bfloat16)" in shown
+
+    records = read_pairs(pairs_file)
+    assert trainer.known()[0] == total
+
+    def changed(name, **changes):
+        first = type(records[0])(**vars(records[0]) | changes)
+        write_pairs(tmp_path / f"{name}.parquet", [first, *records[1:]])
+        return trainer.known(pairs=tmp_path / f"{name}.parquet")[0]
+
+    picture = records[0].images[0].open("").copy()
+    r, g, b = picture.getpixel((5, 5))
+    picture.putpixel((5, 5), (r ^ 1, g, b))
+    assert changed("pixel", images=(StoredImage.from_pil(picture),)) == total - 2
+    assert changed("response", chosen=records[0].chosen + " seven") == total - 2
+    shorter = records[0].rejected.rsplit(" ", 1)[0]  # as truncation would leave it
+    assert changed("truncated", rejected=shorter) == total - 1
+    prompt = ({"role": "user", "content": "name the digits ?"},)
+    assert prompt != records[0].prompt
+    assert changed("prompt", prompt=prompt) == total - 3
+
+
+def test_a_changed_chat_template_misses(pairs_file, processor):
+    examples, _ = encoded(pairs_file, processor)
+    other = load_processor(ASSETS)
+    text = other.chat_template
+    other.chat_template = text.replace("{{", "{{ 'name' }}{{", 1)
+    changed, _ = encoded(pairs_file, other)
+    assert reference.digest_of(examples) != reference.digest_of(changed)
+    for a, b in zip(examples, changed, strict=True):
+        assert len(b.roots[0].ids) > len(a.roots[0].ids)
+
+
+def test_fingerprint(processor, vlm):
+    def of(model=vlm, processor=processor, dtype=torch.float32, device=CPU):
+        return reference.fingerprint(model, processor, dtype, device)
+
+    base = of()
+    assert base == of(load_model(ASSETS))
+    # As the forward sees them: loading in bf16 or casting to it later is the same.
+    assert of(load_model(ASSETS, torch.bfloat16), dtype=torch.bfloat16) == of(dtype=torch.bfloat16)
+    changed = {"dtype": of(dtype=torch.bfloat16), "device": of(device=torch.device("cuda"))}
+    moved = load_model(ASSETS)
+    with torch.no_grad():
+        moved.lm_head.weight.view(torch.int32)[0, 0] ^= 1
+    changed["weights"] = of(moved)
+    other = load_model(ASSETS)
+    other.config.text_config.rms_norm_eps *= 2  # not in the weights, yet it decides log-probs
+    changed["config"] = of(other)
+    eager = load_model(ASSETS)
+    eager.set_attn_implementation("eager")
+    changed["attention"] = of(eager)
+    settings = load_processor(ASSETS)
+    settings.image_processor.rescale_factor = 1 / 254
+    changed["processor"] = of(processor=settings)
+    for name, parts in changed.items():
+        differing = {key for key in base if parts[key] != base[key]}
+        assert name in differing
+        assert differing <= {name, "weights"} if name == "dtype" else differing == {name}, name
+    assert set(base) == {*changed, "transformers", "layout"}
+
+
+# --- the values ---
+
+
+def test_values_are_those_of_separate_live_forwards(pairs_file, processor, vlm, tmp_path):
+    examples, store = encoded(pairs_file, processor)
+    with ReferenceCache.open(tmp_path, {"weights": "digits"}) as cache, torch.no_grad():
+        found = fill(cache, ForestModel(vlm).eval(), examples, store)
+        truth = separate_logps(vlm, examples, store)
+    assert found.dtype == torch.float64 and found.shape == (3, len(examples))
+    assert (found - truth).abs().max() < LOGP_TOLERANCE
+
+
+def test_adapters_are_off_and_come_back(pairs_file, processor, vlm, tmp_path):
+    examples, store = encoded(pairs_file, processor)
+    adapted = load_model(ASSETS)
+    add_lora(adapted, 4, 8.0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    grads = {n: p.requires_grad for n, p in adapted.named_parameters()}
+    with ReferenceCache.open(tmp_path, {"weights": "base"}) as cache:
+        truth = fill(cache, ForestModel(vlm).eval(), examples, store)
+    with ReferenceCache.open(tmp_path, {"weights": "adapted"}) as cache:
+        model = ForestModel(adapted).eval()
+        assert torch.equal(fill(cache, model, examples, store), truth)
+    assert grads == {n: p.requires_grad for n, p in adapted.named_parameters()}
+    with torch.no_grad():
+        moved = separate_logps(adapted, examples[:1], store)
+        with adapters_off(adapted):
+            base = separate_logps(adapted, examples[:1], store)
+    assert (moved - truth[:, :1]).abs().max() > 1
+    assert (base - truth[:, :1]).abs().max() < LOGP_TOLERANCE
+
+
+def test_training_with_the_cache_equals_training_with_a_live_reference(
+    trainer, tmp_path, monkeypatch
+):
+    """A second model, each leaf a sequence of its own, at each step; six steps of Adam."""
+    options = ["--pairs", trainer.pairs, "--steps", 6, "--batch-size", 8, "--quiet"]
+    options += ["--learning-rate", "3e-4"]
+
+    def curve(output):
+        train(parse([str(word) for word in [*options, "--output", output]]))
+        return read_jsonl(output / "metrics.jsonl")
+
+    cached = curve(tmp_path / "cached")
+    base, live = load_model(ASSETS).eval(), []
+
+    class Live:
+        def __init__(self, examples, store):
+            self.examples, self.store = examples, store
+
+        def float(self):
+            return self
+
+        def __getitem__(self, place):
+            part = [self.examples[i] for i in place[1]]
+            with torch.no_grad():
+                live.append(len(part))
+                return separate_logps(base, part, self.store).float()
+
+    monkeypatch.setattr(
+        training.reference, "fill", lambda cache, model, examples, store, **_: Live(examples, store)
+    )
+    followed = curve(tmp_path / "live")
+    assert sum(live) == 6 * 8
+    for name in ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins"):
+        ours = np.array([entry[name] for entry in cached])
+        theirs = np.array([entry[name] for entry in followed])
+        assert np.abs(ours - theirs).max() <= 2e-5 * max(1, np.abs(theirs).max()), name
+    assert cached[-1]["loss"] < cached[0]["loss"] - 0.01
+
+
+def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(
+    pairs_file, processor, forest_model, tmp_path
+):
+    examples, store = encoded(pairs_file, processor)
+    with ReferenceCache.open(tmp_path / "whole", {"weights": "x"}) as cache:
+        truth = fill(cache, forest_model, examples, store, batch_rows=4)
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(torch.nn.Module):
+        def __init__(self, after):
+            super().__init__()
+            self.left = after
+
+        def forward(self, batch):
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+            return forest_model(batch)
+
+    for after in (1, 2, 4):
+        folder = tmp_path / f"after {after}"
+        with ReferenceCache.open(folder, {"weights": "x"}) as cache, pytest.raises(Killed):
+            fill(cache, Dying(after), examples, store, batch_rows=4)
+        with ReferenceCache.open(folder, {"weights": "x"}) as cache:
+            held = len(cache)
+            assert held > 0
+            assert torch.equal(fill(cache, forest_model, examples, store, batch_rows=4), truth)
+
+
+# --- the commands ---
+
+
+def test_the_commands(pairs_file, tmp_path, capsys):
+    place = ["--reference-cache", str(tmp_path)]
+
+    def run(*words):
+        capsys.readouterr()
+        code = cache_command.main([*map(str, words), *place])
+        return code, capsys.readouterr()
+
+    assert run("stats")[1].out == f"no tables in {tmp_path}\n"
+    code, shown = run("fill", "--pairs", pairs_file, "--quiet")
+    total = 3 * len(read_pairs(pairs_file))
+    assert code == 0 and f"0 of {total} leaves known" in shown.out
+    code, shown = run("stats")
+    assert code == 0 and f"{total} log-probs in 1 log(s)" in shown.out
+    assert "dtype float32" in shown.out and "attention sdpa" in shown.out
+    assert run("verify")[0] == 0
+    (log,) = tmp_path.glob("*/*.log")
+    data = bytearray(log.read_bytes())
+    data[32 * 5 + 20] ^= 4
+    log.write_bytes(data + b"torn")
+    code, shown = run("verify")
+    assert code == 1 and "1 unreadable records and 4 bytes" in shown.out
+    assert "computes these log-probs again" in shown.err
+    code, shown = run("compact")
+    assert code == 0 and "1 unreadable records dropped" in shown.out
+    assert run("verify")[0] == 0
+    code, shown = run("fill", "--pairs", pairs_file, "--quiet")
+    assert code == 0 and f"{total - 1} of {total} leaves known" in shown.out
+    code, shown = run("fill", "--pairs", pairs_file, "--quiet")
+    assert f"{total} of {total} leaves known" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fill"], "pairs is missing: pass the file"),
+        (
+            ["fill", "--pairs", "x", "--dtype", "fp8"],
+            "dtype is 'fp8'; it must be one of fp32, bf16",
+        ),
+        (["fill", "--pairs", "x", "--objective", "kto"], "objective is 'kto'"),
+        (["fill", "--pairs", "x", "--batch-rows", "0"], "batch_rows is 0; it must be 1 or more"),
+        (["fill", "--pairs", "nowhere.parquet"], "there is nothing at"),
+        (["full"], "unknown command 'full': fill, stats, verify, compact"),
+    ],
+)
+def test_mistakes_of_the_commands(words, message, capsys):
+    assert cache_command.main(words) in (1, 2)
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
+
+
+def test_ranks_share_a_pass(pairs_file, tmp_path):
+    command = [sys.executable, "-m", "realign.cache", "fill", "--pairs", pairs_file, "--quiet"]
+    command += ["--reference-cache", tmp_path, "--batch-rows", "4", "--nproc-per-node", 2]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("leaves known") == 1
+    logs = list(tmp_path.glob("*/*.log"))
+    assert len(logs) == 2 and min(log.stat().st_size for log in logs) > 32 * 10
+
+
+def test_what_goes_wrong_with_a_disk_is_said_by_any_rank(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    words = ["fill", "--pairs", str(tmp_path / "none"), "--reference-cache", str(tmp_path / "file")]
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    assert cache_command.main(words) == 1
+    assert capsys.readouterr().err == ""  # every rank misses the pairs; rank 0 says it
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "0.log"))
+    monkeypatch.setattr(cache_command, "fill", lambda *_: (_ for _ in ()).throw(full))
+    assert cache_command.main(words) == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "file"]
+    assert cache_command.main([str(word) for word in words]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and str(tmp_path / "file") in shown
+
+
+def test_the_page_about_it_runs_as_it_stands(pairs_file, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "reference-cache.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "docs/reference-cache.md", "exec"), names)
+    assert names["loss"].item() == pytest.approx(np.log(2)) and (names["logps"] < 0).all()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REALIGN_CACHE", str(tmp_path / "own"))
+    shutil.copy(pairs_file, "pairs.parquet")
+    Path("llava-1.5-7b").symlink_to(ASSETS)
+    (console,) = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+    for line in console.splitlines():
+        program, _, module, *words = line.split()
+        assert (program, module) == ("python", "realign.cache")
+        assert cache_command.main(words) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "own").glob("reference/*/*.log"))) == 1
