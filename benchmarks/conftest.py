@@ -24,8 +24,17 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"\n{name}: median time over that of {base['name']}")
         for bench in benches:
             ratio = bench["median"] / base["median"]
-            error = bench["extra_info"].get("error")
-            note = "" if error is None else f"   error against fp64 {error:.1e}"
+            note = "".join(f"   {note}" for note in _notes(bench["extra_info"]))
             terminalreporter.write_line(
                 f"  {ratio:6.2f}x  {1e3 * bench['median']:9.1f} ms  {bench['name']}{note}"
             )
+
+
+def _notes(info):
+    """What a benchmark put into its extra_info, where it is one of these."""
+    if "error" in info:
+        yield f"error against fp64 {info['error']:.1e}"
+    if "rate" in info:
+        yield f"{1e-6 * info['rate']:7.3g} M {info['unit']}/s"
+    if "filled" in info:
+        yield f"{100 * info['filled']:.2f} % filled"

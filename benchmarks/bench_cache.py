@@ -1,0 +1,349 @@
+"""The cache's table against a dict kept in Parquet and against LMDB; packing against first fit.
+
+A record is a random key of 16 bytes, a log-prob and a token count. A store gets batches of 256 in
+the form it likes best, made beforehand: ours arrays, the others bytes in lists. Files are in the
+page cache. Before a store is timed all its answers are checked.
+
+- lookup: 1M random known keys of 1M records, into arrays. LMDB in one read transaction.
+- insert: 200k records into an empty store. Ours and LMDB (a transaction per batch, sync=False)
+  survive kill -9 after every batch; the dict is written to Parquet once, at the end, and a crash
+  before that loses everything. "writemap" is LMDB's faster way to write, into a shared map.
+- insert, fsync: 20k records, on disk after every batch: ours with `sync`, LMDB with sync=True.
+- open: 1M records. LMDB maps its file and reads nothing: its lookups pay instead. 10M records
+  (320 MB) are a group of their own, for ours alone.
+- pack: LLaVA-like trees, 576 image tokens, a prompt of 24 to 124, two leaves of 30 to 200. 20k
+  trees beside first-fit decreasing, in numpy: compare how full the rows are, not the time, which
+  for ours includes the checks and the place of every leaf. A million leaves for time.
+"""
+
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from realign_kernels import _extension
+from realign_kernels.batcher import pack_forest
+from realign_kernels.table import open_table
+
+try:
+    import lmdb
+except ImportError:
+    lmdb = None
+
+BATCH, STORED, INSERTED, SYNCED, LARGE = 256, 1_000_000, 200_000, 20_000, 10_000_000
+FINGERPRINT = bytes(16)
+VALUE = np.dtype([("logp", "<f8"), ("tokens", "<i4")])
+ABSENT = (float("nan"), 0)
+NOTHING = np.array([ABSENT], VALUE).tobytes()
+BUDGETS = (4096, 8192, 16384)
+
+
+class Records(NamedTuple):
+    keys: np.ndarray  # (n,) V16
+    logps: np.ndarray  # (n,) float64
+    tokens: np.ndarray  # (n,) int32
+
+    @classmethod
+    def random(cls, n):
+        rng = np.random.default_rng(n)
+        keys = np.frombuffer(rng.bytes(16 * n), "V16")
+        return cls(keys, -100 * rng.random(n), rng.integers(1, 200, n, dtype=np.int32))
+
+    def split(self, size):
+        starts = range(0, len(self.keys), size)
+        return [Records(*(column[at : at + size] for column in self)) for at in starts]
+
+
+class Store:
+    def finish(self):
+        """What is left to do after the last batch."""
+
+    def close(self):
+        """Releases what is open."""
+
+
+class Ours(Store):
+    def __init__(self, folder):
+        self.table = open_table(folder, FINGERPRINT)
+        self.lookup, self.close = self.table.lookup, self.table.close
+
+    def batch(self, records):
+        return records
+
+    def insert(self, batch):
+        self.table.insert(*batch)
+
+    def insert_and_sync(self, batch):
+        self.table.insert(*batch)
+        self.table.sync()
+
+
+class Dict(Store):
+    """A dict of (logp, tokens) by key, read from one file and written back whole."""
+
+    def __init__(self, folder):
+        self.path, self.known = Path(folder) / "records.parquet", {}
+        if self.path.exists():
+            table = pq.read_table(self.path).combine_chunks()
+            column = table["key"].chunk(0)  # column.to_pylist() takes ten times as long
+            keys = np.frombuffer(column.buffers()[1], "V16", len(column)).tolist()
+            logps, tokens = (table[name].to_numpy().tolist() for name in ("logp", "tokens"))
+            self.known = dict(zip(keys, zip(logps, tokens, strict=True), strict=True))
+
+    def batch(self, records):
+        values = zip(records.logps.tolist(), records.tokens.tolist(), strict=True)
+        return records.keys.tolist(), list(values)
+
+    def insert(self, batch):
+        keep = self.known.setdefault  # a key keeps its first value, as in the others
+        for key, value in zip(*batch, strict=True):
+            keep(key, value)
+
+    def lookup(self, keys):
+        get = self.known.get
+        logps, tokens = zip(*[get(key, ABSENT) for key in keys], strict=True)
+        return np.array(logps), np.array(tokens, np.int32)
+
+    def finish(self):
+        logps, tokens = zip(*self.known.values(), strict=True)
+        keys = pa.array(list(self.known), pa.binary(16))
+        columns = {"key": keys, "logp": np.array(logps), "tokens": np.array(tokens, np.int32)}
+        self.path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), self.path)
+
+
+class Lmdb(Store):
+    """A transaction for every batch of writes, one for all reads; a commit is an fsync."""
+
+    options: dict[str, bool] = {}
+
+    def __init__(self, folder):
+        self.env, self.reader = lmdb.open(str(folder), map_size=2**30, **self.options), None
+
+    def batch(self, records):
+        values = np.empty(len(records.keys), VALUE)
+        values["logp"], values["tokens"] = records.logps, records.tokens
+        keys = records.keys.tolist()
+        return keys, list(zip(keys, values.view("V12").tolist(), strict=True))
+
+    def insert(self, batch):
+        with self.env.begin(write=True) as transaction, transaction.cursor() as cursor:
+            cursor.putmulti(batch[1], overwrite=False)
+
+    insert_and_sync = insert
+
+    def lookup(self, keys):
+        if self.reader is None:
+            self.reader = self.env.begin()
+        get = self.reader.get  # cursor.getmulti is slower
+        values = np.frombuffer(b"".join([get(key, NOTHING) for key in keys]), VALUE)
+        return values["logp"], values["tokens"]
+
+    def close(self):
+        if self.reader is not None:
+            self.reader.abort()
+        self.env.close()
+
+
+class LmdbNosync(Lmdb):
+    options = {"sync": False}
+
+
+class LmdbWritemap(Lmdb):
+    options = {"sync": False, "writemap": True}
+
+
+def stores(*kinds):
+    """Parametrizes a benchmark; without LMDB its contestants say so and are skipped."""
+    reason = "lmdb is missing; pip install -c constraints.txt '.[peers]'"
+    skip = pytest.mark.skipif(lmdb is None, reason=reason)
+    marked = [pytest.param(k, marks=skip) if issubclass(k, Lmdb) else k for k in kinds]
+    return pytest.mark.parametrize("kind", marked, ids=lambda kind: kind.__name__.lower())
+
+
+def timed(benchmark, group, call, count, unit, **options):
+    """Times `call`, which does `count` things of `unit` (None: a rate would mislead)."""
+    benchmark.group = group
+    benchmark.pedantic(call, rounds=5, iterations=1, **options)
+    if count is not None and benchmark.stats is not None:  # --benchmark-disable leaves no stats
+        rate = count / benchmark.stats.stats.median
+        benchmark.extra_info.update(rate=rate, unit=unit)
+
+
+def check(store, records):
+    """Every record is found with its value, and keys that were not inserted are not found."""
+    for part in records.split(BATCH):
+        logps, tokens = store.lookup(store.batch(part)[0])
+        assert np.array_equal(logps, part.logps) and np.array_equal(tokens, part.tokens)
+    logps, tokens = store.lookup(store.batch(Records.random(7))[0])
+    assert np.isnan(logps).all() and not tokens.any()
+
+
+@pytest.fixture(scope="module")
+def million():
+    """1M records, and what returns the folder that a kind of store keeps them in."""
+    records, made = Records.random(STORED), {}
+    with tempfile.TemporaryDirectory() as parent:
+
+        def folder_of(kind):
+            if kind not in made:
+                made[kind] = Path(parent) / kind.__name__
+                store = kind(made[kind])
+                for part in records.split(100_000):
+                    store.insert(store.batch(part))
+                store.finish()
+                store.close()
+            return made[kind]
+
+        yield records, folder_of
+
+
+@stores(Ours, Dict, LmdbNosync)
+def test_lookup(benchmark, million, kind):
+    records, folder_of = million
+    picks = np.random.default_rng(0).integers(0, STORED, STORED)
+    wanted = Records(*(part[picks] for part in records))
+    store = kind(folder_of(kind))
+    check(store, wanted)
+    batches = [store.batch(part)[0] for part in wanted.split(BATCH)]
+
+    def lookup():
+        for keys in batches:
+            store.lookup(keys)
+
+    timed(benchmark, "lookup, 1M keys", lookup, STORED, "keys")
+    store.close()
+
+
+def timed_insert(benchmark, group, kind, count, insert):
+    """`insert(store, batch)` of every batch into an empty store, and `finish`."""
+    records, at = Records.random(count), []
+    with tempfile.TemporaryDirectory() as parent:
+
+        def empty():
+            if at:
+                at.pop().close()
+            shutil.rmtree(Path(parent) / "store", ignore_errors=True)
+            at.append(kind(Path(parent) / "store"))
+            return (at[0], [at[0].batch(part) for part in records.split(BATCH)]), {}
+
+        def fill(store, batches):
+            for batch in batches:
+                insert(store, batch)
+            store.finish()
+
+        fill(*empty()[0])
+        at.pop().close()
+        store = kind(Path(parent) / "store")
+        check(store, records)
+        store.close()
+        timed(benchmark, group, fill, count, "records", setup=empty)
+        at.pop().close()
+
+
+@stores(Ours, Dict, LmdbNosync, LmdbWritemap)
+def test_insert(benchmark, kind):
+    timed_insert(benchmark, "insert, 200k records", kind, INSERTED, kind.insert)
+
+
+@stores(Ours, Lmdb)
+def test_insert_and_fsync(benchmark, kind):
+    timed_insert(benchmark, "insert, fsync, 20k", kind, SYNCED, kind.insert_and_sync)
+
+
+def timed_open(benchmark, group, kind, folder, count):
+    opened = []
+
+    def close():
+        while opened:
+            opened.pop().close()
+
+    def reopen():
+        opened.append(kind(folder))
+
+    timed(benchmark, group, reopen, count, "records", setup=close, warmup_rounds=1)
+    close()
+
+
+@stores(Ours, Dict, LmdbNosync)
+def test_open(benchmark, million, kind):
+    records, folder_of = million
+    store = kind(folder_of(kind))
+    check(store, records)
+    store.close()
+    count = None if issubclass(kind, Lmdb) else STORED
+    timed_open(benchmark, "open, 1M records", kind, folder_of(kind), count)
+
+
+@pytest.mark.skipif(_extension.missing_reason() is not None, reason="takes minutes in pure Python")
+def test_open_ours_with_10m(benchmark):
+    records = Records.random(LARGE)
+    with tempfile.TemporaryDirectory() as folder:
+        for todo in (Ours.insert, check):
+            store = Ours(folder)
+            for part in records.split(1_000_000):
+                todo(store, part)
+            store.close()
+        del store, records, part
+        timed_open(benchmark, "open, 10M records", Ours, folder, LARGE)
+
+
+def llava_like(trees):
+    """The arguments of `pack_forest` but for the budget, and the tokens of each tree."""
+    rng = np.random.default_rng(trees)
+    roots, leaves = 576 + rng.integers(24, 125, trees), rng.integers(30, 201, (trees, 2))
+    return (roots, leaves.ravel(), np.repeat(np.arange(trees), 2)), roots + leaves.sum(1)
+
+
+def first_fit_decreasing(lengths, budget):
+    """(R,): the row of each tree; longest first, into the first row that holds it."""
+    rooms, rows, opened = np.full(len(lengths), budget), np.empty(len(lengths), np.int64), 0
+    for tree in np.argsort(-lengths, kind="stable"):
+        row = int((rooms[: opened + 1] >= lengths[tree]).argmax())
+        rows[tree], opened = row, max(opened, row + 1)
+        rooms[row] -= lengths[tree]
+    return rows
+
+
+def our_rows(forest, budget):
+    """(R,): the same of `pack_forest`."""
+    packed = pack_forest(*forest, budget)
+    rows = np.empty(len(forest[0]), np.int64)
+    rows[packed.tree_root] = packed.tree_row
+    assert np.array_equal(np.sort(packed.tree_root), np.arange(len(rows)))  # each once
+    assert np.array_equal(packed.tree_root[packed.leaf_tree], forest[2])
+    return rows
+
+
+def filled(rows, lengths, budget):
+    """Share of the rows that holds tokens; no row is over the budget, and none is empty."""
+    held = np.bincount(rows, lengths)
+    assert held.max() <= budget and held.min() > 0 and held.sum() == lengths.sum()
+    return float(held.sum() / (len(held) * budget))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("contestant", ["ours", "first_fit_decreasing"])
+def test_pack_20k_trees(benchmark, contestant, budget):
+    forest, lengths = llava_like(20_000)
+    if contestant == "ours":
+        rows, call = our_rows(forest, budget), partial(pack_forest, *forest, budget)
+    else:
+        call = partial(first_fit_decreasing, lengths, budget)
+        rows = call()
+    benchmark.extra_info["filled"] = filled(rows, lengths, budget)
+    timed(benchmark, f"pack, 20k trees, {budget}", call, 40_000, "leaves")
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_pack_1m_leaves(benchmark, budget):
+    forest, lengths = llava_like(500_000)
+    benchmark.extra_info["filled"] = filled(our_rows(forest, budget), lengths, budget)
+    call = partial(pack_forest, *forest, budget)
+    timed(benchmark, "pack, 1M leaves", call, 1_000_000, "leaves")

@@ -1,0 +1,181 @@
+"""The reference pass: leaves by forest into the cache, against a plain loop over sequences.
+
+Two models: the shipped digits, on pairs made of them, and a random LLaVA of 60 M parameters (hidden
+512, 8 layers, V = 32000, 576 image tokens, prompt 64, responses 128). fp32, two threads or what
+the machine has. Contestants, each computing the same log-probs (compared before timing):
+
+- cache: `ReferenceCache.fill` into an empty table, everything included.
+- bare forward: the model's own forward over the very same forest rows with logits for the response
+  rows alone, and nothing else: no log-probs, no cache, batches built beforehand.
+- plain loop: one sequence at a time through the model, full logits, log_softmax, gather; what the
+  authors' release does for its reference.
+- plain batches: the same, eight sequences at a time, padded.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from realign import reference
+from realign.digits import ASSETS
+from realign.encode import encode_records
+from realign.forest import Example, Leaf, Root, build_batch
+from realign.model import ForestModel, load_model, load_processor
+from realign.pairs.pipeline import PairsConfig, build_pairs
+from realign.records import read_pairs
+from realign_kernels import ReferenceCache, objectives
+from realign_kernels.filling import plan
+from realign_kernels.leaves import collect
+
+CPU = torch.device("cpu")
+ROUNDS = {"digits": 5, "llava-60m": 3}
+
+
+class Pixels(dict):
+    """Preprocessed images by key."""
+
+    pixels = dict.__getitem__
+
+
+def digits():
+    """About 250 pairs of the shipped digits."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pairs.parquet"
+        build_pairs(PairsConfig(output=str(path), scenes=256, quiet=True))
+        examples, store = encode_records(
+            read_pairs(path),
+            load_processor(ASSETS),
+            objectives.rdpo(),
+            image_tokens=16,
+            max_response_tokens=64,
+            max_tokens=512,
+            progress=False,
+        )
+    return load_model(ASSETS).eval(), examples, store, 32
+
+
+def llava_60m(examples=4, prompt=64, response=128, image_tokens=576, vocabulary=32000):
+    """A random LLaVA and pairs of the usual lengths."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        image_size=336, patch_size=14,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
+        num_attention_heads=8, max_position_embeddings=2048,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=vocabulary - 1,
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    rng, store, made = np.random.default_rng(0), Pixels(), []
+    for i in range(examples):
+        ids = rng.integers(10, vocabulary - 1, prompt)
+        chosen, rejected = rng.integers(10, vocabulary - 1, (2, response))
+        roots = []
+        for name in (f"v{i}", f"w{i}"):
+            store[name] = torch.randn(3, 336, 336)
+            roots.append(Root((name,), np.concatenate([[vocabulary - 1] * image_tokens, ids])))
+        leaves = (Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen))
+        made.append(Example(str(i), tuple(roots), leaves))
+    return LlavaForConditionalGeneration(config).eval(), made, store, 2
+
+
+@pytest.fixture(scope="module", params=["digits", "llava-60m"])
+def setting(request):
+    return request.param, *{"digits": digits, "llava-60m": llava_60m}[request.param]()
+
+
+def fill(setting):
+    _, vlm, examples, store, batch_rows = setting
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ReferenceCache.open(folder, {"weights": "x"}) as cache,
+    ):
+        return reference.fill(
+            cache,
+            ForestModel(vlm),
+            examples,
+            store,
+            row_tokens=max(example.longest_tree for example in examples),
+            batch_rows=batch_rows,
+            device=CPU,
+            progress=False,
+            say=lambda _: None,
+        )
+
+
+def forest_batches(setting):
+    """The batches that `fill` runs, built."""
+    _, _, examples, store, batch_rows = setting
+    row_tokens = max(example.longest_tree for example in examples)
+    leaves = collect(examples)
+    made = []
+    for batch in plan(leaves, np.ones(len(leaves.keys), bool), row_tokens, batch_rows):
+        single = [reference._alone(examples[i], j) for i, j in leaves.pairs[batch.leaves].tolist()]
+        made.append(build_batch(single, store, row_tokens=row_tokens))
+    return made
+
+
+@torch.inference_mode()
+def bare_forward(setting, batches):
+    model = ForestModel(setting[1])
+    return [setting[1].lm_head(model._hidden(batch)) for batch in batches]
+
+
+@torch.inference_mode()
+def plain(setting, size):
+    """(L, B): `size` sequences at a time, padded on the right."""
+    _, vlm, examples, store, _ = setting
+    found = []
+    pairs = [(e, leaf) for e in examples for leaf in e.leaves]
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        lengths = [len(e.roots[x.root].ids) + len(x.ids) for e, x in part]
+        ids = torch.zeros(len(part), max(lengths), dtype=torch.int64)
+        for row, (e, x) in enumerate(part):
+            ids[row, : lengths[row]] = torch.tensor(np.concatenate([e.roots[x.root].ids, x.ids]))
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        pixels = torch.stack([store.pixels(e.roots[x.root].images[0]) for e, x in part])
+        logits = vlm(
+            input_ids=ids, attention_mask=mask.long(), pixel_values=pixels, use_cache=False
+        ).logits[:, :-1].float()  # fmt: skip
+        logps = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+        for row, (e, x) in enumerate(part):
+            first = len(e.roots[x.root].ids) - 1
+            found.append(logps[row, first : first + len(x.ids)].double().sum())
+    return torch.stack(found).view(len(examples), -1).T
+
+
+def timed(benchmark, setting, call):
+    benchmark.group = f"reference pass, {setting[0]}"
+    benchmark.extra_info["threads"] = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
+    return benchmark.pedantic(call, rounds=ROUNDS[setting[0]], warmup_rounds=1, iterations=1)
+
+
+def test_fill_of_the_cache(benchmark, setting):
+    found = timed(benchmark, setting, lambda: fill(setting))
+    truth = plain(setting, 1)
+    benchmark.extra_info["error"] = float((found - truth).abs().max())
+    assert (found - truth).abs().max() < 2e-3  # fp32 sums of 128 log-probs near -10
+
+
+def test_bare_forward_over_the_same_rows(benchmark, setting):
+    batches = forest_batches(setting)
+    timed(benchmark, setting, lambda: bare_forward(setting, batches))
+
+
+def test_plain_loop(benchmark, setting):
+    timed(benchmark, setting, lambda: plain(setting, 1))
+
+
+def test_plain_batches_of_8(benchmark, setting):
+    timed(benchmark, setting, lambda: plain(setting, 8))
