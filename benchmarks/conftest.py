@@ -34,6 +34,9 @@ def _notes(info):
     """What a benchmark put into its extra_info, where it is one of these."""
     if "error" in info:
         yield f"error against fp64 {info['error']:.1e}"
+    if "paired" in info:
+        median, least, most = info["paired"]
+        yield f"{median:.2f}x [{least:.2f}, {most:.2f}] in pairs of rounds"
     if "rate" in info:
         yield f"{1e-6 * info['rate']:7.3g} M {info['unit']}/s"
     if "filled" in info:
