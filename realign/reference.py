@@ -56,14 +56,14 @@ def fingerprint(
     )
     attention = {part.config._attn_implementation for part in parts if part is not None}
     return {
-        "weights": weights_digest(vlm, dtype),
-        "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
-        "processor": _digest(processor.image_processor.to_dict()),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ",".join(sorted(attention)),
         "device": device.type,
+        "processor": _digest(processor.image_processor.to_dict()),
+        "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
+        "weights": weights_digest(vlm, dtype),
     }
 
 
@@ -129,7 +129,8 @@ def fill(
         f"reference log-probs: {len(absent) - absent.sum():,} of {len(absent):,} leaves known in "
         f"{cache.folder}{_nearest(cache)}"
     )
-    share, tokens = -(-int(absent.sum()) // world_size()), 0
+    distinct = len(set(leaf_keys(examples)[absent].tolist()))
+    share, tokens = -(-distinct // world_size()), 0
     bar = tqdm(
         total=share,
         desc="reference log-probs",

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -34,6 +33,7 @@ from realign.train import train
 from realign_kernels import ReferenceCache, objectives
 
 CPU = torch.device("cpu")
+REAL_FILL = reference.fill
 
 
 def encoded(pairs, processor, **options):
@@ -59,11 +59,20 @@ def fill(cache, model, examples, store, **options):
 # --- what misses and what hits, from the command line on ---
 
 
-class Trainer:
-    """Runs one training step with its own cache; tells how many leaves were known."""
+class Filled(Exception):
+    """Ends a run after its reference pass."""
 
-    def __init__(self, folder, pairs, capsys):
+
+class Trainer:
+    """Runs training up to its first step with its own cache; tells how many leaves were known."""
+
+    def __init__(self, folder, pairs, capsys, monkeypatch):
         self.folder, self.pairs, self.capsys, self.runs = folder, pairs, capsys, 0
+        self.monkeypatch = monkeypatch
+
+    def fill_only(self, *arguments, **options):
+        REAL_FILL(*arguments, **options)
+        raise Filled
 
     def known(self, *options, pairs=None, ranks=0):
         self.runs += 1
@@ -78,15 +87,17 @@ class Trainer:
             shown = done.stdout
         else:
             self.capsys.readouterr()
-            train(parse(given))
+            with self.monkeypatch.context() as patch, pytest.raises(Filled):
+                patch.setattr(training.reference, "fill", self.fill_only)
+                train(parse(given))
             shown = self.capsys.readouterr().out
         known, total = re.search(r"([\d,]+) of ([\d,]+) leaves known", shown).groups()
         return int(known), int(total), shown
 
 
 @pytest.fixture
-def trainer(tmp_path, pairs_file, capsys):
-    return Trainer(tmp_path, pairs_file, capsys)
+def trainer(tmp_path, pairs_file, capsys, monkeypatch):
+    return Trainer(tmp_path, pairs_file, capsys, monkeypatch)
 
 
 def test_what_must_hit(trainer, pairs_file, tmp_path):
@@ -119,16 +130,20 @@ def test_what_must_hit(trainer, pairs_file, tmp_path):
     assert trainer.known(ranks=2)[0] == total
 
 
-def test_bf16_hits_on_any_number_of_ranks_and_from_the_command(trainer, tmp_path):
-    _, total, _ = trainer.known("--dtype", "bf16")
-    assert trainer.known("--dtype", "bf16", ranks=2)[0] == total
+def test_bf16_hits_whatever_the_ranks_and_whoever_filled(trainer, pairs_file, tmp_path):
+    """Two ranks that shard the model fill; one process that trains, in either way, finds it all."""
+    command = [sys.executable, "-m", "realign.cache", "fill", "--pairs", pairs_file, "--quiet"]
+    command += ["--reference-cache", tmp_path / "cache", "--dtype", "bf16", "--batch-rows", 4]
+    command += ["--fsdp", "--nproc-per-node", 2]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("leaves known") == 1
+    logs = list((tmp_path / "cache").glob("*/*.log"))
+    assert len(logs) == 2 and min(log.stat().st_size for log in logs) > 32 * 10
+    known, total, _ = trainer.known("--dtype", "bf16")
+    assert known == total
     assert trainer.known("--dtype", "bf16", "--tune", "full")[0] == total
     assert trainer.known()[0] == 0  # fp32
-    command = ["fill", "--pairs", str(trainer.pairs), "--dtype", "bf16", "--quiet"]
-    command += ["--reference-cache", str(tmp_path / "cache")]
-    trainer.capsys.readouterr()
-    assert cache_command.main(command) == 0
-    assert f"{total} of {total} leaves known" in trainer.capsys.readouterr().out
 
 
 def edited_model(folder, edit):
@@ -403,17 +418,6 @@ def test_mistakes_of_the_commands(words, message, capsys):
     assert cache_command.main(words) in (1, 2)
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
-
-
-def test_ranks_share_a_pass(pairs_file, tmp_path):
-    command = [sys.executable, "-m", "realign.cache", "fill", "--pairs", pairs_file, "--quiet"]
-    command += ["--reference-cache", tmp_path, "--batch-rows", "4", "--nproc-per-node", 2]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("leaves known") == 1
-    logs = list(tmp_path.glob("*/*.log"))
-    assert len(logs) == 2 and min(log.stat().st_size for log in logs) > 32 * 10
 
 
 def test_what_goes_wrong_with_a_disk_is_said_by_any_rank(monkeypatch, capsys, tmp_path):
