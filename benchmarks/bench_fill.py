@@ -102,7 +102,7 @@ def fill(setting):
     ):
         return reference.fill(
             cache,
-            ForestModel(vlm),
+            ForestModel(vlm).eval(),
             examples,
             store,
             row_tokens=max(example.longest_tree for example in examples),

@@ -27,12 +27,9 @@ constexpr int64_t kUnit = sizeof(Record);
 void check_name(const std::string& name) {
   static const char allowed[] =
       "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-";
-  if (name.empty() || name[0] == '.' || name.find_first_not_of(allowed) != std::string::npos ||
-      name.rfind("compacted-", 0) == 0) {
+  if (name.empty() || name[0] == '.' || name.find_first_not_of(allowed) != std::string::npos) {
     throw std::invalid_argument("writer is '" + name +
-                                "'; use letters, digits, '.', '_' and '-', no dot in front, and "
-                                "not 'compacted-' in front, which is for the results of "
-                                "compact_table");
+                                "'; use letters, digits, '.', '_' and '-', no dot in front");
   }
 }
 

@@ -14,7 +14,8 @@ namespace realign {
 namespace {
 
 constexpr int64_t kUnit = sizeof(Record);
-const char kPrefix[] = "compacted-";
+// Sorts before any writer's log: where values differ, the one that counted before still does.
+const char kPrefix[] = "+compacted-";
 
 // One more than any result that is there: a name that comes back could be taken for the old file.
 std::string fresh_name(const std::vector<std::string>& names) {

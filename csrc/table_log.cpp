@@ -33,7 +33,7 @@ std::string remedy(int code) {
     case EACCES:
     case EPERM:
     case EROFS:
-      return "; name a folder that you may write, or open the table with read_only=True";
+      return "; name a folder that you may write, or make this one writable";
     case ENOTDIR:
     case EEXIST:
       return "; a table is a folder: name another path";

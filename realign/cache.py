@@ -22,7 +22,7 @@ from realign.cli import parse_sections
 from realign.config import LossConfig
 from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
-from realign.model import DTYPES, ForestModel, NonFiniteRecords, load_model, load_processor
+from realign.model import DTYPES, ForestModel, load_model, load_processor
 from realign.noise import hush_libraries
 from realign.records import read_pairs
 from realign_kernels import ReferenceCache, refcache
@@ -37,6 +37,15 @@ class CacheConfig:
     def directory(self) -> Path:
         """The folder."""
         return Path(self.reference_cache or reference.default_directory())
+
+    def tables(self) -> dict[Path, dict[str, str]]:
+        """The tables in it."""
+        if self.reference_cache and not self.directory.is_dir():
+            raise ValueError(f"there is no folder {self.directory}; check --reference-cache.")
+        found = refcache.tables(self.directory)
+        if not found:
+            print(f"no tables in {self.directory}")
+        return found
 
 
 @dataclass
@@ -67,7 +76,8 @@ class FillConfig:
             raise ValueError("pairs is missing: pass the file to be trained on, --pairs FILE.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
-        for name, least in {"max_response_tokens": 1, "batch_rows": 1, "row_tokens": 0}.items():
+        least_of = {"max_response_tokens": 1, "batch_rows": 1, "row_tokens": 0, "nproc_per_node": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
         LossConfig(objective=self.objective)  # refuses unknown names
@@ -95,6 +105,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     model.to(device)
     if config.fsdp:
         parallel.shard(model, device, dtype)
+    parallel.ranks_part()
     with ReferenceCache.open(tables.directory, fingerprint) as cache:
         reference.fill(
             cache,
@@ -111,11 +122,17 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
 
 def stats(tables: CacheConfig) -> int:
     """Print every table and what its logs hold; returns the number of unreadable records."""
-    bad, found = 0, refcache.tables(tables.directory)
-    for folder, parts in found.items():
-        held = refcache.inspect(folder)
-        print(f"{folder}")
-        print("  " + ", ".join(f"{name} {_short(value)}" for name, value in parts.items()))
+    bad = 0
+    for folder, parts in tables.tables().items():
+        print(folder)
+        shown = ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
+        print(f"  {shown or 'its description is lost; the next run that adds to it writes it'}")
+        try:
+            held = refcache.inspect(folder)
+        except (ValueError, OSError) as error:
+            print(f"  cannot be read: {error}")
+            bad += 1
+            continue
         print(
             f"  {held['records']:,} log-probs in {held['logs']} log(s), {held['bytes']:,} bytes; "
             f"{held['duplicates']:,} written twice"
@@ -123,7 +140,7 @@ def stats(tables: CacheConfig) -> int:
         if held["conflicts"]:
             print(
                 f"  {held['conflicts']:,} of these differ, by {held['largest_difference']:.2g} at "
-                "most; the first one counts"
+                "most; the log with the lowest name counts"
             )
         if held["bad"] or held["torn_bytes"]:
             print(
@@ -131,14 +148,12 @@ def stats(tables: CacheConfig) -> int:
                 "unfinished ones are passed over"
             )
         bad += held["bad"]
-    if not found:
-        print(f"no tables in {tables.directory}")
     return bad
 
 
 def compact(tables: CacheConfig) -> None:
     """Merge the logs of every table, without duplicates and unreadable records."""
-    for folder in refcache.tables(tables.directory):
+    for folder in tables.tables():
         done = refcache.compact(folder)
         print(
             f"{folder}: {done['logs_merged']} log(s) merged, {done['bytes_before']:,} -> "
@@ -181,8 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
-    except (ValueError, OSError) as error:
-        parallel.report(error, NonFiniteRecords)
+    except (ValueError, OSError, RuntimeError) as error:
+        if not parallel.report(error):
+            raise
         return 1
     finally:
         parallel.stop()

@@ -8,7 +8,6 @@ number of ranks, so that reference log-probs are the same, too.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import uuid
@@ -22,6 +21,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from realign.model import ForestModel
+
+_parted = False  # see ranks_part
 
 
 def under_launcher() -> bool:
@@ -72,6 +73,8 @@ def start(*, alone: bool = False) -> torch.device:
 
 def stop() -> None:
     """Leave the process group."""
+    global _parted
+    _parted = False
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -86,21 +89,32 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def report(error: Exception, *alone: type[Exception]) -> None:
-    """Print the error that ends this process, once for all ranks where all have it.
+def report(error: Exception) -> bool:
+    """Print in one line the error that ends this process; False for a fault of the program.
 
-    Args:
-        error: what was raised.
-        alone: kinds of error that one rank can have without the others.
+    Before `ranks_part` all ranks read the same records and settings and fail alike: rank 0 speaks
+    for all. After it any rank may fail alone, and speaks for itself.
     """
-    disk = isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EIO,
-    )
-    if rank() == 0 or disk or isinstance(error, alone):
-        print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, RuntimeError):
+        if not _lost_a_rank(error):
+            return False
+        print("error: another rank has ended; its message tells why", file=sys.stderr)
+    elif rank() == 0 or _parted:
+        which = f" (rank {rank()})" if world_size() > 1 and _parted else ""
+        print(f"error{which}: {error}", file=sys.stderr)
+    return True
+
+
+def ranks_part() -> None:
+    """From here on ranks do different work."""
+    global _parted
+    _parted = True
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    text = str(error)
+    return world_size() > 1 and any(word in text for word in ("gloo", "Gloo", "NCCL", "by peer"))
 
 
 def barrier() -> None:

@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 from realign.forest import Example, Leaf, build_batch
 from realign.model import ForestModel, adapters_off
 from realign.parallel import world_size
-from realign_kernels import ReferenceCache, leaf_keys
+from realign_kernels import ReferenceCache, leaf_keys, linear_logprobs
 
 _LAYOUT = "forest-2"
 """Changes when the code of this project would give the same leaf another log-prob."""
 
-_NO_EFFECT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_NO_EFFECT = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 def default_directory() -> Path:
@@ -59,6 +61,8 @@ def fingerprint(
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ",".join(sorted(attention)),
         "device": device.type,
+        "matmul": torch.get_float32_matmul_precision(),
+        "logits": "rounded" if _logits_are_rounded(dtype, device) else "exact",
         "processor": _digest(processor.image_processor.to_dict()),
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
@@ -68,22 +72,39 @@ def fingerprint(
 
 
 def weights_digest(model: torch.nn.Module, dtype: torch.dtype) -> str:
-    """128-bit digest of all parameters and buffers in a state dict, cast to `dtype`.
+    """128-bit digest of all parameters and buffers, what a state dict has of them cast to `dtype`.
 
     Tensors are hashed by threads (hashlib lets go of the GIL): about 1 GB/s for each core.
     """
 
     def one(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
-        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        kept = name in saved and tensor.is_floating_point()
+        tensor = tensor.detach().to("cpu", dtype if kept else None)
         shown = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         digest = hashlib.blake2b(shown, digest_size=16)
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 
+    saved = model.state_dict()
+    tensors = dict(model.named_buffers()) | saved  # rotary frequencies are in no state dict
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(one, sorted(model.state_dict().items()))
+        digests = pool.map(one, sorted(tensors.items()))
         return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def _logits_are_rounded(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the head rounds logits to bf16 here, which moves a log-prob by up to 0.1 nats.
+
+    It depends on CPU, extension and backend; so it is tried on a small head, by the definition.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 64, generator=generator).to(dtype)
+    weight = torch.randn(256, 64, generator=generator).to(dtype)
+    labels = torch.arange(64)
+    found = linear_logprobs(hidden.to(device), weight.to(device), labels.to(device))
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)[labels, labels]
+    return bool((found.cpu().double() - exact).abs().max() > 1e-3)  # 1e-5 and 6e-2
 
 
 def digest_of(examples: Sequence[Example]) -> str:

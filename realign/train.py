@@ -30,7 +30,6 @@ from realign.forest import Example, build_batch
 from realign.model import (
     DTYPES,
     ForestModel,
-    NonFiniteRecords,
     adapter_base,
     add_lora,
     load_model,
@@ -51,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prepare_pairs(config)  # once, before there are ranks
             return parallel.launch("realign.train", arguments, config.run.nproc_per_node)
         train(config)
-    except (ValueError, OSError) as error:
-        parallel.report(error, NonFiniteStep, NonFiniteRecords)
+    except (ValueError, OSError, RuntimeError) as error:
+        if not parallel.report(error):
+            raise
         return 1
     finally:
         parallel.stop()
@@ -121,6 +121,7 @@ def train(config: TrainConfig) -> Path:
         parallel.shard(model, device, dtype)
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
     directory = run.reference_cache or reference.default_directory()
+    parallel.ranks_part()
     with ReferenceCache.open(directory, fingerprint) as cache:
         references = reference.fill(
             cache,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import deque
@@ -37,6 +38,10 @@ class Filled(NamedTuple):
 class Store(Protocol):
     """Where log-probs are kept (`ReferenceCache`)."""
 
+    digest: str  # of the fingerprint
+
+    def prepare(self) -> None: ...
+
     def find(self, keys: NDArray[np.void]) -> tuple[NDArray[np.float64], NDArray[np.int32]]: ...
 
     def keep(
@@ -60,9 +65,12 @@ def plan(
 ) -> list[Batch]:
     """Distinct wanted leaves packed into rows, and rows into batches, the longest first.
 
-    A batch is whole rows of one packing, so packing its leaves alone gives the same rows again.
+    row_tokens is raised to the longest root with one leaf if need be, as training does. A batch is
+    whole rows of one packing, so packing its leaves alone gives the same rows again.
     """
     chosen = np.flatnonzero(wanted)
+    longest = int((leaves.root_lengths[leaves.roots] + leaves.lengths).max(initial=0))
+    row_tokens = max(row_tokens, longest)
     _, first = np.unique(leaves.keys[chosen].view("<u8").reshape(-1, 2), axis=0, return_index=True)
     chosen = chosen[np.sort(first)]
     if not len(chosen):
@@ -115,10 +123,13 @@ def fill(
 ) -> Filled:
     """Compute and keep what `store` lacks; see `ReferenceCache.fill`."""
     began = time.perf_counter()
+    _check_ranks_agree(store, leaves, row_tokens, batch_rows)
     known = _anywhere(store.find(leaves.keys)[1] > 0)
     batches = batches_to_compute(leaves, known, row_tokens, batch_rows)
-    mine = _share(batches, repeat=isinstance(model, FSDPModule))
-    without_gradients = torch.no_grad if isinstance(model, FSDPModule) else torch.inference_mode
+    if batches:
+        store.prepare()
+    mine = _share(batches)
+    without_gradients = torch.inference_mode if _is_whole(model) else torch.no_grad
 
     staging: Staging | None = None
     waiting: deque[Batch] = deque()
@@ -146,11 +157,7 @@ def fill(
             continue
         lengths = leaves.lengths[batch.leaves]
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        if logps.shape != (offsets[-1],):
-            raise ValueError(
-                f"model must return per-token log-probs of shape ({offsets[-1]},), one for each "
-                f"response token of the batch, got {tuple(logps.shape)}"
-            )
+        _check_logps(logps, offsets[-1])
         if staging is None:
             staging = Staging(logps.device)
         if staging.full:
@@ -186,11 +193,49 @@ def _built(
             yield last, future.result(), is_spare
 
 
-def _share(batches: list[Batch], *, repeat: bool) -> list[tuple[Batch, bool]]:
-    """This rank's batches; with `repeat` all ranks get as many, the last ones perhaps a spare."""
+def _check_logps(logps: Any, count: int) -> None:
+    if not isinstance(logps, torch.Tensor) or not logps.is_floating_point():
+        kind = logps.dtype if isinstance(logps, torch.Tensor) else type(logps).__name__
+        raise ValueError(f"model must return per-token log-probs, a float tensor, got {kind}")
+    if logps.shape != (count,):
+        raise ValueError(
+            f"model must return per-token log-probs of shape ({count},), one for each response "
+            f"token of the batch, got {tuple(logps.shape)}"
+        )
+
+
+def _is_whole(model: Callable[[Any], torch.Tensor]) -> bool:
+    """Whether no part of it is sharded: gathered parameters would stay inference tensors."""
+    if not isinstance(model, torch.nn.Module):
+        return False  # who knows what it calls
+    return not any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _check_ranks_agree(store: Store, leaves: Leaves, row_tokens: int, batch_rows: int) -> None:
+    """Leaves are dealt out and exchanged by their place, so all ranks must have the same ones."""
+    if not _distributed():
+        return
+    mine = {
+        "fingerprint": store.digest,
+        "leaves": hashlib.blake2b(leaves.keys.tobytes(), digest_size=16).hexdigest(),
+        "settings": f"{row_tokens} {batch_rows}",
+    }
+    everybody: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, mine)
+    for rank, other in enumerate(everybody):
+        if different := [name for name in mine if other[name] != everybody[0][name]]:
+            raise ValueError(
+                f"rank {rank} has another {' and another '.join(different)} than rank 0: give all "
+                "ranks the whole data set in the same order, and every machine the same model, "
+                "images, settings and versions of libraries"
+            )
+
+
+def _share(batches: list[Batch]) -> list[tuple[Batch, bool]]:
+    """This rank's batches; all get as many, for collectives: the last one may be a spare."""
     ranks, rank = _ranks()
     mine = [(batch, False) for batch in batches[rank::ranks]]
-    if repeat and len(mine) < -(-len(batches) // ranks):
+    if len(mine) < -(-len(batches) // ranks):
         mine.append((batches[-1], True))
     return mine
 
@@ -212,6 +257,10 @@ def _exchange(store: Store, leaves: Leaves) -> None:
     if not int(_reduce_max(lacking)):
         return
     logps = _reduce_max(torch.from_numpy(np.where(counts > 0, logps, -np.inf))).numpy()
+    if np.isneginf(logps).any():
+        raise ValueError(
+            "a log-prob that was computed is nowhere to be found; was the folder removed?"
+        )
     # Ranks of one machine share a folder: one of them writes, the others read it then.
     for turn in (True, False):
         if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):

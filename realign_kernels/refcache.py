@@ -13,6 +13,7 @@ csrc/table.cpp) is an append-only log that survives kill -9; the pass over the m
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,12 +23,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
 from realign_kernels import filling
 from realign_kernels.leaves import Forest, collect
 from realign_kernels.table import compact_table, open_table
 
 _ABOUT = "table.json"
+_ROUNDING = 1e-3
+"""A sum of log-probs above 0 by more than this is no log-prob, in nats."""
 
 
 class References(NamedTuple):
@@ -81,6 +85,7 @@ class ReferenceCache:
         self.digest = fingerprint_digest(self.fingerprint)
         self.folder = self.directory / self.digest
         self.read_only = read_only
+        self._closed = False
         self._table = open_table(
             self.folder, bytes.fromhex(self.digest), writer=writer, read_only=read_only
         )
@@ -133,7 +138,7 @@ class ReferenceCache:
     ) -> int:
         """Keep log-probs computed elsewhere; returns how many were new.
 
-        Values on disk never change: of a leaf that is known the first value stays.
+        Of a leaf that is known the value stays that is there.
 
         Raises:
             ValueError: another number of log-probs than leaves, or one that is not finite.
@@ -169,24 +174,33 @@ class ReferenceCache:
 
         Args:
             model: takes what `build` returns; gives per-token log-probs, (N,) fp32 on any device,
-                leaf after leaf in the order given. It runs without gradients: under
-                torch.inference_mode, or no_grad where FSDP2 shards it (its gathered parameters
-                would stay inference tensors). It must be the reference: adapters off, eval mode.
+                leaf after leaf in the order given. It runs without gradients: a module under
+                torch.inference_mode; one with FSDP2 in it (whose gathered parameters would stay
+                inference tensors) and any other callable under no_grad. All ranks call it equally
+                often. It must be the reference: adapters off, eval mode.
             forests: the examples.
             build: from (forest, leaf) index pairs to the model's input. Called in a thread, one
                 batch ahead.
-            row_tokens: most tokens in a row of the forest.
+            row_tokens: most tokens in a row of the forest; raised to the longest root with one leaf
+                if need be.
             batch_rows: rows in one forward.
             on_batch: told (leaves, tokens of their roots and responses) after each batch.
 
         Raises:
-            ValueError: row_tokens is too small for a leaf, the model returned another number of
-                log-probs than there are tokens, or one of them is not finite.
+            ValueError: a setting is below 1, the model returned another number of
+                log-probs than there are tokens, one of them is not finite or is positive, the
+                model is in training mode, or ranks have other forests, settings or fingerprints.
             OSError: a log-prob could not be written; those before are kept.
         """
         self._writable("fill")
+        for name, value in {"row_tokens": row_tokens, "batch_rows": batch_rows}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if isinstance(model, nn.Module) and model.training:
+            raise ValueError("model is in training mode, with dropout: call model.eval() first")
         leaves = collect(forests)
         done = filling.fill(self, model, leaves, build, row_tokens, batch_rows, on_batch)
+        self._ensure_folder()
         self._table.sync()
         return done
 
@@ -195,6 +209,7 @@ class ReferenceCache:
         keys: NDArray[np.void],  # (n,) V16
     ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
         """Log-probs, NaN where absent, and token counts, 0 where absent; (n,) each."""
+        self._ensure_folder()
         self._table.refresh()
         return self._table.lookup(keys)
 
@@ -205,10 +220,35 @@ class ReferenceCache:
         counts: NDArray[np.int32],  # (n,)
     ) -> int:
         """Append what is not known yet; returns how many that were. Raises as `insert` does."""
+        if (positive := np.flatnonzero(logps > _ROUNDING)).size:
+            at = positive[0]
+            raise ValueError(
+                f"logps[{at}] is {logps[at]}: a log-prob cannot be positive. Pass log-probs, not "
+                "losses; nothing was written"
+            )
         self._writable("keep")
-        if len(keys):
-            self._describe()
+        if not len(keys):
+            return 0
+        self.prepare()
+        self._table.refresh()  # what others wrote meanwhile stays
         return self._table.insert(keys, logps, counts)
+
+    def prepare(self) -> None:
+        """Make the folder ready to be written, or raise; says in it what the fingerprint is of."""
+        if self._closed:
+            raise ValueError(f"the cache in {self.folder} was closed: open it again")
+        self._ensure_folder()
+        about = self.folder / _ABOUT
+        if not os.access(self.folder, os.W_OK):
+            raise PermissionError(
+                errno.EACCES,
+                "log-probs are missing and this folder cannot be written; name another one",
+                str(self.folder),
+            )
+        if not about.exists():
+            partial = about.with_name(f".{_ABOUT}.{os.getpid()}")
+            partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
+            partial.replace(about)
 
     def refresh(self) -> int:
         """Read what other processes wrote since; returns the number of new leaves."""
@@ -239,8 +279,14 @@ class ReferenceCache:
         return f"{name} ({there}, here {here})" if short else name
 
     def close(self) -> None:
-        """Write through to disk and give up this process's log."""
+        """Write through to disk and give up this process's log; lookups go on."""
+        self._ensure_folder()
+        self._closed = True
         self._table.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its place: the other process opens it anew, with a log of its own."""
+        return _reopen, (self.directory, self.fingerprint, self.read_only)
 
     def __enter__(self) -> ReferenceCache:
         return self
@@ -255,13 +301,14 @@ class ReferenceCache:
         if self.read_only:
             raise ValueError(f"{what} needs a cache that was not opened with read_only=True")
 
-    def _describe(self) -> None:
-        """Say beside the logs what the fingerprint stands for."""
-        about = self.folder / _ABOUT
-        if not about.exists():
-            partial = about.with_name(f".{_ABOUT}.{os.getpid()}")
-            partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
-            partial.replace(about)
+    def _ensure_folder(self) -> None:
+        """Somebody may have removed it meanwhile; what was read is still in memory."""
+        if not self.read_only and not self._closed:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+
+def _reopen(directory: Path, fingerprint: dict[str, str], read_only: bool) -> ReferenceCache:
+    return ReferenceCache(directory, fingerprint, read_only=read_only)
 
 
 def fingerprint_digest(parts: Mapping[str, str]) -> str:

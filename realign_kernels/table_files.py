@@ -16,7 +16,7 @@ RECORD = np.dtype([("key", "V16"), ("logp", "<f8"), ("tokens", "<i4"), ("crc", "
 _HEADER = struct.Struct("<8s16sII")
 _MAGIC, _VERSION, UNIT, _CHUNK = b"RALNREF1", 1, 32, 32 * 2**16
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_MINE = "; name a folder that you may write, or open the table with read_only=True"
+_MINE = "; name a folder that you may write, or make this one writable"
 _FOLDER = "; a table is a folder: name another path"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; make room there, then insert again"),
@@ -249,7 +249,7 @@ def compact_table(folder: str, fingerprint: bytes) -> dict[str, int]:
 
 def _compact(folder: str, fingerprint: bytes, held: list[int]) -> dict[str, int]:
     for name in os.listdir(folder):
-        if name.startswith(".compacted-"):  # what a compaction that crashed was writing
+        if name.startswith(".+compacted-"):  # what a compaction that crashed was writing
             os.unlink(f"{folder}/{name}")
     names, merged, logs, in_use, contents = list_logs(folder), [], [], 0, Contents()
     for name in names:
@@ -275,9 +275,9 @@ def _compact(folder: str, fingerprint: bytes, held: list[int]) -> dict[str, int]
     if len(merged) > 1 or (merged and dirty):
         data = make_header(fingerprint) + contents.to_bytes(fingerprint)
         # One more than any result that is there: a name that comes back could be taken for the old.
-        found = [re.match(r"compacted-(\d+)", name) for name in names]
+        found = [re.match(r"\+compacted-(\d+)", name) for name in names]
         number = 1 + max((int(match[1]) for match in found if match), default=-1)
-        _put(folder, f"compacted-{number:05d}.log", data)
+        _put(folder, f"+compacted-{number:05d}.log", data)
         for path in merged:
             with doing("removing a merged log", path):
                 os.unlink(path)

@@ -49,13 +49,9 @@ class Table:
     ) -> None:
         self._fd: int | None = None
         self._closed = True  # for __del__, until the rest stands
-        if writer is not None and (
-            not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", writer)
-            or writer.startswith("compacted-")
-        ):
+        if writer is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", writer):
             raise ValueError(
-                f"writer is '{writer}'; use letters, digits, '.', '_' and '-', no dot in front, "
-                "and not 'compacted-' in front, which is for the results of compact_table"
+                f"writer is '{writer}'; use letters, digits, '.', '_' and '-', no dot in front"
             )
         if read_only and not os.path.exists(folder):
             what = "there is no table to read: check the path, or let a run that writes make it"

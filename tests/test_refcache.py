@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +236,9 @@ def poison(values):
         (lambda v: v[1:], r"per-token log-probs of shape \(\d+,\)"),
         (lambda v: v[None], r"got \(1, \d+\)"),
         (poison, r"leaf \d of forest \d+ is nan"),
+        (lambda v: -v, "a log-prob cannot be positive. Pass log-probs, not losses"),
+        (lambda v: v.int(), "a float tensor, got torch.int32"),
+        (lambda v: v.numpy(), "a float tensor, got ndarray"),
     ],
 )
 def test_a_model_that_returns_something_else_is_told(tmp_path, change, message):
@@ -243,25 +248,104 @@ def test_a_model_that_returns_something_else_is_told(tmp_path, change, message):
         with pytest.raises(ValueError, match=message):
             cache.fill(wrong, forests, build=wrong.build, row_tokens=64)
         assert len(cache) == 0
-        with pytest.raises(ValueError, match="raise budget to"):
-            fill(cache, forests, row_tokens=10)
+        for name, value in (("row_tokens", 0), ("batch_rows", -1), ("batch_rows", 2.0)):
+            with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+                fill(cache, forests, **{name: value})
         with pytest.raises(ValueError, match="call fill"):
             cache.lookup(forests)
         assert fill(cache, forests).filled.leaves == 90
 
 
 def test_gradients_are_off_and_bf16_values_are_taken(tmp_path):
+    """A module runs under inference_mode; what a function calls may be sharded: no_grad."""
     forests, modes = make_forests(4), []
+    scorer = Scorer(forests)
+
+    def function(pairs):
+        modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return scorer(pairs).bfloat16()
+
+    class Module(torch.nn.Module):
+        def forward(self, pairs):
+            return function(pairs)
+
+    for folder, model, inference in (("a", function, False), ("b", Module().eval(), True)):
+        modes.clear()
+        with ReferenceCache(tmp_path / folder, PRINT) as cache:
+            cache.fill(model, forests, build=scorer.build, row_tokens=64)
+            assert cache.lookup(forests).logps == pytest.approx(exact(forests), rel=2e-2)
+        assert set(modes) == {(False, inference)}
+    with (
+        ReferenceCache(tmp_path / "c", PRINT) as cache,
+        pytest.raises(ValueError, match="in training mode, with dropout: call model.eval"),
+    ):
+        cache.fill(Module(), forests, build=scorer.build, row_tokens=64)
+
+
+def test_rows_are_as_long_as_the_longest_leaf_needs(tmp_path):
+    forests = make_forests(10)
+    with ReferenceCache(tmp_path, PRINT) as cache:
+        assert fill(cache, forests, row_tokens=1).filled.leaves == 30
+
+
+def test_a_folder_removed_in_mid_pass_costs_nothing_but_itself(tmp_path):
+    forests = make_forests(60)
     with ReferenceCache(tmp_path, PRINT) as cache:
         scorer = Scorer(forests)
 
         def model(pairs):
-            modes.append(torch.is_inference_mode_enabled())
-            return scorer(pairs).bfloat16()
+            if len(scorer.batches) == 3:
+                shutil.rmtree(cache.folder)
+            return scorer(pairs)
 
-        cache.fill(model, forests, build=scorer.build, row_tokens=64)
-        assert cache.lookup(forests).logps == pytest.approx(exact(forests), rel=2e-2)
-    assert all(modes) and modes
+        cache.fill(model, forests, build=scorer.build, row_tokens=64, batch_rows=4)
+        assert len(scorer.batches) > 5
+        assert cache.lookup(forests).logps == pytest.approx(exact(forests), rel=2e-5)
+    with ReferenceCache(tmp_path, PRINT) as cache:  # what was in it is gone, the rest is there
+        assert 0 < cache.missing(forests).sum() < 180
+
+
+def test_a_cache_that_cannot_be_written_says_so_before_the_first_forward(tmp_path, monkeypatch):
+    forests = make_forests(10)
+    with ReferenceCache(tmp_path, PRINT) as cache:
+        fill(cache, forests[:5])
+        monkeypatch.setattr(refcache.os, "access", lambda path, mode: False)
+        assert fill(cache, forests[:5]).batches == []  # everything is known
+        scorer = Scorer(forests)
+        with pytest.raises(PermissionError, match="this folder cannot be written; name another"):
+            cache.fill(scorer, forests, build=scorer.build, row_tokens=64)
+        assert scorer.batches == []
+    with pytest.raises(ValueError, match="was closed: open it again"):
+        cache.fill(scorer, forests, build=scorer.build, row_tokens=64)
+    assert len(cache.lookup(forests[:5]).logps) == 15  # from memory
+
+
+def test_a_cache_goes_to_another_process_as_its_place(tmp_path):
+    forests = make_forests(5)
+    with ReferenceCache(tmp_path, PRINT) as cache:
+        fill(cache, forests)
+        with pickle.loads(pickle.dumps(cache)) as other:
+            assert other.lookup(forests).logps.tolist() == cache.lookup(forests).logps.tolist()
+
+
+def test_what_counted_before_a_compaction_counts_after_it(tmp_path):
+    """Two writers that disagree, the second one alive: the log with the lowest name counts."""
+    forests = make_forests(1)
+    with ReferenceCache(tmp_path, PRINT) as one, ReferenceCache(tmp_path, PRINT) as two:
+        leaves = collect(forests)
+        for cache, value in ((one, -1.0), (two, -2.0)):  # not seeing each other, as in a race
+            cache._table.insert(leaves.keys, np.full(3, value), leaves.lengths)
+        one.close()
+        with (one.folder / "00000.log").open("ab") as log:
+            log.write(b"torn")  # something to drop
+        for merged in (1, 0):
+            with ReferenceCache(tmp_path, PRINT) as reader:
+                assert reader.lookup(forests).logps.tolist() == [-1.0] * 3
+                assert reader.stats()["conflicts"] == 3
+            done = refcache.compact(one.folder)
+            assert (done["logs_merged"], done["logs_in_use"]) == (merged, 1)
+        # The way `insert` goes, a value that is there is seen first.
+        assert two.insert(forests, np.full(3, -3.0)) == 0
 
 
 # --- crashes ---
@@ -338,6 +422,48 @@ def test_ranks_share_the_work_and_all_know_everything(tmp_path, folder):
     for _, held, logps in results:
         assert held == 300
         assert logps == truth  # the same batches, so the same bits, whatever the number of ranks
+
+
+DISAGREE = """
+import json, sys
+from forests import fill, make_forests
+from realign_kernels import ReferenceCache
+import torch.distributed as dist
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+forests = make_forests(30)
+told = []
+for name, mine, parts, options in (
+    ("leaves", forests[rank::2], {}, {}),
+    ("leaves", make_forests(30, seed=rank), {}, {}),
+    ("fingerprint", forests, {"weights": str(rank)}, {}),
+    ("settings", forests, {}, {"batch_rows": 4 + rank}),
+):
+    with ReferenceCache(f"{sys.argv[1]}/rank{rank}", json.loads(sys.argv[2]) | parts) as cache:
+        try:
+            fill(cache, mine, **options)
+        except ValueError as error:
+            assert len(cache) == 0
+            told.append([name, str(error)])
+with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
+    json.dump(told, file)
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_that_do_not_agree_are_told_before_anything_is_computed(tmp_path):
+    (tmp_path / "script.py").write_text(DISAGREE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [tmp_path / "script.py", tmp_path, json.dumps(PRINT)]
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [name for name, _ in told] == ["leaves", "leaves", "fingerprint", "settings"]
+        for name, message in told:
+            assert message.startswith(f"rank 1 has another {name} than rank 0: give all ranks")
 
 
 def test_one_changed_image_misses_its_leaves_alone(tmp_path):

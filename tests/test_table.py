@@ -93,7 +93,7 @@ def test_both_write_the_same_bytes_and_read_each_other(tmp_path):
         writer.close()
         Path(folder, "third.log").write_bytes(one.read_bytes()[:-5] + b"wrong")
         assert compact(folder, FINGERPRINT)["duplicates_dropped"] == 2090
-    one, two = (Path(folder, "compacted-00000.log") for folder in folders.values())
+    one, two = (Path(folder, "+compacted-00000.log") for folder in folders.values())
     assert one.read_bytes() == two.read_bytes() and one.stat().st_size == 32 * (1 + 2101)
 
 
@@ -174,7 +174,7 @@ def test_compaction(tables, folder):
     data = bytearray(path.read_bytes() + b"torn")
     data[32 * 20] ^= 1
     path.write_bytes(data)
-    Path(folder, ".compacted-00000.log.partial").write_bytes(b"a crash left this")
+    Path(folder, ".+compacted-00000.log.partial").write_bytes(b"a crash left this")
     assert compact(folder, FINGERPRINT) == {
         "records": 29,
         "bytes_before": 2 * 32 * 21 + 4,
@@ -185,13 +185,13 @@ def test_compaction(tables, folder):
         "torn_bytes": 4,
         "duplicates_dropped": 10,
     }
-    assert sorted(os.listdir(folder)) == [".compact.lock", "00002.log", "compacted-00000.log"]
+    assert sorted(os.listdir(folder)) == ["+compacted-00000.log", ".compact.lock", "00002.log"]
     done = compact(folder, FINGERPRINT)  # one clean log: nothing to do
     assert done["logs_merged"] == 0 and done["bytes_after"] == done["bytes_before"] == 32 * 30
     assert reader.refresh() == 0 and reader.stats()["logs"] == 2
     writers[2].close()
     assert compact(folder, FINGERPRINT)["logs_merged"] == 2
-    assert sorted(os.listdir(folder)) == [".compact.lock", "compacted-00001.log"]
+    assert sorted(os.listdir(folder)) == ["+compacted-00001.log", ".compact.lock"]
     table = table_class(folder, FINGERPRINT)
     assert find(table, range(40)).all() and table.stats()["duplicates"] == 0
     # A new log under a removed one's name, longer than that was.
@@ -239,7 +239,7 @@ def test_mistakes_are_named(tables, folder):
     for arguments in ((logps[:3], tokens), (logps.astype("f4"), tokens), (logps, tokens[::-1])):
         with pytest.raises(ValueError, match="must be"):
             table.insert(keys, *arguments)
-    for name in ("", ".hidden", "a/b", "ä", "compacted-00000", "a\n"):
+    for name in ("", ".hidden", "a/b", "ä", "+compacted-00000", "a\n"):
         with pytest.raises(ValueError, match="use letters, digits"):
             tables[0](folder, FINGERPRINT, name)
 
@@ -271,7 +271,7 @@ def test_a_folder_that_cannot_be_written_can_be_read(folder, monkeypatch):
     monkeypatch.setattr(table_files.os, "open", refuse)
     table = table_python.Table(folder, FINGERPRINT)
     assert find(table, range(5)).all() and table.insert(*make(range(5))) == 0
-    with pytest.raises(OSError, match="a folder that you may write, or .* read_only=True"):
+    with pytest.raises(OSError, match="a folder that you may write, or make this one writable"):
         table.insert(*make([9]))
 
 

@@ -173,7 +173,7 @@ void test_system_errors() {
   expect(has(thrown([&] { Table(folder + "/x", kPrint); }), "a table is a folder"), "below a file");
   expect(has(thrown([&] { Table(root + "/none", kPrint, std::nullopt, true); }), "check the path"),
          "nothing to read");
-  for (const char* name : {"", ".x", "a/b", "a b", "compacted-00000"}) {
+  for (const char* name : {"", ".x", "a/b", "a b", "+compacted-00000"}) {
     expect(has(thrown([&] { Table(root + "/none", kPrint, name); }), "writer is '"), name);
   }
 }
