@@ -31,7 +31,7 @@ from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs
 from realign_kernels import ReferenceCache, objectives
 from realign_kernels.filling import plan
-from realign_kernels.leaves import collect
+from realign_kernels.leaves import collect_leaves
 
 CPU = torch.device("cpu")
 OURS = "fill"
@@ -117,7 +117,7 @@ def forest_batches(setting):
     """The batches that `fill` runs, built."""
     _, _, examples, store, batch_rows = setting
     row_tokens = max(example.longest_tree for example in examples)
-    leaves = collect(examples)
+    leaves = collect_leaves(examples)
     made = []
     for batch in plan(leaves, np.ones(len(leaves.keys), bool), row_tokens, batch_rows):
         single = [reference._alone(examples[i], j) for i, j in leaves.pairs[batch.leaves].tolist()]

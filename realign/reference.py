@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from realign.forest import Example, Leaf, build_batch
 from realign.model import ForestModel, adapters_off
 from realign.parallel import world_size
-from realign_kernels import ReferenceCache, leaf_keys, linear_logprobs
+from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
 _LAYOUT = "forest-2"
 """Changes when the code of this project would give the same leaf another log-prob."""
@@ -145,12 +145,13 @@ def fill(
         single = [_alone(examples[i], leaf) for i, leaf in pairs]
         return build_batch(single, store, row_tokens=row_tokens).to(device)
 
-    absent = cache.missing(examples)
+    leaves = collect_leaves(examples)
+    absent = cache.missing(leaves)
     say(
         f"reference log-probs: {len(absent) - absent.sum():,} of {len(absent):,} leaves known in "
         f"{cache.folder}{_nearest(cache)}"
     )
-    distinct = len(set(leaf_keys(examples)[absent].tolist()))
+    distinct = len(set(leaves.keys[absent].tolist()))
     share, tokens = -(-distinct // world_size()), 0
     bar = tqdm(
         total=share,
@@ -170,13 +171,13 @@ def fill(
     with bar, adapters_off(model):
         cache.fill(
             model,
-            examples,
+            leaves,
             build=build,
             row_tokens=row_tokens,
             batch_rows=batch_rows,
             on_batch=on_batch,
         )
-    logps = cache.lookup(examples).logps
+    logps = cache.lookup(leaves).logps
     return torch.from_numpy(logps.reshape(len(examples), -1).T.copy())
 
 

@@ -17,7 +17,7 @@ from realign_kernels.functional import (
     rdpo_loss,
 )
 from realign_kernels.heads import head_inputs, head_parameters
-from realign_kernels.leaves import array_digest, leaf_keys
+from realign_kernels.leaves import array_digest, collect_leaves, leaf_keys
 from realign_kernels.objectives import Leaf, Objective, PreferenceOutput, RDPOOutput
 from realign_kernels.ops import NonFiniteError
 from realign_kernels.refcache import MissingReferences, ReferenceCache, References
@@ -34,6 +34,7 @@ __all__ = [
     "ReferenceCache",
     "References",
     "array_digest",
+    "collect_leaves",
     "explain",
     "head_inputs",
     "head_parameters",

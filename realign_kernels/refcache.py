@@ -4,6 +4,8 @@
     cache.fill(model, forests, build=build)      # what is missing, on every rank its share
     logps, token_counts = cache.lookup(forests)  # (leaves,) each
 
+Every method takes forests or, to hash a large data set once only, `collect_leaves(forests)`.
+
 A leaf's key is a digest of its images, prompt and response (`leaves.py`), so the learning rate,
 the batch size or the order of records never matter to it. What else decides a log-prob is in the
 fingerprint; each fingerprint has a table of its own, in a folder of its own. The table (`table.py`,
@@ -26,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from realign_kernels import filling
-from realign_kernels.leaves import Forest, collect
+from realign_kernels.leaves import Forest, Leaves, collect_leaves
 from realign_kernels.table import compact_table, open_table
 
 _ABOUT = "table.json"
@@ -100,18 +102,18 @@ class ReferenceCache:
         """The same as the constructor."""
         return cls(directory, fingerprint, **options)
 
-    def missing(self, forests: Sequence[Forest]) -> NDArray[np.bool_]:
+    def missing(self, forests: Sequence[Forest] | Leaves) -> NDArray[np.bool_]:
         """Which leaves have no log-prob here yet, (leaves,), written by others included."""
-        return self.find(collect(forests).keys)[1] == 0
+        return self.find(collect_leaves(forests).keys)[1] == 0
 
-    def lookup(self, forests: Sequence[Forest]) -> References:
+    def lookup(self, forests: Sequence[Forest] | Leaves) -> References:
         """The log-probs of all leaves of all forests.
 
         Raises:
             MissingReferences: some leaves have none.
             ValueError: a log-prob was stored for another number of tokens than its leaf has.
         """
-        leaves = collect(forests)
+        leaves = collect_leaves(forests)
         keys, lengths = leaves.keys, leaves.lengths
         logps, counts = self._table.lookup(keys)
         if not counts.all():  # perhaps another process has written them meanwhile
@@ -133,7 +135,7 @@ class ReferenceCache:
 
     def insert(
         self,
-        forests: Sequence[Forest],
+        forests: Sequence[Forest] | Leaves,
         logps: ArrayLike,  # (leaves,) summed over response tokens
     ) -> int:
         """Keep log-probs computed elsewhere; returns how many were new.
@@ -144,7 +146,7 @@ class ReferenceCache:
             ValueError: another number of log-probs than leaves, or one that is not finite.
             OSError: they could not be written; what was written before is kept.
         """
-        leaves = collect(forests)
+        leaves = collect_leaves(forests)
         values = np.ascontiguousarray(logps, dtype=np.float64)
         if values.shape != leaves.keys.shape:
             raise ValueError(
@@ -155,7 +157,7 @@ class ReferenceCache:
     def fill(
         self,
         model: Callable[[Any], Any],
-        forests: Sequence[Forest],
+        forests: Sequence[Forest] | Leaves,
         *,
         build: Callable[[Sequence[tuple[int, int]]], Any],
         row_tokens: int,
@@ -198,7 +200,7 @@ class ReferenceCache:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if isinstance(model, nn.Module) and model.training:
             raise ValueError("model is in training mode, with dropout: call model.eval() first")
-        leaves = collect(forests)
+        leaves = collect_leaves(forests)
         done = filling.fill(self, model, leaves, build, row_tokens, batch_rows, on_batch)
         self._ensure_folder()
         self._table.sync()

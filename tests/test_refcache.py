@@ -19,7 +19,7 @@ from forests import Forest, Leaf, Root, Scorer, fill, make_forests, token_logps
 
 from realign_kernels import MissingReferences, ReferenceCache, leaf_keys, refcache
 from realign_kernels.filling import batches_to_compute, plan
-from realign_kernels.leaves import collect
+from realign_kernels.leaves import collect_leaves
 
 PRINT = {"weights": "a" * 32, "dtype": "fp32"}
 
@@ -87,7 +87,7 @@ def test_nothing_is_a_data_set_too(tmp_path):
 def test_keys_of_a_large_data_set_are_distinct_and_quick():
     forests = make_forests(20_000)
     began = time.process_time()
-    leaves = collect(forests)
+    leaves = collect_leaves(forests)
     assert time.process_time() - began < 6  # 0.6 s; 10 us per leaf
     assert len(np.unique(leaves.keys.view("u8").reshape(-1, 2), axis=0)) == 60_000
     assert leaves.lengths.tolist() == [len(x.ids) for f in forests for x in f.leaves]
@@ -99,7 +99,7 @@ def test_keys_of_a_large_data_set_are_distinct_and_quick():
 def test_every_distinct_leaf_is_planned_once_with_its_root():
     forests = make_forests(50)
     doubled = [*forests, *forests[:20]]
-    leaves = collect(doubled)
+    leaves = collect_leaves(doubled)
     batches = plan(leaves, np.ones(len(leaves.keys), bool), 64, 4)
     planned = np.concatenate([batch.leaves for batch in batches])
     assert sorted(planned.tolist()) == list(range(150))
@@ -117,7 +117,7 @@ def test_every_distinct_leaf_is_planned_once_with_its_root():
 
 
 def test_an_interrupted_pass_goes_on_with_its_batches_and_scattered_gaps_are_packed():
-    leaves = collect(make_forests(200))
+    leaves = collect_leaves(make_forests(200))
     everything = plan(leaves, np.ones(600, bool), 64, 4)
     known = np.zeros(600, bool)
     for batch in everything[:13]:
@@ -150,6 +150,9 @@ def test_each_leaf_is_computed_once_ever(tmp_path):
     with ReferenceCache.open(tmp_path, PRINT) as cache:  # another run, another order, more records
         shuffled = [forests[i] for i in np.random.default_rng(0).permutation(60)]
         assert fill(cache, shuffled).batches == []
+        leaves = collect_leaves(forests)
+        assert collect_leaves(leaves) is leaves and not cache.missing(leaves).any()
+        assert cache.lookup(leaves).logps.tolist() == logps.tolist()
         more = [*make_forests(3, seed=9), *shuffled]
         again = fill(cache, more)
         assert again.filled.leaves == 9 and sum(map(len, again.batches)) == 9
@@ -332,7 +335,7 @@ def test_what_counted_before_a_compaction_counts_after_it(tmp_path):
     """Two writers that disagree, the second one alive: the log with the lowest name counts."""
     forests = make_forests(1)
     with ReferenceCache(tmp_path, PRINT) as one, ReferenceCache(tmp_path, PRINT) as two:
-        leaves = collect(forests)
+        leaves = collect_leaves(forests)
         for cache, value in ((one, -1.0), (two, -2.0)):  # not seeing each other, as in a race
             cache._table.insert(leaves.keys, np.full(3, value), leaves.lengths)
         one.close()
