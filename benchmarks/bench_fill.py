@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from models import random_llava, random_pairs
 
 from realign import reference
 from realign.digits import ASSETS
 from realign.encode import encode_records
-from realign.forest import Example, Leaf, Root, build_batch
+from realign.forest import build_batch
 from realign.model import ForestModel, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs
@@ -35,12 +35,6 @@ from realign_kernels.leaves import collect_leaves
 
 CPU = torch.device("cpu")
 OURS = "fill"
-
-
-class Pixels(dict):
-    """Preprocessed images by key."""
-
-    pixels = dict.__getitem__
 
 
 def digits():
@@ -60,33 +54,10 @@ def digits():
     return load_model(ASSETS).eval(), examples, store, 32
 
 
-def llava_60m(examples=4, prompt=64, response=128, image_tokens=576, vocabulary=32000):
+def llava_60m():
     """A random LLaVA and pairs of the usual lengths."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        image_size=336, patch_size=14,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
-        num_attention_heads=8, max_position_embeddings=2048,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=vocabulary - 1,
-        vision_feature_layer=-1, vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    rng, store, made = np.random.default_rng(0), Pixels(), []
-    for i in range(examples):
-        ids = rng.integers(10, vocabulary - 1, prompt)
-        chosen, rejected = rng.integers(10, vocabulary - 1, (2, response))
-        roots = []
-        for name in (f"v{i}", f"w{i}"):
-            store[name] = torch.randn(3, 336, 336)
-            roots.append(Root((name,), np.concatenate([[vocabulary - 1] * image_tokens, ids])))
-        leaves = (Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen))
-        made.append(Example(str(i), tuple(roots), leaves))
-    return LlavaForConditionalGeneration(config).eval(), made, store, 2
+    vlm = random_llava(hidden=512, intermediate=1376, layers=8, heads=8).eval()
+    return vlm, *random_pairs(4, prompt=64, response=128), 2
 
 
 @pytest.fixture(scope="module", params=["digits", "llava-60m"])

@@ -11,53 +11,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from models import random_llava, random_pairs
 
-from realign.forest import Example, Leaf, Root, build_batch
+from realign.forest import build_batch
 from realign.model import ForestModel, add_lora
 from realign_kernels import objectives
 
-EXAMPLES, PROMPT, RESPONSE, IMAGE_TOKENS, VOCABULARY = 2, 64, 64, 576, 32000
-IMAGE_ID = VOCABULARY - 1
-
-
-class Pixels(dict):
-    """Preprocessed images by key."""
-
-    pixels = dict.__getitem__
+PROMPT = RESPONSE = 64
 
 
 @pytest.fixture(scope="module")
 def setting():
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        image_size=336, patch_size=14,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-        num_attention_heads=4, max_position_embeddings=2048,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_ID,
-        vision_feature_layer=-1, vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    vlm = LlavaForConditionalGeneration(config)
+    vlm = random_llava(hidden=256, intermediate=768, layers=6, heads=4)
     reference = copy.deepcopy(vlm).requires_grad_(False)
     add_lora(vlm, rank=32, alpha=64)
-    rng = np.random.default_rng(0)
-    store, examples = Pixels(), []
-    for i in range(EXAMPLES):
-        prompt = rng.integers(10, VOCABULARY - 1, PROMPT)
-        chosen, rejected = rng.integers(10, VOCABULARY - 1, (2, RESPONSE))
-        roots = []
-        for name in (f"v{i}", f"w{i}"):
-            store[name] = torch.randn(3, 336, 336)
-            roots.append(Root((name,), np.concatenate([[IMAGE_ID] * IMAGE_TOKENS, prompt])))
-        leaves = (Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen))
-        examples.append(Example(str(i), tuple(roots), leaves))
-    return vlm, reference, examples, store
+    return vlm, reference, *random_pairs(2, prompt=PROMPT, response=RESPONSE)
 
 
 def plain_logps(model, examples, store, leaves):
