@@ -1,12 +1,10 @@
 """Reference log-probs of real models: what misses, what hits, and that they are the right ones."""
 
-import errno
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +12,7 @@ import torch
 from safetensors import safe_open
 from test_forest import LOGP_TOLERANCE, separate_logps
 
-from realign import cache as cache_command
-from realign import parallel, reference
+from realign import reference
 from realign import train as training
 from realign.config import parse
 from realign.digits import ASSETS
@@ -391,133 +388,3 @@ def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(
             held = len(cache)
             assert held > 0
             assert torch.equal(fill(cache, forest_model, examples, store, batch_rows=4), truth)
-
-
-# --- the commands ---
-
-
-def test_the_commands(pairs_file, tmp_path, capsys):
-    place = ["--reference-cache", str(tmp_path)]
-
-    def run(*words):
-        capsys.readouterr()
-        code = cache_command.main([*map(str, words), *place])
-        return code, capsys.readouterr()
-
-    assert run("stats")[1].out == run("compact")[1].out == f"no tables in {tmp_path}\n"
-    code, shown = run("fill", "--pairs", pairs_file, "--quiet")
-    total = 3 * len(read_pairs(pairs_file))
-    assert code == 0 and f"0 of {total} leaves known" in shown.out
-    code, shown = run("stats")
-    assert code == 0 and f"{total} log-probs in 1 log(s)" in shown.out
-    assert "dtype float32" in shown.out and "attention sdpa" in shown.out
-    assert run("verify")[0] == 0
-    (log,) = tmp_path.glob("*/*.log")
-    data = bytearray(log.read_bytes())
-    data[32 * 5 + 20] ^= 4
-    log.write_bytes(data + b"torn")
-    code, shown = run("verify")
-    assert code == 1 and "1 unreadable records and 4 bytes" in shown.out
-    assert "computes these log-probs again" in shown.err
-    code, shown = run("compact")
-    assert code == 0 and "1 unreadable records dropped" in shown.out
-    assert run("verify")[0] == 0
-    code, shown = run("fill", "--pairs", pairs_file, "--quiet")
-    assert code == 0 and f"{total - 1} of {total} leaves known" in shown.out
-    code, shown = run("fill", "--pairs", pairs_file, "--quiet")
-    assert f"{total} of {total} leaves known" in shown.out
-    (about,) = tmp_path.glob("*/table.json")
-    about.write_text("{")
-    foreign = tmp_path / ("0" * 32)
-    foreign.mkdir()
-    log = max(tmp_path.glob("*/*.log"), key=lambda path: path.stat().st_size)
-    shutil.copy(log, foreign / "0.log")
-    code, shown = run("verify")
-    assert code == 1 and "belongs to the table with fingerprint" in shown.out
-    assert "its description is lost" in shown.out and f"{total:,} log-probs" in shown.out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["fill"], "pairs is missing: pass the file"),
-        (
-            ["fill", "--pairs", "x", "--dtype", "fp8"],
-            "dtype is 'fp8'; it must be one of fp32, bf16",
-        ),
-        (["fill", "--pairs", "x", "--objective", "kto"], "objective is 'kto'"),
-        (["fill", "--pairs", "x", "--batch-rows", "0"], "batch_rows is 0; it must be 1 or more"),
-        (["fill", "--pairs", "nowhere.parquet"], "there is nothing at"),
-        (["fill", "--pairs", "x", "--nproc-per-node", "-1"], "nproc_per_node is -1; it must be 0"),
-        (["verify", "--reference-cache", "nowhere"], "there is no folder nowhere; check --ref"),
-        (["full"], "unknown command 'full': fill, stats, verify, compact"),
-    ],
-)
-def test_mistakes_of_the_commands(words, message, capsys):
-    assert cache_command.main(words) in (1, 2)
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
-
-
-def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    full = OSError(errno.ENOSPC, "No space left on device", "0.log")
-    assert parallel.report(full)
-    assert capsys.readouterr().err == ""  # every rank has it; rank 0 says it
-    monkeypatch.setattr(parallel, "_parted", True)
-    assert parallel.report(full)
-    shown = capsys.readouterr().err
-    assert shown.startswith("error (rank 1): ") and "No space left on device" in shown
-    assert parallel.report(RuntimeError("[gloo/x.cc:1] Connection closed by peer"))
-    assert capsys.readouterr().err == "error: another rank has ended; its message tells why\n"
-    assert not parallel.report(RuntimeError("a fault of ours"))
-
-
-FAILS_ALONE = """
-import os, sys
-from realign import cache, encode
-if os.environ["RANK"] == "1":
-    def changed(self, key):
-        raise encode.RecordError("scene-1", "its image is not what it was.", "Let it be.")
-    encode.ImageStore.pixels = changed
-sys.exit(cache.main(sys.argv[1:]))
-"""
-
-
-def test_what_one_rank_alone_runs_into_is_told_by_it(pairs_file, tmp_path):
-    (tmp_path / "script.py").write_text(FAILS_ALONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [tmp_path / "script.py", "fill", "--pairs", pairs_file, "--quiet"]
-    command += ["--reference-cache", tmp_path / "cache", "--batch-rows", 4]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "error (rank 1): record 'scene-1': its image is not what it was." in done.stderr
-    assert "error (rank 0)" not in done.stderr
-
-
-def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
-    (tmp_path / "file").write_text("not a folder")
-    words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "file"]
-    assert cache_command.main([str(word) for word in words]) == 1
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ") and str(tmp_path / "file") in shown
-
-
-def test_the_page_about_it_runs_as_it_stands(pairs_file, tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parent.parent / "docs" / "reference-cache.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names: dict = {}
-    exec(compile(block, "docs/reference-cache.md", "exec"), names)
-    assert names["loss"].item() == pytest.approx(np.log(2)) and (names["logps"] < 0).all()
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("REALIGN_CACHE", str(tmp_path / "own"))
-    shutil.copy(pairs_file, "pairs.parquet")
-    Path("llava-1.5-7b").symlink_to(ASSETS)
-    (console,) = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
-    for line in console.splitlines():
-        program, _, module, *words = line.split()
-        assert (program, module) == ("python", "realign.cache")
-        assert cache_command.main(words) == 0, capsys.readouterr().err
-    assert len(list((tmp_path / "own").glob("reference/*/*.log"))) == 1
