@@ -135,7 +135,7 @@ def fill(
         batch_rows: rows in one forward.
         device: where the model is.
         progress: whether to show a bar.
-        say: told in a line what was known and what was computed.
+        say: told in a line how many leaves were known, and where.
 
     Returns:
         Reference log-probs of all leaves, (L, examples) fp64.

@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,7 +249,8 @@ class ReferenceCache:
                 str(self.folder),
             )
         if not about.exists():
-            partial = about.with_name(f".{_ABOUT}.{os.getpid()}")
+            # Threads and machines may do this at once: a process number is no name of one's own.
+            partial = about.with_name(f".{_ABOUT}.{uuid.uuid4().hex}")
             partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
             partial.replace(about)
 

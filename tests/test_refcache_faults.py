@@ -8,7 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +167,26 @@ def test_a_cache_that_cannot_be_written_says_so_before_the_first_forward(tmp_pat
     with pytest.raises(ValueError, match="was closed: open it again"):
         cache.fill(scorer, forests, build=scorer.build, row_tokens=64)
     assert len(cache.lookup(forests[:5]).logps) == 15  # from memory
+
+
+def test_threads_may_begin_a_table_together(tmp_path, monkeypatch):
+    """All of them find no description, write one, and move it into place."""
+    forests = make_forests(8)
+    both_written = threading.Barrier(2)
+    write = Path.write_text
+
+    def together(path, *arguments):
+        written = write(path, *arguments)
+        both_written.wait(10)
+        return written
+
+    monkeypatch.setattr(Path, "write_text", together)
+    with ReferenceCache(tmp_path, PRINT) as cache, ThreadPoolExecutor(2) as pool:
+        halves = [forests[:4], forests[4:]]
+        added = list(pool.map(lambda half: cache.insert(half, -np.ones(12)), halves))
+    assert added == [12, 12]
+    assert [parts for parts in refcache.tables(tmp_path).values()] == [PRINT]
+    assert not list(tmp_path.glob("*/.table.json*"))
 
 
 def test_a_cache_goes_to_another_process_as_its_place(tmp_path):
