@@ -21,10 +21,9 @@ from realign import parallel, reference
 from realign.cli import parse_sections
 from realign.config import LossConfig
 from realign.digits import ASSETS
-from realign.encode import encode_records, make_objective
-from realign.model import DTYPES, ForestModel, load_model, load_processor
+from realign.inputs import load_inputs
+from realign.model import DTYPES
 from realign.noise import hush_libraries
-from realign.records import read_pairs
 from realign_kernels import ReferenceCache, refcache
 
 
@@ -88,20 +87,18 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     dtype = DTYPES[config.dtype]
     device = parallel.start(alone=config.fsdp)
     bars = not config.quiet and parallel.rank() == 0
-    base = config.model or str(ASSETS)
-    processor, vlm = load_processor(base), load_model(base, dtype)
-    model = ForestModel(vlm, dtype=dtype).eval()
-    records = read_pairs(config.pairs)
-    examples, store = encode_records(
-        records,
-        processor,
-        make_objective(LossConfig(objective=config.objective), records),
-        image_tokens=model.image_tokens(processor),
+    inputs = load_inputs(
+        config.model or str(ASSETS),
+        config.pairs,
+        LossConfig(objective=config.objective),
+        dtype=dtype,
+        weights_dtype=dtype,
+        train_vision=False,
         max_response_tokens=config.max_response_tokens,
-        max_tokens=vlm.config.text_config.max_position_embeddings,
         progress=bars,
     )
-    fingerprint = reference.fingerprint(vlm, processor, dtype, device)
+    model = inputs.model.eval()
+    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device)
     model.to(device)
     if config.fsdp:
         parallel.shard(model, device, dtype)
@@ -110,9 +107,9 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         reference.fill(
             cache,
             model,
-            examples,
-            store,
-            row_tokens=config.row_tokens or max(example.longest_tree for example in examples),
+            inputs.examples,
+            inputs.store,
+            row_tokens=config.row_tokens or inputs.longest_tree,
             batch_rows=config.batch_rows,
             device=device,
             progress=bars,

@@ -53,11 +53,20 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     return 0
 
 
-def start(*, alone: bool = False) -> torch.device:
+def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     """Join the process group when there is one; returns this rank's device.
 
     With `alone` a process that no launcher started becomes the only rank of a group of its own.
+
+    Raises:
+        ValueError: without `fsdp`, when there are other ranks.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if under_launcher() else 1
+    if ranks > 1 and not fsdp:
+        raise ValueError(
+            f"this is one of {ranks} ranks, but without --fsdp nothing is shared between them. "
+            "Add --fsdp, or start one process."
+        )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if cuda:

@@ -24,7 +24,9 @@ from realign.metrics import read_jsonl
 from realign.model import ForestModel, NonFiniteRecords, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs, write_pairs
-from realign.train import NonFiniteStep, learning_rate, main, train
+from realign.schedule import learning_rate
+from realign.step import NonFiniteStep
+from realign.train import main, train
 
 # Runs that differ in ranks or accumulation add the same numbers in another order. After six Adam
 # steps fp32 rounding has grown to 1e-6 of the loss here; ten times that is the bound.
@@ -233,7 +235,7 @@ def test_other_objectives_train(pairs, tmp_path, name):
 
 def test_learning_rate_warms_up_and_falls():
     config = parse(["--learning-rate", "2", "--warmup", "0.1"])
-    rates = [learning_rate(step, 100, config) for step in range(100)]
+    rates = [learning_rate(step, 100, config.optim) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10 * 2)
     assert rates[10:] == pytest.approx(1 + np.cos(np.pi * np.arange(90) / 90))
 

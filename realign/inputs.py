@@ -1,0 +1,77 @@
+"""What a run reads before its first forward: model, processor, and records checked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from realign.config import LossConfig
+from realign.encode import ImageStore, encode_records, make_objective
+from realign.forest import Example
+from realign.model import ForestModel, load_model, load_processor
+from realign.records import read_pairs
+from realign_kernels import Objective
+
+
+@dataclass
+class Inputs:
+    """A model and the forests to train it on."""
+
+    base: str  # folder (absolute) or hub name of the model
+    processor: object
+    model: ForestModel
+    objective: Objective
+    examples: Sequence[Example]
+    store: ImageStore
+
+    @property
+    def longest_tree(self) -> int:
+        """Tokens of the longest root with all its leaves."""
+        return max(example.longest_tree for example in self.examples)
+
+
+def load_inputs(
+    base: str | Path,
+    pairs: str | Path,
+    loss: LossConfig,
+    *,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+    train_vision: bool,
+    max_response_tokens: int,
+    progress: bool,
+) -> Inputs:
+    """Load a model and encode the pairs for it.
+
+    Args:
+        base: folder or hub name of the model, or of an adapter.
+        pairs: Parquet file or folder.
+        loss: decides which responses under which images are needed.
+        dtype: in which the model computes.
+        weights_dtype: in which its weights are kept.
+        train_vision: whether the vision tower learns.
+        max_response_tokens: a longer response is an error.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: for a model or a record that cannot be trained on, with the remedy.
+    """
+    if Path(base).is_dir():  # an adapter will name its base, to be found from anywhere
+        base = Path(base).resolve()
+    processor, vlm = load_processor(base), load_model(base, weights_dtype)
+    model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
+    records = read_pairs(pairs)
+    objective = make_objective(loss, records)
+    examples, store = encode_records(
+        records,
+        processor,
+        objective,
+        image_tokens=model.image_tokens(processor),
+        max_response_tokens=max_response_tokens,
+        max_tokens=vlm.config.text_config.max_position_embeddings,
+        progress=progress,
+    )
+    return Inputs(str(base), processor, model, objective, examples, store)

@@ -1,0 +1,81 @@
+"""The folder of a run: what it began with, how far it is, and the pairs it makes for itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from realign import checkpoint, parallel
+from realign.config import TrainConfig
+from realign.metrics import write_whole
+
+_FREE = {"row_tokens", "micro_batch_size"}  # settings that change no result beyond rounding
+
+
+def steps_done(config: TrainConfig) -> int:
+    """Steps of the run in the output folder to go on from; an earlier run is never overwritten.
+
+    Raises:
+        ValueError: when the folder holds a run and `resume` is off.
+    """
+    output = Path(config.run.output)
+    done = checkpoint.last_step(output / "checkpoints")
+    if not config.run.resume and (done or (output / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"{output} holds a run with a checkpoint at step {done}. Add --resume to go on with "
+            "it, or name another --output."
+        )
+    return done
+
+
+def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
+    """Keep settings and digests of base weights and pairs in `run.json`."""
+    identity = {"config": config.to_dict(), "base": base, "pairs": pairs}
+    write_whole(Path(config.run.output) / "run.json", json.dumps(identity, indent=2) + "\n")
+
+
+def check_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
+    """A run goes on only as it began: same settings, base weights and pairs.
+
+    Raises:
+        ValueError: names what has changed.
+    """
+    output = Path(config.run.output)
+    old, new = json.loads((output / "run.json").read_text()), config.to_dict()
+    sections = {name: new[name] for name in ("model", "data", "loss", "optim")}
+    sections["run"] = {"seed": new["run"]["seed"]}
+    changed = [
+        f"{name} ({old['config'][section].get(name)!r} -> {value!r})"
+        for section, values in sections.items()
+        for name, value in values.items()
+        if name not in _FREE and old["config"][section].get(name) != value
+    ]
+    digests = {"base": base, "pairs": pairs}
+    changed += [f"the {name}" for name, digest in digests.items() if old[name] != digest]
+    if changed:
+        raise ValueError(
+            f"{output} was trained otherwise; changed since: {', '.join(changed)}. Resume with "
+            "what it began with, or name another --output."
+        )
+
+
+def prepare_pairs(config: TrainConfig) -> Path:
+    """The pairs file to train on; builds the digits default once when none is named.
+
+    Raises:
+        ValueError: when a model is named and no pairs are.
+    """
+    if config.data.pairs is not None:
+        return Path(config.data.pairs)
+    if config.model.model is not None:
+        raise ValueError(
+            "--model is given without --pairs. Build pairs for it with `python -m realign.pairs` "
+            "and pass the file."
+        )
+    path = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
+    if not path.exists() and parallel.rank() == 0:
+        from realign.pairs.pipeline import PairsConfig, build_pairs
+
+        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=config.run.quiet))
+    parallel.barrier()
+    return path

@@ -1,0 +1,58 @@
+"""Which examples a step takes, which of them a rank, and at what learning rate.
+
+All of it follows from the settings and the step alone, so a run can go on at any step, on any
+number of ranks, without a state of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from realign.config import OptimConfig
+
+
+def total_steps(count: int, optim: OptimConfig) -> int:
+    """Steps of a run over `count` examples."""
+    return optim.steps or max(1, round(optim.epochs * count / optim.batch_size))
+
+
+def batches(
+    count: int, batch_size: int, seed: int, *, first: int, last: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, example indices) of steps first+1 .. last: a fresh permutation for each epoch.
+
+    Batches run on from one epoch into the next, so all are full; they depend on the seed alone.
+    """
+    for step in range(first + 1, last + 1):
+        wanted = np.arange((step - 1) * batch_size, step * batch_size)
+        orders = {
+            epoch: np.random.default_rng([seed, epoch]).permutation(count)
+            for epoch in set((wanted // count).tolist())
+        }
+        yield step, np.array([orders[i // count][i % count] for i in wanted.tolist()])
+
+
+def share_of_rank(batch_size: int, rank: int, ranks: int) -> slice:
+    """Which part of every global batch a rank takes.
+
+    Raises:
+        ValueError: when the batch does not divide among the ranks.
+    """
+    if batch_size % ranks:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {ranks} ranks; choose a multiple of "
+            f"{ranks}."
+        )
+    return slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+
+
+def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
+    """Linear warm-up, then a cosine to zero; `step` counts from 0."""
+    warm = max(1, round(optim.warmup * total))
+    if step < warm:
+        return optim.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, total - warm)
+    return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
