@@ -1,0 +1,171 @@
+"""Features of a frozen vision tower, kept on disk: `--cache-vision`.
+
+A frozen tower gives an image the same features in every epoch and every run, so they are computed
+once. Each image's tensors lie in safetensors files of some hundred images, with a checksum for
+every tensor in the file's metadata; files are written whole, under a name of their own, so any
+number of processes may add to a folder. The memory that holds them is the system's page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from realign import parallel
+from realign.metrics import write_whole
+from realign_kernels import refcache
+
+Features = Mapping[str, torch.Tensor]
+"""What the tower made of one image, by name."""
+
+_FILE_BYTES = 256 << 20
+
+
+def default_directory() -> Path:
+    """Where runs share features: $REALIGN_CACHE/vision, or ~/.cache/realign/vision."""
+    root = os.environ.get("REALIGN_CACHE") or Path.home() / ".cache" / "realign"
+    return Path(root) / "vision"
+
+
+class FeatureCache:
+    """Image features under one fingerprint.
+
+    Args:
+        directory: holds a folder for each fingerprint; made when needed.
+        fingerprint: everything that decides features besides the image (`reference.fingerprint`).
+    """
+
+    def __init__(self, directory: str | Path, fingerprint: Mapping[str, str]) -> None:
+        self.folder = Path(directory) / refcache.fingerprint_digest(fingerprint)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "about.json", json.dumps(dict(fingerprint), indent=2) + "\n")
+        self._files: dict[Path, safe_open] = {}
+        self._places: dict[str, tuple[Path, dict[str, int]]] = {}  # image -> file, {name: crc}
+        self._checked: set[str] = set()
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def refresh(self) -> None:
+        """Find what other processes have written."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path in self._files:
+                continue
+            try:
+                file = safe_open(path, framework="pt")
+                index = json.loads(file.metadata()["images"])
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                again = "its images are computed again"
+                print(f"{path} is damaged ({error}); {again}", file=sys.stderr)
+                continue
+            self._files[path] = file
+            for image, checksums in index.items():
+                self._places.setdefault(image, (path, checksums))
+
+    def missing(self, images: Sequence[str]) -> list[str]:
+        """The distinct images without features here, sorted."""
+        return sorted({image for image in images if image not in self._places})
+
+    def add(self, features: Mapping[str, Features]) -> None:
+        """Write features of images as one file."""
+        tensors, index = {}, {}
+        for image, named in features.items():
+            kept = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+            tensors |= {f"{image}/{name}": tensor for name, tensor in kept.items()}
+            index[image] = {name: _checksum(tensor) for name, tensor in kept.items()}
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata={"images": json.dumps(index)})
+            partial.replace(path)
+        except (SafetensorError, OSError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"image features could not be written to {self.folder} ({error}). Free some space "
+                "or train without --cache-vision; what was written before is kept."
+            ) from error
+        self.refresh()
+
+    def get(self, image: str) -> dict[str, torch.Tensor]:
+        """The features of an image.
+
+        Raises:
+            ValueError: when they are not what was written.
+        """
+        path, checksums = self._places[image]
+        found = {name: self._files[path].get_tensor(f"{image}/{name}") for name in checksums}
+        if image not in self._checked:
+            for name, tensor in found.items():
+                if _checksum(tensor) != checksums[name]:
+                    raise ValueError(
+                        f"{path} is damaged: features of image {image} are not what was written. "
+                        "Remove the file; its images are then computed again."
+                    )
+            self._checked.add(image)
+        return found
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def fill(
+    cache: FeatureCache,
+    images: Sequence[str],
+    compute: Callable[[Sequence[str]], Sequence[Features]],
+    *,
+    batch_images: int,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Compute what `cache` lacks; every rank calls it, each does its share.
+
+    Args:
+        cache: where features are kept; in a folder that all ranks see.
+        images: digests of the data set's images.
+        compute: features of some images, in order; every rank calls it equally often.
+        batch_images: images in one call.
+        progress: whether to show a bar.
+        say: told in a line how many images were known, and where.
+    """
+    absent = cache.missing(images)
+    distinct = len(set(images))
+    say(f"image features: {distinct - len(absent):,} of {distinct:,} known in {cache.folder}")
+    parallel.barrier()  # nobody writes before all have counted
+    ranks, rank = parallel.world_size(), parallel.rank()
+    calls = -(-len(absent) // (ranks * batch_images))
+    pending: dict[str, Features] = {}
+    size = 0
+    bar = tqdm(
+        total=len(absent), desc="image features", unit="image", disable=not (progress and absent)
+    )
+    for call in range(calls):
+        start = (call * ranks + rank) * batch_images
+        mine = absent[start : start + batch_images]
+        found = compute(mine or absent[:1])  # collectives need every rank
+        for image, features in zip(mine, found, strict=False):
+            pending[image] = {name: tensor.cpu() for name, tensor in features.items()}
+            size += sum(tensor.nbytes for tensor in features.values())
+        if pending and (size > _FILE_BYTES or call == calls - 1):
+            cache.add(pending)
+            pending, size = {}, 0
+        bar.update(min(ranks * batch_images, len(absent) - call * ranks * batch_images))
+    bar.close()
+    parallel.barrier()
+    cache.refresh()
+    if lost := cache.missing(images):
+        raise ValueError(
+            f"{len(lost)} images have no features in {cache.folder} after all ranks computed their "
+            "share. Name a folder that all ranks see, in $REALIGN_CACHE."
+        )

@@ -1,0 +1,103 @@
+"""Kept features of a frozen tower: what was written comes back, damage is found, ranks share."""
+
+import errno
+
+import pytest
+import torch
+
+from realign import vision
+from realign.vision import FeatureCache, fill
+
+
+def features(seed, dtype=torch.bfloat16):
+    """Features of one image: a table of tokens and one level of a deep stack."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 3 + seed % 4
+    return {
+        "tokens": torch.randn(tokens, 8, generator=generator).to(dtype),
+        "deepstack.0": torch.randn(tokens, 8, generator=generator).to(dtype),
+    }
+
+
+def same(found, truth):
+    return found.keys() == truth.keys() and all(torch.equal(found[k], truth[k]) for k in truth)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return FeatureCache(tmp_path, {"weights": "a"})
+
+
+def test_features_come_back_in_this_and_another_process(cache, tmp_path):
+    cache.add({"a": features(1), "b": features(2)})
+    cache.add({"c": features(3, torch.float32)})
+    again = FeatureCache(tmp_path, {"weights": "a"})
+    for one in (cache, again):
+        assert len(one) == 3 and one.missing(["c", "d", "a", "d"]) == ["d"]
+        assert same(one.get("a"), features(1)) and same(one.get("b"), features(2))
+        assert same(one.get("c"), features(3, torch.float32))
+
+
+def test_another_fingerprint_is_another_folder(cache, tmp_path):
+    cache.add({"a": features(1)})
+    assert len(FeatureCache(tmp_path, {"weights": "b"})) == 0
+
+
+def test_a_truncated_file_is_computed_again_and_a_flipped_bit_is_refused(cache, tmp_path, capsys):
+    cache.add({"a": features(1)})
+    cache.add({"b": features(2)})
+    first, second = sorted(cache.folder.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-3])
+    data = bytearray(second.read_bytes())
+    data[-2] ^= 1
+    second.write_bytes(data)
+    again = FeatureCache(tmp_path, {"weights": "a"})
+    assert f"{first} is damaged" in capsys.readouterr().err
+    assert len(again.missing(["a", "b"])) == 1
+    (kept,) = {"a", "b"} - set(again.missing(["a", "b"]))
+    with pytest.raises(ValueError, match=rf"{second.name} is damaged: features of image {kept}"):
+        again.get(kept)
+
+
+def test_a_full_disk_says_so_and_leaves_no_part(cache, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(vision, "save_file", full)
+    with pytest.raises(OSError, match="could not be written to .*No space left"):
+        cache.add({"a": features(1)})
+    assert [path.name for path in cache.folder.iterdir()] == ["about.json"]
+
+
+def test_fill_computes_each_distinct_image_once(cache):
+    asked = []
+
+    def compute(images):
+        asked.extend(images)
+        return [features(int(image)) for image in images]
+
+    told = []
+    images = [str(i) for i in (5, 3, 5, 1, 4, 1, 9)]
+    options = {"batch_images": 2, "progress": False, "say": told.append}
+    fill(cache, images, compute, **options)
+    assert sorted(asked) == ["1", "3", "4", "5", "9"]
+    assert all(same(cache.get(image), features(int(image))) for image in images)
+    fill(cache, [*images, "7"], compute, **options)
+    assert sorted(asked) == ["1", "3", "4", "5", "7", "9"]
+    assert told[0].startswith("image features: 0 of 5 known") and "5 of 6 known" in told[1]
+
+
+def test_the_file_limit_loses_nothing(cache, monkeypatch):
+    monkeypatch.setattr(vision, "_FILE_BYTES", 100)
+    images = [str(i) for i in range(7)]
+    fill(
+        cache,
+        images,
+        lambda names: [features(int(name)) for name in names],
+        batch_images=2,
+        progress=False,
+        say=lambda _: None,
+    )
+    assert len(list(cache.folder.glob("*.safetensors"))) == 4
+    assert all(same(cache.get(image), features(int(image))) for image in images)
