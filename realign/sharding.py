@@ -1,12 +1,13 @@
 """A model over many ranks and in little memory: FSDP2 or HSDP, offload, its layers wrapped.
 
-Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts stay
-as they are, and FSDP2's hooks, which gather a layer's weights, stay outside what is compiled and
-what is computed twice.
+Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts
+stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside what is compiled
+and what is computed twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from realign import liger
 from realign.config import ScaleConfig
 from realign.model import ForestModel
 from realign.parallel import world_size
@@ -42,18 +44,21 @@ def check(scale: ScaleConfig, device: torch.device) -> None:
             "cpu_offload would have no effect: there is no GPU, so everything is in host memory "
             "already. Leave it out."
         )
+    if scale.liger:
+        liger.check(device)
 
 
-def wrap_layers(model: ForestModel, *, compiled: bool, checkpointed: bool) -> None:
-    """Compile the trained layers, and compute them again in backward instead of keeping all of them.
+def trained_layers(model: ForestModel) -> list[nn.Module]:
+    """The layers with a trained parameter; those of a frozen tower keep nothing for backward."""
+    return [m for m in model.layers if any(p.requires_grad for p in m.parameters())]
 
-    Layers without a trained parameter, those of a frozen tower, save nothing for backward and stay
-    as they are. Sizes are dynamic from the first call on, so batches of other shapes do not compile
-    again.
+
+def wrap_layers(layers: Iterable[nn.Module], *, compiled: bool, checkpointed: bool) -> None:
+    """Compile layers, and compute them again in backward instead of keeping what they hold.
+
+    Sizes are dynamic from the first call on, so batches of other shapes do not compile again.
     """
-    for layer in model.layers:
-        if not any(parameter.requires_grad for parameter in layer.parameters()):
-            continue
+    for layer in layers:
         if compiled:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if checkpointed:
@@ -70,8 +75,8 @@ def shard(
 ) -> None:
     """Shard in place with FSDP2 and move to `device`: layer by layer, then the rest, with the head.
 
-    Parameters are gathered and computed in `dtype`, gradients are reduced in fp32 to their mean over
-    all ranks.
+    Parameters are gathered and computed in `dtype`; gradients are reduced in fp32, to their mean
+    over all ranks.
 
     Args:
         model: the whole model, in host memory; no more than one layer of it is whole on `device`.

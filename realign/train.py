@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from realign import attention, checkpoint, metrics, parallel, reference, sharding
+from realign import attention, checkpoint, liger, metrics, parallel, reference, sharding
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.export import export
@@ -85,9 +85,7 @@ def train(config: TrainConfig) -> Path:
         progress=bars,
     )
     model, examples, objective = inputs.model, inputs.examples, inputs.objective
-    fingerprint = reference.fingerprint(
-        model.vlm, inputs.processor, dtype, device, scale.kernels
-    )
+    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device, scale.kernels)
     identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
     if done:
         check_identity(config, **identity)
@@ -96,13 +94,14 @@ def train(config: TrainConfig) -> Path:
     if lora:
         torch.manual_seed(run.seed)
         adapter = add_lora(model.vlm, config.model.lora_rank, config.model.lora_alpha)
+    layers = sharding.trained_layers(model)
+    if scale.liger:
+        say(liger.use(layers, device))
     sharding.wrap_layers(
-        model, compiled=scale.compile, checkpointed=scale.activation_checkpointing
+        layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing
     )
     if sharded:
-        sharding.shard(
-            model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload
-        )
+        sharding.shard(model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload)
     else:
         model.to(device)
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
