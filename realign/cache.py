@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from realign import parallel, reference
+from realign import parallel, reference, sharding
 from realign.cli import parse_sections
 from realign.config import LossConfig
 from realign.digits import ASSETS
@@ -99,9 +99,10 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     )
     model = inputs.model.eval()
     fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device)
-    model.to(device)
     if config.fsdp:
-        parallel.shard(model, device, dtype)
+        sharding.shard(model, device, dtype)
+    else:
+        model.to(device)
     parallel.ranks_part()
     with ReferenceCache.open(tables.directory, fingerprint) as cache:
         reference.fill(

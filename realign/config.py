@@ -28,10 +28,19 @@ class ModelConfig:
     """With --tune full, train the vision tower too."""
     dtype: str = "fp32"
     """Compute in 'fp32' or 'bf16'; what is trained is kept in fp32 either way."""
+    attention: str = "sdpa"
+    """How the language model attends: 'sdpa', 'eager', or on CUDA 'flex' (skips what a token may
+    not see, so rows can be long)."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
         _one_of("dtype", self.dtype, ("fp32", "bf16"))
+        if self.attention == "flash":
+            raise ValueError(
+                "attention is 'flash', which reads no mask: it cannot hide one leaf of a forest "
+                "from another. Use flex on CUDA, or sdpa."
+            )
+        _one_of("attention", self.attention, ("sdpa", "eager", "flex"))
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
         if self.tune == "lora" and self.train_vision:
@@ -47,7 +56,8 @@ class DataConfig:
     max_response_tokens: int = 1024
     """Longest response; a longer one is an error that names its record, never cut."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest; 0 takes the longest tree."""
+    """Most tokens in a row of the forest; 0 takes the longest tree (with --attention flex at least
+    8192)."""
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)
@@ -102,6 +112,41 @@ class OptimConfig:
 
 
 @dataclass
+class ScaleConfig:
+    fsdp: bool = False
+    """Shard over ranks with FSDP2; starts its own workers unless torchrun did."""
+    nproc_per_node: int = 0
+    """Workers to start with --fsdp; 0 means one per GPU, or two on a CPU."""
+    replicas: int = 1
+    """Copies of the model that the ranks hold (HSDP): each is sharded over ranks / replicas ranks,
+    in order. With as many as there are nodes, weights are gathered within a node alone."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each trained layer and compute the layer again in backward."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer in host memory; the GPU sees a layer at a time."""
+    compile: bool = False
+    """Compile each trained layer with torch.compile, for any size of batch."""
+    liger: bool = False
+    """RMSNorm and SwiGLU of the language model by liger-kernel, on CUDA."""
+
+    def __post_init__(self) -> None:
+        _not_negative("nproc_per_node", self.nproc_per_node)
+        _positive("replicas", self.replicas)
+        for name, default in (("nproc_per_node", 0), ("replicas", 1)):
+            if getattr(self, name) != default and not self.fsdp:
+                _no_effect(name, "one process trains", "--fsdp")
+        if self.liger and self.compile:
+            raise ValueError(
+                "liger and compile both fuse the operations of a layer. Leave one of them out."
+            )
+
+    @property
+    def kernels(self) -> str:
+        """Who computes a layer; log-probs of different kernels differ by rounding."""
+        return "compiled" if self.compile else "liger" if self.liger else "eager"
+
+
+@dataclass
 class RunConfig:
     output: str = "runs/rdpo"
     """Folder of metrics, checkpoints and the final model."""
@@ -110,10 +155,6 @@ class RunConfig:
     ~/.cache/realign/reference, when absent."""
     seed: int = 0
     """Seeds the order of the examples and the LoRA initialisation."""
-    fsdp: bool = False
-    """Shard over ranks with FSDP2; starts its own workers unless torchrun did."""
-    nproc_per_node: int = 0
-    """Workers to start with --fsdp; 0 means one per GPU, or two on a CPU."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves at the end only."""
     resume: bool = False
@@ -124,10 +165,8 @@ class RunConfig:
     """No progress bars."""
 
     def __post_init__(self) -> None:
-        for name in ("seed", "nproc_per_node", "save_every"):
+        for name in ("seed", "save_every"):
             _not_negative(name, getattr(self, name))
-        if self.nproc_per_node and not self.fsdp:
-            _no_effect("nproc_per_node", "one process trains", "--fsdp")
 
 
 @dataclass
@@ -138,6 +177,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -163,6 +203,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
         "data": DataConfig,
         "loss": LossConfig,
         "optim": OptimConfig,
+        "scale": ScaleConfig,
         "run": RunConfig,
     }
     found = parse_sections(

@@ -40,6 +40,7 @@ def load_inputs(
     *,
     dtype: torch.dtype,
     weights_dtype: torch.dtype,
+    attention: str = "sdpa",
     train_vision: bool,
     max_response_tokens: int,
     progress: bool,
@@ -52,6 +53,7 @@ def load_inputs(
         loss: decides which responses under which images are needed.
         dtype: in which the model computes.
         weights_dtype: in which its weights are kept.
+        attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
         train_vision: whether the vision tower learns.
         max_response_tokens: a longer response is an error.
         progress: whether to show a bar.
@@ -61,7 +63,7 @@ def load_inputs(
     """
     if Path(base).is_dir():  # an adapter will name its base, to be found from anywhere
         base = Path(base).resolve()
-    processor, vlm = load_processor(base), load_model(base, weights_dtype)
+    processor, vlm = load_processor(base), load_model(base, weights_dtype, attention)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
     records = read_pairs(pairs)
     objective = make_objective(loss, records)

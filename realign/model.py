@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from realign.attention import IMPLEMENTATIONS, forest_mask
 from realign.forest import ForestBatch
 from realign_kernels import (
     NonFiniteError,
@@ -55,8 +56,15 @@ def load_processor(path: str | Path):
     return processor
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
     """Load a LLaVA-type model from a folder or hub name; an adapter is merged into its base.
+
+    Args:
+        path: the folder or name.
+        dtype: in which its weights are kept.
+        attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
 
     Raises:
         ValueError: for a text-only model, or one that is not of the LLaVA type.
@@ -67,10 +75,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
             "far. Pass a LLaVA-1.5-type model to --model."
         )
-    auto, attention = AutoModelForImageTextToText, "sdpa"
+    auto = AutoModelForImageTextToText
+    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     if (base := adapter_base(path)) is None:
-        return _from_pretrained(auto, path, dtype=dtype, attn_implementation=attention)
-    wide = _from_pretrained(auto, base, dtype=torch.float32, attn_implementation=attention)
+        return _from_pretrained(auto, path, dtype=dtype, attn_implementation=kinds)
+    wide = _from_pretrained(auto, base, dtype=torch.float32, attn_implementation=kinds)
     merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
     return merged.to(dtype).requires_grad_(True)  # PEFT froze them
 
@@ -155,11 +164,12 @@ class ForestModel(nn.Module):
     ) -> None:
         super().__init__()
         attention = vlm.model.language_model.config._attn_implementation
-        if attention != "sdpa":
+        if attention not in IMPLEMENTATIONS.values():
             raise ValueError(
-                f"the language model's attention is {attention!r}, which does not read the forest's"
-                " boolean mask as one. Load it with attn_implementation='sdpa'."
+                f"the language model's attention is {attention!r}, which cannot hide one leaf from "
+                "another. Load it with attn_implementation='sdpa'."
             )
+        self.attention = attention
         self.vlm = vlm
         self.dtype = dtype
         if not train_vision:
@@ -246,7 +256,7 @@ class ForestModel(nn.Module):
         states = self.vlm.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask(),
+            attention_mask=forest_mask(batch, self.attention, self.dtype),
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=slots)},
             use_cache=False,
         ).last_hidden_state

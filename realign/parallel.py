@@ -1,4 +1,4 @@
-"""Ranks: starting them, sharding a model over them, and summing over them.
+"""Ranks: starting them, waiting for them, and summing over them.
 
 A run without `--fsdp` is one process. With it every GPU gets a worker (two workers on a CPU),
 started here through torch's launcher unless torchrun started us. In bf16 one process is a mesh of
@@ -15,12 +15,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from realign.model import ForestModel
 
 _parted = False  # see ranks_part
 
@@ -71,7 +67,7 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # offloaded gradients are on the CPU
     if not dist.is_initialized():
         if under_launcher():
             dist.init_process_group(backend)
@@ -137,25 +133,3 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def shard(model: ForestModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Shard in place with FSDP2: every layer of both towers, then the rest, with the head.
-
-    Parameters are gathered and computed in `dtype`, gradients are reduced in fp32.
-    """
-    mesh = init_device_mesh(device.type, (world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype if dtype != torch.float32 else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def sync_gradients(model: ForestModel, wanted: bool) -> None:
-    """Reduce gradients in the next backward, or leave them to a later micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)

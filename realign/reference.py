@@ -38,7 +38,11 @@ def default_directory() -> Path:
 
 
 def fingerprint(
-    vlm: PreTrainedModel, processor, dtype: torch.dtype, device: torch.device
+    vlm: PreTrainedModel,
+    processor,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str = "eager",
 ) -> dict[str, str]:
     """Everything that decides a log-prob besides the leaf itself, by name.
 
@@ -50,6 +54,7 @@ def fingerprint(
         processor: its processor.
         dtype: in which the forward computes.
         device: on which; its type counts, as bf16 rounds differently on a CPU.
+        kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
     """
     parts = (
         vlm,
@@ -61,6 +66,7 @@ def fingerprint(
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ",".join(sorted(attention)),
         "device": device.type,
+        "kernels": kernels,
         "matmul": torch.get_float32_matmul_precision(),
         "logits": "rounded" if _logits_are_rounded(dtype, device) else "exact",
         "processor": _digest(processor.image_processor.to_dict()),

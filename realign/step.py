@@ -11,6 +11,7 @@ import torch
 from realign import metrics, parallel
 from realign.forest import Example, build_batch
 from realign.model import ForestModel
+from realign.sharding import sync_gradients
 from realign_kernels import Objective
 
 
@@ -44,7 +45,7 @@ def accumulate(
         chosen = [examples[i] for i in part]
         longest = row_tokens or max(example.longest_tree for example in chosen)
         batch = build_batch(chosen, store, row_tokens=longest).to(device)
-        parallel.sync_gradients(model, start + micro_batch_size >= len(mine))
+        sync_gradients(model, start + micro_batch_size >= len(mine))
         out = model(batch, objective, references[:, part].to(device))
         (out.loss * scale).backward()
         for name, value in metrics.sums(out, objective).items():

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from realign import checkpoint, metrics, parallel, reference
+from realign import attention, checkpoint, liger, metrics, parallel, reference, sharding
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.export import export
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hush_libraries()
     try:
         config = parse(arguments)
-        if config.run.fsdp and not parallel.under_launcher():
+        if config.scale.fsdp and not parallel.under_launcher():
             prepare_pairs(config)  # once, before there are ranks
-            return parallel.launch("realign.train", arguments, config.run.nproc_per_node)
+            return parallel.launch("realign.train", arguments, config.scale.nproc_per_node)
         train(config)
     except (ValueError, OSError, RuntimeError) as error:
         if not parallel.report(error):
@@ -56,10 +56,12 @@ def train(config: TrainConfig) -> Path:
         ValueError: for settings, records or a model that cannot be trained on; before any step.
         NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
     """
-    run, optim, output = config.run, config.optim, Path(config.run.output)
+    run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
     dtype = DTYPES[config.model.dtype]
-    sharded = run.fsdp or dtype != torch.float32
-    device = parallel.start(alone=sharded, fsdp=run.fsdp)
+    sharded = scale.fsdp or scale.cpu_offload or dtype != torch.float32
+    device = parallel.start(alone=sharded, fsdp=scale.fsdp)
+    sharding.check(scale, device)
+    attention.check(config.model.attention, device)
     say = print if parallel.rank() == 0 else lambda *_: None
     bars = not run.quiet and parallel.rank() == 0
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
@@ -77,12 +79,13 @@ def train(config: TrainConfig) -> Path:
         config.loss,
         dtype=dtype,
         weights_dtype=dtype if lora else torch.float32,
+        attention=config.model.attention,
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,
         progress=bars,
     )
     model, examples, objective = inputs.model, inputs.examples, inputs.objective
-    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device)
+    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device, scale.kernels)
     identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
     if done:
         check_identity(config, **identity)
@@ -91,9 +94,16 @@ def train(config: TrainConfig) -> Path:
     if lora:
         torch.manual_seed(run.seed)
         adapter = add_lora(model.vlm, config.model.lora_rank, config.model.lora_alpha)
-    model.to(device)
+    layers = sharding.trained_layers(model)
+    if scale.liger:
+        say(liger.use(layers, device))
+    sharding.wrap_layers(
+        layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing
+    )
     if sharded:
-        parallel.shard(model, device, dtype)
+        sharding.shard(model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload)
+    else:
+        model.to(device)
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
     directory = run.reference_cache or reference.default_directory()
     parallel.ranks_part()
@@ -127,6 +137,9 @@ def train(config: TrainConfig) -> Path:
         log = metrics.JsonlLog(output / "metrics.jsonl", keep_steps=done)
         write_identity(config, **identity)
 
+    row_tokens = config.data.row_tokens or attention.row_tokens(
+        config.model.attention, inputs.longest_tree
+    )
     model.train()
     bar = tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not bars)
     for step, batch in batches(len(examples), optim.batch_size, run.seed, first=done, last=total):
@@ -142,7 +155,7 @@ def train(config: TrainConfig) -> Path:
             objective,
             batch_size=optim.batch_size,
             micro_batch_size=optim.micro_batch_size,
-            row_tokens=config.data.row_tokens,
+            row_tokens=row_tokens,
             device=device,
         )
         norm = clip(trained, optim.clip)

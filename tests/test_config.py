@@ -22,6 +22,7 @@ OPTIONS = {
         "lora_alpha": 256.0,
         "train_vision": False,
         "dtype": "fp32",
+        "attention": "sdpa",
     },
     config.DataConfig: {"pairs": None, "max_response_tokens": 1024, "row_tokens": 0},
     config.LossConfig: {"objective": "rdpo", "beta": 0.1, "visual_weight": 1.0},
@@ -35,12 +36,19 @@ OPTIONS = {
         "epochs": 1.0,
         "steps": 0,
     },
+    config.ScaleConfig: {
+        "fsdp": False,
+        "nproc_per_node": 0,
+        "replicas": 1,
+        "activation_checkpointing": False,
+        "cpu_offload": False,
+        "compile": False,
+        "liger": False,
+    },
     config.RunConfig: {
         "output": "runs/rdpo",
         "reference_cache": None,
         "seed": 0,
-        "fsdp": False,
-        "nproc_per_node": 0,
         "save_every": 50,
         "resume": False,
         "merge": False,
@@ -98,6 +106,7 @@ TRAIN = (
     config.DataConfig,
     config.LossConfig,
     config.OptimConfig,
+    config.ScaleConfig,
     config.RunConfig,
 )
 
@@ -114,7 +123,7 @@ def test_option_names_are_unique_over_the_sections_of_training():
     names = [f.name for cls in TRAIN for f in fields(cls)]
     assert len(names) == len(set(names))
     tree = config.TrainConfig().to_dict()
-    sections = zip(("model", "data", "loss", "optim", "run"), TRAIN, strict=True)
+    sections = zip(("model", "data", "loss", "optim", "scale", "run"), TRAIN, strict=True)
     defaults = {section: dict(OPTIONS[cls]) for section, cls in sections}
     defaults["optim"]["learning_rate"] = 5e-5  # 0 means: as suits the model
     assert tree == defaults
@@ -154,10 +163,10 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         '[model]\ntune = "full"\n[loss]\nbeta = 0.2\nvisual_weight = 2\n'
-        "[optim]\nbatch_size = 8\nlearning_rate = 3e-5\n[run]\nfsdp = true\nseed = 5\n"
+        "[optim]\nbatch_size = 8\nlearning_rate = 3e-5\n[scale]\nfsdp = true\n[run]\nseed = 5\n"
     )
     found = config.parse(["--config", str(file), "--beta", "0.3", "--no-fsdp", "--seed", "6"])
-    assert (found.loss.beta, found.run.fsdp, found.run.seed) == (0.3, False, 6)
+    assert (found.loss.beta, found.scale.fsdp, found.run.seed) == (0.3, False, 6)
     assert (found.model.tune, found.optim.batch_size, found.optim.learning_rate) == (
         "full",
         8,
@@ -171,13 +180,13 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[los]\nbeta = 0.1\n", r"unknown section \[los\]; use model, data, loss, optim, run"),
+        ("[los]\nbeta = 0.1\n", r"unknown section \[los\]; use model, data, loss, optim, scale, run"),
         ("beta = 0.1\n", r"unknown section \[beta\]"),
         ("[loss]\nbetta = 0.1\n", r"unknown key 'betta' in \[loss\]; it has objective, beta"),
         ('[loss]\nbeta = "0.1"\n', "loss.beta is '0.1'; it must be of type float"),
         ("[optim]\nbatch_size = 8.0\n", "optim.batch_size is 8.0; it must be of type int"),
         ("[optim]\nbatch_size = true\n", "optim.batch_size is True; it must be of type int"),
-        ("[run]\nfsdp = 1\n", "run.fsdp is 1; it must be of type bool"),
+        ("[scale]\nfsdp = 1\n", "scale.fsdp is 1; it must be of type bool"),
         ("[model]\nmodel = 3\n", "model.model is 3; it must be of type str"),
         ("[loss\nbeta = 1\n", "run.toml is not valid TOML"),
         ("[loss]\nbeta = 0\n", "beta is 0"),
@@ -216,6 +225,11 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--train-vision"], "train_vision would have no effect.*--tune full"),
         (["--objective", "dpo", "--visual-weight", "5"], "visual_weight would have no effect"),
         (["--nproc-per-node", "3"], "nproc_per_node would have no effect.*--fsdp"),
+        (["--replicas", "2"], "replicas would have no effect.*--fsdp"),
+        (["--fsdp", "--replicas", "0"], "replicas is 0"),
+        (["--liger", "--compile"], "liger and compile both fuse"),
+        (["--attention", "flash"], "'flash', which reads no mask: it cannot hide one leaf"),
+        (["--attention", "math"], "attention is 'math'; it must be one of sdpa, eager, flex"),
         (["--tune", "full", "--merge"], "merge would have no effect"),
         (["--beta", "0"], "beta is 0.0; it must be finite and above 0"),
         (["--beta", "nan"], "beta is nan"),

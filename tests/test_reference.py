@@ -230,14 +230,14 @@ def test_a_changed_chat_template_misses(pairs_file, processor):
 
 
 def test_fingerprint(processor, vlm, monkeypatch):
-    def of(model=vlm, processor=processor, dtype=torch.float32, device=CPU):
-        return reference.fingerprint(model, processor, dtype, device)
+    def of(model=vlm, processor=processor, dtype=torch.float32, device=CPU, kernels="eager"):
+        return reference.fingerprint(model, processor, dtype, device, kernels)
 
     base = of()
     assert base == of(load_model(ASSETS))
     # As the forward sees them: loading in bf16 or casting to it later is the same.
     assert of(load_model(ASSETS, torch.bfloat16), dtype=torch.bfloat16) == of(dtype=torch.bfloat16)
-    changed = {"dtype": of(dtype=torch.bfloat16)}
+    changed = {"dtype": of(dtype=torch.bfloat16), "kernels": of(kernels="compiled")}
     with monkeypatch.context() as patch:
         patch.setattr(reference, "_logits_are_rounded", lambda dtype, device: False)
         changed["device"] = of(device=torch.device("cuda"))

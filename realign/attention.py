@@ -1,0 +1,69 @@
+"""The forest's mask for each attention implementation of transformers.
+
+Who sees whom is `ForestBatch.attention_mask`; this gives it the form an implementation reads. Flash
+attention reads no mask, so it cannot hide one leaf from another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from realign.forest import ForestBatch
+
+IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
+"""transformers' names of the implementations, by those of `--attention`."""
+
+_FLEX_ROW = 8192  # tokens; a longer row costs flex nothing, since it skips what is not seen
+
+
+def check(attention: str, device: torch.device) -> None:
+    """Refuse an implementation that does not train on `device`.
+
+    Raises:
+        ValueError: for flex without CUDA.
+    """
+    if attention == "flex" and device.type != "cuda":
+        raise ValueError(
+            "attention is 'flex', whose kernels have a backward on CUDA alone, and there is no "
+            "GPU. Use --attention sdpa."
+        )
+
+
+def row_tokens(attention: str, longest_tree: int) -> int:
+    """The default of `--row-tokens` in training; 0 is the longest tree of each batch."""
+    return max(longest_tree, _FLEX_ROW) if attention == "flex" else 0
+
+
+def forest_mask(
+    batch: ForestBatch, implementation: str, dtype: torch.dtype
+) -> torch.Tensor | BlockMask:
+    """Who may attend to whom, as transformers' `implementation` reads it.
+
+    Returns:
+        For "sdpa" (R, 1, T, T) bool, True where a token is seen; for "eager" (R, 1, T, T) `dtype`,
+        to be added to the scores; for "flex_attention" a BlockMask.
+    """
+    if implementation == "flex_attention":
+        return _block_mask(batch)
+    seen = batch.attention_mask()
+    if implementation == "eager":
+        hidden = torch.finfo(dtype).min
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, hidden)
+    return seen
+
+
+def _block_mask(batch: ForestBatch) -> BlockMask:
+    """The same mask as a function of two places, and the blocks it leaves empty."""
+    segment, parent = batch.segment, batch.parent
+
+    def seen(row, head, query, key):
+        own = segment[row, query] == segment[row, key]
+        root = parent[row, query] == segment[row, key]
+        return (query >= key) & (own | root)
+
+    rows, tokens = segment.shape
+    compiled = segment.is_cuda  # else all T x T places are written out first
+    return create_block_mask(
+        seen, rows, None, tokens, tokens, device=segment.device, _compile=compiled
+    )

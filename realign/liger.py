@@ -1,0 +1,102 @@
+"""RMSNorm and SwiGLU of one model by liger-kernel; nothing outside this model changes.
+
+liger's own `apply_liger_kernel_to_*` also replaces functions and classes of transformers, for every
+model of the process. Here `forward` is set on instances, and only where liger's kernel gives what
+the module itself gives. Rotary embeddings stay as they are: they are a module-level function of
+transformers. The loss is this project's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.util import find_spec
+from types import MethodType
+
+import torch
+from torch import nn
+
+_TOLERANCE = 1e-4  # relative, fp32; a norm with another offset or an MLP with GELU is off by > 0.01
+
+
+def check(device: torch.device) -> None:
+    """Refuse where liger's kernels cannot run.
+
+    Raises:
+        ValueError: without CUDA, or without liger-kernel.
+    """
+    if device.type != "cuda":
+        raise ValueError("liger needs CUDA, and there is no GPU. Leave --liger out.")
+    if find_spec("liger_kernel") is None:
+        raise ValueError("liger-kernel is not installed. Run `pip install liger-kernel`.")
+
+
+def use(layers: Iterable[nn.Module], device: torch.device) -> str:
+    """Let liger compute the RMSNorm and SwiGLU modules in `layers`; returns a line that says which.
+
+    The first module of every class is tried on a random input, on `device`; a class for which
+    liger gives something else keeps its own forward.
+
+    Raises:
+        ValueError: when there is no such module.
+    """
+    chosen: dict[type, Callable | None] = {}
+    count: dict[str, int] = {}
+    for module in (module for layer in layers for module in layer.modules()):
+        kind = type(module)
+        if kind not in chosen:
+            chosen[kind] = next((f for f in _stand_ins(module) if _agrees(module, f, device)), None)
+        if (forward := chosen[kind]) is not None:
+            module.forward = MethodType(forward, module)
+            count[kind.__name__] = count.get(kind.__name__, 0) + 1
+    if not count:
+        raise ValueError(
+            "liger would have no effect: the trained layers hold no RMSNorm or SwiGLU that it "
+            "computes alike. Leave --liger out."
+        )
+    return "liger: " + ", ".join(f"{number} {name}" for name, number in sorted(count.items()))
+
+
+def _stand_ins(module: nn.Module) -> list[Callable]:
+    """Functions of (module, hidden) that may be its forward."""
+    if hasattr(module, "weight") and type(module).__name__.endswith("RMSNorm"):
+        llama = partial(_norm, offset=0.0, casting="llama")
+        return [llama, partial(_norm, offset=1.0, casting="gemma")]
+    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        return [_swiglu]
+    return []
+
+
+def _agrees(module: nn.Module, forward: Callable, device: torch.device) -> bool:
+    """Whether a copy of the module with random weights gives the same both ways, in fp32."""
+    tried = copy.deepcopy(module).to(device, torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in tried.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+        width = tried.weight.shape[0] if hasattr(tried, "weight") else tried.gate_proj.in_features
+        hidden = torch.randn(4, 8, width, device=device, generator=generator)
+        truth, found = tried(hidden), forward(tried, hidden)
+    return bool((found - truth).abs().max() <= _TOLERANCE * truth.abs().max())
+
+
+def _norm(
+    norm: nn.Module,
+    hidden: torch.Tensor,  # (..., H)
+    *,
+    offset: float,
+    casting: str,
+) -> torch.Tensor:
+    from liger_kernel.ops import LigerRMSNormFunction
+
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    # The last argument but one: whether backward may write into the gradient it is given.
+    return LigerRMSNormFunction.apply(hidden, norm.weight, epsilon, offset, casting, False, None)
+
+
+def _swiglu(mlp: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    gated = LigerSiLUMulFunction.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden), 1.0, 1.0)
+    return mlp.down_proj(gated)

@@ -1,0 +1,112 @@
+"""A model over many ranks and in little memory: FSDP2 or HSDP, offload, its layers wrapped.
+
+Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts
+stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside what is compiled
+and what is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import checkpoint
+
+from realign import liger
+from realign.config import ScaleConfig
+from realign.model import ForestModel
+from realign.parallel import world_size
+
+
+def check(scale: ScaleConfig, device: torch.device) -> None:
+    """Refuse what these ranks cannot do; before a model is loaded.
+
+    Raises:
+        ValueError: names the setting and what to do.
+    """
+    if world_size() % scale.replicas:
+        raise ValueError(
+            f"replicas is {scale.replicas}, which does not divide {world_size()} ranks; choose a "
+            "divisor of it."
+        )
+    if scale.cpu_offload and device.type == "cpu":
+        raise ValueError(
+            "cpu_offload would have no effect: there is no GPU, so everything is in host memory "
+            "already. Leave it out."
+        )
+    if scale.liger:
+        liger.check(device)
+
+
+def trained_layers(model: ForestModel) -> list[nn.Module]:
+    """The layers with a trained parameter; those of a frozen tower keep nothing for backward."""
+    return [m for m in model.layers if any(p.requires_grad for p in m.parameters())]
+
+
+def wrap_layers(layers: Iterable[nn.Module], *, compiled: bool, checkpointed: bool) -> None:
+    """Compile layers, and compute them again in backward instead of keeping what they hold.
+
+    Sizes are dynamic from the first call on, so batches of other shapes do not compile again.
+    """
+    for layer in layers:
+        if compiled:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if checkpointed:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(
+    model: ForestModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    replicas: int = 1,
+    cpu_offload: bool = False,
+) -> None:
+    """Shard in place with FSDP2 and move to `device`: layer by layer, then the rest, with the head.
+
+    Parameters are gathered and computed in `dtype`; gradients are reduced in fp32, to their mean
+    over all ranks.
+
+    Args:
+        model: the whole model, in host memory; no more than one layer of it is whole on `device`.
+        device: where this rank computes.
+        dtype: fp32 or bf16.
+        replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
+        cpu_offload: keep what is sharded in host memory.
+    """
+    ranks = world_size()
+    if replicas > 1:
+        shape, names = (replicas, ranks // replicas), ("replicate", "shard")
+    else:
+        shape, names = (ranks,), ("shard",)
+    options = {
+        "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype if dtype != torch.float32 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        if cpu_offload
+        else OffloadPolicy(),
+    }
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
+def sync_gradients(model: nn.Module, wanted: bool) -> None:
+    """Reduce gradients in the next backward, or leave them, whole, to a later micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
