@@ -44,10 +44,11 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.video_processing_utils import VideoProcessorMixin
 
 SIDE = 28  # pixels of one view
-WORDS = "red green blue one two three four a the is of and left right small large dot bar".split()
+_LINE = "red green blue one two three four a the is of and left right small large dot bar"
+WORDS = _LINE.split()
 _SQUARE = {"height": SIDE, "width": SIDE}
 _GRID = [[28, 56], [56, 28], [56, 56]]  # AnyRes resolutions
-_ROLES = "user assistant system model User Assistant USER ASSISTANT".split()
+_ROLES = ("user", "assistant", "system", "model", "User", "Assistant", "USER", "ASSISTANT")
 
 _VIDEO_FAMILIES = (
     LlavaOnevisionProcessor,
