@@ -119,7 +119,8 @@ def _chatml(image: str) -> str:
     )
 
 
-_VICUNA = _template("USER: ", "ASSISTANT: ", " ", "</s>", "<image>{{ '\\n' }}", start="<s>")
+# LLaVA-1.5's leaves the end token of an assistant's turn to the trainer.
+_VICUNA = _template("USER: ", "ASSISTANT: ", " ", " ", "<image>{{ '\\n' }}", start="<s>")
 
 
 def _llava() -> LlavaProcessor:

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_processors import SIDE, WORDS, make_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from realign.encode import check_prompt
 from realign.records import Record, StoredImage
 
 FAMILIES = (
@@ -73,13 +74,15 @@ def random_text(rng: np.random.Generator, low: int, high: int) -> str:
 def random_record(
     family: str, processor, rng: np.random.Generator, images: int = 1, negatives: int = 1
 ) -> Record:
-    """A record of random words with `images` images; each retrieved image has its image's size."""
-    shown = random_images(rng, images)
-    retrieved = random_images(rng, images * negatives, [p.size for p in shown] * negatives)
+    """A record of random words, with `images` images and `negatives` times as many retrieved.
+
+    Every image has a size of its own. The prompt is sure to place them under the family's template.
+    """
     chosen = random_text(rng, 2, 9)
     while (rejected := random_text(rng, 2, 9)) == chosen:
         pass
-    return Record(
+    shown, retrieved = random_images(rng, images), random_images(rng, images * negatives)
+    record = Record(
         f"{family}-{rng.integers(1 << 30)}",
         ({"role": "user", "content": random_text(rng, 3, 8)},),
         chosen,
@@ -87,6 +90,8 @@ def random_record(
         tuple(StoredImage.from_pil(picture) for picture in shown),
         tuple(StoredImage.from_pil(picture) for picture in retrieved),
     )
+    check_prompt(processor, record, images)
+    return record
 
 
 @torch.no_grad()
