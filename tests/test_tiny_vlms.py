@@ -1,0 +1,161 @@
+"""Tiny models of the VLM families: whole, sensitive to what they read, and scored repeatably."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_truth import encode, separate_logps, with_response
+from tiny_vlms import FAMILIES, make, random_images, random_record
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from realign.encode import chat_prompt
+
+SIZES = [(28, 28), (28, 56), (56, 49)]
+RESPONSE = [20, 21, 22, 23]  # ids of words in every family
+TURNS = ({"role": "user", "content": "the red dot is left of a small blue bar"},)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Every family's model and processor. Shared: never change them."""
+    return {family: make(family) for family in FAMILIES}
+
+
+def _prompt(processor, images, text=None):
+    turns = TURNS if text is None else ({"role": "user", "content": text},)
+    return chat_prompt(processor, turns, images)[0]
+
+
+@torch.no_grad()
+def _logps(vlm, inputs, response=RESPONSE):
+    return separate_logps(vlm, inputs, [response])[0]
+
+
+def _features(vlm, inputs):
+    """(N, H) features of the images of a prompt."""
+    known = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    given = {name: inputs[name] for name in known if name in inputs}
+    found = vlm.model.get_image_features(**given).pooler_output
+    return torch.cat([rows.flatten(0, -2) for rows in found])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_folder_loads_back_and_scores_the_same(made, family, tmp_path):
+    vlm, processor = made[family]
+    vlm.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    attention = "eager" if family == "paligemma" else "sdpa"
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=attention)
+    pictures = random_images(np.random.default_rng(0), 2)
+    inputs = encode(processor, pictures, _prompt(processor, 2))
+    same = encode(again, pictures, _prompt(again, 2))
+    assert type(again) is type(processor) and type(loaded) is type(vlm)
+    assert inputs.keys() == same.keys()
+    assert all(torch.equal(inputs[name], same[name]) for name in inputs)
+    if family != "paligemma":  # whose tower is now eager too
+        assert torch.equal(_logps(loaded.eval(), same), _logps(vlm, inputs))
+    torch.testing.assert_close(_logps(loaded.eval(), same), _logps(vlm, inputs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_tokens_are_as_many_as_image_features(made, family):
+    vlm, processor = made[family]
+    pictures = random_images(np.random.default_rng(1), 3, SIZES)
+    counts = []
+    for shown in ([pictures[0]], [pictures[1]], pictures):
+        inputs = encode(processor, shown, _prompt(processor, len(shown)))
+        tokens = int((inputs["input_ids"] == vlm.config.image_token_id).sum())
+        assert tokens == len(_features(vlm, inputs))
+        assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
+        counts.append(tokens)
+    resized_to_one_size = {"llava", "gemma3", "paligemma", "janus"}
+    assert (counts[0] == counts[1]) == (family in resized_to_one_size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_feel_every_image_and_early_tokens_and_repeat(made, family):
+    vlm, processor = made[family]
+    rng = np.random.default_rng(2)
+    pictures = random_images(rng, 2, SIZES[1:])
+    inputs = encode(processor, pictures, _prompt(processor, 2))
+    base = _logps(vlm, inputs)
+    assert torch.equal(base, _logps(vlm, inputs))
+    assert base.std() > 0.1 and (base < -0.5).any()
+    for place in range(2):
+        changed = list(pictures)
+        pixels = np.array(changed[place])
+        pixels[4:18, 4:18] = 255 - pixels[4:18, 4:18]
+        changed[place] = Image.fromarray(pixels)
+        other = encode(processor, changed, _prompt(processor, 2))
+        assert (_logps(vlm, other) - base).abs().max() > 1e-2
+    swapped = dict(inputs, input_ids=inputs["input_ids"].clone())
+    words = processor.tokenizer("the red", add_special_tokens=False)["input_ids"]
+    first = (swapped["input_ids"][0] == words[0]).nonzero()[0]
+    swapped["input_ids"][0, first] = words[1]
+    assert (_logps(vlm, swapped) - base).abs().max() > 1e-2
+    longer = _logps(vlm, inputs, [*RESPONSE, RESPONSE[0]])
+    torch.testing.assert_close(longer[:-1], base, atol=1e-5, rtol=0)  # later tokens are not seen
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_sliding_windows_and_bidirectional_blocks_bite(made, family):
+    vlm, processor = made[family]
+    pictures = random_images(np.random.default_rng(3), 2)
+    inputs = encode(processor, pictures, _prompt(processor, 2))
+    base = _logps(vlm, inputs)
+    causal = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    assert (_logps(vlm, causal) - base).abs().max() > 1e-2
+    wider, _ = make(family)
+    assert torch.equal(_logps(wider, inputs), base)
+    wider.config.text_config.sliding_window = 512
+    assert (_logps(wider, inputs) - base).abs().max() > 1e-2
+
+
+def test_paligemma_is_scored_as_its_processor_encodes_a_suffix(made):
+    vlm, processor = made["paligemma"]
+    pictures = random_images(np.random.default_rng(4), 2)
+    text, answer = _prompt(processor, 2), "the large red bar"
+    response = processor.tokenizer(answer + "<eos>", add_special_tokens=False)["input_ids"]
+    ours = with_response(encode(processor, pictures, text), response, "paligemma")
+    theirs = processor(images=pictures, text=[text], suffix=[answer], return_tensors="pt")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_m_rope_positions_bite(made, family):
+    vlm, processor = made[family]
+    inputs = encode(
+        processor, random_images(np.random.default_rng(5), 2, SIZES[1:]), _prompt(processor, 2)
+    )
+    longer = with_response(inputs, RESPONSE, family)
+    plain = torch.arange(longer["input_ids"].shape[1])[None]
+    with torch.no_grad():
+        logits = vlm(**longer, position_ids=plain, use_cache=False).logits[0, -5:-1]
+    flat = logits.log_softmax(-1).gather(1, torch.tensor(RESPONSE)[:, None])[:, 0]
+    assert (flat - _logps(vlm, inputs)).abs().max() > 1e-2
+
+
+def test_gradients_reach_both_towers(made):
+    for family in FAMILIES:
+        vlm, processor = made[family]
+        inputs = encode(
+            processor, random_images(np.random.default_rng(6), 1), _prompt(processor, 1)
+        )
+        total = sum(logps.sum() for logps in separate_logps(vlm, inputs, [RESPONSE, RESPONSE[:2]]))
+        weights = {n: p for n, p in vlm.named_parameters() if "vision" in n or "visual" in n}
+        weights |= {"head": vlm.get_output_embeddings().weight}
+        found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+        moved = [name for name, g in zip(weights, found, strict=True) if g is not None and g.any()]
+        assert "head" in moved and len(moved) > 0.6 * len(weights), family
+
+
+def test_random_records_differ_in_words_and_image_sizes(made):
+    rng = np.random.default_rng(7)
+    for family in FAMILIES:
+        records = [random_record(family, made[family][1], rng, 2, negatives=2) for _ in range(5)]
+        assert all(r.chosen != r.rejected and len(r.retrieved_images) == 4 for r in records)
+        pictures = [stored.open(r.name) for r in records for stored in r.images]
+        assert len({picture.size for picture in pictures}) > 2
+        assert len({picture.tobytes() for picture in pictures}) == 10
+        assert len({r.name for r in records} | {r.chosen for r in records}) > 5
