@@ -26,6 +26,7 @@ from realign import reference
 from realign.digits import ASSETS
 from realign.encode import encode_records
 from realign.forest import build_batch
+from realign.layouts import Layout
 from realign.model import ForestModel, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs
@@ -46,7 +47,7 @@ def digits():
             read_pairs(path),
             load_processor(ASSETS),
             objectives.rdpo(),
-            image_tokens=16,
+            layout=Layout(4),
             max_response_tokens=64,
             max_tokens=512,
             progress=False,
@@ -115,7 +116,9 @@ def plain(setting, size):
         for row, (e, x) in enumerate(part):
             ids[row, : lengths[row]] = torch.tensor(np.concatenate([e.roots[x.root].ids, x.ids]))
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        pixels = torch.stack([store.pixels(e.roots[x.root].images[0]) for e, x in part])
+        pixels = torch.cat(
+        [store.bundle(e.roots[x.root].images[0])["pixel_values"] for e, x in part]
+    )
         logits = vlm(
             input_ids=ids, attention_mask=mask.long(), pixel_values=pixels, use_cache=False
         ).logits[:, :-1].float()  # fmt: skip

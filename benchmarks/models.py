@@ -5,15 +5,11 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from realign.forest import Example, Leaf, Root
+from realign.images import ImageStore
+from realign.layouts import Layout
 
 VOCABULARY, IMAGE_TOKENS = 32000, 576
 IMAGE_ID = VOCABULARY - 1
-
-
-class Pixels(dict):
-    """Preprocessed images by key."""
-
-    pixels = dict.__getitem__
 
 
 def random_llava(*, hidden, intermediate, layers, heads):
@@ -38,14 +34,15 @@ def random_llava(*, hidden, intermediate, layers, heads):
 def random_pairs(count, *, prompt, response):
     """rDPO's three leaves under two images, and the store of the images."""
     rng = np.random.default_rng(0)
-    store, examples = Pixels(), []
+    store, examples = ImageStore(None, Layout(IMAGE_ID), cache_bytes=1 << 40), []
     for i in range(count):
         words = rng.integers(10, IMAGE_ID, prompt)
         chosen, rejected = rng.integers(10, IMAGE_ID, (2, response))
         roots = []
         for name in (f"v{i}", f"w{i}"):
-            store[name] = torch.randn(3, 336, 336)
-            roots.append(Root((name,), np.concatenate([[IMAGE_ID] * IMAGE_TOKENS, words])))
+            bundle = {"pixel_values": torch.randn(1, 3, 336, 336)}
+            key = store.keep(name, None, bundle, IMAGE_TOKENS)
+            roots.append(Root((key,), np.concatenate([[IMAGE_ID] * IMAGE_TOKENS, words])))
         leaves = (Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen))
         examples.append(Example(str(i), tuple(roots), leaves))
     return examples, store

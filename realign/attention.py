@@ -1,7 +1,7 @@
 """The forest's mask for each attention implementation of transformers.
 
-Who sees whom is `ForestBatch.attention_mask`; this gives it the form an implementation reads. Flash
-attention reads no mask, so it cannot hide one leaf from another.
+Who sees whom is `ForestBatch.sees`; this gives it the form an implementation reads. Flash attention
+reads no mask, so it cannot hide one leaf from another.
 """
 
 from __future__ import annotations
@@ -36,34 +36,38 @@ def row_tokens(attention: str, longest_tree: int) -> int:
 
 
 def forest_mask(
-    batch: ForestBatch, implementation: str, dtype: torch.dtype
+    batch: ForestBatch,
+    implementation: str,
+    dtype: torch.dtype,
+    window: int | None = None,
+    blocks_ignore_window: bool = False,
 ) -> torch.Tensor | BlockMask:
     """Who may attend to whom, as transformers' `implementation` reads it.
+
+    Args:
+        batch: a batch whose leaves share roots.
+        implementation: of transformers.
+        dtype: in which the model computes.
+        window: of sliding layers (`ForestBatch.sees`).
+        blocks_ignore_window: as there.
 
     Returns:
         For "sdpa" (R, 1, T, T) bool, True where a token is seen; for "eager" (R, 1, T, T) `dtype`,
         to be added to the scores; for "flex_attention" a BlockMask.
     """
     if implementation == "flex_attention":
-        return _block_mask(batch)
-    seen = batch.attention_mask()
+        rows, tokens = batch.segment.shape
+        return create_block_mask(
+            batch.sees(window, blocks_ignore_window),
+            rows,
+            None,
+            tokens,
+            tokens,
+            device=batch.segment.device,
+            _compile=batch.segment.is_cuda,  # else all T x T places are written out first
+        )
+    seen = batch.attention_mask(window, blocks_ignore_window)
     if implementation == "eager":
         hidden = torch.finfo(dtype).min
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, hidden)
     return seen
-
-
-def _block_mask(batch: ForestBatch) -> BlockMask:
-    """The same mask as a function of two places, and the blocks it leaves empty."""
-    segment, parent = batch.segment, batch.parent
-
-    def seen(row, head, query, key):
-        own = segment[row, query] == segment[row, key]
-        root = parent[row, query] == segment[row, key]
-        return (query >= key) & (own | root)
-
-    rows, tokens = segment.shape
-    compiled = segment.is_cuda  # else all T x T places are written out first
-    return create_block_mask(
-        seen, rows, None, tokens, tokens, device=segment.device, _compile=compiled
-    )

@@ -7,69 +7,18 @@ is therefore named before the first step, and lengths are known for packing.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from realign.config import LossConfig
 from realign.forest import Example, Leaf, Root
+from realign.images import ImageStore, bundle_of
+from realign.layouts import Layout
 from realign.records import Record, RecordError, StoredImage
-from realign_kernels import Objective, array_digest, objectives
-
-
-class ImageStore:
-    """The preprocessed images of a data set, each distinct one once.
-
-    Args:
-        processor: a Hugging Face processor with an `image_processor`.
-        cache_bytes: how much preprocessed memory to keep; the least recently used goes first, and
-            is made again when needed.
-    """
-
-    def __init__(self, processor, cache_bytes: int = 1 << 30) -> None:
-        self._processor = processor.image_processor
-        self._sources: dict[str, tuple[str, StoredImage]] = {}
-        self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._room = cache_bytes
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def add(self, record: str, stored: StoredImage, pixels: torch.Tensor) -> str:
-        """Take an image with its preprocessed pixels, (C, H, W); returns the digest of these."""
-        key = array_digest(pixels.numpy())
-        self._sources.setdefault(key, (record, stored))
-        self._keep(key, pixels)
-        return key
-
-    def pixels(self, key: str) -> torch.Tensor:
-        """The preprocessed image, (C, H, W) fp32."""
-        if key not in self._pixels:
-            record, stored = self._sources[key]
-            made = self._processor(images=[stored.open(record)], return_tensors="pt")
-            pixels = made["pixel_values"][0]
-            if array_digest(pixels.numpy()) != key:
-                raise RecordError(
-                    record,
-                    f"its image {stored.path} is not what it was when the records were checked.",
-                    "Let no image file change during a run.",
-                )
-            self._keep(key, pixels)
-        self._pixels.move_to_end(key)
-        return self._pixels[key]
-
-    def _keep(self, key: str, pixels: torch.Tensor) -> None:
-        if key in self._pixels:
-            return
-        self._pixels[key] = pixels
-        self._room -= pixels.nbytes
-        while self._room < 0 and len(self._pixels) > 1:
-            _, old = self._pixels.popitem(last=False)
-            self._room += old.nbytes
+from realign_kernels import Objective, objectives
 
 
 def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
@@ -115,7 +64,7 @@ def encode_records(
     processor,
     objective: Objective,
     *,
-    image_tokens: int,
+    layout: Layout,
     max_response_tokens: int,
     max_tokens: int,
     progress: bool = True,
@@ -126,7 +75,7 @@ def encode_records(
         records: preference records.
         processor: the model's processor; it must have a chat template.
         objective: decides which (response, image) leaves an example has.
-        image_tokens: tokens one image takes in this model's prompt.
+        layout: of the model.
         max_response_tokens: a longer response is an error, never cut.
         max_tokens: longest prompt plus response the model can take; longer is an error, since
             cutting a prompt would cut image tokens.
@@ -138,7 +87,7 @@ def encode_records(
     Raises:
         RecordError: for the first record that cannot be used, with the remedy.
     """
-    encoder = _Encoder(processor, image_tokens, max_response_tokens, max_tokens)
+    encoder = _Encoder(processor, layout, max_response_tokens, max_tokens)
     bar = tqdm(records, desc="checking records", unit="record", disable=not progress)
     return [encoder.encode(record, objective) for record in bar], encoder.store
 
@@ -179,16 +128,17 @@ def check_prompt(processor, record: Record, images: int) -> str:
 
 class _Encoder:
     def __init__(
-        self, processor, image_tokens: int, max_response_tokens: int, max_tokens: int
+        self, processor, layout: Layout, max_response_tokens: int, max_tokens: int
     ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token = processor.image_token
-        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        self.image_tokens = image_tokens
+        self.image_ids = {layout.image_token_id}
+        self.image_ids.add(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        self.layout = layout
         self.max_response_tokens = max_response_tokens
         self.max_tokens = max_tokens
-        self.store = ImageStore(processor)
+        self.store = ImageStore(processor, layout)
 
     def encode(self, record: Record, objective: Objective) -> Example:
         roots: list[Root] = []
@@ -268,21 +218,28 @@ class _Encoder:
 
     def _root(self, record: Record, image: str, objective: str) -> Root:
         stored = self._images(record, image, objective)
-        pictures = [s.open(record.name) for s in stored]
         text = check_prompt(self.processor, record, len(stored))
-        made = self.processor(images=pictures, text=[text], return_tensors="pt")
+        begun = bool(start := self.tokenizer.bos_token) and text.startswith(start)
+        made = self.processor(
+            images=[[s.open(record.name) for s in stored]],
+            text=[text],
+            add_special_tokens=not begun,  # as apply_chat_template does
+            return_tensors="pt",
+        )
         ids = made["input_ids"][0].numpy()
-        found, expected = int((ids == self.image_id).sum()), len(pictures) * self.image_tokens
+        found = int((ids == self.layout.image_token_id).sum())
+        if len(stored) == 1:
+            keys = (self.store.keep(record.name, stored[0], bundle_of(made), found),)
+        else:
+            keys = tuple(self.store.add(record.name, s, company=True) for s in stored)
+        expected = sum(self.store.tokens(key) for key in keys)
         if found != expected:
             raise RecordError(
                 record.name,
-                f"its prompt has {found} image tokens where the model produces {expected} image "
-                "features.",
-                "The processor does not belong to this model: check its patch_size, "
-                "vision_feature_select_strategy, num_additional_image_tokens and image size.",
+                f"its prompt has {found} image tokens where its images take {expected}.",
+                f"Keep {self.image_token!r} out of the text.",
             )
-        images = zip(stored, made["pixel_values"], strict=True)
-        return Root(tuple(self.store.add(record.name, s, pixels) for s, pixels in images), ids)
+        return Root(keys, ids)
 
     def _response(self, record: Record, name: str, text: str) -> np.ndarray:
         """Ids of a response with its end token, as the chat template closes a turn."""
@@ -302,7 +259,7 @@ class _Encoder:
             ids = ids[len(before) :]
         else:
             ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
-        if self.image_id in ids:
+        if self.image_ids & set(ids):
             raise RecordError(
                 record.name,
                 f"its {name} response contains the image token {self.image_token!r}.",

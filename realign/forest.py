@@ -6,16 +6,19 @@ its own segment and of its root, nothing else, and a leaf's positions continue f
 So one forward over the rows gives every leaf the hidden states it would have alone, and each
 distinct image passes the vision tower once. No token is repeated: the state of a root's last token
 predicts the first token of every leaf under it, so the head lists that row once per leaf.
+
+Where a model cannot share (`layouts.Layout.separate`), each leaf has a row and a copy of its root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
+from realign.images import Images, ImageStore
 from realign_kernels import pack_forest
 
 
@@ -64,11 +67,17 @@ class ForestBatch:
 
     Attributes:
         input_ids: (R, T) int64.
-        position_ids: (R, T) int64; a leaf continues from its root.
+        position_ids: (R, T) int64, or (axes, R, T); a leaf continues from its root.
+        depth: (R, T) int64, tokens before it in its sequence; a leaf continues from its root.
         segment: (R, T) int64, one number per root or leaf, -1 on padding.
         parent: (R, T) int64, the segment of the token's root (its own, for roots).
-        pixel_values: (I, C, H, W), each distinct image once.
-        image_order: (image slots,) int64, which image fills each slot, in row-major order.
+        block: (R, T) int64, blocks of a root whose tokens see each other both ways, -1 for none;
+            None where all is causal.
+        shared: whether leaves hang under one copy of their root; else a row is a root and a leaf.
+        images: the distinct images preprocessed; None where `features` are known.
+        features: what the vision tower made of them.
+        slots: for each place of an image in the rows, in row-major order, which image is there.
+        grids: what positions depend on, by slot (`ImageStore.grids`); empty where leaves share.
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens; rows of one example are adjacent.
         sequence_ids: (N,) int64, leaf * examples + example.
@@ -79,10 +88,15 @@ class ForestBatch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    depth: torch.Tensor
     segment: torch.Tensor
     parent: torch.Tensor
-    pixel_values: torch.Tensor
-    image_order: torch.Tensor
+    block: torch.Tensor | None
+    shared: bool
+    images: Images | None
+    features: tuple[Mapping[str, torch.Tensor], ...] | None
+    slots: tuple[int, ...]
+    grids: dict[str, torch.Tensor]
     rows: torch.Tensor
     labels: torch.Tensor
     sequence_ids: torch.Tensor
@@ -90,14 +104,32 @@ class ForestBatch:
     examples: int
     names: tuple[str, ...]
 
-    def attention_mask(self) -> torch.Tensor:
+    def sees(self, window: int | None = None, blocks_ignore_window: bool = False) -> Callable:
+        """Who may attend to whom, as a function of row, head, and columns of query and key.
+
+        Args:
+            window: how far back a token sees, itself included, counted along its sequence.
+            blocks_ignore_window: whether blocks see both ways beyond the window as well.
+        """
+        segment, parent, depth, block = self.segment, self.parent, self.depth, self.block
+
+        def seen(row, head, query, key):
+            own = segment[row, query] == segment[row, key]
+            root = parent[row, query] == segment[row, key]
+            found = (query >= key) & (own | root)
+            near = window is None or depth[row, query] - depth[row, key] < window
+            if block is None:
+                return found & near
+            together = own & (block[row, query] == block[row, key]) & (block[row, query] >= 0)
+            return (found & near) | together if blocks_ignore_window else (found | together) & near
+
+        return seen
+
+    def attention_mask(self, window: int | None = None, blocks_ignore_window: bool = False) -> torch.Tensor:
         """(R, 1, T, T) bool: who may attend to whom."""
-        segment, parent = self.segment, self.parent
-        same = segment[:, :, None] == segment[:, None, :]
-        ancestor = parent[:, :, None] == segment[:, None, :]
-        length = segment.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-        return ((same | ancestor) & causal)[:, None]
+        rows, columns = (torch.arange(n, device=self.segment.device) for n in self.segment.shape)
+        seen = self.sees(window, blocks_ignore_window)
+        return seen(rows[:, None, None], None, columns[:, None], columns)[:, None]
 
     def leaf_sums(
         self,
@@ -113,26 +145,44 @@ class ForestBatch:
         """The same batch with its tensors on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
-            if isinstance(value, torch.Tensor):
-                moved[name] = value.to(device, non_blocking=True)
+            if isinstance(value, torch.Tensor | Images):
+                moved[name] = value.to(device)
+            elif name == "grids":
+                moved[name] = {key: grid.to(device) for key, grid in value.items()}
         return ForestBatch(**moved)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Where trees and leaves lie, in the words of `pack_forest`."""
+
+    num_rows: int
+    num_trees: int
+    row_lengths: np.ndarray
+    tree_root: np.ndarray
+    tree_row: np.ndarray
+    tree_start: np.ndarray
+    leaf_tree: np.ndarray
+    leaf_start: np.ndarray
+
+
 def build_batch(
-    examples: Sequence[Example], store, *, row_tokens: int, pad_id: int = 0
+    examples: Sequence[Example], store: ImageStore, *, row_tokens: int, pad_id: int = 0
 ) -> ForestBatch:
     """Lay examples out in rows.
 
     Args:
         examples: the examples; all have the same number of leaves.
-        store: gives the preprocessed pixels of an image key (`encode.ImageStore`).
+        store: their images, and the layout of the model.
         row_tokens: most tokens in a row. Raised to the longest root with one leaf if need be; a
-            root whose leaves do not fit in one row is repeated.
+            root whose leaves do not fit in one row is repeated. Where the model cannot share, a row
+            is a root with one leaf, whatever this says.
         pad_id: token id of unused columns.
 
     Returns:
-        The batch. Its layout depends on the examples and `row_tokens` alone.
+        The batch. It depends on the examples, the layout and `row_tokens` alone.
     """
+    layout = store.layout
     roots: list[Root] = []
     index: dict[tuple, int] = {}
     leaf_ids: list[np.ndarray] = []
@@ -149,48 +199,63 @@ def build_batch(
             rivals.append(leaf.rival)
     root_lengths = np.array([len(root.ids) for root in roots])
     leaf_lengths = np.array([len(ids) for ids in leaf_ids])
-    least = int((root_lengths[leaf_roots] + leaf_lengths).max())
-    packing = pack_forest(root_lengths, leaf_lengths, leaf_roots, max(row_tokens, least))
+    whole = root_lengths[leaf_roots] + leaf_lengths
+    if layout.shares_prefix:
+        packing = pack_forest(root_lengths, leaf_lengths, leaf_roots, max(row_tokens, whole.max()))
+    else:
+        packing = _apart(root_lengths, whole, leaf_roots)
 
     shape = (packing.num_rows, int(packing.row_lengths.max()))
+    prompts = [layout.positions(root.ids, store.grids(root.images)) for root in roots]
     ids = np.full(shape, pad_id, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
-    segment = np.full(shape, -1, dtype=np.int64)
-    parent = np.full(shape, -1, dtype=np.int64)
+    positions = np.zeros((len(prompts[0]), *shape), dtype=np.int64)
+    depth = np.zeros(shape, dtype=np.int64)
+    segment, parent, block = (np.full(shape, -1, dtype=np.int64) for _ in range(3))
     images: dict[str, int] = {}
-    order: list[int] = []
+    slots: list[str] = []
     for tree, (root, row, start) in enumerate(
         zip(packing.tree_root, packing.tree_row, packing.tree_start, strict=True)
     ):
         span = slice(start, start + root_lengths[root])
         ids[row, span] = roots[root].ids
-        positions[row, span] = np.arange(root_lengths[root])
+        positions[:, row, span] = prompts[root]
+        depth[row, span] = np.arange(root_lengths[root])
         segment[row, span] = parent[row, span] = tree
-        order += [images.setdefault(key, len(images)) for key in roots[root].images]
+        if layout.both_ways:
+            block[row, span] = layout.blocks(roots[root].ids)
+        slots += roots[root].images
+        for key in roots[root].images:
+            images.setdefault(key, len(images))
     predictors: list[np.ndarray] = []
     for leaf, (tree, start) in enumerate(zip(packing.leaf_tree, packing.leaf_start, strict=True)):
-        row, length = packing.tree_row[tree], leaf_lengths[leaf]
-        depth = root_lengths[packing.tree_root[tree]]
+        row, length, root = packing.tree_row[tree], leaf_lengths[leaf], packing.tree_root[tree]
         span = slice(start, start + length)
         ids[row, span] = leaf_ids[leaf]
-        positions[row, span] = depth + np.arange(length)
+        positions[:, row, span] = prompts[root].max() + 1 + np.arange(length)
+        depth[row, span] = root_lengths[root] + np.arange(length)
         segment[row, span] = packing.num_trees + leaf
         parent[row, span] = tree
         before = np.arange(start - 1, start + length - 1)
-        before[0] = packing.tree_start[tree] + depth - 1
+        before[0] = packing.tree_start[tree] + root_lengths[root] - 1
         predictors.append(row * shape[1] + before)
 
     leaves = len(examples[0].leaves)
     owner = np.arange(len(leaf_ids))
     sequence = owner % leaves * len(examples) + owner // leaves
     as_tensor = torch.from_numpy
+    known = store.features
     return ForestBatch(
         input_ids=as_tensor(ids),
-        position_ids=as_tensor(positions),
+        position_ids=as_tensor(positions[0] if len(positions) == 1 else positions),
+        depth=as_tensor(depth),
         segment=as_tensor(segment),
         parent=as_tensor(parent),
-        pixel_values=torch.stack([store.pixels(key) for key in images]),
-        image_order=torch.tensor(order),
+        block=as_tensor(block) if layout.both_ways else None,
+        shared=layout.shares_prefix,
+        images=store.batch(list(images)) if known is None else None,
+        features=None if known is None else tuple(known.get(key) for key in images),
+        slots=tuple(images[key] for key in slots),
+        grids={} if layout.shares_prefix else store.grids(slots),
         rows=as_tensor(np.concatenate(predictors)),
         labels=as_tensor(np.concatenate(leaf_ids)),
         sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths)),
@@ -198,3 +263,10 @@ def build_batch(
         examples=len(examples),
         names=tuple(example.name for example in examples),
     )
+
+
+def _apart(root_lengths: np.ndarray, whole: np.ndarray, leaf_roots: Sequence[int]) -> _Rows:
+    """A row for each leaf, behind its own copy of its root."""
+    count, roots = len(whole), np.array(leaf_roots)
+    each, zeros = np.arange(count), np.zeros(count, np.int64)
+    return _Rows(count, count, whole, roots, each, zeros, each, root_lengths[roots])

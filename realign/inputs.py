@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from realign.config import LossConfig
-from realign.encode import ImageStore, encode_records, make_objective
+from realign.encode import encode_records, make_objective
 from realign.forest import Example
+from realign.images import ImageStore
 from realign.model import ForestModel, load_model, load_processor
 from realign.records import read_pairs
 from realign_kernels import Objective
@@ -71,9 +72,10 @@ def load_inputs(
         records,
         processor,
         objective,
-        image_tokens=model.image_tokens(processor),
+        layout=model.layout,
         max_response_tokens=max_response_tokens,
-        max_tokens=vlm.config.text_config.max_position_embeddings,
+        max_tokens=vlm.config.get_text_config().max_position_embeddings,
         progress=progress,
     )
+    model.check_images(store)
     return Inputs(str(base), processor, model, objective, examples, store)

@@ -8,21 +8,24 @@ the root module it also is what FSDP2 wraps, so the head's weight is gathered wi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from PIL import Image
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from realign.attention import IMPLEMENTATIONS, forest_mask
-from realign.forest import ForestBatch
+from realign.forest import Example, ForestBatch, build_batch
+from realign.images import Images, ImageStore
+from realign.layouts import SLIDING, TESTED, layout_of
 from realign_kernels import (
     NonFiniteError,
     Objective,
@@ -34,6 +37,16 @@ from realign_kernels import (
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a model may compute in, by the names of the settings."""
+
+
+_JOIN = "merger"
+"""In the names of a tower's layers that join it to the language model (Qwen)."""
+
+_UNUSED = ("vqmodel", "generation")
+"""Parts that draw images (Janus); no forward here reaches them."""
+
+_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Mean difference of a token's log-prob beyond which a forest is not what separate forwards are."""
 
 
 class NonFiniteRecords(ValueError):
@@ -59,27 +72,28 @@ def load_processor(path: str | Path):
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
 ) -> PreTrainedModel:
-    """Load a LLaVA-type model from a folder or hub name; an adapter is merged into its base.
+    """Load a vision-language model from a folder or hub name; an adapter is merged into its base.
 
     Args:
         path: the folder or name.
         dtype: in which its weights are kept.
-        attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
+        attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
+            a softcap, which sdpa has not, eager is taken for it.
 
     Raises:
-        ValueError: for a text-only model, or one that is not of the LLaVA type.
+        ValueError: for a text-only model.
     """
-    config = _vision_config(path)
-    if config.model_type != "llava":
-        raise ValueError(
-            f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
-            "far. Pass a LLaVA-1.5-type model to --model."
-        )
+    text = _vision_config(path).get_text_config()
+    if attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+        attention = "eager"
+    options = {
+        "attn_implementation": {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]},
+        "use_safetensors": True,
+    }
     auto = AutoModelForImageTextToText
-    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     if (base := adapter_base(path)) is None:
-        return _from_pretrained(auto, path, dtype=dtype, attn_implementation=kinds)
-    wide = _from_pretrained(auto, base, dtype=torch.float32, attn_implementation=kinds)
+        return _from_pretrained(auto, path, dtype=dtype, **options)
+    wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
     merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
     return merged.to(dtype).requires_grad_(True)  # PEFT froze them
 
@@ -100,8 +114,8 @@ def _vision_config(path: str | Path):
     config = _from_pretrained(AutoConfig, adapter_base(path) or path)
     if not hasattr(config, "vision_config"):
         raise ValueError(
-            f"{path} is a text-only model ({config.model_type}). Pass a vision-language model of "
-            "the LLaVA type to --model."
+            f"{path} is a text-only model ({config.model_type}). Pass a vision-language model to "
+            "--model."
         )
     return config
 
@@ -120,9 +134,10 @@ def _from_pretrained(auto_class, path: str | Path, **options):
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     """Put LoRA on every linear layer of the language model, and freeze everything else."""
-    language = model.model.language_model
+    language = model.model.get_decoder()
+    (place,) = (name for name, module in model.named_modules() if module is language)
     names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
-    pattern = rf".*language_model\..*\.({'|'.join(sorted(names))})"
+    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(names))})"
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
@@ -146,13 +161,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 class ForestModel(nn.Module):
-    """A LLaVA-type model that takes forest batches.
+    """A vision-language model that takes forest batches.
 
     Args:
         vlm: the Hugging Face model, with or without LoRA layers in it.
-        train_vision: whether the vision tower learns; frozen by default.
+        train_vision: whether the vision tower learns; frozen by default. What joins it to the
+            language model learns either way.
         dtype: fp32 or bf16, in which the forward computes: that of `vlm`'s parameters, or what
-            FSDP2 casts them to (`parallel.shard`).
+            FSDP2 casts them to (`sharding.shard`).
+
+    Raises:
+        ValueError: for a model that forests cannot be laid out for.
     """
 
     def __init__(
@@ -163,25 +182,23 @@ class ForestModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        attention = vlm.model.language_model.config._attn_implementation
-        if attention not in IMPLEMENTATIONS.values():
-            raise ValueError(
-                f"the language model's attention is {attention!r}, which cannot hide one leaf from "
-                "another. Load it with attn_implementation='sdpa'."
-            )
-        self.attention = attention
         self.vlm = vlm
         self.dtype = dtype
-        if not train_vision:
-            vlm.model.vision_tower.requires_grad_(False)
-        self.softcap = getattr(vlm.config.text_config, "final_logit_softcapping", None)
+        self.layout = layout_of(vlm)
+        self.attention = vlm.model.get_decoder().config._attn_implementation
+        self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
+        tower = vlm.model.get_encoder("image")
+        frozen = [] if train_vision else [p for n, p in tower.named_parameters() if _JOIN not in n]
+        for name, part in vlm.model.named_children():
+            frozen += part.parameters() if name.startswith(_UNUSED) else ()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated layers of both towers, which FSDP shards one by one."""
-        parts = (self.vlm.model.language_model, self.vlm.model.vision_tower)
-        lists = [m for part in parts for m in part.modules() if isinstance(m, nn.ModuleList)]
-        return [layer for layers in lists for layer in layers]
+        parts = (self.vlm.model.get_decoder(), self.vlm.model.get_encoder("image"))
+        return [layer for part in parts for layer in _repeated(part)]
 
     def forward(
         self,
@@ -227,37 +244,151 @@ class ForestModel(nn.Module):
             ) from error
         return output._replace(logps=output.logps.detach())  # FSDP hooks what carries grad
 
-    def image_tokens(self, processor) -> int:
-        """Tokens that one image takes: what the vision tower makes of a blank one."""
-        blank = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
-        pixels = blank["pixel_values"].to(self.vlm.device)
-        with torch.inference_mode():
-            return self._image_features(pixels)[0].shape[0]
-
     def embed_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean-pooled image features of the model's own vision tower, (I, C, H, W) -> (I, D)."""
         with torch.inference_mode():
-            tower = self.vlm.model.vision_tower
+            tower = self.vlm.model.get_encoder("image")
             states = tower(pixel_values.to(tower.device, tower.dtype)).last_hidden_state
             return states.mean(1).float()
 
-    def _image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        config = self.vlm.config
-        return self.vlm.model.get_image_features(
-            pixel_values=pixel_values.to(self.dtype),
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        ).pooler_output
+    def image_features(self, images: Images) -> list[dict[str, torch.Tensor]]:
+        """What the vision tower makes of each image, in order: tensors of (tokens, H).
+
+        They are named "list" or "tensor", as the model takes back features of several images, and
+        "deepstack.0", ... for the layers of the language model that take some as well.
+
+        Raises:
+            ValueError: when an image has not as many features as tokens in the prompt.
+        """
+        found = self.vlm.model.get_image_features(**images.inputs)
+        kind = "tensor" if isinstance(found.pooler_output, torch.Tensor) else "list"
+        parts = {kind: _by_image(found.pooler_output, images)}
+        for level, deeper in enumerate(getattr(found, "deepstack_features", None) or ()):
+            parts[f"deepstack.{level}"] = _by_image(deeper, images)
+        for made, expected in zip(parts[kind], images.tokens, strict=True):
+            if len(made) != expected:
+                raise ValueError(
+                    f"an image takes {expected} image tokens in a prompt where the model produces "
+                    f"{len(made)} image features. The processor does not belong to this model: "
+                    "check its patch_size, vision_feature_select_strategy, "
+                    "num_additional_image_tokens and image size."
+                )
+        return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+
+    def check_images(self, store: ImageStore) -> None:
+        """Compare the image tokens of the first image with what the vision tower makes of it.
+
+        Raises:
+            ValueError: when the processor does not belong to the model.
+        """
+        first = next(iter(store.keys()))
+        with torch.inference_mode():
+            self.image_features(store.batch([first]).to(self.vlm.device, self.dtype))
+
+    def check_forest(self, example: Example, store: ImageStore) -> str | None:
+        """Compare one forest with separate forwards, positions and masks of the model's own.
+
+        Where they differ, responses get a copy of their prompt each from now on. Two forwards, with
+        collectives, so every rank calls it.
+
+        Returns:
+            A line to be shown to the user, if there is anything to say.
+        """
+        kind, layout = self.vlm.config.model_type, self.layout
+        if not layout.shares_prefix:
+            return f"each response has its own copy of the prompt: {layout.separate}"
+        batches = [build_batch([example], store, row_tokens=example.longest_tree)]
+        layout.separate = "comparison"
+        batches.append(build_batch([example], store, row_tokens=0))
+        layout.separate = None
+        with torch.no_grad():
+            together, alone = (self(batch.to(self.vlm.device)) for batch in batches)
+        gap = float((together - alone).abs().mean())
+        if gap > _GAPS[self.dtype]:
+            layout.separate = (
+                f"log-probs under a shared one differ by {gap:.2g} a token (model type {kind!r})"
+            )
+            return f"each response has its own copy of the prompt: {layout.separate}"
+        if kind in TESTED:
+            return None
+        return (
+            f"model type {kind!r} is not among the tested ones; on the first record its forest "
+            f"differs from separate forwards by {gap:.1g} a token"
+        )
 
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
         """Last hidden states at the batch's predicting positions, (N, H)."""
-        distinct = self._image_features(batch.pixel_values)
-        slots = tuple(distinct[i] for i in batch.image_order.tolist())
-        states = self.vlm.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=forest_mask(batch, self.attention, self.dtype),
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=slots)},
-            use_cache=False,
-        ).last_hidden_state
+        features = batch.features
+        if features is None:
+            features = self.image_features(batch.images.to(self.vlm.device, self.dtype))
+        given = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.slots:
+            given["mm_encoder_outputs"] = {"image": _in_slots(features, batch.slots)}
+        masks: dict = {}
+        if batch.shared:
+            masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
+            given["attention_mask"] = masks[self.layout.kinds[0]]
+            given["position_ids"] = batch.position_ids
+        else:
+            given["attention_mask"] = (batch.segment >= 0).long()
+            given |= batch.grids
+            image = batch.input_ids == self.layout.image_token_id
+            if self.layout.rope_index:
+                given["mm_token_type_ids"] = image.int()
+            if self.layout.both_ways == "image":
+                given["token_type_ids"] = image.long()
+            elif self.layout.both_ways == "prompt":
+                given["token_type_ids"] = (batch.block < 0).long()
+        decoder = self.vlm.model.get_decoder()
+        with _takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
+            states = self.vlm.model(**given).last_hidden_state
         return states.flatten(0, 1)[batch.rows]
+
+    def _mask(self, batch: ForestBatch, kind: str) -> torch.Tensor | BlockMask:
+        window = self.layout.window if kind == SLIDING else None
+        beyond = self.layout.both_ways == "prompt"
+        return forest_mask(batch, self.attention, self.dtype, window, beyond)
+
+
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    """The members of its outermost lists of modules."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _repeated(child)]
+
+
+def _by_image(
+    found: torch.Tensor | Sequence[torch.Tensor],  # (rows, tokens, H), or I of (..., H)
+    images: Images,
+) -> list[torch.Tensor]:
+    """Features of each image, (tokens, H), in the order of the images."""
+    parts = found.split(images.rows) if isinstance(found, torch.Tensor) else found
+    return [parts[output].flatten(0, -2) for output in images.order]
+
+
+def _in_slots(
+    features: Sequence[Mapping[str, torch.Tensor]], slots: Sequence[int]
+) -> SimpleNamespace:
+    """Features for every image slot, as `get_image_features` would return them."""
+    placed = {name: [features[image][name] for image in slots] for name in features[0]}
+    pooled = placed.pop("list", None)
+    if pooled is None:
+        pooled = torch.cat(placed.pop("tensor"))
+    return SimpleNamespace(pooler_output=pooled, deepstack_features=list(placed.values()))
+
+
+@contextmanager
+def _takes_masks(decoder: nn.Module, masks: Mapping) -> Iterator[None]:
+    """Hand the language model a mask for each kind of its layers.
+
+    It takes them itself; PaliGemma, around it, passes on one mask only.
+    """
+
+    def replace(module, args, kwargs):
+        return args, kwargs | {"attention_mask": dict(masks)}
+
+    handle = decoder.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -23,7 +23,7 @@ from realign.model import ForestModel, adapters_off
 from realign.parallel import world_size
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
-_LAYOUT = "forest-2"
+_LAYOUT = "forest-3"
 """Changes when the code of this project would give the same leaf another log-prob."""
 
 _NO_EFFECT = {
@@ -56,12 +56,8 @@ def fingerprint(
         device: on which; its type counts, as bf16 rounds differently on a CPU.
         kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
     """
-    parts = (
-        vlm,
-        getattr(vlm.model, "language_model", None),
-        getattr(vlm.model, "vision_tower", None),
-    )
-    attention = {part.config._attn_implementation for part in parts if part is not None}
+    parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
+    attention = {part.config._attn_implementation for part in parts}
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ",".join(sorted(attention)),

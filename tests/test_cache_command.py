@@ -100,7 +100,7 @@ from realign import cache, encode
 if os.environ["RANK"] == "1":
     def changed(self, key):
         raise encode.RecordError("scene-1", "its image is not what it was.", "Let it be.")
-    encode.ImageStore.pixels = changed
+    encode.ImageStore.bundle = changed
 sys.exit(cache.main(sys.argv[1:]))
 """
 

@@ -11,12 +11,14 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from realign.digits.scenes import CAPTION_PROMPT
-from realign.encode import ImageStore, chat_prompt, encode_records
+from realign.encode import chat_prompt, encode_records
+from realign.images import ImageStore
+from realign.layouts import Layout
 from realign.records import Record, RecordError, StoredImage, read_pairs
 from realign_kernels import Objective, objectives
 
 IMAGE_TOKENS = 16
-LIMITS = {"image_tokens": IMAGE_TOKENS, "max_response_tokens": 64, "max_tokens": 512}
+LIMITS = {"max_response_tokens": 64, "max_tokens": 512}
 LLAVA_TEMPLATE = (  # as LLaVA-1.5's: no end token after a response, white space instead
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] %}"
@@ -27,7 +29,19 @@ LLAVA_TEMPLATE = (  # as LLaVA-1.5's: no end token after a response, white space
 
 def _encode(records, processor, objective=None, **limits):
     objective = objective or objectives.rdpo()
-    return encode_records(records, processor, objective, progress=False, **(LIMITS | limits))
+    options = LIMITS | {"layout": layout(processor), "progress": False} | limits
+    return encode_records(records, processor, objective, **options)
+
+
+def layout(processor) -> Layout:
+    """Of a LLaVA that the processor belongs to."""
+    return Layout(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+
+
+def pixels(store, key):
+    """The preprocessed image, (C, H, W)."""
+    (picture,) = store.bundle(key)["pixel_values"]
+    return picture
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +133,7 @@ def test_root_and_leaf_are_the_rendered_conversation(processor, pairs_file):
             root = example.roots[leaf.root]
             assert [*root.ids, *leaf.ids] == whole["input_ids"][0].tolist()
             assert leaf.ids[-1] == processor.tokenizer.eos_token_id
-            assert torch.equal(store.pixels(root.images[0]), whole["pixel_values"][0])
+            assert torch.equal(pixels(store, root.images[0]), whole["pixel_values"][0])
 
 
 def test_objectives_decide_the_roots(processor, record):
@@ -185,11 +199,6 @@ def _changed(record, **changes) -> Record:
         ),
         ({"rejected": "<image>"}, {}, "rejected response contains the image token"),
         (
-            {},
-            {"image_tokens": 15},
-            "prompt has 16 image tokens where the model produces 15 .*check its patch_size",
-        ),
-        (
             {"retrieved_images": ()},
             {},
             "needs 'retrieved_image' but the record has none. Add .*--objective dpo",
@@ -233,72 +242,69 @@ class _Counting:
 
     def __init__(self, processor) -> None:
         self.made = 0
-        self._processor = processor.image_processor
-        self.image_processor = self._make
+        self._processor = processor
+        self.image_processor, self.image_token = processor.image_processor, processor.image_token
 
-    def _make(self, images, **options):
-        self.made += len(images)
+    def __call__(self, images, **options):
+        self.made += sum(len(group) for group in images)
         return self._processor(images=images, **options)
 
 
-def add(store, processor, record, stored):
-    """Put an image into a store as encoding does."""
-    made = processor.image_processor(images=[stored.open(record)], return_tensors="pt")
-    return store.add(record, stored, made["pixel_values"][0])
-
-
 def test_the_store_knows_pictures_by_what_the_model_sees(tmp_path, processor, scenes):
-    store = ImageStore(processor)
+    store = ImageStore(processor, layout(processor))
     picture = scenes[0].image
     picture.save(tmp_path / "copy.bmp")
     other = picture.copy()
     other.putpixel((3, 3), tuple(255 - v for v in picture.getpixel((3, 3))))
     wide = Image.frombytes("RGB", (32, 8), picture.tobytes())  # the same bytes, another picture
-    key = add(store, processor, "a", StoredImage.from_pil(picture))
-    assert add(store, processor, "b", StoredImage(path=str(tmp_path / "copy.bmp"))) == key
+    key = store.add("a", StoredImage.from_pil(picture))
+    assert store.add("b", StoredImage(path=str(tmp_path / "copy.bmp"))) == key
     assert len(store) == 1 and len(bytes.fromhex(key)) == 16
-    more = (add(store, processor, "c", StoredImage.from_pil(image)) for image in (other, wide))
+    more = (store.add("c", StoredImage.from_pil(image)) for image in (other, wide))
     assert len({key, *more}) == len(store) == 3
     # Pixels that differ in the last bit, of whatever dtype or shape, are other pixels.
-    pixels = torch.rand(3, 16, 16)
-    nudged = pixels.clone()
+    rows = torch.rand(3, 16, 16)
+    nudged = rows.clone()
     nudged.view(torch.int32)[2, 15, 15] ^= 1
-    kinds = [pixels, nudged, pixels.double(), pixels.view(3, 8, 32)]
-    assert len({store.add("d", StoredImage(path="d"), kind) for kind in kinds}) == 4
+    kinds = [rows, nudged, rows.double(), rows.view(3, 8, 32)]
+    bundles = [{"pixel_values": kind} for kind in kinds]
+    bundles += [{"rows": rows}, bundles[0] | {"image_sizes": torch.tensor([[8, 8]])}]
+    assert len({store.keep("d", StoredImage(path="d"), bundle, 4) for bundle in bundles}) == 6
 
 
 def test_the_store_keeps_the_latest_within_its_bytes(processor, scenes):
     counting = _Counting(processor)
     size = 3 * 16 * 16 * 4  # one preprocessed scene
-    store = ImageStore(counting, cache_bytes=2 * size)
+    store = ImageStore(counting, layout(processor), cache_bytes=2 * size)
     stored = [StoredImage.from_pil(scenes[i].image) for i in range(3)]
-    a, b, c = (add(store, processor, str(i), stored[i]) for i in range(3))
-    first = store.pixels(a)
+    a, b, c = (store.add(str(i), stored[i]) for i in range(3))
+    counting.made = 0
+    first = pixels(store, a)
     assert first.nbytes == size and first.shape == (3, 16, 16)
     made = []
     for key in (a, b, a, c, a, b, b, c, a):  # with room for two, the least recent goes
-        assert store.pixels(key).shape == (3, 16, 16)
+        assert pixels(store, key).shape == (3, 16, 16)
         made.append(counting.made)
     assert made == [1, 2, 2, 3, 3, 4, 4, 5, 6]
-    assert torch.equal(store.pixels(a), first)
+    assert torch.equal(pixels(store, a), first)
 
-    tight = ImageStore(counting, cache_bytes=1)  # one picture is always kept
-    key = add(tight, processor, "a", stored[0])
+    tight = ImageStore(counting, layout(processor), cache_bytes=1)  # one picture is always kept
+    key = tight.add("a", stored[0])
     before = counting.made
     for _ in range(3):
-        assert torch.equal(tight.pixels(key), first)
+        assert torch.equal(pixels(tight, key), first)
     assert counting.made == before  # the pixels of encoding serve the first batch
 
 
 def test_images_that_vanish_or_change_after_the_check_are_named(tmp_path, processor, scenes):
     path = tmp_path / "a.png"
     scenes[0].image.save(path)
-    store = ImageStore(processor, cache_bytes=1)
-    key = add(store, processor, "scene-5", StoredImage(path=str(path)))
-    add(store, processor, "scene-6", StoredImage.from_pil(scenes[1].image))  # takes its room
+    store = ImageStore(processor, layout(processor), cache_bytes=1)
+    key = store.add("scene-5", StoredImage(path=str(path)))
+    store.add("scene-6", StoredImage.from_pil(scenes[1].image))  # takes its room
     path.unlink()
     with pytest.raises(RecordError, match="'scene-5': its image .*a.png does not exist"):
-        store.pixels(key)
+        pixels(store, key)
     scenes[2].image.save(path)
     with pytest.raises(RecordError, match="'scene-5': its image .*a.png is not what it was when"):
-        store.pixels(key)
+        pixels(store, key)

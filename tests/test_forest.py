@@ -9,6 +9,7 @@ from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
 from realign.encode import encode_records
 from realign.forest import Example, Leaf, Root, build_batch
+from realign.layouts import Layout
 from realign.model import ForestModel, load_model, load_processor
 from realign.records import Record, StoredImage
 from realign_kernels import objectives
@@ -44,7 +45,7 @@ def make_examples(processor, count, objective, seed=0):
         records,
         processor,
         objective,
-        image_tokens=16,
+        layout=Layout(4),
         max_response_tokens=64,
         max_tokens=512,
         progress=False,
@@ -59,7 +60,7 @@ def separate_logps(vlm, examples, store):
         for leaf in example.leaves:
             root = example.roots[leaf.root]
             ids = torch.tensor(np.concatenate([root.ids, leaf.ids]))[None]
-            pixels = torch.stack([store.pixels(key) for key in root.images])
+            pixels = torch.stack([store.bundle(key)["pixel_values"][0] for key in root.images])
             logits = vlm(input_ids=ids, pixel_values=pixels).logits[0, :-1]
             logps = F.log_softmax(logits.double(), -1).gather(1, ids[0, 1:, None])[:, 0]
             row.append(logps[len(root.ids) - 1 :].sum())

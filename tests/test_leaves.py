@@ -17,6 +17,7 @@ from realign.config import LossConfig, parse
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
 from realign.metrics import read_jsonl
+from realign.layouts import Layout
 from realign.records import RecordError, StoredImage, read_pairs, write_pairs
 from realign.train import main, train
 from realign_kernels import Objective, PreferenceOutput, leaf_keys, objectives
@@ -48,7 +49,7 @@ def encode(records, processor, name, **settings):
         records,
         processor,
         objective,
-        image_tokens=16,
+        layout=Layout(4),
         max_response_tokens=64,
         max_tokens=512,
         progress=False,
@@ -70,7 +71,7 @@ def test_leaves_are_what_their_names_say(rich, processor, name):
             assert processor.decode(leaf.ids) == f"{texts[named.response]} </s>"
             wanted = processor.image_processor(images=[pictures[named.image]], return_tensors="pt")
             (key,) = example.roots[leaf.root].images
-            assert torch.equal(store.pixels(key), wanted["pixel_values"][0])
+            assert torch.equal(store.bundle(key)["pixel_values"][0], wanted["pixel_values"][0])
             assert leaf.rival == named.rival
 
 
@@ -182,7 +183,7 @@ def test_retrieved_images_come_in_groups(rich, processor):
 
 
 def test_an_image_that_no_record_holds_is_named(rich, processor):
-    limits = {"image_tokens": 16, "max_response_tokens": 64, "max_tokens": 512, "progress": False}
+    limits = {"layout": Layout(4), "max_response_tokens": 64, "max_tokens": 512, "progress": False}
     for name in ("cropped_image", "retrieved_image_0", "retrieved_image_1"):
         leaves = (objectives.CHOSEN, objectives.Leaf("chosen", name))
         odd = Objective("odd", leaves, objectives.dpo().terms)
@@ -268,7 +269,7 @@ def test_released_scores_the_strongest_other_token(rich, processor, vlm, forest_
             for row, leaf in enumerate(example.leaves):
                 root = example.roots[leaf.root]
                 ids = torch.tensor(np.concatenate([root.ids, leaf.ids]))[None]
-                pixels = torch.stack([store.pixels(key) for key in root.images])
+                pixels = torch.stack([store.bundle(key)["pixel_values"][0] for key in root.images])
                 logits = vlm(input_ids=ids, pixel_values=pixels).logits[0, len(root.ids) - 1 : -1]
                 logps, labels = logits.double().log_softmax(-1), ids[0, len(root.ids) :]
                 (best, second), (top, _) = (t.T for t in logps.topk(2))

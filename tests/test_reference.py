@@ -18,6 +18,7 @@ from realign.config import parse
 from realign.digits import ASSETS
 from realign.encode import encode_records
 from realign.metrics import read_jsonl
+from realign.layouts import Layout
 from realign.model import (
     ForestModel,
     adapters_off,
@@ -38,7 +39,7 @@ def encoded(pairs, processor, **options):
         read_pairs(pairs),
         processor,
         objectives.rdpo(),
-        image_tokens=16,
+        layout=Layout(4),
         max_response_tokens=64,
         max_tokens=512,
         progress=False,
@@ -290,8 +291,8 @@ def test_bf16_values_err_no_more_than_separate_bf16_forwards(pairs_file, process
     with ReferenceCache.open(tmp_path, {"weights": "digits"}) as cache, torch.no_grad():
         found = fill(cache, ForestModel(narrow, dtype=torch.bfloat16).eval(), examples, store)
         truth = separate_logps(vlm, examples, store)
-        images, get = {}, store.pixels
-        store.pixels = lambda key: images.setdefault(key, get(key).bfloat16())
+        get = store.bundle
+        store.bundle = lambda key: {"pixel_values": get(key)["pixel_values"].bfloat16()}
         eager = separate_logps(narrow, examples, store)
     ours, theirs = ((a - truth).abs() for a in (found, eager))
     assert ours.mean() <= 1.2 * theirs.mean() and ours.max() <= 1.5 * theirs.max()

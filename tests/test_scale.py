@@ -24,6 +24,7 @@ from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
 from realign.metrics import read_jsonl
+from realign.layouts import Layout
 from realign.model import ForestModel, add_lora, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs
@@ -205,7 +206,7 @@ def digits(pairs):
     objective = make_objective(LossConfig(), records)
     examples, store = encode_records(
         records, load_processor(ASSETS), objective,
-        image_tokens=16, max_response_tokens=99, max_tokens=512, progress=False,
+        layout=Layout(4), max_response_tokens=99, max_tokens=512, progress=False,
     )  # fmt: skip
     return examples, store, objective
 

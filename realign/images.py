@@ -1,0 +1,214 @@
+"""Images as a model takes them: what its processor makes of each, kept once and put together.
+
+What a processor makes of one image is a *bundle*, a dict of tensors: pixels, tiles or patches, and
+with some families sizes, grids or masks. A batch concatenates the bundles of its distinct images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from realign.layouts import Layout
+from realign.records import RecordError, StoredImage
+from realign_kernels import array_digest
+
+Bundle = dict[str, torch.Tensor]
+"""What the processor makes of one image, by the names `get_image_features` takes."""
+
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+_COMPANY = "batch_num_images"  # LLaVA-OneVision: tiles for the one image of a prompt, no others
+
+
+@dataclass(frozen=True)
+class Images:
+    """The I distinct images of a batch.
+
+    Attributes:
+        inputs: what `get_image_features` takes.
+        rows: rows of `pixel_values` that each output comes from.
+        order: which output is each image's.
+        tokens: tokens that each image has in a prompt.
+    """
+
+    inputs: Bundle
+    rows: tuple[int, ...]
+    order: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Images:
+        """On `device`; floating point in `dtype`."""
+        moved = {
+            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+            for name, value in self.inputs.items()
+        }
+        return Images(moved, self.rows, self.order, self.tokens)
+
+
+def collate(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
+    """Put bundles together along the first axis; other axes are padded with zeros to the largest.
+
+    Images without tiles come last, and never alone: so they can be told by a count (`_COMPANY`).
+    """
+    together = [_in_company(bundle) for bundle in bundles]
+    placed = sorted(range(len(bundles)), key=together.__getitem__)
+    order = [0] * len(bundles)
+    for output, image in enumerate(placed):
+        order[image] = output
+    if sum(together) == 1:
+        placed.append(placed[-1])
+    laid = [bundles[image] for image in placed]
+    inputs = {name: _stack([bundle[name] for bundle in laid]) for name in laid[0]}
+    if _COMPANY in inputs:
+        alone = [1] * (len(together) - sum(together))
+        rest = [len(laid) - len(alone)] if any(together) else []
+        inputs[_COMPANY] = torch.tensor(alone + rest)
+    rows = tuple(len(bundle["pixel_values"]) for bundle in laid)
+    return Images(inputs, rows, tuple(order), tuple(tokens))
+
+
+def _in_company(bundle: Bundle) -> bool:
+    return _COMPANY in bundle and int(bundle[_COMPANY]) > 1
+
+
+def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    largest = [max(sizes) for sizes in zip(*(v.shape[1:] for v in values), strict=True)]
+
+    def padded(value: torch.Tensor) -> torch.Tensor:
+        room = [(0, size - have) for size, have in zip(largest, value.shape[1:], strict=True)]
+        return F.pad(value, [n for pair in reversed(room) for n in pair])
+
+    return torch.cat([padded(value) for value in values])
+
+
+class ImageStore:
+    """The preprocessed images of a data set, each distinct one once.
+
+    Args:
+        processor: a Hugging Face processor.
+        layout: of the model whose processor it is.
+        cache_bytes: how much preprocessed memory to keep; the least recently used goes first, and
+            is made again when needed.
+
+    Attributes:
+        features: what the vision tower made of images, by key; where it has one, batches take that
+            instead of pixels. None computes all in every forward.
+    """
+
+    def __init__(self, processor, layout: Layout, cache_bytes: int = 1 << 30) -> None:
+        self.layout = layout
+        self.features: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+        self._processor = processor
+        self._sources: dict[str, tuple[str, StoredImage, bool]] = {}
+        self._tokens: dict[str, int] = {}
+        self._grids: dict[str, Bundle] = {}
+        self._bundles: OrderedDict[str, Bundle] = OrderedDict()
+        self._room = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def keys(self) -> Iterable[str]:
+        """Of all images, in the order of their first use."""
+        return self._sources.keys()
+
+    def add(self, record: str, stored: StoredImage, company: bool = False) -> str:
+        """Take an image; returns the digest of what the processor makes of it.
+
+        Args:
+            record: whose image it is, for messages.
+            stored: the image.
+            company: whether it shares its prompt with other images.
+        """
+        company = company and _COMPANY in self._processor.image_processor.model_input_names
+        bundle, tokens = self._make(record, stored, company)
+        return self.keep(record, stored, bundle, tokens, company)
+
+    def keep(
+        self, record: str, stored: StoredImage, bundle: Bundle, tokens: int, company: bool = False
+    ) -> str:
+        """Take an image that is preprocessed already, and takes `tokens` tokens in a prompt."""
+        key = digest(bundle)
+        self._sources.setdefault(key, (record, stored, company))
+        self._tokens[key] = tokens
+        self._grids[key] = {n: t for n, t in bundle.items() if n in self.layout.grids}
+        self._hold(key, bundle)
+        return key
+
+    def tokens(self, key: str) -> int:
+        """Tokens that the image takes in a prompt."""
+        return self._tokens[key]
+
+    def grids(self, keys: Sequence[str]) -> Bundle:
+        """What positions depend on, of images in a row; empty with most families."""
+        found = [self._grids[key] for key in keys]
+        return {name: torch.cat([grid[name] for grid in found]) for name in (found or [{}])[0]}
+
+    def bundle(self, key: str) -> Bundle:
+        """The preprocessed image.
+
+        Raises:
+            RecordError: when its file is gone or has changed.
+        """
+        if key not in self._bundles:
+            record, stored, company = self._sources[key]
+            made, _ = self._make(record, stored, company)
+            if digest(made) != key:
+                raise RecordError(
+                    record,
+                    f"its image {stored.path} is not what it was when the records were checked.",
+                    "Let no image file change during a run.",
+                )
+            self._hold(key, made)
+        self._bundles.move_to_end(key)
+        return self._bundles[key]
+
+    def batch(self, keys: Sequence[str]) -> Images:
+        """Distinct images put together."""
+        return collate([self.bundle(key) for key in keys], [self._tokens[key] for key in keys])
+
+    def _make(self, record: str, stored: StoredImage, company: bool) -> tuple[Bundle, int]:
+        """The bundle of an image and its tokens in a prompt, from a prompt of nothing else."""
+        count = 2 if company else 1
+        pictures = [stored.open(record)] * count
+        text = self._processor.image_token * count
+        made = self._processor(images=[pictures], text=[text], return_tensors="pt")
+        tokens = int((made["input_ids"] == self.layout.image_token_id).sum()) // count
+        found = bundle_of(made)
+        if company:  # both are the same
+            found = {name: value[:1] for name, value in found.items()}
+            found[_COMPANY] = torch.tensor([count])
+        return found, tokens
+
+    def _hold(self, key: str, bundle: Bundle) -> None:
+        if key in self._bundles:
+            return
+        self._bundles[key] = bundle
+        self._room -= _bytes(bundle)
+        while self._room < 0 and len(self._bundles) > 1:
+            _, old = self._bundles.popitem(last=False)
+            self._room += _bytes(old)
+
+
+def bundle_of(made: Mapping[str, torch.Tensor]) -> Bundle:
+    """The image inputs among what a processor made of a prompt."""
+    return {
+        name: value
+        for name, value in made.items()
+        if name not in _OF_TOKENS and isinstance(value, torch.Tensor)
+    }
+
+
+def digest(bundle: Bundle) -> str:
+    """128-bit digest of all its tensors, by name."""
+    named = "".join(f"{name} {array_digest(bundle[name].numpy())} " for name in sorted(bundle))
+    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+
+
+def _bytes(bundle: Bundle) -> int:
+    return sum(value.nbytes for value in bundle.values())

@@ -1,0 +1,130 @@
+"""How a model numbers its tokens, who sees whom in it, and whether responses can share a prompt.
+
+The families differ in a few mechanisms, and each is here once: positions (one axis or several),
+tokens that see each other both ways, windows, and layers that cannot share. Which a model has is
+read off its configuration and code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+TESTED = {
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3",
+    "smolvlm", "internvl", "gemma3", "paligemma", "janus",
+}  # fmt: skip
+"""Model types whose forests equal separate forwards in the tests (docs/families.md)."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+_BOTH_WAYS = {"gemma3": "image", "paligemma": "prompt"}
+"""Model types with blocks of tokens that see each other both ways, and what a block is."""
+
+
+@dataclass
+class Layout:
+    """What the rows of a batch depend on besides the examples.
+
+    Attributes:
+        image_token_id: the token that image features replace.
+        first_position: of a prompt.
+        rope_index: gives positions on several axes (M-RoPE); None for one axis.
+        grids: names of the image inputs that `rope_index` takes.
+        both_ways: "image" or "prompt" where tokens of one image, or of the prompt, see each other
+            both ways; None where all is causal.
+        kinds: kinds of layers among full and sliding attention.
+        window: positions that a sliding layer sees, itself included.
+        separate: why responses cannot share a prompt; None where they can.
+    """
+
+    image_token_id: int
+    first_position: int = 0
+    rope_index: Callable | None = None
+    grids: tuple[str, ...] = ()
+    both_ways: str | None = None
+    kinds: tuple[str, ...] = (FULL,)
+    window: int | None = None
+    separate: str | None = None
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether responses hang under one copy of their prompt, or have one each."""
+        return self.separate is None
+
+    def positions(self, ids: np.ndarray, grids: dict[str, torch.Tensor]) -> np.ndarray:
+        """Positions of a prompt, (axes, P) int64; its responses go on from the largest."""
+        if not grids:
+            axes = 1 if self.rope_index is None else 3
+            return np.tile(self.first_position + np.arange(len(ids)), (axes, 1))
+        tokens = torch.from_numpy(ids)[None]
+        kinds = (tokens == self.image_token_id).int()
+        found, _ = self.rope_index(tokens, mm_token_type_ids=kinds, **grids)
+        return found[:, 0].numpy()
+
+    def blocks(self, ids: np.ndarray) -> np.ndarray:
+        """(P,) int64: which block a prompt's token belongs to, -1 for none."""
+        if self.both_ways == "prompt":
+            return np.zeros(len(ids), np.int64)
+        image = ids == self.image_token_id
+        first = image & ~np.append(False, image[:-1])
+        return np.where(image, np.cumsum(first) - 1, -1)
+
+
+def layout_of(vlm: PreTrainedModel) -> Layout:
+    """The layout of a model.
+
+    Raises:
+        ValueError: for a model that forests cannot be laid out for, with the reason.
+    """
+    kind = vlm.config.model_type
+    takes = inspect.signature(vlm.model.forward).parameters
+    if not hasattr(vlm.model, "get_image_features") or "mm_encoder_outputs" not in takes:
+        raise ValueError(
+            f"models of type {kind!r} do not take image features in place of pixels, so an image "
+            f"cannot be encoded once for many prompts. Known types: {', '.join(sorted(TESTED))}."
+        )
+    if "token_type_ids" in takes and kind not in _BOTH_WAYS:
+        raise ValueError(
+            f"models of type {kind!r} have token types whose meaning is not known here. Known "
+            f"types: {', '.join(sorted(TESTED))}."
+        )
+    text = vlm.config.get_text_config()
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(text, name, None) not in (None, 1):
+            raise ValueError(
+                f"the model scales its logits ({name} = {getattr(text, name)}), which the loss "
+                "does not. No setting helps; the type is not supported."
+            )
+    rope_index = getattr(vlm.model, "get_rope_index", None)
+    names = inspect.signature(rope_index).parameters if rope_index else ()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or [SLIDING if window else FULL]
+    return Layout(
+        image_token_id=vlm.config.image_token_id,
+        first_position=1 if kind == "paligemma" else 0,
+        rope_index=rope_index,
+        grids=tuple(name for name in names if name.startswith("image_")),
+        both_ways=_BOTH_WAYS.get(kind),
+        kinds=tuple(sorted(set(kinds))),
+        window=window,
+        separate=_separate(vlm, kinds),
+    )
+
+
+def _separate(vlm: PreTrainedModel, kinds: list[str]) -> str | None:
+    """Why responses to one prompt need a copy of it each."""
+    attention = vlm.model.get_decoder().config._attn_implementation
+    if others := sorted(set(kinds) - {FULL, SLIDING}):
+        return (
+            f"its {', '.join(others)} layers carry a state along the row, or choose themselves "
+            "what a token sees, so no mask hides one response from another"
+        )
+    if attention.startswith("flash_attention"):
+        return f"{attention} takes no mask that hides one response from another"
+    return None
