@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from realign.attention import IMPLEMENTATIONS, forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Images, ImageStore
-from realign.layouts import SLIDING, TESTED, layout_of
+from realign.layouts import SLIDING, TESTED, has_softcap, layout_of
 from realign_kernels import (
     NonFiniteError,
     Objective,
@@ -83,8 +83,7 @@ def load_model(
     Raises:
         ValueError: for a text-only model.
     """
-    text = _vision_config(path).get_text_config()
-    if attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+    if attention == "sdpa" and has_softcap(_vision_config(path)):
         attention = "eager"
     options = {
         "attn_implementation": {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]},
@@ -285,42 +284,40 @@ class ForestModel(nn.Module):
         with torch.inference_mode():
             self.image_features(store.batch([first]).to(self.vlm.device, self.dtype))
 
-    def check_forest(self, example: Example, store: ImageStore) -> str | None:
+    def check_forest(
+        self, example: Example, store: ImageStore, device: torch.device
+    ) -> Iterator[str]:
         """Compare one forest with separate forwards, positions and masks of the model's own.
 
-        Where they differ, responses get a copy of their prompt each from now on. Two forwards, with
-        collectives, so every rank calls it.
+        Where they differ, each response gets its own copy of the prompt from now on. It takes two
+        forwards, with collectives, so every rank calls it.
 
-        Returns:
-            A line to be shown to the user, if there is anything to say.
+        Yields:
+            Lines for the user: what is done otherwise than asked for, and why.
         """
         kind, layout = self.vlm.config.model_type, self.layout
+        if self.attention == "eager" and has_softcap(self.vlm.config):
+            yield "attention is eager: it has a softcap here, which sdpa has not"
+        if layout.shares_prefix:
+            shared = build_batch([example], store, row_tokens=example.longest_tree)
+            apart = build_batch([example], store, row_tokens=0, shared=False)
+            with torch.no_grad():
+                gap = float((self(shared.to(device)) - self(apart.to(device))).abs().mean())
+            if gap > _GAPS[self.dtype]:
+                layout.separate = f"under a shared one log-probs differ by {gap:.2g} a token"
+            if kind not in TESTED:
+                yield (
+                    f"models of type {kind!r} are not among the tested ones; on the first record a "
+                    f"forest differs from separate forwards by {gap:.1g} a token"
+                )
         if not layout.shares_prefix:
-            return f"each response has its own copy of the prompt: {layout.separate}"
-        batches = [build_batch([example], store, row_tokens=example.longest_tree)]
-        layout.separate = "comparison"
-        batches.append(build_batch([example], store, row_tokens=0))
-        layout.separate = None
-        with torch.no_grad():
-            together, alone = (self(batch.to(self.vlm.device)) for batch in batches)
-        gap = float((together - alone).abs().mean())
-        if gap > _GAPS[self.dtype]:
-            layout.separate = (
-                f"log-probs under a shared one differ by {gap:.2g} a token (model type {kind!r})"
-            )
-            return f"each response has its own copy of the prompt: {layout.separate}"
-        if kind in TESTED:
-            return None
-        return (
-            f"model type {kind!r} is not among the tested ones; on the first record its forest "
-            f"differs from separate forwards by {gap:.1g} a token"
-        )
+            yield f"each response gets its own copy of the prompt: {layout.separate}"
 
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
         """Last hidden states at the batch's predicting positions, (N, H)."""
         features = batch.features
         if features is None:
-            features = self.image_features(batch.images.to(self.vlm.device, self.dtype))
+            features = self.image_features(batch.images.to(batch.input_ids.device, self.dtype))
         given = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.slots:
             given["mm_encoder_outputs"] = {"image": _in_slots(features, batch.slots)}
