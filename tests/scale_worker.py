@@ -16,7 +16,7 @@ from realign.config import parse
 from realign.noise import hush_libraries
 from realign.train import train
 
-COUNTED = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+COUNTED = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # what FSDP2 calls
 
 
 def count(name, counts):
