@@ -57,7 +57,11 @@ def load_processor(path: str | Path):
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    *,
+    meta: bool = False,
 ) -> PreTrainedModel:
     """Load a LLaVA-type model from a folder or hub name; an adapter is merged into its base.
 
@@ -65,6 +69,7 @@ def load_model(
         path: the folder or name.
         dtype: in which its weights are kept.
         attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
+        meta: without weights, on the meta device (`sharding.shard` sends those of rank 0).
 
     Raises:
         ValueError: for a text-only model, or one that is not of the LLaVA type.
@@ -77,6 +82,9 @@ def load_model(
         )
     auto = AutoModelForImageTextToText
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    if meta:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, attn_implementation=kinds)
     wide = _from_pretrained(auto, base, dtype=torch.float32, attn_implementation=kinds)

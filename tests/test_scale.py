@@ -156,6 +156,15 @@ def test_accumulation_reduces_gradients_once_a_step(two_nodes, four_ranks):
     assert twice == 2 * once
 
 
+def test_ranks_without_weights_get_those_of_rank_0(two_nodes):
+    """Parameters, and buffers that no state dict has, bit for bit; LoRA alike on all ranks."""
+    for dtype, same in json.loads((two_nodes / "weights.json").read_text()).items():
+        assert any("inv_freq" in name for name in same), dtype
+        assert [
+            name for name, value in same.items() if not value and "lora_A.def" not in name
+        ] == []
+
+
 def test_ranks_without_fsdp_are_refused(pairs, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "realign.train", *arguments(pairs, tmp_path)]
