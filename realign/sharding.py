@@ -87,13 +87,11 @@ def shard(
         replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
         cpu_offload: keep what is sharded in host memory.
     """
-    ranks = world_size()
-    if replicas > 1:
-        shape, names = (replicas, ranks // replicas), ("replicate", "shard")
-    else:
-        shape, names = (ranks,), ("shard",)
+    shards = world_size() // replicas
+    shape = {"replicate": replicas, "shard": shards} if replicas > 1 else {"shard": shards}
+    mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     options = {
-        "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype if dtype != torch.float32 else None,
             reduce_dtype=torch.float32,

@@ -268,8 +268,8 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
     assert torch.equal(logps, truth) and grads.keys() == expected.keys()
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
     assert list(wrapped.state_dict()) == names
-    # A layer keeps its input: 128 numbers for a token, of 128 * 10 at least in four layers.
-    assert saved_bytes(wrapped, batch) < 0.35 * saved_bytes(plain, batch)
+    # A layer keeps its input alone, a tenth of what it held; the rest is the head's.
+    assert saved_bytes(wrapped, batch) < 0.15 * saved_bytes(plain, batch)
 
 
 def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs, alone, tmp_path):
