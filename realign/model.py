@@ -70,7 +70,11 @@ def load_processor(path: str | Path):
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    *,
+    meta: bool = False,
 ) -> PreTrainedModel:
     """Load a vision-language model from a folder or hub name; an adapter is merged into its base.
 
@@ -79,17 +83,19 @@ def load_model(
         dtype: in which its weights are kept.
         attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
             a softcap, which sdpa has not, eager is taken for it.
+        meta: without weights, on the meta device (`sharding.shard` sends those of rank 0).
 
     Raises:
         ValueError: for a text-only model.
     """
-    if attention == "sdpa" and has_softcap(_vision_config(path)):
+    config, auto = _vision_config(path), AutoModelForImageTextToText
+    if attention == "sdpa" and has_softcap(config):
         attention = "eager"
-    options = {
-        "attn_implementation": {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]},
-        "use_safetensors": True,
-    }
-    auto = AutoModelForImageTextToText
+    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    if meta:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
+    options = {"attn_implementation": kinds, "use_safetensors": True}
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, **options)
     wide = _from_pretrained(auto, base, dtype=torch.float32, **options)

@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+T = TypeVar("T")
 _parted = False  # see ranks_part
 
 
@@ -133,3 +135,12 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, which alone calls it, on every rank."""
+    if world_size() == 1:
+        return make()
+    values = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

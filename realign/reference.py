@@ -43,6 +43,7 @@ def fingerprint(
     dtype: torch.dtype,
     device: torch.device,
     kernels: str = "eager",
+    weights: str | None = None,
 ) -> dict[str, str]:
     """Everything that decides a log-prob besides the leaf itself, by name.
 
@@ -55,6 +56,7 @@ def fingerprint(
         dtype: in which the forward computes.
         device: on which; its type counts, as bf16 rounds differently on a CPU.
         kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
+        weights: their digest, where `vlm` is without them (`sharding.shard`).
     """
     parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
     attention = {part.config._attn_implementation for part in parts}
@@ -69,7 +71,7 @@ def fingerprint(
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
-        "weights": weights_digest(vlm, dtype),
+        "weights": weights or weights_digest(vlm, dtype),
     }
 
 

@@ -80,12 +80,16 @@ def train(config: TrainConfig) -> Path:
         dtype=dtype,
         weights_dtype=dtype if lora else torch.float32,
         attention=config.model.attention,
+        meta=parallel.rank() > 0,  # weights come from rank 0
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,
         progress=bars,
     )
     model, examples, objective = inputs.model, inputs.examples, inputs.objective
-    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device, scale.kernels)
+    weights = parallel.from_rank_0(lambda: reference.weights_digest(model.vlm, dtype))
+    fingerprint = reference.fingerprint(
+        model.vlm, inputs.processor, dtype, device, scale.kernels, weights
+    )
     identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
     if done:
         check_identity(config, **identity)

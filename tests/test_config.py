@@ -180,7 +180,10 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[los]\nbeta = 0.1\n", r"unknown section \[los\]; use model, data, loss, optim, scale, run"),
+        (
+            "[los]\nbeta = 0.1\n",
+            r"unknown section \[los\]; use model, data, loss, optim, scale, run",
+        ),
         ("beta = 0.1\n", r"unknown section \[beta\]"),
         ("[loss]\nbetta = 0.1\n", r"unknown key 'betta' in \[loss\]; it has objective, beta"),
         ('[loss]\nbeta = "0.1"\n', "loss.beta is '0.1'; it must be of type float"),
