@@ -1,17 +1,24 @@
 """The forest's mask for each attention implementation of transformers.
 
 Who sees whom is `ForestBatch.sees`; this gives it the form an implementation reads. Flash attention
-reads no mask, so it cannot hide one leaf from another.
+reads no mask, so it cannot hide one leaf from another: with it a row is one leaf
+(`layouts.Layout.separate`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.utils import is_flash_attn_2_available
 
 from realign.forest import ForestBatch
 
-IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
+IMPLEMENTATIONS = {
+    "sdpa": "sdpa",
+    "eager": "eager",
+    "flex": "flex_attention",
+    "flash": "flash_attention_2",
+}
 """transformers' names of the implementations, by those of `--attention`."""
 
 _FLEX_ROW = 8192  # tokens; a longer row costs flex nothing, since it skips what is not seen
@@ -21,8 +28,13 @@ def check(attention: str, device: torch.device) -> None:
     """Refuse an implementation that does not train on `device`.
 
     Raises:
-        ValueError: for flex without CUDA.
+        ValueError: for flex without CUDA, and for flash without CUDA or its package.
     """
+    if attention == "flash" and not (device.type == "cuda" and is_flash_attn_2_available()):
+        raise ValueError(
+            "attention is 'flash', which needs a GPU and the package flash-attn, and one of them is"
+            " missing here. Use --attention sdpa."
+        )
     if attention == "flex" and device.type != "cuda":
         raise ValueError(
             "attention is 'flex', whose kernels have a backward on CUDA alone, and there is no "

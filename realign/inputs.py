@@ -80,5 +80,4 @@ def load_inputs(
         max_tokens=vlm.config.get_text_config().max_position_embeddings,
         progress=progress,
     )
-    model.check_images(store)
     return Inputs(str(base), processor, model, objective, examples, store)

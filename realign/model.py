@@ -280,16 +280,6 @@ class ForestModel(nn.Module):
                 )
         return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
 
-    def check_images(self, store: ImageStore) -> None:
-        """Compare the image tokens of the first image with what the vision tower makes of it.
-
-        Raises:
-            ValueError: when the processor does not belong to the model.
-        """
-        first = next(iter(store.keys()))
-        with torch.inference_mode():
-            self.image_features(store.batch([first]).to(self.vlm.device, self.dtype))
-
     def check_forest(
         self, example: Example, store: ImageStore, device: torch.device
     ) -> Iterator[str]:

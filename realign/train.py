@@ -111,6 +111,8 @@ def train(config: TrainConfig) -> Path:
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
     directory = run.reference_cache or reference.default_directory()
     parallel.ranks_part()
+    for line in model.eval().check_forest(examples[0], inputs.store, device):
+        say(line)
     with ReferenceCache.open(directory, fingerprint) as cache:
         references = reference.fill(
             cache,

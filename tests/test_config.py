@@ -231,8 +231,11 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--replicas", "2"], "replicas would have no effect.*--fsdp"),
         (["--fsdp", "--replicas", "0"], "replicas is 0"),
         (["--liger", "--compile"], "liger and compile both fuse"),
-        (["--attention", "flash"], "'flash', which reads no mask: it cannot hide one leaf"),
-        (["--attention", "math"], "attention is 'math'; it must be one of sdpa, eager, flex"),
+        (["--attention", "flash"], "'flash', which computes in half.* Add --dtype bf16"),
+        (
+            ["--attention", "math"],
+            "attention is 'math'; it must be one of sdpa, eager, flex, flash",
+        ),
         (["--tune", "full", "--merge"], "merge would have no effect"),
         (["--beta", "0"], "beta is 0.0; it must be finite and above 0"),
         (["--beta", "nan"], "beta is nan"),
