@@ -116,6 +116,8 @@ class RunConfig:
     """Workers to start with --fsdp; 0 means one per GPU, or two on a CPU."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Checkpoints to keep, the newest."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     merge: bool = False
@@ -126,6 +128,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("seed", "nproc_per_node", "save_every"):
             _not_negative(name, getattr(self, name))
+        _positive("keep", self.keep)
         if self.nproc_per_node and not self.fsdp:
             _no_effect("nproc_per_node", "one process trains", "--fsdp")
 

@@ -40,7 +40,18 @@ class ImageStore:
         return len(self._sources)
 
     def add(self, record: str, stored: StoredImage, pixels: torch.Tensor) -> str:
-        """Take an image with its preprocessed pixels, (C, H, W); returns the digest of these."""
+        """Take an image with its preprocessed pixels, (C, H, W); returns the digest of these.
+
+        Raises:
+            RecordError: when a pixel is NaN or infinite.
+        """
+        if not pixels.isfinite().all():
+            raise RecordError(
+                record,
+                f"its image {stored.path or 'in the pairs file'} has NaN or infinity once it is "
+                "preprocessed.",
+                "Look at the image, and at mean and std in the model's preprocessor_config.json.",
+            )
         key = array_digest(pixels.numpy())
         self._sources.setdefault(key, (record, stored))
         self._keep(key, pixels)
