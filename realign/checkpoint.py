@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -161,7 +162,10 @@ class Checkpoints:
 
     def _warn(self, step: int, done: Future) -> None:
         """Called by the thread that wrote."""
-        if rank() == 0 and (problem := _problem(done)):
+        problem = ""
+        with suppress(Exception):  # any other error is raised by the next call
+            problem = _problem(done)
+        if rank() == 0 and problem:
             print(
                 f"warning: the checkpoint of step {step} could not be written ({problem}). "
                 f"{self._what_is_left()} Training goes on; make room before the next one is due.",
@@ -221,7 +225,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata, results) -> None:
-        """On rank 0, when all ranks have written: manifest, rename, remove the oldest."""
+        """On rank 0, when all ranks have written: manifest, rename, remove what is too old."""
         partial, folder = Path(self.path), self.target.parent
         files = dict(pair for pairs in results for pair in pairs)
         if absent := [name for name in files if not (partial / name).exists()]:
@@ -238,7 +242,8 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         shutil.rmtree(self.target, ignore_errors=True)
         partial.rename(self.target)
         _sync(folder)
-        for old in sorted(folder.glob("step-*"))[: -self.keep]:
+        stale = [*sorted(folder.glob("step-*"))[: -self.keep], *folder.glob(".step-*.partial")]
+        for old in stale:
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,15 @@ class JsonlLog:
                 )
             self._warned = True
 
-    def close(self) -> None:
-        """Write what waits.
+    def __enter__(self) -> JsonlLog:
+        return self
 
-        Raises:
-            OSError: when the disk still does not take it; the file is closed all the same.
+    def __exit__(self, kind, *_) -> None:
+        """Write what waits; that it cannot be written is an OSError, unless another error ends us.
+
+        A resumed run writes the lines after its checkpoint anew.
         """
-        with self._file:
+        with self._file, nullcontext() if kind is None else suppress(OSError):
             self._flush()
 
     def _flush(self) -> None:

@@ -27,7 +27,7 @@ from realign.model import ForestModel
 T = TypeVar("T")
 
 _parted = False  # see ranks_part
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # A rank that dies ends the job at once; this is how long the others wait for a slow one, as when
 # rank 0 writes a large model.
 _TIMEOUT = timedelta(minutes=30)
@@ -61,6 +61,7 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     ranks = range(workers)
+    before = {number: signal.getsignal(number) for number in _FORWARDED}
     processes = start_processes(
         "ranks",
         sys.executable,
@@ -74,7 +75,8 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    for number in _FORWARDED:
+        signal.signal(number, forward)
     try:
         failures = processes.wait(period=0.1).failures
     finally:

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -125,16 +125,17 @@ def train(config: TrainConfig) -> Path | None:
     if done:
         checkpoints.load(done, model, optimizer)
         say(f"resumed from step {done} of {total}")
+    elif run.resume:
+        say(f"there is no checkpoint in {output} yet: starting at the first step")
     say(
         f"{objective.name}: {len(examples)} records, {len(inputs.store)} distinct images, "
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
         f"{optim.batch_size} on {parallel.world_size()} rank(s)"
     )
-    log = None
+    log = nullcontext()
     if parallel.rank() == 0:
         log = metrics.JsonlLog(output / "metrics.jsonl", keep_steps=done)
         write_identity(config, **identity)
-    closed = nullcontext() if log is None else closing(log)
 
     model.train()
     take = partial(
@@ -150,7 +151,7 @@ def train(config: TrainConfig) -> Path | None:
         device=device,
     )
     bar = tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not bars)
-    with StopSignal() as stop, checkpoints, closed, bar:
+    with StopSignal() as stop, checkpoints, log, bar:
         for step, batch in batches(
             len(examples), optim.batch_size, run.seed, first=done, last=total
         ):
@@ -167,7 +168,7 @@ def train(config: TrainConfig) -> Path | None:
                 raise NonFiniteStep(step, found, guilty)
             optimizer.step()
             optimizer.zero_grad()
-            if log:
+            if parallel.rank() == 0:
                 epoch = step * optim.batch_size / len(examples)
                 seconds = time.perf_counter() - began
                 log.write({"step": step, "epoch": epoch, "seconds": seconds, **found})
