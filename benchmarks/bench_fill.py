@@ -117,8 +117,8 @@ def plain(setting, size):
             ids[row, : lengths[row]] = torch.tensor(np.concatenate([e.roots[x.root].ids, x.ids]))
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         pixels = torch.cat(
-        [store.bundle(e.roots[x.root].images[0])["pixel_values"] for e, x in part]
-    )
+            [store.bundle(e.roots[x.root].images[0])["pixel_values"] for e, x in part]
+        )
         logits = vlm(
             input_ids=ids, attention_mask=mask.long(), pixel_values=pixels, use_cache=False
         ).logits[:, :-1].float()  # fmt: skip

@@ -34,9 +34,7 @@ def plain_logps(model, examples, store, leaves):
     ids = torch.stack(
         [torch.tensor(np.concatenate([e.roots[x.root].ids, x.ids])) for e, x in pairs]
     )
-    pixels = torch.cat(
-        [store.bundle(e.roots[x.root].images[0])["pixel_values"] for e, x in pairs]
-    )
+    pixels = torch.cat([store.bundle(e.roots[x.root].images[0])["pixel_values"] for e, x in pairs])
     logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[:, :-1].float()
     logps = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
     return logps[:, -RESPONSE:].sum(-1).view(leaves, len(examples))

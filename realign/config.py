@@ -157,6 +157,8 @@ class RunConfig:
     """Seeds the order of the examples and the LoRA initialisation."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Checkpoints to keep, the newest."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     merge: bool = False
@@ -167,6 +169,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("seed", "save_every"):
             _not_negative(name, getattr(self, name))
+        _positive("keep", self.keep)
 
 
 @dataclass

@@ -125,7 +125,9 @@ class ForestBatch:
 
         return seen
 
-    def attention_mask(self, window: int | None = None, blocks_ignore_window: bool = False) -> torch.Tensor:
+    def attention_mask(
+        self, window: int | None = None, blocks_ignore_window: bool = False
+    ) -> torch.Tensor:
         """(R, 1, T, T) bool: who may attend to whom."""
         rows, columns = (torch.arange(n, device=self.segment.device) for n in self.segment.shape)
         seen = self.sees(window, blocks_ignore_window)

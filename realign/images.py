@@ -132,7 +132,18 @@ class ImageStore:
     def keep(
         self, record: str, stored: StoredImage, bundle: Bundle, tokens: int, company: bool = False
     ) -> str:
-        """Take an image that is preprocessed already, and takes `tokens` tokens in a prompt."""
+        """Take an image that is preprocessed already, and takes `tokens` tokens in a prompt.
+
+        Raises:
+            RecordError: when a pixel is NaN or infinite.
+        """
+        if not all(value.isfinite().all() for value in bundle.values()):
+            raise RecordError(
+                record,
+                f"its image {stored.path or 'in the pairs file'} has NaN or infinity once it is "
+                "preprocessed.",
+                "Look at the image, and at mean and std in the model's preprocessor_config.json.",
+            )
         key = digest(bundle)
         self._sources.setdefault(key, (record, stored, company))
         self._tokens[key] = tokens

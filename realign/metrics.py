@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,9 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
 
 
 class JsonlLog:
-    """One JSON object per line, flushed as it is written.
+    """One JSON object per line, on the disk as soon as it takes it.
+
+    While the disk is full entries wait in memory, which is said once; no line is torn for good.
 
     Args:
         path: the file; made with its folder.
@@ -64,14 +68,37 @@ class JsonlLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [e for e in read_jsonl(path) if e["step"] <= keep_steps] if path.exists() else []
         write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._warned = False
 
     def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(entry).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"warning: {self._file.name} takes no more ({error}); its next lines wait in "
+                    "memory. Make room.",
+                    file=sys.stderr,
+                )
+            self._warned = True
 
-    def close(self) -> None:
-        self._file.close()
+    def __enter__(self) -> JsonlLog:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Write what waits; that it cannot be written is an OSError, unless another error ends us.
+
+        A resumed run writes the lines after its checkpoint anew.
+        """
+        with self._file, nullcontext() if kind is None else suppress(OSError):
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:  # a disk may take a part
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -214,7 +214,8 @@ class ForestModel(nn.Module):
             the *sum* over the batch's examples.
 
         Raises:
-            NonFiniteRecords: when a log-prob is NaN or infinite.
+            NonFiniteRecords: when a log-prob is NaN or infinite. With an objective all results
+                are NaN instead.
         """
         hidden = self._hidden(batch).to(self.dtype)
         # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
@@ -236,6 +237,8 @@ class ForestModel(nn.Module):
                 **shared,
             )
         except NonFiniteError as error:
+            if objective is not None:  # all ranks have a backward to run; then the step is refused
+                return _not_a_number(hidden, weight, bias, objective, reference_logps)
             owners = batch.sequence_ids.cpu()[error.rows] % batch.examples
             names = sorted({batch.names[i] for i in owners.tolist()})
             raise NonFiniteRecords(
@@ -392,3 +395,22 @@ def _takes_masks(decoder: nn.Module, masks: Mapping) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _not_a_number(
+    hidden: torch.Tensor,  # (N, H)
+    weight: torch.Tensor,  # (V, H)
+    bias: torch.Tensor | None,  # (V,)
+    objective: Objective,
+    reference_logps: torch.Tensor,  # (L, B)
+) -> PreferenceOutput:
+    """The output where log-probs are not finite: NaN, with a gradient for all that has one."""
+    inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    nan = torch.full_like(reference_logps, torch.nan)
+    return PreferenceOutput(
+        loss=sum(t.float().sum() for t in inputs) * torch.nan,
+        logps=nan,
+        rewards=nan,
+        token_counts=torch.zeros_like(nan, dtype=torch.int64),
+        term_losses=nan.new_full((len(objective.terms), nan.shape[1]), torch.nan),
+    )

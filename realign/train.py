@@ -9,24 +9,28 @@ Read `train` below from top to bottom: load, check the records, reference log-pr
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from realign import attention, checkpoint, liger, metrics, parallel, reference, sharding
+from realign import attention, liger, metrics, parallel, reference, sharding
+from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.export import export
 from realign.inputs import load_inputs
 from realign.model import DTYPES, adapter_base, add_lora
 from realign.noise import hush_libraries
-from realign.run import check_identity, prepare_pairs, steps_done, write_identity
-from realign.schedule import batches, learning_rate, share_of_rank, total_steps
-from realign.step import accumulate, check_finite, clip, means
+from realign.run import StopSignal, check_identity, prepare_pairs, steps_done, write_identity
+from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
+from realign.step import NonFiniteStep, accumulate, clip, culprits, over_ranks
 from realign_kernels import ReferenceCache
 
 
@@ -44,17 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not parallel.report(error):
             raise
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         parallel.stop()
     return 0
 
 
-def train(config: TrainConfig) -> Path:
-    """Train as configured; returns the folder of the final model.
+def train(config: TrainConfig) -> Path | None:
+    """Train as configured; returns the folder of the final model, None when stopped by a signal.
 
     Raises:
         ValueError: for settings, records or a model that cannot be trained on; before any step.
         NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
+        CheckpointError: when none is whole, or the last one cannot be written.
     """
     run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
     dtype = DTYPES[config.model.dtype]
@@ -65,7 +72,8 @@ def train(config: TrainConfig) -> Path:
     say = print if parallel.rank() == 0 else lambda *_: None
     bars = not run.quiet and parallel.rank() == 0
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
-    done = steps_done(config)
+    checkpoints = Checkpoints(output / "checkpoints", run.keep)
+    done = steps_done(config, checkpoints)
 
     base, lora = config.model.model or str(ASSETS), config.model.tune == "lora"
     if adapter_base(base) and lora and not run.merge:
@@ -125,14 +133,16 @@ def train(config: TrainConfig) -> Path:
     optimizer = torch.optim.AdamW(trained, lr=optim.learning_rate, weight_decay=optim.weight_decay)
     total = total_steps(len(examples), optim)
     if done:
-        checkpoint.load(output / "checkpoints", done, model, optimizer)
+        checkpoints.load(done, model, optimizer)
         say(f"resumed from step {done} of {total}")
+    elif run.resume:
+        say(f"there is no checkpoint in {output} yet: starting at the first step")
     say(
         f"{objective.name}: {len(examples)} records, {len(inputs.store)} distinct images, "
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
         f"{optim.batch_size} on {parallel.world_size()} rank(s)"
     )
-    log = None
+    log = nullcontext()
     if parallel.rank() == 0:
         log = metrics.JsonlLog(output / "metrics.jsonl", keep_steps=done)
         write_identity(config, **identity)
@@ -141,43 +151,49 @@ def train(config: TrainConfig) -> Path:
         config.model.attention, inputs.longest_tree
     )
     model.train()
+    take = partial(
+        accumulate,
+        model,
+        examples=examples,
+        references=references,
+        store=inputs.store,
+        objective=objective,
+        batch_size=optim.batch_size,
+        micro_batch_size=optim.micro_batch_size,
+        row_tokens=row_tokens,
+        device=device,
+    )
     bar = tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not bars)
-    for step, batch in batches(len(examples), optim.batch_size, run.seed, first=done, last=total):
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, total, optim)
-        totals = accumulate(
-            model,
-            batch[share],
-            examples,
-            references,
-            inputs.store,
-            objective,
-            batch_size=optim.batch_size,
-            micro_batch_size=optim.micro_batch_size,
-            row_tokens=row_tokens,
-            device=device,
-        )
-        norm = clip(trained, optim.clip)
-        found = means(totals, optim.batch_size)
-        check_finite(step, found["loss"], norm, [examples[i].name for i in batch[share]])
-        optimizer.step()
-        optimizer.zero_grad()
-        if log:
+    with StopSignal() as stop, checkpoints, log, bar:
+        for step, batch in batches(
+            len(examples), optim.batch_size, run.seed, first=done, last=total
+        ):
+            began = time.perf_counter()
+            seed_step(run.seed, step, parallel.rank())
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - 1, total, optim)
+            totals = take(batch[share])
+            norm = clip(trained, optim.clip)
+            found, stopping = over_ranks(totals, optim.batch_size, bool(stop.name))
             found |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
-            epoch = step * optim.batch_size / len(examples)
-            log.write(
-                {"step": step, "epoch": epoch, "seconds": time.perf_counter() - began, **found}
-            )
-        bar.set_postfix(_shown(found), refresh=False)
-        bar.update()
-        if step == total or (run.save_every and step % run.save_every == 0):
-            checkpoint.save(output / "checkpoints", step, model, optimizer)
-    bar.close()
+            if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
+                guilty = [examples[i].name for i in culprits(take, batch[share], trained)]
+                raise NonFiniteStep(step, found, guilty)
+            optimizer.step()
+            optimizer.zero_grad()
+            if parallel.rank() == 0:
+                epoch = step * optim.batch_size / len(examples)
+                seconds = time.perf_counter() - began
+                log.write({"step": step, "epoch": epoch, "seconds": seconds, **found})
+            bar.set_postfix(_shown(found), refresh=False)
+            bar.update()
+            if stopping or step == total or (run.save_every and step % run.save_every == 0):
+                checkpoints.save(step, model, optimizer, wait=stopping or step == total)
+            if stopping and step < total:
+                say(f"stopped after step {step} of {total}; the same with --resume goes on")
+                return None
     final = output / "model"
     export(final, model, adapter, inputs.processor, base=inputs.base, merge=run.merge)
-    if log:
-        log.close()
     say(f"wrote {final} (model), {output / 'metrics.jsonl'} (curves)")
     return final
 

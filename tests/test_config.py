@@ -50,6 +50,7 @@ OPTIONS = {
         "reference_cache": None,
         "seed": 0,
         "save_every": 50,
+        "keep": 2,
         "resume": False,
         "merge": False,
         "quiet": False,
@@ -180,7 +181,10 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[los]\nbeta = 0.1\n", r"unknown section \[los\]; use model, data, loss, optim, scale, run"),
+        (
+            "[los]\nbeta = 0.1\n",
+            r"unknown section \[los\]; use model, data, loss, optim, scale, run",
+        ),
         ("beta = 0.1\n", r"unknown section \[beta\]"),
         ("[loss]\nbetta = 0.1\n", r"unknown key 'betta' in \[loss\]; it has objective, beta"),
         ('[loss]\nbeta = "0.1"\n', "loss.beta is '0.1'; it must be of type float"),
@@ -236,6 +240,7 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--tune", "qlora"], "tune is 'qlora'; it must be one of lora, full"),
         (["--dtype", "fp16"], "dtype is 'fp16'; it must be one of fp32, bf16"),
         (["--batch-size", "0"], "batch_size is 0"),
+        (["--keep", "0"], "keep is 0"),
         (["--micro-batch-size", "-1"], "micro_batch_size is -1"),
         (["--learning-rate", "-1"], "learning_rate is -1.0"),
         (["--learning-rate", "nan"], "learning_rate is nan"),

@@ -16,8 +16,8 @@ from realign import metrics
 from realign.config import LossConfig, parse
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
-from realign.metrics import read_jsonl
 from realign.layouts import Layout
+from realign.metrics import read_jsonl
 from realign.records import RecordError, StoredImage, read_pairs, write_pairs
 from realign.train import main, train
 from realign_kernels import Objective, PreferenceOutput, leaf_keys, objectives

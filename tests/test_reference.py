@@ -17,8 +17,8 @@ from realign import train as training
 from realign.config import parse
 from realign.digits import ASSETS
 from realign.encode import encode_records
-from realign.metrics import read_jsonl
 from realign.layouts import Layout
+from realign.metrics import read_jsonl
 from realign.model import (
     ForestModel,
     adapters_off,

@@ -23,8 +23,8 @@ from realign.config import LossConfig, ScaleConfig, parse
 from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
-from realign.metrics import read_jsonl
 from realign.layouts import Layout
+from realign.metrics import read_jsonl
 from realign.model import ForestModel, add_lora, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs
