@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from realign import checkpoint, metrics, parallel, reference
+from realign import checkpoint, parallel, plan, reference
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.export import export
@@ -27,6 +26,8 @@ from realign.noise import hush_libraries
 from realign.run import check_identity, prepare_pairs, steps_done, write_identity
 from realign.schedule import batches, learning_rate, share_of_rank, total_steps
 from realign.step import accumulate, check_finite, clip, means
+from realign.throughput import Meter
+from realign.trackers import Trackers, check_packages
 from realign_kernels import ReferenceCache
 
 
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hush_libraries()
     try:
         config = parse(arguments)
+        check_packages(config.run)
+        if config.run.dry_run:
+            print(plan.make(config))
+            return 0
         if config.run.fsdp and not parallel.under_launcher():
             prepare_pairs(config)  # once, before there are ranks
             return parallel.launch("realign.train", arguments, config.run.nproc_per_node)
@@ -61,7 +66,7 @@ def train(config: TrainConfig) -> Path:
     sharded = run.fsdp or dtype != torch.float32
     device = parallel.start(alone=sharded, fsdp=run.fsdp)
     say = print if parallel.rank() == 0 else lambda *_: None
-    bars = not run.quiet and parallel.rank() == 0
+    bars = not run.quiet and parallel.rank() == 0 and sys.stderr.isatty()
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
     done = steps_done(config)
 
@@ -122,13 +127,12 @@ def train(config: TrainConfig) -> Path:
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
         f"{optim.batch_size} on {parallel.world_size()} rank(s)"
     )
-    log = None
-    if parallel.rank() == 0:
-        log = metrics.JsonlLog(output / "metrics.jsonl", keep_steps=done)
+    meter, first = Meter(model, device, dtype), parallel.rank() == 0
+    trackers = Trackers(config, objective.name, total=total, done=done, first_rank=first)
+    if first:
         write_identity(config, **identity)
 
     model.train()
-    bar = tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not bars)
     for step, batch in batches(len(examples), optim.batch_size, run.seed, first=done, last=total):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -150,28 +154,17 @@ def train(config: TrainConfig) -> Path:
         check_finite(step, found["loss"], norm, [examples[i].name for i in batch[share]])
         optimizer.step()
         optimizer.zero_grad()
-        if log:
-            found |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
-            epoch = step * optim.batch_size / len(examples)
-            log.write(
-                {"step": step, "epoch": epoch, "seconds": time.perf_counter() - began, **found}
-            )
-        bar.set_postfix(_shown(found), refresh=False)
-        bar.update()
+        rates = meter.read(found, optim.batch_size, time.perf_counter() - began)
+        found |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
+        epoch = step * optim.batch_size / len(examples)
+        trackers.write({"step": step, "epoch": epoch, **found, **rates})
         if step == total or (run.save_every and step % run.save_every == 0):
             checkpoint.save(output / "checkpoints", step, model, optimizer)
-    bar.close()
+    trackers.close()
     final = output / "model"
     export(final, model, adapter, inputs.processor, base=inputs.base, merge=run.merge)
-    if log:
-        log.close()
     say(f"wrote {final} (model), {output / 'metrics.jsonl'} (curves)")
     return final
-
-
-def _shown(means: dict[str, float]) -> dict[str, str]:
-    names = {"loss": "loss", "rewards/margins": "margin", "rewards/visual_margins": "visual"}
-    return {short: f"{means[name]:.3f}" for name, short in names.items() if name in means}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,2 @@
+"""x"""
+def make(config): pass
