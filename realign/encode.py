@@ -30,7 +30,9 @@ class ImageStore:
             is made again when needed.
     """
 
-    def __init__(self, processor, cache_bytes: int = 1 << 30) -> None:
+    CACHE_BYTES = 1 << 30
+
+    def __init__(self, processor, cache_bytes: int = CACHE_BYTES) -> None:
         self._processor = processor.image_processor
         self._sources: dict[str, tuple[str, StoredImage]] = {}
         self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()

@@ -55,18 +55,32 @@ def load_processor(path: str | Path):
     return processor
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a LLaVA-type model from a folder or hub name; an adapter is merged into its base.
-
-    Raises:
-        ValueError: for a text-only model, or one that is not of the LLaVA type.
-    """
+def model_config(path: str | Path):
+    """The configuration of a model that forests are laid out for; raises as `load_model`."""
     config = _vision_config(path)
     if config.model_type != "llava":
         raise ValueError(
             f"{path} is of type {config.model_type!r}; forests are laid out for 'llava' models so "
             "far. Pass a LLaVA-1.5-type model to --model."
         )
+    return config
+
+
+def empty_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """What `load_model` gives, on the meta device: no weights are read, no memory is taken."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            model_config(path), dtype=dtype, attn_implementation="sdpa"
+        )
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a LLaVA-type model from a folder or hub name; an adapter is merged into its base.
+
+    Raises:
+        ValueError: for a text-only model, or one that is not of the LLaVA type.
+    """
+    model_config(path)
     auto, attention = AutoModelForImageTextToText, "sdpa"
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, attn_implementation=attention)

@@ -32,7 +32,7 @@ def under_launcher() -> bool:
 
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code."""
-    workers = workers or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
+    workers = workers or default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     config = LaunchConfig(
@@ -51,6 +51,11 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
         print(f"rank {rank} ended with exit code {failure.exitcode}.", file=sys.stderr)
         return 1
     return 0
+
+
+def default_workers() -> int:
+    """Ranks that `launch` starts where no number is given: one per GPU, two on a CPU."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
 def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:

@@ -51,6 +51,13 @@ def fingerprint(
         dtype: in which the forward computes.
         device: on which; its type counts, as bf16 rounds differently on a CPU.
     """
+    return description(vlm, processor, dtype, device) | {"weights": weights_digest(vlm, dtype)}
+
+
+def description(
+    vlm: PreTrainedModel, processor, dtype: torch.dtype, device: torch.device
+) -> dict[str, str]:
+    """The fingerprint without the weights, which need not be there."""
     parts = (
         vlm,
         getattr(vlm.model, "language_model", None),
@@ -67,7 +74,6 @@ def fingerprint(
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
-        "weights": weights_digest(vlm, dtype),
     }
 
 
