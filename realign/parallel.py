@@ -32,7 +32,7 @@ def under_launcher() -> bool:
 
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code."""
-    workers = workers or default_workers()
+    workers = workers or _default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     config = LaunchConfig(
@@ -53,8 +53,15 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     return 0
 
 
-def default_workers() -> int:
-    """Ranks that `launch` starts where no number is given: one per GPU, two on a CPU."""
+def planned_ranks(fsdp: bool, workers: int) -> int:
+    """Ranks that will train: those of the launcher, or those that `launch` would start."""
+    if under_launcher():
+        return int(os.environ["WORLD_SIZE"])
+    return (workers or _default_workers()) if fsdp else 1
+
+
+def _default_workers() -> int:
+    """One per GPU, two on a CPU."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 

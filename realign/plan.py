@@ -6,6 +6,7 @@ and nothing is written. Counts are exact; memory and time are estimates, and say
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -41,10 +42,9 @@ def make(config: TrainConfig) -> str:
     imports = process_memory("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
         pairs = _pairs(config, Path(scratch))
-        plan = _Plan(config, pairs)
+        plan = Plan(config, pairs)
         rows = [*plan.what(), *plan.forest(), *plan.schedule()]
-        memory_rows = plan.memory(imports)
-        rows += [*memory_rows, *plan.duration(), plan.disk()]
+        rows += [*plan.memory(imports), *plan.duration(), plan.disk()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
 
@@ -74,8 +74,16 @@ class _Layout:
     batch: Sequence[Example]
 
 
-class _Plan:
-    """What a run will do, from its settings and records."""
+class Plan:
+    """What a run will do, from its settings and records.
+
+    Args:
+        config: the settings.
+        pairs: the pairs file.
+
+    Raises:
+        ValueError: for settings, records or a model that cannot be trained on.
+    """
 
     def __init__(self, config: TrainConfig, pairs: Path) -> None:
         self.config, self.dtype = config, DTYPES[config.model.dtype]
@@ -83,18 +91,14 @@ class _Plan:
         self.lora = config.model.tune == "lora"
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.ranks = config.run.nproc_per_node or parallel.default_workers()
-        if not config.run.fsdp:
-            self.ranks = 1
+        self.ranks = parallel.planned_ranks(config.run.fsdp, config.run.nproc_per_node)
         self.sharded = config.run.fsdp or self.dtype != torch.float32
         self.done = steps_done(config)
         self.share = share_of_rank(config.optim.batch_size, 0, self.ranks)
 
         self.processor = load_processor(self.base)
         self.vlm = empty_model(self.base, self.dtype if self.lora else torch.float32)
-        self.model = ForestModel(
-            self.vlm, train_vision=config.model.train_vision, dtype=self.dtype
-        )
+        self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
         records = read_pairs(pairs)
         self.objective = make_objective(config.loss, records)
         self.image_tokens = self._image_tokens()
@@ -246,20 +250,18 @@ class _Plan:
         """The largest moment of a rank, by part."""
         parts = self.memory_parts()
         if self.device.type == "cpu":
-            parts["process"] = imports + memory.PROCESS
+            parts["imported libraries"] = imports
             room = _physical_memory() // self.ranks
         else:
             room = torch.cuda.get_device_properties(self.device).total_memory
         total = sum(parts.values())
         rows = [(f"  {name}", _gib(size)) for name, size in parts.items()]
         verdict = "" if total < room else "; it will NOT fit"
-        return [
-            (f"memory, {self.device.type}", f"{_gib(total)} of {_gib(room)} for a rank, estimated{verdict}"),
-            *rows,
-        ]
+        summary = f"{_gib(total)} of {_gib(room)} for a rank, estimated{verdict}"
+        return [(f"memory, {self.device.type}", summary), *rows]
 
     def memory_parts(self) -> dict[str, int]:
-        """Bytes of a rank at its largest moment, without the process itself."""
+        """Bytes of a rank at its largest moment, without what its imports take."""
         stored = sum(
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
@@ -294,6 +296,7 @@ class _Plan:
         }
         if cpu:
             parts["images"] = min(len(self.store) * pixels, ImageStore.CACHE_BYTES)
+            parts["process"] = memory.PROCESS
         return {name: size for name, size in parts.items() if size}
 
     def duration(self) -> list[tuple[str, str]]:
@@ -348,8 +351,6 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _physical_memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

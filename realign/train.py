@@ -9,6 +9,7 @@ Read `train` below from top to bottom: load, check the records, reference log-pr
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(arguments)
         check_packages(config.run)
         if config.run.dry_run:
-            print(plan.make(config))
+            if os.environ.get("RANK", "0") == "0":
+                print(plan.make(config))
             return 0
         if config.run.fsdp and not parallel.under_launcher():
             prepare_pairs(config)  # once, before there are ranks
