@@ -121,7 +121,7 @@ class RunConfig:
     merge: bool = False
     """Write the final model with the LoRA adapter merged in, instead of the adapter."""
     dry_run: bool = False
-    """Check settings and records, print the plan (sizes, memory, steps, time), and write nothing."""
+    """Check settings and records, print the plan (sizes, memory, steps, time); write nothing."""
     log_every: int = 1
     """Steps between the lines on the terminal; the files get every step."""
     tensorboard: bool = False

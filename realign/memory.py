@@ -26,9 +26,9 @@ from realign.model import ForestModel
 from realign_kernels import default_chunk_rows
 
 HEAP = 1.5
-"""Bytes that a CPU's process holds for a byte of live tensors in a step. glibc 2.36 keeps holes that
-it cannot reuse; measured 1.9 (LoRA, fp32), 1.7 (LoRA, bf16), 1.2 (full, fp32) on a LLaVA of 60M
-parameters. With MALLOC_MMAP_THRESHOLD_=1048576 it is 1.0, and steps are about 30 % slower."""
+"""Bytes that a CPU's process holds for a byte of live tensors in a step: glibc 2.36 keeps holes
+that it cannot reuse. Measured on a LLaVA of 60M parameters: 1.9 (LoRA, fp32), 1.7 (LoRA, bf16), 1.2
+(full, fp32)."""
 PROCESS = 80 * 2**20
 """Bytes of a CPU's process besides tensors and imports: kernels' buffers, records, tokenizer."""
 

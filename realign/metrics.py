@@ -2,7 +2,8 @@
 
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
 examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
-the losses of an objective's terms before they are weighted. Leaves without a name of their own are called `{response}_under_{image}`.
+the losses of an objective's terms before they are weighted. Leaves without a name of their own are
+called `{response}_under_{image}`.
 """
 
 from __future__ import annotations
@@ -58,18 +59,18 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
 def step_line(entry: dict[str, Any], total: int) -> str:
     """One line about a step, its columns under those of the line before, 120 characters at most.
 
-    `margins` and `acc` are of the text side, then of the visual side where there is one.
+    `margin` and `acc` are of the text side, then of the visual side where there is one.
     """
     width = len(str(total))
-    parts = [f"{entry['step']:{width}}/{total}", f"loss {entry['loss']:7.4f}"]
-    for title, name, form in (("margins", "margins", "+7.3f"), ("acc", "accuracies", ".2f")):
+    parts = [f"{entry['step']:{width}}/{total}", f"loss {entry['loss']:6.3f}"]
+    for title, name, form in (("margin", "margins", "+7.3f"), ("acc", "accuracies", ".2f")):
         sides = [entry.get(f"rewards/{side}{name}") for side in ("", "visual_")]
         shown = " ".join(f"{value:{form}}" for value in sides if value is not None)
         parts += [f"{title} {shown}"] if shown else []
-    parts += [f"grad {entry['grad_norm']:.2e}", f"lr {entry['learning_rate']:.1e}"]
+    parts += [f"grad {entry['grad_norm']:.1e}", f"lr {entry['learning_rate']:.1e}"]
     parts += [f"{entry['tokens_per_second']:7,.0f} tok/s"]
     parts += [f"mfu {entry['mfu']:3.0%}"] if "mfu" in entry else []
-    parts += [f"{entry['peak_memory_gib']:.1f} GiB"]
+    parts += [f"{entry['peak_memory_gib']:.1f}G"]
     return "  ".join(parts)
 
 

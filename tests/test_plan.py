@@ -187,9 +187,9 @@ def test_the_plan_names_a_bad_record_and_a_bad_setting(pairs_file, tmp_path, cap
 
 
 def test_peak_memory_is_that_of_this_process():
-    before = throughput.process_memory("VmHWM")
     block = torch.ones(200 * 2**20, dtype=torch.uint8)
     held = throughput.process_memory("VmRSS")
     del block
-    assert throughput.peak_memory(torch.device("cpu")) >= max(before, held)
-    assert held >= 200 * 2**20
+    assert 200 * 2**20 <= held
+    # Linux gathers pages by thread, so two looks differ by some of them.
+    assert throughput.peak_memory(torch.device("cpu")) >= held - 2**22
