@@ -163,10 +163,21 @@ class RunConfig:
     """Go on from the last checkpoint in the output folder."""
     merge: bool = False
     """Write the final model with the LoRA adapter merged in, instead of the adapter."""
+    dry_run: bool = False
+    """Check settings and records, print the plan (sizes, memory, steps, time); write nothing."""
+    log_every: int = 1
+    """Steps between the lines on the terminal; the files get every step."""
+    tensorboard: bool = False
+    """Write TensorBoard events to the folder `tensorboard` in the output folder."""
+    wandb: str | None = None
+    """Project of Weights & Biases to report to; WANDB_MODE=offline keeps it on this machine."""
     quiet: bool = False
-    """No progress bars."""
+    """Neither lines nor progress bars for the steps."""
 
     def __post_init__(self) -> None:
+        _positive("log_every", self.log_every)
+        if self.quiet and self.log_every != 1:
+            raise ValueError("log_every would have no effect with --quiet. Leave out one of them.")
         for name in ("seed", "save_every"):
             _not_negative(name, getattr(self, name))
         _positive("keep", self.keep)

@@ -14,6 +14,7 @@ from realign.forest import Example
 from realign.images import ImageStore
 from realign.model import ForestModel, load_model, load_processor
 from realign.records import read_pairs
+from realign.throughput import image_flop
 from realign_kernels import Objective
 
 
@@ -27,6 +28,7 @@ class Inputs:
     objective: Objective
     examples: Sequence[Example]
     store: ImageStore
+    per_image_token: float  # FLOP of the vision tower
 
     @property
     def longest_tree(self) -> int:
@@ -77,5 +79,5 @@ def load_inputs(
         max_tokens=vlm.config.get_text_config().max_position_embeddings,
         progress=progress,
     )
-    model.check_images(store)
-    return Inputs(str(base), processor, model, objective, examples, store)
+    per_image_token = image_flop(model, store)  # raises if the processor is another model's
+    return Inputs(str(base), processor, model, objective, examples, store, per_image_token)

@@ -1,8 +1,9 @@
 """What a step reports: TRL's names for the text side, the same words with `visual` for the other.
 
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
-examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats. Leaves
-without a name of their own are called `{response}_under_{image}`.
+examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
+the losses of an objective's terms before they are weighted. Leaves without a name of their own are
+called `{response}_under_{image}`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
     rewards = dict(zip(names, output.rewards.double(), strict=True))
     logps = dict(zip(names, output.logps.detach().double(), strict=True))
     found = {"loss": output.loss.detach().double()}
+    if len(objective.terms) > 1:
+        parts = output.term_losses.detach().double().sum(1)
+        found |= {f"loss/{t.name}": part for t, part in zip(objective.terms, parts, strict=True)}
     found |= {f"rewards/{name}": value.sum() for name, value in rewards.items()}
     for other in names:
         if "chosen" in rewards and re.fullmatch(r"rejected|visual(_\d+)?", other):
@@ -52,6 +56,24 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
             found[f"rewards/{prefix}margins"] = margin.sum()
     found |= {f"logps/{name}": value.sum() for name, value in logps.items()}
     return found
+
+
+def step_line(entry: dict[str, Any], total: int) -> str:
+    """One line about a step, its columns under those of the line before, 120 characters at most.
+
+    `margin` and `acc` are of the text side, then of the visual side where there is one.
+    """
+    width = len(str(total))
+    parts = [f"{entry['step']:{width}}/{total}", f"loss {entry['loss']:6.3f}"]
+    for title, name, form in (("margin", "margins", "+7.3f"), ("acc", "accuracies", ".2f")):
+        sides = [entry.get(f"rewards/{side}{name}") for side in ("", "visual_")]
+        shown = " ".join(f"{value:{form}}" for value in sides if value is not None)
+        parts += [f"{title} {shown}"] if shown else []
+    parts += [f"grad {entry['grad_norm']:.1e}", f"lr {entry['learning_rate']:.1e}"]
+    parts += [f"{entry['tokens_per_second']:7,.0f} tok/s"]
+    parts += [f"mfu {entry['mfu']:3.0%}"] if "mfu" in entry else []
+    parts += [f"{entry['peak_memory_gib']:.1f}G"]
+    return "  ".join(parts)
 
 
 class JsonlLog:

@@ -83,19 +83,31 @@ def load_model(
     Raises:
         ValueError: for a text-only model.
     """
-    text = _vision_config(path).get_text_config()
-    if attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
-        attention = "eager"
-    options = {
-        "attn_implementation": {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]},
-        "use_safetensors": True,
-    }
+    options = {"attn_implementation": _attention(path, attention), "use_safetensors": True}
     auto = AutoModelForImageTextToText
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, **options)
     wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
     merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
     return merged.to(dtype).requires_grad_(True)  # PEFT froze them
+
+
+def empty_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """What `load_model` gives, on the meta device: no weights are read, no memory is taken."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            _vision_config(path), dtype=dtype, attn_implementation=_attention(path, attention)
+        )
+
+
+def _attention(path: str | Path, attention: str) -> dict[str, str]:
+    """transformers' names of the attention of the towers."""
+    text = _vision_config(path).get_text_config()
+    if attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+        attention = "eager"
+    return {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
 
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -277,16 +289,6 @@ class ForestModel(nn.Module):
                     "num_additional_image_tokens and image size."
                 )
         return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
-
-    def check_images(self, store: ImageStore) -> None:
-        """Compare the image tokens of the first image with what the vision tower makes of it.
-
-        Raises:
-            ValueError: when the processor does not belong to the model.
-        """
-        first = next(iter(store.keys()))
-        with torch.inference_mode():
-            self.image_features(store.batch([first]).to(self.vlm.device, self.dtype))
 
     def check_forest(self, example: Example, store: ImageStore) -> str | None:
         """Compare one forest with separate forwards, positions and masks of the model's own.

@@ -44,7 +44,7 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     Signals are passed on to the ranks, which decide what to do: the exit code is 0 when theirs are.
     When one ends with another code the rest is stopped at once, and after 30 seconds killed.
     """
-    workers = workers or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
+    workers = workers or _default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -87,6 +87,18 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
         print(f"rank {rank} {how}.", file=sys.stderr)
         break
     return 1 if failures else 0
+
+
+def planned_ranks(fsdp: bool, workers: int) -> int:
+    """Ranks that will train: those of the launcher, or those that `launch` would start."""
+    if under_launcher():
+        return int(os.environ["WORLD_SIZE"])
+    return (workers or _default_workers()) if fsdp else 1
+
+
+def _default_workers() -> int:
+    """One per GPU, two on a CPU."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
 def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:

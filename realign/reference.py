@@ -56,6 +56,18 @@ def fingerprint(
         device: on which; its type counts, as bf16 rounds differently on a CPU.
         kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
     """
+    about = description(vlm, processor, dtype, device, kernels)
+    return about | {"weights": weights_digest(vlm, dtype)}
+
+
+def description(
+    vlm: PreTrainedModel,
+    processor,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str = "eager",
+) -> dict[str, str]:
+    """The fingerprint without the weights, which need not be there."""
     parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
     attention = {part.config._attn_implementation for part in parts}
     return {
@@ -69,7 +81,6 @@ def fingerprint(
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
-        "weights": weights_digest(vlm, dtype),
     }
 
 

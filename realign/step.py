@@ -12,6 +12,7 @@ from realign import metrics, parallel
 from realign.forest import Example, build_batch
 from realign.model import ForestModel
 from realign.sharding import sync_gradients
+from realign.throughput import work_of
 from realign_kernels import Objective
 
 
@@ -42,7 +43,8 @@ def accumulate(
     row_tokens: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward over `mine`, `micro_batch_size` at a time; returns sums of metrics.
+    """Forward and backward over `mine`, `micro_batch_size` at a time; returns sums of metrics
+    and of the work (`throughput.work_of`).
 
     Gradients are those of the mean over the `batch_size` examples of all ranks; they are reduced
     with the last part.
@@ -54,11 +56,13 @@ def accumulate(
         part = mine[start : start + micro_batch_size]
         chosen = [examples[i] for i in part]
         longest = row_tokens or max(example.longest_tree for example in chosen)
-        batch = build_batch(chosen, store, row_tokens=longest).to(device)
+        batch = build_batch(chosen, store, row_tokens=longest)
+        work = work_of(batch, chosen, device)
         sync_gradients(model, start + micro_batch_size >= len(mine))
+        batch = batch.to(device)
         out = model(batch, objective, references[:, part].to(device))
         (out.loss * scale).backward()
-        for name, value in metrics.sums(out, objective).items():
+        for name, value in (metrics.sums(out, objective) | work).items():
             totals[name] = totals.get(name, 0) + value
     return totals
 

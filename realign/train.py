@@ -10,17 +10,16 @@ Read `train` below from top to bottom: load, check the records, reference log-pr
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from realign import attention, liger, metrics, parallel, reference, sharding
+from realign import attention, liger, parallel, plan, reference, sharding
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
@@ -31,6 +30,8 @@ from realign.noise import hush_libraries
 from realign.run import StopSignal, check_identity, prepare_pairs, steps_done, write_identity
 from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
 from realign.step import NonFiniteStep, accumulate, clip, culprits, over_ranks
+from realign.throughput import Meter
+from realign.trackers import Trackers, check_packages
 from realign_kernels import ReferenceCache
 
 
@@ -40,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hush_libraries()
     try:
         config = parse(arguments)
+        check_packages(config.run)
+        if config.run.dry_run:
+            if os.environ.get("RANK", "0") == "0":
+                print(plan.make(config))
+            return 0
         if config.scale.fsdp and not parallel.under_launcher():
             prepare_pairs(config)  # once, before there are ranks
             return parallel.launch("realign.train", arguments, config.scale.nproc_per_node)
@@ -70,7 +76,7 @@ def train(config: TrainConfig) -> Path | None:
     sharding.check(scale, device)
     attention.check(config.model.attention, device)
     say = print if parallel.rank() == 0 else lambda *_: None
-    bars = not run.quiet and parallel.rank() == 0
+    bars = not run.quiet and parallel.rank() == 0 and sys.stderr.isatty()
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
     checkpoints = Checkpoints(output / "checkpoints", run.keep)
     done = steps_done(config, checkpoints)
@@ -142,14 +148,11 @@ def train(config: TrainConfig) -> Path | None:
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
         f"{optim.batch_size} on {parallel.world_size()} rank(s)"
     )
-    log = nullcontext()
-    if parallel.rank() == 0:
-        log = metrics.JsonlLog(output / "metrics.jsonl", keep_steps=done)
+    meter, first = Meter(model, device, dtype, inputs.per_image_token), parallel.rank() == 0
+    trackers = Trackers(config, objective.name, total=total, done=done, first_rank=first)
+    if first:
         write_identity(config, **identity)
 
-    row_tokens = config.data.row_tokens or attention.row_tokens(
-        config.model.attention, inputs.longest_tree
-    )
     model.train()
     take = partial(
         accumulate,
@@ -160,14 +163,13 @@ def train(config: TrainConfig) -> Path | None:
         objective=objective,
         batch_size=optim.batch_size,
         micro_batch_size=optim.micro_batch_size,
-        row_tokens=row_tokens,
+        row_tokens=config.data.row_tokens
+        or attention.row_tokens(config.model.attention, inputs.longest_tree),
         device=device,
     )
-    bar = tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not bars)
-    with StopSignal() as stop, checkpoints, log, bar:
-        for step, batch in batches(
-            len(examples), optim.batch_size, run.seed, first=done, last=total
-        ):
+    steps = batches(len(examples), optim.batch_size, run.seed, first=done, last=total)
+    with StopSignal() as stop, checkpoints, trackers:
+        for step, batch in steps:
             began = time.perf_counter()
             seed_step(run.seed, step, parallel.rank())
             for group in optimizer.param_groups:
@@ -175,18 +177,15 @@ def train(config: TrainConfig) -> Path | None:
             totals = take(batch[share])
             norm = clip(trained, optim.clip)
             found, stopping = over_ranks(totals, optim.batch_size, bool(stop.name))
-            found |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
             if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
                 guilty = [examples[i].name for i in culprits(take, batch[share], trained)]
-                raise NonFiniteStep(step, found, guilty)
+                raise NonFiniteStep(step, found | {"grad_norm": norm}, guilty)
             optimizer.step()
             optimizer.zero_grad()
-            if parallel.rank() == 0:
-                epoch = step * optim.batch_size / len(examples)
-                seconds = time.perf_counter() - began
-                log.write({"step": step, "epoch": epoch, "seconds": seconds, **found})
-            bar.set_postfix(_shown(found), refresh=False)
-            bar.update()
+            rates = meter.read(found, optim.batch_size, time.perf_counter() - began)
+            found |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
+            epoch = step * optim.batch_size / len(examples)
+            trackers.write({"step": step, "epoch": epoch, **found, **rates})
             if stopping or step == total or (run.save_every and step % run.save_every == 0):
                 checkpoints.save(step, model, optimizer, wait=stopping or step == total)
             if stopping and step < total:
@@ -196,11 +195,6 @@ def train(config: TrainConfig) -> Path | None:
     export(final, model, adapter, inputs.processor, base=inputs.base, merge=run.merge)
     say(f"wrote {final} (model), {output / 'metrics.jsonl'} (curves)")
     return final
-
-
-def _shown(means: dict[str, float]) -> dict[str, str]:
-    names = {"loss": "loss", "rewards/margins": "margin", "rewards/visual_margins": "visual"}
-    return {short: f"{means[name]:.3f}" for name, short in names.items() if name in means}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def curve(entries, name="loss"):
 
 
 def assert_same_curves(entries, truth, factor=1):
-    """Both runs are the same up to rounding, relative to the largest value where that is above 1."""
+    """Both runs are the same up to rounding, relative to the largest value where it is above 1."""
     names = ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen")
     for name in names:
         one, other = curve(entries, name), curve(truth, name)
