@@ -94,11 +94,14 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         dtype=dtype,
         weights_dtype=dtype,
         train_vision=False,
+        meta=config.fsdp and parallel.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
         progress=bars,
     )
-    model = inputs.model.eval()
-    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device)
+    model, weights = inputs.model.eval(), None
+    if config.fsdp:
+        weights = parallel.from_rank_0(lambda: reference.weights_digest(model.vlm, dtype))
+    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device, weights=weights)
     if config.fsdp:
         sharding.shard(model, device, dtype)
     else:

@@ -12,7 +12,7 @@ Where a model cannot share (`layouts.Layout.separate`), each leaf has a row and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -94,7 +94,7 @@ class ForestBatch:
     block: torch.Tensor | None
     shared: bool
     images: Images | None
-    features: tuple[Mapping[str, torch.Tensor], ...] | None
+    features: tuple[dict[str, torch.Tensor], ...] | None
     slots: tuple[int, ...]
     grids: dict[str, torch.Tensor]
     rows: torch.Tensor
@@ -145,13 +145,17 @@ class ForestBatch:
 
     def to(self, device: torch.device | str) -> ForestBatch:
         """The same batch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, torch.Tensor | Images):
-                moved[name] = value.to(device)
-            elif name == "grids":
-                moved[name] = {key: grid.to(device) for key, grid in value.items()}
-        return ForestBatch(**moved)
+
+        def moved(value):
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, Images):
+                return value.to(device)
+            if isinstance(value, dict):
+                return {name: moved(one) for name, one in value.items()}
+            return tuple(moved(one) for one in value) if isinstance(value, tuple) else value
+
+        return ForestBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,12 @@ class _Rows:
 
 
 def build_batch(
-    examples: Sequence[Example], store: ImageStore, *, row_tokens: int, pad_id: int = 0
+    examples: Sequence[Example],
+    store: ImageStore,
+    *,
+    row_tokens: int,
+    pad_id: int = 0,
+    shared: bool | None = None,
 ) -> ForestBatch:
     """Lay examples out in rows.
 
@@ -177,14 +186,16 @@ def build_batch(
         examples: the examples; all have the same number of leaves.
         store: their images, and the layout of the model.
         row_tokens: most tokens in a row. Raised to the longest root with one leaf if need be; a
-            root whose leaves do not fit in one row is repeated. Where the model cannot share, a row
-            is a root with one leaf, whatever this says.
+            root whose leaves do not fit in one row is repeated. Where leaves do not share, a row is
+            a root with one leaf, whatever this says.
         pad_id: token id of unused columns.
+        shared: whether leaves share their root; None: where the model can.
 
     Returns:
         The batch. It depends on the examples, the layout and `row_tokens` alone.
     """
     layout = store.layout
+    shared = layout.shares_prefix if shared is None else shared
     roots: list[Root] = []
     index: dict[tuple, int] = {}
     leaf_ids: list[np.ndarray] = []
@@ -202,7 +213,7 @@ def build_batch(
     root_lengths = np.array([len(root.ids) for root in roots])
     leaf_lengths = np.array([len(ids) for ids in leaf_ids])
     whole = root_lengths[leaf_roots] + leaf_lengths
-    if layout.shares_prefix:
+    if shared:
         packing = pack_forest(root_lengths, leaf_lengths, leaf_roots, max(row_tokens, whole.max()))
     else:
         packing = _apart(root_lengths, whole, leaf_roots)
@@ -253,11 +264,11 @@ def build_batch(
         segment=as_tensor(segment),
         parent=as_tensor(parent),
         block=as_tensor(block) if layout.both_ways else None,
-        shared=layout.shares_prefix,
+        shared=shared,
         images=store.batch(list(images)) if known is None else None,
-        features=None if known is None else tuple(known.get(key) for key in images),
+        features=None if known is None else tuple(dict(known.get(key)) for key in images),
         slots=tuple(images[key] for key in slots),
-        grids={} if layout.shares_prefix else store.grids(slots),
+        grids={} if shared else store.grids(slots),
         rows=as_tensor(np.concatenate(predictors)),
         labels=as_tensor(np.concatenate(leaf_ids)),
         sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths)),

@@ -14,7 +14,6 @@ from realign.forest import Example
 from realign.images import ImageStore
 from realign.model import ForestModel, load_model, load_processor
 from realign.records import read_pairs
-from realign.throughput import image_flop
 from realign_kernels import Objective
 
 
@@ -28,7 +27,6 @@ class Inputs:
     objective: Objective
     examples: Sequence[Example]
     store: ImageStore
-    per_image_token: float  # FLOP of the vision tower
 
     @property
     def longest_tree(self) -> int:
@@ -44,6 +42,7 @@ def load_inputs(
     dtype: torch.dtype,
     weights_dtype: torch.dtype,
     attention: str = "sdpa",
+    meta: bool = False,
     train_vision: bool,
     max_response_tokens: int,
     progress: bool,
@@ -57,6 +56,7 @@ def load_inputs(
         dtype: in which the model computes.
         weights_dtype: in which its weights are kept.
         attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
+        meta: build the model without weights, which rank 0 will send.
         train_vision: whether the vision tower learns.
         max_response_tokens: a longer response is an error.
         progress: whether to show a bar.
@@ -66,7 +66,8 @@ def load_inputs(
     """
     if Path(base).is_dir():  # an adapter will name its base, to be found from anywhere
         base = Path(base).resolve()
-    processor, vlm = load_processor(base), load_model(base, weights_dtype, attention)
+    processor = load_processor(base)
+    vlm = load_model(base, weights_dtype, attention, meta=meta)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
     records = read_pairs(pairs)
     objective = make_objective(loss, records)
@@ -79,5 +80,4 @@ def load_inputs(
         max_tokens=vlm.config.get_text_config().max_position_embeddings,
         progress=progress,
     )
-    per_image_token = image_flop(model, store)  # raises if the processor is another model's
-    return Inputs(str(base), processor, model, objective, examples, store, per_image_token)
+    return Inputs(str(base), processor, model, objective, examples, store)

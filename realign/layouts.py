@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 TESTED = {
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3",
-    "smolvlm", "internvl", "gemma3", "paligemma", "janus",
+    "smolvlm", "internvl", "gemma3", "paligemma", "janus", "qwen3_5",
 }  # fmt: skip
 """Model types whose forests equal separate forwards in the tests (docs/families.md)."""
 
@@ -117,14 +117,21 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
     )
 
 
+def has_softcap(config: PreTrainedConfig) -> bool:
+    """Whether attention scores are capped (Gemma 2), which sdpa and flash attention leave out."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
 def _separate(vlm: PreTrainedModel, kinds: list[str]) -> str | None:
     """Why responses to one prompt need a copy of it each."""
-    attention = vlm.model.get_decoder().config._attn_implementation
     if others := sorted(set(kinds) - {FULL, SLIDING}):
-        return (
-            f"its {', '.join(others)} layers carry a state along the row, or choose themselves "
-            "what a token sees, so no mask hides one response from another"
-        )
+        return f"in its {', '.join(others)} layers no mask hides one response from another"
+    attention = vlm.model.get_decoder().config._attn_implementation
     if attention.startswith("flash_attention"):
+        if vlm.config.model_type in _BOTH_WAYS or has_softcap(vlm.config):
+            raise ValueError(
+                f"{attention} has neither softcap nor tokens that see each other both ways, which "
+                f"models of type {vlm.config.model_type!r} have. Use sdpa."
+            )
         return f"{attention} takes no mask that hides one response from another"
     return None

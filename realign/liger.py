@@ -70,7 +70,7 @@ def _stand_ins(module: nn.Module) -> list[Callable]:
 
 def _agrees(module: nn.Module, forward: Callable, device: torch.device) -> bool:
     """Whether a copy of the module with random weights gives the same both ways, in fp32."""
-    tried = copy.deepcopy(module).to(device, torch.float32)
+    tried = copy.deepcopy(module).to_empty(device=device).float()  # it may be on the meta device
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in tried.parameters():

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from realign.attention import IMPLEMENTATIONS, forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Images, ImageStore
-from realign.layouts import SLIDING, TESTED, layout_of
+from realign.layouts import SLIDING, TESTED, has_softcap, layout_of
 from realign_kernels import (
     NonFiniteError,
     Objective,
@@ -70,7 +70,11 @@ def load_processor(path: str | Path):
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    *,
+    meta: bool = False,
 ) -> PreTrainedModel:
     """Load a vision-language model from a folder or hub name; an adapter is merged into its base.
 
@@ -79,35 +83,24 @@ def load_model(
         dtype: in which its weights are kept.
         attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
             a softcap, which sdpa has not, eager is taken for it.
+        meta: without weights, on the meta device (`sharding.shard` sends those of rank 0).
 
     Raises:
         ValueError: for a text-only model.
     """
-    options = {"attn_implementation": _attention(path, attention), "use_safetensors": True}
-    auto = AutoModelForImageTextToText
+    config, auto = _vision_config(path), AutoModelForImageTextToText
+    if attention == "sdpa" and has_softcap(config):
+        attention = "eager"
+    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    if meta:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
+    options = {"attn_implementation": kinds, "use_safetensors": True}
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, **options)
     wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
     merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
     return merged.to(dtype).requires_grad_(True)  # PEFT froze them
-
-
-def empty_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
-) -> PreTrainedModel:
-    """What `load_model` gives, on the meta device: no weights are read, no memory is taken."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            _vision_config(path), dtype=dtype, attn_implementation=_attention(path, attention)
-        )
-
-
-def _attention(path: str | Path, attention: str) -> dict[str, str]:
-    """transformers' names of the attention of the towers."""
-    text = _vision_config(path).get_text_config()
-    if attention == "sdpa" and getattr(text, "attn_logit_softcapping", None):
-        attention = "eager"
-    return {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
 
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -290,42 +283,40 @@ class ForestModel(nn.Module):
                 )
         return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
 
-    def check_forest(self, example: Example, store: ImageStore) -> str | None:
+    def check_forest(
+        self, example: Example, store: ImageStore, device: torch.device
+    ) -> Iterator[str]:
         """Compare one forest with separate forwards, positions and masks of the model's own.
 
-        Where they differ, responses get a copy of their prompt each from now on. Two forwards, with
-        collectives, so every rank calls it.
+        Where they differ, each response gets its own copy of the prompt from now on. It takes two
+        forwards, with collectives, so every rank calls it.
 
-        Returns:
-            A line to be shown to the user, if there is anything to say.
+        Yields:
+            Lines for the user: what is done otherwise than asked for, and why.
         """
         kind, layout = self.vlm.config.model_type, self.layout
+        if self.attention == "eager" and has_softcap(self.vlm.config):
+            yield "attention is eager: it has a softcap here, which sdpa has not"
+        if layout.shares_prefix:
+            shared = build_batch([example], store, row_tokens=example.longest_tree)
+            apart = build_batch([example], store, row_tokens=0, shared=False)
+            with torch.no_grad():
+                gap = float((self(shared.to(device)) - self(apart.to(device))).abs().mean())
+            if gap > _GAPS[self.dtype]:
+                layout.separate = f"under a shared one log-probs differ by {gap:.2g} a token"
+            if kind not in TESTED:
+                yield (
+                    f"models of type {kind!r} are not among the tested ones; on the first record a "
+                    f"forest differs from separate forwards by {gap:.1g} a token"
+                )
         if not layout.shares_prefix:
-            return f"each response has its own copy of the prompt: {layout.separate}"
-        batches = [build_batch([example], store, row_tokens=example.longest_tree)]
-        layout.separate = "comparison"
-        batches.append(build_batch([example], store, row_tokens=0))
-        layout.separate = None
-        with torch.no_grad():
-            together, alone = (self(batch.to(self.vlm.device)) for batch in batches)
-        gap = float((together - alone).abs().mean())
-        if gap > _GAPS[self.dtype]:
-            layout.separate = (
-                f"log-probs under a shared one differ by {gap:.2g} a token (model type {kind!r})"
-            )
-            return f"each response has its own copy of the prompt: {layout.separate}"
-        if kind in TESTED:
-            return None
-        return (
-            f"model type {kind!r} is not among the tested ones; on the first record its forest "
-            f"differs from separate forwards by {gap:.1g} a token"
-        )
+            yield f"each response gets its own copy of the prompt: {layout.separate}"
 
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
         """Last hidden states at the batch's predicting positions, (N, H)."""
         features = batch.features
         if features is None:
-            features = self.image_features(batch.images.to(self.vlm.device, self.dtype))
+            features = self.image_features(batch.images.to(batch.input_ids.device, self.dtype))
         given = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.slots:
             given["mm_encoder_outputs"] = {"image": _in_slots(features, batch.slots)}

@@ -25,7 +25,7 @@ from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import ImageStore
-from realign.model import DTYPES, ForestModel, add_lora, empty_model, load_processor
+from realign.model import DTYPES, ForestModel, add_lora, load_model, load_processor
 from realign.records import read_pairs
 from realign.run import prepare_pairs, steps_done
 from realign.schedule import batches, share_of_rank, total_steps
@@ -94,7 +94,7 @@ class Plan:
 
         self.processor = load_processor(self.base)
         kept = self.dtype if self.lora else torch.float32
-        self.vlm = empty_model(self.base, kept, config.model.attention)
+        self.vlm = load_model(self.base, kept, config.model.attention, meta=True)
         self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
         records = read_pairs(pairs)
         self.objective = make_objective(config.loss, records)
@@ -123,7 +123,7 @@ class Plan:
         """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
         kept = self.dtype if self.lora else torch.float32
         model = ForestModel(
-            empty_model(self.base, kept, self.config.model.attention), dtype=self.dtype
+            load_model(self.base, kept, self.config.model.attention, meta=True), dtype=self.dtype
         )
         cpu = torch.device("cpu")
         with memory.fake_tensors(cpu):

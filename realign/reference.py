@@ -43,6 +43,7 @@ def fingerprint(
     dtype: torch.dtype,
     device: torch.device,
     kernels: str = "eager",
+    weights: str | None = None,
 ) -> dict[str, str]:
     """Everything that decides a log-prob besides the leaf itself, by name.
 
@@ -55,9 +56,10 @@ def fingerprint(
         dtype: in which the forward computes.
         device: on which; its type counts, as bf16 rounds differently on a CPU.
         kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
+        weights: their digest, where `vlm` is without them (`sharding.shard`).
     """
     about = description(vlm, processor, dtype, device, kernels)
-    return about | {"weights": weights_digest(vlm, dtype)}
+    return about | {"weights": weights or weights_digest(vlm, dtype)}
 
 
 def description(
@@ -158,6 +160,9 @@ def fill(
         single = [_alone(examples[i], leaf) for i, leaf in pairs]
         return build_batch(single, store, row_tokens=row_tokens).to(device)
 
+    with adapters_off(model):
+        for line in model.check_forest(examples[0], store, device):
+            say(line)
     leaves = collect_leaves(examples)
     absent = cache.missing(leaves)
     say(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from realign import liger
 from realign.config import ScaleConfig
 from realign.model import ForestModel
-from realign.parallel import world_size
+from realign.parallel import from_rank_0, rank, world_size
 
 
 def check(scale: ScaleConfig, device: torch.device) -> None:
@@ -76,22 +77,21 @@ def shard(
     """Shard in place with FSDP2 and move to `device`: layer by layer, then the rest, with the head.
 
     Parameters are gathered and computed in `dtype`; gradients are reduced in fp32, to their mean
-    over all ranks.
+    over all ranks. Every rank gets the parameters and buffers of rank 0, so only rank 0 needs them.
 
     Args:
-        model: the whole model, in host memory; no more than one layer of it is whole on `device`.
+        model: on rank 0 the whole model, in host memory; elsewhere it may be without weights, on
+            the meta device. No more than one layer is whole on a `device` at a time.
         device: where this rank computes.
         dtype: fp32 or bf16.
         replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
         cpu_offload: keep what is sharded in host memory.
     """
-    ranks = world_size()
-    if replicas > 1:
-        shape, names = (replicas, ranks // replicas), ("replicate", "shard")
-    else:
-        shape, names = (ranks,), ("shard",)
+    shards = world_size() // replicas
+    shape = {"replicate": replicas, "shard": shards} if replicas > 1 else {"shard": shards}
+    mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     options = {
-        "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype if dtype != torch.float32 else None,
             reduce_dtype=torch.float32,
@@ -101,9 +101,42 @@ def shard(
         if cpu_offload
         else OffloadPolicy(),
     }
-    for layer in model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+    done: set[nn.Module] = set()
+    for unit in [*model.layers, model]:
+        modules = [module for module in unit.modules() if module not in done]
+        _take_from_rank_0(modules, device)
+        fully_shard(unit, **options)
+        done.update(modules)
+
+
+def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Replace the tensors that these modules themselves hold by those of rank 0, bit for bit.
+
+    Among them are buffers that no state dict has, such as rotary frequencies. What is tied stays
+    tied.
+    """
+    if world_size() == 1:
+        return
+    tables = [table for m in modules for table in (m._parameters, m._buffers, vars(m))]
+    slots = [(t, name) for t in tables for name in t if isinstance(t[name], torch.Tensor)]
+    mine = [(name, table[name].shape, table[name].dtype) for table, name in slots]
+    replaced: dict[torch.Tensor, torch.Tensor] = {}
+    for (table, name), sent in zip(slots, from_rank_0(lambda: mine), strict=True):
+        assert name == sent[0], f"rank {rank()} holds {name} where rank 0 holds {sent[0]}"
+        old = table[name]
+        if old not in replaced:
+            new = (
+                old.detach().to(device).contiguous()
+                if rank() == 0
+                else torch.empty(sent[1], dtype=sent[2], device=device)
+            )
+            dist.broadcast(new.view(-1).view(torch.uint8), src=0)  # gloo knows few dtypes
+            replaced[old] = (
+                nn.Parameter(new, requires_grad=old.requires_grad)
+                if isinstance(old, nn.Parameter)
+                else new
+            )
+        table[name] = replaced[old]
 
 
 def sync_gradients(model: nn.Module, wanted: bool) -> None:

@@ -30,7 +30,7 @@ from realign.noise import hush_libraries
 from realign.run import StopSignal, check_identity, prepare_pairs, steps_done, write_identity
 from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
 from realign.step import NonFiniteStep, accumulate, clip, culprits, over_ranks
-from realign.throughput import Meter
+from realign.throughput import Meter, image_flop
 from realign.trackers import Trackers, check_packages
 from realign_kernels import ReferenceCache
 
@@ -94,12 +94,17 @@ def train(config: TrainConfig) -> Path | None:
         dtype=dtype,
         weights_dtype=dtype if lora else torch.float32,
         attention=config.model.attention,
+        meta=parallel.rank() > 0,  # weights come from rank 0
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,
         progress=bars,
     )
     model, examples, objective = inputs.model, inputs.examples, inputs.objective
-    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device, scale.kernels)
+    weights = parallel.from_rank_0(lambda: reference.weights_digest(model.vlm, dtype))
+    fingerprint = reference.fingerprint(
+        model.vlm, inputs.processor, dtype, device, scale.kernels, weights
+    )
+    per_image_token = parallel.from_rank_0(lambda: image_flop(model, inputs.store))
     identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
     if done:
         check_identity(config, **identity)
@@ -121,10 +126,12 @@ def train(config: TrainConfig) -> Path | None:
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
     directory = run.reference_cache or reference.default_directory()
     parallel.ranks_part()
+    for line in model.eval().check_forest(examples[0], inputs.store, device):
+        say(f"note: {line}")
     with ReferenceCache.open(directory, fingerprint) as cache:
         references = reference.fill(
             cache,
-            model.eval(),
+            model,
             examples,
             inputs.store,
             row_tokens=config.data.row_tokens or inputs.longest_tree,
@@ -148,7 +155,7 @@ def train(config: TrainConfig) -> Path | None:
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
         f"{optim.batch_size} on {parallel.world_size()} rank(s)"
     )
-    meter, first = Meter(model, device, dtype, inputs.per_image_token), parallel.rank() == 0
+    meter, first = Meter(model, device, dtype, per_image_token), parallel.rank() == 0
     trackers = Trackers(config, objective.name, total=total, done=done, first_rank=first)
     if first:
         write_identity(config, **identity)

@@ -1,7 +1,8 @@
 """A rank that makes several runs of `realign.train` in one process group, and counts collectives.
 
 `torchrun ... scale_worker.py RUNS.json`, a file of [{"output": ..., "arguments": [...]}, ...]; the
-counts go to `collectives.json` in the output folder of each run.
+counts go to `collectives.json` in the output folder of each run. First the last rank, whose model
+has no weights of its own, compares what it is sent with what it can load (`weights.json`).
 """
 
 import json
@@ -9,14 +10,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from realign import parallel
+from realign import parallel, sharding
 from realign.config import parse
+from realign.digits import ASSETS
+from realign.model import ForestModel, add_lora, load_model
 from realign.noise import hush_libraries
 from realign.train import train
 
-COUNTED = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+COUNTED = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # what FSDP2 calls
 
 
 def count(name, counts):
@@ -29,8 +34,29 @@ def count(name, counts):
     setattr(dist, name, counted)
 
 
+def received(dtype):
+    """{name: whether it is that of a loaded model, bit for bit} of all parameters and buffers."""
+    device = parallel.start(fsdp=True)
+    vlm = load_model(ASSETS, dtype, meta=parallel.rank() > 0)
+    torch.manual_seed(parallel.rank())
+    add_lora(vlm, 4, 8.0)
+    meta = {name for name, value in vlm.named_parameters() if value.is_meta}
+    sharding.shard(ForestModel(vlm), device, dtype)
+    loaded = load_model(ASSETS, dtype)
+    torch.manual_seed(0)
+    add_lora(loaded, 4, 8.0)
+    truth = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    found = dict(vlm.named_parameters()) | dict(vlm.named_buffers())
+    assert list(found) == list(truth) and (len(meta) > 90) == (parallel.rank() > 0)
+    whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in found.items()}
+    return {n: v.dtype == truth[n].dtype and torch.equal(v, truth[n]) for n, v in whole.items()}
+
+
 if __name__ == "__main__":
     hush_libraries()
+    weights = {str(dtype): received(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    if parallel.rank() == parallel.world_size() - 1:
+        Path(sys.argv[1]).with_name("weights.json").write_text(json.dumps(weights))
     counts = Counter()
     for name in COUNTED:
         count(name, counts)

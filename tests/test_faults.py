@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from nan_worker import plant, restore
-from training import arguments, assert_same_run, run
+from runs import arguments, assert_same_run, run
 
 from realign import parallel
 from realign.checkpoint import CheckpointError

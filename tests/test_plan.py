@@ -18,7 +18,7 @@ from realign.digits import ASSETS
 from realign.digits.processor import build_processor
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
-from realign.model import ForestModel, add_lora, empty_model, load_model
+from realign.model import ForestModel, add_lora, load_model
 from realign.plan import Plan
 from realign.records import read_pairs, write_pairs
 from realign.train import main
@@ -105,7 +105,7 @@ def test_fake_tensors_take_what_real_ones_take(examples, tune):
     batch = build_batch(*examples, row_tokens=99)
     cpu, found = torch.device("cpu"), {}
     for kind in ("real", "fake"):
-        vlm = load_model(ASSETS) if kind == "real" else empty_model(ASSETS)
+        vlm = load_model(ASSETS) if kind == "real" else load_model(ASSETS, meta=True)
         model = ForestModel(vlm)
         if tune == "lora":
             add_lora(vlm, 8, 16)
@@ -128,7 +128,7 @@ def test_gradients_of_a_sharded_model_are_shards(examples):
     batch = build_batch(*examples, row_tokens=99)
     cpu, sizes = torch.device("cpu"), []
     for ranks in (1, 4):
-        model = ForestModel(empty_model(ASSETS, torch.bfloat16), dtype=torch.bfloat16)
+        model = ForestModel(load_model(ASSETS, torch.bfloat16, meta=True), dtype=torch.bfloat16)
         with memory.fake_tensors(cpu):
             memory.give_fake_storage(model, cpu, torch.bfloat16)
             step = memory.measure(model, batch, cpu, forwards=1, ranks=ranks, sharded=True)

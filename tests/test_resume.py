@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from training import (
+from runs import (
     CURVE_TOLERANCE,
     arguments,
     assert_same_run,

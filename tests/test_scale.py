@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from runs import CURVE_TOLERANCE, arguments, assert_same_curves, curve, run
 from safetensors.torch import load_file
 from torch import nn
@@ -140,20 +141,29 @@ def test_bf16_on_two_ranks_follows_fp32(two_nodes, alone):
 
 
 def test_accumulation_reduces_gradients_once_a_step(two_nodes, four_ranks):
-    """One reduction for each of four layers that learn; full fine-tuning has the root's, too."""
-    counts = {
-        (root.name.rstrip("0123456789"), name): json.loads(
-            (root / name / "collectives.json").read_text()
-        )
-        for root, name in (
-            (two_nodes, "lora"), (two_nodes, "once"), (two_nodes, "full"), (four_ranks, "full")
-        )
-    }  # fmt: skip
-    reduced = {key: found["reduce_scatter_tensor"] / 4 for key, found in counts.items()}
-    assert reduced[("nodes", "lora")] == reduced[("nodes", "once")] == 4
-    assert reduced[("nodes", "full")] == reduced[("four", "full")] == 5
-    # The replicas' sums beside them, one for each reduction, and one of metrics.
-    assert counts[("four", "full")]["all_reduce"] / 4 == 6
+    def calls(folder, name):
+        return json.loads((folder / "collectives.json").read_text()).get(name, 0)
+
+    # Four layers learn; in full fine-tuning the embeddings, the projector and the head, too.
+    steps, groups = 4, {"lora": 4, "once": 4, "full": 5}
+    for name, number in groups.items():
+        assert calls(two_nodes / name, "reduce_scatter_single") == steps * number
+    assert calls(four_ranks / "full", "reduce_scatter_single") == steps * groups["full"]
+    # Replicas add theirs up once for each; other sums are those of metrics and the pass.
+    others = calls(two_nodes / "full", "all_reduce")
+    assert calls(four_ranks / "full", "all_reduce") == steps * groups["full"] + others
+    # Weights are gathered for every forward and backward, or no memory would be saved.
+    once, twice = (calls(two_nodes / name, "all_gather_single") for name in ("once", "lora"))
+    assert twice == 2 * once
+
+
+def test_ranks_without_weights_get_those_of_rank_0(two_nodes):
+    """Parameters, and buffers that no state dict has, bit for bit; LoRA alike on all ranks."""
+    for dtype, same in json.loads((two_nodes / "weights.json").read_text()).items():
+        assert any("inv_freq" in name for name in same), dtype
+        assert [
+            name for name, value in same.items() if not value and "lora_A.def" not in name
+        ] == []
 
 
 def test_ranks_without_fsdp_are_refused(pairs, tmp_path):
@@ -259,8 +269,8 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
     assert torch.equal(logps, truth) and grads.keys() == expected.keys()
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
     assert list(wrapped.state_dict()) == names
-    # A layer keeps its input: 128 numbers for a token, of 128 * 10 at least in four layers.
-    assert saved_bytes(wrapped, batch) < 0.35 * saved_bytes(plain, batch)
+    # A layer keeps its input alone, a tenth of what it held; the rest is the head's.
+    assert saved_bytes(wrapped, batch) < 0.15 * saved_bytes(plain, batch)
 
 
 def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs, alone, tmp_path):
@@ -270,9 +280,10 @@ def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs, alone, tmp_path)
         assert curve(entries, name).tolist() == curve(truth, name).tolist()
 
 
+@torch._inductor.config.patch(compile_threads=1)  # no worker processes, which import torch
 def test_compiled_layers_change_nothing_beyond_rounding(digits):
     examples, store, _ = digits
-    plain, compiled = forest_model(layers=2), forest_model(layers=2)
+    plain, compiled = forest_model(layers=1), forest_model(layers=1)
     layers = sharding.trained_layers(compiled)
     sharding.wrap_layers(layers, compiled=True, checkpointed=True)
     for part in (examples[:6], examples[6:9]):
@@ -287,7 +298,7 @@ def test_compiled_layers_change_nothing_beyond_rounding(digits):
 def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
     """Two graphs: the first layer's input has no gradient under LoRA, the others' have one."""
     examples, store, _ = digits
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
     model = forest_model("lora")
@@ -302,8 +313,8 @@ def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
 
 
 def test_a_compiled_run_gives_the_plain_curve(pairs, alone, tmp_path, monkeypatch):
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **h: compiler(f, backend="aot_eager", **h))
+    compiler = torch.compile  # with the graphs run as they are: the next test compiles them
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
     more = ("--compile", "--activation-checkpointing", "--fsdp", "--micro-batch-size", 4)
     entries = run(pairs, tmp_path, *more, steps=4)
     assert_same_curves(entries, read_jsonl(alone / "lora" / "metrics.jsonl"))

@@ -302,4 +302,5 @@ _PROCESSORS = {
     "gemma3": _gemma3,
     "paligemma": _paligemma,
     "janus": _janus,
+    "qwen3_5": lambda: _qwen(Qwen3VLProcessor, 7),
 }

@@ -38,7 +38,7 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
     """The model, fp32 and in eval mode, and its processor.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES`, or "qwen3_5", whose first layer carries a state.
         attention: `attn_implementation`. PaliGemma's language model takes eager for "sdpa", which
             lacks the softcap of Gemma 2.
         seed: of the weights.
@@ -229,6 +229,33 @@ def _qwen3_vl(processor) -> dict:
     return config | {"tie_word_embeddings": True}
 
 
+def _qwen3_5(processor) -> dict:
+    vision = {
+        "hidden_size": TOWER,
+        "intermediate_size": 32,
+        "out_hidden_size": WIDTH,
+        "num_position_embeddings": 16,
+    }
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+    return _qwen(
+        processor,
+        vision,
+        head_dim=16,
+        rope_parameters=rope,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+
+
 def _idefics3(processor) -> dict:
     return {
         "image_token_id": processor.image_token_id,
@@ -330,4 +357,5 @@ _CONFIGS = {
     "gemma3": _gemma3,
     "paligemma": _paligemma,
     "janus": _janus,
+    "qwen3_5": _qwen3_5,
 }

@@ -1,0 +1,401 @@
+"""Every VLM family: a forest is what plain transformers forwards are, however the model is trained.
+
+Each function of `COLUMNS` asserts one property of one family and says what the table of
+docs/families.md shows of it; the last test holds the two together. To write the table anew:
+
+    REALIGN_WRITE_DOCS=1 python -m pytest tests/test_families.py
+"""
+
+import functools
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_truth import encode, separate_logps
+from tiny_vlms import FAMILIES as ATTENDING
+from tiny_vlms import make, random_record
+
+from realign import layouts, parallel, sharding
+from realign.encode import chat_prompt, encode_records
+from realign.forest import build_batch
+from realign.layouts import Layout
+from realign.metrics import read_jsonl
+from realign.model import ForestModel, add_lora, load_model
+from realign.records import Record, write_pairs
+from realign.train import main
+from realign.vision import FeatureCache
+from realign_kernels import objectives
+
+FAMILIES = (*ATTENDING, "qwen3_5")
+
+# fp32 rounding: a leaf's log-prob is a sum of up to 10 tokens of size up to 10. Seen: 5e-6 of it,
+# and 6e-6 of the largest entry of any gradient.
+LOGP_TOLERANCE = 5e-5
+GRADIENT_TOLERANCE = 5e-5
+CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+OBJECTIVE = objectives.rdpo(beta=0.3, visual_weight=0.7)
+ROW_TOKENS = (1, 150, 4096)  # a tree a row at most, several, all trees in one
+
+
+@functools.cache
+def made(family):
+    """(processor, records): one, two and three images; the second's negatives are the first's."""
+    processor = make(family)[1]
+    rng = np.random.default_rng(FAMILIES.index(family))
+    records = [random_record(family, processor, rng, images=n) for n in (1, 1, 2, 3)]
+    first, second = records[:2]
+    turns = first.prompt
+    records[1] = Record(second.name, turns, second.chosen, "red", second.images, first.images)
+    return processor, records
+
+
+def encoded(family, model, objective=OBJECTIVE, records=None):
+    processor, own = made(family)
+    return encode_records(
+        records or own,
+        processor,
+        objective,
+        layout=model.layout,
+        max_response_tokens=64,
+        max_tokens=512,
+        progress=False,
+    )
+
+
+def truth(vlm, family, examples, objective=OBJECTIVE, records=None):
+    """(L, B): each leaf as one plain sequence, as `apply_chat_template` feeds the processor."""
+    processor, own = made(family)
+    table = []
+    for record, example in zip(records or own, examples, strict=True):
+        row = []
+        for leaf, named in zip(example.leaves, objective.leaves, strict=True):
+            stored = record.images if named.image == "image" else record.retrieved_images
+            text = chat_prompt(processor, record.prompt, len(stored))[0]
+            inputs = encode(processor, [[one.open("") for one in stored]], text)
+            row.append(separate_logps(vlm, inputs, [leaf.ids])[0].sum())
+        table.append(torch.stack(row))
+    return torch.stack(table, 1)
+
+
+def true_loss(logps, targets):
+    chosen, rejected, visual = 0.3 * (logps - targets.double())
+    return -(F.logsigmoid(chosen - rejected) + 0.7 * F.logsigmoid(chosen - visual)).sum()
+
+
+def forest_loss(model, examples, store, row_tokens=150):
+    targets = -10 + torch.arange(3.0 * len(examples)).view(3, -1)
+    out = model(build_batch(examples, store, row_tokens=row_tokens), OBJECTIVE, targets)
+    out.loss.backward()
+    return out.loss, targets
+
+
+def gradients(vlm):
+    return {name: p.grad for name, p in vlm.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradients(found, true):
+    """Entries agree up to the size of the whole gradient; returns how many tensors moved."""
+    scale = max(g.abs().max() for g in true.values() if g is not None)
+    assert found.keys() == true.keys()
+    for name, expected in true.items():
+        got = found[name]
+        zero = torch.zeros(())
+        worst = (zero if got is None else got) - (zero if expected is None else expected)
+        assert worst.abs().max() / scale < GRADIENT_TOLERANCE, (name, worst.abs().max() / scale)
+    return sum(g is not None and bool(g.any()) for g in true.values())
+
+
+@functools.cache
+def log_probs_are_the_same(family, attention="sdpa"):
+    vlm, _ = make(family, attention=attention)
+    model = ForestModel(vlm).eval()
+    examples, store = encoded(family, model)
+    with torch.no_grad():
+        true = truth(vlm, family, examples)
+        for row_tokens in ROW_TOKENS:
+            batch = build_batch(examples, store, row_tokens=row_tokens)
+            found = batch.leaf_sums(model(batch))
+            assert (found - true).abs().max() < LOGP_TOLERANCE, (row_tokens, found - true)
+        assert len(batch.input_ids) == 1 or not model.layout.shares_prefix
+        batch = build_batch(examples, store, row_tokens=1, shared=False)
+        assert len(batch.input_ids) == 3 * len(examples)
+        assert (batch.leaf_sums(model(batch)) - true).abs().max() < LOGP_TOLERANCE
+    assert true.std() > 1
+    return "yes" if model.layout.shares_prefix else "no"
+
+
+def attentions(family):
+    """What the language model attends with; see `load_model` for what is taken for sdpa."""
+    used = []
+    for attention in ("sdpa", "eager"):
+        log_probs_are_the_same(family, attention)
+        used.append(make(family, attention=attention)[0].model.get_decoder().config)
+    return ", ".join(dict.fromkeys(config._attn_implementation for config in used))
+
+
+def images_pass_the_tower_once(family):
+    vlm, _ = make(family)
+    model = ForestModel(vlm).eval()
+    examples, store = encoded(family, model)
+    tower, sizes = vlm.model.get_encoder("image"), []
+    tower.register_forward_hook(lambda _, args, out: sizes.append(out[0].numel()))
+    distinct = {key for example in examples for root in example.roots for key in root.images}
+    slots = sum(len(root.images) for example in examples for root in example.roots)
+    assert len(distinct) == 13 < slots == 14
+    with torch.no_grad():
+        model.image_features(store.batch(sorted(distinct)))
+        layouts = sorted({False, model.layout.shares_prefix})
+        for shared in layouts:
+            batch = build_batch(examples, store, row_tokens=4096, shared=shared)
+            assert len(batch.slots) == (13 if shared else 14 + 7)  # roots; leaves
+            model(batch)
+    assert sizes == sizes[:1] * (1 + len(layouts))
+    return "yes"
+
+
+def full_gradients_are_the_same(family):
+    """Once with the tower, once with it frozen: then what joins it to the language model learns."""
+    for train_vision in (True, False):
+        vlm, _ = make(family)
+        model = ForestModel(vlm, train_vision=train_vision)
+        examples, store = encoded(family, model)
+        tower, seen = vlm.model.get_encoder("image"), []
+        for layer in tower.modules():
+            layer.register_forward_hook(lambda m, _, out: seen.append((m, out)))
+        loss, targets = forest_loss(model, examples, store)
+        found = gradients(vlm)
+        vlm.zero_grad()
+        true = true_loss(truth(vlm, family, examples), targets)
+        true.backward()
+        assert loss.item() == pytest.approx(true.item(), rel=1e-5)
+        moved = assert_same_gradients(found, gradients(vlm))
+        assert moved >= (45 if train_vision else 21)
+        outputs = [out for _, out in seen if isinstance(out, torch.Tensor)]
+        if train_vision:
+            assert any(out.requires_grad for out in outputs)
+            continue
+        others = ("language_model", "text_model", "lm_head")
+        joins = [name for name in found if not any(other in name for other in others)]
+        assert joins and all(found[name] is not None for name in joins)
+        if not any("merger" in name for name in joins):  # frozen: nothing of it is kept
+            assert not any(out.requires_grad for out in outputs)
+    return "yes"
+
+
+def with_lora(family):
+    vlm, _ = make(family)
+    linear = [m for m in vlm.model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    model = ForestModel(vlm)
+    torch.manual_seed(0)
+    add_lora(vlm, 2, 4)
+    with torch.no_grad():
+        for name, p in vlm.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    assert sum(p.requires_grad for p in vlm.parameters()) == 2 * len(linear) >= 28
+    return vlm, model, *encoded(family, model)
+
+
+def lora_gradients_are_the_same(family):
+    vlm, model, examples, store = with_lora(family)
+    language = vlm.model.get_decoder()
+    inside = {id(p) for p in language.parameters()}
+    trained = [p for p in vlm.parameters() if p.requires_grad]
+    assert all(id(p) in inside for p in trained)
+    _, targets = forest_loss(model, examples, store)
+    found = gradients(vlm)
+    vlm.zero_grad()
+    true_loss(truth(vlm, family, examples), targets).backward()
+    assert assert_same_gradients(found, gradients(vlm)) == len(trained)
+    return "yes"
+
+
+def checkpointed_layers_are_the_same(family):
+    vlm, model, examples, store = with_lora(family)
+    forest_loss(model, examples, store)
+    plain = gradients(vlm)
+    vlm.zero_grad()
+    calls = []
+    layers = sharding.trained_layers(model)
+    assert len(layers) == 2
+    layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    sharding.wrap_layers(layers, compiled=False, checkpointed=True)
+    forest_loss(model, examples, store)
+    assert len(calls) == 2  # again in backward
+    assert_same_gradients(gradients(vlm), plain)
+    return "yes"
+
+
+def sharded_models_are_the_same(family):
+    """One rank, which has all hooks of FSDP2; test_scale.py has several."""
+    plain, _ = make(family)
+    model = ForestModel(plain)
+    examples, store = encoded(family, model)
+    loss, _ = forest_loss(model, examples, store)
+    vlm, _ = make(family)
+    model = ForestModel(vlm)
+    parallel.start(alone=True, fsdp=False)
+    try:
+        sharding.shard(model, CPU, torch.float32)
+        found, _ = forest_loss(model, examples, store)
+        whole = {n: g if g is None else g.full_tensor() for n, g in gradients(vlm).items()}
+    finally:
+        parallel.stop()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients(whole, gradients(plain))
+    return "yes"
+
+
+COLUMNS = {
+    "shares prefix": log_probs_are_the_same,
+    "vision once": images_pass_the_tower_once,
+    "full": functools.cache(full_gradients_are_the_same),
+    "LoRA": functools.cache(lora_gradients_are_the_same),
+    "FSDP": functools.cache(sharded_models_are_the_same),
+    "checkpointing": functools.cache(checkpointed_layers_are_the_same),
+    "attention": attentions,
+}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family, column):
+    assert COLUMNS[column](family)
+
+
+def test_the_table_in_docs_is_what_was_found():
+    lines = ["| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for family in FAMILIES:
+        cells = [found(family) for found in COLUMNS.values()]
+        lines.append(f"| `{family}` | " + " | ".join(cells) + " |")
+    before, begin, rest = DOCS.read_text().partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- end of table -->")
+    assert begin and end
+    text = before + begin + "\n".join(lines) + "\n" + end + after
+    if os.environ.get("REALIGN_WRITE_DOCS"):
+        DOCS.write_text(text)
+    assert DOCS.read_text() == text, "write it anew with REALIGN_WRITE_DOCS=1"
+    assert set(FAMILIES) == layouts.TESTED
+
+
+def test_one_image_twice_in_a_prompt():
+    for family in FAMILIES:
+        vlm, _ = make(family)
+        model = ForestModel(vlm).eval()
+        record = replace(made(family)[1][0], images=made(family)[1][0].images * 2)
+        examples, store = encoded(family, model, objectives.dpo(), [record])
+        batch = build_batch(examples, store, row_tokens=4096)
+        assert len(store) == 1 and batch.slots == (0, 0) * (1 if batch.shared else 2)
+        with torch.no_grad():
+            true = truth(vlm, family, examples, objectives.dpo(), [record])
+            assert (batch.leaf_sums(model(batch)) - true).abs().max() < LOGP_TOLERANCE
+
+
+def test_known_features_take_the_place_of_the_tower(tmp_path):
+    for family in FAMILIES:
+        vlm, _ = make(family)
+        model = ForestModel(vlm).eval()
+        examples, store = encoded(family, model)
+        keys = list(store.keys())
+        with torch.no_grad():
+            expected = model(build_batch(examples, store, row_tokens=150))
+            cache = FeatureCache(tmp_path, {"family": family})
+            for some in (keys[:3], keys[3:4], keys[4:]):
+                cache.add(dict(zip(some, model.image_features(store.batch(some)), strict=True)))
+            store.features = cache
+            vlm.model.get_encoder("image").register_forward_hook(lambda *_: pytest.fail("ran"))
+            found = model(build_batch(examples, store, row_tokens=150).to(CPU))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_processor_of_another_model_is_refused():
+    model = ForestModel(make("llava")[0]).eval()
+    processor = make("llava")[1]
+    processor.num_additional_image_tokens = 0
+    _, store = encode_records(
+        made("llava")[1], processor, OBJECTIVE, layout=model.layout, max_response_tokens=64,
+        max_tokens=512, progress=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*check its patch"):
+
+
+def lines(model, examples, store):
+    return list(model.check_forest(examples[0], store, CPU))
+
+
+def test_a_forest_that_is_not_what_separate_forwards_are_is_not_used(monkeypatch):
+    vlm, _ = make("qwen2_vl")
+    model = ForestModel(vlm).eval()
+    examples, store = encoded("qwen2_vl", model)
+    assert lines(model, examples, store) == []
+    right = Layout.positions
+    monkeypatch.setattr(Layout, "positions", lambda self, ids, grids: right(self, ids, {}))
+    (line,) = lines(model, examples, store)
+    assert line.startswith("each response gets its own copy of the prompt: under a shared one log-")
+    with torch.no_grad():
+        batch = build_batch(examples, store, row_tokens=4096)
+        assert len(batch.input_ids) == 3 * len(examples)
+        true = truth(vlm, "qwen2_vl", examples)
+        assert (batch.leaf_sums(model(batch)) - true).abs().max() < LOGP_TOLERANCE
+
+
+def test_what_is_done_otherwise_is_said(monkeypatch):
+    for family, expected in {
+        "paligemma": "attention is eager: it has a softcap",
+        "qwen3_5": "own copy of the prompt: in its linear_attention layers no mask hides one",
+        "idefics3": "type 'idefics3' are not among the tested ones; .* differs .* by [1-9]e-0[5-9]",
+    }.items():
+        monkeypatch.setattr(layouts, "TESTED", set())
+        monkeypatch.setattr("realign.model.TESTED", {"paligemma", "qwen3_5"})
+        model = ForestModel(make(family)[0]).eval()
+        (line,) = lines(model, *encoded(family, model))
+        assert re.search(expected, line)
+
+
+def test_flash_attention_has_a_row_for_each_response():
+    def with_flash(family):
+        vlm, _ = make(family)
+        vlm.model.get_decoder().config._attn_implementation_internal = "flash_attention_2"
+        return ForestModel(vlm)
+
+    assert "takes no mask that hides one response" in with_flash("llava").layout.separate
+    for family in ("gemma3", "paligemma"):
+        with pytest.raises(ValueError, match="neither softcap nor .* both ways.* Use sdpa"):
+            with_flash(family)
+
+
+def test_models_that_no_forest_can_be_laid_out_for_are_refused():
+    model = make("llava")[0]
+    model.config.get_text_config().logit_scale = 0.5
+    with pytest.raises(ValueError, match="scales its logits .logit_scale = 0.5"):
+        ForestModel(model)
+
+
+@pytest.mark.parametrize("family", ["paligemma", "qwen2_5_vl"])
+def test_training_ends_in_a_model_that_loads(family, tmp_path, capsys):
+    vlm, processor = make(family)
+    folder, pairs, output = tmp_path / "model", tmp_path / "pairs.parquet", tmp_path / "run"
+    vlm.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_pairs(pairs, made(family)[1])
+    options = {
+        "--model": folder, "--pairs": pairs, "--output": output, "--steps": 2, "--batch-size": 2,
+        "--reference-cache": tmp_path / "reference", "--learning-rate": 1e-2, "--lora-rank": 2,
+    }  # fmt: skip
+    assert main([str(part) for option in options.items() for part in option] + ["--quiet"]) == 0
+    assert ("attention is eager" in capsys.readouterr().out) == (family == "paligemma")
+    losses = [entry["loss"] for entry in read_jsonl(output / "metrics.jsonl")]
+    assert len(losses) == 2 and losses[0] == pytest.approx(2 * np.log(2), abs=1e-4)
+    trained = ForestModel(load_model(output / "model")).eval()
+    model = ForestModel(vlm).eval()
+    examples, store = encoded(family, model)
+    batch = build_batch(examples, store, row_tokens=1)
+    with torch.no_grad():
+        moved = (trained(batch) - model(batch)).abs()
+    assert 1e-3 < moved.max() < 20
