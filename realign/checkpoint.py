@@ -120,7 +120,7 @@ class Checkpoints:
             process_group=self._group,
             no_dist=self._group is None,
         )
-        self._pending.add_done_callback(lambda done: self._warn(step, done))
+        self._pending.add_done_callback(lambda done: self._clear(writer, done, warn=not wait))
         if wait and (problem := self._settle()):
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written ({problem}). "
@@ -160,14 +160,17 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         return _problem(pending) if pending else ""
 
-    def _warn(self, step: int, done: Future) -> None:
-        """Called by the thread that wrote."""
+    def _clear(self, writer: _Writer, done: Future, *, warn: bool) -> None:
+        """Remove what could not be written; called by the thread that wrote."""
         problem = ""
         with suppress(Exception):  # any other error is raised by the next call
             problem = _problem(done)
-        if rank() == 0 and problem:
+        if not problem or rank() != 0:
+            return
+        shutil.rmtree(writer.path, ignore_errors=True)
+        if warn:
             print(
-                f"warning: the checkpoint of step {step} could not be written ({problem}). "
+                f"warning: the checkpoint of step {writer.step} could not be written ({problem}). "
                 f"{self._what_is_left()} Training goes on; make room before the next one is due.",
                 file=sys.stderr,
             )

@@ -1,5 +1,7 @@
 """Faults of disk and data: what is saved stays, what is wrong is named, nobody hangs."""
 
+import os
+import random
 import resource
 import shutil
 import signal
@@ -11,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nan_worker import plant, restore
-from runs import arguments, assert_same_run, run
+from ranks_worker import plant, restore
+from runs import arguments, assert_same_run, run, start, wait_for_step
 
 from realign import parallel
 from realign.checkpoint import CheckpointError
@@ -222,23 +224,47 @@ def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path,
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
-@pytest.mark.parametrize("what", ["pixels", "gradient"])
-def test_all_ranks_stop_for_the_record_of_one(pairs_file, examples, tmp_path, what):
-    record = int(order(examples)[4][5])  # of rank 1, which takes the last four
+@pytest.fixture(scope="module")
+def two_ranks(pairs_file, examples, tmp_path_factory):
+    """Runs of two ranks, see ranks_worker.py: their folder, and what they wrote to stderr."""
+    folder = tmp_path_factory.mktemp("two")
+    record = order(examples)[4][5]  # of rank 1, which takes the last four
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", 2, Path(__file__).with_name("nan_worker.py"), what, record, 4]
-    command += arguments(pairs_file, tmp_path, *EVERY_2, "--fsdp")
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) == 1, done.stderr
+    command += ["--nproc-per-node", "2", Path(__file__).with_name("ranks_worker.py")]
+    command += [str(pairs_file), str(folder), str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("what", ["pixels", "gradient"])
+def test_all_ranks_stop_for_the_record_of_one(examples, two_ranks, what):
+    folder, shown = two_ranks
+    errors = [line for line in shown.splitlines() if line.startswith(("error", what))]
+    error = errors[errors.index(f"{what} ends with 1") - 1]
+    record = int(order(examples)[4][5])
     guilty = {examples[record].name}
     if what == "pixels":
         guilty = sharing_an_image(examples, record, 4)
-    assert named(errors[0]) == guilty
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert named(error) == guilty and error.startswith("error: step 4: ")
+    assert sum(line.startswith("error") for line in errors) == 2  # rank 0 speaks for both
+    assert [p.name for p in (folder / what / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, tmp_path):
+    words = arguments(pairs_file, tmp_path, *EVERY_2, "--fsdp", "--nproc-per-node", 2, steps=8)
+    process = start(*words)
+    wait_for_step(process, tmp_path, random.randrange(5, 8))
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        os.kill(int(file.read().split()[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
+    process = start(*words, "--resume")
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "resumed from step" in out
+    assert_same_run(tmp_path, two_ranks[0] / "whole", steps=8)
 
 
 def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch):

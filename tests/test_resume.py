@@ -125,29 +125,6 @@ def test_a_lost_export_is_made_again(pairs_file, dropout, plain, tmp_path):
     assert_same_run(output, plain)
 
 
-def test_two_ranks_a_killed_rank_and_the_same_curve(pairs_file, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for output in (whole, broken):
-        process = start(*arguments(pairs_file, output, *TWO_RANKS, *EVERY_2))
-        if output is broken:
-            wait_for_step(process, output, random.randrange(2, 6))
-            os.kill(workers(process)[1], signal.SIGKILL)
-        _, errors = process.communicate(timeout=60 if output is broken else None)
-        assert process.returncode == (output is broken), errors
-    assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
-    process = start(*arguments(pairs_file, broken, *TWO_RANKS, *EVERY_2, "--resume"))
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert "resumed from step" in out
-    assert_same_run(broken, whole)
-
-
-def workers(launcher):
-    """Process ids of the ranks that a launcher has started, in their order."""
-    with open(f"/proc/{launcher.pid}/task/{launcher.pid}/children") as file:
-        return [int(word) for word in file.read().split()]
-
-
 def test_one_rank_then_two_then_one(pairs_file, tmp_path, monkeypatch):
     truth, output = tmp_path / "truth", tmp_path / "run"
     expected = run(pairs_file, truth, *EVERY_2, steps=12)

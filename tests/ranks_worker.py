@@ -1,14 +1,17 @@
-"""One rank of a run in which a record turns bad after a step: `nan_worker.py WHAT RECORD STEP ...`.
+"""One rank of three runs, one after the other: `ranks_worker.py PAIRS FOLDER RECORD`.
 
-WHAT is `pixels`, where an image of the record becomes NaN, or `gradient`, where its loss is finite
-and its gradient is not. RECORD is an index into the pairs; the other words are those of the run.
+Nothing happens to the first, in FOLDER/whole. In FOLDER/pixels an image of the record with that
+index becomes NaN at step 4, in FOLDER/gradient its loss is finite and its gradient is not.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import torch
+from training import arguments
 
-from realign import encode, model, train
+from realign import encode, model, parallel, train
 from realign.schedule import seed_step
 
 GOOD = {
@@ -19,7 +22,7 @@ GOOD = {
 
 
 def plant(what, record, first):
-    """From step `first` on the record is bad; returns what undoes it."""
+    """From step `first` on the record is bad, until `restore`."""
     now = {"step": 0, "image": "", "name": ""}
 
     def load(*given, **more):
@@ -45,7 +48,6 @@ def plant(what, record, first):
 
     train.load_inputs, train.seed_step = load, note
     encode.ImageStore.pixels, model.ForestModel.forward = pixels, forward
-    return now
 
 
 def restore():
@@ -56,6 +58,14 @@ def restore():
 
 
 if __name__ == "__main__":
-    kind, index, first_step, *words = sys.argv[1:]
-    plant(kind, int(index), int(first_step))
-    sys.exit(train.main(words))
+    pairs, folder, record = sys.argv[1:]
+    leave, parallel.stop = parallel.stop, lambda: None  # one process group for all three
+    for what in ("whole", "pixels", "gradient"):
+        if what != "whole":
+            plant(what, int(record), 4)
+        words = arguments(pairs, Path(folder) / what, "--save-every", 2, "--fsdp", steps=8)
+        code = train.main(words)
+        if os.environ["RANK"] == "0":
+            print(f"{what} ends with {code}", file=sys.stderr)
+        restore()
+    leave()
