@@ -152,9 +152,9 @@ def test_accumulation_reduces_gradients_once_a_step(two_nodes, four_ranks):
     # Replicas add theirs up once for each; other sums are those of metrics and the pass.
     others = calls(two_nodes / "full", "all_reduce")
     assert calls(four_ranks / "full", "all_reduce") == steps * groups["full"] + others
-    # Weights are gathered for every forward and backward, or no memory would be saved.
+    # Four more forwards and backwards gather eight units and, again, the four that learn.
     once, twice = (calls(two_nodes / name, "all_gather_single") for name in ("once", "lora"))
-    assert twice == 2 * once
+    assert twice - once >= 4 * (8 + 4)
 
 
 def test_ranks_without_weights_get_those_of_rank_0(two_nodes):
