@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from training import arguments
+from runs import arguments
 
 from realign import encode, model, parallel, train
 from realign.schedule import seed_step

@@ -27,6 +27,7 @@ from realign.layouts import Layout
 from realign.metrics import read_jsonl
 from realign.model import ForestModel, add_lora, load_model
 from realign.records import Record, write_pairs
+from realign.throughput import image_flop
 from realign.train import main
 from realign.vision import FeatureCache
 from realign_kernels import objectives
@@ -323,6 +324,7 @@ def test_a_processor_of_another_model_is_refused():
         max_tokens=512, progress=False,
     )  # fmt: skip
     with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*check its patch"):
+        image_flop(model, store)
 
 
 def lines(model, examples, store):
