@@ -28,9 +28,10 @@ class ModelConfig:
     """With --tune full, train the vision tower too."""
     dtype: str = "fp32"
     """Compute in 'fp32' or 'bf16'; what is trained is kept in fp32 either way."""
-    attention: str = "sdpa"
-    """How the language model attends: 'sdpa', 'eager', or on CUDA 'flex' (skips what a token may
-    not see, so rows can be long)."""
+    attention: str = "tree"
+    """How the language model attends: 'tree' (each tree by itself, without a mask; 'sdpa' for models
+    with windows or two-way blocks), 'sdpa', 'eager', or on CUDA 'flex' (skips what a token may not
+    see, so rows can be long)."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
@@ -40,7 +41,7 @@ class ModelConfig:
                 "attention is 'flash', which reads no mask: it cannot hide one leaf of a forest "
                 "from another. Use flex on CUDA, or sdpa."
             )
-        _one_of("attention", self.attention, ("sdpa", "eager", "flex"))
+        _one_of("attention", self.attention, ("tree", "sdpa", "eager", "flex"))
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
         if self.tune == "lora" and self.train_vision:
@@ -197,6 +198,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.merge and self.model.tune == "full":
             _no_effect("merge", "there is no adapter to merge", "--tune lora")
+        if self.scale.compile and self.model.attention == "tree":
+            self.model.attention = "sdpa"  # every other layout would compile again
         if self.optim.learning_rate == 0:
             self.optim.learning_rate = 5e-5 if self.model.model is None else 1e-5
 

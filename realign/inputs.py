@@ -41,7 +41,7 @@ def load_inputs(
     *,
     dtype: torch.dtype,
     weights_dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str = "tree",
     meta: bool = False,
     train_vision: bool,
     max_response_tokens: int,

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from realign import tree_attention
 from realign.attention import IMPLEMENTATIONS, forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Images, ImageStore
@@ -72,7 +73,7 @@ def load_processor(path: str | Path):
 def load_model(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str = "tree",
     *,
     meta: bool = False,
 ) -> PreTrainedModel:
@@ -89,7 +90,7 @@ def load_model(
         ValueError: for a text-only model.
     """
     config, auto = _vision_config(path), AutoModelForImageTextToText
-    if attention == "sdpa" and has_softcap(config):
+    if attention in ("tree", "sdpa") and has_softcap(config):
         attention = "eager"
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     if meta:
@@ -190,7 +191,10 @@ class ForestModel(nn.Module):
         self.vlm = vlm
         self.dtype = dtype
         self.layout = layout_of(vlm)
-        self.attention = vlm.model.get_decoder().config._attn_implementation
+        decoder = vlm.model.get_decoder()
+        if decoder.config._attn_implementation == tree_attention.NAME and not self.layout.causal:
+            decoder.config._attn_implementation = "sdpa"
+        self.attention = decoder.config._attn_implementation
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
         tower = vlm.model.get_encoder("image")
         frozen = [] if train_vision else [p for n, p in tower.named_parameters() if _JOIN not in n]
@@ -325,6 +329,8 @@ class ForestModel(nn.Module):
             masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
             given["attention_mask"] = masks[self.layout.kinds[0]]
             given["position_ids"] = batch.position_ids
+            if self.attention == tree_attention.NAME:
+                given["trees"] = batch.trees
         else:
             given["attention_mask"] = (batch.segment >= 0).long()
             given |= batch.grids

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from realign import memory, parallel, reference
+from realign.attention import row_budget
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
 from realign.digits import ASSETS
@@ -148,8 +149,8 @@ class Plan:
         return parts
 
     def _batch(self, chosen: Sequence[Example]) -> ForestBatch:
-        longest = self.config.data.row_tokens or max(e.longest_tree for e in chosen)
-        return build_batch(chosen, self.store, row_tokens=longest)
+        budget = self.config.data.row_tokens or row_budget(self.model.attention, chosen)
+        return build_batch(chosen, self.store, row_tokens=budget)
 
     def _layouts(self) -> list[_Layout]:
         found = []

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from realign import metrics, parallel
+from realign.attention import row_budget
 from realign.forest import Example, build_batch
 from realign.model import ForestModel
 from realign.sharding import sync_gradients
@@ -55,8 +56,8 @@ def accumulate(
     for start in range(0, len(mine), micro_batch_size):
         part = mine[start : start + micro_batch_size]
         chosen = [examples[i] for i in part]
-        longest = row_tokens or max(example.longest_tree for example in chosen)
-        batch = build_batch(chosen, store, row_tokens=longest)
+        budget = row_tokens or row_budget(model.attention, chosen)
+        batch = build_batch(chosen, store, row_tokens=budget)
         work = work_of(batch, chosen, device)
         sync_gradients(model, start + micro_batch_size >= len(mine))
         batch = batch.to(device)

@@ -170,8 +170,7 @@ def train(config: TrainConfig) -> Path | None:
         objective=objective,
         batch_size=optim.batch_size,
         micro_batch_size=optim.micro_batch_size,
-        row_tokens=config.data.row_tokens
-        or attention.row_tokens(config.model.attention, inputs.longest_tree),
+        row_tokens=config.data.row_tokens,
         device=device,
     )
     steps = batches(len(examples), optim.batch_size, run.seed, first=done, last=total)
