@@ -1,7 +1,8 @@
 """The forest's mask for each attention implementation of transformers.
 
 Who sees whom is `ForestBatch.sees`; this gives it the form an implementation reads. Flash attention
-reads no mask, so it cannot hide one leaf from another.
+reads no mask, so it cannot hide one leaf from another: with it a row is one leaf
+(`layouts.Layout.separate`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.utils import is_flash_attn_2_available
 
 from realign import tree_attention
 from realign.forest import Example, ForestBatch
@@ -19,6 +21,7 @@ IMPLEMENTATIONS = {
     "sdpa": "sdpa",
     "eager": "eager",
     "flex": "flex_attention",
+    "flash": "flash_attention_2",
 }
 """transformers' names of the implementations, by those of `--attention`."""
 
@@ -29,8 +32,13 @@ def check(attention: str, device: torch.device) -> None:
     """Refuse an implementation that does not train on `device`.
 
     Raises:
-        ValueError: for flex without CUDA.
+        ValueError: for flex without CUDA, and for flash without CUDA or its package.
     """
+    if attention == "flash" and not (device.type == "cuda" and is_flash_attn_2_available()):
+        raise ValueError(
+            "attention is 'flash', which needs a GPU and the package flash-attn, and one of them is"
+            " missing here. Use --attention sdpa."
+        )
     if attention == "flex" and device.type != "cuda":
         raise ValueError(
             "attention is 'flex', whose kernels have a backward on CUDA alone, and there is no "

@@ -107,6 +107,9 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     else:
         model.to(device)
     parallel.ranks_part()
+    say = print if parallel.rank() == 0 else lambda _: None
+    for line in model.check_forest(inputs.examples[0], inputs.store, device):
+        say(line)
     with ReferenceCache.open(tables.directory, fingerprint) as cache:
         reference.fill(
             cache,
@@ -117,7 +120,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
             batch_rows=config.batch_rows,
             device=device,
             progress=bars,
-            say=print if parallel.rank() == 0 else lambda _: None,
+            say=say,
         )
 
 

@@ -29,19 +29,19 @@ class ModelConfig:
     dtype: str = "fp32"
     """Compute in 'fp32' or 'bf16'; what is trained is kept in fp32 either way."""
     attention: str = "tree"
-    """How the language model attends: 'tree' (each tree by itself, without a mask; 'sdpa' for models
-    with windows or two-way blocks), 'sdpa', 'eager', or on CUDA 'flex' (skips what a token may not
-    see, so rows can be long)."""
+    """How the language model attends: 'tree' (each tree by itself, without a mask; 'sdpa' for
+    models with windows or two-way blocks), 'sdpa', 'eager', or on CUDA 'flex' (skips what a token
+    may not see, so rows can be long) or 'flash' (each response gets its own copy of the prompt)."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
         _one_of("dtype", self.dtype, ("fp32", "bf16"))
-        if self.attention == "flash":
+        _one_of("attention", self.attention, ("tree", "sdpa", "eager", "flex", "flash"))
+        if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
-                "attention is 'flash', which reads no mask: it cannot hide one leaf of a forest "
-                "from another. Use flex on CUDA, or sdpa."
+                "attention is 'flash', which computes in half precision alone, and dtype is 'fp32'."
+                " Add --dtype bf16, or use --attention sdpa."
             )
-        _one_of("attention", self.attention, ("tree", "sdpa", "eager", "flex"))
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
         if self.tune == "lora" and self.train_vision:

@@ -137,7 +137,7 @@ class ImageStore:
         """Take an image that is preprocessed already, and takes `tokens` tokens in a prompt.
 
         Raises:
-            RecordError: when a pixel is NaN or infinite.
+            RecordError: when a value is NaN or infinite.
         """
         if not all(value.isfinite().all() for value in bundle.values()):
             raise RecordError(

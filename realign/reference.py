@@ -160,9 +160,6 @@ def fill(
         single = [_alone(examples[i], leaf) for i, leaf in pairs]
         return build_batch(single, store, row_tokens=row_tokens).to(device)
 
-    with adapters_off(model):
-        for line in model.check_forest(examples[0], store, device):
-            say(line)
     leaves = collect_leaves(examples)
     absent = cache.missing(leaves)
     say(

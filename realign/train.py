@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> Path | None:
     directory = run.reference_cache or reference.default_directory()
     parallel.ranks_part()
     for line in model.eval().check_forest(examples[0], inputs.store, device):
-        say(f"note: {line}")
+        say(line)
     with ReferenceCache.open(directory, fingerprint) as cache:
         references = reference.fill(
             cache,

@@ -98,13 +98,9 @@ FAILS_ALONE = """
 import os, sys
 from realign import cache, encode
 if os.environ["RANK"] == "1":
-    batch, calls = encode.ImageStore.batch, []
-    def changed(self, keys):
-        calls.append(keys)
-        if len(calls) > 1:  # after the check of the processor, which all ranks do
-            raise encode.RecordError("scene-1", "its image is not what it was.", "Let it be.")
-        return batch(self, keys)
-    encode.ImageStore.batch = changed
+    def changed(self, key):
+        raise encode.RecordError("scene-1", "its image is not what it was.", "Let it be.")
+    encode.ImageStore.bundle = changed
 sys.exit(cache.main(sys.argv[1:]))
 """
 

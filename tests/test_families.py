@@ -27,7 +27,6 @@ from realign.layouts import Layout
 from realign.metrics import read_jsonl
 from realign.model import ForestModel, add_lora, load_model
 from realign.records import Record, write_pairs
-from realign.throughput import image_flop
 from realign.train import main
 from realign.vision import FeatureCache
 from realign_kernels import objectives
@@ -132,12 +131,12 @@ def log_probs_are_the_same(family, attention="sdpa"):
 
 
 def attentions(family):
-    """What the language model attends with; see `load_model` for what is taken for sdpa."""
+    """What the language model attends with, the default first."""
     used = []
-    for attention in ("sdpa", "eager"):
+    for attention in ("tree", "sdpa", "eager"):
         log_probs_are_the_same(family, attention)
-        used.append(make(family, attention=attention)[0].model.get_decoder().config)
-    return ", ".join(dict.fromkeys(config._attn_implementation for config in used))
+        used.append(ForestModel(make(family, attention=attention)[0]).attention)
+    return ", ".join(dict.fromkeys("tree" if name == "forest" else name for name in used))
 
 
 def images_pass_the_tower_once(family):
@@ -160,15 +159,23 @@ def images_pass_the_tower_once(family):
     return "yes"
 
 
+def outputs_of(module):
+    """Filled with the tensors that its parts return from now on."""
+    seen = []
+    for part in module.modules():
+        part.register_forward_hook(
+            lambda _, args, out: seen.append(out) if isinstance(out, torch.Tensor) else None
+        )
+    return seen
+
+
 def full_gradients_are_the_same(family):
     """Once with the tower, once with it frozen: then what joins it to the language model learns."""
     for train_vision in (True, False):
         vlm, _ = make(family)
         model = ForestModel(vlm, train_vision=train_vision)
         examples, store = encoded(family, model)
-        tower, seen = vlm.model.get_encoder("image"), []
-        for layer in tower.modules():
-            layer.register_forward_hook(lambda m, _, out: seen.append((m, out)))
+        outputs = outputs_of(vlm.model.get_encoder("image"))
         loss, targets = forest_loss(model, examples, store)
         found = gradients(vlm)
         vlm.zero_grad()
@@ -177,15 +184,15 @@ def full_gradients_are_the_same(family):
         assert loss.item() == pytest.approx(true.item(), rel=1e-5)
         moved = assert_same_gradients(found, gradients(vlm))
         assert moved >= (45 if train_vision else 21)
-        outputs = [out for _, out in seen if isinstance(out, torch.Tensor)]
+        kept = [out.requires_grad for out in outputs]
         if train_vision:
-            assert any(out.requires_grad for out in outputs)
+            assert any(kept)
             continue
         others = ("language_model", "text_model", "lm_head")
         joins = [name for name in found if not any(other in name for other in others)]
         assert joins and all(found[name] is not None for name in joins)
         if not any("merger" in name for name in joins):  # frozen: nothing of it is kept
-            assert not any(out.requires_grad for out in outputs)
+            assert kept and not any(kept)
     return "yes"
 
 
@@ -319,12 +326,12 @@ def test_a_processor_of_another_model_is_refused():
     model = ForestModel(make("llava")[0]).eval()
     processor = make("llava")[1]
     processor.num_additional_image_tokens = 0
-    _, store = encode_records(
+    examples, store = encode_records(
         made("llava")[1], processor, OBJECTIVE, layout=model.layout, max_response_tokens=64,
         max_tokens=512, progress=False,
     )  # fmt: skip
     with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*check its patch"):
-        image_flop(model, store)
+        lines(model, examples, store)
 
 
 def lines(model, examples, store):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_mask
 
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
@@ -163,6 +164,35 @@ def test_the_mask_by_its_definition(processor):
             for k in range(columns):
                 sees = k <= q and segment[r, k] in (segment[r, q], parent[r, q])
                 assert bool(mask[r, q, k]) == sees
+
+
+@pytest.mark.parametrize("both_ways", ["image", "prompt"])
+def test_windows_and_blocks_by_their_definition(processor, both_ways):
+    """Blocks see both ways: Gemma 3's within the window, PaliGemma's beyond it."""
+    examples, store = make_examples(processor, 3, objectives.rdpo())
+    store.layout = Layout(4, both_ways=both_ways)
+    batch = build_batch(examples, store, row_tokens=90)
+    beyond = both_ways == "prompt"
+    found = batch.attention_mask(12, beyond)
+    assert batch.depth.max() > 24 and len(batch.depth) > 1
+    segment, parent, block, depth = (
+        t.numpy() for t in (batch.segment, batch.parent, batch.block, batch.depth)
+    )
+    rows, columns = segment.shape
+    for r in range(rows):
+        for q in range(columns):
+            for k in range(columns):
+                same = segment[r, k] == segment[r, q]
+                visible = k <= q and (same or segment[r, k] == parent[r, q])
+                near = depth[r, q] - depth[r, k] < 12
+                together = same and block[r, k] == block[r, q] != -1
+                sees = near and (visible or together)
+                sees = (near and visible) or together if beyond else sees
+                assert bool(found[r, 0, q, k]) == sees
+    roots = (batch.segment == batch.parent) & (batch.segment >= 0)
+    assert torch.equal(batch.block >= 0, roots if beyond else batch.input_ids == 4)
+    flex = create_mask(batch.sees(12, beyond), rows, 1, columns, columns, device="cpu")
+    assert torch.equal(flex, found)
 
 
 def test_rows_of_an_example_are_adjacent_and_predict_its_labels(processor):

@@ -18,7 +18,7 @@ from realign.config import parse
 from realign.digits import ASSETS
 from realign.digits.scenes import digits_in, make_scenes
 from realign.evaluate import caption
-from realign.model import ForestModel, NonFiniteRecords, load_model, load_processor
+from realign.model import NonFiniteRecords, load_model, load_processor
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import write_pairs
 from realign.schedule import learning_rate
@@ -37,13 +37,6 @@ def plain(pairs, tmp_path_factory):
     """An uninterrupted run in one plain process: its folder and curve."""
     output = tmp_path_factory.mktemp("plain")
     return output, run(pairs, output, "--save-every", 2)
-
-
-def test_only_attention_that_reads_the_mask_is_taken():
-    vlm = load_model(ASSETS)
-    vlm.model.language_model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2'.*attn_implementation='sdpa'"):
-        ForestModel(vlm)
 
 
 def test_accumulation_and_row_length_change_nothing(pairs, plain, tmp_path):
