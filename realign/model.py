@@ -46,7 +46,7 @@ _JOIN = "merger"
 _UNUSED = ("vqmodel", "generation")
 """Parts that draw images (Janus); no forward here reaches them."""
 
-_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Mean difference of a token's log-prob beyond which a forest is not what separate forwards are."""
 
 
@@ -130,6 +130,9 @@ def _from_pretrained(auto_class, path: str | Path, **options):
     """`auto_class.from_pretrained`, with one line where there is no model."""
     try:
         return auto_class.from_pretrained(path, **options)
+    except ImportError as error:  # such as torchvision, of Qwen's processors
+        needs = " ".join(str(error).split())
+        raise ValueError(f"{path} needs a package that is not installed: {needs}") from error
     except OSError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from realign.digits.scenes import CAPTION_PROMPT
@@ -155,6 +155,19 @@ def test_llava_templates_get_their_end_token(letters, record):
     whole = letters(images=[picture], text=[text])["input_ids"][0]
     assert [*root.ids, *leaf.ids] == list(whole)
     assert letters.tokenizer.convert_ids_to_tokens(leaf.ids) == [*"▁top▁one▁.", "</s>"]
+
+
+def test_a_template_that_begins_a_prompt_itself_begins_it_once(letters, record):
+    """Gemma's and Idefics3's write the token that their tokenizers would put in front."""
+    processor = copy.deepcopy(letters)
+    processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $0", special_tokens=[("<s>", 1)]
+    )
+    for template in (LLAVA_TEMPLATE, "<s>" + LLAVA_TEMPLATE):
+        processor.chat_template = template
+        ((example,), _) = _encode([record], processor)
+        root, leaf = example.roots[0], example.leaves[0]
+        assert root.ids[0] == 1 and 1 not in root.ids[1:] and 1 not in leaf.ids
 
 
 def test_several_images_under_a_prompt(processor, record):
