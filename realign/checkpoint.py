@@ -284,7 +284,9 @@ def _damage(path: Path) -> str:
             found = dict(
                 zip(files, pool.map(_digest, [path / name for name in files]), strict=True)
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return str(error)  # it names the file
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{_MANIFEST} cannot be read: {error}"
     for name, expected in files.items():
         if found[name]["bytes"] != expected["bytes"]:
