@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from models import random_llava, random_pairs
 
 from realign.forest import build_batch
-from realign.model import ForestModel, add_lora
+from realign.loading import add_lora
+from realign.model import ForestModel
 from realign_kernels import objectives
 
 PROMPT = RESPONSE = 64

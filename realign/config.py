@@ -154,6 +154,9 @@ class RunConfig:
     reference_cache: str | None = None
     """Folder of reference log-probs, shared by all runs; $REALIGN_CACHE/reference, or
     ~/.cache/realign/reference, when absent."""
+    cache_vision: bool = False
+    """Keep what the frozen vision tower makes of each image, in $REALIGN_CACHE/vision or
+    ~/.cache/realign/vision; all runs share it."""
     seed: int = 0
     """Seeds the order of the examples and the LoRA initialisation."""
     save_every: int = 50
@@ -198,6 +201,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.merge and self.model.tune == "full":
             _no_effect("merge", "there is no adapter to merge", "--tune lora")
+        if self.run.cache_vision and self.model.tune == "full":
+            raise ValueError(
+                "cache_vision keeps image features as they are, and with --tune full what makes "
+                "them learns. Leave it out, or add --tune lora."
+            )
         if self.scale.compile and self.model.attention == "tree":
             self.model.attention = "sdpa"  # every other layout would compile again
         if self.optim.learning_rate == 0:

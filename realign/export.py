@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from realign.model import ForestModel, load_model
+from realign.loading import load_model
+from realign.model import ForestModel
 from realign.parallel import from_rank_0
 
 

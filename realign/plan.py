@@ -26,7 +26,8 @@ from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import ImageStore
-from realign.model import DTYPES, ForestModel, add_lora, load_model, load_processor
+from realign.loading import DTYPES, add_lora, load_model, load_processor
+from realign.model import ForestModel
 from realign.records import read_pairs
 from realign.run import prepare_pairs, steps_done
 from realign.schedule import batches, share_of_rank, total_steps

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from realign.forest import Example, Leaf, build_batch
-from realign.model import ForestModel, adapters_off
+from realign.loading import adapters_off
+from realign.model import ForestModel
 from realign.parallel import world_size
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 

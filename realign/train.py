@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from realign import attention, liger, parallel, plan, reference, sharding
+from realign import attention, liger, parallel, plan, reference, sharding, vision
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.export import export
 from realign.inputs import load_inputs
-from realign.model import DTYPES, adapter_base, add_lora
+from realign.loading import DTYPES, adapter_base, add_lora
 from realign.noise import hush_libraries
 from realign.run import StopSignal, check_identity, prepare_pairs, steps_done, write_identity
 from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
@@ -126,7 +126,18 @@ def train(config: TrainConfig) -> Path | None:
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
     directory = run.reference_cache or reference.default_directory()
     parallel.ranks_part()
-    for line in model.eval().check_forest(examples[0], inputs.store, device):
+    model.eval()
+    if run.cache_vision:
+        inputs.store.features = vision.keep(
+            fingerprint,
+            model,
+            inputs.store,
+            device,
+            batch_images=optim.micro_batch_size,
+            progress=bars,
+            say=say,
+        )
+    for line in model.check_forest(examples[0], inputs.store, device):
         say(line)
     with ReferenceCache.open(directory, fingerprint) as cache:
         references = reference.fill(

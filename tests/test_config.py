@@ -48,6 +48,7 @@ OPTIONS = {
     config.RunConfig: {
         "output": "runs/rdpo",
         "reference_cache": None,
+        "cache_vision": False,
         "seed": 0,
         "save_every": 50,
         "keep": 2,
@@ -243,6 +244,7 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         ),
         (["--log-every", "0"], "log_every is 0"),
         (["--quiet", "--log-every", "5"], "log_every would have no effect with --quiet"),
+        (["--tune", "full", "--cache-vision"], "cache_vision keeps.* Leave it out, or add --tune"),
         (["--tune", "full", "--merge"], "merge would have no effect"),
         (["--beta", "0"], "beta is 0.0; it must be finite and above 0"),
         (["--beta", "nan"], "beta is nan"),

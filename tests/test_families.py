@@ -24,8 +24,9 @@ from realign import layouts, parallel, sharding
 from realign.encode import chat_prompt, encode_records
 from realign.forest import build_batch
 from realign.layouts import Layout
+from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl
-from realign.model import ForestModel, add_lora, load_model
+from realign.model import ForestModel
 from realign.records import Record, write_pairs
 from realign.train import main
 from realign.vision import FeatureCache

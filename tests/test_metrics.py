@@ -16,8 +16,9 @@ from realign.config import parse
 from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
+from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl, step_line
-from realign.model import ForestModel, add_lora, load_model
+from realign.model import ForestModel
 from realign.records import read_pairs
 from realign.throughput import TIMING, cost_of, image_flop, peak_flops, work_of
 from realign.train import main, train

@@ -18,7 +18,8 @@ from realign.digits import ASSETS
 from realign.digits.processor import build_processor
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
-from realign.model import ForestModel, add_lora, load_model
+from realign.loading import add_lora, load_model
+from realign.model import ForestModel
 from realign.plan import Plan
 from realign.records import read_pairs, write_pairs
 from realign.train import main

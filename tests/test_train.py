@@ -18,7 +18,8 @@ from realign.config import parse
 from realign.digits import ASSETS
 from realign.digits.scenes import digits_in, make_scenes
 from realign.evaluate import caption
-from realign.model import NonFiniteRecords, load_model, load_processor
+from realign.loading import load_model, load_processor
+from realign.model import NonFiniteRecords
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import write_pairs
 from realign.schedule import learning_rate

@@ -40,7 +40,7 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
 
     Args:
         family: one of `FAMILIES`, or "qwen3_5", whose first layer carries a state.
-        attention: `attn_implementation`, or "tree". PaliGemma takes eager for both and for "sdpa",
+        attention: `attn_implementation`, or "tree". PaliGemma takes eager for it and for "sdpa",
             which lack the softcap of Gemma 2.
         seed: of the weights.
     """
