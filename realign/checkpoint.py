@@ -180,7 +180,7 @@ class Checkpoints:
         return f"That of step {last} is kept." if last else "There is none before it."
 
     def _choose(self) -> int:
-        found = sorted(self.folder.glob("step-*"), reverse=True)
+        found = sorted(self.folder.glob("step-*"), key=_step, reverse=True)
         damaged = []
         for path in found:
             if not (problem := _damage(path)):
@@ -245,7 +245,10 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         shutil.rmtree(self.target, ignore_errors=True)
         partial.rename(self.target)
         _sync(folder)
-        stale = [*sorted(folder.glob("step-*"))[: -self.keep], *folder.glob(".step-*.partial")]
+        stale = [
+            *sorted(folder.glob("step-*"), key=_step)[: -self.keep],
+            *folder.glob(".step-*.partial"),
+        ]
         for old in stale:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from realign import memory, parallel, reference
+from realign import memory, parallel, reference, sharding
 from realign.attention import row_budget
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
@@ -89,6 +89,7 @@ class Plan:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
         self.ranks = parallel.planned_ranks(config.scale.fsdp, config.scale.nproc_per_node)
+        self.shards = self.ranks // config.scale.replicas
         self.sharded = config.scale.fsdp or self.dtype != torch.float32
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
@@ -109,12 +110,19 @@ class Plan:
             max_tokens=self.vlm.config.get_text_config().max_position_embeddings,
             progress=False,
         )
-        self.about = reference.description(self.vlm, self.processor, self.dtype, self.device)
+        self.about = reference.description(
+            self.vlm, self.processor, self.dtype, self.device, config.scale.kernels
+        )
         self.per_image_token = self._per_image_token()
         self.forward_cost = cost_of(self.model, self.per_image_token, backward=False)
         self.whole = sum(p.numel() for p in self.vlm.parameters())
         if self.lora:
             add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
+        sharding.wrap_layers(
+            sharding.trained_layers(self.model),
+            compiled=False,  # the same is kept
+            checkpointed=config.scale.activation_checkpointing,
+        )
         self.cost = cost_of(self.model, self.per_image_token)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.learning = sum(p.numel() for p in self.trained)
@@ -288,20 +296,22 @@ class Plan:
                 batch,
                 self.device,
                 forwards=self.forwards,
-                ranks=self.ranks,
+                ranks=self.shards,
                 sharded=self.sharded,
             )
         cpu = self.device.type == "cpu"
         in_step = round(max(step.training, step.reference) * (memory.HEAP if cpu else 1))
         # AdamW's foreach form on CUDA makes a copy of all it updates; a CPU goes one by one.
-        shard = self.learning // self.ranks
+        shard = self.learning // self.shards
         update = step.gradients + (0 if cpu else 4 * shard)
         parts = {
-            "weights": stored // self.ranks,
+            "weights": stored // self.shards,
             "gathered weights": gathered,
             "AdamW": 8 * shard,
             "activations, gradients": max(in_step, update),
         }
+        if self.config.scale.cpu_offload:  # these are in host memory
+            parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
         if cpu:
             parts["images"] = min(len(self.store) * image, ImageStore.CACHE_BYTES)
             parts["process"] = memory.PROCESS

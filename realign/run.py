@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from realign import parallel
@@ -12,6 +15,39 @@ from realign.config import TrainConfig
 from realign.metrics import write_whole
 
 _FREE = {"row_tokens", "micro_batch_size"}  # settings that change no result beyond rounding
+
+
+@contextmanager
+def sole_writer(output: Path) -> Iterator[None]:
+    """Hold the output folder on rank 0; whoever else tries meanwhile is refused.
+
+    The system lets go of it when the process ends, however that happens.
+
+    Raises:
+        CommonError: when another run holds it.
+    """
+
+    def take():
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise parallel.CommonError(
+                f"another run writes to {output}. Wait for its end, or name another --output."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return file
+
+    held: list = []
+    parallel.from_rank_0(lambda: held.append(take()))
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 class StopSignal:

@@ -125,10 +125,10 @@ def image_flop(model: ForestModel, store: ImageStore) -> float:
     Raises:
         ValueError: when the processor does not belong to the model.
     """
-    first = next(iter(store.keys()))
+    first, kept = next(iter(store.keys())), next(model.vlm.parameters())
     counter = FlopCounterMode(display=False)  # knows no attention kernels but plain products
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.image_features(store.batch([first]).to(model.vlm.device, model.dtype))
+        model.image_features(store.batch([first]).to(kept.device, kept.dtype))
     return counter.get_total_flops() / store.tokens(first)
 
 

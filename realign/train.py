@@ -27,7 +27,14 @@ from realign.export import export
 from realign.inputs import load_inputs
 from realign.loading import DTYPES, adapter_base, add_lora
 from realign.noise import hush_libraries
-from realign.run import StopSignal, check_identity, prepare_pairs, steps_done, write_identity
+from realign.run import (
+    StopSignal,
+    check_identity,
+    prepare_pairs,
+    sole_writer,
+    steps_done,
+    write_identity,
+)
 from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
 from realign.step import NonFiniteStep, accumulate, clip, culprits, over_ranks
 from realign.throughput import Meter, image_flop
@@ -69,12 +76,18 @@ def train(config: TrainConfig) -> Path | None:
         NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
         CheckpointError: when none is whole, or the last one cannot be written.
     """
-    run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
-    dtype = DTYPES[config.model.dtype]
-    sharded = scale.fsdp or scale.cpu_offload or dtype != torch.float32
+    scale = config.scale
+    sharded = scale.fsdp or scale.cpu_offload or config.model.dtype != "fp32"
     device = parallel.start(alone=sharded, fsdp=scale.fsdp)
     sharding.check(scale, device)
     attention.check(config.model.attention, device)
+    with sole_writer(Path(config.run.output)):
+        return _train(config, device, sharded)
+
+
+def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | None:
+    run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
+    dtype = DTYPES[config.model.dtype]
     say = print if parallel.rank() == 0 else lambda *_: None
     bars = not run.quiet and parallel.rank() == 0 and sys.stderr.isatty()
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())

@@ -21,6 +21,7 @@ from realign.checkpoint import CheckpointError
 from realign.encode import ImageStore, encode_records
 from realign.metrics import JsonlLog, read_jsonl
 from realign.records import RecordError, read_pairs
+from realign.run import sole_writer
 from realign.schedule import batches
 from realign.train import main
 from realign_kernels import objectives
@@ -317,3 +318,20 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     assert parallel.launch("ends", ["kill"], 2) == 1
     assert "rank 1 was killed by SIGKILL (by hand, or because" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path):
+    words = arguments(pairs_file, tmp_path, steps=400)
+    first = start(*words)
+    wait_for_step(first, tmp_path, 1)
+    try:
+        second = start(*words, "--resume")
+        shown = second.communicate()[1]
+        assert second.returncode == 1
+        assert shown.startswith(f"error: another run writes to {tmp_path}. Wait for its end")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    with sole_writer(tmp_path):  # it died with the process
+        pass
