@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from realign.images import Images, ImageStore
-from realign_kernels import pack_forest
+from realign_kernels import ForestPacking, pack_forest
 
 
 @dataclass(frozen=True)
@@ -165,20 +165,6 @@ class ForestBatch:
         return ForestBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Where trees and leaves lie, in the words of `pack_forest`."""
-
-    num_rows: int
-    num_trees: int
-    row_lengths: np.ndarray
-    tree_root: np.ndarray
-    tree_row: np.ndarray
-    tree_start: np.ndarray
-    leaf_tree: np.ndarray
-    leaf_start: np.ndarray
-
-
 def build_batch(
     examples: Sequence[Example],
     store: ImageStore,
@@ -298,8 +284,15 @@ def _trees(
     return tuple(map(tuple, rows))
 
 
-def _apart(root_lengths: np.ndarray, whole: np.ndarray, leaf_roots: Sequence[int]) -> _Rows:
+def _apart(root_lengths: np.ndarray, whole: np.ndarray, leaf_roots: Sequence[int]) -> ForestPacking:
     """A row for each leaf, behind its own copy of its root."""
-    count, roots = len(whole), np.array(leaf_roots)
-    each, zeros = np.arange(count), np.zeros(count, np.int64)
-    return _Rows(count, count, whole, roots, each, zeros, each, root_lengths[roots])
+    roots, each, zeros = np.array(leaf_roots), np.arange(len(whole)), np.zeros(len(whole), np.int64)
+    return ForestPacking(
+        tree_root=roots,
+        tree_row=each,
+        tree_start=zeros,
+        leaf_tree=each,
+        leaf_start=root_lengths[roots],
+        row_lengths=whole,
+        budget=int(whole.max()),
+    )

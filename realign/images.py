@@ -1,7 +1,8 @@
 """Images as a model takes them: what its processor makes of each, kept once and put together.
 
 What a processor makes of one image is a *bundle*, a dict of tensors: pixels, tiles or patches, and
-with some families sizes, grids or masks. A batch concatenates the bundles of its distinct images.
+with some families sizes, grids or masks. A batch concatenates the bundles of its distinct images;
+what the vision tower makes of them is split by image again, and put wherever an image stands.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from realign.layouts import Layout
 from realign.records import RecordError, StoredImage
@@ -20,6 +23,9 @@ from realign_kernels import array_digest
 
 Bundle = dict[str, torch.Tensor]
 """What the processor makes of one image, by the names `get_image_features` takes."""
+
+Features = dict[str, torch.Tensor]
+"""What the vision tower makes of one image, by name (`features`)."""
 
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _COMPANY = "batch_num_images"  # LLaVA-OneVision: tiles for the one image of a prompt, no others
@@ -86,6 +92,49 @@ def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([padded(value) for value in values])
 
 
+def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
+    """What the vision tower makes of each image, in order: tensors of (tokens, H).
+
+    They are named "list" or "tensor", as the model takes back features of several images, and
+    "deepstack.0", ... for the layers of the language model that take some as well.
+
+    Raises:
+        ValueError: when an image has not as many features as tokens in the prompt.
+    """
+    found = vlm.model.get_image_features(**images.inputs)
+    kind = "tensor" if isinstance(found.pooler_output, torch.Tensor) else "list"
+    parts = {kind: _by_image(found.pooler_output, images)}
+    for level, deeper in enumerate(getattr(found, "deepstack_features", None) or ()):
+        parts[f"deepstack.{level}"] = _by_image(deeper, images)
+    for made, expected in zip(parts[kind], images.tokens, strict=True):
+        if len(made) != expected:
+            raise ValueError(
+                f"an image takes {expected} image tokens in a prompt where the model produces "
+                f"{len(made)} image features. The processor does not belong to this model: check "
+                "its patch_size, vision_feature_select_strategy, num_additional_image_tokens and "
+                "image size."
+            )
+    return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+
+
+def _by_image(
+    found: torch.Tensor | Sequence[torch.Tensor],  # (rows, tokens, H), or I of (..., H)
+    images: Images,
+) -> list[torch.Tensor]:
+    """Features of each image, (tokens, H), in the order of the images."""
+    parts = found.split(images.rows) if isinstance(found, torch.Tensor) else found
+    return [parts[output].flatten(0, -2) for output in images.order]
+
+
+def in_slots(found: Sequence[Features], slots: Sequence[int]) -> SimpleNamespace:
+    """Features for every place of an image, as `get_image_features` would return them."""
+    placed = {name: [found[image][name] for image in slots] for name in found[0]}
+    pooled = placed.pop("list", None)
+    if pooled is None:
+        pooled = torch.cat(placed.pop("tensor"))
+    return SimpleNamespace(pooler_output=pooled, deepstack_features=list(placed.values()))
+
+
 class ImageStore:
     """The preprocessed images of a data set, each distinct one once.
 
@@ -104,7 +153,7 @@ class ImageStore:
 
     def __init__(self, processor, layout: Layout, cache_bytes: int = CACHE_BYTES) -> None:
         self.layout = layout
-        self.features: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+        self.features: Mapping[str, Features] | None = None
         self._processor = processor
         self._sources: dict[str, tuple[str, StoredImage, bool]] = {}
         self._tokens: dict[str, int] = {}

@@ -7,9 +7,8 @@ the root module it also is what FSDP2 wraps, so the head's weight is gathered wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from realign import tree_attention
 from realign.attention import forest_mask
 from realign.forest import Example, ForestBatch, build_batch
-from realign.images import Images, ImageStore
+from realign.images import Features, Images, ImageStore, features, in_slots
 from realign.layouts import SLIDING, TESTED, has_softcap, layout_of
 from realign_kernels import (
     NonFiniteError,
@@ -143,29 +142,9 @@ class ForestModel(nn.Module):
             states = tower(pixel_values.to(tower.device, tower.dtype)).last_hidden_state
             return states.mean(1).float()
 
-    def image_features(self, images: Images) -> list[dict[str, torch.Tensor]]:
-        """What the vision tower makes of each image, in order: tensors of (tokens, H).
-
-        They are named "list" or "tensor", as the model takes back features of several images, and
-        "deepstack.0", ... for the layers of the language model that take some as well.
-
-        Raises:
-            ValueError: when an image has not as many features as tokens in the prompt.
-        """
-        found = self.vlm.model.get_image_features(**images.inputs)
-        kind = "tensor" if isinstance(found.pooler_output, torch.Tensor) else "list"
-        parts = {kind: _by_image(found.pooler_output, images)}
-        for level, deeper in enumerate(getattr(found, "deepstack_features", None) or ()):
-            parts[f"deepstack.{level}"] = _by_image(deeper, images)
-        for made, expected in zip(parts[kind], images.tokens, strict=True):
-            if len(made) != expected:
-                raise ValueError(
-                    f"an image takes {expected} image tokens in a prompt where the model produces "
-                    f"{len(made)} image features. The processor does not belong to this model: "
-                    "check its patch_size, vision_feature_select_strategy, "
-                    "num_additional_image_tokens and image size."
-                )
-        return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+    def image_features(self, images: Images) -> list[Features]:
+        """What the vision tower makes of each image, in order (`images.features`)."""
+        return features(self.vlm, images)
 
     def check_forest(
         self, example: Example, store: ImageStore, device: torch.device
@@ -198,12 +177,12 @@ class ForestModel(nn.Module):
 
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
         """Last hidden states at the batch's predicting positions, (N, H)."""
-        features = batch.features
-        if features is None:
-            features = self.image_features(batch.images.to(batch.input_ids.device, self.dtype))
+        found = batch.features
+        if found is None:
+            found = self.image_features(batch.images.to(batch.input_ids.device, self.dtype))
         given = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.slots:
-            given["mm_encoder_outputs"] = {"image": _in_slots(features, batch.slots)}
+            given["mm_encoder_outputs"] = {"image": in_slots(found, batch.slots)}
         masks: dict = {}
         if batch.shared:
             masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
@@ -237,26 +216,6 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in _repeated(child)]
-
-
-def _by_image(
-    found: torch.Tensor | Sequence[torch.Tensor],  # (rows, tokens, H), or I of (..., H)
-    images: Images,
-) -> list[torch.Tensor]:
-    """Features of each image, (tokens, H), in the order of the images."""
-    parts = found.split(images.rows) if isinstance(found, torch.Tensor) else found
-    return [parts[output].flatten(0, -2) for output in images.order]
-
-
-def _in_slots(
-    features: Sequence[Mapping[str, torch.Tensor]], slots: Sequence[int]
-) -> SimpleNamespace:
-    """Features for every image slot, as `get_image_features` would return them."""
-    placed = {name: [features[image][name] for image in slots] for name in features[0]}
-    pooled = placed.pop("list", None)
-    if pooled is None:
-        pooled = torch.cat(placed.pop("tensor"))
-    return SimpleNamespace(pooler_output=pooled, deepstack_features=list(placed.values()))
 
 
 @contextmanager

@@ -22,13 +22,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from realign import parallel
-from realign.images import ImageStore
+from realign.images import Features, ImageStore
 from realign.metrics import write_whole
 from realign.model import ForestModel
 from realign_kernels import refcache
-
-Features = Mapping[str, torch.Tensor]
-"""What the tower made of one image, by name."""
 
 _FILE_BYTES = 256 << 20
 
