@@ -167,7 +167,9 @@ def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | N
     if sharded:
         model.reshard()  # a forward without backward leaves the root gathered
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=optim.learning_rate, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+    )
     total = total_steps(len(examples), optim)
     if done:
         checkpoints.load(done, model, optimizer)
