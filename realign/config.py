@@ -17,7 +17,7 @@ from realign_kernels import objectives
 @dataclass
 class ModelConfig:
     model: str | None = None
-    """Folder or hub name of a LLaVA-type model; the shipped digits model when absent."""
+    """Folder or hub name of a vision-language model; the shipped digits model when absent."""
     tune: str = "lora"
     """What learns: 'lora' (all linear layers of the language model) or 'full'."""
     lora_rank: int = 128

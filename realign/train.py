@@ -2,7 +2,7 @@
 
     python -m realign.train                          # rDPO on the shipped digits, one process
     python -m realign.train --fsdp                   # the same, sharded over ranks
-    python -m realign.train --model DIR --pairs P    # any LLaVA-1.5-type model and pairs file
+    python -m realign.train --model DIR --pairs P    # any model of docs/families.md
 
 Read `train` below from top to bottom: load, check the records, reference log-probs, steps, export.
 """
