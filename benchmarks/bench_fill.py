@@ -27,7 +27,8 @@ from realign.digits import ASSETS
 from realign.encode import encode_records
 from realign.forest import build_batch
 from realign.layouts import Layout
-from realign.model import ForestModel, load_model, load_processor
+from realign.loading import load_model, load_processor
+from realign.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import read_pairs
 from realign_kernels import ReferenceCache, objectives

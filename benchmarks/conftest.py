@@ -29,6 +29,35 @@ def pytest_terminal_summary(terminalreporter, config):
                 f"  {ratio:6.2f}x  {1e3 * bench['median']:9.1f} ms  {bench['name']}{note}"
             )
 
+    tables = {
+        name: bench["extra_info"]["table"]
+        for name, benches in config.stash.get(_GROUPS, {}).items()
+        for bench in benches
+        if "table" in bench["extra_info"]
+    }
+    if tables:
+        terminalreporter.write_line("\n" + "\n\n".join(_tables(tables)))
+
+
+def _tables(tables):
+    """Markdown: ours over theirs in time and in memory, a column for each setting."""
+    wanted = {
+        "time of a step, ours / theirs [least, most of the rounds]; theirs in seconds": lambda x: (
+            "{:.2f} [{:.2f}, {:.2f}]; {:.1f} s".format(*x["time"], x["seconds"])
+        ),
+        "peak memory over imports, ours / theirs; theirs": lambda x: (
+            f"{x['memory'][0]:.2f}; {1e-9 * x['bytes'][0]:.2f} GB"
+        ),
+        "peak memory over model and optimizer as built, ours / theirs; theirs": lambda x: (
+            f"{x['memory'][1]:.2f}; {1e-9 * x['bytes'][1]:.2f} GB"
+        ),
+    }
+    for title, cell in wanted.items():
+        lines = [[title, *tables], ["---"] * (1 + len(tables))]
+        for name in next(iter(tables.values())):
+            lines.append([name, *(cell(table[name]) for table in tables.values())])
+        yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 
 def _notes(info):
     """What a benchmark put into its extra_info, where it is one of these."""

@@ -1,15 +1,32 @@
 """Random LLaVA models and pairs of the usual lengths, for benchmarks."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from realign.digits.processor import CHAT_TEMPLATE
 from realign.forest import Example, Leaf, Root
 from realign.images import ImageStore
 from realign.layouts import Layout
+from realign.records import Record, StoredImage, write_pairs
 
 VOCABULARY, IMAGE_TOKENS = 32000, 576
 IMAGE_ID = VOCABULARY - 1
+IMAGE_SIZE, PATCH = 336, 14
+WORDS = ("<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":")
+TEMPLATE_TOKENS = 5  # <s> user : ... assistant :
 
 
 def random_llava(*, hidden, intermediate, layers, heads):
@@ -17,7 +34,7 @@ def random_llava(*, hidden, intermediate, layers, heads):
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        image_size=336, patch_size=14,
+        image_size=IMAGE_SIZE, patch_size=PATCH,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate,
@@ -31,6 +48,11 @@ def random_llava(*, hidden, intermediate, layers, heads):
     return LlavaForConditionalGeneration(config)
 
 
+def llava_60m():
+    """Hidden 512, 8 layers: 58 M parameters beside the tower."""
+    return random_llava(hidden=512, intermediate=1376, layers=8, heads=8)
+
+
 def random_pairs(count, *, prompt, response):
     """rDPO's three leaves under two images, and the store of the images."""
     rng = np.random.default_rng(0)
@@ -40,9 +62,57 @@ def random_pairs(count, *, prompt, response):
         chosen, rejected = rng.integers(10, IMAGE_ID, (2, response))
         roots = []
         for name in (f"v{i}", f"w{i}"):
-            bundle = {"pixel_values": torch.randn(1, 3, 336, 336)}
+            bundle = {"pixel_values": torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)}
             key = store.keep(name, None, bundle, IMAGE_TOKENS)
             roots.append(Root((key,), np.concatenate([[IMAGE_ID] * IMAGE_TOKENS, words])))
         leaves = (Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen))
         examples.append(Example(str(i), tuple(roots), leaves))
     return examples, store
+
+
+def word_processor():
+    """A processor of 32000 words, a token each, for the models above."""
+    words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), IMAGE_ID)), "<image>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop),
+        tokenizer=fast, patch_size=PATCH, vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def write_setting(folder, count, *, prompt, response):
+    """`llava_60m` with its processor in `folder`/model, and records in `folder`/pairs.parquet.
+
+    Prompts take `prompt` tokens beside the image's, responses `response` with their end token.
+    """
+    folder, rng = Path(folder), np.random.default_rng(0)
+    llava_60m().save_pretrained(folder / "model")
+    word_processor().save_pretrained(folder / "model")
+
+    def text(length):
+        return " ".join(f"w{i}" for i in rng.integers(len(WORDS), IMAGE_ID, length))
+
+    def image():
+        pixels = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        return (StoredImage.from_pil(Image.fromarray(pixels)),)
+
+    records = [
+        Record(
+            name=str(i),
+            prompt=({"role": "user", "content": text(prompt - TEMPLATE_TOKENS)},),
+            chosen=text(response - 1),
+            rejected=text(response - 1),
+            images=image(),
+            retrieved_images=image(),
+        )
+        for i in range(count)
+    ]
+    write_pairs(folder / "pairs.parquet", records)

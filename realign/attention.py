@@ -7,13 +7,17 @@ reads no mask, so it cannot hide one leaf from another: with it a row is one lea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.utils import is_flash_attn_2_available
 
-from realign.forest import ForestBatch
+from realign import tree_attention
+from realign.forest import Example, ForestBatch
 
 IMPLEMENTATIONS = {
+    "tree": tree_attention.NAME,
     "sdpa": "sdpa",
     "eager": "eager",
     "flex": "flex_attention",
@@ -42,9 +46,15 @@ def check(attention: str, device: torch.device) -> None:
         )
 
 
-def row_tokens(attention: str, longest_tree: int) -> int:
-    """The default of `--row-tokens` in training; 0 is the longest tree of each batch."""
-    return max(longest_tree, _FLEX_ROW) if attention == "flex" else 0
+def row_budget(implementation: str, examples: Sequence[Example]) -> int:
+    """Most tokens in a row of a forward over these examples, where `--row-tokens` says nothing.
+
+    A row costs attention its length squared, unless the implementation skips what is not seen.
+    """
+    longest = max(example.longest_tree for example in examples)
+    if implementation == tree_attention.NAME:  # one row, without padding
+        return sum(example.tokens for example in examples)
+    return max(longest, _FLEX_ROW) if implementation == "flex_attention" else longest
 
 
 def forest_mask(
@@ -64,9 +74,12 @@ def forest_mask(
         blocks_ignore_window: as there.
 
     Returns:
-        For "sdpa" (R, 1, T, T) bool, True where a token is seen; for "eager" (R, 1, T, T) `dtype`,
+        For "forest" nothing that says it (`batch.trees` does). For "sdpa" (R, 1, T, T) bool, True
+        where a token is seen; for "eager" (R, 1, T, T) `dtype`,
         to be added to the scores; for "flex_attention" a BlockMask.
     """
+    if implementation == tree_attention.NAME:
+        return tree_attention.no_mask(batch.segment.device)
     if implementation == "flex_attention":
         rows, tokens = batch.segment.shape
         return create_block_mask(

@@ -22,7 +22,7 @@ from realign.cli import parse_sections
 from realign.config import LossConfig
 from realign.digits import ASSETS
 from realign.inputs import load_inputs
-from realign.model import DTYPES
+from realign.loading import DTYPES
 from realign.noise import hush_libraries
 from realign_kernels import ReferenceCache, refcache
 

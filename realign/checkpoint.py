@@ -1,68 +1,321 @@
-"""Checkpoints: what is trained, the optimizer and the step, through torch.distributed.checkpoint.
+"""Checkpoints: what is trained and the optimizer's state, written while training goes on.
 
-A checkpoint is written beside its final name and renamed when complete, so one that has its name
-is whole; the order of the data follows from seed and step. The last two are kept.
+A checkpoint holds trained parameters and optimizer state, and its name the step. All else follows
+from settings and step: the order of the data, the learning rate, the random numbers of a step. It
+is taken between two steps, so there is no half-accumulated gradient to keep. Every rank writes its
+shards through torch.distributed.checkpoint, and any number of ranks can read them.
+
+    checkpoints/step-000050/manifest.json                    size and digest of every file
+                            shard-00001-model-....safetensors   one for each rank
+
+Tensors are kept as safetensors and the rest as JSON, so nothing is ever unpickled and a planted
+file cannot run code. The digests show damage (a cut file, a flipped bit), not malice: who can write
+the folder can write a manifest. A checkpoint is written beside its final name and renamed when all
+ranks have finished and every file is on the disk: one that has its name was whole.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
 
-from realign.parallel import barrier, rank
+from realign.parallel import CommonError, from_rank_0, rank
 
-_KEEP = 2
-_TRAINED = StateDictOptions(ignore_frozen_params=True)
-
-
-def save(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `folder/step-NNNNNN`; every rank calls it. Returns its path."""
-    target = folder / f"step-{step:06d}"
-    partial = folder / f".{target.name}.partial"
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    barrier()
-    trained, state = get_state_dict(model, optimizer, options=_TRAINED)
-    dcp.save(
-        {"model": trained, "optimizer": state},
-        checkpoint_id=partial,
-        no_dist=not dist.is_initialized(),
-    )
-    barrier()
-    if rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-            shutil.rmtree(old)
-    barrier()
-    return target
+_MANIFEST = "manifest.json"
+_TRAINED = {"ignore_frozen_params": True, "flatten_optimizer_state_dict": True}
 
 
-def last_step(folder: Path) -> int:
-    """The step of the newest complete checkpoint, 0 when there is none."""
-    steps = [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
-    return max(steps, default=0)
+class CheckpointError(CommonError):
+    """A checkpoint could not be written, or none can be read."""
 
 
-def load(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore `folder/step-NNNNNN` in place, on any number of ranks."""
-    trained, state = get_state_dict(model, optimizer, options=_TRAINED)
-    saved = {"model": trained, "optimizer": state}
-    dcp.load(saved, checkpoint_id=folder / f"step-{step:06d}", no_dist=not dist.is_initialized())
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=saved["model"],
-        optim_state_dict=saved["optimizer"],
-        options=StateDictOptions(ignore_frozen_params=True, strict=False),
-    )
+class Checkpoints:
+    """The checkpoints of a run; every rank makes the same calls.
+
+    Used as a context: at its end the one in the making is finished.
+
+    Args:
+        folder: where they lie; on several machines, in a file system that all of them share.
+        keep: how many to keep, the newest.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._pending: Future | None = None
+        # A thread of its own talks to the other ranks, so it needs a group of its own.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self._settle()
+        except Exception:
+            if kind is None:
+                raise
+
+    def last(self) -> int:
+        """The step of the newest checkpoint, 0 when there is none."""
+        return max((_step(path) for path in self.folder.glob("step-*")), default=0)
+
+    def last_whole(self) -> int:
+        """The step of the newest checkpoint that is whole, 0 when there is none at all.
+
+        Rank 0 reads all files and compares them with their digests. Damaged checkpoints that are
+        newer are reported and renamed to `damaged-step-NNNNNN`.
+
+        Raises:
+            CheckpointError: when there are checkpoints and none is whole.
+        """
+        return from_rank_0(self._choose)
+
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Copy to CPU memory, and write from there while training goes on.
+
+        At most one is in the making: the next waits for it. If one cannot be written, as on a full
+        disk, that is reported at once, those before it stay, and the next is tried.
+
+        Args:
+            step: the step just finished.
+            model: what to save of: its trained parameters.
+            optimizer: its state is saved.
+            wait: return when the checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: with `wait`, when it could not be written.
+        """
+        self._settle()
+        writer = _Writer(self.folder, step, self.keep)
+        model_state, optimizer_state = get_state_dict(
+            model, optimizer, options=StateDictOptions(**_TRAINED)
+        )
+        self._pending = dcp.async_save(
+            _tensors(model_state, optimizer_state),
+            storage_writer=writer,
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        self._pending.add_done_callback(lambda done: self._clear(writer, done, warn=not wait))
+        if wait and (problem := self._settle()):
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written ({problem}). "
+                f"{self._what_is_left()} Make room, and go on with --resume."
+            )
+
+    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Restore the checkpoint of a step in place, whatever number of ranks wrote it."""
+        model_state, optimizer_state = get_state_dict(
+            model, optimizer, options=StateDictOptions(**_TRAINED)
+        )
+        saved = _tensors(model_state, optimizer_state)
+        path = self.folder / _name(step)
+        try:
+            dcp.load(
+                saved,
+                storage_reader=dcp.HuggingFaceStorageReader(str(path)),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except CheckpointException as failed:
+            error, _ = next(iter(failed.failures.values()))
+            raise CheckpointError(f"{path} cannot be loaded: {error}.") from error
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict={name: saved[f"model.{name}"] for name in model_state},
+            optim_state_dict={
+                name: saved.get(f"optimizer.{name}", setting)
+                for name, setting in optimizer_state.items()
+            },
+            options=StateDictOptions(**_TRAINED, strict=False),
+        )
+
+    def _settle(self) -> str:
+        """Wait for the one in the making; returns why it could not be written, or ""."""
+        pending, self._pending = self._pending, None
+        return _problem(pending) if pending else ""
+
+    def _clear(self, writer: _Writer, done: Future, *, warn: bool) -> None:
+        """Remove what could not be written; called by the thread that wrote."""
+        problem = ""
+        with suppress(Exception):  # any other error is raised by the next call
+            problem = _problem(done)
+        if not problem or rank() != 0:
+            return
+        shutil.rmtree(writer.path, ignore_errors=True)
+        if warn:
+            print(
+                f"warning: the checkpoint of step {writer.step} could not be written ({problem}). "
+                f"{self._what_is_left()} Training goes on; make room before the next one is due.",
+                file=sys.stderr,
+            )
+
+    def _what_is_left(self) -> str:
+        last = self.last()
+        return f"That of step {last} is kept." if last else "There is none before it."
+
+    def _choose(self) -> int:
+        found = sorted(self.folder.glob("step-*"), key=_step, reverse=True)
+        damaged = []
+        for path in found:
+            if not (problem := _damage(path)):
+                break
+            damaged.append((path, problem))
+        if found and len(damaged) == len(found):
+            reasons = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole ({reasons}). Restore the files, or move "
+                "the folder away to begin anew."
+            )
+        for path, problem in damaged:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(
+                f"warning: {path} is damaged ({problem}) and was renamed to {aside.name}; going "
+                f"back to {found[len(damaged)].name}.",
+                file=sys.stderr,
+            )
+        return _step(found[len(damaged)]) if found else 0
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """One safetensors file for each rank; rank 0 makes them visible when all are written."""
+
+    def __init__(self, folder: Path, step: int, keep: int) -> None:
+        self.step = step
+        self.keep = keep
+        self.target = folder / _name(step)
+        super().__init__(str(folder / f".{self.target.name}.partial"), save_distributed=True)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
+        """Remove what an earlier attempt left; all ranks pass here before any writes."""
+        if is_coordinator:
+            shutil.rmtree(self.path, ignore_errors=True)
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+    def write_data(self, plan, planner) -> torch.futures.Future:
+        """Write this rank's file; gives [(name, digest)] for `finish`."""
+        results = super().write_data(plan, planner).wait()
+        names = sorted({result.storage_data.relative_path for result in results})
+        done = torch.futures.Future()
+        done.set_result([(name, _digest(Path(self.path) / name)) for name in names])
+        return done
+
+    def finish(self, metadata, results) -> None:
+        """On rank 0, when all ranks have written: manifest, rename, remove what is too old."""
+        partial, folder = Path(self.path), self.target.parent
+        files = dict(pair for pairs in results for pair in pairs)
+        if absent := [name for name in files if not (partial / name).exists()]:
+            raise OSError(
+                f"rank 0 does not see {absent[0]} of another rank; --output must lie in a file "
+                "system that all machines share"
+            )
+        manifest = json.dumps({"step": self.step, "files": files}, indent=2)
+        with (partial / _MANIFEST).open("w") as file:
+            file.write(manifest + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(partial)
+        shutil.rmtree(self.target, ignore_errors=True)
+        partial.rename(self.target)
+        _sync(folder)
+        stale = [
+            *sorted(folder.glob("step-*"), key=_step)[: -self.keep],
+            *folder.glob(".step-*.partial"),
+        ]
+        for old in stale:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _tensors(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
+    """All that is saved. The optimizer's other entries are settings, and these stay as they are."""
+    found = {f"model.{name}": value for name, value in model_state.items()}
+    found |= {f"optimizer.{name}": value for name, value in optimizer_state.items()}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _digest(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return {"bytes": file.tell(), "blake2b": digest}
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint, in a few words; "" when it is whole."""
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+        present = {file.name for file in path.glob("*.safetensors")}
+        if absent := sorted(files.keys() - present):
+            return f"{absent[0]} is missing"
+        if strange := sorted(present - files.keys()):
+            return f"{strange[0]} does not belong to it"
+        with ThreadPoolExecutor() as pool:
+            found = dict(
+                zip(files, pool.map(_digest, [path / name for name in files]), strict=True)
+            )
+    except OSError as error:
+        return str(error)  # it names the file
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read: {error}"
+    for name, expected in files.items():
+        if found[name]["bytes"] != expected["bytes"]:
+            return f"{name} has {found[name]['bytes']} bytes of {expected['bytes']}"
+        if found[name] != expected:
+            return f"the content of {name} has changed"
+    return ""
+
+
+def _problem(done: Future) -> str:
+    """Why the disk did not take a checkpoint, "" when it did; any other error is raised."""
+    try:
+        done.result()
+    except CheckpointException as failed:
+        errors = [error for error, _ in failed.failures.values()]
+        for error in errors:
+            if not isinstance(error, OSError):
+                raise error from failed
+        return str(errors[0])
+    return ""
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's names to the disk, as fsync does for a file's content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

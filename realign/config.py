@@ -17,7 +17,7 @@ from realign_kernels import objectives
 @dataclass
 class ModelConfig:
     model: str | None = None
-    """Folder or hub name of a LLaVA-type model; the shipped digits model when absent."""
+    """Folder or hub name of a vision-language model; the shipped digits model when absent."""
     tune: str = "lora"
     """What learns: 'lora' (all linear layers of the language model) or 'full'."""
     lora_rank: int = 128
@@ -28,14 +28,15 @@ class ModelConfig:
     """With --tune full, train the vision tower too."""
     dtype: str = "fp32"
     """Compute in 'fp32' or 'bf16'; what is trained is kept in fp32 either way."""
-    attention: str = "sdpa"
-    """How the language model attends: 'sdpa', 'eager', or on CUDA 'flex' (skips what a token may
-    not see, so rows can be long) or 'flash' (each response gets its own copy of the prompt)."""
+    attention: str = "tree"
+    """How the language model attends: 'tree' (each tree by itself, without a mask; 'sdpa' for
+    models with windows or two-way blocks), 'sdpa', 'eager', or on CUDA 'flex' (skips what a token
+    may not see, so rows can be long) or 'flash' (each response gets its own copy of the prompt)."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
         _one_of("dtype", self.dtype, ("fp32", "bf16"))
-        _one_of("attention", self.attention, ("sdpa", "eager", "flex", "flash"))
+        _one_of("attention", self.attention, ("tree", "sdpa", "eager", "flex", "flash"))
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
                 "attention is 'flash', which computes in half precision alone, and dtype is 'fp32'."
@@ -153,20 +154,37 @@ class RunConfig:
     reference_cache: str | None = None
     """Folder of reference log-probs, shared by all runs; $REALIGN_CACHE/reference, or
     ~/.cache/realign/reference, when absent."""
+    cache_vision: bool = False
+    """Keep what the frozen vision tower makes of each image, in $REALIGN_CACHE/vision or
+    ~/.cache/realign/vision; all runs share it."""
     seed: int = 0
     """Seeds the order of the examples and the LoRA initialisation."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Checkpoints to keep, the newest."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     merge: bool = False
     """Write the final model with the LoRA adapter merged in, instead of the adapter."""
+    dry_run: bool = False
+    """Check settings and records, print the plan (sizes, memory, steps, time); write nothing."""
+    log_every: int = 1
+    """Steps between the lines on the terminal; the files get every step."""
+    tensorboard: bool = False
+    """Write TensorBoard events to the folder `tensorboard` in the output folder."""
+    wandb: str | None = None
+    """Project of Weights & Biases to report to; WANDB_MODE=offline keeps it on this machine."""
     quiet: bool = False
-    """No progress bars."""
+    """Neither lines nor progress bars for the steps."""
 
     def __post_init__(self) -> None:
+        _positive("log_every", self.log_every)
+        if self.quiet and self.log_every != 1:
+            raise ValueError("log_every would have no effect with --quiet. Leave out one of them.")
         for name in ("seed", "save_every"):
             _not_negative(name, getattr(self, name))
+        _positive("keep", self.keep)
 
 
 @dataclass
@@ -183,6 +201,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.merge and self.model.tune == "full":
             _no_effect("merge", "there is no adapter to merge", "--tune lora")
+        if self.run.cache_vision and self.model.tune == "full":
+            raise ValueError(
+                "cache_vision keeps image features as they are, and with --tune full what makes "
+                "them learns. Leave it out, or add --tune lora."
+            )
+        if self.scale.compile and self.model.attention == "tree":
+            self.model.attention = "sdpa"  # every other layout would compile again
         if self.optim.learning_rate == 0:
             self.optim.learning_rate = 5e-5 if self.model.model is None else 1e-5
 

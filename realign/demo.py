@@ -28,8 +28,8 @@ from realign.evaluate import (
     evaluate,
     table,
 )
+from realign.loading import load_processor, load_trained
 from realign.metrics import read_jsonl
-from realign.model import load_processor, load_trained
 from realign.noise import hush_libraries
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import Record, read_pairs

@@ -28,7 +28,7 @@ from realign.digits.scenes import (
     make_scenes,
 )
 from realign.encode import chat_prompt
-from realign.model import load_processor, load_trained
+from realign.loading import load_processor, load_trained
 from realign.noise import hush_libraries
 
 EVALUATION_SEED = 20_000  # scenes of no training seed

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from realign.model import ForestModel, load_model
-from realign.parallel import barrier, rank
+from realign.loading import load_model
+from realign.model import ForestModel
+from realign.parallel import from_rank_0
 
 
 def export(
@@ -23,7 +26,7 @@ def export(
 ) -> None:
     """Write `folder`, loadable by `AutoModelForImageTextToText` and `AutoProcessor`.
 
-    Every rank calls it; rank 0 writes.
+    Every rank calls it; rank 0 writes. It is written beside its name and renamed when complete.
 
     Args:
         folder: where to write.
@@ -32,10 +35,28 @@ def export(
         processor: saved beside the weights.
         base: folder or hub name of the base model.
         merge: merge the adapter into the base weights instead of writing the adapter.
+
+    Raises:
+        CommonError: when it cannot be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = get_model_state_dict(model, options=options)
-    if rank() == 0:
+
+    def write() -> None:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            write_into(partial)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(
+                f"{folder} could not be written ({error}). All steps are kept as checkpoints: make "
+                "room, and run the same with --resume."
+            ) from error
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    def write_into(folder: Path) -> None:
         weights = {name.removeprefix("vlm."): value for name, value in whole.items()}
         if adapter is None:
             model.vlm.save_pretrained(folder, state_dict=weights)
@@ -45,7 +66,8 @@ def export(
             if merge:
                 _merge(folder, base)
         processor.save_pretrained(folder)
-    barrier()
+
+    from_rank_0(write)
 
 
 def _merge(folder: Path, base: str) -> None:

@@ -53,6 +53,11 @@ class Example:
     leaves: tuple[Leaf, ...]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all roots and leaves."""
+        return sum(len(part.ids) for part in (*self.roots, *self.leaves))
+
+    @property
     def longest_tree(self) -> int:
         """Tokens of the longest root with all its leaves."""
         sizes = [len(root.ids) for root in self.roots]
@@ -81,6 +86,7 @@ class ForestBatch:
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens; rows of one example are adjacent.
         sequence_ids: (N,) int64, leaf * examples + example.
+        trees: for each row its trees in order, each the lengths of its root and leaves.
         rival: (N,) bool, the rows of rival leaves; None where there are none.
         examples: number of examples B.
         names: their records' names.
@@ -100,6 +106,7 @@ class ForestBatch:
     rows: torch.Tensor
     labels: torch.Tensor
     sequence_ids: torch.Tensor
+    trees: tuple[tuple[tuple[int, ...], ...], ...]
     rival: torch.Tensor | None
     examples: int
     names: tuple[str, ...]
@@ -258,10 +265,23 @@ def build_batch(
         rows=as_tensor(np.concatenate(predictors)),
         labels=as_tensor(np.concatenate(leaf_ids)),
         sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths)),
+        trees=_trees(packing, root_lengths, leaf_lengths),
         rival=as_tensor(np.repeat(rivals, leaf_lengths)) if any(rivals) else None,
         examples=len(examples),
         names=tuple(example.name for example in examples),
     )
+
+
+def _trees(
+    packing, root_lengths: np.ndarray, leaf_lengths: np.ndarray
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    sizes = [[int(root_lengths[root])] for root in packing.tree_root]
+    for leaf in np.argsort(packing.leaf_start, kind="stable"):
+        sizes[packing.leaf_tree[leaf]].append(int(leaf_lengths[leaf]))
+    rows: list[list[tuple[int, ...]]] = [[] for _ in range(packing.num_rows)]
+    for tree in np.argsort(packing.tree_start, kind="stable"):
+        rows[packing.tree_row[tree]].append(tuple(sizes[tree]))
+    return tuple(map(tuple, rows))
 
 
 def _apart(root_lengths: np.ndarray, whole: np.ndarray, leaf_roots: Sequence[int]) -> ForestPacking:

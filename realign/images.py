@@ -149,7 +149,9 @@ class ImageStore:
             instead of pixels. None computes all in every forward.
     """
 
-    def __init__(self, processor, layout: Layout, cache_bytes: int = 1 << 30) -> None:
+    CACHE_BYTES = 1 << 30
+
+    def __init__(self, processor, layout: Layout, cache_bytes: int = CACHE_BYTES) -> None:
         self.layout = layout
         self.features: Mapping[str, Features] | None = None
         self._processor = processor

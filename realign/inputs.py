@@ -12,7 +12,8 @@ from realign.config import LossConfig
 from realign.encode import encode_records, make_objective
 from realign.forest import Example
 from realign.images import ImageStore
-from realign.model import ForestModel, load_model, load_processor
+from realign.loading import load_model, load_processor
+from realign.model import ForestModel
 from realign.records import read_pairs
 from realign_kernels import Objective
 
@@ -41,7 +42,7 @@ def load_inputs(
     *,
     dtype: torch.dtype,
     weights_dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str = "tree",
     meta: bool = False,
     train_vision: bool,
     max_response_tokens: int,

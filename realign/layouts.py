@@ -57,6 +57,11 @@ class Layout:
         """Whether responses hang under one copy of their prompt, or have one each."""
         return self.separate is None
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees all before it in its sequence, and nothing else."""
+        return self.both_ways is None and self.kinds == (FULL,)
+
     def positions(self, ids: np.ndarray, grids: dict[str, torch.Tensor]) -> np.ndarray:
         """Positions of a prompt, (axes, P) int64; its responses go on from the largest."""
         if not grids:

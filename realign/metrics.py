@@ -1,14 +1,17 @@
 """What a step reports: TRL's names for the text side, the same words with `visual` for the other.
 
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
-examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats. Leaves
-without a name of their own are called `{response}_under_{image}`.
+examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
+the losses of an objective's terms before they are weighted. Leaves without a name of their own are
+called `{response}_under_{image}`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,9 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
     rewards = dict(zip(names, output.rewards.double(), strict=True))
     logps = dict(zip(names, output.logps.detach().double(), strict=True))
     found = {"loss": output.loss.detach().double()}
+    if len(objective.terms) > 1:
+        parts = output.term_losses.detach().double().sum(1)
+        found |= {f"loss/{t.name}": part for t, part in zip(objective.terms, parts, strict=True)}
     found |= {f"rewards/{name}": value.sum() for name, value in rewards.items()}
     for other in names:
         if "chosen" in rewards and re.fullmatch(r"rejected|visual(_\d+)?", other):
@@ -52,8 +58,28 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
     return found
 
 
+def step_line(entry: dict[str, Any], total: int) -> str:
+    """One line about a step, its columns under those of the line before, 120 characters at most.
+
+    `margin` and `acc` are of the text side, then of the visual side where there is one.
+    """
+    width = len(str(total))
+    parts = [f"{entry['step']:{width}}/{total}", f"loss {entry['loss']:6.3f}"]
+    for title, name, form in (("margin", "margins", "+7.3f"), ("acc", "accuracies", ".2f")):
+        sides = [entry.get(f"rewards/{side}{name}") for side in ("", "visual_")]
+        shown = " ".join(f"{value:{form}}" for value in sides if value is not None)
+        parts += [f"{title} {shown}"] if shown else []
+    parts += [f"grad {entry['grad_norm']:.1e}", f"lr {entry['learning_rate']:.1e}"]
+    parts += [f"{entry['tokens_per_second']:7,.0f} tok/s"]
+    parts += [f"mfu {entry['mfu']:3.0%}"] if "mfu" in entry else []
+    parts += [f"{entry['peak_memory_gib']:.1f}G"]
+    return "  ".join(parts)
+
+
 class JsonlLog:
-    """One JSON object per line, flushed as it is written.
+    """One JSON object per line, on the disk as soon as it takes it.
+
+    While the disk is full entries wait in memory, which is said once; no line is torn for good.
 
     Args:
         path: the file; made with its folder.
@@ -64,14 +90,37 @@ class JsonlLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [e for e in read_jsonl(path) if e["step"] <= keep_steps] if path.exists() else []
         write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._warned = False
 
     def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(entry).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"warning: {self._file.name} takes no more ({error}); its next lines wait in "
+                    "memory. Make room.",
+                    file=sys.stderr,
+                )
+            self._warned = True
 
-    def close(self) -> None:
-        self._file.close()
+    def __enter__(self) -> JsonlLog:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Write what waits; that it cannot be written is an OSError, unless another error ends us.
+
+        A resumed run writes the lines after its checkpoint anew.
+        """
+        with self._file, nullcontext() if kind is None else suppress(OSError):
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:  # a disk may take a part
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def write_whole(path: Path, text: str) -> None:

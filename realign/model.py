@@ -7,21 +7,16 @@ the root module it also is what FSDP2 wraps, so the head's weight is gathered wi
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from realign.attention import IMPLEMENTATIONS, forest_mask
+from realign import tree_attention
+from realign.attention import forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Features, Images, ImageStore, features, in_slots
 from realign.layouts import SLIDING, TESTED, has_softcap, layout_of
@@ -33,10 +28,6 @@ from realign_kernels import (
     linear_logprobs,
     linear_preference_loss,
 )
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What a model may compute in, by the names of the settings."""
-
 
 _JOIN = "merger"
 """In the names of a tower's layers that join it to the language model (Qwen)."""
@@ -50,121 +41,6 @@ _GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 class NonFiniteRecords(ValueError):
     """Log-probs of some records are NaN or infinite; the message names the records."""
-
-
-def load_processor(path: str | Path):
-    """Load a model folder's processor; a text-only model is refused.
-
-    Raises:
-        ValueError: when the model is text-only, or its processor has no chat template.
-    """
-    _vision_config(path)
-    processor = _from_pretrained(AutoProcessor, path)
-    if not processor.chat_template:
-        raise ValueError(
-            f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "
-            "one with it (processor.chat_template = ...; processor.save_pretrained(...))."
-        )
-    return processor
-
-
-def load_model(
-    path: str | Path,
-    dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
-    *,
-    meta: bool = False,
-) -> PreTrainedModel:
-    """Load a vision-language model from a folder or hub name; an adapter is merged into its base.
-
-    Args:
-        path: the folder or name.
-        dtype: in which its weights are kept.
-        attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
-            a softcap, which sdpa has not, eager is taken for it.
-        meta: without weights, on the meta device (`sharding.shard` sends those of rank 0).
-
-    Raises:
-        ValueError: for a text-only model.
-    """
-    config, auto = _vision_config(path), AutoModelForImageTextToText
-    if attention == "sdpa" and has_softcap(config):
-        attention = "eager"
-    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
-    if meta:
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
-    options = {"attn_implementation": kinds, "use_safetensors": True}
-    if (base := adapter_base(path)) is None:
-        return _from_pretrained(auto, path, dtype=dtype, **options)
-    wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
-    merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
-    return merged.to(dtype).requires_grad_(True)  # PEFT froze them
-
-
-def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a final model for inference: full weights, or an adapter with the base it names."""
-    return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype).eval()
-
-
-def adapter_base(path: str | Path) -> str | None:
-    """The base model that an adapter folder names; None for a folder or name of a whole model."""
-    adapter = Path(path) / "adapter_config.json"
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
-
-
-def _vision_config(path: str | Path):
-    """The configuration of a vision-language model; that of an adapter is its base's."""
-    config = _from_pretrained(AutoConfig, adapter_base(path) or path)
-    if not hasattr(config, "vision_config"):
-        raise ValueError(
-            f"{path} is a text-only model ({config.model_type}). Pass a vision-language model to "
-            "--model."
-        )
-    return config
-
-
-def _from_pretrained(auto_class, path: str | Path, **options):
-    """`auto_class.from_pretrained`, with one line where there is no model."""
-    try:
-        return auto_class.from_pretrained(path, **options)
-    except ImportError as error:  # such as torchvision, of Qwen's processors
-        needs = " ".join(str(error).split())
-        raise ValueError(f"{path} needs a package that is not installed: {needs}") from error
-    except OSError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
-            "Face model with its processor, or the name of one on the hub."
-        ) from error
-
-
-def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
-    """Put LoRA on every linear layer of the language model, and freeze everything else."""
-    language = model.model.get_decoder()
-    (place,) = (name for name, module in model.named_modules() if module is language)
-    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
-    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(names))})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model, exactly: every LoRA layer in `model` passes on what its base layer gives.
-
-    PEFT's own `disable_adapter` also toggles `requires_grad`, which FSDP2 reads when it sets its
-    groups up, so that LoRA would not train afterwards.
-    """
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    layers = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 class ForestModel(nn.Module):
@@ -192,7 +68,10 @@ class ForestModel(nn.Module):
         self.vlm = vlm
         self.dtype = dtype
         self.layout = layout_of(vlm)
-        self.attention = vlm.model.get_decoder().config._attn_implementation
+        decoder = vlm.model.get_decoder()
+        if decoder.config._attn_implementation == tree_attention.NAME and not self.layout.causal:
+            decoder.config._attn_implementation = "sdpa"
+        self.attention = decoder.config._attn_implementation
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
         tower = vlm.model.get_encoder("image")
         frozen = [] if train_vision else [p for n, p in tower.named_parameters() if _JOIN not in n]
@@ -209,11 +88,11 @@ class ForestModel(nn.Module):
 
     def forward(
         self,
-        batch: ForestBatch,
+        batch: ForestBatch | Images,
         objective: Objective | None = None,
         reference_logps: torch.Tensor | None = None,  # (L, B) fp32
-    ) -> torch.Tensor | PreferenceOutput:
-        """Compute log-probs, or the loss when an objective is given.
+    ) -> torch.Tensor | PreferenceOutput | list[dict[str, torch.Tensor]]:
+        """Compute log-probs, or the loss when an objective is given; of images, their features.
 
         Returns:
             Without an objective the log-probs of the batch's response tokens, (N,) fp32
@@ -221,8 +100,11 @@ class ForestModel(nn.Module):
             the *sum* over the batch's examples.
 
         Raises:
-            NonFiniteRecords: when a log-prob is NaN or infinite.
+            NonFiniteRecords: when a log-prob is NaN or infinite. With an objective all results
+                are NaN instead.
         """
+        if isinstance(batch, Images):  # through here, so that FSDP2 gathers the weights
+            return self.image_features(batch)
         hidden = self._hidden(batch).to(self.dtype)
         # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
         hidden, weight, bias = head_inputs(self.vlm.get_output_embeddings(), hidden)
@@ -243,6 +125,8 @@ class ForestModel(nn.Module):
                 **shared,
             )
         except NonFiniteError as error:
+            if objective is not None:  # all ranks have a backward to run; then the step is refused
+                return _not_a_number(hidden, weight, bias, objective, reference_logps)
             owners = batch.sequence_ids.cpu()[error.rows] % batch.examples
             names = sorted({batch.names[i] for i in owners.tolist()})
             raise NonFiniteRecords(
@@ -304,6 +188,8 @@ class ForestModel(nn.Module):
             masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
             given["attention_mask"] = masks[self.layout.kinds[0]]
             given["position_ids"] = batch.position_ids
+            if self.attention == tree_attention.NAME:
+                given["trees"] = batch.trees
         else:
             given["attention_mask"] = (batch.segment >= 0).long()
             given |= batch.grids
@@ -347,3 +233,22 @@ def _takes_masks(decoder: nn.Module, masks: Mapping) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _not_a_number(
+    hidden: torch.Tensor,  # (N, H)
+    weight: torch.Tensor,  # (V, H)
+    bias: torch.Tensor | None,  # (V,)
+    objective: Objective,
+    reference_logps: torch.Tensor,  # (L, B)
+) -> PreferenceOutput:
+    """The output where log-probs are not finite: NaN, with a gradient for all that has one."""
+    inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    nan = torch.full_like(reference_logps, torch.nan)
+    return PreferenceOutput(
+        loss=sum(t.float().sum() for t in inputs) * torch.nan,
+        logps=nan,
+        rewards=nan,
+        token_counts=torch.zeros_like(nan, dtype=torch.int64),
+        term_losses=nan.new_full((len(objective.terms), nan.shape[1]), torch.nan),
+    )

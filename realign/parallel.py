@@ -9,18 +9,28 @@ number of ranks, so that reference log-probs are the same, too.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 T = TypeVar("T")
+
 _parted = False  # see ranks_part
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# A rank that dies ends the job at once; this is how long the others wait for a slow one, as when
+# rank 0 writes a large model.
+_TIMEOUT = timedelta(minutes=30)
+
+
+class CommonError(ValueError):
+    """An error that every rank raises alike: rank 0 speaks for all."""
 
 
 def under_launcher() -> bool:
@@ -29,26 +39,66 @@ def under_launcher() -> bool:
 
 
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
-    """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code."""
-    workers = workers or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
+    """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code.
+
+    Signals are passed on to the ranks, which decide what to do: the exit code is 0 when theirs are.
+    When one ends with another code the rest is stopped at once, and after 30 seconds killed.
+    """
+    workers = workers or _default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        run_id=uuid.uuid4().hex,
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours, rank 0 opens none
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    ranks = range(workers)
+    before = {number: signal.getsignal(number) for number in _FORWARDED}
+    processes = start_processes(
+        "ranks",
+        sys.executable,
+        args={rank: ("-m", module, *arguments) for rank in ranks},
+        envs={rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
+
+    def forward(number: int, _frame) -> None:
+        for process in processes.pids().values():
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"rank {rank} ended with exit code {failure.exitcode}.", file=sys.stderr)
-        return 1
-    return 0
+        failures = processes.wait(period=0.1).failures
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for rank, failure in failures.items():  # in the order they were found
+        how = f"ended with exit code {failure.exitcode}"
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            how = f"was killed by {name}"
+            how += " (by hand, or because memory ran out)" if name == "SIGKILL" else ""
+        print(f"rank {rank} {how}.", file=sys.stderr)
+        break
+    return 1 if failures else 0
+
+
+def planned_ranks(fsdp: bool, workers: int) -> int:
+    """Ranks that will train: those of the launcher, or those that `launch` would start."""
+    if under_launcher():
+        return int(os.environ["WORLD_SIZE"])
+    return (workers or _default_workers()) if fsdp else 1
+
+
+def _default_workers() -> int:
+    """One per GPU, two on a CPU."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
 def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
@@ -72,7 +122,7 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # offloaded gradients are on the CPU
     if not dist.is_initialized():
         if under_launcher():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=_TIMEOUT)
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
@@ -105,7 +155,12 @@ def report(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         if not _lost_a_rank(error):
             return False
-        print("error: another rank has ended; its message tells why", file=sys.stderr)
+        print("error: another rank has ended; its own message, if any, says why", file=sys.stderr)
+    elif isinstance(error, CommonError):
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        with suppress(RuntimeError):
+            barrier()  # the first rank to end takes the others with it
     elif rank() == 0 or _parted:
         which = f" (rank {rank()})" if world_size() > 1 and _parted else ""
         print(f"error{which}: {error}", file=sys.stderr)
@@ -137,10 +192,31 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, which alone calls it, on every rank."""
-    if world_size() == 1:
-        return make()
-    values = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def from_rank_0(decide: Callable[[], T]) -> T:
+    """What `decide` gives on rank 0, for all ranks; it is called there alone.
+
+    Raises:
+        CommonError: on all ranks, for a ValueError or OSError of `decide`.
+    """
+    outcome: list = [None]
+    if rank() == 0:
+        try:
+            outcome = [decide()]
+        except CommonError as error:
+            outcome = [error]
+        except (ValueError, OSError) as error:
+            outcome = [CommonError(str(error))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], CommonError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def gather(items: Sequence[T]) -> list[T]:
+    """The items of all ranks, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return list(items)
+    found: list = [None] * world_size()
+    dist.all_gather_object(found, list(items))
+    return [item for part in found for item in part]

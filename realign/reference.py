@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from realign.forest import Example, Leaf, build_batch
-from realign.model import ForestModel, adapters_off
+from realign.loading import adapters_off
+from realign.model import ForestModel
 from realign.parallel import world_size
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
@@ -58,6 +59,18 @@ def fingerprint(
         kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
         weights: their digest, where `vlm` is without them (`sharding.shard`).
     """
+    about = description(vlm, processor, dtype, device, kernels)
+    return about | {"weights": weights or weights_digest(vlm, dtype)}
+
+
+def description(
+    vlm: PreTrainedModel,
+    processor,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str = "eager",
+) -> dict[str, str]:
+    """The fingerprint without the weights, which need not be there."""
     parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
     attention = {part.config._attn_implementation for part in parts}
     return {
@@ -71,7 +84,6 @@ def fingerprint(
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
-        "weights": weights or weights_digest(vlm, dtype),
     }
 
 

@@ -1,31 +1,95 @@
-"""The folder of a run: what it began with, how far it is, and the pairs it makes for itself."""
+"""A run and its folder: what it began with, how far it is, when to stop, the pairs it makes."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from realign import checkpoint, parallel
+from realign import parallel
+from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
 from realign.metrics import write_whole
 
 _FREE = {"row_tokens", "micro_batch_size"}  # settings that change no result beyond rounding
 
 
-def steps_done(config: TrainConfig) -> int:
+@contextmanager
+def sole_writer(output: Path) -> Iterator[None]:
+    """Hold the output folder on rank 0; whoever else tries meanwhile is refused.
+
+    The system lets go of it when the process ends, however that happens.
+
+    Raises:
+        CommonError: when another run holds it.
+    """
+
+    def take():
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise parallel.CommonError(
+                f"another run writes to {output}. Wait for its end, or name another --output."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return file
+
+    held: list = []
+    parallel.from_rank_0(lambda: held.append(take()))
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C, so that the step in progress ends and is saved.
+
+    A second Ctrl-C acts at once. SIGTERM may come twice, from a scheduler and from a launcher.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""  # of the signal that came
+
+    def __enter__(self) -> StopSignal:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+
+
+def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
     """Steps of the run in the output folder to go on from; an earlier run is never overwritten.
 
     Raises:
         ValueError: when the folder holds a run and `resume` is off.
+        CheckpointError: when it holds checkpoints and none is whole.
     """
-    output = Path(config.run.output)
-    done = checkpoint.last_step(output / "checkpoints")
-    if not config.run.resume and (done or (output / "metrics.jsonl").exists()):
+    if config.run.resume:
+        return checkpoints.last_whole()
+    done, output = checkpoints.last(), Path(config.run.output)
+    if done or (output / "metrics.jsonl").exists():
         raise ValueError(
             f"{output} holds a run with a checkpoint at step {done}. Add --resume to go on with "
             "it, or name another --output."
         )
-    return done
+    return 0
 
 
 def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:

@@ -1,4 +1,4 @@
-"""Which examples a step takes, which of them a rank, and at what learning rate.
+"""What a step takes: which examples, which of them a rank, learning rate, random numbers.
 
 All of it follows from the settings and the step alone, so a run can go on at any step, on any
 number of ranks, without a state of its own.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from realign.config import OptimConfig
 
@@ -56,3 +57,13 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
         return optim.learning_rate * (step + 1) / warm
     progress = (step - warm) / max(1, total - warm)
     return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Begin a step with random numbers (dropout) of its own, on CPU and GPU.
+
+    A resumed run therefore draws what it would have drawn, without a saved state. On another number
+    of ranks examples lie elsewhere, and so do their masks.
+    """
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))

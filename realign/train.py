@@ -2,31 +2,43 @@
 
     python -m realign.train                          # rDPO on the shipped digits, one process
     python -m realign.train --fsdp                   # the same, sharded over ranks
-    python -m realign.train --model DIR --pairs P    # any LLaVA-1.5-type model and pairs file
+    python -m realign.train --model DIR --pairs P    # any model of docs/families.md
 
 Read `train` below from top to bottom: load, check the records, reference log-probs, steps, export.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from realign import attention, checkpoint, liger, metrics, parallel, reference, sharding
+from realign import attention, liger, parallel, plan, reference, sharding, vision
+from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.export import export
 from realign.inputs import load_inputs
-from realign.model import DTYPES, adapter_base, add_lora
+from realign.loading import DTYPES, adapter_base, add_lora
 from realign.noise import hush_libraries
-from realign.run import check_identity, prepare_pairs, steps_done, write_identity
-from realign.schedule import batches, learning_rate, share_of_rank, total_steps
-from realign.step import accumulate, check_finite, clip, means
+from realign.run import (
+    StopSignal,
+    check_identity,
+    prepare_pairs,
+    sole_writer,
+    steps_done,
+    write_identity,
+)
+from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
+from realign.step import NonFiniteStep, accumulate, clip, culprits, over_ranks
+from realign.throughput import Meter, image_flop
+from realign.trackers import Trackers, check_packages
 from realign_kernels import ReferenceCache
 
 
@@ -36,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hush_libraries()
     try:
         config = parse(arguments)
+        check_packages(config.run)
+        if config.run.dry_run:
+            if os.environ.get("RANK", "0") == "0":
+                print(plan.make(config))
+            return 0
         if config.scale.fsdp and not parallel.under_launcher():
             prepare_pairs(config)  # once, before there are ranks
             return parallel.launch("realign.train", arguments, config.scale.nproc_per_node)
@@ -44,28 +61,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not parallel.report(error):
             raise
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         parallel.stop()
     return 0
 
 
-def train(config: TrainConfig) -> Path:
-    """Train as configured; returns the folder of the final model.
+def train(config: TrainConfig) -> Path | None:
+    """Train as configured; returns the folder of the final model, None when stopped by a signal.
 
     Raises:
         ValueError: for settings, records or a model that cannot be trained on; before any step.
         NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
+        CheckpointError: when none is whole, or the last one cannot be written.
     """
-    run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
-    dtype = DTYPES[config.model.dtype]
-    sharded = scale.fsdp or scale.cpu_offload or dtype != torch.float32
+    scale = config.scale
+    sharded = scale.fsdp or scale.cpu_offload or config.model.dtype != "fp32"
     device = parallel.start(alone=sharded, fsdp=scale.fsdp)
     sharding.check(scale, device)
     attention.check(config.model.attention, device)
+    with sole_writer(Path(config.run.output)):
+        return _train(config, device, sharded)
+
+
+def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | None:
+    run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
+    dtype = DTYPES[config.model.dtype]
     say = print if parallel.rank() == 0 else lambda *_: None
-    bars = not run.quiet and parallel.rank() == 0
+    bars = not run.quiet and parallel.rank() == 0 and sys.stderr.isatty()
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
-    done = steps_done(config)
+    checkpoints = Checkpoints(output / "checkpoints", run.keep)
+    done = steps_done(config, checkpoints)
 
     base, lora = config.model.model or str(ASSETS), config.model.tune == "lora"
     if adapter_base(base) and lora and not run.merge:
@@ -90,6 +117,7 @@ def train(config: TrainConfig) -> Path:
     fingerprint = reference.fingerprint(
         model.vlm, inputs.processor, dtype, device, scale.kernels, weights
     )
+    per_image_token = parallel.from_rank_0(lambda: image_flop(model, inputs.store))
     identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
     if done:
         check_identity(config, **identity)
@@ -111,12 +139,23 @@ def train(config: TrainConfig) -> Path:
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
     directory = run.reference_cache or reference.default_directory()
     parallel.ranks_part()
-    for line in model.eval().check_forest(examples[0], inputs.store, device):
+    model.eval()
+    if run.cache_vision:
+        inputs.store.features = vision.keep(
+            fingerprint,
+            model,
+            inputs.store,
+            device,
+            batch_images=optim.micro_batch_size,
+            progress=bars,
+            say=say,
+        )
+    for line in model.check_forest(examples[0], inputs.store, device):
         say(line)
     with ReferenceCache.open(directory, fingerprint) as cache:
         references = reference.fill(
             cache,
-            model.eval(),
+            model,
             examples,
             inputs.store,
             row_tokens=config.data.row_tokens or inputs.longest_tree,
@@ -128,69 +167,66 @@ def train(config: TrainConfig) -> Path:
     if sharded:
         model.reshard()  # a forward without backward leaves the root gathered
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=optim.learning_rate, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+    )
     total = total_steps(len(examples), optim)
     if done:
-        checkpoint.load(output / "checkpoints", done, model, optimizer)
+        checkpoints.load(done, model, optimizer)
         say(f"resumed from step {done} of {total}")
+    elif run.resume:
+        say(f"there is no checkpoint in {output} yet: starting at the first step")
     say(
         f"{objective.name}: {len(examples)} records, {len(inputs.store)} distinct images, "
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
         f"{optim.batch_size} on {parallel.world_size()} rank(s)"
     )
-    log = None
-    if parallel.rank() == 0:
-        log = metrics.JsonlLog(output / "metrics.jsonl", keep_steps=done)
+    meter, first = Meter(model, device, dtype, per_image_token), parallel.rank() == 0
+    trackers = Trackers(config, objective.name, total=total, done=done, first_rank=first)
+    if first:
         write_identity(config, **identity)
 
-    row_tokens = config.data.row_tokens or attention.row_tokens(
-        config.model.attention, inputs.longest_tree
-    )
     model.train()
-    bar = tqdm(total=total, initial=done, desc=objective.name, unit="step", disable=not bars)
-    for step, batch in batches(len(examples), optim.batch_size, run.seed, first=done, last=total):
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, total, optim)
-        totals = accumulate(
-            model,
-            batch[share],
-            examples,
-            references,
-            inputs.store,
-            objective,
-            batch_size=optim.batch_size,
-            micro_batch_size=optim.micro_batch_size,
-            row_tokens=row_tokens,
-            device=device,
-        )
-        norm = clip(trained, optim.clip)
-        found = means(totals, optim.batch_size)
-        check_finite(step, found["loss"], norm, [examples[i].name for i in batch[share]])
-        optimizer.step()
-        optimizer.zero_grad()
-        if log:
+    take = partial(
+        accumulate,
+        model,
+        examples=examples,
+        references=references,
+        store=inputs.store,
+        objective=objective,
+        batch_size=optim.batch_size,
+        micro_batch_size=optim.micro_batch_size,
+        row_tokens=config.data.row_tokens,
+        device=device,
+    )
+    steps = batches(len(examples), optim.batch_size, run.seed, first=done, last=total)
+    with StopSignal() as stop, checkpoints, trackers:
+        for step, batch in steps:
+            began = time.perf_counter()
+            seed_step(run.seed, step, parallel.rank())
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - 1, total, optim)
+            totals = take(batch[share])
+            norm = clip(trained, optim.clip)
+            found, stopping = over_ranks(totals, optim.batch_size, bool(stop.name))
+            if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
+                guilty = [examples[i].name for i in culprits(take, batch[share], trained)]
+                raise NonFiniteStep(step, found | {"grad_norm": norm}, guilty)
+            optimizer.step()
+            optimizer.zero_grad()
+            rates = meter.read(found, optim.batch_size, time.perf_counter() - began)
             found |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
             epoch = step * optim.batch_size / len(examples)
-            log.write(
-                {"step": step, "epoch": epoch, "seconds": time.perf_counter() - began, **found}
-            )
-        bar.set_postfix(_shown(found), refresh=False)
-        bar.update()
-        if step == total or (run.save_every and step % run.save_every == 0):
-            checkpoint.save(output / "checkpoints", step, model, optimizer)
-    bar.close()
+            trackers.write({"step": step, "epoch": epoch, **found, **rates})
+            if stopping or step == total or (run.save_every and step % run.save_every == 0):
+                checkpoints.save(step, model, optimizer, wait=stopping or step == total)
+            if stopping and step < total:
+                say(f"stopped after step {step} of {total}; the same with --resume goes on")
+                return None
     final = output / "model"
     export(final, model, adapter, inputs.processor, base=inputs.base, merge=run.merge)
-    if log:
-        log.close()
     say(f"wrote {final} (model), {output / 'metrics.jsonl'} (curves)")
     return final
-
-
-def _shown(means: dict[str, float]) -> dict[str, str]:
-    names = {"loss": "loss", "rewards/margins": "margin", "rewards/visual_margins": "visual"}
-    return {short: f"{means[name]:.3f}" for name, short in names.items() if name in means}
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from realign import parallel
+from realign.images import Features, ImageStore
 from realign.metrics import write_whole
+from realign.model import ForestModel
 from realign_kernels import refcache
-
-Features = Mapping[str, torch.Tensor]
-"""What the tower made of one image, by name."""
 
 _FILE_BYTES = 256 << 20
 
@@ -114,6 +113,32 @@ class FeatureCache:
                     )
             self._checked.add(image)
         return found
+
+
+def keep(
+    fingerprint: Mapping[str, str],
+    model: ForestModel,
+    store: ImageStore,
+    device: torch.device,
+    **options,
+) -> FeatureCache:
+    """Features of all images of a data set; every rank calls it.
+
+    Args:
+        fingerprint: of `reference.fingerprint`.
+        model: whose vision tower is frozen; sharded or not.
+        store: the images.
+        device: where the model computes.
+        options: of `fill`.
+    """
+    cache = FeatureCache(default_directory(), fingerprint)
+
+    def compute(images: Sequence[str]) -> Sequence[Features]:
+        with torch.no_grad():
+            return model(store.batch(images).to(device, model.dtype))
+
+    fill(cache, list(store.keys()), compute, **options)
+    return cache
 
 
 def _checksum(tensor: torch.Tensor) -> int:

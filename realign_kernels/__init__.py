@@ -8,6 +8,7 @@ in one page.
 
 from realign_kernels import objectives, refcache
 from realign_kernels.batcher import ForestPacking, pack_forest
+from realign_kernels.chunked import default_chunk_rows
 from realign_kernels.dispatch import explain, use_backend
 from realign_kernels.functional import (
     RDPOLoss,
@@ -35,6 +36,7 @@ __all__ = [
     "References",
     "array_digest",
     "collect_leaves",
+    "default_chunk_rows",
     "explain",
     "head_inputs",
     "head_parameters",

@@ -15,7 +15,8 @@ import pytest
 
 from realign.digits import ASSETS
 from realign.digits.scenes import Scene, make_scenes
-from realign.model import ForestModel, load_model, load_processor
+from realign.loading import load_model, load_processor
+from realign.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
 
 

@@ -1,9 +1,16 @@
 """Runs of `realign.train` in tests: their arguments, their curves, and how far two may differ."""
 
+import subprocess
+import sys
+import time
+
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from realign.config import parse
 from realign.metrics import read_jsonl
+from realign.throughput import TIMING
 from realign.train import train
 
 # Runs that differ in ranks or accumulation add the same numbers in another order. After six Adam
@@ -24,6 +31,22 @@ def run(pairs, output, *more, steps=6):
     return read_jsonl(output / "metrics.jsonl")
 
 
+def start(*words):
+    """Train in a process of its own, with its messages in pipes."""
+    command = [sys.executable, "-m", "realign.train", *words]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_step(process, output, step):
+    """Return when the log of a run in progress has an entry of that step."""
+    log = output / "metrics.jsonl"
+    while process.poll() is None:
+        if log.exists() and f'"step": {step},' in log.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(process.communicate()[1])
+
+
 def curve(entries, name="loss"):
     """One metric of every step."""
     return np.array([entry[name] for entry in entries])
@@ -36,3 +59,23 @@ def assert_same_curves(entries, truth):
         one, other = curve(entries, name), curve(truth, name)
         bound = CURVE_TOLERANCE * max(1, np.abs(other).max())
         assert one.shape == other.shape and np.abs(one - other).max() <= bound, name
+
+
+def without_timing(entries):
+    """A log less its times and memory: two runs that did the same have equal ones."""
+    return [{k: v for k, v in entry.items() if k not in TIMING} for entry in entries]
+
+
+def weights(output):
+    """The final adapter of a run."""
+    return load_file(output / "model" / "adapter_model.safetensors")
+
+
+def assert_same_run(output, truth, steps=6):
+    """Same curve, all of it, and same final weights, bit for bit."""
+    found = read_jsonl(output / "metrics.jsonl")
+    assert [entry["step"] for entry in found] == list(range(1, steps + 1))
+    assert without_timing(found) == without_timing(read_jsonl(truth / "metrics.jsonl"))
+    ours, theirs = weights(output), weights(truth)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from realign import parallel, sharding
 from realign.config import parse
 from realign.digits import ASSETS
-from realign.model import ForestModel, add_lora, load_model
+from realign.loading import add_lora, load_model
+from realign.model import ForestModel
 from realign.noise import hush_libraries
 from realign.train import train
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from realign.digits import ASSETS
 from realign.forest import build_batch
-from realign.model import ForestModel, load_model
+from realign.loading import load_model
+from realign.model import ForestModel
 from realign_kernels import objectives, preference_loss
 
 CONFIGS = {

@@ -90,7 +90,9 @@ def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert shown.startswith("error (rank 1): ") and "No space left on device" in shown
     assert parallel.report(RuntimeError("[gloo/x.cc:1] Connection closed by peer"))
-    assert capsys.readouterr().err == "error: another rank has ended; its message tells why\n"
+    assert capsys.readouterr().err == (
+        "error: another rank has ended; its own message, if any, says why\n"
+    )
     assert not parallel.report(RuntimeError("a fault of ours"))
 
 

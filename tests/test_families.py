@@ -24,8 +24,9 @@ from realign import layouts, parallel, sharding
 from realign.encode import chat_prompt, encode_records
 from realign.forest import build_batch
 from realign.layouts import Layout
+from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl
-from realign.model import ForestModel, add_lora, load_model
+from realign.model import ForestModel
 from realign.records import Record, write_pairs
 from realign.train import main
 from realign.vision import FeatureCache
@@ -131,12 +132,12 @@ def log_probs_are_the_same(family, attention="sdpa"):
 
 
 def attentions(family):
-    """What the language model attends with; see `load_model` for what is taken for sdpa."""
+    """What the language model attends with, the default first."""
     used = []
-    for attention in ("sdpa", "eager"):
+    for attention in ("tree", "sdpa", "eager"):
         log_probs_are_the_same(family, attention)
-        used.append(make(family, attention=attention)[0].model.get_decoder().config)
-    return ", ".join(dict.fromkeys(config._attn_implementation for config in used))
+        used.append(ForestModel(make(family, attention=attention)[0]).attention)
+    return ", ".join(dict.fromkeys("tree" if name == "forest" else name for name in used))
 
 
 def images_pass_the_tower_once(family):

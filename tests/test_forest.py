@@ -11,7 +11,8 @@ from realign.digits.scenes import make_scenes
 from realign.encode import encode_records
 from realign.forest import Example, Leaf, Root, build_batch
 from realign.layouts import Layout
-from realign.model import ForestModel, load_model, load_processor
+from realign.loading import load_model, load_processor
+from realign.model import ForestModel
 from realign.records import Record, StoredImage
 from realign_kernels import objectives
 

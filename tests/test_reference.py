@@ -18,14 +18,9 @@ from realign.config import parse
 from realign.digits import ASSETS
 from realign.encode import encode_records
 from realign.layouts import Layout
+from realign.loading import adapters_off, add_lora, load_model, load_processor
 from realign.metrics import read_jsonl
-from realign.model import (
-    ForestModel,
-    adapters_off,
-    add_lora,
-    load_model,
-    load_processor,
-)
+from realign.model import ForestModel
 from realign.records import StoredImage, read_pairs, write_pairs
 from realign.train import train
 from realign_kernels import ReferenceCache, objectives, use_backend

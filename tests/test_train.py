@@ -14,16 +14,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from realign import checkpoint, metrics
 from realign.config import parse
 from realign.digits import ASSETS
 from realign.digits.scenes import digits_in, make_scenes
 from realign.evaluate import caption
-from realign.model import NonFiniteRecords, load_model, load_processor
+from realign.loading import load_model, load_processor
+from realign.model import NonFiniteRecords
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.records import read_pairs, write_pairs
+from realign.records import write_pairs
 from realign.schedule import learning_rate
-from realign.step import NonFiniteStep
 from realign.train import main
 
 
@@ -60,53 +59,6 @@ def test_the_first_step_against_the_formula(pairs, plain):
     assert last["rewards/visual_margins"] == pytest.approx(
         last["rewards/chosen"] - last["rewards/visual"], abs=1e-9
     )
-
-
-def test_a_killed_run_resumes_bit_for_bit(pairs, plain, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def die_after(log, entry, write=metrics.JsonlLog.write):
-        write(log, entry)
-        if entry["step"] == 5:
-            raise Killed
-
-    monkeypatch.setattr(metrics.JsonlLog, "write", die_after)
-    with pytest.raises(Killed):
-        run(pairs, tmp_path, "--save-every", 2)
-    monkeypatch.undo()
-    assert checkpoint.last_step(tmp_path / "checkpoints") == 4
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # a line cut short
-    entries = run(pairs, tmp_path, "--save-every", 2, "--resume")
-    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6]
-    for name in ("loss", "grad_norm", "logps/visual"):
-        assert curve(entries, name).tolist() == curve(plain[1], name).tolist()
-    ours = load_file(tmp_path / "model" / "adapter_model.safetensors")
-    theirs = load_file(plain[0] / "model" / "adapter_model.safetensors")
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
-
-
-def test_an_earlier_run_is_never_overwritten(pairs, plain, tmp_path):
-    output = plain[0]
-    before = (output / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"holds a run with a checkpoint at step 6\. Add --r"):
-        run(pairs, output)
-    with pytest.raises(
-        ValueError, match=r"changed since: beta \(0\.1 -> 0\.2\), seed \(0 -> 7\)\."
-    ):
-        run(pairs, output, "--resume", "--beta", 0.2, "--seed", 7)
-    fewer = tmp_path / "fewer.parquet"
-    write_pairs(fewer, read_pairs(pairs)[:-1])
-    with pytest.raises(ValueError, match=r"changed since: pairs \(.*\), the pairs\."):
-        run(fewer, output, "--resume")
-    assert (output / "metrics.jsonl").read_bytes() == before
-    early = tmp_path / "early"  # stopped before its first checkpoint
-    early.mkdir()
-    (early / "metrics.jsonl").write_bytes(before)
-    with pytest.raises(ValueError, match=r"at step 0\. Add --resume"):
-        run(pairs, early)
 
 
 def test_adapter_merged_and_full_models_load_in_plain_transformers(pairs, plain, tmp_path):
@@ -181,24 +133,6 @@ def test_non_finite_log_probs_name_the_records_before_any_step(pairs, tmp_path):
     with pytest.raises(NonFiniteRecords, match=r"record\(s\) scene-\d+.*not finite.*hidden"):
         run(pairs, tmp_path / "out", "--model", model)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def test_a_non_finite_gradient_stops_before_the_step(pairs, tmp_path, monkeypatch):
-    steps = []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), step(self, *a))[1]
-    )
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grad_norm_",
-        lambda p, limit: clip(p, limit) * (float("nan") if len(steps) == 3 else 1),
-    )
-    with pytest.raises(NonFiniteStep, match=r"step 4: .*Nothing was updated.*scene-\d+"):
-        run(pairs, tmp_path, "--save-every", 2)
-    assert len(steps) == 3
-    assert checkpoint.last_step(tmp_path / "checkpoints") == 2
 
 
 def text_only(folder):

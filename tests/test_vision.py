@@ -4,8 +4,11 @@ import errno
 
 import pytest
 import torch
+from runs import assert_same_curves, curve, run
 
 from realign import vision
+from realign.model import ForestModel
+from realign.records import read_pairs
 from realign.vision import FeatureCache, fill
 
 
@@ -101,3 +104,43 @@ def test_the_file_limit_loses_nothing(cache, monkeypatch):
     )
     assert len(list(cache.folder.glob("*.safetensors"))) == 4
     assert all(same(cache.get(image), features(int(image))) for image in images)
+
+
+# --- in training ---
+
+
+@pytest.fixture
+def towers(monkeypatch):
+    """How many images each forward of a vision tower takes."""
+    found = []
+    features = ForestModel.image_features
+
+    def counted(self, images):
+        found.append(len(images.tokens))
+        return features(self, images)
+
+    monkeypatch.setattr(ForestModel, "image_features", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_with_kept_features_is_that_without(pairs_file, tmp_path, monkeypatch, towers, dtype):
+    monkeypatch.setenv("REALIGN_CACHE", str(tmp_path))
+    truth = run(pairs_file, tmp_path / "live", "--dtype", dtype, steps=4)
+    images = len({image for r in read_pairs(pairs_file) for image in pixels(r)})
+    del towers[:]
+    for name, forwards in (("first", images), ("second", 0)):
+        entries = run(pairs_file, tmp_path / name, "--dtype", dtype, "--cache-vision", steps=4)
+        # One image tells the cost of the tower; then each is computed once, and never again.
+        assert sum(towers) == 1 + forwards
+        del towers[:]
+        if dtype == "fp32":
+            assert_same_curves(entries, truth)
+        else:
+            assert abs(curve(entries) - curve(truth)).max() < 0.03
+
+
+def pixels(record):
+    """The content of a record's images."""
+    stored = (*record.images, *record.retrieved_images)
+    return [image.open(record.name).tobytes() for image in stored]

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_processors import SIDE, WORDS, make_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from realign.attention import IMPLEMENTATIONS
 from realign.encode import check_prompt
 from realign.records import Record, StoredImage
 
@@ -39,13 +40,15 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
 
     Args:
         family: one of `FAMILIES`, or "qwen3_5", whose first layer carries a state.
-        attention: `attn_implementation`. PaliGemma's language model takes eager for "sdpa", which
-            lacks the softcap of Gemma 2.
+        attention: `attn_implementation`, or "tree". PaliGemma takes eager for it and for "sdpa",
+            which lack the softcap of Gemma 2.
         seed: of the weights.
     """
     processor = make_processor(family)
     config = AutoConfig.for_model(family, **_CONFIGS[family](processor))
-    if family == "paligemma" and attention == "sdpa":
+    if attention == "tree" and family != "paligemma":
+        attention = {"": "sdpa", "text_config": IMPLEMENTATIONS["tree"]}
+    if family == "paligemma" and attention in ("tree", "sdpa"):
         attention = {"text_config": "eager", "vision_config": "sdpa"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

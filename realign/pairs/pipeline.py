@@ -21,7 +21,8 @@ from tqdm import tqdm
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.encode import check_prompt
-from realign.model import ForestModel, load_model, load_processor
+from realign.loading import load_model, load_processor
+from realign.model import ForestModel
 from realign.pairs import filters, index
 from realign.pairs.embed import embed_images
 from realign.pairs.mask import CATEGORIES, Masked, mask_response

@@ -1,0 +1,384 @@
+"""One contestant of the training step in a process of its own: `step_contestants.py NAME ...`.
+
+It builds model and data, then answers each line of its standard input with one JSON line: each
+runs an optimizer step and tells its seconds, loss, gradient norm and the memory so far; the words
+of a line say how (`keep`, `labelled`, `dpo`). A process
+of its own gives each an honest peak of memory, and lets steps of different contestants alternate.
+
+All start from the same policy, which is not the reference: what is trained is moved by noise that
+depends on the parameter's name alone. The timed region is forward, backward, clipping and the
+optimizer step, on images already preprocessed.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+
+BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
+RANK, ALPHA = 128, 256.0  # the paper's, and the defaults of realign.train
+
+
+def memory():
+    """Peak and present resident memory of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    found = dict(line.split(":", 1) for line in status.splitlines())
+    return {name: 1024 * int(found[name].split()[0]) for name in ("VmHWM", "VmRSS")}
+
+
+def allocate(mode):
+    """How malloc treats blocks over 1 MB: `return` them when freed, or `keep` them for the next.
+
+    Returned, peak memory is that of live tensors, not of what glibc happens to hold (1.7 times as
+    much). Kept, as a GPU's caching allocator does, a step is not spent on page faults (a third).
+    """
+    trim, top_pad, threshold, most = -1, -2, -3, -4  # M_TRIM_THRESHOLD, ... of mallopt(3)
+    libc = ctypes.CDLL(None)
+    if mode == "return":
+        libc.mallopt(threshold, 1 << 20)
+    else:
+        libc.mallopt(most, 0)
+        libc.mallopt(trim, -1)
+        libc.mallopt(top_pad, 64 << 20)
+
+
+@torch.no_grad()
+def move(model, tune):
+    """Move what is trained away from the reference, the same way for every contestant."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = name.removeprefix("vlm.").removeprefix("base_model.model.")
+        generator = torch.Generator().manual_seed(zlib.crc32(own.encode()))
+        noise = torch.randn(parameter.shape, generator=generator)
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if tune == "lora":  # both matrices; PEFT starts from B = 0
+            local.copy_(0.01 * noise)
+        else:
+            local.add_((0.002 * noise).to(local.dtype))
+
+
+def lora_settings(model):
+    """PEFT's configuration as `realign.model.add_lora` makes it."""
+    from torch import nn
+
+    language = model.model.language_model
+    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
+    pattern = rf".*language_model\..*\.({'|'.join(sorted(names))})"
+    return {"r": RANK, "lora_alpha": ALPHA, "target_modules": pattern, "task_type": "CAUSAL_LM"}
+
+
+class Ours:
+    """What `realign.train` does between two lines of its log, in one process.
+
+    Timed: laying out the batch, forward and backward, clipping, AdamW. Reference log-probs were
+    computed before, by `realign.reference.fill`; pixels are kept by `realign.images.ImageStore`.
+    """
+
+    def __init__(self, folder, tune, dtype):
+        import numpy as np
+
+        from realign import parallel, reference, sharding
+        from realign.config import LossConfig
+        from realign.inputs import load_inputs
+        from realign.loading import DTYPES, add_lora
+        from realign_kernels import ReferenceCache
+
+        self.imported = memory()
+        kind = DTYPES[dtype]
+        sharded = kind != torch.float32
+        device = parallel.start(alone=sharded)
+        inputs = load_inputs(
+            folder / "model",
+            folder / "pairs.parquet",
+            LossConfig(objective="rdpo", beta=BETA),
+            dtype=kind,
+            weights_dtype=kind if tune == "lora" else torch.float32,
+            train_vision=False,
+            max_response_tokens=1024,
+            progress=False,
+        )
+        model, count = inputs.model, len(inputs.examples)
+        fingerprint = reference.fingerprint(model.vlm, inputs.processor, kind, device)
+        if tune == "lora":
+            add_lora(model.vlm, RANK, ALPHA)
+        if sharded:
+            sharding.shard(model, device, kind)
+        with ReferenceCache.open(folder / "cache", fingerprint) as cache:
+            references = reference.fill(
+                cache,
+                model.eval(),
+                inputs.examples,
+                inputs.store,
+                row_tokens=inputs.longest_tree,
+                batch_rows=2 * count,
+                device=device,
+                progress=False,
+                say=lambda _: None,
+            ).float()
+        if sharded:
+            model.reshard()
+        move(model, tune)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        )
+        self.count = count
+        self.arguments = (
+            model.train(),
+            np.arange(count),
+            inputs.examples,
+            references,
+            inputs.store,
+            inputs.objective,
+        )
+        self.options = {
+            "batch_size": count, "micro_batch_size": count, "row_tokens": 0, "device": device,
+        }  # fmt: skip
+
+    def dpo(self):
+        """Loss and gradient norm of DPO on the same examples; nothing is updated."""
+        from realign import step
+        from realign.forest import Example
+        from realign_kernels import objectives
+
+        model, indices, examples, references, store, _ = self.arguments
+        pairs = [Example(e.name, e.roots[:1], e.leaves[:2]) for e in examples]
+        objective = objectives.get("dpo", beta=BETA)
+        inputs = (model, indices, pairs, references[:2], store, objective)
+        totals = step.accumulate(*inputs, **self.options)
+        norm = step.clip(self.trained, 0)
+        self.optimizer.zero_grad()
+        return 0.0, step.over_ranks(totals, self.count, False)[0]["loss"], norm
+
+    def step(self):
+        from realign import step
+
+        began = time.perf_counter()
+        totals = step.accumulate(*self.arguments, **self.options)
+        norm = step.clip(self.trained, CLIP)
+        means, _ = step.over_ranks(totals, self.count, False)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - began, means["loss"], norm
+
+    def serve(self, commands, answer):
+        for words in commands:
+            if "keep" in words:
+                allocate("keep")
+            answer(*(self.dpo() if "dpo" in words else self.step()))
+
+
+class Released(Ours):
+    """Three plain sequences for each example with a live reference, as the authors' release runs.
+
+    A forward each for chosen, rejected and chosen under the retrieved image, full logits in fp32,
+    log_softmax, gather; the same for the reference, which for LoRA is the policy without its
+    adapter and else a second model. bf16: weights in bf16 under autocast. The loss is the paper's,
+    for the release's own is another. Timed: everything but collation.
+    """
+
+    def __init__(self, folder, tune, dtype):
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        from realign.encode import encode_records
+        from realign.layouts import layout_of
+        from realign.records import read_pairs
+        from realign_kernels import objectives
+
+        self.imported = memory()
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        processor = AutoProcessor.from_pretrained(folder / "model")
+
+        def load():
+            return AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=kind)
+
+        self.autocast = torch.autocast("cpu", kind, enabled=dtype != "fp32")
+        self.model, self.reference = load(), None
+        self.model.model.vision_tower.requires_grad_(False)
+        if tune == "lora":
+            self.model = get_peft_model(self.model, LoraConfig(**lora_settings(self.model)))
+        else:
+            self.reference = load().requires_grad_(False)
+        move(self.model.train(), tune)
+        whole = self.model.get_base_model() if tune == "lora" else self.model
+        examples, store = encode_records(
+            read_pairs(folder / "pairs.parquet"),
+            processor,
+            objectives.rdpo(),
+            layout=layout_of(whole),
+            max_response_tokens=1024,
+            max_tokens=2048,
+            progress=False,
+        )
+        self.batches = [self.collate(examples, store, leaf) for leaf in range(3)]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        )
+
+    @staticmethod
+    def collate(examples, store, leaf):
+        """One sequence for each example; all are as long here, so nothing is padded."""
+        roots = [e.roots[e.leaves[leaf].root] for e in examples]
+        prompts = torch.stack([torch.from_numpy(root.ids) for root in roots])
+        responses = torch.stack([torch.from_numpy(e.leaves[leaf].ids) for e in examples])
+        ids = torch.cat([prompts, responses], 1)
+        labels = torch.cat([torch.full_like(prompts, -100), responses], 1)
+        pixels = torch.cat([store.bundle(root.images[0])["pixel_values"] for root in roots])
+        return labels, {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
+        }  # fmt: skip
+
+    def logps(self, model, labels, inputs):
+        with self.autocast:
+            logits = model(**inputs, use_cache=False).logits
+        labels, logits = labels[:, 1:], logits[:, :-1].float()
+        mask = labels != -100
+        found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return (found * mask).sum(-1)
+
+    def references(self):
+        with torch.no_grad():
+            if self.reference is not None:
+                return [self.logps(self.reference, *batch) for batch in self.batches]
+            with self.model.disable_adapter():
+                return [self.logps(self.model, *batch) for batch in self.batches]
+
+    def step(self):
+        began = time.perf_counter()
+        constants = self.references()
+        policy = [self.logps(self.model, *batch) for batch in self.batches]
+        chosen, rejected, visual = (BETA * (a - b) for a, b in zip(policy, constants, strict=True))
+        sigmoid = torch.nn.functional.logsigmoid
+        loss = -(sigmoid(chosen - rejected) + sigmoid(chosen - visual)).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - began, loss.item(), norm.item()
+
+
+class Trl:
+    """TRL's `DPOTrainer.train`, its own loop, on its vision path and its own collator.
+
+    TRL's defaults but for gradient checkpointing, which is off (it would cost time), and what all
+    contestants share: learning rate, LoRA, frozen tower. bf16 is TRL's default, too: autocast over
+    fp32 weights. Timed: from its `on_step_begin` to `on_step_end`, so without collation. With
+    the word `labelled` the head projects labelled rows alone in that step, as TRL does on CUDA.
+    """
+
+    def __init__(self, folder, tune, dtype):
+        import datasets
+        from peft import LoraConfig
+        from transformers import (
+            AutoConfig,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            TrainerCallback,
+        )
+        from trl import DPOConfig, DPOTrainer
+
+        self.imported = memory()
+        rows = datasets.load_dataset(
+            "parquet", data_files=str(folder / "pairs.parquet"), split="train",
+            cache_dir=str(folder / "datasets"),
+        ).select_columns(["prompt", "chosen", "rejected", "images"])  # fmt: skip
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder / "model")
+            settings = lora_settings(AutoModelForImageTextToText.from_config(config))
+        self.trainer = DPOTrainer(
+            model=str(folder / "model"),
+            processing_class=AutoProcessor.from_pretrained(folder / "model"),
+            train_dataset=rows,
+            peft_config=LoraConfig(**settings) if tune == "lora" else None,
+            args=DPOConfig(
+                output_dir=str(folder / "trl"),
+                per_device_train_batch_size=len(rows),
+                max_steps=1000,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                beta=BETA,
+                max_grad_norm=CLIP,
+                max_length=None,
+                gradient_checkpointing=False,
+                bf16=dtype == "bf16",
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                logging_first_step=True,
+                logging_steps=1000,
+                disable_tqdm=True,
+            ),
+        )
+        model = self.trainer.model
+        tower = (model.get_base_model() if tune == "lora" else model).model.vision_tower
+        tower.requires_grad_(False)
+        move(model, tune)
+        self.callback = TrainerCallback
+
+    def serve(self, commands, answer):
+        from trl.trainer import utils
+
+        commands, trainer = iter(commands), self.trainer
+
+        class Clock(self.callback):
+            def on_step_begin(self, args, state, control, **_):
+                words = next(commands, None)
+                if words is None:
+                    os._exit(0)  # there is nothing to save
+                if "keep" in words:
+                    allocate("keep")
+                # The switch inside `add_fused_lm_head`; the kernel itself keeps its torch path.
+                utils._use_triton = lambda device: "labelled" in words
+                self.began = time.perf_counter()
+
+            def on_step_end(self, args, state, control, **_):
+                self.seconds = time.perf_counter() - self.began
+                if state.global_step > 1:
+                    answer(self.seconds, None, None)
+
+            def on_log(self, args, state, control, logs, **_):
+                if state.global_step == 1:
+                    answer(self.seconds, logs["loss"], logs["grad_norm"])
+
+        trainer.add_callback(Clock)
+        trainer.train()
+
+
+CONTESTANTS = {"ours": Ours, "trl": Trl, "released": Released}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=CONTESTANTS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tune", choices=("lora", "full"))
+    parser.add_argument("dtype", choices=("fp32", "bf16"))
+    arguments = parser.parse_args()
+    allocate("return")
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+
+    def tell(**found):
+        print(json.dumps(found | memory()), file=out, flush=True)
+
+    where = (arguments.folder, arguments.tune, arguments.dtype)
+    contestant = CONTESTANTS[arguments.name](*where)
+    tell(imported=contestant.imported["VmRSS"])
+    names = ("seconds", "loss", "norm")
+    contestant.serve(
+        (line.split() for line in sys.stdin),
+        lambda *found: tell(**dict(zip(names, found, strict=True))),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Models and processors from folders and hub names, and LoRA on them.
+
+Weights are read from safetensors alone, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from realign.attention import IMPLEMENTATIONS
+from realign.layouts import has_softcap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a model may compute in, by the names of the settings."""
+
+
+def load_processor(path: str | Path):
+    """Load a model folder's processor; a text-only model is refused.
+
+    Raises:
+        ValueError: when the model is text-only, or its processor has no chat template.
+    """
+    _vision_config(path)
+    processor = _from_pretrained(AutoProcessor, path)
+    if not processor.chat_template:
+        raise ValueError(
+            f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "
+            "one with it (processor.chat_template = ...; processor.save_pretrained(...))."
+        )
+    return processor
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "tree",
+    *,
+    meta: bool = False,
+) -> PreTrainedModel:
+    """Load a vision-language model from a folder or hub name; an adapter is merged into its base.
+
+    Args:
+        path: the folder or name.
+        dtype: in which its weights are kept.
+        attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
+            a softcap, which sdpa has not, eager is taken for it.
+        meta: without weights, on the meta device (`sharding.shard` sends those of rank 0).
+
+    Raises:
+        ValueError: for a text-only model.
+    """
+    config, auto = _vision_config(path), AutoModelForImageTextToText
+    if attention in ("tree", "sdpa") and has_softcap(config):
+        attention = "eager"
+    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    if meta:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
+    options = {"attn_implementation": kinds, "use_safetensors": True}
+    if (base := adapter_base(path)) is None:
+        return _from_pretrained(auto, path, dtype=dtype, **options)
+    wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
+    merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
+    return merged.to(dtype).requires_grad_(True)  # PEFT froze them
+
+
+def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a final model for inference: full weights, or an adapter with the base it names."""
+    return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype).eval()
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The base model that an adapter folder names; None for a folder or name of a whole model."""
+    adapter = Path(path) / "adapter_config.json"
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+
+
+def _vision_config(path: str | Path):
+    """The configuration of a vision-language model; that of an adapter is its base's."""
+    config = _from_pretrained(AutoConfig, adapter_base(path) or path)
+    if not hasattr(config, "vision_config"):
+        raise ValueError(
+            f"{path} is a text-only model ({config.model_type}). Pass a vision-language model to "
+            "--model."
+        )
+    return config
+
+
+def _from_pretrained(auto_class, path: str | Path, **options):
+    """`auto_class.from_pretrained`, with one line where there is no model."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except ImportError as error:  # such as torchvision, of Qwen's processors
+        needs = " ".join(str(error).split())
+        raise ValueError(f"{path} needs a package that is not installed: {needs}") from error
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
+            "Face model with its processor, or the name of one on the hub."
+        ) from error
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
+    """Put LoRA on every linear layer of the language model, and freeze everything else."""
+    language = model.model.get_decoder()
+    (place,) = (name for name, module in model.named_modules() if module is language)
+    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
+    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(names))})"
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model, exactly: every LoRA layer in `model` passes on what its base layer gives.
+
+    PEFT's own `disable_adapter` also toggles `requires_grad`, which FSDP2 reads when it sets its
+    groups up, so that LoRA would not train afterwards.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -1,0 +1,179 @@
+"""How much memory a run will take, found out without taking it.
+
+The model is built without storage and one real micro-batch goes through it, forward and backward,
+as fake tensors: torch computes shapes and dtypes only, for any architecture, LoRA or not. What
+would be alive is counted allocation by allocation. So nothing here knows what a layer keeps.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from realign.forest import ForestBatch
+from realign.model import ForestModel
+from realign_kernels import default_chunk_rows
+
+HEAP = 1.5
+"""Bytes that a CPU's process holds for a byte of live tensors in a step: glibc 2.36 keeps holes
+that it cannot reuse. Measured on a LLaVA of 60M parameters: 1.9 (LoRA, fp32), 1.7 (LoRA, bf16), 1.2
+(full, fp32)."""
+PROCESS = 80 * 2**20
+"""Bytes of a CPU's process besides tensors and imports: kernels' buffers, records, tokenizer."""
+
+
+class Trace(TorchDispatchMode):
+    """Records when tensors' memory is taken and given back inside the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[int, int]] = []  # (block, bytes), negative bytes when it ends
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage) -> None:
+        if storage in self._known or storage.nbytes() == 0:
+            return
+        block = len(self.events)
+        self._known[storage] = block
+        self.events.append((block, storage.nbytes()))
+        weakref.finalize(storage, self.events.append, (block, -storage.nbytes()))
+
+
+def live_peak(events: Sequence[tuple[int, int]]) -> int:
+    """Most bytes alive at one time."""
+    now = peak = 0
+    for _, size in events:
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Most bytes of one rank beyond weights and optimizer, by the moment."""
+
+    training: int
+    """Activations and gradients in forward and backward."""
+    gradients: int
+    """Those among them that are gradients, when all are there."""
+    reference: int
+    """A forward of the reference pass."""
+
+
+@contextmanager
+def fake_tensors(device: torch.device) -> Iterator[None]:
+    """Tensors made inside have no storage; checks that read values are off in transformers."""
+    with (
+        mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.device(device),
+    ):
+        yield
+
+
+def give_fake_storage(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace parameters and buffers on the meta device by fake ones in `dtype` on `device`."""
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                new = torch.empty(old.shape, dtype=dtype, device=device)
+                module._parameters[name] = nn.Parameter(new, old.requires_grad)
+        for name, old in module._buffers.items():
+            if old is not None:
+                module._buffers[name] = torch.empty(old.shape, dtype=old.dtype, device=device)
+
+
+def measure(
+    model: ForestModel,
+    batch: ForestBatch,
+    device: torch.device,
+    *,
+    forwards: int,
+    ranks: int,
+    sharded: bool,
+) -> StepMemory:
+    """Send a micro-batch through a model of fake tensors; call inside `fake_tensors`.
+
+    Args:
+        model: with `give_fake_storage`, in the dtype it computes in.
+        batch: the micro-batch, on the CPU.
+        device: whose memory is asked for.
+        forwards: micro-batches in a step of one rank: from the second on gradients are there.
+        ranks: over which gradients are sharded.
+        sharded: whether gradients are reduced to fp32 shards as they come.
+    """
+    batch = batch.to(device)
+    with Trace() as trace, torch.no_grad():
+        try:
+            _loss(model, batch)
+        except DataDependentOutputException:  # the tower reads its grids
+            batch = _with_features(model, batch)
+            trace.events.clear()
+            _loss(model, batch)
+    reference = live_peak(trace.events)
+    kept: list[torch.Tensor] = []
+
+    def reduce(parameter: nn.Parameter) -> None:
+        if len(kept) < len(trained):
+            kept.append(torch.empty(-(-parameter.numel() // ranks), dtype=torch.float32))
+        parameter.grad = None
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if sharded:
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(reduce)
+    with Trace() as trace:
+        for _ in range(min(2, forwards)):
+            loss, workspace = _loss(model, batch)
+            loss.backward()
+            del loss, workspace
+    gradients = sum(g.nbytes for g in kept) or sum(p.grad.nbytes for p in trained)
+    return StepMemory(live_peak(trace.events), gradients, reference)
+
+
+def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:
+    """The same batch with features of its images, as lists: the tower is left out."""
+    config = model.vlm.config
+    width = config.get_text_config().hidden_size
+    levels = getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
+    names = ["list", *(f"deepstack.{level}" for level in range(len(levels)))]
+    features = tuple(
+        {name: torch.empty(tokens, width, dtype=model.dtype) for name in names}
+        for tokens in batch.images.tokens
+    )
+    return replace(batch, images=None, features=features)
+
+
+def _loss(model: ForestModel, batch: ForestBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stand-in for the loss that holds as much as the head does, and the head's workspace.
+
+    The head reads its input's values, which are not there. It keeps a direction (N, H) in fp32,
+    fills a chunk of logits, and makes the gradient of a weight that learns in the forward.
+    """
+    hidden = model._hidden(batch)
+    weight = model.vlm.get_output_embeddings().weight
+    rows = default_chunk_rows(len(weight), weight.device) * (1 + weight.requires_grad)
+    workspace = torch.empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
+    loss = (hidden.float() * torch.empty_like(hidden, dtype=torch.float32)).sum()
+    if weight.requires_grad:
+        gradient = torch.empty(weight.numel(), dtype=weight.dtype)
+        loss = loss + torch.dot(weight.flatten(), gradient)
+    return loss, workspace

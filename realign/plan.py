@@ -1,0 +1,380 @@
+"""The plan of a run, before any of it: `python -m realign.train --dry-run`.
+
+Settings and records are checked as training does, so their mistakes show here. No weights are read
+and nothing is written. Counts are exact; memory and time are estimates, and say so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from realign import memory, parallel, reference, sharding
+from realign.attention import row_budget
+from realign.checkpoint import Checkpoints
+from realign.config import TrainConfig
+from realign.digits import ASSETS
+from realign.encode import encode_records, make_objective
+from realign.forest import Example, ForestBatch, build_batch
+from realign.images import ImageStore
+from realign.loading import DTYPES, add_lora, load_model, load_processor
+from realign.model import ForestModel
+from realign.records import read_pairs
+from realign.run import prepare_pairs, steps_done
+from realign.schedule import batches, share_of_rank, total_steps
+from realign.throughput import cost_of, image_flop, process_memory, work_of
+from realign_kernels import ReferenceCache, collect_leaves, refcache
+
+_SAMPLED = 64  # forwards that are laid out to know rows and padding
+
+
+def make(config: TrainConfig) -> str:
+    """The plan as lines of text.
+
+    Raises:
+        ValueError: for what training would refuse before its first step.
+    """
+    imports = process_memory("VmRSS")
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = _pairs(config, Path(scratch))
+        plan = Plan(config, pairs)
+        rows = [*plan.what(), *plan.forest(), *plan.schedule()]
+        rows += [*plan.memory(imports), *plan.duration(), plan.disk()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def _pairs(config: TrainConfig, scratch: Path) -> Path:
+    """The pairs file; the digit pairs that a run would make for itself are made elsewhere."""
+    own = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
+    if config.data.pairs is None and config.model.model is None and own.exists():
+        return own
+    return prepare_pairs(replace(config, run=replace(config.run, output=str(scratch))))
+
+
+@dataclass
+class _Layout:
+    """A forward's rows."""
+
+    rows: int
+    columns: int
+    work: dict[str, float]
+    batch: Sequence[Example]
+
+
+class Plan:
+    """What a run will do, from its settings and records.
+
+    Args:
+        config: the settings.
+        pairs: the pairs file.
+
+    Raises:
+        ValueError: for settings, records or a model that cannot be trained on.
+    """
+
+    def __init__(self, config: TrainConfig, pairs: Path) -> None:
+        self.config, self.dtype = config, DTYPES[config.model.dtype]
+        self.base = config.model.model or str(ASSETS)
+        self.lora = config.model.tune == "lora"
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.ranks = parallel.planned_ranks(config.scale.fsdp, config.scale.nproc_per_node)
+        self.shards = self.ranks // config.scale.replicas
+        self.sharded = config.scale.fsdp or self.dtype != torch.float32
+        checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
+        self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
+        self.share = share_of_rank(config.optim.batch_size, 0, self.ranks)
+
+        self.processor = load_processor(self.base)
+        kept = self.dtype if self.lora else torch.float32
+        self.vlm = load_model(self.base, kept, config.model.attention, meta=True)
+        self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
+        records = read_pairs(pairs)
+        self.objective = make_objective(config.loss, records)
+        self.examples, self.store = encode_records(
+            records,
+            self.processor,
+            self.objective,
+            layout=self.model.layout,
+            max_response_tokens=config.data.max_response_tokens,
+            max_tokens=self.vlm.config.get_text_config().max_position_embeddings,
+            progress=False,
+        )
+        self.about = reference.description(
+            self.vlm, self.processor, self.dtype, self.device, config.scale.kernels
+        )
+        self.per_image_token = self._per_image_token()
+        self.forward_cost = cost_of(self.model, self.per_image_token, backward=False)
+        self.whole = sum(p.numel() for p in self.vlm.parameters())
+        if self.lora:
+            add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
+        sharding.wrap_layers(
+            sharding.trained_layers(self.model),
+            compiled=False,  # the same is kept
+            checkpointed=config.scale.activation_checkpointing,
+        )
+        self.cost = cost_of(self.model, self.per_image_token)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.learning = sum(p.numel() for p in self.trained)
+        self.total = total_steps(len(self.examples), config.optim)
+        self.layouts = self._layouts()
+
+    def _per_image_token(self) -> float:
+        """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
+        kept = self.dtype if self.lora else torch.float32
+        model = ForestModel(
+            load_model(self.base, kept, self.config.model.attention, meta=True), dtype=self.dtype
+        )
+        cpu = torch.device("cpu")
+        with memory.fake_tensors(cpu):
+            memory.give_fake_storage(model, cpu, self.dtype)
+            try:
+                return image_flop(model, self.store)
+            except DataDependentOutputException:
+                return 0.0
+
+    def _parts(self) -> list[np.ndarray]:
+        """Example indices of the forwards of rank 0, in the steps that are left, or the first."""
+        optim, parts = self.config.optim, []
+        steps = batches(
+            len(self.examples), optim.batch_size, self.config.run.seed, first=0, last=self.total
+        )
+        for _, batch in steps:
+            mine = batch[self.share]
+            size = optim.micro_batch_size
+            parts += [mine[start : start + size] for start in range(0, len(mine), size)]
+            if len(parts) >= _SAMPLED:
+                break
+        return parts
+
+    def _batch(self, chosen: Sequence[Example]) -> ForestBatch:
+        budget = self.config.data.row_tokens or row_budget(self.model.attention, chosen)
+        return build_batch(chosen, self.store, row_tokens=budget)
+
+    def _layouts(self) -> list[_Layout]:
+        found = []
+        for part in self._parts():
+            chosen = [self.examples[i] for i in part]
+            batch = self._batch(chosen)
+            work = {name: float(value) for name, value in work_of(batch, chosen).items()}
+            found.append(_Layout(*batch.input_ids.shape, work, chosen))
+        return found
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of a rank in a step."""
+        return -(-(self.share.stop - self.share.start) // self.config.optim.micro_batch_size)
+
+    def _mean(self, name: str) -> float:
+        """Work of a forward."""
+        return float(np.mean([layout.work[f"work/{name}"] for layout in self.layouts]))
+
+    def what(self) -> list[tuple[str, str]]:
+        """Objective, model, and what of it learns."""
+        settings, kind = self.config.model, self.vlm.config
+        how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
+        everything = sum(p.numel() for p in self.model.parameters())
+        separate = self.model.layout.separate
+        sharing = "prompts shared" if separate is None else f"a prompt per response: {separate}"
+        return [
+            ("objective", f"{self.objective.name}, {len(self.objective.leaves)} leaves"),
+            (
+                "model",
+                f"{self.base}: {kind.model_type}, {self.whole:,} parameters, {settings.dtype}, "
+                f"{self.model.attention} attention, {sharing}",
+            ),
+            (
+                "trains",
+                f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
+            ),
+        ]
+
+    def forest(self) -> list[tuple[str, str]]:
+        """Records, tokens, and what sharing saves."""
+        leaves = collect_leaves(self.examples)
+        distinct = len(set(leaves.keys.tolist()))
+        image = self.model.layout.image_token_id
+        roots = [root for example in self.examples for root in example.roots]
+        images = np.mean([(root.ids == image).sum() for root in roots])
+        prompt = np.mean([len(root.ids) for root in roots]) - images
+        longest = max(example.longest_tree for example in self.examples)
+        tokens, separate = self._mean("tokens"), self._mean("separate")
+        cells = np.mean([layout.rows * layout.columns for layout in self.layouts])
+        known, folder = self._known(leaves)
+        return [
+            ("records", f"{len(self.examples):,}, {len(self.store):,} distinct images"),
+            (
+                "tokens",
+                f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
+                f"{leaves.lengths.mean():.0f} in a response (mean; {leaves.lengths.max()} at "
+                f"most); longest tree {longest:,}",
+            ),
+            (
+                "forest",
+                f"{tokens:,.0f} tokens in a forward instead of {separate:,.0f} as separate "
+                f"sequences: {1 - tokens / separate:.1%} saved",
+            ),
+            (
+                "rows",
+                f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
+                f"{1 - tokens / cells:.1%} padding",
+            ),
+            (
+                "references",
+                f"{distinct:,} distinct leaves, {known:,} of them known{folder}",
+            ),
+        ]
+
+    def _known(self, leaves) -> tuple[int, str]:
+        """Leaves in the fullest table whose fingerprint fits but for the weights, not read here."""
+        directory = Path(self.config.run.reference_cache or reference.default_directory())
+        best, where = 0, ""
+        for folder, parts in (refcache.tables(directory) if directory.is_dir() else {}).items():
+            if {k: v for k, v in parts.items() if k != "weights"} != self.about:
+                continue
+            with ReferenceCache.open(directory, parts, read_only=True) as cache:
+                present = leaves.keys[~cache.missing(leaves)]
+            if (count := len(set(present.tolist()))) > best:
+                best, where = count, f" in {folder} if its weights are these"
+        return best, where
+
+    def schedule(self) -> list[tuple[str, str]]:
+        """Steps, and how they are divided."""
+        optim = self.config.optim
+        epochs = self.total * optim.batch_size / len(self.examples)
+        resumed = f", {self.done:,} of them done" if self.done else ""
+        return [
+            (
+                "steps",
+                f"{self.total:,} of {optim.batch_size} examples, {epochs:.2f} epochs{resumed}; "
+                f"{self.ranks} rank(s), {self.forwards} forward(s) of each in a step",
+            )
+        ]
+
+    def memory(self, imports: int) -> list[tuple[str, str]]:
+        """The largest moment of a rank, by part."""
+        parts = self.memory_parts()
+        if self.device.type == "cpu":
+            parts["imported libraries"] = imports
+            room = _physical_memory() // self.ranks
+        else:
+            room = torch.cuda.get_device_properties(self.device).total_memory
+        total = sum(parts.values())
+        rows = [(f"  {name}", _gib(size)) for name, size in parts.items()]
+        verdict = "" if total < room else "; it will NOT fit"
+        summary = f"{_gib(total)} of {_gib(room)} for a rank, estimated{verdict}"
+        return [(f"memory, {self.device.type}", summary), *rows]
+
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes of a rank at its largest moment, without what its imports take."""
+        stored = sum(
+            p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
+        )
+        gathered = 0
+        if self.sharded:
+            sizes = [sum(p.numel() for p in layer.parameters()) for layer in self.model.layers]
+            root = sum(p.numel() for p in self.model.parameters()) - sum(sizes)
+            gathered = (root + 2 * max(sizes)) * self.dtype.itemsize
+        largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
+        batch = self._batch(largest.batch)
+        sizes = [value.nbytes for value in batch.images.inputs.values()]
+        image = sum(sizes) // len(batch.images.tokens)
+        with memory.fake_tensors(self.device):
+            memory.give_fake_storage(self.model, self.device, self.dtype)
+            step = memory.measure(
+                self.model,
+                batch,
+                self.device,
+                forwards=self.forwards,
+                ranks=self.shards,
+                sharded=self.sharded,
+            )
+        cpu = self.device.type == "cpu"
+        in_step = round(max(step.training, step.reference) * (memory.HEAP if cpu else 1))
+        # AdamW's foreach form on CUDA makes a copy of all it updates; a CPU goes one by one.
+        shard = self.learning // self.shards
+        update = step.gradients + (0 if cpu else 4 * shard)
+        parts = {
+            "weights": stored // self.shards,
+            "gathered weights": gathered,
+            "AdamW": 8 * shard,
+            "activations, gradients": max(in_step, update),
+        }
+        if self.config.scale.cpu_offload:  # these are in host memory
+            parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
+        if cpu:
+            parts["images"] = min(len(self.store) * image, ImageStore.CACHE_BYTES)
+            parts["process"] = memory.PROCESS
+        return {name: size for name, size in parts.items() if size}
+
+    def duration(self) -> list[tuple[str, str]]:
+        """Time of the matrix products alone."""
+        rate = _matmul_rate(self.device, self.dtype)
+        machine = rate * (self.ranks if self.device.type == "cuda" else 1)
+        flop = np.mean([self.cost.of(layout.work) for layout in self.layouts])
+        forward = np.mean([self.forward_cost.of(layout.work) for layout in self.layouts])
+        step = flop * self.forwards * self.ranks
+        size = np.mean([len(layout.batch) for layout in self.layouts])
+        reference_pass = forward / size * len(self.examples) / machine
+        seconds = step / machine
+        left = seconds * (self.total - self.done)
+        return [
+            (
+                "time",
+                f"at least {_clock(left)} for steps of {seconds:.2g} s, and up to "
+                f"{_clock(reference_pass)} for references: {step / 1e12:,.3g} TFLOP a step at the "
+                f"{machine / 1e12:,.3g} TFLOP/s of bare matrix products, just measured",
+            )
+        ]
+
+    def disk(self) -> tuple[str, str]:
+        """What is written, and the room there is."""
+        whole = not self.lora or self.config.run.merge
+        stored = self.dtype.itemsize if self.lora else 4
+        final = self.whole * stored if whole else self.learning * 4
+        place = Path(self.config.run.output).absolute()
+        while not place.exists():
+            place = place.parent
+        return (
+            "disk",
+            f"{self.config.run.keep} checkpoints of {_gib(12 * self.learning)}, final model "
+            f"{_gib(final)}; {_gib(shutil.disk_usage(place).free)} free",
+        )
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square products, over a third of a second."""
+    size = 4096 if device.type == "cuda" else 1024
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    count, began = 0, None
+    while began is None or time.perf_counter() - began < 0.33:
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if began is None:  # the first one sets things up
+            began = time.perf_counter()
+        else:
+            count += 1
+    return 2 * size**3 * count / (time.perf_counter() - began)
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 3600:.2f} h"

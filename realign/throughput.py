@@ -1,0 +1,242 @@
+"""How fast a step is, and what it takes: tokens, model FLOP, MFU, peak memory.
+
+The *work* of a batch is counted from its layout and travels with the metrics' sums through their
+one all-reduce; the `Meter` turns it into rates. FLOP are those that the forest needs, with
+multiplication and addition counted as two: matrix products over real tokens, attention over the
+pairs that the mask allows. Padding, masked pairs and recomputed activations do not count, so they
+lower MFU (model FLOP utilisation, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from realign import parallel
+from realign.forest import Example, ForestBatch
+from realign.images import ImageStore
+from realign.model import ForestModel
+
+TIMING = (
+    "seconds",
+    "tokens_per_second",
+    "response_tokens_per_second",
+    "peak_memory_gib",
+    "mfu",
+)
+"""Metrics that differ from run to run; all others are the same for the same settings."""
+
+_WORK = ("work/tokens", "work/separate", "work/responses", "work/pairs", "work/images")
+
+PEAK_TFLOPS = {
+    "A100": (312, 156, 19.5),
+    "H100 PCIe": (756, 378, 51.2),
+    "H100 NVL": (835, 417, 60.0),
+    "H100": (989, 494, 66.9),
+    "H200 NVL": (835, 417, 60.0),
+    "H200": (989, 494, 66.9),
+    "L40S": (362, 183, 91.6),
+    "L4": (121, 60, 30.3),
+}
+"""Dense bf16, TF32 and fp32 peaks by a part of the device's name, the first that fits. From
+NVIDIA's data sheets of these products, whose figures with sparsity are halved."""
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s that a device's matrix products cannot exceed; None where it is not known.
+
+    fp32 products run as TF32 where `torch.set_float32_matmul_precision` lets them.
+    """
+    words = device_name.replace("-", " ").split()
+    for name, (bf16, tf32, fp32) in PEAK_TFLOPS.items():
+        if all(word in words for word in name.split()):
+            exact = torch.get_float32_matmul_precision() == "highest"
+            return 1e12 * (bf16 if dtype == torch.bfloat16 else fp32 if exact else tf32)
+    return None
+
+
+def separate_tokens(example: Example) -> int:
+    """Tokens of an example whose every leaf is a sequence of its own."""
+    return sum(len(example.roots[leaf.root].ids) + len(leaf.ids) for leaf in example.leaves)
+
+
+def work_of(
+    batch: ForestBatch, examples: Sequence[Example], device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """What a batch takes, as fp64 scalars that can be added up.
+
+    `tokens` are those of its rows without padding, `separate` those of a sequence per leaf,
+    `responses` the rows that meet the vocabulary, `pairs` the (query, key) pairs of its attention
+    mask, windows and two-way blocks aside, `images` the tokens of its distinct images, 0 where
+    their features are kept.
+
+    Args:
+        batch: a batch on the CPU, as it was built.
+        examples: what it was built of.
+        device: where the scalars are needed.
+    """
+    real = batch.segment >= 0
+    segment, parent = batch.segment[real], batch.parent[real]
+    lengths = torch.bincount(segment)
+    above = torch.zeros_like(lengths)
+    above[segment] = torch.where(parent == segment, 0, lengths[parent])
+    counts = [
+        int(lengths.sum()),
+        sum(separate_tokens(example) for example in examples),
+        len(batch.labels),
+        int((lengths * (lengths + 1) // 2 + lengths * above).sum()),
+        sum(batch.images.tokens) if batch.images else 0,
+    ]
+    found = torch.tensor(counts, dtype=torch.float64).to(device)
+    return dict(zip(_WORK, found.unbind(), strict=True))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOP for one unit of each kind of work."""
+
+    token: float
+    """A token through the linear layers of the language model."""
+    response: float
+    """A response token through the head."""
+    pair: float
+    """A query and a key in the attention of all layers."""
+    image: float
+    """What the tower takes for one image token."""
+
+    def of(self, work: dict[str, float]) -> float:
+        """FLOP of a batch with this work."""
+        units = {"tokens": self.token, "responses": self.response, "pairs": self.pair}
+        units["images"] = self.image
+        return sum(work[f"work/{name}"] * each for name, each in units.items())
+
+
+def image_flop(model: ForestModel, store: ImageStore) -> float:
+    """FLOP of the vision tower and what joins it for one image token, counted on the first image.
+
+    Raises:
+        ValueError: when the processor does not belong to the model.
+    """
+    first, kept = next(iter(store.keys())), next(model.vlm.parameters())
+    counter = FlopCounterMode(display=False)  # knows no attention kernels but plain products
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model.image_features(store.batch([first]).to(kept.device, kept.dtype))
+    return counter.get_total_flops() / store.tokens(first)
+
+
+def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool = True) -> Cost:
+    """What a unit of work costs this model: in training, or with adapters off and no backward.
+
+    A product with n weights takes 2n FLOP forward, 2n for the gradient of its input and 2n for that
+    of its weights if they learn; attention takes 4 x width for a pair and layer, and 8 backward.
+
+    Args:
+        model: whole or sharded.
+        per_image_token: of `image_flop`.
+        backward: whether there is one.
+    """
+    vlm, text = model.vlm, model.vlm.config.get_text_config()
+    head, learns = vlm.get_output_embeddings(), backward and _learns(vlm.model.get_encoder("image"))
+    width = text.num_attention_heads * _head_width(text)
+    return Cost(
+        token=_linear(vlm.model.get_decoder(), backward),
+        response=2 * _weights(head) * (1 + backward + (backward and _learns(head))),
+        pair=4 * width * text.num_hidden_layers * (3 if backward else 1),
+        image=per_image_token * (3 if learns else 1),
+    )
+
+
+def _head_width(text) -> int:
+    """Width of an attention head."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _linear(part: nn.Module, backward: bool) -> float:
+    """FLOP of one position through every matrix of a part."""
+    total, learns = 0, backward and _learns(part)
+    for name, layer in part.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (backward or "lora_" not in name):
+            weights = layer.weight.numel()
+            total += 2 * weights * (1 + learns + (learns and layer.weight.requires_grad))
+    return total
+
+
+def _weights(head: nn.Module) -> int:
+    return getattr(head, "base_layer", head).weight.numel()
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(p.requires_grad for p in part.parameters())
+
+
+class Meter:
+    """Rates of the steps of a run.
+
+    Args:
+        model: the model as it is trained.
+        device: of this rank; the other ranks have the same.
+        dtype: in which it computes.
+        per_image_token: of `image_flop`.
+    """
+
+    def __init__(
+        self,
+        model: ForestModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        per_image_token: float = 0.0,
+    ) -> None:
+        self._cost, self._device = cost_of(model, per_image_token), device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._peak = peak_flops(name, dtype)
+
+    def read(self, found: dict[str, float], batch_size: int, seconds: float) -> dict[str, float]:
+        """The metrics of a step's speed; takes its work out of `found`.
+
+        Args:
+            found: metrics as means over the examples of the global batch, the work among them.
+            batch_size: how many examples that were.
+            seconds: what the step took.
+        """
+        work = {name: found.pop(name) * batch_size for name in _WORK}
+        rates = {
+            "tokens": work["work/tokens"],
+            "tokens_saved": 1 - work["work/tokens"] / work["work/separate"],
+            "seconds": seconds,
+            "tokens_per_second": work["work/tokens"] / seconds,
+            "response_tokens_per_second": work["work/responses"] / seconds,
+            "peak_memory_gib": peak_memory(self._device) / 2**30,
+        }
+        if self._peak:
+            limit = self._peak * parallel.world_size()
+            rates["mfu"] = self._cost.of(work) / seconds / limit
+        return rates
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of tensors on CUDA, of this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return process_memory("VmHWM")
+
+
+def process_memory(field: str) -> int:
+    """Resident bytes of this process: now (VmRSS), or the most so far (VmHWM).
+
+    From Linux's own account; `getrusage` gives the most so far elsewhere, and on Linux would count
+    the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(e for e in status.read_text().splitlines() if e.startswith(field))
+        return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

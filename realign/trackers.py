@@ -1,0 +1,172 @@
+"""Where a run's metrics go: a line and a bar for people, JSONL always, TensorBoard and W&B.
+
+A tracker takes the entries of steps, one after another, and is closed at the end. A resumed run
+goes on in each of them: entries of steps that are run again replace those of the killed run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from realign.config import RunConfig, TrainConfig
+from realign.metrics import JsonlLog, step_line, write_whole
+
+_RUN_ID = "wandb-id.txt"
+
+
+class Tracker(Protocol):
+    """Takes metrics; used as a context, whose end writes what is not yet written."""
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Take the metrics of one step; `step` and `epoch` are among them."""
+
+    def __enter__(self) -> Tracker: ...
+
+    def __exit__(self, *_) -> None: ...
+
+
+def check_packages(run: RunConfig) -> None:
+    """What the settings ask for must be installed; called before any work.
+
+    Raises:
+        ValueError: names the package and how to install it.
+    """
+    wanted = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
+    for package, asked in wanted.items():
+        if asked and package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"--{package} needs the package {package}, which is not installed: "
+                f"pip install 'realign[{package}]', or leave the flag out."
+            )
+
+
+class Trackers:
+    """All trackers of a run; none on ranks other than 0.
+
+    Args:
+        config: the settings; `run` says which trackers there are.
+        name: what the bar is called.
+        total: steps of the whole run.
+        done: steps that are done already.
+        first_rank: whether this is rank 0.
+    """
+
+    def __init__(
+        self, config: TrainConfig, name: str, *, total: int, done: int, first_rank: bool
+    ) -> None:
+        run, output = config.run, Path(config.run.output)
+        self._all: list[Tracker] = []
+        if not first_rank:
+            return
+        self._all.append(JsonlLog(output / "metrics.jsonl", keep_steps=done))
+        if run.tensorboard:
+            self._all.append(TensorBoardLog(output / "tensorboard", done))
+        if run.wandb is not None:
+            self._all.append(WandbLog(run.wandb, output, config.to_dict(), done))
+        if not run.quiet:
+            self._all.append(Console(name, total=total, done=done, every=run.log_every))
+
+    def __enter__(self) -> Trackers:
+        with ExitStack() as stack:
+            for tracker in self._all:
+                stack.enter_context(tracker)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Give an entry to all."""
+        for tracker in self._all:
+            tracker.write(entry)
+
+
+class Console:
+    """A line on stdout for every step, or every `every`-th; on a terminal a bar below it."""
+
+    def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
+        self._total, self._every = total, every
+        # disable=None: no bar, and so no carriage return, where stderr is no terminal
+        self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        step = entry["step"]
+        if step % self._every == 0 or step == self._total:
+            tqdm.write(step_line(entry, self._total))
+            sys.stdout.flush()
+        self._bar.update()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+
+class TensorBoardLog:
+    """Event files that `tensorboard --logdir` reads; entries after step `done` are purged."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        for name, value in _scalars(entry):
+            self._writer.add_scalar(name, value, entry["step"])
+        self._writer.flush()
+
+    def __enter__(self) -> TensorBoardLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._writer.close()
+
+
+class WandbLog:
+    """A run of Weights & Biases, under an id that is kept in the output folder.
+
+    `WANDB_MODE=offline` needs no network; `wandb sync` uploads it later. W&B keeps the first values
+    of a step, which are those of the repeated step, too.
+    """
+
+    def __init__(self, project: str, output: Path, config: dict[str, Any], done: int) -> None:
+        import wandb
+
+        kept = output / _RUN_ID
+        known = kept.read_text().strip() if done and kept.exists() else None
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=known,
+                resume="allow" if known else None,
+                dir=str(output),
+                name=output.name,
+                config=config,
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"--wandb {project}: {error}. Log in with `wandb login`, or set WANDB_MODE=offline."
+            ) from error
+        write_whole(kept, self._run.id + "\n")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._run.log(dict(_scalars(entry)), step=entry["step"])
+
+    def __enter__(self) -> WandbLog:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._run.finish(exit_code=0 if kind is None else 1)
+
+
+def _scalars(entry: dict[str, Any]) -> Sequence[tuple[str, float]]:
+    return [(name, value) for name, value in entry.items() if name != "step"]

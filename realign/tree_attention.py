@@ -1,0 +1,97 @@
+"""Attention over a forest: every tree by itself, without a mask over the whole row.
+
+The mask of `ForestBatch.attention_mask` costs attention over a row squared, whatever it hides, and
+rows that are padded. Here a root with its first leaf is one causal sequence, every further leaf
+attends to its root and to itself, and trees stand in one row without padding: what is computed is
+what is seen. The function is registered with transformers under the name `forest`; layers take it
+by their configuration, and nothing is patched.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "forest"
+"""What a model's `_attn_implementation` is when it attends by tree."""
+
+Trees = tuple[tuple[tuple[int, ...], ...], ...]
+"""For each row its trees in order, each the lengths of its root and leaves."""
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """What to pass as attention mask: four axes, so that transformers makes none of its own."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def forest_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (R, heads, T, D)
+    key: torch.Tensor,  # (R, groups, T, D)
+    value: torch.Tensor,  # (R, groups, T, D)
+    attention_mask: torch.Tensor | None,
+    *,
+    trees: Trees | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each tree of each row, whatever the mask; padding gives zeros.
+
+    Without `trees`, in a forward over plain sequences, it is transformers' `sdpa`.
+
+    Returns:
+        (R, T, heads, D), and None where other implementations give weights.
+
+    Raises:
+        RuntimeError: when the model's layers were given trees and did not pass them on.
+    """
+    if trees is None:
+        if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
+            raise RuntimeError(
+                f"{type(module).__name__} does not pass on who sees whom; use --attention sdpa."
+            )
+        options |= {"dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    shared = {
+        "dropout_p": dropout,
+        "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    rows = [
+        _row(*parts, row, shared)
+        for *parts, row in zip(query.split(1), key.split(1), value.split(1), trees, strict=True)
+    ]
+    return torch.cat(rows).transpose(1, 2), None
+
+
+def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
+    """(1, heads, T, D) of one row."""
+    sizes = [size for root, first, *more in trees for size in (root + first, *more)]
+    sizes.append(query.shape[2] - sum(sizes))
+    # Split once: its backward joins the gradients, where that of a slice pads each to full length.
+    queries, keys, values = (iter(states.split(sizes, 2)) for states in (query, key, value))
+    found = []
+    for root, _, *more in trees:
+        k, v = next(keys), next(values)
+        found.append(F.scaled_dot_product_attention(next(queries), k, v, is_causal=True, **shared))
+        for size in more:
+            seen = torch.ones(size, root + size, dtype=torch.bool, device=query.device).tril(root)
+            found.append(
+                F.scaled_dot_product_attention(
+                    next(queries),
+                    torch.cat([k[:, :, :root], next(keys)], 2),
+                    torch.cat([v[:, :, :root], next(values)], 2),
+                    attn_mask=seen,
+                    **shared,
+                )
+            )
+    found.append(torch.zeros_like(next(queries)))
+    return torch.cat(found, 2)
+
+
+AttentionInterface.register(NAME, forest_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,71 @@
+"""One rank of three runs, one after the other: `ranks_worker.py PAIRS FOLDER RECORD`.
+
+Nothing happens to the first, in FOLDER/whole. In FOLDER/pixels an image of the record with that
+index becomes NaN at step 4, in FOLDER/gradient its loss is finite and its gradient is not.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from runs import arguments
+
+from realign import encode, model, parallel, train
+from realign.schedule import seed_step
+
+GOOD = {
+    "pixels": encode.ImageStore.pixels,
+    "forward": model.ForestModel.forward,
+    "load": train.load_inputs,
+}
+
+
+def plant(what, record, first):
+    """From step `first` on the record is bad, until `restore`."""
+    now = {"step": 0, "image": "", "name": ""}
+
+    def load(*given, **more):
+        inputs = GOOD["load"](*given, **more)
+        now["image"] = inputs.examples[record].roots[0].images[0]
+        now["name"] = inputs.examples[record].name
+        return inputs
+
+    def note(seed, number, rank):
+        now["step"] = number
+        seed_step(seed, number, rank)
+
+    def pixels(store, key):
+        good = GOOD["pixels"](store, key)
+        bad = what == "pixels" and now["step"] >= first and key == now["image"]
+        return torch.full_like(good, torch.nan) if bad else good
+
+    def forward(self, batch, *more):
+        out = GOOD["forward"](self, batch, *more)
+        if what == "gradient" and now["step"] >= first and now["name"] in batch.names:
+            out.loss.register_hook(lambda gradient: gradient * torch.nan)
+        return out
+
+    train.load_inputs, train.seed_step = load, note
+    encode.ImageStore.pixels, model.ForestModel.forward = pixels, forward
+
+
+def restore():
+    """Undo `plant`."""
+    train.load_inputs, train.seed_step = GOOD["load"], seed_step
+    encode.ImageStore.pixels = GOOD["pixels"]
+    model.ForestModel.forward = GOOD["forward"]
+
+
+if __name__ == "__main__":
+    pairs, folder, record = sys.argv[1:]
+    leave, parallel.stop = parallel.stop, lambda: None  # one process group for all three
+    for what in ("whole", "pixels", "gradient"):
+        if what != "whole":
+            plant(what, int(record), 4)
+        words = arguments(pairs, Path(folder) / what, "--save-every", 2, "--fsdp", steps=8)
+        code = train.main(words)
+        if os.environ["RANK"] == "0":
+            print(f"{what} ends with {code}", file=sys.stderr)
+        restore()
+    leave()

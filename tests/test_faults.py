@@ -1,0 +1,337 @@
+"""Faults of disk and data: what is saved stays, what is wrong is named, nobody hangs."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks_worker import plant, restore
+from runs import arguments, assert_same_run, run, start, wait_for_step
+
+from realign import parallel
+from realign.checkpoint import CheckpointError
+from realign.encode import ImageStore, encode_records
+from realign.metrics import JsonlLog, read_jsonl
+from realign.records import RecordError, read_pairs
+from realign.run import sole_writer
+from realign.schedule import batches
+from realign.train import main
+from realign_kernels import objectives
+
+EVERY_2 = ("--save-every", 2)
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def plain(pairs_file, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("plain")
+    run(pairs_file, output, *EVERY_2)
+    return output
+
+
+@pytest.fixture
+def copy(plain, tmp_path):
+    """A copy of it, to damage."""
+    return Path(shutil.copytree(plain, tmp_path / "copy"))
+
+
+# --- damaged checkpoints ---
+
+
+def cut(step):
+    (step / SHARD).write_bytes((step / SHARD).read_bytes()[:1000])
+
+
+def flip(step):
+    content = bytearray((step / SHARD).read_bytes())
+    content[len(content) // 2] ^= 1
+    (step / SHARD).write_bytes(content)
+
+
+def lose(step):
+    (step / SHARD).unlink()
+
+
+def add(step):
+    shutil.copy(step / SHARD, step / SHARD.replace("00001-model", "00002-model"))
+
+
+def unmark(step):
+    (step / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut, f"{SHARD} has 1000 bytes of"),
+        (flip, f"the content of {SHARD} has changed"),
+        (lose, f"{SHARD} is missing"),
+        (add, "shard-00002-model-00001-of-00001.safetensors does not belong to it"),
+        (unmark, "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_by(pairs_file, plain, copy, damage, reason, capsys):
+    damage(copy / "checkpoints" / "step-000006")
+    shutil.rmtree(copy / "model")
+    run(pairs_file, copy, *EVERY_2, "--resume")
+    shown = capsys.readouterr()
+    assert f"step-000006 is damaged ({reason}" in shown.err
+    assert "renamed to damaged-step-000006; going back to step-000004." in shown.err
+    assert "resumed from step 4 of 6" in shown.out
+    assert_same_run(copy, plain)
+    kept = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    assert kept == ["damaged-step-000006", "step-000004", "step-000006"]
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(pairs_file, copy, capsys):
+    for step in (copy / "checkpoints").iterdir():
+        cut(step)
+    before = (copy / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(step-000006: .*4: "):
+        run(pairs_file, copy, *EVERY_2, "--resume")
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    assert len(list((copy / "checkpoints").glob("step-*"))) == 2
+
+
+# --- a full disk ---
+
+
+@contextmanager
+def largest_file(size):
+    """Files of this process cannot grow beyond `size` bytes; the signal for it is ignored."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_from(monkeypatch, first, last):
+    """The disk takes nothing more while steps first .. last are logged."""
+    write = JsonlLog.write
+    disk = largest_file(1)
+
+    def write_and_fill(log, entry):
+        if entry["step"] == first:
+            disk.__enter__()
+        write(log, entry)
+        if entry["step"] == last:
+            disk.__exit__(None, None, None)
+
+    monkeypatch.setattr(JsonlLog, "write", write_and_fill)
+
+
+def test_training_outlives_a_full_disk(pairs_file, plain, tmp_path, monkeypatch, capsys):
+    full_from(monkeypatch, first=4, last=5)
+    run(pairs_file, tmp_path, *EVERY_2)
+    shown = capsys.readouterr().err
+    assert "warning: the checkpoint of step 4 could not be written ([Errno 27]" in shown
+    assert "That of step 2 is kept. Training goes on" in shown
+    assert shown.count("metrics.jsonl takes no more") == 1
+    assert_same_run(tmp_path, plain)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000006"]
+
+
+def test_a_full_disk_at_the_end_loses_no_checkpoint(
+    pairs_file, plain, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch, largest_file(resource.RLIM_INFINITY):
+        full_from(patch, first=5, last=7)
+        assert main(arguments(pairs_file, tmp_path, *EVERY_2)) == 1
+    shown = capsys.readouterr().err
+    assert "error: the checkpoint of step 6 could not be written ([Errno 27]" in shown
+    assert "That of step 4 is kept. Make room, and go on with --resume." in shown
+    assert main(arguments(pairs_file, tmp_path, *EVERY_2, "--resume")) == 0
+    assert_same_run(tmp_path, plain)
+
+
+def test_an_export_without_room_is_made_later(pairs_file, plain, copy, capsys):
+    before = (copy / "model" / "config.json").exists(), sorted((copy / "model").iterdir())
+    with largest_file(100_000):
+        assert main(arguments(pairs_file, copy, *EVERY_2, "--resume")) == 1
+    shown = capsys.readouterr().err
+    assert f"error: {copy / 'model'} could not be written" in shown
+    assert "make room, and run the same with --resume." in shown
+    assert before[1] == sorted((copy / "model").iterdir()) and not list(copy.glob(".model*"))
+    assert main(arguments(pairs_file, copy, *EVERY_2, "--resume")) == 0
+    assert_same_run(copy, plain)
+
+
+# --- numbers that are not finite ---
+
+
+@pytest.fixture(scope="module")
+def examples(pairs_file, processor, forest_model):
+    """The examples of the pairs, as training sees them."""
+    return encode_records(
+        read_pairs(pairs_file),
+        processor,
+        objectives.get("rdpo"),
+        image_tokens=forest_model.image_tokens(processor),
+        max_response_tokens=100,
+        max_tokens=1000,
+        progress=False,
+    )[0]
+
+
+def order(examples):
+    """Example indices of steps 1 .. 6."""
+    return dict(batches(len(examples), 8, 0, first=0, last=6))
+
+
+def sharing_an_image(examples, record, step):
+    """Names in a step of all records that show the first image of `record`."""
+    image = examples[record].roots[0].images[0]
+    return {
+        examples[i].name
+        for i in order(examples)[step]
+        if any(image in root.images for root in examples[i].roots)
+    }
+
+
+def named(message):
+    """The records that an error names."""
+    return set(message.split("record(s) ")[1].split(":")[0].split(", "))
+
+
+@pytest.mark.parametrize("what", ["pixels", "gradient"])
+def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path, what, capsys):
+    record = int(order(examples)[4][5])
+    plant(what, record, 4)
+    try:
+        # Four trees in a row: what is NaN in one spreads to the others of its row.
+        words = arguments(pairs_file, tmp_path, *EVERY_2, "--row-tokens", 240)
+        assert main(words) == 1
+    finally:
+        restore()
+    shown = capsys.readouterr().err
+    guilty = {examples[record].name}
+    if what == "pixels":
+        guilty = sharing_an_image(examples, record, 4)
+    assert named(shown) == guilty and shown.startswith("error: step 4: loss ")
+    assert len(guilty) < 8 and shown.count("\n") == 1
+    assert [entry["step"] for entry in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(pairs_file, examples, tmp_path_factory):
+    """Runs of two ranks, see ranks_worker.py: their folder, and what they wrote to stderr."""
+    folder = tmp_path_factory.mktemp("two")
+    record = order(examples)[4][5]  # of rank 1, which takes the last four
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", Path(__file__).with_name("ranks_worker.py")]
+    command += [str(pairs_file), str(folder), str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("what", ["pixels", "gradient"])
+def test_all_ranks_stop_for_the_record_of_one(examples, two_ranks, what):
+    folder, shown = two_ranks
+    errors = [line for line in shown.splitlines() if line.startswith(("error", what))]
+    error = errors[errors.index(f"{what} ends with 1") - 1]
+    record = int(order(examples)[4][5])
+    guilty = {examples[record].name}
+    if what == "pixels":
+        guilty = sharing_an_image(examples, record, 4)
+    assert named(error) == guilty and error.startswith("error: step 4: ")
+    assert sum(line.startswith("error") for line in errors) == 2  # rank 0 speaks for both
+    assert [p.name for p in (folder / what / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, tmp_path):
+    words = arguments(pairs_file, tmp_path, *EVERY_2, "--fsdp", "--nproc-per-node", 2, steps=8)
+    process = start(*words)
+    wait_for_step(process, tmp_path, random.randrange(5, 8))
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        os.kill(int(file.read().split()[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
+    process = start(*words, "--resume")
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "resumed from step" in out
+    assert_same_run(tmp_path, two_ranks[0] / "whole", steps=8)
+
+
+def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch):
+    steps = []
+    step, clip = torch.optim.AdamW.step, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), step(self, *a))[1]
+    )
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda p, limit: clip(p, limit) * (np.nan if len(steps) == 3 and limit < 2 else 1),
+    )
+    with pytest.raises(parallel.CommonError, match=r"step 4: .*No record gives this alone; lower"):
+        run(pairs_file, tmp_path, *EVERY_2)
+    assert len(steps) == 3
+
+
+def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(processor, pairs_file):
+    record = read_pairs(pairs_file)[3]
+    store = ImageStore(processor)
+    with pytest.raises(RecordError, match=rf"record '{record.name}': its image .* has NaN or inf"):
+        store.add(record.name, record.images[0], torch.full((3, 4, 4), torch.inf))
+
+
+# --- the launcher ---
+
+
+def test_what_ranks_tell(capsys, monkeypatch):
+    assert parallel.report(parallel.CommonError("all ranks say so"))
+    assert capsys.readouterr().err == "error: all ranks say so\n"
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    assert parallel.report(parallel.CommonError("all ranks say so"))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ends.py").write_text(
+        "import os, sys, signal, time\n"
+        "rank = int(os.environ['RANK'])\n"
+        "if sys.argv[1] == 'kill' and rank: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if sys.argv[1] == 'exit' and rank: sys.exit(3)\n"
+        "time.sleep(60 * (sys.argv[1] != 'fine'))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    assert parallel.launch("ends", ["fine"], 2) == 0
+    assert parallel.launch("ends", ["exit"], 2) == 1
+    assert "rank 1 ended with exit code 3." in capsys.readouterr().err
+    assert parallel.launch("ends", ["kill"], 2) == 1
+    assert "rank 1 was killed by SIGKILL (by hand, or because" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path):
+    words = arguments(pairs_file, tmp_path, steps=400)
+    first = start(*words)
+    wait_for_step(first, tmp_path, 1)
+    try:
+        second = start(*words, "--resume")
+        shown = second.communicate()[1]
+        assert second.returncode == 1
+        assert shown.startswith(f"error: another run writes to {tmp_path}. Wait for its end")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    with sole_writer(tmp_path):  # it died with the process
+        pass

@@ -1,0 +1,230 @@
+"""What a step reports, and where it goes: counted work, FLOP, the line, TensorBoard, W&B."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from realign import trackers
+from realign.config import parse
+from realign.digits import ASSETS
+from realign.encode import encode_records, make_objective
+from realign.forest import build_batch
+from realign.loading import add_lora, load_model
+from realign.metrics import read_jsonl, step_line
+from realign.model import ForestModel
+from realign.records import read_pairs
+from realign.throughput import TIMING, cost_of, image_flop, peak_flops, work_of
+from realign.train import main, train
+
+
+@pytest.fixture(scope="module")
+def forest(pairs_file, processor, forest_model):
+    """Examples and a batch of several trees to a row, with padding."""
+    records = read_pairs(pairs_file)[:5]
+    objective = make_objective(parse([]).loss, records)
+    examples, store = encode_records(
+        records, processor, objective, layout=forest_model.layout, max_response_tokens=99,
+        max_tokens=512, progress=False,
+    )  # fmt: skip
+    return examples, build_batch(examples, store, row_tokens=150), store
+
+
+def test_work_is_what_the_batch_holds(forest):
+    examples, batch, _ = forest
+    real = batch.segment >= 0
+    mask = batch.attention_mask()[:, 0] & real[:, :, None] & real[:, None, :]
+    work = {name: int(value) for name, value in work_of(batch, examples).items()}
+    assert work == {
+        "work/tokens": int(real.sum()),
+        "work/separate": sum(
+            len(example.roots[leaf.root].ids) + len(leaf.ids)
+            for example in examples
+            for leaf in example.leaves
+        ),
+        "work/responses": len(batch.rows),
+        "work/pairs": int(mask.sum()),
+        "work/images": sum(batch.images.tokens),
+    }
+    assert real.sum() < real.numel()
+
+
+@pytest.mark.parametrize("learns", ["lora", "full", "vision"])
+def test_flop_are_those_that_torch_counts(forest, learns):
+    """torch counts dense attention and padding; with these as the work both agree."""
+    examples, batch, store = forest
+    vlm = load_model(ASSETS)
+    model = ForestModel(vlm, train_vision=learns == "vision")
+    if learns == "lora":
+        add_lora(vlm, 16, 32)
+    per_image_token = image_flop(model, store)
+    rows, columns = batch.input_ids.shape
+    work = {name: float(value) for name, value in work_of(batch, examples).items()}
+    work |= {"work/tokens": rows * columns, "work/pairs": rows * columns**2}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        vlm.get_output_embeddings()(model._hidden(batch)).sum().backward()
+    # Of four layers the first one's inputs need no gradient under LoRA: 2.5 % here.
+    assert cost_of(model, per_image_token).of(work) == pytest.approx(
+        counter.get_total_flops(), rel=0.03
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        base = ForestModel(load_model(ASSETS))
+        base.vlm.get_output_embeddings()(base._hidden(batch))
+    assert cost_of(model, per_image_token, backward=False).of(work) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
+
+
+def test_peaks_are_known_by_the_name_of_the_device():
+    bf16 = {
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362,
+    }  # fmt: skip
+    for name, peak in bf16.items():
+        assert peak_flops(name, torch.bfloat16) == peak * 1e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 156e12
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for unknown in ("cpu", "NVIDIA L400", "NVIDIA GeForce GTX 1080"):
+        assert peak_flops(unknown, torch.bfloat16) is None
+
+
+def entry(step, loss=1.25, **more):
+    found = {
+        "step": step, "loss": loss, "rewards/margins": 0.5, "rewards/visual_margins": -0.25,
+        "rewards/accuracies": 1.0, "rewards/visual_accuracies": 0.5, "grad_norm": 12.5,
+        "learning_rate": 5e-5, "tokens_per_second": 1234.5, "peak_memory_gib": 2.25,
+    }  # fmt: skip
+    return found | more
+
+
+def test_the_line_of_a_step():
+    assert step_line(entry(7), 120) == (
+        "  7/120  loss  1.250  margin  +0.500  -0.250  acc 1.00 0.50  grad 1.2e+01  "
+        "lr 5.0e-05    1,234 tok/s  2.2G"
+    )
+    text = {name: v for name, v in entry(7).items() if "visual" not in name}
+    assert "margin  +0.500  acc 1.00  grad" in step_line(text, 120)
+    large = entry(99999, 12.5, tokens_per_second=123456.0, peak_memory_gib=75.0, mfu=0.4)
+    large |= {"rewards/margins": -12.345, "rewards/visual_margins": 12.345}
+    assert len(step_line(large, 99999)) <= 120 and "mfu 40%" in step_line(large, 99999)
+    assert len({len(step_line(entry(step), 1000)) for step in (1, 10, 1000)}) == 1
+
+
+def arguments(pairs, output, *more):
+    given = ["--pairs", pairs, "--output", output, "--steps", 4, "--batch-size", 4]
+    return [str(word) for word in [*given, "--save-every", 2, *more]]
+
+
+def events(folder):
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return found
+
+
+def test_a_run_in_lines_json_and_tensorboard(pairs_file, tmp_path, capsys, monkeypatch):
+    given = arguments(pairs_file, tmp_path, "--tensorboard", "--log-every", 2)
+
+    class Killed(BaseException):
+        pass
+
+    def die(log, found, write=trackers.TensorBoardLog.write):
+        write(log, found)
+        if found["step"] == 3:
+            raise Killed
+
+    monkeypatch.setattr(trackers.TensorBoardLog, "write", die)
+    with pytest.raises(Killed):
+        main(given)
+    monkeypatch.undo()
+    assert main([*given, "--resume"]) == 0
+    out = capsys.readouterr()
+    lines = [line for line in out.out.splitlines() if "loss" in line]
+    assert [line.split("/")[0] for line in lines] == ["2", "4"]
+    assert "\r" not in out.out + out.err  # no terminal, no bar
+
+    entries = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [e["step"] for e in entries] == [1, 2, 3, 4]
+    for found in entries:
+        assert found["loss"] == pytest.approx(found["loss/text"] + found["loss/visual"])
+        assert found["tokens"] == round(found["tokens_per_second"] * found["seconds"])
+        assert 0.1 < found["tokens_saved"] < 0.3  # (3 x 42 tokens) -> (25 + 17 + 17 + 42)
+        assert found["tokens_per_second"] > found["response_tokens_per_second"] > 0
+        assert 0.3 < found["peak_memory_gib"] < 20
+        assert "mfu" not in found  # a CPU's peak is not known
+        assert set(TIMING) - {"mfu"} <= set(found)
+        assert not [name for name in found if name.startswith("work/")]
+    board = events(tmp_path / "tensorboard")
+    for name in ("loss", "rewards/visual_margins", "tokens_saved"):
+        scalars = board.Scalars(name)
+        assert [e.step for e in scalars] == [1, 2, 3, 4]
+        truth = [e[name] for e in entries]
+        assert np.allclose([e.value for e in scalars], truth, rtol=1e-6)
+
+
+def test_quiet_prints_no_steps(pairs_file, tmp_path, capsys):
+    train(parse(arguments(pairs_file, tmp_path, "--quiet", "--steps", 1)))
+    assert "tok/s" not in capsys.readouterr().out
+
+
+class FakeWandb(types.ModuleType):
+    """Records what the real one would be told."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs = []
+
+    def init(self, **settings):
+        run = types.SimpleNamespace(id=settings["id"] or "abc123", settings=settings, logged=[])
+        run.log = lambda values, step: run.logged.append((step, values))
+        run.finish = lambda: run.logged.append("finished")
+        self.runs.append(run)
+        return run
+
+
+def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = parse(["--wandb", "align", "--output", str(tmp_path), "--quiet"])
+    for done in (0, 2):
+        log = trackers.Trackers(config, "rdpo", total=4, done=done, first_rank=True)
+        log.write(entry(done + 1))
+        log.close()
+    first, second = wandb.runs
+    assert first.settings["project"] == "align" and first.settings["id"] is None
+    assert (second.settings["id"], second.settings["resume"]) == ("abc123", "allow")
+    assert first.settings["config"] == json.loads(json.dumps(config.to_dict()))
+    step, values = second.logged[0]
+    assert step == 3 and values["loss"] == 1.25 and "step" not in values
+    assert second.logged[1:] == ["finished"]
+    others = trackers.Trackers(config, "rdpo", total=4, done=0, first_rank=False)
+    others.write(entry(1))
+    assert len(wandb.runs) == 2  # other ranks report nothing
+
+    def refuse(**_):
+        raise wandb.Error("no API key")
+
+    wandb.init = refuse
+    with pytest.raises(ValueError, match="--wandb align: no API key. Log in with `wandb login`"):
+        trackers.Trackers(config, "rdpo", total=4, done=0, first_rank=True)
+
+
+@pytest.mark.parametrize("flags", [["--tensorboard"], ["--wandb", "align"]])
+def test_a_missing_package_is_named_before_any_work(flags, tmp_path, monkeypatch, capsys):
+    package = flags[0].removeprefix("--")
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert main([*flags, "--output", str(tmp_path / "run")]) == 1
+    assert f"pip install 'realign[{package}]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

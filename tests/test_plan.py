@@ -1,0 +1,196 @@
+"""The plan of a run: its counts, and its memory against that of real training processes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from realign import memory, throughput
+from realign.config import parse
+from realign.digits import ASSETS
+from realign.digits.processor import build_processor
+from realign.encode import encode_records, make_objective
+from realign.forest import build_batch
+from realign.loading import add_lora, load_model
+from realign.model import ForestModel
+from realign.plan import Plan
+from realign.records import read_pairs, write_pairs
+from realign.train import main
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A LLaVA of 32M parameters with 576 image tokens and V = 32000, and its processor."""
+    folder = tmp_path_factory.mktemp("llava")
+    processor = build_processor()
+    images = processor.image_processor
+    images.size, images.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
+    processor.patch_size = 14
+    processor.save_pretrained(folder)
+    vision = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        image_size=336, patch_size=14,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=6, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=token, vision_feature_layer=-1,
+        vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+MEASURE = """
+import sys
+import realign.train
+import transformers.models.llava.modeling_llava
+from realign.throughput import process_memory
+before = process_memory("VmRSS")
+assert realign.train.main(sys.argv[1:]) == 0
+print(process_memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("own_model", "settings"),
+    [
+        (True, ["--batch-size", 16]),
+        (False, ["--batch-size", 2, "--lora-rank", 64, "--dtype", "bf16"]),
+        (False, ["--batch-size", 4, "--micro-batch-size", 2, "--tune", "full"]),
+    ],
+    ids=["digits LoRA", "LLaVA LoRA bf16", "LLaVA full, accumulated"],
+)
+def test_memory_is_within_a_quarter_of_a_training_process(
+    own_model, settings, pairs_file, llava, tmp_path
+):
+    pairs = pairs_file
+    if not own_model:  # the reference pass is over all records
+        pairs = tmp_path / "few.parquet"
+        write_pairs(pairs, read_pairs(pairs_file)[:4])
+    given = ["--pairs", pairs, "--output", tmp_path, "--steps", 2, *settings]
+    given = [str(word) for word in given + ([] if own_model else ["--model", llava])]
+    command = [sys.executable, "-c", MEASURE, *given, "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = int(done.stdout.split()[-1])
+    given[3] = str(tmp_path / "planned")
+    parts = Plan(parse(given), pairs).memory_parts()
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.25)
+
+
+@pytest.fixture(scope="module")
+def examples(pairs_file, processor, forest_model):
+    """The first four records' forests, and their images."""
+    records = read_pairs(pairs_file)[:4]
+    objective = make_objective(parse([]).loss, records)
+    return encode_records(
+        records, processor, objective, layout=forest_model.layout, max_response_tokens=99,
+        max_tokens=512, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_fake_tensors_take_what_real_ones_take(examples, tune):
+    batch = build_batch(*examples, row_tokens=99)
+    cpu, found = torch.device("cpu"), {}
+    for kind in ("real", "fake"):
+        vlm = load_model(ASSETS) if kind == "real" else load_model(ASSETS, meta=True)
+        model = ForestModel(vlm)
+        if tune == "lora":
+            add_lora(vlm, 8, 16)
+        how = {"forwards": 2, "ranks": 1, "sharded": False}
+        if kind == "real":
+            found[kind] = memory.measure(model, batch, cpu, **how)
+        else:
+            with memory.fake_tensors(cpu):
+                memory.give_fake_storage(model, cpu, torch.float32)
+                found[kind] = memory.measure(model, batch, cpu, **how)
+    real, fake = found["real"], found["fake"]
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert real.gradients == fake.gradients == 4 * learning
+    assert fake.training == pytest.approx(real.training, rel=0.02)
+    assert fake.reference == pytest.approx(real.reference, rel=0.02)
+    assert fake.reference < fake.training / 2  # nothing is kept for a backward
+
+
+def test_gradients_of_a_sharded_model_are_shards(examples):
+    batch = build_batch(*examples, row_tokens=99)
+    cpu, sizes = torch.device("cpu"), []
+    for ranks in (1, 4):
+        model = ForestModel(load_model(ASSETS, torch.bfloat16, meta=True), dtype=torch.bfloat16)
+        with memory.fake_tensors(cpu):
+            memory.give_fake_storage(model, cpu, torch.bfloat16)
+            step = memory.measure(model, batch, cpu, forwards=1, ranks=ranks, sharded=True)
+        sizes.append(step.gradients)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes[0] == 4 * learning  # fp32, though the model is in bf16
+    assert sizes[1] == pytest.approx(learning, rel=1e-3)
+
+
+def shown(capsys, *given):
+    assert main([str(word) for word in given]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    return {row.split("  ")[0]: " ".join(row.split()) for row in rows if not row.startswith(" ")}
+
+
+def test_the_plan_counts_what_training_will_take(pairs_file, tmp_path, capsys, vlm):
+    output, cache = tmp_path / "run", tmp_path / "cache"
+    count = len(read_pairs(pairs_file))
+    given = ["--pairs", pairs_file, "--output", output, "--reference-cache", cache]
+    given += ["--epochs", 2, "--batch-size", 8, "--micro-batch-size", 4, "--lora-rank", 4]
+    plan = shown(capsys, *given, "--dry-run")
+    assert list(tmp_path.iterdir()) == []  # nothing is written
+    whole = sum(p.numel() for p in vlm.parameters())
+    # Rank 4 on q, k, v, o (128 -> 128) and gate, up, down (128 <-> 256) of four layers.
+    learning = 4 * 4 * (4 * (128 + 128) + 3 * (128 + 256))
+    assert f"llava, {whole:,} parameters, fp32, sdpa" in plan["model"]
+    assert f": {learning:,} parameters, {learning / (whole + learning):.1%}" in plan["trains"]
+    assert plan["records"].startswith(f"records {count}, ")
+    steps = round(2 * count / 8)
+    assert plan["steps"].startswith(f"steps {steps:,} of 8 examples, {steps * 8 / count:.2f} ep")
+    assert plan["steps"].endswith("1 rank(s), 2 forward(s) of each in a step")
+    assert " 0 of them known" in plan["references"]
+    assert plan["memory, cpu"].endswith("GiB for a rank, estimated")
+    assert main([str(word) for word in [*given, "--steps", 1, "--quiet"]]) == 0
+    capsys.readouterr()
+    distinct = int(plan["references"].split()[1])
+    assert shown(capsys, *given, "--dry-run", "--resume", "--steps", 1)["references"].startswith(
+        f"references {distinct} distinct leaves, {distinct} of them known in {cache}"
+    )
+    # Two ranks would start; each takes one forward of four.
+    more = ["--fsdp", "--nproc-per-node", 2, "--dry-run", "--output", tmp_path / "other"]
+    assert "2 rank(s), 1 forward(s)" in shown(capsys, *given, *more)["steps"]
+
+
+def test_the_plan_names_a_bad_record_and_a_bad_setting(pairs_file, tmp_path, capsys):
+    given = ["--pairs", pairs_file, "--output", tmp_path / "run", "--dry-run"]
+    for more, message in [
+        (["--max-response-tokens", 5], "chosen response has 17 tokens; the limit is 5"),
+        (["--pairs", tmp_path / "none.parquet"], "there is nothing at"),
+        (["--model", tmp_path / "nowhere"], "no model could be loaded from"),
+        (["--fsdp", "--nproc-per-node", 3], "batch_size 32 does not divide among 3 ranks"),
+    ]:
+        assert main([str(word) for word in [*given, *more]]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_peak_memory_is_that_of_this_process():
+    block = torch.ones(200 * 2**20, dtype=torch.uint8)
+    held = throughput.process_memory("VmRSS")
+    del block
+    assert held >= 200 * 2**20
+    # Linux gathers pages by thread, so two looks differ by some of them.
+    assert throughput.peak_memory(torch.device("cpu")) >= held - 2**22

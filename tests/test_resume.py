@@ -1,0 +1,170 @@
+"""Going on after any end: the curve and the weights of a run that nothing has interrupted."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from runs import (
+    CURVE_TOLERANCE,
+    arguments,
+    assert_same_run,
+    curve,
+    run,
+    start,
+    wait_for_step,
+    weights,
+)
+
+from realign.digits import ASSETS
+from realign.metrics import JsonlLog, read_jsonl
+from realign.records import read_pairs, write_pairs
+from realign.train import main
+
+TWO_RANKS = ("--fsdp", "--nproc-per-node", 2)
+EVERY_2 = ("--save-every", 2)
+
+
+@pytest.fixture(scope="module")
+def dropout(tmp_path_factory):
+    """The digits model with dropout in its attention, so that a step draws random numbers."""
+    folder = tmp_path_factory.mktemp("dropout") / "model"
+    shutil.copytree(ASSETS, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["attention_dropout"] = 0.1
+    (folder / "config.json").write_text(json.dumps(settings))
+    return ("--model", folder, *EVERY_2)
+
+
+@pytest.fixture(scope="module")
+def plain(pairs_file, dropout, tmp_path_factory):
+    """The folder of an uninterrupted run in one process, with dropout."""
+    output = tmp_path_factory.mktemp("plain")
+    run(pairs_file, output, *dropout)
+    return output
+
+
+class Signalled:
+    """Sends a signal to this process when the log gets the entry of a step."""
+
+    def __init__(self, monkeypatch, step, number):
+        write = JsonlLog.write
+
+        def write_and_signal(log, entry):
+            write(log, entry)
+            if entry["step"] == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(JsonlLog, "write", write_and_signal)
+
+
+def steps_kept(output):
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def test_a_killed_run_resumes_bit_for_bit(pairs_file, dropout, plain, tmp_path):
+    process = start(*arguments(pairs_file, tmp_path, *dropout))
+    wait_for_step(process, tmp_path, random.randrange(2, 6))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        (folder / ".metadata").write_bytes(pickle.dumps(Planted()))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a line cut short
+    run(pairs_file, tmp_path, *dropout, "--resume")
+    assert_same_run(tmp_path, plain)
+    assert steps_kept(tmp_path) == ["step-000004", "step-000006"]
+    assert not Planted.loaded
+
+
+class Planted:
+    """What a stranger could put beside a checkpoint in the hope that it is unpickled."""
+
+    loaded = []
+
+    def __reduce__(self):
+        return self.loaded.append, (1,)
+
+
+def test_dropout_shows_in_the_curve(pairs_file, plain, tmp_path):
+    """So the test above does compare random numbers."""
+    without = curve(run(pairs_file, tmp_path, steps=1), "logps/chosen")
+    assert abs(curve(read_jsonl(plain / "metrics.jsonl"), "logps/chosen")[0] - without[0]) > 1e-3
+
+
+def test_sigterm_saves_and_exits_with_0(pairs_file, dropout, plain, tmp_path, monkeypatch, capsys):
+    Signalled(monkeypatch, 3, signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(arguments(pairs_file, tmp_path, *dropout)) == 0
+    assert "stopped after step 4 of 6; the same with --resume goes on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert steps_kept(tmp_path) == ["step-000002", "step-000004"]
+    assert not (tmp_path / "model").exists()
+    Signalled(monkeypatch, 5, signal.SIGTERM)  # too late: the last step is under way
+    assert main(arguments(pairs_file, tmp_path, *dropout, "--resume")) == 0
+    assert_same_run(tmp_path, plain)
+
+
+def test_a_second_interrupt_acts_at_once(pairs_file, tmp_path, monkeypatch):
+    Signalled(monkeypatch, 2, signal.SIGINT)
+    Signalled(monkeypatch, 2, signal.SIGINT)
+    assert main(arguments(pairs_file, tmp_path, *EVERY_2)) == 130
+    assert curve(read_jsonl(tmp_path / "metrics.jsonl"), "step").tolist() == [1, 2]
+
+
+def test_a_lost_export_is_made_again(pairs_file, dropout, plain, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(plain, output)
+    shutil.rmtree(output / "model")
+    run(pairs_file, output, *dropout, "--resume")
+    assert_same_run(output, plain)
+
+
+def test_one_rank_then_two_then_one(pairs_file, tmp_path, monkeypatch):
+    truth, output = tmp_path / "truth", tmp_path / "run"
+    expected = run(pairs_file, truth, *EVERY_2, steps=12)
+    with monkeypatch.context() as patch:
+        Signalled(patch, 2, signal.SIGTERM)
+        run(pairs_file, output, *EVERY_2, steps=12)
+    process = start(*arguments(pairs_file, output, *TWO_RANKS, "--resume", steps=12))
+    wait_for_step(process, output, 4)
+    process.terminate()
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "resumed from step 3 of 12" in out and "--resume goes on" in out
+    stopped = int(out.split("stopped after step ")[1].split()[0])
+    assert steps_kept(output)[-1] == f"step-{stopped:06d}"
+    found = run(pairs_file, output, *EVERY_2, "--resume", steps=12)
+    assert curve(found, "step").tolist() == list(range(1, 13))
+    for name in ("loss", "grad_norm", "logps/chosen"):
+        assert np.abs(curve(found, name) - curve(expected, name)).max() <= CURVE_TOLERANCE * max(
+            1, np.abs(curve(expected, name)).max()
+        ), name
+    ours, theirs = weights(output), weights(truth)
+    # Adam moves a weight whose gradient is nearly 0 by up to the learning rate, 5e-5, each step.
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 3e-4
+
+
+def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_path):
+    before = (plain / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"holds a run with a checkpoint at step 6\. Add --r"):
+        run(pairs_file, plain, *dropout)
+    with pytest.raises(
+        ValueError, match=r"changed since: beta \(0\.1 -> 0\.2\), seed \(0 -> 7\)\."
+    ):
+        run(pairs_file, plain, *dropout, "--resume", "--beta", 0.2, "--seed", 7)
+    fewer = tmp_path / "fewer.parquet"
+    write_pairs(fewer, read_pairs(pairs_file)[:-1])
+    with pytest.raises(ValueError, match=r"changed since: pairs \(.*\), the pairs\."):
+        run(fewer, plain, *dropout, "--resume")
+    assert (plain / "metrics.jsonl").read_bytes() == before
+    early = tmp_path / "early"  # stopped before its first checkpoint
+    early.mkdir()
+    (early / "metrics.jsonl").write_bytes(before)
+    with pytest.raises(ValueError, match=r"at step 0\. Add --resume"):
+        run(pairs_file, early, *dropout)
