@@ -40,7 +40,7 @@ demo: $(STAMP)
 	$(RUN) -m realign.demo --output demo
 
 test: $(STAMP)
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n auto --dist worksteal tests
 
 bench: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'

@@ -74,7 +74,7 @@ def forest_mask(
         blocks_ignore_window: as there.
 
     Returns:
-        For "forest" nothing that says it (`batch.trees` does). For "sdpa" (R, 1, T, T) bool, True
+        For "tree" nothing that says it (`batch.trees` does). For "sdpa" (R, 1, T, T) bool, True
         where a token is seen; for "eager" (R, 1, T, T) `dtype`,
         to be added to the scores; for "flex_attention" a BlockMask.
     """

@@ -69,7 +69,8 @@ class ForestModel(nn.Module):
         self.dtype = dtype
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
-        if decoder.config._attn_implementation == tree_attention.NAME and not self.layout.causal:
+        by_tree = self.layout.causal and not getattr(decoder.config, "attention_dropout", 0)
+        if decoder.config._attn_implementation == tree_attention.NAME and not by_tree:
             decoder.config._attn_implementation = "sdpa"
         self.attention = decoder.config._attn_implementation
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)

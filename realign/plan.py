@@ -313,6 +313,7 @@ class Plan:
         if self.config.scale.cpu_offload:  # these are in host memory
             parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
         if cpu:
+            parts["checkpoint being written"] = 12 * shard
             parts["images"] = min(len(self.store) * image, ImageStore.CACHE_BYTES)
             parts["process"] = memory.PROCESS
         return {name: size for name, size in parts.items() if size}

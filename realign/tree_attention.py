@@ -3,7 +3,7 @@
 The mask of `ForestBatch.attention_mask` costs attention over a row squared, whatever it hides, and
 rows that are padded. Here a root with its first leaf is one causal sequence, every further leaf
 attends to its root and to itself, and trees stand in one row without padding: what is computed is
-what is seen. The function is registered with transformers under the name `forest`; layers take it
+what is seen. The function is registered with transformers under the name `tree`; layers take it
 by their configuration, and nothing is patched.
 """
 
@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "forest"
+NAME = "tree"
 """What a model's `_attn_implementation` is when it attends by tree."""
 
 Trees = tuple[tuple[tuple[int, ...], ...], ...]

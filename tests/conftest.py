@@ -8,6 +8,9 @@ from pathlib import Path
 # Read by OpenMP when torch loads it. Beside other busy processes, threads that spin while they wait
 # make these small models 17 times slower (160 s against 9 s on two cores under load 4).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A process of tests for each core (pytest-xdist), so one thread for each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Reference log-probs of tests, and of the commands they run, stay out of the user's cache.
 os.environ["REALIGN_CACHE"] = tempfile.mkdtemp(prefix="realign-cache-")
 

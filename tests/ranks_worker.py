@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from runs import arguments
 
-from realign import encode, model, parallel, train
+from realign import model, parallel, train
+from realign.images import ImageStore
 from realign.schedule import seed_step
 
 GOOD = {
-    "pixels": encode.ImageStore.pixels,
+    "bundle": ImageStore.bundle,
     "forward": model.ForestModel.forward,
     "load": train.load_inputs,
 }
@@ -35,10 +36,10 @@ def plant(what, record, first):
         now["step"] = number
         seed_step(seed, number, rank)
 
-    def pixels(store, key):
-        good = GOOD["pixels"](store, key)
+    def bundle(store, key):
+        good = GOOD["bundle"](store, key)
         bad = what == "pixels" and now["step"] >= first and key == now["image"]
-        return torch.full_like(good, torch.nan) if bad else good
+        return {"pixel_values": torch.full_like(good["pixel_values"], torch.nan)} if bad else good
 
     def forward(self, batch, *more):
         out = GOOD["forward"](self, batch, *more)
@@ -47,13 +48,13 @@ def plant(what, record, first):
         return out
 
     train.load_inputs, train.seed_step = load, note
-    encode.ImageStore.pixels, model.ForestModel.forward = pixels, forward
+    ImageStore.bundle, model.ForestModel.forward = bundle, forward
 
 
 def restore():
     """Undo `plant`."""
     train.load_inputs, train.seed_step = GOOD["load"], seed_step
-    encode.ImageStore.pixels = GOOD["pixels"]
+    ImageStore.bundle = GOOD["bundle"]
     model.ForestModel.forward = GOOD["forward"]
 
 

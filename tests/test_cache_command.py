@@ -30,7 +30,7 @@ def test_the_commands(pairs_file, tmp_path, capsys):
     assert code == 0 and f"0 of {total} leaves known" in shown.out
     code, shown = run("stats")
     assert code == 0 and f"{total} log-probs in 1 log(s)" in shown.out
-    assert "dtype float32" in shown.out and "attention sdpa" in shown.out
+    assert "dtype float32" in shown.out and "attention sdpa,tree" in shown.out
     assert run("verify")[0] == 0
     (log,) = tmp_path.glob("*/*.log")
     data = bytearray(log.read_bytes())

@@ -137,7 +137,7 @@ def attentions(family):
     for attention in ("tree", "sdpa", "eager"):
         log_probs_are_the_same(family, attention)
         used.append(ForestModel(make(family, attention=attention)[0]).attention)
-    return ", ".join(dict.fromkeys("tree" if name == "forest" else name for name in used))
+    return ", ".join(dict.fromkeys(used))
 
 
 def images_pass_the_tower_once(family):

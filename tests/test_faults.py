@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from runs import arguments, assert_same_run, run, start, wait_for_step
 
 from realign import parallel
 from realign.checkpoint import CheckpointError
-from realign.encode import ImageStore, encode_records
+from realign.encode import encode_records
+from realign.images import ImageStore
 from realign.metrics import JsonlLog, read_jsonl
 from realign.records import RecordError, read_pairs
 from realign.run import sole_writer
@@ -116,13 +118,15 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def full_from(monkeypatch, first, last):
-    """The disk takes nothing more while steps first .. last are logged."""
+def full_from(monkeypatch, first, last, kept=None):
+    """The disk takes nothing more while steps first .. last are logged, once `kept` is there."""
     write = JsonlLog.write
     disk = largest_file(1)
 
     def write_and_fill(log, entry):
         if entry["step"] == first:
+            while kept and not kept.exists():
+                time.sleep(0.01)
             disk.__enter__()
         write(log, entry)
         if entry["step"] == last:
@@ -147,7 +151,7 @@ def test_a_full_disk_at_the_end_loses_no_checkpoint(
     pairs_file, plain, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch, largest_file(resource.RLIM_INFINITY):
-        full_from(patch, first=5, last=7)
+        full_from(patch, first=5, last=7, kept=tmp_path / "checkpoints" / "step-000004")
         assert main(arguments(pairs_file, tmp_path, *EVERY_2)) == 1
     shown = capsys.readouterr().err
     assert "error: the checkpoint of step 6 could not be written ([Errno 27]" in shown
@@ -178,7 +182,7 @@ def examples(pairs_file, processor, forest_model):
         read_pairs(pairs_file),
         processor,
         objectives.get("rdpo"),
-        image_tokens=forest_model.image_tokens(processor),
+        layout=forest_model.layout,
         max_response_tokens=100,
         max_tokens=1000,
         progress=False,
@@ -210,8 +214,9 @@ def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path,
     record = int(order(examples)[4][5])
     plant(what, record, 4)
     try:
-        # Four trees in a row: what is NaN in one spreads to the others of its row.
-        words = arguments(pairs_file, tmp_path, *EVERY_2, "--row-tokens", 240)
+        # Four trees in a row: with a mask what is NaN in one spreads to the others of its row.
+        masked = ["--attention", "sdpa", "--row-tokens", 240]
+        words = arguments(pairs_file, tmp_path, *EVERY_2, *masked)
         assert main(words) == 1
     finally:
         restore()
@@ -284,11 +289,14 @@ def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch
     assert len(steps) == 3
 
 
-def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(processor, pairs_file):
+def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(
+    processor, pairs_file, forest_model
+):
     record = read_pairs(pairs_file)[3]
-    store = ImageStore(processor)
+    store = ImageStore(processor, forest_model.layout)
+    pixels = {"pixel_values": torch.full((1, 3, 4, 4), torch.inf)}
     with pytest.raises(RecordError, match=rf"record '{record.name}': its image .* has NaN or inf"):
-        store.add(record.name, record.images[0], torch.full((3, 4, 4), torch.inf))
+        store.keep(record.name, record.images[0], pixels, 1)
 
 
 # --- the launcher ---

@@ -229,8 +229,8 @@ def test_metric_names(name):
     objective = objectives.get(name)
     assert metrics.leaf_names(objective) == NAMES[name]
     rewards = torch.arange(len(NAMES[name]) * 2.0).view(-1, 2).flip(0)
-    blank = torch.zeros(2)
-    out = PreferenceOutput(blank.sum(), rewards, rewards, None, blank)
+    blank, losses = torch.zeros(2), torch.zeros(len(objective.terms), 2)
+    out = PreferenceOutput(blank.sum(), rewards, rewards, None, losses)
     found = metrics.sums(out, objective)
     margins = {key.removeprefix("rewards/") for key in found if key.endswith("margins")}
     compared = {"rejected": "margins", "visual": "visual_margins"}

@@ -57,16 +57,21 @@ def test_work_is_what_the_batch_holds(forest):
 
 @pytest.mark.parametrize("learns", ["lora", "full", "vision"])
 def test_flop_are_those_that_torch_counts(forest, learns):
-    """torch counts dense attention and padding; with these as the work both agree."""
+    """torch counts padding, and what masks hide; with these as the work both agree."""
     examples, batch, store = forest
     vlm = load_model(ASSETS)
     model = ForestModel(vlm, train_vision=learns == "vision")
     if learns == "lora":
         add_lora(vlm, 16, 32)
     per_image_token = image_flop(model, store)
-    rows, columns = batch.input_ids.shape
+    # A root with its first leaf is one square, further leaves are rectangles.
+    pairs = sum(
+        (root + first) ** 2 + sum(leaf * (root + leaf) for leaf in more)
+        for row in batch.trees
+        for root, first, *more in row
+    )
     work = {name: float(value) for name, value in work_of(batch, examples).items()}
-    work |= {"work/tokens": rows * columns, "work/pairs": rows * columns**2}
+    work |= {"work/tokens": batch.input_ids.numel(), "work/pairs": pairs}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         vlm.get_output_embeddings()(model._hidden(batch)).sum().backward()
     # Of four layers the first one's inputs need no gradient under LoRA: 2.5 % here.
@@ -188,7 +193,7 @@ class FakeWandb(types.ModuleType):
     def init(self, **settings):
         run = types.SimpleNamespace(id=settings["id"] or "abc123", settings=settings, logged=[])
         run.log = lambda values, step: run.logged.append((step, values))
-        run.finish = lambda: run.logged.append("finished")
+        run.finish = lambda exit_code: run.logged.append(exit_code)
         self.runs.append(run)
         return run
 
@@ -198,16 +203,15 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = parse(["--wandb", "align", "--output", str(tmp_path), "--quiet"])
     for done in (0, 2):
-        log = trackers.Trackers(config, "rdpo", total=4, done=done, first_rank=True)
-        log.write(entry(done + 1))
-        log.close()
+        with trackers.Trackers(config, "rdpo", total=4, done=done, first_rank=True) as log:
+            log.write(entry(done + 1))
     first, second = wandb.runs
     assert first.settings["project"] == "align" and first.settings["id"] is None
     assert (second.settings["id"], second.settings["resume"]) == ("abc123", "allow")
     assert first.settings["config"] == json.loads(json.dumps(config.to_dict()))
     step, values = second.logged[0]
     assert step == 3 and values["loss"] == 1.25 and "step" not in values
-    assert second.logged[1:] == ["finished"]
+    assert second.logged[1:] == [0]
     others = trackers.Trackers(config, "rdpo", total=4, done=0, first_rank=False)
     others.write(entry(1))
     assert len(wandb.runs) == 2  # other ranks report nothing

@@ -155,7 +155,7 @@ def test_the_plan_counts_what_training_will_take(pairs_file, tmp_path, capsys, v
     whole = sum(p.numel() for p in vlm.parameters())
     # Rank 4 on q, k, v, o (128 -> 128) and gate, up, down (128 <-> 256) of four layers.
     learning = 4 * 4 * (4 * (128 + 128) + 3 * (128 + 256))
-    assert f"llava, {whole:,} parameters, fp32, sdpa" in plan["model"]
+    assert f"llava, {whole:,} parameters, fp32, tree" in plan["model"]
     assert f": {learning:,} parameters, {learning / (whole + learning):.1%}" in plan["trains"]
     assert plan["records"].startswith(f"records {count}, ")
     steps = round(2 * count / 8)

@@ -284,7 +284,7 @@ def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs, alone, tmp_path)
 @torch._inductor.config.patch(compile_threads=1)  # no worker processes, which import torch
 def test_compiled_layers_change_nothing_beyond_rounding(digits):
     examples, store, _ = digits
-    plain, compiled = forest_model(layers=1), forest_model(layers=1)
+    plain, compiled = (forest_model(attention="sdpa", layers=1) for _ in range(2))
     layers = sharding.trained_layers(compiled)
     sharding.wrap_layers(layers, compiled=True, checkpointed=True)
     for part in (examples[:6], examples[6:9]):
@@ -302,7 +302,7 @@ def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
     counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
-    model = forest_model("lora")
+    model = forest_model("lora", "sdpa")
     sharding.wrap_layers(sharding.trained_layers(model), compiled=True, checkpointed=True)
     shapes = set()
     for size in range(2, 12):
@@ -383,7 +383,7 @@ def test_what_is_seen_decides_how_long_a_row_is(digits):
     longest = max(example.longest_tree for example in examples)
     assert attention.row_budget("sdpa", examples) == longest < 100
     assert attention.row_budget("flex_attention", examples) == 8192
-    batch = build_batch(examples, digits[1], row_tokens=attention.row_budget("forest", examples))
+    batch = build_batch(examples, digits[1], row_tokens=attention.row_budget("tree", examples))
     assert batch.segment.shape[0] == 1 and (batch.segment >= 0).float().mean() > 0.95
 
 
