@@ -74,7 +74,7 @@ class Checkpoints:
 
     def last(self) -> int:
         """The step of the newest checkpoint, 0 when there is none."""
-        return max((_step(path) for path in self.folder.glob("step-*")), default=0)
+        return max(map(_step, _steps(self.folder)), default=0)
 
     def last_whole(self) -> int:
         """The step of the newest checkpoint that is whole, 0 when there is none at all.
@@ -132,12 +132,23 @@ class Checkpoints:
         model_state, optimizer_state = get_state_dict(
             model, optimizer, options=StateDictOptions(**_TRAINED)
         )
-        saved = _tensors(model_state, optimizer_state)
         path = self.folder / _name(step)
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        there = reader.read_metadata().state_dict_metadata.keys()
+        # What never had a gradient, as layers of a tower that no feature comes from, has no state.
+        idle = {
+            n: p for n, p in model.named_parameters() if f"optimizer.state.{n}.step" not in there
+        }
+        states = tuple(f"optimizer.state.{name}." for name in idle)
+        saved = {
+            name: value
+            for name, value in _tensors(model_state, optimizer_state).items()
+            if not name.startswith(states)
+        }
         try:
             dcp.load(
                 saved,
-                storage_reader=dcp.HuggingFaceStorageReader(str(path)),
+                storage_reader=reader,
                 process_group=self._group,
                 no_dist=self._group is None,
             )
@@ -154,6 +165,8 @@ class Checkpoints:
             },
             options=StateDictOptions(**_TRAINED, strict=False),
         )
+        for parameter in idle.values():
+            optimizer.state.pop(parameter, None)
 
     def _settle(self) -> str:
         """Wait for the one in the making; returns why it could not be written, or ""."""
@@ -180,7 +193,7 @@ class Checkpoints:
         return f"That of step {last} is kept." if last else "There is none before it."
 
     def _choose(self) -> int:
-        found = sorted(self.folder.glob("step-*"), key=_step, reverse=True)
+        found = _steps(self.folder)[::-1]
         damaged = []
         for path in found:
             if not (problem := _damage(path)):
@@ -245,10 +258,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         shutil.rmtree(self.target, ignore_errors=True)
         partial.rename(self.target)
         _sync(folder)
-        stale = [
-            *sorted(folder.glob("step-*"), key=_step)[: -self.keep],
-            *folder.glob(".step-*.partial"),
-        ]
+        stale = [*_steps(folder)[: -self.keep], *folder.glob(".step-*.partial")]
         for old in stale:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -268,6 +278,12 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoints in the order of their steps; what else lies there is left alone."""
+    found = (path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal())
+    return sorted(found, key=_step)
+
+
 def _digest(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -279,6 +295,8 @@ def _damage(path: Path) -> str:
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
         present = {file.name for file in path.glob("*.safetensors")}
+        if not files:
+            return f"{_MANIFEST} lists no files"
         if absent := sorted(files.keys() - present):
             return f"{absent[0]} is missing"
         if strange := sorted(present - files.keys()):

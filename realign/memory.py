@@ -16,7 +16,11 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,6 +28,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from realign.forest import ForestBatch
 from realign.model import ForestModel
 from realign_kernels import default_chunk_rows
+
+READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""Raised where a model needs the values of tensors, which fake ones do not have."""
 
 HEAP = 1.5
 """Bytes that a CPU's process holds for a byte of live tensors in a step: glibc 2.36 keeps holes
@@ -124,7 +131,7 @@ def measure(
     with Trace() as trace, torch.no_grad():
         try:
             _loss(model, batch)
-        except DataDependentOutputException:  # the tower reads its grids
+        except READS_VALUES:  # the tower does, its grids or masks
             batch = _with_features(model, batch)
             trace.events.clear()
             _loss(model, batch)
@@ -145,8 +152,8 @@ def measure(
             loss, workspace = _loss(model, batch)
             loss.backward()
             del loss, workspace
-    gradients = sum(g.nbytes for g in kept) or sum(p.grad.nbytes for p in trained)
-    return StepMemory(live_peak(trace.events), gradients, reference)
+    gradients = kept or [p.grad for p in trained if p.grad is not None]
+    return StepMemory(live_peak(trace.events), sum(g.nbytes for g in gradients), reference)
 
 
 def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:

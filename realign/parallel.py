@@ -8,6 +8,7 @@ number of ranks, so that reference log-probs are the same, too.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -27,6 +28,10 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # A rank that dies ends the job at once; this is how long the others wait for a slow one, as when
 # rank 0 writes a large model.
 _TIMEOUT = timedelta(minutes=30)
+
+
+_LAUNCHER = "REALIGN_LAUNCHER"  # its process, in the environment of the ranks it starts
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class CommonError(ValueError):
@@ -55,6 +60,7 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours, rank 0 opens none
         "TORCHELASTIC_RESTART_COUNT": "0",
+        _LAUNCHER: str(os.getpid()),
     }
     ranks = range(workers)
     before = {number: signal.getsignal(number) for number in _FORWARDED}
@@ -109,6 +115,8 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     Raises:
         ValueError: without `fsdp`, when there are other ranks.
     """
+    if launcher := os.environ.get(_LAUNCHER):
+        _end_with(int(launcher))
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if under_launcher() else 1
     if ranks > 1 and not fsdp:
         raise ValueError(
@@ -126,6 +134,14 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
+
+
+def _end_with(launcher: int) -> None:
+    """Have the system send SIGTERM when the launcher dies, so that no rank is left behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            raise CommonError("the process that started this rank has ended")
 
 
 def stop() -> None:

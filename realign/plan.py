@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from realign import memory, parallel, reference, sharding
+from realign import attention, memory, parallel, reference, sharding
 from realign.attention import row_budget
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
@@ -29,7 +28,7 @@ from realign.images import ImageStore
 from realign.loading import DTYPES, add_lora, load_model, load_processor
 from realign.model import ForestModel
 from realign.records import read_pairs
-from realign.run import prepare_pairs, steps_done
+from realign.run import check_settings, prepare_pairs, steps_done
 from realign.schedule import batches, share_of_rank, total_steps
 from realign.throughput import cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
@@ -89,10 +88,14 @@ class Plan:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
         self.ranks = parallel.planned_ranks(config.scale.fsdp, config.scale.nproc_per_node)
+        sharding.check(config.scale, self.device, self.ranks)
+        attention.check(config.model.attention, self.device)
         self.shards = self.ranks // config.scale.replicas
         self.sharded = config.scale.fsdp or self.dtype != torch.float32
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
+        if self.done:
+            check_settings(config)
         self.share = share_of_rank(config.optim.batch_size, 0, self.ranks)
 
         self.processor = load_processor(self.base)
@@ -140,7 +143,7 @@ class Plan:
             memory.give_fake_storage(model, cpu, self.dtype)
             try:
                 return image_flop(model, self.store)
-            except DataDependentOutputException:
+            except memory.READS_VALUES:
                 return 0.0
 
     def _parts(self) -> list[np.ndarray]:
@@ -348,7 +351,8 @@ class Plan:
             place = place.parent
         return (
             "disk",
-            f"{self.config.run.keep} checkpoints of {_gib(12 * self.learning)}, final model "
+            f"{self.config.run.keep + 1} checkpoints of {_gib(12 * self.learning)} (one is being "
+            f"written), final model "
             f"{_gib(final)}; {_gib(shutil.disk_usage(place).free)} free",
         )
 

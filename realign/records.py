@@ -275,6 +275,10 @@ def _to_prompt(value: Any, name: str) -> tuple[dict[str, Any], ...]:
 
 def _to_response(value: Any, column: str, name: str) -> str:
     """The text of a response column: a string, or messages of which the last is the response."""
+    if value and not isinstance(value, str | list):
+        raise RecordError(
+            name, f"its {column} is {value!r}.", "Give text, or messages with a role and content."
+        )
     message = value if isinstance(value, str) or not value else value[-1]["content"]
     if isinstance(message, list):
         message = "".join(part.get("text") or "" for part in message)

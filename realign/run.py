@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,24 +99,31 @@ def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
     write_whole(Path(config.run.output) / "run.json", json.dumps(identity, indent=2) + "\n")
 
 
-def check_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
-    """A run goes on only as it began: same settings, base weights and pairs.
+def check_settings(config: TrainConfig, **digests: str) -> None:
+    """A run goes on only as it began: same settings, and same `digests` of `write_identity`.
 
     Raises:
         ValueError: names what has changed.
     """
     output = Path(config.run.output)
-    old, new = json.loads((output / "run.json").read_text()), config.to_dict()
+    try:
+        old = json.loads((output / "run.json").read_text())
+        began = {"run": {}} | old["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{output / 'run.json'}, which tells how the run began, cannot be read ({error!r}). "
+            "Restore it, or name another --output."
+        ) from error
+    new = config.to_dict()
     sections = {name: new[name] for name in ("model", "data", "loss", "optim")}
     sections["run"] = {"seed": new["run"]["seed"]}
     changed = [
-        f"{name} ({old['config'][section].get(name)!r} -> {value!r})"
+        f"{name} ({began.get(section, {}).get(name)!r} -> {value!r})"
         for section, values in sections.items()
         for name, value in values.items()
-        if name not in _FREE and old["config"][section].get(name) != value
+        if name not in _FREE and began.get(section, {}).get(name) != value
     ]
-    digests = {"base": base, "pairs": pairs}
-    changed += [f"the {name}" for name, digest in digests.items() if old[name] != digest]
+    changed += [f"the {name}" for name, digest in digests.items() if old.get(name) != digest]
     if changed:
         raise ValueError(
             f"{output} was trained otherwise; changed since: {', '.join(changed)}. Resume with "
@@ -140,6 +148,7 @@ def prepare_pairs(config: TrainConfig) -> Path:
     if not path.exists() and parallel.rank() == 0:
         from realign.pairs.pipeline import PairsConfig, build_pairs
 
-        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=config.run.quiet))
+        quiet = config.run.quiet or not sys.stderr.isatty()
+        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=quiet))
     parallel.barrier()
     return path

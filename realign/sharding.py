@@ -29,15 +29,15 @@ from realign.model import ForestModel
 from realign.parallel import from_rank_0, rank, world_size
 
 
-def check(scale: ScaleConfig, device: torch.device) -> None:
+def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
     """Refuse what these ranks cannot do; before a model is loaded.
 
     Raises:
         ValueError: names the setting and what to do.
     """
-    if world_size() % scale.replicas:
+    if ranks % scale.replicas:
         raise ValueError(
-            f"replicas is {scale.replicas}, which does not divide {world_size()} ranks; choose a "
+            f"replicas is {scale.replicas}, which does not divide {ranks} ranks; choose a "
             "divisor of it."
         )
     if scale.cpu_offload and device.type == "cpu":

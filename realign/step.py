@@ -20,14 +20,18 @@ from realign_kernels import Objective
 class NonFiniteStep(parallel.CommonError):
     """Loss or gradient is not finite; raised on all ranks, before the optimizer step."""
 
-    def __init__(self, step: int, found: dict[str, float], culprits: Sequence[str]) -> None:
-        if culprits:
+    def __init__(
+        self, step: int, found: dict[str, float], culprits: Sequence[str], batch_size: int
+    ) -> None:
+        if len(culprits) == batch_size:
+            who = "Every record of the step gives it: lower --learning-rate."
+        elif culprits:
             who = f"It comes from record(s) {', '.join(culprits)}: look at image and text."
         else:
             who = "No record gives this alone; lower --learning-rate."
         super().__init__(
             f"step {step}: loss {found['loss']}, gradient norm {found['grad_norm']}. {who} Nothing "
-            "was updated; the last checkpoint is kept. Train what you change in another --output."
+            "was updated; checkpoints are kept. Train what you change in another --output."
         )
 
 

@@ -29,7 +29,7 @@ from realign.loading import DTYPES, adapter_base, add_lora
 from realign.noise import hush_libraries
 from realign.run import (
     StopSignal,
-    check_identity,
+    check_settings,
     prepare_pairs,
     sole_writer,
     steps_done,
@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> Path | None:
     scale = config.scale
     sharded = scale.fsdp or scale.cpu_offload or config.model.dtype != "fp32"
     device = parallel.start(alone=sharded, fsdp=scale.fsdp)
-    sharding.check(scale, device)
+    sharding.check(scale, device, parallel.world_size())
     attention.check(config.model.attention, device)
     with sole_writer(Path(config.run.output)):
         return _train(config, device, sharded)
@@ -120,7 +120,7 @@ def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | N
     per_image_token = parallel.from_rank_0(lambda: image_flop(model, inputs.store))
     identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
     if done:
-        check_identity(config, **identity)
+        check_settings(config, **identity)
 
     adapter = None
     if lora:
@@ -211,7 +211,7 @@ def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | N
             found, stopping = over_ranks(totals, optim.batch_size, bool(stop.name))
             if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
                 guilty = [examples[i].name for i in culprits(take, batch[share], trained)]
-                raise NonFiniteStep(step, found | {"grad_norm": norm}, guilty)
+                raise NonFiniteStep(step, found | {"grad_norm": norm}, guilty, optim.batch_size)
             optimizer.step()
             optimizer.zero_grad()
             rates = meter.read(found, optim.batch_size, time.perf_counter() - began)

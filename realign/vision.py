@@ -87,6 +87,7 @@ class FeatureCache:
         partial = path.with_suffix(".partial")
         try:
             save_file(tensors, partial, metadata={"images": json.dumps(index)})
+            partial.chmod(0o644)  # others may read it
             partial.replace(path)
         except (SafetensorError, OSError) as error:
             partial.unlink(missing_ok=True)
@@ -107,9 +108,11 @@ class FeatureCache:
         if image not in self._checked:
             for name, tensor in found.items():
                 if _checksum(tensor) != checksums[name]:
+                    path.rename(path.with_suffix(".damaged"))
                     raise ValueError(
                         f"{path} is damaged: features of image {image} are not what was written. "
-                        "Remove the file; its images are then computed again."
+                        "It was renamed; start again, with --resume if there are checkpoints, and "
+                        "its images are computed again."
                     )
             self._checked.add(image)
         return found
@@ -164,10 +167,10 @@ def fill(
         progress: whether to show a bar.
         say: told in a line how many images were known, and where.
     """
-    absent = cache.missing(images)
+    # One list for all: each rank may see another state of a folder that others write to.
+    absent = parallel.from_rank_0(lambda: cache.missing(images))
     distinct = len(set(images))
     say(f"image features: {distinct - len(absent):,} of {distinct:,} known in {cache.folder}")
-    parallel.barrier()  # nobody writes before all have counted
     ranks, rank = parallel.world_size(), parallel.rank()
     calls = -(-len(absent) // (ranks * batch_images))
     pending: dict[str, Features] = {}

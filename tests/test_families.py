@@ -387,7 +387,7 @@ def test_models_that_no_forest_can_be_laid_out_for_are_refused():
         ForestModel(model)
 
 
-@pytest.mark.parametrize("family", ["paligemma", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["paligemma", "qwen2_5_vl", "idefics3"])
 def test_training_ends_in_a_model_that_loads(family, tmp_path, capsys):
     vlm, processor = make(family)
     folder, pairs, output = tmp_path / "model", tmp_path / "pairs.parquet", tmp_path / "run"
@@ -398,7 +398,10 @@ def test_training_ends_in_a_model_that_loads(family, tmp_path, capsys):
         "--model": folder, "--pairs": pairs, "--output": output, "--steps": 2, "--batch-size": 2,
         "--reference-cache": tmp_path / "reference", "--learning-rate": 1e-2, "--lora-rank": 2,
     }  # fmt: skip
-    assert main([str(part) for option in options.items() for part in option] + ["--quiet"]) == 0
+    words = [str(part) for option in options.items() for part in option]
+    assert main([*words, "--dry-run"]) == 0 and not output.exists()
+    assert f": {family}, " in capsys.readouterr().out
+    assert main([*words, "--quiet"]) == 0
     assert ("attention is eager" in capsys.readouterr().out) == (family == "paligemma")
     losses = [entry["loss"] for entry in read_jsonl(output / "metrics.jsonl")]
     assert len(losses) == 2 and losses[0] == pytest.approx(2 * np.log(2), abs=1e-4)

@@ -94,6 +94,15 @@ def test_a_damaged_checkpoint_is_passed_by(pairs_file, plain, copy, damage, reas
     assert kept == ["damaged-step-000006", "step-000004", "step-000006"]
 
 
+def test_what_is_no_checkpoint_is_left_alone(pairs_file, plain, copy):
+    shutil.copytree(copy / "checkpoints" / "step-000006", copy / "checkpoints" / "step-000006.bak")
+    shutil.rmtree(copy / "checkpoints" / "step-000006")
+    run(pairs_file, copy, *EVERY_2, "--resume")
+    assert_same_run(copy, plain)
+    kept = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000006", "step-000006.bak"]
+
+
 def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(pairs_file, copy, capsys):
     for step in (copy / "checkpoints").iterdir():
         cut(step)
@@ -343,3 +352,29 @@ def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path):
         first.communicate()
     with sole_writer(tmp_path):  # it died with the process
         pass
+
+
+def test_ranks_end_with_their_launcher(tmp_path):
+    (tmp_path / "waits.py").write_text(
+        "import os, sys, time\n"
+        "from realign import parallel\n"
+        "parallel._end_with(int(os.environ['REALIGN_LAUNCHER']))\n"
+        "open(f'{sys.argv[1]}/{os.getpid()}.rank', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    launch = f"from realign import parallel; parallel.launch('waits', [{str(tmp_path)!r}], 2)"
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-c", launch], env=os.environ | {"PYTHONPATH": path}
+    )
+    while len(ranks := [int(p.stem) for p in tmp_path.glob("*.rank")]) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        alive = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+        if not alive:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{alive} live on")

@@ -194,3 +194,27 @@ def test_peak_memory_is_that_of_this_process():
     assert held >= 200 * 2**20
     # Linux gathers pages by thread, so two looks differ by some of them.
     assert throughput.peak_memory(torch.device("cpu")) >= held - 2**22
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--fsdp", "--nproc-per-node", 2, "--replicas", 3],
+            "replicas is 3, which does not divide 2",
+        ),
+        (["--cpu-offload"], "cpu_offload would have no effect"),
+        (["--attention", "flex"], "attention is 'flex', whose kernels"),
+    ],
+)
+def test_the_plan_refuses_what_training_refuses(pairs_file, tmp_path, capsys, flags, message):
+    words = ["--pairs", pairs_file, "--output", tmp_path / "run", "--dry-run", *flags]
+    assert main([str(word) for word in words]) == 1
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+def test_a_plan_of_a_tower_that_never_learns_whole(pairs_file, tmp_path, capsys):
+    words = ["--pairs", pairs_file, "--output", tmp_path / "run", "--tune", "full"]
+    assert main([str(word) for word in [*words, "--train-vision", "--dry-run"]]) == 0
+    assert "full: 1,1" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from runs import (
     CURVE_TOLERANCE,
     arguments,
@@ -18,7 +19,9 @@ from runs import (
     start,
     wait_for_step,
     weights,
+    without_timing,
 )
+from safetensors.torch import load_file
 
 from realign.digits import ASSETS
 from realign.metrics import JsonlLog, read_jsonl
@@ -168,3 +171,19 @@ def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_pat
     (early / "metrics.jsonl").write_bytes(before)
     with pytest.raises(ValueError, match=r"at step 0\. Add --resume"):
         run(pairs_file, early, *dropout)
+
+
+def test_what_never_learns_has_no_state_to_restore(pairs_file, tmp_path):
+    """The digits model reads its tower before the last norm, which so gets no gradient."""
+    vision = ("--tune", "full", "--train-vision", *EVERY_2)
+    run(pairs_file, tmp_path / "whole", *vision, steps=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for later in ("checkpoints/step-000004", "model"):
+        shutil.rmtree(tmp_path / "cut" / later)
+    run(pairs_file, tmp_path / "cut", *vision, "--resume", steps=4)
+    one, other = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert without_timing(one) == without_timing(other)
+    ours, theirs = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
