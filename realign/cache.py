@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign import parallel, reference, sharding
+from realign.attention import IMPLEMENTATIONS, check
 from realign.cli import parse_sections
 from realign.config import LossConfig
 from realign.digits import ASSETS
@@ -57,6 +58,8 @@ class FillConfig:
     """Objective to be trained: it decides which responses under which images are needed."""
     dtype: str = "fp32"
     """Compute in 'fp32' or 'bf16', as training will."""
+    attention: str = "tree"
+    """How the language model attends, as training will (its 'auto' is 'tree')."""
     max_response_tokens: int = 1024
     """Longest response; a longer one is an error that names its record, never cut."""
     row_tokens: int = 0
@@ -75,6 +78,9 @@ class FillConfig:
             raise ValueError("pairs is missing: pass the file to be trained on, --pairs FILE.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        if self.attention not in IMPLEMENTATIONS:
+            names = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"attention is {self.attention!r}; it must be one of {names}.")
         least_of = {"max_response_tokens": 1, "batch_rows": 1, "row_tokens": 0, "nproc_per_node": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
@@ -86,6 +92,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     """Compute the reference log-probs that a training run on these pairs will look up."""
     dtype = DTYPES[config.dtype]
     device = parallel.start(alone=config.fsdp)
+    check(config.attention, device)
     bars = not config.quiet and parallel.rank() == 0
     inputs = load_inputs(
         config.model or str(ASSETS),
@@ -93,6 +100,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         LossConfig(objective=config.objective),
         dtype=dtype,
         weights_dtype=dtype,
+        attention=config.attention,
         train_vision=False,
         meta=config.fsdp and parallel.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,

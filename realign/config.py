@@ -28,15 +28,16 @@ class ModelConfig:
     """With --tune full, train the vision tower too."""
     dtype: str = "fp32"
     """Compute in 'fp32' or 'bf16'; what is trained is kept in fp32 either way."""
-    attention: str = "tree"
-    """How the language model attends: 'tree' (each tree by itself, without a mask; 'sdpa' for
-    models with windows or two-way blocks), 'sdpa', 'eager', or on CUDA 'flex' (skips what a token
-    may not see, so rows can be long) or 'flash' (each response gets its own copy of the prompt)."""
+    attention: str = "auto"
+    """How the language model attends: 'tree' (each tree by itself, without a mask; models with
+    windows, two-way blocks or dropout get 'sdpa'), 'sdpa', 'eager', or on CUDA 'flex' (skips what
+    a token may not see, so rows can be long) or 'flash' (each response gets its own copy of the
+    prompt). 'auto' is 'tree', with --compile 'sdpa'."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
         _one_of("dtype", self.dtype, ("fp32", "bf16"))
-        _one_of("attention", self.attention, ("tree", "sdpa", "eager", "flex", "flash"))
+        _one_of("attention", self.attention, ("auto", "tree", "sdpa", "eager", "flex", "flash"))
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
                 "attention is 'flash', which computes in half precision alone, and dtype is 'fp32'."
@@ -57,8 +58,8 @@ class DataConfig:
     max_response_tokens: int = 1024
     """Longest response; a longer one is an error that names its record, never cut."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest; 0 takes the longest tree (with --attention flex at least
-    8192)."""
+    """Most tokens in a row of the forest; 0 takes what suits the attention: all of a forward
+    (tree), 8192 or more (flex), else the longest tree."""
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)
@@ -207,9 +208,19 @@ class TrainConfig:
                 "them learns. Leave it out, or add --tune lora."
             )
         if self.scale.compile and self.model.attention == "tree":
-            self.model.attention = "sdpa"  # every other layout would compile again
+            raise ValueError(
+                "attention is 'tree', which would compile again for every other layout of a batch. "
+                "Use --attention sdpa with --compile."
+            )
+        if self.model.attention == "auto":
+            self.model.attention = "sdpa" if self.scale.compile else "tree"
         if self.optim.learning_rate == 0:
             self.optim.learning_rate = 5e-5 if self.model.model is None else 1e-5
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is under FSDP2: also alone, where parameters are cast or offloaded."""
+        return self.scale.fsdp or self.scale.cpu_offload or self.model.dtype != "fp32"
 
     def to_dict(self) -> dict:
         """The tree as nested dictionaries."""

@@ -248,8 +248,8 @@ class _Encoder:
         opened = self.processor.apply_chat_template(typed, add_generation_prompt=True)
         whole = self.processor.apply_chat_template([*typed, answer])
         suffix = whole.removeprefix(opened) if whole.startswith(opened) else text
-        if (end := self.tokenizer.eos_token) and end not in suffix:
-            suffix = suffix.rstrip() + end  # LLaVA-1.5's template leaves it to the trainer
+        if suffix.strip() == text.strip() and (end := self.tokenizer.eos_token):
+            suffix = suffix.rstrip() + end  # LLaVA-1.5's template does not close a turn
         # Tokenized behind the prompt, since a text may begin otherwise on its own.
         before, ids = (
             self.tokenizer(t, add_special_tokens=False)["input_ids"]

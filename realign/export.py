@@ -39,7 +39,9 @@ def export(
     Raises:
         CommonError: when it cannot be written.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter is not None
+    )
     whole = get_model_state_dict(model, options=options)
 
     def write() -> None:

@@ -71,13 +71,19 @@ def load_model(
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, **options)
     wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
+    if not (Path(path) / "adapter_model.safetensors").exists():
+        raise ValueError(
+            f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
+            "adapter again with a present version of PEFT."
+        )
     merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
     return merged.to(dtype).requires_grad_(True)  # PEFT froze them
 
 
 def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a final model for inference: full weights, or an adapter with the base it names."""
-    return _from_pretrained(AutoModelForImageTextToText, path, dtype=dtype).eval()
+    options = {"dtype": dtype, "use_safetensors": True}
+    return _from_pretrained(AutoModelForImageTextToText, path, **options).eval()
 
 
 def adapter_base(path: str | Path) -> str | None:
@@ -100,10 +106,17 @@ def _vision_config(path: str | Path):
 def _from_pretrained(auto_class, path: str | Path, **options):
     """`auto_class.from_pretrained`, with one line where there is no model."""
     try:
-        return auto_class.from_pretrained(path, **options)
+        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except ImportError as error:  # such as torchvision, of Qwen's processors
         needs = " ".join(str(error).split())
         raise ValueError(f"{path} needs a package that is not installed: {needs}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} brings code of its own, which is never run here. Take a model whose class is "
+            "in transformers."
+        ) from error
     except OSError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import uuid
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class JsonlLog:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # others may write it, too
     partial.write_text(text)
     partial.replace(path)
 

@@ -20,6 +20,7 @@ from realign.attention import forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Features, Images, ImageStore, features, in_slots
 from realign.layouts import SLIDING, TESTED, has_softcap, layout_of
+from realign.parallel import from_rank_0
 from realign_kernels import (
     NonFiniteError,
     Objective,
@@ -165,7 +166,8 @@ class ForestModel(nn.Module):
             shared = build_batch([example], store, row_tokens=example.longest_tree)
             apart = build_batch([example], store, row_tokens=0, shared=False)
             with torch.no_grad():
-                gap = float((self(shared.to(device)) - self(apart.to(device))).abs().mean())
+                found = float((self(shared.to(device)) - self(apart.to(device))).abs().mean())
+            gap = from_rank_0(lambda: found)  # one decision for all
             if gap > _GAPS[self.dtype]:
                 layout.separate = f"under a shared one log-probs differ by {gap:.2g} a token"
             if kind not in TESTED:

@@ -21,14 +21,13 @@ from realign import attention, memory, parallel, reference, sharding
 from realign.attention import row_budget
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
-from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import ImageStore
 from realign.loading import DTYPES, add_lora, load_model, load_processor
 from realign.model import ForestModel
 from realign.records import read_pairs
-from realign.run import check_settings, prepare_pairs, steps_done
+from realign.run import base_of, check_settings, prepare_pairs, steps_done
 from realign.schedule import batches, share_of_rank, total_steps
 from realign.throughput import cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
@@ -83,7 +82,7 @@ class Plan:
 
     def __init__(self, config: TrainConfig, pairs: Path) -> None:
         self.config, self.dtype = config, DTYPES[config.model.dtype]
-        self.base = config.model.model or str(ASSETS)
+        self.base = base_of(config)
         self.lora = config.model.tune == "lora"
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
@@ -91,7 +90,6 @@ class Plan:
         sharding.check(config.scale, self.device, self.ranks)
         attention.check(config.model.attention, self.device)
         self.shards = self.ranks // config.scale.replicas
-        self.sharded = config.scale.fsdp or self.dtype != torch.float32
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
         if self.done:
@@ -100,7 +98,7 @@ class Plan:
 
         self.processor = load_processor(self.base)
         kept = self.dtype if self.lora else torch.float32
-        self.vlm = load_model(self.base, kept, config.model.attention, meta=True)
+        self.vlm = load_model(self.base, kept, _layout_attention(config), meta=True)
         self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
         records = read_pairs(pairs)
         self.objective = make_objective(config.loss, records)
@@ -135,9 +133,8 @@ class Plan:
     def _per_image_token(self) -> float:
         """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
         kept = self.dtype if self.lora else torch.float32
-        model = ForestModel(
-            load_model(self.base, kept, self.config.model.attention, meta=True), dtype=self.dtype
-        )
+        vlm = load_model(self.base, kept, _layout_attention(self.config), meta=True)
+        model = ForestModel(vlm, dtype=self.dtype)
         cpu = torch.device("cpu")
         with memory.fake_tensors(cpu):
             memory.give_fake_storage(model, cpu, self.dtype)
@@ -284,7 +281,7 @@ class Plan:
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
         gathered = 0
-        if self.sharded:
+        if self.config.sharded:
             sizes = [sum(p.numel() for p in layer.parameters()) for layer in self.model.layers]
             root = sum(p.numel() for p in self.model.parameters()) - sum(sizes)
             gathered = (root + 2 * max(sizes)) * self.dtype.itemsize
@@ -300,18 +297,16 @@ class Plan:
                 self.device,
                 forwards=self.forwards,
                 ranks=self.shards,
-                sharded=self.sharded,
+                sharded=self.config.sharded,
             )
         cpu = self.device.type == "cpu"
         in_step = round(max(step.training, step.reference) * (memory.HEAP if cpu else 1))
-        # AdamW's foreach form on CUDA makes a copy of all it updates; a CPU goes one by one.
         shard = self.learning // self.shards
-        update = step.gradients + (0 if cpu else 4 * shard)
         parts = {
             "weights": stored // self.shards,
             "gathered weights": gathered,
             "AdamW": 8 * shard,
-            "activations, gradients": max(in_step, update),
+            "activations, gradients": max(in_step, step.gradients),
         }
         if self.config.scale.cpu_offload:  # these are in host memory
             parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
@@ -355,6 +350,11 @@ class Plan:
             f"written), final model "
             f"{_gib(final)}; {_gib(shutil.disk_usage(place).free)} free",
         )
+
+
+def _layout_attention(config: TrainConfig) -> str:
+    """What lays rows out alike where fake tensors cannot go (flex's own operator)."""
+    return "sdpa" if config.model.attention == "flex" else config.model.attention
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

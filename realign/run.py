@@ -13,9 +13,12 @@ from pathlib import Path
 from realign import parallel
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
+from realign.digits import ASSETS
+from realign.loading import adapter_base
 from realign.metrics import write_whole
 
-_FREE = {"row_tokens", "micro_batch_size"}  # settings that change no result beyond rounding
+_FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}
+"""Settings that change no result beyond rounding, and paths whose content has a digest."""
 
 
 @contextmanager
@@ -129,6 +132,21 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
             f"{output} was trained otherwise; changed since: {', '.join(changed)}. Resume with "
             "what it began with, or name another --output."
         )
+
+
+def base_of(config: TrainConfig) -> str:
+    """Folder or hub name of the model to train.
+
+    Raises:
+        ValueError: when it is an adapter and another one would be put on it.
+    """
+    base = config.model.model or str(ASSETS)
+    if adapter_base(base) and config.model.tune == "lora" and not config.run.merge:
+        raise ValueError(
+            f"{base} is an adapter itself; one for it on top could not be loaded elsewhere."
+            " Add --merge, which writes whole weights, or --tune full."
+        )
+    return base
 
 
 def prepare_pairs(config: TrainConfig) -> Path:

@@ -22,13 +22,13 @@ import torch
 from realign import attention, liger, parallel, plan, reference, sharding, vision
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig, parse
-from realign.digits import ASSETS
 from realign.export import export
 from realign.inputs import load_inputs
-from realign.loading import DTYPES, adapter_base, add_lora
+from realign.loading import DTYPES, add_lora
 from realign.noise import hush_libraries
 from realign.run import (
     StopSignal,
+    base_of,
     check_settings,
     prepare_pairs,
     sole_writer,
@@ -77,15 +77,14 @@ def train(config: TrainConfig) -> Path | None:
         CheckpointError: when none is whole, or the last one cannot be written.
     """
     scale = config.scale
-    sharded = scale.fsdp or scale.cpu_offload or config.model.dtype != "fp32"
-    device = parallel.start(alone=sharded, fsdp=scale.fsdp)
+    device = parallel.start(alone=config.sharded, fsdp=scale.fsdp)
     sharding.check(scale, device, parallel.world_size())
     attention.check(config.model.attention, device)
     with sole_writer(Path(config.run.output)):
-        return _train(config, device, sharded)
+        return _train(config, device)
 
 
-def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | None:
+def _train(config: TrainConfig, device: torch.device) -> Path | None:
     run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
     dtype = DTYPES[config.model.dtype]
     say = print if parallel.rank() == 0 else lambda *_: None
@@ -94,12 +93,7 @@ def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | N
     checkpoints = Checkpoints(output / "checkpoints", run.keep)
     done = steps_done(config, checkpoints)
 
-    base, lora = config.model.model or str(ASSETS), config.model.tune == "lora"
-    if adapter_base(base) and lora and not run.merge:
-        raise ValueError(
-            f"{base} is an adapter itself; one for it on top could not be loaded elsewhere."
-            " Add --merge, which writes whole weights, or --tune full."
-        )
+    base, lora = base_of(config), config.model.tune == "lora"
     inputs = load_inputs(
         base,
         prepare_pairs(config),
@@ -132,7 +126,7 @@ def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | N
     sharding.wrap_layers(
         layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing
     )
-    if sharded:
+    if config.sharded:
         sharding.shard(model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload)
     else:
         model.to(device)
@@ -164,7 +158,7 @@ def _train(config: TrainConfig, device: torch.device, sharded: bool) -> Path | N
             progress=bars,
             say=say,
         ).float()
-    if sharded:
+    if config.sharded:
         model.reshard()  # a forward without backward leaves the root gathered
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -83,14 +83,19 @@ def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
             found.append(
                 F.scaled_dot_product_attention(
                     next(queries),
-                    torch.cat([k[:, :, :root], next(keys)], 2),
-                    torch.cat([v[:, :, :root], next(values)], 2),
+                    _for_heads(torch.cat([k[:, :, :root], next(keys)], 2), query.shape[1]),
+                    _for_heads(torch.cat([v[:, :, :root], next(values)], 2), query.shape[1]),
                     attn_mask=seen,
-                    **shared,
+                    **shared | {"enable_gqa": False},
                 )
             )
     found.append(torch.zeros_like(next(queries)))
     return torch.cat(found, 2)
+
+
+def _for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """A key or value for each head: CUDA's fused kernels take a mask or groups, not both."""
+    return states.repeat_interleave(heads // states.shape[1], 1)
 
 
 AttentionInterface.register(NAME, forest_attention)

@@ -22,7 +22,7 @@ OPTIONS = {
         "lora_alpha": 256.0,
         "train_vision": False,
         "dtype": "fp32",
-        "attention": "tree",
+        "attention": "auto",
     },
     config.DataConfig: {"pairs": None, "max_response_tokens": 1024, "row_tokens": 0},
     config.LossConfig: {"objective": "rdpo", "beta": 0.1, "visual_weight": 1.0},
@@ -66,6 +66,7 @@ OPTIONS = {
         "model": None,
         "objective": "rdpo",
         "dtype": "fp32",
+        "attention": "tree",
         "max_response_tokens": 1024,
         "row_tokens": 0,
         "batch_rows": 32,
@@ -132,7 +133,9 @@ def test_option_names_are_unique_over_the_sections_of_training():
     sections = zip(("model", "data", "loss", "optim", "scale", "run"), TRAIN, strict=True)
     defaults = {section: dict(OPTIONS[cls]) for section, cls in sections}
     defaults["optim"]["learning_rate"] = 5e-5  # 0 means: as suits the model
+    defaults["model"]["attention"] = "tree"  # auto, without --compile
     assert tree == defaults
+    assert config.parse(["--compile"]).model.attention == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -236,11 +239,12 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--nproc-per-node", "3"], "nproc_per_node would have no effect.*--fsdp"),
         (["--replicas", "2"], "replicas would have no effect.*--fsdp"),
         (["--fsdp", "--replicas", "0"], "replicas is 0"),
+        (["--compile", "--attention", "tree"], "would compile again.*sdpa with --compile"),
         (["--liger", "--compile"], "liger and compile both fuse"),
         (["--attention", "flash"], "'flash', which computes in half.* Add --dtype bf16"),
         (
             ["--attention", "math"],
-            "attention is 'math'; it must be one of tree, sdpa, eager, flex, flash",
+            "attention is 'math'; it must be one of auto, tree, sdpa, eager, flex, flash",
         ),
         (["--log-every", "0"], "log_every is 0"),
         (["--quiet", "--log-every", "5"], "log_every would have no effect with --quiet"),

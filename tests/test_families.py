@@ -293,6 +293,17 @@ def test_the_table_in_docs_is_what_was_found():
     assert set(FAMILIES) == layouts.TESTED
 
 
+def test_a_turn_ends_as_the_template_ends_it():
+    """Gemma's template closes a turn with another token than the tokenizer's eos."""
+    model = ForestModel(make("gemma3")[0])
+    examples, _ = encoded("gemma3", model)
+    tokenizer = make("gemma3")[1].tokenizer
+    for example in examples:
+        for leaf in example.leaves:
+            words = tokenizer.convert_ids_to_tokens(leaf.ids.tolist())
+            assert words.count("<end_of_turn>") == 1 and "<eos>" not in words
+
+
 def test_one_image_twice_in_a_prompt():
     for family in FAMILIES:
         vlm, _ = make(family)

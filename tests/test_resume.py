@@ -163,7 +163,7 @@ def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_pat
         run(pairs_file, plain, *dropout, "--resume", "--beta", 0.2, "--seed", 7)
     fewer = tmp_path / "fewer.parquet"
     write_pairs(fewer, read_pairs(pairs_file)[:-1])
-    with pytest.raises(ValueError, match=r"changed since: pairs \(.*\), the pairs\."):
+    with pytest.raises(ValueError, match=r"changed since: the pairs\."):
         run(fewer, plain, *dropout, "--resume")
     assert (plain / "metrics.jsonl").read_bytes() == before
     early = tmp_path / "early"  # stopped before its first checkpoint

@@ -229,9 +229,9 @@ def _internvl() -> InternVLProcessor:
 
 def _gemma3() -> Gemma3Processor:
     tokenizer = _tokenizer(
-        ["<start_of_turn>"],
+        ["<start_of_turn>", "<end_of_turn>"],
         bos="<bos>",
-        eos="<end_of_turn>",
+        eos="<eos>",
         pad="<pad>",
         image_token="<image_soft_token>",
         boi_token="<start_of_image>",
