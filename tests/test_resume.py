@@ -1,7 +1,6 @@
 """Going on after any end: the curve and the weights of a run that nothing has interrupted."""
 
 import json
-import os
 import pickle
 import random
 import shutil
@@ -60,7 +59,7 @@ class Signalled:
         def write_and_signal(log, entry):
             write(log, entry)
             if entry["step"] == step:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
 
         monkeypatch.setattr(JsonlLog, "write", write_and_signal)
 
