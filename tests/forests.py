@@ -57,8 +57,8 @@ def token_logps(forest, leaf):
 class Scorer:
     """`build` and `model` of a pass over forests; counts what it does."""
 
-    def __init__(self, forests, seconds=0.0):
-        self.forests, self.seconds = forests, seconds
+    def __init__(self, forests, seconds=0.0, begun=lambda: None):
+        self.forests, self.seconds, self.begun = forests, seconds, begun
         self.batches = []
 
     def build(self, pairs):
@@ -66,15 +66,16 @@ class Scorer:
 
     def __call__(self, pairs):
         self.batches.append(pairs)
+        self.begun()
         time.sleep(self.seconds)
         values = np.concatenate([token_logps(self.forests[i], leaf) for i, leaf in pairs])
         company = np.float32(1 + zlib.crc32(repr(pairs).encode()) / 2**32 * 1e-5)
         return torch.from_numpy(values * company)
 
 
-def fill(cache, forests, seconds=0.0, **options):
-    """A pass over forests; returns the scorer."""
-    scorer = Scorer(forests, seconds)
+def fill(cache, forests, seconds=0.0, begun=lambda: None, **options):
+    """A pass over forests; returns the scorer, which calls `begun` as each batch begins."""
+    scorer = Scorer(forests, seconds, begun)
     options = {"row_tokens": 64, "batch_rows": 4} | options
     scorer.filled = cache.fill(scorer, forests, build=scorer.build, **options)
     return scorer
