@@ -18,6 +18,7 @@ page cache. Before a store is timed all its answers are checked.
 
 import shutil
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.race import race
 from realign_kernels import _extension
 from realign_kernels.batcher import pack_forest
 from realign_kernels.table import open_table
@@ -36,6 +38,7 @@ try:
 except ImportError:
     lmdb = None
 
+OURS = "ours"
 BATCH, STORED, INSERTED, SYNCED, LARGE = 256, 1_000_000, 200_000, 20_000, 10_000_000
 FINGERPRINT = bytes(16)
 VALUE = np.dtype([("logp", "<f8"), ("tokens", "<i4")])
@@ -61,6 +64,8 @@ class Records(NamedTuple):
 
 
 class Store:
+    name: str
+
     def finish(self):
         """What is left to do after the last batch."""
 
@@ -69,6 +74,8 @@ class Store:
 
 
 class Ours(Store):
+    name = OURS
+
     def __init__(self, folder):
         self.table = open_table(folder, FINGERPRINT)
         self.lookup, self.close = self.table.lookup, self.table.close
@@ -86,6 +93,8 @@ class Ours(Store):
 
 class Dict(Store):
     """A dict of (logp, tokens) by key, read from one file and written back whole."""
+
+    name = "dict in Parquet"
 
     def __init__(self, folder):
         self.path, self.known = Path(folder) / "records.parquet", {}
@@ -121,6 +130,7 @@ class Dict(Store):
 class Lmdb(Store):
     """A transaction for every batch of writes, one for all reads; a commit is an fsync."""
 
+    name = "LMDB"
     options: dict[str, bool] = {}
 
     def __init__(self, folder):
@@ -152,10 +162,12 @@ class Lmdb(Store):
 
 
 class LmdbNosync(Lmdb):
+    name = "LMDB, no sync"
     options = {"sync": False}
 
 
 class LmdbWritemap(Lmdb):
+    name = "LMDB, no sync, writemap"
     options = {"sync": False, "writemap": True}
 
 
@@ -167,13 +179,33 @@ def stores(*kinds):
     return pytest.mark.parametrize("kind", marked, ids=lambda kind: kind.__name__.lower())
 
 
-def timed(benchmark, group, call, count, unit, **options):
-    """Times `call`, which does `count` things of `unit` (None: a rate would mislead)."""
-    benchmark.group = group
-    benchmark.pedantic(call, rounds=5, iterations=1, **options)
+def timed(benchmark, group, contestant, call, count, unit, ours=None, **info):
+    """Races `call`, which does `count` things of `unit` (None: a rate would mislead), with ours.
+
+    A call that needs a store made ready returns the seconds of what counts.
+    """
+    case = {"what": group, "count": count}
+    race(
+        benchmark,
+        f"cache, {group}",
+        suite="cache",
+        case=case,
+        contestant=contestant,
+        role="ours" if ours is None else "peer",
+        call=call,
+        ours=ours,
+        **info,
+    )
     if count is not None and benchmark.stats is not None:  # --benchmark-disable leaves no stats
         rate = count / benchmark.stats.stats.median
         benchmark.extra_info.update(rate=rate, unit=unit)
+
+
+def clocked(call, *arguments):
+    """Seconds of a call."""
+    began = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - began
 
 
 def check(store, records):
@@ -209,66 +241,80 @@ def test_lookup(benchmark, million, kind):
     records, folder_of = million
     picks = np.random.default_rng(0).integers(0, STORED, STORED)
     wanted = Records(*(part[picks] for part in records))
-    store = kind(folder_of(kind))
-    check(store, wanted)
-    batches = [store.batch(part)[0] for part in wanted.split(BATCH)]
+    opened = []
 
-    def lookup():
-        for keys in batches:
-            store.lookup(keys)
+    def lookups(kind):
+        store = kind(folder_of(kind))
+        opened.append(store)
+        check(store, wanted)
+        batches = [store.batch(part)[0] for part in wanted.split(BATCH)]
 
-    timed(benchmark, "lookup, 1M keys", lookup, STORED, "keys")
+        def lookup():
+            for keys in batches:
+                store.lookup(keys)
+
+        return lookup
+
+    ours = None if kind is Ours else lookups(Ours)
+    timed(benchmark, "lookup, 1M keys", kind.name, lookups(kind), STORED, "keys", ours)
+    for store in opened:
+        store.close()
+
+
+def inserts(kind, records, insert, folder):
+    """A call that fills an empty store, and tells the seconds of `insert` and `finish`."""
+
+    def call():
+        shutil.rmtree(folder, ignore_errors=True)
+        store = kind(folder)
+        batches = [store.batch(part) for part in records.split(BATCH)]
+
+        def fill():
+            for batch in batches:
+                getattr(store, insert)(batch)
+            store.finish()
+
+        seconds = clocked(fill)
+        store.close()
+        return seconds
+
+    call()
+    store = kind(folder)
+    check(store, records)
     store.close()
+    return call
 
 
 def timed_insert(benchmark, group, kind, count, insert):
-    """`insert(store, batch)` of every batch into an empty store, and `finish`."""
-    records, at = Records.random(count), []
+    """The method `insert` of every batch into an empty store, and `finish`."""
+    records = Records.random(count)
     with tempfile.TemporaryDirectory() as parent:
-
-        def empty():
-            if at:
-                at.pop().close()
-            shutil.rmtree(Path(parent) / "store", ignore_errors=True)
-            at.append(kind(Path(parent) / "store"))
-            return (at[0], [at[0].batch(part) for part in records.split(BATCH)]), {}
-
-        def fill(store, batches):
-            for batch in batches:
-                insert(store, batch)
-            store.finish()
-
-        fill(*empty()[0])
-        at.pop().close()
-        store = kind(Path(parent) / "store")
-        check(store, records)
-        store.close()
-        timed(benchmark, group, fill, count, "records", setup=empty)
-        at.pop().close()
+        call = inserts(kind, records, insert, Path(parent) / "theirs")
+        ours = None if kind is Ours else inserts(Ours, records, insert, Path(parent) / "ours")
+        timed(benchmark, group, kind.name, call, count, "records", ours)
 
 
 @stores(Ours, Dict, LmdbNosync, LmdbWritemap)
 def test_insert(benchmark, kind):
-    timed_insert(benchmark, "insert, 200k records", kind, INSERTED, kind.insert)
+    timed_insert(benchmark, "insert, 200k records", kind, INSERTED, "insert")
 
 
 @stores(Ours, Lmdb)
 def test_insert_and_fsync(benchmark, kind):
-    timed_insert(benchmark, "insert, fsync, 20k", kind, SYNCED, kind.insert_and_sync)
+    timed_insert(benchmark, "insert, fsync, 20k", kind, SYNCED, "insert_and_sync")
 
 
-def timed_open(benchmark, group, kind, folder, count):
-    opened = []
+def opens(kind, folder):
+    """A call that opens a store, tells the seconds, and closes it."""
 
-    def close():
-        while opened:
-            opened.pop().close()
+    def call():
+        began = time.perf_counter()
+        store = kind(folder)
+        seconds = time.perf_counter() - began
+        store.close()
+        return seconds
 
-    def reopen():
-        opened.append(kind(folder))
-
-    timed(benchmark, group, reopen, count, "records", setup=close, warmup_rounds=1)
-    close()
+    return call
 
 
 @stores(Ours, Dict, LmdbNosync)
@@ -278,9 +324,12 @@ def test_open(benchmark, million, kind):
     check(store, records)
     store.close()
     count = None if issubclass(kind, Lmdb) else STORED
-    timed_open(benchmark, "open, 1M records", kind, folder_of(kind), count)
+    ours = None if kind is Ours else opens(Ours, folder_of(Ours))
+    call = opens(kind, folder_of(kind))
+    timed(benchmark, "open, 1M records", kind.name, call, count, "records", ours)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_extension.missing_reason() is not None, reason="takes minutes in pure Python")
 def test_open_ours_with_10m(benchmark):
     records = Records.random(LARGE)
@@ -291,7 +340,7 @@ def test_open_ours_with_10m(benchmark):
                 todo(store, part)
             store.close()
         del store, records, part
-        timed_open(benchmark, "open, 10M records", Ours, folder, LARGE)
+        timed(benchmark, "open, 10M records", OURS, opens(Ours, folder), LARGE, "records")
 
 
 def llava_like(trees):
@@ -329,21 +378,24 @@ def filled(rows, lengths, budget):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("contestant", ["ours", "first_fit_decreasing"])
+@pytest.mark.parametrize("contestant", [OURS, "first fit decreasing"])
 def test_pack_20k_trees(benchmark, contestant, budget):
     forest, lengths = llava_like(20_000)
-    if contestant == "ours":
-        rows, call = our_rows(forest, budget), partial(pack_forest, *forest, budget)
+    ours = partial(pack_forest, *forest, budget)
+    if contestant == OURS:
+        rows, call, ours = our_rows(forest, budget), ours, None
     else:
         call = partial(first_fit_decreasing, lengths, budget)
         rows = call()
-    benchmark.extra_info["filled"] = filled(rows, lengths, budget)
-    timed(benchmark, f"pack, 20k trees, {budget}", call, 40_000, "leaves")
+    share = filled(rows, lengths, budget)
+    group = f"pack, 20k trees, {budget}"
+    timed(benchmark, group, contestant, call, 40_000, "leaves", ours, filled=share)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_pack_1m_leaves(benchmark, budget):
     forest, lengths = llava_like(500_000)
-    benchmark.extra_info["filled"] = filled(our_rows(forest, budget), lengths, budget)
+    share = filled(our_rows(forest, budget), lengths, budget)
     call = partial(pack_forest, *forest, budget)
-    timed(benchmark, "pack, 1M leaves", call, 1_000_000, "leaves")
+    group = f"pack, 1M leaves, {budget}"
+    timed(benchmark, group, OURS, call, 1_000_000, "leaves", filled=share)

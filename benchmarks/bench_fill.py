@@ -13,15 +13,15 @@ the machine has. Contestants, each computing the same log-probs (compared before
 """
 
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import random_llava, random_pairs
 
+from benchmarks.models import random_llava, random_pairs
+from benchmarks.race import race
 from realign import reference
 from realign.digits import ASSETS
 from realign.encode import encode_records
@@ -35,8 +35,7 @@ from realign_kernels import ReferenceCache, objectives
 from realign_kernels.filling import plan
 from realign_kernels.leaves import collect_leaves
 
-CPU = torch.device("cpu")
-OURS = "fill"
+CPU, OURS = torch.device("cpu"), "ours"
 
 
 def digits():
@@ -98,10 +97,16 @@ def forest_batches(setting):
     return made
 
 
-@torch.inference_mode()
-def bare_forward(setting, batches):
-    model = ForestModel(setting[1])
-    return [setting[1].lm_head(model._hidden(batch)) for batch in batches]
+def bare(setting):
+    """The forwards of `fill` and the logits of their response rows; batches are built before."""
+    model, head, batches = ForestModel(setting[1]), setting[1].lm_head, forest_batches(setting)
+
+    @torch.inference_mode()
+    def call():
+        for batch in batches:
+            head(model._hidden(batch))
+
+    return call
 
 
 @torch.inference_mode()
@@ -130,40 +135,28 @@ def plain(setting, size):
     return torch.stack(found).view(len(examples), -1).T
 
 
-def timed(benchmark, setting, call):
-    """Times `call`, with a fill before each round: ratios in pairs stand a machine that drifts."""
-    benchmark.group = f"reference pass, {setting[0]}"
-    beside = []
-
-    def before():
-        began = time.perf_counter()
-        fill(setting)
-        beside.append(time.perf_counter() - began)
-
-    setup = None if call is OURS else before
-    run = (lambda: fill(setting)) if call is OURS else call
-    found = benchmark.pedantic(run, setup=setup, rounds=5, warmup_rounds=1, iterations=1)
-    if beside:
-        ratios = np.array(benchmark.stats.stats.data) / np.array(beside[-5:])
-        benchmark.extra_info["paired"] = [float(f(ratios)) for f in (np.median, np.min, np.max)]
-    return found
+CONTESTANTS = {
+    OURS: lambda setting: lambda: fill(setting),
+    "bare forward": bare,
+    "plain loop": lambda setting: lambda: plain(setting, 1),
+    "plain batches of 8": lambda setting: lambda: plain(setting, 8),
+}
 
 
-def test_fill_of_the_cache(benchmark, setting):
-    found = timed(benchmark, setting, OURS)
-    truth = plain(setting, 1)
-    benchmark.extra_info["error"] = float((found - truth).abs().max())
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_reference_pass(benchmark, setting, name):
+    found, truth = fill(setting), plain(setting, 1)
     assert (found - truth).abs().max() < 2e-3  # fp32 sums of 128 log-probs near -10
-
-
-def test_bare_forward_over_the_same_rows(benchmark, setting):
-    batches = forest_batches(setting)
-    timed(benchmark, setting, lambda: bare_forward(setting, batches))
-
-
-def test_plain_loop(benchmark, setting):
-    timed(benchmark, setting, lambda: plain(setting, 1))
-
-
-def test_plain_batches_of_8(benchmark, setting):
-    timed(benchmark, setting, lambda: plain(setting, 8))
+    error = {"log-prob": float((found - truth).abs().max())} if name == OURS else None
+    race(
+        benchmark,
+        f"cache, fill, {setting[0]}",
+        suite="cache",
+        case={"what": f"fill {setting[0]}"},
+        contestant=name,
+        role={OURS: "ours", "bare forward": "limit"}.get(name, "peer"),
+        call=CONTESTANTS[name](setting),
+        ours=None if name == OURS else CONTESTANTS[OURS](setting),
+        budget=8.0,
+        error=error,
+    )

@@ -1,145 +1,209 @@
 """The head, forward and backward: ours, other libraries, and the GEMMs alone, which are the limit.
 
-Every contestant gets the labelled rows only: a trainer that also projects image and prompt rows
-pays several times as much for them (the last group). Peers come with the extra `peers`.
+Shapes are named after models. H / 4 is what a CPU finishes in time; the models' own sizes run with
+`-m full`, and on CUDA always. Two kinds of rows:
+
+- equal: every contestant gets the response rows alone.
+- as called: image and prompt rows are given too, with labels of -100, and each library does with
+  them what it does for its users.
+
+Before a contestant is timed its loss and its gradients are compared with fp64. Peers come with the
+extra `peers`.
 """
 
-import contestants as rivals
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from realign_kernels import rdpo_loss
+from benchmarks import contestants
+from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums
+from benchmarks.race import race
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHAPES = {  # examples, response tokens, H, V
-    "N=768 H=1024 V=32000": (4, 64, 1024, 32000),
-    "N=512 H=2048 V=64000": (2, 85, 2048, 64000),
-}
-QUICK = ("ours", "ours, torch backend", "eager", "F.linear_cross_entropy", "TRL chunked log-prob")
+ALLOWED = {"bf16": 2e-2, "fp32": 2e-5}
+"""Relative error of ours at most; the others' is shown."""
+PROMPT, RESPONSE = 64, 64
 CHUNK = 256
+FAST = tuple(name for name in CONTESTANTS if name not in ("Liger DPO, two calls", "CCE"))
+TRAINABLE = (LIMIT, OURS, EAGER, TRL, "Liger DPO, two calls", "CCE")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is run; `group` and `case` describe it in the results."""
+
+    model: str
+    H: int
+    V: int
+    examples: int
+    dtype: str = "bf16"
+    head: str = "frozen"
+    image_tokens: int = 0
+
+    @property
+    def rows(self) -> str:
+        return "as called" if self.image_tokens else "equal"
+
+    @property
+    def group(self) -> str:
+        image = f", {self.image_tokens} image tokens" if self.image_tokens else ""
+        return f"head, {self.head}, {self.dtype}, {self.model} {self.H}x{self.V}{image}"
+
+    @property
+    def case(self) -> dict:
+        return asdict(self) | {"rows": self.rows, "N": 3 * self.examples * RESPONSE}
+
+
+LLAVA = Shape("LLaVA-1.5-7B, H / 4", 1024, 32000, 2)
+QWEN = Shape("Qwen2.5-VL-3B, H / 4", 512, 151936, 1)
+GEMMA = Shape("Gemma-3-4B, H / 4", 640, 262144, 1)
+WHOLE = (
+    Shape("LLaVA-1.5-7B", 4096, 32000, 1),
+    Shape("Qwen2.5-VL-3B", 2048, 151936, 1),
+    Shape("Qwen2.5-VL-7B", 3584, 152064, 1),
+    Shape("Gemma-3-4B", 2560, 262144, 1),
+)
+if DEVICE == "cuda":  # rows of a real batch
+    WHOLE = tuple(replace(shape, examples=16) for shape in WHOLE)
+
+
+def cases():
+    """(shape, contestant) of every benchmark here; `slow` ones are for `-m full`."""
+    slow = () if DEVICE == "cuda" else (pytest.mark.slow,)
+    every = (LIMIT, *CONTESTANTS)
+    for dtype in DTYPES:
+        small = replace(LLAVA, dtype=dtype)
+        yield from entries(small, every)
+        yield from entries(replace(small, head="trainable"), TRAINABLE)
+        for shape in (replace(QWEN, dtype=dtype), replace(GEMMA, dtype=dtype)):
+            quick = shape == QWEN
+            yield from entries(shape, (LIMIT, *FAST), () if quick else slow)
+        for shape in WHOLE:
+            yield from entries(replace(shape, dtype=dtype), (LIMIT, *FAST), slow)
+        whole = replace(WHOLE[0], dtype=dtype, head="trainable")
+        yield from entries(whole, (LIMIT, OURS, EAGER, TRL), slow)
+    for tokens in (576, 2880):
+        masked = replace(LLAVA, examples=1, image_tokens=tokens)
+        yield from entries(masked, CONTESTANTS, slow if tokens > 576 else ())
+
+
+def entries(shape, names, marks=()):
+    """One benchmark for each contestant of a shape."""
+    for name in names:
+        yield pytest.param(shape, name, marks=marks, id=f"{shape.group}, {name}")
 
 
 class Case:
-    """Rows, head and labels of one shape and dtype; logits of standard deviation 2."""
+    """Hidden states, head and labels of a shape; logits of standard deviation 2."""
 
-    def __init__(self, shape: str, dtype: str) -> None:
-        self.examples, length, width, vocabulary = SHAPES[shape]
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
         g = torch.Generator().manual_seed(0)
-        rows = 3 * self.examples * length
-        self.hidden = torch.randn(rows, width, generator=g).to(DTYPES[dtype])
-        weight = torch.randn(vocabulary, width, generator=g) * 2 / width**0.5
-        self.weight = weight.to(DTYPES[dtype])
-        self.labels = torch.randint(vocabulary, (rows,), generator=g)
-        self.name = f"{dtype} {shape}"
-        self.truth = self._truth()
+        before = PROMPT + shape.image_tokens if shape.image_tokens else 0
+        size = (3, shape.examples, before + RESPONSE)
+        kind = {"dtype": DTYPES[shape.dtype], "device": DEVICE}
+        self.hidden = torch.randn(*size, shape.H, generator=g).to(**kind)
+        weight = torch.randn(shape.V, shape.H, generator=g).mul_(2 / shape.H**0.5)
+        self.weight = weight.to(**kind)
+        self.labels = torch.randint(shape.V, size, generator=g).to(DEVICE)
+        self.labels[..., :before] = -100
 
-    def _truth(self) -> torch.Tensor:
-        """Gradient of hidden in fp64."""
-        hidden = self.hidden.double().requires_grad_()
-        logps = F.log_softmax(hidden @ self.weight.double().T, -1)
-        rivals.from_logps(logps.gather(-1, self.labels[:, None])[:, 0], self.examples).backward()
-        return hidden.grad
+    @property
+    def trainable(self) -> bool:
+        return self.shape.head == "trainable"
 
-    def step(self, loss, trainable=False):
-        """One forward and backward; the gradient of hidden."""
+    @cached_property
+    def truth(self):
+        """Loss and gradients of the labelled rows in fp64."""
+        rows = self.labels != -100
+        hidden = self.hidden[rows].double().requires_grad_()
+        weight = self.weight.double().requires_grad_(self.trainable)
+        logits = F.log_softmax(hidden @ weight.T, -1)
+        sums = (
+            logits.gather(-1, self.labels[rows][:, None]).view(3, self.shape.examples, -1).sum(-1)
+        )
+        loss = from_sums(sums)
+        loss.backward()
+        return loss.detach(), hidden.grad, weight.grad
+
+    def step(self, loss):
+        """One forward and backward: the loss and both gradients."""
         hidden = self.hidden.detach().requires_grad_()
-        weight = self.weight.detach().requires_grad_(trainable)
-        loss(hidden, weight, self.labels, examples=self.examples).backward()
-        return hidden.grad
+        weight = self.weight.detach().requires_grad_(self.trainable)
+        value = loss(hidden, weight, self.labels)
+        value.backward()
+        return value.detach(), hidden.grad, weight.grad
 
-    def gemms(self, trainable=False):
+    def error(self, loss) -> dict[str, float]:
+        """Relative errors of the loss and, in norm, of the gradients; the larger of the two."""
+        value, hidden, weight = self.step(loss)
+        true, *truths = self.truth
+        found = [hidden[self.labels != -100], weight]
+        off = [
+            float((a.double() - b).norm() / b.norm())
+            for a, b in zip(found, truths, strict=True)
+            if b is not None
+        ]
+        return {"loss": float((value.double() - true).abs() / true.abs()), "gradient": max(off)}
+
+    def gemms(self):
         """The products alone, chunk by chunk, into buffers."""
-        logits = self.hidden.new_empty(CHUNK, len(self.weight))
-        out, grad = torch.empty_like(self.hidden), torch.empty_like(self.weight)
+        hidden = self.hidden[self.labels != -100]
+        logits = hidden.new_empty(CHUNK, len(self.weight))
+        out, grad = torch.empty_like(hidden), torch.empty_like(self.weight)
 
         def call():
-            for start in range(0, len(self.hidden), CHUNK):
-                rows = self.hidden[start : start + CHUNK]
+            for start in range(0, len(hidden), CHUNK):
+                rows = hidden[start : start + CHUNK]
                 z = torch.mm(rows, self.weight.T, out=logits[: len(rows)])
                 torch.mm(z, self.weight, out=out[start : start + CHUNK])
-                if trainable:
+                if self.trainable:
                     torch.mm(z.T, rows, out=grad)
 
         return call
 
 
-@pytest.fixture(scope="module", params=DTYPES)
-def dtype(request):
-    return request.param
+@pytest.fixture(scope="module")
+def case_of():
+    """Builds the case of a shape; the last one is kept, as benchmarks come shape by shape."""
+    kept = []
 
+    def of(shape):
+        if not kept or kept[0].shape != shape:
+            kept.clear()
+            kept.append(Case(shape))
+        return kept[0]
 
-@pytest.fixture(scope="module", params=SHAPES)
-def case(request, dtype):
-    return Case(request.param, dtype)
+    return of
 
 
 def make(name):
     """A contestant, or a skip that says what is missing."""
     try:
-        return rivals.CONTESTANTS[name]()
+        return CONTESTANTS[name]()
     except ImportError as error:
-        pytest.skip(f"{name}: {error}; pip install -c constraints.txt '.[peers]'")
+        pytest.skip(f"{error}; pip install -c constraints.txt '.[peers]'")
 
 
-def run(benchmark, group, call, case, rounds=5):
-    benchmark.group = group
-    grad = benchmark.pedantic(call, rounds=rounds, warmup_rounds=2, iterations=1)
-    if grad is not None:
-        error = (grad.double() - case.truth).norm() / case.truth.norm()
-        benchmark.extra_info["error"] = float(error)
-
-
-def test_two_gemms_alone(benchmark, case):
-    run(benchmark, f"frozen head {case.name}", case.gemms(), case)
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_frozen(benchmark, case, name):
-    loss = make(name)
-    run(benchmark, f"frozen head {case.name}", lambda: case.step(loss), case)
-
-
-def test_three_gemms_alone(benchmark, case):
-    run(benchmark, f"trainable head {case.name}", case.gemms(trainable=True), case, rounds=7)
-
-
-@pytest.mark.parametrize("name", ["ours", "eager", "TRL chunked log-prob"])
-def test_trainable(benchmark, case, name):
-    loss = make(name)
-    run(benchmark, f"trainable head {case.name}", lambda: case.step(loss, True), case, rounds=7)
-
-
-@pytest.mark.parametrize("name", ["ours", "Liger DPO, two calls", "CCE, torch.compile"])
-def test_frozen_slow_peers(benchmark, dtype, name):
-    loss, case = make(name), Case("N=768 H=1024 V=32000", dtype)
-    run(benchmark, f"frozen head {dtype}, slow peers", lambda: case.step(loss), case, rounds=3)
-
-
-@pytest.mark.parametrize("name", ["ours", "eager", "TRL chunked log-prob"])
-def test_with_image_and_prompt_rows(benchmark, name):
-    """128 of them per sequence beside 64 response tokens: what projecting every position costs."""
-    make(name)
-    case = Case("N=768 H=1024 V=32000", "bf16")
-    prefix, sequences, length = 128, 3 * case.examples, 64
-    image = torch.randn(sequences, prefix, case.hidden.shape[1]).bfloat16()
-    rows = torch.cat([image, case.hidden.view(sequences, length, -1)], 1)
-    labels = torch.full(rows.shape[:2], -100)
-    labels[:, prefix:] = case.labels.view(sequences, length)
-    tokens = {"eager": rivals.eager, "TRL chunked log-prob": rivals.trl}.get(name)
-    tokens = tokens and tokens()
-
-    def call():
-        hidden = rows.detach().requires_grad_()
-        if tokens is None:
-            shape = (3, case.examples, prefix + length)
-            zeros = torch.zeros(3, case.examples)
-            padded = hidden.view(*shape, -1)
-            rdpo_loss(padded, case.weight, labels.view(shape), zeros).loss.backward()
-        else:
-            logps = tokens(hidden.flatten(0, 1), case.weight, labels.clamp(min=0).flatten())
-            logps = torch.where(labels == -100, 0, logps.view(labels.shape))
-            rivals.from_logps(logps, case.examples).backward()
-        return hidden.grad[:, prefix:].flatten(0, 1)
-
-    run(benchmark, "frozen head bf16, image and prompt rows given too", call, case, rounds=3)
+@pytest.mark.parametrize(("shape", "name"), cases())
+def test_head(benchmark, case_of, shape, name):
+    loss = None if name == LIMIT else make(name)
+    case = case_of(shape)
+    mine = contestants.ours()
+    error = None if loss is None else case.error(loss)
+    if name == OURS:
+        assert max(error.values()) < ALLOWED[shape.dtype], error
+    race(
+        benchmark,
+        shape.group,
+        suite="head",
+        case=shape.case,
+        contestant=name,
+        role={LIMIT: "limit", OURS: "ours"}.get(name, "peer"),
+        call=case.gemms() if loss is None else lambda: case.step(loss),
+        ours=None if name == OURS else lambda: case.step(mine),
+        error=error,
+    )

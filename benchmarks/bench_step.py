@@ -1,17 +1,17 @@
 """A training step of a LLaVA of 60M parameters: rDPO on the forest, TRL's DPO, plain rDPO.
 
-Hidden 512, 8 layers, V = 32000, 576 image tokens, prompts of 64, responses of 128, 4 examples; a
-frozen tower; LoRA (rank 128) and full fine-tuning, fp32 and bf16. Contestants, each a process that
-lives through its setting (`step_contestants.py` says what each one runs and what is timed):
+Hidden 512, 8 layers, V = 32000, 576 image tokens, prompts of 64, responses of 128; a frozen tower;
+LoRA (rank 128) and full fine-tuning, fp32 and bf16; 4 examples with `-m full` (about 24 GB), else
+LoRA and one example. Contestants, each a process that lives through its setting
+(`step_contestants.py` says what each one runs and what is timed):
 
 - ours: rDPO, three sequences, reference log-probs from the cache.
-- TRL: `DPOTrainer` 1.16, two sequences, live reference; on the CPU it projects every row.
-- TRL, labelled rows: the same, made to project labelled rows alone as it does on CUDA.
-- released: rDPO over three plain sequences, full logits, live reference.
+- TRL DPO: `DPOTrainer` 1.16, two sequences, live reference; on the CPU it projects every row.
+- TRL DPO, labelled rows: the same, made to project labelled rows alone as it does on CUDA.
+- released, three sequences: rDPO over three plain sequences, full logits, live reference.
 
-Losses and gradient norms are compared first. Then peak memory, of live tensors: two steps of which
-freed blocks are returned to the system. Then time, in rounds in which contestants alternate; a
-ratio is ours over theirs in one round. About 24 GB of memory.
+Losses and gradient norms are compared first. Then peak memory, of live tensors, over that of
+imports: a step of which freed blocks are returned to the system. Then time, in turns with ours.
 """
 
 import json
@@ -21,13 +21,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from models import write_setting
 
-ROUNDS = 3
+from benchmarks.models import write_setting
+from benchmarks.race import race
+
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest relative difference between losses, and between norms, of two ways to the same thing."""
+OURS = "ours"
+CONTESTANTS = {  # the process, the words of a step, and the words of our step that it is equal to
+    OURS: ("ours", (), ()),
+    "TRL DPO": ("trl", (), ("dpo",)),
+    "TRL DPO, labelled rows": ("trl", ("labelled",), ("dpo",)),
+    "released, three sequences": ("released", (), ()),
+}
+SETTINGS = [
+    *(pytest.param(("lora", dtype, 1), id=f"lora-{dtype}-1") for dtype in TOLERANCE),
+    *(
+        pytest.param((tune, dtype, 4), id=f"{tune}-{dtype}-4", marks=pytest.mark.slow)
+        for tune in ("lora", "full")
+        for dtype in TOLERANCE
+    ),
+]
 
 
 class Contestant:
@@ -41,8 +56,8 @@ class Contestant:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
-        built = self.read()
-        self.imported, self.built = built["imported"], built["VmRSS"]
+        self.imported = self.read()["imported"]
+        self.kept = False
 
     def read(self):
         if not (line := self.process.stdout.readline()):
@@ -55,84 +70,83 @@ class Contestant:
         self.process.stdin.flush()
         return self.read()
 
-    def peaks(self, steps, *words):
-        """Peak memory over that of imports, and over that of what was built, in bytes."""
-        peak = [self.step(*words) for _ in range(steps)][-1]["VmHWM"]
-        return peak - self.imported, peak - self.built
+    def timed(self, *words):
+        """A call for `race`: the seconds that the process counts."""
+        if not self.kept:  # from now on freed blocks stay with the process
+            self.step("keep", *words)
+            self.kept = True
+        return lambda: self.step(*words)["seconds"]
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.process.stdin.close()
         self.process.wait()
         self.errors.close()
 
 
-@pytest.fixture(scope="module")
-def folder():
-    with tempfile.TemporaryDirectory() as name:
-        write_setting(name, 4, prompt=64, response=128)
-        yield name
+class Setting:
+    """The processes of a setting: ours to its end, of the others one at a time."""
+
+    def __init__(self, folder, tune, dtype, examples):
+        write_setting(folder, examples, prompt=64, response=128)
+        self.where = (folder, tune, dtype)
+        self.case = {"tune": tune, "dtype": dtype, "examples": examples}
+        self.running = {"ours": Contestant("ours", *self.where)}
+        self.truth = {words: self.running["ours"].step(*words) for words in (("dpo",), ())}
+        self.peaks = {}
+
+    def process(self, name):
+        if name not in self.running:
+            for other in [one for one in self.running if one != "ours"]:
+                self.running.pop(other).close()
+            self.running[name] = Contestant(name, *self.where)
+        return self.running[name]
+
+    def peak(self, name, contestant, words, like):
+        """Bytes over imports; before, that the first step is the step it should be."""
+        if contestant not in self.peaks:
+            process = self.process(name)
+            first = process.step(*words)
+            if first["loss"] is not None and name != "ours":
+                for what in ("loss", "norm"):
+                    close = pytest.approx(self.truth[like][what], rel=TOLERANCE[self.case["dtype"]])
+                    assert first[what] == close, (contestant, what)
+            self.peaks[contestant] = process.step(*words)["VmHWM"] - process.imported
+        return self.peaks[contestant]
+
+    def close(self):
+        while self.running:
+            self.running.popitem()[1].close()
 
 
-def check_equal(ours, theirs, dtype):
-    for what in ("loss", "norm"):
-        assert ours[what] == pytest.approx(theirs[what], rel=TOLERANCE[dtype]), what
+@pytest.fixture(scope="module", params=SETTINGS)
+def setting(request):
+    with tempfile.TemporaryDirectory() as folder:
+        made = Setting(folder, *request.param)
+        yield made
+        made.close()
 
 
-def spread(ours, theirs):
-    """Median, least and most of the ratios of paired rounds."""
-    ratios = np.array(ours) / np.array(theirs)
-    return [float(f(ratios)) for f in (np.median, np.min, np.max)]
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tune", ["lora", "full"])
-def test_step(benchmark, folder, tune, dtype):
-    pytest.importorskip("trl", reason="trl is missing; pip install -c constraints.txt '.[peers]'")
-    benchmark.group = f"step, {tune} {dtype}"
-    where, peaks, times = (folder, tune, dtype), {}, {}
-
-    with Contestant("ours", *where) as ours:
-        dpo, rdpo = ours.step("dpo"), ours.step()
-        peaks["ours"] = ours.peaks(1)
-        ours.step("keep")
-
-        with Contestant("trl", *where) as trl:
-            check_equal(dpo, trl.step("labelled"), dtype)
-            peaks["TRL, labelled rows"] = trl.peaks(1, "labelled")
-            peaks["TRL"] = trl.peaks(1)
-            trl.step("keep")
-            mine, labelled, every = [], [], []
-
-            def theirs():
-                labelled.append(trl.step("labelled")["seconds"])
-                every.append(trl.step()["seconds"])
-
-            benchmark.pedantic(
-                lambda: mine.append(ours.step()["seconds"]), setup=theirs, rounds=ROUNDS
-            )
-        times["TRL"] = every, spread(mine, every)
-        times["TRL, labelled rows"] = labelled, spread(mine, labelled)
-
-        with Contestant("released", *where) as released:
-            check_equal(rdpo, released.step(), dtype)
-            peaks["released"] = released.peaks(1)
-            released.step("keep")
-            beside = [
-                [other.step()["seconds"] for other in (ours, released)] for _ in range(ROUNDS)
-            ]
-        again, plain = zip(*beside, strict=True)
-        times["released"] = plain, spread(again, plain)
-
-    times["ours"] = [*mine, *again], [1.0, 1.0, 1.0]
-    benchmark.extra_info["table"] = {
-        name: {
-            "seconds": float(np.median(times[name][0])),
-            "time": times[name][1],
-            "bytes": peaks[name],
-            "memory": [a / b for a, b in zip(peaks["ours"], peaks[name], strict=True)],
-        }
-        for name in ("ours", "TRL", "TRL, labelled rows", "released")
-    }
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_step(benchmark, setting, contestant):
+    name, words, like = CONTESTANTS[contestant]
+    if name == "trl":
+        reason = "trl is missing; pip install -c constraints.txt '.[peers]'"
+        pytest.importorskip("trl", reason=reason)
+    if name == "trl" and not words:  # memory of labelled rows first: a process's peak only grows
+        labelled = "TRL DPO, labelled rows"
+        setting.peak(name, labelled, ("labelled",), like)
+    ours = setting.running["ours"]
+    setting.peak("ours", OURS, (), ())
+    taken = setting.peak(name, contestant, words, like)
+    race(
+        benchmark,
+        "step, {tune}, {dtype}, {examples} example(s)".format(**setting.case),
+        suite="step",
+        case=setting.case,
+        contestant=contestant,
+        role="ours" if contestant == OURS else "peer",
+        call=setting.process(name).timed(*words),
+        ours=None if contestant == OURS else ours.timed(),
+        bytes=taken,
+        budget=10.0,
+    )

@@ -1,9 +1,84 @@
-"""Prints ratios: every contestant's median over the first one's, group by group.
+"""Which benchmarks run, where their results go, and the tables that end a run.
 
-Times on a shared machine drift, ratios within one run hold better; so these are what we quote.
+Without `-m` the slow ones are left out; `-m full` runs all. Results go to benchmarks/results/ as
+`default`, `full`, `gpu` or, for a selection, `partial`, each a JSON of pytest-benchmark with what
+was skipped and why.
 """
 
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
 import pytest
+import torch
+
+from benchmarks.race import REPLAY
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "lmdb",
+            "faiss-cpu", "numpy")  # fmt: skip
+_SKIPPED, _GROUPS, _SCOPE = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.StashKey[str]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Slow ones only with `-m`; everything is `full`; durations come from `benchmarks.race`."""
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+        item.add_marker(pytest.mark.full)
+    if not config.option.markexpr:
+        slow = [item for item in here if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def pytest_collection_finish(session):
+    option = session.config.option
+    whole = not option.keyword and all("::" not in one for one in session.config.args)
+    whole = whole and all(Path(one).is_dir() for one in session.config.args)
+    scope = {"": "default", "full": "full"}.get(option.markexpr) if whole else None
+    if scope and torch.cuda.is_available():
+        scope = "gpu"
+    session.config.stash[_SCOPE] = scope or "partial"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and call.when != "teardown":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        suite = item.path.stem.removeprefix("bench_")
+        found = {"suite": suite, "name": item.name, "reason": reason.removeprefix("Skipped: ")}
+        item.config.stash.setdefault(_SKIPPED, []).append(found)
+    return report
+
+
+def pytest_benchmark_generate_machine_info(config):
+    """What a reader has to know; no names of machines or folders."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def pytest_benchmark_group_stats(config, benchmarks, group_by):
@@ -12,61 +87,65 @@ def pytest_benchmark_group_stats(config, benchmarks, group_by):
     for bench in benchmarks:
         groups.setdefault(bench["group"], []).append(bench)
     config.stash[_GROUPS] = groups
-    return sorted(groups.items())
+    return list(groups.items())
 
 
-_GROUPS = pytest.StashKey[dict]()
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """Writes the results, unless nothing was timed."""
+    plugin = getattr(session.config, "_benchmarksession", None)
+    benches = [bench for bench in getattr(plugin, "benchmarks", []) if bench]
+    if not benches:
+        return
+    info = {
+        hook: getattr(session.config.hook, f"pytest_benchmark_generate_{hook}")(
+            config=session.config
+        )
+        for hook in ("machine_info", "commit_info")
+    }
+    written = session.config.hook.pytest_benchmark_generate_json(
+        config=session.config, benchmarks=plugin.benchmarks, include_data=True, **info
+    )
+    written["commit_info"].pop("project", None)
+    for bench in written["benchmarks"]:  # objects of ours; `extra_info` tells the same
+        bench["params"] = None
+    written["skipped"] = session.config.stash.get(_SKIPPED, [])
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{session.config.stash[_SCOPE]}.json"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(written, indent=1) + "\n")
+    partial.replace(path)
+    session.config.stash[_PATH] = path
+
+
+_PATH = pytest.StashKey[Path]()
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    """A line for each contestant: theirs over ours, median of the rounds, and its quartiles."""
+    say = terminalreporter.write_line
     for name, benches in config.stash.get(_GROUPS, {}).items():
-        base = benches[0]
-        terminalreporter.write_line(f"\n{name}: median time over that of {base['name']}")
+        say(f"\n{name}")
         for bench in benches:
-            ratio = bench["median"] / base["median"]
-            note = "".join(f"   {note}" for note in _notes(bench["extra_info"]))
-            terminalreporter.write_line(
-                f"  {ratio:6.2f}x  {1e3 * bench['median']:9.1f} ms  {bench['name']}{note}"
+            info = bench["extra_info"]
+            ratio = info.get("ratio")
+            beside = "" if ratio is None else "{1:7.2f}x [{0:.2f}, {2:.2f}]".format(*ratio)
+            notes = "".join(f"   {note}" for note in _notes(info))
+            say(
+                f"  {1e3 * bench['median']:10.2f} ms {beside:24} "
+                f"{info.get('contestant', bench['name'])}{notes}"
             )
-
-    tables = {
-        name: bench["extra_info"]["table"]
-        for name, benches in config.stash.get(_GROUPS, {}).items()
-        for bench in benches
-        if "table" in bench["extra_info"]
-    }
-    if tables:
-        terminalreporter.write_line("\n" + "\n\n".join(_tables(tables)))
-
-
-def _tables(tables):
-    """Markdown: ours over theirs in time and in memory, a column for each setting."""
-    wanted = {
-        "time of a step, ours / theirs [least, most of the rounds]; theirs in seconds": lambda x: (
-            "{:.2f} [{:.2f}, {:.2f}]; {:.1f} s".format(*x["time"], x["seconds"])
-        ),
-        "peak memory over imports, ours / theirs; theirs": lambda x: (
-            f"{x['memory'][0]:.2f}; {1e-9 * x['bytes'][0]:.2f} GB"
-        ),
-        "peak memory over model and optimizer as built, ours / theirs; theirs": lambda x: (
-            f"{x['memory'][1]:.2f}; {1e-9 * x['bytes'][1]:.2f} GB"
-        ),
-    }
-    for title, cell in wanted.items():
-        lines = [[title, *tables], ["---"] * (1 + len(tables))]
-        for name in next(iter(tables.values())):
-            lines.append([name, *(cell(table[name]) for table in tables.values())])
-        yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if _PATH in config.stash:
+        say(f"\nresults: {config.stash[_PATH].relative_to(config.rootpath)}")
 
 
 def _notes(info):
     """What a benchmark put into its extra_info, where it is one of these."""
     if "error" in info:
-        yield f"error against fp64 {info['error']:.1e}"
-    if "paired" in info:
-        median, least, most = info["paired"]
-        yield f"{median:.2f}x [{least:.2f}, {most:.2f}] in pairs of rounds"
+        yield "error " + ", ".join(f"{k} {v:.1e}" for k, v in info["error"].items())
+    if "bytes" in info:
+        yield f"{info['bytes'] / 2**20:,.1f} MiB"
     if "rate" in info:
-        yield f"{1e-6 * info['rate']:7.3g} M {info['unit']}/s"
+        yield f"{info['rate']:,.4g} {info['unit']}/s"
     if "filled" in info:
         yield f"{100 * info['filled']:.2f} % filled"

@@ -1,7 +1,10 @@
 """The rDPO loss over a head, as each library lets its users compute it.
 
-All get the same labelled rows, (3 * B * T, H), chosen then rejected then visual, and references of
-zero. A library that is not installed raises ImportError when its contestant is made.
+All get hidden states (3, B, T, H) in order chosen, rejected, visual, labels (3, B, T) with -100
+where there is nothing to predict, and references of zero. With labels everywhere they compute on
+equal rows; with an image and a prompt in front each does what it does for its users: ours, and CCE,
+leave out what has no label, TRL does on CUDA, the others project every row. A library that is not
+installed raises ImportError when its contestant is made.
 """
 
 from collections.abc import Callable
@@ -13,37 +16,40 @@ from torch import Tensor
 from realign_kernels import rdpo_loss, use_backend
 
 BETA = 0.1
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Tokens = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden (N, H), weight (V, H), labels (N,)) -> log-probs (N,)."""
-Loss = Callable[..., Tensor]
-"""(hidden (N, H), weight (V, H), labels (N,), examples=int) -> loss."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden (3, B, T, H), weight (V, H), labels (3, B, T)) -> loss."""
 
 
-def from_logps(logps: Tensor, examples: int) -> Tensor:
-    """Both terms, from per-token log-probs (N,)."""
-    chosen, rejected, visual = BETA * logps.view(3, examples, -1).sum(-1)
+def from_sums(logps: Tensor) -> Tensor:
+    """Both terms, from log-probs of sequences (3, B)."""
+    chosen, rejected, visual = BETA * logps
     return -(F.logsigmoid(chosen - rejected) + F.logsigmoid(chosen - visual)).mean()
 
 
-def ours(backend: str) -> Loss:
-    def loss(hidden, weight, labels, *, examples):
-        shape = (3, examples, len(labels) // (3 * examples))
-        zeros = torch.zeros(3, examples)
+def ours(backend: str | None = None) -> Loss:
+    """What `from realign_kernels import rdpo_loss` gives; None: the backend it picks itself."""
+
+    def loss(hidden, weight, labels):
+        zeros = torch.zeros(labels.shape[:2], device=labels.device)
+        if backend is None:
+            return rdpo_loss(hidden, weight, labels, zeros, beta=BETA).loss
         with use_backend(backend):
-            padded = hidden.view(*shape, -1)
-            return rdpo_loss(padded, weight, labels.view(shape), zeros, beta=BETA).loss
+            return rdpo_loss(hidden, weight, labels, zeros, beta=BETA).loss
 
     return loss
 
 
-def eager() -> Tokens:
+def eager_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """All logits at once, as the authors' release and most scripts do."""
+    logits = (hidden @ weight.T).float()
+    return F.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
 
-    def logps(hidden, weight, labels):
-        logits = (hidden @ weight.T).float()
-        return F.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
 
-    return logps
+def eager() -> Tokens:
+    return eager_tokens
 
 
 def torch_fused() -> Tokens:
@@ -74,12 +80,23 @@ def cce() -> Tokens:
     return logps
 
 
-def both_terms(make: Callable[[], Tokens]) -> Callable[[], Loss]:
-    """The loss of a library that has per-token log-probs."""
+def both_terms(make: Callable[[], Tokens], ignores: bool = False) -> Callable[[], Loss]:
+    """The loss of a library that has per-token log-probs.
+
+    Args:
+        ignores: It takes labels of -100 and leaves those rows out itself; else they are projected,
+            and masked here.
+    """
 
     def made() -> Loss:
         logps = make()
-        return lambda *head, examples: from_logps(logps(*head), examples)
+
+        def loss(hidden, weight, labels):
+            rows = labels.flatten() if ignores else labels.flatten().clamp(min=0)
+            found = logps(hidden.flatten(0, 2), weight, rows).view(labels.shape)
+            return from_sums(torch.where(labels == -100, 0, found).sum(-1))
+
+        return loss
 
     return made
 
@@ -88,25 +105,27 @@ def liger() -> Loss:
     """Liger's fused DPO makes one term, so two calls: chosen and rejected, chosen and visual."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    fused = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compiled=False)
+    fused = LigerFusedLinearDPOLoss(
+        beta=BETA, use_ref_model=False, compiled=torch.cuda.is_available()
+    )
 
-    def loss(hidden, weight, labels, *, examples):
-        rows, targets = hidden.view(3, examples, -1, hidden.shape[1]), labels.view(3, examples, -1)
+    def loss(hidden, weight, labels):
         total = 0
         for other in (1, 2):
-            pair = torch.cat([rows[0], rows[other]]), torch.cat([targets[0], targets[other]])
-            total = total + fused(weight, *pair)[0]
+            total = total + fused(weight, hidden[[0, other]].flatten(0, 1),
+                                  labels[[0, other]].flatten(0, 1))[0]  # fmt: skip
         return total
 
     return loss
 
 
+OURS, LIMIT, EAGER, TRL = "ours", "GEMMs alone", "eager logits", "TRL chunked log-prob"
 CONTESTANTS: dict[str, Callable[[], Loss]] = {
-    "ours": lambda: ours("cpp"),
+    OURS: ours,
     "ours, torch backend": lambda: ours("torch"),
-    "eager": both_terms(eager),
-    "F.linear_cross_entropy": both_terms(torch_fused),
-    "TRL chunked log-prob": both_terms(trl),
+    EAGER: both_terms(eager),
+    "F.linear_cross_entropy": both_terms(torch_fused, ignores=True),
+    TRL: both_terms(trl),
     "Liger DPO, two calls": liger,
-    "CCE, torch.compile": both_terms(cce),
+    "CCE": both_terms(cce, ignores=True),
 }

@@ -1,9 +1,9 @@
 """How everything here is timed: a contestant and ours take turns, and the turns are divided.
 
-Times on a shared machine drift by a third within minutes; a ratio of two calls, one right after the
-other, does not. So each contestant's rounds alternate with rounds of ours, which goes first changing
-from round to round, and what we quote is the median of theirs / ours over the rounds. On CUDA a
-round is timed by events, after a flush of the L2 cache.
+Times on a shared machine drift by a third within minutes; a ratio of two calls, one right after
+the other, does not. So each contestant's rounds alternate with rounds of ours, which goes first
+changes from round to round, and what we quote is the median of theirs / ours over the rounds. On
+CUDA a round is timed by events, after a flush of the L2 cache.
 
 The durations are then handed to pytest-benchmark, whose table, JSON and `--benchmark-compare` work
 as ever. `extra_info` of each benchmark says
@@ -13,7 +13,7 @@ as ever. `extra_info` of each benchmark says
 - contestant, and its role: `ours`, `limit` (what cannot be beaten) or `peer`;
 - ratio: lower quartile, median and upper quartile of theirs / ours; not for ours itself;
 - error, where there is a truth: {"loss": ..., "gradient": ...}, relative, against fp64;
-- bytes, where memory is the result: peak beyond inputs and their gradients, in a fresh process.
+- bytes, where memory is a result: the peak, as the suite defines it.
 """
 
 import functools
@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-LEAST, MOST = 5, 15
+LEAST, MOST = 3, 15
 """Rounds of a contestant, within its seconds."""
 
 
@@ -78,9 +78,7 @@ def turns(
         seconds(one)  # warm: code loaded, buffers and compiled graphs made
     found: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
-    while len(found[0]) < least or (
-        len(found[0]) < most and time.perf_counter() - began < budget
-    ):
+    while len(found[0]) < least or (len(found[0]) < most and time.perf_counter() - began < budget):
         order = range(len(calls)) if len(found[0]) % 2 else reversed(range(len(calls)))
         for i in order:
             found[i].append(seconds(calls[i]))
@@ -97,7 +95,7 @@ def race(
     role: str,
     call: Callable[[], object],
     ours: Callable[[], object] | None = None,
-    budget: float = 4.0,
+    budget: float = 3.0,
     least: int = LEAST,
     most: int = MOST,
     **info,

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ def test_kill_9_at_50_random_points_loses_at_most_the_batch_in_flight(tmp_path):
         child = os.fork()
         if child == 0:  # pragma: no cover
             try:
-                fill(ReferenceCache(folder, PRINT), forests, 0.001, lambda: os.write(report, b"."))
+                begun = partial(os.write, report, b".")
+                fill(ReferenceCache(folder, PRINT), forests, 0.001, begun)
             finally:
                 os._exit(0)
         os.close(report)
