@@ -18,12 +18,14 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export REALIGN_CACHE ?= $(CACHE)/realign
 export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
 
-.PHONY: help build demo test bench lint clean
+.PHONY: help build demo test bench bench-full bench-gpu report lint clean
 
 help:
 	@echo 'make demo    the whole pipeline on the embedded digits; writes demo/'
 	@echo 'make test    the tests'
 	@echo 'make bench   the benchmarks, beside TRL, Liger and CCE, which it installs'
+	@echo 'make bench-full, make bench-gpu    all of them; on a CUDA machine, with the report'
+	@echo 'make report  docs/benchmarks.md, its pictures and the README tables from the last runs'
 	@echo 'make lint    ruff check and ruff format --check'
 	@echo 'make build   the environment alone: .venv with the package and its C++ extension'
 	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
@@ -45,6 +47,20 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'
 	$(RUN) -m pytest benchmarks/ --benchmark-only
+
+bench-full: $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'
+	$(RUN) -m pytest benchmarks/ --benchmark-only -m full
+
+bench-gpu: $(STAMP)
+	$(RUN) -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"'
+	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'
+	$(RUN) -m pytest benchmarks/ --benchmark-only -m full
+	$(RUN) -m benchmarks.report
+
+report: $(STAMP)
+	$(RUN) -m benchmarks.roofline
+	$(RUN) -m benchmarks.report
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

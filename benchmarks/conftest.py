@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import results, targets
 from benchmarks.race import REPLAY
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,7 +137,18 @@ def pytest_terminal_summary(terminalreporter, config):
                 f"{info.get('contestant', bench['name'])}{notes}"
             )
     if _PATH in config.stash:
+        _say_targets(say, results.read(config.stash[_PATH]))
         say(f"\nresults: {config.stash[_PATH].relative_to(config.rootpath)}")
+
+
+def _say_targets(say, run):
+    """Those of docs/targets.toml that this run measured."""
+    found = [(target, *targets.verdict(target, [run])) for target in targets.read()]
+    measured = [one for one in found if one[2] != "not measured"]
+    if measured:
+        say(f"\ntargets: {sum(one[2] == 'met' for one in measured)} of {len(measured)} met")
+    for target, value, verdict in measured:
+        say(f"  {verdict:6} {value:12,.3g}  {target.bound:20}  {target.name}")
 
 
 def _notes(info):

@@ -22,14 +22,25 @@ from pathlib import Path
 import torch
 
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, ALPHA = 128, 256.0  # the paper's, and the defaults of realign.train
 
 
 def memory():
-    """Peak and present resident memory of this process, in bytes."""
+    """Peak and present resident memory of this process, in bytes; on CUDA the device's tensors."""
+    if DEVICE == "cuda":
+        peak, present = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return {"VmHWM": peak, "VmRSS": present}
     status = Path("/proc/self/status").read_text()
     found = dict(line.split(":", 1) for line in status.splitlines())
     return {name: 1024 * int(found[name].split()[0]) for name in ("VmHWM", "VmRSS")}
+
+
+def now():
+    """Seconds, when what was asked of the device is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def allocate(mode):
@@ -61,7 +72,7 @@ def move(model, tune):
         if tune == "lora":  # both matrices; PEFT starts from B = 0
             local.copy_(0.01 * noise)
         else:
-            local.add_((0.002 * noise).to(local.dtype))
+            local.add_((0.002 * noise).to(local))
 
 
 def lora_settings(model):
@@ -110,6 +121,8 @@ class Ours:
             add_lora(model.vlm, RANK, ALPHA)
         if sharded:
             sharding.shard(model, device, kind)
+        else:
+            model.to(device)
         with ReferenceCache.open(folder / "cache", fingerprint) as cache:
             references = reference.fill(
                 cache,
@@ -160,13 +173,13 @@ class Ours:
     def step(self):
         from realign import step
 
-        began = time.perf_counter()
+        began = now()
         totals = step.accumulate(*self.arguments, **self.options)
         norm = step.clip(self.trained, CLIP)
         means, _ = step.over_ranks(totals, self.count, False)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - began, means["loss"], norm
+        return now() - began, means["loss"], norm
 
     def serve(self, commands, answer):
         for words in commands:
@@ -198,9 +211,10 @@ class Released(Ours):
         processor = AutoProcessor.from_pretrained(folder / "model")
 
         def load():
-            return AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=kind)
+            loaded = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=kind)
+            return loaded.to(DEVICE)
 
-        self.autocast = torch.autocast("cpu", kind, enabled=dtype != "fp32")
+        self.autocast = torch.autocast(DEVICE, kind, enabled=dtype != "fp32")
         self.model, self.reference = load(), None
         self.model.model.vision_tower.requires_grad_(False)
         if tune == "lora":
@@ -233,9 +247,10 @@ class Released(Ours):
         ids = torch.cat([prompts, responses], 1)
         labels = torch.cat([torch.full_like(prompts, -100), responses], 1)
         pixels = torch.cat([store.bundle(root.images[0])["pixel_values"] for root in roots])
-        return labels, {
+        inputs = {
             "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
         }  # fmt: skip
+        return labels.to(DEVICE), {name: value.to(DEVICE) for name, value in inputs.items()}
 
     def logps(self, model, labels, inputs):
         with self.autocast:
@@ -253,7 +268,7 @@ class Released(Ours):
                 return [self.logps(self.model, *batch) for batch in self.batches]
 
     def step(self):
-        began = time.perf_counter()
+        began = now()
         constants = self.references()
         policy = [self.logps(self.model, *batch) for batch in self.batches]
         chosen, rejected, visual = (BETA * (a - b) for a, b in zip(policy, constants, strict=True))
@@ -263,7 +278,7 @@ class Released(Ours):
         norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - began, loss.item(), norm.item()
+        return now() - began, loss.item(), norm.item()
 
 
 class Trl:
@@ -310,7 +325,7 @@ class Trl:
                 max_length=None,
                 gradient_checkpointing=False,
                 bf16=dtype == "bf16",
-                use_cpu=True,
+                use_cpu=DEVICE == "cpu",
                 save_strategy="no",
                 report_to="none",
                 logging_first_step=True,
@@ -338,10 +353,10 @@ class Trl:
                     allocate("keep")
                 # The switch inside `add_fused_lm_head`; the kernel itself keeps its torch path.
                 utils._use_triton = lambda device: "labelled" in words
-                self.began = time.perf_counter()
+                self.began = now()
 
             def on_step_end(self, args, state, control, **_):
-                self.seconds = time.perf_counter() - self.began
+                self.seconds = now() - self.began
                 if state.global_step > 1:
                     answer(self.seconds, None, None)
 

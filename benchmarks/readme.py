@@ -1,0 +1,96 @@
+"""The README's measured tables, between `<!-- NAME: generated -->` and `<!-- /NAME -->`."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.results import Entry, Run, over_limit
+from benchmarks.words import table
+
+STEPS = {
+    "TRL DPO": "**rDPO here** over TRL {trl}'s plain DPO",
+    "TRL DPO, labelled rows": "the same, TRL made to project response rows alone",
+    "released, three sequences": "over plain rDPO, three sequences as in the authors' release",
+}
+HEADS = {
+    "ours": "**`rdpo_loss`**",
+    "ours, torch backend": "`rdpo_loss` without the C++ kernels",
+    "F.linear_cross_entropy": "torch `F.linear_cross_entropy`",
+    "eager logits": "eager torch",
+    "TRL chunked log-prob": "TRL {trl} chunked log-prob",
+    "Liger DPO, two calls": "Liger {liger-kernel} DPO, two calls",
+    "CCE": "CCE {cut-cross-entropy}, its CPU version",
+}
+QUARTER = "LLaVA-1.5-7B, H / 4 1024x32000"
+TUNES, DTYPES = {"lora": "LoRA", "full": "full"}, ("fp32", "bf16")
+
+
+def refresh(path: Path, runs: list[Run]) -> None:
+    """Writes the tables of the first run that has what they show.
+
+    Raises:
+        ValueError: when the file has no place for one of them.
+    """
+    text = path.read_text()
+    for name, make in TABLES.items():
+        found = next(filter(None, (make(run) for run in runs)), None)
+        if found is None:
+            continue
+        mark = re.compile(rf"(<!-- {name}: generated -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not mark.search(text):
+            raise ValueError(
+                f"{path.name} has no place for the table {name!r}: put "
+                f"'<!-- {name}: generated -->' and '<!-- /{name} -->' on lines of their own."
+            )
+        text = mark.sub(lambda match, new=found: f"{match[1]}{new}\n{match[2]}", text)
+    path.write_text(text)
+
+
+def step(run: Run) -> str | None:
+    """Ours over theirs for a step of 60 M parameters; the most examples that were run."""
+    groups = list(run.groups("step").values())
+    if not groups:
+        return None
+    most = max(entries[0].case["examples"] for entries in groups)
+    settings: dict[tuple[str, str], dict[str, Entry]] = {
+        (entries[0].case["tune"], entries[0].case["dtype"]): {e.contestant: e for e in entries}
+        for entries in groups
+        if entries[0].case["examples"] == most
+    }
+    columns = [(t, d) for t in TUNES for d in DTYPES if (t, d) in settings]
+    rows = []
+    for name, words in STEPS.items():
+        cells, memory = [], []
+        for setting in columns:
+            theirs, ours = settings[setting].get(name), settings[setting]["ours"]
+            cells.append("-" if theirs is None else f"{1 / theirs.ratio[1]:.2f}")
+            memory += [] if theirs is None else [ours.bytes / theirs.bytes]
+        if name == "TRL DPO":
+            cells = [f"**{cell}**" for cell in cells]
+        span = f"{min(memory):.2f} - {max(memory):.2f}" if memory else "-"
+        rows.append((words.format(**run.machine["versions"]), *cells, span))
+    what = "a training step of a LLaVA of 60 M parameters, on a CPU: ours / theirs"
+    return table((what, *(f"{TUNES[t]}, {d}" for t, d in columns), "peak memory"), rows)
+
+
+def head(run: Run) -> str | None:
+    """Time over that of the GEMMs alone, for a quarter of LLaVA-1.5-7B's head."""
+    shown = {}
+    for dtype in reversed(DTYPES):
+        for kind, words in (("frozen", "frozen"), ("trainable", "trains")):
+            entries = run.groups("head").get(f"head, {kind}, {dtype}, {QUARTER}")
+            if entries and over_limit(entries):
+                shown[f"{dtype}, {words}"] = over_limit(entries)
+    if not shown:
+        return None
+    rows = []
+    for name, words in HEADS.items():
+        cells = [f"{limits[name][1]:.2f}" if name in limits else "" for limits in shown.values()]
+        if name == "ours":
+            cells = [f"**{cell}**" for cell in cells]
+        if any(cells):
+            rows.append((words.format(**run.machine["versions"]), *cells))
+    return table(("", *shown), rows)
+
+
+TABLES: dict[str, Callable[[Run], str | None]] = {"step": step, "head": head}

@@ -1,0 +1,248 @@
+"""docs/benchmarks.md, its pictures and the README's tables: `python -m benchmarks.report`.
+
+Reads every run in benchmarks/results/ (default, full, gpu), so no figure is typed by hand. A suite
+comes from `full` where that has it, else from `default`; rows of a GPU from `gpu`, which say "not
+measured" until somebody runs `make bench-gpu`.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import plots, readme, results, targets
+from benchmarks.results import Entry, Run, over_limit
+from benchmarks.words import (
+    PAGES,
+    bytes_of,
+    duration,
+    factor,
+    head_sentence,
+    memory_sentence,
+    scaling_sentence,
+    step_sentence,
+    table,
+)
+
+ROOT = Path(__file__).parent.parent
+PAGE, PICTURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
+SUITES = PAGES["suites"]
+
+
+def page(runs: list[Run], gpu: Run | None, draw: bool = True) -> str:
+    """The text of docs/benchmarks.md; draws the pictures beside it."""
+    parts = ["# Benchmarks", PAGES["head"], _machines([*runs, *([gpu] if gpu else [])])]
+    if gpu is None:
+        parts.append("**No GPU timing has been measured**; [gpu.md](gpu.md) has a calculation.")
+    parts += _targets(runs)
+    for suite, words in SUITES.items():
+        parts.append(f"## {words['title']}")
+        run = next((run for run in runs if run.groups(suite)), None)
+        if run is None:
+            parts.append("Not measured.")
+            continue
+        groups = run.groups(suite)
+        parts.append(words["words"])
+        parts += _pictures(suite, groups, draw)
+        parts.append(_tables(suite, groups))
+    return "\n\n".join([*parts, *_gpu(gpu), *_skipped(runs)]) + "\n"
+
+
+def _machines(runs: list[Run]) -> str:
+    lines = []
+    for run in runs:
+        machine = run.machine
+        versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+        device = machine["gpu"] or (
+            f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of "
+            f"{machine['cores']} cores, no GPU"
+        )
+        lines.append(
+            f"- `{run.name}`, {run.date} UTC, commit {run.commit}: {device}; Python "
+            f"{machine['python']}, {versions}."
+        )
+    return "\n".join(lines)
+
+
+def _targets(runs: list[Run]) -> list[str]:
+    rows, count = [], 0
+    for target in targets.read():
+        value, verdict = targets.verdict(target, runs)
+        count += verdict == "met"
+        shown = "-" if value is None else f"{value:,.3g}"
+        rows.append((target.name, target.bound, shown, f"**{verdict}**", target.reason))
+    reached = f"What we set out to reach (docs/targets.toml): {count} of {len(rows)} met."
+    columns = ("target", "bound", "measured", "", "why this bound")
+    return ["## Targets", reached, table(columns, rows)]
+
+
+def _pictures(suite: str, groups: dict[str, list[Entry]], draw: bool) -> list[str]:
+    """Each picture with its sentence."""
+    found = []
+
+    def picture(name: str, about: str, sentence: str, make) -> None:
+        if draw:
+            make(PICTURES / f"{name}.png")
+        found.append(f"![{about}](benchmarks/{name}.png)\n\n{sentence}")
+
+    if suite == "head":
+        panels = plots.limit_panels(groups)
+        line = "time over that of the GEMMs alone (line at 1: the limit)"
+        picture(
+            "head", "Time of each contestant over the limit", head_sentence(groups),
+            lambda path: plots.grid_of_bars(panels, line, path),
+        )  # fmt: skip
+        picture(
+            "error", "Error of the gradient against time",
+            PAGES["error"],
+            lambda path: plots.error_against_time(groups, path),
+        )  # fmt: skip
+    elif suite == "memory":
+        picture(
+            "memory", "Peak memory against image tokens", memory_sentence(groups),
+            lambda path: plots.memory(groups, path),
+        )  # fmt: skip
+    elif suite == "step":
+        panels = [
+            (name.removeprefix("step, "),
+             [("ours", (1.0, 1.0, 1.0)), *((e.contestant, e.ratio) for e in entries if e.ratio)])
+            for name, entries in groups.items()
+        ]  # fmt: skip
+        picture(
+            "step", "Cost of a training step", step_sentence(groups),
+            lambda path: plots.grid_of_bars(panels, "time of a step over ours", path),
+        )  # fmt: skip
+    elif suite == "scaling":
+        picture(
+            "scaling", "Time against size", scaling_sentence(groups),
+            lambda path: plots.scaling(groups, path),
+        )  # fmt: skip
+    return found
+
+
+def _tables(suite: str, groups: dict[str, list[Entry]]) -> str:
+    if suite == "memory":
+        return _memory_table(groups)
+    if suite == "scaling":
+        return _scaling_table(groups)
+    return "\n\n".join(_table(name, entries) for name, entries in groups.items())
+
+
+def _table(name: str, entries: list[Entry]) -> str:
+    """One group: a row a contestant, columns as it has them."""
+    limits = over_limit(entries)
+    rows = []
+    for entry in entries:
+        bold = "**" if entry.role == "ours" else ""
+        row = {
+            "": f"{bold}{entry.contestant}{bold}" + (" (limit)" if entry.role == "limit" else ""),
+            "median": duration(entry.median),
+            "over ours": factor(entry.ratio) if entry.ratio else "1",
+        }
+        if limits:
+            row["over the limit"] = (
+                factor(limits[entry.contestant]) if entry.contestant in limits else "1"
+            )
+        for what, error in entry.error.items():
+            row[f"error of {what}"] = f"{error:.1e}"
+        if entry.bytes is not None:
+            row["peak"] = bytes_of(entry.bytes)
+        if "rate" in entry.extra:
+            row["rate"] = f"{entry.extra['rate']:,.3g} {entry.extra['unit']}/s"
+        if "filled" in entry.extra:
+            row["filled"] = f"{100 * entry.extra['filled']:.2f} %"
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [tuple(row.get(column, "-") for column in columns) for row in rows]
+    shown = entries[0].case
+    size = f" (N = {shown['N']})" if "N" in shown and shown.get("rows") else ""
+    return f"**{name}**{size}\n\n{table(columns, cells)}"
+
+
+def _memory_table(groups: dict[str, list[Entry]]) -> str:
+    parts: dict[str, dict[str, dict[int, int]]] = {}
+    for entry in (entry for entries in groups.values() for entry in entries):
+        part = parts.setdefault("{head}, {dtype}".format(**entry.case), {})
+        part.setdefault(entry.contestant, {})[entry.case["image_tokens"]] = entry.bytes
+    found = []
+    for title, names in parts.items():
+        tokens = sorted({t for values in names.values() for t in values})
+        rows = [
+            (f"**{name}**" if name == "ours" else name,
+             *(f"{values[t] / 2**20:,.1f}" if t in values else "-" for t in tokens))
+            for name, values in names.items()
+        ]  # fmt: skip
+        columns = (f"{title}, MiB at image tokens", *(f"{t:,}" for t in tokens))
+        found.append(table(columns, rows))
+    return "\n\n".join(found)
+
+
+def _scaling_table(groups: dict[str, list[Entry]]) -> str:
+    axes: dict[str, dict[str, dict[float, Entry]]] = {}
+    for entry in (entry for entries in groups.values() for entry in entries):
+        part = axes.setdefault(entry.case["axis"], {})
+        part.setdefault(entry.contestant, {})[entry.case["value"]] = entry
+    found = []
+    for axis, names in axes.items():
+        values = sorted({v for points in names.values() for v in points})
+        rows = []
+        for name, points in names.items():
+            slopes = next((e.extra["slope"] for e in points.values() if "slope" in e.extra), {})
+            cells = [duration(points[v].median) if v in points else "-" for v in values]
+            peaks = [bytes_of(points[v].bytes) for v in values if v in points and points[v].bytes]
+            rows.append(
+                (f"**{name}**" if name.startswith("ours") else name, *cells,
+                 *(f"{slopes[what]:.2f}" if what in slopes else "-" for what in ("time", "memory")),
+                 " to ".join([peaks[0], peaks[-1]]) if peaks else "-")
+            )  # fmt: skip
+        columns = (axis, *(f"{v:,}" for v in values), "slope of time", "slope of memory", "peak")
+        found.append(table(columns, rows))
+    return "\n\n".join(found)
+
+
+def _gpu(gpu: Run | None) -> list[str]:
+    if gpu is None:
+        cells = [(suite, "not measured", "not measured") for suite in SUITES]
+        rows = table(("suite", "time", "memory"), cells)
+        return ["## On a GPU", PAGES["gpu_not_measured"], rows]
+    return ["## On a GPU", *(_tables(s, gpu.groups(s)) for s in SUITES if gpu.groups(s))]
+
+
+def _skipped(runs: list[Run]) -> list[str]:
+    found = Counter((run.name, one["reason"]) for run in runs for one in run.skipped)
+    if not found:
+        return ["## Skipped", "Nothing: every contestant was installed."]
+    rows = [(f"`{run}`", str(count), reason) for (run, reason), count in found.items()]
+    return ["## Skipped", table(("run", "benchmarks", "reason"), rows)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads, writes; returns an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument(
+        "--results", type=Path, default=results.FOLDER, help="folder with the results files"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        files = [given.results / f"{name}.json" for name in ("full", "default")]
+        runs = [results.read(file) for file in files if file.exists()]
+        if not runs:
+            raise ValueError(f"{given.results} holds no results; run `make bench` first.")
+        gpu = given.results / "gpu.json"
+        found = results.read(gpu) if gpu.exists() else None
+        PAGE.write_text(page(runs, found))
+        readme.refresh(ROOT / "README.md", runs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for run in runs:
+        results.write_csv(run, given.results / f"{run.name}.csv")
+    verdicts = [targets.verdict(target, runs)[1] for target in targets.read()]
+    met = f"{verdicts.count('met')} of {len(verdicts)} targets met"
+    print(f"wrote docs/{PAGE.name}, its pictures and the README's tables; {met}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

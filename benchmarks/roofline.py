@@ -1,0 +1,197 @@
+"""What the head should take on an H100: `python -m benchmarks.roofline` writes docs/gpu.md.
+
+Each kernel takes the longer of its FLOP at the tensor cores' peak and its bytes at the memory's
+bandwidth, kernels run one after another, and nothing else costs time. So these are lower bounds;
+the second figure replaces the peak by what the best GEMMs reach.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.words import PAGES, table
+from realign_kernels.chunked import default_chunk_rows, even_step
+
+FILE = Path(__file__).parent.parent / "docs" / "gpu.md"
+PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM: dense bf16 FLOP/s, HBM3 bytes/s (data sheet)
+REACHED = 770e12  # FLOP/s of bf16 GEMMs; Liger reports 760 to 790e12 for its own on an H200
+SHAPES = {
+    "LLaVA-1.5-7B": (4096, 32000),
+    "Qwen2.5-VL-3B": (2048, 151936),
+    "Qwen2.5-VL-7B": (3584, 152064),
+    "Gemma-3-4B": (2560, 262144),
+}
+ROWS = 3 * 16 * 128
+IMAGE_ROWS = 3 * 16 * (576 + 64)
+FP32, BF16 = 4, 2
+LAUNCH = 3e-6  # seconds to start a kernel
+
+
+@dataclass
+class Kernels:
+    """Kernels one after another: FLOP and bytes of each."""
+
+    found: list[tuple[float, float]]
+
+    def seconds(self, peak: float) -> float:
+        """Time at a peak of `peak` FLOP/s."""
+        return sum(max(flop / peak, size / BANDWIDTH) + LAUNCH for flop, size in self.found)
+
+    @property
+    def bytes(self) -> float:
+        """Read and written, in all."""
+        return sum(size for _, size in self.found)
+
+
+def gemm(m: int, n: int, k: int, out: int, accumulate: bool = False) -> tuple[float, float]:
+    """(m, k) x (k, n) of bf16 into `out` bytes an element, which is read, too, to accumulate."""
+    return 2.0 * m * n * k, BF16 * (m * k + k * n) + out * m * n * (1 + accumulate)
+
+
+def elementwise(size: float) -> tuple[float, float]:
+    """A pass over memory."""
+    return 0.0, size
+
+
+def chunks(rows: int, limit: int) -> list[int]:
+    """Rows of each chunk."""
+    step = even_step(rows, limit)
+    return [min(step, rows - start) for start in range(0, rows, step)]
+
+
+def ours(N: int, H: int, V: int, trainable: bool, derivative: bool = True) -> Kernels:
+    """As `realign_kernels.chunked` runs on CUDA: fp32 logits, E in bf16, D in fp32."""
+    limit = default_chunk_rows(V, torch.device("cuda"))
+    found = []
+    for n in chunks(N, limit * (2 if trainable else 1)):
+        found.append(gemm(n, V, H, FP32))  # logits
+        found.append(elementwise(n * V * (FP32 + derivative * BF16)))  # row kernel
+        if derivative:
+            found.append(gemm(n, H, V, FP32))  # E W
+            found.append(elementwise(n * H * (FP32 + 2 * BF16)))  # the direction
+        if trainable:
+            found.append(gemm(V, H, n, FP32, accumulate=n < N))
+    if trainable and limit * 2 < N:
+        found.append(elementwise(V * H * (FP32 + BF16)))  # round the sum
+    return Kernels(found)
+
+
+def no_logits(N: int, H: int, V: int) -> Kernels:
+    """The forward that never writes logits: one GEMM with an epilogue."""
+    flop, size = gemm(N, V, H, 0)
+    return Kernels([(flop, size)])
+
+
+def eager(N: int, H: int, V: int, trainable: bool) -> Kernels:
+    """Full logits, to fp32, log_softmax, gather, and back; two or three GEMMs."""
+    passes = [
+        elementwise(N * V * (BF16 + FP32)),  # .float()
+        elementwise(N * V * 2 * FP32),  # log_softmax
+        elementwise(N * V * FP32),  # the gradient of gather, zeros
+        elementwise(N * V * 3 * FP32),  # log_softmax backward
+        elementwise(N * V * (FP32 + BF16)),  # back to bf16
+    ]
+    products = [gemm(N, V, H, BF16), gemm(N, H, V, BF16)]
+    products += [gemm(V, H, N, BF16)] if trainable else []
+    return Kernels(products + passes)
+
+
+def units(N: int, H: int, V: int, count: float, peak: float) -> float:
+    """Seconds of `count` GEMMs of the head, at a rate."""
+    return count * 2 * N * H * V / peak
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{1e3 * seconds:.3g}"
+
+
+def row(H: int) -> float:
+    """Units that the row kernel takes: its 6 bytes a logit over the time of 2 H FLOP."""
+    return (FP32 + BF16) / BANDWIDTH / (2 * H / PEAK)
+
+
+def rows_of(trainable: bool) -> list[tuple[str, ...]]:
+    """Cells of forward and backward: a shape each."""
+    least, others = (3, (4, 3)) if trainable else (2, (3, 2))
+    found = []
+    for model, (H, V) in SHAPES.items():
+        mine, plain = ours(ROWS, H, V, trainable), eager(ROWS, H, V, trainable)
+        limit = units(ROWS, H, V, least, PEAK)
+        cells = (
+            f"{model} {H} x {V}",
+            ms(limit),
+            f"{ms(mine.seconds(PEAK))} / {ms(mine.seconds(REACHED))}",
+            f"{mine.seconds(PEAK) / limit * least:.2f}u",
+            f"{mine.bytes / 1e9:.1f}",
+            f"{ms(plain.seconds(PEAK))} / {ms(plain.seconds(REACHED))}",
+            ms(units(ROWS, H, V, others[0], REACHED)),
+            ms(units(ROWS + IMAGE_ROWS, H, V, others[1], REACHED)),
+        )
+        found.append(cells)
+    return found
+
+
+def forward_rows() -> list[tuple[str, ...]]:
+    """Cells for log-probs alone: a shape each."""
+    found = []
+    for model, (H, V) in SHAPES.items():
+        chunked, fused = ours(ROWS, H, V, False, derivative=False), no_logits(ROWS, H, V)
+        limit = ms(units(ROWS, H, V, 1, PEAK))
+        times = (limit, ms(chunked.seconds(PEAK)), ms(fused.seconds(PEAK)))
+        found.append((f"{model} {H} x {V}", *times, f"{ROWS * V * FP32 / 1e9:.1f}"))
+    return found
+
+
+def columns(recomputing: int, storing: int) -> tuple[str, ...]:
+    """Heads of the table of `rows_of`."""
+    return (
+        "head",
+        "limit, ms",
+        "ours, ms: at peak / at 770",
+        "ours, units",
+        "ours, GB moved",
+        "eager, ms: at peak / at 770",
+        f"{recomputing}u at 770: TRL, torch, CCE",
+        f"{storing}u on all rows at 770: Liger",
+    )
+
+
+FORWARD = (
+    "head",
+    "limit, ms",
+    "by chunks with logits, ms at peak",
+    "without logits (Triton), ms at peak",
+    "logits not written, GB",
+)
+
+
+def page() -> str:
+    """docs/gpu.md."""
+    return PAGES["gpu"]["page"].format(
+        peak=f"{PEAK / 1e12:.0f}",
+        bandwidth=f"{BANDWIDTH / 1e12:.2f}",
+        launch=f"{LAUNCH * 1e6:.0f}",
+        rows=f"{ROWS:,}",
+        all_rows=f"{ROWS + IMAGE_ROWS:,}",
+        frozen=table(columns(3, 2), rows_of(False)),
+        trains=table(columns(4, 3), rows_of(True)),
+        forward=table(FORWARD, forward_rows()),
+        row_4096=f"{row(4096):.2f}",
+        row_2048=f"{row(2048):.2f}",
+        chunk=f"{default_chunk_rows(10**6, torch.device('cuda')):,}",
+        ridge=f"{PEAK / BANDWIDTH:.0f}",
+        three_peak=ms(units(8192, 4096, 151936, 3, PEAK)),
+        three_reached=ms(units(8192, 4096, 151936, 3, REACHED)),
+    )
+
+
+def main() -> None:
+    """Writes the page."""
+    FILE.write_text(page())
+    print(f"wrote docs/{FILE.name}")
+
+
+if __name__ == "__main__":
+    main()
