@@ -1,0 +1,133 @@
+"""The combined loss alone, forward and backward, from log-probs that are there already; fp32.
+
+- leaves: from the log-probs of whole responses (3, B), order chosen, rejected, visual, as
+  `preference_loss` takes them.
+- tokens: from the log-probs of N rows, three responses of 32 to 96 rows for each of B examples, to
+  their sums, both terms, and the gradient of every row: the path of `linear_preference_loss` behind
+  the head. On CUDA ours is one launch of a Triton kernel.
+
+Ours checks its inputs (numbers of sequences, empty ones, NaN) and returns rewards and counts too;
+the others are the bare formula. TRL 1.16 has no contestant: its loss is a part of
+`DPOTrainer._compute_loss`, of which nothing can be called without a trainer and its model. Nor has
+Liger, whose loss is a part of its fused head.
+
+Before a contestant is timed its loss and its gradient are compared with fp64.
+"""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.contestants import BETA, DEVICE, OURS, from_sums
+from benchmarks.race import race
+from realign_kernels import objectives, preference_loss
+from realign_kernels.preference_ops import from_tokens
+
+ALLOWED = 1e-5
+"""Relative error of ours at most; the others' is shown."""
+IGNORED = -100
+SHORTEST, LONGEST = 32, 96
+ROUNDS = 300
+"""At most; a call takes some hundred microseconds."""
+EXAMPLES = {"leaves": (64, 4096), "tokens": (64, 1024)}
+OBJECTIVE = objectives.rdpo(BETA)
+
+
+class Case:
+    """Log-probs of tokens near -2, and a reference that is near the policy."""
+
+    def __init__(self, kind: str, examples: int) -> None:
+        self.kind = kind
+        g = torch.Generator().manual_seed(0)
+        lengths = torch.randint(SHORTEST, LONGEST + 1, (examples, 3), generator=g)
+        # The responses of an example stand together; they are numbered leaf * B + example.
+        numbers = torch.arange(3) * examples + torch.arange(examples)[:, None]
+        self.ids = numbers.flatten().repeat_interleave(lengths.flatten())
+        rows = -2 * torch.rand(len(self.ids), generator=g).add_(0.5)
+        sums = torch.zeros(3 * examples).index_add_(0, self.ids, rows).view(3, examples)
+        self.references = (sums + 5 * torch.randn(3, examples, generator=g)).to(DEVICE)
+        self.labels = torch.randint(1000, self.ids.shape, generator=g).to(DEVICE)
+        self.ids, self.logps = self.ids.to(DEVICE), (sums if kind == "leaves" else rows).to(DEVICE)
+        self.case = {"what": kind, "examples": examples, "dtype": "fp32"}
+        if kind == "tokens":
+            self.case["N"] = len(rows)
+        self.truth = self.step(FORMULA[kind], torch.float64)
+
+    def step(self, loss, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """One forward and backward: the loss and the gradient of the log-probs."""
+        logps = self.logps.to(dtype).detach().requires_grad_()
+        value = loss(self, logps, self.references.to(dtype))
+        value.backward()
+        return value.detach(), logps.grad
+
+    def error(self, loss) -> dict[str, float]:
+        """Relative errors of the loss and, in norm, of the gradient."""
+        pairs = zip(("loss", "gradient"), self.step(loss), self.truth, strict=True)
+        return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}
+
+
+def our_leaves(case: Case, logps: Tensor, references: Tensor) -> Tensor:
+    return preference_loss(logps, references, OBJECTIVE).loss
+
+
+def our_tokens(case: Case, logps: Tensor, references: Tensor) -> Tensor:
+    inputs = (logps, case.labels, case.ids, references)
+    return from_tokens(*inputs, OBJECTIVE, "mean", IGNORED).loss
+
+
+def eager_leaves(case: Case, logps: Tensor, references: Tensor) -> Tensor:
+    return from_sums(logps - references)
+
+
+def eager_index_add(case: Case, logps: Tensor, references: Tensor) -> Tensor:
+    sums = logps.new_zeros(references.numel()).index_add(0, case.ids, logps)
+    return from_sums(sums.view_as(references) - references)
+
+
+def eager_scatter_add(case: Case, logps: Tensor, references: Tensor) -> Tensor:
+    sums = logps.new_zeros(references.numel()).scatter_add(0, case.ids, logps)
+    return from_sums(sums.view_as(references) - references)
+
+
+FORMULA = {"leaves": eager_leaves, "tokens": eager_index_add}
+"""What is the truth in fp64."""
+CONTESTANTS = {
+    "leaves": {OURS: our_leaves, "eager torch": eager_leaves},
+    "tokens": {
+        OURS: our_tokens,
+        "eager torch, index_add": eager_index_add,
+        "eager torch, scatter_add": eager_scatter_add,
+    },
+}
+case_of = lru_cache(maxsize=1)(Case)
+
+
+@pytest.mark.parametrize(
+    ("kind", "examples", "name"),
+    [
+        (kind, n, name)
+        for kind, many in EXAMPLES.items()
+        for n in many
+        for name in CONTESTANTS[kind]
+    ],
+)
+def test_loss(benchmark, kind, examples, name):
+    case, loss, mine = case_of(kind, examples), CONTESTANTS[kind][name], CONTESTANTS[kind][OURS]
+    error = case.error(loss)
+    if name == OURS:
+        assert max(error.values()) < ALLOWED, error
+    race(
+        benchmark,
+        f"loss, {kind}, {examples} examples",
+        suite="loss",
+        case=case.case,
+        contestant=name,
+        role="ours" if name == OURS else "peer",
+        call=lambda: case.step(loss),
+        ours=None if name == OURS else lambda: case.step(mine),
+        budget=1.0,
+        most=ROUNDS,
+        error=error,
+    )

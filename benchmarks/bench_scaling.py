@@ -1,0 +1,300 @@
+"""How the head's time and memory grow: with N, T and V, and over ranks.
+
+One forward and backward of the rDPO loss, ours beside the two usual ways. fp32 on a CPU, bf16 on
+CUDA. An axis changes one number; `case` says which, and holds the others:
+
+- N, the response rows, and V, the vocabulary: every contestant gets the response rows alone.
+- T, the length of a sequence with its image tokens: as called, with image and prompt rows in front
+  of the response, and each library does with them what it does for its users.
+- ranks: 1 and 2 processes of one thread, over gloo and on the CPU, share one batch: its vocabulary
+  (`group=`), or its examples, after which the gradient of the weight is averaged. The seconds are
+  those inside the slower process. `speedup` is one process, without collectives, over the ranks, in
+  turns: lower quartile, median and upper quartile.
+
+`bytes` are counted as `memory_worker.py` does, for each point in a process of its own. The last
+point of an axis holds `slope`, of time (the fastest round of each, least disturbed) and of
+memory: the exponent of a power of the axis, fitted to all its points. Losses and gradients are
+compared with fp64 first.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import contestants
+from benchmarks.bench_head import ALLOWED, PROMPT, RESPONSE, Case, Shape, make
+from benchmarks.contestants import BETA, CONTESTANTS, DEVICE, EAGER, OURS, TRL
+from benchmarks.memory_worker import step
+from benchmarks.race import race
+from benchmarks.step_contestants import allocate
+from realign_kernels import rdpo_loss
+
+NAMES = (OURS, EAGER, TRL)
+BASE = Shape("random", 256, 8192, 1, dtype="bf16" if DEVICE == "cuda" else "fp32")
+AXES = {  # the values of `-m full` come last
+    **dict.fromkeys("NT", ([192, 384, 768], [1536, 3072])),
+    "V": ([4096, 8192, 16384], [65536, 262144]),
+}
+SPLIT = replace(BASE, examples=4, dtype="fp32")
+"""The batch that ranks share."""
+RANKS, HEADS, KINDS = (1, 2), ("trainable", "frozen"), ("vocabulary-parallel", "data-parallel")
+ANSWER = 120
+"""Seconds until a process counts as hung."""
+PEAKS = DEVICE == "cuda" or Path("/proc/self/clear_refs").exists()
+"""Whether peaks can be read: on a CPU they come from Linux's /proc."""
+
+
+def shape_at(axis: str, value: int) -> Shape:
+    if axis == "N":
+        return replace(BASE, examples=value // (3 * RESPONSE))
+    if axis == "T":
+        return replace(BASE, image_tokens=value - PROMPT - RESPONSE)
+    return replace(BASE, V=value)
+
+
+def points():
+    """(axis, value, contestant) of every benchmark but those of ranks."""
+    for axis, (small, large) in AXES.items():
+        for value in (*small, *large):
+            slow = () if value in small or DEVICE == "cuda" else pytest.mark.slow
+            for name in NAMES:
+                yield pytest.param(axis, value, name, marks=slow, id=f"{axis}-{value}-{name}")
+
+
+case_of = functools.lru_cache(maxsize=1)(Case)
+
+
+class Worker:
+    """A process that answers messages, `serve(*arguments, pipe)`; what it raises ends it."""
+
+    def __init__(self, serve, *arguments) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, there = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
+        self.process.start()
+        there.close()  # or its end would not be seen here
+
+    def read(self):
+        if not self.pipe.poll(ANSWER):
+            raise TimeoutError(f"a process of the benchmark was silent for {ANSWER} s")
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.process.kill()  # it has nothing to save
+        self.process.join()
+
+
+def serve_peaks(name: str, pipe) -> None:
+    """Answers a shape with bytes, each from a process that has imported code and run nothing."""
+    allocate("return")
+    CONTESTANTS[name]()
+    while True:
+        shape = pipe.recv()
+        if DEVICE == "cuda":  # its allocator counts, and CUDA does not survive a fork
+            pipe.send(peak(name, shape))
+        elif (child := os.fork()) == 0:
+            pipe.send(peak(name, shape))
+            os._exit(0)
+        elif os.waitpid(child, 0)[1]:
+            raise RuntimeError(f"no peak of {name} at {shape}")
+
+
+def peak(name: str, shape: Shape) -> int:
+    """Bytes of a forward and backward in this process, after a small one that loads the code."""
+    loss = CONTESTANTS[name]()
+    for one in (replace(shape, examples=1, V=512, image_tokens=0), shape):
+        case = Case(one)
+        case.hidden.requires_grad_()
+        found = step(loss, case.hidden, case.weight, case.labels)
+    return found
+
+
+@pytest.fixture(scope="module")
+def peak_of():
+    """peak_of(name, shape): bytes, None where they cannot be read."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def worker(name):
+            made = Worker(serve_peaks, name)
+            stack.callback(made.close)
+            return made
+
+        def of(name, shape):
+            if not PEAKS:
+                return None
+            worker(name).pipe.send(shape)
+            return worker(name).read()
+
+        yield of
+
+
+@pytest.fixture(scope="module")
+def fit():
+    """fit(benchmark, value): moves the slope of the benchmark's contestant to this point."""
+    found: dict[tuple, list] = {}
+
+    def of(benchmark, value):
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        info = benchmark.extra_info
+        line = found.setdefault(
+            (info["case"]["axis"], info["case"]["head"], info["contestant"]), []
+        )
+        line.append((value, benchmark.stats.stats.min, info))
+        if len(line) > 1:
+            line[-2][2].pop("slope", None)
+            values, seconds, infos = zip(*line, strict=True)
+            measured = {"time": seconds, "memory": [one.get("bytes") for one in infos]}
+            info["slope"] = {
+                what: float(np.polyfit(np.log(values), np.log(numbers), 1)[0])
+                for what, numbers in measured.items()
+                if None not in numbers
+            }
+
+    return of
+
+
+@pytest.mark.parametrize(("axis", "value", "name"), list(points()))
+def test_scaling(benchmark, fit, peak_of, axis, value, name):
+    loss, mine, shape = make(name), contestants.ours(), shape_at(axis, value)
+    case = case_of(shape)
+    error = case.error(loss)
+    if name == OURS:
+        assert max(error.values()) < ALLOWED[shape.dtype], error
+    race(
+        benchmark,
+        f"scaling, {axis} = {value}",
+        suite="scaling",
+        case=shape.case | {"T": case.labels.shape[-1], "axis": axis, "value": value},
+        contestant=name,
+        role="ours" if name == OURS else "peer",
+        call=lambda: case.step(loss),
+        ours=None if name == OURS else lambda: case.step(mine),
+        budget=0.6,
+        error=error,
+        bytes=peak_of(name, shape),
+    )
+    fit(benchmark, value)
+
+
+class Share:
+    """This rank's part of the batch; a rank that is alone has all of it, and no collectives."""
+
+    def __init__(self, kind: str, head: str, rank: int, size: int) -> None:
+        self.group = None if size == 1 else dist.group.WORLD
+        self.size, self.vocabulary = size, kind == "vocabulary-parallel"
+        whole = case_of(replace(SPLIT, head=head))
+        loss, of_hidden, of_weight = (None if t is None else t.cpu() for t in whole.truth)
+        inputs = [t.cpu() for t in (whole.hidden, whole.weight, whole.labels)]
+        self.hidden, self.weight, self.labels = inputs
+        of_hidden = of_hidden.view(self.hidden.shape)
+        if self.vocabulary:
+            self.weight = self.weight.chunk(size)[rank].clone()
+            of_weight = None if of_weight is None else of_weight.chunk(size)[rank]
+        else:
+            mine = slice(rank, None, size)
+            self.hidden, self.labels = self.hidden[:, mine].clone(), self.labels[:, mine].clone()
+            of_hidden = of_hidden[:, mine]
+        self.trainable, self.truth = whole.trainable, (loss, of_hidden, of_weight)
+        self.references = torch.zeros(self.labels.shape[:2])
+
+    def step(self):
+        """The loss of the batch and the gradients, of which hidden's are of the rank's examples."""
+        hidden = self.hidden.detach().requires_grad_()
+        weight = self.weight.detach().requires_grad_(self.trainable)
+        group = self.group if self.vocabulary else None
+        inputs = (hidden, weight, self.labels, self.references)
+        loss = rdpo_loss(*inputs, beta=BETA, group=group).loss
+        loss.backward()
+        if self.group is not None and not self.vocabulary and self.trainable:
+            dist.all_reduce(weight.grad)
+            weight.grad /= self.size
+        return loss.detach(), hidden.grad, weight.grad
+
+    def error(self) -> dict[str, float]:
+        """Relative, as in `bench_head`; `step` leaves the mean over examples to its caller."""
+        loss, hidden, weight = self.step()
+        if self.group is not None and not self.vocabulary:
+            dist.all_reduce(loss)
+            loss, hidden = loss / self.size, hidden / self.size
+        pairs = zip((loss, hidden, weight), self.truth, strict=True)
+        off = [float((a.double() - b).norm() / b.norm()) for a, b in pairs if b is not None]
+        return {"loss": off[0], "gradient": max(off[1:])}
+
+    def seconds(self) -> float:
+        if self.group is not None:
+            dist.barrier()
+        began = time.perf_counter()
+        self.step()
+        return time.perf_counter() - began
+
+
+def serve_rank(rank: int, store: str, pipe) -> None:
+    """Answers (method of `Share`, its arguments but for the rank)."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(store, max(RANKS))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=max(RANKS))
+    share = functools.lru_cache(maxsize=2)(Share)  # alone and together, in turns
+    while True:
+        method, kind, head, size = pipe.recv()
+        pipe.send(getattr(share(kind, head, rank, size), method)())
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """ranks(method, kind, head, size): the answers of `size` ranks."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        store = str(Path(folder) / "store")
+        workers = [Worker(serve_rank, rank, store) for rank in range(max(RANKS))]
+        for worker in workers:
+            stack.callback(worker.close)
+
+        def call(*message):
+            for worker in workers[: message[-1]]:
+                worker.pipe.send(message)
+            return [worker.read() for worker in workers[: message[-1]]]
+
+        yield call
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "size"),
+    [
+        pytest.param(kind, head, size, marks=pytest.mark.slow if head == "frozen" else ())
+        for head in HEADS
+        for kind in KINDS
+        for size in RANKS
+    ],
+)
+def test_ranks(benchmark, fit, ranks, kind, head, size):
+    errors = ranks("error", kind, head, size)
+    error = {what: max(one[what] for one in errors) for what in errors[0]}
+    assert max(error.values()) < ALLOWED["fp32"], error
+    seconds = {n: lambda n=n: max(ranks("seconds", kind, head, n)) for n in RANKS}
+    race(
+        benchmark,
+        f"scaling, ranks = {size}, {kind}, {head}",
+        suite="scaling",
+        case=replace(SPLIT, head=head).case | {"T": RESPONSE, "axis": "ranks", "value": size},
+        contestant=f"ours, {kind}",
+        role="ours",
+        call=seconds[size],
+        ours=None if size == 1 else seconds[1],
+        budget=1.5,
+        error=error,
+    )
+    ratio = benchmark.extra_info.pop("ratio", None)  # of ours to ours
+    if ratio is not None:
+        benchmark.extra_info["speedup"] = [1 / r for r in reversed(ratio)]
+    fit(benchmark, size)
