@@ -57,7 +57,7 @@ class Shape:
         return asdict(self) | {"rows": self.rows, "N": 3 * self.examples * RESPONSE}
 
 
-LLAVA = Shape("LLaVA-1.5-7B, H / 4", 1024, 32000, 2)
+LLAVA = Shape("LLaVA-1.5-7B, H / 4", 1024, 32000, 4)
 QWEN = Shape("Qwen2.5-VL-3B, H / 4", 512, 151936, 1)
 GEMMA = Shape("Gemma-3-4B, H / 4", 640, 262144, 1)
 WHOLE = (
@@ -188,7 +188,7 @@ def make(name):
         pytest.skip(f"{error}; pip install -c constraints.txt '.[peers]'")
 
 
-@pytest.mark.parametrize(("shape", "name"), cases())
+@pytest.mark.parametrize(("shape", "name"), list(cases()))
 def test_head(benchmark, case_of, shape, name):
     loss = None if name == LIMIT else make(name)
     case = case_of(shape)

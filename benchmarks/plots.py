@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.results import Entry, over_limit
 
@@ -25,6 +25,8 @@ COLOURS = {
     "TRL DPO": "#7c3aed",
     "TRL DPO, labelled rows": "#a78bfa",
     "released, three sequences": "#2563eb",
+    "ours, vocabulary-parallel": "#c2410c",
+    "ours, data-parallel": "#f0a27a",
 }
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 160, "font.size": 9, "font.family": "DejaVu Sans",
@@ -57,28 +59,42 @@ def factors(axis, values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def bars(ax, title: str, rows: list[tuple[str, tuple[float, float, float]]], line: str) -> None:
-    """One bar a contestant, from 1, with quartiles; shortest first."""
+def ranking(ax, title: str, rows: list[tuple[str, tuple[float, float, float]]], line: str) -> None:
+    """A line a contestant from 1 to its factor, with quartiles; least first.
+
+    Points, not bars: a bar on a logarithmic axis has no honest length. Factors below 4 get
+    a linear axis from 0, and bars.
+    """
     rows = sorted(rows, key=lambda row: -row[1][1])
+    everything = [part for _, three in rows for part in three]
+    linear = max(everything) < 4
     for place, (name, (low, middle, high)) in enumerate(rows):
-        ax.barh(place, middle, height=0.62, color=colour(name))
+        if linear:
+            ax.barh(place, middle, height=0.6, color=colour(name))
+        else:
+            ax.plot([1, middle], [place, place], color=colour(name), linewidth=2.5)
+            ax.plot([middle], [place], "o", color=colour(name), markersize=7)
         ax.plot([low, high], [place, place], color=INK, linewidth=1.1, solid_capstyle="butt")
-        ax.text(max(high, middle) * 1.06, place, f"{middle:.2f}", va="center", fontsize=8)
+        shown = max(high, middle) + 0.05 if linear else max(high, middle, 1) * 1.14
+        ax.text(shown, place, f"{middle:.2f}", va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     for label, (name, _) in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if name.startswith("ours") else "normal")
-    everything = [part for _, three in rows for part in three]
-    ax.set_xscale("log")
-    ax.set_xlim(min(0.9 * min(everything), 0.8), 1.6 * max(everything))
-    factors(ax.xaxis, everything)
-    ax.axvline(1, color=INK, linewidth=1.2)
+    if linear:
+        ax.set_xlim(0, 1.12 * max(everything))
+    else:
+        ax.set_xscale("log")
+        ax.set_xlim(min(0.85 * min(everything), 0.8), 1.6 * max(everything))
+        factors(ax.xaxis, everything)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.axvline(1, color=INK, linewidth=1.0, zorder=1)
     ax.grid(axis="y", visible=False)
     ax.set_title(title)
     ax.set_xlabel(line)
 
 
-def grid_of_bars(panels, line: str, path: Path, columns: int = 2) -> None:
-    """Panels of `bars`; a panel is (title, rows)."""
+def rankings(panels, line: str, path: Path, columns: int = 2) -> None:
+    """Panels of `ranking`; a panel is (title, rows)."""
     with plt.rc_context(STYLE):
         lines = -(-len(panels) // columns)
         height = sum(
@@ -89,7 +105,7 @@ def grid_of_bars(panels, line: str, path: Path, columns: int = 2) -> None:
             lines, columns, figsize=(5.2 * columns, height), squeeze=False, layout="constrained"
         )
         for ax, (title, rows) in zip(axes.flat, panels, strict=False):
-            bars(ax, title, rows, line)
+            ranking(ax, title, rows, line)
         for ax in list(axes.flat)[len(panels) :]:
             ax.axis("off")
         save(figure, path)
@@ -116,7 +132,14 @@ def lines(ax, series: dict[str, list[tuple[float, float]]]) -> None:
     ax.xaxis.set_major_locator(FixedLocator(values))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain(ax.yaxis)
+
+
+def plain(axis) -> None:
+    """A logarithmic axis with 1, 2 and 5 of every decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def memory(groups: dict[str, list[Entry]], path: Path) -> None:
@@ -172,6 +195,7 @@ def error_against_time(groups: dict[str, list[Entry]], path: Path) -> None:
             ax.set_xscale("log")
             ax.set_yscale("log")
             factors(ax.xaxis, [x for _, x, _ in points])
+            plain(ax.yaxis)
             ax.set_title(dtype)
             ax.set_xlabel("time over that of the GEMMs alone")
             ax.set_ylabel("relative error of the gradient against fp64")
@@ -183,10 +207,17 @@ def scaling(groups: dict[str, list[Entry]], path: Path) -> None:
     """Time against N, T, V and ranks, a panel each."""
     panels: dict[str, dict[str, list]] = {}
     for entry in (entry for entries in groups.values() for entry in entries):
+        if entry.case["axis"] == "ranks" and entry.case["head"] != "trainable":
+            continue  # one head is enough for a picture
         series = panels.setdefault(entry.case["axis"], {})
         point = (entry.case["value"], 1e3 * entry.median)
         series.setdefault(entry.contestant, []).append(point)
-    names = {"N": "response rows N", "V": "vocabulary V", "T": "positions per sequence T"}
+    names = {
+        "N": "response rows N",
+        "V": "vocabulary V",
+        "T": "positions in each sequence T, 64 of them response",
+        "ranks": "ranks, one thread each",
+    }
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10.4, 7.4), squeeze=False, layout="constrained")
         for ax, (axis, series) in zip(axes.flat, panels.items(), strict=False):

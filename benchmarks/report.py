@@ -15,6 +15,7 @@ from benchmarks import plots, readme, results, targets
 from benchmarks.results import Entry, Run, over_limit
 from benchmarks.words import (
     PAGES,
+    against_ours,
     bytes_of,
     duration,
     factor,
@@ -91,7 +92,7 @@ def _pictures(suite: str, groups: dict[str, list[Entry]], draw: bool) -> list[st
         line = "time over that of the GEMMs alone (line at 1: the limit)"
         picture(
             "head", "Time of each contestant over the limit", head_sentence(groups),
-            lambda path: plots.grid_of_bars(panels, line, path),
+            lambda path: plots.rankings(panels, line, path),
         )  # fmt: skip
         picture(
             "error", "Error of the gradient against time",
@@ -111,13 +112,15 @@ def _pictures(suite: str, groups: dict[str, list[Entry]], draw: bool) -> list[st
         ]  # fmt: skip
         picture(
             "step", "Cost of a training step", step_sentence(groups),
-            lambda path: plots.grid_of_bars(panels, "time of a step over ours", path),
+            lambda path: plots.rankings(panels, "time of a step over ours", path),
         )  # fmt: skip
     elif suite == "scaling":
         picture(
             "scaling", "Time against size", scaling_sentence(groups),
             lambda path: plots.scaling(groups, path),
         )  # fmt: skip
+    else:
+        found.append(against_ours(groups))
     return found
 
 
@@ -179,26 +182,34 @@ def _memory_table(groups: dict[str, list[Entry]]) -> str:
 
 
 def _scaling_table(groups: dict[str, list[Entry]]) -> str:
-    axes: dict[str, dict[str, dict[float, Entry]]] = {}
+    axes: dict[str, dict[str, dict[int, Entry]]] = {}
     for entry in (entry for entries in groups.values() for entry in entries):
-        part = axes.setdefault(entry.case["axis"], {})
-        part.setdefault(entry.contestant, {})[entry.case["value"]] = entry
+        axis = entry.case["axis"]
+        title = f"{axis}, head {entry.case['head']}" if axis == "ranks" else axis
+        part = axes.setdefault(title, {}).setdefault(entry.contestant, {})
+        part[entry.case["value"]] = entry
     found = []
-    for axis, names in axes.items():
+    for title, names in axes.items():
         values = sorted({v for points in names.values() for v in points})
-        rows = []
-        for name, points in names.items():
-            slopes = next((e.extra["slope"] for e in points.values() if "slope" in e.extra), {})
-            cells = [duration(points[v].median) if v in points else "-" for v in values]
-            peaks = [bytes_of(points[v].bytes) for v in values if v in points and points[v].bytes]
-            rows.append(
-                (f"**{name}**" if name.startswith("ours") else name, *cells,
-                 *(f"{slopes[what]:.2f}" if what in slopes else "-" for what in ("time", "memory")),
-                 " to ".join([peaks[0], peaks[-1]]) if peaks else "-")
-            )  # fmt: skip
-        columns = (axis, *(f"{v:,}" for v in values), "slope of time", "slope of memory", "peak")
+        rows = [_scaling_row(name, points, values) for name, points in names.items()]
+        tail = ("speed-up",) if title.startswith("ranks") else ("slope of memory", "peak memory")
+        columns = (title, *(f"{v:,}" for v in values), "slope of time", *tail)
         found.append(table(columns, rows))
     return "\n\n".join(found)
+
+
+def _scaling_row(name: str, points: dict[int, Entry], values: list[int]) -> list[str]:
+    """Times, slopes, and either peaks or, of ranks, the speed-up."""
+    last = points[max(points)]
+    slopes = last.extra.get("slope", {})
+    row = [f"**{name}**" if name.startswith("ours") else name]
+    row += [duration(points[v].median) if v in points else "-" for v in values]
+    row.append(f"{slopes['time']:.2f}" if "time" in slopes else "-")
+    if last.case["axis"] == "ranks":
+        return [*row, factor(last.extra["speedup"]) if "speedup" in last.extra else "-"]
+    peaks = [points[v].bytes for v in sorted(points) if points[v].bytes]
+    row.append(f"{slopes['memory']:.2f}" if "memory" in slopes else "-")
+    return [*row, f"{bytes_of(peaks[0])} to {bytes_of(peaks[-1])}" if peaks else "-"]
 
 
 def _gpu(gpu: Run | None) -> list[str]:
