@@ -1,8 +1,8 @@
 """Which benchmarks run, where their results go, and the tables that end a run.
 
 Without `-m` the slow ones are left out; `-m full` runs all. Results go to benchmarks/results/ as
-`default`, `full`, `gpu` or, for a selection, `partial`, each a JSON of pytest-benchmark with what
-was skipped and why.
+`default`, `full` or `gpu`, of whole files with `-m full` as `full-step` and the like, of any other
+selection as `partial`: a JSON of pytest-benchmark with what was skipped and why.
 """
 
 import json
@@ -37,12 +37,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    option = session.config.option
-    whole = not option.keyword and all("::" not in one for one in session.config.args)
-    whole = whole and all(Path(one).is_dir() for one in session.config.args)
-    scope = {"": "default", "full": "full"}.get(option.markexpr) if whole else None
-    if scope and torch.cuda.is_available():
+    """Names the results: of all suites, of whole suites with `-m full`, or of a selection."""
+    option, places = session.config.option, [Path(one) for one in session.config.args]
+    scope = {"": "default", "full": "full"}.get(option.markexpr)
+    if option.keyword or any("::" in one for one in session.config.args):
+        scope = None
+    elif scope and torch.cuda.is_available():
         scope = "gpu"
+    if scope and not all(place.is_dir() for place in places):
+        suites = sorted(place.stem.removeprefix("bench_") for place in places)
+        scope = "-".join([scope, *suites]) if scope != "default" else None
     session.config.stash[_SCOPE] = scope or "partial"
 
 

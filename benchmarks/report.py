@@ -1,8 +1,8 @@
 """docs/benchmarks.md, its pictures and the README's tables: `python -m benchmarks.report`.
 
-Reads every run in benchmarks/results/ (default, full, gpu), so no figure is typed by hand. A suite
-comes from `full` where that has it, else from `default`; rows of a GPU from `gpu`, which say "not
-measured" until somebody runs `make bench-gpu`.
+Reads every run in benchmarks/results/, so no figure is typed by hand. A suite comes from a `full`
+run where one has it, else from `default`; rows of a GPU from `gpu`, which say "not measured" until
+somebody runs `make bench-gpu`.
 """
 
 import argparse
@@ -29,6 +29,20 @@ from benchmarks.words import (
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 SUITES = PAGES["suites"]
+
+
+def read_runs(folder: Path) -> tuple[list[Run], Run | None]:
+    """(runs on a CPU, full ones first; the run on a GPU).
+
+    Raises:
+        ValueError: when there is none.
+    """
+    files = [*sorted(folder.glob("full*.json")), folder / "default.json"]
+    runs = [results.read(file) for file in files if file.exists()]
+    if not runs:
+        raise ValueError(f"{folder} holds no results; run `make bench` first.")
+    gpu = folder / "gpu.json"
+    return runs, results.read(gpu) if gpu.exists() else None
 
 
 def page(runs: list[Run], gpu: Run | None, draw: bool = True) -> str:
@@ -236,18 +250,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        files = [given.results / f"{name}.json" for name in ("full", "default")]
-        runs = [results.read(file) for file in files if file.exists()]
-        if not runs:
-            raise ValueError(f"{given.results} holds no results; run `make bench` first.")
-        gpu = given.results / "gpu.json"
-        found = results.read(gpu) if gpu.exists() else None
-        PAGE.write_text(page(runs, found))
+        runs, gpu = read_runs(given.results)
+        PAGE.write_text(page(runs, gpu))
         readme.refresh(ROOT / "README.md", runs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for run in runs:
+    for run in [*runs, *([gpu] if gpu else [])]:
         results.write_csv(run, given.results / f"{run.name}.csv")
     verdicts = [targets.verdict(target, runs)[1] for target in targets.read()]
     met = f"{verdicts.count('met')} of {len(verdicts)} targets met"
