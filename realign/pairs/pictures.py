@@ -85,7 +85,7 @@ def load_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.
     Raises:
         PictureError: for a picture that cannot be used.
     """
-    return _decode(stored, max_pixels)[0]
+    return decode_picture(stored, max_pixels=max_pixels)[0]
 
 
 def plain_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> StoredImage:
@@ -96,12 +96,18 @@ def plain_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Store
     Raises:
         PictureError: for a picture that cannot be used.
     """
-    image, plain = _decode(stored, max_pixels)
+    image, plain = decode_picture(stored, max_pixels=max_pixels)
     return stored if plain else StoredImage.from_pil(image, stored.path)
 
 
-def _decode(stored: StoredImage, max_pixels: int) -> tuple[Image.Image, bool]:
-    """(the RGB picture, whether any reader decodes it to that)."""
+def decode_picture(
+    stored: StoredImage, *, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, bool]:
+    """The picture as `load_picture` gives it, and whether every reader decodes it to that.
+
+    Raises:
+        PictureError: for a picture that cannot be used.
+    """
     if stored.data is None and stored.path is None:
         raise PictureError("no image", "neither bytes nor a path")
     if stored.data is None and not os.path.isfile(stored.path):  # a pipe would block
