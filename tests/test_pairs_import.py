@@ -130,6 +130,7 @@ def test_llava_instructions_all_turns(tmp_path, pictures):
         record = records[f"33471#{name}"]
         assert record.prompt == tuple(talk[:end])
         assert record.chosen == answer
+    assert _read(data, images=str(pictures), format="llava:all")[0] == records
     assert records["x#2"].prompt == ({"role": "system", "content": "Be brief."}, *talk[:3])
 
 
@@ -170,6 +171,7 @@ def test_coco_captions(tmp_path, pictures):
         "3#1": "A dog <script>alert(1)</script> in the sun",
         "4": "",
     }
+    assert set(_read(data, images=str(pictures), format="coco:all")[0]) == set(asked)
     assert all(r.prompt == (_user("What?"),) for r in asked.values())
     with pytest.raises(ValueError, match="no caption of an image. COCO's captions are in"):
         read_any(_json(tmp_path, COCO | {"annotations": [{"bbox": []}]}), images=str(pictures))

@@ -28,6 +28,7 @@ from realign.pairs.stage import Bad
 from realign.records import Record, StoredImage, write_pairs
 
 FORMATS = ("auto", *formats.PARSERS)
+_ALL = ("llava:all", "coco:all")
 _PLACEHOLDER = "<image>"
 _TAGS = re.compile(r"</?[a-zA-Z!][^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -48,7 +49,8 @@ def read_any(
         data: a file or folder. parquet: Parquet files with TRL's vision preference columns, or a
             folder that `datasets` saved; realign: the authors' JSON; llava: LLaVA's instruction
             JSON; coco: COCO's captions JSON; folder: a folder of pictures with one JSON-lines file.
-        format: one of FORMATS; "auto" looks.
+        format: one of FORMATS; "auto" looks. "llava:all" and "coco:all" ask for all turns and all
+            captions.
         images: the folder that picture paths are relative to and may not leave; that of the data
             when absent.
         turns: llava: "first" or "all" answers of a dialogue.
@@ -66,8 +68,10 @@ def read_any(
     for name, value in (("turns", turns), ("captions", captions)):
         if value not in ("first", "all"):
             raise ValueError(f"{name} is {value!r}; use 'first' or 'all'.")
+    if format in _ALL:
+        format, turns, captions = format.removesuffix(":all"), "all", "all"
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; use one of {', '.join(FORMATS)}.")
+        raise ValueError(f"format is {format!r}; use one of {', '.join((*FORMATS, *_ALL))}.")
     path = Path(data)
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {data}. Name an existing file or folder.")
