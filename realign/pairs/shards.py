@@ -77,9 +77,14 @@ class Shards:
 
     def left_out(self, kind: str) -> Iterator[Bad]:
         """What all shards left out, of kind "bad" or "dropped"."""
-        for file in sorted(self.folder.glob(f"*.{kind}.parquet")):
-            for row in pq.read_table(file).to_pylist():
-                yield _KINDS[kind](**row)
+        for number in self.done():
+            yield from self.left_out_of(number, kind)
+
+    def left_out_of(self, number: int, kind: str) -> list[Bad]:
+        """What one shard left out."""
+        if not (file := self.file(number, kind)).exists():
+            return []
+        return [_KINDS[kind](**row) for row in pq.read_table(file).to_pylist()]
 
     def clear_partial(self) -> None:
         """Remove what a killed run was writing."""

@@ -50,7 +50,8 @@ class Stage:
         version: of the code; raise it when the same settings give other rows.
         schema: of the rows; every stage has a column `id`.
         uses_gpu: whether a worker of Ray needs a GPU for it, where there are any.
-        folders: where the shards of the stages before it lie, by name; set before `prepare`.
+        folder: where its shards lie; set before `prepare`, as the next one.
+        folders: where those of the stages before it lie, by name.
     """
 
     name: str = ""
@@ -58,14 +59,15 @@ class Stage:
     version: int = 1
     schema: pa.Schema
     uses_gpu: bool = False
+    folder: Path
     folders: Mapping[str, Path] = {}
 
     def settings(self) -> Row:
         """What the rows depend on besides the stages needed, as JSON takes it."""
         return {}
 
-    def prepare(self, folder: Path) -> None:
-        """Make what all shards share, in the stage's own `folder`; once, before the first shard."""
+    def prepare(self) -> None:
+        """Make what all shards share, in the stage's folder; once, before the first shard."""
 
     def open(self) -> None:
         """Load models and the like; once in a process, before the first shard."""
@@ -97,9 +99,10 @@ class ChatStage(Stage):
 
     Attributes:
         engine_spec: which engine is asked, as `make_engine` takes it; None asks none.
-        engine_options: further arguments of `make_engine`; they change no answer.
+        engine_options: further arguments of `make_engine`.
         say: told what the requests are estimated to cost, before the first are sent.
         records: about how many records the run has, for the estimate.
+        asks_elsewhere: whether the requests of `script` are answered outside of this process.
     """
 
     engine_spec: str | None = None
@@ -107,6 +110,7 @@ class ChatStage(Stage):
     engine: Engine | None = None
     say: Callable[[str], None] | None = None
     records: int = 0
+    asks_elsewhere: bool = False
 
     @property
     def uses_gpu(self) -> bool:
@@ -115,7 +119,7 @@ class ChatStage(Stage):
 
     def open(self) -> None:
         """Open the engine."""
-        if self.engine_spec is not None:
+        if self.engine_spec is not None and not self.asks_elsewhere:
             from realign.pairs.engines import make_engine
 
             self.engine = make_engine(self.engine_spec, **self.engine_options)
