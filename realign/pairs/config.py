@@ -10,11 +10,12 @@ from typing import Any
 
 from realign.digits import ASSETS
 from realign.loading import DTYPES
+from realign.pairs.index import KINDS
 from realign.pairs.mask import CATEGORIES
+from realign.pairs.phash import HASH_DISTANCE
 
 REFILLS = ("infill", "prompt")
 NEGATIVES = ("retrieved", "random", "crop", "noise", "blank")
-INDEXES = ("auto", "exact", "ivf", "hnsw")
 
 
 @dataclass
@@ -49,8 +50,9 @@ class PairsConfig:
     """Images at least this similar (cosine) are duplicates, never neighbours."""
     floor: float = -1.0
     """Images less similar than this (cosine) are no neighbours."""
-    hash_distance: int = 0
-    """Images whose perceptual hashes differ in at most this many of 64 bits are duplicates."""
+    hash_distance: int = HASH_DISTANCE
+    """Images whose perceptual hashes differ in at most this many of 64 bits are duplicates; -1
+    compares no hashes."""
     masker: str = "rules"
     """Who picks the words to hide: rules, or an engine as of --answer."""
     mask: str = ""
@@ -112,7 +114,7 @@ class PairsConfig:
         choices = {
             "refill": REFILLS,
             "negative": NEGATIVES,
-            "index": INDEXES,
+            "index": KINDS,
             "dtype": tuple(DTYPES),
         }
         for name, known in choices.items():
@@ -133,7 +135,9 @@ class PairsConfig:
         for name in ("scenes", "k", "candidates", "shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("segments", "temperature", "hash_distance"):
+        if not -1 <= self.hash_distance < 64:
+            raise ValueError(f"hash_distance is {self.hash_distance}; it is from -1 to 63 bits.")
+        for name in ("segments", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if not 0 <= self.max_bad <= 1:

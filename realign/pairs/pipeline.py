@@ -18,11 +18,12 @@ from realign.pairs.config import PairsConfig
 from realign.pairs.filtering import Filter
 from realign.pairs.reading import Read
 from realign.pairs.refilling import Refill
+from realign.pairs.retrieving import Retrieve
 from realign.pairs.rows import digit_sources
 from realign.pairs.run import Outcome, RunError, Runner, sole_run
 from realign.pairs.shards import is_full
 from realign.pairs.stage import Stage
-from realign.pairs.stages import Answer, Embed, Mask, Retrieve
+from realign.pairs.stages import Answer, Embed, Mask
 from realign.records import write_pairs
 
 __all__ = ["STAGES", "PairsConfig", "PairsReport", "build_pairs", "digit_sources", "run_stages"]

@@ -1,4 +1,4 @@
-"""The stages between reading and refilling: answer, embed, retrieve, mask."""
+"""Stages that look at one record at a time: answer, embed, mask."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from realign.pairs.config import PairsConfig
 from realign.pairs.mask import Masked, mask_response, masked_from
+from realign.pairs.phash import perceptual_hash
 from realign.pairs.pictures import PictureError, decode_picture
 from realign.pairs.prompts import answer_chat, mask_chat, parse_answer, parse_segments
 from realign.pairs.rows import (
@@ -23,7 +22,6 @@ from realign.pairs.rows import (
     record_of,
     reply_fault,
 )
-from realign.pairs.shards import Shards, save_array, write_table
 from realign.pairs.stage import Bad, ChatStage, Dropped, Row, Script, Stage, rng_of
 
 
@@ -133,8 +131,6 @@ class Embed(Stage):
         return rows, left_out
 
     def _look(self, row: Row) -> tuple[Image.Image, Row] | Bad:
-        from realign.pairs.phash import perceptual_hash
-
         try:
             decoded = [decode_picture(stored) for stored in images_of(row)]
             if not decoded:
@@ -144,108 +140,6 @@ class Embed(Stage):
         image = decoded[0][0]
         facts = {"phash": perceptual_hash(image), "size": image.size}
         return image, {"id": row["id"], **facts, "plain": [alike for _, alike in decoded]}
-
-
-class Retrieve(Stage):
-    """The nearest other images. Global: the vectors of all shards lie in one file, and are mapped.
-
-    `prepare` writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64 and, last, `rows.parquet`
-    with the id and shard of every vector.
-    """
-
-    name = "retrieve"
-    needs = ("embed",)
-    schema = pa.schema(
-        {
-            "id": pa.string(),
-            "neighbours": pa.list_(
-                pa.struct(
-                    [
-                        ("id", pa.string()),
-                        ("shard", pa.int32()),
-                        ("rank", pa.int32()),
-                        ("similarity", pa.float32()),
-                    ]
-                )
-            ),
-        }
-    )
-
-    def __init__(self, config: PairsConfig) -> None:
-        self.config = config
-        self._index: Any = None
-
-    def settings(self) -> Row:
-        """How neighbours are found."""
-        names = ("k", "ceiling", "floor", "hash_distance", "index")
-        return {name: getattr(self.config, name) for name in names}
-
-    def prepare(self) -> None:
-        """Put the vectors of all shards into one file, from which every process maps them."""
-        folder = self.folder
-        if (folder / "rows.parquet").exists():
-            return
-        embedded = Shards(self.folders["embed"])
-        counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
-        numbers = [n for n, count in counts.items() if count]
-        if not numbers:
-            raise ValueError("no record is left to retrieve among: no image could be read.")
-        wide = len(embedded.read(numbers[0], ["embedding"])[0]["embedding"])
-        vectors = (_matrix(embedded.table(n, ["embedding"])["embedding"]) for n in numbers)
-        hashes = (embedded.table(n, ["phash"])["phash"].to_numpy() for n in numbers)
-        total = sum(counts.values())
-        save_array(folder / "vectors.npy", (total, wide), np.float32, vectors)
-        save_array(folder / "hashes.npy", (total,), np.uint64, hashes)
-        rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
-        shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
-        write_table(folder / "rows.parquet", rows.append_column("shard", shard))
-
-    def open(self) -> None:
-        """Map the vectors and build the index."""
-        from realign.pairs.index import Index
-
-        self._vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
-        self._hashes = np.load(self.folder / "hashes.npy")
-        rows = pq.read_table(self.folder / "rows.parquet", columns=["id", "shard"])
-        self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
-        self._index = Index(self.config.index)
-        self._index.build(self._vectors)
-
-    def close(self) -> None:
-        """Forget the index."""
-        self._index = self._vectors = self._hashes = None
-
-    def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
-        """Search for one shard's images among all."""
-        from realign.pairs.index import neighbours
-
-        start, stop = np.searchsorted(self._shards, [number, number + 1])
-        config, rows = self.config, []
-        if start == stop:
-            return [], []
-        found, similarity = neighbours(
-            self._vectors,
-            self._hashes,
-            k=config.k,
-            ceiling=config.ceiling,
-            floor=config.floor,
-            hash_distance=config.hash_distance,
-            index=self._index,
-            queries=slice(int(start), int(stop)),
-        )
-        for row, places, values in zip(inputs["embed"], found, similarity, strict=True):
-            near = [
-                {
-                    "id": self._ids[int(place)].as_py(),
-                    "shard": self._shards[place],
-                    "rank": rank,
-                    "similarity": value,
-                }
-                for rank, (place, value) in enumerate(zip(places, values, strict=True))
-                if place >= 0
-            ]
-            rows.append({"id": row["id"], "neighbours": near})
-        return rows, []
 
 
 class Mask(ChatStage):
@@ -316,8 +210,3 @@ class Mask(ChatStage):
         return mask_response(
             row["chosen"], config.categories, config.segments, rng, share=config.share
         )
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # (rows, D)
-    flat = pa.concat_arrays([chunk.flatten() for chunk in column.chunks]).to_numpy()
-    return flat.reshape(len(column), -1)
