@@ -58,14 +58,14 @@ def difference(chosen: str, rejected: str) -> tuple[Segments, Segments]:
     return _joined(sides[0]), _joined(sides[1])
 
 
+def count_words(text: str) -> int:
+    """Words of a text; of a script that is written without spaces, letters."""
+    return sum(token[0].isalnum() for token in _TOKENS.findall(text))
+
+
 def changed_words(segments: Segments) -> int:
     """How many words of a response the other one does not share."""
-    return sum(
-        token.strip() != "" and any(c.isalnum() for c in token)
-        for text, changed in segments
-        if changed
-        for token in _TOKENS.findall(text)
-    )
+    return sum(count_words(text) for text, changed in segments if changed)
 
 
 def write_gallery(
@@ -97,7 +97,7 @@ def write_gallery(
     if most and most < total:
         wanted = sorted(set(np.linspace(0, total - 1, most).round().astype(int).tolist()))
     album = _Album(side)
-    shown = [_shown(row, file, place, album) for file, place, row in _rows(files, set(wanted))]
+    shown = [_shown(row, file, place, album) for file, place, row in pair_rows(files, set(wanted))]
     name = Path(pairs).name
     count = f"{total:,} pairs" if len(shown) == total else f"{len(shown):,} of {total:,} pairs"
     data = {"about": f"{count} in {name}", "pairs": shown, "pictures": album.pictures}
@@ -130,8 +130,10 @@ def pair_files(pairs: str | Path) -> list[Path]:
     return files
 
 
-def _rows(files: Sequence[Path], wanted: set[int]) -> Iterator[tuple[Path, int, dict]]:
-    """(file, place in it, row) of the wanted rows, counted over all files."""
+def pair_rows(
+    files: Sequence[Path], wanted: set[int] | None = None
+) -> Iterator[tuple[Path, int, dict]]:
+    """(file, place in it, row) of all rows, or of the wanted ones, counted over all files."""
     start = 0
     for file in files:
         with pq.ParquetFile(file) as parquet:
@@ -140,12 +142,12 @@ def _rows(files: Sequence[Path], wanted: set[int]) -> Iterator[tuple[Path, int, 
             first = start
             for group in range(parquet.num_row_groups):
                 count = parquet.metadata.row_group(group).num_rows
-                if wanted.isdisjoint(range(start, start + count)):
+                if wanted is not None and wanted.isdisjoint(range(start, start + count)):
                     start += count
                     continue
                 for batch in parquet.iter_batches(_ROWS, row_groups=[group], columns=columns):
                     for i in range(batch.num_rows):
-                        if start in wanted:
+                        if wanted is None or start in wanted:
                             yield file, start - first, batch.slice(i, 1).to_pylist()[0]
                         start += 1
 
