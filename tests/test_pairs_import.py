@@ -16,7 +16,7 @@ from PIL import Image
 from realign.pairs import formats
 from realign.pairs.importers import FORMATS, import_pairs, read_any
 from realign.pairs.stage import Bad
-from realign.records import Record, StoredImage, read_pairs
+from realign.records import Record, StoredImage, read_pairs, write_pairs
 
 
 def _user(text):
@@ -244,6 +244,12 @@ def test_trls_sets(tmp_path, form, column):
             "A dog.",
         )
         assert record.images == (StoredImage(_bytes(1), "x.png"),)
+
+
+def test_what_write_pairs_wrote_without_responses(tmp_path):
+    record = Record("a", (_user("What?"),), "", "", (StoredImage(_bytes(1)),))
+    write_pairs(tmp_path / "sources.parquet", [record])
+    assert _read(str(tmp_path / "sources.parquet")) == ({"a": record}, {})
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -115,7 +115,8 @@ def of_row(item: dict, options: Options) -> list[Entry]:
     prompt, chosen, rejected = _preferences(item)
     images = _listed(_first(item, "images", "image"))
     retrieved = _listed(_first(item, "retrieved_images", "retrieved_image"))
-    return [Entry(name_of(item), prompt, chosen, rejected, images, retrieved)]
+    # `write_pairs` writes a response that there is not as an empty one.
+    return [Entry(name_of(item), prompt, chosen or None, rejected or None, images, retrieved)]
 
 
 def of_coco(item: dict, options: Options) -> list[Entry]:

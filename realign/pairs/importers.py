@@ -253,7 +253,7 @@ def _unique(name: str, names: set[str]) -> str:
 def _record(
     name: str, entry: Entry, kind: str, folder: Path, said: dict[bytes, str]
 ) -> Record | Bad:
-    texts = [entry.chosen, entry.rejected]
+    texts = [entry.chosen, entry.rejected or None]  # `write_pairs` writes "" where there is none
     prompt = [m | {"content": _without_placeholder(m)} for m in entry.prompt]
     for message in prompt:
         parts = message["content"]
