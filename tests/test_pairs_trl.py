@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 from realign.digits import ASSETS
 from realign.records import read_pairs
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about TRL
 COLUMNS = ["prompt", "chosen", "rejected", "images"]
 
 
@@ -31,7 +32,6 @@ def history(pairs_file, tmp_path_factory):
             per_device_train_batch_size=4,
             max_steps=1,
             max_length=None,
-            gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
             save_strategy="no",
