@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from realign.pairs.config import PairsConfig
 from realign.pairs.mask import Masked
+from realign.pairs.negatives import visual_negative
 from realign.pairs.pictures import load_picture, plain_picture
 from realign.pairs.rows import by_id, images_of, record_of
 from realign.pairs.shards import Library, Shards
@@ -125,8 +126,6 @@ class Assembler:
             for name, key in keys.items():
                 found[name] = key[1], self._plain(key[1], images_of(fetched[key]))
             return found
-        from realign.pairs.negatives import visual_negative
-
         for row in rows:
             made = []
             for i, stored in enumerate(images_of(row)):

@@ -10,12 +10,11 @@ from typing import Any
 
 from realign.digits import ASSETS
 from realign.loading import DTYPES
-from realign.pairs.index import KINDS
+from realign.pairs import index, negatives
 from realign.pairs.mask import CATEGORIES
 from realign.pairs.phash import HASH_DISTANCE
 
 REFILLS = ("infill", "prompt")
-NEGATIVES = ("retrieved", "random", "crop", "noise", "blank")
 
 
 @dataclass
@@ -113,8 +112,8 @@ class PairsConfig:
             )
         choices = {
             "refill": REFILLS,
-            "negative": NEGATIVES,
-            "index": KINDS,
+            "negative": negatives.KINDS,
+            "index": index.KINDS,
             "dtype": tuple(DTYPES),
         }
         for name, known in choices.items():

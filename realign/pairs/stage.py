@@ -157,5 +157,5 @@ class ChatStage(Stage):
 
 def rng_of(seed: int, record: str, what: str) -> np.random.Generator:
     """Random numbers of one record for one purpose, whatever is drawn elsewhere before."""
-    digest = hashlib.blake2b(f"{seed}\0{record}\0{what}".encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(json.dumps([seed, record, what]).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
