@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine that answers as its script says, and the fake `vllm` package."""
+"""A chat endpoint on this machine that answers as its script says, and what is asked of it."""
 
 import json
 import threading
@@ -6,13 +6,21 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
+from PIL import Image
+
+from realign.pairs.engines import Chat
+from realign.pairs.engines.endpoint import EndpointEngine
+
+KEY = "sk-test/Zq8-secret"
+
 
 class Endpoint:
     """Serves `script`: a list of answers, the last one for ever.
 
     An answer is (status, headers, body); a body of text is sent as it is, a dict as JSON, an
-    iterator bit by bit, and a number of seconds is a silence; a function makes it of the request. `requests` holds (path, headers, body) and `times` when they
-    came.
+    iterator bit by bit, a number of seconds is a silence, and a function makes it of the request.
+    `requests` holds (path, headers, body) and `times` when they came.
     """
 
     def __init__(self, *script):
@@ -79,45 +87,18 @@ def good(text="a dog", finish="stop"):
     return 200, {}, completion(text, finish)
 
 
-FAKE_VLLM = '''
-"""Stands for vLLM: writes down how it is called, and answers with what it was asked."""
-import base64, hashlib, json, os
-from types import SimpleNamespace
-
-CALLS = os.environ["FAKE_VLLM_CALLS"]
+def say(text, *images, **settings):
+    """A chat of one user message."""
+    return Chat([{"role": "user", "content": text}], list(images), **settings)
 
 
-def note(**what):
-    with open(CALLS, "a") as file:
-        file.write(json.dumps(what) + "\\n")
+def picture(size=(4, 3), seed=0):
+    """A random image."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
-class SamplingParams:
-    def __init__(self, max_tokens, temperature, seed):
-        self.settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-
-
-class LLM:
-    def __init__(self, model, **options):
-        print("loading", model)
-        if model == "missing":
-            raise OSError("no such model: missing")
-        note(model=model, options=options, key=os.environ.get("REALIGN_API_KEY"))
-
-    def chat(self, messages, sampling_params, use_tqdm=True):
-        texts = ["".join(p["text"] for p in m[-1]["content"] if p["type"] == "text")
-                 for m in messages]
-        note(chats=texts)
-        if any("die" in text for text in texts):
-            os._exit(9)
-        if any("too long" in text for text in texts):
-            raise ValueError("the prompt is longer than the model takes")
-        return [self.output(*both) for both in zip(texts, messages, sampling_params)]
-
-    def output(self, text, message, params):
-        urls = [p["image_url"]["url"] for p in message[-1]["content"] if p["type"] == "image_url"]
-        data = [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in urls]
-        said = [text, params.settings, [hashlib.md5(d).hexdigest() for d in data]]
-        done = SimpleNamespace(text=json.dumps(said), finish_reason="length")
-        return SimpleNamespace(outputs=[done])
-'''
+def engine_at(server, **settings):
+    """An engine that asks a server, without long waits."""
+    settings = {"first_wait": 0.01, "timeout": 5.0} | settings
+    return EndpointEngine(f"{server.url}#some/model:x", **settings)
