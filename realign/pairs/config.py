@@ -121,7 +121,9 @@ class PairsConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
                 )
-        if self.ray is not None and not re.fullmatch(r"local(:[1-9]\d*)?|auto|.+:\d+", self.ray):
+        if self.ray is not None and not re.fullmatch(
+            r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+", self.ray
+        ):
             raise ValueError(
                 f"ray is {self.ray!r}; give local, local:N, auto or a cluster's address HOST:PORT."
             )
