@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 
 import datasets
 import numpy as np
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from realign.pairs import formats
-from realign.pairs.importers import FORMATS, import_pairs, read_any
+from realign.pairs.importers import FORMATS, import_pairs, main, read_any
 from realign.pairs.stage import Bad
+from realign.pairs.texts import problem_of, without_placeholder
 from realign.records import Record, StoredImage, read_pairs, write_pairs
 
 
@@ -343,6 +345,20 @@ def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
 
 
 ROLES = ("system", "user", "assistant")
+
+
+def test_texts_of_any_size_are_looked_at_in_time():
+    for text in ("x" + " " * 300_000 + "x", "<" * 300_000, "<a" * 300_000, "<image>" * 3000 + "x"):
+        began = time.perf_counter()
+        without_placeholder(_user(text))
+        problem_of(text)
+        assert time.perf_counter() - began < 2
+    content = "\n <image><image>\n Is <image> here? \n<image>\n"
+    assert without_placeholder(_user(content)) == "Is <image> here?"
+    assert without_placeholder(_user(" as it is\n")) == " as it is\n"
+    assert without_placeholder(_assistant("<image>")) == "<image>"
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -482,3 +498,14 @@ def test_pairs_without_a_rejected_response_are_none(tmp_path, pictures):
     assert not (tmp_path / "pairs.parquet").exists()
     (row,) = pq.read_table(tmp_path / "rejected_records.parquet").to_pylist()
     assert row["record"] == "33471" and row["detail"] == "it has no rejected response"
+
+
+def test_the_command(tmp_path, pictures, capsys):
+    data, output = _json(tmp_path, [REALIGN, REALIGN, 3]), tmp_path / "pairs.parquet"
+    folder = ["--image-folder", str(pictures)]
+    assert main([data, *folder, "--output", str(output), "--format", "realign"]) == 0
+    out = capsys.readouterr().out
+    assert out == f"wrote {output}: 1 pairs; left out: 1 duplicate, 1 malformed\n"
+    assert [record.rejected for record in read_pairs(output)] == ["A dog."]
+    assert main([str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err.startswith("error: there is nothing at ")

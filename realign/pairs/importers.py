@@ -8,12 +8,13 @@ are made unique, and a record that says what another said is bad.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
-import re
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,11 @@ from realign.pairs.formats import Entry, Malformed, Options
 from realign.pairs.pictures import MAX_PIXELS, PictureError, inside, plain_picture
 from realign.pairs.shards import LEFT_OUT, write_table
 from realign.pairs.stage import Bad
+from realign.pairs.texts import printable, problem_of, without_placeholder
 from realign.records import Record, StoredImage, write_pairs
 
 FORMATS = ("auto", *formats.PARSERS)
 _ALL = ("llava:all", "coco:all")
-_PLACEHOLDER = "<image>"
-_TAGS = re.compile(r"</?[a-zA-Z!][^<>]*>")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def read_any(
@@ -233,7 +232,7 @@ def _read(
             entries = formats.PARSERS[kind](item, options)
         except Malformed as error:
             name = _unique(formats.name_of(item) or place, names)
-            yield Bad(name, "read", "malformed", _printable(str(error)))
+            yield Bad(name, "read", "malformed", printable(str(error)))
             continue
         for number, entry in enumerate(entries):
             name = entry.name or (f"{place}#{number + 1}" if len(entries) > 1 else place)
@@ -254,12 +253,12 @@ def _record(
     name: str, entry: Entry, kind: str, folder: Path, said: dict[bytes, str]
 ) -> Record | Bad:
     texts = [entry.chosen, entry.rejected or None]  # `write_pairs` writes "" where there is none
-    prompt = [m | {"content": _without_placeholder(m)} for m in entry.prompt]
+    prompt = [m | {"content": without_placeholder(m)} for m in entry.prompt]
     for message in prompt:
         parts = message["content"]
         texts += [parts] if isinstance(parts, str) else [_text_of(parts)]
     for text in texts:
-        if text is not None and (problem := _problem(text)):
+        if text is not None and (problem := problem_of(text)):
             return Bad(name, "read", *problem)
     if not entry.images:
         return Bad(name, "read", "no image", "it names no picture")
@@ -267,7 +266,7 @@ def _record(
         images = tuple(_stored(value, kind, folder) for value in entry.images)
         retrieved = tuple(_stored(value, kind, folder) for value in entry.retrieved)
     except PictureError as error:
-        return Bad(name, "read", error.reason, _printable(error.detail))
+        return Bad(name, "read", error.reason, printable(error.detail))
     record = Record(
         name, tuple(prompt), entry.chosen or "", entry.rejected or "", images, retrieved
     )
@@ -278,39 +277,8 @@ def _record(
     return record
 
 
-def _without_placeholder(message: dict) -> str | list[dict]:
-    """Content without LLaVA's <image> at its beginning or end: pictures come first anyway."""
-    content = message["content"]
-    if message["role"] != "user" or not isinstance(content, str):
-        return content
-    content = re.sub(rf"^(\s*{_PLACEHOLDER})+\s*", "", content)
-    return re.sub(rf"\s*({_PLACEHOLDER}\s*)+$", "", content)
-
-
 def _text_of(parts: list[dict]) -> str:
     return " ".join(part["text"] for part in parts if part["type"] == "text")
-
-
-def _problem(text: str) -> tuple[str, str] | None:
-    """(reason, detail) why a text cannot be used."""
-    if _printable(text) != text:
-        return "not Unicode", "the text holds half of a surrogate pair"
-    shown = repr(text[:80])
-    if _CONTROL.search(text):
-        return "control characters", shown
-    if _PLACEHOLDER in text:
-        return "image token", f"{shown} places an image inside the text"
-    bare = _TAGS.sub("", text)
-    if not any(c.isalnum() for c in text):
-        return "empty text", f"{shown} has no letter or digit"
-    if len(bare.strip()) < len(text.strip()) / 2:
-        return "mostly markup", shown
-    return None
-
-
-def _printable(text: str) -> str:
-    """Text that can be stored as UTF-8: halves of surrogate pairs become question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _stored(value: Any, kind: str, folder: Path) -> StoredImage:
@@ -340,3 +308,24 @@ def _digest(record: Record) -> bytes:
         digest.update(hashlib.blake2b(data, digest_size=16).digest())
     digest.update(json.dumps([record.prompt, record.chosen, record.rejected]).encode())
     return digest.digest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, import, report; returns an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m realign.pairs import",
+        description="Write the pairs that a data set already has: the authors' JSON, or a TRL set.",
+    )
+    parser.add_argument("data", metavar="DATA", help="file or folder of pairs")
+    parser.add_argument("--image-folder", help="that image paths are relative to (that of DATA)")
+    parser.add_argument("--output", default="pairs.parquet", help="file to write (%(default)s)")
+    parser.add_argument("--format", default="auto", help="realign or parquet (auto looks)")
+    given = parser.parse_args(arguments)
+    try:
+        counts = import_pairs(given.data, given.image_folder, given.output, format=given.format)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
+    print(f"wrote {given.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
+    return 0
