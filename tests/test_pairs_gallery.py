@@ -276,6 +276,11 @@ def test_words_that_are_marked(chosen, rejected, marked, count):
     assert changed_words(side) == count
 
 
+def test_endless_responses_are_not_compared():
+    long = "a b " * 100_000
+    assert difference(long, "a b " * 99_999) == ([(long, True)], [("a b " * 99_999, True)])
+
+
 def test_the_command(tmp_path, capsys):
     file, output = _file(tmp_path, *map(_row, range(3))), tmp_path / "new" / "page.html"
     assert main([str(file), "--output", str(output), "--most", "2", "--side", "64"]) == 0

@@ -31,6 +31,7 @@ from realign.records import StoredImage
 _TEMPLATE = Path(__file__).with_name("gallery.html")
 _SMALL = 128  # pixels; smaller pictures are kept as they are and shown with hard edges
 _ROWS = 32  # read at once
+_COMPARED = 16_000_000  # tokens of one times tokens of the other; some seconds
 _FACTS = (
     "neighbour", "masked", "masker", "answer_model", "refill_model", "embed_model",
     "negative_record", "seed",
@@ -48,8 +49,11 @@ def difference(chosen: str, rejected: str) -> tuple[Segments, Segments]:
     """Both responses in segments that tell which words they do not share.
 
     Joined, the segments are the responses again. Neighbouring changed words make one segment.
+    Responses of some thousand words are not compared and count as changed throughout.
     """
     a, b = _TOKENS.findall(chosen), _TOKENS.findall(rejected)
+    if len(a) * len(b) > _COMPARED:
+        return [(chosen, True)], [(rejected, True)]
     sides: tuple[list, list] = ([], [])
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
     for kind, *edges in matcher.get_opcodes():
