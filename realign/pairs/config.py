@@ -15,6 +15,7 @@ from realign.pairs.mask import CATEGORIES
 from realign.pairs.phash import HASH_DISTANCE
 
 REFILLS = ("infill", "prompt")
+_RAY = re.compile(r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+")
 
 
 @dataclass
@@ -121,9 +122,7 @@ class PairsConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
                 )
-        if self.ray is not None and not re.fullmatch(
-            r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+", self.ray
-        ):
+        if self.ray is not None and not _RAY.fullmatch(self.ray):
             raise ValueError(
                 f"ray is {self.ray!r}; give local, local:N, auto or a cluster's address HOST:PORT."
             )
