@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -106,8 +107,6 @@ def test_vllm_on_ray_goes_through_its_own_pipeline(tmp_path, two_workers, monkey
         build_processor=build_processor, vLLMEngineProcessorConfig=lambda **kw: kw
     )
     monkeypatch.setitem(sys.modules, "ray.data.llm", fake)
-    settings = {"scenes": 16, "refill": "prompt", "engine": "vllm:some/model", "max_bad": 1.0}
-    report = build_pairs(config_in(tmp_path / "ray", ray=two_workers, **settings))
 
     def say(text):
         body = re.search(r"<answer>\n(.*)\n</answer>", text)[1]
@@ -116,7 +115,13 @@ def test_vllm_on_ray_goes_through_its_own_pipeline(tmp_path, two_workers, monkey
         return body.replace("[MASK]", "nine") if "right [MASK]" in body else "no"
 
     engine(say)
+    settings = {"scenes": 16, "k": 2, "refill": "prompt", "engine": "vllm:some/model"}
+    settings |= {"max_bad": 1.0}
     plain = build_pairs(config_in(tmp_path / "plain", **settings))
+    for folder in (tmp_path / "plain" / "pairs.work").glob("*-*"):
+        if not folder.name.startswith("refill"):
+            shutil.copytree(folder, tmp_path / "ray" / "pairs.work" / folder.name)
+    report = build_pairs(config_in(tmp_path / "ray", ray=two_workers, **settings))
     assert report.path.read_bytes() == plain.path.read_bytes()
     assert (report.bad, report.dropped) == (plain.bad, plain.dropped)
     assert report.bad["no reply"] > 0 and report.written > 0

@@ -50,40 +50,60 @@ def make_shards(stage: Stage, numbers: list[int], allowed: int, address: str) ->
         if (stage.engine_spec or "").startswith("vllm:"):
             yield from _by_vllm(stage, numbers, allowed)
             return
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if stage.uses_gpu else 0
-    size = min(len(numbers), gpus or int(ray.cluster_resources()["CPU"]))
-    made = _dataset([{"number": number} for number in numbers]).map_batches(
-        _Worker,
-        fn_constructor_args=(stage, allowed, torch.get_num_threads()),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
-        num_gpus=1 if gpus else 0,
-        num_cpus=1,
-    )  # Ray Data replaces a worker that dies and repeats its task, without limit
+    cluster = ray.cluster_resources()
+    gpus = int(cluster.get("GPU", 0)) if stage.uses_gpu else 0
+    size = min(len(numbers), gpus or int(cluster["CPU"]))
+    options: dict[str, Any] = {"batch_size": 1, "num_cpus": 1}
+    if stage.uses_gpu:  # an actor keeps its model
+        compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+        options |= {"fn_constructor_args": (stage, allowed, torch.get_num_threads())}
+        options |= {"compute": compute, "num_gpus": 1 if gpus else 0}
+        worker: Any = _Worker
+    else:  # processes that are there already
+        options |= {"fn_args": (stage, allowed, torch.get_num_threads())}
+        options |= {"compute": ray.data.TaskPoolStrategy(size)}
+        worker = _make
+    # Ray Data replaces a worker that dies and repeats its task, without limit.
+    made = _dataset([{"number": number} for number in numbers]).map_batches(worker, **options)
     for row in made.iter_rows():
         yield Made(**row)
 
 
 class _Worker:
-    """An actor: holds the open stage."""
+    """An actor."""
 
-    def __init__(self, stage: Stage, allowed: int, threads: int) -> None:
-        self._stage, self._allowed = stage, allowed
-        self._opened = False
-        hush_libraries()
-        torch.set_num_threads(threads)  # sums in the same order as those of a plain run
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
-        (number,) = batch["number"].tolist()
-        try:
-            if not self._opened:
-                self._stage.open()
-                self._opened = True
-        except ValueError as error:
-            made = Made(number, 0, 0, str(error))
-        else:
-            made = make_shard(self._stage, number, self._allowed)
-        return {name: [value] for name, value in asdict(made).items()}
+        return _make(batch, *self._arguments)
+
+
+_held: list[Stage] = []  # the stage that is open in this process
+
+
+def _opened(stage: Stage) -> Stage:
+    """The stage as it is open in this process; another one is closed."""
+    if not _held or _held[0].folder != stage.folder:
+        hush_libraries()
+        while _held:
+            _held.pop().close()
+        stage.open()
+        _held.append(stage)
+    return _held[0]
+
+
+def _make(batch: dict[str, Any], stage: Stage, allowed: int, threads: int) -> dict[str, list]:
+    """Make the shard of a batch of one number."""
+    (number,) = batch["number"].tolist()
+    torch.set_num_threads(threads)  # sums in the same order as those of a plain run
+    try:
+        stage = _opened(stage)
+    except ValueError as error:
+        made = Made(number, 0, 0, str(error))
+    else:
+        made = make_shard(stage, number, allowed)
+    return {name: [value] for name, value in asdict(made).items()}
 
 
 def _by_vllm(stage: ChatStage, numbers: list[int], allowed: int) -> Iterator[Made]:
@@ -94,15 +114,12 @@ def _by_vllm(stage: ChatStage, numbers: list[int], allowed: int) -> Iterator[Mad
     here, and a script is run from its start each time: it is deterministic, and workers keep
     nothing.
     """
-    ray = _start("")
     stage.asks_elsewhere = True
     processor = vllm_processor(stage.engine_spec.partition(":")[2])
     told: dict[int, list[list[Row]]] = {number: [] for number in numbers}
     while told:
         rows = [{"number": n, "told": json.dumps(replies)} for n, replies in told.items()]
-        asked = _dataset(rows).flat_map(
-            _Asker, fn_constructor_args=(stage,), compute=ray.data.ActorPoolStrategy(min_size=1)
-        )
+        asked = _dataset(rows).flat_map(_ask, fn_args=(stage,))
         answers: dict[int, dict[int, Row]] = {number: {} for number in told}
         for row in processor(asked).iter_rows():
             reply = {"text": row.get("text") or "", "cut": bool(row.get("cut"))}
@@ -112,11 +129,7 @@ def _by_vllm(stage: ChatStage, numbers: list[int], allowed: int) -> Iterator[Mad
             if by_place:
                 told[number].append([by_place[place] for place in range(len(by_place))])
         rows = [{"number": n, "told": json.dumps(replies)} for n, replies in told.items()]
-        ended = _dataset(rows).map(
-            _Ender,
-            fn_constructor_args=(stage, allowed),
-            compute=ray.data.ActorPoolStrategy(min_size=1),
-        )
+        ended = _dataset(rows).map(_end, fn_args=(stage, allowed))
         for row in ended.iter_rows():
             if row["ended"]:
                 del told[int(row["number"])]
@@ -124,7 +137,7 @@ def _by_vllm(stage: ChatStage, numbers: list[int], allowed: int) -> Iterator[Mad
 
 
 def vllm_processor(model: str) -> Any:
-    """Ray's vLLM pipeline for requests as `_Asker` makes them: a replica of the model on each GPU.
+    """Ray's vLLM pipeline for requests as `_ask` makes them: a replica of the model on each GPU.
 
     Raises:
         ValueError: when Ray's part for language models is not installed.
@@ -148,7 +161,7 @@ def vllm_processor(model: str) -> Any:
 
 
 def _to_vllm(row: Row) -> Row:
-    """A row of `_Asker` as the pipeline takes it; other columns are carried along."""
+    """A row of `_ask` as the pipeline takes it; other columns are carried along."""
     body = json.loads(row["body"])
     sampling = {name: body[name] for name in ("max_tokens", "temperature", "seed") if name in body}
     return {
@@ -170,41 +183,26 @@ def _from_vllm(row: Row) -> Row:
     }
 
 
-class _Asker:
-    """Runs the script of a shard to its next requests; a row for each."""
+def _ask(row: Row, stage: ChatStage) -> list[Row]:
+    """Run the script of a shard to its next requests; a row for each."""
+    from realign.pairs.engines.wire import payload
 
-    def __init__(self, stage: ChatStage) -> None:
-        hush_libraries()
-        self._stage = stage
-        stage.open()
-
-    def __call__(self, row: Row) -> list[Row]:
-        from realign.pairs.engines.wire import payload
-
-        number = int(row["number"])
-        requests, _ = replay(_script(self._stage, number), json.loads(row["told"]))
-        model = self._stage.engine_spec
-        return [
-            {"number": number, "place": place, "body": payload(chat, model).decode()}
-            for place, chat in enumerate(requests or [])
-        ]
+    number = int(row["number"])
+    requests, _ = replay(_script(_opened(stage), number), json.loads(row["told"]))
+    return [
+        {"number": number, "place": place, "body": payload(chat, "").decode()}
+        for place, chat in enumerate(requests or [])
+    ]
 
 
-class _Ender:
-    """Runs the script of a shard with all replies; writes the shard if that is its end."""
-
-    def __init__(self, stage: ChatStage, allowed: int) -> None:
-        hush_libraries()
-        self._stage, self._allowed = stage, allowed
-        stage.open()
-
-    def __call__(self, row: Row) -> Row:
-        number = int(row["number"])
-        requests, result = replay(_script(self._stage, number), json.loads(row["told"]))
-        if result is None:
-            return {"number": number, "ended": False, "made": ""}
-        made = make_shard(_Known(self._stage, result), number, self._allowed)
-        return {"number": number, "ended": True, "made": json.dumps(asdict(made))}
+def _end(row: Row, stage: ChatStage, allowed: int) -> Row:
+    """Run the script of a shard with all replies; write the shard if that is its end."""
+    number = int(row["number"])
+    requests, result = replay(_script(_opened(stage), number), json.loads(row["told"]))
+    if result is None:
+        return {"number": number, "ended": False, "made": ""}
+    made = make_shard(_Known(stage, result), number, allowed)
+    return {"number": number, "ended": True, "made": json.dumps(asdict(made))}
 
 
 class _Known(Stage):
