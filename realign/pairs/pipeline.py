@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from realign.loading import load_processor
 from realign.pairs.assemble import Assembler
 from realign.pairs.config import PairsConfig
 from realign.pairs.filtering import Filter
@@ -109,7 +111,9 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
         return _run(config, [stage for stage in _ORDER if stage.name in wanted])
 
 
-def _run(config: PairsConfig, stages) -> Outcome:
+def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
+    if config.model is not None:
+        load_processor(config.model)  # a wrong name is told before anything is read
     made = [stage(config) for stage in stages if stage is not Answer or config.answer is not None]
     runner = Runner(
         config.work_folder,

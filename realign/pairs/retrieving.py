@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,21 @@ from realign.pairs.shards import Shards, save_array, write_table
 from realign.pairs.stage import Bad, Row, Stage
 
 
+class _Group(NamedTuple):
+    """Rows whose records have as many images as each other."""
+
+    images: int
+    rows: np.ndarray  # (n,) places among all rows
+    vectors: np.ndarray  # (n, D)
+    hashes: np.ndarray  # (n,)
+
+
 class Retrieve(Stage):
     """Global: `prepare` puts the vectors of all shards into one file, which processes map.
 
-    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, `index.faiss` unless search is
-    exact and, last, `rows.parquet` with the id and shard of every vector.
+    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, `images.npy` (N,) how many images
+    a record has, an index unless search is exact and, last, `rows.parquet` with the id and shard of
+    every vector.
     """
 
     name = "retrieve"
@@ -44,7 +55,7 @@ class Retrieve(Stage):
 
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
-        self._index: Any = None
+        self._searched: list[tuple[_Group, Index]] = []
 
     def settings(self) -> Row:
         """How neighbours are found."""
@@ -67,74 +78,103 @@ class Retrieve(Stage):
         total = sum(counts.values())
         save_array(folder / "vectors.npy", (total, wide), np.float32, vectors)
         save_array(folder / "hashes.npy", (total,), np.uint64, hashes)
+        counts_of_images = (
+            np.array([len(plain) for plain in embedded.table(n, ["plain"])["plain"].to_pylist()])
+            for n in numbers
+        )
+        save_array(folder / "images.npy", (total,), np.int32, counts_of_images)
         rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
         shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
         self._save_index()
         write_table(folder / "rows.parquet", rows.append_column("shard", shard))
 
     def _save_index(self) -> None:
-        """Build an index that is not exact once, for every process to load."""
-        path = self.folder / "index.faiss"
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with one_faiss_thread(self.config.index == "hnsw"):  # several build another graph
-                index = Index(self.config.index).build(self._mapped())
-            index.save(partial)
-        except RuntimeError as error:  # of FAISS
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from error
-            raise
-        if partial.exists():  # exact search has nothing to save
-            partial.replace(path)
+        """Build indices that are not exact once, for every process to load."""
+        for group in self._groups():
+            path = self._index_file(group)
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                with _one_faiss_thread(self.config.index == "hnsw"):  # several build another graph
+                    Index(self.config.index).build(group.vectors).save(partial)
+            except RuntimeError as error:  # of FAISS
+                if "No space left" in str(error):
+                    raise OSError(errno.ENOSPC, str(error)) from error
+                raise
+            if partial.exists():  # exact search has nothing to save
+                partial.replace(path)
 
-    def _mapped(self) -> np.ndarray:
-        return np.load(self.folder / "vectors.npy", mmap_mode="r")
+    def _index_file(self, group: _Group) -> Path:
+        return self.folder / f"index-{group.images}.faiss"
+
+    def _groups(self) -> list[_Group]:
+        """Rows by how many images their records have: a neighbour must have as many."""
+        vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
+        hashes = np.load(self.folder / "hashes.npy")
+        counts = np.load(self.folder / "images.npy")
+        kinds = np.unique(counts).tolist()
+        if len(kinds) == 1:
+            return [_Group(kinds[0], np.arange(len(counts)), vectors, hashes)]
+        rows = {kind: np.flatnonzero(counts == kind) for kind in kinds}
+        return [_Group(kind, at, vectors[at], hashes[at]) for kind, at in rows.items()]
 
     def open(self) -> None:
-        """Map the vectors and load the index."""
-        self._vectors = self._mapped()
-        self._hashes = np.load(self.folder / "hashes.npy")
+        """Map the vectors and load the indices."""
         rows = pq.read_table(self.folder / "rows.parquet", columns=["id", "shard"])
         self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
-        self._index = Index(self.config.index).load(self.folder / "index.faiss", self._vectors)
+        self._searched = [
+            (g, Index(self.config.index).load(self._index_file(g), g.vectors))
+            for g in self._groups()
+        ]
 
     def close(self) -> None:
-        """Forget the index."""
-        self._index = self._vectors = self._hashes = None
+        """Forget the indices."""
+        self._searched = []
 
     def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
         """Search for one shard's images among all."""
-        start, stop = np.searchsorted(self._shards, [number, number + 1])
-        config, rows = self.config, []
-        if start == stop:
-            return [], []
-        found, similarity = neighbours(
-            self._vectors,
-            self._hashes,
-            k=config.k,
-            ceiling=config.ceiling,
-            floor=config.floor,
-            hash_distance=config.hash_distance,
-            index=self._index,
-            queries=slice(int(start), int(stop)),
-        )
-        for row, places, values in zip(inputs["embed"], found, similarity, strict=True):
-            near = [
-                {
-                    "id": self._ids[int(place)].as_py(),
-                    "shard": self._shards[place],
-                    "rank": rank,
-                    "similarity": value,
-                }
-                for rank, (place, value) in enumerate(zip(places, values, strict=True))
-                if place >= 0
-            ]
-            rows.append({"id": row["id"], "neighbours": near})
+        start, stop = np.searchsorted(self._shards, [number, number + 1]).tolist()
+        near: list[list[Row]] = [[] for _ in range(start, stop)]
+        config = self.config
+        for group, index in self._searched:
+            first, last = np.searchsorted(group.rows, [start, stop]).tolist()
+            if first == last:
+                continue
+            places, similarities = neighbours(
+                group.vectors,
+                group.hashes,
+                k=config.k,
+                ceiling=config.ceiling,
+                floor=config.floor,
+                hash_distance=config.hash_distance,
+                index=index,
+                queries=slice(first, last),
+            )
+            for row, *found in zip(group.rows[first:last], places, similarities, strict=True):
+                near[row - start] = self._named(group, *found)
+        rows = [
+            {"id": row["id"], "neighbours": found}
+            for row, found in zip(inputs["embed"], near, strict=True)
+        ]
         return rows, []
+
+    def _named(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
+        """The neighbours of one image, by id."""
+        there = int((places >= 0).sum())
+        return [
+            {
+                "id": self._ids[row].as_py(),
+                "shard": int(self._shards[row]),
+                "rank": rank,
+                "similarity": similarity,
+            }
+            for rank, (row, similarity) in enumerate(
+                zip(group.rows[places[:there]].tolist(), similarities[:there], strict=True)
+            )
+        ]
 
 
 @contextmanager
-def one_faiss_thread(wanted: bool) -> Iterator[None]:
+def _one_faiss_thread(wanted: bool) -> Iterator[None]:
     """FAISS on one thread, where that is wanted."""
     if not wanted:
         yield

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -126,13 +127,14 @@ class Runner:
         found = shards.done()
         if not facts.exists():
             began, records = time.perf_counter(), 0
-            bar = tqdm(desc="read", unit="record", disable=not self.bars)
-            for number, part in enumerate(stage.shards(len(found)), len(found)):
-                rows = [stage.row(entry) for entry in part if isinstance(entry, Record)]
-                shards.write(number, rows, [entry for entry in part if isinstance(entry, Bad)])
-                records += len(part)
-                bar.update(len(part))
-            bar.close()
+            parts = stage.shards(len(found))
+            first = next(parts, None)  # what is wrong with the data is told before a bar is drawn
+            with tqdm(desc="read", unit="record", disable=not self.bars) as bar:
+                for number, part in enumerate(chain([first] if first else [], parts), len(found)):
+                    rows = [stage.row(entry) for entry in part if isinstance(entry, Record)]
+                    shards.write(number, rows, [entry for entry in part if isinstance(entry, Bad)])
+                    records += len(part)
+                    bar.update(len(part))
             self._report(stage, len(found), len(shards.done()), records, began)
             write_bytes(facts, json.dumps(_count(shards)).encode())
         else:
