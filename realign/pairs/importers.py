@@ -294,7 +294,7 @@ def _stored(value: Any, kind: str, folder: Path) -> StoredImage:
     if not os.path.isfile(found) and kind == "llava":
         # LLaVA names pictures as COCO 2017 does; 2014 puts the split before the number.
         other = Path(path).with_name(f"COCO_{folder.name}_{Path(path).name}")
-        found = max(found, inside(folder, str(other)), key=os.path.isfile)
+        found = inside(folder, str(other))
     if not os.path.isfile(found):
         raise PictureError("missing", f"{path!r} is not in {folder}")
     return StoredImage(path=found)
