@@ -463,7 +463,7 @@ def test_nothing_gives_nothing_and_no_gap_the_response(vlm, processor, scenes):
 
 
 def worded(family, **options):
-    """A tiny model that writes words alone, so that its texts are read back as they were written."""
+    """A tiny model that writes words alone, so that its texts are read back as written."""
     vlm, processor = make(family, **options)
     head = vlm.get_output_embeddings()
     with torch.no_grad():  # else a tied head, most of all Gemma's, repeats the last token for ever
@@ -519,6 +519,52 @@ def test_every_family_completes_in_batches_as_one_by_one(family):
     alone = alone_because(vlm, processor)
     assert (alone is None) == (family != "qwen3_5")
     assert alone is None or "linear_attention layers keep a state" in alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_scores_as_plain_forwards(family):
+    """Blocks of unequal lengths, none among them; then one row leaves."""
+    vlm, processor = make(family, attention="tree")
+    rng = np.random.default_rng(3)
+    pictures = [random_images(rng, n) for n in (1, 2, 1)]
+    masked = Masked(("", ""), ("red",))
+    rows = refill._begin(
+        vlm,
+        processor,
+        [[{"role": "user", "content": random_text(rng, 2, 20)}] for _ in pictures],
+        pictures,
+        [masked] * 3,
+        8,
+        0.0,
+        None,
+    )
+    inputs = [refill._encode(vlm, processor, [row]) for row in rows]
+
+    def ids_of(low, high):
+        words = random_text(rng, low, high).split()[: rng.integers(low, high + 1)]
+        return processor.tokenizer.convert_tokens_to_ids(words)
+
+    def truth(active, said):
+        plain = [refill._longer(vlm, inputs[i], said[i]) for i in active]
+        return torch.stack([vlm(**one, use_cache=False).logits[0, -1] for one in plain])
+
+    reader = refill.RowReader(vlm, refill.layout_of(vlm))
+    with torch.no_grad():
+        said = [ids_of(0, 6) for _ in rows]
+        whole = refill._encode(vlm, processor, rows)
+        found = reader.first(whole, [1, 2, 1], said, room=32)
+        assert (found - truth(range(3), said)).abs().max() < 1e-3
+        for active in ([0, 1, 2], [0, 1, 2], [2, 0]):
+            if len(active) == 2:
+                reader.keep(active)
+            blocks = [ids_of(0, 6) if i else ids_of(1, 3) for i in active]
+            found = reader.more(blocks)
+            for i, block in zip(active, blocks, strict=True):
+                said[i] = said[i] + block
+            expected = truth(active, said)
+            assert expected.abs().mean() > 0.1
+            read = [n for n, block in enumerate(blocks) if block]
+            assert (found - expected)[read].abs().max() < 1e-3
 
 
 def test_eager_attention_takes_the_same_masks():

@@ -53,7 +53,7 @@ ATTRIBUTES = _set(
     "wild domestic lush"
 )
 ATTRIBUTES_OR_NOUNS = _set(
-    "orange gold silver square glass metal wood brick stone plastic leather paper adult"
+    "light orange gold silver square glass metal wood brick stone plastic leather paper adult"
 )
 """Attributes that are things where no thing follows: "an orange on a plate"."""
 
@@ -63,9 +63,8 @@ PREPOSITIONS = _set(
     "past through throughout toward towards under underneath upon within"
 )
 POSITIONS = _set(
-    "above across against along alongside amid among around atop behind below beneath beside "
-    "besides between beyond facing in inside into near nearby off on onto opposite outside over "
-    "past through throughout toward towards under underneath upon within"
+    "left right top bottom front back rear upper lower middle center centre central leftmost "
+    "rightmost background foreground"
 )
 """Where in the image or on a thing; before a noun they belong to its phrase: "the top shelf"."""
 
@@ -81,7 +80,8 @@ RELATION_PHRASES = (
     *(f"{how} the {part}" for how in ("on", "to", "at", "in") for part in (
         "left", "right", "top", "bottom", "front", "back", "middle", "center", "centre", "side",
         "rear", "far left", "far right", "background", "foreground", "distance")),
-    *(f"in the {a} {b}{c}" for a in ("top", "bottom", "upper", "lower", "far", "near")
+    *(f"{how} the {a} {b}{c}" for how in ("in", "on", "at", "to")
+      for a in ("top", "bottom", "upper", "lower", "far", "near")
       for b in ("left", "right", "center", "middle") for c in (" corner of", " corner", "")),
     "across from", "adjacent to", "ahead of", "apart from", "attached to", "away from", "back to",
     "close to", "closer to", "connected to", "covered by", "covered in", "covered with",
