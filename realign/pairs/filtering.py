@@ -13,11 +13,12 @@ from realign.pairs import filters
 from realign.pairs.assemble import Assembler
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
+from realign.pairs.margin import visual_margins
 from realign.pairs.prompts import judge_chat, parse_verdict
 from realign.pairs.refilling import load_vlm
 from realign.pairs.rows import chat_images, engine_mark, mark_of
 from realign.pairs.stage import Bad, ChatStage, Dropped, Row, Script
-from realign.records import Record
+from realign.records import Record, RecordError
 
 
 class Filter(ChatStage):
@@ -107,7 +108,7 @@ class Filter(ChatStage):
             if tried and (config.margin or config.judge is not None):
                 records = self._assembler.records(inputs, number, tried)
                 if config.margin:
-                    records = self._by_margin(tried, records, reasons)
+                    records = self._by_margin(tried, records, reasons, bad)
                 if config.judge is not None:
                     yield from self._by_judge(tried, records, reasons, bad)
             made |= tried
@@ -136,15 +137,20 @@ class Filter(ChatStage):
                 del tried[name]
 
     def _by_margin(
-        self, tried: dict[str, Row], records: list[Record], reasons: dict
+        self, tried: dict[str, Row], records: list[Record], reasons: dict, bad: dict[str, Bad]
     ) -> list[Record]:
         """Keep those whose chosen response the reference model finds likelier on their image."""
-        from realign.pairs.margin import visual_margins
 
-        margins = visual_margins(self._vlm, self._processor, records, cache=None)
+        def note(record: Record, error: RecordError) -> None:
+            bad[record.name] = Bad(record.name, self.name, "no margin", str(error))
+            del tried[record.name]
+
+        margins = visual_margins(self._vlm, self._processor, records, on_bad=note)
         kept = []
-        for record, margin in zip(records, margins, strict=True):
-            tried[record.name]["visual_margin"] = float(margin)
+        for record, margin in zip(records, margins.tolist(), strict=True):
+            if record.name not in tried:
+                continue
+            tried[record.name]["visual_margin"] = margin
             if margin > 0:
                 kept.append(record)
             else:
