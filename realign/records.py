@@ -16,6 +16,7 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,16 @@ _COLUMNS = {
 _OPTIONAL = {"retrieved_chosen": _MESSAGES}  # written if a record has it
 _PROVENANCE = {
     "masked": pa.string(),  # the chosen response with its masked segments as [MASK]
-    "neighbour_rank": pa.int64(),  # 0 is the nearest image that passed the filters
+    "masker": pa.string(),  # rules, or the engine that chose the segments
+    "neighbour": pa.string(),  # id of the record on whose image the rejected response was completed
+    "neighbour_rank": pa.int64(),  # 0 is the nearest image; that of the first that passed
     "similarity": pa.float64(),  # cosine of the two images' embeddings
-    "text_similarity": pa.float64(),  # of chosen and rejected, in [0, 1]
+    "text_similarity": pa.float64(),  # of chosen and rejected, as --similarity measures it
+    "visual_margin": pa.float64(),  # log-prob of chosen on its image less that on the negative
+    "judge": pa.string(),  # verdicts: whether rejected is true of the image, chosen of the negative
+    "negative": pa.string(),  # kind of the visual negative: retrieved, random, crop, noise, blank
+    "negative_record": pa.string(),  # id of the record whose image it is, if it is one's
+    "answer_model": pa.string(),  # engine that wrote the chosen response, if one did
     "embed_model": pa.string(),
     "refill_model": pa.string(),
     "seed": pa.int64(),
@@ -145,27 +153,45 @@ def read_sources(path: str | Path) -> list[Record]:
     return _read(Path(path), ("prompt", "chosen", "images"))
 
 
-def write_pairs(path: str | Path, records: Iterable[Record]) -> int:
+def write_pairs(path: str | Path, records: Iterable[Record], *, typed: bool | None = None) -> int:
     """Write records to one Parquet file, whole or not at all; returns how many.
 
     The file carries `datasets` metadata, so image columns load as images there.
+
+    Args:
+        path: the file.
+        records: what to write.
+        typed: whether some prompt is in typed parts, where that is known: then `records` is
+            written as it comes and never held as a whole, and has no `retrieved_chosen`.
     """
-    path, records = Path(path), list(records)
-    typed = any(not isinstance(m["content"], str) for r in records for m in r.prompt)
-    optional = {n: kind for n, kind in _OPTIONAL.items() if any(getattr(r, n) for r in records)}
+    path, optional = Path(path), {}
+    if typed is None:
+        records = list(records)
+        typed = any(has_parts(record.prompt) for record in records)
+        optional = {n: kind for n, kind in _OPTIONAL.items() if any(getattr(r, n) for r in records)}
     columns = _COLUMNS | optional | _PROVENANCE
     columns |= {"prompt": _TYPED_MESSAGES if typed else _MESSAGES}
     features = {name: _feature(kind) for name, kind in columns.items()}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(columns, metadata=metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with pq.ParquetWriter(partial, schema) as writer:
-        for start in range(0, len(records), _ROW_GROUP):
-            rows = [_to_row(record, typed) for record in records[start : start + _ROW_GROUP]]
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    partial.replace(path)
-    return len(records)
+    partial, count, records = path.with_name(f".{path.name}.partial"), 0, iter(records)
+    try:
+        with pq.ParquetWriter(partial, schema) as writer:
+            while part := list(islice(records, _ROW_GROUP)):
+                rows = [_to_row(record, typed) for record in part]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                count += len(part)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return count
+
+
+def has_parts(prompt: Iterable[dict[str, Any]]) -> bool:
+    """Whether the content of some message is in typed parts."""
+    return any(not isinstance(message["content"], str) for message in prompt)
 
 
 def _to_row(record: Record, typed: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Read by OpenMP when torch loads it. Beside other busy processes, threads that spin while they wait
 # make these small models 17 times slower (160 s against 9 s on two cores under load 4).
@@ -15,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["REALIGN_CACHE"] = tempfile.mkdtemp(prefix="realign-cache-")
 
 import pytest
+from pair_runs import FakeEngine, config_in
 
 from realign.digits import ASSETS
 from realign.digits.scenes import Scene, make_scenes
@@ -63,3 +65,25 @@ def pairs_config(tmp_path_factory) -> PairsConfig:
 def pairs_file(pairs_config) -> Path:
     """About 24 digit pairs."""
     return build_pairs(pairs_config).path
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> SimpleNamespace:
+    """A run of the pairs pipeline in five shards: config, work folder, report, bytes."""
+    config = config_in(tmp_path_factory.mktemp("whole"))
+    report = build_pairs(config)
+    return SimpleNamespace(
+        config=config, work=config.work_folder, report=report, bytes=report.path.read_bytes()
+    )
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Make every engine say what the given function makes of its requests."""
+
+    def use(say):
+        fake = FakeEngine(say)
+        monkeypatch.setattr("realign.pairs.engines.make_engine", lambda *_, **__: fake)
+        return fake
+
+    return use

@@ -16,8 +16,13 @@ from realign_kernels import _extension
 from realign_kernels.batcher import pack_forest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers"}
-UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb"}  # installed nowhere in CI, so not pinned
+EXTRAS = {"gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences"}
+UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}  # not installed in CI, so not pinned
+    "gpu",
+    "tensorboard",
+    "wandb",
+    "sentences",
+}  # installed nowhere in CI, so not pinned
 
 
 @pytest.fixture(scope="module")

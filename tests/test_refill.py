@@ -4,60 +4,231 @@ import re
 
 import numpy as np
 import pytest
+import tiny_vlms
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_processors import WORDS, make_processor
+from tiny_vlms import FAMILIES, make, random_images, random_text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from realign.digits.pretrain import build_model
-from realign.digits.scenes import CAPTION_PROMPT, caption_of, digits_in
-from realign.pairs.mask import CATEGORIES, Masked, mask_response
-from realign.pairs.refill import Completion, forced_pieces, infill
+from realign.digits.scenes import CAPTION_PROMPT, caption_of, digits_in, make_scenes
+from realign.pairs import refill
+from realign.pairs.forced import Speech
+from realign.pairs.mask import CATEGORIES, Masked, mask_response, masked_from
+from realign.pairs.refill import Completion, alone_because, infill, infill_plain
 
 PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
-SENTENCE = "Two small red dogs sit near a big tree, behind the house."
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 
 
-def _bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokens of some letters each with the space before, as in byte-level BPE."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "b"), ("Ġb", "i"), ("d", "o"), ("Ġ", "t"), ("Ġt", "r"), ("e", "e")]
-    tokens = ["</s>", *alphabet, *("".join(pair) for pair in merges)]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+# --- forced tokens ---
+
+
+class Framed:
+    """A processor as far as `Speech` looks: a tokenizer and a template."""
+
+    image_token = "<image>"
+
+    def __init__(self, tokenizer, lead=" ", end="</s>", opening="ASSISTANT:"):
+        self.tokenizer, self.lead, self.end, self.opening = tokenizer, lead, end, opening
+
+    def apply_chat_template(self, messages, add_generation_prompt=False):
+        text = ""
+        for message in messages:
+            said = "".join(part.get("text", "<image>") for part in message["content"])
+            own = message["role"] == "assistant"
+            text += self.opening + self.lead + said + self.end if own else f"USER: {said} "
+        return text + (self.opening if add_generation_prompt else "")
+
+
+def fast(model, before, decoder, trainer, texts, **named):
+    """A tokenizer trained on a few texts; its tokens run over words where `before` lets them."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = before, decoder
+    tokenizer.train_from_iterator(texts, trainer)
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=False))
+    image = {"image_token": "<image>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens=image, **names | named
+    )
+
+
+def byte_level(texts, size=400, regex=False):
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": size}
+    return fast(
+        models.BPE(),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex, trim_offsets=False),
+        decoders.ByteLevel(),
+        trainers.BpeTrainer(initial_alphabet=alphabet, **options),
+        texts,
+    )
+
+
+def sentence_pieces(texts, size=120):
+    return fast(
+        models.Unigram(),
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+        trainers.UnigramTrainer(
+            special_tokens=SPECIAL, unk_token="<unk>", vocab_size=size, show_progress=False
+        ),
+        texts,
+    )
+
+
+def word_pieces(texts, size=120):
+    return fast(
+        models.WordPiece(unk_token="<unk>"),
+        pre_tokenizers.Whitespace(),
+        decoders.WordPiece(),
+        trainers.WordPieceTrainer(special_tokens=SPECIAL, vocab_size=size, show_progress=False),
+        texts,
+    )
+
+
+def said(pieces, tokenizer):
+    return [tokenizer.decode(p, clean_up_tokenization_spaces=False) for p in pieces]
+
+
+def bare(text):
+    """A text without the white space that a decoder adds or leaves out."""
+    return "".join(text.split())
+
+
+@st.composite
+def masked_texts(draw):
+    """Texts of many scripts, hidden at any characters, adjacent spans and both ends included."""
+    words = [
+        "red",
+        "white-",
+        "dog",
+        "'s",
+        "café",
+        "日本",
+        "🐶🐶",
+        "ﬁ",
+        "3.5",
+        ",",
+        "...",
+        "(a",
+        "नमस्ते",
+    ]
+    text = "".join(
+        draw(st.lists(st.sampled_from([*words, " ", " ", " ", "\n"]), min_size=2, max_size=14))
+    ).strip()
+    text = text or "red dog"
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=6, unique=True)))
+    spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if text[a:b].strip()]
+    if draw(st.booleans()) and spans:  # one that begins where the last one ends
+        rest = text[spans[-1][1] :]
+        if rest.strip():
+            spans.append((spans[-1][1], len(text) - draw(st.integers(0, len(rest) - 1))))
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return Masked(tuple(parts[0::2]), tuple(parts[1::2]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(masked_texts(), st.sampled_from([270, 300, 400]), st.sampled_from(["", " "]))
+def test_forced_tokens_spell_what_is_visible(masked, size, lead):
+    """With a tokenizer whose tokens run over words, spans and bytes of a character."""
+    text = masked.fill(masked.hidden)
+    tokenizer = byte_level([text * 3, text[::2], f"ASSISTANT:{lead}{text}"], size)
+    speech = Speech(Framed(tokenizer, lead))
+    forced = speech.force("USER: <image> name it ASSISTANT:", masked)
+    assert len(forced.pieces) == len(masked.pieces) == len(forced.stops) + 1
+    for tokens, piece in zip(said(forced.pieces, tokenizer), masked.pieces, strict=True):
+        assert tokens.strip() == piece.strip()
+        assert "\ufffd" not in tokens
+    if not masked.hidden:
+        assert tokenizer.decode(forced.pieces[0]) == lead + text
+    assert all(n > 0 for n in forced.hidden[:1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(masked_texts(), st.sampled_from([sentence_pieces, word_pieces]))
+def test_forced_tokens_of_other_tokenizers(masked, kind):
+    text = masked.fill(masked.hidden)
+    tokenizer = kind([text, "USER: ASSISTANT: name it", *text])
+    forced = Speech(Framed(tokenizer)).force("USER: <image> name it ASSISTANT:", masked)
+    for tokens, piece in zip(said(forced.pieces, tokenizer), masked.pieces, strict=True):
+        assert bare(tokens.replace("##", "")) == bare(piece)
+
+
+def test_a_token_over_the_edge_gives_way_to_its_visible_part():
+    text = "a red-white dog's (old) hat"
+    tokenizer = byte_level([text] * 4, 330)
+    ids = tokenizer(f"ASSISTANT: {text}", add_special_tokens=False)["input_ids"]
+    spelled = said([[token] for token in ids], tokenizer)
+    assert max(map(len, spelled)) > 8  # tokens are whole phrases here
+    for hidden in ("white", "dog", "old", "red", "hat"):
+        masked = masked_from(text, [hidden])
+        forced = Speech(Framed(tokenizer)).force("ASSISTANT:", masked)
+        assert [p.strip() for p in said(forced.pieces, tokenizer)] == [
+            p.strip() for p in masked.pieces
+        ]
+        # What fills the gap brings the space before it along.
+        assert said(forced.pieces, tokenizer)[0] == f" {masked.pieces[0].rstrip()}"
 
 
 @pytest.mark.parametrize("kind", ["words", "bytes"])
 @pytest.mark.parametrize("segments", [1, 2, 0])
 def test_forced_pieces_are_the_tokens_around_the_gaps(kind, segments, processor):
-    tokenizer = processor.tokenizer if kind == "words" else _bytes_tokenizer()
-    text = (
-        "two dogs near a big tree, behind the big house."
-        if kind == "bytes"
-        else ("top left seven , top right two , bottom left zero .")
-    )
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Where no token runs over an edge, they are the tokens that training sees."""
+    text = "top left seven , top right two , bottom left zero ."
+    if kind == "words":
+        speech, before = Speech(processor), " user : <image> name the digits . assistant :"
+    else:
+        text = "two dogs near a big tree, behind the big house."
+        tokenizer = byte_level([text, "ASSISTANT: two"], 290, regex=True)
+        speech, before = Speech(Framed(tokenizer)), "ASSISTANT:"
+    tokenizer = speech.tokenizer
+    whole = tokenizer(before + speech.lead + text, add_special_tokens=False)["input_ids"]
+    whole = whole[len(tokenizer(before, add_special_tokens=False)["input_ids"]) :]
     rng = np.random.default_rng(1)
     for _ in range(10):
         masked = mask_response(text, CATEGORIES, segments, rng)
-        pieces = forced_pieces(tokenizer, masked)
-        assert len(pieces) == len(masked.pieces)
-        assert pieces[-1][-1] == tokenizer.eos_token_id
+        forced = speech.force(before, masked)
         # What is left of the tokenization between two pieces spells the hidden words.
-        rest, gaps = whole + [tokenizer.eos_token_id], []
-        for piece, hidden in zip(pieces, (*masked.hidden, ""), strict=True):
+        rest = whole
+        for piece, hidden, count in zip(
+            forced.pieces, (*masked.hidden, ""), (*forced.hidden, 0), strict=True
+        ):
             assert rest[: len(piece)] == piece
-            rest = rest[len(piece) :]
-            starts = [tokenizer.decode(rest[:n]).strip() for n in range(len(rest) + 1)]
-            assert hidden in starts
-            spelled = starts.index(hidden)
-            gaps.append(rest[:spelled])
-            rest = rest[spelled:]
+            assert tokenizer.decode(rest[len(piece) :][:count]).strip() == hidden
+            rest = rest[len(piece) + count :]
         assert rest == []
-        joined = [t for p, g in zip(pieces, gaps, strict=True) for t in (*p, *g)]
-        assert joined == [*whole, tokenizer.eos_token_id]
+        ends = {tokenizer.eos_token_id}
+        for stops, piece in zip(forced.stops, forced.pieces[1:], strict=True):
+            assert stops == (set(piece[:1]) or ends)
+
+
+def test_a_response_ends_as_its_template_and_its_model_end_it():
+    """Gemma's turns end with a token that is not its tokenizer's end token."""
+    vlm, processor = make("gemma3")
+    ids = processor.tokenizer.convert_tokens_to_ids
+    assert Speech(processor).ends == {ids("<eos>"), ids("<end_of_turn>")}
+    vlm.generation_config.eos_token_id = [ids("<eos>"), ids("red")]
+    assert Speech(processor, vlm).ends == {ids("<eos>"), ids("<end_of_turn>"), ids("red")}
+    masked = Masked(("one ", " two ", ""), ("red", "dot"))
+    first, last = Speech(processor).force("", masked).stops
+    assert first == {ids("two")} and last == {ids("<eos>"), ids("<end_of_turn>")}
+    blank = Masked(("one ", "\n"), ("red",))  # white space behind the last gap may be left out
+    assert Speech(processor).force("", blank).stops[0] >= last
+
+
+def test_an_image_token_in_a_response_is_refused(processor, scenes):
+    masked = Masked(("<image> ", ""), ("two",))
+    with pytest.raises(ValueError, match="holds the image token '<image>'. Remove it"):
+        infill(None, processor, [PROMPT], [[scenes[0].image]], [masked])
+
+
+# --- what is written ---
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +244,23 @@ def babbler(processor):
 
 @torch.inference_mode()
 def slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> Completion:
-    """The specification: no cache, no batch; every token is chosen after reading everything."""
+    """Written from the definition, for word-level digits alone: no cache, no batch."""
     tokenizer = processor.tokenizer
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant :"
     inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
     ids, pixels = inputs["input_ids"][0].tolist(), inputs["pixel_values"]
-    names = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    special = set(tokenizer.convert_tokens_to_ids(names))
+    special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
     forced = [tokenizer.convert_tokens_to_ids(piece.split()) for piece in masked.pieces]
     forced[-1].append(tokenizer.eos_token_id)
     text, closed = masked.pieces[0], True
     ids += forced[0]
-    for following, piece in zip(forced[1:], masked.pieces[1:], strict=True):
+    for following, hidden, piece in zip(forced[1:], masked.hidden, masked.pieces[1:], strict=True):
         gap: list[int] = []
         while True:
             scores = vlm(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
             if gap and scores.argmax().item() == following[0]:
                 break
-            if len(gap) == max_gap_tokens:
+            if len(gap) == max(max_gap_tokens, 2 * len(hidden.split())):
                 closed = False
                 break
             allowed = [i for i in range(len(scores)) if i not in special]
@@ -102,9 +272,9 @@ def slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> Completion:
     return Completion(text, closed)
 
 
-def _infill(vlm, processor, pictures, masked, **options) -> list[Completion]:
+def _infill(vlm, processor, pictures, masked, how=infill, **options) -> list[Completion]:
     prompts = [PROMPT] * len(masked)
-    return infill(vlm, processor, prompts, [[p] for p in pictures], masked, **options)
+    return how(vlm, processor, prompts, [[p] for p in pictures], masked, **options)
 
 
 CAPTION = "top left seven , top right two , bottom left zero , bottom right nine ."
@@ -129,8 +299,11 @@ def test_infill_equals_the_slow_way(request, processor, scenes, name):
         slow_infill(model, processor, picture, hidden, most)
         for picture, hidden in zip(pictures, masked, strict=True)
     ]
-    assert _infill(model, processor, pictures, masked, max_gap_tokens=most) == expected
-    for picture, hidden, text in zip(pictures, masked, expected, strict=True):
+    for options in ({"how": infill_plain}, {}, {"batch_size": 5}):
+        assert _infill(model, processor, pictures, masked, max_gap_tokens=most, **options) == (
+            expected
+        )
+    for picture, hidden, text in list(zip(pictures, masked, expected, strict=True))[:8]:
         alone = _infill(model, processor, [picture], [hidden], max_gap_tokens=most)
         assert alone == [text]
     lengths = set()
@@ -146,7 +319,8 @@ def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
     """With a model that always writes "seven", then with one that always wants to end."""
 
     class Stubborn(torch.nn.Module):
-        device = torch.device("cpu")
+        device, dtype = torch.device("cpu"), torch.float32
+        config = type("Config", (), {"model_type": "stubborn"})
 
         def __init__(self, *words):
             super().__init__()
@@ -156,19 +330,20 @@ def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
             logits = torch.zeros(*input_ids.shape, len(processor.tokenizer))
             for rank, token in enumerate(self.order):
                 logits[..., token] = 2.0 - rank
-            return CausalLMOutputWithPast(logits=logits)
+            return type("Output", (), {"logits": logits})
 
-    def written(model, *pieces):
-        hidden = ("one",) * (len(pieces) - 1)
-        return _infill(model, processor, [scenes[0].image], [Masked(pieces, hidden)])[0]
+    def written(model, *pieces, hid="one"):
+        masked = Masked(pieces, (hid,) * (len(pieces) - 1))
+        return _infill(model, processor, [scenes[0].image], [masked], how=infill_plain)[0]
 
     seven, end = Stubborn("seven"), Stubborn("</s>", "two")
     assert written(seven, "top ", " seven .") == ("top seven seven .", True)
     assert written(seven, "", " right") == (" ".join(["seven"] * 8) + " right", False)
-    assert written(end, "top ", "") == (
-        "top two",
-        True,
-    )  # the end is wanted, and comes after one word
+    # A segment of many tokens may give way to twice as many.
+    longer = " ".join(["seven"] * 14) + " right"
+    assert written(seven, "", " right", hid="one " * 6 + "one") == (longer, False)
+    # The end is wanted, and comes after one word.
+    assert written(end, "top ", "") == ("top two", True)
     not_due = " ".join(["two"] * 8) + " right"
     assert written(end, "", " right") == (not_due, False)
 
@@ -184,42 +359,283 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(babbler, process
         assert infill(babbler, processor, prompts[one], pictures[one], GAPS[one]) == [batch[i]]
 
 
-def test_completions_of_digits_differ_in_the_gaps_alone(vlm, processor, scenes):
-    rng = np.random.default_rng(0)
-    pictures, masked = [], []
-    for i in range(240):
+def test_a_thousand_pairs_of_digits_differ_in_the_gaps_alone(vlm, processor):
+    """Read from the outside: what stands around the gaps is there, word by word, at its place."""
+    scenes, rng = make_scenes(1000, biased=True, seed=11), np.random.default_rng(0)
+    masked = []
+    for i in range(1000):
         caption = caption_of(tuple(int(d) for d in rng.integers(10, size=4)))
-        pictures.append(scenes[i % len(scenes)].image)
-        masked.append(mask_response(caption, ("numbers",), (1, 2, 0)[i % 3], rng))
-    completions = []
-    for start in range(0, 240, 80):
-        part = slice(start, start + 80)
-        completions += [c.text for c in _infill(vlm, processor, pictures[part], masked[part])]
-    for text, mask in zip(completions, masked, strict=True):
-        pattern = "([a-z ]+)".join(map(re.escape, mask.pieces))
-        assert re.fullmatch(pattern, text)
+        kinds = ("numbers",) if i % 4 else CATEGORIES
+        masked.append(mask_response(caption, kinds, (1, 2, 0)[i % 3], rng))
+    pictures = [scene.image for scene in scenes]
+    completions = _infill(vlm, processor, pictures, masked, batch_size=250)
+    different = 0
+    for (text, _), mask in zip(completions, masked, strict=True):
+        chosen = mask.fill(mask.hidden)
+        old, new = chosen.split(), text.split()
+        kept = [piece.split() for piece in mask.pieces]
+        assert new[: len(kept[0])] == old[: len(kept[0])] == kept[0]
+        ending = len(kept[-1])
+        assert new[len(new) - ending :] == old[len(old) - ending :] == kept[-1]
+        assert re.fullmatch("[a-z,. ]+".join(map(re.escape, mask.pieces)), text)
+        different += text != chosen
+    assert different > 700
     # All four masked: the model reads the picture and writes its digits, not those of the caption.
+    every = [i for i in range(1000) if i % 3 == 2 and i % 4]
     read = [
-        sum(a == b for a, b in zip(digits_in(completions[i]), scenes[i % 120].digits, strict=True))
-        for i in range(2, 240, 3)
+        sum(a == b for a, b in zip(digits_in(completions[i].text), scenes[i].digits, strict=True))
+        for i in every
     ]
     assert np.mean(read) / 4 > 0.6
+    assert all(completions[i].closed for i in every)
 
 
-def test_sampling_follows_the_generator(babbler, processor, scenes):
+def test_sampling_follows_the_seed_of_each_record(babbler, processor, scenes):
     pictures, masked = [scenes[0].image] * 6, [GAPS[1]] * 6
 
-    def sampled(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return _infill(babbler, processor, pictures, masked, temperature=2.0, generator=generator)
+    def sampled(seeds, **options):
+        options = {"temperature": 2.0} | options
+        return _infill(babbler, processor, pictures, masked, seeds=seeds, **options)
 
-    first = sampled(0)
-    assert first == sampled(0) != sampled(1)
-    assert len(set(first)) > 1
+    first = sampled(range(6))
+    assert first == sampled(range(6)) != sampled(range(6, 12))
+    assert first == sampled(range(6), how=infill_plain) == sampled(range(6), batch_size=4)
+    assert first[::-1] == sampled(range(5, -1, -1))  # neither the place nor the company counts
+    assert len(set(first)) > 3 and len(set(sampled([3] * 6))) == 1
     greedy = _infill(babbler, processor, pictures, masked)
     assert len(set(greedy)) == 1
-    generator = torch.Generator().manual_seed(0)
-    cold = _infill(babbler, processor, pictures, masked, temperature=1e-4, generator=generator)
-    assert cold == greedy
+    assert sampled(range(6), temperature=1e-4) == greedy
     for text, _ in first:
         assert not re.search("<|>", text)  # never a special token
+
+
+def test_sampled_words_have_the_model_s_frequencies(babbler, processor, scenes):
+    """The first word of a gap, 3,000 times: chi-square against the softmax of a plain forward."""
+    picture, masked = scenes[0].image, Masked(("top left ", " ."), ("seven",))
+    prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant : top left"
+    inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
+    with torch.no_grad():
+        scores = babbler(**inputs).logits[0, -1].double() / 3
+    scores[processor.tokenizer.convert_tokens_to_ids(SPECIAL)] = -torch.inf
+    truth = scores.softmax(-1).numpy()
+    count = 3000
+    found = np.zeros(len(truth))
+    for start in range(0, count, 500):
+        part = range(start, start + 500)
+        for text, _ in _infill(
+            babbler,
+            processor,
+            [picture] * 500,
+            [masked] * 500,
+            seeds=part,
+            temperature=3.0,
+            max_gap_tokens=1,
+        ):
+            word = text.removeprefix("top left ").removesuffix(" .").split()[0]
+            found[processor.tokenizer.convert_tokens_to_ids(word)] += 1
+    often = truth * count >= 5
+    assert found[truth == 0].sum() == 0 and often.sum() > 5
+    square = ((found - truth * count)[often] ** 2 / (truth * count)[often]).sum()
+    assert square < often.sum() + 5 * (2 * often.sum()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_gap_tokens": 0}, "max_gap_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1.0}, "seeds is None; sampling"),
+        ({"batch_size": -2}, "batch_size is -2"),
+    ],
+)
+def test_bad_arguments_are_refused(vlm, processor, scenes, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _infill(vlm, processor, [scenes[0].image], GAPS[:1], **options)
+
+
+def test_nothing_gives_nothing_and_no_gap_the_response(vlm, processor, scenes):
+    assert _infill(vlm, processor, [], []) == []
+    whole = Masked((CAPTION,), ())
+    assert _infill(vlm, processor, [scenes[0].image], [whole]) == [Completion(CAPTION, True)]
+
+
+# --- other families, and what a batch does ---
+
+
+def worded(family, **options):
+    """A tiny model that writes words alone, so that its texts are read back as written."""
+    vlm, processor = make(family, **options)
+    head = vlm.get_output_embeddings()
+    with torch.no_grad():  # else a tied head, most of all Gemma's, repeats the last token for ever
+        vlm.get_input_embeddings().weight.mul_(0.05)
+    others = torch.full((head.weight.shape[0],), -1e4)
+    others[processor.tokenizer.convert_tokens_to_ids(WORDS)] = 0
+    head.register_forward_hook(lambda module, args, scores: scores + others)
+    return vlm, processor
+
+
+def led_on(vlm, processor, prompt, pictures, rng, count, closes) -> Masked:
+    """A masked response whose first gap the model closes by itself, after `count` words or so.
+
+    The gap is followed by the word that the model would write then, by some more, and by a second
+    gap, which closes in the same way or not at all.
+    """
+
+    def words_after(start):
+        probe = Masked((start, " zzz"), ("x",))  # no word of the model, so it goes on to the end
+        text = infill_plain(vlm, processor, [prompt], [pictures], [probe], max_gap_tokens=5)[0].text
+        return text.removeprefix(start).removesuffix(" zzz").split()
+
+    first = random_text(rng, 1, 3) + " "
+    written = words_after(first)
+    stop = next((i for i in range(count, 5) if written[i] not in written[1:i]), 1)
+    middle = f" {written[stop]} " + random_text(rng, 1, 6) + " "
+    again = words_after(first + " ".join(written[:stop]) + middle)
+    last = f" {again[1]} " if closes else " zzz "
+    return Masked((first, middle, last + random_text(rng, 1, 4)), ("red", "dot"))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5"])
+def test_every_family_completes_in_batches_as_one_by_one(family):
+    """Prompts, images, gaps and pieces of unequal lengths; M-RoPE, windows, blocks both ways."""
+    vlm, processor = worded(family, attention="tree")
+    rng = np.random.default_rng(1)
+    pictures = [random_images(rng, n) for n in (1, 2, 1, 1, 3, 1)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+    masked = [
+        led_on(vlm, processor, prompts[i], pictures[i], rng, 1 + i % 3, closes=i != 1)
+        for i in range(5)
+    ]
+    masked.append(Masked(("", ""), ("red",)))
+    given = (vlm, processor, prompts, pictures, masked)
+    plain = infill_plain(*given, max_gap_tokens=5)
+    assert infill(*given, max_gap_tokens=5) == plain
+    assert [completion.closed for completion in plain] == [True, False, True, True, True, False]
+    gaps = set()
+    for (text, _), mask in list(zip(plain, masked, strict=True))[:5]:
+        first = text.removeprefix(mask.pieces[0])
+        gaps.add(len(first[: first.index(mask.pieces[1])].split()))
+    assert len(gaps) > 1
+    alone = alone_because(vlm, processor)
+    assert (alone is None) == (family != "qwen3_5")
+    assert alone is None or "linear_attention layers keep a state" in alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_scores_as_plain_forwards(family):
+    """Blocks of unequal lengths, none among them; then one row leaves."""
+    vlm, processor = make(family, attention="tree")
+    rng = np.random.default_rng(3)
+    pictures = [random_images(rng, n) for n in (1, 2, 1)]
+    masked = Masked(("", ""), ("red",))
+    rows = refill._begin(
+        vlm,
+        processor,
+        [[{"role": "user", "content": random_text(rng, 2, 20)}] for _ in pictures],
+        pictures,
+        [masked] * 3,
+        8,
+        0.0,
+        None,
+    )
+    inputs = [refill._encode(vlm, processor, [row]) for row in rows]
+
+    def ids_of(low, high):
+        words = random_text(rng, low, high).split()[: rng.integers(low, high + 1)]
+        return processor.tokenizer.convert_tokens_to_ids(words)
+
+    def truth(active, said):
+        plain = [refill._longer(vlm, inputs[i], said[i]) for i in active]
+        return torch.stack([vlm(**one, use_cache=False).logits[0, -1] for one in plain])
+
+    reader = refill.RowReader(vlm, refill.layout_of(vlm))
+    with torch.no_grad():
+        said = [ids_of(0, 6) for _ in rows]
+        whole = refill._encode(vlm, processor, rows)
+        found = reader.first(whole, [1, 2, 1], said, room=32)
+        assert (found - truth(range(3), said)).abs().max() < 1e-3
+        for active in ([0, 1, 2], [0, 1, 2], [2, 0]):
+            if len(active) == 2:
+                reader.keep(active)
+            blocks = [ids_of(0, 6) if i else ids_of(1, 3) for i in active]
+            found = reader.more(blocks)
+            for i, block in zip(active, blocks, strict=True):
+                said[i] = said[i] + block
+            expected = truth(active, said)
+            assert expected.abs().mean() > 0.1
+            read = [n for n, block in enumerate(blocks) if block]
+            assert (found - expected)[read].abs().max() < 1e-3
+
+
+def test_eager_attention_takes_the_same_masks():
+    for family in ("llava", "gemma3"):
+        vlm, processor = make(family, attention="eager")
+        rng = np.random.default_rng(2)
+        pictures = [random_images(rng, n) for n in (1, 2, 1)]
+        prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+        masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
+        given = (vlm, processor, prompts, pictures, masked)
+        assert infill(*given) == infill_plain(*given)
+
+
+def test_without_a_padding_token_records_go_one_by_one():
+    vlm, processor = make("llava")
+    processor.tokenizer.pad_token = None
+    assert alone_because(vlm, processor) == "its tokenizer has no padding token"
+    rng = np.random.default_rng(2)
+    pictures = [random_images(rng, 1) for _ in range(3)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+    masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
+    given = (vlm, processor, prompts, pictures, masked)
+    assert infill(*given) == infill_plain(*given)
+
+
+def test_tokens_of_bytes_in_batches(monkeypatch):
+    """A LLaVA whose tokens run over words and characters, on texts of many scripts."""
+    texts = ["a red-white dog's (old) café", "日本 🐶🐶 near the नमस्ते", "3.5 dogs, ﬁve cats..."]
+    processor = make_processor("llava")
+    monkeypatch.setattr(processor, "tokenizer", byte_level(texts * 3, 380))
+    monkeypatch.setattr(tiny_vlms, "make_processor", lambda family: processor)
+    vlm, _ = make("llava")
+    rng = np.random.default_rng(0)
+    hidden = [["white"], ["🐶🐶", "नमस्ते"], ["3.5", "ﬁve cats"], ["dog", "café"], ["日本"], ["dogs"]]
+    places = (0, 1, 2, 0, 1, 2)
+    masked = [masked_from(texts[i], spans) for i, spans in zip(places, hidden, strict=True)]
+    pictures = [random_images(rng, 1) for _ in masked]
+    prompts = [[{"role": "user", "content": f"name {i} é"}] for i in range(len(masked))]
+    given = (vlm, processor, prompts, pictures, masked)
+    plain = infill_plain(*given)
+    assert infill(*given) == plain
+    for (text, closed), mask in zip(plain, masked, strict=True):
+        pattern = "(.*)".join(map(re.escape, mask.pieces))
+        gaps = re.fullmatch(pattern, text, re.DOTALL).groups()
+        assert not closed or all(gap.strip() and "\ufffd" not in gap for gap in gaps)
+
+
+def test_a_batch_takes_a_tenth_of_the_forwards(vlm, processor, scenes, monkeypatch):
+    """Of the language model, for 40 records with two gaps; and few more tokens than there are."""
+    rng = np.random.default_rng(0)
+    masked = [mask_response(s.caption, ("numbers",), 2, rng) for s in scenes[:40]]
+    pictures = [s.image for s in scenes[1:41]]
+    read: list[int] = []
+    forward = LlamaModel.forward
+
+    def counted(self, *args, inputs_embeds, **kwargs):
+        read.append(inputs_embeds.shape[0] * inputs_embeds.shape[1])
+        return forward(self, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    plain = _infill(vlm, processor, pictures, masked, how=infill_plain)
+    slow, slow_tokens = len(read), sum(read)
+    read.clear()
+    assert _infill(vlm, processor, pictures, masked) == plain
+    assert len(read) * 10 < slow and sum(read) * 3 < slow_tokens
+    # Prompt, image and caption are 26 and 16 tokens: each is read once, and little padding.
+    assert sum(read) < 40 * 60
+
+
+def test_done_rows_leave_and_blocks_are_as_wide_as_pays(monkeypatch):
+    assert refill._width([1] * 64) == 1
+    assert refill._width([1] * 63 + [30]) == 1  # one row of 64 is not worth thirty columns
+    assert refill._width([12] * 40 + [1] * 24) == 12
+    assert refill._width([9, 0, 0]) == 9

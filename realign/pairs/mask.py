@@ -1,33 +1,21 @@
-"""Which words of a response to hide: a rule-based masker over small word lists.
+"""Which parts of a response to hide: by rules without a model, or as a language model lists them.
 
-The paper masks objects, attributes and relations. Here numbers, colours, sizes and spatial words
-are found by lists, and objects are the remaining content words.
+The paper masks objects, attributes and relations in segments; `segments.py` finds them by rules.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from realign.pairs.segments import CATEGORIES, Span, find_segments
+
 MASK = "[MASK]"
-_LISTS = {
-    "numbers": "zero one two three four five six seven eight nine ten eleven twelve dozen",
-    "attributes": "red orange yellow green blue purple pink brown black white gray grey golden "
-    "silver big small large tiny tall short long round square old young wooden striped",
-    "relations": "left right top bottom above below under over behind beside between near inside "
-    "outside front back next on in",
-}
-_FUNCTION_WORDS = (
-    "a an the this that these those there here it its he she they them his her their is are was "
-    "were be been being has have had do does did can could will would and or but not no yes of to "
-    "at by for from with as into onto up down out off so very also some any each both all which "
-    "who what where when how name"
-)
-CATEGORIES = (*_LISTS, "objects")
-_WORDS = {name: frozenset(words.split()) for name, words in _LISTS.items()}
-_NO_OBJECTS = frozenset(_FUNCTION_WORDS.split())
+_EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # a segment's, where a language model adds them
 
 
 @dataclass(frozen=True)
@@ -52,47 +40,111 @@ class Masked:
 
 
 def mask_response(
-    text: str, categories: tuple[str, ...], segments: int, rng: np.random.Generator
+    text: str,
+    categories: Sequence[str],
+    segments: int,
+    rng: np.random.Generator,
+    *,
+    share: float | None = None,
 ) -> Masked | None:
-    """Hide words of a response.
+    """Hide segments of a response, found by the rules.
 
     Args:
-        text: the response.
+        text: the response, English.
         categories: kinds of word to hide, out of CATEGORIES.
         segments: how many to hide, drawn at random; 0 hides all of them.
         rng: draws which.
+        share: hide this share of the segments, in (0, 1], rounded, and at least `segments` (and
+            one) of them; None hides `segments`.
 
     Returns:
-        The masked response, or None when no word is of those kinds.
+        The masked response, or None when nothing is of those kinds. Segments with only white space
+        between them become one.
+
+    Raises:
+        ValueError: for an unknown category, or numbers out of range.
     """
-    spans = [m.span() for m in re.finditer(r"[^\W_]+", text) if _category(m[0]) in categories]
+    if unknown := [name for name in categories if name not in CATEGORIES]:
+        raise ValueError(
+            f"categories names {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
+        )
+    return _hide(text, find_segments(text, categories), segments, rng, share)
+
+
+def masked_from(
+    text: str,
+    spans: Iterable[str],
+    *,
+    segments: int = 0,
+    rng: np.random.Generator | None = None,
+    share: float | None = None,
+) -> Masked | None:
+    """Hide the segments that a language model lists.
+
+    Each is looked for behind the one before it, then from the start of the text, as whole words, as
+    it is written and else in any case; quotes and punctuation around it do not count. What is not
+    found, or overlaps what was found before, is passed over.
+
+    Args:
+        text: the response.
+        spans: the segments.
+        segments, rng, share: how many of them to hide, as in `mask_response`; all by default.
+
+    Returns:
+        The masked response, or None when no segment is in the text.
+
+    Raises:
+        ValueError: when some are to be drawn and there is no `rng`.
+    """
+    found: list[Span] = []
+    after = 0
+    for segment in spans:
+        words = segment.strip(_EDGES).split()
+        if not words:
+            continue
+        pattern = r"\s+".join(map(re.escape, words))
+        before = r"(?<![^\W_])" if words[0][0].isalnum() else ""
+        behind = r"(?![^\W_])" if words[-1][-1].isalnum() else ""
+        places = [
+            match.span()
+            for flags in (0, re.IGNORECASE)
+            for start in (after, 0)
+            for match in re.compile(before + pattern + behind, flags).finditer(text, start)
+        ]
+        free = (p for p in places if all(p[1] <= a or b <= p[0] for a, b in found))
+        if (place := next(free, None)) is not None:
+            found.append(place)
+            after = place[1]
+    return _hide(text, sorted(found), segments, rng, share)
+
+
+def _hide(
+    text: str,
+    spans: list[Span],
+    segments: int,
+    rng: np.random.Generator | None,
+    share: float | None,
+) -> Masked | None:
+    if segments < 0:
+        raise ValueError(f"segments is {segments}; it must be 0 (all of them) or more.")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share is {share}; it must be above 0 and at most 1.")
     if not spans:
         return None
-    if segments and segments < len(spans):
-        picked = rng.choice(len(spans), size=segments, replace=False)
+    wanted = segments or len(spans)
+    if share is not None:
+        wanted = max(segments, 1, math.floor(share * len(spans) + 0.5))
+    if wanted < len(spans):
+        if rng is None:
+            raise ValueError("rng is None; give a generator that draws which segments to hide.")
+        picked = rng.choice(len(spans), size=wanted, replace=False)
         spans = [spans[i] for i in sorted(picked.tolist())]
-    spans = _join_neighbours(text, spans)
-    edges = [0, *(edge for span in spans for edge in span), len(text)]
-    parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    return Masked(tuple(parts[0::2]), tuple(parts[1::2]))
-
-
-def _join_neighbours(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Make one span of hidden words with only white space between them."""
     joined = spans[:1]
     for start, stop in spans[1:]:
-        if text[joined[-1][1] : start].isspace():
-            joined[-1] = (joined[-1][0], stop)
-        else:
+        if text[joined[-1][1] : start].strip():
             joined.append((start, stop))
-    return joined
-
-
-def _category(word: str) -> str | None:
-    word = word.lower()
-    if word.isdigit():
-        return "numbers"
-    for name, words in _WORDS.items():
-        if word in words:
-            return name
-    return "objects" if len(word) > 2 and word not in _NO_OBJECTS else None
+        else:
+            joined[-1] = (joined[-1][0], stop)
+    edges = [0, *(edge for span in joined for edge in span), len(text)]
+    parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return Masked(tuple(parts[0::2]), tuple(parts[1::2]))

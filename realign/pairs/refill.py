@@ -4,28 +4,45 @@ The model reads the retrieved image and the prompt; the unmasked tokens of the r
 and only the gaps are generated, so a completion differs from the chosen response inside the gaps
 alone, and no instruction-following is needed. A gap ends where the model would rather write the
 next forced token than go on.
+
+`infill_plain` says what is computed, a token at a time. `infill` computes the same in batches: what
+comes before the first gap is read at once, what is forced between gaps is read in one block, keys
+and values are kept for each row where its own sequence has come to (`reader.py`), and rows that
+are done leave the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
+from transformers import DynamicCache
 
-from realign.encode import chat_prompt
+from realign import tree_attention
+from realign.layouts import FULL, SLIDING, layout_of
+from realign.pairs.forced import Forced, Speech
 from realign.pairs.mask import Masked
+from realign.pairs.reader import RowReader
+
+_FORWARD = 128
+"""Tokens whose computation takes as long as what a forward costs whatever its size. It decides how
+much of a forced piece is read while other rows write a token: 128 lies between a small model on a
+CPU and a large one on a GPU, and what is decided changes no result."""
+
+_DROP = 0.75
+"""Share of a batch at which the rows that are done leave it; copying the others costs less then."""
 
 
 class Completion(NamedTuple):
     """A filled-in response."""
 
     text: str
-    closed: bool  # every gap led back to the forced text; False where one was cut off
+    closed: bool  # every gap was filled with text and led back to the forced text
 
 
-@torch.inference_mode()
 def infill(
     vlm,
     processor,
@@ -35,9 +52,13 @@ def infill(
     *,
     max_gap_tokens: int = 8,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
+    batch_size: int | None = None,
 ) -> list[Completion]:
-    """Complete a batch of masked responses.
+    """Complete masked responses.
+
+    A completion depends on its own record alone, not on the batch it is in, except for what a
+    model's rounding decides.
 
     Args:
         vlm: a Hugging Face vision-language model.
@@ -45,114 +66,264 @@ def infill(
         prompts: messages of each record.
         images: the images each response is completed on.
         masked: the responses.
-        max_gap_tokens: most tokens generated for one gap.
+        max_gap_tokens: most tokens generated for a gap; for one that hid more than half of that,
+            twice what it hid.
         temperature: 0 is greedy; above it samples.
-        generator: random numbers for sampling.
+        seeds: of each record, for sampling.
+        batch_size: records in a forward, those of like length together; all by default.
 
     Returns:
         The completed responses.
+
+    Raises:
+        ValueError: when sampling lacks seeds, a number is out of range, or the processor refuses an
+            image or a text.
     """
-    tokenizer = processor.tokenizer
-    texts = [chat_prompt(processor, p, len(i))[0] for p, i in zip(prompts, images, strict=True)]
-    encoded = processor(
-        images=[list(group) for group in images],
-        text=texts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    ).to(vlm.device)
-    mask = encoded["attention_mask"]
-    out = vlm(
-        **encoded,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    special = torch.zeros(out.logits.shape[-1], dtype=torch.bool, device=mask.device)
-    special[tokenizer.all_special_ids] = True
-    writers = [_writer(forced_pieces(tokenizer, m), max_gap_tokens) for m in masked]
-    for writer in writers:
-        next(writer)
-    gaps: list[tuple[list[list[int]], bool]] = [([], True)] * len(writers)
-    open_ = set(range(len(writers)))
-    while True:
-        scores = out.logits[:, -1].float()
-        best = scores.argmax(-1).tolist()
-        picks = _pick(scores.masked_fill(special, -torch.inf), temperature, generator)
-        feed = [tokenizer.eos_token_id] * len(writers)
-        for i in sorted(open_):
-            try:
-                feed[i] = writers[i].send((picks[i], best[i]))
-            except StopIteration as finished:
-                gaps[i] = finished.value
-                open_.discard(i)
-        if not open_:
-            break
-        mask = torch.cat([mask, mask.new_ones(len(writers), 1)], dim=1)
-        out = vlm(
-            input_ids=torch.tensor(feed, device=mask.device)[:, None],
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
-    written = []
-    for response, (ids, closed) in zip(masked, gaps, strict=True):
-        texts = [tokenizer.decode(gap, skip_special_tokens=True).strip() for gap in ids]
-        written.append(Completion(response.fill(tuple(texts)), closed))
-    return written
+    rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
+    size = batch_size or max(1, len(rows))
+    if size < 0:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
+    run = _together
+    if alone_because(vlm, processor):
+        run, size = _alone, 1
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].forced.tokens))
+    choose = _chooser(vlm, processor, temperature)
+    with torch.inference_mode():
+        for start in range(0, len(order), size):
+            run(vlm, processor, [rows[i] for i in order[start : start + size]], choose)
+    return [row.completion(processor) for row in rows]
 
 
-def forced_pieces(tokenizer, masked: Masked) -> list[list[int]]:
-    """Token ids around the gaps of a response; the last piece ends with the end token.
+def infill_plain(
+    vlm,
+    processor,
+    prompts: Sequence[Sequence[dict]],
+    images: Sequence[Sequence[Image.Image]],
+    masked: Sequence[Masked],
+    *,
+    max_gap_tokens: int = 8,
+    temperature: float = 0.0,
+    seeds: Sequence[int] | None = None,
+) -> list[Completion]:
+    """The specification of `infill`, with its arguments: no batch, no cache.
 
-    The true response is tokenized whole and split at the hidden words, so that the forced tokens
-    are those of the chosen response.
+    Every token is chosen after the model has read everything before it, with positions and masks of
+    the model's own.
     """
-    text = masked.fill(masked.hidden)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    pieces: list[list[int]] = [[]]
-    spans, end = [], 0
-    for piece, hidden in zip(masked.pieces, masked.hidden, strict=False):
-        spans.append((end + len(piece), end + len(piece) + len(hidden)))
-        end = spans[-1][1]
-    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        while len(pieces) <= len(spans) and start >= spans[len(pieces) - 1][1]:
-            pieces.append([])  # past the gap
-        inside = len(pieces) <= len(spans) and stop > spans[len(pieces) - 1][0]
-        if not inside:
-            pieces[-1].append(token)
-    pieces += [[] for _ in range(len(spans) + 1 - len(pieces))]
-    pieces[-1].append(tokenizer.eos_token_id)
-    return pieces
+    rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
+    choose = _chooser(vlm, processor, temperature)
+    with torch.inference_mode():
+        for row in rows:
+            inputs = _encode(vlm, processor, [row])
+            while not row.done:
+                inputs = _longer(vlm, inputs, row.take())
+                choose([row], vlm(**inputs, use_cache=False).logits[:, -1])
+    return [row.completion(processor) for row in rows]
+
+
+def alone_because(vlm, processor) -> str | None:
+    """Why records are completed one by one with this model; None where they go in batches."""
+    try:
+        layout = layout_of(vlm)
+    except ValueError as error:
+        return str(error)
+    if others := sorted(set(layout.kinds) - {FULL, SLIDING}):
+        return f"its {', '.join(others)} layers keep a state that cannot be padded"
+    attention = vlm.model.get_decoder().config._attn_implementation
+    if attention not in (tree_attention.NAME, "sdpa", "eager"):
+        return f"{attention} takes no mask for rows of unequal length"
+    if processor.tokenizer.pad_token is None:
+        return "its tokenizer has no padding token"
+    return None
+
+
+class _Row:
+    """A record on its way: what to read next, and what was written."""
+
+    def __init__(self, prompt: str, images: list, forced: Forced, most: int, seed: int) -> None:
+        self.prompt, self.images, self.forced = prompt, images, forced
+        self.rng = np.random.default_rng(seed)
+        self.gaps: list[list[int]] = []
+        self.closed = True
+        self._writer = _writer(forced, most)
+        self.feed: list[int] = []  # tokens to read before the next is chosen
+        self.done = False
+        self.most = forced.tokens + sum(max(most, 2 * hid) for hid in forced.hidden)
+        self._advance(lambda: next(self._writer))
+
+    def take(self, most: int | None = None) -> list[int]:
+        """The next tokens to read, `most` of them at most."""
+        part = self.feed[:most]
+        self.feed = self.feed[len(part) :]
+        return part
+
+    def choose(self, pick: int, best: int) -> None:
+        """Go on from what the model would write: `pick` inside a gap, `best` among all tokens."""
+        self._advance(lambda: self._writer.send((pick, best)))
+
+    def _advance(self, step: Callable[[], list[int]]) -> None:
+        try:
+            self.feed = step()
+        except StopIteration as finished:
+            self.feed, self.done = [], True
+            self.gaps, self.closed = finished.value
+
+    def completion(self, processor) -> Completion:
+        """The response with its gaps filled."""
+        as_it_is = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = [processor.tokenizer.decode(gap, **as_it_is).strip() for gap in self.gaps]
+        whole = all(text and "\ufffd" not in text for text in texts)
+        return Completion(self.forced.masked.fill(tuple(texts)), self.closed and whole)
 
 
 def _writer(
-    pieces: list[list[int]], max_gap_tokens: int
-) -> Generator[int | None, tuple[int, int], tuple[list[list[int]], bool]]:
-    """Write one response: is sent (the model's pick, its best token), yields the token to feed.
+    forced: Forced, most: int
+) -> Generator[list[int], tuple[int, int], tuple[list[list[int]], bool]]:
+    """Write one response: yields tokens to read, is sent (the model's pick, its best token).
 
     Returns the ids of each gap as soon as the last one ends, and whether all closed by themselves.
     """
-    pick, best = yield None
+    pick, best = yield forced.pieces[0]
     gaps: list[list[int]] = []
     closed = True
-    for piece, following in zip(pieces, pieces[1:], strict=False):
-        for token in piece:
-            pick, best = yield token
+    for i, hid in enumerate(forced.hidden):
         gap: list[int] = []
-        while not (gap and following[:1] == [best]):
-            if len(gap) == max_gap_tokens:
+        while not (gap and best in forced.stops[i]):
+            if len(gap) >= max(most, 2 * hid):
                 closed = False
                 break
             gap.append(pick)
-            pick, best = yield pick
+            pick, best = yield [pick]
         gaps.append(gap)
+        if forced.pieces[i + 1] and i + 1 < len(forced.hidden):
+            pick, best = yield forced.pieces[i + 1]
     return gaps, closed
 
 
-def _pick(scores: torch.Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:
-    if temperature == 0:
-        return scores.argmax(-1).tolist()
-    weights = (scores / temperature).softmax(-1)
-    return torch.multinomial(weights, 1, generator=generator)[:, 0].tolist()
+def _begin(vlm, processor, prompts, images, masked, most, temperature, seeds) -> list[_Row]:
+    if most < 1:
+        raise ValueError(f"max_gap_tokens is {most}; it must be 1 or more.")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more.")
+    if temperature and seeds is None:
+        raise ValueError("seeds is None; sampling (temperature above 0) needs one for each record.")
+    speech = Speech(processor, vlm)
+    given = zip(prompts, images, masked, seeds or [0] * len(masked), strict=True)
+    rows = []
+    for prompt, pictures, response, seed in given:
+        text = speech.prompt(prompt, len(pictures))
+        rows.append(_Row(text, list(pictures), speech.force(text, response), most, seed))
+    return rows
+
+
+def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.Tensor], None]:
+    """What goes on with rows from their scores, (rows, V).
+
+    Sampling draws one number for a token, from the row's own generator, and takes the token where
+    the cumulated probability passes it; so others in the batch change nothing.
+    """
+    banned: torch.Tensor | None = None
+
+    def choose(rows: list[_Row], scores: torch.Tensor) -> None:
+        nonlocal banned
+        scores = scores.float()
+        if banned is None:
+            banned = _banned(processor.tokenizer, scores.shape[-1]).to(scores.device)
+        best = scores.argmax(-1).tolist()
+        allowed = scores.masked_fill(banned, -torch.inf)
+        if temperature == 0:
+            picks = allowed.argmax(-1).tolist()
+        else:
+            drawn = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64)
+            mass = (allowed.double() / temperature).softmax(-1).cumsum(-1)
+            level = drawn.to(mass.device)[:, None] * mass[:, -1:]
+            picks = torch.searchsorted(mass, level, right=True)[:, 0].tolist()
+        for row, pick, top in zip(rows, picks, best, strict=True):
+            row.choose(pick, top)
+
+    return choose
+
+
+def _banned(tokenizer, size: int) -> torch.Tensor:
+    """(V,) bool: tokens that are no text, among them ids that the tokenizer does not have."""
+    banned = torch.zeros(size, dtype=torch.bool)
+    banned[len(tokenizer) :] = True
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    banned[[i for i in special if i < size]] = True
+    return banned
+
+
+def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
+    """What the processor makes of prompts and images; prompts are padded on the right."""
+    start = processor.tokenizer.bos_token
+    begun = bool(start) and rows[0].prompt.startswith(start)
+    padding = {"padding": True, "padding_side": "right"} if len(rows) > 1 else {}
+    made = processor(
+        images=[row.images for row in rows],
+        text=[row.prompt for row in rows],
+        add_special_tokens=not begun,  # as apply_chat_template does
+        return_tensors="pt",
+        **padding,
+    )
+    tensors = {n: t for n, t in made.items() if isinstance(t, torch.Tensor) and n != "labels"}
+    moved = {n: t.to(vlm.device) for n, t in tensors.items()}
+    return {n: t.to(vlm.dtype) if t.is_floating_point() else t for n, t in moved.items()}
+
+
+_OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
+
+
+def _longer(vlm, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torch.Tensor]:
+    """The inputs of one record with response tokens behind, and all that has a column per token."""
+    filler = _OF_RESPONSE | {"input_ids": 0}
+    if vlm.config.model_type == "paligemma":
+        filler["token_type_ids"] = 1  # the suffix, which does not see what follows it
+    longer = dict(inputs)
+    for name in filler.keys() & inputs.keys():
+        value = torch.tensor(ids if name == "input_ids" else [filler[name]] * len(ids))
+        value = value.to(inputs[name].device, inputs[name].dtype)[None]
+        longer[name] = torch.cat([inputs[name], value], 1)
+    return longer
+
+
+def _together(vlm, processor, rows: Sequence[_Row], choose) -> None:
+    """Complete a batch of records."""
+    reader, active = RowReader(vlm, layout_of(vlm)), list(rows)
+    counts = [len(row.images) for row in rows]
+    inputs = _encode(vlm, processor, rows)
+    room = max(row.most for row in rows)
+    choose(active, reader.first(inputs, counts, [row.take() for row in rows], room))
+    while kept := [i for i, row in enumerate(active) if not row.done]:
+        if len(kept) <= _DROP * len(active):
+            reader.keep(kept)
+            active = [active[i] for i in kept]
+        width = _width([len(row.feed) for row in active])
+        blocks = [row.take(width) for row in active]
+        scores = reader.more(blocks)
+        ready = [i for i, row in enumerate(active) if blocks[i] and not row.feed]
+        choose([active[i] for i in ready], scores[ready])
+
+
+def _width(waiting: Sequence[int]) -> int:
+    """How many tokens a forward reads of each row, where rows have so many to read.
+
+    A row that writes has one, a row whose gap has closed a whole piece. All rows of a forward are
+    as wide as the widest, so it is the width that reads most for what it costs.
+    """
+    widths = sorted(set(waiting) - {0})
+    gain = {w: sum(min(w, n) for n in waiting) / (_FORWARD + w * len(waiting)) for w in widths}
+    return max(widths, key=gain.__getitem__)
+
+
+def _alone(vlm, processor, rows: Sequence[_Row], choose) -> None:
+    """Complete one record with a cache and positions of the model's own."""
+    (row,) = rows
+    inputs = _longer(vlm, _encode(vlm, processor, rows), row.take())
+    cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
+    while True:
+        out = vlm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        choose(rows, out.logits[:, -1])
+        if row.done:
+            return
+        inputs = {"input_ids": torch.tensor([row.take()], device=vlm.device)}

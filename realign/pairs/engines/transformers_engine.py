@@ -1,0 +1,237 @@
+"""The transformers engine: answers by `generate` in this process.
+
+Greedy answers are written in batches; beside longer ones a prompt is padded, which in bf16 may
+round a close call the other way. Sampled answers are written one by one, each from its own seed, so
+that none depends on its company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from realign.encode import chat_prompt
+from realign.loading import DTYPES, adapter_base, load_processor, load_trained
+from realign.pairs.engines.chat import NO_TEXT, Chat, ChatError, Engine, Reply, typed_messages
+
+
+class TransformersEngine(Engine):
+    """A vision-language model, or a language model for requests without images."""
+
+    def __init__(self, model: str, *, batch_size: int = 8, dtype: str | None = None) -> None:
+        """Name a model; it is loaded by `open`.
+
+        Args:
+            model: folder or hub name; an adapter brings its base.
+            batch_size: greedy answers written at once.
+            dtype: "fp32" or "bf16"; bf16 on a GPU and fp32 elsewhere when absent.
+
+        Raises:
+            ValueError: for a batch size below 1 or another dtype.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; use {' or '.join(DTYPES)}.")
+        self.name = f"transformers:{model}"
+        self._path, self._batch_size, self._dtype = model, batch_size, dtype
+        self._model: Any = None
+
+    def open(self) -> None:
+        """Load the model, on the GPU where there is one.
+
+        Raises:
+            ValueError: when there is no such model, or it has no chat template.
+        """
+        if self._model is not None:
+            return
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = DTYPES[self._dtype or ("bf16" if device == "cuda" else "fp32")]
+        self._sees = _has_vision(self._path)
+        if self._sees:
+            self._processor = load_processor(self._path)
+            self._tokenizer = self._processor.tokenizer
+            model = load_trained(self._path, dtype)
+        else:
+            self._processor = self._tokenizer = _load_tokenizer(self._path)
+            model = AutoModelForCausalLM.from_pretrained(
+                self._path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            ).eval()
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._special = _special_tokens(self._processor, self._tokenizer)
+        self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        end = model.generation_config.eos_token_id
+        self._ends = {end} if isinstance(end, int) else set(end or ())
+        self._model = model.to(device)
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def chat(self, requests: Sequence[Chat]) -> list[Reply]:
+        """Answer requests; see `Engine.chat`.
+
+        A request has an error when its text holds one of the model's special tokens, which would
+        act as one, or when prompt and answer are longer than the model takes.
+        """
+        self.open()
+        replies: dict[int, Reply] = {}
+        texts: dict[int, str] = {}
+        for i, request in enumerate(requests):
+            try:
+                texts[i] = self._render(request)
+            except ChatError as error:
+                replies[i] = Reply("", str(error))
+        for batch in self._batches(requests, list(texts)):
+            answers = self._write([requests[i] for i in batch], [texts[i] for i in batch])
+            replies |= zip(batch, answers, strict=True)
+        return [replies[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Chat], places: list[int]) -> list[list[int]]:
+        """Places of requests that may be written together: greedy, of one length, alike in kind."""
+        batches: list[list[int]] = []
+        open_: dict[tuple[bool, int], list[int]] = {}
+        for i in places:
+            if requests[i].temperature > 0:
+                batches.append([i])
+                continue
+            # Processors take images for every text or for none.
+            kind = (bool(requests[i].images), requests[i].max_tokens)
+            batch = open_.get(kind, [])
+            if not batch or len(batch) == self._batch_size:
+                open_[kind] = batch = []
+                batches.append(batch)
+            batch.append(i)
+        return batches
+
+    def _render(self, request: Chat) -> str:
+        typed = typed_messages(request)
+        said = " ".join(p["text"] for m in typed for p in m["content"] if p["type"] == "text")
+        if acting := next((token for token in self._special if token in said), None):
+            raise ChatError(
+                f"its text holds {acting!r}, which the model reads as a special token. Remove it "
+                "from the text."
+            )
+        if self._sees:
+            return chat_prompt(self._processor, typed, len(request.images))[0]
+        if request.images:
+            raise ChatError(f"it has images, and {self._path} is a text-only model.")
+        flat = [
+            {"role": m["role"], "content": "".join(part["text"] for part in m["content"])}
+            for m in typed
+        ]
+        return self._tokenizer.apply_chat_template(flat, add_generation_prompt=True, tokenize=False)
+
+    @torch.inference_mode()
+    def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
+        """Answers to requests of one kind; a batch that fails as a whole is tried in parts."""
+        try:
+            encoded = self._encode(requests, texts)
+        except (ValueError, TypeError, OverflowError, OSError) as error:  # of an odd image or text
+            if len(requests) == 1:
+                return [Reply("", f"the model's processor refuses it: {error}")]
+            return self._halves(requests, texts)
+        length, most = encoded["input_ids"].shape[1], requests[0].max_tokens
+        if self._room is not None and length + most > self._room:
+            if len(requests) == 1:
+                return [
+                    Reply(
+                        "",
+                        f"its prompt takes {length} tokens and its answer up to {most}; the model "
+                        f"takes {self._room}. Shorten the text.",
+                    )
+                ]
+            return self._halves(requests, texts)
+        try:
+            out = self._generate(encoded, requests[0])
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise
+        else:
+            return [self._reply(ids) for ids in out[:, length:]]
+        torch.cuda.empty_cache()  # outside `except`, which would hold the failed batch
+        return self._halves(requests, texts)
+
+    def _halves(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
+        half = len(requests) // 2
+        first = self._write(requests[:half], texts[:half])
+        return first + self._write(requests[half:], texts[half:])
+
+    def _encode(self, requests: list[Chat], texts: list[str]):
+        begins = self._tokenizer.bos_token
+        options = {
+            "text": texts,
+            "add_special_tokens": not (begins and texts[0].startswith(begins)),  # never twice
+            "return_tensors": "pt",
+            "padding": True,
+            "padding_side": "left",
+        }
+        if not self._sees:
+            return self._tokenizer(**options).to(self._model.device)
+        images = [list(request.images) for request in requests] if requests[0].images else None
+        encoded = self._processor(images=images, **options)
+        return encoded.to(self._model.device, self._model.dtype)  # pixels alone take the dtype
+
+    def _generate(self, encoded, request: Chat) -> torch.Tensor:
+        options = {
+            "max_new_tokens": request.max_tokens,
+            "pad_token_id": self._tokenizer.pad_token_id,
+        }
+        if request.temperature == 0:
+            return self._model.generate(**encoded, **options, do_sample=False)
+        device = self._model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(request.seed)
+            # The whole distribution, whatever cuts the model's own settings make.
+            return self._model.generate(
+                **encoded,
+                **options,
+                do_sample=True,
+                temperature=request.temperature,
+                top_p=1.0,
+                top_k=0,
+            )
+
+    def _reply(self, ids: torch.Tensor) -> Reply:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if not text:
+            return Reply("", NO_TEXT)
+        return Reply(text, cut=not self._ends.intersection(ids.tolist()))
+
+
+def _has_vision(path: str) -> bool:
+    """Whether a model has a vision tower; True where it cannot be told, for the loader to say."""
+    try:
+        config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):
+        return True
+    return hasattr(config, "vision_config")
+
+
+def _load_tokenizer(path: str | Path):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"no tokenizer could be loaded from {path} ({reason}).") from error
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {path} has no chat template, so it takes no chats. Name an "
+            "instruction-tuned model."
+        )
+    return tokenizer
+
+
+def _special_tokens(processor, tokenizer) -> list[str]:
+    """Tokens that act when they stand in a text, longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    found = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    found.add(getattr(processor, "image_token", None))
+    return sorted(filter(None, found), key=len, reverse=True)

@@ -1,0 +1,158 @@
+"""Which tokens of a masked response are forced, and which end a gap.
+
+The true response is tokenized behind its prompt, as training does it, and split at the hidden
+segments, so that the forced tokens are those of the chosen response. A token that holds both hidden
+and visible text, as "-white" may be one, gives way to tokens of its visible part alone; white space
+before a segment is left to the gap, since the token that fills it holds it as a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from realign.encode import chat_prompt
+from realign.pairs.mask import Masked
+
+_SAID = "word"
+
+
+@dataclass(frozen=True)
+class Forced:
+    """The tokens around the gaps of a response."""
+
+    masked: Masked
+    pieces: tuple[list[int], ...]  # one more than there are gaps; the last is never read
+    hidden: tuple[int, ...]  # for each gap, how many tokens the hidden text took
+    stops: tuple[frozenset[int], ...]  # for each gap, tokens that end it
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole response."""
+        return sum(map(len, self.pieces)) + sum(self.hidden)
+
+
+class Speech:
+    """How the chat template and the model frame a response.
+
+    Args:
+        processor: with a chat template.
+        vlm: its generation settings name tokens that end a response.
+
+    Attributes:
+        lead: text between the prompt and a response.
+        ends: tokens that may end a response.
+    """
+
+    def __init__(self, processor, vlm=None) -> None:
+        self.tokenizer = processor.tokenizer
+        self._processor = processor
+        self._image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        asked = {"role": "user", "content": [{"type": "text", "text": _SAID}]}
+        said = {"role": "assistant", "content": [{"type": "text", "text": _SAID}]}
+        opened = processor.apply_chat_template([asked], add_generation_prompt=True)
+        turn = processor.apply_chat_template([asked, said]).removeprefix(opened)
+        self.lead, found, close = turn.partition(_SAID)
+        if not found or self.lead.strip():  # the template opens a response in another way
+            self.lead = ""
+        settings = getattr(vlm, "generation_config", None)
+        ends = getattr(settings, "eos_token_id", None)
+        ends = set(ends) if isinstance(ends, Sequence) else {ends}
+        ends.add(self.tokenizer.eos_token_id)
+        first = self._ids(close.strip())[:1] if found else []
+        special = self.tokenizer.added_tokens_decoder
+        ends |= {token for token in first if token in special and special[token].special}
+        self.ends = frozenset(ends - {None})
+
+    def prompt(self, messages: Sequence[dict], images: int) -> str:
+        """A prompt rendered for a response."""
+        return chat_prompt(self._processor, messages, images)[0]
+
+    def force(self, prompt: str, masked: Masked) -> Forced:
+        """The tokens around the gaps of a response.
+
+        Args:
+            prompt: rendered (`prompt`).
+            masked: the response.
+
+        Raises:
+            ValueError: when the response holds the image token.
+        """
+        response = masked.fill(masked.hidden)
+        whole = self.lead + response
+        ids, offsets = self._behind(prompt, whole)
+        if self._image in ids:
+            raise ValueError(
+                f"the response {response[:80]!r} holds the image token "
+                f"{self._processor.image_token!r}. Remove it from the text."
+            )
+        spans, end = [], len(self.lead)
+        for piece, hidden in zip(masked.pieces, masked.hidden, strict=False):
+            spans.append((end + len(piece), end + len(piece) + len(hidden)))
+            end = spans[-1][1]
+        pieces: list[list[int]] = [[]]
+        counts = [0] * len(spans)
+        for tokens, start, stop in _clusters(ids, offsets):
+            while len(pieces) <= len(spans) and start >= spans[len(pieces) - 1][1]:
+                pieces.append([])  # past the gap
+            crossed = [(a, b) for a, b in spans[len(pieces) - 1 :] if start < b and a < stop]
+            if not crossed:
+                pieces[-1] += tokens
+                continue
+            counts[len(pieces) - 1] += len(tokens)
+            for a, b in crossed:
+                pieces[-1] += self._alone(whole[start:a].rstrip())
+                if stop > b:
+                    pieces.append([])
+                start = b
+            pieces[-1] += self._alone(whole[start:stop])
+        pieces += [[] for _ in range(len(spans) + 1 - len(pieces))]
+        stops = [frozenset(piece[:1]) for piece in pieces[1:]]
+        if spans and not masked.pieces[-1].strip():
+            stops[-1] |= self.ends
+        return Forced(masked, tuple(pieces), tuple(counts), tuple(stops))
+
+    def _behind(self, prompt: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a text behind a prompt, and where in the text they stand."""
+        begun = self._ids(prompt)
+        made = self.tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
+        shift, first = len(prompt), len(begun)
+        if made["input_ids"][:first] != begun:  # a token holds the end of one, the start of other
+            made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            shift = first = 0
+        offsets = [(max(0, a - shift), b - shift) for a, b in made["offset_mapping"][first:]]
+        return made["input_ids"][first:], offsets
+
+    def _alone(self, fragment: str) -> list[int]:
+        """Tokens of part of a word."""
+        if not fragment:
+            return []
+        # Behind a line break, since some tokenizers put a space before what begins a text.
+        made = self.tokenizer(
+            "\n" + fragment, add_special_tokens=False, return_offsets_mapping=True
+        )
+        placed = list(zip(made["input_ids"], made["offset_mapping"], strict=True))
+        if any(start < 1 < stop for _, (start, stop) in placed):
+            return self._ids(fragment)
+        return [token for token, (start, _) in placed if start >= 1]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _clusters(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> Iterator[tuple[list[int], int, int]]:
+    """Tokens that share characters, which bytes of one character do, with their start and stop."""
+    tokens: list[int] = []
+    first = last = 0
+    for token, (start, stop) in zip(ids, offsets, strict=True):
+        if tokens and start < last:
+            tokens.append(token)
+            last = max(last, stop)
+            continue
+        if tokens:
+            yield tokens, first, last
+        tokens, first, last = [token], start, stop
+    if tokens:
+        yield tokens, first, last

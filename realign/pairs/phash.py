@@ -1,0 +1,96 @@
+"""A perceptual hash: 64 bits that stay nearly the same when a picture is stored anew.
+
+The signs of a picture's 64 lowest frequencies (a 2-D DCT of its 32 x 32 grey levels, without the
+mean). Two copies differ in few bits, two unrelated pictures in 32 on average (standard deviation
+4). Measured on 240 generated pictures with the spectra of photographs:
+
+| what is done to a copy | bits that differ, 95 % of copies | at most | found at 8 bits |
+|---|---|---|---|
+| resized to 1/2 or 1.7, JPEG of quality 60, brightness +- 10 % | 1 | 4 | 100 % |
+| 2 % of width and height cut off | 7 | 9 | 99.6 % |
+| that, halved and stored as JPEG of quality 60 | 7 | 9 | 99.2 % |
+| 4 % cut off | 11 | 16 | 78 % |
+
+and unrelated ones differ in 15 bits at least, of 28,680 pairs. On 38 photographs and parts of them
+each of the first three is found at 97 % and more (what is missed is a piece of white sky), and
+unrelated parts differ in 17 bits at least. Scenes of four noisy digits on 16 x 16 pixels are the
+hard case on the other side: of 4.5 million pairs of different ones 18 are within 8 bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+HASH_DISTANCE = 8
+"""Pictures whose hashes differ in at most this many bits are near-duplicates."""
+
+IDENTICAL = 0.9999
+"""Images of equal hash whose cosine is at least this are one image. Rounding of bf16 costs 1e-5."""
+
+_FLOATS = 1 << 25  # gathered at once: 128 MB
+_SIDE = 32  # grey levels each way
+_NIL = 1e-6  # a frequency that a flat picture has from rounding alone
+
+
+def _cosines() -> np.ndarray:
+    """The orthonormal DCT-II, (frequency, place)."""
+    frequency, place = np.arange(_SIDE)[:, None], np.arange(_SIDE)[None]
+    return np.cos(np.pi * (2 * place + 1) * frequency / (2 * _SIDE)) * np.sqrt(2 / _SIDE)
+
+
+def _lowest() -> tuple[np.ndarray, np.ndarray]:
+    """The 64 lowest frequencies but the mean, (down, across), along the anti-diagonals."""
+    pairs = [(down, sum_ - down) for sum_ in range(1, 16) for down in range(sum_ + 1)][:64]
+    down, across = np.array(pairs).T
+    return down, across
+
+
+_DCT = _cosines()
+_PLACES = _lowest()
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """The hash of a picture, 64 bits; a flat one has hash 0, whatever its colour.
+
+    Args:
+        image: of any mode that Pillow turns to grey, and any size.
+    """
+    grey = image.convert("L")
+    small = grey.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    frequencies = _DCT @ np.asarray(small, dtype=np.float64) @ _DCT.T
+    bits = np.packbits(frequencies[_PLACES] > _NIL)
+    return int.from_bytes(bits.tobytes(), "big")
+
+
+def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """In how many bits hashes differ; uint64 arrays that broadcast, int64 of their common shape."""
+    return np.bitwise_count(np.bitwise_xor(a, b)).astype(np.int64)
+
+
+def first_of_image(
+    vectors: np.ndarray,  # (N, D) unit vectors
+    hashes: np.ndarray,  # (N,) uint64
+) -> np.ndarray:
+    """For each row the lowest row that shows the same image, (N,) int64.
+
+    Rows show the same image when their hashes are equal and their cosine is at least `IDENTICAL`.
+    """
+    first = np.arange(len(hashes))
+    open_ = np.argsort(hashes, kind="stable")
+    while len(open_):
+        sorted_ = hashes[open_]
+        leads = np.concatenate([[True], sorted_[1:] != sorted_[:-1]])
+        lead = open_[np.maximum.accumulate(np.where(leads, np.arange(len(open_)), 0))]
+        rest, step = [], max(1, _FLOATS // vectors.shape[1])
+        follow, lead = open_[~leads], lead[~leads]
+        for start in range(0, len(follow), step):
+            rows, theirs = follow[start : start + step], lead[start : start + step]
+            cosine = np.einsum(
+                "nd,nd->n", vectors[rows], vectors[theirs], dtype=np.float32, casting="same_kind"
+            )
+            same = cosine >= IDENTICAL
+            first[rows[same]] = theirs[same]
+            rest.append(rows[~same])
+        open_ = np.concatenate([np.empty(0, dtype=np.int64), *rest])
+    return first

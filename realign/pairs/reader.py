@@ -1,0 +1,235 @@
+"""Reads many unequal sequences with a language model at once, a block of each at a time.
+
+transformers' caches give all rows of a batch the same length, so a row that is fed less than
+another has padding in its middle, which windows and positions count. Here column c of a row holds
+keys and values of the c-th token of that row's sequence. Padding is behind a row's tokens, is seen
+by none of them, and is overwritten by what comes next; so who sees whom is "column <= own
+position", whatever a model does about padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from transformers import Cache, PreTrainedModel
+
+from realign.images import bundle_of
+from realign.layouts import SLIDING, Layout
+from realign.model import _takes_masks
+
+
+class RowReader:
+    """A batch of sequences under way.
+
+    Args:
+        vlm: a model whose layers attend, fully or within a window, by a mask (sdpa, eager, tree).
+        layout: of the model.
+    """
+
+    def __init__(self, vlm: PreTrainedModel, layout: Layout) -> None:
+        self.vlm, self.layout = vlm, layout
+        self._decoder = vlm.model.get_decoder()
+        self._softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
+        self._eager = self._decoder.config._attn_implementation == "eager"
+
+    def first(
+        self,
+        inputs: dict[str, torch.Tensor],
+        images: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+        room: int,
+    ) -> torch.Tensor:
+        """Read prompts and a block of response tokens behind each.
+
+        Args:
+            inputs: what the processor made of the prompts, padded on the right.
+            images: how many each prompt has.
+            blocks: tokens of each, perhaps none.
+            room: most tokens that will stand behind a prompt.
+
+        Returns:
+            (B, V) scores of what follows each row.
+        """
+        device, layout = self.vlm.device, self.layout
+        whole = inputs["attention_mask"].bool().cpu()
+        prompts = [
+            ids[kept].numpy() for ids, kept in zip(inputs["input_ids"].cpu(), whole, strict=True)
+        ]
+        sizes = [len(prompt) for prompt in prompts]
+        pieces = {n: inputs[n].cpu().split(list(images)) for n in layout.grids if n in inputs}
+        grids = [{name: part[i] for name, part in pieces.items()} for i in range(len(prompts))]
+        lengths = [size + len(block) for size, block in zip(sizes, blocks, strict=True)]
+        width = max(lengths)
+        ids = np.zeros((len(prompts), width), np.int64)
+        block = np.full(ids.shape, -1, np.int64)
+        # Behind its prompt a token's position is its column and this, on all axes.
+        ahead: list[int] = []
+        positions = []
+        for row, (prompt, behind) in enumerate(zip(prompts, blocks, strict=True)):
+            ids[row, : lengths[row]] = [*prompt, *behind]
+            block[row, : sizes[row]] = layout.blocks(prompt) if layout.both_ways else -1
+            own = layout.positions(prompt, grids[row])
+            ahead.append(int(own.max()) + 1 - sizes[row])
+            after = np.tile(ahead[-1] + np.arange(sizes[row], width), (len(own), 1))
+            positions.append(np.concatenate([own, after], 1))
+        placed = np.stack(positions, 1)  # (axes, B, width)
+        self._cache = RowCache(max(sizes) + room)
+        self._ahead = torch.tensor(ahead, device=device)
+        self._lengths = torch.tensor(lengths, device=device)
+        self._axes = len(placed)
+        columns = self._cache.place(torch.zeros_like(self._lengths), width, width)
+        given = {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "position_ids": torch.from_numpy(placed if len(placed) > 1 else placed[0]).to(device),
+            **bundle_of(inputs),
+        }
+        masks = {}
+        if not layout.causal:
+            masks = self._masks(columns, torch.from_numpy(block).to(device))
+        return self._scores(given, masks, self._lengths - 1)
+
+    def more(self, blocks: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Read more tokens of each row, perhaps none.
+
+        Returns:
+            (B, V) scores of what follows; those of rows without new tokens mean nothing.
+        """
+        device = self.vlm.device
+        sizes = torch.tensor([len(block) for block in blocks], device=device)
+        width = max(map(len, blocks))
+        ids = torch.tensor([[*block, *[0] * (width - len(block))] for block in blocks])
+        starts, self._lengths = self._lengths, self._lengths + sizes
+        columns = self._cache.place(starts, width, int(self._lengths.max()))
+        positions = columns + self._ahead[:, None]
+        if self._axes > 1:
+            positions = positions.expand(self._axes, -1, -1)
+        given = {"input_ids": ids.to(device), "position_ids": positions}
+        return self._scores(given, self._masks(columns), (sizes - 1).clamp(min=0))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with those rows alone."""
+        picked = torch.tensor(rows, device=self.vlm.device)
+        self._cache.keep_rows(picked)
+        self._ahead, self._lengths = self._ahead[picked], self._lengths[picked]
+
+    def _scores(
+        self,
+        given: dict,
+        masks: dict[str, torch.Tensor],
+        last: torch.Tensor,  # (B,) which token of the forward each row ends with
+    ) -> torch.Tensor:
+        if masks:
+            given["attention_mask"] = masks[self.layout.kinds[0]]
+        with _takes_masks(self._decoder, masks) if len(masks) > 1 else nullcontext():
+            states = self.vlm.model(
+                **given, past_key_values=self._cache, use_cache=True
+            ).last_hidden_state
+        states = states[torch.arange(len(last), device=last.device), last]
+        scores = self.vlm.get_output_embeddings()(states).float()
+        if self._softcap is not None:
+            scores = torch.tanh(scores / self._softcap) * self._softcap
+        return scores
+
+    def _masks(
+        self,
+        queries: torch.Tensor,  # (B, W) columns
+        block: torch.Tensor | None = None,  # (B, W) of the first forward, `Layout.blocks`
+    ) -> dict[str, torch.Tensor]:
+        """(B, 1, W, K) for each kind of layer: who sees whom, as the implementation reads it."""
+        keys = torch.arange(self._cache.length, device=queries.device)
+        distance = queries[:, :, None] - keys
+        found = {}
+        for kind in self.layout.kinds:
+            seen, near = distance >= 0, None
+            if kind == SLIDING:
+                near = distance < self.layout.window
+            if block is not None and self.layout.both_ways:
+                together = (block[:, :, None] == block[:, None]) & (block[:, :, None] >= 0)
+                beyond = self.layout.both_ways == "prompt"
+                if near is not None and beyond:
+                    seen = seen & near
+                    near = None
+                seen = seen | together
+            seen = (seen if near is None else seen & near)[:, None]
+            if self._eager:
+                hidden = torch.finfo(self.vlm.dtype).min
+                seen = torch.zeros_like(seen, dtype=self.vlm.dtype).masked_fill(~seen, hidden)
+            found[kind] = seen
+        return found
+
+
+class RowCache(Cache):
+    """A cache for the layers of a language model.
+
+    Args:
+        capacity: most tokens that a row will hold.
+
+    Attributes:
+        length: columns that attention reads; set before a forward, by `place`.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.capacity = capacity
+        self.length = 0
+        self._states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._columns: torch.Tensor | None = None
+
+    def place(
+        self,
+        starts: torch.Tensor,  # (B,) tokens of each row so far
+        width: int,
+        length: int,
+    ) -> torch.Tensor:
+        """Say where the next forward writes: row b from column starts[b] on.
+
+        Args:
+            starts: as above.
+            width: tokens of the forward in each row, padding included.
+            length: columns that hold a token afterwards, in the longest row.
+
+        Returns:
+            (B, width) int64: the position in its sequence of every token.
+        """
+        positions = starts[:, None] + torch.arange(width, device=starts.device)
+        # Padding may reach beyond; the spare column takes it.
+        self._columns = positions.clamp(max=self.capacity)
+        self.length = length
+        return positions
+
+    def update(
+        self,
+        key_states: torch.Tensor,  # (B, groups, W, D)
+        value_states: torch.Tensor,  # (B, groups, W, D)
+        layer_idx: int,
+        *args,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a forward's keys and values; returns those of `length` columns, (B, ..., D)."""
+        if layer_idx not in self._states:
+            self._states[layer_idx] = tuple(self._room(s) for s in (key_states, value_states))
+        rows = torch.arange(len(key_states), device=key_states.device)[:, None]
+        kept = self._states[layer_idx]
+        for held, new in zip(kept, (key_states, value_states), strict=True):
+            held[rows, :, self._columns] = new.transpose(1, 2)
+        return kept[0][:, :, : self.length], kept[1][:, :, : self.length]
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Keep those rows alone, in that order."""
+        for layer, kept in self._states.items():
+            self._states[layer] = tuple(held[rows] for held in kept)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: positions and masks are given to every forward but the first, which begins there."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Of a forward without a mask, which is the first."""
+        return query_length, 0
+
+    def _room(self, states: torch.Tensor) -> torch.Tensor:
+        rows, groups, _, wide = states.shape
+        return states.new_zeros(rows, groups, self.capacity + 1, wide)

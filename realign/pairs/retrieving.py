@@ -1,0 +1,194 @@
+"""Retrieve: the nearest other images of every image, found among those of all shards."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from realign.pairs.config import PairsConfig
+from realign.pairs.index import Index, neighbours
+from realign.pairs.shards import Shards, save_array, write_table
+from realign.pairs.stage import Bad, Row, Stage
+
+
+class _Group(NamedTuple):
+    """Rows whose records have as many images as each other."""
+
+    images: int
+    rows: np.ndarray  # (n,) places among all rows
+    vectors: np.ndarray  # (n, D)
+    hashes: np.ndarray  # (n,)
+
+
+class Retrieve(Stage):
+    """Global: `prepare` puts the vectors of all shards into one file, which processes map.
+
+    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, `images.npy` (N,) how many images
+    a record has, an index unless search is exact and, last, `rows.parquet` with the id and shard of
+    every vector.
+    """
+
+    name = "retrieve"
+    needs = ("embed",)
+    schema = pa.schema(
+        {
+            "id": pa.string(),
+            "neighbours": pa.list_(
+                pa.struct(
+                    [
+                        ("id", pa.string()),
+                        ("shard", pa.int32()),
+                        ("rank", pa.int32()),
+                        ("similarity", pa.float32()),
+                    ]
+                )
+            ),
+        }
+    )
+
+    def __init__(self, config: PairsConfig) -> None:
+        self.config = config
+        self._searched: list[tuple[_Group, Index]] = []
+
+    def settings(self) -> Row:
+        """How neighbours are found."""
+        names = ("k", "ceiling", "floor", "hash_distance", "index")
+        return {name: getattr(self.config, name) for name in names}
+
+    def prepare(self) -> None:
+        """Put the vectors of all shards into one file, from which every process maps them."""
+        folder = self.folder
+        if (folder / "rows.parquet").exists():
+            return
+        embedded = Shards(self.folders["embed"])
+        counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
+        numbers = [n for n, count in counts.items() if count]
+        if not numbers:
+            raise ValueError("no record is left to retrieve among: no image could be read.")
+        wide = len(embedded.read(numbers[0], ["embedding"])[0]["embedding"])
+        vectors = (_matrix(embedded.table(n, ["embedding"])["embedding"]) for n in numbers)
+        hashes = (embedded.table(n, ["phash"])["phash"].to_numpy() for n in numbers)
+        total = sum(counts.values())
+        save_array(folder / "vectors.npy", (total, wide), np.float32, vectors)
+        save_array(folder / "hashes.npy", (total,), np.uint64, hashes)
+        counts_of_images = (
+            np.array([len(plain) for plain in embedded.table(n, ["plain"])["plain"].to_pylist()])
+            for n in numbers
+        )
+        save_array(folder / "images.npy", (total,), np.int32, counts_of_images)
+        rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
+        shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
+        self._save_index()
+        write_table(folder / "rows.parquet", rows.append_column("shard", shard))
+
+    def _save_index(self) -> None:
+        """Build indices that are not exact once, for every process to load."""
+        for group in self._groups():
+            path = self._index_file(group)
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                with _one_faiss_thread(self.config.index == "hnsw"):  # several build another graph
+                    Index(self.config.index).build(group.vectors).save(partial)
+            except RuntimeError as error:  # of FAISS
+                if "No space left" in str(error):
+                    raise OSError(errno.ENOSPC, str(error)) from error
+                raise
+            if partial.exists():  # exact search has nothing to save
+                partial.replace(path)
+
+    def _index_file(self, group: _Group) -> Path:
+        return self.folder / f"index-{group.images}.faiss"
+
+    def _groups(self) -> list[_Group]:
+        """Rows by how many images their records have: a neighbour must have as many."""
+        vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
+        hashes = np.load(self.folder / "hashes.npy")
+        counts = np.load(self.folder / "images.npy")
+        kinds = np.unique(counts).tolist()
+        if len(kinds) == 1:
+            return [_Group(kinds[0], np.arange(len(counts)), vectors, hashes)]
+        rows = {kind: np.flatnonzero(counts == kind) for kind in kinds}
+        return [_Group(kind, at, vectors[at], hashes[at]) for kind, at in rows.items()]
+
+    def open(self) -> None:
+        """Map the vectors and load the indices."""
+        rows = pq.read_table(self.folder / "rows.parquet", columns=["id", "shard"])
+        self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
+        self._searched = [
+            (g, Index(self.config.index).load(self._index_file(g), g.vectors))
+            for g in self._groups()
+        ]
+
+    def close(self) -> None:
+        """Forget the indices."""
+        self._searched = []
+
+    def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
+        """Search for one shard's images among all."""
+        start, stop = np.searchsorted(self._shards, [number, number + 1]).tolist()
+        near: list[list[Row]] = [[] for _ in range(start, stop)]
+        config = self.config
+        for group, index in self._searched:
+            first, last = np.searchsorted(group.rows, [start, stop]).tolist()
+            if first == last:
+                continue
+            places, similarities = neighbours(
+                group.vectors,
+                group.hashes,
+                k=config.k,
+                ceiling=config.ceiling,
+                floor=config.floor,
+                hash_distance=config.hash_distance,
+                index=index,
+                queries=slice(first, last),
+            )
+            for row, *found in zip(group.rows[first:last], places, similarities, strict=True):
+                near[row - start] = self._named(group, *found)
+        rows = [
+            {"id": row["id"], "neighbours": found}
+            for row, found in zip(inputs["embed"], near, strict=True)
+        ]
+        return rows, []
+
+    def _named(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
+        """The neighbours of one image, by id."""
+        there = int((places >= 0).sum())
+        return [
+            {
+                "id": self._ids[row].as_py(),
+                "shard": int(self._shards[row]),
+                "rank": rank,
+                "similarity": similarity,
+            }
+            for rank, (row, similarity) in enumerate(
+                zip(group.rows[places[:there]].tolist(), similarities[:there], strict=True)
+            )
+        ]
+
+
+@contextmanager
+def _one_faiss_thread(wanted: bool) -> Iterator[None]:
+    """FAISS on one thread, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # (rows, D)
+    flat = pa.concat_arrays([chunk.flatten() for chunk in column.chunks]).to_numpy()
+    return flat.reshape(len(column), -1)

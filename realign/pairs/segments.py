@@ -1,0 +1,249 @@
+"""Segments of an English text that say what is in an image, found by rules without a model.
+
+By the word lists of `words.py` and by where a word stands: a noun phrase is an optional determiner,
+any numbers, attributes and positions, and nouns; what may be hidden of it is one segment where it
+stands together. Anything else that may be hidden is a segment by itself: a number, an attribute,
+"to the left of".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from realign.pairs import words as lists
+
+CATEGORIES = ("numbers", "attributes", "relations", "objects")
+"""Kinds of segment."""
+
+Span = tuple[int, int]
+"""Start and stop of a segment in its text."""
+
+_WORD = re.compile(
+    r"\d++(?:[.,:]\d++)*+(?:st|nd|rd|th)?+(?!-?[^\W\d_])"  # a number, 3.5, 10:30, 2nd
+    r"|[^\W_]+(?:['’-][^\W_]+)*"  # a word, man's, two-story
+)
+_ING_ED = ("ing", "ed")
+
+# What a word is. Those of `_KINDS` may be hidden.
+_NUMBER, _ATTRIBUTE, _RELATION, _POSITION = "number", "attribute", "relation", "position"
+_NOUN, _DETERMINER, _VERB, _OTHER = "noun", "determiner", "verb", "other"
+_KINDS = {
+    _NUMBER: "numbers",
+    _ATTRIBUTE: "attributes",
+    _RELATION: "relations",
+    _POSITION: "relations",
+    _NOUN: "objects",
+}
+_MODIFIERS = (_NUMBER, _ATTRIBUTE, _POSITION)
+
+
+def find_segments(text: str, categories: Sequence[str] = CATEGORIES) -> list[Span]:
+    """Where the segments of those kinds are, (start, stop) each, in order."""
+    words = _words_of(text)
+    found: list[Span] = []
+    at = 0
+    while at < len(words):
+        stop = _phrase_end(words, at)
+        if stop > at:
+            found += _segments_of(words[at:stop], categories)
+            at = stop
+            continue
+        word = words[at]
+        if _KINDS.get(word.kind) in categories:
+            # Words of one kind in a row are one segment: "top left".
+            same = found and words[at - 1].kind == word.kind and word.near
+            if same and found[-1][1] == words[at - 1].stop:
+                found[-1] = (found[-1][0], word.stop)
+            else:
+                found.append((word.start, word.stop))
+        at += 1
+    return found
+
+
+@dataclass
+class _Word:
+    text: str  # lower case; of a phrase that counts as one word, its words with a space between
+    start: int
+    stop: int
+    near: bool  # nothing but white space between it and the word before
+    kind: str = ""
+    written: str = ""
+
+
+def _phrase_end(words: list[_Word], at: int) -> int:
+    """The index behind the noun phrase that begins at `at`; `at` where none does."""
+    end = at + (words[at].kind == _DETERMINER)
+    seen = None
+    while end < len(words) and (end == at or words[end].near):
+        if words[end].kind == _NOUN:
+            seen = end
+        elif words[end].kind not in _MODIFIERS or seen is not None:
+            break
+        end += 1
+    return at if seen is None else seen + 1
+
+
+def _segments_of(phrase: list[_Word], categories: Sequence[str]) -> list[Span]:
+    """The segments of a noun phrase: runs of words that may be hidden.
+
+    A determiner goes with what follows it, so that "a dog" may become "an apple" or "two cats",
+    where that is all of the phrase.
+    """
+    hidden = [_KINDS.get(word.kind) in categories for word in phrase]
+    if phrase[0].kind == _DETERMINER:
+        hidden[0] = all(hidden[1:]) and "objects" in categories
+    found: list[Span] = []
+    for i, word in enumerate(phrase):
+        if hidden[i] and i and hidden[i - 1]:
+            found[-1] = (found[-1][0], word.stop)
+        elif hidden[i]:
+            found.append((word.start, word.stop))
+    return found
+
+
+def _words_of(text: str) -> list[_Word]:
+    """The words of a text, with their kinds; phrases of the lists count as one word."""
+    raw = [
+        _Word(m[0].lower().replace("’", "'"), *m.span(), False, written=m[0])
+        for m in _WORD.finditer(text)
+    ]
+    for before, word in zip(raw, raw[1:], strict=False):
+        word.near = text[before.stop : word.start].isspace()
+    words: list[_Word] = []
+    at = 0
+    while at < len(raw):
+        length, kind = _listed_phrase(raw, at)
+        first, last = raw[at], raw[at + length - 1]
+        if length == 1:
+            first.kind = _kind_alone(first)
+        else:
+            first.kind, first.stop = kind, last.stop
+            first.text = " ".join(word.text for word in raw[at : at + length])
+        words.append(first)
+        at += length
+    words = _paired(words)
+    for i in range(len(words)):
+        words[i].kind = _kind_in_context(words, i)
+    return words
+
+
+def _paired(words: list[_Word]) -> list[_Word]:
+    """The same with "black and white" as one attribute."""
+    found: list[_Word] = []
+    for word in words:
+        both = [before.kind for before in found[-2:]] == [_ATTRIBUTE, _OTHER]
+        both = both and word.kind == _ATTRIBUTE and word.near and found[-1].near
+        if both and found[-1].text in ("and", "or"):
+            found.pop()
+            found[-1].stop = word.stop
+            continue
+        found.append(word)
+    return found
+
+
+def _listed_phrase(raw: list[_Word], at: int) -> tuple[int, str]:
+    """How many words the longest listed phrase has that begins at `at` (1 for none), its kind."""
+    for length in range(min(_LONGEST, len(raw) - at), 1, -1):
+        part = raw[at : at + length]
+        if all(word.near for word in part[1:]):
+            kind = _PHRASES.get(" ".join(word.text for word in part))
+            if kind is not None:
+                return length, kind
+    return 1, ""
+
+
+_PHRASES = {
+    **dict.fromkeys(lists.NUMBER_PHRASES, _NUMBER),
+    **dict.fromkeys(lists.RELATION_PHRASES, _RELATION),
+    **dict.fromkeys(lists.IMAGE_PHRASES, _OTHER),
+}
+_LONGEST = max(phrase.count(" ") + 1 for phrase in _PHRASES)
+
+
+def _kind_alone(word: _Word) -> str:
+    """What a word is by itself."""
+    text = word.text
+    for kind, listed in _BY_LIST.items():
+        if text in listed:
+            return kind
+    if text[0].isdigit():
+        return _NUMBER
+    if len(text) == 1:
+        return _OTHER
+    if "-" in text:
+        parts = {_kind_alone(_Word(part, 0, 0, False, written=part)) for part in text.split("-")}
+        if parts == {_NUMBER}:
+            return _NUMBER
+        return _ATTRIBUTE if parts & {_NUMBER, _ATTRIBUTE, _VERB} else _NOUN
+    if word.written.isupper():  # TV, STOP
+        return _NOUN
+    if text.endswith("ly") and len(text) > 4 and text not in lists.NO_ADVERBS:
+        return _OTHER
+    if text in lists.VERBS:
+        return _VERB
+    if text.endswith(_ING_ED) and len(text) > 4 and text not in lists.NO_VERBS:
+        return _VERB
+    return _NOUN
+
+
+_BY_LIST = {
+    _DETERMINER: lists.DETERMINERS,
+    _NUMBER: lists.NUMBERS,
+    _ATTRIBUTE: lists.ATTRIBUTES,
+    _POSITION: lists.POSITIONS,
+    _RELATION: lists.PREPOSITIONS,
+    _OTHER: lists.OTHERS,
+    _NOUN: lists.NO_VERBS,
+}
+
+
+def _kind_in_context(words: list[_Word], at: int) -> str:
+    """What a word is where it stands; kinds of the words before it are settled."""
+    word, before = words[at], words[at - 1]
+    if at == 0 or not word.near:
+        return word.kind
+    behind = [w for w in words[at + 1 : at + 3] if w.near]
+    after = behind[0].kind if behind and words[at + 1].near else ""
+    if word.kind == _ATTRIBUTE:
+        modifies = after in (*_MODIFIERS, _NOUN)
+        if after == _VERB and behind[0].text.endswith(_ING_ED):  # "the old parked car"
+            modifies = [w.kind for w in behind[1:]] == [_NOUN]
+        listed = word.text in lists.ATTRIBUTES_OR_NOUNS
+        thing = _determined(words, at, _MODIFIERS) or (
+            listed and before.kind in (_NUMBER, _ATTRIBUTE, _NOUN)
+        )
+        return _NOUN if thing and not modifies else _ATTRIBUTE
+    if word.kind == _NOUN and before.kind == _NOUN:
+        # "The woman scolds the dog": two nouns and a determiner in a row are not.
+        acts = word.text.endswith("s") and after == _DETERMINER
+        return _VERB if acts and word.written.islower() else _NOUN
+    return _verb_in_context(words, at, after) if word.kind == _VERB else word.kind
+
+
+def _verb_in_context(words: list[_Word], at: int, after: str) -> str:
+    """Whether what looks like a verb is one, or a thing, or a participle that modifies one."""
+    word, before = words[at], words[at - 1]
+    within = _determined(words, at, _MODIFIERS)
+    placed = before.kind == _RELATION or before.text in ("of", "with", "for", "from", "by")
+    if word.text.endswith(_ING_ED):
+        modifies = within or before.kind in (_NUMBER, _ATTRIBUTE)
+        modifies |= word.text.endswith("ed") and (placed or before.text == "and")
+        if modifies and after in (_NOUN, _ATTRIBUTE):  # "a smiling woman", "near parked cars"
+            return _ATTRIBUTE
+        return _NOUN if before.kind == _DETERMINER else _VERB
+    if before.kind == _NOUN:  # "a coffee shop", but "the people stand" and "a man holds"
+        many = before.text.endswith("s") or before.text in ("people", "men", "women", "children")
+        one = not many and _determined(words, at, (*_MODIFIERS, _NOUN))
+        return _NOUN if one and not word.text.endswith("s") else _VERB
+    return _NOUN if within or placed else _VERB
+
+
+def _determined(words: list[_Word], at: int, kinds: Sequence[str]) -> bool:
+    """Whether a determiner stands before the word at `at`, with words of those kinds between."""
+    while at and words[at].near:
+        at -= 1
+        if words[at].kind not in kinds:
+            return words[at].kind == _DETERMINER
+    return False

@@ -1,0 +1,104 @@
+"""A chat endpoint on this machine that answers as its script says, and what is asked of it."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+from PIL import Image
+
+from realign.pairs.engines import Chat
+from realign.pairs.engines.endpoint import EndpointEngine
+
+KEY = "sk-test/Zq8-secret"
+
+
+class Endpoint:
+    """Serves `script`: a list of answers, the last one for ever.
+
+    An answer is (status, headers, body); a body of text is sent as it is, a dict as JSON, an
+    iterator bit by bit, a number of seconds is a silence, and a function makes it of the request.
+    `requests` holds (path, headers, body) and `times` when they came.
+    """
+
+    def __init__(self, *script):
+        self.script, self.requests, self.times = list(script), [], []
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with outer._lock:
+                    outer.requests.append((self.path, dict(self.headers), json.loads(body)))
+                    outer.times.append(time.monotonic())
+                    many = len(outer.script) > 1
+                    status, headers, body = outer.script.pop(0) if many else outer.script[0]
+                if callable(body):
+                    body = body(outer.requests[-1])
+                if isinstance(body, float):
+                    outer.closing.wait(body)
+                    body = {}
+                if isinstance(body, Iterator):
+                    headers, parts = {"Content-Length": "1000000"} | headers, body
+                else:
+                    text = json.dumps(body) if isinstance(body, dict) else body
+                    parts = [text.encode()]
+                    headers = {"Content-Length": str(len(parts[0]))} | headers
+                try:
+                    self.send_response(status)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    for part in parts:
+                        self.wfile.write(part)
+                except OSError:
+                    pass  # the client is gone
+
+            def log_message(self, *_):
+                pass
+
+        self.closing = threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def completion(text, finish="stop"):
+    """The body of a good answer."""
+    return {
+        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]
+    }
+
+
+def good(text="a dog", finish="stop"):
+    """A good answer."""
+    return 200, {}, completion(text, finish)
+
+
+def say(text, *images, **settings):
+    """A chat of one user message."""
+    return Chat([{"role": "user", "content": text}], list(images), **settings)
+
+
+def picture(size=(4, 3), seed=0):
+    """A random image."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def engine_at(server, **settings):
+    """An engine that asks a server, without long waits."""
+    settings = {"first_wait": 0.01, "timeout": 5.0} | settings
+    return EndpointEngine(f"{server.url}#some/model:x", **settings)

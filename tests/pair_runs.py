@@ -1,0 +1,57 @@
+"""Small runs of the pairs pipeline on digits, and what tests look at in their work folders."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from realign.pairs.engines import Reply
+from realign.pairs.pipeline import PairsConfig
+
+ORDER = ("read", "embed", "retrieve", "mask", "refill", "filter")
+SHARDS = 5
+SETTINGS = {"scenes": 40, "k": 4, "shard": 8, "quiet": True}
+FLAGS = ["--scenes", "40", "--k", "4", "--shard", "8", "--quiet"]
+
+
+def config_in(folder: Path, **settings) -> PairsConfig:
+    """Forty scenes in five shards, with output in `folder`."""
+    return PairsConfig(output=str(folder / "pairs.parquet"), **(SETTINGS | settings))
+
+
+def stage_folder(work: Path, stage: str) -> Path:
+    """The one folder of a stage."""
+    (found,) = work.glob(f"{stage}-*")
+    return found
+
+
+def shard_times(folder: Path) -> dict[str, int]:
+    """When each shard was written."""
+    files = [file for file in sorted(folder.glob("*.parquet")) if file.stem.isdigit()]
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
+def rejected_in(folder: Path) -> list[tuple[str, str, str]]:
+    """(record, stage, reason) of the bad records listed there."""
+    rows = pq.read_table(folder / "rejected_records.parquet").to_pylist()
+    return [(row["record"], row["stage"], row["reason"]) for row in rows]
+
+
+class FakeEngine:
+    """An engine that says what a function makes of a request's text."""
+
+    def __init__(self, say):
+        self.say, self.name, self.asked = say, "fake", []
+
+    def open(self):
+        pass
+
+    def close(self):
+        pass
+
+    def estimate(self, requests, total=None):
+        return f"{len(requests)} of {total} requests cost nothing"
+
+    def chat(self, requests):
+        self.asked += requests
+        said = [self.say(request.messages[-1]["content"]) for request in requests]
+        return [reply if isinstance(reply, Reply) else Reply(reply) for reply in said]

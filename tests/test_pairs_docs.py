@@ -1,0 +1,102 @@
+"""What docs/pairs.md says is so: its commands, examples, columns and reasons."""
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_pairs_import import BAD
+
+from realign.cli import parse_sections
+from realign.config import TrainConfig
+from realign.pairs.__main__ import main
+from realign.pairs.config import PairsConfig
+from realign.pairs.gallery import pair_rows
+from realign.pairs.importers import FORMATS, read_any
+from realign.pairs.pipeline import STAGES
+from realign.records import Record
+
+TEXT = (Path(__file__).parent.parent / "docs" / "pairs.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+]
+OURS = [command[3:] for command in COMMANDS if command[:3] == ["python", "-m", "realign.pairs"]]
+EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)]
+
+
+def test_every_command_is_known():
+    others = {command[0] for command in COMMANDS if "realign.pairs" not in command}
+    assert others == {"wget", "unzip", "python"} and len(OURS) == 8
+
+
+@pytest.mark.parametrize("words", [words for words in OURS if not words or words[0][0] == "-"])
+def test_settings_of_the_pipeline_fit_together(words):
+    parsed = parse_sections({"pairs": PairsConfig}, prog="", description="", arguments=words)
+    assert parsed["pairs"].output.endswith("pairs.parquet")
+
+
+@pytest.mark.parametrize("words", [words for words in OURS if words and words[0][0] != "-"])
+def test_other_commands_run(words, tmp_path, monkeypatch, capsys, pairs_file):
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "import":
+        (tmp_path / "dataset").mkdir()
+        for name in "ab":
+            Image.new("RGB", (8, 8)).save(tmp_path / "dataset" / f"{name}.jpg")
+        (tmp_path / "pref_data.json").write_text(json.dumps(EXAMPLES[2]))
+    else:
+        (tmp_path / "pairs.parquet").write_bytes(pairs_file.read_bytes())
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    made = {"import": "pairs.parquet", "gallery": "gallery.html", "stats": "pairs-stats.png"}
+    assert f"wrote {made[words[0]]}" in out and (tmp_path / made[words[0]]).stat().st_size
+
+
+def test_every_flag_is_one():
+    known = {f"--{f.name.replace('_', '-')}" for f in fields(PairsConfig)}
+    known |= {f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)}
+    known |= {"--help", "--config", "--most", "--side", "--fsdp", "--dry-run", "--pairs"}
+    assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) <= known
+
+
+def test_the_stages_are_those_of_the_table():
+    rows = re.findall(r"^\| (\w+) \|", TEXT[: TEXT.index("## Formats")], re.MULTILINE)
+    assert tuple(rows[1:]) == STAGES
+
+
+def test_the_examples_are_read(tmp_path):
+    (tmp_path / "cats").mkdir()
+    for name in ("cats/001.jpg", "000000033471.jpg", "a.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = []
+    for number, example in enumerate(EXAMPLES):
+        text = json.dumps(example)
+        name = tmp_path / f"{number}.{'json' if isinstance(example, list) else 'jsonl'}"
+        name.write_text(text)
+        found += list(read_any(str(name)))
+    assert all(isinstance(record, Record) for record in found)
+    assert [record.chosen for record in found] == [
+        "Two cats.",
+        "The bus is white and red.",
+        "A cat.",
+    ]
+    for name in FORMATS:
+        assert name == "parquet" or re.search(rf"\*\*{name}\*\*|--format {name}", TEXT)
+
+
+def test_the_columns_are_those_of_the_output(pairs_file):
+    said = TEXT[TEXT.index("**Out** goes") : TEXT.index("`datasets` loads it")]
+    names = [n for n in pq.read_schema(pairs_file).names if n != "id"]
+    assert set(re.findall(r"`(\w+)`", said)) == set(names)
+    assert {name for *_, row in pair_rows([pairs_file]) for name in row} == {"id", *names}
+
+
+def test_every_reason_is_explained():
+    table = TEXT[TEXT.index("| reason |") : TEXT.index("What is handled")]
+    reasons = {reason for _, reason in BAD.values()} | {"corrupt", "too large", "no response"}
+    assert reasons <= set(re.findall(r"`([^`]+)`", table))

@@ -1,0 +1,188 @@
+"""Chats of all engines; the transformers engine beside `realign.evaluate` and plain models."""
+
+import copy
+import io
+import re
+
+import pytest
+import torch
+from fake_endpoint import picture, say
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from realign import evaluate
+from realign.digits import ASSETS
+from realign.digits.scenes import CAPTION_PROMPT
+from realign.loading import load_trained
+from realign.pairs.engines import Chat, Reply, make_engine
+from realign.pairs.engines.chat import ChatError, request_digest, typed_messages
+from realign.records import StoredImage
+
+
+def test_images_go_where_messages_place_them_or_in_front():
+    image = picture()
+    assert typed_messages(say("hello", image, image))[0]["content"] == [
+        {"type": "image"},
+        {"type": "image"},
+        {"type": "text", "text": "hello"},
+    ]
+    parts = [{"type": "text", "text": "a"}, {"type": "image", "text": None}]
+    placed = Chat([{"role": "user", "content": parts}], [image])
+    assert typed_messages(placed)[0]["content"] == [parts[0], {"type": "image"}]
+    with pytest.raises(ChatError, match="place 1 image.*2 are given"):
+        typed_messages(Chat(placed.messages, [image, image]))
+    for messages in ([{"role": "user", "content": None}], [{"role": "system", "content": "a"}]):
+        with pytest.raises(ChatError):
+            typed_messages(Chat(messages))
+
+
+def test_a_digest_covers_all_that_decides_an_answer():
+    base = say("a", picture())
+    others = [
+        say("b", picture()),
+        say("a", picture(seed=1)),
+        say("a", picture((3, 4))),
+        say("a"),
+        say("a", picture(), max_tokens=5),
+        say("a", picture(), temperature=0.5),
+        say("a", picture(), temperature=0.5, seed=1),
+        Chat([{"role": "system", "content": "x"}, *base.messages], [picture()]),
+    ]
+    digests = [request_digest(chat, "m") for chat in (base, *others)]
+    digests.append(request_digest(base, "n"))
+    assert len(set(digests)) == len(digests)
+    # Greedy answers do not read the seed; an encoding is not the image.
+    again = Image.open(io.BytesIO(StoredImage.from_pil(picture()).data))
+    assert request_digest(say("a", again, seed=7), "m") == digests[0]
+
+
+@pytest.mark.parametrize("settings", [{"max_tokens": 0}, {"temperature": -1.0}])
+def test_a_chat_refuses_impossible_settings(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        say("a", **settings)
+
+
+@pytest.mark.parametrize("spec", ["digits", "transformers:", "vllm:", "openai:gpt", ""])
+def test_an_unknown_engine_is_refused(spec):
+    with pytest.raises(ValueError, match="engine is .*give transformers:MODEL"):
+        make_engine(spec)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    engine = make_engine(f"transformers:{ASSETS}", batch_size=5)
+    engine.open()
+    return engine
+
+
+def test_transformers_captions_as_evaluate_does(digits, processor, scenes):
+    model = load_trained(ASSETS)
+    expected = evaluate.caption(model, processor, scenes[:12], batch_size=12)
+    replies = digits.chat([say(CAPTION_PROMPT, s.image, max_tokens=24) for s in scenes[:12]])
+    assert [r.text for r in replies] == expected
+    assert not any(r.error or r.cut for r in replies)
+    assert len(set(expected)) > 5
+    assert digits.estimate([]) is None
+
+
+def test_no_answer_depends_on_its_company(digits, scenes):
+    def ask(i):
+        sampled = i % 2
+        return say(
+            CAPTION_PROMPT if i % 3 else "what is top left ?",
+            *([scenes[i].image] if i != 4 else []),
+            max_tokens=24 if i < 6 else 7,
+            temperature=3.0 * sampled,
+            seed=i,
+        )
+
+    together = digits.chat([ask(i) for i in range(8)])
+    alone = [digits.chat([ask(i)])[0] for i in reversed(range(8))][::-1]
+    assert together == alone
+    sampled = say(CAPTION_PROMPT, scenes[0].image, max_tokens=24, temperature=3.0)
+    texts = [digits.chat([Chat(**vars(sampled) | {"seed": i})])[0].text for i in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_an_answer_as_long_as_allowed_is_cut(digits, scenes):
+    (reply,) = digits.chat([say(CAPTION_PROMPT, scenes[0].image, max_tokens=3)])
+    assert reply.cut and len(reply.text.split()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a <image> here", "'<image>'.*special token"),
+        ("struck <s>out</s>", "special token"),
+        ("one " * 600, "its prompt takes 6.. tokens .*the model takes 512"),
+        ("a \ud800", "refuses it"),
+    ],
+)
+def test_a_text_that_a_model_cannot_take_spares_the_others(digits, scenes, text, words):
+    image = scenes[0].image
+    asked = [say(t, image, max_tokens=24) for t in (CAPTION_PROMPT, text, CAPTION_PROMPT)]
+    first, bad, last = digits.chat(asked)
+    assert bad.text == "" and re.search(words, bad.error)
+    assert first == last == digits.chat(asked[:1])[0]
+
+
+def test_a_language_model_answers_texts_alone(tmp_path, processor, monkeypatch):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = None
+    # As many do, it puts <s> before every text; the template writes one of its own.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    config = LlamaConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no chat template"):
+        make_engine(f"transformers:{tmp_path}").open()
+    (tmp_path / "chat_template.jinja").write_text(processor.chat_template)
+    given, generate = [], LlamaForCausalLM.generate
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "generate",
+        lambda model, input_ids, **rest: (
+            given.append(input_ids) or generate(model, input_ids, **rest)
+        ),
+    )
+    engine = make_engine(f"transformers:{tmp_path}")
+    short, long, seen = engine.chat(
+        [
+            say("what is top", max_tokens=4),
+            say("name the digits . name the digits .", max_tokens=4),
+            say("what", picture()),
+        ]
+    )
+    texts = ("what is top", "name the digits . name the digits .")
+    for text, reply, row in zip(texts, (short, long), given[0], strict=True):
+        ids = tokenizer(f"user : {text} assistant :", return_tensors="pt")["input_ids"]
+        assert row[row != 0].tolist() == ids[0].tolist()
+        for _ in range(4):  # greedy, a token at a time and without a cache
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1)[None]], dim=1)
+        expected = tokenizer.decode(ids[0, -4:], skip_special_tokens=True).strip()
+        assert reply == Reply(expected, cut=True) and expected
+    assert "text-only model" in seen.error
+
+
+def test_transformers_refuses_what_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        make_engine("transformers:x", batch_size=0)
+    with pytest.raises(ValueError, match="dtype is 'fp8'"):
+        make_engine("transformers:x", dtype="fp8")
+    with pytest.raises(ValueError, match="no model could be loaded"):
+        make_engine(f"transformers:{tmp_path / 'none'}").open()

@@ -1,0 +1,388 @@
+"""The gallery: every text in it stays text, nothing comes from elsewhere, it shows what is so."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from realign.pairs.gallery import changed_words, difference, main, write_gallery
+
+EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"alert('b')\"> &lt;"
+TAGS = ["html", "head", "meta", "title", "style", "body", "header", "div", "h1", "p", "input"]
+TAGS += ["select", "main", "nav", "kbd", "noscript", "script"]
+
+
+def _bytes(shade, size=(16, 16), form="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade, 2, 3)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def _row(number=0, **changes):
+    row = {
+        "id": f"pair-{number}",
+        "prompt": [{"role": "user", "content": "What is it?"}],
+        "chosen": [{"role": "assistant", "content": f"A red cat, number {number}."}],
+        "rejected": [{"role": "assistant", "content": f"A blue dog, number {number}."}],
+        "images": [{"bytes": _bytes(number % 200), "path": None}],
+        "retrieved_images": [{"bytes": _bytes(number % 200 + 1), "path": None}],
+        "masked": "A [MASK], number.",
+        "neighbour_rank": number % 5,
+        "similarity": 0.5 + number / 1000,
+        "text_similarity": 0.5,
+        "visual_margin": None,
+        "judge": None,
+        "negative": "retrieved",
+        "seed": 3,
+    }
+    return row | changes
+
+
+def _file(folder, *rows, name="pairs.parquet"):
+    pq.write_table(pa.Table.from_pylist(list(rows)), folder / name)
+    return folder / name
+
+
+class _Page(HTMLParser):
+    """The elements of a page, and the text of its script and style elements."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self._open = [], [], None
+        self.feed(text)
+        (self.data,) = [json.loads(t) for tag, a, t in self.texts if a.get("type")]
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag in ("script", "style"):
+            self._open = (tag, dict(attributes))
+
+    def handle_data(self, text):
+        if self._open:
+            self.texts.append((*self._open, text))
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+
+def _page(folder, *rows, **options):
+    write_gallery(_file(folder, *rows), folder / "gallery.html", **options)
+    return _Page((folder / "gallery.html").read_text(encoding="utf-8"))
+
+
+def _said(segments):
+    return "".join(text for text, _ in segments)
+
+
+def test_what_is_shown_is_what_is_in_the_file(tmp_path):
+    talk = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "An animal."},
+        {"role": "user", "content": "Which?"},
+    ]
+    judged = {"judge": json.dumps({"rejected": False, "chosen on the negative": None})}
+    rows = [
+        _row(0),
+        _row(1, prompt=talk, visual_margin=0.25, **judged),
+        _row(2, visual_margin=-0.5),
+    ]
+    data = _page(tmp_path, *rows).data
+    assert data["about"] == "3 pairs in pairs.parquet"
+    first, second, third = data["pairs"]
+    assert first["id"] == "pair-0" and first["prompt"] == [["user", "What is it?"]]
+    assert _said(first["chosen"]) == "A red cat, number 0."
+    assert first["rejected"] == [["A ", False], ["blue dog", True], [", number 0.", False]]
+    assert (first["rank"], first["similarity"], first["changed"]) == (0, 0.5, 2)
+    assert ["masked", "A [MASK], number."] in first["facts"] and ["seed", "3"] in first["facts"]
+    assert [v["name"] for v in first["verdicts"]] == ["text similarity"] and first["labels"] == []
+    assert second["prompt"] == [[m["role"], m["content"]] for m in talk]
+    assert second["verdicts"][1:] == [
+        {"name": "visual margin", "value": "+0.25", "tone": "good"},
+        {"name": "judge: rejected", "value": "false", "tone": "good"},
+        {"name": "judge: chosen on the negative", "value": "no verdict", "tone": ""},
+    ]
+    assert second["labels"] == [
+        "visual margin above 0",
+        "judge: rejected false",
+        "judge: chosen on the negative no verdict",
+    ]
+    assert third["verdicts"][1] == {"name": "visual margin", "value": "-0.50", "tone": "bad"}
+    assert third["labels"] == ["visual margin not above 0"]
+
+
+def test_texts_stay_texts(tmp_path):
+    evil = [{"role": "assistant", "content": EVIL}]
+    row = _row(
+        id=EVIL,
+        prompt=[{"role": "user", "content": EVIL}],
+        chosen=evil,
+        rejected=[{"role": "assistant", "content": "x " + EVIL}],
+        masked=EVIL,
+        judge=EVIL,
+        negative=EVIL,
+        images=[{"bytes": None, "path": EVIL}],
+    )
+    plain = _page(tmp_path, _row())
+    page = _page(tmp_path, row)
+    assert page.elements == plain.elements  # the texts added no element and no attribute
+    (pair,) = page.data["pairs"]
+    assert pair["id"] == pair["negative"] == EVIL and pair["prompt"] == [["user", EVIL]]
+    assert _said(pair["chosen"]) == EVIL and _said(pair["rejected"]) == "x " + EVIL
+    assert dict(pair["facts"])["masked"] == EVIL
+    assert page.data["pictures"][0] == {"problem": "missing"}
+    text = (tmp_path / "gallery.html").read_text()
+    block = text[text.index('id="data">') + 10 : text.index("</script>")]
+    assert "<" not in block and "broken" in block
+    _file(tmp_path, _row(), name="a&<b>.parquet")
+    write_gallery(tmp_path / "a&<b>.parquet", tmp_path / "gallery.html")
+    text = (tmp_path / "gallery.html").read_text()
+    assert "<title>Preference pairs: a&amp;&lt;b&gt;.parquet</title>" in text
+
+
+def test_nothing_comes_from_elsewhere(tmp_path):
+    page = _page(tmp_path, _row())
+    assert {tag for tag, _ in page.elements} == set(TAGS)
+    for _, attributes in page.elements:
+        assert not {"src", "href", "action", "srcset", "style"} & set(attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+    text = (tmp_path / "gallery.html").read_text()
+    assert not re.search(r"https?:|url\(|@import|innerHTML|insertAdjacent|eval\(", text)
+    (policy,) = [a["content"] for _, a in page.elements if "http-equiv" in a]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    hashes = {
+        tag: f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'"
+        for tag, attributes, t in page.texts
+        if not attributes
+    }
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": hashes["style"],
+        "script-src": hashes["script"],
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+
+
+def _opened(entry):
+    head, text = entry["source"].split(",", 1)
+    return head, Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "pictures" / "wide.jpg")
+    rows = [
+        _row(0, images=[{"bytes": None, "path": "pictures/wide.jpg"}]),
+        _row(1, images=[{"bytes": _bytes(1), "path": "kept.png"}]),  # is what was retrieved for 0
+        _row(
+            2, images=[{"bytes": b"no picture", "path": None}, {"bytes": _bytes(9), "path": None}]
+        ),
+        _row(3, images=[{"bytes": _bytes(4), "path": None}]),  # is its own negative
+        _row(4, retrieved_images=[]),
+    ]
+    data = _page(tmp_path, *rows, side=200).data
+    places = [(pair["images"], pair["retrieved"]) for pair in data["pairs"]]
+    assert places == [([0], [1]), ([1], [2]), ([3, 4], [5]), ([6], [6]), ([6], [])]
+    head, image = _opened(data["pictures"][0])
+    assert head == "data:image/jpeg;base64" and image.size == (200, 22)
+    assert not data["pictures"][0]["small"]
+    head, image = _opened(data["pictures"][1])
+    assert head == "data:image/png;base64" and data["pictures"][1]["small"]
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(_bytes(1)))))
+    assert data["pictures"][3] == {"problem": "corrupt"}
+    assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both pictures the same"], []]
+
+
+def test_another_negative_has_no_similarity_of_its_own(tmp_path):
+    (pair,) = _page(tmp_path, _row(negative="crop")).data["pairs"]
+    assert pair["negative"] == "crop"
+    expected = {"name": "completed on a neighbour", "value": "0.500", "tone": ""}
+    assert pair["verdicts"][0] == expected
+
+
+def test_many_pairs_are_sampled_evenly(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for part in range(2):
+        rows = [_row(number) for number in range(50 * part, 50 * part + 50)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{part}.parquet", row_group_size=7)
+    assert write_gallery(folder, tmp_path / "some.html", most=12) == (12, 100)
+    page = _Page((tmp_path / "some.html").read_text())
+    assert page.data["about"] == "12 of 100 pairs in set"
+    shown = [int(pair["id"].removeprefix("pair-")) for pair in page.data["pairs"]]
+    assert shown == [0, 9, 18, 27, 36, 45, 54, 63, 72, 81, 90, 99]
+    assert write_gallery(folder, tmp_path / "all.html", most=0) == (100, 100)
+    page = _Page((tmp_path / "all.html").read_text())
+    assert [pair["id"] for pair in page.data["pairs"]] == [f"pair-{i}" for i in range(100)]
+
+
+def test_trls_sets_are_shown_too(tmp_path):
+    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": [_bytes(1)]}
+    (pair,) = _page(tmp_path, row).data["pairs"]
+    assert pair["id"] == "pairs.parquet:0" and pair["prompt"] == [["user", "What?"]]
+    assert (pair["retrieved"], pair["similarity"], pair["rank"]) == ([], None, None)
+    (pair,) = _page(tmp_path, row | {"prompt": None}).data["pairs"]
+    assert _said(pair["chosen"]) == "(prompt is missing)"
+
+
+WORDS = st.lists(
+    st.sampled_from(["a", "red", "cat", " ", ", ", "\n", "不", "了", "é", "<b>"]), max_size=12
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(chosen=WORDS.map("".join), rejected=WORDS.map("".join))
+def test_differences(chosen, rejected):
+    sides = difference(chosen, rejected)
+    assert [_said(side) for side in sides] == [chosen, rejected]
+    shared = ["".join(text for text, changed in side if not changed).split() for side in sides]
+    assert "".join(shared[0]) == "".join(shared[1])
+    for side in sides:
+        assert all(text for text, _ in side)
+        flags = [changed for _, changed in side]
+        assert all(a != b for a, b in zip(flags, flags[1:], strict=False))
+    assert (changed_words(sides[0]) == changed_words(sides[1]) == 0) or chosen != rejected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "marked", "count"),
+    [
+        ("Two red dogs run.", "Two blue cats run.", ["blue cats"], 2),
+        ("Two dogs.", "Two big dogs.", ["big"], 1),
+        ("Two big dogs.", "Two dogs.", [], 0),
+        ("two.", "Two!", ["Two!"], 1),
+        ("图中有两只狗。", "图中有三只猫。", ["三", "猫"], 2),
+        ("same", "same", [], 0),
+        ("", "A dog.", ["A dog."], 2),
+    ],
+)
+def test_words_that_are_marked(chosen, rejected, marked, count):
+    _, side = difference(chosen, rejected)
+    assert [text for text, changed in side if changed] == marked
+    assert changed_words(side) == count
+
+
+def test_endless_responses_are_not_compared():
+    long = "a b " * 100_000
+    assert difference(long, "a b " * 99_999) == ([(long, True)], [("a b " * 99_999, True)])
+
+
+def test_the_command(tmp_path, capsys):
+    file, output = _file(tmp_path, *map(_row, range(3))), tmp_path / "new" / "page.html"
+    assert main([str(file), "--output", str(output), "--most", "2", "--side", "64"]) == 0
+    assert re.fullmatch(r"wrote .*page.html: 2 of 3 pairs, 0.0 MB\n", capsys.readouterr().out)
+    assert len(_Page(output.read_text()).data["pairs"]) == 2
+    pq.write_table(pa.Table.from_pylist([{"text": "x"}]), tmp_path / "other.parquet")
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    empty = _file(tmp_path, _row(), name="empty.parquet")
+    pq.write_table(pq.read_table(empty).slice(0, 0), empty)
+    for arguments, problem in (
+        ([str(tmp_path / "none.parquet")], "there is no Parquet file at"),
+        ([str(tmp_path / "new")], "there is no Parquet file at"),
+        ([str(tmp_path / "text.parquet")], "is not a readable Parquet file"),
+        ([str(tmp_path / "other.parquet")], "has no columns chosen and rejected"),
+        ([str(empty)], "holds no pairs"),
+        ([str(file), "--most", "-1"], "most is -1; it must be at least 0"),
+        ([str(file), "--side", "8"], "side is 8; it must be at least 16"),
+    ):
+        assert main([*arguments, "--output", str(tmp_path / "x.html")]) == 1
+        assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "x.html").exists()
+        assert main(arguments) == 1
+        assert problem in capsys.readouterr().err
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = """
+const said = [];
+const say = () => said.push([
+  document.getElementById("count").textContent,
+  [...document.querySelectorAll("summary code")].map((n) => n.textContent).slice(0, 3),
+]);
+const key = (name) =>
+  document.body.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+const set = (id, value, event) => {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event(event));
+  say();
+};
+say();
+key("ArrowRight"); say();
+key("ArrowRight"); key("ArrowRight"); key("ArrowRight"); say();
+key("ArrowLeft"); say();
+key("/"); said.push(document.activeElement.id); document.activeElement.blur();
+set("search", "NUMBER 41 dog", "input");
+set("search", "no such words", "input");
+set("search", "", "input");
+set("order", "similar", "change");
+set("order", "near", "change");
+set("verdict", "visual margin above 0", "change");
+said.push([...document.querySelectorAll("mark")].slice(0, 2).map((n) => n.textContent));
+setTimeout(() => {
+  said.push([...document.images].slice(0, 2).map((n) => n.naturalWidth));
+  document.body.dataset.said = JSON.stringify(said);
+}, 1000);
+"""
+
+
+def _dom(folder, page):
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+        page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+if BROWSER:  # not collected elsewhere
+
+    def test_in_a_browser(tmp_path):
+        rows = [_row(number, visual_margin=number - 40.0) for number in range(45)]
+        rows[0]["chosen"] = [{"role": "assistant", "content": EVIL}]
+        page = tmp_path / "page.html"
+        write_gallery(_file(tmp_path, *rows), page)
+        dom = _dom(tmp_path, page)
+        assert "<title>Preference pairs: pairs.parquet</title>" in dom
+        assert dom.count("<article>") == 20 and dom.count("<script") == 2
+        first = dom[dom.index("<article>") : dom.index("</article>")]
+        shown = re.sub(r"</?mark>", "", first)
+        assert html.escape(EVIL, quote=False) in shown and "<img src=x" not in dom
+
+        # What a script added by a text would do is refused; here the policy lets one in.
+        text = page.read_text()
+        (rule,) = re.findall(r"script-src '[^']*'", text)
+        driven = text.replace(rule, "script-src 'unsafe-inline'")
+        page.write_text(driven.replace("</body>", f"<script>{DRIVER}</script></body>"))
+        said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', _dom(tmp_path, page))[1]))
+        ids = lambda *numbers: [f"pair-{number}" for number in numbers]  # noqa: E731
+        assert said == [
+            ["1–20 of 45", ids(0, 1, 2)],
+            ["21–40 of 45", ids(20, 21, 22)],
+            ["41–45 of 45", ids(40, 41, 42)],
+            ["21–40 of 45", ids(20, 21, 22)],
+            "search",
+            ["1–1 of 1", ids(41)],
+            ["", []],
+            ["1–20 of 45", ids(0, 1, 2)],
+            ["1–20 of 45", ids(44, 43, 42)],
+            ["1–20 of 45", ids(0, 5, 10)],
+            ["1–4 of 4", ids(41, 42, 43)],
+            ["red cat", "blue dog"],
+            [16, 16],
+        ]
+        page.write_text(text.replace("</body>", f"<script>{DRIVER}</script></body>"))
+        assert "data-said" not in _dom(tmp_path, page)

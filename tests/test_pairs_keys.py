@@ -1,0 +1,157 @@
+"""The endpoint engine: no key leaves another way, and nothing is paid for twice."""
+
+import pickle
+
+import pytest
+from fake_endpoint import KEY, Endpoint, engine_at, good, picture, say
+
+from realign.pairs.engines import Reply, make_engine
+from realign.pairs.engines.endpoint import EndpointEngine
+from realign.pairs.engines.wire import scrub
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """No key of the machine that runs the tests."""
+    for name in ("REALIGN_API_KEY", "OPENAI_API_KEY", "REALIGN_VLLM_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_key_leaves_by_another_way(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("REALIGN_API_KEY", KEY)
+    escaped = KEY.replace("/", "\\/")
+    quoting = [
+        (400, {}, f"bad key {KEY}"),
+        (500, {}, f"Authorization: Bearer {KEY}"),
+        (200, {}, f"<pre>{KEY}</pre>"),
+        (200, {}, "x" * 92 + KEY),  # where the message is cut
+        (200, {}, f'{{"choices": [{{"message": {{"content": "{escaped} {KEY}"}}}}]}}'),
+        (401, {}, f"{KEY} is wrong"),
+        (302, {"Location": f"http://127.0.0.1:9/?key={KEY}"}, ""),
+    ]
+    seen = []
+    for answer in quoting:
+        with Endpoint(answer) as server:
+            engine = engine_at(server, folder=tmp_path, tries=2)
+            try:
+                seen.append(repr(engine.chat([say("a")])))
+            except ValueError as error:
+                seen.append(str(error))
+            assert server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
+            seen += [repr(engine), repr(vars(engine)), repr(pickle.dumps(engine))]
+            seen += [str(engine.estimate([say("b")])), engine.name]
+    seen += [file.read_text() for file in tmp_path.rglob("*.json")]
+    seen += capfd.readouterr()
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    for text in seen:
+        assert KEY not in text and KEY[:12] not in text
+
+
+def test_without_a_key_none_is_sent():
+    with Endpoint(good()) as server:
+        engine_at(server).chat([say("a")])
+        assert "Authorization" not in server.requests[0][1]
+
+
+@pytest.mark.parametrize("host", ["10.0.0.5:8000", "127.0.0.1.example.org", "gpu-box", "[::2]"])
+def test_a_key_does_not_go_over_plain_http_to_another_machine(host, monkeypatch):
+    spec = f"http://{host}/v1#m"
+    make_engine(spec)  # without a key there is nothing to lose
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(ValueError, match="unencrypted.*https") as caught:
+        make_engine(spec)
+    assert KEY not in str(caught.value)
+    for good_spec in ("http://127.0.0.1:1/v1#m", "http://localhost/v1#m", "http://[::1]/v1#m"):
+        make_engine(good_spec)
+    make_engine(f"https://{host}/v1#m")
+
+
+def test_a_key_that_came_later_is_not_sent_either(monkeypatch):
+    engine = make_engine("http://gpu-box.invalid/v1#m", tries=1)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(ValueError, match="unencrypted"):
+        engine.chat([say("a")])
+
+
+def test_a_key_with_a_line_break_is_refused_unseen(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX-Other: 1")
+    with pytest.raises(ValueError, match="characters that no key has") as caught:
+        make_engine("https://host.example/v1#m")
+    assert KEY not in str(caught.value) and scrub(f"a {KEY}\nX-Other: 1 b") == "a [key] b"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"https://user:{KEY}@host.example/v1#m",
+        f"https://{KEY}@host.example/v1#m",
+        f"https://host.example/v1?api_key={KEY}#m",
+    ],
+)
+def test_a_key_in_the_url_is_refused_unseen(spec):
+    with pytest.raises(ValueError, match="holds a user, a password or a query") as caught:
+        make_engine(spec)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["https://#m", "https://host.example/v1", "http://h:x/#m"])
+def test_a_malformed_url_is_refused(spec):
+    with pytest.raises(ValueError, match="endpoint"):
+        make_engine(spec)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"concurrency": 0},
+        {"tries": 0},
+        {"timeout": 0.0},
+        {"requests_per_minute": 0.0},
+        {"price_in": -1.0},
+        {"price_out": float("nan")},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
+        make_engine("https://host.example/v1#m", **settings)
+
+
+def test_kept_answers_make_no_request(tmp_path):
+    with Endpoint(good("first"), good("second")) as server:
+        asked = [say("a", picture()), say("a", picture(), max_tokens=9)]
+        engine = engine_at(server, folder=tmp_path, concurrency=1)
+        first = engine.chat(asked)
+        assert [r.text for r in first] == ["first", "second"]
+        again = pickle.loads(pickle.dumps(engine_at(server, folder=tmp_path)))
+        assert again.chat(asked) == first and len(server.requests) == 2
+        file = next(tmp_path.rglob("*.json"))
+        file.write_text(file.read_text()[:9])  # a damaged one is asked again
+        again.chat(asked)
+        assert len(server.requests) == 3
+        other = EndpointEngine(f"{server.url}#other", folder=tmp_path)
+        other.chat(asked[:1])
+        assert len(server.requests) == 4
+
+
+def test_errors_are_not_kept(tmp_path):
+    with Endpoint((500, {}, ""), good()) as server:
+        engine = engine_at(server, folder=tmp_path, tries=1)
+        assert engine.chat([say("a")])[0].error
+        assert engine.chat([say("a")]) == [Reply("a dog")]
+
+
+def test_the_estimate_counts_what_is_still_to_pay(tmp_path):
+    with Endpoint(good()) as server:
+        engine = engine_at(server, folder=tmp_path, price_in=2.0, price_out=8.0)
+        asked = [say("x" * 4000, picture(), max_tokens=100), say("y" * 400, max_tokens=50)]
+        # 4000 / 4 + 1000 and 400 / 4 tokens in, 150 out: 2100 * 2 + 150 * 8 = 5400 millionths.
+        line = engine.estimate([*asked, asked[0]])
+        assert "2 requests to send (0 answered before)" in line
+        assert "about 2100 tokens in and at most 150 out" in line and "about 0.01 (at" in line
+        sample = engine.estimate(asked, total=2000)
+        assert "2000 requests" in sample and "cost at most about 5.40 (at 2 in and 8 out" in sample
+        engine.chat(asked[:1])
+        line = engine.estimate(asked)
+        assert "1 requests to send (1 answered before), about 100 tokens" in line
+        assert "--price-in and --price-out" in engine_at(server).estimate(asked)
+        assert len(server.requests) == 1

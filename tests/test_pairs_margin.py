@@ -1,0 +1,177 @@
+"""Visual margins: right numbers, computed once, and found again by training."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from realign import reference
+from realign.config import LossConfig
+from realign.digits import ASSETS
+from realign.digits.scenes import CAPTION_PROMPT, caption_of, make_scenes
+from realign.inputs import load_inputs
+from realign.loading import load_model, load_processor
+from realign.pairs import margin
+from realign.pairs.margin import visual_margins
+from realign.records import Record, RecordError, StoredImage, write_pairs
+from realign_kernels import ReferenceCache
+
+PROMPT = ({"role": "user", "content": CAPTION_PROMPT},)
+SCENES = make_scenes(24, biased=False, seed=5)
+
+
+def record(i, shown=None, chosen=None) -> Record:
+    """A true caption of a scene, with the next scene as visual negative."""
+    other = SCENES[(i + 1) % len(SCENES)] if shown is None else shown
+    return Record(
+        f"scene-{i}",
+        PROMPT,
+        chosen or SCENES[i].caption,
+        "",
+        (StoredImage.from_pil(SCENES[i].image),),
+        (StoredImage.from_pil(other.image),),
+    )
+
+
+@torch.no_grad()
+def plain_logp(vlm, processor, picture, text) -> float:
+    """Of a response with its end token, by one forward of the whole."""
+    prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant :"
+    made = processor(
+        images=[[picture]],
+        text=[f"{prompt} {text} </s>"],
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    ids = made["input_ids"][0]
+    said = len(text.split()) + 1
+    logps = vlm(**made).logits[0, -said - 1 : -1].double().log_softmax(-1)
+    return float(logps.gather(1, ids[-said:, None]).sum())
+
+
+def test_margins_are_those_of_plain_forwards(vlm, processor, tmp_path):
+    records = [record(i) for i in range(10)]
+    found = visual_margins(vlm, processor, records, cache=str(tmp_path))
+    assert found.shape == (10,) and found.dtype == np.float64
+    for one, value, i in zip(records, found, range(10), strict=True):
+        own, other = (SCENES[j].image for j in (i, i + 1))
+        expected = plain_logp(vlm, processor, own, one.chosen)
+        expected -= plain_logp(vlm, processor, other, one.chosen)
+        assert value == pytest.approx(expected, abs=1e-4)
+    # The model reads digits: a true caption fits its own image better than another one.
+    assert (found > 0).mean() >= 0.9 and found.mean() > 5
+
+
+def test_a_response_that_fits_the_negative_better_is_told(vlm, processor, tmp_path):
+    swapped = record(0, shown=SCENES[3], chosen=SCENES[3].caption)
+    same = record(1, shown=SCENES[1])
+    found = visual_margins(vlm, processor, [swapped, same, record(2)], cache=str(tmp_path))
+    assert found[0] < -5 and found[1] == 0 and found[2] > 0
+
+
+class Counted:
+    """How many leaves the reference pass computes."""
+
+    def __init__(self, monkeypatch):
+        self.leaves = 0
+        inner = reference.build_batch
+
+        def build(examples, store, **options):
+            self.leaves += sum(len(example.leaves) for example in examples)
+            return inner(examples, store, **options)
+
+        monkeypatch.setattr(reference, "build_batch", build)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    counted, lines = Counted(monkeypatch), []
+    records = [record(i) for i in range(6)]
+    given = {"cache": str(tmp_path / "cache"), "say": lines.append}
+    vlm, processor = load_model(ASSETS, kind).eval(), load_processor(ASSETS)
+    first = visual_margins(vlm, processor, records, **given)
+    assert counted.leaves == 12
+    # A second pass computes nothing, in this process and with the model loaded anew.
+    again = visual_margins(vlm, processor, records, **given)
+    anew = visual_margins(load_model(ASSETS, kind).eval(), processor, records, **given)
+    assert counted.leaves == 12
+    assert np.array_equal(first, again) and np.array_equal(first, anew)
+    assert lines[0].startswith("reference log-probs: 0 of 12 leaves known")
+    assert lines[-1].startswith("reference log-probs: 12 of 12 leaves known")
+    # Training, by its own way to model, records and fingerprint, lacks the rejected alone.
+    wrong = caption_of((1, 2, 3, 4))
+    pairs = tmp_path / "pairs.parquet"
+    write_pairs(pairs, [replace(one, rejected=wrong) for one in records])
+    inputs = load_inputs(
+        ASSETS,
+        pairs,
+        LossConfig(),
+        dtype=kind,
+        weights_dtype=kind,
+        train_vision=False,
+        max_response_tokens=64,
+        progress=False,
+    )
+    inputs.model.eval()
+    fingerprint = reference.fingerprint(
+        inputs.model.vlm, inputs.processor, kind, torch.device("cpu")
+    )
+    with ReferenceCache.open(tmp_path / "cache", fingerprint) as table:
+        missing = table.missing(inputs.examples).reshape(6, 3)
+        assert missing.tolist() == [[False, True, False]] * 6  # chosen, rejected, visual
+        logps = reference.fill(
+            table,
+            inputs.model,
+            inputs.examples,
+            inputs.store,
+            row_tokens=inputs.longest_tree,
+            batch_rows=8,
+            device=torch.device("cpu"),
+            progress=False,
+            say=lambda line: None,
+        )
+    assert counted.leaves <= 12 + 18  # it may compute known ones that share a batch
+    assert np.array_equal((logps[0] - logps[2]).numpy(), first)
+
+
+def test_bad_records_are_listed_and_the_others_computed(vlm, processor, tmp_path):
+    records = [record(i) for i in range(5)]
+    broken = StoredImage(b"no image", None)
+    records[1] = replace(records[1], retrieved_images=(broken,))
+    records[3] = replace(records[3], retrieved_images=())
+    listed: list[tuple[str, str]] = []
+    found = visual_margins(
+        vlm,
+        processor,
+        records,
+        cache=str(tmp_path),
+        on_bad=lambda one, error: listed.append((one.name, str(error))),
+    )
+    assert [math.isnan(value) for value in found] == [False, True, False, True, False]
+    assert [name for name, _ in listed] == ["scene-1", "scene-3"]
+    assert "cannot be read" in listed[0][1] and "has none" in listed[1][1]
+    good = [records[i] for i in (0, 2, 4)]
+    assert np.array_equal(
+        found[[0, 2, 4]], visual_margins(vlm, processor, good, cache=str(tmp_path))
+    )
+    with pytest.raises(RecordError, match="'scene-1'"):
+        visual_margins(vlm, processor, records, cache=str(tmp_path))
+    every = visual_margins(
+        vlm, processor, records[1:2], cache=str(tmp_path), on_bad=lambda *_: None
+    )
+    assert np.isnan(every).all()
+
+
+def test_no_records_and_the_model_as_it_was(processor, tmp_path):
+    vlm = load_model(ASSETS)
+    vlm.train()
+    assert visual_margins(vlm, processor, [], cache=str(tmp_path)).shape == (0,)
+    assert vlm.training
+    visual_margins(vlm, processor, [record(0)], cache=str(tmp_path))
+    assert vlm.training
+    count = len(margin._seen)
+    del vlm
+    assert len(margin._seen) == count - 1  # a model is not kept for its fingerprint

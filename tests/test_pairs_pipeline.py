@@ -1,0 +1,355 @@
+"""The pairs pipeline: what an interruption costs, what a bad record does, what runs alone."""
+
+import errno
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pair_runs import FLAGS, ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
+
+from realign.pairs import pipeline, reading, shards
+from realign.pairs.__main__ import main
+from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
+from realign.pairs.run import RunError, sole_run
+from realign.pairs.stage import rng_of
+from realign.records import StoredImage, read_pairs, write_pairs
+
+# Random numbers, digests, shards.
+
+
+def test_random_numbers_belong_to_a_record_and_a_purpose():
+    def drawn(*key):
+        return rng_of(*key).integers(2**62, size=4).tolist()
+
+    keys = [(0, "a", "mask"), (1, "a", "mask"), (0, "b", "mask"), (0, "a", "refill 0")]
+    found = [drawn(*key) for key in keys]
+    assert found == [drawn(*key) for key in keys]
+    assert len({tuple(numbers) for numbers in found}) == 4
+    assert drawn(0, "a\0b", "c") != drawn(0, "a", "b\0c")
+
+
+def test_a_table_has_one_sequence_of_bytes_and_row_groups_to_fit(tmp_path):
+    rows = [{"id": str(i), "data": bytes([i]) * 300_000} for i in range(12)]
+    schema = pa.schema({"id": pa.string(), "data": pa.binary()})
+    table = pa.Table.from_pylist(rows, schema=schema)
+    for name in "ab":
+        shards.write_table(tmp_path / name, table)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert pq.ParquetFile(tmp_path / "a").num_row_groups == 4  # 300 kB rows, groups of a MiB
+    assert pq.read_table(tmp_path / "a").equals(table)
+    shards.write_table(tmp_path / "none", table.slice(0, 0))
+    assert len(pq.read_table(tmp_path / "none")) == 0
+
+
+def test_a_library_finds_rows_at_random(tmp_path):
+    schema = pa.schema({"id": pa.string(), "images": reading._IMAGES})
+    written = shards.Shards(tmp_path, schema)
+    for number in range(3):
+        names = [f"{number}-{i}" for i in range(6)]
+        rows = [{"id": n, "images": [{"bytes": n.encode() * 99_999, "path": None}]} for n in names]
+        written.write(number, rows, [])
+    library = shards.Library(tmp_path, kept=2)
+    wanted = [(2, "2-5"), (0, "0-0"), (1, "1-3"), (2, "2-0"), (0, "0-5")]
+    for _ in range(2):
+        found = library.rows(wanted)
+        for shard, name in wanted:
+            assert found[shard, name]["images"][0]["bytes"] == name.encode() * 99_999
+    assert len(library._groups) == 2
+
+
+def test_arrays_written_in_parts_are_mapped_whole(tmp_path):
+    parts = [np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((1, 3), np.float32)]
+    shards.save_array(tmp_path / "x.npy", (3, 3), np.float32, iter(parts))
+    assert np.array_equal(np.load(tmp_path / "x.npy", mmap_mode="r"), np.concatenate(parts))
+
+
+# Resume.
+
+
+def test_a_second_run_makes_nothing_and_says_so(whole_run, capsys):
+    before = {stage: shard_times(stage_folder(whole_run.work, stage)) for stage in ORDER}
+    assert all(len(times) == SHARDS for times in before.values())
+    build_pairs(replace(whole_run.config, quiet=False))
+    out = capsys.readouterr().out
+    assert all(f"{stage}: all {SHARDS} shards found done" in out for stage in ORDER)
+    assert {stage: shard_times(stage_folder(whole_run.work, stage)) for stage in ORDER} == before
+    assert Path(whole_run.config.output).read_bytes() == whole_run.bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "again"),
+    [
+        ({"tau": 0.5}, {"refill", "filter"}),
+        ({"segments": 2}, {"mask", "refill", "filter"}),
+        ({"k": 3}, {"retrieve", "refill", "filter"}),
+        ({"negative": "blank"}, set()),
+        ({"batch_size": 7}, set()),
+        ({"seed": 1}, set(ORDER)),
+    ],
+    ids=str,
+)
+def test_a_changed_setting_runs_what_depends_on_it_and_back_again_nothing(
+    whole_run, settings, again
+):
+    changed = replace(whole_run.config, **settings)
+    runner = [stage(changed) for stage in pipeline._ORDER if stage.name in ORDER]
+    digests: dict[str, str] = {}
+    for stage in runner:
+        digests[stage.name] = stage.digest(digests)
+    known = {
+        path.name.split("-")[0]: path.name.split("-")[1] for path in whole_run.work.glob("*-*")
+    }
+    assert {name for name in ORDER if digests[name] != known[name]} == again
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from realign.pairs.__main__ import main
+
+replace = Path.replace
+def replaced(self, target):
+    if target.parent.name.startswith(sys.argv[1]) and target.name == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)  # written, and not in its place yet
+    return replace(self, target)
+Path.replace = replaced
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [(stage, "00002.parquet") for stage in ORDER]
+    + [("read", "read.json"), ("retrieve", "hashes.npy"), ("out", "pairs.parquet")],
+)
+def test_a_run_killed_in_a_stage_goes_on_to_the_same_bytes(whole_run, tmp_path, stage, file):
+    folder = tmp_path / "out"
+    work = folder / "pairs.work"
+    before = ORDER[: ORDER.index(stage)] if stage in ORDER else ORDER
+    for name in before:  # what is not under test is there
+        shutil.copytree(
+            stage_folder(whole_run.work, name), work / stage_folder(whole_run.work, name).name
+        )
+    flags = ["--output", str(folder / "pairs.parquet"), *FLAGS]
+    died = subprocess.run([sys.executable, "-c", DIES, stage, file, *flags], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert not (folder / "pairs.parquet").exists()
+    kept = {}
+    if stage in ORDER:
+        kept = shard_times(stage_folder(work, stage))
+        assert len(kept) == {"00002.parquet": 2, "read.json": 5, "hashes.npy": 0}[file]
+    build_pairs(config_in(folder))
+    assert (folder / "pairs.parquet").read_bytes() == whole_run.bytes
+    if stage in ORDER:
+        after = shard_times(stage_folder(work, stage))
+        assert kept.items() <= after.items() and len(after) == SHARDS
+        assert not list(stage_folder(work, stage).glob(".*.partial"))
+
+
+def test_shards_may_be_made_in_any_order(whole_run, tmp_path):
+    shutil.copytree(whole_run.work, tmp_path / "pairs.work")
+    for stage in ("mask", "refill", "filter"):
+        for number in (3, 0):
+            (stage_folder(tmp_path / "pairs.work", stage) / f"{number:05d}.parquet").unlink()
+    build_pairs(config_in(tmp_path))
+    assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
+
+
+def test_a_full_disk_loses_nothing(whole_run, tmp_path, monkeypatch, capsys):
+    write = shards.write_bytes
+
+    def full(path, *parts):
+        if "refill" in str(path) and path.name == "00002.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *parts)
+
+    monkeypatch.setattr(shards, "write_bytes", full)
+    config = config_in(tmp_path)
+    flags = ["--output", config.output, *FLAGS]
+    assert main(flags) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "no room is left on the disk" in shown
+    assert "The 22 shards written so far are whole and stay" in shown  # 4 stages of 5, and 2
+    monkeypatch.setattr(shards, "write_bytes", write)
+    kept = shard_times(stage_folder(config.work_folder, "refill"))
+    assert len(kept) == 2
+    assert main(flags) == 0
+    assert kept.items() <= shard_times(stage_folder(config.work_folder, "refill")).items()
+    assert Path(config.output).read_bytes() == whole_run.bytes
+
+
+def test_a_real_full_disk_leaves_no_half_file(tmp_path):
+    """/dev/full takes nothing: the system's own error, through the code that writes shards."""
+    partial = tmp_path / "disk"
+    partial.symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught, partial.open("wb") as file:
+        file.write(b"x")
+        file.flush()
+    assert shards.is_full(caught.value)
+
+
+def test_a_full_disk_at_the_end_keeps_the_old_output(whole_run, tmp_path, monkeypatch):
+    shutil.copytree(whole_run.work, tmp_path / "pairs.work")
+    config = config_in(tmp_path)
+    Path(config.output).write_bytes(b"old")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(RunError, match="no room is left for .*Make room"):
+        build_pairs(config)
+    assert Path(config.output).read_bytes() == b"old"
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_two_runs_in_one_folder_are_refused(whole_run, capsys):
+    flags = ["--output", whole_run.config.output, "--quiet"]
+    with sole_run(whole_run.work):
+        assert main(flags) == 1
+    assert "another run works in" in capsys.readouterr().err
+    with sole_run(whole_run.work):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("stage", "made"),
+    [("mask", {"read", "mask"}), ("retrieve", {"read", "embed", "retrieve"}), ("filter", ORDER)],
+)
+def test_a_stage_alone_runs_what_it_needs(tmp_path, stage, made, capsys):
+    flags = ["--output", str(tmp_path / "pairs.parquet"), "--scenes", "12", "--k", "4"]
+    assert main([stage, *flags, "--shard", "8", "--quiet"]) == 0
+    work = tmp_path / "pairs.work"
+    folders = {path.name.split("-")[0]: path for path in work.glob("*-*")}
+    assert set(folders) == set(made)
+    assert capsys.readouterr().out == f"the shards of {stage} are in {folders[stage]}\n"
+    assert len(shard_times(folders[stage])) == 2
+    assert not (tmp_path / "pairs.parquet").exists()
+
+
+def test_an_unknown_command_and_a_stage_without_engine_are_named(tmp_path, capsys):
+    assert main(["bake"]) == 1
+    assert main(["answer", "--output", str(tmp_path / "p.parquet")]) == 1
+    err = capsys.readouterr().err
+    assert "unknown command 'bake': answer, embed, retrieve, mask, refill, filter run" in err
+    assert "there is no stage answer without an engine; add --answer" in err
+
+
+def test_progress_is_shown_unless_quiet(tmp_path, capsys):
+    config = replace(config_in(tmp_path, scenes=12), quiet=False)
+    run_stages(config, "mask")
+    shown = capsys.readouterr()
+    assert re.search(r"mask: 2/2 shards, 12 records, \d+ records/s", shown.out)
+    assert "12/12" in shown.err
+    (stage_folder(config.work_folder, "mask") / "00001.parquet").unlink()
+    run_stages(config, "mask")
+    assert "mask: 1 of 2 shards found done\n" in capsys.readouterr().out
+    run_stages(replace(config, quiet=True), "mask")
+    assert capsys.readouterr() == ("", "")
+
+
+# Bad records.
+
+
+def _written(folder, records, name="data.parquet") -> str:
+    write_pairs(folder / name, records)
+    return str(folder / name)
+
+
+@pytest.fixture
+def sources():
+    """Forty scenes of the digits as a user's own records."""
+    return digit_sources(PairsConfig(scenes=40))
+
+
+def test_bad_records_are_listed_with_their_reasons_and_the_rest_goes_on(tmp_path, sources, capsys):
+    torn = StoredImage(sources[3].images[0].data[:60])
+    placed = ({"role": "user", "content": "name <image> it"},)
+    bad = [
+        replace(sources[3], name="torn", images=(torn,)),
+        replace(sources[4], name="gone", images=(StoredImage(path="nowhere.png"),)),
+        replace(sources[5], name="token", prompt=placed),
+        replace(sources[6], name="noimage", images=()),
+        replace(sources[7], name="odd", chosen="It is ."),
+    ]
+    mixed = [*bad[:2], *sources[:20], *bad[2:], *sources[20:]]
+    flags = ["--data", _written(tmp_path, mixed), "--mask", "numbers", "--k", "4"]
+    flags += ["--shard", "8", "--output", str(tmp_path / "pairs.parquet"), "--max-bad", "0.2"]
+    assert main([*flags, "--quiet"]) == 0
+    found = rejected_in(tmp_path)
+    assert {(name, reason) for name, _, reason in found} == {
+        ("torn", "corrupt"),
+        ("gone", "missing"),
+        ("token", "image token"),
+        ("noimage", "no image"),
+    }
+    assert Counter(stage for _, stage, _ in found) == {"read": 3, "embed": 1}
+    report = capsys.readouterr().out
+    assert "; unusable 4 (1 corrupt, 1 image token, 1 missing, 1 no image)" in report
+    assert "nothing to mask" in report  # dropped, not unusable
+    good = tmp_path / "good"
+    good.mkdir()
+    data = _written(tmp_path, [*sources, bad[4]], "good.parquet")
+    clean = PairsConfig(
+        output=str(good / "pairs.parquet"), data=data, mask="numbers", k=4, quiet=True
+    )
+    build_pairs(clean)
+    assert not (good / "rejected_records.parquet").exists()
+    texts = {r.name: (r.rejected, r.provenance["neighbour"]) for r in read_pairs(clean.output)}
+    made = read_pairs(tmp_path / "pairs.parquet")
+    assert {r.name: (r.rejected, r.provenance["neighbour"]) for r in made} == texts
+
+
+def test_more_bad_records_than_allowed_stop_the_run_until_they_are_mended(
+    tmp_path, sources, capsys
+):
+    """Pictures in files: the shard with too many missing is not kept, and made again later."""
+    for i, record in enumerate(sources):
+        (tmp_path / f"{i}.png").write_bytes(record.images[0].data)
+    paths = [replace(r, images=(StoredImage(path=f"{i}.png"),)) for i, r in enumerate(sources)]
+    data = _written(tmp_path, paths)
+    held = {i: (tmp_path / f"{i}.png").read_bytes() for i in (1, 17, 18, 19)}
+    flags = ["--data", data, "--mask", "numbers", "--k", "4", "--shard", "8", "--quiet"]
+    flags += ["--output", str(tmp_path / "pairs.parquet")]
+    assert main(["read", *flags]) == 1  # no stage of its own
+    assert main(["mask", *flags]) == 0  # records are looked up while the pictures are there
+    for i in held:
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    assert main(flags) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert (
+        "4 of 40 records cannot be used, more than --max-bad 0.05 allows: 4 embed: corrupt" in err
+    )
+    assert "for one, record 'scene-00001'" in err
+    assert {name for name, *_ in rejected_in(tmp_path)} == {f"scene-{i:05d}" for i in held}
+    assert len(shard_times(stage_folder(tmp_path / "pairs.work", "embed"))) == 2  # not the third
+    for i in (17, 18, 19):
+        (tmp_path / f"{i}.png").write_bytes(held[i])
+    assert main(flags) == 0
+    assert [name for name, *_ in rejected_in(tmp_path)] == ["scene-00001"]
+    assert len(read_pairs(tmp_path / "pairs.parquet")) > 30
+
+
+def test_a_data_set_that_changes_is_read_again(tmp_path, sources):
+    config = PairsConfig(
+        output=str(tmp_path / "out" / "pairs.parquet"),
+        data=_written(tmp_path, sources[:16]),
+        mask="numbers",
+        quiet=True,
+    )
+    first = run_stages(config, "mask").folders
+    assert run_stages(config, "mask").folders == first
+    _written(tmp_path, sources[:20])
+    changed = run_stages(config, "mask")
+    assert changed.records == 20 and changed.folders["read"] != first["read"]
