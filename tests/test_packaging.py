@@ -17,12 +17,8 @@ from realign_kernels.batcher import pack_forest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {"gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences"}
-UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}  # not installed in CI, so not pinned
-    "gpu",
-    "tensorboard",
-    "wandb",
-    "sentences",
-}  # installed nowhere in CI, so not pinned
+# Installed nowhere in CI, so not pinned.
+UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_vllm_on_ray_goes_through_its_own_pipeline(tmp_path, two_workers, monkey
             if not isinstance(text, str):
                 assert text[0]["image_url"]["url"].startswith("data:image/png;base64,")
                 text = text[-1]["text"]
-            assert row["sampling_params"]["max_tokens"] == 512
+            assert 32 < row["sampling_params"]["max_tokens"] < 100
             body = re.search(r"<answer>\n(.*)\n</answer>", text)[1]
             if "left [MASK]" in body:  # these are bad records
                 return row | {"__inference_error__": "refused", "generated_text": ""}

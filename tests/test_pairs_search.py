@@ -473,15 +473,22 @@ def test_a_named_encoder(kind, tmp_path, processor):
     assert np.abs(found - truth).max() < 1e-6
 
 
-def test_pictures_of_odd_shapes_are_embedded(tmp_path, processor):
+def test_pictures_of_odd_shapes_are_embedded(tmp_path, processor, monkeypatch):
     """A height of 3 is not taken for colours, and a strip makes no picture of gigabytes."""
     _encoder("clip", tmp_path, processor)
     embed = Embedder(str(tmp_path), None, dtype="fp32")
     embed.open()
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda i, size, *a, **k: made.append(size) or resize(i, size, *a, **k),
+    )
     sizes = [(40, 3), (3, 40), (1, 1), (3, 1), (20_000, 2), (1, 9000)]
     drawn = [Image.new("RGB", size, (200, 30, 90)) for size in sizes]
     flat = embed([Image.new("RGB", (16, 16), (200, 30, 90))])
     np.testing.assert_allclose(embed(drawn), np.repeat(flat, 6, axis=0), atol=1e-5)
+    assert max(max(size) for size in made) == 20 * 16
 
 
 def test_which_encoders_are_refused(tmp_path, vlm, processor):

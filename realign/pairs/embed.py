@@ -22,7 +22,6 @@ Inputs = dict[str, torch.Tensor]
 
 _SIDE = 448  # pixels; larger images are made smaller for towers that take any size
 _LONGEST = 20  # times the shorter side; of longer images the middle is embedded
-_LEAST = 4  # pixels; processors take a height of 1 or 3 for colours
 
 
 class Embedder:
@@ -255,14 +254,11 @@ def _together(made: list[Inputs]) -> Inputs:
 
 
 def _tame(image: Image.Image) -> Image.Image:
-    """A picture that no processor makes gigabytes of, or takes for something else."""
+    """The middle of a strip, which a processor would enlarge by its shorter side to gigabytes."""
     width, height = image.size
-    if max(image.size) > _LONGEST * min(image.size):
-        longest = _LONGEST * min(image.size)
-        across, down = min(width, longest), min(height, longest)
-        left, top = (width - across) // 2, (height - down) // 2
-        image = image.crop((left, top, left + across, top + down))
-    if min(image.size) < _LEAST:
-        scale = -(-_LEAST // min(image.size))
-        image = image.resize((image.width * scale, image.height * scale))
-    return image
+    longest = _LONGEST * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    across, down = min(width, longest), min(height, longest)
+    left, top = (width - across) // 2, (height - down) // 2
+    return image.crop((left, top, left + across, top + down))

@@ -22,6 +22,8 @@ from realign.pairs.shards import Library
 from realign.pairs.stage import Bad, ChatStage, Row, Script, rng_of
 from realign.records import Record, RecordError
 
+_SPARE_TOKENS = 32  # of a completion, beyond one for two characters of the chosen response
+
 
 @dataclass
 class _Task:
@@ -199,6 +201,7 @@ class Refill(ChatStage):
                     task.record.prompt,
                     task.masked,
                     images,
+                    max_tokens=_SPARE_TOKENS + len(task.record.chosen) // 2,
                     temperature=self.config.temperature,
                     seed=self._seed(task, place) if self.config.temperature else 0,
                 )
