@@ -81,6 +81,14 @@ class PairsConfig:
     judge: str | None = None
     """Engine, as of --answer, that drops records whose rejected response is true of the image, or
     the chosen one of the visual negative."""
+    concurrency: int = 8
+    """Requests that an endpoint gets at once."""
+    requests_per_minute: float | None = None
+    """Most requests that an endpoint gets in a minute, of each process."""
+    price_in: float | None = None
+    """Price of a million input tokens at an endpoint; costs are estimated beforehand."""
+    price_out: float | None = None
+    """The same of output tokens."""
     negative: str = "retrieved"
     """Visual negative: retrieved, or for comparisons random, crop, noise, blank. The rejected
     response is always completed on the retrieved image."""
@@ -126,10 +134,11 @@ class PairsConfig:
             raise ValueError(
                 f"ray is {self.ray!r}; give local, local:N, auto or a cluster's address HOST:PORT."
             )
-        for name in ("answer", "engine", "judge", "masker"):
+        options = {name: getattr(self, name) for name in _OF_ENDPOINTS}
+        for name in _ENGINES:
             spec = getattr(self, name)
             if spec is not None and (name, spec) != ("masker", "rules"):
-                _check_engine(name, spec)
+                _check_engine(name, spec, options)
 
     def _check_numbers(self) -> None:
         for name in ("scenes", "k", "candidates", "shard", "batch_size"):
@@ -199,6 +208,14 @@ class PairsConfig:
                 f"model is {self.model!r} and would have no effect: --embed-model embeds, and "
                 "--engine refills. Drop it."
             )
+        engines = [getattr(self, name) or "" for name in _ENGINES]
+        if not any(spec.startswith("http") for spec in engines):
+            for name in _OF_ENDPOINTS:
+                if (given := getattr(self, name)) not in (None, type(self).__dict__[name]):
+                    raise ValueError(
+                        f"{name} is {given} and would have no effect: no engine is an endpoint. "
+                        "Drop it, or name a URL for --answer, --masker, --engine or --judge."
+                    )
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -234,13 +251,19 @@ class PairsConfig:
             "folder": self.work_folder / "engines",
             "batch_size": self.batch_size,
             "dtype": self.dtype,
+            **{name: getattr(self, name) for name in _OF_ENDPOINTS},
         }
 
 
-def _check_engine(name: str, spec: str) -> None:
+_ENGINES = ("answer", "masker", "engine", "judge")
+_OF_ENDPOINTS = ("concurrency", "requests_per_minute", "price_in", "price_out")
+
+
+def _check_engine(name: str, spec: str, options: dict[str, Any]) -> None:
+    """The message does not repeat `spec`: somebody may have written a key into it."""
     from realign.pairs.engines import make_engine
 
     try:
-        make_engine(spec)
+        make_engine(spec, **options)
     except ValueError as error:
-        raise ValueError(f"{name} is {spec!r}: {error}") from error
+        raise ValueError(f"--{name}: {error}") from error
