@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from pair_runs import ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
 
-from realign.pairs import assemble, shards
+from realign.pairs import assemble, filters, shards
 from realign.pairs.__main__ import main
 from realign.pairs.engines import Reply
+from realign.pairs.margin import visual_margins
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
 from realign.records import read_pairs
 
@@ -155,6 +156,55 @@ def test_an_engine_that_is_gone_stops_the_run_and_keeps_the_shards(tmp_path, eng
     shown = capsys.readouterr().err
     assert "refill stopped at shard" in shown and "nobody answers at localhost" in shown
     assert len(shard_times(stage_folder(tmp_path / "pairs.work", "refill"))) >= 1
+
+
+def test_meaning_in_place_of_words(tmp_path, monkeypatch):
+    """A measure that finds every text with a "one" too similar: the next candidate is taken."""
+
+    class Fake:
+        def __init__(self, name):
+            assert name == "some/model"
+
+        def __call__(self, pairs):
+            return [0.96 if "one" in rejected.split() else 0.5 for _, rejected in pairs]
+
+    monkeypatch.setattr(filters, "SentenceSimilarity", Fake)
+    config = config_in(tmp_path, similarity="some/model", tau=0.95, candidates=3, segments=0)
+    report = build_pairs(config)
+    refilled = [
+        row
+        for file in sorted(run_stages(config, "refill").folders["refill"].glob("*.parquet"))
+        for row in _rows(file)
+    ]
+    expected, dropped = {}, Counter()
+    for row in refilled:
+        passed = [a["text"] for a in row["attempts"] if not a["reason"]]
+        kept = [text for text in passed if "one" not in text.split()]
+        if kept:
+            expected[row["id"]] = kept[0]
+        else:
+            last = row["attempts"][-1]["reason"] if row["attempts"] else "no neighbour"
+            dropped["too similar" if passed else last] += 1
+    records = read_pairs(config.output)
+    assert {r.name: r.rejected for r in records} == expected
+    assert {r.provenance["text_similarity"] for r in records} == {0.5}
+    assert report.dropped == dropped and dropped["too similar"] > 0
+
+
+def test_margins_are_those_of_the_visual_negative(whole_run, tmp_path, vlm, processor):
+    config = replace(whole_run.config, margin=True, negative="noise", candidates=3)
+    config = replace(config, output=str(tmp_path / "pairs.parquet"))
+    report = build_pairs(config)
+    records = read_pairs(config.output)
+    assert report.dropped["visual margin not above 0"] > 0
+    truth = visual_margins(vlm, processor, records, cache=str(tmp_path / "cache"))
+    found = [record.provenance["visual_margin"] for record in records]
+    assert found == pytest.approx(truth.tolist(), abs=1e-3) and min(found) > 0
+    kept = {record.name for record in records}
+    noised = replace(config, margin=False, candidates=1, output=str(tmp_path / "all.parquet"))
+    build_pairs(noised)
+    left = [record for record in read_pairs(noised.output) if record.name not in kept]
+    assert left and visual_margins(vlm, processor, left, cache=str(tmp_path / "cache")).max() <= 0
 
 
 # Negatives.
