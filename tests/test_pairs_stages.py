@@ -4,13 +4,12 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from pair_runs import ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
 
-from realign.pairs import assemble, filters, shards
+from realign.pairs import assemble, filters, refilling, shards
 from realign.pairs.__main__ import main
 from realign.pairs.engines import Reply
 from realign.pairs.margin import visual_margins
@@ -139,6 +138,37 @@ def test_the_judge_drops_what_is_true_and_takes_the_next_candidate(tmp_path, eng
     assert {record.name for record in records} == usable != set()
 
 
+@pytest.mark.parametrize(
+    ("rejected", "chosen", "reason"),
+    [
+        ("no", "yes", "rejected is true of the image"),
+        ("yes", "no", "chosen is true of the negative"),
+        ("yes", "hard to say", "no verdict"),
+    ],
+)
+def test_what_the_judge_drops(tmp_path, engine, rejected, chosen, reason):
+    captions = {s.chosen for s in digit_sources(PairsConfig(scenes=8))}
+
+    def say(text):
+        response = re.search(r"<response>\n(.*)\n</response>", text)[1]
+        return chosen if response in captions else rejected
+
+    engine(say)
+    config = config_in(tmp_path, scenes=8, judge="http://localhost:1/v1#m")
+    assert run_stages(config, "filter").dropped == {reason: 8}
+    with pytest.raises(ValueError, match=f"no pair passed the filters.*{reason}"):
+        build_pairs(config)
+
+
+def test_each_try_of_a_refill_has_a_seed_of_its_own():
+    stage = refilling.Refill(PairsConfig(temperature=1.0))
+    records = digit_sources(PairsConfig(scenes=2))
+    tasks = [refilling._Task(record, None, []) for record in records]
+    seeds = [stage._seed(task, place) for task in tasks for place in (0, 1)]
+    assert len(set(seeds)) == 4
+    assert seeds == [stage._seed(task, place) for task in tasks for place in (0, 1)]
+
+
 def _rows(file):
     return pq.read_table(file).to_pylist()
 
@@ -241,13 +271,11 @@ def test_negatives_share_the_rejected_text(whole_run, tmp_path):
 
 
 def test_a_random_negative_is_another_image(whole_run):
-    assembler = assemble.Assembler(whole_run.config, _folders(whole_run.work))
-    names = assembler._all["id"].to_pylist()
-    for number in range(SHARDS):
-        for row in shards.Shards(_folders(whole_run.work)["read"]).read(number):
-            _, drawn = assembler._random(row, number, {"shard": 0, "id": "nothing"})
-            assert drawn != row["id"] and drawn in names
-
-
-def _folders(work) -> dict[str, Path]:
-    return {stage: stage_folder(work, stage) for stage in ORDER}
+    folders = {stage: stage_folder(whole_run.work, stage) for stage in ORDER}
+    for seed in range(8):  # of 320 draws, eight would be the record itself
+        config = replace(whole_run.config, seed=seed)
+        assembler = assemble.Assembler(config, folders)
+        for number in range(SHARDS):
+            for row in shards.Shards(folders["read"]).read(number):
+                _, drawn = assembler._random(row, number, {"shard": 0, "id": "nothing"})
+                assert drawn not in (row["id"], "nothing")
