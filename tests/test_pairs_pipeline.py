@@ -96,7 +96,7 @@ def test_a_second_run_makes_nothing_and_says_so(whole_run, capsys):
         ({"batch_size": 7}, set()),
         ({"seed": 1}, set(ORDER)),
     ],
-    ids=str,
+    ids=["tau", "segments", "k", "negative", "batch_size", "seed"],
 )
 def test_a_changed_setting_runs_what_depends_on_it_and_back_again_nothing(
     whole_run, settings, again
