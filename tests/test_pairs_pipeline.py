@@ -1,6 +1,7 @@
 """The pairs pipeline: what an interruption costs, what a bad record does, what runs alone."""
 
 import errno
+import json
 import re
 import shutil
 import signal
@@ -95,7 +96,7 @@ def test_a_second_run_makes_nothing_and_says_so(whole_run, capsys):
         ({"batch_size": 7}, set()),
         ({"seed": 1}, set(ORDER)),
     ],
-    ids=str,
+    ids=["tau", "segments", "k", "negative", "batch_size", "seed"],
 )
 def test_a_changed_setting_runs_what_depends_on_it_and_back_again_nothing(
     whole_run, settings, again
@@ -160,6 +161,13 @@ def test_shards_may_be_made_in_any_order(whole_run, tmp_path):
     for stage in ("mask", "refill", "filter"):
         for number in (3, 0):
             (stage_folder(tmp_path / "pairs.work", stage) / f"{number:05d}.parquet").unlink()
+    build_pairs(config_in(tmp_path))
+    assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
+
+
+def test_a_lost_shard_of_records_is_read_again(whole_run, tmp_path):
+    shutil.copytree(whole_run.work, tmp_path / "pairs.work")
+    (stage_folder(tmp_path / "pairs.work", "read") / "00001.parquet").unlink()
     build_pairs(config_in(tmp_path))
     assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
 
@@ -339,6 +347,33 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_mended(
     assert main(flags) == 0
     assert [name for name, *_ in rejected_in(tmp_path)] == ["scene-00001"]
     assert len(read_pairs(tmp_path / "pairs.parquet")) > 30
+
+
+def test_a_record_that_two_stages_refuse_counts_once(tmp_path, sources):
+    """Without response and without picture; two of forty are allowed, and two there are."""
+    mixed = [*sources[:38], *(replace(s, name=f"bad-{s.name}") for s in sources[38:])]
+    lines = []
+    for record in mixed:
+        picture = tmp_path / f"{record.name}.png"
+        picture.write_bytes(record.images[0].data)
+        line = {"id": record.name, "image": picture.name, "question": "name the digits ."}
+        bad = record.name.startswith("bad")
+        lines.append(json.dumps(line if bad else line | {"answer": record.chosen}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    config = PairsConfig(
+        output=str(tmp_path / "pairs.parquet"),
+        data=str(tmp_path / "data.jsonl"),
+        mask="numbers",
+        shard=8,
+        quiet=True,
+    )
+    run_stages(config, "mask")
+    assert [row[1:] for row in rejected_in(tmp_path)] == [("mask", "no response")] * 2
+    for picture in tmp_path.glob("bad-*.png"):
+        picture.write_bytes(b"")
+    report = build_pairs(replace(config, segments=2))  # all later stages are made again
+    assert report.bad == {"corrupt": 2}
+    assert [row[1:] for row in rejected_in(tmp_path)] == [("embed", "corrupt")] * 2
 
 
 def test_a_data_set_that_changes_is_read_again(tmp_path, sources):

@@ -4,15 +4,15 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from pair_runs import ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
 
-from realign.pairs import assemble, shards
+from realign.pairs import assemble, filters, refilling, shards
 from realign.pairs.__main__ import main
 from realign.pairs.engines import Reply
+from realign.pairs.margin import visual_margins
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
 from realign.records import read_pairs
 
@@ -138,6 +138,37 @@ def test_the_judge_drops_what_is_true_and_takes_the_next_candidate(tmp_path, eng
     assert {record.name for record in records} == usable != set()
 
 
+@pytest.mark.parametrize(
+    ("rejected", "chosen", "reason"),
+    [
+        ("no", "yes", "rejected is true of the image"),
+        ("yes", "no", "chosen is true of the negative"),
+        ("yes", "hard to say", "no verdict"),
+    ],
+)
+def test_what_the_judge_drops(tmp_path, engine, rejected, chosen, reason):
+    captions = {s.chosen for s in digit_sources(PairsConfig(scenes=8))}
+
+    def say(text):
+        response = re.search(r"<response>\n(.*)\n</response>", text)[1]
+        return chosen if response in captions else rejected
+
+    engine(say)
+    config = config_in(tmp_path, scenes=8, judge="http://localhost:1/v1#m")
+    assert run_stages(config, "filter").dropped == {reason: 8}
+    with pytest.raises(ValueError, match=f"no pair passed the filters.*{reason}"):
+        build_pairs(config)
+
+
+def test_each_try_of_a_refill_has_a_seed_of_its_own():
+    stage = refilling.Refill(PairsConfig(temperature=1.0))
+    records = digit_sources(PairsConfig(scenes=2))
+    tasks = [refilling._Task(record, None, []) for record in records]
+    seeds = [stage._seed(task, place) for task in tasks for place in (0, 1)]
+    assert len(set(seeds)) == 4
+    assert seeds == [stage._seed(task, place) for task in tasks for place in (0, 1)]
+
+
 def _rows(file):
     return pq.read_table(file).to_pylist()
 
@@ -155,6 +186,55 @@ def test_an_engine_that_is_gone_stops_the_run_and_keeps_the_shards(tmp_path, eng
     shown = capsys.readouterr().err
     assert "refill stopped at shard" in shown and "nobody answers at localhost" in shown
     assert len(shard_times(stage_folder(tmp_path / "pairs.work", "refill"))) >= 1
+
+
+def test_meaning_in_place_of_words(tmp_path, monkeypatch):
+    """A measure that finds every text with a "one" too similar: the next candidate is taken."""
+
+    class Fake:
+        def __init__(self, name):
+            assert name == "some/model"
+
+        def __call__(self, pairs):
+            return [0.96 if "one" in rejected.split() else 0.5 for _, rejected in pairs]
+
+    monkeypatch.setattr(filters, "SentenceSimilarity", Fake)
+    config = config_in(tmp_path, similarity="some/model", tau=0.95, candidates=3, segments=0)
+    report = build_pairs(config)
+    refilled = [
+        row
+        for file in sorted(run_stages(config, "refill").folders["refill"].glob("*.parquet"))
+        for row in _rows(file)
+    ]
+    expected, dropped = {}, Counter()
+    for row in refilled:
+        passed = [a["text"] for a in row["attempts"] if not a["reason"]]
+        kept = [text for text in passed if "one" not in text.split()]
+        if kept:
+            expected[row["id"]] = kept[0]
+        else:
+            last = row["attempts"][-1]["reason"] if row["attempts"] else "no neighbour"
+            dropped["too similar" if passed else last] += 1
+    records = read_pairs(config.output)
+    assert {r.name: r.rejected for r in records} == expected
+    assert {r.provenance["text_similarity"] for r in records} == {0.5}
+    assert report.dropped == dropped and dropped["too similar"] > 0
+
+
+def test_margins_are_those_of_the_visual_negative(whole_run, tmp_path, vlm, processor):
+    config = replace(whole_run.config, margin=True, negative="noise", candidates=3)
+    config = replace(config, output=str(tmp_path / "pairs.parquet"))
+    report = build_pairs(config)
+    records = read_pairs(config.output)
+    assert report.dropped["visual margin not above 0"] > 0
+    truth = visual_margins(vlm, processor, records, cache=str(tmp_path / "cache"))
+    found = [record.provenance["visual_margin"] for record in records]
+    assert found == pytest.approx(truth.tolist(), abs=1e-3) and min(found) > 0
+    kept = {record.name for record in records}
+    noised = replace(config, margin=False, candidates=1, output=str(tmp_path / "all.parquet"))
+    build_pairs(noised)
+    left = [record for record in read_pairs(noised.output) if record.name not in kept]
+    assert left and visual_margins(vlm, processor, left, cache=str(tmp_path / "cache")).max() <= 0
 
 
 # Negatives.
@@ -191,13 +271,11 @@ def test_negatives_share_the_rejected_text(whole_run, tmp_path):
 
 
 def test_a_random_negative_is_another_image(whole_run):
-    assembler = assemble.Assembler(whole_run.config, _folders(whole_run.work))
-    names = assembler._all["id"].to_pylist()
-    for number in range(SHARDS):
-        for row in shards.Shards(_folders(whole_run.work)["read"]).read(number):
-            _, drawn = assembler._random(row, number, {"shard": 0, "id": "nothing"})
-            assert drawn != row["id"] and drawn in names
-
-
-def _folders(work) -> dict[str, Path]:
-    return {stage: stage_folder(work, stage) for stage in ORDER}
+    folders = {stage: stage_folder(whole_run.work, stage) for stage in ORDER}
+    for seed in range(8):  # of 320 draws, eight would be the record itself
+        config = replace(whole_run.config, seed=seed)
+        assembler = assemble.Assembler(config, folders)
+        for number in range(SHARDS):
+            for row in shards.Shards(folders["read"]).read(number):
+                _, drawn = assembler._random(row, number, {"shard": 0, "id": "nothing"})
+                assert drawn not in (row["id"], "nothing")

@@ -14,9 +14,10 @@ from realign.pairs.assemble import Assembler
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
 from realign.pairs.margin import visual_margins
+from realign.pairs.pictures import PictureError
 from realign.pairs.prompts import judge_chat, parse_verdict
 from realign.pairs.refilling import load_vlm
-from realign.pairs.rows import chat_images, engine_mark, mark_of
+from realign.pairs.rows import chat_images, engine_mark, in_threads, mark_of
 from realign.pairs.stage import Bad, ChatStage, Dropped, Row, Script
 from realign.records import Record, RecordError
 
@@ -162,16 +163,19 @@ class Filter(ChatStage):
         self, tried: dict[str, Row], records: list[Record], reasons: dict, bad: dict[str, Bad]
     ) -> Generator[list, list[Reply], None]:
         """Keep those with a rejected response false of the image, a chosen one of the negative."""
-        requests = []
-        for record in records:
-            own = chat_images({"images": _stored(record.images)})
-            other = chat_images({"images": _stored(record.retrieved_images)})
-            requests.append(judge_chat(record.prompt, record.rejected, own))
-            requests.append(judge_chat(record.prompt, record.chosen, other))
+        asked, requests = [], []
+        own = in_threads(chat_images, [{"images": _stored(r.images)} for r in records])
+        other = in_threads(chat_images, [{"images": _stored(r.retrieved_images)} for r in records])
+        for record, *shown in zip(records, own, other, strict=True):
+            if fault := next((s for s in shown if isinstance(s, PictureError)), None):
+                bad[record.name] = Bad(record.name, self.name, fault.reason, fault.detail)
+                del tried[record.name]
+                continue
+            asked.append(record)
+            requests.append(judge_chat(record.prompt, record.rejected, shown[0]))
+            requests.append(judge_chat(record.prompt, record.chosen, shown[1]))
         replies = yield requests
-        for record, pair in zip(
-            records, zip(replies[::2], replies[1::2], strict=True), strict=True
-        ):
+        for record, *pair in zip(asked, replies[::2], replies[1::2], strict=True):
             name = record.name
             if error := pair[0].error or pair[1].error:
                 bad[name] = Bad(name, self.name, "no reply", error)

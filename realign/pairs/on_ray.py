@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from realign.noise import hush_libraries
-from realign.pairs.run import Made, make_shard
+from realign.pairs.run import Limit, Made, make_shard
 from realign.pairs.shards import Shards
 from realign.pairs.stage import Bad, ChatStage, Row, Script, Stage
 
-_STORE = 128 * 2**20  # bytes; a local instance moves numbers of shards, no rows
+_STORE = 512 * 2**20  # bytes of a local instance: shard numbers, and images for vLLM
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
@@ -31,13 +31,13 @@ _ENVIRONMENT = {
 _VLLM_BATCH = 64  # requests sent to a replica at once
 
 
-def make_shards(stage: Stage, numbers: list[int], allowed: int, address: str) -> Iterator[Made]:
+def make_shards(stage: Stage, numbers: list[int], limit: Limit, address: str) -> Iterator[Made]:
     """Make shards on Ray's workers, in any order.
 
     Args:
         stage: with its folders set.
         numbers: of the shards.
-        allowed: see `make_shard`; by each shard alone.
+        limit: for each shard alone.
         address: "local", "local:N" with N workers, or what `ray.init` takes.
 
     Raises:
@@ -45,10 +45,11 @@ def make_shards(stage: Stage, numbers: list[int], allowed: int, address: str) ->
     """
     ray = _start(address)
     stage = copy.copy(stage)
+    stage.tick = Stage.tick  # a worker's terminal is elsewhere
     if isinstance(stage, ChatStage):
-        stage.say = None  # a worker's terminal is elsewhere
+        stage.say = None
         if (stage.engine_spec or "").startswith("vllm:"):
-            yield from _by_vllm(stage, numbers, allowed)
+            yield from _by_vllm(stage, numbers, limit)
             return
     cluster = ray.cluster_resources()
     gpus = int(cluster.get("GPU", 0)) if stage.uses_gpu else 0
@@ -56,11 +57,11 @@ def make_shards(stage: Stage, numbers: list[int], allowed: int, address: str) ->
     options: dict[str, Any] = {"batch_size": 1, "num_cpus": 1}
     if stage.uses_gpu:  # an actor keeps its model
         compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
-        options |= {"fn_constructor_args": (stage, allowed, torch.get_num_threads())}
+        options |= {"fn_constructor_args": (stage, limit, torch.get_num_threads())}
         options |= {"compute": compute, "num_gpus": 1 if gpus else 0}
         worker: Any = _Worker
     else:  # processes that are there already
-        options |= {"fn_args": (stage, allowed, torch.get_num_threads())}
+        options |= {"fn_args": (stage, limit, torch.get_num_threads())}
         options |= {"compute": ray.data.TaskPoolStrategy(size)}
         worker = _make
     # Ray Data replaces a worker that dies and repeats its task, without limit.
@@ -93,7 +94,7 @@ def _opened(stage: Stage) -> Stage:
     return _held[0]
 
 
-def _make(batch: dict[str, Any], stage: Stage, allowed: int, threads: int) -> dict[str, list]:
+def _make(batch: dict[str, Any], stage: Stage, limit: Limit, threads: int) -> dict[str, list]:
     """Make the shard of a batch of one number."""
     (number,) = batch["number"].tolist()
     torch.set_num_threads(threads)  # sums in the same order as those of a plain run
@@ -102,11 +103,11 @@ def _make(batch: dict[str, Any], stage: Stage, allowed: int, threads: int) -> di
     except ValueError as error:
         made = Made(number, 0, 0, str(error))
     else:
-        made = make_shard(stage, number, allowed)
+        made = make_shard(stage, number, limit)
     return {name: [value] for name, value in asdict(made).items()}
 
 
-def _by_vllm(stage: ChatStage, numbers: list[int], allowed: int) -> Iterator[Made]:
+def _by_vllm(stage: ChatStage, numbers: list[int], limit: Limit) -> Iterator[Made]:
     """Make shards of a stage that asks vLLM.
 
     The script of every shard runs up to its next requests, all shards' requests are answered in one
@@ -129,7 +130,7 @@ def _by_vllm(stage: ChatStage, numbers: list[int], allowed: int) -> Iterator[Mad
             if by_place:
                 told[number].append([by_place[place] for place in range(len(by_place))])
         rows = [{"number": n, "told": json.dumps(replies)} for n, replies in told.items()]
-        ended = _dataset(rows).map(_end, fn_args=(stage, allowed))
+        ended = _dataset(rows).map(_end, fn_args=(stage, limit))
         for row in ended.iter_rows():
             if row["ended"]:
                 del told[int(row["number"])]
@@ -195,13 +196,13 @@ def _ask(row: Row, stage: ChatStage) -> list[Row]:
     ]
 
 
-def _end(row: Row, stage: ChatStage, allowed: int) -> Row:
+def _end(row: Row, stage: ChatStage, limit: Limit) -> Row:
     """Run the script of a shard with all replies; write the shard if that is its end."""
     number = int(row["number"])
     requests, result = replay(_script(_opened(stage), number), json.loads(row["told"]))
     if result is None:
         return {"number": number, "ended": False, "made": ""}
-    made = make_shard(_Known(stage, result), number, allowed)
+    made = make_shard(_Known(stage, result), number, limit)
     return {"number": number, "ended": True, "made": json.dumps(asdict(made))}
 
 

@@ -15,9 +15,18 @@ from realign.pairs import filters
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
 from realign.pairs.mask import Masked
-from realign.pairs.pictures import PictureError, load_picture
+from realign.pairs.pictures import PictureError
 from realign.pairs.prompts import complete_chat, keeps_pieces, parse_completion
-from realign.pairs.rows import by_id, chat_images, engine_mark, images_of, mark_of, record_of
+from realign.pairs.refill import infill
+from realign.pairs.rows import (
+    by_id,
+    chat_images,
+    engine_mark,
+    in_threads,
+    mark_of,
+    pictures_of,
+    record_of,
+)
 from realign.pairs.shards import Library
 from realign.pairs.stage import Bad, ChatStage, Row, Script, rng_of
 from realign.records import Record, RecordError
@@ -151,10 +160,13 @@ class Refill(ChatStage):
 
     def _infill(self, pairs: Sequence[tuple[_Task, Row]], place: int) -> None:
         """Complete a batch in place; what fails as a whole is tried in halves."""
-        from realign.pairs.refill import infill
-
+        loaded = in_threads(pictures_of, [row for _, row in pairs])
+        # A neighbour was readable before; where it is not any more, the next one is tried.
+        pairs = [p for p, found in zip(pairs, loaded, strict=True) if isinstance(found, list)]
+        pictures = [found for found in loaded if isinstance(found, list)]
+        if not pairs:
+            return
         try:
-            pictures = [[load_picture(stored) for stored in images_of(row)] for _, row in pairs]
             completions = infill(
                 self._vlm,
                 self._processor,
@@ -167,9 +179,6 @@ class Refill(ChatStage):
         except torch.OutOfMemoryError:
             if len(pairs) == 1:
                 raise
-        except PictureError:  # a neighbour that was readable before; the next one is tried
-            if len(pairs) == 1:
-                return
         except ValueError as error:  # a processor refuses an image or a text
             if len(pairs) == 1:
                 task = pairs[0][0]
@@ -190,10 +199,9 @@ class Refill(ChatStage):
     ) -> Generator[list, list[Reply], None]:
         """Have an engine complete the responses."""
         asked, requests = [], []
-        for task, row in pairs:
-            try:
-                images = chat_images(row)
-            except PictureError:  # see `_infill`
+        pictures = in_threads(chat_images, [row for _, row in pairs])
+        for (task, _), images in zip(pairs, pictures, strict=True):
+            if isinstance(images, PictureError):  # see `_infill`
                 continue
             asked.append(task)
             requests.append(
@@ -226,6 +234,8 @@ class Refill(ChatStage):
         tau = self.config.tau if lexical else float("inf")
         reason = reason or filters.reason_to_drop(task.record.chosen, text, tau) or ""
         task.attempts.append({"rank": place, "text": text, "closed": closed, "reason": reason})
+        if not reason and not task.wants(place, self.config.candidates):
+            self.tick(1)
 
     def _seed(self, task: _Task, place: int) -> int:
         rng = rng_of(self.config.seed, task.record.name, f"refill {place}")

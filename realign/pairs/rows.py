@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -15,6 +19,7 @@ from realign.pairs.pictures import PictureError, load_picture
 from realign.pairs.stage import Row
 from realign.records import Record, StoredImage
 
+_Loaded = TypeVar("_Loaded")
 _CHAT_SIDE = 1536  # pixels of the longer side of an image in a chat
 
 
@@ -44,18 +49,40 @@ def images_of(row: Row) -> tuple[StoredImage, ...]:
     return tuple(StoredImage(image["bytes"], image["path"]) for image in row["images"])
 
 
+def pictures_of(row: Row) -> list[Image.Image]:
+    """A row's images, decoded.
+
+    Raises:
+        PictureError: when one cannot be read.
+    """
+    return [load_picture(stored) for stored in images_of(row)]
+
+
 def chat_images(row: Row) -> list[Image.Image]:
     """A row's images for a chat, made smaller where they are large.
 
     Raises:
         PictureError: when one cannot be read, or there is none.
     """
-    images = [load_picture(stored) for stored in images_of(row)]
+    images = pictures_of(row)
     if not images:
         raise PictureError("no image")
     for image in images:
         image.thumbnail((_CHAT_SIDE, _CHAT_SIDE))  # keeps smaller ones as they are
     return images
+
+
+def in_threads(load: Callable[[Row], _Loaded], rows: Sequence[Row]) -> list[_Loaded | PictureError]:
+    """What `load` makes of the pictures of rows, or why it could not; decoding lets threads run."""
+
+    def tried(row: Row) -> _Loaded | PictureError:
+        try:
+            return load(row)
+        except PictureError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(tried, rows))
 
 
 def reply_fault(reply: Reply, text: str | None) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,7 +34,7 @@ class Made:
     Attributes:
         number: of the shard.
         records: that it was made of.
-        bad: how many of them cannot be used.
+        bad: how many of them cannot be used, which was not known before.
         error: why it was not written, "" when it was; "full" for a full disk, "bad" for more bad
             records than were allowed.
     """
@@ -43,6 +43,19 @@ class Made:
     records: int
     bad: int
     error: str = ""
+
+
+@dataclass
+class Limit:
+    """How many records of a shard may be bad.
+
+    Attributes:
+        allowed: that many more.
+        known: records that are listed as bad already, for another stage.
+    """
+
+    allowed: int
+    known: set[str]
 
 
 @dataclass
@@ -86,7 +99,7 @@ class Runner:
         self.say: Callable[[str], None] = (lambda line: None) if quiet else print
         self.ray = ray
         self.outcome = Outcome()
-        self._bad: list[tuple[int, int, Bad]] = []  # place of the stage, shard, record
+        self._bad: dict[str, tuple[int, int, Bad]] = {}  # record -> place of the stage, shard, it
 
     def run(self, check: Callable[[Outcome], None]) -> Outcome:
         """Make every missing shard.
@@ -109,10 +122,10 @@ class Runner:
                 for stage in self.stages:
                     Shards(stage.folder).clear_partial()
                     if isinstance(stage, Read):
-                        count = self._read(stage)
+                        total = self._read(stage)
                         check(self.outcome)
                     else:
-                        self._make(stage, count)
+                        self._make(stage, total)
             finally:
                 self._list_bad()
         except OSError as error:
@@ -124,22 +137,26 @@ class Runner:
     def _read(self, stage: Read) -> int:
         """Write the shards of records that are missing; returns how many there are."""
         shards, facts = Shards(stage.folder, stage.schema), stage.folder / "read.json"
-        found = shards.done()
-        if not facts.exists():
+        found, known = set(shards.done()), {}
+        if facts.exists():
+            known = json.loads(facts.read_text())
+        if known.get("shards") != len(found):
             began, records = time.perf_counter(), 0
-            parts = stage.shards(len(found))
+            skip = next(number for number in count(0) if number not in found)
+            parts = stage.shards(skip)
             first = next(parts, None)  # what is wrong with the data is told before a bar is drawn
             with tqdm(desc="read", unit="record", disable=not self.bars) as bar:
-                for number, part in enumerate(chain([first] if first else [], parts), len(found)):
-                    rows = [stage.row(entry) for entry in part if isinstance(entry, Record)]
-                    shards.write(number, rows, [entry for entry in part if isinstance(entry, Bad)])
-                    records += len(part)
+                for number, part in enumerate(chain([first] if first else [], parts), skip):
+                    if number not in found:
+                        rows = [stage.row(entry) for entry in part if isinstance(entry, Record)]
+                        shards.write(number, rows, [e for e in part if isinstance(e, Bad)])
+                        records += len(part)
                     bar.update(len(part))
-            self._report(stage, len(found), len(shards.done()), records, began)
-            write_bytes(facts, json.dumps(_count(shards)).encode())
+            self._report(stage, len(shards.done()), records, began)
+            known = _count(shards)
+            write_bytes(facts, json.dumps(known).encode())
         else:
-            self._report(stage, len(found), len(found), 0, 0)
-        known = json.loads(facts.read_text())
+            self._report(stage, len(found), 0, 0)
         self.outcome.records = known["records"]
         self.outcome.unanswered = known["unanswered"]
         if not known["records"]:
@@ -147,16 +164,16 @@ class Runner:
         self._note_bad(stage, shards.done())
         return known["shards"]
 
-    def _make(self, stage: Stage, count: int) -> None:
-        """Make the missing of `count` shards of a stage."""
+    def _make(self, stage: Stage, total: int) -> None:
+        """Make the missing of `total` shards of a stage."""
         shards = Shards(stage.folder, stage.schema)
         found = set(shards.done())
-        missing = [number for number in range(count) if number not in found]
+        missing = [number for number in range(total) if number not in found]
         began, records = time.perf_counter(), 0
         self._note_bad(stage, sorted(found))
         if missing:
             if found:
-                self.say(f"{stage.name}: {len(found)} of {count} shards found done")
+                self.say(f"{stage.name}: {len(found)} of {total} shards found done")
             stage.folder.mkdir(parents=True, exist_ok=True)
             stage.prepare()
             if isinstance(stage, ChatStage):
@@ -165,33 +182,40 @@ class Runner:
                 desc=stage.name,
                 unit="record",
                 total=self.outcome.records,
-                initial=self.outcome.records * len(found) // count,
+                initial=self.outcome.records * len(found) // total,
                 disable=not self.bars,
             ) as bar:
+                shown = bar.n
+                stage.tick = bar.update
                 for made in self._shards(stage, missing):
                     records += made.records
-                    bar.update(made.records)
+                    shown += made.records
+                    bar.update(max(0, shown - bar.n))  # less what the stage itself told
                     self._look_at(stage, made)
-        self._report(stage, len(found), count, records, began)
+            shards.clear_partial()  # of a worker of Ray that died
+        self._report(stage, total, records, began)
 
     def _shards(self, stage: Stage, missing: list[int]) -> Iterator[Made]:
-        allowed = int(self.max_bad * self.outcome.records) - len(self._bad)
+        limit = Limit(self._most_bad() - len(self._bad), set(self._bad))
         if self.ray is not None:
             from realign.pairs import on_ray
 
-            yield from on_ray.make_shards(stage, missing, allowed, self.ray)
+            yield from on_ray.make_shards(stage, missing, limit, self.ray)
             return
         stage.open()
         try:
             for number in missing:
-                made = make_shard(stage, number, allowed)
-                allowed -= made.bad
+                made = make_shard(stage, number, limit)
+                limit.allowed -= made.bad
                 yield made
         finally:
             stage.close()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _most_bad(self) -> int:
+        return int(round(self.max_bad * self.outcome.records, 6))
 
     def _look_at(self, stage: Stage, made: Made) -> None:
         """Raise what stopped a shard.
@@ -214,13 +238,15 @@ class Runner:
         """
         place, shards = self.stages.index(stage), Shards(stage.folder)
         for number in numbers:
-            self._bad += [(place, number, bad) for bad in shards.left_out_of(number, "bad")]
-        if len(self._bad) <= self.max_bad * self.outcome.records:
+            for bad in shards.left_out_of(number, "bad"):
+                self._bad.setdefault(bad.record, (place, number, bad))
+        if len(self._bad) <= self._most_bad():
             return
-        reasons = Counter(f"{bad.stage}: {bad.reason}" for *_, bad in self._bad)
+        found = [bad for *_, bad in self._bad.values()]
+        reasons = Counter(f"{bad.stage}: {bad.reason}" for bad in found)
         commonest = reasons.most_common(5)
         shown = ", ".join(f"{count} {reason}" for reason, count in commonest)
-        example = next(b for *_, b in self._bad if f"{b.stage}: {b.reason}" == commonest[0][0])
+        example = next(bad for bad in found if f"{bad.stage}: {bad.reason}" == commonest[0][0])
         detail = f" ({example.detail})" if example.detail else ""
         raise RunError(
             f"{len(self._bad)} of {self.outcome.records} records cannot be used, more than "
@@ -231,7 +257,7 @@ class Runner:
 
     def _list_bad(self) -> None:
         """List every bad record beside the output, and count what was left out."""
-        bad = [entry for *_, entry in sorted(self._bad, key=lambda noted: noted[:2])]
+        bad = [entry for *_, entry in sorted(self._bad.values(), key=lambda noted: noted[:2])]
         if bad:
             rows = [vars(entry) for entry in bad]
             write_table(self.rejected, pa.Table.from_pylist(rows, schema=LEFT_OUT))
@@ -252,30 +278,27 @@ class Runner:
             "it goes on from there."
         )
 
-    def _report(self, stage: Stage, found: int, count: int, records: int, began: float) -> None:
+    def _report(self, stage: Stage, total: int, records: int, began: float) -> None:
         if not records:
-            self.say(f"{stage.name}: all {count} shards found done")
+            self.say(f"{stage.name}: all {total} shards found done")
             return
         rate = records / max(time.perf_counter() - began, 1e-9)
-        self.say(f"{stage.name}: {count}/{count} shards, {records} records, {rate:.0f} records/s")
+        self.say(f"{stage.name}: {total}/{total} shards, {records} records, {rate:.0f} records/s")
 
 
-def make_shard(stage: Stage, number: int, allowed: int) -> Made:
+def make_shard(stage: Stage, number: int, limit: Limit) -> Made:
     """Make and write one shard of an open stage.
 
-    Args:
-        stage: with its folders set.
-        number: of the shard.
-        allowed: bad records that it may have; with more of them it is not written, so that it is
-            made again once they are mended, but its list of them is.
+    With more bad records than the limit allows it is not written, so that it is made again once
+    they are mended, but its list of them is.
     """
     shards = Shards(stage.folder, stage.schema)
     try:
         inputs = {name: Shards(stage.folders[name]).read(number) for name in stage.needs}
         records = max(map(len, inputs.values()))
         rows, left_out = stage.run(inputs, number)
-        bad = sum(type(entry) is Bad for entry in left_out)
-        if bad > allowed:
+        bad = sum(type(e) is Bad and e.record not in limit.known for e in left_out)
+        if bad > limit.allowed:
             shards.write_left_out(number, left_out)
             return Made(number, records, bad, "bad")
         shards.write(number, rows, left_out)

@@ -52,6 +52,7 @@ class Stage:
         uses_gpu: whether a worker of Ray needs a GPU for it, where there are any.
         folder: where its shards lie; set before `prepare`, as the next one.
         folders: where those of the stages before it lie, by name.
+        tick: may be told of records that are through, for the bar.
     """
 
     name: str = ""
@@ -61,6 +62,7 @@ class Stage:
     uses_gpu: bool = False
     folder: Path
     folders: Mapping[str, Path] = {}
+    tick: Callable[[int], Any] = staticmethod(lambda records: None)
 
     def settings(self) -> Row:
         """What the rows depend on besides the stages needed, as JSON takes it."""

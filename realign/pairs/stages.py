@@ -18,6 +18,7 @@ from realign.pairs.rows import (
     chat_images,
     engine_mark,
     images_of,
+    in_threads,
     mark_of,
     record_of,
     reply_fault,
@@ -45,16 +46,13 @@ class Answer(ChatStage):
         """Ask for the missing responses."""
         left_out: list[Bad] = []
         asked, requests = [], []
-        for row in inputs["read"]:
-            if row["chosen"]:
-                continue
-            try:
-                images = chat_images(row)
-            except PictureError as error:
-                left_out.append(Bad(row["id"], self.name, error.reason, error.detail))
-                continue
-            asked.append(row["id"])
-            requests.append(answer_chat(record_of(row), images))
+        open_ = [row for row in inputs["read"] if not row["chosen"]]
+        for row, images in zip(open_, in_threads(chat_images, open_), strict=True):
+            if isinstance(images, PictureError):
+                left_out.append(Bad(row["id"], self.name, images.reason, images.detail))
+            else:
+                asked.append(row["id"])
+                requests.append(answer_chat(record_of(row), images))
         replies = dict(zip(asked, (yield requests), strict=True))
         rows = []
         for row in inputs["read"]:
@@ -122,6 +120,7 @@ class Embed(Stage):
                 ahead = [pool.submit(self._look, row) for row in following]
                 left_out += [bad for bad in looked if isinstance(bad, Bad)]
                 seen = [found for found in looked if not isinstance(found, Bad)]
+                self.tick(len(looked))
                 if seen:
                     vectors = self._embedder([image for image, _ in seen])
                     rows += [
