@@ -21,7 +21,7 @@ from benchmarks.race import REPLAY, describe
 
 ROOT = Path(__file__).parent.parent
 CONTEXTS = (576, 1152, 2304, 4608, 8192)
-CASE = {"H": 512, "V": 16384, "examples": 1, "prompt": 64, "response": 64}
+CASE = {"H": 256, "V": 8192, "examples": 1, "prompt": 64, "response": 64}
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="reads peaks from Linux's /proc"

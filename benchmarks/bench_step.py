@@ -37,7 +37,7 @@ CONTESTANTS = {  # the process, the words of a step, and the words of our step t
     "released, three sequences": ("released", (), ()),
 }
 SETTINGS = [
-    *(pytest.param(("lora", dtype, 1), id=f"lora-{dtype}-1") for dtype in TOLERANCE),
+    pytest.param(("lora", "bf16", 1), id="lora-bf16-1"),
     *(
         pytest.param((tune, dtype, 4), id=f"{tune}-{dtype}-4", marks=pytest.mark.slow)
         for tune in ("lora", "full")

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import results, targets
 from benchmarks.race import REPLAY
+from benchmarks.words import quantity
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "lmdb",
@@ -152,7 +153,7 @@ def _say_targets(say, run):
     if measured:
         say(f"\ntargets: {sum(one[2] == 'met' for one in measured)} of {len(measured)} met")
     for target, value, verdict in measured:
-        say(f"  {verdict:6} {value:12,.3g}  {target.bound:20}  {target.name}")
+        say(f"  {verdict:6} {quantity(value):>10}  {target.bound:20}  {target.name}")
 
 
 def _notes(info):

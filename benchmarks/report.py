@@ -21,6 +21,7 @@ from benchmarks.words import (
     factor,
     head_sentence,
     memory_sentence,
+    quantity,
     scaling_sentence,
     step_sentence,
     table,
@@ -85,7 +86,7 @@ def _targets(runs: list[Run]) -> list[str]:
     for target in targets.read():
         value, verdict = targets.verdict(target, runs)
         count += verdict == "met"
-        shown = "-" if value is None else f"{value:,.3g}"
+        shown = "-" if value is None else quantity(value)
         rows.append((target.name, target.bound, shown, f"**{verdict}**", target.reason))
     reached = f"What we set out to reach (docs/targets.toml): {count} of {len(rows)} met."
     columns = ("target", "bound", "measured", "", "why this bound")

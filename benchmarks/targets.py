@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.results import Run, over_limit
+from benchmarks.words import quantity
 
 FILE = Path(__file__).parent.parent / "docs" / "targets.toml"
 MEASURES = (
@@ -55,7 +56,8 @@ class Target:
     def bound(self) -> str:
         """The bound in words."""
         finite = math.isinf(self.at_least)
-        return f"at most {self.at_most:,.4g}" if finite else f"at least {self.at_least:,.4g}"
+        what, value = ("at most", self.at_most) if finite else ("at least", self.at_least)
+        return f"{what} {quantity(value)}"
 
     def value(self, run: Run) -> float | None:
         """What a run measured; None where it did not."""

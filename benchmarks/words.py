@@ -25,6 +25,11 @@ def duration(seconds: float) -> str:
     return f"{1e9 * seconds:.3g} ns"
 
 
+def quantity(value: float) -> str:
+    """Three digits; millions as such."""
+    return f"{value / 1e6:.3g} M" if value >= 1e5 else f"{value:.3g}"
+
+
 def factor(three: Sequence[float]) -> str:
     """Median and quartiles of a ratio."""
     low, middle, high = three
