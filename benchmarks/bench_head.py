@@ -27,9 +27,10 @@ ALLOWED = {"bf16": 2e-2, "fp32": 2e-5}
 """Relative error of ours at most; the others' is shown."""
 PROMPT, RESPONSE = 64, 64
 CHUNK = 256
-FAST = tuple(name for name in CONTESTANTS if name not in ("Liger DPO, two calls", "CCE"))
-CALLED = (OURS, EAGER, TRL, "Liger DPO, two calls", "CCE")
-TRAINABLE = (LIMIT, OURS, EAGER, TRL, "Liger DPO, two calls", "CCE")
+LIGER, CCE = "Liger DPO, two calls", "CCE"
+FAST = tuple(name for name in CONTESTANTS if name not in (LIGER, CCE))
+CALLED = (OURS, EAGER, TRL, CCE)
+TRAINABLE = (LIMIT, OURS, EAGER, TRL, LIGER, CCE)
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ if DEVICE == "cuda":  # rows of a real batch
 def cases():
     """(shape, contestant) of every benchmark here; `slow` ones are for `-m full`."""
     slow = () if DEVICE == "cuda" else (pytest.mark.slow,)
-    every = (LIMIT, *CONTESTANTS)
     for dtype in DTYPES:
         small = replace(LLAVA, dtype=dtype)
-        yield from entries(small, every)
+        yield from entries(small, (LIMIT, *FAST))
+        yield from entries(small, (LIGER, CCE), () if dtype == "bf16" else slow)
         # Half the rows in fp32, where a round of all contestants takes 10 s.
         rows = {} if dtype == "bf16" else {"examples": 2}
         yield from entries(replace(small, head="trainable", **rows), TRAINABLE)
@@ -91,6 +92,7 @@ def cases():
     for tokens in (576, 2880):
         masked = replace(LLAVA, examples=1, image_tokens=tokens)
         yield from entries(masked, CALLED, slow if tokens > 576 else ())
+        yield from entries(masked, (LIGER,), slow)
 
 
 def entries(shape, names, marks=()):
