@@ -7,6 +7,10 @@ Shapes are named after models. H / 4 is what a CPU finishes in time; the models'
 - as called: image and prompt rows are given too, with labels of -100, and each library does with
   them what it does for its users.
 
+"Blocks kept": with the usual malloc of glibc every large tensor is fresh memory, whose pages the
+system clears, and ours, which keeps its buffers, wins by that too. There malloc keeps freed blocks,
+as caching allocators do.
+
 Before a contestant is timed its loss and its gradients are compared with fp64. Peers come with the
 extra `peers`.
 """
@@ -21,13 +25,16 @@ import torch.nn.functional as F
 from benchmarks import contestants
 from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums
 from benchmarks.race import race
+from benchmarks.step_contestants import allocate
+from realign_kernels.chunked import default_chunk_rows, even_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALLOWED = {"bf16": 2e-2, "fp32": 2e-5}
-"""Relative error of ours at most; the others' is shown."""
+"""Relative error of ours at most."""
+BOUND = 0.1
+"""Of the others: they compute the same thing; how well is shown."""
 PROMPT, RESPONSE = 64, 64
-CHUNK = 256
-LIGER, CCE = "Liger DPO, two calls", "CCE"
+LIGER, CCE, LINEAR = "Liger DPO, two calls", "CCE", "F.linear_cross_entropy"
 FAST = tuple(name for name in CONTESTANTS if name not in (LIGER, CCE))
 CALLED = (OURS, EAGER, TRL, CCE)
 TRAINABLE = (LIMIT, OURS, EAGER, TRL, LIGER, CCE)
@@ -44,6 +51,7 @@ class Shape:
     dtype: str = "bf16"
     head: str = "frozen"
     image_tokens: int = 0
+    kept: bool = False  # malloc keeps freed blocks
 
     @property
     def rows(self) -> str:
@@ -52,7 +60,8 @@ class Shape:
     @property
     def group(self) -> str:
         image = f", {self.image_tokens} image tokens" if self.image_tokens else ""
-        return f"head, {self.head}, {self.dtype}, {self.model} {self.H}x{self.V}{image}"
+        kept = ", blocks kept" if self.kept else ""
+        return f"head, {self.head}, {self.dtype}, {self.model} {self.H}x{self.V}{image}{kept}"
 
     @property
     def case(self) -> dict:
@@ -62,6 +71,7 @@ class Shape:
 LLAVA = Shape("LLaVA-1.5-7B, H / 4", 1024, 32000, 4)
 QWEN = Shape("Qwen2.5-VL-3B, H / 4", 512, 151936, 1)
 GEMMA = Shape("Gemma-3-4B, H / 4", 640, 262144, 1)
+TALL = Shape("H / 2 of LLaVA-1.5-7B, twice its V", 2048, 64000, 2)
 WHOLE = (
     Shape("LLaVA-1.5-7B", 4096, 32000, 1),
     Shape("Qwen2.5-VL-3B", 2048, 151936, 1),
@@ -85,14 +95,17 @@ def cases():
         for shape in (replace(QWEN, dtype=dtype), replace(GEMMA, dtype=dtype)):
             quick = shape == QWEN
             yield from entries(shape, (LIMIT, *FAST), () if quick else slow)
-        for shape in WHOLE:
-            yield from entries(replace(shape, dtype=dtype), (LIMIT, *FAST), slow)
+            yield from entries(shape, (LIGER, CCE), slow)
+        for shape in (TALL, *WHOLE):
+            yield from entries(replace(shape, dtype=dtype), (LIMIT, *CONTESTANTS), slow)
         whole = replace(WHOLE[0], dtype=dtype, head="trainable")
         yield from entries(whole, (LIMIT, OURS, EAGER, TRL), slow)
+    if DEVICE == "cpu":
+        yield from entries(replace(LLAVA, kept=True), (LIMIT, *FAST, CCE))
     for tokens in (576, 2880):
         masked = replace(LLAVA, examples=1, image_tokens=tokens)
         yield from entries(masked, CALLED, slow if tokens > 576 else ())
-        yield from entries(masked, (LIGER,), slow)
+        yield from entries(masked, (LIGER, LINEAR), slow)
 
 
 def entries(shape, names, marks=()):
@@ -148,23 +161,28 @@ class Case:
         true, *truths = self.truth
         found = [hidden[self.labels != -100], weight]
         off = [
-            float((a.double() - b).norm() / b.norm())
+            (a.double() - b).norm() / b.norm()
             for a, b in zip(found, truths, strict=True)
             if b is not None
         ]
-        return {"loss": float((value.double() - true).abs() / true.abs()), "gradient": max(off)}
+        elsewhere = hidden[self.labels == -100]
+        assert not elsewhere.any(), "rows without a label have a gradient"
+        loss = float((value.double() - true).abs() / true.abs())
+        return {"loss": loss, "gradient": float(torch.stack(off).max())}  # keeps NaN
 
     def gemms(self):
-        """The products alone, chunk by chunk, into buffers."""
+        """The products alone by torch, in chunks of ours, into buffers."""
         hidden = self.hidden[self.labels != -100]
-        logits = hidden.new_empty(CHUNK, len(self.weight))
+        limit = default_chunk_rows(len(self.weight), hidden.device) * (2 if self.trainable else 1)
+        step = even_step(len(hidden), limit)
+        logits = hidden.new_empty(step, len(self.weight))
         out, grad = torch.empty_like(hidden), torch.empty_like(self.weight)
 
         def call():
-            for start in range(0, len(hidden), CHUNK):
-                rows = hidden[start : start + CHUNK]
+            for start in range(0, len(hidden), step):
+                rows = hidden[start : start + step]
                 z = torch.mm(rows, self.weight.T, out=logits[: len(rows)])
-                torch.mm(z, self.weight, out=out[start : start + CHUNK])
+                torch.mm(z, self.weight, out=out[start : start + step])
                 if self.trainable:
                     torch.mm(z.T, rows, out=grad)
 
@@ -185,6 +203,20 @@ def case_of():
     return of
 
 
+@pytest.fixture(scope="module")
+def memory():
+    """memory(mode): how malloc treats freed blocks; as usual in the end."""
+    now = ["usual"]
+
+    def to(mode):
+        if mode != now[0]:
+            allocate(mode)
+            now[0] = mode
+
+    yield to
+    to("usual")
+
+
 def make(name):
     """A contestant, or a skip that says what is missing."""
     try:
@@ -194,13 +226,18 @@ def make(name):
 
 
 @pytest.mark.parametrize(("shape", "name"), list(cases()))
-def test_head(benchmark, case_of, shape, name):
+def test_head(benchmark, case_of, memory, shape, name):
+    if name == CCE and DEVICE == "cuda" and shape.dtype == "fp32":
+        pytest.skip("CCE's own backward takes bf16 and fp16 alone")
+    memory("keep" if shape.kept else "usual")
     loss = None if name == LIMIT else make(name)
     case = case_of(shape)
     mine = contestants.ours()
     error = None if loss is None else case.error(loss)
     if name == OURS:
-        assert max(error.values()) < ALLOWED[shape.dtype], error
+        assert all(value < ALLOWED[shape.dtype] for value in error.values()), error
+    elif error is not None:
+        assert all(value < BOUND for value in error.values()), error
     race(
         benchmark,
         shape.group,

@@ -113,7 +113,7 @@ def timed(benchmark, what, count, unit, contestant, call, ours=None, **case):
 @pytest.mark.parametrize("name", [OURS, "one image at a time"])
 def test_embed(benchmark, digits, name):
     model, processor, images, _ = digits
-    ours = partial(Embedder(None, batch_size=BATCH), images)
+    ours = partial(Embedder(None, batch_size=BATCH, dtype="fp32"), images)
     each = partial(embed_each, model, processor, images)
     np.testing.assert_allclose(ours(), each(), atol=1e-5)
     calls = (ours, None) if name == OURS else (each, ours)

@@ -2,13 +2,15 @@
 
 Times of two runs say little on a shared machine, so what is compared are ratios: theirs / ours,
 each measured in turns within one run. Where ours takes 20 % longer than before, all ratios of its
-group fall by as much, while a slower machine moves none. A group's change is the mean of its
-contestants' (in logarithms, by the inverse of their variances, which come from the quartiles of the
-rounds). It is flagged when it is over the threshold and more than half of that beyond two standard
-errors. Groups of ours alone are compared by time over the drift of all contestants, at three times
-the threshold. Memory is flagged over the threshold, errors when they double.
+group fall by as much, while a slower machine moves them little. A group's change is the mean of its
+contestants' (in logarithms, by the inverse of their variances; those that run our code are left
+out). It is flagged when it is over the threshold and more than half of that beyond two standard
+errors. Where one ratio alone speaks, or none (then time, less the drift of all contestants), three
+times the threshold is needed: other work on the machine slows what runs in several threads more
+than what does not. Memory is flagged over the threshold, errors when they double, and what is gone.
 
-Exit codes: 0 nothing is flagged, 1 something is, 2 the files cannot be compared.
+Compare runs of quiet machines: both loads are printed. Exit codes: 0 nothing is flagged, 1
+something is, 2 the files cannot be compared.
 """
 
 import argparse
@@ -23,8 +25,10 @@ import numpy as np
 from benchmarks import results
 from benchmarks.results import Entry, Run
 
-FLOOR = 0.01
-"""Least standard error of a logarithm of a ratio; of three equal rounds it would be 0."""
+FLOOR = 0.03
+"""Least standard error of a logarithm of a ratio: rounds of one run differ less than runs do."""
+OF_OURS = ("ours", "bare forward")
+"""How contestants begin that run our code: a slow-down of ours may be theirs."""
 
 
 class Change(NamedTuple):
@@ -45,9 +49,10 @@ def log_ratio(entry: Entry) -> tuple[float, float]:
 
 
 def pairs(old: Run, new: Run) -> list[tuple[Entry, Entry]]:
-    """Entries that both runs have, old first."""
+    """Entries that both runs have, of the same case, old first."""
     found = {entry.key: entry for entry in new.entries}
-    return [(entry, found[entry.key]) for entry in old.entries if entry.key in found]
+    shared = [(entry, found[entry.key]) for entry in old.entries if entry.key in found]
+    return [(before, after) for before, after in shared if before.case == after.case]
 
 
 def changes(old: Run, new: Run, threshold: float) -> list[Change]:
@@ -59,15 +64,23 @@ def changes(old: Run, new: Run, threshold: float) -> list[Change]:
     drift = _drift(shared)
     found = []
     for group, members in by_group.items():
-        raced = [(b, a) for b, a in members if b.ratio and a.ratio]
+        raced = [
+            (b, a)
+            for b, a in members
+            if b.ratio and a.ratio and not b.contestant.startswith(OF_OURS)
+        ]
         if raced:
             found.append(_by_ratio(group, raced, threshold))
         else:
-            found += [_by_time(group, b, a, drift, threshold) for b, a in members]
+            found += [
+                _by_time(group, b, a, drift, threshold) for b, a in members if b.role == "ours"
+            ]
     for before, after in shared:
         if before.role == "ours":
             found += _memory(before, after, threshold) + _errors(before, after)
-    return found
+    here = {entry.key for entry in new.entries}
+    gone = [entry for entry in old.entries if entry.role == "ours" and entry.key not in here]
+    return found + [Change(entry.group, 1.0, 0.0, True, "gone") for entry in gone]
 
 
 def _by_ratio(group: str, raced: list[tuple[Entry, Entry]], threshold: float) -> Change:
@@ -78,7 +91,7 @@ def _by_ratio(group: str, raced: list[tuple[Entry, Entry]], threshold: float) ->
         weights.append(1 / (error**2 + more**2))
     change = float(np.average(logs, weights=weights))
     error = 1 / math.sqrt(sum(weights))
-    limit = math.log1p(threshold)
+    limit = math.log1p(threshold if len(raced) > 1 else 3 * threshold)
     flagged = change > limit and change - 2 * error > limit / 2
     return Change(group, math.exp(change), error, flagged, f"{len(raced)} ratios")
 
@@ -120,11 +133,18 @@ def spread(old: Run, new: Run) -> np.ndarray:
 def report(old: Run, new: Run, threshold: float, every: bool) -> tuple[str, bool]:
     """(the text, whether something is flagged)."""
     found = changes(old, new, threshold)
-    lines = [f"{run.name}: {run.date}, commit {run.commit}, {run.machine['cpu']}"
-             for run in (old, new)]  # fmt: skip
+    lines = [
+        f"{run.name}: {run.date}, commit {run.commit}, {run.machine['cpu']}, load "
+        + ("unknown" if run.load is None else f"{run.load:.1f}")
+        for run in (old, new)
+    ]
+    for what in ("cpu", "gpu", "threads", "versions"):
+        if old.machine[what] != new.machine[what]:
+            lines.append(f"they differ in {what}: {old.machine[what]} and {new.machine[what]}")
     for change in sorted(found, key=lambda change: -change.factor):
         if every or change.flagged:
-            mark = "SLOWER" if change.what.endswith(("ratios", "drift")) else "MORE"
+            times = change.what.endswith(("ratios", "drift"))
+            mark = "GONE" if change.what == "gone" else "SLOWER" if times else "MORE"
             lines.append(
                 f"{mark if change.flagged else '':6} {100 * (change.factor - 1):+7.1f} % "
                 f"+- {100 * change.error:4.1f}  {change.group} ({change.what})"

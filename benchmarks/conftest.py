@@ -1,8 +1,9 @@
 """Which benchmarks run, where their results go, and the tables that end a run.
 
-Without `-m` the slow ones are left out; `-m full` runs all. Results go to benchmarks/results/ as
-`default`, `full` or `gpu`, of whole files with `-m full` as `full-step` and the like, of any other
-selection as `partial`: a JSON of pytest-benchmark with what was skipped and why.
+Without `-m` the slow ones are left out; `-m full` runs all, `-m slow` the slow ones alone. Results
+go to benchmarks/results/ as `default`, `full`, `slow` or `gpu`, of single files with `-m` as
+`slow-step` and the like, of any other selection, or where one failed, as `partial`: a JSON of
+pytest-benchmark with what was skipped and why.
 """
 
 import json
@@ -22,6 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "lmdb",
             "faiss-cpu", "numpy")  # fmt: skip
 _SKIPPED, _GROUPS, _SCOPE = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.StashKey[str]()
+_COMMIT, _LOAD = pytest.StashKey[dict](), pytest.StashKey[float]()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,15 +42,19 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish(session):
     """Names the results: of all suites, of whole suites with `-m full`, or of a selection."""
     option, places = session.config.option, [Path(one) for one in session.config.args]
-    scope = {"": "default", "full": "full"}.get(option.markexpr)
+    scope = {"": "default"}.get(option.markexpr, option.markexpr)
     if option.keyword or any("::" in one for one in session.config.args):
         scope = None
-    elif scope and torch.cuda.is_available():
+    scope = scope if scope in ("default", "full", "slow") else None
+    if scope == "full" and torch.cuda.is_available():
         scope = "gpu"
     if scope and not all(place.is_dir() for place in places):
         suites = sorted(place.stem.removeprefix("bench_") for place in places)
         scope = "-".join([scope, *suites]) if scope != "default" else None
     session.config.stash[_SCOPE] = scope or "partial"
+    found = session.config.hook.pytest_benchmark_generate_commit_info(config=session.config)
+    session.config.stash[_COMMIT] = found  # of what was read, whatever is committed meanwhile
+    session.config.stash[_LOAD] = os.getloadavg()[0]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -103,21 +109,23 @@ def pytest_sessionfinish(session):
     benches = [bench for bench in getattr(plugin, "benchmarks", []) if bench]
     if not benches:
         return
-    info = {
-        hook: getattr(session.config.hook, f"pytest_benchmark_generate_{hook}")(
-            config=session.config
-        )
-        for hook in ("machine_info", "commit_info")
-    }
-    written = session.config.hook.pytest_benchmark_generate_json(
-        config=session.config, benchmarks=plugin.benchmarks, include_data=True, **info
+    hook, config = session.config.hook, session.config
+    machine = hook.pytest_benchmark_generate_machine_info(config=config)
+    machine["load"] = config.stash[_LOAD]
+    written = hook.pytest_benchmark_generate_json(
+        config=config,
+        benchmarks=plugin.benchmarks,
+        include_data=True,
+        machine_info=machine,
+        commit_info=config.stash[_COMMIT],
     )
     written["commit_info"].pop("project", None)
     for bench in written["benchmarks"]:  # objects of ours; `extra_info` tells the same
         bench["params"] = None
     written["skipped"] = session.config.stash.get(_SKIPPED, [])
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{session.config.stash[_SCOPE]}.json"
+    name = "partial" if session.testsfailed else session.config.stash[_SCOPE]
+    path = RESULTS / f"{name}.json"
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(written, indent=1) + "\n")
     partial.replace(path)

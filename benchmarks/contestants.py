@@ -53,7 +53,7 @@ def eager() -> Tokens:
 
 
 def torch_fused() -> Tokens:
-    """torch's own F.linear_cross_entropy."""
+    """torch's own F.linear_cross_entropy, with its defaults, which on the CPU do not chunk."""
     return lambda *head: -F.linear_cross_entropy(*head, reduction="none").float()
 
 
@@ -80,18 +80,26 @@ def cce() -> Tokens:
     return logps
 
 
-def both_terms(make: Callable[[], Tokens], ignores: bool = False) -> Callable[[], Loss]:
+def both_terms(
+    make: Callable[[], Tokens], ignores: bool = False, compacts: bool = False
+) -> Callable[[], Loss]:
     """The loss of a library that has per-token log-probs.
 
     Args:
         ignores: It takes labels of -100 and leaves those rows out itself; else they are projected,
             and masked here.
+        compacts: Its trainer gives it the labelled rows alone.
     """
 
     def made() -> Loss:
         logps = make()
 
         def loss(hidden, weight, labels):
+            if compacts:
+                there = labels != -100
+                found = logps(hidden[there], weight, labels[there])
+                return from_sums(hidden.new_zeros(labels.shape, dtype=found.dtype)
+                                 .masked_scatter(there, found).sum(-1))  # fmt: skip
             rows = labels.flatten() if ignores else labels.flatten().clamp(min=0)
             found = logps(hidden.flatten(0, 2), weight, rows).view(labels.shape)
             return from_sums(torch.where(labels == -100, 0, found).sum(-1))
@@ -105,15 +113,13 @@ def liger() -> Loss:
     """Liger's fused DPO makes one term, so two calls: chosen and rejected, chosen and visual."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    fused = LigerFusedLinearDPOLoss(
-        beta=BETA, use_ref_model=False, compiled=torch.cuda.is_available()
-    )
+    fused = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
 
     def loss(hidden, weight, labels):
         total = 0
         for other in (1, 2):
-            total = total + fused(weight, hidden[[0, other]].flatten(0, 1),
-                                  labels[[0, other]].flatten(0, 1))[0]  # fmt: skip
+            rows = torch.cat([hidden[0], hidden[other]]), torch.cat([labels[0], labels[other]])
+            total = total + fused(weight, *rows)[0]
         return total
 
     return loss
@@ -125,7 +131,7 @@ CONTESTANTS: dict[str, Callable[[], Loss]] = {
     "ours, torch backend": lambda: ours("torch"),
     EAGER: both_terms(eager),
     "F.linear_cross_entropy": both_terms(torch_fused, ignores=True),
-    TRL: both_terms(trl),
+    TRL: both_terms(trl, compacts=DEVICE == "cuda"),
     "Liger DPO, two calls": liger,
     "CCE": both_terms(cce, ignores=True),
 }

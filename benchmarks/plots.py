@@ -62,12 +62,12 @@ def factors(axis, values: Sequence[float]) -> None:
 def ranking(ax, title: str, rows: list[tuple[str, tuple[float, float, float]]], line: str) -> None:
     """A line a contestant from 1 to its factor, with quartiles; least first.
 
-    Points, not bars: a bar on a logarithmic axis has no honest length. Factors below 4 get
+    Points, not bars: a bar on a logarithmic axis has no honest length. Factors below 6 get
     a linear axis from 0, and bars.
     """
     rows = sorted(rows, key=lambda row: -row[1][1])
     everything = [part for _, three in rows for part in three]
-    linear = max(everything) < 4
+    linear = max(everything) < 6
     for place, (name, (low, middle, high)) in enumerate(rows):
         if linear:
             ax.barh(place, middle, height=0.6, color=colour(name))
@@ -75,7 +75,11 @@ def ranking(ax, title: str, rows: list[tuple[str, tuple[float, float, float]]], 
             ax.plot([1, middle], [place, place], color=colour(name), linewidth=2.5)
             ax.plot([middle], [place], "o", color=colour(name), markersize=7)
         ax.plot([low, high], [place, place], color=INK, linewidth=1.1, solid_capstyle="butt")
-        shown = max(high, middle) + 0.05 if linear else max(high, middle, 1) * 1.14
+        shown = max(high, middle)
+        if linear:
+            shown = (1 if 0.7 < shown < 1 else shown) + 0.015 * max(everything)  # not on the line
+        else:
+            shown = max(shown, 1) * 1.14
         ax.text(shown, place, f"{middle:.2f}", va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     for label, (name, _) in zip(ax.get_yticklabels(), rows, strict=True):

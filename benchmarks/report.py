@@ -1,7 +1,7 @@
 """docs/benchmarks.md, its pictures and the README's tables: `python -m benchmarks.report`.
 
-Reads every run in benchmarks/results/, so no figure is typed by hand. A suite comes from a `full`
-run where one has it, else from `default`; rows of a GPU from `gpu`, which say "not measured" until
+Reads every run in benchmarks/results/, so no figure is typed by hand: `full` ones first, then what
+`slow` ones add, then `default`. Rows of a GPU come from `gpu`, and say "not measured" until
 somebody runs `make bench-gpu`.
 """
 
@@ -33,13 +33,14 @@ SUITES = PAGES["suites"]
 
 
 def read_runs(folder: Path) -> tuple[list[Run], Run | None]:
-    """(runs on a CPU, full ones first; the run on a GPU).
+    """(runs on a CPU, those with more first; the run on a GPU).
 
     Raises:
         ValueError: when there is none.
     """
-    files = [*sorted(folder.glob("full*.json")), folder / "default.json"]
-    runs = [results.read(file) for file in files if file.exists()]
+    names = ("full*.json", "slow*.json", "default.json")
+    files = [file for name in names for file in sorted(folder.glob(name))]
+    runs = [results.read(file) for file in files]
     if not runs:
         raise ValueError(f"{folder} holds no results; run `make bench` first.")
     gpu = folder / "gpu.json"
@@ -54,11 +55,10 @@ def page(runs: list[Run], gpu: Run | None, draw: bool = True) -> str:
     parts += _targets(runs)
     for suite, words in SUITES.items():
         parts.append(f"## {words['title']}")
-        run = next((run for run in runs if run.groups(suite)), None)
-        if run is None:
+        groups = results.groups_of(runs, suite)
+        if not groups:
             parts.append("Not measured.")
             continue
-        groups = run.groups(suite)
         parts.append(words["words"])
         parts += _pictures(suite, groups, draw)
         parts.append(_tables(suite, groups))
@@ -70,9 +70,10 @@ def _machines(runs: list[Run]) -> str:
     for run in runs:
         machine = run.machine
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+        load = "" if run.load is None else f", load {run.load:.1f} when it began"
         device = machine["gpu"] or (
             f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of "
-            f"{machine['cores']} cores, no GPU"
+            f"{machine['cores']} cores{load}, no GPU"
         )
         lines.append(
             f"- `{run.name}`, {run.date} UTC, commit {run.commit}: {device}; Python "
@@ -82,13 +83,14 @@ def _machines(runs: list[Run]) -> str:
 
 
 def _targets(runs: list[Run]) -> list[str]:
-    rows, count = [], 0
+    rows = []
     for target in targets.read():
         value, verdict = targets.verdict(target, runs)
-        count += verdict == "met"
         shown = "-" if value is None else quantity(value)
         rows.append((target.name, target.bound, shown, f"**{verdict}**", target.reason))
-    reached = f"What we set out to reach (docs/targets.toml): {count} of {len(rows)} met."
+    counts = Counter(row[3].strip("*") for row in rows)
+    told = ", ".join(f"{counts[word]} {word}" for word in ("met", "missed", "not measured"))
+    reached = f"What we set out to reach (docs/targets.toml): {told}."
     columns = ("target", "bound", "measured", "", "why this bound")
     return ["## Targets", reached, table(columns, rows)]
 
@@ -156,6 +158,7 @@ def _table(name: str, entries: list[Entry]) -> str:
         row = {
             "": f"{bold}{entry.contestant}{bold}" + (" (limit)" if entry.role == "limit" else ""),
             "median": duration(entry.median),
+            "rounds": str(len(entry.seconds)),
             "over ours": factor(entry.ratio) if entry.ratio else "1",
         }
         if limits:
@@ -167,7 +170,7 @@ def _table(name: str, entries: list[Entry]) -> str:
         if entry.bytes is not None:
             row["peak"] = bytes_of(entry.bytes)
         if "rate" in entry.extra:
-            row["rate"] = f"{entry.extra['rate']:,.3g} {entry.extra['unit']}/s"
+            row["rate"] = f"{quantity(entry.extra['rate'])} {entry.extra['unit']}/s"
         if "filled" in entry.extra:
             row["filled"] = f"{100 * entry.extra['filled']:.2f} %"
         rows.append(row)

@@ -18,7 +18,7 @@ LIGER_COLUMNS = (
     "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
     "extra_benchmark_config_str", "gpu_name", "timestamp", "liger_version",
 )  # fmt: skip
-X_OF_SUITE = {"head": "V", "memory": "image_tokens", "scaling": "value", "loss": "B"}
+X_OF_SUITE = {"head": "V", "memory": "image_tokens", "scaling": "value", "loss": "examples"}
 """What a suite is drawn against; the others are drawn against nothing, x = 0."""
 
 
@@ -79,6 +79,11 @@ class Run:
                 found.setdefault(entry.group, []).append(entry)
         return found
 
+    @property
+    def load(self) -> float | None:
+        """Processes that ran or waited in the minute before it; about 0 on a quiet machine."""
+        return self.machine.get("load")
+
     def find(self, group: str, contestant: str) -> Entry | None:
         """The entry of that name, or None."""
         keys = {entry.key: entry for entry in self.entries}
@@ -125,6 +130,17 @@ def _entry(bench: dict[str, Any]) -> Entry:
     )
 
 
+def groups_of(runs: list[Run], suite: str) -> dict[str, list[Entry]]:
+    """Entries of a suite by group, of several runs; the first run that has an entry counts."""
+    found: dict[str, dict[str, Entry]] = {}
+    for run in runs:
+        for group, entries in run.groups(suite).items():
+            part = found.setdefault(group, {})
+            for entry in entries:
+                part.setdefault(entry.contestant, entry)
+    return {group: list(part.values()) for group, part in found.items()}
+
+
 def over_limit(entries: list[Entry]) -> dict[str, tuple[float, float, float]]:
     """Time of each contestant over that of the limit: quartiles, by contestant.
 
@@ -163,7 +179,7 @@ def write_csv(run: Run, path: Path) -> None:
         for entry in run.entries:
             x = X_OF_SUITE.get(entry.suite, "")
             row = shared | {
-                "kernel_name": entry.suite if entry.suite == "head" else entry.group,
+                "kernel_name": _kernel(entry),
                 "kernel_provider": entry.contestant,
                 "kernel_operation_mode": "full",
                 "x_name": entry.case.get("axis", x),
@@ -179,6 +195,13 @@ def write_csv(run: Run, path: Path) -> None:
                 row |= {"metric_name": "memory", "metric_unit": "MB"}
                 writer.writerow(row | _values([entry.bytes / 2**20] * 3))
     partial.replace(path)
+
+
+def _kernel(entry: Entry) -> str:
+    """What is drawn in one picture: all x of a suite, or of an axis; else the group."""
+    if entry.suite in ("head", "memory", "loss"):
+        return entry.suite
+    return f"scaling {entry.case['axis']}" if entry.suite == "scaling" else entry.group
 
 
 def _values(three) -> dict[str, str]:

@@ -44,7 +44,7 @@ def now():
 
 
 def allocate(mode):
-    """How malloc treats blocks over 1 MB: `return` them when freed, or `keep` them for the next.
+    """How malloc treats large blocks: `return` them when freed, `keep` them, or as `usual`.
 
     Returned, peak memory is that of live tensors, not of what glibc happens to hold (1.7 times as
     much). Kept, as a GPU's caching allocator does, a step is not spent on page faults (a third).
@@ -53,6 +53,11 @@ def allocate(mode):
     libc = ctypes.CDLL(None)
     if mode == "return":
         libc.mallopt(threshold, 1 << 20)
+    elif mode == "usual":  # what glibc starts with
+        libc.mallopt(most, 65536)
+        libc.mallopt(threshold, 128 << 10)
+        libc.mallopt(trim, 128 << 10)
+        libc.mallopt(top_pad, 128 << 10)
     else:
         libc.mallopt(most, 0)
         libc.mallopt(trim, -1)
@@ -351,8 +356,9 @@ class Trl:
                     os._exit(0)  # there is nothing to save
                 if "keep" in words:
                     allocate("keep")
-                # The switch inside `add_fused_lm_head`; the kernel itself keeps its torch path.
-                utils._use_triton = lambda device: "labelled" in words
+                if DEVICE == "cpu":
+                    # The switch inside `add_fused_lm_head`; the kernel itself keeps its torch path.
+                    utils._use_triton = lambda device: "labelled" in words
                 self.began = now()
 
             def on_step_end(self, args, state, control, **_):

@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 def quantity(value: float) -> str:
     """Three digits; millions as such."""
-    return f"{value / 1e6:.3g} M" if value >= 1e5 else f"{value:.3g}"
+    return f"{value / 1e6:.3g} M" if value >= 1e5 else f"{float(f'{value:.3g}'):,g}"
 
 
 def factor(three: Sequence[float]) -> str:
@@ -47,13 +47,18 @@ def span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _is_other(entry: Entry) -> bool:
+    """Neither ours in another form nor a limit."""
+    return entry.role == "peer" and not entry.contestant.startswith("ours")
+
+
 def against_ours(groups: Groups) -> str:
     """Where a peer is faster than ours, by its median; says so where none is."""
     faster = [
         f"{entry.contestant} takes {entry.ratio[1]:.2f} of ours in *{group}*"
         for group, entries in groups.items()
         for entry in entries
-        if entry.role == "peer" and entry.ratio and entry.ratio[1] < 1
+        if _is_other(entry) and entry.ratio and round(entry.ratio[1], 2) < 1
     ]
     if not faster:
         return "No other contestant is faster than ours in any of them."
@@ -72,8 +77,8 @@ def head_sentence(groups: Groups) -> str:
             peers = [e.ratio[1] for e in entries if e.role == "peer" and "ours" not in e.contestant]
             best += [min(peers)] if peers else []
     ours = " and ".join(f"{span(values)} times in {dtype}" for dtype, values in found.items())
-    below = any(min(values) < 1 for values in found.values())
-    why = " (below 1 where our own GEMM is faster than torch's on this CPU)" if below else ""
+    below = min(found.get("fp32", [1.0])) < 0.97
+    why = " (below 1: ours has a GEMM of its own)" if below else ""
     return (
         f"Over these {sum(map(len, found.values()))} cases ours takes {ours} as long as torch's "
         f"GEMMs alone{why}; the best of the other libraries takes {span(best)} times as long as "
@@ -101,7 +106,7 @@ def memory_sentence(groups: Groups) -> str:
             lower += [name for t in values if values[t] < ours[t]]
     where = f" Less than ours: {', '.join(sorted(set(lower)))}." if lower else ""
     return (
-        f"Ours does not grow with image tokens but for labels and masks ({'; '.join(found)}). "
+        f"Of ours labels and masks alone grow with the image tokens ({'; '.join(found)}). "
         f"Lines that rise project every row, or keep something for it.{where}"
     )
 
@@ -113,7 +118,8 @@ def step_sentence(groups: Groups) -> str:
         if entry.role == "peer" and entry.ratio:
             found.setdefault(entry.contestant, []).append(entry.ratio[1])
     parts = "; ".join(f"{name} {span(values)}" for name, values in found.items())
-    return f"Times of ours, in {len(groups)} settings: {parts}. {against_ours(groups)}"
+    plural = "s" if len(groups) > 1 else ""
+    return f"In units of ours, in {len(groups)} setting{plural}: {parts}. {against_ours(groups)}"
 
 
 def scaling_sentence(groups: Groups) -> str:
@@ -124,6 +130,6 @@ def scaling_sentence(groups: Groups) -> str:
             slope = entry.extra["slope"]["time"]
             found.append(f"{slope:.2f} in {entry.case['axis']}")
     return (
-        f"Slopes of ours: {', '.join(found)}. In the context ours is flat, as image and prompt "
-        f"rows never meet the vocabulary. {against_ours(groups)}"
+        f"Slopes of ours: {', '.join(found)}. T counts image and prompt rows, which of ours never "
+        f"meet the vocabulary. {against_ours(groups)}"
     )
