@@ -67,9 +67,11 @@ def step(run: Run) -> str | None:
             memory += [] if theirs is None else [ours.bytes / theirs.bytes]
         if name == "TRL DPO":
             cells = [f"**{cell}**" for cell in cells]
-        span = f"{min(memory):.2f} - {max(memory):.2f}" if memory else "-"
+        ends = dict.fromkeys(f"{part(memory):.2f}" for part in (min, max)) if memory else ("-",)
+        span = " - ".join(ends)
         rows.append((words.format(**run.machine["versions"]), *cells, span))
-    what = "a training step of a LLaVA of 60 M parameters, on a CPU: ours / theirs"
+    size = f"{most} example{'s' if most > 1 else ''}"
+    what = f"a training step of a LLaVA of 60 M parameters, {size}, on a CPU: ours / theirs"
     return table((what, *(f"{TUNES[t]}, {d}" for t, d in columns), "peak memory"), rows)
 
 
