@@ -145,10 +145,9 @@ def pytest_terminal_summary(terminalreporter, config):
             ratio = info.get("ratio")
             beside = "" if ratio is None else "{1:7.2f}x [{0:.2f}, {2:.2f}]".format(*ratio)
             notes = "".join(f"   {note}" for note in _notes(info))
-            say(
-                f"  {1e3 * bench['median']:10.2f} ms {beside:24} "
-                f"{info.get('contestant', bench['name'])}{notes}"
-            )
+            # The time of a memory benchmark is that of a process's start.
+            time = f"{1e3 * bench['median']:10.2f} ms" if info.get("suite") != "memory" else ""
+            say(f"  {time:13} {beside:24} {info.get('contestant', bench['name'])}{notes}")
     if _PATH in config.stash:
         _say_targets(say, results.read(config.stash[_PATH]))
         say(f"\nresults: {config.stash[_PATH].relative_to(config.rootpath)}")

@@ -10,7 +10,7 @@ as ever. `extra_info` of each benchmark says
 
 - suite: head, memory, loss, step, cache, pairs or scaling;
 - case: what was run, a dict of numbers and names (dtype, N, H, V, image_tokens, ...);
-- contestant, and its role: `ours`, `limit` (what cannot be beaten) or `peer`;
+- contestant, and its role: `ours`, `limit` (what nobody can leave out) or `peer`;
 - ratio: lower quartile, median and upper quartile of theirs / ours; not for ours itself;
 - error, where there is a truth: {"loss": ..., "gradient": ...}, relative, against fp64;
 - bytes, where memory is a result: the peak, as the suite defines it.
@@ -54,6 +54,7 @@ def seconds(call: Callable[[], object]) -> float:
     """Duration of one call. A call that returns a float has timed itself, in another process."""
     if torch.cuda.is_available():
         _flush().zero_()
+        torch.cuda.synchronize()  # or launches would hide behind the flush
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         found = call()
