@@ -253,6 +253,10 @@ def parse_answer(answer: Answer) -> Reply:
         return Reply("", f"the answer is no chat completion: {start!r}")
     if not isinstance(content, str) or not content.strip():
         return Reply("", NO_TEXT)
+    try:
+        content.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, which no file can hold
+        return Reply("", "the answer holds half a character")
     return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
 
 
