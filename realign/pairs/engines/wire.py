@@ -64,7 +64,7 @@ class Address:
         readable = url.isprintable() and " " not in url
         if parts.scheme not in ("http", "https") or not (host and model and readable):
             raise ValueError(
-                f"the endpoint is {spec!r}; give an http or https URL and behind a # the model, "
+                "the endpoint is no http or https URL with the model behind a #, "
                 "such as https://host/v1#MODEL."
             )
         return cls(url.rstrip("/"), model, _is_loopback(host))
