@@ -332,8 +332,11 @@ def test_every_preset_can_be_named(name):
         ({"negative": "mirror"}, "negative is 'mirror'; it must be one of retrieved, random"),
         ({"index": "lsh"}, "index is 'lsh'; it must be one of auto, exact, ivf, hnsw"),
         ({"dtype": "fp16"}, "dtype is 'fp16'; it must be one of fp32, bf16"),
-        ({"judge": "gpt"}, "--judge: engine is 'gpt'; give transformers:MODEL"),
-        ({"masker": "llm"}, "--masker: engine is 'llm'; give"),
+        (
+            {"judge": "gpt"},
+            "--judge: the engine is of no kind that is known; give transformers:MODEL",
+        ),
+        ({"masker": "llm"}, "--masker: the engine is of no kind that is known; give"),
         ({"data": "x", "answer": "http://host/v1"}, "--answer: the endpoint"),
         ({"ray": "here"}, "ray is 'here'; give local, local:N, auto"),
         ({"ray": "local:0"}, "ray is 'local:0'"),

@@ -254,3 +254,12 @@ def test_the_rate_limit_spaces_requests_out():
         engine.chat([say("later")])
         gaps = np.diff(server.times)
     assert len(gaps) == 4 and gaps.min() > 0.08  # 0.1 s, less the way to the server
+
+
+def test_half_a_character_is_a_bad_reply():
+    body = b'{"choices": [{"message": {"content": "a \\ud83d b"}}]}'
+    assert wire.parse_answer(wire.Answer(200, body)) == Reply(
+        "", "the answer holds half a character"
+    )
+    whole = body.replace(b"\\ud83d", b"\\ud83d\\ude00")
+    assert wire.parse_answer(wire.Answer(200, whole)).text == "a \U0001f600 b"

@@ -509,3 +509,31 @@ def test_the_command(tmp_path, pictures, capsys):
     assert [record.rejected for record in read_pairs(output)] == ["A dog."]
     assert main([str(tmp_path / "none.json")]) == 1
     assert capsys.readouterr().err.startswith("error: there is nothing at ")
+
+
+@pytest.mark.parametrize(
+    "stored, reason",
+    [
+        ({"bytes": b"", "path": None}, "corrupt"),
+        ({"bytes": b"", "path": "a.png"}, "corrupt"),
+        ({"bytes": "aGk=", "path": None}, "malformed"),
+    ],
+)
+def test_bytes_that_are_none_are_a_bad_record(tmp_path, stored, reason):
+    rows = [{"prompt": [_user("What?")], "chosen": "A", "rejected": "B", "images": [stored]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    (found,) = read_any(str(tmp_path / "pairs.parquet"))
+    assert isinstance(found, Bad) and found.reason == reason
+
+
+def test_a_line_nested_too_deep_is_malformed(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text("[" * 200_000 + "\n" + json.dumps(LLAVA) + "\n")
+    first, _ = read_any(str(file))
+    assert isinstance(first, Bad) and first.reason == "malformed"
+
+
+def test_annotations_of_coco_that_are_no_list(tmp_path):
+    data = _json(tmp_path, COCO | {"annotations": 5}, "captions.json")
+    with pytest.raises(ValueError, match="`annotations` that are no list: 5"):
+        read_any(data, images=str(tmp_path))

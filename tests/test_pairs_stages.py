@@ -14,6 +14,9 @@ from realign.pairs.__main__ import main
 from realign.pairs.engines import Reply
 from realign.pairs.margin import visual_margins
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
+from realign.pairs.reading import Read
+from realign.pairs.run import Limit, make_shard
+from realign.pairs.stage import Stage
 from realign.records import read_pairs
 
 # Engines.
@@ -279,3 +282,18 @@ def test_a_random_negative_is_another_image(whole_run):
             for row in shards.Shards(folders["read"]).read(number):
                 _, drawn = assembler._random(row, number, {"shard": 0, "id": "nothing"})
                 assert drawn not in (row["id"], "nothing")
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_an_error_without_text_is_no_success(tmp_path, error):
+    class Fails(Stage):
+        name, needs, schema = "fails", ("read",), Read.schema
+
+        def run(self, inputs, number):
+            raise error
+
+    stage = Fails()
+    stage.folder, stage.folders = tmp_path / "fails", {"read": tmp_path / "read"}
+    row = {"id": "a", "prompt": "[]", "chosen": "A", "images": []}
+    shards.Shards(tmp_path / "read", Read.schema).write(0, [row], [])
+    assert make_shard(stage, 0, Limit(0, set())).error == error.__name__

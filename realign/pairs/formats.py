@@ -170,7 +170,10 @@ def name_of(item: Any) -> str | None:
 def coco_items(content: Any, file: Path) -> list[dict]:
     """The pictures of a COCO captions file, each with its captions."""
     captions = defaultdict(list)
-    for note in content.get("annotations") or []:
+    notes = content.get("annotations") or []
+    if not isinstance(notes, list):
+        raise ValueError(f"{file} has `annotations` that are no list: {str(notes)[:80]}.")
+    for note in notes:
         if not isinstance(note, dict) or not {"caption", "image_id"} <= set(note):
             raise ValueError(
                 f"{file} has the annotation {str(note)[:80]}, no caption of an image. COCO's "
@@ -191,7 +194,7 @@ def json_lines(file: Path) -> Iterator[Any]:
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as error:  # of JSON and of UTF-8
+            except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of its depth
                 yield Malformed(f"not JSON: {error}")
 
 

@@ -287,7 +287,11 @@ def _stored(value: Any, kind: str, folder: Path) -> StoredImage:
     else:
         data, path = (value, None) if isinstance(value, bytes) else (None, value)
     if data is not None:
-        return StoredImage(data, path)
+        if not isinstance(data, bytes):
+            raise PictureError("malformed", f"{str(data)[:80]!r} is no picture's bytes")
+        if not data:
+            raise PictureError("corrupt", "it has no bytes")
+        return StoredImage(data, path if isinstance(path, str) else None)
     if not isinstance(path, str) or not path:
         raise PictureError("no image", f"{value!r} is no path")
     found = inside(folder, path)

@@ -39,7 +39,7 @@ class PictureError(ValueError):
     """A picture cannot be used.
 
     Attributes:
-        reason: "missing", "corrupt", "too large", "outside the folder" or "no image".
+        reason: "missing", "corrupt", "too large", "outside the folder", "no image" or "malformed".
         detail: what exactly, for the person who looks.
     """
 

@@ -303,10 +303,15 @@ def make_shard(stage: Stage, number: int, limit: Limit) -> Made:
             return Made(number, records, bad, "bad")
         shards.write(number, rows, left_out)
     except OSError as error:
-        return Made(number, 0, 0, "full" if is_full(error) else str(error))
+        return Made(number, 0, 0, "full" if is_full(error) else _said(error))
     except ValueError as error:  # an engine or a model that cannot be used at all
-        return Made(number, 0, 0, str(error))
+        return Made(number, 0, 0, _said(error))
     return Made(number, records, bad)
+
+
+def _said(error: Exception) -> str:
+    """What an error says, never "": that would be a success."""
+    return str(error) or type(error).__name__
 
 
 @contextmanager

@@ -69,6 +69,6 @@ def make_engine(
 
         return VllmEngine(model, folder=folder, options=vllm_options)
     raise ValueError(
-        f"engine is {spec!r}; give transformers:MODEL, vllm:MODEL, or the URL of an "
-        "OpenAI-compatible endpoint with its model, such as http://127.0.0.1:8000/v1#MODEL."
+        "the engine is of no kind that is known; give transformers:MODEL, vllm:MODEL, or the URL "
+        "of an OpenAI-compatible endpoint with its model, such as http://127.0.0.1:8000/v1#MODEL."
     )

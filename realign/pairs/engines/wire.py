@@ -64,7 +64,7 @@ class Address:
         readable = url.isprintable() and " " not in url
         if parts.scheme not in ("http", "https") or not (host and model and readable):
             raise ValueError(
-                f"the endpoint is {spec!r}; give an http or https URL and behind a # the model, "
+                "the endpoint is no http or https URL with the model behind a #, "
                 "such as https://host/v1#MODEL."
             )
         return cls(url.rstrip("/"), model, _is_loopback(host))
@@ -253,6 +253,10 @@ def parse_answer(answer: Answer) -> Reply:
         return Reply("", f"the answer is no chat completion: {start!r}")
     if not isinstance(content, str) or not content.strip():
         return Reply("", NO_TEXT)
+    try:
+        content.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, which no file can hold
+        return Reply("", "the answer holds half a character")
     return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
 
 
