@@ -140,8 +140,8 @@ def lines(ax, series: dict[str, list[tuple[float, float]]]) -> None:
 
 
 def plain(axis) -> None:
-    """A logarithmic axis with 1, 2 and 5 of every decade, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """A logarithmic axis with five ticks in every decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
