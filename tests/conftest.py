@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["REALIGN_CACHE"] = tempfile.mkdtemp(prefix="realign-cache-")
 
 import pytest
+import torch
 from pair_runs import FakeEngine, config_in
 
 from realign.digits import ASSETS
@@ -87,3 +88,11 @@ def engine(monkeypatch):
         return fake
 
     return use
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_to_fork(request):
+    """A child that a test forks must not inherit a process group: its threads stay behind."""
+    forks = "kill_9" in request.node.name or "refcache" in request.node.path.name
+    if forks and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
