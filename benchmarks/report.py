@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import plots, readme, results, targets
+from benchmarks import compare, plots, readme, results, targets
 from benchmarks.results import Entry, Run, over_limit
 from benchmarks.words import (
     PAGES,
@@ -47,12 +47,26 @@ def read_runs(folder: Path) -> tuple[list[Run], Run | None]:
     return runs, results.read(gpu) if gpu.exists() else None
 
 
-def page(runs: list[Run], gpu: Run | None, draw: bool = True) -> str:
-    """The text of docs/benchmarks.md; draws the pictures beside it."""
+def read_earlier(folder: Path) -> Run | None:
+    """The default run once more, kept as earlier.json to tell how far runs differ."""
+    file = folder / "earlier.json"
+    return results.read(file) if file.exists() else None
+
+
+def page(runs: list[Run], gpu: Run | None, draw: bool = True, earlier: Run | None = None) -> str:
+    """The text of docs/benchmarks.md; draws the pictures beside it.
+
+    Args:
+        runs: on a CPU, those with more first.
+        gpu: the run on a GPU, if there is one.
+        draw: whether to draw the pictures.
+        earlier: the default run once more, at another time, to tell how far runs differ.
+    """
     parts = ["# Benchmarks", PAGES["head"], _machines([*runs, *([gpu] if gpu else [])])]
     if gpu is None:
         parts.append("**No GPU timing has been measured**; [gpu.md](gpu.md) has a calculation.")
     parts += _targets(runs)
+    parts += _again(earlier, runs[-1]) if earlier else []
     for suite, words in SUITES.items():
         parts.append(f"## {words['title']}")
         groups = results.groups_of(runs, suite)
@@ -93,6 +107,12 @@ def _targets(runs: list[Run]) -> list[str]:
     reached = f"What we set out to reach (docs/targets.toml): {told}."
     columns = ("target", "bound", "measured", "", "why this bound")
     return ["## Targets", reached, table(columns, rows)]
+
+
+def _again(earlier: Run, later: Run) -> list[str]:
+    """How far two runs of the same benchmarks differ."""
+    text, _ = compare.report(earlier, later, 0.1, every=False)
+    return ["## The same run twice", PAGES["again"], f"```text\n{text}\n```"]
 
 
 def _pictures(suite: str, groups: dict[str, list[Entry]], draw: bool) -> list[str]:
@@ -255,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         runs, gpu = read_runs(given.results)
-        PAGE.write_text(page(runs, gpu))
+        PAGE.write_text(page(runs, gpu, earlier=read_earlier(given.results)))
         readme.refresh(ROOT / "README.md", runs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

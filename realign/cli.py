@@ -62,7 +62,9 @@ def _add_flags(group: Any, section: str, cls: type) -> None:
             "--" + f.name.replace("_", "-"),
             dest=f"{section}.{f.name}",
             default=argparse.SUPPRESS,
-            help=f"{docs[f.name]} (default: {f.default})".replace("%", "%%"),
+            help=(
+                docs[f.name] + ("" if f.default in (None, "") else f" (default: {f.default})")
+            ).replace("%", "%%"),
             **how,
         )
 

@@ -1,5 +1,8 @@
 """How often a model says what is not there: `python -m realign.evaluate --model DIR`.
 
+`python -m realign.evaluate pope`, `chair`, `hallusionbench` and `compare` are about photographs
+(`scores.command`). Without such a word it is about digits:
+
 On digit scenes and handwritten digits never trained on, without the prior of the training scenes:
 the share of misnamed digits in captions (the hallucination rate), and accuracy, F1 and yes-rate on
 yes/no questions in the manner of POPE. Intervals are 95 % percentile bootstraps over scenes, since
@@ -30,6 +33,7 @@ from realign.digits.scenes import (
 from realign.encode import chat_prompt
 from realign.loading import load_processor, load_trained
 from realign.noise import hush_libraries
+from realign.scores.command import COMMANDS, run
 
 EVALUATION_SEED = 20_000  # scenes of no training seed
 RESAMPLES = 2000
@@ -201,12 +205,18 @@ def _f1(values: np.ndarray) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, evaluate, print; returns an exit code."""
     hush_libraries()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words and words[0] in COMMANDS:
+            return run(words)
+        if words and not words[0].startswith("-"):
+            raise ValueError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}.")
         config = parse_sections(
             {"evaluate": EvaluateConfig},
             prog="python -m realign.evaluate",
-            description="Hallucination of a digits model on scenes it was never trained on.",
-            arguments=arguments,
+            description="Hallucination of a digits model on scenes it was never trained on. For "
+            f"photographs put {', '.join(COMMANDS)} in front, which have flags of their own.",
+            arguments=words,
         )["evaluate"]
         rates = evaluate(config)
     except (ValueError, OSError) as error:

@@ -275,7 +275,7 @@ def _ranks() -> tuple[int, int]:
 
 
 def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _reduce_max(values: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def shard_times(folder: Path) -> dict[str, int]:
 
 def rejected_in(folder: Path) -> list[tuple[str, str, str]]:
     """(record, stage, reason) of the bad records listed there."""
-    rows = pq.read_table(folder / "rejected_records.parquet").to_pylist()
+    rows = pq.read_table(folder / "pairs.work" / "rejected_records.parquet").to_pylist()
     return [(row["record"], row["stage"], row["reason"]) for row in rows]
 
 

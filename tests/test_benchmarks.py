@@ -292,7 +292,8 @@ class TestPages:
 
     def test_committed_pages_are_what_the_committed_results_give(self):
         """Nothing in them is typed by hand."""
-        text = report.page(*report.read_runs(results.FOLDER), draw=False)
+        earlier = report.read_earlier(results.FOLDER)
+        text = report.page(*report.read_runs(results.FOLDER), draw=False, earlier=earlier)
         assert report.PAGE.read_text() == text
         for name in ("head", "error", "memory", "step", "scaling"):
             assert (report.PICTURES / f"{name}.png").stat().st_size > 10_000

@@ -153,8 +153,11 @@ def _missing(own, folder):
         (_no_column, "has the columns prompt, chosen."),
         (_unreadable, "allows: 1 embed: corrupt; for one, record 'torn'"),
         (_literal, "record 'odd' (record 'odd': its prompt places 2 image(s)"),
-        (_nothing_to_mask, "no pair passed the filters ({'nothing to mask': 6}). Raise --k"),
-        (_alone, "no pair passed the filters ({'no neighbour': 1})"),
+        (
+            _nothing_to_mask,
+            "no record gave a pair; dropped 6 (6 nothing to mask). Name other kinds",
+        ),
+        (_alone, "no record gave a pair; dropped 1 (1 no neighbour). Give more images"),
         (_missing, "there is nothing at"),
     ],
 )

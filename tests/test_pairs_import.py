@@ -435,7 +435,7 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
         read_any(_json(tmp_path, {"a": 1}))
     with pytest.raises(ValueError, match="no record of a known format; pass --format"):
         read_any(_json(tmp_path, [{"a": 1}, 3]))
-    with pytest.raises(ValueError, match="images is 'nowhere', which is no folder"):
+    with pytest.raises(ValueError, match="--image-folder nowhere is no folder"):
         read_any(_json(tmp_path, [LLAVA]), images="nowhere")
     with pytest.raises(ValueError, match="format is 'coco', but .* looks like 'llava'"):
         read_any(_json(tmp_path, [LLAVA]), format="coco")
@@ -478,7 +478,7 @@ def test_pairs_of_the_authors_json_are_written(tmp_path, pictures):
     assert good.retrieved_images == (StoredImage(path=str(pictures.resolve() / "b.jpg")),)
     assert (good.name, good.chosen, good.rejected) == ("good", "A cat.", "A dog.")
     assert np.asarray(ink.images[0].open("ink")).tolist() == [[[0, 255, 255]] * 8] * 8
-    listed = pq.read_table(output.parent / "rejected_records.parquet").to_pylist()
+    listed = pq.read_table(output.with_suffix(".work") / "rejected_records.parquet").to_pylist()
     assert [(row["record"], row["reason"]) for row in listed] == [
         ("cut", "corrupt"),
         ("cut again", "corrupt"),
@@ -496,7 +496,7 @@ def test_pairs_without_a_rejected_response_are_none(tmp_path, pictures):
     with pytest.raises(ValueError, match="gave no pair .*'no response': 1.*rejected_records"):
         import_pairs(data, str(pictures), str(tmp_path / "pairs.parquet"))
     assert not (tmp_path / "pairs.parquet").exists()
-    (row,) = pq.read_table(tmp_path / "rejected_records.parquet").to_pylist()
+    (row,) = pq.read_table(tmp_path / "pairs.work" / "rejected_records.parquet").to_pylist()
     assert row["record"] == "33471" and row["detail"] == "it has no rejected response"
 
 

@@ -52,7 +52,7 @@ def test_a_table_has_one_sequence_of_bytes_and_row_groups_to_fit(tmp_path):
 
 
 def test_a_library_finds_rows_at_random(tmp_path):
-    schema = pa.schema({"id": pa.string(), "images": reading._IMAGES})
+    schema = pa.schema({"id": pa.string(), "images": reading.IMAGES})
     written = shards.Shards(tmp_path, schema)
     for number in range(3):
         names = [f"{number}-{i}" for i in range(6)]
@@ -248,7 +248,9 @@ def test_an_unknown_command_and_a_stage_without_engine_are_named(tmp_path, capsy
     assert main(["bake"]) == 1
     assert main(["answer", "--output", str(tmp_path / "p.parquet")]) == 1
     err = capsys.readouterr().err
-    assert "unknown command 'bake': answer, embed, retrieve, mask, refill, filter run" in err
+    assert (
+        "unknown command 'bake': answer, embed, retrieve, mask, refill, filter, negative run" in err
+    )
     assert "there is no stage answer without an engine; add --answer" in err
 
 
@@ -311,7 +313,7 @@ def test_bad_records_are_listed_with_their_reasons_and_the_rest_goes_on(tmp_path
         output=str(good / "pairs.parquet"), data=data, mask="numbers", k=4, quiet=True
     )
     build_pairs(clean)
-    assert not (good / "rejected_records.parquet").exists()
+    assert not (good / "pairs.work" / "rejected_records.parquet").exists()
     texts = {r.name: (r.rejected, r.provenance["neighbour"]) for r in read_pairs(clean.output)}
     made = read_pairs(tmp_path / "pairs.parquet")
     assert {r.name: (r.rejected, r.provenance["neighbour"]) for r in made} == texts

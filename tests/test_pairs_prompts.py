@@ -175,3 +175,29 @@ def test_pieces_at_the_end_are_kept():
     masked = Masked(("", " dog runs"), ("a",))
     assert prompts.keeps_pieces(masked, "The brown dog runs")
     assert not prompts.keeps_pieces(masked, "The brown dog runs away")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "text", "expected"),
+    [
+        ("Two", "Three dogs.", True),
+        ("Two", "Three dogs", True),
+        ("Two", "Sure! Here is the completed answer: three dogs.", False),
+        ("Two", "Sure.\nThree dogs.", False),
+        ("Two", "Completed answer:\n\nThree dogs.", False),
+        ("Two", "one two three four five six seven eight dogs", True),
+        ("Two", "one two three four five six seven eight nine dogs", False),
+        ("Two", "2.5 dogs.", True),
+        ("a b c d e", "1 2 3 4 5 6 7 8 9 10 dogs.", True),
+        ("a b c d e", "1 2 3 4 5 6 7 8 9 10 11 dogs.", False),
+    ],
+)
+def test_remarks_around_a_completion_do_not_pass(hidden, text, expected):
+    assert prompts.keeps_pieces(Masked(("", " dogs."), (hidden,)), text) is expected
+
+
+def test_a_later_place_of_a_piece_is_found_where_the_first_leaves_too_long_a_gap():
+    masked = Masked(("a ", " b ", " c"), ("x", "y"))
+    words = ["b"] * 3 + [f"w{i}" for i in range(8)]
+    assert prompts.keeps_pieces(masked, f"a {' '.join(words)} c")
+    assert not prompts.keeps_pieces(masked, f"a {' '.join([*words, *'12345678'])} c")

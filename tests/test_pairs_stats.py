@@ -64,7 +64,7 @@ def _leave_out(folder):
         Bad(str(i), "read", reason) for i, reason in enumerate(["missing", "corrupt", "missing"])
     ]
     rows = pa.Table.from_pylist([vars(entry) for entry in bad], schema=LEFT_OUT)
-    write_table(folder / "rejected_records.parquet", rows)
+    write_table(folder / "pairs.work" / "rejected_records.parquet", rows)
 
 
 def test_figures(pairs):

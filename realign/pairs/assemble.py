@@ -17,14 +17,59 @@ import pyarrow.parquet as pq
 
 from realign.pairs.config import PairsConfig
 from realign.pairs.mask import Masked
-from realign.pairs.negatives import visual_negative
-from realign.pairs.pictures import load_picture, plain_picture
-from realign.pairs.rows import by_id, images_of, record_of
+from realign.pairs.negatives import DERIVED, visual_negative
+from realign.pairs.pictures import PictureError, load_picture, plain_picture
+from realign.pairs.reading import IMAGES
+from realign.pairs.rows import by_id, images_of, in_threads, record_of
 from realign.pairs.shards import Library, Shards
-from realign.pairs.stage import Row, rng_of
+from realign.pairs.stage import Bad, Row, Stage, rng_of
 from realign.records import Record, StoredImage, has_parts
 
 _DRAWS = 100  # random records looked at before the neighbour serves
+
+
+def derived_negatives(config: PairsConfig, row: Row) -> tuple[StoredImage, ...]:
+    """Visual negatives made of the pictures of a row of read.
+
+    Raises:
+        PictureError: when one cannot be read.
+    """
+    made = []
+    for i, stored in enumerate(images_of(row)):
+        rng = rng_of(config.seed, row["id"], f"negative {i}")
+        image = visual_negative(config.negative, load_picture(stored), rng)
+        made.append(StoredImage.from_pil(image))
+    return tuple(made)
+
+
+class Derive(Stage):
+    """Visual negatives of the finished pairs, where they are made of the records' own pictures."""
+
+    name = "negative"
+    needs = ("read", "filter")
+    columns = {"filter": ["id"]}
+    schema = pa.schema({"id": pa.string(), "images": IMAGES})
+
+    def __init__(self, config: PairsConfig) -> None:
+        self.config = config
+
+    def settings(self) -> Row:
+        """What is made."""
+        return {"negative": self.config.negative, "seed": self.config.seed}
+
+    def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
+        """Make the negatives of a shard."""
+        wanted = by_id(inputs["filter"])
+        sources = [row for row in inputs["read"] if row["id"] in wanted]
+        rows, left_out = [], []
+        made = in_threads(lambda row: derived_negatives(self.config, row), sources)
+        for row, images in zip(sources, made, strict=True):
+            if isinstance(images, PictureError):  # it was readable before
+                left_out.append(Bad(row["id"], self.name, images.reason, images.detail))
+            else:
+                stored = [{"bytes": image.data, "path": None} for image in images]
+                rows.append({"id": row["id"], "images": stored})
+        return rows, left_out
 
 
 class Assembler:
@@ -47,11 +92,17 @@ class Assembler:
 
     def pairs(self) -> Iterator[Record]:
         """The finished pairs, in the order of the data; one shard is in memory at a time."""
-        stages = ("read", self._config.response_stage, "retrieve", "mask", "refill", "filter")
+        stages = ["read", self._config.response_stage, "retrieve", "mask", "refill", "filter"]
+        stages += [Derive.name] if self._config.negative in DERIVED else []
         shards = {name: Shards(self._folders[name]) for name in dict.fromkeys(stages)}
         for number in shards["filter"].done():
             inputs = {name: shard.read(number) for name, shard in shards.items()}
-            yield from self.records(inputs, number, by_id(inputs["filter"]))
+            yield from self.records(inputs, number, self._accepted(inputs))
+
+    def _accepted(self, inputs: Mapping[str, list[Row]]) -> dict[str, Row]:
+        found = by_id(inputs["filter"])
+        last = inputs.get(Derive.name, inputs["filter"])
+        return {row["id"]: found[row["id"]] for row in last}
 
     def typed(self) -> bool:
         """Whether the prompt of some record is in typed parts."""
@@ -65,7 +116,8 @@ class Assembler:
         """Records of one shard.
 
         Args:
-            inputs: rows of the stages before filter, by name.
+            inputs: rows of the stages before filter, by name; derived negatives where they are
+                made already.
             number: of the shard.
             accepted: id -> a row of filter, or what is known of it: rank and rejected.
 
@@ -76,7 +128,11 @@ class Assembler:
         near = {row["id"]: row["neighbours"] for row in inputs["retrieve"]}
         rows = [row for row in inputs["read"] if row["id"] in accepted]
         neighbours = {r["id"]: near[r["id"]][accepted[r["id"]]["rank"]] for r in rows}
-        negatives = self._negatives(rows, number, neighbours)
+        if Derive.name in inputs:
+            derived = by_id(inputs[Derive.name])
+            negatives = {r["id"]: (None, images_of(derived[r["id"]])) for r in rows}
+        else:
+            negatives = self._negatives(rows, number, neighbours)
         chosen, masks = by_id(inputs[config.response_stage]), by_id(inputs["mask"])
         refilled = by_id(inputs["refill"])
         records = []
@@ -127,12 +183,7 @@ class Assembler:
                 found[name] = key[1], self._plain(key[1], images_of(fetched[key]))
             return found
         for row in rows:
-            made = []
-            for i, stored in enumerate(images_of(row)):
-                rng = rng_of(config.seed, row["id"], f"negative {i}")
-                image = visual_negative(config.negative, load_picture(stored), rng)
-                made.append(StoredImage.from_pil(image))
-            found[row["id"]] = None, tuple(made)
+            found[row["id"]] = None, derived_negatives(config, row)
         return found
 
     def _random(self, row: Row, number: int, neighbour: Row) -> tuple[int, str]:

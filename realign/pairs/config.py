@@ -21,7 +21,7 @@ _RAY = re.compile(r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+")
 @dataclass
 class PairsConfig:
     output: str = "runs/pairs.parquet"
-    """Parquet file to write; beside it rejected_records.parquet lists what cannot be used."""
+    """Parquet file to write; rejected_records.parquet in --work lists what cannot be used."""
     data: str | None = None
     """File or folder of records with images, prompts and responses; digit scenes when absent."""
     format: str = "auto"
@@ -114,6 +114,15 @@ class PairsConfig:
         self._check_effects()
 
     def _check_names(self) -> None:
+        if Path(self.output).is_dir():
+            raise ValueError(f"output {self.output} is a folder; name the Parquet file to write.")
+        if self.data is not None and Path(self.data).is_dir():
+            for flag, path in (("output", Path(self.output)), ("work", self.work_folder)):
+                if path.resolve().is_relative_to(Path(self.data).resolve()):
+                    raise ValueError(
+                        f"--{flag} {path} lies in the folder of --data, which a run would change; "
+                        "name a place outside of it."
+                    )
         unknown = [name for name in self.categories if name not in CATEGORIES]
         if unknown:
             raise ValueError(
@@ -153,13 +162,18 @@ class PairsConfig:
             raise ValueError(f"max_bad is {self.max_bad}; it is a share, from 0 to 1.")
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it is a share, above 0 and up to 1.")
+        for name in ("ceiling", "tau"):
+            if not -1 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it is a similarity, at most 1: 0.95, not 95."
+                )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more.")
         if not self.floor < self.ceiling:
             raise ValueError(
                 f"floor is {self.floor} and ceiling is {self.ceiling}, which leaves no neighbour; "
                 "the floor must be below the ceiling."
             )
-        if math.isnan(self.tau):
-            raise ValueError("tau is nan; it must be a number.")
 
     def _check_effects(self) -> None:
         """Refuse settings that would change nothing."""
@@ -175,8 +189,8 @@ class PairsConfig:
         for name, is_given in given.items():
             if is_given and self.data is None:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r} and would have no effect: the digit scenes "
-                    "have images and responses. Pass --data."
+                    f"--{name.replace('_', '-')} would have no effect: the digit scenes have "
+                    "images and responses. Pass --data."
                 )
         if self.engine is not None and self.refill != "prompt":
             raise ValueError("engine would have no effect with infill; add --refill prompt.")
@@ -185,7 +199,7 @@ class PairsConfig:
         if self.masker != "rules" and (self.mask or self.segments != 1 or self.share is not None):
             raise ValueError(
                 "mask, segments and share are settings of the rules and would have no effect with "
-                f"--masker {self.masker}; drop them."
+                "an engine as --masker; drop them."
             )
         asks = self.judge is not None or self.margin or self.similarity != "lexical"
         if self.candidates > 1 and not asks:
@@ -222,7 +236,7 @@ class PairsConfig:
         """The kinds of word to hide."""
         if not self.mask:
             return ("numbers",) if self.data is None else CATEGORIES
-        return tuple(name.strip() for name in self.mask.split(","))
+        return tuple(name.strip() for name in self.mask.split(",") if name.strip())
 
     @property
     def base(self) -> str:

@@ -18,7 +18,7 @@ from realign.pairs.pictures import PictureError
 from realign.pairs.prompts import judge_chat, parse_verdict
 from realign.pairs.refilling import load_vlm
 from realign.pairs.rows import chat_images, engine_mark, in_threads, mark_of
-from realign.pairs.stage import Bad, ChatStage, Dropped, Row, Script
+from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Dropped, Row, Script
 from realign.records import Record, RecordError
 
 
@@ -48,6 +48,12 @@ class Filter(ChatStage):
         self.needs = tuple(dict.fromkeys(stages))
         self.engine_spec = config.judge
         self.engine_options = config.engine_options
+        self.rounds = config.candidates
+        if not (config.margin or config.judge is not None):
+            self.columns = {name: ["id"] for name in stages} | {
+                config.response_stage: ["id", "chosen"],
+                "refill": ["id", "attempts"],
+            }
         self._similarity: Any = None
         self._vlm: Any = None
 
@@ -178,7 +184,7 @@ class Filter(ChatStage):
         for record, *pair in zip(asked, replies[::2], replies[1::2], strict=True):
             name = record.name
             if error := pair[0].error or pair[1].error:
-                bad[name] = Bad(name, self.name, "no reply", error)
+                bad[name] = Bad(name, self.name, NO_REPLY, error)
                 del tried[name]
                 continue
             verdicts = [parse_verdict(reply) for reply in pair]

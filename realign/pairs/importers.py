@@ -27,7 +27,7 @@ from realign.pairs.pictures import MAX_PIXELS, PictureError, inside, plain_pictu
 from realign.pairs.shards import LEFT_OUT, write_table
 from realign.pairs.stage import Bad
 from realign.pairs.texts import printable, problem_of, without_placeholder
-from realign.records import Record, StoredImage, write_pairs
+from realign.records import Record, StoredImage, has_parts, write_pairs
 
 FORMATS = ("auto", *formats.PARSERS)
 _ALL = ("llava:all", "coco:all")
@@ -77,7 +77,7 @@ def read_any(
     kind, items = _open(path, format)
     folder = Path(images) if images is not None else path if path.is_dir() else path.parent
     if not folder.is_dir():
-        raise ValueError(f"images is {images!r}, which is no folder; name the one of the pictures.")
+        raise ValueError(f"--image-folder {images} is no folder; name the one of the pictures.")
     return _read(items, kind, folder, Options(turns, captions, caption_prompt))
 
 
@@ -92,7 +92,8 @@ def import_pairs(
     """Write the pairs that a data set already has, every picture of them decoded once.
 
     Pictures in the output are paths, or bytes where the data has bytes or a picture had to be
-    converted (`plain_picture`). Bad records go to rejected_records.parquet beside it.
+    converted (`plain_picture`). Bad records go to rejected_records.parquet in a folder beside it,
+    named after it with the suffix .work.
 
     Args:
         data: see `read_any`.
@@ -119,13 +120,17 @@ def import_pairs(
             else:
                 yield entry
 
-    made = list(pairs())
-    listed = Path(output).parent / "rejected_records.parquet"
+    looked = read_any(data, format=format, images=images)  # nothing is decoded
+    typed = any(has_parts(entry.prompt) for entry in looked if isinstance(entry, Record))
+    made = pairs()
+    first = next(made, None)
+    written = write_pairs(output, chain([first], made), typed=typed) if first else 0
+    listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
     write_table(listed, pa.Table.from_pylist([vars(b) for b in bad], schema=LEFT_OUT))
     counts = Counter(b.reason for b in bad)
-    if not made:
+    if not written:
         raise ValueError(f"{data} gave no pair ({dict(counts)}); {listed} lists every record.")
-    return {"pairs": write_pairs(output, made), **dict(sorted(counts.items()))}
+    return {"pairs": written, **dict(sorted(counts.items()))}
 
 
 def _complete(
@@ -166,7 +171,7 @@ def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
         if len(lines) != 1:
             raise ValueError(
                 f"{path} holds {len(lines)} JSON-lines files and no Parquet file. Keep one *.jsonl "
-                "beside the pictures, or pass the file itself and --images."
+                "beside the pictures, or pass the file itself and --image-folder."
             )
         return _open(lines[0], format)
     if path.suffix in (".parquet", ".arrow"):
@@ -221,7 +226,7 @@ def _placed(path: Path, items: Iterator[Any]) -> Iterator[tuple[str, Any]]:
 def _read(
     items: Iterator[tuple[str, Any]], kind: str, folder: Path, options: Options
 ) -> Iterator[Record | Bad]:
-    names: set[str] = set()
+    names: dict[str, int] = {}
     said: dict[bytes, str] = {}
     for place, item in items:
         try:
@@ -239,13 +244,14 @@ def _read(
             yield _record(_unique(name, names), entry, kind, folder, said)
 
 
-def _unique(name: str, names: set[str]) -> str:
+def _unique(name: str, names: dict[str, int]) -> str:
     """The name, with a number behind it where it is taken: rows are joined by it."""
-    found, count = name, 1
+    found, count = name, names.get(name, 0)
     while found in names:
         count += 1
         found = f"{name}-{count}"
-    names.add(found)
+    names[name] = max(count, 1)
+    names.setdefault(found, 1)
     return found
 
 
@@ -301,6 +307,8 @@ def _stored(value: Any, kind: str, folder: Path) -> StoredImage:
         found = inside(folder, str(other))
     if not os.path.isfile(found):
         raise PictureError("missing", f"{path!r} is not in {folder}")
+    if printable(found) != found:
+        raise PictureError("malformed", f"the name of the file {path!r} is not UTF-8")
     return StoredImage(path=found)
 
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-KINDS = ("retrieved", "random", "crop", "noise", "blank")
+DERIVED = ("crop", "noise", "blank")
+"""Made of the record's own picture."""
+KINDS = ("retrieved", "random", *DERIVED)
 STEPS = 1000
 """Steps of the noise schedule."""
 GREY = 128

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from realign.noise import hush_libraries
-from realign.pairs.run import Limit, Made, make_shard
-from realign.pairs.shards import Shards
+from realign.pairs.run import Limit, Made, make_shard, read_inputs
 from realign.pairs.stage import Bad, ChatStage, Row, Script, Stage
 
 _STORE = 512 * 2**20  # bytes of a local instance: shard numbers, and images for vLLM
@@ -47,6 +46,7 @@ def make_shards(stage: Stage, numbers: list[int], limit: Limit, address: str) ->
     stage = copy.copy(stage)
     stage.tick = Stage.tick  # a worker's terminal is elsewhere
     if isinstance(stage, ChatStage):
+        _tell_cost(stage, numbers[0])
         stage.say = None
         if (stage.engine_spec or "").startswith("vllm:"):
             yield from _by_vllm(stage, numbers, limit)
@@ -68,6 +68,20 @@ def make_shards(stage: Stage, numbers: list[int], limit: Limit, address: str) ->
     made = _dataset([{"number": number} for number in numbers]).map_batches(worker, **options)
     for row in made.iter_rows():
         yield Made(**row)
+
+
+def _tell_cost(stage: ChatStage, number: int) -> None:
+    """Say what an endpoint's requests will cost, to judge by the first of one shard."""
+    spec = stage.engine_spec or ""
+    if not spec.startswith("http") or stage.uses_gpu:  # beside a model, which is not loaded here
+        return
+    inputs = read_inputs(stage, number)
+    stage.open()
+    try:
+        if requests := next(stage.script(inputs, number), []):
+            stage.tell_cost(stage.engine, requests, max(map(len, inputs.values())))
+    finally:
+        stage.close()
 
 
 class _Worker:
@@ -211,7 +225,7 @@ class _Known(Stage):
 
     def __init__(self, stage: Stage, result: tuple[list[Row], list[Bad]]) -> None:
         self.name, self.needs, self.schema = stage.name, stage.needs, stage.schema
-        self.folder, self.folders = stage.folder, stage.folders
+        self.folder, self.folders, self.shared = stage.folder, stage.folders, stage.shared
         self._result = result
 
     def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
@@ -249,8 +263,7 @@ def replay(
 
 
 def _script(stage: ChatStage, number: int) -> Script:
-    inputs = {name: Shards(stage.folders[name]).read(number) for name in stage.needs}
-    return stage.script(inputs, number)
+    return stage.script(read_inputs(stage, number), number)
 
 
 def _start(address: str) -> Any:

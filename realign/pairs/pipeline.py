@@ -15,14 +15,15 @@ from itertools import chain
 from pathlib import Path
 
 from realign.loading import load_processor
-from realign.pairs.assemble import Assembler
+from realign.pairs.assemble import Assembler, Derive
 from realign.pairs.config import PairsConfig
 from realign.pairs.filtering import Filter
+from realign.pairs.negatives import DERIVED
 from realign.pairs.reading import Read
 from realign.pairs.refilling import Refill
 from realign.pairs.retrieving import Retrieve
 from realign.pairs.rows import digit_sources
-from realign.pairs.run import Outcome, RunError, Runner, sole_run
+from realign.pairs.run import Outcome, RunError, Runner, note_stages, sole_run
 from realign.pairs.shards import is_full
 from realign.pairs.stage import Stage
 from realign.pairs.stages import Answer, Embed, Mask
@@ -30,9 +31,21 @@ from realign.records import write_pairs
 
 __all__ = ["STAGES", "PairsConfig", "PairsReport", "build_pairs", "digit_sources", "run_stages"]
 
-_ORDER: tuple[type[Stage], ...] = (Read, Answer, Embed, Retrieve, Mask, Refill, Filter)
+_ORDER: tuple[type[Stage], ...] = (Read, Answer, Embed, Retrieve, Mask, Refill, Filter, Derive)
 STAGES = tuple(stage.name for stage in _ORDER)
 """Names of the stages, in their order."""
+
+
+_REMEDIES = {
+    "nothing to mask": "Name other kinds of word with --mask, or a model with --masker.",
+    "no neighbour": "Give more images, or lower --floor or --hash-distance.",
+    "same as chosen": "Hide more with --segments 0, raise --k, or give more images.",
+    "too similar": "Raise --tau, or hide more with --segments 0.",
+    "other words changed": "Take --refill infill, or an --engine that follows instructions.",
+    "not completed": "Take --refill infill, or an --engine that follows instructions.",
+    "visual margin not above 0": "Take a better --model, or leave out --margin.",
+    "no verdict": "Take a --judge that answers yes or no.",
+}
 
 
 @dataclass
@@ -69,10 +82,7 @@ def build_pairs(config: PairsConfig) -> PairsReport:
         pairs = assembler.pairs()
         first = next(pairs, None)
         if first is None:
-            raise ValueError(
-                f"no pair passed the filters ({dict(outcome.dropped)}). Raise --k or --tau, hide "
-                "more with --segments 0, or give more images."
-            )
+            raise ValueError(_no_pair(outcome))
         try:
             written = write_pairs(config.output, chain([first], pairs), typed=assembler.typed())
         except OSError as error:
@@ -82,6 +92,7 @@ def build_pairs(config: PairsConfig) -> PairsReport:
                 f"no room is left for {config.output}. The shards in {config.work_folder} are "
                 "whole and stay. Make room and run the same command again."
             ) from error
+        note_stages(config.work_folder, config.output, outcome.folders)
     seconds = time.perf_counter() - began
     return PairsReport(Path(config.output), written, outcome.dropped, seconds, outcome.bad)
 
@@ -101,6 +112,8 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
     """
     if last == "answer" and config.answer is None:
         raise ValueError("there is no stage answer without an engine; add --answer.")
+    if last == Derive.name and config.negative not in DERIVED:
+        raise ValueError(f"{config.negative} negatives are not made; add --negative crop, noise...")
     by_name = {stage.name: stage for stage in _ORDER}
     wanted, pending = set(), [last]
     while pending:
@@ -114,12 +127,13 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
 def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
     if config.model is not None:
         load_processor(config.model)  # a wrong name is told before anything is read
-    made = [stage(config) for stage in stages if stage is not Answer or config.answer is not None]
+    absent = {Answer: config.answer is None, Derive: config.negative not in DERIVED}
+    made = [stage(config) for stage in stages if not absent.get(stage)]
     runner = Runner(
         config.work_folder,
         made,
         max_bad=config.max_bad,
-        rejected=Path(config.output).parent / "rejected_records.parquet",
+        rejected=config.work_folder / "rejected_records.parquet",
         quiet=config.quiet,
         ray=config.ray,
     )
@@ -127,10 +141,7 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
     def check(outcome: Outcome) -> None:
         missing, records = outcome.unanswered, outcome.records
         if config.answer is not None and not missing:
-            raise ValueError(
-                f"answer is {config.answer!r} and would have no effect: every record has a "
-                "response. Drop it."
-            )
+            raise ValueError("--answer would have no effect: every record has a response. Drop it.")
         if config.answer is None and missing > config.max_bad * records:
             raise ValueError(
                 f"{missing} of {records} records have no response. Have them written by an engine: "
@@ -138,6 +149,15 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
             )
 
     return runner.run(check)
+
+
+def _no_pair(outcome: Outcome) -> str:
+    """What to do where no record gave a pair, by the commonest reason."""
+    if not outcome.dropped:
+        return "no record is left: all are unusable, which rejected_records.parquet lists."
+    (reason, _), *_ = outcome.dropped.most_common(1)
+    remedy = _REMEDIES.get(reason, "Raise --k, or give more images.")
+    return f"no record gave a pair; dropped {_counted(outcome.dropped)}. {remedy}"
 
 
 def _counted(reasons: Counter) -> str:

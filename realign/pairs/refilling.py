@@ -24,11 +24,13 @@ from realign.pairs.rows import (
     engine_mark,
     in_threads,
     mark_of,
+    name_of,
     pictures_of,
     record_of,
 )
 from realign.pairs.shards import Library
-from realign.pairs.stage import Bad, ChatStage, Row, Script, rng_of
+from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Row, Script, rng_of
+from realign.pairs.texts import problem_of
 from realign.records import Record, RecordError
 
 _SPARE_TOKENS = 32  # of a completion, beyond one for two characters of the chosen response
@@ -80,6 +82,7 @@ class Refill(ChatStage):
         self.needs = tuple(dict.fromkeys(("read", config.response_stage, "retrieve", "mask")))
         self.engine_spec = config.refill_engine
         self.engine_options = config.engine_options
+        self.rounds = config.k
         self._vlm: Any = None
 
     def settings(self) -> Row:
@@ -129,7 +132,7 @@ class Refill(ChatStage):
                     self._infill(pairs[start : start + size], place)
             else:
                 yield from self._ask_for(pairs, place)
-        model = self.engine_spec or config.model or "digits"
+        model = name_of(self.engine_spec) if self.engine_spec else config.model or "digits"
         rows = [
             {"id": task.record.name, "attempts": task.attempts, "refill_model": model}
             for task in tasks
@@ -176,9 +179,11 @@ class Refill(ChatStage):
                 temperature=self.config.temperature,
                 seeds=[self._seed(task, place) for task, _ in pairs],
             )
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if len(pairs) == 1:
-                raise
+                task = pairs[0][0]
+                task.bad = Bad(task.record.name, self.name, "out of memory", str(error))
+                return
         except ValueError as error:  # a processor refuses an image or a text
             if len(pairs) == 1:
                 task = pairs[0][0]
@@ -216,7 +221,7 @@ class Refill(ChatStage):
             )
         for task, reply in zip(asked, (yield requests), strict=True):
             if reply.error:
-                task.bad = Bad(task.record.name, self.name, "no reply", reply.error)
+                task.bad = Bad(task.record.name, self.name, NO_REPLY, reply.error)
                 continue
             text = parse_completion(reply, task.masked)
             reason = ""
@@ -226,6 +231,8 @@ class Refill(ChatStage):
                 reason = "not completed"
             elif not keeps_pieces(task.masked, text):
                 reason = "other words changed"
+            elif problem := problem_of(text):
+                reason, _ = problem
             self._note(task, place, text or "", not reply.cut, reason)
 
     def _note(self, task: _Task, place: int, text: str, closed: bool, reason: str) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from realign.pairs.config import PairsConfig
 from realign.pairs.index import Index, neighbours
-from realign.pairs.shards import Shards, save_array, write_table
+from realign.pairs.shards import MADE_OF, Shards, digest_of, marks_in, save_array, write_table
 from realign.pairs.stage import Bad, Row, Stage
 
 
@@ -64,10 +64,11 @@ class Retrieve(Stage):
 
     def prepare(self) -> None:
         """Put the vectors of all shards into one file, from which every process maps them."""
-        folder = self.folder
-        if (folder / "rows.parquet").exists():
+        folder, embedded = self.folder, Shards(self.folders["embed"])
+        self.shared = digest_of(*map(embedded.rows_digest, embedded.done()))
+        file = folder / "rows.parquet"
+        if file.exists() and marks_in(file).get(MADE_OF) == self.shared.encode():
             return
-        embedded = Shards(self.folders["embed"])
         counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
         numbers = [n for n, count in counts.items() if count]
         if not numbers:
@@ -86,7 +87,8 @@ class Retrieve(Stage):
         rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
         shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
         self._save_index()
-        write_table(folder / "rows.parquet", rows.append_column("shard", shard))
+        rows = rows.append_column("shard", shard).replace_schema_metadata({MADE_OF: self.shared})
+        write_table(file, rows)
 
     def _save_index(self) -> None:
         """Build indices that are not exact once, for every process to load."""

@@ -16,7 +16,7 @@ from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
 from realign.pairs.pictures import PictureError, load_picture
-from realign.pairs.stage import Row
+from realign.pairs.stage import NO_REPLY, Row
 from realign.records import Record, StoredImage
 
 _Loaded = TypeVar("_Loaded")
@@ -88,7 +88,7 @@ def in_threads(load: Callable[[Row], _Loaded], rows: Sequence[Row]) -> list[_Loa
 def reply_fault(reply: Reply, text: str | None) -> str:
     """Why a reply, from which `text` was read, is of no use; "" when it is."""
     if reply.error:
-        return "no reply"
+        return NO_REPLY
     if reply.cut:
         return "reply cut off"
     return "" if text and text.strip() else "empty reply"
@@ -107,6 +107,11 @@ def mark_of(path: str | None) -> str | None:
         found = file.stat()
         digest.update(f"{file.relative_to(root)}\0{found.st_size} {found.st_mtime_ns}\0".encode())
     return digest.hexdigest()
+
+
+def name_of(spec: str) -> str:
+    """An engine as provenance names it: of an endpoint the model alone, wherever it is served."""
+    return spec.partition("#")[2] if spec.startswith(("http:", "https:")) else spec
 
 
 def engine_mark(spec: str, dtype: str) -> list:

@@ -7,7 +7,7 @@ import gc
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -18,8 +18,15 @@ import torch
 from tqdm import tqdm
 
 from realign.pairs.reading import Read
-from realign.pairs.shards import LEFT_OUT, Shards, is_full, write_bytes, write_table
-from realign.pairs.stage import Bad, ChatStage, Stage
+from realign.pairs.shards import (
+    LEFT_OUT,
+    Shards,
+    digest_of,
+    is_full,
+    write_bytes,
+    write_table,
+)
+from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Row, Stage
 from realign.records import Record
 
 
@@ -137,7 +144,9 @@ class Runner:
     def _read(self, stage: Read) -> int:
         """Write the shards of records that are missing; returns how many there are."""
         shards, facts = Shards(stage.folder, stage.schema), stage.folder / "read.json"
-        found, known = set(shards.done()), {}
+        stage.look_again()
+        there, known = shards.done(), {}
+        found = {number for number in there if not stage.misses(number)}
         if facts.exists():
             known = json.loads(facts.read_text())
         if known.get("shards") != len(found):
@@ -165,19 +174,20 @@ class Runner:
         return known["shards"]
 
     def _make(self, stage: Stage, total: int) -> None:
-        """Make the missing of `total` shards of a stage."""
+        """Make the shards of a stage that are missing, or not what would be made now."""
         shards = Shards(stage.folder, stage.schema)
-        found = set(shards.done())
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        stage.prepare()
+        found = {number for number in shards.done() if is_current(stage, number)}
         missing = [number for number in range(total) if number not in found]
         began, records = time.perf_counter(), 0
         self._note_bad(stage, sorted(found))
         if missing:
             if found:
                 self.say(f"{stage.name}: {len(found)} of {total} shards found done")
-            stage.folder.mkdir(parents=True, exist_ok=True)
-            stage.prepare()
             if isinstance(stage, ChatStage):
-                stage.say, stage.records = self.say, self.outcome.records
+                stage.say = self.say
+                stage.records = self.outcome.records * len(missing) // total
             with tqdm(
                 desc=stage.name,
                 unit="record",
@@ -286,6 +296,27 @@ class Runner:
         self.say(f"{stage.name}: {total}/{total} shards, {records} records, {rate:.0f} records/s")
 
 
+def made_of(stage: Stage, number: int) -> str:
+    """Digest of what a shard is made of."""
+    rows = (Shards(stage.folders[name]).rows_digest(number) for name in stage.needs)
+    return digest_of(stage.shared, *rows)
+
+
+def is_current(stage: Stage, number: int) -> bool:
+    """Whether a shard that is there is what would be made now: of these rows, all replies had."""
+    shards = Shards(stage.folder)
+    unanswered = any(bad.reason == NO_REPLY for bad in shards.left_out_of(number, "bad"))
+    return not unanswered and shards.made_of(number) == made_of(stage, number)
+
+
+def read_inputs(stage: Stage, number: int) -> dict[str, list[Row]]:
+    """The rows that a shard is made of."""
+    return {
+        name: Shards(stage.folders[name]).read(number, stage.columns.get(name))
+        for name in stage.needs
+    }
+
+
 def make_shard(stage: Stage, number: int, limit: Limit) -> Made:
     """Make and write one shard of an open stage.
 
@@ -294,14 +325,16 @@ def make_shard(stage: Stage, number: int, limit: Limit) -> Made:
     """
     shards = Shards(stage.folder, stage.schema)
     try:
-        inputs = {name: Shards(stage.folders[name]).read(number) for name in stage.needs}
+        of = made_of(stage, number)
+        inputs = read_inputs(stage, number)
         records = max(map(len, inputs.values()))
         rows, left_out = stage.run(inputs, number)
         bad = sum(type(e) is Bad and e.record not in limit.known for e in left_out)
         if bad > limit.allowed:
+            shards.file(number).unlink(missing_ok=True)  # of an earlier run, whose list goes
             shards.write_left_out(number, left_out)
             return Made(number, records, bad, "bad")
-        shards.write(number, rows, left_out)
+        shards.write(number, rows, left_out, of)
     except OSError as error:
         return Made(number, 0, 0, "full" if is_full(error) else _said(error))
     except ValueError as error:  # an engine or a model that cannot be used at all
@@ -312,6 +345,12 @@ def make_shard(stage: Stage, number: int, limit: Limit) -> Made:
 def _said(error: Exception) -> str:
     """What an error says, never "": that would be a success."""
     return str(error) or type(error).__name__
+
+
+def note_stages(work: Path, output: str, folders: Mapping[str, Path]) -> None:
+    """Note in the work folder which stages' folders an output was made of."""
+    names = {name: folder.name for name, folder in folders.items()}
+    write_bytes(work / f"{Path(output).name}.json", json.dumps(names, indent=1).encode())
 
 
 @contextmanager

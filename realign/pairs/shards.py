@@ -3,11 +3,16 @@
 A shard is written to a temporary name, brought to the disk and renamed, so a run that is killed
 loses the shard in progress and nothing else. What a shard left out lies beside it and is written
 first: a shard that is there has its list of bad records.
+
+A shard's footer holds a digest of its rows, and one of the rows that it was made of. A shard is
+made again where the latter is not that of the shards before it any more, as `make` does with times;
+where new rows equal the old ones, the shards behind stay.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import re
@@ -24,6 +29,7 @@ import pyarrow.parquet as pq
 from realign.pairs.stage import Bad, Dropped, Row
 
 LEFT_OUT = pa.schema([(n, pa.string()) for n in ("record", "stage", "reason", "detail")])
+_ROWS, MADE_OF = b"realign.rows", b"realign.made_of"  # in the footer
 _GROUP_BYTES = 1 << 20  # about what is read to get at one row, as a neighbour's image
 _KINDS = {"bad": Bad, "dropped": Dropped}
 
@@ -59,11 +65,28 @@ class Shards:
         """A shard as Arrow holds it."""
         return pq.read_table(self.file(number), columns=columns)
 
-    def write(self, number: int, rows: list[Row], left_out: Iterable[Bad]) -> None:
-        """Write a shard, and first what it left out."""
+    def write(
+        self, number: int, rows: list[Row], left_out: Iterable[Bad], made_of: str = ""
+    ) -> None:
+        """Write a shard, and first what it left out; `made_of` is the digest of its inputs."""
         self.write_left_out(number, left_out)
         table = pa.Table.from_pylist(rows, schema=self.schema)
-        write_table(self.file(number), table)
+        marks = {_ROWS: _digest_of(table), MADE_OF: made_of}
+        write_table(self.file(number), table.replace_schema_metadata(marks))
+
+    def rows_digest(self, number: int) -> str:
+        """Digest of the rows of a shard."""
+        return self._mark(number, _ROWS)
+
+    def made_of(self, number: int) -> str:
+        """Digest of what a shard was made of."""
+        return self._mark(number, MADE_OF)
+
+    def _mark(self, number: int, name: bytes) -> str:
+        try:
+            return marks_in(self.file(number)).get(name, b"").decode()
+        except pa.ArrowInvalid:  # damaged: it is made again
+            return ""
 
     def write_left_out(self, number: int, left_out: Iterable[Bad]) -> None:
         """Write what a shard left out; a list of an earlier try goes."""
@@ -99,6 +122,23 @@ def write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=group, compression="zstd", version="2.6")
     write_bytes(path, sink.getvalue())
+
+
+def marks_in(file: Path) -> dict[bytes, bytes]:
+    """What the footer of a Parquet file says."""
+    return pq.read_metadata(file).metadata or {}
+
+
+def digest_of(*parts: str) -> str:
+    """Digest of texts."""
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _digest_of(table: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return hashlib.blake2b(sink.getvalue(), digest_size=16).hexdigest()
 
 
 def save_array(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[Any]) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from realign.pairs.engines import Chat, Engine, Reply
 
 Row = dict[str, Any]
+NO_REPLY = "no reply"
+"""Why a record is bad that a model did not answer; it is asked again in the next run."""
 Script = Generator["list[Chat]", "list[Reply]", "tuple[list[Row], list[Bad]]"]
 """A stage's work on one shard that asks a model: yields requests, is sent their replies."""
 
@@ -47,21 +49,25 @@ class Stage:
     Attributes:
         name: of the stage, and of its folder.
         needs: the stages whose rows `run` is given.
+        columns: of a stage in `needs`, the columns it is given; all of those that are not here.
         version: of the code; raise it when the same settings give other rows.
         schema: of the rows; every stage has a column `id`.
         uses_gpu: whether a worker of Ray needs a GPU for it, where there are any.
         folder: where its shards lie; set before `prepare`, as the next one.
         folders: where those of the stages before it lie, by name.
+        shared: set by `prepare`: digest of what all shards are made of besides their own inputs.
         tick: may be told of records that are through, for the bar.
     """
 
     name: str = ""
     needs: tuple[str, ...] = ()
+    columns: Mapping[str, list[str]] = {}
     version: int = 1
     schema: pa.Schema
     uses_gpu: bool = False
     folder: Path
     folders: Mapping[str, Path] = {}
+    shared: str = ""
     tick: Callable[[int], Any] = staticmethod(lambda records: None)
 
     def settings(self) -> Row:
@@ -69,7 +75,7 @@ class Stage:
         return {}
 
     def prepare(self) -> None:
-        """Make what all shards share, in the stage's folder; once, before the first shard."""
+        """Make what all shards share, in the stage's folder, if it is not there; in every run."""
 
     def open(self) -> None:
         """Load models and the like; once in a process, before the first shard."""
@@ -103,7 +109,8 @@ class ChatStage(Stage):
         engine_spec: which engine is asked, as `make_engine` takes it; None asks none.
         engine_options: further arguments of `make_engine`.
         say: told what the requests are estimated to cost, before the first are sent.
-        records: about how many records the run has, for the estimate.
+        records: how many records are to be gone through, for the estimate.
+        rounds: how often the first requests may be repeated with other images at most.
         asks_elsewhere: whether the requests of `script` are answered outside of this process.
     """
 
@@ -112,6 +119,7 @@ class ChatStage(Stage):
     engine: Engine | None = None
     say: Callable[[str], None] | None = None
     records: int = 0
+    rounds: int = 1
     asks_elsewhere: bool = False
 
     @property
@@ -140,21 +148,25 @@ class ChatStage(Stage):
     def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
         """Make one shard with this process's engine."""
         script = self.script(inputs, number)
+        records = max(map(len, inputs.values()))
         try:
             requests = next(script)
             while True:
-                requests = script.send(self._ask(requests))
+                if requests:
+                    self.tell_cost(self.engine, requests, records)
+                requests = script.send(self.engine.chat(requests) if requests else [])
         except StopIteration as made:
             return made.value
 
-    def _ask(self, requests: list[Chat]) -> list[Reply]:
-        if not requests:
-            return []
-        if self.say is not None:
-            if cost := self.engine.estimate(requests, max(self.records, len(requests))):
-                self.say(f"{self.name}: {cost}")
-            self.say = None
-        return self.engine.chat(requests)
+    def tell_cost(self, engine: Engine, requests: list[Chat], records: int) -> None:
+        """Say once what all requests will cost, to judge by the first, those of `records`."""
+        if self.say is None:
+            return
+        total = max(1, round(len(requests) * self.records / records))
+        if cost := engine.estimate(requests, total):
+            further = f"; up to {self.rounds} times that, as a record may take as many tries"
+            self.say(f"{self.name}: {cost}{further if self.rounds > 1 else ''}")
+        self.say = None
 
 
 def rng_of(seed: int, record: str, what: str) -> np.random.Generator:

@@ -20,10 +20,14 @@ from realign.pairs.rows import (
     images_of,
     in_threads,
     mark_of,
+    name_of,
     record_of,
     reply_fault,
 )
-from realign.pairs.stage import Bad, ChatStage, Dropped, Row, Script, Stage, rng_of
+from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Dropped, Row, Script, Stage, rng_of
+from realign.pairs.texts import problem_of
+
+_SIDE = 1024  # pixels of the longer side of an image that is embedded, at most
 
 
 class Answer(ChatStage):
@@ -58,9 +62,12 @@ class Answer(ChatStage):
         for row in inputs["read"]:
             name, chosen, model = row["id"], row["chosen"], None
             if (reply := replies.get(name)) is not None:
-                chosen, model = parse_answer(reply), self.engine_spec
+                chosen, model = parse_answer(reply), name_of(self.engine_spec)
                 if fault := reply_fault(reply, chosen):
                     left_out.append(Bad(name, self.name, fault, reply.error))
+                elif problem := problem_of(chosen):
+                    left_out.append(Bad(name, self.name, *problem))
+                    chosen = None
             if chosen:
                 rows.append({"id": name, "chosen": chosen, "answer_model": model})
         return rows, left_out
@@ -138,6 +145,7 @@ class Embed(Stage):
             return Bad(row["id"], self.name, error.reason, error.detail)
         image = decoded[0][0]
         facts = {"phash": perceptual_hash(image), "size": image.size}
+        image.thumbnail((_SIDE, _SIDE))  # a batch of photographs as they are takes gigabytes
         return image, {"id": row["id"], **facts, "plain": [alike for _, alike in decoded]}
 
 
@@ -157,6 +165,7 @@ class Mask(ChatStage):
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
         self.needs = (config.response_stage,)
+        self.columns = {config.response_stage: ["id", "chosen"]}
         self.engine_spec = None if config.masker == "rules" else config.masker
         self.engine_options = config.engine_options
 
@@ -188,7 +197,7 @@ class Mask(ChatStage):
         else:
             replies = yield [mask_chat(row["chosen"]) for row in sources]
             found = [
-                Bad(row["id"], self.name, "no reply", reply.error)
+                Bad(row["id"], self.name, NO_REPLY, reply.error)
                 if reply.error
                 else masked_from(row["chosen"], parse_segments(reply))
                 for row, reply in zip(sources, replies, strict=True)

@@ -56,8 +56,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
     Args:
         pairs: a Parquet file of preference pairs, or a folder of them.
         work: the work folder of the run that made it, for what was dropped; `pairs` with the
-            suffix .work when absent. What could not be used is in rejected_records.parquet beside
-            the pairs.
+            suffix .work when absent. What could not be used is in its rejected_records.parquet.
 
     Raises:
         FileNotFoundError: when there is nothing at `pairs`, or at a `work` that is given.
@@ -99,9 +98,9 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
         raise ValueError(f"{pairs} holds no pairs.")
     duplicates["its own image as the negative"] = own_negative
     found = {name: np.array(list_) for name, list_ in values.items() if list_}
-    beside = Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent
     folder = Path(work) if work is not None else Path(pairs).with_suffix(".work")
-    return PairStats(count, found, duplicates, _dropped(folder), _unusable(beside))
+    dropped = _dropped(folder, Path(pairs).name)
+    return PairStats(count, found, duplicates, dropped, _unusable(folder))
 
 
 def table(stats: PairStats) -> str:
@@ -226,9 +225,16 @@ def _mark(value: Any, folder: Path) -> str:
     return str(folder / str(value.get("path")))
 
 
-def _dropped(work: Path) -> Counter:
-    """Drops by reason, from the newest folder of each stage."""
+def _dropped(work: Path, output: str) -> Counter:
+    """Drops by reason, of the run that wrote `output`, or of the newest folder of each stage."""
     newest: dict[str, Path] = {}
+    if (noted := work / f"{output}.json").exists():
+        names = json.loads(noted.read_text())
+        return Counter(
+            entry.reason
+            for name in names.values()
+            for entry in Shards(work / name).left_out("dropped")
+        )
     folders = (f for f in work.iterdir() if f.is_dir() and "-" in f.name) if work.is_dir() else ()
     for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
         newest[folder.name.rpartition("-")[0]] = folder

@@ -1,0 +1,1 @@
+"""What benchmarks make of a model's answers: pure functions from texts to figures."""

@@ -1,0 +1,263 @@
+"""`python -m realign.evaluate pope|chair|hallusionbench|compare`: benchmarks of photographs.
+
+Each asks a model the questions of a benchmark's own files, keeps every answer in a JSON-lines file
+(`answering`), so that a stopped run goes on, and prints the figures. `compare` puts two such files,
+or folders of them, side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.answering import Question, answer, read_answers
+from realign.metrics import write_whole
+from realign.scores import chair, hallusionbench, paired, yesno
+
+SHORT = "\nAnswer the question using a single word or phrase."
+"""What LLaVA and lmms-eval put behind a yes/no question."""
+CAPTION = "Please describe this image in detail."
+"""What CHAIR is measured with in papers on hallucination."""
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command; returns an exit code.
+
+    Raises:
+        ValueError: for bad input, with the remedy.
+        OSError: for files that are not there.
+    """
+    given = _parser().parse_args(words)
+    print(given.run(given))
+    return 0
+
+
+def pope(given: argparse.Namespace) -> str:
+    """Ask POPE's questions, of each file apart, and score them by every rule."""
+    rows: list[list[str]] = []
+    scores: dict[str, Any] = {}
+    for file in given.questions:
+        items = [
+            Question(
+                str(item["question_id"]), item["text"], item["image"], {"label": item["label"]}
+            )
+            for item in _items(file, ("question_id", "text", "image", "label"))
+        ]
+        lines = _answers(given, items, Path(file).stem, max_tokens=16, suffix=given.suffix)
+        said, labels = _column(lines, "answer"), _column(lines, "label")
+        found = {rule: yesno.score(said, labels, rule) for rule in yesno.RULES}
+        scores[Path(file).stem] = {rule: asdict(figures) for rule, figures in found.items()}
+        for rule, f in found.items():
+            shares = (f.accuracy, f.f1, f.precision, f.recall, f.yes_rate, f.unread)
+            rows.append([Path(file).stem, rule, str(f.questions), *map(_percent, shares)])
+    heads = ["file", "rule", "questions", "accuracy", "F1", "precision", "recall", "yes", "neither"]
+    return _told(given, scores, _table(heads, rows))
+
+
+def captions(given: argparse.Namespace) -> str:
+    """Have pictures described and score the objects that are named."""
+    vocabulary = chair.Vocabulary(given.synonyms or chair.OWN_SYNONYMS)
+    known = json.loads(Path(given.instances).read_text(encoding="utf-8"))["images"]
+    files = {image["id"]: image["file_name"] for image in known}
+    picked = sorted(files)
+    if given.most and given.most < len(picked):
+        picked = sorted(
+            np.random.default_rng(given.seed).permutation(picked)[: given.most].tolist()
+        )
+    items = [Question(str(image), given.prompt, files[image]) for image in picked]
+    lines = _answers(given, items, "chair", max_tokens=given.max_tokens)
+    texts = {int(line["id"]): line["answer"] for line in lines}
+    shown = chair.shown_objects(given.instances, given.reference, vocabulary, texts)
+    found = chair.score(texts, shown, vocabulary)
+    details = [
+        line | {"hallucinated": chair.hallucinated(vocabulary.objects(text), shown[image])}
+        for line, (image, text) in zip(lines, texts.items(), strict=True)
+    ]
+    objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
+    write_whole(Path(given.output) / "chair-objects.json", objects)
+    whose = given.synonyms or "our own list of synonyms, not that of published figures"
+    heads = ["captions", "mentions", "CHAIR-s", "CHAIR-i", "recall"]
+    shares = map(_percent, (found.chair_s, found.chair_i, found.recall))
+    table = _table(heads, [[str(found.captions), str(found.mentions), *shares]])
+    return _told(given, {"synonyms": str(whose), **asdict(found)}, f"{table}\nobjects by {whose}")
+
+
+def hallusion(given: argparse.Namespace) -> str:
+    """Ask HallusionBench's questions and score them by every rule."""
+    rows = _items(given.questions, ("question", *hallusionbench.NEEDED))
+    items = []
+    for row in rows:
+        names = [str(row[n]) for n in hallusionbench.NEEDED[:-1]]
+        file = row.get("filename")
+        seen = str(row.get("visual_input", "1")) != "0" and file
+        items.append(Question("_".join(names), row["question"], file if seen else None, dict(row)))
+    for item in items:
+        item.facts.pop("question")
+    lines = _answers(given, items, "hallusionbench", max_tokens=16, suffix=given.suffix)
+    said = _column(lines, "answer")
+    scores, shown = {}, []
+    for rule in yesno.RULES:
+        found = hallusionbench.score(hallusionbench.correct(said, rows, rule), rows)
+        scores[rule] = asdict(found)
+        shown.append([rule, *map(_percent, asdict(found).values())])
+    heads = ["rule", "question pair", "figure", "easy", "hard", "all questions"]
+    return _told(given, scores, _table(heads, shown))
+
+
+def compare(given: argparse.Namespace) -> str:
+    """Two models' answers to the same questions."""
+    first, second = ({_key(li): li for li in read_answers(p)} for p in (given.first, given.second))
+    if first.keys() != second.keys():
+        lacking = sorted(first.keys() ^ second.keys())
+        raise ValueError(
+            f"{given.first} and {given.second} answer different questions: {len(lacking)} are in "
+            f"one alone, such as {lacking[0][1]!r}. Compare answers to the same files."
+        )
+    before, after = list(first.values()), [second[key] for key in first]
+    label = _labels(before)
+    if label is None:
+        raise ValueError(f"{given.first} has no labels; `compare` takes yes/no answers.")
+    clusters = np.array([line["image"] or line["id"] for line in before])
+    rows = []
+    for rule in yesno.RULES:
+        right = [yesno.right(_column(lines, "answer"), label, rule) for lines in (before, after)]
+        rows.append(f"{rule:6} {paired.compare(*right, clusters=clusters, seed=given.seed)}")
+    return "\n".join([*rows, "(difference with its 95 % bootstrap interval over images)"])
+
+
+def _labels(lines: Sequence[dict]) -> list[str] | None:
+    if all("label" in line for line in lines):
+        return _column(lines, "label")
+    if all("gt_answer" in line for line in lines):
+        return ["yes" if str(line["gt_answer"]) == "1" else "no" for line in lines]
+    return None
+
+
+def _key(line: dict[str, Any]) -> tuple[str, str]:
+    return line["file"], line["id"]
+
+
+def _answers(
+    given: argparse.Namespace,
+    items: Sequence[Question],
+    name: str,
+    *,
+    max_tokens: int,
+    suffix: str = "",
+) -> list[dict[str, Any]]:
+    from realign.pairs.engines import make_engine
+
+    items = items[: given.limit] if getattr(given, "limit", 0) else items
+    engine = make_engine(
+        f"transformers:{given.model}", batch_size=given.batch_size, dtype=given.dtype
+    )
+    try:
+        lines = answer(
+            engine,
+            items,
+            given.image_folder,
+            Path(given.output) / f"{name}.jsonl",
+            model=given.model,
+            max_tokens=max_tokens,
+            suffix=suffix,
+            desc=name,
+            progress=not given.quiet,
+        )
+    finally:
+        engine.close()
+    if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
+        print(f"{len(failed)} of {len(lines)} have no answer ({failed[0]['error']})")
+    return lines
+
+
+def _items(file: str, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """The questions of a JSON or JSON-lines file."""
+    text = Path(file).read_text(encoding="utf-8")
+    try:
+        lines = text.strip().splitlines()
+        found = json.loads(text) if text.lstrip()[:1] == "[" else [*map(json.loads, lines)]
+    except ValueError as error:
+        raise ValueError(f"{file} is neither JSON nor JSON lines ({error}).") from error
+    for number, item in enumerate(found, 1):
+        lacking = [name for name in needed if not isinstance(item, dict) or name not in item]
+        if lacking:
+            raise ValueError(f"question {number} of {file} has no {', '.join(lacking)}.")
+    if not found:
+        raise ValueError(f"{file} holds no questions.")
+    return found
+
+
+def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
+    return [line[name] for line in lines]
+
+
+def _told(given: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
+    """Keep the figures beside the answers; returns the table."""
+    path = Path(given.output) / f"{given.command}.json"
+    found = {"model": given.model, "scores": scores}
+    write_whole(path, json.dumps(found, indent=2) + "\n")
+    return f"{table}\nwrote {path}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m realign.evaluate")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, function: Callable, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=function)
+        return command
+
+    def asks(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--model", required=True, help="folder or hub name; adapters, too")
+        command.add_argument("--image-folder", required=True, help="where the pictures are")
+        command.add_argument("--output", required=True, help="folder for answers and figures")
+        command.add_argument("--batch-size", type=int, default=16, help="at once (%(default)s)")
+        command.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, else fp32")
+        command.add_argument("--limit", type=int, default=0, help="the first so many; 0: all")
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    one = add("pope", pope, "POPE: yes/no questions about objects, by three rules")
+    one.add_argument("questions", nargs="+", metavar="FILE", help="coco_pope_random.json, ...")
+    one.add_argument("--suffix", default=SHORT, help="behind every question")
+    asks(one)
+    one = add("chair", captions, "CHAIR: objects in captions that pictures do not show")
+    one.add_argument("--instances", required=True, help="COCO's instances_val2014.json")
+    one.add_argument("--reference", required=True, help="COCO's captions_val2014.json")
+    one.add_argument("--synonyms", help="synonyms.txt of the metric's authors (our own list)")
+    one.add_argument("--prompt", default=CAPTION, help="that asks for a caption (%(default)s)")
+    one.add_argument("--max-tokens", type=int, default=512, help="of a caption (%(default)s)")
+    one.add_argument("--most", type=int, default=500, help="pictures drawn; 0: all (%(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    asks(one)
+    one = add("hallusionbench", hallusion, "HallusionBench, by rules in place of GPT-4")
+    one.add_argument("questions", metavar="FILE", help="HallusionBench.json")
+    one.add_argument("--suffix", default=SHORT, help="behind every question")
+    asks(one)
+    one = add("compare", compare, "two models on the same questions: McNemar and bootstrap")
+    one.add_argument("first", help="answers (JSON lines, or a folder of them)")
+    one.add_argument("second", help="of the other model")
+    one.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    return parser
+
+
+COMMANDS = ("pope", "chair", "hallusionbench", "compare")

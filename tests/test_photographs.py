@@ -1,0 +1,166 @@
+"""`python -m realign.evaluate pope|chair|hallusionbench|compare` on made pictures."""
+
+import json
+
+import pytest
+
+from realign import answering, evaluate
+from realign.digits import ASSETS
+from realign.digits.scenes import make_scenes
+from realign.pairs.engines import Chat, Engine, Reply
+
+QUESTIONS = 12
+
+
+class Counting(Engine):
+    """Says yes to odd questions; counts what it is asked."""
+
+    name = "counting"
+
+    def __init__(self, fail_after=None):
+        self.asked, self._left = [], fail_after
+
+    def chat(self, requests: list[Chat]) -> list[Reply]:
+        if self._left is not None:
+            if self._left == 0:
+                raise KeyboardInterrupt
+            self._left -= 1
+        self.asked += [request.messages[0]["content"] for request in requests]
+        return [
+            Reply("Yes." if int(c.messages[0]["content"].split()[0]) % 2 else "No")
+            for c in requests
+        ]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, scene in enumerate(make_scenes(QUESTIONS, biased=False, split="test", seed=5)):
+        scene.image.save(folder / f"{i}.png")
+    return [
+        answering.Question(str(i), f"{i} ?", f"{i}.png", {"label": "yes"}) for i in range(QUESTIONS)
+    ]
+
+
+def _ask(engine, questions, folder, **settings):
+    options = {"model": "m", "max_tokens": 4, "batch": 2, "progress": False} | settings
+    output = folder / "out" / "answers.jsonl"
+    return answering.answer(engine, questions, folder / "pictures", output, **options)
+
+
+def test_answers_go_on_where_a_run_stopped(questions, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _ask(Counting(fail_after=3), questions, tmp_path)
+    file = tmp_path / "out" / "answers.jsonl"
+    torn = file.read_text() + '{"id": "6", "ques'  # as of a machine that went down
+    file.write_text(torn)
+    rest = Counting()
+    lines = _ask(rest, questions, tmp_path)
+    assert rest.asked == [f"{i} ?" for i in range(6, QUESTIONS)]
+    assert [line["id"] for line in lines] == [str(i) for i in range(QUESTIONS)]
+    assert [line["answer"] for line in lines] == ["No", "Yes."] * 6
+    again = Counting()
+    assert _ask(again, questions, tmp_path) == lines and not again.asked
+    assert [li | {} for li in answering.read_answers(file)] == [
+        line | {"file": "answers.jsonl"} for line in lines
+    ]
+
+
+def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
+    _ask(Counting(), questions, tmp_path)
+    with pytest.raises(ValueError, match="asked for with another model; name another --output"):
+        _ask(Counting(), questions, tmp_path, model="other")
+    with pytest.raises(ValueError, match="asked for with another suffix"):
+        _ask(Counting(), questions, tmp_path, suffix="!")
+    changed = [answering.Question("0", "9 ?", "0.png"), *questions[1:]]
+    with pytest.raises(ValueError, match="answers another question under the id '0'"):
+        _ask(Counting(), changed, tmp_path)
+
+
+def test_pictures_that_are_not_there_are_named(questions, tmp_path):
+    gone = [answering.Question("a", "1 ?", "../secret.png")]
+    with pytest.raises(ValueError, match="the picture of question 'a': outside the folder"):
+        _ask(Counting(), gone, tmp_path)
+    with pytest.raises(ValueError, match="distinct ids"):
+        _ask(Counting(), [questions[0], questions[0]], tmp_path)
+
+
+def _pope_files(tmp_path, questions):
+    for name in ("random", "popular"):
+        lines = [
+            {"question_id": int(q.id), "image": q.image, "text": f"is digit {i} a seven ?"}
+            | {"label": "yes" if i % 2 else "no"}
+            for i, q in enumerate(questions)
+        ]
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, lines)))
+    return [str(tmp_path / "random.json"), str(tmp_path / "popular.json")]
+
+
+def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
+    """With the digits model: every figure is named by its rule, and the answers are kept."""
+    files = _pope_files(tmp_path, questions)
+    options = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "pictures"), "--quiet"]
+    for name in ("a", "b"):
+        output = ["--output", str(tmp_path / name)]
+        assert evaluate.main(["pope", *files, *options, *output, "--suffix", ""]) == 0
+    table = capsys.readouterr().out
+    for file in ("random", "popular"):
+        for rule in ("pope", "exact", "word"):
+            assert any(line.split()[:3] == [file, rule, "12"] for line in table.splitlines())
+    scores = json.loads((tmp_path / "a" / "pope.json").read_text())["scores"]
+    assert scores["random"]["word"]["questions"] == QUESTIONS
+    answers = answering.read_answers(tmp_path / "a")
+    assert len(answers) == 2 * QUESTIONS
+    assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    told = capsys.readouterr().out
+    assert "word" in told and "0 gained, 0 lost of 24; McNemar p = 1" in told
+
+
+def test_chair_from_coco_files(questions, tmp_path, capsys):
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(QUESTIONS)]
+    (tmp_path / "instances.json").write_text(
+        json.dumps({"images": images, "categories": [{"id": 1, "name": "dog"}], "annotations": []})
+    )
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": []}))
+    flags = ["--instances", str(tmp_path / "instances.json"), "--most", "5", "--quiet"]
+    flags += ["--reference", str(tmp_path / "captions.json"), "--prompt", "name the digits ."]
+    flags += ["--model", str(ASSETS), "--image-folder", str(tmp_path / "pictures")]
+    flags += ["--max-tokens", "16", "--output", str(tmp_path / "out")]
+    assert evaluate.main(["chair", *flags]) == 0
+    assert "objects by our own list of synonyms" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "chair.json").read_text())["scores"]
+    assert (found["captions"], found["mentions"], found["chair_s"]) == (5, 0, 0)
+    details = json.loads((tmp_path / "out" / "chair-objects.json").read_text())
+    assert [line["hallucinated"] for line in details] == [[]] * 5
+
+
+def test_hallusionbench_from_its_file(questions, tmp_path, capsys):
+    rows = [
+        {"category": "VD", "subcategory": "digits", "set_id": str(i // 4), "figure_id": str(i % 2)}
+        | {"question_id": str(i // 2 % 2), "question": "is digit 1 a seven ?", "gt_answer": "0"}
+        | {"visual_input": "1", "filename": f"{i}.png"}
+        for i in range(QUESTIONS)
+    ]
+    (tmp_path / "hb.json").write_text(json.dumps(rows))
+    flags = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "pictures"), "--quiet"]
+    flags += ["--suffix", "", "--output", str(tmp_path / "out")]
+    assert evaluate.main(["hallusionbench", str(tmp_path / "hb.json"), *flags]) == 0
+    assert "question pair" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "out" / "hallusionbench.json").read_text())["scores"]
+    answers = answering.read_answers(tmp_path / "out" / "hallusionbench.jsonl")
+    right = [line["answer"] == "no" for line in answers]
+    assert scores["exact"]["question"] == pytest.approx(sum(right) / QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cider"], "unknown command 'cider'; there are pope, chair"),
+        (["compare", "a", "a"], "No such file"),
+    ],
+)
+def test_bad_commands_are_named(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(words) == 1
+    assert message in capsys.readouterr().err
