@@ -1,0 +1,268 @@
+"""RDPOTrainer: the curve of `realign.train` and of a plain loop, adapters, ranks, resuming."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from realign.config import OptimConfig
+from realign.digits import ASSETS
+from realign.hf import RDPOConfig, RDPOTrainer
+from realign.hf_records import records_of
+from realign.records import RecordError, read_pairs
+from realign.schedule import batches, learning_rate
+from realign.train import main
+from realign_kernels import rdpo_loss
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+STEPS, BATCH, SEED = 6, 8, 3
+OPTIM = OptimConfig(learning_rate=5e-5, batch_size=BATCH, steps=STEPS)
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|v_proj|up_proj)"}
+
+
+def _config(folder, **settings) -> RDPOConfig:
+    options = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "learning_rate": OPTIM.learning_rate,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": SEED,
+        "reference_cache": str(folder / "cache"),
+        "output_dir": str(folder / "out"),
+    }
+    return RDPOConfig(**(options | settings))
+
+
+class InOurOrder(RDPOTrainer):
+    """With the batches and the learning rates of `realign.train`."""
+
+    def _get_train_sampler(self, *_):
+        steps = batches(len(self.train_dataset), BATCH, SEED, first=0, last=STEPS)
+        return [int(i) for _, batch in steps for i in batch]
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate(step, STEPS, OPTIM) / OPTIM.learning_rate,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def _history(trainer, name="loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.fixture(scope="module")
+def ours(pairs_file, tmp_path_factory):
+    """The curve of `realign.train`."""
+    folder = tmp_path_factory.mktemp("ours")
+    options = ["--pairs", pairs_file, "--tune", "full", "--steps", STEPS, "--batch-size", BATCH]
+    options += ["--learning-rate", OPTIM.learning_rate, "--seed", SEED, "--quiet"]
+    options += ["--output", folder / "run", "--reference-cache", folder / "cache"]
+    assert main([str(option) for option in options]) == 0
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+
+
+def test_the_trainer_takes_our_steps(ours, pairs_file, tmp_path):
+    trainer = InOurOrder(str(ASSETS), _config(tmp_path), str(pairs_file))
+    trainer.train()
+    for name in ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen"):
+        expected = [entry[name] for entry in ours]
+        assert _history(trainer, name) == pytest.approx(expected, rel=2e-4, abs=2e-5), name
+    assert _history(trainer)[0] == pytest.approx(2 * 0.693147, abs=1e-5)
+
+
+def test_a_plain_loop_takes_our_steps(ours, pairs_file):
+    """The example's own functions, in the batches of `realign.train`."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import sequences
+    finally:
+        sys.path.pop(0)
+    records = read_pairs(pairs_file)
+    processor = AutoProcessor.from_pretrained(ASSETS)
+    model = AutoModelForImageTextToText.from_pretrained(ASSETS, dtype=torch.float32)
+    model.model.get_encoder("image").requires_grad_(False)
+    encoded = [
+        sequences.batch_of(processor, [records[i] for i in batch])
+        for _, batch in batches(len(records), BATCH, SEED, first=0, last=STEPS)
+    ]
+    references = [sequences.reference_logps(model, *one) for one in encoded]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=OPTIM.learning_rate, weight_decay=0.0)
+    for step, ((inputs, labels), reference) in enumerate(zip(encoded, references, strict=True)):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, STEPS, OPTIM)
+        hidden = sequences.hidden_states(model, inputs, BATCH)
+        out = rdpo_loss(hidden, model.lm_head.weight, labels, reference, beta=0.1)
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert out.loss.item() == pytest.approx(ours[step]["loss"], rel=2e-4)
+        assert norm.item() == pytest.approx(ours[step]["grad_norm"], rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def rows(pairs_file):
+    """A data set as TRL's users have it: decoded images, messages, one column more."""
+    loaded = datasets.load_dataset("parquet", data_files=str(pairs_file), split="train")
+    kept = ["prompt", "chosen", "rejected", "images", "retrieved_images"]
+    return loaded.select_columns(kept)
+
+
+def test_rows_of_a_data_set_are_our_records(rows, pairs_file):
+    records = read_pairs(pairs_file)
+    for forms in (rows, list(rows.select(range(8))), rows.select(range(8)).to_list()):
+        for mine, record in zip(records_of(forms), records, strict=False):
+            assert (mine.prompt, mine.chosen) == (record.prompt, record.chosen)
+            assert mine.rejected == record.rejected
+            for a, b in zip(mine.images, record.images, strict=True):
+                assert a.open("a").tobytes() == b.open("b").tobytes()
+            assert len(mine.retrieved_images) == 1
+
+
+def test_adapters_are_trained_logged_saved_and_evaluated(rows, tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            seen.append(logs)
+
+    trainer = RDPOTrainer(
+        str(ASSETS),
+        _config(tmp_path, max_steps=3),
+        rows.select(range(14)),
+        eval_dataset=rows.select(range(14, 20)),
+        peft_config=LoraConfig(**LORA),
+        callbacks=[Watch()],
+    )
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("lora_" in name for name in changed)
+    named = {"rewards/chosen", "rewards/accuracies", "rewards/visual_margins", "logps/rejected"}
+    assert named <= seen[0].keys()
+    assert seen[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # policy and reference agree
+    found = trainer.evaluate()
+    assert found["eval_loss"] < 2 * 0.6932
+    assert 0 <= found["eval_rewards/accuracies"] <= 1
+    trainer.save_model(str(tmp_path / "saved"))
+    base = AutoModelForImageTextToText.from_pretrained(ASSETS)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "saved"))
+    mine = {n.removeprefix("vlm."): p for n, p in trainer.model.state_dict().items()}
+    for name, value in loaded.base_model.model.state_dict().items():
+        assert torch.equal(value, mine[name]), name
+    AutoProcessor.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_resumed_run_goes_on_as_it_would_have(rows, tmp_path, tune):
+    def trainer(folder, **settings):
+        peft = LoraConfig(**LORA) if tune == "lora" else None
+        config = _config(tmp_path, output_dir=str(tmp_path / folder), **settings)
+        return RDPOTrainer(str(ASSETS), config, rows.select(range(20)), peft_config=peft)
+
+    whole = trainer("whole")
+    whole.train()
+    first = trainer("cut", max_steps=3, save_strategy="steps", save_steps=3)
+    first.train()
+    second = trainer("cut")
+    second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert _history(second) == pytest.approx(_history(whole), rel=1e-5)
+
+
+LAUNCHED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from test_hf import launched
+trainer = launched(*sys.argv[2:], batch=4)
+if trainer.is_world_process_zero():
+    print("CURVE", json.dumps([e["loss"] for e in trainer.state.log_history if "loss" in e]))
+"""
+
+
+class InOrder(RDPOTrainer):
+    """Two processes draw another random order than one."""
+
+    def _get_train_sampler(self, *_):
+        return list(range(len(self.train_dataset)))
+
+
+def launched(folder: str, data: str, batch: int) -> RDPOTrainer:
+    """A run with LoRA on a data set, `batch` records a step on each process."""
+    rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
+    config = _config(
+        Path(folder), per_device_train_batch_size=batch, max_steps=3, learning_rate=1e-4
+    )
+    trainer = InOrder(str(ASSETS), config, rows, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    return trainer
+
+
+def test_accelerate_launches_it_on_two_processes(pairs_file, tmp_path):
+    """As many records in a step, dealt to two processes, give the curve of one process.
+
+    accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+    command += ["--num_processes", "2", "--multi_gpu", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", str(script), str(Path(__file__).parent)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two"), str(pairs_file)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("CURVE")]
+    alone = _history(launched(str(tmp_path / "one"), str(pairs_file), batch=8))
+    assert json.loads(line.removeprefix("CURVE")) == pytest.approx(alone, rel=2e-5)
+    assert len(alone) == 3
+
+
+def test_what_cannot_be_trained_is_named(rows, tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor would have no effect"):
+        _config(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="objective is 'kto'"):
+        _config(tmp_path, objective="kto")
+    bare = rows.select(range(4)).remove_columns("retrieved_images")
+    with pytest.raises(RecordError, match="needs 'retrieved_image'.*--objective dpo"):
+        RDPOTrainer(str(ASSETS), _config(tmp_path), bare)
+    broken = [row | {"rejected": " "} if i == 2 else row for i, row in enumerate(bare)]
+    with pytest.raises(RecordError, match="row 2"):
+        RDPOTrainer(str(ASSETS), _config(tmp_path), broken)
+    with pytest.raises(ValueError, match="holds no records"):
+        RDPOTrainer(str(ASSETS), _config(tmp_path), [])
+
+
+EXAMPLE_FILES = sorted(p.name for p in EXAMPLES.glob("*.py") if p.name != "sequences.py")
+
+
+@pytest.mark.parametrize("name", EXAMPLE_FILES)
+def test_an_example_runs_and_saves_a_model(name, pairs_file, tmp_path):
+    options = ["--steps", "3", "--batch-size", "4", "--pairs", str(pairs_file)]
+    command = [sys.executable, str(EXAMPLES / name), *options, "--output", str(tmp_path)]
+    environment = os.environ | {"REALIGN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "loss" in done.stdout
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
