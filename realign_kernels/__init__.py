@@ -7,6 +7,7 @@ in one page.
 """
 
 from realign_kernels import objectives, refcache
+from realign_kernels._extension import missing_reason
 from realign_kernels.batcher import ForestPacking, pack_forest
 from realign_kernels.chunked import default_chunk_rows
 from realign_kernels.dispatch import explain, use_backend
@@ -43,6 +44,7 @@ __all__ = [
     "leaf_keys",
     "linear_logprobs",
     "linear_preference_loss",
+    "missing_reason",
     "objectives",
     "pack_forest",
     "preference_loss",

@@ -24,7 +24,7 @@ def _probe() -> tuple[ModuleType | None, str]:
 
 
 def missing_reason() -> str | None:
-    """Why the extension cannot be used, or None where it can. Never warns."""
+    """Why the C++ extension cannot be used, or None where it can. Never warns."""
     module, reason = _probe()
     return reason if module is None else None
 

@@ -95,7 +95,7 @@ def _captions_in_plain_transformers(folder):
 
 
 def test_every_flag_named_exists(capsys):
-    """Flags in the README's prose and commands are flags of some command."""
+    """Flags that pages name are flags of some command."""
     for main, words in (
         (train.main, []),
         (pairs.main, []),
@@ -106,7 +106,8 @@ def test_every_flag_named_exists(capsys):
         with pytest.raises(SystemExit):
             main([*words, "--help"])
     helps = capsys.readouterr().out
-    named = set(re.findall(r"`?(--[a-z][a-z-]+)", README))
+    pages = README + (ROOT / "docs" / "trainers.md").read_text()
+    named = set(re.findall(r"`?(--[a-z][a-z-]+)", pages))
     pip_options = {"--help", "--no-build-isolation"}
     missing = {flag for flag in named if not re.search(rf"{flag}\b", helps)} - pip_options
     assert not missing
