@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ def export(
     *,
     base: str,
     merge: bool,
+    card: Callable[[], str] = str,
 ) -> None:
     """Write `folder`, loadable by `AutoModelForImageTextToText` and `AutoProcessor`.
 
@@ -35,6 +37,7 @@ def export(
         processor: saved beside the weights.
         base: folder or hub name of the base model.
         merge: merge the adapter into the base weights instead of writing the adapter.
+        card: makes the text of its README.md.
 
     Raises:
         CommonError: when it cannot be written.
@@ -68,6 +71,7 @@ def export(
             if merge:
                 _merge(folder, base)
         processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card(), encoding="utf-8")
 
     from_rank_0(write)
 

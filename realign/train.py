@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 
 from realign import attention, liger, parallel, plan, reference, sharding, vision
+from realign.card import model_card
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig, parse
 from realign.export import export
 from realign.inputs import load_inputs
 from realign.loading import DTYPES, add_lora
+from realign.metrics import read_jsonl
 from realign.noise import hush_libraries
 from realign.run import (
     StopSignal,
@@ -218,7 +220,23 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
                 say(f"stopped after step {step} of {total}; the same with --resume goes on")
                 return None
     final = output / "model"
-    export(final, model, adapter, inputs.processor, base=inputs.base, merge=run.merge)
+    export(
+        final,
+        model,
+        adapter,
+        inputs.processor,
+        base=inputs.base,
+        merge=run.merge,
+        card=lambda: model_card(
+            config,
+            base=inputs.base,
+            adapter=lora and not run.merge,
+            records=len(examples),
+            images=len(inputs.store),
+            digests={"base weights": identity["base"], "records": identity["pairs"]},
+            last=read_jsonl(output / "metrics.jsonl")[-1],
+        ),
+    )
     say(f"wrote {final} (model), {output / 'metrics.jsonl'} (curves)")
     return final
 

@@ -1,0 +1,121 @@
+"""The model card of a trained model: base, data, objective, settings, metrics, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+from realign.config import TrainConfig
+
+_SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "share of records whose chosen response has the higher reward",
+    "rewards/margins": "mean margin of rewards, chosen over rejected",
+    "rewards/visual_accuracies": "share with the higher reward on the own image",
+    "rewards/visual_margins": "mean margin of rewards, own image over retrieved",
+}
+_VERSIONS = ("realign", "torch", "transformers", "peft")
+_WHOLE = """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
+_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("BASE")
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
+
+
+def model_card(
+    config: TrainConfig,
+    *,
+    base: str,
+    adapter: bool,
+    records: int,
+    images: int,
+    digests: Mapping[str, str],
+    last: Mapping[str, float],
+) -> str:
+    """The text of a README.md that the hub and `huggingface_hub.ModelCard` read.
+
+    Args:
+        config: of the run.
+        base: folder or hub name of the model that was trained; a folder is named without its place.
+        adapter: whether the folder holds an adapter, not a whole model.
+        records: preference records.
+        images: distinct images in them.
+        digests: of the base's weights and of the records, by what they are of.
+        last: the last step's line of metrics.jsonl; empty where there is none.
+    """
+    local = Path(base).is_dir()
+    name = Path(base).name if local else base
+    head = {"library_name": "peft" if adapter else "transformers"}
+    head |= {} if local else {"base_model": base}
+    front = "\n".join(
+        [
+            "---",
+            *(f"{key}: {value}" for key, value in head.items()),
+            "pipeline_tag: image-text-to-text",
+            "tags:",
+            *(
+                f"- {tag}"
+                for tag in ("preference-alignment", "vision-language", "dpo", *_tags(config))
+            ),
+            "---",
+        ]
+    )
+    settings = [
+        ("objective", config.loss.objective),
+        ("beta", config.loss.beta),
+        ("visual weight", config.loss.visual_weight),
+        ("what was trained", _trained(config)),
+        ("peak learning rate", config.optim.learning_rate),
+        (
+            "weight decay, warm-up, clipping",
+            f"{config.optim.weight_decay}, {config.optim.warmup}, {config.optim.clip}",
+        ),
+        ("records in a step", config.optim.batch_size),
+        ("computed in", config.model.dtype),
+        ("seed", config.run.seed),
+    ]
+    found = [(about, f"{last[key]:.4g}") for key, about in _SHOWN.items() if key in last]
+    versions = [(package, importlib.metadata.version(package)) for package in _VERSIONS]
+    load = (_ADAPTER if adapter else _WHOLE).replace("BASE", name)
+    parts = [
+        front,
+        f"# {name}, aligned by {config.loss.objective}",
+        f"{name} after preference alignment with images by `{config.loss.objective}` "
+        "(rDPO: Re-Align, arXiv 2502.13146).",
+        f"```python\n{load}\n```",
+        "## Data",
+        f"{records:,} preference records with {images:,} distinct images. "
+        + "; ".join(f"digest of the {what}: `{digest}`" for what, digest in digests.items())
+        + ".",
+        "## Training",
+        _table("setting", "value", settings),
+        f"## The last step ({last.get('step', 0):.0f})" if last else "",
+        _table("on its training records", "value", found) if found else "",
+        "These say how far training went, not how good the model is: evaluate it on records it was "
+        "not trained on.",
+        "## Versions",
+        _table("package", "version", versions),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _tags(config: TrainConfig) -> list[str]:
+    return [config.loss.objective] if config.loss.objective != "dpo" else []
+
+
+def _trained(config: TrainConfig) -> str:
+    model = config.model
+    if model.tune == "lora":
+        return f"LoRA on the language model, rank {model.lora_rank}, alpha {model.lora_alpha:g}"
+    return "all weights" if model.train_vision else "all weights but the vision tower's"
+
+
+def _table(first: str, second: str, rows: list[tuple]) -> str:
+    lines = [f"| {first} | {second} |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""The model card in an exported folder, and that the folder loads with it."""
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from realign.card import model_card
+from realign.config import TrainConfig, parse
+from realign.digits import ASSETS
+from realign.records import read_pairs
+from realign.train import train
+from runs import arguments
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_an_exported_folder_has_a_card_and_loads(pairs_file, tmp_path, kind):
+    flags = {"adapter": [], "merged": ["--merge"], "full": ["--tune", "full"]}[kind]
+    output = tmp_path / "run"
+    train(parse(arguments(pairs_file, output, *flags, steps=2)))
+    folder = output / "model"
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["pipeline_tag"] == "image-text-to-text" and "rdpo" in data["tags"]
+    assert data["library_name"] == ("peft" if kind == "adapter" else "transformers")
+    assert "base_model" not in data  # a folder of this machine is no name on the hub
+    text = card.text
+    assert str(tmp_path) not in text and str(ASSETS) not in text
+    assert "| objective | rdpo |" in text and "| beta | 0.1 |" in text
+    assert f"| torch | {torch.__version__} |" in text
+    assert f"{len(read_pairs(pairs_file))} preference records with" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace("THIS_FOLDER", str(folder)).replace(f'"{ASSETS.name}"', f'"{ASSETS}"')
+    found: dict = {}
+    exec(code, found)
+    assert isinstance(found["model"], PeftModel) == (kind == "adapter")
+    assert found["processor"].image_token
+
+
+def test_a_card_of_a_model_on_the_hub():
+    card = ModelCard(
+        model_card(
+            TrainConfig(),
+            base="llava-hf/llava-1.5-7b-hf",
+            adapter=True,
+            records=11_000,
+            images=22_000,
+            digests={"records": "abc"},
+            last={"step": 343, "loss": 0.51234, "rewards/margins": 1.5},
+        )
+    )
+    assert card.data.base_model == "llava-hf/llava-1.5-7b-hf"
+    assert "# llava-hf/llava-1.5-7b-hf, aligned by rdpo" in card.text
+    assert "11,000 preference records with 22,000 distinct images" in card.text
+    assert "| loss | 0.5123 |" in card.text and "The last step (343)" in card.text
+    assert "digest of the records: `abc`" in card.text
