@@ -1,5 +1,6 @@
 """What a second run of the pairs pipeline makes again, to give what a fresh one gives."""
 
+import shutil
 import time
 from dataclasses import replace
 
@@ -136,17 +137,17 @@ def test_a_record_without_reply_is_asked_again(tmp_path, engine):
     assert written == (tmp_path / "fresh" / "pairs.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["read", "embed", "retrieve", "refill"])
 def test_a_damaged_shard_is_made_again(whole_run, tmp_path, stage):
     config = config_in(tmp_path)
-    build_pairs(config)
+    shutil.copytree(whole_run.work, config.work_folder)
     shard = stage_folder(config.work_folder, stage) / "00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-20])
     build_pairs(config)
     assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
 
 
-@pytest.mark.parametrize("kind", ["crop", "noise", "blank"])
+@pytest.mark.parametrize("kind", ["crop", "noise"])
 def test_derived_negatives_are_a_stage(tmp_path, kind):
     config = config_in(tmp_path, negative=kind)
     run_stages(config, "negative")
