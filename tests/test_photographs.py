@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from realign import answering, evaluate
+from realign.config import parse
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
+from realign.loading import load_model
 from realign.pairs.engines import Chat, Engine, Reply
+from realign.train import train
+from runs import arguments
 
 QUESTIONS = 12
 
@@ -151,6 +157,23 @@ def test_hallusionbench_from_its_file(questions, tmp_path, capsys):
     answers = answering.read_answers(tmp_path / "out" / "hallusionbench.jsonl")
     right = [line["answer"] == "no" for line in answers]
     assert scores["exact"]["question"] == pytest.approx(sum(right) / QUESTIONS)
+
+
+def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
+    output, merged = tmp_path / "run", tmp_path / "merged"
+    train(parse(arguments(pairs_file, output, steps=2)))
+    words = ["handoff", "--model", str(output / "model"), "--output", str(merged)]
+    assert evaluate.main(words) == 0
+    told = capsys.readouterr().out
+    assert f"lmms_eval --model llava_hf --model_args pretrained={merged} --tasks pope" in told
+    assert "no class for llava is known here" in told
+    ours = load_model(output / "model").state_dict()  # merges the adapter
+    theirs = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32).state_dict()
+    assert not any("lora" in name for name in theirs)
+    for name, value in ours.items():
+        assert torch.allclose(theirs[name], value, rtol=2**-8, atol=1e-6), name  # kept in bf16
+    assert evaluate.main(words) == 1
+    assert "holds a model already; name another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""`python -m realign.evaluate pope|chair|hallusionbench|compare`: benchmarks of photographs.
+"""Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|compare|handoff`.
 
-Each asks a model the questions of a benchmark's own files, keeps every answer in a JSON-lines file
-(`answering`), so that a stopped run goes on, and prints the figures. `compare` puts two such files,
-or folders of them, side by side.
+The first three ask a model the questions of a benchmark's own files, keep every answer in a file of
+JSON lines (`answering`), so that a stopped run goes on, and print the figures. `compare` puts two
+such files, or folders of them, side by side; `handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from realign.answering import Question, answer, read_answers
 from realign.metrics import write_whole
 from realign.scores import chair, hallusionbench, paired, yesno
+from realign.scores.handoff import hand_off
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """What LLaVA and lmms-eval put behind a yes/no question."""
@@ -129,6 +130,11 @@ def compare(given: argparse.Namespace) -> str:
         right = [yesno.right(_column(lines, "answer"), label, rule) for lines in (before, after)]
         rows.append(f"{rule:6} {paired.compare(*right, clusters=clusters, seed=given.seed)}")
     return "\n".join([*rows, "(difference with its 95 % bootstrap interval over images)"])
+
+
+def handoff(given: argparse.Namespace) -> str:
+    """Write a folder that other kits evaluate."""
+    return hand_off(given.model, given.output)
 
 
 def _labels(lines: Sequence[dict]) -> list[str] | None:
@@ -257,7 +263,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("first", help="answers (JSON lines, or a folder of them)")
     one.add_argument("second", help="of the other model")
     one.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    one = add("handoff", handoff, "a merged folder for lmms-eval and VLMEvalKit")
+    one.add_argument("--model", required=True, help="folder or hub name; an adapter is merged")
+    one.add_argument("--output", required=True, help="folder to write")
     return parser
 
 
-COMMANDS = ("pope", "chair", "hallusionbench", "compare")
+COMMANDS = ("pope", "chair", "hallusionbench", "compare", "handoff")

@@ -1,0 +1,74 @@
+"""A trained model for other evaluation kits: a merged folder, a command, a configuration."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import torch
+
+from realign.loading import load_model, load_processor
+from realign.metrics import write_whole
+
+_LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it, and its other arguments
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "llava_onevision": "llava_hf",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "gemma3": "gemma3",
+}
+_VLMEVAL = {  # transformers' model type -> the class of VLMEvalKit for it
+    "llava_next": "LLaVA_Next",
+    "qwen2_vl": "Qwen2VLChat",
+    "qwen2_5_vl": "Qwen2VLChat",
+    "qwen3_vl": "Qwen3VLChat",
+    "gemma3": "Gemma3",
+}
+_TASKS = ("pope", "hallusion_bench_image", "mme")
+_DATA = ("POPE", "HallusionBench", "MME")  # of VLMEvalKit's class ImageYORNDataset
+
+
+def hand_off(model: str, output: str | Path) -> str:
+    """Write what other kits need to evaluate a model.
+
+    Args:
+        model: folder or hub name; an adapter is merged into its base.
+        output: folder to write: the whole model with its processor, and vlmevalkit.json.
+
+    Returns:
+        What to do with them, in lines.
+
+    Raises:
+        ValueError: when `output` holds a model already, or there is none at `model`.
+    """
+    output = Path(output)
+    if (output / "config.json").exists():
+        raise ValueError(f"{output} holds a model already; name another --output.")
+    processor = load_processor(model)
+    whole = load_model(model, torch.float32)  # merged in fp32, kept as the base is kept
+    kept = getattr(whole.config, "dtype", None) or torch.float32
+    whole.to(kept).save_pretrained(output)
+    processor.save_pretrained(output)
+    kind = whole.config.model_type
+    place = str(output.resolve())
+    lines = [f"wrote {output} ({kind}, {str(kept).removeprefix('torch.')})"]
+    if (wrapper := _LMMS.get(kind)) is None:
+        lines.append(f"lmms-eval: no wrapper for {kind} is known here; see its list of models")
+    else:
+        command = ["python", "-m", "lmms_eval", "--model", wrapper, "--model_args"]
+        command += [f"pretrained={place}", "--tasks", ",".join(_TASKS), "--batch_size", "1"]
+        lines.append(f"lmms-eval: {shlex.join([*command, '--output_path', 'lmms-eval'])}")
+    if (name := _VLMEVAL.get(kind)) is None:
+        lines.append(f"VLMEvalKit: no class for {kind} is known here; see its list of models")
+    else:
+        config = {
+            "model": {output.name: {"class": name, "model_path": place}},
+            "data": {data: {"class": "ImageYORNDataset", "dataset": data} for data in _DATA},
+        }
+        write_whole(output / "vlmevalkit.json", json.dumps(config, indent=2) + "\n")
+        lines.append(f"VLMEvalKit: python run.py --config {shlex.quote(place)}/vlmevalkit.json")
+    lines.append("Both have environments of their own; neither was run with this folder here.")
+    return "\n".join(lines)

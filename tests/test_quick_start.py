@@ -1,0 +1,63 @@
+"""docs/quick-start.md, followed to the letter with fifty made photographs and a small model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import AutoProcessor
+
+from realign.digits import ASSETS
+from realign.digits.scenes import CAPTION_PROMPT, make_scenes
+from realign.loading import load_trained
+from realign.metrics import read_jsonl
+from realign.records import read_pairs
+
+PAGE = (Path(__file__).parent.parent / "docs" / "quick-start.md").read_text()
+
+
+def _photographs(folder: Path) -> None:
+    """Fifty JPEGs of 320 x 240 with noise, of digits that the small model knows, and questions."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i, scene in enumerate(make_scenes(50, biased=True, split="train", seed=4)):
+        large = np.asarray(scene.image.resize((320, 240), Image.Resampling.BICUBIC), np.float32)
+        noisy = np.clip(large + rng.normal(0, 4, large.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{i:03d}.jpg", quality=90)
+        line = {"image": f"{i:03d}.jpg", "question": CAPTION_PROMPT, "answer": scene.caption}
+        lines.append(json.dumps(line))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_fifty_pictures_of_ones_own(tmp_path):
+    shown = json.loads(re.search(r"```json\n(.*)\n```", PAGE)[1])
+    assert shown.keys() == {"image", "question", "answer"}
+    _photographs(tmp_path / "my-images")
+    commands = [
+        line.split()
+        for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(commands) == 5
+    environment = os.environ | {"REALIGN_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    for words in commands:
+        assert words[:2] == ["python", "-m"]
+        words = [str(ASSETS) if word == "MODEL" else word for word in words[1:]]
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+    pairs = read_pairs(tmp_path / "pairs.parquet")
+    assert len(pairs) >= 25
+    assert all(pair.chosen != pair.rejected for pair in pairs)
+    assert "<!doctype html>" in (tmp_path / "gallery.html").read_text()[:50].lower()
+    log = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert len(log) >= 1 and all(np.isfinite(entry["loss"]) for entry in log)
+    model = load_trained(tmp_path / "run" / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "run" / "model")
+    assert any("lora_" in name for name, _ in model.named_parameters()) and processor.image_token
