@@ -1,8 +1,9 @@
-"""Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|compare|handoff`.
+"""Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|...`.
 
 The first three ask a model the questions of a benchmark's own files, keep every answer in a file of
 JSON lines (`answering`), so that a stopped run goes on, and print the figures. `compare` puts two
-such files, or folders of them, side by side; `handoff` prepares a model for lmms-eval and VLMEvalKit.
+such files, or folders of them, side by side; `handoff` prepares a model for lmms-eval and
+VLMEvalKit.
 """
 
 from __future__ import annotations
