@@ -1,6 +1,9 @@
 """What a second run of the pairs pipeline makes again, to give what a fresh one gives."""
 
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -137,6 +140,84 @@ def test_a_record_without_reply_is_asked_again(tmp_path, engine):
     assert written == (tmp_path / "fresh" / "pairs.parquet").read_bytes()
 
 
+DIES = """
+import os, signal, sys
+from realign.pairs import shards
+from realign.pairs.__main__ import main
+
+def died(self, number, left_out, kept=shards.Shards.write_left_out):
+    kept(self, number, left_out)
+    if self.folder.name.startswith("read"):
+        os.kill(os.getpid(), signal.SIGKILL)  # the list is written, the shard is not
+shards.Shards.write_left_out = died
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_while_it_replaces_a_shard_loses_no_record(pictures, tmp_path):
+    spoiled = tmp_path / "pictures" / "11.png"
+    data = spoiled.read_bytes()
+    spoiled.unlink()
+    build_pairs(pictures)
+    spoiled.write_bytes(data)
+    flags = ["--data", pictures.data, "--image-folder", pictures.image_folder, "--k", "4"]
+    flags += ["--mask", "numbers", "--shard", "8", "--max-bad", "0.2", "--quiet"]
+    died = subprocess.run(
+        [sys.executable, "-c", DIES, "--output", pictures.output, *flags], check=False
+    )
+    assert died.returncode == -signal.SIGKILL
+    report = build_pairs(pictures)
+    assert not report.bad
+    assert (tmp_path / "out" / "pairs.parquet").read_bytes() == _fresh(pictures, tmp_path)
+
+
+def test_a_picture_that_became_a_link_out_of_the_folder_is_refused(pictures, tmp_path):
+    build_pairs(pictures)
+    inside = tmp_path / "pictures" / "3.png"
+    inside.rename(tmp_path / "secret.png")
+    inside.symlink_to(tmp_path / "secret.png")
+    report = build_pairs(pictures)
+    assert report.bad == {"outside the folder": 1}
+    assert (tmp_path / "out" / "pairs.parquet").read_bytes() == _fresh(pictures, tmp_path)
+
+
+def test_arrays_that_a_killed_run_left_are_not_taken_for_those_of_their_rows(pictures, tmp_path):
+    """Two pictures vanish, the run dies with their vectors gone, and they come back."""
+    build_pairs(pictures)
+    held = [(tmp_path / "pictures" / f"{i}.png") for i in (5, 20)]
+    for picture in held:
+        picture.rename(tmp_path / picture.name)
+
+    def died(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("realign.pairs.retrieving.Retrieve._save_index", died)
+        with pytest.raises(KeyboardInterrupt):
+            build_pairs(pictures)
+    for picture in held:
+        (tmp_path / picture.name).rename(picture)
+    config = replace(pictures, negative="random")
+    build_pairs(config)
+    assert (tmp_path / "out" / "pairs.parquet").read_bytes() == _fresh(config, tmp_path)
+
+
+def test_damage_within_a_shard_is_named_with_its_remedy(whole_run, tmp_path):
+    config = config_in(tmp_path)
+    shutil.copytree(whole_run.work, config.work_folder)
+    shard = stage_folder(config.work_folder, "embed") / "00001.parquet"
+    data = bytearray(shard.read_bytes())
+    data[20:120] = bytes(100)
+    shard.write_bytes(data)
+    (stage_folder(config.work_folder, "retrieve") / "rows.parquet").write_bytes(b"PAR1")
+    (stage_folder(config.work_folder, "read") / "read.json").write_text('{"sha')
+    with pytest.raises(ValueError, match=r"embed-\w+/00001.parquet is damaged .* Remove it"):
+        build_pairs(config)
+    shard.unlink()
+    build_pairs(config)
+    assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
+
+
 @pytest.mark.parametrize("stage", ["read", "embed", "retrieve", "refill"])
 def test_a_damaged_shard_is_made_again(whole_run, tmp_path, stage):
     config = config_in(tmp_path)
@@ -170,13 +251,12 @@ def test_stats_tell_the_drops_of_the_run_that_wrote_the_file(tmp_path):
     """Two outputs that share a work folder, of runs that drop differently."""
     work = str(tmp_path / "work")
     easy = config_in(tmp_path, work=work)
-    strict = replace(easy, output=str(tmp_path / "strict.parquet"), k=1)
+    strict = replace(easy, output=str(tmp_path / "other" / "pairs.parquet"), k=1)
     reports = {config.output: build_pairs(config) for config in (easy, strict)}
     counts = {output: collect(output, work=work).dropped for output in reports}
     assert counts == {output: report.dropped for output, report in reports.items()}
     assert counts[strict.output].total() > counts[easy.output].total()
-    assert {f.suffix for f in tmp_path.iterdir()} == {"", ".parquet"}
-    assert len(list(tmp_path.glob("*.parquet"))) == 2  # a folder of pairs and of nothing else
+    assert {f.name for f in tmp_path.iterdir()} == {"pairs.parquet", "other", "work"}
 
 
 def test_names_that_come_often_take_no_longer(tmp_path):

@@ -196,6 +196,39 @@ def test_remarks_around_a_completion_do_not_pass(hidden, text, expected):
     assert prompts.keeps_pieces(Masked(("", " dogs."), (hidden,)), text) is expected
 
 
+@pytest.mark.parametrize(
+    ("before", "behind", "text", "expected"),
+    [
+        ("There is a ", " on the sofa.", "There is a **dog** on the sofa.", False),
+        ("There is a ", " on the sofa.", "There is a [dog] on the sofa.", False),
+        ("There is a ", "", "There is a dog (I cannot see it clearly)", False),
+        ("", " is on the table.", "Here is the answer - A dog is on the table.", False),
+        ("A man and a ", " stand. They smile.", "A man and a cat stand.\nThey smile.", True),
+        ("The sign says ", " on top.", "The sign says 3 p.m. on top.", True),
+        (
+            "\u4e00\u53ea",
+            "\u5728\u6c99\u53d1\u4e0a\u3002",
+            "\u4e00\u53ea\u72d7\u5728\u6c99\u53d1\u4e0a\u3002",
+            True,
+        ),
+        (
+            "\u4e00\u53ea",
+            "\u5728\u6c99\u53d1\u4e0a\u3002",
+            "\u4e00\u5339\u72d7\u5728\u6c99\u53d1\u4e0a\u3002",
+            False,
+        ),
+    ],
+)
+def test_markup_does_not_pass_and_sound_completions_do(before, behind, text, expected):
+    assert prompts.keeps_pieces(Masked((before, behind), ("cat",)), text) is expected
+
+
+def test_quotes_around_a_completion_are_taken_off():
+    masked = Masked(("I see a ", "."), ("cat",))
+    for said in ('"I see a dog."', "\u201cI see a dog.\u201d"):
+        assert prompts.parse_completion(said, masked) == "I see a dog."
+
+
 def test_a_later_place_of_a_piece_is_found_where_the_first_leaves_too_long_a_gap():
     masked = Masked(("a ", " b ", " c"), ("x", "y"))
     words = ["b"] * 3 + [f"w{i}" for i in range(8)]

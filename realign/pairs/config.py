@@ -116,6 +116,8 @@ class PairsConfig:
     def _check_names(self) -> None:
         if Path(self.output).is_dir():
             raise ValueError(f"output {self.output} is a folder; name the Parquet file to write.")
+        if self.work_folder == Path(self.output):
+            raise ValueError(f"output {self.output} is the work folder's name; take .parquet.")
         if self.data is not None and Path(self.data).is_dir():
             for flag, path in (("output", Path(self.output)), ("work", self.work_folder)):
                 if path.resolve().is_relative_to(Path(self.data).resolve()):
@@ -157,7 +159,7 @@ class PairsConfig:
             raise ValueError(f"hash_distance is {self.hash_distance}; it is from -1 to 63 bits.")
         for name in ("segments", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite, 0 or more.")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad is {self.max_bad}; it is a share, from 0 to 1.")
         if self.share is not None and not 0 < self.share <= 1:
@@ -165,7 +167,7 @@ class PairsConfig:
         for name in ("ceiling", "tau"):
             if not -1 <= getattr(self, name) <= 1:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it is a similarity, at most 1: 0.95, not 95."
+                    f"{name} is {getattr(self, name)}; it is a similarity, from -1 to 1."
                 )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more.")

@@ -7,6 +7,7 @@ sentences mean, with a model named by the user (the paper's is all-mpnet-base-v2
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -14,13 +15,18 @@ import numpy as np
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = "zero one two three four five six seven eight nine ten eleven twelve"
+_SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # kana, Han
 _SPELLED = {str(i): word for i, word in enumerate(_DIGITS.split())}
 
 
 def words_of(text: str) -> list[str]:
-    """Words in one case, composed as Unicode does (NFKC), without punctuation."""
+    """Words in one case, composed as Unicode does (NFKC), without punctuation.
+
+    Of Chinese and Japanese, which put no space between words, each character is one.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c if c.isalnum() or _is_mark(c) else " " for c in folded).split()
+    spaced = _SPACELESS.sub(r" \g<0> ", folded)
+    return "".join(c if c.isalnum() or _is_mark(c) else " " for c in spaced).split()
 
 
 def same_response(a: str, b: str) -> bool:

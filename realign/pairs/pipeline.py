@@ -23,7 +23,7 @@ from realign.pairs.reading import Read
 from realign.pairs.refilling import Refill
 from realign.pairs.retrieving import Retrieve
 from realign.pairs.rows import digit_sources
-from realign.pairs.run import Outcome, RunError, Runner, note_stages, sole_run
+from realign.pairs.run import Outcome, RunError, Runner, note_run, sole_run
 from realign.pairs.shards import is_full
 from realign.pairs.stage import Stage
 from realign.pairs.stages import Answer, Embed, Mask
@@ -38,6 +38,7 @@ STAGES = tuple(stage.name for stage in _ORDER)
 
 _REMEDIES = {
     "nothing to mask": "Name other kinds of word with --mask, or a model with --masker.",
+    "gap not closed": "Hide other kinds of word with --mask; the model finds no end to these.",
     "no neighbour": "Give more images, or lower --floor or --hash-distance.",
     "same as chosen": "Hide more with --segments 0, raise --k, or give more images.",
     "too similar": "Raise --tau, or hide more with --segments 0.",
@@ -92,7 +93,7 @@ def build_pairs(config: PairsConfig) -> PairsReport:
                 f"no room is left for {config.output}. The shards in {config.work_folder} are "
                 "whole and stay. Make room and run the same command again."
             ) from error
-        note_stages(config.work_folder, config.output, outcome.folders)
+        note_run(config.work_folder, config.output, outcome)
     seconds = time.perf_counter() - began
     return PairsReport(Path(config.output), written, outcome.dropped, seconds, outcome.bad)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -77,43 +78,39 @@ class Read(Stage):
             "stamps": [None if i.data else _stamp(i.path) for i in record.images],
         }
 
-    def look_again(self) -> None:
-        """Note pictures that were mended or replaced since: stages behind make their shards new."""
+    def changed(self) -> set[int]:
+        """Shards to be read again: damaged ones, and those whose pictures are not what they were,
+        or in no place that is allowed."""
+        numbers = Shards(self.folder).done()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(self._look_again, Shards(self.folder).done()):
-                pass
+            found = pool.map(self._has_changed, numbers)
+            return {number for number, changed in zip(numbers, found, strict=True) if changed}
 
-    def _look_again(self, number: int) -> None:
+    def _has_changed(self, number: int) -> bool:
         shards = Shards(self.folder, self.schema)
-        if not shards.rows_digest(number):
-            return
+        reasons = {bad.reason for bad in shards.left_out_of(number, "bad")}
+        if not shards.rows_digest(number) or reasons & {"missing", "outside the folder"}:
+            return True
         with pq.ParquetFile(shards.file(number)) as file:
             columns = file.read([_PATHS, "stamps"])
-        before = columns["stamps"].to_pylist()
-        if not any(stamp is not None for stamps in before for stamp in stamps):
-            return
-        now = [
-            [stamp and _stamp(image["path"]) for image, stamp in zip(images, stamps, strict=True)]
-            for images, stamps in zip(columns["images"].to_pylist(), before, strict=True)
-        ]
-        if now != before:
-            rows = [
-                row | {"stamps": stamps}
-                for row, stamps in zip(shards.read(number), now, strict=True)
-            ]
-            shards.write(number, rows, shards.left_out_of(number, "bad"))
-
-    def misses(self, number: int) -> bool:
-        """Whether a shard is damaged, or lacks records whose pictures were not in their place."""
-        shards = Shards(self.folder)
-        reasons = {bad.reason for bad in shards.left_out_of(number, "bad")}
-        return not shards.rows_digest(number) or bool(reasons & {"missing", "outside the folder"})
+        return any(
+            stamp is not None and stamp != _stamp(image["path"])
+            for images, stamps in zip(
+                columns["images"].to_pylist(), columns["stamps"].to_pylist(), strict=True
+            )
+            for image, stamp in zip(images, stamps, strict=True)
+        )
 
 
 def _stamp(path: str) -> str:
-    """Size and time of a picture, which tell another one under its name."""
+    """Size, time and readability of a picture, which tell another one under its name.
+
+    The path is that of the file itself (`inside`), so a link there has come since.
+    """
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except OSError:
         return "gone"
-    return f"{found.st_size} {found.st_mtime_ns}"
+    if stat.S_ISLNK(found.st_mode):
+        return "a link"
+    return f"{found.st_size} {found.st_mtime_ns} {int(os.access(path, os.R_OK))}"

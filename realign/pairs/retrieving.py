@@ -17,6 +17,8 @@ from realign.pairs.index import Index, neighbours
 from realign.pairs.shards import MADE_OF, Shards, digest_of, marks_in, save_array, write_table
 from realign.pairs.stage import Bad, Row, Stage
 
+_ARRAYS = ("vectors.npy", "hashes.npy", "images.npy")
+
 
 class _Group(NamedTuple):
     """Rows whose records have as many images as each other."""
@@ -67,8 +69,10 @@ class Retrieve(Stage):
         folder, embedded = self.folder, Shards(self.folders["embed"])
         self.shared = digest_of(*map(embedded.rows_digest, embedded.done()))
         file = folder / "rows.parquet"
-        if file.exists() and marks_in(file).get(MADE_OF) == self.shared.encode():
+        there = all((folder / name).exists() for name in _ARRAYS)
+        if there and marks_in(file).get(MADE_OF) == self.shared.encode():
             return
+        file.unlink(missing_ok=True)  # it says that the arrays beside it are whole
         counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
         numbers = [n for n, count in counts.items() if count]
         if not numbers:

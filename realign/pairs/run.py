@@ -7,8 +7,8 @@ import gc
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -144,11 +144,10 @@ class Runner:
     def _read(self, stage: Read) -> int:
         """Write the shards of records that are missing; returns how many there are."""
         shards, facts = Shards(stage.folder, stage.schema), stage.folder / "read.json"
-        stage.look_again()
-        there, known = shards.done(), {}
-        found = {number for number in there if not stage.misses(number)}
+        found, known = set(shards.done()) - stage.changed(), {}
         if facts.exists():
-            known = json.loads(facts.read_text())
+            with suppress(ValueError):  # cut off: counted again
+                known = json.loads(facts.read_text())
         if known.get("shards") != len(found):
             began, records = time.perf_counter(), 0
             skip = next(number for number in count(0) if number not in found)
@@ -347,10 +346,16 @@ def _said(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def note_stages(work: Path, output: str, folders: Mapping[str, Path]) -> None:
-    """Note in the work folder which stages' folders an output was made of."""
-    names = {name: folder.name for name, folder in folders.items()}
-    write_bytes(work / f"{Path(output).name}.json", json.dumps(names, indent=1).encode())
+def note_run(work: Path, output: str, outcome: Outcome) -> None:
+    """Note in the work folder which records an output was not made of."""
+    noted = {"dropped": outcome.dropped, "bad": outcome.bad}
+    write_bytes(run_note(work, output), json.dumps(noted, indent=1).encode())
+
+
+def run_note(work: Path, output: str) -> Path:
+    """Where that is noted; outputs may share the work folder, and their name."""
+    place = Path(output).resolve()
+    return work / f"{place.name}-{digest_of(str(place))[:8]}.json"
 
 
 @contextmanager

@@ -62,13 +62,18 @@ class Shards:
         return self.table(number, columns).to_pylist()
 
     def table(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        """A shard as Arrow holds it."""
-        return pq.read_table(self.file(number), columns=columns)
+        """A shard as Arrow holds it.
+
+        Raises:
+            ValueError: when it is damaged.
+        """
+        return read_table(self.file(number), columns)
 
     def write(
         self, number: int, rows: list[Row], left_out: Iterable[Bad], made_of: str = ""
     ) -> None:
         """Write a shard, and first what it left out; `made_of` is the digest of its inputs."""
+        self.file(number).unlink(missing_ok=True)  # never an old shard beside a new list
         self.write_left_out(number, left_out)
         table = pa.Table.from_pylist(rows, schema=self.schema)
         marks = {_ROWS: _digest_of(table), MADE_OF: made_of}
@@ -83,10 +88,7 @@ class Shards:
         return self._mark(number, MADE_OF)
 
     def _mark(self, number: int, name: bytes) -> str:
-        try:
-            return marks_in(self.file(number)).get(name, b"").decode()
-        except pa.ArrowInvalid:  # damaged: it is made again
-            return ""
+        return marks_in(self.file(number)).get(name, b"").decode()
 
     def write_left_out(self, number: int, left_out: Iterable[Bad]) -> None:
         """Write what a shard left out; a list of an earlier try goes."""
@@ -107,7 +109,7 @@ class Shards:
         """What one shard left out."""
         if not (file := self.file(number, kind)).exists():
             return []
-        return [_KINDS[kind](**row) for row in pq.read_table(file).to_pylist()]
+        return [_KINDS[kind](**row) for row in read_table(file).to_pylist()]
 
     def clear_partial(self) -> None:
         """Remove what a killed run was writing."""
@@ -124,9 +126,28 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_bytes(path, sink.getvalue())
 
 
+def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of the work folder.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    try:
+        return pq.read_table(file, columns=columns)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Remove it and run the same again, which makes it anew."
+        ) from error
+
+
 def marks_in(file: Path) -> dict[bytes, bytes]:
-    """What the footer of a Parquet file says."""
-    return pq.read_metadata(file).metadata or {}
+    """What the footer of a Parquet file says; {} where there is none, or a damaged one."""
+    try:
+        return pq.read_metadata(file).metadata or {}
+    except (pa.ArrowInvalid, FileNotFoundError):
+        return {}
 
 
 def digest_of(*parts: str) -> str:

@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from realign.pairs.formats import Malformed, Options, of_row
 from realign.pairs.gallery import changed_words, count_words, difference, pair_files, pair_rows
+from realign.pairs.run import run_note
 from realign.pairs.shards import Shards
 
 _TEXT = ("words of chosen", "words of rejected", "changed words")
@@ -99,8 +101,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
     duplicates["its own image as the negative"] = own_negative
     found = {name: np.array(list_) for name, list_ in values.items() if list_}
     folder = Path(work) if work is not None else Path(pairs).with_suffix(".work")
-    dropped = _dropped(folder, Path(pairs).name)
-    return PairStats(count, found, duplicates, dropped, _unusable(folder))
+    return PairStats(count, found, duplicates, *_left_out(folder, pairs))
 
 
 def table(stats: PairStats) -> str:
@@ -225,22 +226,20 @@ def _mark(value: Any, folder: Path) -> str:
     return str(folder / str(value.get("path")))
 
 
-def _dropped(work: Path, output: str) -> Counter:
-    """Drops by reason, of the run that wrote `output`, or of the newest folder of each stage."""
+def _left_out(work: Path, output: str | Path) -> tuple[Counter, Counter]:
+    """(drops, unusable records) by reason, as the run that wrote `output` noted them; where none
+    did, of the newest folder of each stage."""
+    with suppress(OSError, ValueError, KeyError):
+        noted = json.loads(run_note(work, str(output)).read_text())
+        return Counter(noted["dropped"]), Counter(noted["bad"])
     newest: dict[str, Path] = {}
-    if (noted := work / f"{output}.json").exists():
-        names = json.loads(noted.read_text())
-        return Counter(
-            entry.reason
-            for name in names.values()
-            for entry in Shards(work / name).left_out("dropped")
-        )
     folders = (f for f in work.iterdir() if f.is_dir() and "-" in f.name) if work.is_dir() else ()
     for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
         newest[folder.name.rpartition("-")[0]] = folder
-    return Counter(
+    dropped = Counter(
         entry.reason for folder in newest.values() for entry in Shards(folder).left_out("dropped")
     )
+    return dropped, _unusable(work)
 
 
 def _unusable(folder: Path) -> Counter:

@@ -152,9 +152,10 @@ class EndpointEngine(Engine):
             scale = total / len(requests)
             sent, kept = round(sent * scale), round(kept * scale)
             tokens_in, tokens_out = round(tokens_in * scale), round(tokens_out * scale)
+        about = "" if total in (None, len(requests)) else "about "
         line = (
-            f"{self.name}: {sent} requests to send ({kept} answered before), about {tokens_in} "
-            f"tokens in and at most {tokens_out} out"
+            f"{self.name}: {about}{sent} requests to send ({kept} answered before), "
+            f"about {tokens_in} tokens in and at most {tokens_out} out"
         )
         price_in, price_out = self._prices
         if price_in is None or price_out is None:
