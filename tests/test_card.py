@@ -4,13 +4,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from runs import arguments
 
 from realign.card import model_card
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.records import read_pairs
 from realign.train import train
-from runs import arguments
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])

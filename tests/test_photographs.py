@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from runs import arguments
 from transformers import AutoModelForImageTextToText
 
 from realign import answering, evaluate
@@ -13,7 +14,6 @@ from realign.digits.scenes import make_scenes
 from realign.loading import load_model
 from realign.pairs.engines import Chat, Engine, Reply
 from realign.train import train
-from runs import arguments
 
 QUESTIONS = 12
 

@@ -17,6 +17,7 @@ from realign.digits.scenes import CAPTION_PROMPT, digits_in, make_scenes
 from realign.pairs import __main__ as pairs
 from realign.pairs.pipeline import PairsConfig, digit_sources
 from realign.records import write_pairs
+from realign.scores.command import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -100,13 +101,15 @@ def test_every_flag_named_exists(capsys):
         (train.main, []),
         (pairs.main, []),
         (evaluate.main, []),
+        *((evaluate.main, [command]) for command in COMMANDS),
         (demo.main, []),
         (cache.main, ["fill"]),
     ):
         with pytest.raises(SystemExit):
             main([*words, "--help"])
     helps = capsys.readouterr().out
-    pages = README + (ROOT / "docs" / "trainers.md").read_text()
+    names = ("trainers", "evaluation", "quick-start")
+    pages = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in names)
     named = set(re.findall(r"`?(--[a-z][a-z-]+)", pages))
     pip_options = {"--help", "--no-build-isolation"}
     missing = {flag for flag in named if not re.search(rf"{flag}\b", helps)} - pip_options
@@ -114,5 +117,6 @@ def test_every_flag_named_exists(capsys):
 
 
 def test_links_lead_to_files():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples/README.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
