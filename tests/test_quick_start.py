@@ -1,22 +1,22 @@
 """docs/quick-start.md, followed to the letter with fifty made photographs and a small model."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from transformers import AutoProcessor
 
+from realign import train
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.loading import load_trained
 from realign.metrics import read_jsonl
+from realign.pairs import __main__ as pairs
 from realign.records import read_pairs
 
+MAINS = {"realign.pairs": pairs.main, "realign.train": train.main}
 PAGE = (Path(__file__).parent.parent / "docs" / "quick-start.md").read_text()
 
 
@@ -34,7 +34,7 @@ def _photographs(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_fifty_pictures_of_ones_own(tmp_path):
+def test_fifty_pictures_of_ones_own(tmp_path, monkeypatch, capfd):
     shown = json.loads(re.search(r"```json\n(.*)\n```", PAGE)[1])
     assert shown.keys() == {"image", "question", "answer"}
     _photographs(tmp_path / "my-images")
@@ -44,14 +44,12 @@ def test_fifty_pictures_of_ones_own(tmp_path):
         for line in block.splitlines()
     ]
     assert len(commands) == 5
-    environment = os.environ | {"REALIGN_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REALIGN_CACHE", str(tmp_path / "cache"))
     for words in commands:
         assert words[:2] == ["python", "-m"]
-        words = [str(ASSETS) if word == "MODEL" else word for word in words[1:]]
-        done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        words = [str(ASSETS) if word == "MODEL" else word for word in words[2:]]
+        assert MAINS[words[0]](words[1:]) == 0, (words, capfd.readouterr())
     pairs = read_pairs(tmp_path / "pairs.parquet")
     assert len(pairs) >= 25
     assert all(pair.chosen != pair.rejected for pair in pairs)

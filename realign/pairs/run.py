@@ -355,7 +355,7 @@ def note_run(work: Path, output: str, outcome: Outcome) -> None:
 def run_note(work: Path, output: str) -> Path:
     """Where that is noted; outputs may share the work folder, and their name."""
     place = Path(output).resolve()
-    return work / f"{place.name}-{digest_of(str(place))[:8]}.json"
+    return work / f"{place.name}.{digest_of(str(place))[:8]}.json"
 
 
 @contextmanager
