@@ -41,6 +41,8 @@ $(STAMP): $(INPUTS)
 demo: $(STAMP)
 	$(RUN) -m realign.demo --output demo
 
+# As many test processes as cores, so one thread each.
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(RUN) -m pytest -q -n auto --dist worksteal tests
 
