@@ -12,8 +12,7 @@ page cache. Before a store is timed all its answers are checked.
 - open: 1M records. LMDB maps its file and reads nothing: its lookups pay instead. 10M records
   (320 MB) are a group of their own, for ours alone.
 - pack: LLaVA-like trees, 576 image tokens, a prompt of 24 to 124, two leaves of 30 to 200. 20k
-  trees beside first-fit decreasing, in numpy: compare how full the rows are, not the time, which
-  for ours includes the checks and the place of every leaf. A million leaves for time.
+  trees beside first-fit decreasing, in numpy: compare how full the rows are; ours also checks.
 """
 
 import shutil

@@ -217,8 +217,10 @@ def memory():
     to("usual")
 
 
-def make(name):
+def make(name, dtype):
     """A contestant, or a skip that says what is missing."""
+    if name == CCE and DEVICE == "cuda" and dtype == "fp32":
+        pytest.skip("CCE 25.1 has no fp32 backward on CUDA; until a release of it has one")
     try:
         return CONTESTANTS[name]()
     except ImportError as error:
@@ -227,10 +229,8 @@ def make(name):
 
 @pytest.mark.parametrize(("shape", "name"), list(cases()))
 def test_head(benchmark, case_of, memory, shape, name):
-    if name == CCE and DEVICE == "cuda" and shape.dtype == "fp32":
-        pytest.skip("CCE's own backward takes bf16 and fp16 alone")
     memory("keep" if shape.kept else "usual")
-    loss = None if name == LIMIT else make(name)
+    loss = None if name == LIMIT else make(name, shape.dtype)
     case = case_of(shape)
     mine = contestants.ours()
     error = None if loss is None else case.error(loss)

@@ -167,7 +167,8 @@ def fit():
 
 @pytest.mark.parametrize(("axis", "value", "name"), list(points()))
 def test_scaling(benchmark, fit, peak_of, axis, value, name):
-    loss, mine, shape = make(name), contestants.ours(), shape_at(axis, value)
+    shape = shape_at(axis, value)
+    loss, mine = make(name, shape.dtype), contestants.ours()
     case = case_of(shape)
     error = case.error(loss)
     if name == OURS:

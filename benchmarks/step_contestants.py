@@ -1,13 +1,8 @@
 """One contestant of the training step in a process of its own: `step_contestants.py NAME ...`.
 
-It builds model and data, then answers each line of its standard input with one JSON line: each
-runs an optimizer step and tells its seconds, loss, gradient norm and the memory so far; the words
-of a line say how (`keep`, `labelled`, `dpo`). A process
-of its own gives each an honest peak of memory, and lets steps of different contestants alternate.
-
-All start from the same policy, which is not the reference: what is trained is moved by noise that
-depends on the parameter's name alone. The timed region is forward, backward, clipping and the
-optimizer step, on images already preprocessed.
+Each line of its standard input is an optimizer step, `keep`, `labelled` or `dpo` saying how; the
+answer is JSON: seconds, loss, gradient norm, memory so far. All start from one policy, moved from
+the reference by noise of the name. Timed: forward, backward, clipping, optimizer; no preprocessing.
 """
 
 import argparse

@@ -7,14 +7,14 @@ first line says whose answers they are, so that those of two models are never mi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from realign.metrics import write_whole
+from realign.metrics import read_jsonl, write_whole
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.pictures import PictureError, inside, load_picture
 from realign.pairs.rows import mark_of
@@ -108,7 +108,7 @@ def answer(
                 line |= question.facts | {"answer": reply.text}
                 line |= {"error": reply.error} if reply.error else {}
                 done[question.id] = line
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+                lines.append(json.dumps(line) + "\n")  # ASCII: no text can break a line
             with output.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
             bar.update(len(part))
@@ -147,10 +147,9 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {line["id"]: line for line in lines}
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]] | list[dict[str, Any]]:
-    whole = file.read_text(encoding="utf-8").splitlines(keepends=True)
+def _lines(file: Path) -> list[dict[str, Any]]:
     try:
-        found = [json.loads(line) for line in whole if line.endswith("\n")]
+        found = read_jsonl(file)
     except ValueError as error:
         raise ValueError(f"{file} is no file of answers ({error}).") from error
     if not found or "asked" not in found[0]:

@@ -204,7 +204,7 @@ class ForestModel(nn.Module):
             elif self.layout.both_ways == "prompt":
                 given["token_type_ids"] = (batch.block < 0).long()
         decoder = self.vlm.model.get_decoder()
-        with _takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
+        with takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
             states = self.vlm.model(**given).last_hidden_state
         return states.flatten(0, 1)[batch.rows]
 
@@ -222,7 +222,7 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _takes_masks(decoder: nn.Module, masks: Mapping) -> Iterator[None]:
+def takes_masks(decoder: nn.Module, masks: Mapping) -> Iterator[None]:
     """Hand the language model a mask for each kind of its layers.
 
     It takes them itself; PaliGemma, around it, passes on one mask only.

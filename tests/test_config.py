@@ -1,8 +1,7 @@
 """Every option of every command, and how flags, TOML files and mistakes are handled."""
 
 import re
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import pytest
 
@@ -10,7 +9,6 @@ from realign import cli, config
 from realign.cache import CacheConfig, FillConfig
 from realign.cli import parse_sections
 from realign.demo import DemoConfig
-from realign.digits import ASSETS
 from realign.evaluate import EvaluateConfig
 from realign.pairs.pipeline import PairsConfig
 from realign_kernels import objectives
@@ -308,93 +306,6 @@ def test_every_preset_can_be_named(name):
     else:
         with pytest.raises(ValueError, match=f"no effect: {name} has no such weight. Leave it out"):
             config.parse(given)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"mask": "numbers, verbs"}, "mask names verbs; the kinds are numbers, attributes"),
-        ({"model": "some/model"}, "--model is given without --data"),
-        ({"scenes": 0}, "scenes is 0"),
-        ({"k": 0}, "k is 0"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"segments": -1}, "segments is -1"),
-        ({"temperature": -0.5}, "temperature is -0.5"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"tau": float("nan")}, "tau is nan"),
-        ({"tau": 95.0}, "tau is 95.0; it is a similarity, from -1 to 1"),
-        ({"ceiling": 5.0}, "ceiling is 5.0; it is a similarity"),
-        ({"seed": -1}, "seed is -1"),
-        ({"output": "."}, "output . is a folder"),
-        ({"output": "pairs.work"}, "output pairs.work is the work folder's name"),
-        ({"data": "."}, "--output runs/pairs.parquet lies in the folder of --data"),
-        ({"data": "tests", "work": "tests/w"}, "--work tests/w lies in the folder of --data"),
-        ({"shard": 0}, "shard is 0"),
-        ({"candidates": 0}, "candidates is 0"),
-        ({"hash_distance": 64}, "hash_distance is 64; it is from -1 to 63"),
-        ({"max_bad": 1.5}, "max_bad is 1.5; it is a share"),
-        ({"share": 0.0}, "share is 0.0; it is a share, above 0"),
-        ({"floor": 0.5, "ceiling": 0.5}, "floor is 0.5 and ceiling is 0.5, which leaves no"),
-        ({"refill": "guess"}, "refill is 'guess'; it must be one of infill, prompt"),
-        ({"negative": "mirror"}, "negative is 'mirror'; it must be one of retrieved, random"),
-        ({"index": "lsh"}, "index is 'lsh'; it must be one of auto, exact, ivf, hnsw"),
-        ({"dtype": "fp16"}, "dtype is 'fp16'; it must be one of fp32, bf16"),
-        (
-            {"judge": "gpt"},
-            "--judge: the engine is of no kind that is known; give transformers:MODEL",
-        ),
-        ({"masker": "llm"}, "--masker: the engine is of no kind that is known; give"),
-        ({"data": "x", "answer": "http://host/v1"}, "--answer: the endpoint"),
-        ({"ray": "here"}, "ray is 'here'; give local, local:N, auto"),
-        ({"ray": "local:0"}, "ray is 'local:0'"),
-        # settings that would change nothing
-        ({"format": "coco"}, "--format would have no effect.* Pass --data"),
-        ({"image_folder": "x"}, "--image-folder would have no effect"),
-        ({"answer": "vllm:m"}, "--answer would have no effect"),
-        ({"price_in": 0.5}, "price_in is 0.5 and would have no effect: no engine is an endpoint"),
-        ({"concurrency": 2, "judge": "vllm:m"}, "concurrency is 2 and would have no effect"),
-        ({"concurrency": 0, "judge": "http://localhost:1/v1#m"}, "--judge: concurrency is 0"),
-        ({"engine": "vllm:m"}, "engine would have no effect with infill; add --refill prompt"),
-        ({"share": 0.5, "segments": 0}, "share and segments both say"),
-        (
-            {"masker": "vllm:m", "mask": "numbers"},
-            "would have no effect with an engine as --masker",
-        ),
-        ({"masker": "vllm:m", "share": 0.5}, "would have no effect with an engine as --masker"),
-        ({"candidates": 2}, "candidates is 2 and would have no effect.* --judge"),
-        ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3 of 2 neighbours"),
-        (
-            {"data": "x", "model": "m", "embed_model": "c", "refill": "prompt", "engine": "vllm:m"},
-            "model is 'm' and would have no effect",
-        ),
-        (
-            {"ray": "auto", "margin": True, "judge": "vllm:m"},
-            "margin and a vllm judge cannot share",
-        ),
-    ],
-)
-def test_a_bad_pairs_value_is_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        PairsConfig(**settings)
-
-
-def test_what_the_pairs_mask_by_default():
-    assert PairsConfig().categories == ("numbers",)
-    every = ("numbers", "attributes", "relations", "objects")
-    assert PairsConfig(data="x.parquet").categories == every
-    assert PairsConfig(mask="objects, numbers,").categories == ("objects", "numbers")
-
-
-def test_what_the_pairs_config_works_out():
-    assert PairsConfig(output="a/b.parquet").work_folder == Path("a/b.work")
-    assert PairsConfig(work="w").work_folder == Path("w")
-    assert PairsConfig().refill_engine is None
-    assert PairsConfig(refill="prompt").refill_engine == f"transformers:{ASSETS}"
-    prompted = PairsConfig(data="x", model="m", refill="prompt")
-    assert prompted.refill_engine == "transformers:m"
-    assert replace(prompted, engine="vllm:n").refill_engine == "vllm:n"
-    assert PairsConfig(ray="local:2").ray == "local:2"
-    assert PairsConfig(ray="head.example:6379").ray == "head.example:6379"
 
 
 def test_percent_signs_and_optional_types_reach_argparse(capsys):

@@ -171,6 +171,35 @@ def test_adapters_are_trained_logged_saved_and_evaluated(rows, tmp_path):
     AutoProcessor.from_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": BATCH // 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_how_a_step_is_computed_changes_nothing(rows, tmp_path, settings):
+    def trained(**given):
+        config = _config(tmp_path, max_steps=3, **given)
+        trainer = RDPOTrainer(str(ASSETS), config, rows, peft_config=LoraConfig(**LORA))
+        trainer.train()
+        return [*_history(trainer), *_history(trainer, "grad_norm")]
+
+    assert trained(**settings) == pytest.approx(trained(), rel=2e-5)
+
+
+def test_under_autocast_policy_and_reference_begin_equal(rows, tmp_path):
+    config = _config(tmp_path, max_steps=1, bf16=True)
+    trainer = RDPOTrainer(str(ASSETS), config, rows, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    assert _history(trainer)[0] == pytest.approx(2 * 0.693147, abs=2e-3)
+    folders = {path.name for path in (tmp_path / "cache").iterdir()}
+    plain = RDPOTrainer(str(ASSETS), _config(tmp_path, max_steps=1), rows)
+    plain.train()  # its references are others
+    assert len({path.name for path in (tmp_path / "cache").iterdir()} - folders) == 1
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_resumed_run_goes_on_as_it_would_have(rows, tmp_path, tune):
     def trainer(folder, **settings):

@@ -73,6 +73,14 @@ def test_answers_go_on_where_a_run_stopped(questions, tmp_path):
     ]
 
 
+def test_an_answer_with_unusual_line_ends_is_one_line(questions, tmp_path):
+    engine = Counting()
+    engine.chat = lambda requests: [Reply("a\u2028b\x85c\nd\u4e00")] * len(requests)
+    lines = _ask(engine, questions, tmp_path)
+    assert {line["answer"] for line in lines} == {"a\u2028b\x85c\nd\u4e00"}
+    assert _ask(Counting(), questions, tmp_path) == lines
+
+
 def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
     _ask(Counting(), questions, tmp_path)
     with pytest.raises(ValueError, match="asked for with another model; name another --output"):

@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from realign.images import bundle_of
 from realign.layouts import SLIDING, Layout
-from realign.model import _takes_masks
+from realign.model import takes_masks
 
 
 class RowReader:
@@ -123,7 +123,7 @@ class RowReader:
     ) -> torch.Tensor:
         if masks:
             given["attention_mask"] = masks[self.layout.kinds[0]]
-        with _takes_masks(self._decoder, masks) if len(masks) > 1 else nullcontext():
+        with takes_masks(self._decoder, masks) if len(masks) > 1 else nullcontext():
             states = self.vlm.model(
                 **given, past_key_values=self._cache, use_cache=True
             ).last_hidden_state

@@ -187,7 +187,7 @@ def _items(file: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     """The questions of a JSON or JSON-lines file."""
     text = Path(file).read_text(encoding="utf-8")
     try:
-        lines = text.strip().splitlines()
+        lines = [line for line in text.split("\n") if line.strip()]
         found = json.loads(text) if text.lstrip()[:1] == "[" else [*map(json.loads, lines)]
     except ValueError as error:
         raise ValueError(f"{file} is neither JSON nor JSON lines ({error}).") from error

@@ -11,7 +11,7 @@ import torch
 from realign.loading import load_model, load_processor
 from realign.metrics import write_whole
 
-_LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it, and its other arguments
+_LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it
     "llava": "llava_hf",
     "llava_next": "llava_hf",
     "llava_onevision": "llava_hf",
