@@ -44,7 +44,7 @@ demo: $(STAMP)
 # A process more than cores, since tests of several ranks wait for each other, and a thread in each.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	$(RUN) -m pytest -q -n $$(($$(nproc) + 1)) --dist worksteal tests
+	$(RUN) -m pytest -q -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal tests
 
 bench: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'
