@@ -41,10 +41,10 @@ $(STAMP): $(INPUTS)
 demo: $(STAMP)
 	$(RUN) -m realign.demo --output demo
 
-# A process more than cores, since tests of several ranks wait for each other, and a thread in each.
+# As many test processes as cores, so one thread in each.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	$(RUN) -m pytest -q -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal tests
+	$(RUN) -m pytest -q -n auto --dist worksteal tests
 
 bench: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'
