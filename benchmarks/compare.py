@@ -5,9 +5,11 @@ each measured in turns within one run. Where ours takes 20 % longer than before,
 group fall by as much, while a slower machine moves them little. A group's change is the mean of its
 contestants' (in logarithms, by the inverse of their variances; those that run our code are left
 out). It is flagged when it is over the threshold and more than half of that beyond two standard
-errors. Where one ratio alone speaks, or none (then time, less the drift of all contestants), three
-times the threshold is needed: other work on the machine slows what runs in several threads more
-than what does not. Memory is flagged over the threshold, errors when they double, and what is gone.
+errors, which no number of contestants makes smaller than runs of the same code differ. Where one
+ratio alone speaks, three times the threshold is needed: other work on the machine slows what runs
+in several threads more than what does not; where none does, ten times: times of 0.1 s have differed
+by half between quiet runs. Memory is flagged over the threshold and a MiB, errors when they double,
+and what is gone.
 
 Compare runs of quiet machines: both loads are printed. Exit codes: 0 nothing is flagged, 1
 something is, 2 the files cannot be compared.
@@ -25,6 +27,12 @@ import numpy as np
 from benchmarks import results
 from benchmarks.results import Entry, Run
 
+RUNS = 0.04
+"""Standard error of a group's mean that no number of contestants takes away: ours is in all of its
+ratios. Between quiet runs of the same code the head's groups differ by 0.024, all groups by 0.05 to
+0.06 (root mean squares of three reruns)."""
+LEAST_BYTES = 2**20
+"""Peaks of small cases differ by half of that from run to run."""
 FLOOR = 0.03
 """Least standard error of a logarithm of a ratio: rounds of one run differ less than runs do."""
 OF_OURS = ("ours", "bare forward")
@@ -90,7 +98,7 @@ def _by_ratio(group: str, raced: list[tuple[Entry, Entry]], threshold: float) ->
         logs.append(was - now)  # theirs / ours falls as ours takes longer
         weights.append(1 / (error**2 + more**2))
     change = float(np.average(logs, weights=weights))
-    error = 1 / math.sqrt(sum(weights))
+    error = math.hypot(1 / math.sqrt(sum(weights)), RUNS)
     limit = math.log1p(threshold if len(raced) > 1 else 3 * threshold)
     flagged = change > limit and change - 2 * error > limit / 2
     return Change(group, math.exp(change), error, flagged, f"{len(raced)} ratios")
@@ -104,14 +112,16 @@ def _drift(shared: list[tuple[Entry, Entry]]) -> float:
 
 def _by_time(group, before: Entry, after: Entry, drift: float, threshold: float) -> Change:
     factor = after.median / before.median / drift
-    return Change(group, factor, 0.0, factor > 1 + 3 * threshold, "time, less the machine's drift")
+    flagged = factor > 1 + 10 * threshold
+    return Change(group, factor, 0.0, flagged, "time, less the machine's drift")
 
 
 def _memory(before: Entry, after: Entry, threshold: float) -> list[Change]:
     if not before.bytes or not after.bytes:
         return []
     factor = after.bytes / before.bytes
-    return [Change(before.group, factor, 0.0, factor > 1 + threshold, "peak memory")]
+    flagged = factor > 1 + threshold and after.bytes - before.bytes > LEAST_BYTES
+    return [Change(before.group, factor, 0.0, flagged, "peak memory")]
 
 
 def _errors(before: Entry, after: Entry) -> list[Change]:

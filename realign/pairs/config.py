@@ -11,6 +11,7 @@ from typing import Any
 from realign.digits import ASSETS
 from realign.loading import DTYPES
 from realign.pairs import index, negatives
+from realign.pairs.engines import is_endpoint
 from realign.pairs.mask import CATEGORIES
 from realign.pairs.phash import HASH_DISTANCE
 
@@ -224,8 +225,7 @@ class PairsConfig:
                 f"model is {self.model!r} and would have no effect: --embed-model embeds, and "
                 "--engine refills. Drop it."
             )
-        engines = [getattr(self, name) or "" for name in _ENGINES]
-        if not any(spec.startswith("http") for spec in engines):
+        if not any(is_endpoint(getattr(self, name)) for name in _ENGINES):
             for name in _OF_ENDPOINTS:
                 if (given := getattr(self, name)) not in (None, type(self).__dict__[name]):
                     raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from realign.noise import hush_libraries
+from realign.pairs.engines import is_endpoint
 from realign.pairs.run import Limit, Made, make_shard, read_inputs
 from realign.pairs.stage import Bad, ChatStage, Row, Script, Stage
 
@@ -72,8 +73,9 @@ def make_shards(stage: Stage, numbers: list[int], limit: Limit, address: str) ->
 
 def _tell_cost(stage: ChatStage, number: int) -> None:
     """Say what an endpoint's requests will cost, to judge by the first of one shard."""
-    spec = stage.engine_spec or ""
-    if not spec.startswith("http") or stage.uses_gpu:  # beside a model, which is not loaded here
+    if (
+        not is_endpoint(stage.engine_spec) or stage.uses_gpu
+    ):  # beside a model, which is not loaded here
         return
     inputs = read_inputs(stage, number)
     stage.open()
@@ -225,6 +227,7 @@ class _Known(Stage):
 
     def __init__(self, stage: Stage, result: tuple[list[Row], list[Bad]]) -> None:
         self.name, self.needs, self.schema = stage.name, stage.needs, stage.schema
+        self.columns = {name: ["id"] for name in stage.needs}  # they are counted, no more
         self.folder, self.folders, self.shared = stage.folder, stage.folders, stage.shared
         self._result = result
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.pairs.config import PairsConfig
-from realign.pairs.engines import Reply
+from realign.pairs.engines import Reply, is_endpoint
 from realign.pairs.pictures import PictureError, load_picture
 from realign.pairs.stage import NO_REPLY, Row
 from realign.records import Record, StoredImage
@@ -111,7 +111,7 @@ def mark_of(path: str | None) -> str | None:
 
 def name_of(spec: str) -> str:
     """An engine as provenance names it: of an endpoint the model alone, wherever it is served."""
-    return spec.partition("#")[2] if spec.startswith(("http:", "https:")) else spec
+    return spec.partition("#")[2] if is_endpoint(spec) else spec
 
 
 def engine_mark(spec: str, dtype: str) -> list:

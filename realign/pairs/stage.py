@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from realign.pairs.engines import is_endpoint
+
 if TYPE_CHECKING:
     from realign.pairs.engines import Chat, Engine, Reply
 
@@ -125,7 +127,7 @@ class ChatStage(Stage):
     @property
     def uses_gpu(self) -> bool:
         """An engine behind a URL computes elsewhere."""
-        return self.engine_spec is not None and not self.engine_spec.startswith("http")
+        return self.engine_spec is not None and not is_endpoint(self.engine_spec)
 
     def open(self) -> None:
         """Open the engine."""

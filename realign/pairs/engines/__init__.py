@@ -8,7 +8,12 @@ from typing import Any
 
 from realign.pairs.engines.chat import Chat, ChatError, Engine, Reply
 
-__all__ = ["Chat", "ChatError", "Engine", "Reply", "make_engine"]
+__all__ = ["Chat", "ChatError", "Engine", "Reply", "is_endpoint", "make_engine"]
+
+
+def is_endpoint(spec: str | None) -> bool:
+    """Whether an engine's name is the URL of an endpoint, which computes elsewhere."""
+    return spec is not None and spec.partition(":")[0] in ("http", "https")
 
 
 def make_engine(
@@ -47,7 +52,7 @@ def make_engine(
         ValueError: for another spec, a value out of range, or a key that would go over plain HTTP.
     """
     kind, _, model = spec.partition(":")
-    if kind in ("http", "https"):
+    if is_endpoint(spec):
         from realign.pairs.engines.endpoint import EndpointEngine
 
         return EndpointEngine(
