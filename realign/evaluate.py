@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from realign.cli import parse_sections
 from realign.digits import ASSETS
 from realign.digits.scenes import (
     CAPTION_PROMPT,
+    Question,
     Scene,
     digits_in,
     make_questions,
@@ -45,6 +47,8 @@ class EvaluateConfig:
     """Folder of a model or adapter; the shipped digits model when absent."""
     output: str | None = None
     """JSON file to write beside the printed table."""
+    answers: str | None = None
+    """JSON lines file to write with every caption and answer, a line for each scene."""
     scenes: int = 3000
     """Unbiased test scenes."""
     batch_size: int = 250
@@ -86,37 +90,92 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     seed = EVALUATION_SEED + config.seed
     scenes = make_scenes(config.scenes, biased=config.biased, split="test", seed=seed)
+    found = answer(
+        model, processor, scenes, seed, batch_size=config.batch_size, progress=not config.quiet
+    )
+    if config.answers:
+        _write(config.answers, "".join(json.dumps(line) + "\n" for line in found.lines(scenes)))
+    return found.rates()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said about N scenes, and what is true.
+
+    Attributes:
+        captions: N texts.
+        named: (N, 4) int, the digits that the captions name, -1 where none is named.
+        digits: (N, 4) int, the true ones.
+        questions: N pairs of a question whose answer is yes and one whose answer is no.
+        said: (N, 2) str, the answers to them.
+    """
+
+    captions: list[str]
+    named: np.ndarray
+    digits: np.ndarray
+    questions: list[list[Question]]
+    said: np.ndarray
+
+    def rates(self) -> dict[str, Rate]:
+        """The rates that `evaluate` returns."""
+        right, yes = self.said == np.array(["yes", "no"]), self.said == "yes"
+        return {
+            "hallucination_rate": _rate(self.named != self.digits, np.mean),
+            "accuracy": _rate(right, np.mean),
+            "f1": _rate(np.stack([right, yes], -1), f1),
+            "yes_rate": _rate(yes, np.mean),
+        }
+
+    def lines(self, scenes: Sequence[Scene]) -> Iterator[dict[str, Any]]:
+        """A line for each scene, of plain types."""
+        for i, scene in enumerate(scenes):
+            asked = zip(self.questions[i], self.said[i].tolist(), strict=True)
+            yield {
+                "scene": i,
+                "truth": scene.caption,
+                "caption": self.captions[i],
+                "misnamed": int((self.named[i] != self.digits[i]).sum()),
+                "questions": [[q.text, q.answer, said] for q, said in asked],
+            }
+
+
+def answer(
+    model,
+    processor,
+    scenes: Sequence[Scene],
+    seed: int,
+    *,
+    batch_size: int = 250,
+    progress: bool = False,
+) -> Answers:
+    """Have a model caption scenes and answer two questions about each.
+
+    Args:
+        model: on its device.
+        processor: its processor.
+        scenes: N scenes.
+        seed: draws the questions.
+        batch_size: scenes in one generation.
+        progress: whether to show bars.
+    """
     rng = np.random.default_rng(seed)
     questions = [make_questions(scene, rng) for scene in scenes]
-    captions = caption(
-        model, processor, scenes, config.batch_size, desc="captions", progress=not config.quiet
-    )
-    wrong = np.array(
-        [
-            [named != true for named, true in zip(digits_in(text), scene.digits, strict=True)]
-            for text, scene in zip(captions, scenes, strict=True)
-        ]
-    )
-    answers = np.empty((config.scenes, 2), dtype=object)
+    captions = caption(model, processor, scenes, batch_size, desc="captions", progress=progress)
+    named = [[-1 if d is None else d for d in digits_in(text)] for text in captions]
+    said = np.empty((len(scenes), 2), dtype=object)
     for kind in range(2):  # a question whose answer is yes, one whose answer is no
-        answers[:, kind] = generate(
+        said[:, kind] = generate(
             model,
             processor,
             scenes,
             [pair[kind].text for pair in questions],
-            config.batch_size,
+            batch_size,
             max_new_tokens=2,
             desc=f"questions {kind + 1}/2",
-            progress=not config.quiet,
+            progress=progress,
         )
-    right = answers == np.array([[q.answer for q in pair] for pair in questions])
-    yes = answers == "yes"
-    return {
-        "hallucination_rate": _rate(wrong, np.mean),
-        "accuracy": _rate(right, np.mean),
-        "f1": _rate(np.stack([right, yes], -1), _f1),
-        "yes_rate": _rate(yes, np.mean),
-    }
+    digits = np.array([scene.digits for scene in scenes])
+    return Answers(captions, np.array(named), digits, questions, said)
 
 
 def caption(
@@ -194,7 +253,7 @@ def _rate(values: np.ndarray, statistic) -> Rate:
     return Rate(float(statistic(values)), float(low), float(high))
 
 
-def _f1(values: np.ndarray) -> float:
+def f1(values: np.ndarray) -> float:
     """F1 of "yes" from (scenes, 2, [right, said yes])."""
     right, yes = values[..., 0], values[..., 1]
     hits = (right & yes).sum()
@@ -224,11 +283,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table({config.model or "digits base": rates}))
     if config.output:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({k: vars(v) for k, v in rates.items()}, indent=2) + "\n")
-        print(f"wrote {path}")
+        rates_of = {name: vars(rate) for name, rate in rates.items()}
+        _write(config.output, json.dumps(rates_of, indent=2) + "\n")
     return 0
+
+
+def _write(file: str, text: str) -> None:
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

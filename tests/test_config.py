@@ -11,6 +11,7 @@ from realign.cli import parse_sections
 from realign.demo import DemoConfig
 from realign.evaluate import EvaluateConfig
 from realign.pairs.pipeline import PairsConfig
+from realign.study.__main__ import StudyConfig
 from realign_kernels import objectives
 
 # To add an option is a decision: it is listed here, with its default.
@@ -117,6 +118,7 @@ OPTIONS = {
     EvaluateConfig: {
         "model": None,
         "output": None,
+        "answers": None,
         "scenes": 3000,
         "batch_size": 250,
         "biased": False,
@@ -130,6 +132,13 @@ OPTIONS = {
         "scenes": 1024,
         "evaluation_scenes": 3000,
         "nproc_per_node": 2,
+    },
+    StudyConfig: {
+        "output": "runs/study",
+        "docs": "docs",
+        "seeds": 5,
+        "jobs": 2,
+        "report": False,
     },
 }
 TRAIN = (

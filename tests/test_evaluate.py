@@ -12,10 +12,10 @@ from realign.evaluate import (
     EVALUATION_SEED,
     EvaluateConfig,
     Rate,
-    _f1,
     _rate,
     caption,
     evaluate,
+    f1,
     generate,
     main,
     table,
@@ -27,13 +27,13 @@ def test_f1_by_hand():
     hit, miss = [True, True], [False, False]
     quiet, false_yes = [True, False], [False, True]
     other = [False, False]  # neither yes nor no
-    assert _f1(np.array([[hit, quiet]])) == 1.0
-    assert _f1(np.array([[miss, quiet]])) == 0.0
-    assert _f1(np.array([[hit, false_yes]])) == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    assert f1(np.array([[hit, quiet]])) == 1.0
+    assert f1(np.array([[miss, quiet]])) == 0.0
+    assert f1(np.array([[hit, false_yes]])) == pytest.approx(2 / 3)  # precision 1/2, recall 1
     # 2 hits, 1 missed, 1 false yes: precision 2/3, recall 2/3.
-    assert _f1(np.array([[hit, quiet], [hit, false_yes], [miss, other]])) == pytest.approx(2 / 3)
+    assert f1(np.array([[hit, quiet], [hit, false_yes], [miss, other]])) == pytest.approx(2 / 3)
     # 1 hit, 2 missed, 0 false: precision 1, recall 1/3.
-    assert _f1(np.array([[hit, quiet], [other, quiet], [miss, quiet]])) == pytest.approx(0.5)
+    assert f1(np.array([[hit, quiet], [other, quiet], [miss, quiet]])) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])

@@ -23,18 +23,25 @@ from realign.digits import ASSETS
 from realign.digits.processor import PATCH, build_processor
 from realign.digits.scenes import (
     CAPTION_PROMPT,
+    NOISE,
+    PRIOR,
     SIZE,
+    WORDS,
     Scene,
+    caption_of,
     make_easy_questions,
     make_questions,
     make_scenes,
 )
 from realign.encode import chat_prompt
+from realign.pairs.mask import Masked
+from realign.pairs.prompts import complete_chat
 
 BATCH = 64
 POOL = 8192  # biased scenes drawn once
 TURNS = 2  # questions of each of three kinds in a dialogue
 LEARNING_RATE = 1e-3
+COMPLETIONS = 24  # rows in a batch of completions, whose prompts are long
 
 
 def build_model(processor) -> LlavaForConditionalGeneration:
@@ -103,31 +110,50 @@ def encode(
     }
 
 
-def pretrain(steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, object]:
-    """Train the base from scratch for `steps` batches of BATCH; returns (model, processor)."""
+def pretrain(
+    steps: int,
+    seed: int,
+    *,
+    noise: float = NOISE,
+    follow: float = PRIOR,
+    completions: bool = False,
+    progress: bool = True,
+) -> tuple[LlavaForConditionalGeneration, object]:
+    """Train a base from scratch.
+
+    Args:
+        steps: batches of BATCH.
+        seed: of weights, scenes and their order.
+        noise: of the scenes, see `make_scenes`.
+        follow: share of rows that follow the prior, see `make_scenes`.
+        completions: whether every fourth batch teaches to complete a masked caption on an image, as
+            `--refill prompt` asks for it.
+        progress: whether to show a bar.
+
+    Returns:
+        The model, in evaluation mode, and its processor.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     processor = build_processor()
     model = build_model(processor).train()
-    scenes = make_scenes(POOL, biased=True, seed=seed + 1000)
+    scenes = make_scenes(POOL, biased=True, seed=seed + 1000, noise=noise, follow=follow)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    bar = tqdm(range(steps), desc="pretraining the digits base")
+    bar = tqdm(range(steps), desc="pretraining the digits base", disable=not progress)
     for step in bar:
         warm, done = min(1.0, (step + 1) / 50), step / steps
         rate = LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        chosen = [scenes[i] for i in rng.integers(POOL, size=BATCH)]
-        dialogues = []
-        for i, scene in enumerate(chosen):
-            if i % 2:  # many short turns: one answer in a batch row teaches too little
-                asked = [make_questions(scene, rng)[rng.integers(2)] for _ in range(TURNS)]
-                for _ in range(TURNS):
-                    asked += make_easy_questions(scene, rng)
-                rng.shuffle(asked)
-                dialogues.append([(question.text, question.answer) for question in asked])
-            else:
-                dialogues.append([(CAPTION_PROMPT, scene.caption)])
+        if completions and step % 4 == 3:
+            chosen = [scenes[i] for i in rng.integers(POOL, size=COMPLETIONS)]
+            others = [scenes[i] for i in rng.integers(POOL, size=COMPLETIONS)]
+            dialogues = [
+                [_completion(other, seen, rng)] for other, seen in zip(others, chosen, strict=True)
+            ]
+        else:
+            chosen = [scenes[i] for i in rng.integers(POOL, size=BATCH)]
+            dialogues = [_dialogue(scene, i, rng) for i, scene in enumerate(chosen)]
         batch = encode(processor, chosen, dialogues)
         labels = batch.pop("labels")
         logits = model(**batch).logits[:, :-1].float()
@@ -140,9 +166,37 @@ def pretrain(steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, obje
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        captions, answers = each.detach().view(-1, 2).mean(0).tolist()
-        bar.set_postfix(captions=f"{captions:.3f}", answers=f"{answers:.3f}", refresh=False)
+        if len(chosen) == BATCH:
+            captions, answers = each.detach().view(-1, 2).mean(0).tolist()
+            bar.set_postfix(captions=f"{captions:.3f}", answers=f"{answers:.3f}", refresh=False)
     return model.eval(), processor
+
+
+def _dialogue(scene: Scene, place: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions on the odd places of a batch, the caption on the others."""
+    if not place % 2:
+        return [(CAPTION_PROMPT, scene.caption)]
+    # Many short turns: one answer in a batch row teaches too little.
+    asked = [make_questions(scene, rng)[rng.integers(2)] for _ in range(TURNS)]
+    for _ in range(TURNS):
+        asked += make_easy_questions(scene, rng)
+    rng.shuffle(asked)
+    return [(question.text, question.answer) for question in asked]
+
+
+def _completion(other: Scene, seen: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """One digit of another scene's caption is hidden; the answer names that of the scene seen."""
+    place = int(rng.integers(4))
+    digits = [*other.digits[:place], seen.digits[place], *other.digits[place + 1 :]]
+    hidden = WORDS[other.digits[place]]
+    # The place's own word may stand earlier in the caption, too; so it is cut by its place.
+    before = caption_of(other.digits).split(" , ")
+    name, _, rest = before[place].rpartition(f" {hidden}")
+    start = " , ".join([*before[:place], name + " "])
+    end = " , ".join([rest, *before[place + 1 :]])
+    masked = Masked((start, end), (hidden,))
+    asked = complete_chat(CAPTION_PROMPT, masked, seen.image).messages[0]["content"]
+    return asked, caption_of(tuple(digits))
 
 
 def main() -> None:

@@ -74,7 +74,13 @@ def prior(left: int) -> int:
 
 
 def make_scenes(
-    count: int, *, biased: bool, split: str = "train", seed: int = 0, noise: float = NOISE
+    count: int,
+    *,
+    biased: bool,
+    split: str = "train",
+    seed: int = 0,
+    noise: float = NOISE,
+    follow: float = PRIOR,
 ) -> list[Scene]:
     """Draw `count` scenes.
 
@@ -84,6 +90,7 @@ def make_scenes(
         split: "train" or "test"; the two share no handwritten digit.
         seed: the same seed gives the same scenes.
         noise: standard deviation of the pixel noise, in grey levels from 0 to 1.
+        follow: share of biased rows whose right digit follows from the left one.
 
     Returns:
         The scenes, each an RGB picture of SIZE x SIZE pixels with its four digits.
@@ -101,7 +108,7 @@ def make_scenes(
         for _ in range(2):
             left = int(rng.integers(10))
             free = int(rng.integers(10))
-            digits += [left, prior(left) if biased and rng.random() < PRIOR else free]
+            digits += [left, prior(left) if biased and rng.random() < follow else free]
         canvas = np.zeros((SIZE, SIZE), dtype=np.float32)
         for i, digit in enumerate(digits):
             glyph = glyphs[digit][rng.integers(len(glyphs[digit]))]

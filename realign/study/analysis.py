@@ -1,0 +1,112 @@
+"""What the runs say: means over seeds with intervals, and paired tests between arms.
+
+A seed has its own base, pairs and order of training, so seeds are the independent units; scenes are
+not (all models are judged on the same). Intervals and tests are Student's, over seeds: exact where
+the differences of seeds are normal, and honest about how few there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from realign.study.testbed import TUNING_SEED
+
+Results = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its 95 % interval; without one (nan) for a single seed."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The second arm minus the first, over the seeds that have both.
+
+    Attributes:
+        first, second: names of the arms.
+        mean: of the differences, with its interval.
+        p: of the paired t-test, two-sided; nan for a single seed.
+        adjusted: p after Holm's correction for all comparisons made together.
+        seeds: how many.
+    """
+
+    first: str
+    second: str
+    mean: Mean
+    p: float
+    adjusted: float
+    seeds: int
+
+
+def values(results: Results, arm: str, metric: str) -> dict[int, float]:
+    """seed -> the metric of an arm; tuning runs are left out."""
+    return {
+        r["seed"]: r["metrics"][metric]
+        for r in results
+        if r["arm"] == arm and r["seed"] != TUNING_SEED and metric in r["metrics"]
+    }
+
+
+def mean(numbers: Iterable[float]) -> Mean:
+    """The mean and its 95 % interval by Student's t.
+
+    Raises:
+        ValueError: for no numbers.
+    """
+    found = np.array(list(numbers), float)
+    if not len(found):
+        raise ValueError("there are no numbers to take a mean of; run the study first.")
+    value = float(found.mean())
+    if len(found) == 1:
+        return Mean(value, np.nan, np.nan)
+    half = stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+    return Mean(value, value - float(half), value + float(half))
+
+
+def differences(
+    results: Results, pairs: Iterable[tuple[str, str]], metric: str
+) -> list[Difference]:
+    """Compare arms on a metric, paired by seed; pairs without a common seed are left out."""
+    found = []
+    for first, second in pairs:
+        a, b = values(results, first, metric), values(results, second, metric)
+        if not (seeds := sorted(a.keys() & b.keys())):
+            continue
+        change = [b[s] - a[s] for s in seeds]
+        p = _paired_p(change)
+        found.append(Difference(first, second, mean(change), p, np.nan, len(seeds)))
+    adjusted = holm([d.p for d in found])
+    return [
+        Difference(d.first, d.second, d.mean, d.p, p, d.seeds)
+        for d, p in zip(found, adjusted, strict=True)
+    ]
+
+
+def _paired_p(change: Sequence[float]) -> float:
+    """Of the test that the mean of the differences is 0; equal differences have no spread."""
+    if len(change) < 2:
+        return float("nan")
+    if np.ptp(change) == 0:
+        return 1.0 if change[0] == 0 else 0.0
+    return float(stats.ttest_1samp(change, 0).pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's correction: Scandinavian Journal of Statistics 6 (1979); nan stays nan."""
+    numbers = np.array(p, float)
+    order = [i for i in np.argsort(numbers) if not np.isnan(numbers[i])]
+    adjusted, highest = np.full(len(numbers), np.nan), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * numbers[i]))
+        adjusted[i] = highest
+    return adjusted.tolist()

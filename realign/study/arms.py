@@ -1,0 +1,110 @@
+"""What is compared: for each arm how its pairs are made and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+"""Tried for every arm that is tuned, on the tuning seed; the lowest hallucination rate wins."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How the preference pairs are made (`realign.pairs`)."""
+
+    negative: str = "retrieved"
+    refill: str = "infill"
+    segments: int = 1  # words hidden; 0 hides all
+    k: int = 10
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return f"{self.negative}-{self.refill}-{self.segments or 'all'}-k{self.k}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to align the base.
+
+    Attributes:
+        name: unique.
+        objective: of `realign.train`.
+        pairs: what it is trained on.
+        beta: of the objective.
+        visual_weight: of the visual term.
+        tuned_as: the arm whose learning rate it takes; its own when empty.
+    """
+
+    name: str
+    objective: str
+    pairs: Pairs = Pairs()
+    beta: float = 0.1
+    visual_weight: float = 1.0
+    tuned_as: str = ""
+
+    @property
+    def tuned(self) -> bool:
+        """Whether its learning rate is chosen for itself."""
+        return not self.tuned_as
+
+
+NEGATIVES = ("random", "crop", "noise", "blank")
+WEIGHTS = (0.25, 0.5, 2.0)  # 0 is DPO, 1 is rDPO
+BETAS = (0.05, 0.5)  # beside 0.1
+NEIGHBOURS = (1, 50)  # beside 10
+_METHODS = (
+    Arm("dpo", "dpo"),
+    Arm("rdpo", "rdpo"),
+    Arm("mdpo", "mdpo", Pairs("crop")),
+    Arm("symmpo", "symmpo"),
+    Arm("released", "released"),
+)
+_BY_NEGATIVE = tuple(Arm(f"rdpo {kind}", "rdpo", Pairs(kind)) for kind in NEGATIVES)
+_BY_WEIGHT = tuple(
+    Arm(f"rdpo weight {weight:g}", "rdpo", visual_weight=weight, tuned_as="rdpo")
+    for weight in WEIGHTS
+)
+_BY_BETA = tuple(
+    Arm(f"{objective} beta {beta:g}", objective, beta=beta, tuned_as=objective)
+    for objective in ("dpo", "rdpo")
+    for beta in BETAS
+)
+_BY_K = tuple(Arm(f"rdpo k {k}", "rdpo", Pairs(k=k), tuned_as="rdpo") for k in NEIGHBOURS)
+_BY_REFILL = tuple(
+    Arm(f"{objective} prompt", objective, Pairs(refill="prompt"), tuned_as=objective)
+    for objective in ("dpo", "rdpo")
+)
+_BY_SEGMENTS = tuple(
+    Arm(f"{objective} all segments", objective, Pairs(segments=0), tuned_as=objective)
+    for objective in ("dpo", "rdpo")
+)
+
+ARMS = (
+    *_METHODS, *_BY_NEGATIVE, *_BY_WEIGHT, *_BY_BETA, *_BY_K, *_BY_REFILL, *_BY_SEGMENTS,
+)  # fmt: skip
+TUNED = tuple(arm for arm in ARMS if arm.tuned)
+
+SECTIONS = {
+    "Methods": ("dpo", "rdpo", "mdpo", "symmpo", "released"),
+    "The visual negative of rDPO": ("rdpo", *(arm.name for arm in _BY_NEGATIVE)),
+    "The weight of the visual term": ("dpo", "rdpo weight 0.25", "rdpo weight 0.5", "rdpo",
+                                      "rdpo weight 2"),
+    "Beta": ("dpo beta 0.05", "dpo", "dpo beta 0.5", "rdpo beta 0.05", "rdpo", "rdpo beta 0.5"),
+    "Neighbours tried (k)": ("rdpo k 1", "rdpo", "rdpo k 50"),
+    "Infill against prompt": ("dpo", "dpo prompt", "rdpo", "rdpo prompt"),
+    "One masked segment against all": ("dpo", "dpo all segments", "rdpo", "rdpo all segments"),
+}  # fmt: skip
+"""The tables of the report: which arms stand side by side."""
+
+COMPARISONS = (
+    ("dpo", "rdpo"),
+    ("dpo all segments", "rdpo all segments"),
+    *((f"rdpo {kind}", "rdpo") for kind in NEGATIVES),
+    ("mdpo", "rdpo"),
+    ("symmpo", "rdpo"),
+    ("released", "rdpo"),
+    ("rdpo all segments", "rdpo"),
+    ("rdpo prompt", "rdpo"),
+)
+"""Pairs of arms (first, second) that are tested; chosen before any arm was run."""

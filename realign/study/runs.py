@@ -1,0 +1,262 @@
+"""Running the study: bases, pairs, tuning, arms. A job writes a file whole, so all can resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from realign.metrics import read_jsonl, write_whole
+from realign.study.arms import ARMS, LEARNING_RATES, TUNED, Arm, Pairs
+from realign.study.testbed import TUNING_SEED, Testbed, make_base, source_records, test_scenes
+
+LAST = 10  # steps whose margins are averaged
+Job = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def run_all(folder: Path, bed: Testbed, seeds: int, jobs: int) -> list[dict[str, Any]]:
+    """Run whatever has no result yet.
+
+    Args:
+        folder: where bases, pairs, models and results lie.
+        bed: the testbed.
+        seeds: how many; each has a base, pairs and a training order of its own.
+        jobs: processes at once, each with one thread.
+
+    Returns:
+        All results (`run_arm`): the tuning runs, then those of the seeds.
+
+    Raises:
+        ValueError: when the folder holds a study of another testbed.
+    """
+    _claim(folder, bed)
+    numbers = [TUNING_SEED, *range(seeds)]
+    with _pool(jobs) as pool:
+        _run(pool, "bases", [(prepare, (folder, bed, seed)) for seed in numbers])
+        tuning = [(arm, rate) for arm in TUNED for rate in LEARNING_RATES]
+        _run(pool, "tuning", [(run_arm, (folder, bed, a, TUNING_SEED, r)) for a, r in tuning])
+        rates = learning_rates(folder)
+        runs: list[Job] = [(run_base, (folder, bed, seed)) for seed in numbers]
+        runs += [
+            (run_arm, (folder, bed, arm, seed, rates[arm.tuned_as or arm.name]))
+            for seed in range(seeds)
+            for arm in ARMS
+        ]
+        _run(pool, "arms", runs)
+    return results(folder)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """Every result in a study's folder, by seed and name."""
+    found = [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*.json"))]
+    return sorted(found, key=lambda r: (r["seed"], r["arm"], r["learning_rate"] or 0))
+
+
+def learning_rates(folder: Path) -> dict[str, float]:
+    """The learning rate of each tuned arm: that with the fewest misnamed digits."""
+    tuned = [r for r in results(folder) if r["seed"] == TUNING_SEED and r["learning_rate"]]
+    best: dict[str, dict[str, Any]] = {}
+    for result in tuned:
+        name = result["arm"]
+        if name not in best or _misnamed(result) < _misnamed(best[name]):
+            best[name] = result
+    return {name: result["learning_rate"] for name, result in best.items()}
+
+
+def _misnamed(result: dict[str, Any]) -> float:
+    return result["metrics"]["hallucination_rate"]
+
+
+def prepare(folder: Path, bed: Testbed, seed: int) -> None:
+    """A seed's base, source records and pairs."""
+    from realign.pairs.pipeline import PairsConfig, build_pairs
+    from realign.records import read_pairs, write_pairs
+
+    home = folder / f"seed{seed}"
+    home.mkdir(parents=True, exist_ok=True)
+    base, sources = home / "base", home / "sources.parquet"
+    if not base.exists():
+        make_base(base, bed, seed)
+    if not sources.exists():
+        write_pairs(sources, source_records(bed, seed))
+    arms = TUNED if seed == TUNING_SEED else ARMS
+    for pairs in dict.fromkeys(arm.pairs for arm in arms):
+        file = pairs_file(folder, seed, pairs)
+        if file.exists():
+            continue
+        raw = file.with_suffix(".raw.parquet")
+        build_pairs(
+            PairsConfig(
+                output=str(raw),
+                work=str(home / "pairs.work"),
+                data=str(sources),
+                model=str(base),
+                mask="numbers",
+                seed=seed,
+                quiet=True,
+                **asdict(pairs),
+            )
+        )
+        records = read_pairs(raw)
+        # SymMPO's response to the retrieved image is the caption of the scene that it shows.
+        captions = {record.name: record.chosen for record in source_records(bed, seed)}
+        write_pairs(
+            file,
+            [replace(r, retrieved_chosen=captions[r.provenance["neighbour"]]) for r in records],
+        )
+        raw.unlink()
+
+
+def pairs_file(folder: Path, seed: int, pairs: Pairs) -> Path:
+    """Where a seed's pairs of one kind lie."""
+    return folder / f"seed{seed}" / f"pairs-{pairs.name}.parquet"
+
+
+def run_base(folder: Path, bed: Testbed, seed: int) -> None:
+    """Judge a seed's base, also where its prior holds."""
+    file = folder / "results" / f"seed{seed}-base.json"
+    if not file.exists():
+        _write_result(file, bed, "base", seed, folder / f"seed{seed}" / "base", None, {})
+
+
+def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: float) -> None:
+    """Train an arm on a seed's pairs and judge it; nothing when there is a result.
+
+    The result is an object with `arm`, `seed`, `learning_rate`, `settings`, `metrics` and, scene by
+    scene, the digits `named` in captions (? where none is) and the answers `said` (y, n, ?).
+    """
+    from realign.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+    from realign.config import TrainConfig as Config
+    from realign.train import train
+
+    name = f"seed{seed}-{arm.name.replace(' ', '-')}-{learning_rate:g}"
+    file, output = folder / "results" / f"{name}.json", folder / "runs" / name
+    if file.exists():
+        return
+    weighted = {} if arm.visual_weight == 1.0 else {"visual_weight": arm.visual_weight}
+    config = Config(
+        model=ModelConfig(
+            model=str(folder / f"seed{seed}" / "base"),
+            lora_rank=bed.lora_rank,
+            lora_alpha=2.0 * bed.lora_rank,
+        ),
+        data=DataConfig(pairs=str(pairs_file(folder, seed, arm.pairs))),
+        loss=LossConfig(objective=arm.objective, beta=arm.beta, **weighted),
+        optim=OptimConfig(learning_rate=learning_rate, steps=bed.steps, batch_size=bed.batch_size),
+        run=RunConfig(
+            output=str(output),
+            reference_cache=str(folder / "references"),
+            seed=seed,
+            save_every=0,
+            quiet=True,
+        ),
+    )
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped: half a minute's work
+    train(config)
+    last = read_jsonl(output / "metrics.jsonl")[-LAST:]
+    wanted = [key for key in last[-1] if key.startswith("rewards/") and "margins" in key]
+    margins = {key: float(np.mean([entry[key] for entry in last])) for key in wanted}
+    settings = asdict(arm) | {"steps": bed.steps, "batch_size": bed.batch_size}
+    _write_result(file, bed, arm.name, seed, output / "model", learning_rate, settings, margins)
+    shutil.rmtree(output)
+
+
+def _write_result(
+    file: Path,
+    bed: Testbed,
+    arm: str,
+    seed: int,
+    model_path: Path,
+    learning_rate: float | None,
+    settings: dict[str, Any],
+    margins: dict[str, float] | None = None,
+) -> None:
+    from realign.evaluate import answer
+    from realign.loading import load_processor, load_trained
+
+    scenes, question_seed = test_scenes(bed, seed)
+    found = answer(load_trained(model_path), load_processor(model_path), scenes, question_seed)
+    rates = {name: rate.value for name, rate in found.rates().items()}
+    exact = float((found.named == found.digits).all(1).mean())
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "settings": settings,
+        "metrics": rates | {"exact_captions": exact} | (margins or {}),
+        "named": " ".join("".join("?" if d < 0 else str(d) for d in row) for row in found.named),
+        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in found.said),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(result) + "\n")
+
+
+_LETTER = {"yes": "y", "no": "n"}
+
+
+def _claim(folder: Path, bed: Testbed) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file, begun = folder / "testbed.json", asdict(bed)
+    if file.exists() and json.loads(file.read_text()) != begun:
+        raise ValueError(
+            f"{folder} holds a study of another testbed. Remove it, or name another --output."
+        )
+    write_whole(file, json.dumps(begun, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each; what they print goes nowhere."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_hush) as pool:
+            yield pool
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _hush() -> None:
+    import torch
+
+    from realign.noise import hush_libraries
+
+    torch.set_num_threads(1)
+    hush_libraries()
+
+
+def _call(job: Job) -> None:
+    """Run a job; errors leave the process as text, since not every exception can be pickled."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            job[0](*job[1])
+        except Exception as error:
+            raise RuntimeError(f"{job[0].__name__} {job[1][2:]}: {error}") from None
+
+
+def _run(pool: ProcessPoolExecutor, title: str, jobs: Iterable[Job]) -> None:
+    """Run jobs, with a bar; the first error ends it, and what was finished stays.
+
+    Raises:
+        ValueError: when a job fails, or its process is killed.
+    """
+    running = [pool.submit(_call, job) for job in jobs]
+    try:
+        for done in tqdm(as_completed(running), total=len(running), desc=title, unit="job"):
+            done.result()
+    except (RuntimeError, BrokenExecutor) as error:
+        pool.shutdown(cancel_futures=True)
+        raise ValueError(f"{title}: {error}. Mend it and run the same command again.") from error

@@ -1,0 +1,194 @@
+"""The study: statistics against scipy and by hand, small runs, words that follow from numbers."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from realign.digits import ASSETS
+from realign.digits.pretrain import _completion
+from realign.digits.scenes import PLACES, WORDS, Scene, caption_of, digits_in
+from realign.evaluate import answer
+from realign.loading import load_processor, load_trained
+from realign.records import read_pairs
+from realign.study import analysis, report, runs
+from realign.study.__main__ import main
+from realign.study.arms import ARMS, COMPARISONS, SECTIONS, Arm, Pairs
+from realign.study.testbed import TUNING_SEED, Testbed, source_records, test_scenes
+
+SMALL = Testbed(noise=0.2, follow=0.97, records=24, steps=3, batch_size=8, scenes=20)
+Testbed.__test__ = test_scenes.__test__ = False  # no tests, though they are called so
+
+
+def result(arm, seed, rate, learning_rate=1e-4, **metrics):
+    metrics = {"hallucination_rate": rate, "exact_captions": 0.5, "f1": 0.5} | metrics
+    return {"arm": arm, "seed": seed, "learning_rate": learning_rate, "metrics": metrics}
+
+
+def both(dpo, rdpo):
+    """Results of two arms, a seed each value, and of a base."""
+    arms = {"dpo": dpo, "rdpo": rdpo, "base": dpo}
+    return [result(a, s, v) for a, found in arms.items() for s, v in enumerate(found)]
+
+
+def test_mean_and_difference_are_student_s():
+    dpo, rdpo = [0.30, 0.34, 0.33, 0.41, 0.36], [0.25, 0.31, 0.24, 0.30, 0.33]
+    (found,) = analysis.differences(both(dpo, rdpo), [("dpo", "rdpo")], "hallucination_rate")
+    paired = stats.ttest_rel(rdpo, dpo)
+    interval = paired.confidence_interval(0.95)
+    assert found.mean.value == pytest.approx(np.mean(rdpo) - np.mean(dpo))
+    assert (found.mean.low, found.mean.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(paired.pvalue)
+    assert found.adjusted == found.p  # one comparison
+    assert found.seeds == 5
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, never falling.
+    assert analysis.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert analysis.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    adjusted = analysis.holm([float("nan"), 0.01])  # a comparison of one seed counts for none
+    assert np.isnan(adjusted[0]) and adjusted[1] == pytest.approx(0.01)
+
+
+def test_one_seed_has_no_interval_and_tuning_is_no_seed():
+    found = [*both([0.3], [0.2]), result("rdpo", TUNING_SEED, 0.9)]
+    assert analysis.values(found, "rdpo", "hallucination_rate") == {0: 0.2}
+    (one,) = analysis.differences(found, [("dpo", "rdpo")], "hallucination_rate")
+    assert one.mean.value == pytest.approx(-0.1)
+    assert np.isnan([one.mean.low, one.mean.high, one.p, one.adjusted]).all()
+    with pytest.raises(ValueError, match="run the study first"):
+        analysis.mean([])
+
+
+@pytest.mark.parametrize(
+    "rdpo, words",
+    [
+        ([0.20, 0.22, 0.21], " fewer digits than after DPO: 21.0 against 30.0 %"),
+        ([0.40, 0.41, 0.42], " more digits than after DPO: 41.0 against 30.0 %"),
+        ([0.20, 0.40, 0.30], "neither clearly fewer nor clearly more digits than after DPO: 30.0"),
+        ([0.20], "neither clearly"),  # one seed proves nothing
+    ],
+)
+def test_the_finding_says_what_came_out(rdpo, words):
+    assert words in report.finding(both([0.30] * len(rdpo), rdpo))
+
+
+def test_every_arm_stands_in_a_table_and_every_comparison_is_of_arms():
+    names = {arm.name for arm in ARMS}
+    assert len(names) == len(ARMS)
+    assert names == {name for group in SECTIONS.values() for name in group}
+    assert {name for pair in COMPARISONS for name in pair} <= names
+    assert all(arm.tuned_as in names | {""} for arm in ARMS)
+
+
+def test_a_completion_hides_one_place_and_names_what_is_seen_there():
+    other, seen = (Scene(Image.new("RGB", (16, 16)), d) for d in ((7, 7, 2, 7), (1, 3, 4, 9)))
+    rng, places = np.random.default_rng(0), set()
+    for _ in range(40):
+        asked, said = _completion(other, seen, rng)
+        masked = re.search(r"<answer>\n(.*)\n</answer>", asked)[1]
+        place = digits_in(masked).index(None)
+        digits = [*other.digits]
+        hidden = f"{PLACES[place]} {WORDS[digits[place]]}"
+        assert masked == caption_of(other.digits).replace(hidden, f"{PLACES[place]} [MASK]")
+        digits[place] = seen.digits[place]
+        assert said == caption_of(tuple(digits))
+        places.add(place)
+    assert places == {0, 1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A study whose base is the shipped one, with pairs for the tuning seed."""
+    folder = tmp_path_factory.mktemp("study")
+    home = folder / f"seed{TUNING_SEED}"
+    shutil.copytree(ASSETS, home / "base")
+    runs.prepare(folder, SMALL, TUNING_SEED)
+    return folder
+
+
+def test_pairs_of_each_kind_and_symmpo_s_response(folder):
+    sources = {record.name: record for record in source_records(SMALL, TUNING_SEED)}
+    kinds = {}
+    for kind in ("retrieved", "random", "crop", "noise", "blank"):
+        records = read_pairs(runs.pairs_file(folder, TUNING_SEED, Pairs(kind)))
+        assert len(records) > 12
+        kinds[kind] = records
+        for record in records:
+            assert record.rejected != record.chosen == sources[record.name].chosen
+            neighbour = sources[record.provenance["neighbour"]]
+            assert record.retrieved_chosen == neighbour.chosen
+            if kind == "retrieved":
+                shown = record.retrieved_images[0].open("")
+                assert shown.tobytes() == neighbour.images[0].open("").tobytes()
+    texts = {kind: [(r.name, r.rejected) for r in found] for kind, found in kinds.items()}
+    assert all(found == texts["retrieved"] for found in texts.values())  # images alone differ
+
+
+def test_a_run_is_kept_whole_and_repeats(folder):
+    arm = Arm("symmpo", "symmpo")
+    for rate in (1e-4, 3e-3):
+        runs.run_arm(folder, SMALL, arm, TUNING_SEED, rate)
+    runs.run_base(folder, SMALL, TUNING_SEED)
+    files = sorted((folder / "results").glob("*.json"))
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    runs.run_arm(folder, SMALL, arm, TUNING_SEED, 1e-4)  # there already: nothing is touched
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+    files[-1].unlink()
+    runs.run_arm(folder, SMALL, arm, TUNING_SEED, 3e-3)
+    runs.run_arm(folder, SMALL, arm, TUNING_SEED, 1e-4)
+    assert [file.read_bytes() for file in files] == [content for content, _ in before]
+
+    base, slow, fast = runs.results(folder)
+    assert [r["arm"] for r in (base, slow, fast)] == ["base", "symmpo", "symmpo"]
+    assert slow["metrics"]["rewards/margins"] != fast["metrics"]["rewards/margins"]
+    best = min((slow, fast), key=lambda r: r["metrics"]["hallucination_rate"])
+    assert runs.learning_rates(folder) == {"symmpo": best["learning_rate"]}
+
+    scenes, seed = test_scenes(SMALL, TUNING_SEED)
+    found = answer(load_trained(ASSETS), load_processor(ASSETS), scenes, seed)
+    named = ["".join("?" if d is None else str(d) for d in digits_in(c)) for c in found.captions]
+    assert base["named"].split() == named
+    truth = "".join(str(digit) for scene in scenes for digit in scene.digits)
+    wrong = [a != b for a, b in zip("".join(named), truth, strict=True)]
+    assert base["metrics"]["hallucination_rate"] == pytest.approx(np.mean(wrong))
+    assert found.rates()["hallucination_rate"].value == pytest.approx(np.mean(wrong))
+    lines = list(found.lines(scenes))
+    assert sum(line["misnamed"] for line in lines) == sum(wrong)
+    assert lines[3]["truth"] == scenes[3].caption
+    json.dumps(lines)
+
+
+def test_another_testbed_in_the_folder_and_errors_of_jobs_are_told(folder, tmp_path, capsys):
+    runs._claim(tmp_path, SMALL)
+    with pytest.raises(ValueError, match="another testbed"):
+        runs._claim(tmp_path, Testbed())
+    with (
+        runs._pool(1) as pool,
+        pytest.raises(ValueError, match=r"arms: run_base .*same command again"),
+    ):
+        runs._run(pool, "arms", [(runs.run_base, (tmp_path, SMALL, 3))])
+    assert main(["--report", "--docs", str(tmp_path)]) == 1
+    assert "leave --report out" in capsys.readouterr().err
+
+
+def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
+    found = both([0.30, 0.32], [0.20, 0.24]) + [
+        result("rdpo", TUNING_SEED, rate, learning_rate=lr)
+        for lr, rate in ((5e-5, 0.28), (1e-4, 0.26))
+    ]
+    (tmp_path / "study").mkdir()
+    lines = "".join(json.dumps(line) + "\n" for line in found)
+    (tmp_path / "study" / "runs.jsonl").write_text(lines)
+    assert main(["--report", "--docs", str(tmp_path)]) == 0
+    page = (tmp_path / "study.md").read_text()
+    sentence = report.finding(found)
+    assert sentence in page and sentence in capsys.readouterr().out
+    assert re.search(r"\| dpo \| 31\.0 \[18\.3, 43\.7\] \|", page)  # 12.706 * 0.01
+    assert "| rdpo | 28.0 | **26.0** |" in page
+    assert (tmp_path / "study" / "arms.png").stat().st_size > 5000
