@@ -39,7 +39,11 @@ class CacheConfig:
         return Path(self.reference_cache or reference.default_directory())
 
     def tables(self) -> dict[Path, dict[str, str]]:
-        """The tables in it."""
+        """The tables in it.
+
+        Raises:
+            ValueError: when the folder is not there.
+        """
         if self.reference_cache and not self.directory.is_dir():
             raise ValueError(f"there is no folder {self.directory}; check --reference-cache.")
         found = refcache.tables(self.directory)

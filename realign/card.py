@@ -105,6 +105,27 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def without_adapter(card: str) -> str:
+    """The card of an adapter for the model with that adapter merged in."""
+    front, rest = card.split("```python\n", 1)
+    _, behind = rest.split("\n```", 1)
+    front = front.replace("library_name: peft", "library_name: transformers", 1)
+    return f"{front}```python\n{_WHOLE}\n```{behind}"
+
+
+def with_evaluation(card: str, rates: Mapping[str, Mapping[str, float]]) -> str:
+    """The card with a table of rates, each with `value`, `low` and `high` in [0, 1]."""
+    rows = [
+        (
+            name.replace("_", " "),
+            f"{100 * r['value']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]",
+        )
+        for name, r in rates.items()
+    ]
+    table = _table("on scenes it was not trained on", "share [95 % interval]", rows)
+    return card.replace("\n## Versions\n", f"\n## Evaluation\n\n{table}\n\n## Versions\n", 1)
+
+
 def _tags(config: TrainConfig) -> list[str]:
     return [config.loss.objective] if config.loss.objective != "dpo" else []
 

@@ -128,7 +128,11 @@ class Checkpoints:
             )
 
     def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the checkpoint of a step in place, whatever number of ranks wrote it."""
+        """Restore the checkpoint of a step in place, whatever number of ranks wrote it.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
         model_state, optimizer_state = get_state_dict(
             model, optimizer, options=StateDictOptions(**_TRAINED)
         )

@@ -1,19 +1,48 @@
-"""The final model as a Hugging Face folder: full weights, a LoRA adapter, or the two merged."""
+"""The final model as a Hugging Face folder: full weights, a LoRA adapter, or the two merged.
+
+`python -m realign.export --model runs/rdpo/model --output merged` merges an adapter afterwards.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig
 
-from realign.loading import load_model
+from realign.card import with_evaluation, without_adapter
+from realign.cli import parse_sections
+from realign.loading import DTYPES, adapter_base, load_model, load_processor
 from realign.model import ForestModel
+from realign.noise import hush_libraries
 from realign.parallel import from_rank_0
+
+
+@dataclass
+class ExportConfig:
+    model: str | None = None
+    """Folder of an adapter or a whole model, or a name on the hub."""
+    output: str | None = None
+    """Folder to write: merged safetensors, the processor and the model card."""
+    dtype: str | None = None
+    """Keep the weights in fp32 or bf16; as the base keeps them when absent."""
+    metrics: str | None = None
+    """JSON file that realign.evaluate wrote with --output, to show in the model card."""
+
+    def __post_init__(self) -> None:
+        for name, what in (("model", "what to export"), ("output", "the folder to write")):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name} is missing; give {what}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
 
 
 def export(
@@ -40,7 +69,7 @@ def export(
         card: makes the text of its README.md.
 
     Raises:
-        CommonError: when it cannot be written.
+        CommonError: when it cannot be written: the ValueError of rank 0, on all ranks.
     """
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter is not None
@@ -82,3 +111,77 @@ def _merge(folder: Path, base: str) -> None:
     merged.merge_and_unload().save_pretrained(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
         (folder / name).unlink(missing_ok=True)
+
+
+def export_whole(config: ExportConfig) -> Path:
+    """Write a model that needs nothing beside transformers; an adapter is merged in fp32.
+
+    Returns:
+        The folder, loadable by `AutoModelForImageTextToText` and `AutoProcessor`.
+
+    Raises:
+        ValueError: when the folder is there already, or there is no model or metrics file.
+        OSError: when it cannot be written; then nothing is left.
+    """
+    folder, model = Path(config.output), config.model
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is there already and not empty; name another --output.")
+    rates = None if config.metrics is None else _rates(Path(config.metrics))
+    processor = load_processor(model)
+    whole = load_model(model, torch.float32)
+    kept = AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
+    dtype = DTYPES[config.dtype] if config.dtype else kept
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        whole.to(dtype).save_pretrained(partial)
+        processor.save_pretrained(partial)
+        if (old := Path(model) / "README.md").exists():
+            card = old.read_text(encoding="utf-8")
+            card = without_adapter(card) if adapter_base(model) else card
+            card = with_evaluation(card, rates) if rates else card
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        elif rates:
+            raise ValueError(f"{model} has no model card to show metrics in; leave out --metrics.")
+        shutil.rmtree(folder, ignore_errors=True)  # it is empty
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _rates(file: Path) -> dict[str, dict[str, float]]:
+    """The rates in a file of `realign.evaluate --output`."""
+    try:
+        found = json.loads(file.read_text())
+        return {name: {k: float(rate[k]) for k in _RATE} for name, rate in found.items()}
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file}; realign.evaluate --output writes it.") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{file} holds no rates as realign.evaluate --output writes them ({error!r})."
+        ) from error
+
+
+_RATE = ("value", "low", "high")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, export; returns an exit code."""
+    hush_libraries()
+    try:
+        config = parse_sections(
+            {"export": ExportConfig},
+            prog="python -m realign.export",
+            description="A trained model as one folder of safetensors with its model card.",
+            arguments=arguments,
+        )["export"]
+        print(f"wrote {export_whole(config)}")
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

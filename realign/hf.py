@@ -222,7 +222,11 @@ class RDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of a batch of example indices."""
+        """The mean loss of a batch of example indices.
+
+        Raises:
+            ValueError: when the loss is not finite; names the records.
+        """
         places = inputs["places"].cpu().numpy()
         chosen = [self.examples[i] for i in places]
         module = self.accelerator.unwrap_model(model)

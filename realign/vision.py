@@ -77,7 +77,11 @@ class FeatureCache:
         return sorted({image for image in images if image not in self._places})
 
     def add(self, features: Mapping[str, Features]) -> None:
-        """Write features of images as one file."""
+        """Write features of images as one file.
+
+        Raises:
+            OSError: when the disk is full, with the remedy.
+        """
         tensors, index = {}, {}
         for image, named in features.items():
             kept = {name: t.detach().cpu().contiguous() for name, t in named.items()}
@@ -166,6 +170,9 @@ def fill(
         batch_images: images in one call.
         progress: whether to show a bar.
         say: told in a line how many images were known, and where.
+
+    Raises:
+        ValueError: when the ranks do not see the same folder.
     """
     # One list for all: each rank may see another state of a folder that others write to.
     absent = parallel.from_rank_0(lambda: cache.missing(images))

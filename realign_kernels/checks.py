@@ -19,7 +19,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checked, and cast if autocast is on."""
+    """Checked, and cast if autocast is on.
+
+    Raises:
+        ValueError: for shapes, dtypes or placements that the head cannot take.
+    """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         _check_tensor(name, tensor, optional=name == "bias")
     if isinstance(hidden, DTensor):

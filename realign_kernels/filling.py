@@ -121,7 +121,11 @@ def fill(
     batch_rows: int,
     on_batch: Callable[[int, int], None] | None,
 ) -> Filled:
-    """Compute and keep what `store` lacks; see `ReferenceCache.fill`."""
+    """Compute and keep what `store` lacks; see `ReferenceCache.fill`.
+
+    Raises:
+        ValueError: when a log-prob is not finite; names leaf and forest.
+    """
     began = time.perf_counter()
     _check_ranks_agree(store, leaves, row_tokens, batch_rows)
     known = _anywhere(store.find(leaves.keys)[1] > 0)

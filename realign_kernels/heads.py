@@ -16,7 +16,11 @@ def local_head(
     bias: Tensor | None,  # (V,)
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Plain tensors: a DTensor gathered, or with a group its local rows."""
+    """Plain tensors: a DTensor gathered, or with a group its local rows.
+
+    Raises:
+        ValueError: for a group that this rank is not in.
+    """
     if group is not None and not isinstance(group, ProcessGroup):
         raise ValueError(
             f"group is {group!r}, not a process group that this rank is in: call on its ranks only"
@@ -58,6 +62,13 @@ def head_inputs(
     so gradients reach A and B, LoRA dropout is applied as the layer does, and an adapter that is
     small beside W keeps its digits in bf16, which a merged weight (`head_parameters`) rounds away.
     It costs a copy of the weight, V x (H + r), each call.
+
+    Args:
+        lm_head: the module, V outputs of H inputs.
+        hidden: (..., H) what comes into it.
+
+    Returns:
+        hidden (..., H'), weight (V, H') and bias (V,) or None, H' = H + the ranks of the adapters.
 
     Raises:
         ValueError: the module is none of these, or an active adapter is another kind than LoRA.

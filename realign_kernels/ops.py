@@ -247,6 +247,9 @@ def _(
 def refuse_second_derivative() -> None:
     """To be called in a backward. once_differentiable is silent where the gradient that comes in
     is a constant, so that a gradient penalty would be left out.
+
+    Raises:
+        RuntimeError: where a graph of the gradient is wanted.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("the head has no second derivative: call backward without create_graph")

@@ -33,6 +33,10 @@ def sequence_sums(
 
     reference_logps give the shape; their values are only checked, here because their flag then
     shares the transfer of the others.
+
+    Raises:
+        ValueError: for a number of a sequence out of range, or a sequence without a token.
+        NonFiniteError: where a log-prob or reference is NaN or infinite.
     """
     leaves, examples = reference_logps.shape
     valid = labels != ignore_index

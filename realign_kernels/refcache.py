@@ -222,7 +222,11 @@ class ReferenceCache:
         logps: NDArray[np.float64],  # (n,)
         counts: NDArray[np.int32],  # (n,)
     ) -> int:
-        """Append what is not known yet; returns how many that were. Raises as `insert` does."""
+        """Append what is not known yet; returns how many that were. Raises as `insert` does.
+
+        Raises:
+            ValueError: for a positive log-prob; nothing is written then.
+        """
         if (positive := np.flatnonzero(logps > _ROUNDING)).size:
             at = positive[0]
             raise ValueError(
@@ -237,7 +241,12 @@ class ReferenceCache:
         return self._table.insert(keys, logps, counts)
 
     def prepare(self) -> None:
-        """Make the folder ready to be written, or raise; says in it what the fingerprint is of."""
+        """Make the folder ready to be written, or raise; says in it what the fingerprint is of.
+
+        Raises:
+            ValueError: when the cache was closed.
+            PermissionError: when the folder cannot be written.
+        """
         if self._closed:
             raise ValueError(f"the cache in {self.folder} was closed: open it again")
         self._ensure_folder()

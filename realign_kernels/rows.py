@@ -127,7 +127,11 @@ def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
 
 
 def shard_of(weight: Tensor, group: dist.ProcessGroup) -> VocabularyShard:
-    """Which rows of the whole head `weight` is: shards stand in the order of the ranks."""
+    """Which rows of the whole head `weight` is: shards stand in the order of the ranks.
+
+    Raises:
+        ValueError: when a rank has no row.
+    """
     mine = torch.tensor([len(weight)], device=weight.device)
     sizes = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(sizes, mine, group)

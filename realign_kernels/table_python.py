@@ -94,7 +94,11 @@ class Table:
         return np.ascontiguousarray(values["logp"]), np.ascontiguousarray(values["tokens"])
 
     def insert(self, keys: NDArray, logps: NDArray, tokens: NDArray) -> int:
-        """Appends the records whose key is not known yet."""
+        """Appends the records whose key is not known yet.
+
+        Raises:
+            ValueError: for a value out of range, or a table opened to be read; nothing is written.
+        """
         records = np.zeros(len(_flat(keys, "keys", "V16")), RECORD)
         records["key"] = keys
         records["logp"] = _flat(logps, "logps", "float64", len(keys))

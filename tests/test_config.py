@@ -10,6 +10,7 @@ from realign.cache import CacheConfig, FillConfig
 from realign.cli import parse_sections
 from realign.demo import DemoConfig
 from realign.evaluate import EvaluateConfig
+from realign.export import ExportConfig
 from realign.pairs.pipeline import PairsConfig
 from realign.study.__main__ import StudyConfig
 from realign_kernels import objectives
@@ -133,6 +134,7 @@ OPTIONS = {
         "evaluation_scenes": 3000,
         "nproc_per_node": 2,
     },
+    ExportConfig: {"model": None, "output": None, "dtype": None, "metrics": None},
     StudyConfig: {
         "output": "runs/study",
         "docs": "docs",

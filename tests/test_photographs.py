@@ -181,7 +181,7 @@ def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
     for name, value in ours.items():
         assert torch.allclose(theirs[name], value, rtol=2**-8, atol=1e-6), name  # kept in bf16
     assert evaluate.main(words) == 1
-    assert "holds a model already; name another --output" in capsys.readouterr().err
+    assert "not empty; name another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,11 @@ class Entry:
 
 
 def of_llava(item: dict, options: Options) -> list[Entry]:
-    """LLaVA's instruction format: a picture and a dialogue about it."""
+    """LLaVA's instruction format: a picture and a dialogue about it.
+
+    Raises:
+        Malformed: for a dialogue without text, or whose sides do not alternate.
+    """
     dialogue = _messages(item.get("conversations"), "from", "value", "conversations")
     opening = dialogue[: dialogue[0]["role"] == "system"]
     turns = dialogue[len(opening) :]
@@ -81,7 +85,11 @@ def of_llava(item: dict, options: Options) -> list[Entry]:
 
 
 def of_realign(item: dict, options: Options) -> list[Entry]:
-    """The authors' format: chosen and rejected dialogues, a picture and a retrieved one."""
+    """The authors' format: chosen and rejected dialogues, a picture and a retrieved one.
+
+    Raises:
+        Malformed: without a rejected dialogue or a retrieved picture.
+    """
     prompt, chosen, rejected = _preferences(item)
     if rejected is None:
         raise Malformed("rejected is missing")
@@ -92,7 +100,11 @@ def of_realign(item: dict, options: Options) -> list[Entry]:
 
 
 def of_folder(item: dict, options: Options) -> list[Entry]:
-    """A line beside a folder of pictures: image, question or prompt, answer or chosen if any."""
+    """A line beside a folder of pictures: image, question or prompt, answer or chosen if any.
+
+    Raises:
+        Malformed: without a question.
+    """
     question = _first(item, "prompt", "question")
     if question is None:
         raise Malformed("question is missing")
@@ -120,7 +132,11 @@ def of_row(item: dict, options: Options) -> list[Entry]:
 
 
 def of_coco(item: dict, options: Options) -> list[Entry]:
-    """A picture of COCO with its captions, as `coco_items` joins them."""
+    """A picture of COCO with its captions, as `coco_items` joins them.
+
+    Raises:
+        Malformed: without a file name, or with a caption that is no text.
+    """
     image, captions = item["image"], item["captions"]
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
         raise Malformed("file_name is missing")
@@ -168,7 +184,11 @@ def name_of(item: Any) -> str | None:
 
 
 def coco_items(content: Any, file: Path) -> list[dict]:
-    """The pictures of a COCO captions file, each with its captions."""
+    """The pictures of a COCO captions file, each with its captions.
+
+    Raises:
+        ValueError: for a file that is none of COCO's captions.
+    """
     captions = defaultdict(list)
     notes = content.get("annotations") or []
     if not isinstance(notes, list):
@@ -199,7 +219,11 @@ def json_lines(file: Path) -> Iterator[Any]:
 
 
 def rows_of(files: list[Path]) -> Iterator[tuple[str, dict]]:
-    """(place, row) of Parquet files, and of the Arrow files that `datasets` saves."""
+    """(place, row) of Parquet files, and of the Arrow files that `datasets` saves.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
     for file in files:
         place = 0
         try:

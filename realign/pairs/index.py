@@ -151,6 +151,9 @@ class Index:
             (similarities, indices), (Q, k) fp32 and int64, nearest first, ties by index; -inf and
             -1 where the index finds no more. Which of several vectors that tie at place k is
             returned is open.
+
+        Raises:
+            ValueError: when the index is empty.
         """
         if self.vectors is None:
             raise ValueError("the index is empty; give it vectors with build().")

@@ -73,8 +73,9 @@ def build_pairs(config: PairsConfig) -> PairsReport:
     What an earlier run with the same work folder made is not made again.
 
     Raises:
-        ValueError: for an empty data set, bad settings, too many bad records, a full disk, or when
-            no pair is left to write.
+        ValueError: for an empty data set, bad settings, too many bad records, or when no pair is
+            left to write.
+        RunError: a ValueError, when the disk is full; the shards stay.
     """
     began = time.perf_counter()
     with sole_run(config.work_folder):

@@ -65,7 +65,11 @@ class Retrieve(Stage):
         return {name: getattr(self.config, name) for name in names}
 
     def prepare(self) -> None:
-        """Put the vectors of all shards into one file, from which every process maps them."""
+        """Put the vectors of all shards into one file, from which every process maps them.
+
+        Raises:
+            ValueError: when no image could be read.
+        """
         folder, embedded = self.folder, Shards(self.folders["embed"])
         self.shared = digest_of(*map(embedded.rows_digest, embedded.done()))
         file = folder / "rows.parquet"

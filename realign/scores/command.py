@@ -113,7 +113,11 @@ def hallusion(given: argparse.Namespace) -> str:
 
 
 def compare(given: argparse.Namespace) -> str:
-    """Two models' answers to the same questions."""
+    """Two models' answers to the same questions.
+
+    Raises:
+        ValueError: for answers to other questions, or without labels.
+    """
     first, second = ({_key(li): li for li in read_answers(p)} for p in (given.first, given.second))
     if first.keys() != second.keys():
         lacking = sorted(first.keys() ^ second.keys())

@@ -6,9 +6,9 @@ import json
 import shlex
 from pathlib import Path
 
-import torch
+from transformers import AutoConfig
 
-from realign.loading import load_model, load_processor
+from realign.export import ExportConfig, export_whole
 from realign.metrics import write_whole
 
 _LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it
@@ -42,17 +42,11 @@ def hand_off(model: str, output: str | Path) -> str:
         What to do with them, in lines.
 
     Raises:
-        ValueError: when `output` holds a model already, or there is none at `model`.
+        ValueError: when `output` is not empty, or there is no model at `model`.
     """
-    output = Path(output)
-    if (output / "config.json").exists():
-        raise ValueError(f"{output} holds a model already; name another --output.")
-    processor = load_processor(model)
-    whole = load_model(model, torch.float32)  # merged in fp32, kept as the base is kept
-    kept = getattr(whole.config, "dtype", None) or torch.float32
-    whole.to(kept).save_pretrained(output)
-    processor.save_pretrained(output)
-    kind = whole.config.model_type
+    output = export_whole(ExportConfig(model=model, output=str(output)))
+    config = AutoConfig.from_pretrained(output)
+    kind, kept = config.model_type, config.dtype
     place = str(output.resolve())
     lines = [f"wrote {output} ({kind}, {str(kept).removeprefix('torch.')})"]
     if (wrapper := _LMMS.get(kind)) is None:
@@ -64,11 +58,11 @@ def hand_off(model: str, output: str | Path) -> str:
     if (name := _VLMEVAL.get(kind)) is None:
         lines.append(f"VLMEvalKit: no class for {kind} is known here; see its list of models")
     else:
-        config = {
+        entries = {
             "model": {output.name: {"class": name, "model_path": place}},
             "data": {data: {"class": "ImageYORNDataset", "dataset": data} for data in _DATA},
         }
-        write_whole(output / "vlmevalkit.json", json.dumps(config, indent=2) + "\n")
+        write_whole(output / "vlmevalkit.json", json.dumps(entries, indent=2) + "\n")
         lines.append(f"VLMEvalKit: python run.py --config {shlex.quote(place)}/vlmevalkit.json")
     lines.append("Both have environments of their own; neither was run with this folder here.")
     return "\n".join(lines)

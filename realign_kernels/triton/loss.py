@@ -70,7 +70,11 @@ def supports(objective: Objective) -> bool:
 
 
 def encode(objective: Objective) -> Table:
-    """The table of an objective that `supports` accepts."""
+    """The table of an objective that `supports` accepts.
+
+    Raises:
+        ValueError: for a term that the fused loss does not know.
+    """
     if not supports(objective):
         raise ValueError(
             f"objective {objective.name!r} has a term that the fused loss does not know: "
@@ -222,6 +226,9 @@ def preference_sums(
 
     With reduction "none", `loss` is the sum, and coefficients are those of each example's own loss.
     Ids out of range are counted in `outside` and otherwise skipped: the caller looks.
+
+    Raises:
+        ValueError: when logps are not float32.
     """
     if logps.dtype != torch.float32:
         raise ValueError(f"logps must be float32, got {logps.dtype}: use use_backend('torch')")

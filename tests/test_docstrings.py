@@ -1,0 +1,78 @@
+"""Public functions say what they raise and which shapes they take."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import realign_kernels
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    file for package in ("realign", "realign_kernels") for file in (ROOT / package).rglob("*.py")
+)
+ARRAYS = re.compile(r"\b(Tensor|ndarray)\b")
+SHAPE = re.compile(r"\(([A-Z]|[a-z]+\b|\*|\d|\.\.\.)[^)]*\)|\b(scalar|shape|0-d|one number)\b")
+
+
+def public(tree, inside=""):
+    """(name, node) of functions and methods without an underscore; of classes likewise."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public(node, f"{node.name}.")
+        named = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        if named and node.name != "main":  # which turns errors into an exit code
+            yield inside + node.name, node
+
+
+def raised(node):
+    """Names of the exceptions that a function makes and raises, but for those it catches itself."""
+    tries = [part for part in ast.walk(node) if isinstance(part, ast.Try) and part.handlers]
+    caught = {id(n) for part in tries for statement in part.body for n in ast.walk(statement)}
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Raise) and isinstance(part.exc, ast.Call):
+            name = ast.unparse(part.exc.func).rpartition(".")[2]
+            if name[0].isupper() and id(part) not in caught:
+                found.add(name)
+    return found - {"NotImplementedError", "SystemExit"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_public_functions_say_what_they_raise(file):
+    for name, node in public(ast.parse(file.read_text())):
+        doc = ast.get_docstring(node) or ""
+        for error in raised(node):
+            told = rf"Raises:[\s\S]*\b{error}\b|^Refuses |Raises as "
+            assert re.search(told, doc), f"{name} raises {error}"
+
+
+def exported():
+    """The functions that realign_kernels exports."""
+    for name in realign_kernels.__all__:
+        value = getattr(realign_kernels, name)
+        if inspect.isfunction(value):
+            yield name, value
+
+
+def test_arrays_of_the_public_functions_have_shapes():
+    """Beside the parameter, as a comment, or in the docstring."""
+    count = 0
+    for name, function in exported():
+        doc, source = inspect.getdoc(function) or "", inspect.getsource(function)
+        signature = inspect.signature(function)
+        for parameter in signature.parameters.values():
+            if not ARRAYS.search(str(parameter.annotation)):
+                continue
+            count += 1
+            entry = rf"^ +(?:\w+, )*{parameter.name}(?:, \w+)*: ([\s\S]*?)(?=\n {{0,6}}\w|\Z)"
+            comment = rf"^ +{parameter.name}: .*# (.*)"
+            said = [re.search(entry, doc, re.MULTILINE), re.search(comment, source, re.MULTILINE)]
+            assert any(s and SHAPE.search(s[1]) for s in said), f"{name}({parameter.name})"
+        if ARRAYS.search(str(signature.return_annotation)):
+            comment = re.search(r"^\) -> .*?# (.*)", source, re.MULTILINE)
+            said = (doc.partition("Returns:")[2], doc.split("\n")[0], comment[1] if comment else "")
+            assert any(map(SHAPE.search, said)), name
+    assert count > 15
