@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realign.study.analysis import Difference, Mean, Results, differences, mean, values
+from realign.study.analysis import Mean, Results, differences, mean, values
 from realign.study.arms import COMPARISONS, LEARNING_RATES, SECTIONS, TUNED
 from realign.study.testbed import TUNING_SEED
 
@@ -95,7 +95,7 @@ def _table(results: Results, names: Sequence[str]) -> str:
 def _comparisons(results: Results) -> str:
     lines = [["first", "second", "second - first, points", "p", "p, Holm"]]
     for d in differences(results, COMPARISONS, "hallucination_rate"):
-        lines.append([d.first, d.second, _difference(d), f"{d.p:.2g}", f"{d.adjusted:.2g}"])
+        lines.append([d.first, d.second, _points(d.mean), f"{d.p:.2g}", f"{d.adjusted:.2g}"])
     return _markdown(lines)
 
 
@@ -124,10 +124,6 @@ def _shown(found: Mean, scale: float) -> str:
     digits = 1 if scale == 100 else 2
     value, low, high = (f"{scale * x:.{digits}f}" for x in (found.value, found.low, found.high))
     return value if math.isnan(found.low) else f"{value} [{low}, {high}]"
-
-
-def _difference(d: Difference) -> str:
-    return _points(d.mean)
 
 
 def _points(found: Mean) -> str:

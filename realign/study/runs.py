@@ -87,8 +87,11 @@ def prepare(folder: Path, bed: Testbed, seed: int) -> None:
     base, sources = home / "base", home / "sources.parquet"
     if not base.exists():
         make_base(base, bed, seed)
+    scenes = source_records(bed, seed)
+    # SymMPO's response to the retrieved image is the caption of the scene that it shows.
+    captions = {record.name: record.chosen for record in scenes}
     if not sources.exists():
-        write_pairs(sources, source_records(bed, seed))
+        write_pairs(sources, scenes)
     arms = TUNED if seed == TUNING_SEED else ARMS
     for pairs in dict.fromkeys(arm.pairs for arm in arms):
         file = pairs_file(folder, seed, pairs)
@@ -108,8 +111,6 @@ def prepare(folder: Path, bed: Testbed, seed: int) -> None:
             )
         )
         records = read_pairs(raw)
-        # SymMPO's response to the retrieved image is the caption of the scene that it shows.
-        captions = {record.name: record.chosen for record in source_records(bed, seed)}
         write_pairs(
             file,
             [replace(r, retrieved_chosen=captions[r.provenance["neighbour"]]) for r in records],
@@ -143,7 +144,6 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
     file, output = folder / "results" / f"{name}.json", folder / "runs" / name
     if file.exists():
         return
-    weighted = {} if arm.visual_weight == 1.0 else {"visual_weight": arm.visual_weight}
     config = Config(
         model=ModelConfig(
             model=str(folder / f"seed{seed}" / "base"),
@@ -151,7 +151,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
             lora_alpha=2.0 * bed.lora_rank,
         ),
         data=DataConfig(pairs=str(pairs_file(folder, seed, arm.pairs))),
-        loss=LossConfig(objective=arm.objective, beta=arm.beta, **weighted),
+        loss=LossConfig(objective=arm.objective, beta=arm.beta, visual_weight=arm.visual_weight),
         optim=OptimConfig(learning_rate=learning_rate, steps=bed.steps, batch_size=bed.batch_size),
         run=RunConfig(
             output=str(output),
