@@ -138,6 +138,7 @@ OPTIONS = {
     StudyConfig: {
         "output": "runs/study",
         "docs": "docs",
+        "testbed": "both",
         "seeds": 5,
         "jobs": 2,
         "report": False,

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign.digits import ASSETS
+from realign.digits import ASSETS, photographs
 from realign.digits.processor import build_processor, vocabulary
 from realign.digits.scenes import (
     CAPTION_PROMPT,
@@ -50,6 +51,45 @@ def test_train_and_test_share_no_handwritten_digit():
     }
     assert shown["train"] <= train and shown["test"] <= test
     assert len(shown["train"]) > 700 and len(shown["test"]) > 300  # not a few of them over and over
+
+
+def test_train_and_test_patches_of_a_photograph_share_no_pixel(monkeypatch):
+    def numbered(photograph):  # every pixel tells its place
+        rows, columns = photograph.shape[:2]
+        grid = np.arange(rows * columns, dtype=np.float64).reshape(rows, columns, 1)
+        return np.repeat(grid, 3, 2)
+
+    monkeypatch.setattr(photographs, "_pixels", numbered)
+    pixels = {split: photographs.patches.__wrapped__(split) for split in ("train", "test")}
+    for number in range(10):
+        train, test = (set(np.unique(pixels[split][number])) for split in ("train", "test"))
+        assert not train & test
+        assert len(train) > 2 * len(test) > 0
+
+
+def test_scenes_of_photographs_show_those_they_name():
+    names = [*photographs.PHOTOGRAPHS]
+    for split in ("train", "test"):
+        of = {
+            patch.tobytes(): names[number]
+            for number, found in photographs.patches(split).items()
+            for patch in (found * 255).astype(np.uint8)
+        }
+        for scene in make_scenes(
+            30, biased=False, split=split, noise=0.0, pictures="photographs", seed=3
+        ):
+            pixels = np.asarray(scene.image)
+            cells = [(0, 0), (0, CELL), (CELL, 0), (CELL, CELL)]  # the order of PLACES
+            shown = [of[pixels[y : y + CELL, x : x + CELL].tobytes()] for y, x in cells]
+            assert shown == [names[digit] for digit in scene.digits]
+
+
+def test_photographs_need_scikit_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ValueError, match=r"realign\[study\]"):
+        photographs.patches.__wrapped__("train")
+    with pytest.raises(ValueError, match="pictures is 'paintings'"):
+        make_scenes(1, biased=True, pictures="paintings")
 
 
 def test_scenes_show_the_digits_they_name():

@@ -17,8 +17,8 @@ from realign.loading import load_processor, load_trained
 from realign.records import read_pairs
 from realign.study import analysis, report, runs
 from realign.study.__main__ import main
-from realign.study.arms import ARMS, COMPARISONS, SECTIONS, Arm, Pairs
-from realign.study.testbed import TUNING_SEED, Testbed, source_records, test_scenes
+from realign.study.arms import ARMS, ARMS_OF, COMPARISONS, SECTIONS, TUNED, Arm, Pairs
+from realign.study.testbed import TESTBEDS, TUNING_SEED, Testbed, source_records, test_scenes
 
 SMALL = Testbed(noise=0.2, follow=0.97, records=24, steps=3, batch_size=8, scenes=20)
 Testbed.__test__ = test_scenes.__test__ = False  # no tests, though they are called so
@@ -75,7 +75,7 @@ def test_one_seed_has_no_interval_and_tuning_is_no_seed():
     ],
 )
 def test_the_finding_says_what_came_out(rdpo, words):
-    assert words in report.finding(both([0.30] * len(rdpo), rdpo))
+    assert words in report.finding("digits", both([0.30] * len(rdpo), rdpo))
 
 
 def test_every_arm_stands_in_a_table_and_every_comparison_is_of_arms():
@@ -84,6 +84,9 @@ def test_every_arm_stands_in_a_table_and_every_comparison_is_of_arms():
     assert names == {name for group in SECTIONS.values() for name in group}
     assert {name for pair in COMPARISONS for name in pair} <= names
     assert all(arm.tuned_as in names | {""} for arm in ARMS)
+    assert ARMS_OF.keys() == TESTBEDS.keys()
+    for arms in ARMS_OF.values():  # each finds the learning rate that it takes
+        assert {arm.tuned_as or arm.name for arm in arms} <= {arm.name for arm in arms}
 
 
 def test_a_completion_hides_one_place_and_names_what_is_seen_there():
@@ -108,7 +111,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     home = folder / f"seed{TUNING_SEED}"
     shutil.copytree(ASSETS, home / "base")
-    runs.prepare(folder, SMALL, TUNING_SEED)
+    runs.prepare(folder, SMALL, TUNING_SEED, dict.fromkeys(arm.pairs for arm in TUNED))
     return folder
 
 
@@ -182,13 +185,22 @@ def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
         result("rdpo", TUNING_SEED, rate, learning_rate=lr)
         for lr, rate in ((5e-5, 0.28), (1e-4, 0.26))
     ]
+    found += [result(name, 0, 0.4) for name in SECTIONS["Methods"] if name not in ("dpo", "rdpo")]
+    every = found + [result(arm.name, 0, 0.5) for arm in ARMS if arm not in TUNED]
     (tmp_path / "study").mkdir()
-    lines = "".join(json.dumps(line) + "\n" for line in found)
-    (tmp_path / "study" / "runs.jsonl").write_text(lines)
+    for name, results in (("digits", every), ("photographs", found)):
+        lines = "".join(json.dumps(line) + "\n" for line in results)
+        (tmp_path / "study" / f"{name}.jsonl").write_text(lines)
     assert main(["--report", "--docs", str(tmp_path)]) == 0
-    page = (tmp_path / "study.md").read_text()
-    sentence = report.finding(found)
-    assert sentence in page and sentence in capsys.readouterr().out
-    assert re.search(r"\| dpo \| 31\.0 \[18\.3, 43\.7\] \|", page)  # 12.706 * 0.01
-    assert "| rdpo | 28.0 | **26.0** |" in page
-    assert (tmp_path / "study" / "arms.png").stat().st_size > 5000
+    digits, photographs = (tmp_path / "study.md").read_text().split("## Photographs")
+    said = capsys.readouterr().out
+    for name, results in (("digits", every), ("photographs", found)):
+        sentence = report.finding(name, results)
+        assert sentence in digits and sentence in said  # all findings stand at the top
+        assert (tmp_path / "study" / f"{name}.png").stat().st_size > 5000
+    assert re.search(r"\| dpo \| 31\.0 \[18\.3, 43\.7\] \|", digits)  # 12.706 * 0.01
+    assert "| rdpo | 28.0 | **26.0** |" in digits
+    assert "### Methods" in photographs and "### Beta" in digits
+    assert "### Beta" not in photographs  # was not run there
+    assert (tmp_path / "study" / "digits-curves.png").stat().st_size > 5000
+    assert not (tmp_path / "study" / "photographs-curves.png").exists()

@@ -116,6 +116,7 @@ def pretrain(
     *,
     noise: float = NOISE,
     follow: float = PRIOR,
+    pictures: str = "digits",
     completions: bool = False,
     progress: bool = True,
 ) -> tuple[LlavaForConditionalGeneration, object]:
@@ -126,6 +127,7 @@ def pretrain(
         seed: of weights, scenes and their order.
         noise: of the scenes, see `make_scenes`.
         follow: share of rows that follow the prior, see `make_scenes`.
+        pictures: of the scenes, see `make_scenes`.
         completions: whether every fourth batch teaches to complete a masked caption on an image, as
             `--refill prompt` asks for it.
         progress: whether to show a bar.
@@ -137,7 +139,9 @@ def pretrain(
     rng = np.random.default_rng(seed)
     processor = build_processor()
     model = build_model(processor).train()
-    scenes = make_scenes(POOL, biased=True, seed=seed + 1000, noise=noise, follow=follow)
+    scenes = make_scenes(
+        POOL, biased=True, seed=seed + 1000, noise=noise, follow=follow, pictures=pictures
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     bar = tqdm(range(steps), desc="pretraining the digits base", disable=not progress)
     for step in bar:

@@ -81,6 +81,7 @@ def make_scenes(
     seed: int = 0,
     noise: float = NOISE,
     follow: float = PRIOR,
+    pictures: str = "digits",
 ) -> list[Scene]:
     """Draw `count` scenes.
 
@@ -91,16 +92,18 @@ def make_scenes(
         seed: the same seed gives the same scenes.
         noise: standard deviation of the pixel noise, in grey levels from 0 to 1.
         follow: share of biased rows whose right digit follows from the left one.
+        pictures: "digits", or "photographs": patches of ten of them stand for the ten digits.
 
     Returns:
         The scenes, each an RGB picture of SIZE x SIZE pixels with its four digits.
 
     Raises:
-        ValueError: for an unknown split.
+        ValueError: for an unknown split or kind of pictures, and for photographs without
+            scikit-image.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; it must be 'train' or 'test'.")
-    glyphs = _glyphs(split)
+    glyphs = _glyphs(split, pictures)
     rng = np.random.default_rng([seed, biased, split == "test"])
     scenes = []
     for _ in range(count):
@@ -109,7 +112,7 @@ def make_scenes(
             left = int(rng.integers(10))
             free = int(rng.integers(10))
             digits += [left, prior(left) if biased and rng.random() < follow else free]
-        canvas = np.zeros((SIZE, SIZE), dtype=np.float32)
+        canvas = np.zeros((SIZE, SIZE, *glyphs[0].shape[3:]), dtype=np.float32)
         for i, digit in enumerate(digits):
             glyph = glyphs[digit][rng.integers(len(glyphs[digit]))]
             y, x = CELL * (i // 2), CELL * (i % 2)
@@ -153,9 +156,19 @@ def make_easy_questions(scene: Scene, rng: np.random.Generator) -> list[Question
     ]
 
 
+def _glyphs(split: str, pictures: str) -> dict[int, np.ndarray]:
+    """Digit -> what may show it, fp32 in [0, 1]: (count, 8, 8) grey or (count, 8, 8, 3)."""
+    if pictures == "digits":
+        return _handwritten(split)
+    if pictures == "photographs":
+        from realign.digits.photographs import patches
+
+        return patches(split)
+    raise ValueError(f"pictures is {pictures!r}; it must be 'digits' or 'photographs'.")
+
+
 @lru_cache(maxsize=2)
-def _glyphs(split: str) -> dict[int, np.ndarray]:
-    """The handwritten digits of a split: digit -> (count, 8, 8) fp32 grey levels in [0, 1]."""
+def _handwritten(split: str) -> dict[int, np.ndarray]:
     from sklearn.datasets import load_digits
 
     data = load_digits()

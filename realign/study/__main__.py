@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from realign.cli import parse_sections
@@ -17,20 +17,26 @@ from realign.noise import hush_libraries
 @dataclass
 class StudyConfig:
     output: str = "runs/study"
-    """Folder of bases, pairs and results; what it holds is not run again."""
+    """Folder of bases, pairs and results, a folder for each testbed; what it holds stands."""
     docs: str = "docs"
     """Folder to write study.md and study/ to."""
+    testbed: str = "both"
+    """What to run: digits, photographs or both."""
     seeds: int = 5
     """Seeds, each with a base, pairs and training of its own."""
     jobs: int = 2
     """Processes at once, one thread each."""
     report: bool = False
-    """Run nothing: write the page again from the runs in --docs."""
+    """Run nothing: write the page again from all runs in --docs."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.testbed not in ("digits", "photographs", "both"):
+            raise ValueError(
+                f"testbed is {self.testbed!r}; it must be 'digits', 'photographs' or 'both'."
+            )
 
 
 def study(config: StudyConfig) -> None:
@@ -39,21 +45,29 @@ def study(config: StudyConfig) -> None:
     Raises:
         ValueError: when the folder holds a study of another testbed, or there is nothing to report.
     """
-    from realign.study import report, runs
-    from realign.study.testbed import Testbed
+    from realign.study import plots, report, runs
+    from realign.study.arms import ARMS_OF
+    from realign.study.testbed import TESTBEDS
 
-    bed, kept = Testbed(), Path(config.docs) / "study" / "runs.jsonl"
-    if config.report:
-        if not kept.exists():
-            raise ValueError(f"there is no {kept} to report; leave --report out.")
-        results = [json.loads(line) for line in kept.read_text().splitlines()]
-    else:
-        results = runs.run_all(Path(config.output), bed, config.seeds, config.jobs)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, "".join(json.dumps(result) + "\n" for result in results))
-    report.draw(kept.with_name("arms.png"), results)
-    write_whole(Path(config.docs) / "study.md", report.page(results, asdict(bed)))
-    print(report.finding(results))
+    kept = Path(config.docs) / "study"
+    wanted = TESTBEDS if config.testbed == "both" else {config.testbed: TESTBEDS[config.testbed]}
+    for name, bed in {} if config.report else wanted.items():
+        folder = Path(config.output) / name
+        results = runs.run_all(folder, bed, ARMS_OF[name], config.seeds, config.jobs)
+        kept.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(result) + "\n" for result in results)
+        write_whole(kept / f"{name}.jsonl", lines)
+    found = {}
+    for name in TESTBEDS:
+        if (file := kept / f"{name}.jsonl").exists():
+            found[name] = [json.loads(line) for line in file.read_text().splitlines()]
+            plots.draw(kept / f"{name}.png", found[name])
+            plots.draw_curves(kept / f"{name}-curves.png", found[name])
+    if not found:
+        raise ValueError(f"there are no runs in {kept} to report; leave --report out.")
+    write_whole(Path(config.docs) / "study.md", report.page(found, TESTBEDS))
+    for name, results in found.items():
+        print(report.finding(name, results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse_sections(
             {"study": StudyConfig},
             prog="python -m realign.study",
-            description="DPO, rDPO and their relatives on digits with a strong language prior.",
+            description="DPO, rDPO and their relatives where the language prior is strong.",
             arguments=arguments,
         )["study"]
         study(config)

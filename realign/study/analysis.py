@@ -57,6 +57,11 @@ def values(results: Results, arm: str, metric: str) -> dict[int, float]:
     }
 
 
+def complete(results: Results, names: Iterable[str]) -> bool:
+    """Whether all these arms were run."""
+    return all(values(results, name, "hallucination_rate") for name in names)
+
+
 def mean(numbers: Iterable[float]) -> Mean:
     """The mean and its 95 % interval by Student's t.
 

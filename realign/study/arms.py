@@ -84,6 +84,8 @@ ARMS = (
     *_METHODS, *_BY_NEGATIVE, *_BY_WEIGHT, *_BY_BETA, *_BY_K, *_BY_REFILL, *_BY_SEGMENTS,
 )  # fmt: skip
 TUNED = tuple(arm for arm in ARMS if arm.tuned)
+ARMS_OF = {"digits": ARMS, "photographs": TUNED}
+"""The arms of each testbed: on photographs the methods and the negatives alone."""
 
 SECTIONS = {
     "Methods": ("dpo", "rdpo", "mdpo", "symmpo", "released"),

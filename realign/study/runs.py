@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,19 +17,22 @@ import numpy as np
 from tqdm import tqdm
 
 from realign.metrics import read_jsonl, write_whole
-from realign.study.arms import ARMS, LEARNING_RATES, TUNED, Arm, Pairs
+from realign.study.arms import LEARNING_RATES, Arm, Pairs
 from realign.study.testbed import TUNING_SEED, Testbed, make_base, source_records, test_scenes
 
 LAST = 10  # steps whose margins are averaged
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
-def run_all(folder: Path, bed: Testbed, seeds: int, jobs: int) -> list[dict[str, Any]]:
+def run_all(
+    folder: Path, bed: Testbed, arms: Sequence[Arm], seeds: int, jobs: int
+) -> list[dict[str, Any]]:
     """Run whatever has no result yet.
 
     Args:
         folder: where bases, pairs, models and results lie.
         bed: the testbed.
+        arms: to run on it.
         seeds: how many; each has a base, pairs and a training order of its own.
         jobs: processes at once, each with one thread.
 
@@ -41,16 +44,19 @@ def run_all(folder: Path, bed: Testbed, seeds: int, jobs: int) -> list[dict[str,
     """
     _claim(folder, bed)
     numbers = [TUNING_SEED, *range(seeds)]
+    tuned = [arm for arm in arms if arm.tuned]
+    kinds = {seed: list(dict.fromkeys(arm.pairs for arm in arms)) for seed in range(seeds)}
+    kinds[TUNING_SEED] = list(dict.fromkeys(arm.pairs for arm in tuned))
     with _pool(jobs) as pool:
-        _run(pool, "bases", [(prepare, (folder, bed, seed)) for seed in numbers])
-        tuning = [(arm, rate) for arm in TUNED for rate in LEARNING_RATES]
+        _run(pool, "bases", [(prepare, (folder, bed, seed, kinds[seed])) for seed in numbers])
+        tuning = [(arm, rate) for arm in tuned for rate in LEARNING_RATES]
         _run(pool, "tuning", [(run_arm, (folder, bed, a, TUNING_SEED, r)) for a, r in tuning])
         rates = learning_rates(folder)
         runs: list[Job] = [(run_base, (folder, bed, seed)) for seed in numbers]
         runs += [
             (run_arm, (folder, bed, arm, seed, rates[arm.tuned_as or arm.name]))
             for seed in range(seeds)
-            for arm in ARMS
+            for arm in arms
         ]
         _run(pool, "arms", runs)
     return results(folder)
@@ -77,8 +83,8 @@ def _misnamed(result: dict[str, Any]) -> float:
     return result["metrics"]["hallucination_rate"]
 
 
-def prepare(folder: Path, bed: Testbed, seed: int) -> None:
-    """A seed's base, source records and pairs."""
+def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> None:
+    """A seed's base, source records and pairs of some kinds."""
     from realign.pairs.pipeline import PairsConfig, build_pairs
     from realign.records import read_pairs, write_pairs
 
@@ -92,8 +98,7 @@ def prepare(folder: Path, bed: Testbed, seed: int) -> None:
     captions = {record.name: record.chosen for record in scenes}
     if not sources.exists():
         write_pairs(sources, scenes)
-    arms = TUNED if seed == TUNING_SEED else ARMS
-    for pairs in dict.fromkeys(arm.pairs for arm in arms):
+    for pairs in kinds:
         file = pairs_file(folder, seed, pairs)
         if file.exists():
             continue

@@ -1,9 +1,10 @@
 """What is the same for every arm: the base, its records, and the scenes that it is judged on.
 
-The digits of the demo, made harder. More noise and a stronger prior make the base lean on the
-prior: it misnames few digits where the prior holds and many where it does not, so a method has room
-to be better and to be worse. The base also learns to complete a masked caption, so that `--refill
-prompt` can be compared. All of this was chosen by looking at bases alone.
+The scenes of the demo, made harder, and the same with patches of photographs for digits. More noise
+and a stronger prior make the base lean on the prior: it misnames few pictures where the prior holds
+and many where it does not, so a method has room to be better and to be worse. The base also learns
+to complete a masked caption, so that `--refill prompt` can be compared. All of this was chosen by
+looking at bases alone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ TUNING_SEED = 100
 
 @dataclass(frozen=True)
 class Testbed:
-    """Sizes of the study; the defaults are what docs/study.md reports."""
+    """Kind and sizes; `TESTBEDS` are what docs/study.md reports."""
 
+    pictures: str = "digits"  # or "photographs", see `make_scenes`
     noise: float = 0.25  # grey levels
     follow: float = 0.99  # share of rows that follow the prior
     base_steps: int = 1000
@@ -34,6 +36,9 @@ class Testbed:
     scenes: int = 1500  # unbiased test scenes
 
 
+TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1)}
+
+
 def make_base(folder: Path, bed: Testbed, seed: int) -> None:
     """Pretrain a seed's base and write it to `folder`, whole or not at all."""
     model, processor = pretrain(
@@ -41,6 +46,7 @@ def make_base(folder: Path, bed: Testbed, seed: int) -> None:
         seed,
         noise=bed.noise,
         follow=bed.follow,
+        pictures=bed.pictures,
         completions=True,
         progress=False,
     )
@@ -53,7 +59,14 @@ def make_base(folder: Path, bed: Testbed, seed: int) -> None:
 def source_records(bed: Testbed, seed: int) -> list[Record]:
     """What pairs are made of: biased scenes with their true captions, no rejected response."""
     prompt = ({"role": "user", "content": CAPTION_PROMPT},)
-    scenes = make_scenes(bed.records, biased=True, seed=seed, noise=bed.noise, follow=bed.follow)
+    scenes = make_scenes(
+        bed.records,
+        biased=True,
+        seed=seed,
+        noise=bed.noise,
+        follow=bed.follow,
+        pictures=bed.pictures,
+    )
     return [
         Record(f"scene-{i:05d}", prompt, s.caption, "", (StoredImage.from_pil(s.image),))
         for i, s in enumerate(scenes)
@@ -61,9 +74,12 @@ def source_records(bed: Testbed, seed: int) -> list[Record]:
 
 
 def test_scenes(bed: Testbed, seed: int) -> tuple[list[Scene], int]:
-    """Unbiased scenes of digits never trained on, and the seed of the questions about them.
+    """Unbiased scenes of pictures never trained on, and the seed of the questions about them.
 
     All seeds of the study are judged on the same scenes, the tuning seed on others.
     """
     own = EVALUATION_SEED + 1000 + (seed == TUNING_SEED)
-    return make_scenes(bed.scenes, biased=False, split="test", seed=own, noise=bed.noise), own
+    scenes = make_scenes(
+        bed.scenes, biased=False, split="test", seed=own, noise=bed.noise, pictures=bed.pictures
+    )
+    return scenes, own

@@ -1,0 +1,65 @@
+"""Ten photographs in place of the ten digits: scenes of another kind of real images.
+
+A quadrant then shows a patch of one of ten colour photographs of scikit-image, and each number word
+is the name of a photograph. The split is by place: the train patches of a photograph and its test
+patches share no pixel.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from realign.digits.scenes import CELL
+
+PHOTOGRAPHS = (
+    "brick", "gravel", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina",
+    "rocket", "moon", "cell",
+)  # fmt: skip
+"""Names in `skimage.data`, in the order of the number words; all lie in its wheel."""
+
+SHORT_SIDE = 192  # pixels of a photograph; a patch then shows a 24th of its height
+STRIPE = 2 * CELL  # every fourth stripe of columns is for testing
+STEP = 2  # pixels between patches
+
+
+@lru_cache(maxsize=2)
+def patches(split: str) -> dict[int, np.ndarray]:
+    """The patches of a split ("train" or "test").
+
+    Returns:
+        Photograph, 0 to 9 -> its patches, (count, CELL, CELL, 3) fp32 in [0, 1].
+
+    Raises:
+        ValueError: without scikit-image.
+    """
+    try:
+        from skimage import data
+    except ImportError:
+        raise ValueError(
+            "scenes of photographs take them from scikit-image: pip install 'realign[study]'."
+        ) from None
+    return {
+        number: _cut(_pixels(getattr(data, name)()), split)
+        for number, name in enumerate(PHOTOGRAPHS)
+    }
+
+
+def _pixels(photograph: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(photograph).convert("RGB")
+    scale = SHORT_SIDE / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / 255
+
+
+def _cut(pixels: np.ndarray, split: str) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    columns = [
+        x
+        for x in range(0, width - CELL + 1, STEP)
+        if x % STRIPE <= STRIPE - CELL and (x // STRIPE % 4 == 3) == (split == "test")
+    ]
+    rows = range(0, height - CELL + 1, STEP)
+    return np.stack([pixels[y : y + CELL, x : x + CELL] for y in rows for x in columns])

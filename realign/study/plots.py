@@ -1,0 +1,83 @@
+"""The plots of the study."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from realign.study.analysis import Results, complete, mean, values
+from realign.study.arms import BETAS, SECTIONS, WEIGHTS
+
+CURVES = {
+    "weight of the visual term": {
+        "rdpo": {0: "dpo", 1: "rdpo"} | {weight: f"rdpo weight {weight:g}" for weight in WEIGHTS}
+    },
+    "beta": {
+        name: {0.1: name} | {beta: f"{name} beta {beta:g}" for beta in BETAS}
+        for name in ("dpo", "rdpo")
+    },
+}
+"""Axis -> line -> place on the axis -> arm."""
+ON_CURVES = [arm for lines in CURVES.values() for arms in lines.values() for arm in arms.values()]
+
+
+def draw(file: Path, results: Results) -> None:
+    """Every arm's misnamed pictures with its interval, the seeds as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(["base", *(n for group in SECTIONS.values() for n in group)]))
+    names = [name for name in names if values(results, name, "hallucination_rate")][::-1]
+    figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(names) + 1))
+    for place, name in enumerate(names):
+        found = [100 * v for v in values(results, name, "hallucination_rate").values()]
+        middle = mean(found)
+        colour = "tab:orange" if name.startswith("rdpo") else "tab:blue"
+        if not math.isnan(middle.low):
+            axes.plot([middle.low, middle.high], [place, place], color=colour, lw=2)
+        axes.plot(found, [place] * len(found), ".", color=colour, alpha=0.4)
+        axes.plot([middle.value], [place], "o", color=colour)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("misnamed on unbiased scenes, %; bar: 95 % interval over seeds")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlim(left=0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def draw_curves(file: Path, results: Results) -> None:
+    """Misnamed digits over the visual weight and over beta; nothing where an arm is missing."""
+    if not complete(results, ON_CURVES):
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(CURVES), figsize=(8, 3), sharey=True)
+    for axes, (axis, lines) in zip(panels, CURVES.items(), strict=True):
+        for name, arms in lines.items():
+            at = sorted(arms)
+            middles = [mean(values(results, arms[x], "hallucination_rate").values()) for x in at]
+            colour = "tab:orange" if name == "rdpo" else "tab:blue"
+            axes.plot(at, [100 * m.value for m in middles], "o-", color=colour, label=name)
+            axes.fill_between(
+                at,
+                [100 * m.low for m in middles],
+                [100 * m.high for m in middles],
+                color=colour,
+                alpha=0.2,
+            )
+        if axis == "beta":
+            axes.set_xscale("log")
+            axes.set_xticks(at, [f"{x:g}" for x in at])
+            axes.minorticks_off()
+        axes.set_xlabel(axis)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel("misnamed, %")
+    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
