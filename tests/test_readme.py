@@ -108,7 +108,7 @@ def test_every_flag_named_exists(capsys):
         with pytest.raises(SystemExit):
             main([*words, "--help"])
     helps = capsys.readouterr().out
-    names = ("trainers", "evaluation", "quick-start")
+    names = ("trainers", "evaluation", "quick-start", "objectives", "data")
     pages = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in names)
     named = set(re.findall(r"`?(--[a-z][a-z-]+)", pages))
     pip_options = {"--help", "--no-build-isolation"}

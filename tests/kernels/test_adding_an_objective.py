@@ -1,5 +1,6 @@
-"""docs/adding-an-objective.md: its code runs as it stands, and its tables are the package's."""
+"""docs/adding-an-objective.md and objectives.md: code that runs, tables that are the package's."""
 
+import math
 import re
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import pytest
 from realign_kernels import objectives
 from realign_kernels.objectives import Term
 
-PAGE = (Path(__file__).parents[2] / "docs" / "adding-an-objective.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "adding-an-objective.md").read_text()
 BLOCKS = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, re.DOTALL))
+OBJECTIVES = (DOCS / "objectives.md").read_text()
 
 
 def table(heading: str) -> list[list[str]]:
     """Cells of the rows of the table under a heading."""
-    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = OBJECTIVES.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip().strip("`") for cell in row] for row in rows[2:]]
 
@@ -39,6 +42,27 @@ def test_the_table_of_links_is_complete():
     public = [getattr(objectives, name) for name in objectives.__all__]
     links = [c.__name__ for c in public if isinstance(c, type) and issubclass(c, Term)]
     assert sorted(row[0] for row in table("Links")) == sorted(set(links) - {"Term"})
+
+
+def test_the_formulas_are_those_of_the_docstrings():
+    rows = table("Formulas")
+    assert [row[0] for row in rows] == list(objectives.PRESETS)
+    for name, formula in rows:
+        written = "".join(objectives.PRESETS[name].__doc__.split())
+        assert "".join(formula.split()) in written, name
+
+
+def test_the_code_of_the_objectives_page_runs(capsys):
+    (block,) = re.findall(r"```python presets\n(.*?)```", OBJECTIVES, re.DOTALL)
+    exec(compile(block, "objectives.md", "exec"), {})
+    leaves, terms, settings = capsys.readouterr().out.splitlines()
+    assert "chosen under retrieved_image" in leaves
+    rewards = [0.1 * (logp + 22) for logp in (-20, -24, -23)]
+    wanted = [rewards[0] - rewards[1], rewards[0] - rewards[2], rewards[0] - 0.5]
+    found = eval(terms)
+    assert list(found) == ["text", "visual", "anchor"]
+    assert list(found.values()) == pytest.approx([math.log1p(math.exp(-m)) for m in wanted])
+    assert eval(settings) == objectives.settings("symmpo")
 
 
 def test_the_table_of_presets_is_right():

@@ -1,0 +1,81 @@
+"""docs/data.md: its code runs as it stands, and what it says of columns and errors is so."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from realign import records
+from realign.digits.processor import build_processor
+from realign.encode import encode_records
+from realign.layouts import Layout
+from realign.records import RecordError, read_pairs
+from realign_kernels import objectives
+
+PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+BLOCKS = dict(re.findall(r"```python ([\w-]+)\n(.*?)```", PAGE, re.DOTALL))
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A folder in which the page's code was run; the pictures that it names are there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("kitchen", "cutting-board"):
+        Image.new("RGB", (32, 32), "white").save(f"{name}.png")
+    for code in BLOCKS.values():
+        exec(compile(code, "data.md", "exec"), {})
+    return tmp_path
+
+
+def _encode(record):
+    processor = build_processor()
+    layout = Layout(processor.tokenizer.convert_tokens_to_ids("<image>"))
+    limits = {"max_response_tokens": 64, "max_tokens": 512}
+    options = {"layout": layout, "progress": False} | limits
+    return encode_records([record], processor, objectives.rdpo(), **options)[0]
+
+
+def test_the_code_writes_records_that_can_be_trained_on(made):
+    assert PAGE.count("```python") == len(BLOCKS) == 2
+    (by_hand,), (by_function,) = read_pairs("pairs.parquet"), read_pairs("more")
+    assert by_hand.prompt == by_function.prompt
+    assert (by_hand.chosen, by_hand.rejected) == (by_function.chosen, by_function.rejected)
+    assert by_hand.images[0].open("").size == (32, 32)  # found beside the file
+    assert by_function.retrieved_chosen == "An empty board."
+    with pytest.raises(RecordError, match="'kitchen-2'.*more/kitchen.png does not exist"):
+        by_function.images[0].open(by_function.name)
+    (example,) = _encode(by_hand)
+    assert example.name == "kitchen-1" and len(example.leaves) == 3
+
+
+def test_the_table_of_columns_is_complete():
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    assert rows == [*records._COLUMNS, *records._OPTIONAL]
+
+
+def test_what_is_refused_is_refused_by_name(made):
+    table = pq.read_table("pairs.parquet")
+    pq.write_table(table.drop_columns(["rejected"]), "lacking.parquet")
+    with pytest.raises(ValueError, match=r"lacking.parquet lacks the column\(s\) rejected"):
+        read_pairs("lacking.parquet")
+    (row,) = table.to_pylist()
+    for change, problem in (
+        ({"images": []}, "no image"),
+        ({"prompt": ""}, "no prompt"),
+        ({"chosen": " "}, "chosen response is empty"),
+    ):
+        pq.write_table(table.from_pylist([row | change], schema=table.schema), "changed.parquet")
+        with pytest.raises(RecordError, match=f"'kitchen-1'.*{problem}"):
+            read_pairs("changed.parquet")
+    (record,) = read_pairs("pairs.parquet")
+    with pytest.raises(RecordError, match="'kitchen-1'.*needs 'retrieved_image' but.*has none"):
+        _encode(replace(record, retrieved_images=()))
+    with pytest.raises(RecordError, match="'kitchen-1'.*1 retrieved images for 2 image"):
+        _encode(replace(record, images=record.images * 2))
+    with pytest.raises(RecordError, match="'kitchen-1'.*Raise --max-response-tokens"):
+        _encode(replace(record, rejected="one " * 80))
+    with pytest.raises(RecordError, match="'kitchen-1'.*the model takes 512"):
+        _encode(replace(record, prompt=({"role": "user", "content": "name " * 600},)))
