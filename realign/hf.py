@@ -25,6 +25,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
@@ -278,12 +279,12 @@ class RDPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model or its adapter as transformers and PEFT load them, with the processor."""
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        weights = {n.removeprefix("vlm."): _whole(value) for n, value in state_dict.items()}
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name.removeprefix("vlm."): value
-            for name, value in (state_dict or self.model.state_dict()).items()
-        }
         if self.adapter is None:
             self.model.vlm.save_pretrained(folder, state_dict=weights)
         else:
@@ -336,6 +337,11 @@ class _Places(Dataset):
 
 def _indices(places: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"places": torch.tensor(places)}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 shards, gathered on the CPU: every rank must ask."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 class _WithoutAdapters:

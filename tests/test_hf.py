@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
@@ -220,10 +223,24 @@ LAUNCHED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from test_hf import launched
-trainer = launched(*sys.argv[2:], batch=4)
+trainer = launched(*sys.argv[3:], batch=4, fsdp=sys.argv[2] == "fsdp")
+trainer.save_model()
 if trainer.is_world_process_zero():
     print("CURVE", json.dumps([e["loss"] for e in trainer.state.log_history if "loss" in e]))
 """
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards on accelerators only; let it shard on CPU processes."""
+    state = accelerate.state.AcceleratorState
+    begin = state.__init__
+
+    def begin_sharded(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = "FSDP", fsdp_plugin
+
+    state.__init__ = begin_sharded
 
 
 class InOrder(RDPOTrainer):
@@ -233,19 +250,34 @@ class InOrder(RDPOTrainer):
         return list(range(len(self.train_dataset)))
 
 
-def launched(folder: str, data: str, batch: int) -> RDPOTrainer:
+def launched(folder: str, data: str, batch: int, fsdp: bool = False) -> RDPOTrainer:
     """A run with LoRA on a data set, `batch` records a step on each process."""
     rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
-    config = _config(
-        Path(folder), per_device_train_batch_size=batch, max_steps=3, learning_rate=1e-4
-    )
+    settings = {"per_device_train_batch_size": batch, "max_steps": 3, "learning_rate": 1e-4}
+    if fsdp:
+        shard_on_cpu()
+        layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | layers
+        settings |= {"fsdp": True, "fsdp_config": wrap}
+    config = _config(Path(folder), **settings)
     trainer = InOrder(str(ASSETS), config, rows, peft_config=LoraConfig(**LORA))
     trainer.train()
+    assert fsdp == any(isinstance(p, DTensor) for p in trainer.model.parameters())
     return trainer
 
 
-def test_accelerate_launches_it_on_two_processes(pairs_file, tmp_path):
-    """As many records in a step, dealt to two processes, give the curve of one process.
+@pytest.fixture(scope="module")
+def alone(pairs_file, tmp_path_factory):
+    """Curve and adapter of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    trainer = launched(str(folder), str(pairs_file), batch=8)
+    trainer.save_model()
+    return _history(trainer), load_file(folder / "out" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_accelerate_launches_it_on_two_processes(way, alone, pairs_file, tmp_path):
+    """As many records in a step, dealt to two processes, give curve and adapter of one process.
 
     accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU.
     """
@@ -253,7 +285,7 @@ def test_accelerate_launches_it_on_two_processes(pairs_file, tmp_path):
     script.write_text(LAUNCHED)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
     command += ["--num_processes", "2", "--multi_gpu", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", str(script), str(Path(__file__).parent)]
+    command += ["--dynamo_backend", "no", str(script), str(Path(__file__).parent), way]
     done = subprocess.run(
         [*command, str(tmp_path / "two"), str(pairs_file)],
         capture_output=True,
@@ -263,9 +295,13 @@ def test_accelerate_launches_it_on_two_processes(pairs_file, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("CURVE")]
-    alone = _history(launched(str(tmp_path / "one"), str(pairs_file), batch=8))
-    assert json.loads(line.removeprefix("CURVE")) == pytest.approx(alone, rel=2e-5)
-    assert len(alone) == 3
+    curve, adapter = alone
+    assert json.loads(line.removeprefix("CURVE")) == pytest.approx(curve, rel=2e-5)
+    assert len(curve) == 3
+    saved = load_file(tmp_path / "two" / "out" / "adapter_model.safetensors")
+    assert saved.keys() == adapter.keys()
+    for name, value in adapter.items():  # Adam's steps are of 1e-4; a gradient near 0 may turn
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=3e-5)
 
 
 def test_what_cannot_be_trained_is_named(rows, tmp_path):
