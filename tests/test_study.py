@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,21 +18,39 @@ from realign.loading import load_processor, load_trained
 from realign.records import read_pairs
 from realign.study import analysis, report, runs
 from realign.study.__main__ import main
-from realign.study.arms import ARMS, ARMS_OF, COMPARISONS, SECTIONS, TUNED, Arm, Pairs
+from realign.study.arms import (
+    ARMS,
+    ARMS_OF,
+    COMPARISONS,
+    HIGHEST,
+    LEARNING_RATES,
+    LOWEST,
+    PRIMARY,
+    SECTIONS,
+    Arm,
+    Pairs,
+)
 from realign.study.testbed import TESTBEDS, TUNING_SEED, Testbed, source_records, test_scenes
 
-SMALL = Testbed(noise=0.2, follow=0.97, records=24, steps=3, batch_size=8, scenes=20)
+SMALL = Testbed(
+    noise=0.2, follow=0.97, records=24, steps=3, batch_size=8, scenes=20, biased_scenes=10
+)
+KINDS = ("retrieved", "random", "crop", "noise", "blank")
 Testbed.__test__ = test_scenes.__test__ = False  # no tests, though they are called so
 
 
 def result(arm, seed, rate, learning_rate=1e-4, **metrics):
     metrics = {"hallucination_rate": rate, "exact_captions": 0.5, "f1": 0.5} | metrics
-    return {"arm": arm, "seed": seed, "learning_rate": learning_rate, "metrics": metrics}
+    settings = {"pairs_used": 1000 + seed} if arm != "base" else {}
+    return {
+        "arm": arm, "seed": seed, "learning_rate": learning_rate, "settings": settings,
+        "metrics": metrics,
+    }  # fmt: skip
 
 
 def both(dpo, rdpo):
     """Results of two arms, a seed each value, and of a base."""
-    arms = {"dpo": dpo, "rdpo": rdpo, "base": dpo}
+    arms = {"dpo": dpo, "rdpo": rdpo, "base": [0.25] * len(dpo)}
     return [result(a, s, v) for a, found in arms.items() for s, v in enumerate(found)]
 
 
@@ -78,11 +97,23 @@ def test_the_finding_says_what_came_out(rdpo, words):
     assert words in report.finding("digits", both([0.30] * len(rdpo), rdpo))
 
 
+def test_rates_go_on_past_an_end_that_is_best():
+    low, high = min(LEARNING_RATES), max(LEARNING_RATES)
+    tried = {rate: 0.3 for rate in LEARNING_RATES}
+    assert runs.best_rate(tried) == low  # the lower of equal ones
+    assert runs.next_rate(tried | {1e-4: 0.2}) is None
+    assert runs.next_rate(tried | {high: 0.2}) == 2 * high
+    assert runs.next_rate(tried | {low: 0.2}) == low / 2
+    assert runs.next_rate(tried | {low: 0.2, low / 2: 0.25}) is None
+    assert runs.next_rate(tried | {LOWEST: 0.1}) is runs.next_rate(tried | {HIGHEST: 0.1}) is None
+
+
 def test_every_arm_stands_in_a_table_and_every_comparison_is_of_arms():
     names = {arm.name for arm in ARMS}
     assert len(names) == len(ARMS)
-    assert names == {name for group in SECTIONS.values() for name in group}
-    assert {name for pair in COMPARISONS for name in pair} <= names
+    assert names | {"base"} == {name for group in SECTIONS.values() for name in group}
+    compared = {name for pair in (PRIMARY, *COMPARISONS) for name in pair}
+    assert compared <= {arm.name for arm in ARMS if arm.tuned} | {"base"}
     assert all(arm.tuned_as in names | {""} for arm in ARMS)
     assert ARMS_OF.keys() == TESTBEDS.keys()
     for arms in ARMS_OF.values():  # each finds the learning rate that it takes
@@ -111,14 +142,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     home = folder / f"seed{TUNING_SEED}"
     shutil.copytree(ASSETS, home / "base")
-    runs.prepare(folder, SMALL, TUNING_SEED, dict.fromkeys(arm.pairs for arm in TUNED))
+    runs.prepare(folder, SMALL, TUNING_SEED, [Pairs(kind) for kind in KINDS])
     return folder
 
 
 def test_pairs_of_each_kind_and_symmpo_s_response(folder):
     sources = {record.name: record for record in source_records(SMALL, TUNING_SEED)}
     kinds = {}
-    for kind in ("retrieved", "random", "crop", "noise", "blank"):
+    for kind in KINDS:
         records = read_pairs(runs.pairs_file(folder, TUNING_SEED, Pairs(kind)))
         assert len(records) > 12
         kinds[kind] = records
@@ -150,8 +181,10 @@ def test_a_run_is_kept_whole_and_repeats(folder):
     base, slow, fast = runs.results(folder)
     assert [r["arm"] for r in (base, slow, fast)] == ["base", "symmpo", "symmpo"]
     assert slow["metrics"]["rewards/margins"] != fast["metrics"]["rewards/margins"]
-    best = min((slow, fast), key=lambda r: r["metrics"]["hallucination_rate"])
-    assert runs.learning_rates(folder) == {"symmpo": best["learning_rate"]}
+    tried = {r["learning_rate"]: r["metrics"]["hallucination_rate"] for r in (slow, fast)}
+    assert runs.tuning_of([base, slow, fast]) == {"symmpo": tried}
+    with pytest.raises(ValueError, match="symmpo-0.0001.json is of an arm with other settings"):
+        runs.run_arm(folder, SMALL, replace(arm, beta=0.2), TUNING_SEED, 1e-4)
 
     scenes, seed = test_scenes(SMALL, TUNING_SEED)
     found = answer(load_trained(ASSETS), load_processor(ASSETS), scenes, seed)
@@ -161,14 +194,41 @@ def test_a_run_is_kept_whole_and_repeats(folder):
     wrong = [a != b for a, b in zip("".join(named), truth, strict=True)]
     assert base["metrics"]["hallucination_rate"] == pytest.approx(np.mean(wrong))
     assert found.rates()["hallucination_rate"].value == pytest.approx(np.mean(wrong))
+    prior, seed = test_scenes(SMALL, TUNING_SEED, biased=True)
+    found_prior = answer(load_trained(ASSETS), load_processor(ASSETS), prior, seed)
+    wrong_prior = np.mean(found_prior.named != found_prior.digits)
+    assert base["metrics"]["hallucination_rate_biased"] == pytest.approx(wrong_prior)
     lines = list(found.lines(scenes))
     assert sum(line["misnamed"] for line in lines) == sum(wrong)
     assert lines[3]["truth"] == scenes[3].caption
     json.dumps(lines)
 
 
+def test_a_whole_study_tunes_and_takes_the_best_rate(folder, monkeypatch):
+    whole = folder.parent / f"{folder.name}-whole"
+    for seed in (TUNING_SEED, 0):
+        shutil.copytree(ASSETS, whole / f"seed{seed}" / "base")
+    monkeypatch.setattr(runs, "LEARNING_RATES", (3e-3,))
+    monkeypatch.setattr(runs, "LOWEST", 1.5e-3)
+    monkeypatch.setattr(runs, "HIGHEST", 3e-3)
+    arms = (Arm("dpo", "dpo"), Arm("dpo beta 0.5", "dpo", beta=0.5, tuned_as="dpo"))
+    found = runs.run_all(whole, SMALL, arms, seeds=1, jobs=2)
+    tried = runs.tuning_of(found)
+    assert tried.keys() == {"dpo"} and 3e-3 in tried["dpo"]
+    assert runs.next_rate(tried["dpo"]) is None  # no end is best, but for the limits
+    told = {(r["seed"], r["arm"]): r["learning_rate"] for r in found if r["seed"] == 0}
+    rate = runs.best_rate(tried["dpo"])
+    assert told == {(0, "base"): None, (0, "dpo"): rate, (0, "dpo beta 0.5"): rate}
+    stray = json.loads((whole / "results" / f"seed0-dpo-{rate:g}.json").read_text())
+    stray |= {"learning_rate": 9.0}  # as an earlier tuning may have left it
+    (whole / "results" / "seed0-dpo-9.json").write_text(json.dumps(stray))
+    assert runs.run_all(whole, SMALL, arms, seeds=1, jobs=1) == found
+
+
 def test_another_testbed_in_the_folder_and_errors_of_jobs_are_told(folder, tmp_path, capsys):
     runs._claim(tmp_path, SMALL)
+    assert main(["--seeds", "101"]) == 1
+    assert "seeds is 101; it must be 1 to 100" in capsys.readouterr().err
     with pytest.raises(ValueError, match="another testbed"):
         runs._claim(tmp_path, Testbed())
     with (
@@ -185,11 +245,15 @@ def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
         result("rdpo", TUNING_SEED, rate, learning_rate=lr)
         for lr, rate in ((5e-5, 0.28), (1e-4, 0.26))
     ]
-    found += [result(name, 0, 0.4) for name in SECTIONS["Methods"] if name not in ("dpo", "rdpo")]
-    every = found + [result(arm.name, 0, 0.5) for arm in ARMS if arm not in TUNED]
+    found += [
+        result(name, 0, 0.4) for name in SECTIONS["Methods"] if name not in ("base", "dpo", "rdpo")
+    ]
+    run = {r["arm"] for r in found}
+    every = found + [result(arm.name, 0, 0.5) for arm in ARMS if arm.name not in run]
     (tmp_path / "study").mkdir()
     for name, results in (("digits", every), ("photographs", found)):
-        lines = "".join(json.dumps(line) + "\n" for line in results)
+        lines = [{"testbed": asdict(TESTBEDS[name])}, *results]
+        lines = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / "study" / f"{name}.jsonl").write_text(lines)
     assert main(["--report", "--docs", str(tmp_path)]) == 0
     digits, photographs = (tmp_path / "study.md").read_text().split("## Photographs")
@@ -198,7 +262,9 @@ def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
         sentence = report.finding(name, results)
         assert sentence in digits and sentence in said  # all findings stand at the top
         assert (tmp_path / "study" / f"{name}.png").stat().st_size > 5000
-    assert re.search(r"\| dpo \| 31\.0 \[18\.3, 43\.7\] \|", digits)  # 12.706 * 0.01
+    assert re.search(r"\| dpo \| 31\.0 \[18\.3, 43\.7\] \|.*\| 1000 \|", digits)  # 12.706 * 0.01
+    assert re.search(r"\| base \| 25\.0 \[25\.0, 25\.0\] \|", digits)
+    assert re.search(r"\| dpo \| rdpo \| -9\.0 \[.*\| 0\.\d+ \|  \|", digits)  # not corrected
     assert "| rdpo | 28.0 | **26.0** |" in digits
     assert "### Methods" in photographs and "### Beta" in digits
     assert "### Beta" not in photographs  # was not run there

@@ -1,6 +1,6 @@
 """Ten photographs in place of the ten digits: scenes of another kind of real images.
 
-A quadrant then shows a patch of one of ten colour photographs of scikit-image, and each number word
+A quadrant then shows a patch of one of ten photographs of scikit-image, and each number word
 is the name of a photograph. The split is by place: the train patches of a photograph and its test
 patches share no pixel.
 """
@@ -20,7 +20,7 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 """Names in `skimage.data`, in the order of the number words; all lie in its wheel."""
 
-SHORT_SIDE = 192  # pixels of a photograph; a patch then shows a 24th of its height
+SHORT_SIDE = 192  # pixels of a photograph, 24 patches
 STRIPE = 2 * CELL  # every fourth stripe of columns is for testing
 STEP = 2  # pixels between patches
 

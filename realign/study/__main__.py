@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from realign.cli import parse_sections
 from realign.metrics import write_whole
 from realign.noise import hush_libraries
+
+MOST = 100  # seeds; the next number is the tuning seed
 
 
 @dataclass
@@ -31,8 +34,8 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {MOST}.")
         if self.testbed not in ("digits", "photographs", "both"):
             raise ValueError(
                 f"testbed is {self.testbed!r}; it must be 'digits', 'photographs' or 'both'."
@@ -43,31 +46,41 @@ def study(config: StudyConfig) -> None:
     """Run what is missing and write the page.
 
     Raises:
-        ValueError: when the folder holds a study of another testbed, or there is nothing to report.
+        ValueError: when the folder holds a study of another testbed, there is nothing to report, or
+            matplotlib or scikit-image is missing.
     """
+    _check_installed("matplotlib")
     from realign.study import plots, report, runs
     from realign.study.arms import ARMS_OF
-    from realign.study.testbed import TESTBEDS
+    from realign.study.testbed import TESTBEDS, Testbed
 
     kept = Path(config.docs) / "study"
     wanted = TESTBEDS if config.testbed == "both" else {config.testbed: TESTBEDS[config.testbed]}
+    if "photographs" in wanted and not config.report:
+        _check_installed("skimage")
     for name, bed in {} if config.report else wanted.items():
         folder = Path(config.output) / name
         results = runs.run_all(folder, bed, ARMS_OF[name], config.seeds, config.jobs)
         kept.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(result) + "\n" for result in results)
-        write_whole(kept / f"{name}.jsonl", lines)
-    found = {}
+        lines = [{"testbed": asdict(bed)}, *results]
+        write_whole(kept / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    found, beds = {}, {}
     for name in TESTBEDS:
         if (file := kept / f"{name}.jsonl").exists():
-            found[name] = [json.loads(line) for line in file.read_text().splitlines()]
+            bed, *found[name] = [json.loads(line) for line in file.read_text().splitlines()]
+            beds[name] = Testbed(**bed["testbed"])
             plots.draw(kept / f"{name}.png", found[name])
             plots.draw_curves(kept / f"{name}-curves.png", found[name])
     if not found:
         raise ValueError(f"there are no runs in {kept} to report; leave --report out.")
-    write_whole(Path(config.docs) / "study.md", report.page(found, TESTBEDS))
+    write_whole(Path(config.docs) / "study.md", report.page(found, beds))
     for name, results in found.items():
         print(report.finding(name, results))
+
+
+def _check_installed(module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"the study needs {module}: pip install 'realign[study]'.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

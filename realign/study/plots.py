@@ -10,7 +10,7 @@ from realign.study.arms import BETAS, SECTIONS, WEIGHTS
 
 CURVES = {
     "weight of the visual term": {
-        "rdpo": {0: "dpo", 1: "rdpo"} | {weight: f"rdpo weight {weight:g}" for weight in WEIGHTS}
+        "rdpo": {1.0: "rdpo"} | {weight: f"rdpo weight {weight:g}" for weight in WEIGHTS}
     },
     "beta": {
         name: {0.1: name} | {beta: f"{name} beta {beta:g}" for beta in BETAS}
@@ -28,7 +28,7 @@ def draw(file: Path, results: Results) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(["base", *(n for group in SECTIONS.values() for n in group)]))
+    names = list(dict.fromkeys(name for group in SECTIONS.values() for name in group))
     names = [name for name in names if values(results, name, "hallucination_rate")][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(names) + 1))
     for place, name in enumerate(names):
@@ -49,7 +49,7 @@ def draw(file: Path, results: Results) -> None:
 
 
 def draw_curves(file: Path, results: Results) -> None:
-    """Misnamed digits over the visual weight and over beta; nothing where an arm is missing."""
+    """Misnamed pictures over the visual weight and over beta; nothing where an arm is missing."""
     if not complete(results, ON_CURVES):
         return
     import matplotlib

@@ -6,32 +6,35 @@ import math
 from collections.abc import Mapping, Sequence
 
 from realign.study.analysis import Mean, Results, complete, differences, mean, values
-from realign.study.arms import COMPARISONS, LEARNING_RATES, SECTIONS, TUNED
+from realign.study.arms import COMPARISONS, PRIMARY, SECTIONS
 from realign.study.plots import ON_CURVES
+from realign.study.runs import best_rate, tuning_of
 from realign.study.testbed import TUNING_SEED, Testbed
 
 COLUMNS = {
     "hallucination_rate": "misnamed, %",
+    "hallucination_rate_biased": "where the prior holds, %",
     "exact_captions": "captions right, %",
     "f1": "yes/no F1, %",
     "rewards/margins": "margin, text",
     "rewards/visual_margins": "margin, visual",
 }
-_SHARES = ("hallucination_rate", "exact_captions", "f1")
+_SHARES = ("hallucination_rate", "hallucination_rate_biased", "exact_captions", "f1")
 
 
 def finding(pictures: str, results: Results) -> str:
     """What came out on a testbed in one sentence, in words that follow from the numbers."""
-    (one,) = differences(results, [("dpo", "rdpo")], "hallucination_rate")
-    dpo, rdpo = (mean(values(results, name, "hallucination_rate").values()) for name in
-                 ("dpo", "rdpo"))  # fmt: skip
+    (one,) = differences(results, [PRIMARY], "hallucination_rate")
+    base, dpo, rdpo = (
+        mean(values(results, name, "hallucination_rate").values()) for name in ("base", *PRIMARY)
+    )
     gap, word = one.mean, "neither clearly fewer nor clearly more"
     if gap.high < 0 or gap.low > 0:  # nan compares as False
         word = "fewer" if gap.value < 0 else "more"
     return (
         f"After rDPO the model misnames {word} {pictures} than after DPO: {_percent(rdpo.value)} "
         f"against {_percent(dpo.value)} %, a difference of {_points(gap)} points over "
-        f"{one.seeds} seeds."
+        f"{one.seeds} seeds; the base misnames {_percent(base.value)} %."
     )
 
 
@@ -44,11 +47,11 @@ def page(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
     """
     count = sum(len(results) for results in found.values())
     findings = "\n".join(f"- {finding(name, results)}" for name, results in found.items())
-    parts = [_HEAD.format(findings=findings, count=count, bed=testbeds["digits"])]
+    parts = [_HEAD.format(findings=findings, count=count, bed=next(iter(testbeds.values())))]
     for name, results in found.items():
         seeds = {r["seed"] for r in results} - {TUNING_SEED}
         about = _ABOUT[name].format(bed=testbeds[name], seeds=len(seeds))
-        parts += [f"## {name.capitalize()}", "", about, _base(name, results)]
+        parts += [f"## {name.capitalize()}", "", about]
         parts += [f"![every arm](study/{name}.png)", ""]
         for title, names in SECTIONS.items():
             if complete(results, names):
@@ -60,43 +63,46 @@ def page(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
     return "\n".join(parts)
 
 
-def _base(pictures: str, results: Results) -> str:
-    found = mean(values(results, "base", "hallucination_rate").values())
-    return f"The bases misname {_shown(found, 100)} % of the {pictures}.\n"
-
-
 def _table(results: Results, names: Sequence[str]) -> str:
-    lines = [["", *COLUMNS.values()]]
+    lines = [["", *COLUMNS.values(), "pairs"]]
     for name in names:
         cells = []
         for metric in COLUMNS:
             found = values(results, name, metric)
             cells.append(_shown(mean(found.values()), 100 if metric in _SHARES else 1)
                          if found else "")  # fmt: skip
-        lines.append([name, *cells])
+        lines.append([name, *cells, _pairs(results, name)])
     return _markdown(lines)
+
+
+def _pairs(results: Results, name: str) -> str:
+    """Of how many pairs an arm's runs are, on average over seeds."""
+    used = [
+        r["settings"]["pairs_used"]
+        for r in results
+        if r["arm"] == name and r["seed"] != TUNING_SEED and "pairs_used" in r["settings"]
+    ]
+    return f"{sum(used) / len(used):.0f}" if used else ""
 
 
 def _comparisons(results: Results) -> str:
     lines = [["first", "second", "second - first, points", "p", "p, Holm"]]
+    for d in differences(results, [PRIMARY], "hallucination_rate"):
+        lines.append([d.first, d.second, _points(d.mean), f"{d.p:.2g}", ""])
     for d in differences(results, COMPARISONS, "hallucination_rate"):
         lines.append([d.first, d.second, _points(d.mean), f"{d.p:.2g}", f"{d.adjusted:.2g}"])
     return _markdown(lines)
 
 
 def _tuning(results: Results) -> str:
-    tuned = {
-        (r["arm"], r["learning_rate"]): r["metrics"]["hallucination_rate"]
-        for r in results
-        if r["seed"] == TUNING_SEED and r["learning_rate"]
-    }
-    lines = [["misnamed, %", *(f"{rate:g}" for rate in LEARNING_RATES)]]
-    for arm in TUNED:
-        found = [tuned.get((arm.name, rate)) for rate in LEARNING_RATES]
-        best = min((v for v in found if v is not None), default=None)
-        cells = ["" if v is None else _percent(v) for v in found]
-        marked = [f"**{c}**" if v == best else c for c, v in zip(cells, found, strict=True)]
-        lines.append([arm.name, *marked])
+    tuning = tuning_of(results)
+    rates = sorted({rate for tried in tuning.values() for rate in tried})
+    lines = [["misnamed, %", *(f"{rate:g}" for rate in rates)]]
+    for name, tried in tuning.items():
+        cells = [_percent(tried[rate]) if rate in tried else "" for rate in rates]
+        taken = rates.index(best_rate(tried))
+        cells[taken] = f"**{cells[taken]}**"
+        lines.append([name, *cells])
     return _markdown(lines)
 
 
@@ -130,31 +136,38 @@ settings, metrics and what each model said, scene by scene. Page and plots are m
 A scene shows four pictures of ten kinds, which the number words name. In the scenes that a base is
 pretrained on ({bed.base_steps} steps) the right picture of a row follows from the left one in
 {bed.follow:.0%} of rows. In the test scenes ({bed.scenes}, of pictures never trained on) it does
-not, and a base that leans on the prior misnames pictures. Each seed has a base, pairs
-({bed.records} scenes) and an order of its own; training is {bed.steps} steps of {bed.batch_size},
-LoRA of rank {bed.lora_rank}. The learning rate of each method, and of rDPO with each kind of
-negative, is the best of the same four on a seed that is not reported; arms that vary something else
-take the rate of their method.
+not, and a base that leans on the prior misnames pictures; where it does, the prior helps
+({bed.biased_scenes} more scenes, also of pictures never trained on). Each seed has a base, pairs
+(of {bed.records} scenes) and an order of its own; training is {bed.steps} steps of
+{bed.batch_size} pairs, LoRA of rank {bed.lora_rank}: equal steps, not equal compute, as rDPO reads
+three sequences for DPO's two.
 
-Numbers are means over seeds with Student's 95 % interval. One word of a caption is masked unless
-said otherwise. SymMPO's response to the retrieved image is that scene's caption; mDPO's negative is
-a crop.
+Each method, each kind of negative and each way to make pairs has a learning rate of its own: the
+best of four, and of further ones by factors of two where the best is an end, on a seed that is not
+reported. That seed has other test scenes of the same test pictures. Arms that vary weight, beta or
+k take the rate of their method.
+
+Numbers are means over seeds with Student's 95 % interval: over bases, pairs and trainings, not over
+scenes, which are the same for all. One word of a caption is masked unless said otherwise. SymMPO's
+response to the retrieved image is that scene's caption; mDPO's negative is a crop. Margins are of
+rewards and so scale with beta; those of `released` are no log-ratios and say nothing.
 """
 _ABOUT = {
     "digits": """\
 Handwritten digits with pixel noise of {bed.noise} grey levels; {seeds} seeds. Noise, prior and
-length of pretraining were fixed by looking at bases alone.
+length of pretraining were fixed by looking at bases alone. How DPO and rDPO do on the easier digits
+of the demo was known.
 """,
     "photographs": """\
-Patches of ten colour photographs of scikit-image (brick, gravel, a cat, a cup of coffee, stars,
-tissue, a retina, a rocket, the moon, cells) with noise of {bed.noise}; {seeds} seeds. Test patches
-come from stripes of the photographs that are not trained on. Photographs and noise were fixed by
-small classifiers and bases alone.
+Patches of ten photographs of scikit-image (brick, gravel, a cat, a cup of coffee, stars, tissue, a
+retina, a rocket, the moon, cells; four are grey) with noise of {bed.noise}; {seeds} seeds. Test
+patches come from stripes of the photographs that are not trained on. Photographs and noise were
+fixed by small classifiers and bases alone.
 """,
 }
 _TESTS = (
-    "The comparisons were chosen before any arm was run. Differences are paired by seed; p is of "
-    "the paired t-test, then after Holm's correction for all of them. Below 0 the second misnames "
-    "fewer."
+    "Differences are paired by seed; p is of the paired t-test. The first line is the question of "
+    "the study. The others were chosen before any arm was run on this testbed; their p is "
+    "corrected together, by Holm. Below 0 the second misnames fewer."
 )
-_RATES = "Misnamed digits on the tuning seed; the rate in bold is taken."
+_RATES = "Misnamed pictures on the tuning seed; the rate in bold is taken."

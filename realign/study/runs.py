@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from realign.metrics import read_jsonl, write_whole
-from realign.study.arms import LEARNING_RATES, Arm, Pairs
+from realign.study.arms import HIGHEST, LEARNING_RATES, LOWEST, Arm, Pairs
 from realign.study.testbed import TUNING_SEED, Testbed, make_base, source_records, test_scenes
 
 LAST = 10  # steps whose margins are averaged
@@ -37,7 +38,8 @@ def run_all(
         jobs: processes at once, each with one thread.
 
     Returns:
-        All results (`run_arm`): the tuning runs, then those of the seeds.
+        The results (`run_arm`), by seed: of the tuning seed at all rates, of the others at the
+        rates chosen there.
 
     Raises:
         ValueError: when the folder holds a study of another testbed.
@@ -50,8 +52,11 @@ def run_all(
     with _pool(jobs) as pool:
         _run(pool, "bases", [(prepare, (folder, bed, seed, kinds[seed])) for seed in numbers])
         tuning = [(arm, rate) for arm in tuned for rate in LEARNING_RATES]
-        _run(pool, "tuning", [(run_arm, (folder, bed, a, TUNING_SEED, r)) for a, r in tuning])
-        rates = learning_rates(folder)
+        while tuning:
+            _run(pool, "tuning", [(run_arm, (folder, bed, a, TUNING_SEED, r)) for a, r in tuning])
+            found = tuning_of(results(folder))
+            tuning = [(arm, rate) for arm in tuned if (rate := next_rate(found[arm.name]))]
+        rates = {name: best_rate(tried) for name, tried in found.items()}
         runs: list[Job] = [(run_base, (folder, bed, seed)) for seed in numbers]
         runs += [
             (run_arm, (folder, bed, arm, seed, rates[arm.tuned_as or arm.name]))
@@ -59,7 +64,13 @@ def run_all(
             for arm in arms
         ]
         _run(pool, "arms", runs)
-    return results(folder)
+    wanted = {arm.name: rates[arm.tuned_as or arm.name] for arm in arms} | {"base": None}
+    return [
+        result
+        for result in results(folder)
+        if result["seed"] == TUNING_SEED
+        or (result["seed"] in numbers and result["learning_rate"] == wanted.get(result["arm"], -1))
+    ]
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -68,19 +79,29 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: (r["seed"], r["arm"], r["learning_rate"] or 0))
 
 
-def learning_rates(folder: Path) -> dict[str, float]:
-    """The learning rate of each tuned arm: that with the fewest misnamed digits."""
-    tuned = [r for r in results(folder) if r["seed"] == TUNING_SEED and r["learning_rate"]]
-    best: dict[str, dict[str, Any]] = {}
-    for result in tuned:
-        name = result["arm"]
-        if name not in best or _misnamed(result) < _misnamed(best[name]):
-            best[name] = result
-    return {name: result["learning_rate"] for name, result in best.items()}
+def tuning_of(found: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """Of the tuning seed: arm -> learning rate -> share of misnamed pictures."""
+    tried: dict[str, dict[float, float]] = {}
+    for result in found:
+        if result["seed"] == TUNING_SEED and (rate := result["learning_rate"]):
+            misnamed = result["metrics"]["hallucination_rate"]
+            tried.setdefault(result["arm"], {})[rate] = misnamed
+    return tried
 
 
-def _misnamed(result: dict[str, Any]) -> float:
-    return result["metrics"]["hallucination_rate"]
+def best_rate(tried: dict[float, float]) -> float:
+    """The rate with the fewest misnamed pictures; the lower of equal ones."""
+    return min(tried, key=lambda rate: (tried[rate], rate))
+
+
+def next_rate(tried: dict[float, float]) -> float | None:
+    """A rate beyond the end that is best so far; None where the best lies inside, or at a limit."""
+    best = best_rate(tried)
+    if best == min(tried) and best / 2 >= LOWEST:
+        return best / 2
+    if best == max(tried) and best * 2 <= HIGHEST:
+        return best * 2
+    return None
 
 
 def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> None:
@@ -129,17 +150,21 @@ def pairs_file(folder: Path, seed: int, pairs: Pairs) -> Path:
 
 
 def run_base(folder: Path, bed: Testbed, seed: int) -> None:
-    """Judge a seed's base, also where its prior holds."""
+    """Judge a seed's base."""
     file = folder / "results" / f"seed{seed}-base.json"
     if not file.exists():
-        _write_result(file, bed, "base", seed, folder / f"seed{seed}" / "base", None, {})
+        _write_result(file, bed, "base", seed, folder / f"seed{seed}" / "base", None, {}, {})
 
 
 def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: float) -> None:
     """Train an arm on a seed's pairs and judge it; nothing when there is a result.
 
     The result is an object with `arm`, `seed`, `learning_rate`, `settings`, `metrics` and, scene by
-    scene, the digits `named` in captions (? where none is) and the answers `said` (y, n, ?).
+    scene, the digits `named` in captions (? where none is; `named_biased` where the prior holds)
+    and the answers `said` (y, n, ?).
+
+    Raises:
+        ValueError: when the result that is there is of an arm of other settings.
     """
     from realign.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
     from realign.config import TrainConfig as Config
@@ -147,7 +172,12 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
 
     name = f"seed{seed}-{arm.name.replace(' ', '-')}-{learning_rate:g}"
     file, output = folder / "results" / f"{name}.json", folder / "runs" / name
+    pairs = pairs_file(folder, seed, arm.pairs)
+    settings = asdict(arm) | {"steps": bed.steps, "batch_size": bed.batch_size}
+    settings |= {"pairs_used": pq.read_metadata(pairs).num_rows}
     if file.exists():
+        if json.loads(file.read_text())["settings"] != settings:
+            raise ValueError(f"{file} is of an arm with other settings; remove it")
         return
     config = Config(
         model=ModelConfig(
@@ -155,7 +185,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
             lora_rank=bed.lora_rank,
             lora_alpha=2.0 * bed.lora_rank,
         ),
-        data=DataConfig(pairs=str(pairs_file(folder, seed, arm.pairs))),
+        data=DataConfig(pairs=str(pairs)),
         loss=LossConfig(objective=arm.objective, beta=arm.beta, visual_weight=arm.visual_weight),
         optim=OptimConfig(learning_rate=learning_rate, steps=bed.steps, batch_size=bed.batch_size),
         run=RunConfig(
@@ -171,7 +201,6 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
     last = read_jsonl(output / "metrics.jsonl")[-LAST:]
     wanted = [key for key in last[-1] if key.startswith("rewards/") and "margins" in key]
     margins = {key: float(np.mean([entry[key] for entry in last])) for key in wanted}
-    settings = asdict(arm) | {"steps": bed.steps, "batch_size": bed.batch_size}
     _write_result(file, bed, arm.name, seed, output / "model", learning_rate, settings, margins)
     shutil.rmtree(output)
 
@@ -184,26 +213,33 @@ def _write_result(
     model_path: Path,
     learning_rate: float | None,
     settings: dict[str, Any],
-    margins: dict[str, float] | None = None,
+    margins: dict[str, float],
 ) -> None:
     from realign.evaluate import answer
     from realign.loading import load_processor, load_trained
 
-    scenes, question_seed = test_scenes(bed, seed)
-    found = answer(load_trained(model_path), load_processor(model_path), scenes, question_seed)
+    model, processor = load_trained(model_path), load_processor(model_path)
+    found = answer(model, processor, *test_scenes(bed, seed))
+    biased = answer(model, processor, *test_scenes(bed, seed, biased=True))
     rates = {name: rate.value for name, rate in found.rates().items()}
+    rates["hallucination_rate_biased"] = biased.rates()["hallucination_rate"].value
     exact = float((found.named == found.digits).all(1).mean())
     result = {
         "arm": arm,
         "seed": seed,
         "learning_rate": learning_rate,
         "settings": settings,
-        "metrics": rates | {"exact_captions": exact} | (margins or {}),
-        "named": " ".join("".join("?" if d < 0 else str(d) for d in row) for row in found.named),
+        "metrics": rates | {"exact_captions": exact} | margins,
+        "named": _digits(found.named),
+        "named_biased": _digits(biased.named),
         "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in found.said),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(result) + "\n")
+
+
+def _digits(named: np.ndarray) -> str:
+    return " ".join("".join("?" if d < 0 else str(d) for d in row) for row in named)
 
 
 _LETTER = {"yes": "y", "no": "n"}
@@ -253,7 +289,7 @@ def _call(job: Job) -> None:
 
 
 def _run(pool: ProcessPoolExecutor, title: str, jobs: Iterable[Job]) -> None:
-    """Run jobs, with a bar; the first error ends it, and what was finished stays.
+    """Run jobs, with a bar; the first error or Ctrl-C ends it, and what was finished stays.
 
     Raises:
         ValueError: when a job fails, or its process is killed.
@@ -263,5 +299,7 @@ def _run(pool: ProcessPoolExecutor, title: str, jobs: Iterable[Job]) -> None:
         for done in tqdm(as_completed(running), total=len(running), desc=title, unit="job"):
             done.result()
     except (RuntimeError, BrokenExecutor) as error:
-        pool.shutdown(cancel_futures=True)
         raise ValueError(f"{title}: {error}. Mend it and run the same command again.") from error
+    finally:
+        for job in running:
+            job.cancel()

@@ -34,6 +34,7 @@ class Testbed:
     batch_size: int = 32
     lora_rank: int = 16
     scenes: int = 1500  # unbiased test scenes
+    biased_scenes: int = 500  # test scenes in which the prior holds
 
 
 TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1)}
@@ -73,13 +74,20 @@ def source_records(bed: Testbed, seed: int) -> list[Record]:
     ]
 
 
-def test_scenes(bed: Testbed, seed: int) -> tuple[list[Scene], int]:
-    """Unbiased scenes of pictures never trained on, and the seed of the questions about them.
+def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[Scene], int]:
+    """Scenes of pictures never trained on, and the seed of the questions about them.
 
+    They are unbiased, or follow the prior as often as the scenes of training do.
     All seeds of the study are judged on the same scenes, the tuning seed on others.
     """
     own = EVALUATION_SEED + 1000 + (seed == TUNING_SEED)
     scenes = make_scenes(
-        bed.scenes, biased=False, split="test", seed=own, noise=bed.noise, pictures=bed.pictures
+        bed.biased_scenes if biased else bed.scenes,
+        biased=biased,
+        split="test",
+        seed=own,
+        noise=bed.noise,
+        follow=bed.follow,
+        pictures=bed.pictures,
     )
     return scenes, own
