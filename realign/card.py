@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from realign.config import TrainConfig
 
@@ -15,6 +16,7 @@ _SHOWN = {
     "rewards/visual_accuracies": "share with the higher reward on the own image",
     "rewards/visual_margins": "mean margin of rewards, own image over retrieved",
 }
+_OURS = "preference-alignment"  # a tag
 _VERSIONS = ("realign", "torch", "transformers", "peft")
 _WHOLE = """from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -28,8 +30,25 @@ model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
 
 
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """What a card shows of a run's settings."""
+    return {
+        "beta": config.loss.beta,
+        "visual weight": config.loss.visual_weight,
+        "what was trained": _trained(config),
+        "peak learning rate": config.optim.learning_rate,
+        "weight decay": config.optim.weight_decay,
+        "warm-up": config.optim.warmup,
+        "clipping": config.optim.clip,
+        "records in a step": config.optim.batch_size,
+        "computed in": config.model.dtype,
+        "seed": config.run.seed,
+    }
+
+
 def model_card(
-    config: TrainConfig,
+    objective: str,
+    settings: Mapping[str, Any],
     *,
     base: str,
     adapter: bool,
@@ -41,7 +60,8 @@ def model_card(
     """The text of a README.md that the hub and `huggingface_hub.ModelCard` read.
 
     Args:
-        config: of the run.
+        objective: name of it.
+        settings: further ones, to be shown as they are.
         base: folder or hub name of the model that was trained; a folder is named without its place.
         adapter: whether the folder holds an adapter, not a whole model.
         records: preference records.
@@ -59,34 +79,17 @@ def model_card(
             *(f"{key}: {value}" for key, value in head.items()),
             "pipeline_tag: image-text-to-text",
             "tags:",
-            *(
-                f"- {tag}"
-                for tag in ("preference-alignment", "vision-language", "dpo", *_tags(config))
-            ),
+            *(f"- {tag}" for tag in dict.fromkeys((_OURS, "vision-language", "dpo", objective))),
             "---",
         ]
     )
-    settings = [
-        ("objective", config.loss.objective),
-        ("beta", config.loss.beta),
-        ("visual weight", config.loss.visual_weight),
-        ("what was trained", _trained(config)),
-        ("peak learning rate", config.optim.learning_rate),
-        (
-            "weight decay, warm-up, clipping",
-            f"{config.optim.weight_decay}, {config.optim.warmup}, {config.optim.clip}",
-        ),
-        ("records in a step", config.optim.batch_size),
-        ("computed in", config.model.dtype),
-        ("seed", config.run.seed),
-    ]
     found = [(about, f"{last[key]:.4g}") for key, about in _SHOWN.items() if key in last]
     versions = [(package, importlib.metadata.version(package)) for package in _VERSIONS]
     load = (_ADAPTER if adapter else _WHOLE).replace("BASE", name)
     parts = [
         front,
-        f"# {name}, aligned by {config.loss.objective}",
-        f"{name} after preference alignment with images by `{config.loss.objective}` "
+        f"# {name}, aligned by {objective}",
+        f"{name} after preference alignment with images by `{objective}` "
         "(rDPO: Re-Align, arXiv 2502.13146).",
         f"```python\n{load}\n```",
         "## Data",
@@ -94,7 +97,7 @@ def model_card(
         + "; ".join(f"digest of the {what}: `{digest}`" for what, digest in digests.items())
         + ".",
         "## Training",
-        _table("setting", "value", settings),
+        _table("setting", "value", [("objective", objective), *settings.items()]),
         f"## The last step ({last.get('step', 0):.0f})" if last else "",
         _table("on its training records", "value", found) if found else "",
         "These say how far training went, not how good the model is: evaluate it on records it was "
@@ -105,8 +108,11 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def without_adapter(card: str) -> str:
-    """The card of an adapter for the model with that adapter merged in."""
+def without_adapter(card: str) -> str | None:
+    """The card of an adapter for the model with that adapter merged in; None for a foreign card,
+    which would go on speaking of an adapter."""
+    if f"- {_OURS}\n" not in card or "```python\n" not in card:
+        return None
     front, rest = card.split("```python\n", 1)
     _, behind = rest.split("\n```", 1)
     front = front.replace("library_name: peft", "library_name: transformers", 1)
@@ -124,10 +130,6 @@ def with_evaluation(card: str, rates: Mapping[str, Mapping[str, float]]) -> str:
     ]
     table = _table("on scenes it was not trained on", "share [95 % interval]", rows)
     return card.replace("\n## Versions\n", f"\n## Evaluation\n\n{table}\n\n## Versions\n", 1)
-
-
-def _tags(config: TrainConfig) -> list[str]:
-    return [config.loss.objective] if config.loss.objective != "dpo" else []
 
 
 def _trained(config: TrainConfig) -> str:

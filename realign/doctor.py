@@ -16,8 +16,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-NEEDED = ("torch", "transformers", "peft", "numpy", "pyarrow", "pillow", "safetensors", "scipy")
-"""Distributions that everything needs."""
+NEEDED = (
+    "torch", "numpy", "transformers", "tokenizers", "peft", "safetensors", "pyarrow", "pillow",
+    "tqdm", "jinja2", "scikit-learn", "scipy",
+)  # fmt: skip
+"""Distributions that everything needs, as pyproject.toml lists them."""
+_MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 
 
 class Extra(NamedTuple):
@@ -42,6 +46,7 @@ EXTRAS = (
     Extra(("flash-attn",), "--attention flash", "pip install '.[gpu]' --no-build-isolation", True),
     Extra(("liger-kernel",), "--liger", "pip install '.[gpu]' --no-build-isolation", True),
     Extra(("matplotlib",), "pictures of demo and stats", "pip install 'realign[demo]'"),
+    Extra(("scikit-image",), "the study on photographs", "pip install 'realign[study]'"),
     Extra(("datasets",), "data sets of other trainers", "pip install datasets"),
     Extra(("sentence-transformers",), "--similarity", "pip install 'realign[sentences]'"),
     Extra(("ray",), "--ray", "pip install 'realign[ray]'"),
@@ -106,7 +111,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding("BAD", name, f"missing: pip install {name}")
             continue
         try:
-            importlib.import_module({"pillow": "PIL"}.get(name, name))
+            importlib.import_module(_MODULES.get(name, name))
         except Exception as error:  # a broken package fails in ways of its own
             yield Finding("BAD", name, f"{version}, but it cannot be imported: {_line(error)}")
         else:

@@ -116,6 +116,8 @@ def _merge(folder: Path, base: str) -> None:
 def export_whole(config: ExportConfig) -> Path:
     """Write a model that needs nothing beside transformers; an adapter is merged in fp32.
 
+    Its model card comes along; that of an adapter which another trainer wrote does not.
+
     Returns:
         The folder, loadable by `AutoModelForImageTextToText` and `AutoProcessor`.
 
@@ -136,13 +138,17 @@ def export_whole(config: ExportConfig) -> Path:
     try:
         whole.to(dtype).save_pretrained(partial)
         processor.save_pretrained(partial)
+        card = None
         if (old := Path(model) / "README.md").exists():
             card = old.read_text(encoding="utf-8")
             card = without_adapter(card) if adapter_base(model) else card
-            card = with_evaluation(card, rates) if rates else card
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        elif rates:
-            raise ValueError(f"{model} has no model card to show metrics in; leave out --metrics.")
+        shown = with_evaluation(card, rates) if card and rates else card
+        if rates and shown == card:
+            raise ValueError(
+                f"{model} has no model card of ours to show metrics in; leave out --metrics."
+            )
+        if shown:
+            (partial / "README.md").write_text(shown, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # it is empty
         partial.rename(folder)
     finally:

@@ -4,7 +4,7 @@
         "llava-hf/llava-1.5-7b-hf",
         RDPOConfig(output_dir="out", bf16=True),
         train_dataset=load_dataset("parquet", data_files="pairs.parquet", split="train"),
-        peft_config=LoraConfig(r=128, lora_alpha=256, target_modules="all-linear"),
+        peft_config=LoraConfig(r=128, lora_alpha=256, target_modules=r".*language_model.*_proj"),
     )
     trainer.train()
 
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from realign import metrics, reference
 from realign.attention import IMPLEMENTATIONS, row_budget
+from realign.card import model_card
 from realign.config import LossConfig
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
@@ -117,13 +118,17 @@ class RDPOTrainer(Trainer):
         dtype = torch.bfloat16 if args.bf16 else vlm.dtype
         # Before adapters, so that those on the vision tower learn where somebody asks for them.
         module = _Module(vlm, dtype=dtype)
+        self._base, self._digest = (
+            str(path),
+            reference.weights_digest(_WithoutAdapters(vlm), vlm.dtype),
+        )
         self._fingerprint = reference.fingerprint(
             vlm,
             processor,
             dtype,
             args.device,
             kernels="autocast" if args.bf16 else "eager",
-            weights=reference.weights_digest(_WithoutAdapters(vlm), vlm.dtype),
+            weights=self._digest,
         )
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
@@ -291,7 +296,31 @@ class RDPOTrainer(Trainer):
             prefixed = {f"base_model.model.{name}": value for name, value in weights.items()}
             self.adapter.save_pretrained(folder, state_dict=prefixed)
         self.processing_class.save_pretrained(folder)
+        (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
+
+    def _card(self) -> str:
+        args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
+        return model_card(
+            self.objective.name,
+            {
+                "beta": args.beta,
+                "visual weight": args.visual_weight,
+                "peak learning rate": args.learning_rate,
+                "schedule": args.lr_scheduler_type,
+                "records in a step": args.train_batch_size
+                * args.gradient_accumulation_steps
+                * args.world_size,
+                "computed in": "bf16" if args.bf16 else "fp32",
+                "seed": args.seed,
+            },
+            base=self._base,
+            adapter=self.adapter is not None,
+            records=len(self.train_dataset),
+            images=len(self.store),
+            digests={"base weights": self._digest},
+            last=logged[-1] if logged else {},
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from realign.pairs.formats import Malformed, Options, of_row
 from realign.records import Record, RecordError, StoredImage, read_pairs
@@ -24,10 +24,12 @@ def records_of(rows: Records) -> list[Record]:
     Raises:
         RecordError: for a row that is none, with its place.
         FileNotFoundError: when there is nothing at a path.
-        ValueError: for an empty set.
+        ValueError: for an empty set, or a streaming one.
     """
     if isinstance(rows, str | Path):
         return read_pairs(rows)
+    if hasattr(rows, "with_format") and not hasattr(rows, "__len__"):
+        raise ValueError("a streaming data set has no length; load it without streaming=True.")
     if hasattr(rows, "with_format"):  # of `datasets`: as it is stored, images not decoded
         rows = rows.with_format("arrow")[:].to_pylist()
     found = [
@@ -53,12 +55,15 @@ def _record(row: Mapping[str, Any], place: str) -> Record:
         tuple(_stored(image, name) for image in group) for group in (entry.images, entry.retrieved)
     )
     prompt = tuple(entry.prompt)
-    return Record(name, prompt, entry.chosen, entry.rejected, images, retrieved)
+    preferred = entry.retrieved_chosen
+    return Record(
+        name, prompt, entry.chosen, entry.rejected, images, retrieved, retrieved_chosen=preferred
+    )
 
 
 def _stored(image: Any, name: str) -> StoredImage:
     if isinstance(image, Image.Image):
-        return StoredImage.from_pil(image)
+        return StoredImage.from_pil(ImageOps.exif_transpose(image))
     if isinstance(image, bytes):
         return StoredImage(image)
     if isinstance(image, str | Path):

@@ -32,6 +32,8 @@ def load_processor(path: str | Path):
         ValueError: when the model is text-only, or its processor has no chat template.
     """
     _vision_config(path)
+    if (base := adapter_base(path)) and not (Path(path) / "tokenizer_config.json").exists():
+        path = base  # PEFT alone saves no processor
     processor = _from_pretrained(AutoProcessor, path)
     if not processor.chat_template:
         raise ValueError(

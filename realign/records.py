@@ -94,8 +94,8 @@ class StoredImage:
         try:
             source = io.BytesIO(self.data) if self.data is not None else self.path
             with Image.open(source) as image:
-                if image.mode.startswith("I;16"):  # Pillow would clip it to white
-                    raise ValueError("16 bits per pixel; save it with 8")
+                if image.mode.startswith(("I", "F")):  # Pillow would clip it to white or black
+                    raise ValueError("16 or 32 bits per pixel; save it with 8")
                 return ImageOps.exif_transpose(image).convert("RGB")
         except FileNotFoundError:
             raise RecordError(
@@ -260,7 +260,7 @@ def _read_file(file: Path, needed: tuple[str, ...]) -> list[Record]:
 def _to_record(row: dict[str, Any], place: str, folder: Path, rejected: bool) -> Record:
     name = place if row.get("id") is None else str(row["id"])
     provenance = {key: row[key] for key in _PROVENANCE if row.get(key) is not None}
-    images, preferred = _to_images(row["images"], folder), row.get("retrieved_chosen")
+    images, preferred = _to_images(row["images"], folder, name), row.get("retrieved_chosen")
     if not images:
         raise RecordError(name, "it has no image.", "Add one to `images` or remove the record.")
     return Record(
@@ -269,7 +269,7 @@ def _to_record(row: dict[str, Any], place: str, folder: Path, rejected: bool) ->
         _to_response(row["chosen"], "chosen", name),
         _to_response(row["rejected"], "rejected", name) if rejected else "",
         images,
-        _to_images(row.get("retrieved_images"), folder),
+        _to_images(row.get("retrieved_images"), folder, name),
         provenance,
         _to_response(preferred, "retrieved_chosen", name) if preferred else "",
     )
@@ -296,7 +296,15 @@ def _to_prompt(value: Any, name: str) -> tuple[dict[str, Any], ...]:
                 "Give a role and, as content, text or a list of parts of type text and image.",
             )
         found.append({"role": message["role"], "content": content})
+    if not any(_text_of(message["content"]).strip() for message in found):
+        raise RecordError(name, "its prompt is empty.", "Write one or remove the record.")
     return tuple(found)
+
+
+def _text_of(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content)
 
 
 def _to_response(value: Any, column: str, name: str) -> str:
@@ -306,8 +314,14 @@ def _to_response(value: Any, column: str, name: str) -> str:
             name, f"its {column} is {value!r}.", "Give text, or messages with a role and content."
         )
     message = value if isinstance(value, str) or not value else value[-1]["content"]
+    if isinstance(value, list) and value and value[-1].get("role", "assistant") != "assistant":
+        raise RecordError(
+            name, f"its {column} does not end with the assistant.", "Put the response last."
+        )
     if isinstance(message, list):
-        message = "".join(part.get("text") or "" for part in message)
+        if any(part.get("type") == "image" for part in message):
+            raise RecordError(name, f"its {column} holds an image.", "A response is text.")
+        message = _text_of(message)
     if not message or not message.strip():
         raise RecordError(
             name, f"its {column} response is empty.", "Write one or remove the record."
@@ -315,12 +329,15 @@ def _to_response(value: Any, column: str, name: str) -> str:
     return message
 
 
-def _to_images(value: Any, folder: Path) -> tuple[StoredImage, ...]:
+def _to_images(value: Any, folder: Path, name: str) -> tuple[StoredImage, ...]:
+    """The images of a column; none where it is null."""
     images = []
-    for item in value if isinstance(value, list) else [value]:
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
+        if item is None:
+            raise RecordError(name, "one of its images is null.", "Give it or take it out.")
         if isinstance(item, bytes):
             images.append(StoredImage(item))
-        elif item is not None:
+        else:
             item = {"path": item} if isinstance(item, str) else item
             data, path = item.get("bytes"), item.get("path")
             if data is None and path is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from realign import attention, liger, parallel, plan, reference, sharding, vision
-from realign.card import model_card
+from realign.card import model_card, settings_of
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig, parse
 from realign.export import export
@@ -228,7 +228,8 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
         base=inputs.base,
         merge=run.merge,
         card=lambda: model_card(
-            config,
+            config.loss.objective,
+            settings_of(config),
             base=inputs.base,
             adapter=lora and not run.merge,
             records=len(examples),

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from runs import arguments
 
-from realign.card import model_card
+from realign.card import model_card, settings_of
 from realign.config import TrainConfig, parse
 from realign.digits import ASSETS
 from realign.records import read_pairs
@@ -40,7 +40,8 @@ def test_an_exported_folder_has_a_card_and_loads(pairs_file, tmp_path, kind):
 def test_a_card_of_a_model_on_the_hub():
     card = ModelCard(
         model_card(
-            TrainConfig(),
+            "rdpo",
+            settings_of(TrainConfig()),
             base="llava-hf/llava-1.5-7b-hf",
             adapter=True,
             records=11_000,

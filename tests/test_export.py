@@ -52,6 +52,20 @@ def test_a_merged_folder_is_the_adapter_under_peft(adapter, tmp_path, dtype, clo
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_the_adapter_of_another_trainer_loses_its_card(adapter, tmp_path, capsys):
+    """PEFT writes a card of its own, which goes on speaking of an adapter."""
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(ASSETS), adapter)
+    model.save_pretrained(tmp_path / "foreign")
+    words = ["--model", str(tmp_path / "foreign"), "--output", str(tmp_path / "merged")]
+    assert export.main(words) == 0
+    assert not (tmp_path / "merged" / "README.md").exists()
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    (tmp_path / "metrics.json").write_text(json.dumps(RATES))
+    again = ["--output", str(tmp_path / "again"), "--metrics", str(tmp_path / "metrics.json")]
+    assert export.main([*words[:2], *again]) == 1
+    assert "has no model card of ours" in capsys.readouterr().err
+
+
 def test_what_cannot_be_exported_is_told_and_nothing_written(adapter, tmp_path, capsys):
     def refused(*words):
         assert export.main(words) == 1

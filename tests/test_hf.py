@@ -1,5 +1,6 @@
 """RDPOTrainer: the curve of `realign.train` and of a plain loop, adapters, ranks, resuming."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,12 +11,15 @@ import accelerate
 import datasets
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from realign import export
 from realign.config import OptimConfig
 from realign.digits import ASSETS
 from realign.hf import RDPOConfig, RDPOTrainer
@@ -138,6 +142,21 @@ def test_rows_of_a_data_set_are_our_records(rows, pairs_file):
             for a, b in zip(mine.images, record.images, strict=True):
                 assert a.open("a").tobytes() == b.open("b").tobytes()
             assert len(mine.retrieved_images) == 1
+    preferred = [row | {"retrieved_chosen": "What is there."} for row in rows.select(range(2))]
+    for forms in (preferred, datasets.Dataset.from_list([r | {"id": "x"} for r in preferred])):
+        assert [r.retrieved_chosen for r in records_of(forms)] == ["What is there."] * 2
+    with pytest.raises(ValueError, match="streaming data set has no length"):
+        records_of(rows.to_iterable_dataset())
+
+
+def test_pictures_of_rows_are_turned_as_their_exif_says(rows):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(buffer, "JPEG", exif=exif)
+    row = rows[0] | {"images": [Image.open(buffer)], "retrieved_images": [buffer.getvalue()]}
+    (record,) = records_of([row])
+    assert record.images[0].open("").size == record.retrieved_images[0].open("").size == (4, 6)
 
 
 def test_adapters_are_trained_logged_saved_and_evaluated(rows, tmp_path):
@@ -172,6 +191,13 @@ def test_adapters_are_trained_logged_saved_and_evaluated(rows, tmp_path):
     for name, value in loaded.base_model.model.state_dict().items():
         assert torch.equal(value, mine[name]), name
     AutoProcessor.from_pretrained(tmp_path / "saved")
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert card.data.library_name == "peft" and "rdpo" in card.data.tags
+    assert "14 preference records with" in card.text and "The last step (3)" in card.text
+    merged = ["--model", str(tmp_path / "saved"), "--output", str(tmp_path / "merged")]
+    assert export.main(merged) == 0
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert card.data.library_name == "transformers" and "PeftModel" not in card.text
 
 
 @pytest.mark.parametrize(

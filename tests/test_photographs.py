@@ -128,7 +128,22 @@ def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
     assert len(answers) == 2 * QUESTIONS
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     told = capsys.readouterr().out
-    assert "word" in told and "0 gained, 0 lost of 24; McNemar p = 1" in told
+    assert told.count("0 gained, 0 lost of 12; McNemar p = 1") == 6  # two files, three rules
+    assert "random\n  pope" in told and "popular\n  pope" in told
+    for name, right in (("a", "1"), ("b", "0")):  # other benchmarks beside them
+        head = (tmp_path / name / "random.jsonl").read_text().splitlines()[0]
+        line = {"id": "0", "question": "?", "image": None, "answer": "yes", "gt_answer": right}
+        for file, fields in (("hallusionbench", line), ("chair", {"id": "0", "answer": "A dog."})):
+            text = f"{head}\n{json.dumps(fields)}\n"
+            (tmp_path / name / f"{file}.jsonl").write_text(text)
+    assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    told = capsys.readouterr().out
+    assert "hallusionbench\n  pope" in told and told.count(" of 12; ") == 6
+    assert "chair" not in told
+    for name in ("random", "popular", "hallusionbench"):
+        (tmp_path / "a" / f"{name}.jsonl").unlink()
+    assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "has no labels; `compare` takes yes/no answers" in capsys.readouterr().err
 
 
 def test_chair_from_coco_files(questions, tmp_path, capsys):

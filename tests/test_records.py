@@ -238,7 +238,7 @@ def _deep() -> bytes:
         (StoredImage(PNG[:-40] + bytes(40)), "cannot be read"),
         (StoredImage(path="/"), "its image / cannot be read"),
         (StoredImage(), "neither bytes nor a path"),
-        (StoredImage(_deep()), "16 bits per pixel; save it with 8"),
+        (StoredImage(_deep()), "16 or 32 bits per pixel; save it with 8"),
     ],
     ids=["missing", "garbage", "empty", "truncated", "corrupt", "folder", "nothing", "16 bit"],
 )
@@ -270,7 +270,7 @@ def _answer(content):
         ({"chosen": []}, "its chosen response is empty"),
         ({"images": []}, "it has no image. Add one to `images` or remove the record"),
         ({"images": None}, "it has no image"),
-        ({"images": [None]}, "it has no image"),
+        ({"images": [None]}, "one of its images is null"),
         ({"prompt": []}, "it has no prompt. Add one"),
         ({"prompt": ""}, "it has no prompt"),
         ({"prompt": [{"role": "user", "content": None}]}, "its prompt has the message"),

@@ -127,7 +127,7 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Two yes/no questions about one place of a scene, the first true and the second not.
 
     As in POPE's adversarial setting, the digit that is not there is often one that the prior makes
-    likely: half of the time the one a biased row would show.
+    likely: at right-hand places half of the time the one a biased row would show.
     """
     place = int(rng.integers(4))
     true = scene.digits[place]

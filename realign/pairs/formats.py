@@ -51,6 +51,7 @@ class Entry:
     rejected: str | None
     images: list[Any]  # a path, bytes or {"bytes", "path"} each
     retrieved: list[Any]
+    retrieved_chosen: str = ""  # preferred for the retrieved image; "" where there is none
 
 
 def of_llava(item: dict, options: Options) -> list[Entry]:
@@ -127,8 +128,11 @@ def of_row(item: dict, options: Options) -> list[Entry]:
     prompt, chosen, rejected = _preferences(item)
     images = _listed(_first(item, "images", "image"))
     retrieved = _listed(_first(item, "retrieved_images", "retrieved_image"))
+    preferred = item.get("retrieved_chosen") or ""
+    preferred = _response(preferred, "retrieved_chosen") if preferred else ""
     # `write_pairs` writes a response that there is not as an empty one.
-    return [Entry(name_of(item), prompt, chosen or None, rejected or None, images, retrieved)]
+    both = (chosen or None, rejected or None)
+    return [Entry(name_of(item), prompt, *both, images, retrieved, preferred)]
 
 
 def of_coco(item: dict, options: Options) -> list[Entry]:

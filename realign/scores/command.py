@@ -118,23 +118,27 @@ def compare(given: argparse.Namespace) -> str:
     Raises:
         ValueError: for answers to other questions, or without labels.
     """
-    first, second = ({_key(li): li for li in read_answers(p)} for p in (given.first, given.second))
+    first, second = (_labelled(path) for path in (given.first, given.second))
     if first.keys() != second.keys():
         lacking = sorted(first.keys() ^ second.keys())
         raise ValueError(
             f"{given.first} and {given.second} answer different questions: {len(lacking)} are in "
             f"one alone, such as {lacking[0][1]!r}. Compare answers to the same files."
         )
-    before, after = list(first.values()), [second[key] for key in first]
-    label = _labels(before)
-    if label is None:
-        raise ValueError(f"{given.first} has no labels; `compare` takes yes/no answers.")
-    clusters = np.array([line["image"] or line["id"] for line in before])
-    rows = []
-    for rule in yesno.RULES:
-        right = [yesno.right(_column(lines, "answer"), label, rule) for lines in (before, after)]
-        rows.append(f"{rule:6} {paired.compare(*right, clusters=clusters, seed=given.seed)}")
-    return "\n".join([*rows, "(difference with its 95 % bootstrap interval over images)"])
+    told = []
+    for file in dict.fromkeys(file for file, _ in first):
+        keys = [key for key in first if key[0] == file]
+        before, after = [first[key] for key in keys], [second[key] for key in keys]
+        clusters = np.array([line["image"] or line["id"] for line in before])
+        told.append(Path(file).stem)
+        for rule in yesno.RULES:
+            right = [
+                yesno.right(_column(lines, "answer"), _column(before, "label"), rule)
+                for lines in (before, after)
+            ]
+            found = paired.compare(*right, clusters=clusters, seed=given.seed)
+            told.append(f"  {rule:6} {found}")
+    return "\n".join([*told, "(difference with its 95 % bootstrap interval over images)"])
 
 
 def handoff(given: argparse.Namespace) -> str:
@@ -142,16 +146,17 @@ def handoff(given: argparse.Namespace) -> str:
     return hand_off(given.model, given.output)
 
 
-def _labels(lines: Sequence[dict]) -> list[str] | None:
-    if all("label" in line for line in lines):
-        return _column(lines, "label")
-    if all("gt_answer" in line for line in lines):
-        return ["yes" if str(line["gt_answer"]) == "1" else "no" for line in lines]
-    return None
-
-
-def _key(line: dict[str, Any]) -> tuple[str, str]:
-    return line["file"], line["id"]
+def _labelled(path: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """(file, id) -> answer with its label, of the yes/no questions; captions are passed by."""
+    found = {}
+    for line in read_answers(path):
+        if "label" not in line and "gt_answer" in line:
+            line["label"] = "yes" if str(line["gt_answer"]) == "1" else "no"
+        if "label" in line:
+            found[line["file"], line["id"]] = line
+    if not found:
+        raise ValueError(f"{path} has no labels; `compare` takes yes/no answers.")
+    return found
 
 
 def _answers(
