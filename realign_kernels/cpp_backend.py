@@ -1,7 +1,8 @@
 """Row kernel and GEMM of the C++ extension (csrc/rows.h, csrc/gemm.h), on the CPU.
 
 With AVX-512 the GEMMs are the extension's too: fp32 about twice as fast as MKL on an AMD CPU, bf16
-as fast as oneDNN but with fp32 results, so logits are never rounded. Elsewhere torch multiplies.
+as fast as oneDNN but with fp32 results, so logits are never rounded. Elsewhere torch multiplies:
+bf16 in bf16 where the CPU has AMX, in fp32 where it has no bf16 arithmetic at all.
 """
 
 import functools
@@ -27,6 +28,13 @@ def _own_gemm(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return features["gemm_bf16"] and not features["amx"]
     return features["gemm_f32"]
+
+
+@functools.cache
+def _widens(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies in fp32: a CPU that only emulates bf16 gains nothing by rounding."""
+    features = extension().cpu_features()
+    return dtype == torch.bfloat16 and not (features["gemm_bf16"] or features["amx"])
 
 
 def describe() -> str:
@@ -82,11 +90,12 @@ def release(logits: Tensor) -> None:
 def buffers(
     rows: int, hidden: Tensor, vocabulary: int, derivative: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits, or bf16 where torch multiplies; `others` of a row starts where its logits do.
+    """fp32 logits, or bf16 where torch rounds them; `others` of a row starts where its logits do.
 
     A row kernel reads ahead of what it writes, so bf16 `others` fit into fp32 logits in place.
     """
-    dtype = torch.float32 if _own_gemm(hidden.dtype) else hidden.dtype
+    exact = _own_gemm(hidden.dtype) or _widens(hidden.dtype)
+    dtype = torch.float32 if exact else hidden.dtype
     size = rows * vocabulary * dtype.itemsize
     memory = _reserve(size)[:size].view(dtype).view(rows, vocabulary)
     return memory, memory.view(hidden.dtype)[:, :vocabulary] if derivative else None
@@ -95,6 +104,8 @@ def buffers(
 def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     """out = a @ b, or out += a @ b. See `rows.Kernels`."""
     half_out = out.dtype == torch.bfloat16
+    if _widens(a.dtype):
+        return _gemm_in_fp32(a, b, out, accumulate)
     if not _own_gemm(a.dtype) or (half_out and accumulate):
         return torch_backend.gemm(a, b, out, accumulate)
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
@@ -109,6 +120,45 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+BLOCK = 2**18
+"""Numbers of a half-precision matrix that are widened at once."""
+
+
+def _gemm_in_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
+    """`gemm` of halves by torch in fp32, rounded at the end if out is half; copies stay small."""
+    (m, k), n = a.shape, b.shape[1]
+    if n >= max(m, k):  # by columns: logits
+        step = max(1, BLOCK // max(k, 1))
+        wide = a.float()
+        for i in range(0, n, step):
+            _into(out[:, i : i + step], wide, b[:, i : i + step].float(), accumulate)
+    elif m >= k:  # by rows: the gradient of the weight
+        step = max(1, BLOCK // max(k, 1))
+        wide = b.float()
+        for i in range(0, m, step):
+            _into(out[i : i + step], a[i : i + step].float(), wide, accumulate)
+    else:  # by terms: the gradient of hidden
+        step = max(1, BLOCK // max(m, n, 1))
+        total = torch.zeros(m, n, dtype=torch.float32, device="cpu")
+        for i in range(0, k, step):
+            total.addmm_(a[:, i : i + step].float(), b[i : i + step].float())
+        if accumulate:
+            out.add_(total)
+        else:
+            out.copy_(total)
+    return out
+
+
+def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """`gemm` of fp32 matrices into fp32 or half."""
+    if out.dtype == torch.float32:
+        torch_backend.gemm(a, b, out, accumulate)
+    elif accumulate:
+        out.add_(torch.mm(a, b))
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 def _strides(matrix: Tensor) -> tuple[int, int]:

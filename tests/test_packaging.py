@@ -16,7 +16,9 @@ from realign_kernels import _extension
 from realign_kernels.batcher import pack_forest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences"}
+EXTRAS = {
+    "gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences", "study",
+}  # fmt: skip
 # Installed nowhere in CI, so not pinned.
 UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}
 

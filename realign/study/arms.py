@@ -80,7 +80,7 @@ _BY_SEGMENTS = tuple(
 )
 
 ARMS = (
-    *_METHODS, *_BY_NEGATIVE, *_BY_WEIGHT, *_BY_BETA, *_BY_K, *_BY_REFILL, *_BY_SEGMENTS,
+    *_METHODS, *_BY_NEGATIVE, *_BY_SEGMENTS, *_BY_REFILL, *_BY_WEIGHT, *_BY_BETA, *_BY_K,
 )  # fmt: skip
 ARMS_OF = {"digits": ARMS, "photographs": (*_METHODS, *_BY_NEGATIVE)}
 """The arms of each testbed: on photographs the methods and the negatives alone."""

@@ -60,8 +60,8 @@ def run_all(
         runs: list[Job] = [(run_base, (folder, bed, seed)) for seed in numbers]
         runs += [
             (run_arm, (folder, bed, arm, seed, rates[arm.tuned_as or arm.name]))
-            for seed in range(seeds)
             for arm in arms
+            for seed in range(seeds)
         ]
         _run(pool, "arms", runs)
     wanted = {arm.name: rates[arm.tuned_as or arm.name] for arm in arms} | {"base": None}

