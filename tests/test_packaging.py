@@ -17,7 +17,8 @@ from realign_kernels.batcher import pack_forest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {
-    "gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences", "study",
+    "gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences",
+    "study",
 }  # fmt: skip
 # Installed nowhere in CI, so not pinned.
 UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}
