@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from realign.cli import parse_sections
@@ -52,7 +51,7 @@ def study(config: StudyConfig) -> None:
     _check_installed("matplotlib")
     from realign.study import plots, report, runs
     from realign.study.arms import ARMS_OF
-    from realign.study.testbed import TESTBEDS, Testbed
+    from realign.study.testbed import TESTBEDS
 
     kept = Path(config.docs) / "study"
     wanted = TESTBEDS if config.testbed == "both" else {config.testbed: TESTBEDS[config.testbed]}
@@ -61,18 +60,11 @@ def study(config: StudyConfig) -> None:
     for name, bed in {} if config.report else wanted.items():
         folder = Path(config.output) / name
         results = runs.run_all(folder, bed, ARMS_OF[name], config.seeds, config.jobs)
-        kept.mkdir(parents=True, exist_ok=True)
-        lines = [{"testbed": asdict(bed)}, *results]
-        write_whole(kept / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    found, beds = {}, {}
-    for name in TESTBEDS:
-        if (file := kept / f"{name}.jsonl").exists():
-            bed, *found[name] = [json.loads(line) for line in file.read_text().splitlines()]
-            beds[name] = Testbed(**bed["testbed"])
-            plots.draw(kept / f"{name}.png", found[name])
-            plots.draw_curves(kept / f"{name}-curves.png", found[name])
-    if not found:
-        raise ValueError(f"there are no runs in {kept} to report; leave --report out.")
+        runs.keep(kept / f"{name}.jsonl", bed, results)
+    found, beds = runs.read_kept(kept)
+    for name, results in found.items():
+        plots.draw(kept / f"{name}.png", results)
+        plots.draw_curves(kept / f"{name}-curves.png", results)
     write_whole(Path(config.docs) / "study.md", report.page(found, beds))
     for name, results in found.items():
         print(report.finding(name, results))

@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from realign.metrics import read_jsonl, write_whole
 from realign.study.arms import HIGHEST, LEARNING_RATES, LOWEST, Arm, Pairs
-from realign.study.testbed import TUNING_SEED, Testbed, make_base, source_records, test_scenes
+from realign.study.testbed import (
+    TESTBEDS,
+    TUNING_SEED,
+    Testbed,
+    make_base,
+    source_records,
+    test_scenes,
+)
 
 LAST = 10  # steps whose margins are averaged
 Job = tuple[Callable[..., None], tuple[Any, ...]]
@@ -77,6 +84,29 @@ def results(folder: Path) -> list[dict[str, Any]]:
     """Every result in a study's folder, by seed and name."""
     found = [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*.json"))]
     return sorted(found, key=lambda r: (r["seed"], r["arm"], r["learning_rate"] or 0))
+
+
+def keep(file: Path, bed: Testbed, found: Iterable[dict[str, Any]]) -> None:
+    """Write what the results were judged on, and the results, as JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"testbed": asdict(bed)}, *found]
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_kept(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Testbed]]:
+    """Name of a testbed -> its results, and -> what they were judged on.
+
+    Raises:
+        ValueError: when the folder keeps no runs.
+    """
+    found, beds = {}, {}
+    for name in TESTBEDS:
+        if (file := folder / f"{name}.jsonl").exists():
+            bed, *found[name] = [json.loads(line) for line in file.read_text().splitlines()]
+            beds[name] = Testbed(**bed["testbed"])
+    if not found:
+        raise ValueError(f"there are no runs in {folder} to report; leave --report out.")
+    return found, beds
 
 
 def tuning_of(found: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
