@@ -92,6 +92,7 @@ def test_one_seed_has_no_interval_and_tuning_is_no_seed():
         ([0.20, 0.22, 0.21], " fewer digits than after DPO: 21.0 against 30.0 %"),
         ([0.40, 0.41, 0.42], " more digits than after DPO: 41.0 against 30.0 %"),
         ([0.20, 0.40, 0.30], "neither clearly fewer nor clearly more digits than after DPO: 30.0"),
+        ([0.20, 0.40, 0.20], "over 3 seeds, fewer in 2 of them; the base misnames 25.0 %."),
         ([0.20], "neither clearly"),  # one seed proves nothing
     ],
 )

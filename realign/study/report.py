@@ -25,16 +25,17 @@ _SHARES = ("hallucination_rate", "hallucination_rate_biased", "exact_captions", 
 def finding(pictures: str, results: Results) -> str:
     """What came out on a testbed in one sentence, in words that follow from the numbers."""
     (one,) = differences(results, [PRIMARY], "hallucination_rate")
-    base, dpo, rdpo = (
-        mean(values(results, name, "hallucination_rate").values()) for name in ("base", *PRIMARY)
-    )
+    by_seed = [values(results, name, "hallucination_rate") for name in ("base", *PRIMARY)]
+    base, dpo, rdpo = (mean(rates.values()) for rates in by_seed)
+    fewer = sum(by_seed[2][s] < by_seed[1][s] for s in by_seed[2].keys() & by_seed[1].keys())
     gap, word = one.mean, "neither clearly fewer nor clearly more"
     if gap.high < 0 or gap.low > 0:  # nan compares as False
         word = "fewer" if gap.value < 0 else "more"
     return (
         f"After rDPO the model misnames {word} {pictures} than after DPO: {_percent(rdpo.value)} "
         f"against {_percent(dpo.value)} %, a difference of {_points(gap)} points over "
-        f"{one.seeds} seeds; the base misnames {_percent(base.value)} %."
+        f"{one.seeds} seeds, fewer in {fewer} of them; the base misnames "
+        f"{_percent(base.value)} %."
     )
 
 
@@ -132,6 +133,7 @@ _HEAD = """# The study
 
 `python -m realign.study` repeats every run; `study/*.jsonl` keeps all {count} of them with
 settings, metrics and what each model said, scene by scene. Page and plots are made of them alone.
+Means hide the seeds; the plots show them.
 
 A scene shows four pictures of ten kinds, which the number words name. In the scenes that a base is
 pretrained on ({bed.base_steps} steps) the right picture of a row follows from the left one in
