@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from realign.study.analysis import Mean, Results, complete, differences, mean, values
-from realign.study.arms import COMPARISONS, PRIMARY, SECTIONS
+from realign.study.arms import ARMS_OF, COMPARISONS, PRIMARY, SECTIONS
 from realign.study.plots import ON_CURVES
 from realign.study.runs import best_rate, tuning_of
 from realign.study.testbed import TUNING_SEED, Testbed
@@ -49,10 +49,14 @@ def page(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
     count = sum(len(results) for results in found.values())
     findings = "\n".join(f"- {finding(name, results)}" for name, results in found.items())
     parts = [_HEAD.format(findings=findings, count=count, bed=next(iter(testbeds.values())))]
+    if absent := [name for name in ARMS_OF if name not in found]:
+        parts += [f"Not run yet: {', '.join(absent)}.", ""]
     for name, results in found.items():
         seeds = {r["seed"] for r in results} - {TUNING_SEED}
         about = _ABOUT[name].format(bed=testbeds[name], seeds=len(seeds))
         parts += [f"## {name.capitalize()}", "", about]
+        if lacking := [a.name for a in ARMS_OF[name] if not complete(results, [a.name])]:
+            parts += [f"Not run yet: {', '.join(lacking)}.", ""]
         parts += [f"![every arm](study/{name}.png)", ""]
         for title, names in SECTIONS.items():
             if complete(results, names):
