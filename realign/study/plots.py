@@ -18,7 +18,6 @@ CURVES = {
     },
 }
 """Axis -> line -> place on the axis -> arm."""
-ON_CURVES = [arm for lines in CURVES.values() for arms in lines.values() for arm in arms.values()]
 
 
 def draw(file: Path, results: Results) -> None:
@@ -48,17 +47,27 @@ def draw(file: Path, results: Results) -> None:
     pyplot.close(figure)
 
 
+def curves_of(results: Results) -> dict[str, dict[str, dict[float, str]]]:
+    """Those of `CURVES` of which every arm was run."""
+    return {
+        axis: lines
+        for axis, lines in CURVES.items()
+        if complete(results, [arm for arms in lines.values() for arm in arms.values()])
+    }
+
+
 def draw_curves(file: Path, results: Results) -> None:
-    """Misnamed pictures over the visual weight and over beta; nothing where an arm is missing."""
-    if not complete(results, ON_CURVES):
+    """Misnamed pictures over the visual weight and over beta, as far as all arms were run."""
+    if not (drawn := curves_of(results)):
         return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(CURVES), figsize=(8, 3), sharey=True)
-    for axes, (axis, lines) in zip(panels, CURVES.items(), strict=True):
+    size = (4 * len(drawn), 3)
+    figure, panels = pyplot.subplots(1, len(drawn), figsize=size, sharey=True, squeeze=False)
+    for axes, (axis, lines) in zip(panels[0], drawn.items(), strict=True):
         for name, arms in lines.items():
             at = sorted(arms)
             middles = [mean(values(results, arms[x], "hallucination_rate").values()) for x in at]
@@ -78,6 +87,6 @@ def draw_curves(file: Path, results: Results) -> None:
         axes.set_xlabel(axis)
         axes.grid(alpha=0.3)
         axes.legend()
-    panels[0].set_ylabel("misnamed, %")
+    panels[0, 0].set_ylabel("misnamed, %")
     figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)

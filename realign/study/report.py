@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from realign.study.analysis import Mean, Results, complete, differences, mean, values
 from realign.study.arms import ARMS_OF, COMPARISONS, PRIMARY, SECTIONS
-from realign.study.plots import ON_CURVES
+from realign.study.plots import curves_of
 from realign.study.runs import best_rate, tuning_of
 from realign.study.testbed import TUNING_SEED, Testbed
 
@@ -61,8 +61,8 @@ def page(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
         for title, names in SECTIONS.items():
             if complete(results, names):
                 parts += [f"### {title}", "", _table(results, names), ""]
-        if complete(results, ON_CURVES):
-            parts += [f"![weight and beta](study/{name}-curves.png)", ""]
+        if drawn := curves_of(results):
+            parts += [f"![{' and '.join(drawn)}](study/{name}-curves.png)", ""]
         parts += ["### Paired tests", "", _TESTS, "", _comparisons(results), ""]
         parts += ["### Learning rates", "", _RATES, "", _tuning(results), ""]
     return "\n".join(parts)
