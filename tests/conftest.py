@@ -18,6 +18,7 @@ os.environ["REALIGN_CACHE"] = tempfile.mkdtemp(prefix="realign-cache-")
 import pytest
 import torch
 from pair_runs import FakeEngine, config_in
+from PIL import Image
 
 from realign.digits import ASSETS
 from realign.digits.scenes import Scene, make_scenes
@@ -96,3 +97,13 @@ def no_ranks_to_fork(request):
     forks = "kill_9" in request.node.name or "refcache" in request.node.path.name
     if forks and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with a.jpg, b.jpg, c.jpg, each of its own grey."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, name in enumerate("abc"):
+        Image.new("RGB", (16, 16), (80 * i,) * 3).save(folder / f"{name}.jpg")
+    return folder

@@ -1,10 +1,9 @@
-"""Ranks, nodes, replicas, checkpointed and compiled layers, attention: the same curve each time."""
+"""Ranks, nodes, replicas, checkpointed and compiled layers: the same curve each time."""
 
 import json
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +11,16 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from runs import CURVE_TOLERANCE, arguments, assert_same_curves, curve, run
+from runs import arguments, assert_same_curves, curve, run
 from safetensors.torch import load_file
-from torch import nn
-from torch.nn.attention import flex_attention as torch_flex
-from transformers.integrations import flex_attention as hf_flex
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from realign import attention, liger, parallel, sharding
-from realign.config import LossConfig, ScaleConfig, parse
-from realign.digits import ASSETS
-from realign.encode import encode_records, make_objective
-from realign.forest import build_batch
-from realign.layouts import Layout
-from realign.loading import add_lora, load_model, load_processor
+from realign import parallel
 from realign.metrics import read_jsonl
-from realign.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.records import read_pairs
 from realign.train import main
 
 WORKER = Path(__file__).with_name("scale_worker.py")
 FULL = ("--tune", "full", "--learning-rate", "1e-4")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -207,110 +193,11 @@ def test_what_these_ranks_cannot_do_is_refused_in_a_line(flags, message, pairs, 
     assert shown.startswith(f"error: {message}") and shown.count("\n") == 1
 
 
-# --- layers ---
-
-
-@pytest.fixture(scope="module")
-def digits(pairs):
-    """(examples, store, objective) of the digit pairs."""
-    records = read_pairs(pairs)
-    objective = make_objective(LossConfig(), records)
-    examples, store = encode_records(
-        records, load_processor(ASSETS), objective,
-        layout=Layout(4), max_response_tokens=99, max_tokens=512, progress=False,
-    )  # fmt: skip
-    return examples, store, objective
-
-
-def forest_model(tune="full", attention="tree", layers=4):
-    vlm = load_model(ASSETS, attention=attention)
-    vlm.model.language_model.layers = vlm.model.language_model.layers[:layers]
-    model = ForestModel(vlm)
-    if tune == "lora":
-        torch.manual_seed(0)
-        add_lora(vlm, 8, 16.0)
-    return model.train()
-
-
-def gradients(model, batch):
-    """Log-probs, and the gradient of their sum, by parameter."""
-    model.zero_grad()
-    logps = model(batch)
-    logps.sum().backward()
-    return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def saved_bytes(model, batch):
-    """Bytes that autograd keeps between forward and backward, parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = model(batch)
-    logps.sum().backward()
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize("tune", ["lora", "full"])
-def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
-    examples, store, _ = digits
-    batch = build_batch(examples[:6], store, row_tokens=60)
-    plain, wrapped = forest_model(tune), forest_model(tune)
-    names = list(wrapped.state_dict())
-    layers = sharding.trained_layers(wrapped)
-    assert len(layers) == 4  # of the language model; the tower is frozen
-    sharding.wrap_layers(layers, compiled=False, checkpointed=True)
-    (logps, grads), (truth, expected) = gradients(wrapped, batch), gradients(plain, batch)
-    assert torch.equal(logps, truth) and grads.keys() == expected.keys()
-    assert all(torch.equal(grads[name], expected[name]) for name in expected)
-    assert list(wrapped.state_dict()) == names
-    # A layer keeps its input alone, a tenth of what it held; the rest is the head's.
-    assert saved_bytes(wrapped, batch) < 0.15 * saved_bytes(plain, batch)
-
-
 def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs, alone, tmp_path):
     entries = run(pairs, tmp_path, "--activation-checkpointing", steps=4)
     truth = read_jsonl(alone / "lora" / "metrics.jsonl")
     for name in ("loss", "grad_norm", "logps/visual"):
         assert curve(entries, name).tolist() == curve(truth, name).tolist()
-
-
-@torch._inductor.config.patch(compile_threads=1)  # no worker processes, which import torch
-def test_compiled_layers_change_nothing_beyond_rounding(digits):
-    examples, store, _ = digits
-    plain, compiled = (forest_model(attention="sdpa", layers=1) for _ in range(2))
-    layers = sharding.trained_layers(compiled)
-    sharding.wrap_layers(layers, compiled=True, checkpointed=True)
-    for part in (examples[:6], examples[6:9]):
-        batch = build_batch(part, store, row_tokens=60)
-        (logps, grads), (truth, expected) = gradients(compiled, batch), gradients(plain, batch)
-        assert (logps - truth).abs().max() < 1e-5
-        for name in expected:
-            bound = CURVE_TOLERANCE * expected[name].abs().max()
-            assert (grads[name] - expected[name]).abs().max() <= bound, name
-
-
-def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
-    """Two graphs: the first layer's input has no gradient under LoRA, the others' have one."""
-    examples, store, _ = digits
-    counter = torch._dynamo.testing.CompileCounter()
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
-    model = forest_model("lora", "sdpa")
-    sharding.wrap_layers(sharding.trained_layers(model), compiled=True, checkpointed=True)
-    shapes = set()
-    for size in range(2, 12):
-        batch = build_batch(examples[:size], store, row_tokens=50 + 7 * size)
-        shapes.add(tuple(batch.input_ids.shape))
-        model(batch).sum().backward()
-    assert len(shapes) == 10
-    assert counter.frame_count == 2
 
 
 def test_a_compiled_run_gives_the_plain_curve(pairs, alone, tmp_path, monkeypatch):
@@ -319,119 +206,3 @@ def test_a_compiled_run_gives_the_plain_curve(pairs, alone, tmp_path, monkeypatc
     more = ("--compile", "--activation-checkpointing", "--fsdp", "--micro-batch-size", 4)
     entries = run(pairs, tmp_path, *more, steps=4)
     assert_same_curves(entries, read_jsonl(alone / "lora" / "metrics.jsonl"))
-
-
-def test_offloaded_parameters_train_alike(digits):
-    """On a mesh of one CPU, where offload moves nothing; a GPU was not at hand."""
-    examples, store, _ = digits
-    batch = build_batch(examples[:4], store, row_tokens=60)
-    weights = []
-    try:
-        device = parallel.start(alone=True)
-        for offload in (False, True):
-            model = forest_model("lora")
-            sharding.shard(model, device, torch.float32, cpu_offload=offload)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=1e-3)
-            for _ in range(2):
-                model(batch).sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            weights.append([p.full_tensor() for p in trained])
-    finally:
-        parallel.stop()
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-
-
-# --- attention ---
-
-
-@pytest.mark.parametrize("kind", ["sdpa", "eager", "flex"])
-def test_every_attention_gives_what_that_by_tree_gives(digits, kind, monkeypatch):
-    if kind == "flex":  # unfused, and with the backward that torch refuses on a CPU
-        monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-        monkeypatch.setattr(
-            hf_flex,
-            "compile_friendly_flex_attention",
-            lambda *args, training, **options: torch_flex.flex_attention(*args, **options),
-        )
-    examples, store, _ = digits
-    batch = build_batch(examples[:6], store, row_tokens=200)  # several trees in a row
-    logps, grads = gradients(forest_model(attention=kind), batch)
-    truth, expected = gradients(forest_model(), batch)
-    assert (logps - truth).abs().max() < 1e-5  # sums of up to 30 nats
-    for name in expected:
-        bound = CURVE_TOLERANCE * expected[name].abs().max()
-        assert (grads[name] - expected[name]).abs().max() <= bound, name
-
-
-def test_the_block_mask_is_the_forests(digits):
-    examples, store, _ = digits
-    budget = attention.row_budget("flex_attention", examples[:12])
-    batch = build_batch(examples[:12], store, row_tokens=budget)
-    mask = attention.forest_mask(batch, "flex_attention", torch.float32)
-    rows, _, tokens, _ = mask.shape
-    assert rows == 1 and tokens > 512  # all trees in one row
-    places = torch.arange(tokens)
-    found = mask.mask_mod(0, 0, places[:, None], places[None])
-    assert torch.equal(found, batch.attention_mask()[0, 0])
-    assert mask.sparsity() > 50  # percent of blocks that are skipped
-
-
-def test_what_is_seen_decides_how_long_a_row_is(digits):
-    examples, _, _ = digits
-    longest = max(example.longest_tree for example in examples)
-    assert attention.row_budget("sdpa", examples) == longest < 100
-    assert attention.row_budget("flex_attention", examples) == 8192
-    batch = build_batch(examples, digits[1], row_tokens=attention.row_budget("tree", examples))
-    assert batch.segment.shape[0] == 1 and (batch.segment >= 0).float().mean() > 0.95
-
-
-# --- liger, by its definition: the kernels need CUDA ---
-
-
-@pytest.fixture
-def ops(monkeypatch):
-    """A `liger_kernel.ops` of plain torch, with the signatures of liger-kernel 0.8.5."""
-
-    def norm(x, weight, epsilon, offset, casting, in_place, row_mode):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * (offset + weight)
-
-    def gate(a, b, gate_multiplier, down_multiplier):
-        return nn.functional.silu(a) * b
-
-    module = types.ModuleType("liger_kernel.ops")
-    module.LigerRMSNormFunction = types.SimpleNamespace(apply=norm)
-    module.LigerSiLUMulFunction = types.SimpleNamespace(apply=gate)
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops", module)
-    return module
-
-
-def test_liger_takes_the_place_of_what_it_computes_alike(digits, ops):
-    examples, store, _ = digits
-    batch = build_batch(examples[:4], store, row_tokens=60)
-    plain, model = forest_model("lora"), forest_model("lora")
-    said = liger.use(sharding.trained_layers(model), CPU)
-    assert said == "liger: 4 LlamaMLP, 8 LlamaRMSNorm"
-    assert not any("forward" in vars(module) for module in plain.modules())
-    (logps, grads), (truth, expected) = gradients(model, batch), gradients(plain, batch)
-    assert (logps - truth).abs().max() < 1e-5
-    for name in expected:
-        bound = CURVE_TOLERANCE * expected[name].abs().max()
-        assert (grads[name] - expected[name]).abs().max() <= bound, name
-
-
-def test_liger_leaves_what_it_computes_otherwise(ops):
-    gemma = GemmaRMSNorm(16)
-    assert liger.use([gemma], CPU) == "liger: 1 GemmaRMSNorm"  # weight + 1
-    mlp = forest_model(layers=1).vlm.model.language_model.layers[0].mlp
-    mlp.act_fn = nn.GELU()
-    with pytest.raises(ValueError, match="liger would have no effect"):
-        liger.use([mlp, nn.LayerNorm(4)], CPU)
-    assert "forward" not in vars(mlp)
-
-
-def test_scale_settings_name_who_computes_a_layer():
-    kernels = [ScaleConfig().kernels, ScaleConfig(compile=True).kernels]
-    assert [*kernels, parse(["--liger"]).scale.kernels] == ["eager", "compiled", "liger"]

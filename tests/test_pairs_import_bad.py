@@ -1,0 +1,220 @@
+"""Every record and file that cannot be used has its reason."""
+
+import json
+import re
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, user, write_json
+from PIL import Image
+
+from realign.pairs import formats
+from realign.pairs.importers import FORMATS, read_any
+from realign.pairs.stage import Bad
+from realign.pairs.texts import problem_of, without_placeholder
+
+MANY = "".join(f"<p class='x{i}'></p>" for i in range(9)) + "A cat."
+BAD = {
+    "empty": ({"answer": ""}, "empty text"),
+    "blank": ({"answer": " \n\t"}, "empty text"),
+    "marks": ({"answer": "?!"}, "empty text"),
+    "empty question": ({"question": "<image>\n"}, "empty text"),
+    "markup": ({"answer": MANY}, "mostly markup"),
+    "null": ({"answer": "A\0cat"}, "control characters"),
+    "escape": ({"answer": "A \x1b[31mcat"}, "control characters"),
+    "surrogate": ({"answer": "A cat \ud83d"}, "not Unicode"),
+    "token": ({"answer": "A <image> of a cat"}, "image token"),
+    "token in the question": ({"question": "Is <image> a cat?"}, "image token"),
+    "answer type": ({"answer": 3}, "malformed"),
+    "answer messages": ({"answer": [user("A cat.")]}, "malformed"),
+    "no question": ({"question": None}, "malformed"),
+    "no image": ({"image": None}, "no image"),
+    "image type": ({"image": 3}, "no image"),
+    "image name": ({"image": ""}, "no image"),
+    "missing": ({"image": "z.jpg"}, "missing"),
+    "folder": ({"image": "."}, "missing"),
+    "null byte": ({"image": "a\0.jpg"}, "missing"),
+    "up": ({"image": "../secret.jpg"}, "outside the folder"),
+    "absolute": ({"image": "/etc/hostname"}, "outside the folder"),
+    "link": ({"image": "link.jpg"}, "outside the folder"),
+    "duplicate": ({}, "duplicate"),
+}
+
+
+def test_every_bad_record_has_its_reason(tmp_path, pictures):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.jpg")
+    (pictures / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    good = {"image": "a.jpg", "question": "What?", "answer": "A cat."}
+    lines = [good | {"id": "good"}]
+    lines += [good | {"id": name} | changes for name, (changes, _) in BAD.items()]
+    lines += [
+        good | {"answer": "A cat <b>on</b> a mat & <script>alert('x')</script>", "id": "html"}
+    ]
+    (pictures / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records, bad = read_all(str(pictures))
+    assert set(records) == {"good", "html"}
+    assert bad == {name: reason for name, (_, reason) in BAD.items()}
+    details = {b.record: b.detail for b in read_any(str(pictures)) if isinstance(b, Bad)}
+    assert details["duplicate"] == "it is the same as good"
+    assert "'../secret.jpg'" in details["up"] and "'z.jpg'" in details["missing"]
+    for detail in details.values():
+        detail.encode()
+
+
+@pytest.mark.parametrize(
+    ("item", "problem"),
+    [
+        ({"conversations": []}, "holds no messages"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "the message .*robot"),
+        ({"id": "r", "conversations": LLAVA["conversations"][1:]}, "do not alternate"),
+        ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "no dialogue"),
+        (REALIGN | {"rejected": [user("Other?"), assistant("A dog.")]}, "differ before their"),
+        (REALIGN | {"rejected": [user("<image>\nWhat is it?")]}, "differ before their"),
+        (REALIGN | {"retrieved_image": None}, "retrieved_image is missing"),
+        (REALIGN | {"rejected": None}, "rejected is missing"),
+        (REALIGN | {"chosen": "A cat."}, "prompt is missing"),
+        (REALIGN | {"chosen": [*REALIGN["chosen"][:1], assistant(None)]}, "not text or parts"),
+        (REALIGN | {"rejected": [*REALIGN["chosen"][:1], user("A dog.")]}, "does not end with"),
+    ],
+)
+def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
+    data = write_json(tmp_path, [item])
+    (found,) = read_any(data, images=str(pictures))
+    assert isinstance(found, Bad) and found.reason == "malformed"
+    assert re.search(problem, found.detail)
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def test_texts_of_any_size_are_looked_at_in_time():
+    for text in ("x" + " " * 300_000 + "x", "<" * 300_000, "<a" * 300_000, "<image>" * 3000 + "x"):
+        began = time.perf_counter()
+        without_placeholder(user(text))
+        problem_of(text)
+        assert time.perf_counter() - began < 2
+    content = "\n <image><image>\n Is <image> here? \n<image>\n"
+    assert without_placeholder(user(content)) == "Is <image> here?"
+    assert without_placeholder(user(" as it is\n")) == " as it is\n"
+    assert without_placeholder(assistant("<image>")) == "<image>"
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "gpt"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "from",
+                    "value",
+                    "type",
+                    "text",
+                    "id",
+                    "image",
+                    "caption",
+                    "file_name",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_json_is_a_record_or_malformed(data):
+    keys = [
+        "conversations",
+        "image",
+        "images",
+        "chosen",
+        "rejected",
+        "prompt",
+        "question",
+        "answer",
+    ]
+    item = data.draw(st.dictionaries(st.sampled_from([*keys, "id", "retrieved_image"]), JSON))
+    for kind in ("llava", "realign", "folder", "parquet"):
+        for turns in ("first", "all"):
+            try:
+                entries = formats.PARSERS[kind](item, formats.Options(turns))
+            except formats.Malformed as error:
+                assert str(error)
+                continue
+            for entry in entries:
+                assert entry.prompt and all(m["role"] in ROLES for m in entry.prompt)
+                assert isinstance(entry.chosen, str | None) and isinstance(
+                    entry.rejected, str | None
+                )
+
+
+def test_files_that_are_none_are_named(tmp_path, pictures):
+    with pytest.raises(FileNotFoundError, match="nothing at .*none.json"):
+        read_any(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="format is 'csv'; use one of auto, llava, realign"):
+        read_any(str(pictures), format="csv")
+    with pytest.raises(ValueError, match="turns is 'some'; use 'first' or 'all'"):
+        read_any(str(pictures), turns="some")
+    with pytest.raises(ValueError, match="holds 0 JSON-lines files and no Parquet file"):
+        read_any(str(pictures))
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"id": 1,')
+    with pytest.raises(ValueError, match="broken.json is no JSON file"):
+        read_any(str(broken))
+    with pytest.raises(ValueError, match="without `images`"):
+        read_any(write_json(tmp_path, {"a": 1}))
+    with pytest.raises(ValueError, match="no record of a known format; pass --format"):
+        read_any(write_json(tmp_path, [{"a": 1}, 3]))
+    with pytest.raises(ValueError, match="--image-folder nowhere is no folder"):
+        read_any(write_json(tmp_path, [LLAVA]), images="nowhere")
+    with pytest.raises(ValueError, match="format is 'coco', but .* looks like 'llava'"):
+        read_any(write_json(tmp_path, [LLAVA]), format="coco")
+    pq.write_table(pa.Table.from_pylist([{"text": "x"}]), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="other.parquet has the columns text. TRL's vision"):
+        list(read_any(str(tmp_path / "other.parquet")))
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(ValueError, match="cut.parquet cannot be read"):
+        list(read_any(str(tmp_path / "cut.parquet")))
+    assert set(FORMATS) == {"auto", "parquet", "realign", "llava", "coco", "folder"}
+
+
+@pytest.mark.parametrize(
+    "stored, reason",
+    [
+        ({"bytes": b"", "path": None}, "corrupt"),
+        ({"bytes": b"", "path": "a.png"}, "corrupt"),
+        ({"bytes": "aGk=", "path": None}, "malformed"),
+    ],
+)
+def test_bytes_that_are_none_are_a_bad_record(tmp_path, stored, reason):
+    rows = [{"prompt": [user("What?")], "chosen": "A", "rejected": "B", "images": [stored]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    (found,) = read_any(str(tmp_path / "pairs.parquet"))
+    assert isinstance(found, Bad) and found.reason == reason
+
+
+def test_a_line_nested_too_deep_is_malformed(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text("[" * 200_000 + "\n" + json.dumps(LLAVA) + "\n")
+    first, _ = read_any(str(file))
+    assert isinstance(first, Bad) and first.reason == "malformed"
+
+
+def test_annotations_of_coco_that_are_no_list(tmp_path):
+    data = write_json(tmp_path, COCO | {"annotations": 5}, "captions.json")
+    with pytest.raises(ValueError, match="`annotations` that are no list: 5"):
+        read_any(data, images=str(tmp_path))

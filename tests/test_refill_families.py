@@ -1,0 +1,165 @@
+"""Infill in other families: batches against one by one, masks, tokens of bytes."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny_vlms
+import torch
+from tiny_processors import WORDS, make_processor
+from tiny_tokenizers import byte_level
+from tiny_vlms import FAMILIES, make, random_images, random_text
+
+from realign.pairs import refill
+from realign.pairs.mask import Masked, masked_from
+from realign.pairs.refill import alone_because, infill, infill_plain
+
+
+def worded(family, **options):
+    """A tiny model that writes words alone, so that its texts are read back as written."""
+    vlm, processor = make(family, **options)
+    head = vlm.get_output_embeddings()
+    with torch.no_grad():  # else a tied head, most of all Gemma's, repeats the last token for ever
+        vlm.get_input_embeddings().weight.mul_(0.05)
+    others = torch.full((head.weight.shape[0],), -1e4)
+    others[processor.tokenizer.convert_tokens_to_ids(WORDS)] = 0
+    head.register_forward_hook(lambda module, args, scores: scores + others)
+    return vlm, processor
+
+
+def led_on(vlm, processor, prompt, pictures, rng, count, closes) -> Masked:
+    """A masked response whose first gap the model closes by itself, after `count` words or so.
+
+    The gap is followed by the word that the model would write then, by some more, and by a second
+    gap, which closes in the same way or not at all.
+    """
+
+    def words_after(start):
+        probe = Masked((start, " zzz"), ("x",))  # no word of the model, so it goes on to the end
+        text = infill_plain(vlm, processor, [prompt], [pictures], [probe], max_gap_tokens=5)[0].text
+        return text.removeprefix(start).removesuffix(" zzz").split()
+
+    first = random_text(rng, 1, 3) + " "
+    written = words_after(first)
+    stop = next((i for i in range(count, 5) if written[i] not in written[1:i]), 1)
+    middle = f" {written[stop]} " + random_text(rng, 1, 6) + " "
+    again = words_after(first + " ".join(written[:stop]) + middle)
+    last = f" {again[1]} " if closes else " zzz "
+    return Masked((first, middle, last + random_text(rng, 1, 4)), ("red", "dot"))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5"])
+def test_every_family_completes_in_batches_as_one_by_one(family):
+    """Prompts, images, gaps and pieces of unequal lengths; M-RoPE, windows, blocks both ways."""
+    vlm, processor = worded(family, attention="tree")
+    rng = np.random.default_rng(1)
+    pictures = [random_images(rng, n) for n in (1, 2, 1, 1, 3, 1)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+    masked = [
+        led_on(vlm, processor, prompts[i], pictures[i], rng, 1 + i % 3, closes=i != 1)
+        for i in range(5)
+    ]
+    masked.append(Masked(("", ""), ("red",)))
+    given = (vlm, processor, prompts, pictures, masked)
+    plain = infill_plain(*given, max_gap_tokens=5)
+    assert infill(*given, max_gap_tokens=5) == plain
+    assert [completion.closed for completion in plain] == [True, False, True, True, True, False]
+    gaps = set()
+    for (text, _), mask in list(zip(plain, masked, strict=True))[:5]:
+        first = text.removeprefix(mask.pieces[0])
+        gaps.add(len(first[: first.index(mask.pieces[1])].split()))
+    assert len(gaps) > 1
+    alone = alone_because(vlm, processor)
+    assert (alone is None) == (family != "qwen3_5")
+    assert alone is None or "linear_attention layers keep a state" in alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_scores_as_plain_forwards(family):
+    """Blocks of unequal lengths, none among them; then one row leaves."""
+    vlm, processor = make(family, attention="tree")
+    rng = np.random.default_rng(3)
+    pictures = [random_images(rng, n) for n in (1, 2, 1)]
+    masked = Masked(("", ""), ("red",))
+    rows = refill._begin(
+        vlm,
+        processor,
+        [[{"role": "user", "content": random_text(rng, 2, 20)}] for _ in pictures],
+        pictures,
+        [masked] * 3,
+        8,
+        0.0,
+        None,
+    )
+    inputs = [refill._encode(vlm, processor, [row]) for row in rows]
+
+    def ids_of(low, high):
+        words = random_text(rng, low, high).split()[: rng.integers(low, high + 1)]
+        return processor.tokenizer.convert_tokens_to_ids(words)
+
+    def truth(active, said):
+        plain = [refill._longer(vlm, inputs[i], said[i]) for i in active]
+        return torch.stack([vlm(**one, use_cache=False).logits[0, -1] for one in plain])
+
+    reader = refill.RowReader(vlm, refill.layout_of(vlm))
+    with torch.no_grad():
+        said = [ids_of(0, 6) for _ in rows]
+        whole = refill._encode(vlm, processor, rows)
+        found = reader.first(whole, [1, 2, 1], said, room=32)
+        assert (found - truth(range(3), said)).abs().max() < 1e-3
+        for active in ([0, 1, 2], [0, 1, 2], [2, 0]):
+            if len(active) == 2:
+                reader.keep(active)
+            blocks = [ids_of(0, 6) if i else ids_of(1, 3) for i in active]
+            found = reader.more(blocks)
+            for i, block in zip(active, blocks, strict=True):
+                said[i] = said[i] + block
+            expected = truth(active, said)
+            assert expected.abs().mean() > 0.1
+            read = [n for n, block in enumerate(blocks) if block]
+            assert (found - expected)[read].abs().max() < 1e-3
+
+
+def test_eager_attention_takes_the_same_masks():
+    for family in ("llava", "gemma3"):
+        vlm, processor = make(family, attention="eager")
+        rng = np.random.default_rng(2)
+        pictures = [random_images(rng, n) for n in (1, 2, 1)]
+        prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+        masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
+        given = (vlm, processor, prompts, pictures, masked)
+        assert infill(*given) == infill_plain(*given)
+
+
+def test_without_a_padding_token_records_go_one_by_one():
+    vlm, processor = make("llava")
+    processor.tokenizer.pad_token = None
+    assert alone_because(vlm, processor) == "its tokenizer has no padding token"
+    rng = np.random.default_rng(2)
+    pictures = [random_images(rng, 1) for _ in range(3)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+    masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
+    given = (vlm, processor, prompts, pictures, masked)
+    assert infill(*given) == infill_plain(*given)
+
+
+def test_tokens_of_bytes_in_batches(monkeypatch):
+    """A LLaVA whose tokens run over words and characters, on texts of many scripts."""
+    texts = ["a red-white dog's (old) café", "日本 🐶🐶 near the नमस्ते", "3.5 dogs, ﬁve cats..."]
+    processor = make_processor("llava")
+    monkeypatch.setattr(processor, "tokenizer", byte_level(texts * 3, 380))
+    monkeypatch.setattr(tiny_vlms, "make_processor", lambda family: processor)
+    vlm, _ = make("llava")
+    rng = np.random.default_rng(0)
+    hidden = [["white"], ["🐶🐶", "नमस्ते"], ["3.5", "ﬁve cats"], ["dog", "café"], ["日本"], ["dogs"]]
+    places = (0, 1, 2, 0, 1, 2)
+    masked = [masked_from(texts[i], spans) for i, spans in zip(places, hidden, strict=True)]
+    pictures = [random_images(rng, 1) for _ in masked]
+    prompts = [[{"role": "user", "content": f"name {i} é"}] for i in range(len(masked))]
+    given = (vlm, processor, prompts, pictures, masked)
+    plain = infill_plain(*given)
+    assert infill(*given) == plain
+    for (text, closed), mask in zip(plain, masked, strict=True):
+        pattern = "(.*)".join(map(re.escape, mask.pieces))
+        gaps = re.fullmatch(pattern, text, re.DOTALL).groups()
+        assert not closed or all(gap.strip() and "\ufffd" not in gap for gap in gaps)
