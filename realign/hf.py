@@ -285,6 +285,9 @@ class RDPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model or its adapter as transformers and PEFT load them, with the processor."""
         state_dict = self.model.state_dict() if state_dict is None else state_dict
+        if self.adapter is not None:  # the base is neither saved nor gathered
+            trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
+            state_dict = {n: value for n, value in state_dict.items() if n in trained}
         weights = {n.removeprefix("vlm."): _whole(value) for n, value in state_dict.items()}
         if not self.args.should_save:
             return

@@ -332,7 +332,9 @@ def _to_response(value: Any, column: str, name: str) -> str:
 def _to_images(value: Any, folder: Path, name: str) -> tuple[StoredImage, ...]:
     """The images of a column; none where it is null."""
     images = []
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
+    if value is None:
+        return ()
+    for item in value if isinstance(value, list) else [value]:
         if item is None:
             raise RecordError(name, "one of its images is null.", "Give it or take it out.")
         if isinstance(item, bytes):

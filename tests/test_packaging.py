@@ -3,6 +3,7 @@
 Nothing here installs anything; .ci/run builds the environment and a wheel for real.
 """
 
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from realign import doctor
 from realign_kernels import _extension
 from realign_kernels.batcher import pack_forest
 
@@ -49,6 +51,11 @@ def forgetful():
 
 def test_extras(project):
     assert set(project["project"]["optional-dependencies"]) == EXTRAS
+
+
+def test_the_doctor_looks_for_every_dependency(project):
+    names = {re.split(r"[<>=!~ ;\[]", line)[0] for line in project["project"]["dependencies"]}
+    assert set(doctor.NEEDED) == names
 
 
 def test_the_build_needs_no_torch(project):

@@ -288,3 +288,7 @@ def test_page_and_readme_say_what_the_kept_runs_say():
     readme = " ".join((docs.parent / "README.md").read_text().split())
     for name, results in found.items():
         assert report.finding(name, results) in readme
+    bullet = readme.split("**The study**")[1].split("##")[0]
+    quoted = re.findall(r"(\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\]", bullet)
+    page = (docs / "study.md").read_text()
+    assert len(quoted) == 3 and all(f"| {v} [{a}, {b}] |" in page for v, a, b in quoted)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import realign_kernels as rk
-from realign_kernels import _extension
+from realign_kernels import _extension, cpp_backend
 
 BACKENDS = [
     "torch",
@@ -26,6 +26,26 @@ def errors(result, exact):
     logps = (result.logps.double() - exact.logps).abs()
     gradient = (result.hidden.double() - exact.hidden).norm() / exact.hidden.norm()
     return torch.stack([logps.mean(), logps.max(), gradient])
+
+
+@pytest.mark.skipif(
+    _extension.missing_reason() is not None, reason="the C++ extension is not built"
+)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7, 90), (90, 7, 5), (5, 90, 7)], ids=["n", "m", "k"])
+def test_halves_multiplied_in_fp32_by_blocks(shape, dtype, accumulate, monkeypatch):
+    """As on a CPU without bf16 arithmetic: exact but for the last rounding, along each axis."""
+    monkeypatch.setattr(cpp_backend, "BLOCK", 64)  # several blocks, the last one ragged
+    m, k, n = shape
+    a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16().T
+    out = torch.randn(m, n).to(dtype)
+    exact = a.double() @ b.double() + (out.double() if accumulate else 0)
+    cpp_backend._gemm_in_fp32(a, b, out, accumulate)
+    rounding = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 2e-2}
+    )
+    torch.testing.assert_close(out.double(), exact, **rounding)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
