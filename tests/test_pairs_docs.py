@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_pairs_import import BAD
+from test_pairs_import_bad import BAD
 
 from realign.cli import parse_sections
 from realign.config import TrainConfig
