@@ -337,14 +337,13 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path):
+def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path, capsys):
     words = arguments(pairs_file, tmp_path, steps=400)
     first = start(*words)
     wait_for_step(first, tmp_path, 1)
     try:
-        second = start(*words, "--resume")
-        shown = second.communicate()[1]
-        assert second.returncode == 1
+        assert main([*words, "--resume"]) == 1
+        shown = capsys.readouterr().err
         assert shown.startswith(f"error: another run writes to {tmp_path}. Wait for its end")
         assert first.poll() is None
     finally:

@@ -153,12 +153,12 @@ def test_ranks_without_weights_get_those_of_rank_0(two_nodes):
         ] == []
 
 
-def test_ranks_without_fsdp_are_refused(pairs, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "realign.train", *arguments(pairs, tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "error: this is one of 2 ranks, but without --fsdp nothing is shared" in done.stderr
+def test_ranks_without_fsdp_are_refused(pairs, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))  # as a launcher of two ranks would
+    assert main(arguments(pairs, tmp_path)) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: this is one of 2 ranks, but without --fsdp nothing is shared")
 
 
 def test_the_error_of_a_rank_is_one_line(pairs, tmp_path):
