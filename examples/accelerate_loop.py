@@ -1,4 +1,7 @@
-"""rDPO in a loop under accelerate: `accelerate launch --num_processes 2 accelerate_loop.py`."""
+"""rDPO in a loop under accelerate.
+
+`accelerate launch --multi_gpu --num_processes 2 accelerate_loop.py`, without GPUs, too.
+"""
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +26,7 @@ class Loss(nn.Module):
 
 def main() -> None:
     given = options(__doc__)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():  # one of them makes the pairs
         model, processor, records = load(given)
     ranks, rank = accelerator.num_processes, accelerator.process_index

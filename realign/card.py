@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from realign.config import TrainConfig
+from realign.config import LossConfig, TrainConfig
+from realign_kernels import objectives
 
 _SHOWN = {
     "loss": "loss",
@@ -33,8 +34,7 @@ processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What a card shows of a run's settings."""
     return {
-        "beta": config.loss.beta,
-        "visual weight": config.loss.visual_weight,
+        **loss_settings(config.loss),
         "what was trained": _trained(config),
         "peak learning rate": config.optim.learning_rate,
         "weight decay": config.optim.weight_decay,
@@ -44,6 +44,12 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "computed in": config.model.dtype,
         "seed": config.run.seed,
     }
+
+
+def loss_settings(loss: LossConfig) -> dict[str, float]:
+    """What a card shows of an objective's settings: those that it has."""
+    weighted = "visual_weight" in objectives.settings(loss.objective)
+    return {"beta": loss.beta} | ({"visual weight": loss.visual_weight} if weighted else {})
 
 
 def model_card(
@@ -69,10 +75,10 @@ def model_card(
         digests: of the base's weights and of the records, by what they are of.
         last: the last step's line of metrics.jsonl; empty where there is none.
     """
-    local = Path(base).is_dir()
-    name = Path(base).name if local else base
+    local = bool(base) and Path(base).is_dir()
+    name = Path(base).name if local else base or "a model without a name"
     head = {"library_name": "peft" if adapter else "transformers"}
-    head |= {} if local else {"base_model": base}
+    head |= {"base_model": base} if base and not local else {}
     front = "\n".join(
         [
             "---",

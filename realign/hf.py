@@ -16,37 +16,36 @@ of examples: images and tokens are laid out in the forward, on the rank that nee
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
 
-from realign import metrics, reference
+from realign import hf_parts, metrics, reference
 from realign.attention import IMPLEMENTATIONS, row_budget
-from realign.card import model_card
+from realign.card import loss_settings, model_card
 from realign.config import LossConfig
 from realign.encode import encode_records, make_objective
 from realign.forest import build_batch
 from realign.hf_records import Records, records_of
-from realign.loading import load_model, load_processor
-from realign.model import ForestModel
+from realign.loading import adapter_base, load_model, load_processor
 from realign_kernels import ReferenceCache
 
-_REFUSED = {  # arguments of the Trainer that another loss than ours would read
+_REFUSED = {  # settings of the Trainer that another loss than ours would read
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
     "use_liger_kernel": False,
     "torch_compile": False,
     "fp16": False,
 }
+_REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_init")
 
 
 @dataclass
@@ -62,6 +61,7 @@ class RDPOConfig(TrainingArguments):
         reference_cache: folder of reference log-probs; $REALIGN_CACHE/reference, or
             ~/.cache/realign/reference, when absent.
         learning_rate: peak, 1e-5 as in the paper.
+        use_cpu: true where there is no GPU, so that several processes meet there, too.
     """
 
     learning_rate: float = 1e-5
@@ -73,6 +73,7 @@ class RDPOConfig(TrainingArguments):
     reference_cache: str | None = None
 
     def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.remove_unused_columns = False  # a batch is indices
         self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
@@ -85,18 +86,19 @@ class RDPOTrainer(Trainer):
     """Trains a vision-language model with rDPO or another objective over images.
 
     Args:
-        model: folder or hub name, a model of transformers, or one with PEFT adapters. Its
-            reference is itself without adapters, as it is when training begins.
+        model: folder or hub name, a model of transformers, or one with PEFT adapters, trained
+            before or not. The reference is the model as it is when training begins.
         args: settings.
         train_dataset: preference records; TRL's vision columns `prompt` (or implicit), `chosen`,
             `rejected`, `images`, and `retrieved_images` for objectives with a visual term.
-        eval_dataset: more of them, for `evaluate`.
+        eval_dataset: more of them, for `evaluate`; or several sets by name.
         processing_class: the processor; that of the model's folder when absent.
         peft_config: adapters to train; without them all weights but the vision tower's learn.
         kwargs: callbacks, optimizers and other arguments of `Trainer`.
 
     Raises:
-        ValueError: for a model that forests cannot be laid out for, or settings without effect.
+        ValueError: for a model that forests cannot be laid out for or of which nothing learns,
+            arguments without effect, DeepSpeed, or several GPUs without a launcher.
         RecordError: for a record that cannot be trained on; it is named.
     """
 
@@ -105,37 +107,38 @@ class RDPOTrainer(Trainer):
         model: str | Path | PreTrainedModel | PeftModel,
         args: RDPOConfig,
         train_dataset: Records,
-        eval_dataset: Records | None = None,
+        eval_dataset: Records | dict[str, Records] | None = None,
         processing_class: Any = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, RDPOConfig):
-            raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
+        _check(args, kwargs)
         vlm, self.adapter = self._load(model, args, peft_config)
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
         processor = processing_class or load_processor(path)
         dtype = torch.bfloat16 if args.bf16 else vlm.dtype
         # Before adapters, so that those on the vision tower learn where somebody asks for them.
-        module = _Module(vlm, dtype=dtype)
-        self._base, self._digest = (
-            str(path),
-            reference.weights_digest(_WithoutAdapters(vlm), vlm.dtype),
-        )
-        self._fingerprint = reference.fingerprint(
-            vlm,
-            processor,
-            dtype,
-            args.device,
-            kernels="autocast" if args.bf16 else "eager",
-            weights=self._digest,
+        module = hf_parts.Module(vlm, dtype=dtype)
+        self._base, self._digest = str(path), hf_parts.base_digest(vlm)
+        about = reference.description(
+            vlm, processor, dtype, args.device, kernels="autocast" if args.bf16 else "eager"
         )
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
-        records = [*records_of(train_dataset)]
+        if not any(p.requires_grad for p in vlm.parameters()):
+            raise ValueError("no weight of the model learns; load it with is_trainable=True.")
+        self._adapters_count = not hf_parts.begins_as_base(self.adapter)
+        weights = hf_parts.whole_digest(self.adapter) if self._adapters_count else self._digest
+        self._fingerprint = about | {"weights": weights}
+        records = records_of(train_dataset)
         count = len(records)
-        records += records_of(eval_dataset) if eval_dataset is not None else []
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        places = {}
+        for name, rows in named.items() if eval_dataset is not None else ():
+            more = records_of(rows)
+            places[name] = hf_parts.Places(len(records), len(records) + len(more))
+            records = [*records, *more]
         self.objective = make_objective(args.loss, records)
         self.examples, self.store = encode_records(
             records,
@@ -147,13 +150,13 @@ class RDPOTrainer(Trainer):
             progress=not args.disable_tqdm,
         )
         self.references: torch.Tensor | None = None  # (L, examples) fp32
-        self._sums: dict[str, torch.Tensor] = {}
+        self._seen: list[torch.Tensor] = []  # (B, 1 + metrics) fp64: place, metrics of an example
         super().__init__(
             module,
             args,
-            data_collator=_indices,
-            train_dataset=_Places(0, count),
-            eval_dataset=_Places(count, len(records)) if eval_dataset is not None else None,
+            data_collator=hf_parts.indices,
+            train_dataset=hf_parts.Places(0, count),
+            eval_dataset=places if isinstance(eval_dataset, dict) else places.get(""),
             processing_class=processor,
             **kwargs,
         )
@@ -172,6 +175,12 @@ class RDPOTrainer(Trainer):
                 raise ValueError("the model has adapters already; leave out peft_config.")
             return model.get_base_model(), model
         if isinstance(model, str | Path):
+            if peft_config is not None and adapter_base(model):
+                raise ValueError(
+                    f"{model} is an adapter itself; one on top of it could not be loaded elsewhere."
+                    " Merge it first (python -m realign.export), or give it as a PeftModel with "
+                    "is_trainable=True and leave out peft_config, to train it on."
+                )
             frozen = peft_config is not None and args.bf16
             return load_model(model, torch.bfloat16 if frozen else torch.float32), None
         kind = model.model.get_decoder().config._attn_implementation
@@ -187,10 +196,27 @@ class RDPOTrainer(Trainer):
         self._fill_references()
         return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`: loss, rewards, accuracies and margins under `eval_`."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`: loss, rewards, accuracies and margins under `eval_`.
+
+        Raises:
+            ValueError: for other data than the trainer was made with, or one of its sets by name.
+        """
+        if not isinstance(eval_dataset, str | hf_parts.Places | None):
+            raise ValueError(
+                "records to evaluate on are given when the trainer is made (eval_dataset=, or a "
+                "dict of several): their references are computed before the first step."
+            )
         self._fill_references()
-        return super().evaluate(*args, **kwargs)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """There are no logits to give.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("predict has no logits to give; evaluate() gives rewards and margins.")
 
     def _fill_references(self) -> None:
         """References of all examples. Nothing is wrapped and no step is made yet."""
@@ -213,6 +239,7 @@ class RDPOTrainer(Trainer):
                     module,
                     self.examples,
                     self.store,
+                    adapters=self._adapters_count,
                     row_tokens=args.row_tokens or longest,
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
@@ -246,9 +273,10 @@ class RDPOTrainer(Trainer):
                 f"the loss of records {names} is {loss.item()}. Look at their images and texts, or "
                 "lower the learning rate; checkpoints are kept."
             )
-        for name, value in metrics.sums(output, self.objective).items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._sums["examples"] = self._sums.get("examples", 0) + value.new_tensor(len(places))
+        found = metrics.by_example(output, self.objective)
+        self._names = list(found)
+        where = inputs["places"].to(output.logps.device).double()
+        self._seen.append(torch.stack([where, *found.values()], dim=1))
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -258,29 +286,29 @@ class RDPOTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Metrics of the evaluation, apart from those of the steps around it."""
-        kept, self._sums = self._sums, {}
+        kept, self._seen = self._seen, []
         found = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found.metrics.update({f"{prefix}_{k}": v for k, v in self._means().items()})
-        self._sums = kept
+        found.metrics.update({f"{prefix}_{k}": v for k, v in self._means(once=True).items()})
+        self._seen = kept
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with TRL's `rewards/*` and `logps/*` of the steps since the last."""
-        if "loss" in logs and self._sums:
+        if "loss" in logs and self._seen:
             logs |= self._means()
-            self._sums = {}
+            self._seen = []
         super().log(logs, start_time)
 
-    def _means(self) -> dict[str, float]:
-        """Means over all examples of all ranks."""
-        names = sorted(self._sums)
-        values = torch.stack([self._sums[name].to(self.args.device) for name in names])
-        total = self.accelerator.reduce(values, "sum").tolist()
-        found = dict(zip(names, total, strict=True))
-        count = found.pop("examples")
-        found.pop("loss")
-        return {name: value / count for name, value in found.items()}
+    def _means(self, once: bool = False) -> dict[str, float]:
+        """Means over the examples of all ranks; `once` counts those that fill a batch up once."""
+        rows = torch.cat(self._seen).to(self.args.device)
+        rows = self.accelerator.pad_across_processes(rows, pad_index=-1)
+        rows = self.accelerator.gather(rows).cpu().numpy()
+        rows = rows[rows[:, 0] >= 0]
+        if once:
+            rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
+        return dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model or its adapter as transformers and PEFT load them, with the processor."""
@@ -288,7 +316,7 @@ class RDPOTrainer(Trainer):
         if self.adapter is not None:  # the base is neither saved nor gathered
             trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
             state_dict = {n: value for n, value in state_dict.items() if n in trained}
-        weights = {n.removeprefix("vlm."): _whole(value) for n, value in state_dict.items()}
+        weights = {n.removeprefix("vlm."): hf_parts.whole(value) for n, value in state_dict.items()}
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -302,15 +330,19 @@ class RDPOTrainer(Trainer):
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Our card in `output_dir`, for `push_to_hub`; what Trainer would say is left out."""
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(self._card(), encoding="utf-8")
+
     def _card(self) -> str:
         args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
         return model_card(
             self.objective.name,
             {
-                "beta": args.beta,
-                "visual weight": args.visual_weight,
+                **loss_settings(args.loss),
                 "peak learning rate": args.learning_rate,
-                "schedule": args.lr_scheduler_type,
+                "schedule": SchedulerType(args.lr_scheduler_type).value,
                 "records in a step": args.train_batch_size
                 * args.gradient_accumulation_steps
                 * args.world_size,
@@ -343,51 +375,16 @@ class RDPOTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class _Module(ForestModel):
-    """A ForestModel with what Trainer asks of a model."""
-
-    @property
-    def config(self) -> Any:
-        return self.vlm.config
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self.vlm.gradient_checkpointing_enable(*args, **kwargs)
-
-
-class _Places(Dataset):
-    """Indices first .. last - 1 of the examples."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self._range = range(first, last)
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    def __getitem__(self, i: int) -> int:
-        return self._range[i]
-
-
-def _indices(places: Sequence[int]) -> dict[str, torch.Tensor]:
-    return {"places": torch.tensor(places)}
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP2 shards, gathered on the CPU: every rank must ask."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-
-class _WithoutAdapters:
-    """A model's tensors under the names they have without adapters, for their digest."""
-
-    def __init__(self, vlm: PreTrainedModel) -> None:
-        self._vlm = vlm
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self._plain(self._vlm.state_dict().items())
-
-    def named_buffers(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return self._plain(self._vlm.named_buffers()).items()
-
-    @staticmethod
-    def _plain(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {n.replace(".base_layer.", "."): t for n, t in tensors if ".lora_" not in n}
+def _check(args: Any, given: dict[str, Any]) -> None:
+    if not isinstance(args, RDPOConfig):
+        raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
+    for name in _REPLACED:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} would have no effect here; leave it out.")
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp_config, version 2).")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and this is one process: start it with `accelerate "
+            "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
+        )

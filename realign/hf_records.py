@@ -24,13 +24,16 @@ def records_of(rows: Records) -> list[Record]:
     Raises:
         RecordError: for a row that is none, with its place.
         FileNotFoundError: when there is nothing at a path.
-        ValueError: for an empty set, or a streaming one.
+        ValueError: for an empty set, a streaming one, or several splits.
     """
     if isinstance(rows, str | Path):
         return read_pairs(rows)
+    if isinstance(rows, Mapping):
+        raise ValueError(f"this is a dictionary of {', '.join(rows)}; give one of its data sets.")
     if hasattr(rows, "with_format") and not hasattr(rows, "__len__"):
         raise ValueError("a streaming data set has no length; load it without streaming=True.")
-    if hasattr(rows, "with_format"):  # of `datasets`: as it is stored, images not decoded
+    if hasattr(rows, "with_format") and rows.format["type"] != "custom":
+        # Of `datasets`, without a transform: as it is stored, images not decoded.
         rows = rows.with_format("arrow")[:].to_pylist()
     found = [
         row if isinstance(row, Record) else _record(row, f"row {i}") for i, row in enumerate(rows)

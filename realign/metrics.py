@@ -39,24 +39,29 @@ def _name(leaf: Leaf) -> str:
     return name + "_detached" * leaf.detached + "_rival" * leaf.rival
 
 
-def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
-    """Sums over a batch's examples of everything that is reported, as fp64 scalars."""
+def by_example(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
+    """Everything that is reported of a batch beside its loss, each (B,) fp64."""
     names = leaf_names(objective)
     rewards = dict(zip(names, output.rewards.double(), strict=True))
     logps = dict(zip(names, output.logps.detach().double(), strict=True))
-    found = {"loss": output.loss.detach().double()}
+    found = {}
     if len(objective.terms) > 1:
-        parts = output.term_losses.detach().double().sum(1)
+        parts = output.term_losses.detach().double()
         found |= {f"loss/{t.name}": part for t, part in zip(objective.terms, parts, strict=True)}
-    found |= {f"rewards/{name}": value.sum() for name, value in rewards.items()}
+    found |= {f"rewards/{name}": value for name, value in rewards.items()}
     for other in names:
         if "chosen" in rewards and re.fullmatch(r"rejected|visual(_\d+)?", other):
             prefix = "" if other == "rejected" else f"{other}_"
             margin = rewards["chosen"] - rewards[other]
-            found[f"rewards/{prefix}accuracies"] = (margin > 0).double().sum()
-            found[f"rewards/{prefix}margins"] = margin.sum()
-    found |= {f"logps/{name}": value.sum() for name, value in logps.items()}
-    return found
+            found[f"rewards/{prefix}accuracies"] = (margin > 0).double()
+            found[f"rewards/{prefix}margins"] = margin
+    return found | {f"logps/{name}": value for name, value in logps.items()}
+
+
+def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
+    """Sums over a batch's examples of everything that is reported, as fp64 scalars."""
+    found = {name: value.sum() for name, value in by_example(output, objective).items()}
+    return {"loss": output.loss.detach().double()} | found
 
 
 def step_line(entry: dict[str, Any], total: int) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -137,6 +138,7 @@ def fill(
     row_tokens: int,
     batch_rows: int,
     device: torch.device,
+    adapters: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> torch.Tensor:
@@ -144,12 +146,13 @@ def fill(
 
     Args:
         cache: where this model's log-probs are kept.
-        model: the reference, on `device`; LoRA layers in it are passed by.
+        model: the reference, on `device`.
         examples: the forests of the data set.
         store: gives the pixels of an image key.
         row_tokens: most tokens in a row of the forest.
         batch_rows: rows in one forward.
         device: where the model is.
+        adapters: whether adapters in the model are part of the reference; else they are passed by.
         progress: whether to show a bar.
         say: told in a line how many leaves were known, and where.
 
@@ -184,7 +187,7 @@ def fill(
         bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         bar.update(leaves)
 
-    with bar, adapters_off(model):
+    with bar, nullcontext() if adapters else adapters_off(model):
         cache.fill(
             model,
             leaves,

@@ -136,7 +136,8 @@ def test_the_page_about_it_runs_as_it_stands(pairs_file, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALIGN_CACHE", str(tmp_path / "own"))
     shutil.copy(pairs_file, "pairs.parquet")
-    Path("llava-1.5-7b").symlink_to(ASSETS)
+    Path("llava-hf").mkdir()
+    Path("llava-hf/llava-1.5-7b-hf").symlink_to(ASSETS)
     (console,) = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
     for line in console.splitlines():
         program, _, module, *words = line.split()

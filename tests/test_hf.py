@@ -2,27 +2,23 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-import accelerate
 import datasets
 import pytest
 import torch
+from hf_runs import BATCH, LORA, SEED, STEPS, config, history
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from PIL import Image
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from realign import export
 from realign.config import OptimConfig
 from realign.digits import ASSETS
-from realign.hf import RDPOConfig, RDPOTrainer
+from realign.hf import RDPOTrainer
 from realign.hf_records import records_of
 from realign.records import RecordError, read_pairs
 from realign.schedule import batches, learning_rate
@@ -31,28 +27,7 @@ from realign_kernels import rdpo_loss
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-STEPS, BATCH, SEED = 6, 8, 3
 OPTIM = OptimConfig(learning_rate=5e-5, batch_size=BATCH, steps=STEPS)
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|v_proj|up_proj)"}
-
-
-def _config(folder, **settings) -> RDPOConfig:
-    options = {
-        "per_device_train_batch_size": BATCH,
-        "max_steps": STEPS,
-        "learning_rate": OPTIM.learning_rate,
-        "max_grad_norm": 1.0,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": SEED,
-        "reference_cache": str(folder / "cache"),
-        "output_dir": str(folder / "out"),
-    }
-    return RDPOConfig(**(options | settings))
 
 
 class InOurOrder(RDPOTrainer):
@@ -71,10 +46,6 @@ class InOurOrder(RDPOTrainer):
         return self.lr_scheduler
 
 
-def _history(trainer, name="loss") -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 @pytest.fixture(scope="module")
 def ours(pairs_file, tmp_path_factory):
     """The curve of `realign.train`."""
@@ -87,12 +58,12 @@ def ours(pairs_file, tmp_path_factory):
 
 
 def test_the_trainer_takes_our_steps(ours, pairs_file, tmp_path):
-    trainer = InOurOrder(str(ASSETS), _config(tmp_path), str(pairs_file))
+    trainer = InOurOrder(str(ASSETS), config(tmp_path), str(pairs_file))
     trainer.train()
     for name in ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen"):
         expected = [entry[name] for entry in ours]
-        assert _history(trainer, name) == pytest.approx(expected, rel=2e-4, abs=2e-5), name
-    assert _history(trainer)[0] == pytest.approx(2 * 0.693147, abs=1e-5)
+        assert history(trainer, name) == pytest.approx(expected, rel=2e-4, abs=2e-5), name
+    assert history(trainer)[0] == pytest.approx(2 * 0.693147, abs=1e-5)
 
 
 def test_a_plain_loop_takes_our_steps(ours, pairs_file):
@@ -168,7 +139,7 @@ def test_adapters_are_trained_logged_saved_and_evaluated(rows, tmp_path):
 
     trainer = RDPOTrainer(
         str(ASSETS),
-        _config(tmp_path, max_steps=3),
+        config(tmp_path, max_steps=3),
         rows.select(range(14)),
         eval_dataset=rows.select(range(14, 20)),
         peft_config=LoraConfig(**LORA),
@@ -210,21 +181,21 @@ def test_adapters_are_trained_logged_saved_and_evaluated(rows, tmp_path):
 )
 def test_how_a_step_is_computed_changes_nothing(rows, tmp_path, settings):
     def trained(**given):
-        config = _config(tmp_path, max_steps=3, **given)
-        trainer = RDPOTrainer(str(ASSETS), config, rows, peft_config=LoraConfig(**LORA))
+        given = config(tmp_path, max_steps=3, **given)
+        trainer = RDPOTrainer(str(ASSETS), given, rows, peft_config=LoraConfig(**LORA))
         trainer.train()
-        return [*_history(trainer), *_history(trainer, "grad_norm")]
+        return [*history(trainer), *history(trainer, "grad_norm")]
 
     assert trained(**settings) == pytest.approx(trained(), rel=2e-5)
 
 
 def test_under_autocast_policy_and_reference_begin_equal(rows, tmp_path):
-    config = _config(tmp_path, max_steps=1, bf16=True)
-    trainer = RDPOTrainer(str(ASSETS), config, rows, peft_config=LoraConfig(**LORA))
+    settings = config(tmp_path, max_steps=1, bf16=True)
+    trainer = RDPOTrainer(str(ASSETS), settings, rows, peft_config=LoraConfig(**LORA))
     trainer.train()
-    assert _history(trainer)[0] == pytest.approx(2 * 0.693147, abs=2e-3)
+    assert history(trainer)[0] == pytest.approx(2 * 0.693147, abs=2e-3)
     folders = {path.name for path in (tmp_path / "cache").iterdir()}
-    plain = RDPOTrainer(str(ASSETS), _config(tmp_path, max_steps=1), rows)
+    plain = RDPOTrainer(str(ASSETS), config(tmp_path, max_steps=1), rows)
     plain.train()  # its references are others
     assert len({path.name for path in (tmp_path / "cache").iterdir()} - folders) == 1
 
@@ -233,8 +204,8 @@ def test_under_autocast_policy_and_reference_begin_equal(rows, tmp_path):
 def test_a_resumed_run_goes_on_as_it_would_have(rows, tmp_path, tune):
     def trainer(folder, **settings):
         peft = LoraConfig(**LORA) if tune == "lora" else None
-        config = _config(tmp_path, output_dir=str(tmp_path / folder), **settings)
-        return RDPOTrainer(str(ASSETS), config, rows.select(range(20)), peft_config=peft)
+        settings = config(tmp_path, output_dir=str(tmp_path / folder), **settings)
+        return RDPOTrainer(str(ASSETS), settings, rows.select(range(20)), peft_config=peft)
 
     whole = trainer("whole")
     whole.train()
@@ -242,118 +213,19 @@ def test_a_resumed_run_goes_on_as_it_would_have(rows, tmp_path, tune):
     first.train()
     second = trainer("cut")
     second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    assert _history(second) == pytest.approx(_history(whole), rel=1e-5)
-
-
-LAUNCHED = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from test_hf import launched
-trainer = launched(*sys.argv[3:], batch=4, fsdp=sys.argv[2] == "fsdp")
-trainer.save_model()
-if trainer.is_world_process_zero():
-    print("CURVE", json.dumps([e["loss"] for e in trainer.state.log_history if "loss" in e]))
-"""
-
-
-def shard_on_cpu() -> None:
-    """accelerate shards on accelerators only; let it shard on CPU processes."""
-    state = accelerate.state.AcceleratorState
-    begin = state.__init__
-
-    def begin_sharded(self, *args, fsdp_plugin=None, **kwargs):
-        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = "FSDP", fsdp_plugin
-
-    state.__init__ = begin_sharded
-
-
-class InOrder(RDPOTrainer):
-    """Two processes draw another random order than one."""
-
-    def _get_train_sampler(self, *_):
-        return list(range(len(self.train_dataset)))
-
-
-def launched(folder: str, data: str, batch: int, fsdp: bool = False) -> RDPOTrainer:
-    """A run with LoRA on a data set, `batch` records a step on each process."""
-    rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
-    settings = {"per_device_train_batch_size": batch, "max_steps": 3, "learning_rate": 1e-4}
-    if fsdp:
-        shard_on_cpu()
-        layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | layers
-        settings |= {"fsdp": True, "fsdp_config": wrap}
-    config = _config(Path(folder), **settings)
-    trainer = InOrder(str(ASSETS), config, rows, peft_config=LoraConfig(**LORA))
-    trainer.train()
-    assert fsdp == any(isinstance(p, DTensor) for p in trainer.model.parameters())
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def alone(pairs_file, tmp_path_factory):
-    """Curve and adapter of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    trainer = launched(str(folder), str(pairs_file), batch=8)
-    trainer.save_model()
-    return _history(trainer), load_file(folder / "out" / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_accelerate_launches_it_on_two_processes(way, alone, pairs_file, tmp_path):
-    """As many records in a step, dealt to two processes, give curve and adapter of one process.
-
-    accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU.
-    """
-    script = tmp_path / "script.py"
-    script.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    command += ["--num_processes", "2", "--multi_gpu", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", str(script), str(Path(__file__).parent), way]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two"), str(pairs_file)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("CURVE")]
-    curve, adapter = alone
-    assert json.loads(line.removeprefix("CURVE")) == pytest.approx(curve, rel=2e-5)
-    assert len(curve) == 3
-    saved = load_file(tmp_path / "two" / "out" / "adapter_model.safetensors")
-    assert saved.keys() == adapter.keys()
-    for name, value in adapter.items():  # Adam's steps are of 1e-4; a gradient near 0 may turn
-        torch.testing.assert_close(saved[name], value, rtol=0, atol=3e-5)
+    assert history(second) == pytest.approx(history(whole), rel=1e-5)
 
 
 def test_what_cannot_be_trained_is_named(rows, tmp_path):
     with pytest.raises(ValueError, match="label_smoothing_factor would have no effect"):
-        _config(tmp_path, label_smoothing_factor=0.1)
+        config(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="objective is 'kto'"):
-        _config(tmp_path, objective="kto")
+        config(tmp_path, objective="kto")
     bare = rows.select(range(4)).remove_columns("retrieved_images")
     with pytest.raises(RecordError, match="needs 'retrieved_image'.*--objective dpo"):
-        RDPOTrainer(str(ASSETS), _config(tmp_path), bare)
+        RDPOTrainer(str(ASSETS), config(tmp_path), bare)
     broken = [row | {"rejected": " "} if i == 2 else row for i, row in enumerate(bare)]
     with pytest.raises(RecordError, match="row 2"):
-        RDPOTrainer(str(ASSETS), _config(tmp_path), broken)
+        RDPOTrainer(str(ASSETS), config(tmp_path), broken)
     with pytest.raises(ValueError, match="holds no records"):
-        RDPOTrainer(str(ASSETS), _config(tmp_path), [])
-
-
-EXAMPLE_FILES = sorted(p.name for p in EXAMPLES.glob("*.py") if p.name != "sequences.py")
-
-
-@pytest.mark.parametrize("name", EXAMPLE_FILES)
-def test_an_example_runs_and_saves_a_model(name, pairs_file, tmp_path):
-    options = ["--steps", "3", "--batch-size", "4", "--pairs", str(pairs_file)]
-    command = [sys.executable, str(EXAMPLES / name), *options, "--output", str(tmp_path)]
-    environment = os.environ | {"REALIGN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "loss" in done.stdout
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+        RDPOTrainer(str(ASSETS), config(tmp_path), [])

@@ -158,6 +158,7 @@ def _missing(own, folder):
             "no record gave a pair; dropped 6 (6 nothing to mask). Name other kinds",
         ),
         (_alone, "no record gave a pair; dropped 1 (1 no neighbour). Give more images"),
+        (_alone, " There is no --model: the shipped digits model fills the gaps, which knows"),
         (_missing, "there is nothing at"),
     ],
 )

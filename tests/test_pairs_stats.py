@@ -145,3 +145,5 @@ def test_the_command(pairs, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.out.startswith("5 pairs\n")
     assert "pip install 'realign[demo]', or add --no-plot" in printed.err
+    assert main([str(pairs)]) == 0  # the table is what was asked for first
+    assert "no plot: it needs matplotlib, pip install 'realign[demo]'" in capsys.readouterr().out

@@ -55,7 +55,10 @@ def test_fifty_pictures_of_ones_own(tmp_path, monkeypatch, capfd):
     assert all(pair.chosen != pair.rejected for pair in pairs)
     assert "<!doctype html>" in (tmp_path / "gallery.html").read_text()[:50].lower()
     log = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert len(log) >= 1 and all(np.isfinite(entry["loss"]) for entry in log)
+    assert len(log) >= 12
+    for name in ("rewards/margins", "rewards/visual_margins"):  # "begin at 0 and should rise"
+        assert abs(log[0][name]) < 0.01
+        assert np.mean([entry[name] for entry in log[-4:]]) > 0.02, name
     model = load_trained(tmp_path / "run" / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "run" / "model")
     assert any("lora_" in name for name, _ in model.named_parameters()) and processor.image_token

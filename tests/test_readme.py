@@ -39,11 +39,12 @@ def test_the_python_block_runs(capsys):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with what the README's commands name: records, and a LLaVA folder."""
+    """A folder with what the README's commands name: records, and the LLaVA of that name."""
     folder = tmp_path_factory.mktemp("readme")
     sources = digit_sources(PairsConfig(scenes=40))
     write_pairs(folder / "records.parquet", sources)
-    (folder / "llava-1.5-7b").symlink_to(ASSETS)
+    (folder / "llava-hf").mkdir()
+    (folder / "llava-hf" / "llava-1.5-7b-hf").symlink_to(ASSETS)
     return folder
 
 

@@ -49,6 +49,9 @@ _REMEDIES = {
 }
 
 
+_DIGITS = "the shipped digits model fills the gaps, which knows no other pictures"
+
+
 @dataclass
 class PairsReport:
     """What a run made."""
@@ -84,7 +87,8 @@ def build_pairs(config: PairsConfig) -> PairsReport:
         pairs = assembler.pairs()
         first = next(pairs, None)
         if first is None:
-            raise ValueError(_no_pair(outcome))
+            small = config.data is not None and config.model is None
+            raise ValueError(_no_pair(outcome) + f" There is no --model: {_DIGITS}." * small)
         try:
             written = write_pairs(config.output, chain([first], pairs), typed=assembler.typed())
         except OSError as error:
@@ -139,6 +143,8 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
         quiet=config.quiet,
         ray=config.ray,
     )
+    if config.data is not None and config.model is None:
+        runner.say(f"no --model: {_DIGITS}")
 
     def check(outcome: Outcome) -> None:
         missing, records = outcome.unanswered, outcome.records

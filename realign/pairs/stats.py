@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         stats = collect(given.pairs, work=given.work)
         print(table(stats))
-        if not given.no_plot:
+        if not given.no_plot and given.output is None and not find_spec("matplotlib"):
+            print("no plot: it needs matplotlib, pip install 'realign[demo]'")
+        elif not given.no_plot:
             path = Path(given.pairs)
             output = given.output or str(path.with_name(f"{path.stem}-stats.png"))
             draw(stats, output)

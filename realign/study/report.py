@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from realign.study.analysis import Mean, Results, complete, differences, mean, values
-from realign.study.arms import ARMS_OF, COMPARISONS, PRIMARY, SECTIONS
+from realign.study.arms import ARMS_OF, COMPARISONS, HIGHEST, LOWEST, PRIMARY, SECTIONS
 from realign.study.plots import curves_of
 from realign.study.runs import best_rate, tuning_of
 from realign.study.testbed import TUNING_SEED, Testbed
@@ -48,7 +48,8 @@ def page(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
     """
     count = sum(len(results) for results in found.values())
     findings = "\n".join(f"- {finding(name, results)}" for name, results in found.items())
-    parts = [_HEAD.format(findings=findings, count=count, bed=next(iter(testbeds.values())))]
+    bed, ends = next(iter(testbeds.values())), {"lowest": LOWEST, "highest": HIGHEST}
+    parts = [_HEAD.format(findings=findings, count=count, bed=bed, **ends)]
     if absent := [name for name in ARMS_OF if name not in found]:
         parts += [f"Not run yet: {', '.join(absent)}.", ""]
     for name, results in found.items():
@@ -108,7 +109,12 @@ def _tuning(results: Results) -> str:
         taken = rates.index(best_rate(tried))
         cells[taken] = f"**{cells[taken]}**"
         lines.append([name, *cells])
-    return _markdown(lines)
+    ends = {}
+    for name, tried in tuning.items():
+        if (rate := best_rate(tried)) in (LOWEST, HIGHEST):
+            ends.setdefault(rate, []).append(name)
+    said = [f"At {rate:g}, the last tried: {', '.join(ends[rate])}." for rate in sorted(ends)]
+    return "\n\n".join([_markdown(lines), *said])
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -149,9 +155,10 @@ not, and a base that leans on the prior misnames pictures; where it does, the pr
 three sequences for DPO's two.
 
 Each method, each kind of negative and each way to make pairs has a learning rate of its own: the
-best of four, and of further ones by factors of two where the best is an end, on a seed that is not
-reported. That seed has other test scenes of the same test pictures. Arms that vary weight, beta or
-k take the rate of their method.
+best of four, and of further ones by factors of two where the best is an end, from {lowest:g} to
+{highest:g}, on a seed that is not reported; below its table stands whose best is one of these two.
+That seed has other test scenes of the same test pictures. Arms that vary weight, beta or k take the
+rate of their method.
 
 Numbers are means over seeds with Student's 95 % interval: over bases, pairs and trainings, not over
 scenes, which are the same for all. One word of a caption is masked unless said otherwise. SymMPO's

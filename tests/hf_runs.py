@@ -1,0 +1,81 @@
+"""Short runs of RDPOTrainer on the digits, in this process or as one of several."""
+
+from pathlib import Path
+
+import accelerate
+import datasets
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+
+from realign.digits import ASSETS
+from realign.hf import RDPOConfig, RDPOTrainer
+
+STEPS, BATCH, SEED = 6, 8, 3
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|v_proj|up_proj)"}
+
+
+def config(folder, **settings) -> RDPOConfig:
+    """Settings of a short run that keeps all it writes in a folder."""
+    options = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "learning_rate": 5e-5,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": SEED,
+        "reference_cache": str(folder / "cache"),
+        "output_dir": str(folder / "out"),
+    }
+    return RDPOConfig(**(options | settings))
+
+
+def history(trainer, name="loss") -> list[float]:
+    """One logged value of every step."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards on accelerators only; let it shard on CPU processes."""
+    state = accelerate.state.AcceleratorState
+    begin = state.__init__
+
+    def begin_sharded(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = "FSDP", fsdp_plugin
+
+    state.__init__ = begin_sharded
+
+
+class InOrder(RDPOTrainer):
+    """Two processes draw another random order than one."""
+
+    def _get_train_sampler(self, *_):
+        return list(range(len(self.train_dataset)))
+
+
+def launched(folder: str, data: str, batch: int, fsdp: bool = False) -> RDPOTrainer:
+    """A run with LoRA on a data set, `batch` records a step on each process.
+
+    Five records to evaluate on do not divide among processes and batches.
+    """
+    rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
+    settings = {"per_device_train_batch_size": batch, "max_steps": 3, "learning_rate": 1e-4}
+    settings |= {"per_device_eval_batch_size": 2}
+    if fsdp:
+        shard_on_cpu()
+        layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | layers
+        settings |= {"fsdp": True, "fsdp_config": wrap}
+    settings = config(Path(folder), **settings)
+    trainer = InOrder(
+        str(ASSETS), settings, rows, eval_dataset=rows.select(range(5)),
+        peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
+    trainer.train()
+    assert fsdp == any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return trainer

@@ -1,0 +1,152 @@
+"""What RDPOTrainer takes for the reference of a model with adapters, and what it refuses."""
+
+import datasets
+import pytest
+import torch
+from hf_runs import LORA, config, history
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText
+
+from realign.digits import ASSETS
+from realign.hf import RDPOTrainer
+from realign.hf_records import records_of
+from realign.loading import load_model
+from realign.records import read_pairs
+
+EQUAL = 2 * 0.693147  # the loss of rdpo where policy and reference agree
+
+
+@pytest.fixture
+def adapted():
+    """A model with an adapter that was trained before."""
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.05)
+    return model
+
+
+def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, pairs_file, tmp_path):
+    base = RDPOTrainer(
+        str(ASSETS), config(tmp_path, max_steps=1), pairs_file, peft_config=LoraConfig(**LORA)
+    )
+    base.train()
+    shared = {path.name for path in (tmp_path / "cache").iterdir()}
+    trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=2), pairs_file)
+    trainer.train()
+    for found in (base, trainer):
+        assert history(found)[0] == pytest.approx(EQUAL, abs=1e-4)
+        assert history(found, "rewards/margins")[0] == pytest.approx(0, abs=1e-4)
+    # It is another reference than the base, kept apart; log-probs under it are others.
+    assert len({path.name for path in (tmp_path / "cache").iterdir()} - shared) == 1
+    difference = (trainer.references - base.references).abs().mean()
+    assert difference > 0.1  # nats; a rounding error is 1e-5
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(ASSETS), str(tmp_path / "saved")
+    )
+    mine = {n.removeprefix("vlm."): p for n, p in trainer.model.state_dict().items()}
+    for name, value in loaded.base_model.model.state_dict().items():
+        assert torch.equal(value, mine[name]), name
+
+
+def test_adapters_that_begin_as_the_base_share_its_references(pairs_file, tmp_path):
+    fresh = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
+    given = [(fresh, None), (str(ASSETS), LoraConfig(**LORA, use_dora=True)), (str(ASSETS), None)]
+    for model, peft in given:
+        trainer = RDPOTrainer(model, config(tmp_path, max_steps=1), pairs_file, peft_config=peft)
+        trainer.train()
+        assert history(trainer)[0] == pytest.approx(EQUAL, abs=1e-4)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_adapters_that_change_the_base_begin_equal(pairs_file, tmp_path):
+    """PiSSA takes its start out of the base's weights: without adapters that is another model."""
+    peft = LoraConfig(**LORA, init_lora_weights="pissa")
+    trainer = RDPOTrainer(
+        str(ASSETS), config(tmp_path, max_steps=1), pairs_file, peft_config=peft
+    )  # fmt: skip
+    trainer.train()
+    assert history(trainer)[0] == pytest.approx(EQUAL, abs=1e-4)
+    assert history(trainer, "rewards/visual_margins")[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_what_of_adapters_cannot_be_trained_is_refused(adapted, pairs_file, tmp_path):
+    folder = tmp_path / "adapter"
+    adapted.save_pretrained(folder)
+    settings = config(tmp_path)
+    with pytest.raises(ValueError, match="is an adapter itself.*Merge it first"):
+        RDPOTrainer(str(folder), settings, pairs_file, peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="has adapters already; leave out peft_config"):
+        RDPOTrainer(adapted, settings, pairs_file, peft_config=LoraConfig(**LORA))
+    frozen = PeftModel.from_pretrained(load_model(ASSETS), str(folder))
+    with pytest.raises(ValueError, match="no weight of the model learns.*is_trainable=True"):
+        RDPOTrainer(frozen, settings, pairs_file)
+
+
+def test_several_sets_are_evaluated_by_name_and_others_refused(pairs_file, tmp_path):
+    records = read_pairs(pairs_file)
+    sets = {"near": records[:3], "far": records[3:10]}
+    trainer = RDPOTrainer(
+        str(ASSETS), config(tmp_path, max_steps=1, learning_rate=1e-4), records, sets,
+        peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()
+    one = RDPOTrainer(str(ASSETS), config(tmp_path), records, sets["far"])
+    for name in ("logps/chosen", "logps/visual"):  # of one step apart
+        assert found[f"eval_far_{name}"] == pytest.approx(one.evaluate()[f"eval_{name}"], rel=0.05)
+        assert found[f"eval_far_{name}"] != found[f"eval_near_{name}"]
+    assert trainer.evaluate("near")["eval_loss"] == found["eval_near_loss"]
+    with pytest.raises(ValueError, match="given when the trainer is made"):
+        trainer.evaluate(records[:2])
+    with pytest.raises(ValueError, match=r"predict has no logits.*evaluate\(\)"):
+        trainer.predict(records[:2])
+    with pytest.raises(ValueError, match="no eval_dataset|requires an eval_dataset"):
+        RDPOTrainer(str(ASSETS), config(tmp_path), records).evaluate()
+
+
+def test_pushing_keeps_the_card(pairs_file, tmp_path, monkeypatch):
+    settings = config(tmp_path, max_steps=1, objective="dpo")
+    trainer = RDPOTrainer(str(ASSETS), settings, pairs_file, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    trainer.save_model()
+    before = (tmp_path / "out" / "README.md").read_text()
+    trainer.create_model_card(model_name="mine", tags=["x"])  # as Trainer.push_to_hub does
+    assert (tmp_path / "out" / "README.md").read_text() == before
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "peft" and "| schedule | constant |" in card.text
+    assert "visual weight" not in card.text  # dpo has none
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"compute_metrics": len}, "compute_metrics would have no effect"),
+        ({"data_collator": len}, "data_collator would have no effect"),
+        ({"deepspeed": True}, "DeepSpeed is not supported; shard with FSDP2"),
+        ({"gpus": 2}, "2 GPUs are visible.*accelerate launch"),
+    ],
+)
+def test_arguments_without_effect_are_refused(more, message, pairs_file, tmp_path, monkeypatch):
+    settings = config(tmp_path)
+    if more.pop("deepspeed", False):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    settings._n_gpu = more.pop("gpus", 0)
+    with pytest.raises(ValueError, match=message):
+        RDPOTrainer(str(ASSETS), settings, pairs_file, **more)
+
+
+def test_transforms_of_a_data_set_are_applied(pairs_file):
+    rows = datasets.load_dataset("parquet", data_files=str(pairs_file), split="train")
+
+    def shout(batch):
+        says = [[m | {"content": m["content"].upper()} for m in one] for one in batch["chosen"]]
+        return batch | {"chosen": says}
+
+    plain, loud = records_of(rows), records_of(rows.with_transform(shout))
+    assert [r.chosen for r in loud] == [r.chosen.upper() for r in plain]
+    with pytest.raises(ValueError, match="dictionary of train, test; give one"):
+        records_of(datasets.DatasetDict(train=rows, test=rows))
