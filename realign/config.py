@@ -167,7 +167,8 @@ class RunConfig:
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     merge: bool = False
-    """Write the final model with the LoRA adapter merged in, instead of the adapter."""
+    """Write the final model with the LoRA adapter merged in, in the base's dtype, instead of the
+    adapter."""
     dry_run: bool = False
     """Check settings and records, print the plan (sizes, memory, steps, time); write nothing."""
     log_every: int = 1

@@ -1,27 +1,41 @@
 """What is installed, which backend runs and why, and what to add: `python -m realign.doctor`.
 
 Exit code 0 where everything that is needed works, 1 where something is broken. It never fails on a
-missing package: that is what it is for.
+missing package, nor on a compiled extension that ends Python: that is what it is for. Every line is
+printed as soon as it is known.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-NEEDED = (
-    "torch", "numpy", "transformers", "tokenizers", "peft", "safetensors", "pyarrow", "pillow",
-    "tqdm", "jinja2", "scikit-learn", "scipy",
-)  # fmt: skip
-"""Distributions that everything needs, as pyproject.toml lists them."""
-_MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+NEEDED = {
+    "torch": "2.10", "numpy": "2", "transformers": "5.0", "tokenizers": "", "peft": "",
+    "safetensors": "", "pyarrow": "", "pillow": "", "tqdm": "", "jinja2": "", "scikit-learn": "",
+    "scipy": "",
+}  # fmt: skip
+"""Distributions that everything needs -> the oldest that will do, as pyproject.toml lists them."""
+OPTIONAL = {"faiss-gpu": "1.15", "ray": "2.60"}
+"""Optional distributions -> likewise, where it names a version."""
+_MODULES = {
+    "pillow": "PIL", "scikit-learn": "sklearn", "scikit-image": "skimage", "faiss-cpu": "faiss",
+    "faiss-gpu": "faiss", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel",
+    "sentence-transformers": "sentence_transformers",
+}  # fmt: skip
 
 
 class Extra(NamedTuple):
@@ -53,6 +67,7 @@ EXTRAS = (
     Extra(("tensorboard",), "--tensorboard", "pip install 'realign[tensorboard]'"),
     Extra(("wandb",), "--wandb", "pip install 'realign[wandb]'"),
 )
+_WIDE = max(len(extra.names[0]) for extra in EXTRAS)
 
 
 class Finding(NamedTuple):
@@ -69,30 +84,20 @@ class Finding(NamedTuple):
     about: str
 
 
-def examine() -> dict[str, list[Finding]]:
-    """Look at everything; section -> findings."""
-    sections = {"machine": list(_machine()), "packages": list(_packages())}
-    if any(f.mark == "BAD" for f in sections["packages"]):
-        return sections  # nothing else can be looked at
+def examine() -> Iterator[tuple[str, Finding]]:
+    """Look at everything, one thing after the other: its section and what was found."""
+    broken = False
+    for look in (_machine, _packages):
+        for finding in look():
+            broken |= look is _packages and finding.mark == "BAD"
+            yield look.__name__[1:], finding
+    if broken:
+        return  # nothing else can be looked at
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says it
-        sections["kernels"] = list(_kernels())
-        sections["optional"] = list(_optional())
-        sections["folders"] = list(_folders())
-    return sections
-
-
-def report(sections: dict[str, list[Finding]]) -> str:
-    """The findings as text."""
-    wide = max(len(finding.what) for part in sections.values() for finding in part)
-    lines = []
-    for name, findings in sections.items():
-        lines += ["", name] if lines else [name]
-        for mark, what, about in findings:
-            lines.append(f"  {mark:3} {what:{wide}}  {about}".rstrip())
-    bad = [f.what for part in sections.values() for f in part if f.mark == "BAD"]
-    told = f"broken: {', '.join(bad)}" if bad else "everything that is needed works"
-    return "\n".join([*lines, "", told])
+        for look in (_kernels, _optional, _folders):
+            for finding in look():
+                yield look.__name__[1:], finding
 
 
 def _machine() -> Iterator[Finding]:
@@ -105,21 +110,44 @@ def _machine() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    for name in ("realign", *NEEDED):
+    for name, least in {"realign": "", **NEEDED}.items():
         version = _version(name)
         if version is None:
-            yield Finding("BAD", name, f"missing: pip install {name}")
-            continue
-        try:
-            importlib.import_module(_MODULES.get(name, name))
-        except Exception as error:  # a broken package fails in ways of its own
-            yield Finding("BAD", name, f"{version}, but it cannot be imported: {_line(error)}")
+            yield Finding("BAD", name, f"missing: {_install(name, least)}")
+        elif problem := _problem(name, version, least):
+            yield Finding("BAD", name, f"{version}{problem}")
         else:
             yield Finding("ok", name, version)
 
 
+def _problem(name: str, version: str, least: str) -> str | None:
+    """What keeps an installed distribution from being used; None where it can be."""
+    if _release(version) < _release(least):
+        return f", too old: needs >= {least}: {_install(name, least)}"
+    try:
+        importlib.import_module(_MODULES.get(name, name))
+    except Exception as error:  # a broken package fails in ways of its own
+        return f", but it cannot be imported: {_line(error)}"
+    return None
+
+
+def _release(version: str) -> list[int]:
+    """The numbers of a version, without a suffix such as +cu128, and zeros at the end."""
+    numbers = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
+
+
+def _install(name: str, least: str) -> str:
+    return f"pip install '{name}>={least}'" if least else f"pip install {name}"
+
+
 def _kernels() -> Iterator[Finding]:
     import torch
+
+    if crash := _crash():
+        sys.modules["realign_kernels._C"] = None  # no import may try it in this process
 
     from realign_kernels import explain, missing_reason
 
@@ -130,12 +158,14 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("ok", "C++ extension", f"built; CUDA code for: {cuda}")
     else:
         absent = "No module named" in reason
+        told = crash or reason
         remedy = "pip install -v --force-reinstall --no-deps . (in the checkout, with a compiler)"
-        yield Finding("--" if absent else "BAD", "C++ extension", f"{reason}; {remedy}")
+        yield Finding("--" if absent else "BAD", "C++ extension", f"{told}; {remedy}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             line = explain(device, dtype).removeprefix("realign_kernels: backend ")
+            line = line.replace(reason, "loading it ends Python") if crash else line
             yield Finding("ok", f"backend, {device}", line)
         try:
             error = _try(device)
@@ -150,6 +180,26 @@ def _kernels() -> Iterator[Finding]:
             )
     if "cuda" not in devices:
         yield Finding("--", "GPU", "torch sees none: everything runs on the CPU")
+
+
+def _crash() -> str | None:
+    """What loading the extension, tried in another process, does to Python; None: it survives."""
+    places = importlib.util.find_spec("realign_kernels").submodule_search_locations
+    spec = importlib.machinery.PathFinder.find_spec("realign_kernels._C", places)
+    if spec is None:
+        return None
+    ended = subprocess.run(
+        [sys.executable, "-c", _LOAD, spec.name, spec.origin], stderr=subprocess.DEVNULL
+    ).returncode
+    if ended >= 0:
+        return None  # errors of Python are told where they are raised
+    name = signal.Signals(-ended).name
+    return f"loading {spec.origin} ends Python ({name}): it is damaged, or of another machine"
+
+
+_LOAD = """import importlib.util, sys
+spec = importlib.util.spec_from_file_location(*sys.argv[1:])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
 
 
 def _try(device: str) -> float:
@@ -181,10 +231,16 @@ def _optional() -> Iterator[Finding]:
 
     for extra in EXTRAS:
         installed = [(name, _version(name)) for name in extra.names if _version(name)]
+        useful = not extra.cuda or torch.cuda.is_available()
         if installed:
             shown = ", ".join(f"{name} {version}" for name, version in installed)
-            yield Finding("ok", extra.names[0], f"{shown}: {extra.gives}")
-        elif not extra.cuda or torch.cuda.is_available():
+            problems = [_problem(name, v, OPTIONAL.get(name, "")) for name, v in installed]
+            if problem := next(filter(None, problems), None):
+                mark = "BAD" if useful else "--"
+                yield Finding(mark, extra.names[0], f"{shown}{problem} (for {extra.gives})")
+            else:
+                yield Finding("ok", extra.names[0], f"{shown}: {extra.gives}")
+        elif useful:
             yield Finding("--", extra.names[0], f"for {extra.gives}: {extra.remedy}")
     vllm = os.environ.get("REALIGN_VLLM_PYTHON")
     if vllm and not shutil.which(vllm):
@@ -230,10 +286,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = words in (["-h"], ["--help"])
         print(__doc__ if asked else f"error: {words[0]!r} is unknown; it takes no arguments.")
         return 0 if asked else 2
-    sections = examine()
-    print(report(sections))
-    return int(any(f.mark == "BAD" for part in sections.values() for f in part))
+    section, bad = "", []
+    for name, (mark, what, about) in examine():
+        if name != section:
+            print("\n" * bool(section) + name)
+        section = name
+        bad += [what] if mark == "BAD" else []
+        print(f"  {mark:3} {what:{_WIDE}}  {about}".rstrip(), flush=True)
+    print(f"\nbroken: {', '.join(bad)}" if bad else "\neverything that is needed works")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash says where
     sys.exit(main())

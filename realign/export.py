@@ -24,6 +24,7 @@ from realign.loading import DTYPES, adapter_base, load_model, load_processor
 from realign.model import ForestModel
 from realign.noise import hush_libraries
 from realign.parallel import from_rank_0
+from realign.scores.tables import table_of, with_table
 
 
 @dataclass
@@ -35,12 +36,18 @@ class ExportConfig:
     dtype: str | None = None
     """Keep the weights in fp32 or bf16; as the base keeps them when absent."""
     metrics: str | None = None
-    """JSON file that realign.evaluate wrote with --output, to show in the model card."""
+    """JSON file that realign.evaluate wrote with --output, to show in the model card: that of the
+    digits, or pope.json, chair.json or hallusionbench.json."""
 
     def __post_init__(self) -> None:
         for name, what in (("model", "what to export"), ("output", "the folder to write")):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is missing; give {what}.")
+        if Path(self.output).resolve() == Path.cwd():
+            raise ValueError(
+                f"--output is {self.output!r}, the folder that you are in, and it is replaced when "
+                "the new one is complete; name another, such as ./merged."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
 
@@ -65,7 +72,8 @@ def export(
         adapter: the PEFT model around `model.vlm` when LoRA was trained, else None.
         processor: saved beside the weights.
         base: folder or hub name of the base model.
-        merge: merge the adapter into the base weights instead of writing the adapter.
+        merge: merge the adapter into the base weights, kept in the base's dtype, instead of writing
+            the adapter.
         card: makes the text of its README.md.
 
     Raises:
@@ -106,11 +114,16 @@ def export(
 
 
 def _merge(folder: Path, base: str) -> None:
-    """Replace the adapter in `folder` by the base weights with the adapter added, in fp32."""
+    """Replace the adapter in `folder` by the base weights with the adapter added in fp32."""
     merged = PeftModel.from_pretrained(load_model(base, torch.float32), str(folder))
-    merged.merge_and_unload().save_pretrained(folder)
+    merged.merge_and_unload().to(kept_dtype(base)).save_pretrained(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
         (folder / name).unlink(missing_ok=True)
+
+
+def kept_dtype(model: str) -> torch.dtype:
+    """The dtype that a whole model, or the base of an adapter, is kept in."""
+    return AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
 
 
 def export_whole(config: ExportConfig) -> Path:
@@ -128,11 +141,10 @@ def export_whole(config: ExportConfig) -> Path:
     folder, model = Path(config.output), config.model
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there already and not empty; name another --output.")
-    rates = None if config.metrics is None else _rates(Path(config.metrics))
+    evaluated = None if config.metrics is None else _evaluated(Path(config.metrics))
     processor = load_processor(model)
     whole = load_model(model, torch.float32)
-    kept = AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
-    dtype = DTYPES[config.dtype] if config.dtype else kept
+    dtype = DTYPES[config.dtype] if config.dtype else kept_dtype(model)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -142,8 +154,8 @@ def export_whole(config: ExportConfig) -> Path:
         if (old := Path(model) / "README.md").exists():
             card = old.read_text(encoding="utf-8")
             card = without_adapter(card) if adapter_base(model) else card
-        shown = with_evaluation(card, rates) if card and rates else card
-        if rates and shown == card:
+        shown = evaluated(card) if card and evaluated else card
+        if evaluated and shown == card:
             raise ValueError(
                 f"{model} has no model card of ours to show metrics in; leave out --metrics."
             )
@@ -156,16 +168,23 @@ def export_whole(config: ExportConfig) -> Path:
     return folder
 
 
-def _rates(file: Path) -> dict[str, dict[str, float]]:
-    """The rates in a file of `realign.evaluate --output`."""
+def _evaluated(file: Path) -> Callable[[str], str]:
+    """What puts the figures in a file of `realign.evaluate --output` into a card."""
     try:
-        found = json.loads(file.read_text())
-        return {name: {k: float(rate[k]) for k in _RATE} for name, rate in found.items()}
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not found.get("scores", found):
+            raise ValueError("it is empty")
+        if "scores" in found:
+            table = table_of(found["scores"])
+            return lambda card: with_table(card, table)
+        rates = {name: {k: float(rate[k]) for k in _RATE} for name, rate in found.items()}
+        return lambda card: with_evaluation(card, rates)
     except FileNotFoundError:
         raise ValueError(f"there is no {file}; realign.evaluate --output writes it.") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{file} holds no rates as realign.evaluate --output writes them ({error!r})."
+            f"{file} holds no figures as realign.evaluate --output writes them ({error!r}). Give "
+            "its JSON file for digits, or pope.json, chair.json or hallusionbench.json."
         ) from error
 
 

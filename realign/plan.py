@@ -22,6 +22,7 @@ from realign.attention import row_budget
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
 from realign.encode import encode_records, make_objective
+from realign.export import kept_dtype
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import ImageStore
 from realign.loading import DTYPES, add_lora, load_model, load_processor
@@ -339,7 +340,7 @@ class Plan:
     def disk(self) -> tuple[str, str]:
         """What is written, and the room there is."""
         whole = not self.lora or self.config.run.merge
-        stored = self.dtype.itemsize if self.lora else 4
+        stored = kept_dtype(self.base).itemsize if self.lora else 4
         final = self.whole * stored if whole else self.learning * 4
         place = Path(self.config.run.output).absolute()
         while not place.exists():

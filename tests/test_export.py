@@ -7,13 +7,17 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from runs import arguments
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from realign import export
 from realign.config import parse
 from realign.digits import ASSETS
+from realign.loading import load_model, load_processor
 from realign.train import train
 
+YES_NO = {"accuracy": 0.5, "precision": 1.0, "recall": 0.25, "f1": 0.4, "yes_rate": 0.125}
+HALLUSION = {"question_pair": 0.25, "figure": 0.5, "easy": 0.375, "hard": 1.0, "question": 0.75}
 RATES = {"hallucination_rate": {"value": 0.113, "low": 0.106, "high": 0.12}}
 
 
@@ -52,6 +56,85 @@ def test_a_merged_folder_is_the_adapter_under_peft(adapter, tmp_path, dtype, clo
     assert not list(tmp_path.glob(".*partial"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_run_keeps_the_dtype_of_its_base(adapter, pairs_file, tmp_path, dtype):
+    """Whatever it computes in; and it is what the adapter of the same run is exported as."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    load_model(ASSETS, dtype).save_pretrained(base)
+    load_processor(ASSETS).save_pretrained(base)
+    computed = "bf16" if dtype == torch.float32 else "fp32"
+    flags = ["--model", str(base), "--learning-rate", "1e-2", "--dtype", computed, "--merge"]
+    train(parse(arguments(pairs_file, run, *flags, steps=3)))
+    kept = load_file(run / "model" / "model.safetensors")
+    assert {value.dtype for value in kept.values()} == {dtype}
+    if computed == "fp32":  # as the adapter was
+        words = ["--model", str(adapter), "--output", str(tmp_path / "exported")]
+        assert export.main(words) == 0
+        exported = load_file(tmp_path / "exported" / "model.safetensors")
+        assert exported.keys() == kept.keys()
+        for name, value in exported.items():
+            assert torch.allclose(value.float(), kept[name].float(), rtol=2**-7, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        (
+            {
+                file: {"word": {"rule": "word", "questions": 8, "unread": unread} | YES_NO}
+                for file, unread in (("coco_pope_random", 0.0), ("coco_pope_popular", 0.5))
+            },
+            [
+                "POPE, by each rule for reading yes and no:",
+                "| file | rule | questions | accuracy | F1 | precision | recall | yes | neither |",
+                "| coco_pope_random | word | 8 | 50.00 % | 40.00 % | 100.00 % | 25.00 % | 12.50 % "
+                "| 0.00 % |",
+                "| coco_pope_popular | word | 8 | 50.00 % | 40.00 % | 100.00 % | 25.00 % "
+                "| 12.50 % | 50.00 % |",
+            ],
+        ),
+        (
+            {"synonyms": "mine/synonyms.txt", "captions": 4, "mentions": 8}
+            | {"chair_s": 0.5, "chair_i": 0.125, "recall": 0.75},
+            [
+                "CHAIR, objects by synonyms.txt:",
+                "| captions | mentions | CHAIR-s | CHAIR-i | recall |",
+                "| 4 | 8 | 50.00 % | 12.50 % | 75.00 % |",
+            ],
+        ),
+        (
+            {"pope": HALLUSION, "exact": HALLUSION | {"easy": float("nan")}},
+            [
+                "HallusionBench, by rules in place of the leaderboard's judge:",
+                "| rule | question pair | figure | easy | hard | all questions |",
+                "| pope | 25.00 % | 50.00 % | 37.50 % | 100.00 % | 75.00 % |",
+                "| exact | 25.00 % | 50.00 % | nan % | 100.00 % | 75.00 % |",
+            ],
+        ),
+    ],
+    ids=["pope", "chair", "hallusionbench"],
+)
+def test_figures_of_photographs_are_in_the_card(adapter, tmp_path, scores, shown):
+    file = tmp_path / "figures.json"
+    file.write_text(json.dumps({"model": "runs/rdpo/model", "scores": scores}))
+    folder = tmp_path / "merged"
+    words = ["--model", str(adapter), "--output", str(folder), "--metrics", str(file)]
+    assert export.main(words) == 0
+    text = (folder / "README.md").read_text()
+    section = text.split("\n## Evaluation\n")[1].split("\n## Versions\n")[0]
+    assert [line for line in section.splitlines() if line and "---" not in line] == shown
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for output in (".", "", str(tmp_path)):
+        assert export.main(["--model", str(adapter), "--output", output]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: --output is {output!r}, the folder that you are in")
+        assert "./merged" in told
+    assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*partial"))
+
+
 def test_the_adapter_of_another_trainer_loses_its_card(adapter, tmp_path, capsys):
     """PEFT writes a card of its own, which goes on speaking of an adapter."""
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(ASSETS), adapter)
@@ -78,8 +161,10 @@ def test_what_cannot_be_exported_is_told_and_nothing_written(adapter, tmp_path, 
     assert "dtype is 'fp8'" in refused(*to, "--dtype", "fp8")
     bad = tmp_path / "bad.json"
     assert "realign.evaluate --output writes it" in refused(*to, "--metrics", str(bad))
-    bad.write_text('{"f1": 0.5}')
-    assert "holds no rates" in refused(*to, "--metrics", str(bad))
+    for text in ('{"f1": 0.5}', "{}", "[1]", '{"scores": {}}', '{"scores": {"word": {"f1": 1}}}'):
+        bad.write_text(text)
+        told = refused(*to, "--metrics", str(bad))
+        assert "holds no figures" in told and "or pope.json, chair.json" in told
     good = tmp_path / "good.json"
     good.write_text(json.dumps(RATES))
     no_card = ("--model", str(ASSETS), "--output", str(target), "--metrics", str(good))

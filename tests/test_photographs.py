@@ -13,6 +13,7 @@ from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
 from realign.loading import load_model
 from realign.pairs.engines import Chat, Engine, Reply
+from realign.scores import tables
 from realign.train import train
 
 QUESTIONS = 12
@@ -124,6 +125,9 @@ def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
             assert any(line.split()[:3] == [file, rule, "12"] for line in table.splitlines())
     scores = json.loads((tmp_path / "a" / "pope.json").read_text())["scores"]
     assert scores["random"]["word"]["questions"] == QUESTIONS
+    rows = [tuple(line[:3]) for line in tables.table_of(scores).rows]
+    files = [(f, r, "12") for f in ("random", "popular") for r in ("pope", "exact", "word")]
+    assert rows == files
     answers = answering.read_answers(tmp_path / "a")
     assert len(answers) == 2 * QUESTIONS
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
@@ -146,6 +150,40 @@ def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
     assert "has no labels; `compare` takes yes/no answers" in capsys.readouterr().err
 
 
+def _answered(file, said, question="Is there a dog?"):
+    """A file of answers to questions whose answer is yes."""
+    lines = [{"asked": {}}] + [
+        {"id": str(i), "question": question, "image": f"{i}.png", "label": "yes", "answer": answer}
+        for i, answer in enumerate(said)
+    ]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def test_two_files_are_compared_whatever_their_names(tmp_path, capsys):
+    before = _answered(tmp_path / "before.jsonl", ["yes", "no", "no", "yes"])
+    after = _answered(tmp_path / "after.v2.jsonl", ["yes", "yes", "yes", "no"])
+    assert evaluate.main(["compare", before, after]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "before -> after.v2"
+    assert told[2].startswith("  exact  50.00 % -> 75.00 %: +25.00 points")
+    assert "2 gained, 1 lost of 4" in told[2]
+    # In folders a name says which benchmark it is.
+    (tmp_path / "b").mkdir()
+    (tmp_path / "after.v2.jsonl").rename(tmp_path / "b" / "after.v2.jsonl")
+    _answered(tmp_path / "a" / "before.jsonl", ["yes"] * 4)
+    assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "different questions: 8 are in one alone" in capsys.readouterr().err
+
+
+def test_files_with_other_questions_under_their_ids_are_not_compared(tmp_path, capsys):
+    first = _answered(tmp_path / "a" / "random.jsonl", ["yes", "no"])
+    second = _answered(tmp_path / "popular.jsonl", ["yes", "no"], "Is there a cat?")
+    assert evaluate.main(["compare", first, second]) == 1
+    assert "answer different questions: 2 differ, such as '0'" in capsys.readouterr().err
+
+
 def test_chair_from_coco_files(questions, tmp_path, capsys):
     images = [{"id": i, "file_name": f"{i}.png"} for i in range(QUESTIONS)]
     (tmp_path / "instances.json").write_text(
@@ -157,9 +195,10 @@ def test_chair_from_coco_files(questions, tmp_path, capsys):
     flags += ["--model", str(ASSETS), "--image-folder", str(tmp_path / "pictures")]
     flags += ["--max-tokens", "16", "--output", str(tmp_path / "out")]
     assert evaluate.main(["chair", *flags]) == 0
-    assert "objects by our own list of synonyms" in capsys.readouterr().out
+    assert "objects by Re-Align's own list of synonyms" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "chair.json").read_text())["scores"]
     assert (found["captions"], found["mentions"], found["chair_s"]) == (5, 0, 0)
+    assert tables.table_of(found).rows == [("5", "0", *["0.00 %"] * 3)]
     details = json.loads((tmp_path / "out" / "chair-objects.json").read_text())
     assert [line["hallucinated"] for line in details] == [[]] * 5
 
@@ -177,6 +216,7 @@ def test_hallusionbench_from_its_file(questions, tmp_path, capsys):
     assert evaluate.main(["hallusionbench", str(tmp_path / "hb.json"), *flags]) == 0
     assert "question pair" in capsys.readouterr().out
     scores = json.loads((tmp_path / "out" / "hallusionbench.json").read_text())["scores"]
+    assert [row[0] for row in tables.table_of(scores).rows] == ["pope", "exact", "word"]
     answers = answering.read_answers(tmp_path / "out" / "hallusionbench.jsonl")
     right = [line["answer"] == "no" for line in answers]
     assert scores["exact"]["question"] == pytest.approx(sum(right) / QUESTIONS)

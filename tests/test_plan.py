@@ -169,6 +169,14 @@ def test_the_plan_counts_what_training_will_take(pairs_file, tmp_path, capsys, v
     assert "2 rank(s), 1 forward(s)" in shown(capsys, *given, *more)["steps"]
 
 
+def test_a_merged_model_takes_what_its_base_does(pairs_file, llava, tmp_path, capsys):
+    """Computed in bf16, kept in fp32."""
+    given = ["--pairs", pairs_file, "--output", tmp_path / "run", "--model", llava, "--merge"]
+    disk = shown(capsys, *given, "--dtype", "bf16", "--dry-run")["disk"]
+    size = (llava / "model.safetensors").stat().st_size
+    assert f"final model {size / 2**30:.2f} GiB" in disk
+
+
 def test_the_plan_names_a_bad_record_and_a_bad_setting(pairs_file, tmp_path, capsys):
     given = ["--pairs", pairs_file, "--output", tmp_path / "run", "--dry-run"]
     for more, message in [

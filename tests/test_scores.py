@@ -21,6 +21,25 @@ ANSWERS = {  # answer -> what each rule reads: pope, exact, word
     "Yes and no": ("no", None, None),
     "I see a notebook; nothing else": ("yes", None, None),
     "": ("yes", None, None),
+    # Markdown and other marks: `word` keeps * : ' and takes the rest of its marks as told there.
+    "**Yes**": ("yes", None, None),
+    "**No**": ("yes", None, None),
+    "*No*": ("yes", None, None),
+    "No: there is none": ("yes", None, None),
+    "Answer:no": ("yes", None, None),
+    "'No'": ("yes", None, None),
+    "(yes)": ("yes", None, "yes"),
+    "`No`": ("yes", None, "no"),
+    "<b>no</b>": ("yes", None, "no"),
+    "Yes,there is": ("yes", None, "yes"),  # a comma without a space parts words,
+    "Yes,one, no doubt": ("no", None, "no"),  # unless one has a space, and then it is "yesone"
+    "Yes,of 1,000": ("yes", None, None),  # or a number has one
+    "No.It is not": ("no", None, None),  # "noit"
+    "No.\nIt is not": ("no", None, "no"),
+    "no.5": ("no", None, None),
+    "a. " * 31 + "no.": ("yes", None, "no"),
+    "a. " * 32 + "no.": ("yes", None, None),  # the 33rd period stays
+    "1.5 " * 32 + "no.": ("yes", None, "no"),  # those of numbers stay, uncounted
 }
 
 
@@ -82,6 +101,14 @@ def words():
         ("hot dogs and wine glasses", ["hot dog", "wine glass"]),
         ("a baby elephant beside a baby", ["elephant", "person"]),
         ("A passenger train; a toilet seat; a teddy bear", ["train", "toilet", "teddy bear"]),
+        ("A toilet with the seat up.", ["toilet"]),  # wherever the seat stands
+        ("Seats behind a chair; the toilets", ["chair", "toilet"]),
+        ("A urinal, and a seat", ["toilet", "chair"]),  # the word, not the object
+        ("Train tracks and a train track past a train", ["train"]),
+        ("A batter at home plate", ["person"]),
+        ("A baby, cats. A hot, dog", ["person", "cat", "dog"]),  # no pair goes over a mark
+        ("A man-made lake at five o'clock, cats/dogs", []),  # words with such marks are others
+        ("An adult bird, a passenger jet, a bow tie", ["bird", "airplane", "tie"]),
         ("Knives, skis, scissors, buses, mice", ["knife", "skis", "scissors", "bus", "mouse"]),
         ("A person's remote controls", ["person", "remote"]),
         ("Nothing of the kind: grass, sky, gas", []),
@@ -90,6 +117,15 @@ def words():
 )
 def test_objects_of_a_text(words, text, objects):
     assert words.objects(text) == objects
+
+
+def test_a_name_of_three_words_is_looked_for_by_its_words(tmp_path):
+    file = tmp_path / "synonyms.txt"
+    file.write_text("oven, stove, stove top oven\nplate\ntrain, bullet train\n")
+    words = chair.Vocabulary(file)
+    assert words.objects("A stove top oven") == ["oven", "oven"]
+    assert words.objects("Plates at home, home plates") == ["plate"]
+    assert words.objects("A bullet train on a train track") == ["train"]
 
 
 def test_all_categories_of_coco_are_known(words):
@@ -127,6 +163,11 @@ def test_chair_by_hand(tmp_path, words):
     assert (found.chair_s, found.chair_i, found.recall) == (2 / 2, 3 / 7, 3 / 3)
     clean = chair.score({7: "A dog.", 8: "A view."}, shown, words)
     assert (clean.chair_s, clean.chair_i, clean.recall) == (0, 0, 1 / 3)
+
+
+def test_the_seat_of_a_toilet_is_no_chair_that_is_not_there(words):
+    found = chair.score({7: "A toilet with the seat up."}, {7: {"toilet"}}, words)
+    assert (found.mentions, found.chair_s, found.chair_i, found.recall) == (1, 0, 0, 1)
 
 
 def test_bad_annotations_are_named(tmp_path, words):

@@ -5,8 +5,14 @@
 
 An object is a COCO category, named by itself or a synonym; a picture shows what COCO's instances
 *or* its reference captions name. Published figures come of the list of synonyms that the metric's
-authors give out, and of a singular by a natural-language package: pass that file as `synonyms` for
-figures to set beside others. The list here is our own and gives figures to compare two models by.
+authors give out: pass that file as `synonyms` for figures to set beside others. The list here is
+our own and gives figures to compare two models by. The authors' rules hold with either list:
+
+- Two words are one name where the list has them, or read as one word: a baby bird is a bird.
+- Train tracks are no train, and home plate is nothing.
+- Where the words "toilet" and "seat" both stand in a text, no "seat" counts.
+
+What a word and its singular are, two natural-language packages say there, and short rules here.
 """
 
 from __future__ import annotations
@@ -23,6 +29,10 @@ _ANIMALS = (
     "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
     "animal", "cub",
 )  # fmt: skip
+_VEHICLES = ("jet", "train")
+_NOTHING = ("train track", "home plate")
+_WORD = re.compile(r"[^\W_]+(?:[-/][^\W_]+|'(?!s\b)[^\W_]+)*|\S")
+"""A word, where man-made and o'clock are one, or a mark: "a baby, cats" holds no "baby cats"."""
 _IRREGULAR = {
     "people": "people", "men": "man", "women": "woman", "children": "child", "geese": "goose",
     "sheep": "sheep", "knives": "knife", "calves": "calf", "skis": "skis", "scissors": "scissors",
@@ -54,44 +64,41 @@ class Vocabulary:
     """Objects by the words for them.
 
     Args:
-        synonyms: a file with a line for each object, its name and synonyms with commas between.
+        synonyms: a file with a line for each object, its name and synonyms with commas between. Of
+            a name of more than two words, only the words are looked for, as the authors do.
 
     Raises:
         ValueError: when a word stands for two objects.
     """
 
     def __init__(self, synonyms: str | Path = OWN_SYNONYMS) -> None:
-        self._object: dict[tuple[str, ...], str] = {}
+        self._object: dict[str, str] = {}
         for line in Path(synonyms).read_text(encoding="utf-8").splitlines():
             names = [name.strip().lower() for name in line.split(",") if name.strip()]
             for name in names:
-                key = tuple(singular(word) for word in name.split())
+                key = " ".join(map(singular, name.split()))
                 if self._object.setdefault(key, names[0]) != names[0]:
                     raise ValueError(
                         f"{name!r} stands for {self._object[key]!r} and {names[0]!r} in {synonyms}."
                     )
+        self._read = {name: name for name in (*self._object, *_NOTHING) if name.count(" ") == 1}
         for animal in _ANIMALS:  # a baby bird is no person
-            for before in ("baby", "adult"):
-                self._object[before, animal] = self._object.get((animal,), "")
-        for vehicle in ("jet", "train"):
-            self._object["passenger", vehicle] = self._object.get((vehicle,), "")
-        self._object["toilet", "seat"] = self._object.get(("toilet",), "")  # no chair
-        self._longest = max(map(len, self._object))
+            self._read |= {f"baby {animal}": animal, f"adult {animal}": animal}
+        self._read |= {f"passenger {vehicle}": vehicle for vehicle in _VEHICLES}
+        self._read["toilet seat"] = "toilet"  # no chair
 
     def objects(self, text: str) -> list[str]:
-        """The objects that a text mentions, in order; the longest name counts."""
-        words = [singular(word) for word in re.findall(r"[^\W_]+", text.lower())]
-        found, at = [], 0
+        """The objects that a text mentions, in order."""
+        words = [singular(word) for word in _WORD.findall(text.lower())]
+        names: list[str] = []
+        at = 0
         while at < len(words):
-            for length in range(self._longest, 0, -1):
-                name = self._object.get(tuple(words[at : at + length]))
-                if name is not None and at + length <= len(words):
-                    found += [name] if name else []
-                    at += length
-                    break
-            else:
-                at += 1
-        return found
+            pair = self._read.get(" ".join(words[at : at + 2]))
+            names.append(words[at] if pair is None else pair)
+            at += 1 if pair is None else 2
+        if "toilet" in names:
+            names = [name for name in names if name != "seat"]
+        return [self._object[name] for name in names if name in self._object]
 
     def __contains__(self, name: str) -> bool:
         return name in self._object.values()

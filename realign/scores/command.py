@@ -19,7 +19,7 @@ import numpy as np
 
 from realign.answering import Question, answer, read_answers
 from realign.metrics import write_whole
-from realign.scores import chair, hallusionbench, paired, yesno
+from realign.scores import chair, hallusionbench, paired, tables, yesno
 from realign.scores.handoff import hand_off
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -42,7 +42,6 @@ def run(words: Sequence[str]) -> int:
 
 def pope(given: argparse.Namespace) -> str:
     """Ask POPE's questions, of each file apart, and score them by every rule."""
-    rows: list[list[str]] = []
     scores: dict[str, Any] = {}
     for file in given.questions:
         items = [
@@ -53,13 +52,10 @@ def pope(given: argparse.Namespace) -> str:
         ]
         lines = _answers(given, items, Path(file).stem, max_tokens=16, suffix=given.suffix)
         said, labels = _column(lines, "answer"), _column(lines, "label")
-        found = {rule: yesno.score(said, labels, rule) for rule in yesno.RULES}
-        scores[Path(file).stem] = {rule: asdict(figures) for rule, figures in found.items()}
-        for rule, f in found.items():
-            shares = (f.accuracy, f.f1, f.precision, f.recall, f.yes_rate, f.unread)
-            rows.append([Path(file).stem, rule, str(f.questions), *map(_percent, shares)])
-    heads = ["file", "rule", "questions", "accuracy", "F1", "precision", "recall", "yes", "neither"]
-    return _told(given, scores, _table(heads, rows))
+        scores[Path(file).stem] = {
+            rule: asdict(yesno.score(said, labels, rule)) for rule in yesno.RULES
+        }
+    return _told(given, scores, _lines(tables.pope(scores)))
 
 
 def captions(given: argparse.Namespace) -> str:
@@ -83,11 +79,9 @@ def captions(given: argparse.Namespace) -> str:
     ]
     objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
     write_whole(Path(given.output) / "chair-objects.json", objects)
-    whose = given.synonyms or "our own list of synonyms, not that of published figures"
-    heads = ["captions", "mentions", "CHAIR-s", "CHAIR-i", "recall"]
-    shares = map(_percent, (found.chair_s, found.chair_i, found.recall))
-    table = _table(heads, [[str(found.captions), str(found.mentions), *shares]])
-    return _told(given, {"synonyms": str(whose), **asdict(found)}, f"{table}\nobjects by {whose}")
+    scores = {"synonyms": given.synonyms or tables.OWN, **asdict(found)}
+    told = f"{_lines(tables.chair(scores))}\nobjects by {scores['synonyms']}"
+    return _told(given, scores, told)
 
 
 def hallusion(given: argparse.Namespace) -> str:
@@ -103,34 +97,37 @@ def hallusion(given: argparse.Namespace) -> str:
         item.facts.pop("question")
     lines = _answers(given, items, "hallusionbench", max_tokens=16, suffix=given.suffix)
     said = _column(lines, "answer")
-    scores, shown = {}, []
-    for rule in yesno.RULES:
-        found = hallusionbench.score(hallusionbench.correct(said, rows, rule), rows)
-        scores[rule] = asdict(found)
-        shown.append([rule, *map(_percent, asdict(found).values())])
-    heads = ["rule", "question pair", "figure", "easy", "hard", "all questions"]
-    return _told(given, scores, _table(heads, shown))
+    scores = {
+        rule: asdict(hallusionbench.score(hallusionbench.correct(said, rows, rule), rows))
+        for rule in yesno.RULES
+    }
+    return _told(given, scores, _lines(tables.hallusionbench(scores)))
 
 
 def compare(given: argparse.Namespace) -> str:
-    """Two models' answers to the same questions.
+    """Two models' answers to the same questions; two files may have any names.
 
     Raises:
         ValueError: for answers to other questions, or without labels.
     """
-    first, second = (_labelled(path) for path in (given.first, given.second))
-    if first.keys() != second.keys():
-        lacking = sorted(first.keys() ^ second.keys())
+    paths = [Path(given.first), Path(given.second)]
+    single = not any(path.is_dir() for path in paths)
+    name = " -> ".join(dict.fromkeys(path.stem for path in paths)) if single else None
+    first, second = (_labelled(path, name) for path in paths)
+    other, how = sorted(first.keys() ^ second.keys()), "are in one alone"
+    if not other:
+        other, how = [key for key in first if _asked(first[key]) != _asked(second[key])], "differ"
+    if other:
         raise ValueError(
-            f"{given.first} and {given.second} answer different questions: {len(lacking)} are in "
-            f"one alone, such as {lacking[0][1]!r}. Compare answers to the same files."
+            f"{given.first} and {given.second} answer different questions: {len(other)} {how}, "
+            f"such as {other[0][1]!r}. Compare answers to the same files."
         )
     told = []
     for file in dict.fromkeys(file for file, _ in first):
         keys = [key for key in first if key[0] == file]
         before, after = [first[key] for key in keys], [second[key] for key in keys]
         clusters = np.array([line["image"] or line["id"] for line in before])
-        told.append(Path(file).stem)
+        told.append(name or Path(file).stem)
         for rule in yesno.RULES:
             right = [
                 yesno.right(_column(lines, "answer"), _column(before, "label"), rule)
@@ -146,17 +143,24 @@ def handoff(given: argparse.Namespace) -> str:
     return hand_off(given.model, given.output)
 
 
-def _labelled(path: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """(file, id) -> answer with its label, of the yes/no questions; captions are passed by."""
+def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """(file, id) -> answer with its label, of the yes/no questions; captions are passed by.
+
+    `name` stands for that of the file, where it does not matter.
+    """
     found = {}
     for line in read_answers(path):
         if "label" not in line and "gt_answer" in line:
             line["label"] = "yes" if str(line["gt_answer"]) == "1" else "no"
         if "label" in line:
-            found[line["file"], line["id"]] = line
+            found[name or line["file"], line["id"]] = line
     if not found:
         raise ValueError(f"{path} has no labels; `compare` takes yes/no answers.")
     return found
+
+
+def _asked(line: dict[str, Any]) -> tuple[str, str | None]:
+    return line["question"], line["image"]
 
 
 def _answers(
@@ -221,13 +225,9 @@ def _told(given: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
     return f"{table}\nwrote {path}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [heads, ["-" * width for width in widths], *rows]
+def _lines(table: tables.Table) -> str:
+    widths = [max(map(len, column)) for column in zip(table.heads, *table.rows, strict=True)]
+    lines = [table.heads, ["-" * width for width in widths], *table.rows]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines

@@ -7,7 +7,8 @@ figures, so every figure here carries the name of its rule:
   "No", "no" or "not", else yes: an answer that says neither is yes.
 - `exact`: that of lmms-eval. The whole answer must be yes or no; another one is wrong.
 - `word`: that of VLMEvalKit (without its judge). Yes where "yes" is among the words and "no" is
-  not, and the other way round; another one is wrong, and no yes.
+  not, and the other way round; another one is wrong, and no yes. Words are what white space parts
+  when some marks are gone (`_word`): "*", ":" and "'" stay, so that "*No*" is neither.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'  # of rule `word`
 
 
 def _pope(answer: str) -> str:
@@ -30,7 +33,13 @@ def _exact(answer: str) -> str | None:
 
 
 def _word(answer: str) -> str | None:
-    said = {"yes", "no"} & set(re.findall(r"[^\W_]+", answer.lower()))
+    """A mark that has a space beside it somewhere goes, another one parts words; all go where a
+    number has a comma. Of the periods that no digit follows, the first 32 go."""
+    text = answer.lower()
+    number = re.search(r"\d,\d", text)
+    gone = {m: "" if number or f"{m} " in text or f" {m}" in text else " " for m in _MARKS}
+    words = re.sub(r"\.(?!\d)", "", text.translate(str.maketrans(gone)), count=32).split()
+    said = {"yes", "no"} & set(words)
     return said.pop() if len(said) == 1 else None
 
 

@@ -1,0 +1,82 @@
+"""Figures of photographs' benchmarks as tables: for the terminal, and for a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from realign.scores.chair import Chair
+from realign.scores.hallusionbench import Hallusion
+from realign.scores.yesno import YesNo
+
+OWN = "Re-Align's own list of synonyms, not that of published figures"
+
+
+class Table(NamedTuple):
+    """Figures to show.
+
+    Attributes:
+        title: what they are of.
+        heads: of the columns.
+        rows: of as many cells.
+    """
+
+    title: str
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def pope(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Of file -> rule -> fields of `YesNo`."""
+    rows = []
+    for file, rules in scores.items():
+        for f in (YesNo(**figures) for figures in rules.values()):
+            shares = (f.accuracy, f.f1, f.precision, f.recall, f.yes_rate, f.unread)
+            rows.append((file, f.rule, str(f.questions), *map(_percent, shares)))
+    heads = ("file", "rule", "questions", "accuracy", "F1", "precision", "recall", "yes", "neither")
+    return Table("POPE, by each rule for reading yes and no", heads, rows)
+
+
+def chair(scores: Mapping[str, Any]) -> Table:
+    """Of the fields of `Chair`, and `synonyms`, the file of them or `OWN`."""
+    f = Chair(**{name: value for name, value in scores.items() if name != "synonyms"})
+    shares = map(_percent, (f.chair_s, f.chair_i, f.recall))
+    heads = ("captions", "mentions", "CHAIR-s", "CHAIR-i", "recall")
+    title = f"CHAIR, objects by {Path(scores['synonyms']).name}"  # without the file's place
+    return Table(title, heads, [(str(f.captions), str(f.mentions), *shares)])
+
+
+def hallusionbench(scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """Of rule -> fields of `Hallusion`."""
+    rows = [
+        (rule, *map(_percent, asdict(Hallusion(**figures)).values()))
+        for rule, figures in scores.items()
+    ]
+    heads = ("rule", "question pair", "figure", "easy", "hard", "all questions")
+    return Table("HallusionBench, by rules in place of the leaderboard's judge", heads, rows)
+
+
+def table_of(scores: Mapping[str, Any]) -> Table:
+    """The table of what pope.json, chair.json or hallusionbench.json has under "scores".
+
+    Raises as the dataclasses of the figures do: TypeError for other ones.
+    """
+    if "chair_s" in scores:
+        return chair(scores)
+    if all("question_pair" in figures for figures in scores.values()):
+        return hallusionbench(scores)
+    return pope(scores)
+
+
+def with_table(card: str, table: Table) -> str:
+    """A model card with a table of figures in it; as it is where it is not one of ours."""
+    lines = [table.heads, ["---"] * len(table.heads), *table.rows]
+    shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    section = f"\n## Evaluation\n\n{table.title}:\n\n{shown}\n\n## Versions\n"
+    return card.replace("\n## Versions\n", section, 1)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
