@@ -82,8 +82,8 @@ _BY_SEGMENTS = tuple(
 ARMS = (
     *_METHODS, *_BY_NEGATIVE, *_BY_SEGMENTS, *_BY_REFILL, *_BY_WEIGHT, *_BY_BETA, *_BY_K,
 )  # fmt: skip
-ARMS_OF = {"digits": ARMS, "photographs": (*_METHODS, *_BY_NEGATIVE)}
-"""The arms of each testbed: on photographs the methods and the negatives alone."""
+ARMS_OF = {"digits": ARMS, "photographs": (*_METHODS[:2], _BY_NEGATIVE[0])}
+"""The arms of each testbed: on photographs DPO, rDPO, and rDPO with a random negative."""
 
 SECTIONS = {
     "Methods": ("base", "dpo", "rdpo", "mdpo", "symmpo", "released"),

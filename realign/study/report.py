@@ -59,9 +59,12 @@ def page(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
         if lacking := [a.name for a in ARMS_OF[name] if not complete(results, [a.name])]:
             parts += [f"Not run yet: {', '.join(lacking)}.", ""]
         parts += [f"![every arm](study/{name}.png)", ""]
+        shown: set[str] = set()
         for title, names in SECTIONS.items():
-            if complete(results, names):
+            names = [n for n in names if n == "base" or n in {arm.name for arm in ARMS_OF[name]}]
+            if complete(results, names) and set(names) - shown:
                 parts += [f"### {title}", "", _table(results, names), ""]
+            shown |= set(names)
         if drawn := curves_of(results):
             parts += [f"![{' and '.join(drawn)}](study/{name}-curves.png)", ""]
         parts += ["### Paired tests", "", _TESTS, "", _comparisons(results), ""]
