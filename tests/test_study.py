@@ -282,14 +282,29 @@ def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
     assert not (tmp_path / "study" / "photographs-curves.png").exists()
 
 
+def test_two_runs_of_the_same_seeds_count_each_seed_once():
+    runs_ = [both([0.30, 0.32], [0.20, 0.24]), both([0.40, 0.40], [0.20, 0.30])]
+    gap = analysis.together(runs_, PRIMARY, "hallucination_rate")
+    # (-0.10 - 0.20) / 2 and (-0.08 - 0.10) / 2 are -0.15 and -0.09; t of one degree is 12.706.
+    assert (gap.value, gap.low) == pytest.approx((-0.12, -0.12 - 12.7062 * 0.03), abs=1e-5)
+    found = {"digits": runs_[0], "digits-again": runs_[1]}
+    said = report.findings(found, dict.fromkeys(found, TESTBEDS["digits"]))
+    assert len(said) == 3 and "2 runs of the same seeds, averaged by seed" in said[0]
+    assert "a difference of -12.0 [-50.1, +26.1] points" in said[0]
+    assert said[1] == report.finding("digits", runs_[0])
+    assert said[2].startswith("Run again: after rDPO the model misnames")
+    page = report.page(found, dict.fromkeys(found, TESTBEDS["digits"]))
+    assert "## Digits, again\n" in page and "Not run yet: photographs." in page
+
+
 def test_page_and_readme_say_what_the_kept_runs_say():
     docs = Path(__file__).parent.parent / "docs"
     found, beds = runs.read_kept(docs / "study")
     assert (docs / "study.md").read_text() == report.page(found, beds)
     readme = " ".join((docs.parent / "README.md").read_text().split())
-    for name, results in found.items():
-        assert report.finding(name, results) in readme
+    for sentence in report.findings(found, beds):
+        assert sentence in readme
     bullet = readme.split("**The study**")[1].split("##")[0]
     quoted = re.findall(r"(\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\]", bullet)
     page = (docs / "study.md").read_text()
-    assert len(quoted) == 3 and all(f"| {v} [{a}, {b}] |" in page for v, a, b in quoted)
+    assert len(quoted) == 4 and all(f"| {v} [{a}, {b}] |" in page for v, a, b in quoted)

@@ -66,8 +66,7 @@ def study(config: StudyConfig) -> None:
         plots.draw(kept / f"{name}.png", results)
         plots.draw_curves(kept / f"{name}-curves.png", results)
     write_whole(Path(config.docs) / "study.md", report.page(found, beds))
-    for name, results in found.items():
-        print(report.finding(name, results))
+    print("\n".join(report.findings(found, beds)))
 
 
 def _check_installed(module: str) -> None:

@@ -97,6 +97,19 @@ def differences(
     ]
 
 
+def together(runs: Iterable[Results], pair: tuple[str, str], metric: str) -> Mean:
+    """How far the second arm lies above the first over several runs of the same seeds.
+
+    Runs of one seed begin alike, so they are averaged and count once.
+    """
+    by_seed: dict[int, list[float]] = {}
+    for results in runs:
+        a, b = (values(results, arm, metric) for arm in pair)
+        for seed in a.keys() & b.keys():
+            by_seed.setdefault(seed, []).append(b[seed] - a[seed])
+    return mean(float(np.mean(changes)) for changes in by_seed.values())
+
+
 def _paired_p(change: Sequence[float]) -> float:
     """Of the test that the mean of the differences is 0; equal differences have no spread."""
     if len(change) < 2:

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from realign.metrics import read_jsonl, write_whole
 from realign.study.arms import HIGHEST, LEARNING_RATES, LOWEST, Arm, Pairs
 from realign.study.testbed import (
-    TESTBEDS,
     TUNING_SEED,
     Testbed,
     make_base,
@@ -94,16 +93,17 @@ def keep(file: Path, bed: Testbed, found: Iterable[dict[str, Any]]) -> None:
 
 
 def read_kept(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Testbed]]:
-    """Name of a testbed -> its results, and -> what they were judged on.
+    """Name of a file -> its results, and -> what they were judged on.
+
+    Files are named after testbeds; `digits-again.jsonl` is a second run of the digits.
 
     Raises:
         ValueError: when the folder keeps no runs.
     """
     found, beds = {}, {}
-    for name in TESTBEDS:
-        if (file := folder / f"{name}.jsonl").exists():
-            bed, *found[name] = [json.loads(line) for line in file.read_text().splitlines()]
-            beds[name] = Testbed(**bed["testbed"])
+    for file in sorted(folder.glob("*.jsonl"), key=lambda file: file.stem):
+        bed, *found[file.stem] = [json.loads(line) for line in file.read_text().splitlines()]
+        beds[file.stem] = Testbed(**bed["testbed"])
     if not found:
         raise ValueError(f"there are no runs in {folder} to report; leave --report out.")
     return found, beds
