@@ -66,7 +66,9 @@ def study(config: StudyConfig) -> None:
         plots.draw(kept / f"{name}.png", results)
         plots.draw_curves(kept / f"{name}-curves.png", results)
     write_whole(Path(config.docs) / "study.md", report.page(found, beds))
-    print("\n".join(report.findings(found, beds)))
+    print(
+        "\n".join(sentence for said in report.findings(found, beds).values() for sentence in said)
+    )
 
 
 def _check_installed(module: str) -> None:
