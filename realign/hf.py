@@ -150,7 +150,10 @@ class RDPOTrainer(Trainer):
             progress=not args.disable_tqdm,
         )
         self.references: torch.Tensor | None = None  # (L, examples) fp32
-        self._seen: list[torch.Tensor] = []  # (B, 1 + metrics) fp64: place, metrics of an example
+        # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
+        # (B, 1 + metrics) for each batch, place and metrics of an example.
+        self._sums: torch.Tensor | None = None
+        self._seen: list[torch.Tensor] | None = None
         super().__init__(
             module,
             args,
@@ -276,7 +279,11 @@ class RDPOTrainer(Trainer):
         found = metrics.by_example(output, self.objective)
         self._names = list(found)
         where = inputs["places"].to(output.logps.device).double()
-        self._seen.append(torch.stack([where, *found.values()], dim=1))
+        if self._seen is not None:
+            self._seen.append(torch.stack([where, *found.values()], dim=1))
+        else:
+            added = torch.stack([torch.ones_like(where), *found.values()], dim=1).sum(0, True)
+            self._sums = added if self._sums is None else self._sums + added
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -286,29 +293,30 @@ class RDPOTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Metrics of the evaluation, apart from those of the steps around it."""
-        kept, self._seen = self._seen, []
+        self._seen = []
         found = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found.metrics.update({f"{prefix}_{k}": v for k, v in self._means(once=True).items()})
-        self._seen = kept
+        rows = self._gathered(torch.cat(self._seen))
+        # Records that fill the last batch up have been there before.
+        rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
+        means = dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
+        found.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        self._seen = None
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with TRL's `rewards/*` and `logps/*` of the steps since the last."""
-        if "loss" in logs and self._seen:
-            logs |= self._means()
-            self._seen = []
+        if "loss" in logs and self._sums is not None:
+            count, *total = self._gathered(self._sums).sum(0).tolist()
+            logs |= {name: value / count for name, value in zip(self._names, total, strict=True)}
+            self._sums = None
         super().log(logs, start_time)
 
-    def _means(self, once: bool = False) -> dict[str, float]:
-        """Means over the examples of all ranks; `once` counts those that fill a batch up once."""
-        rows = torch.cat(self._seen).to(self.args.device)
-        rows = self.accelerator.pad_across_processes(rows, pad_index=-1)
+    def _gathered(self, rows: torch.Tensor) -> np.ndarray:
+        """The rows of all ranks, on each of them."""
+        rows = self.accelerator.pad_across_processes(rows.to(self.args.device), pad_index=-1)
         rows = self.accelerator.gather(rows).cpu().numpy()
-        rows = rows[rows[:, 0] >= 0]
-        if once:
-            rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
-        return dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
+        return rows[rows[:, 0] >= 0]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model or its adapter as transformers and PEFT load them, with the processor."""
