@@ -228,4 +228,4 @@ def _short(value: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())

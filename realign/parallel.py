@@ -8,6 +8,7 @@ number of ranks, so that reference log-probs are the same, too.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,20 @@ def stop() -> None:
     _parted = False
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; a rank does so without finalizing its interpreter.
+
+    FSDP2 holds its process group to the end, and a gloo thread that lets go of a gathered tensor
+    while the interpreter is finalized aborts the process (torch 2.13), though all work is done.
+    """
+    if not under_launcher():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:

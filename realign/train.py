@@ -243,4 +243,4 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())

@@ -337,6 +337,21 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_rank_ends_without_finalizing_its_interpreter():
+    script = (
+        "import atexit; from realign import parallel\n"
+        "class Kept: __del__ = lambda self: print('finalized')\n"
+        "kept = Kept()\n"
+        "atexit.register(print, 'at exit'), print('done')\n"
+        "parallel.leave(3)"
+    )
+    for rank, last in (({}, ["finalized"]), ({"RANK": "1", "WORLD_SIZE": "2"}, [])):
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, env=os.environ | rank, stdout=-1, text=True, check=False)
+        assert ended.stdout.splitlines() == ["done", "at exit", *last]
+        assert ended.returncode == 3
+
+
 def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path, capsys):
     words = arguments(pairs_file, tmp_path, steps=400)
     first = start(*words)

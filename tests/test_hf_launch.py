@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
+# Its last line is what docs/trainers.md advises.
 LAUNCHED = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
 from hf_runs import launched
 trainer = launched(*sys.argv[3:], batch=4, fsdp=sys.argv[2] == "fsdp")
@@ -27,17 +28,20 @@ if trainer.is_world_process_zero():
     print("CURVE", json.dumps([e["loss"] for e in trainer.state.log_history if "loss" in e]))
     print("FOUND", json.dumps(found))
 trainer.accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
 def launch(script, *words) -> subprocess.CompletedProcess:
     """Two processes of a script, as docs/trainers.md says.
 
-    accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU.
+    accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU. Port 0 takes
+    a free one: launches that begin together would both find the default port free.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
     command += ["--num_processes", "2", "--multi_gpu", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", script, *words]
+    command += ["--main_process_port", "0", "--dynamo_backend", "no", script, *words]
     return run(command)
 
 
