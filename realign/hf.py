@@ -294,14 +294,16 @@ class RDPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Metrics of the evaluation, apart from those of the steps around it."""
         self._seen = []
-        found = super().evaluation_loop(*args, **kwargs)
+        try:
+            found = super().evaluation_loop(*args, **kwargs)
+        finally:  # steps after a failed evaluation count as steps
+            seen, self._seen = self._seen, None
         prefix = kwargs.get("metric_key_prefix", "eval")
-        rows = self._gathered(torch.cat(self._seen))
+        rows = self._gathered(torch.cat(seen))
         # Records that fill the last batch up have been there before.
         rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
         means = dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
         found.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        self._seen = None
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -21,11 +21,13 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 T = TypeVar("T")
 
 _parted = False  # see ranks_part
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_KILLED = {-number for number in signal.Signals if number != signal.SIGTERM}  # exit codes
 # A rank that dies ends the job at once; this is how long the others wait for a slow one, as when
 # rank 0 writes a large model.
 _TIMEOUT = timedelta(minutes=30)
@@ -85,15 +87,28 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for rank, failure in failures.items():  # in the order they were found
-        how = f"ended with exit code {failure.exitcode}"
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            how = f"was killed by {name}"
-            how += " (by hand, or because memory ran out)" if name == "SIGKILL" else ""
-        print(f"rank {rank} {how}.", file=sys.stderr)
-        break
+    if failures:
+        print(_first_to_end(failures), file=sys.stderr)
     return 1 if failures else 0
+
+
+def _first_to_end(failures: dict[int, ProcessFailure]) -> str:
+    """How the rank ended whose end the others followed.
+
+    A killed rank and one that missed it at once, and left with an error, are found together. Those
+    that had to be stopped come later, the stubborn by SIGKILL after 30 seconds.
+    """
+    first = min(failure.timestamp for failure in failures.values())
+    rank, failure = min(
+        failures.items(),
+        key=lambda item: (item[1].timestamp > first + 5, item[1].exitcode not in _KILLED),
+    )
+    how = f"ended with exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        how = f"was killed by {name}"
+        how += " (by hand, or because memory ran out)" if name == "SIGKILL" else ""
+    return f"rank {rank} {how}."
 
 
 def planned_ranks(fsdp: bool, workers: int) -> int:
