@@ -10,7 +10,6 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -320,50 +319,6 @@ def test_what_ranks_tell(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
-    (tmp_path / "ends.py").write_text(
-        "import os, sys, signal, time\n"
-        "rank = int(os.environ['RANK'])\n"
-        "if sys.argv[1] == 'kill' and rank: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if sys.argv[1] == 'exit' and rank: sys.exit(3)\n"
-        "time.sleep(60 * (sys.argv[1] != 'fine'))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    before = signal.getsignal(signal.SIGTERM)
-    assert parallel.launch("ends", ["fine"], 2) == 0
-    assert parallel.launch("ends", ["exit"], 2) == 1
-    assert "rank 1 ended with exit code 3." in capsys.readouterr().err
-    assert parallel.launch("ends", ["kill"], 2) == 1
-    assert "rank 1 was killed by SIGKILL (by hand, or because" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
-    ends = [
-        (1, 1, 100),
-        (0, -9, 100),
-        (2, -15, 100),
-        (3, -9, 131),
-    ]  # 1 missed 0, 2 and 3 were stopped
-    found = {rank: SimpleNamespace(exitcode=c, timestamp=t) for rank, c, t in ends}
-    assert parallel._first_to_end(found).startswith("rank 0 was killed by SIGKILL")
-    assert (
-        parallel._first_to_end({i: found[i] for i in (1, 2, 3)}) == "rank 1 ended with exit code 1."
-    )
-
-
-def test_a_rank_ends_without_finalizing_its_interpreter():
-    script = (
-        "import atexit; from realign import parallel\n"
-        "class Kept: __del__ = lambda self: print('finalized')\n"
-        "kept = Kept()\n"
-        "atexit.register(print, 'at exit'), print('done')\n"
-        "parallel.leave(3)"
-    )
-    for rank, last in (({}, ["finalized"]), ({"RANK": "1", "WORLD_SIZE": "2"}, [])):
-        command = [sys.executable, "-c", script]
-        ended = subprocess.run(command, env=os.environ | rank, stdout=-1, text=True, check=False)
-        assert ended.stdout.splitlines() == ["done", "at exit", *last]
-        assert ended.returncode == 3
-
-
 def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path, capsys):
     words = arguments(pairs_file, tmp_path, steps=400)
     first = start(*words)
@@ -378,29 +333,3 @@ def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path, capsys):
         first.communicate()
     with sole_writer(tmp_path):  # it died with the process
         pass
-
-
-def test_ranks_end_with_their_launcher(tmp_path):
-    (tmp_path / "waits.py").write_text(
-        "import os, sys, time\n"
-        "from realign import parallel\n"
-        "parallel._end_with(int(os.environ['REALIGN_LAUNCHER']))\n"
-        "open(f'{sys.argv[1]}/{os.getpid()}.rank', 'w').close()\n"
-        "time.sleep(60)\n"
-    )
-    launch = f"from realign import parallel; parallel.launch('waits', [{str(tmp_path)!r}], 2)"
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-c", launch], env=os.environ | {"PYTHONPATH": path}
-    )
-    while len(ranks := [int(p.stem) for p in tmp_path.glob("*.rank")]) < 2:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    for _ in range(100):
-        alive = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
-        if not alive:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{alive} live on")
