@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "gemm_amx.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -24,7 +26,8 @@ Cpu probe() {
     found.level = CpuLevel::avx512;
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     found.bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
-    found.amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+    const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+    found.amx = found.bf16 && tiles && amx_granted();
   }
 #endif
   return found;

@@ -1,8 +1,8 @@
 """Row kernel and GEMM of the C++ extension (csrc/rows.h, csrc/gemm.h), on the CPU.
 
 With AVX-512 the GEMMs are the extension's too: fp32 about twice as fast as MKL on an AMD CPU, bf16
-as fast as oneDNN but with fp32 results, so logits are never rounded. Elsewhere torch multiplies:
-bf16 in bf16 where the CPU has AMX, in fp32 where it has no bf16 arithmetic at all.
+(AVX512_BF16, AMX) about as fast as oneDNN but with fp32 results, so logits are never rounded.
+Elsewhere torch multiplies, in fp32, as such a CPU has no bf16 arithmetic.
 """
 
 import functools
@@ -23,25 +23,25 @@ DTYPES = tuple(_NAMES)
 
 @functools.cache
 def _own_gemm(dtype: torch.dtype) -> bool:
-    """Whether the extension multiplies. A CPU with AMX has a faster bf16 GEMM in torch."""
+    """Whether the extension multiplies."""
     features = extension().cpu_features()
-    if dtype == torch.bfloat16:
-        return features["gemm_bf16"] and not features["amx"]
-    return features["gemm_f32"]
+    return features["gemm_bf16"] if dtype == torch.bfloat16 else features["gemm_f32"]
 
 
 @functools.cache
 def _widens(dtype: torch.dtype) -> bool:
     """Whether torch multiplies in fp32: a CPU that only emulates bf16 gains nothing by rounding."""
-    features = extension().cpu_features()
-    return dtype == torch.bfloat16 and not (features["gemm_bf16"] or features["amx"])
+    return dtype == torch.bfloat16 and not _own_gemm(dtype)
 
 
 def describe() -> str:
     """The instruction set, and who multiplies."""
     features = extension().cpu_features()
     own = [name for dtype, name in _NAMES.items() if _own_gemm(dtype)]
-    return f"{features['level']} rows, GEMM " + (f"for {', '.join(own)}" if own else "of torch")
+    amx = " (AMX)" if features["amx"] else ""
+    return f"{features['level']} rows, GEMM " + (
+        f"for {', '.join(own)}{amx}" if own else "of torch"
+    )
 
 
 KEPT = 192 * 2**20

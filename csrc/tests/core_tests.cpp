@@ -246,8 +246,14 @@ void test_gemm() {
   std::normal_distribution<float> normal;
   const int64_t sizes[][3] = {{1, 1, 1},    {7, 97, 33},    {6, 64, 512},  {13, 65, 513},
                               {261, 70, 37}, {33, 600, 514}, {300, 130, 3}, {5, 3, 1100}};
+  const std::vector<uint16_t> nan(600 * 600, 0x7fc0);
+  std::vector<float> lost(300 * 600);
   for (const auto& size : sizes) {
     const int64_t m = size[0], n = size[1], k = size[2];
+    for (int threads = 1; threads <= 3 && cpu().bf16; ++threads) {  // what packed memory holds
+      gemm_bf16(300, 600, 600, {nan.data(), 600, 1}, {nan.data(), 600, 1},
+                {lost.data(), 600, false, false}, threads);
+    }
     std::vector<float> a(m * k), b(k * n);
     std::vector<uint16_t> half_a(m * k), half_b(k * n);
     for (int64_t i = 0; i < m * k; ++i) a[i] = widen(half_a[i] = narrow(normal(random)));

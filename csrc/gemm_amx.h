@@ -1,0 +1,20 @@
+// The micro-kernel of gemm.cpp on a CPU with AMX: tiles of bf16, sums in fp32.
+#pragma once
+
+#include <cstdint>
+
+namespace realign {
+
+// Whether the compiler knows AMX and the system gives its registers to this process.
+bool amx_granted();
+
+// c (rows, columns) = a @ b over `steps` of two k, or c += a @ b.
+// a: rows of `a_row` bytes, contiguous in k. panel: (steps, 64) pairs of b, as gemm.cpp packs them.
+// steps: a multiple of 16, what is beyond k being 0 in a and in b. columns: 64 at most.
+void amx_tiles(const char* a, int64_t a_row, int64_t rows, const float* panel, int64_t steps,
+               float* c, int64_t c_row, int columns, bool accumulate);
+
+// Gives the tiles back, which are as they are after amx_tiles until then.
+void amx_release();
+
+}  // namespace realign
