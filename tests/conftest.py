@@ -1,5 +1,6 @@
 """What several test files share: the digits model, its processor, and a small pairs file."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -25,6 +26,12 @@ from realign.digits.scenes import Scene, make_scenes
 from realign.loading import load_model, load_processor
 from realign.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
+
+
+def pytest_collection_finish():
+    """Collections pass by what the imports made; each stage of the pairs ends in one."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish():

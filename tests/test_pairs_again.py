@@ -1,13 +1,11 @@
 """What a second run of the pairs pipeline makes again, to give what a fresh one gives."""
 
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
+from killed_runs import before_a_shard, killed
 from pair_runs import SHARDS, config_in, rejected_in, shard_times, stage_folder
 
 from realign.pairs.config import PairsConfig
@@ -139,20 +137,6 @@ def test_a_record_without_reply_is_asked_again(tmp_path, engine):
     assert written == (tmp_path / "fresh" / "pairs.parquet").read_bytes()
 
 
-DIES = """
-import os, signal, sys
-from realign.pairs import shards
-from realign.pairs.__main__ import main
-
-def died(self, number, left_out, kept=shards.Shards.write_left_out):
-    kept(self, number, left_out)
-    if self.folder.name.startswith("read"):
-        os.kill(os.getpid(), signal.SIGKILL)  # the list is written, the shard is not
-shards.Shards.write_left_out = died
-main(sys.argv[1:])
-"""
-
-
 def test_a_run_killed_while_it_replaces_a_shard_loses_no_record(pictures, tmp_path):
     spoiled = tmp_path / "pictures" / "11.png"
     data = spoiled.read_bytes()
@@ -161,10 +145,7 @@ def test_a_run_killed_while_it_replaces_a_shard_loses_no_record(pictures, tmp_pa
     spoiled.write_bytes(data)
     flags = ["--data", pictures.data, "--image-folder", pictures.image_folder, "--k", "4"]
     flags += ["--mask", "numbers", "--shard", "8", "--max-bad", "0.2", "--quiet"]
-    died = subprocess.run(
-        [sys.executable, "-c", DIES, "--output", pictures.output, *flags], check=False
-    )
-    assert died.returncode == -signal.SIGKILL
+    assert killed(before_a_shard, "--output", pictures.output, *flags)
     report = build_pairs(pictures)
     assert not report.bad
     assert (tmp_path / "out" / "pairs.parquet").read_bytes() == _fresh(pictures, tmp_path)

@@ -4,9 +4,6 @@ import errno
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from killed_runs import before_a_file, killed
 from pair_runs import FLAGS, ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
 
 from realign.pairs import pipeline, reading, shards
@@ -112,21 +110,6 @@ def test_a_changed_setting_runs_what_depends_on_it_and_back_again_nothing(
     assert {name for name in ORDER if digests[name] != known[name]} == again
 
 
-DIES = """
-import os, signal, sys
-from pathlib import Path
-from realign.pairs.__main__ import main
-
-replace = Path.replace
-def replaced(self, target):
-    if target.parent.name.startswith(sys.argv[1]) and target.name == sys.argv[2]:
-        os.kill(os.getpid(), signal.SIGKILL)  # written, and not in its place yet
-    return replace(self, target)
-Path.replace = replaced
-main(sys.argv[3:])
-"""
-
-
 @pytest.mark.parametrize(
     ("stage", "file"),
     [(stage, "00002.parquet") for stage in ORDER]
@@ -141,8 +124,7 @@ def test_a_run_killed_in_a_stage_goes_on_to_the_same_bytes(whole_run, tmp_path, 
             stage_folder(whole_run.work, name), work / stage_folder(whole_run.work, name).name
         )
     flags = ["--output", str(folder / "pairs.parquet"), *FLAGS]
-    died = subprocess.run([sys.executable, "-c", DIES, stage, file, *flags], check=False)
-    assert died.returncode == -signal.SIGKILL
+    assert killed(before_a_file, stage, file, *flags)
     assert not (folder / "pairs.parquet").exists()
     kept = {}
     if stage in ORDER:

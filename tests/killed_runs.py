@@ -1,0 +1,46 @@
+"""Runs of the pairs pipeline that end in SIGKILL, forked from a process with the libraries."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+from realign.pairs import shards
+from realign.pairs.__main__ import main
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["realign.pairs.__main__"])
+
+
+def killed(way, *arguments) -> bool:
+    """Whether `way(*arguments)`, in a process of its own, came to be killed."""
+    process = _CONTEXT.Process(target=way, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def before_a_file(stage, name, *flags):
+    """Dies when a file of a stage is written, and not in its place yet."""
+    replace = Path.replace
+
+    def replaced(self, target):
+        if target.parent.name.startswith(stage) and target.name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(self, target)
+
+    Path.replace = replaced
+    main(flags)
+
+
+def before_a_shard(*flags):
+    """Dies when a list of bad records is written, and the shard that goes with it is not."""
+    write = shards.Shards.write_left_out
+
+    def died(self, number, left_out):
+        write(self, number, left_out)
+        if self.folder.name.startswith("read"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.Shards.write_left_out = died
+    main(flags)
