@@ -127,9 +127,10 @@ class Part {
   }
 
  private:
-  // Elements of k from pc in one block. The last bf16 of an odd k has no partner in memory: it is a
-  // block of its own, whose packed copy has a zero beside it.
+  // Elements of k from pc in one block. The last bf16 of an odd k has no partner in memory: where a
+  // is not packed it is a block of its own, whose packed copy has a zero beside it.
   int64_t depth(int64_t pc) const {
+    if (T::amx) return std::min(kSteps * T::per_step, k_ - pc);
     const int64_t even = k_ / T::per_step * T::per_step;
     return pc < even ? std::min(kSteps * T::per_step, even - pc) : k_ - pc;
   }

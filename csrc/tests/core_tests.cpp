@@ -245,7 +245,8 @@ void test_gemm() {
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
   const int64_t sizes[][3] = {{1, 1, 1},    {7, 97, 33},    {6, 64, 512},  {13, 65, 513},
-                              {261, 70, 37}, {33, 600, 514}, {300, 130, 3}, {5, 3, 1100}};
+                              {261, 70, 37}, {33, 600, 514}, {300, 130, 3}, {5, 3, 1100},
+                              {300, 65, 511}};
   const std::vector<uint16_t> nan(600 * 600, 0x7fc0);
   std::vector<float> lost(300 * 600);
   for (const auto& size : sizes) {
