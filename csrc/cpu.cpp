@@ -27,7 +27,7 @@ Cpu probe() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     found.bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
     const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
-    found.amx = found.bf16 && tiles && amx_granted();
+    found.amx = found.bf16 && tiles;
   }
 #endif
   return found;
@@ -36,7 +36,12 @@ Cpu probe() {
 Cpu decide() {
   Cpu found = probe();
   const char* asked = std::getenv("REALIGN_CPU");
-  if (asked == nullptr || *asked == '\0') return found;
+  if (asked == nullptr || *asked == '\0') {
+#if defined(REALIGN_X86)
+    found.amx = found.amx && amx_granted();
+#endif
+    return found;
+  }
   const std::string name(asked);
   CpuLevel level;
   if (name == "scalar") {

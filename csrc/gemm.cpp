@@ -158,7 +158,8 @@ class Part {
     };
     if constexpr (T::amx) {
       char* lines = scratch_rows.reserve(width * kAmxRow);
-      pack_rows(a, a_.row, a_.column, rows(ic), elements, width, packed(), lines);
+      float* scratch = a_.column == 1 ? nullptr : packed();
+      pack_rows(a, a_.row, a_.column, rows(ic), elements, width, scratch, lines);
       from = lines;
       a_row = kAmxRow;
     } else if (a_.column != 1 || elements % T::per_step != 0) {
@@ -245,10 +246,10 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int th
     const int64_t m1 = std::min(m, m0 + tall), n1 = std::min(n, n0 + wide);
     try {
       Part<T>(m0, m1, n0, n1, k, a, b, c).run();
-      if constexpr (T::amx) amx_release();
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
+    if constexpr (T::amx) amx_release();
   }
   if (out_of_memory) throw std::bad_alloc();
 }

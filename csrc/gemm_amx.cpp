@@ -2,21 +2,18 @@
 
 #include <algorithm>
 
-#ifdef REALIGN_AMX
+#if defined(REALIGN_AMX) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
 namespace realign {
 
-#ifdef REALIGN_AMX
-
 namespace {
 
-constexpr int kSide = 16;     // rows of a tile, and its columns of 4 bytes
-constexpr int kPanel = 64;    // columns of a panel
-constexpr int kStepsTile = 16;
+constexpr int kSide = 16;       // rows of a tile, and its columns of 4 bytes
+constexpr int kPanel = 64;      // columns of a panel
+constexpr int kStepsTile = 16;  // of k in a tile
 
 struct alignas(64) Config {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -42,7 +39,8 @@ void configure(int rows, int columns) {
       config.set(2 * i + j, tall, std::clamp(columns - kSide * j, 0, kSide));
     }
   }
-  _tile_loadconfig(&config);
+  // Not _tile_loadconfig, of which GCC 12 believes that it reads 8 bytes, and may drop the others.
+  __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
 template <bool Tall, bool Wide>
@@ -107,12 +105,16 @@ void amx_tiles(const char* a, int64_t a_row, int64_t rows, const float* panel, i
 
 void amx_release() { _tile_release(); }
 
+}  // namespace realign
+
 #else
+
+namespace realign {
 
 bool amx_granted() { return false; }
 void amx_tiles(const char*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int, bool) {}
 void amx_release() {}
 
-#endif
-
 }  // namespace realign
+
+#endif

@@ -143,7 +143,7 @@ void pack_k_strided(const typename T::Element* source, int64_t stride, int64_t c
 }
 
 // `rows` lines of k -> rows of kAmxRow bytes, 0 from `elements` to the end of the last tile.
-// `scratch` holds `width` lines a step.
+// `scratch` holds `width` lines a step; it is for a `column` other than 1.
 void pack_rows(const uint16_t* source, int64_t row, int64_t column, int64_t rows, int64_t elements,
                int64_t width, float* scratch, char* out) {
   const int64_t bytes = elements * 2, padded = (bytes + 63) / 64 * 64;

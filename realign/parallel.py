@@ -13,6 +13,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -27,7 +28,8 @@ T = TypeVar("T")
 
 _parted = False  # see ranks_part
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_KILLED = {-number for number in signal.Signals if number != signal.SIGTERM}  # exit codes
+# Exit codes of ranks that ended by what befell them: a rank that misses another may abort, too.
+_KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 # A rank that dies ends the job at once; this is how long the others wait for a slow one, as when
 # rank 0 writes a large model.
 _TIMEOUT = timedelta(minutes=30)
@@ -173,12 +175,15 @@ def leave(code: int) -> NoReturn:
 
     FSDP2 holds its process group to the end, and a gloo thread that lets go of a gathered tensor
     while the interpreter is finalized aborts the process (torch 2.13), though all work is done.
+    Threads that are no daemons are waited for, and exit handlers run.
     """
     if not under_launcher():
         sys.exit(code)
+    threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
 
 

@@ -8,7 +8,7 @@ import importlib
 import warnings
 from types import ModuleType
 
-ABI = 3
+ABI = 4
 """What the Python side expects of the extension: csrc/kernel_bindings.cpp."""
 
 

@@ -1,8 +1,8 @@
 """Row kernel and GEMM of the C++ extension (csrc/rows.h, csrc/gemm.h), on the CPU.
 
 With AVX-512 the GEMMs are the extension's too: fp32 about twice as fast as MKL on an AMD CPU, bf16
-(AVX512_BF16, AMX) about as fast as oneDNN but with fp32 results, so logits are never rounded.
-Elsewhere torch multiplies, in fp32, as such a CPU has no bf16 arithmetic.
+as fast as oneDNN (with AMX up to twice its time) but with fp32 results. Elsewhere torch multiplies,
+halves widened to fp32. So logits are never rounded.
 """
 
 import functools
@@ -90,14 +90,12 @@ def release(logits: Tensor) -> None:
 def buffers(
     rows: int, hidden: Tensor, vocabulary: int, derivative: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits, or bf16 where torch rounds them; `others` of a row starts where its logits do.
+    """fp32 logits; `others` of a row starts where its logits do.
 
     A row kernel reads ahead of what it writes, so bf16 `others` fit into fp32 logits in place.
     """
-    exact = _own_gemm(hidden.dtype) or _widens(hidden.dtype)
-    dtype = torch.float32 if exact else hidden.dtype
-    size = rows * vocabulary * dtype.itemsize
-    memory = _reserve(size)[:size].view(dtype).view(rows, vocabulary)
+    size = rows * vocabulary * 4
+    memory = _reserve(size)[:size].view(torch.float32).view(rows, vocabulary)
     return memory, memory.view(hidden.dtype)[:, :vocabulary] if derivative else None
 
 

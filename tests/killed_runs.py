@@ -12,12 +12,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["realign.pairs.__main__"])
 
 
-def killed(way, *arguments) -> bool:
-    """Whether `way(*arguments)`, in a process of its own, came to be killed."""
+def exit_code(way, *arguments) -> int | None:
+    """Of a process that does `way(*arguments)`; None after two minutes."""
     process = _CONTEXT.Process(target=way, args=arguments)
     process.start()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
+    process.join(120)
+    return process.exitcode
 
 
 def before_a_file(stage, name, *flags):

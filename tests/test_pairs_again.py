@@ -1,11 +1,12 @@
 """What a second run of the pairs pipeline makes again, to give what a fresh one gives."""
 
 import shutil
+import signal
 import time
 from dataclasses import replace
 
 import pytest
-from killed_runs import before_a_shard, killed
+from killed_runs import before_a_shard, exit_code
 from pair_runs import SHARDS, config_in, rejected_in, shard_times, stage_folder
 
 from realign.pairs.config import PairsConfig
@@ -145,7 +146,7 @@ def test_a_run_killed_while_it_replaces_a_shard_loses_no_record(pictures, tmp_pa
     spoiled.write_bytes(data)
     flags = ["--data", pictures.data, "--image-folder", pictures.image_folder, "--k", "4"]
     flags += ["--mask", "numbers", "--shard", "8", "--max-bad", "0.2", "--quiet"]
-    assert killed(before_a_shard, "--output", pictures.output, *flags)
+    assert exit_code(before_a_shard, "--output", pictures.output, *flags) == -signal.SIGKILL
     report = build_pairs(pictures)
     assert not report.bad
     assert (tmp_path / "out" / "pairs.parquet").read_bytes() == _fresh(pictures, tmp_path)

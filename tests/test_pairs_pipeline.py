@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from killed_runs import before_a_file, killed
+from killed_runs import before_a_file, exit_code
 from pair_runs import FLAGS, ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
 
 from realign.pairs import pipeline, reading, shards
@@ -124,7 +125,7 @@ def test_a_run_killed_in_a_stage_goes_on_to_the_same_bytes(whole_run, tmp_path, 
             stage_folder(whole_run.work, name), work / stage_folder(whole_run.work, name).name
         )
     flags = ["--output", str(folder / "pairs.parquet"), *FLAGS]
-    assert killed(before_a_file, stage, file, *flags)
+    assert exit_code(before_a_file, stage, file, *flags) == -signal.SIGKILL
     assert not (folder / "pairs.parquet").exists()
     kept = {}
     if stage in ORDER:
