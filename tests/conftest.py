@@ -1,5 +1,6 @@
 """What several test files share: the digits model, its processor, and a small pairs file."""
 
+import fcntl
 import gc
 import os
 import shutil
@@ -37,6 +38,24 @@ def pytest_collection_finish():
 def pytest_sessionfinish():
     """Remove what tests left in the cache."""
     shutil.rmtree(os.environ["REALIGN_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """`made_once(name, make)`: a folder that `make(folder)` fills in one of the test processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of the folders of all processes
+
+    def once(name, make):
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (done := root / f"{name}.done").exists():
+                make(root / name)
+                done.touch()
+        return root / name
+
+    return once
 
 
 @pytest.fixture(scope="session")

@@ -53,9 +53,12 @@ def start_ranks(command, runs, pairs, root):
 
 
 @pytest.fixture(scope="module")
-def two_nodes(pairs, alone, tmp_path_factory):
+def two_nodes(pairs, made_once):
     """Runs on two nodes of one rank each, which meet over TCP."""
-    root = tmp_path_factory.mktemp("nodes")
+    return made_once("nodes", lambda root: run_on_two_nodes(pairs, root))
+
+
+def run_on_two_nodes(pairs, root):
     runs = {
         "lora": ("--fsdp", "--micro-batch-size", 2),
         "once": ("--fsdp", "--micro-batch-size", 4),
@@ -70,13 +73,15 @@ def two_nodes(pairs, alone, tmp_path_factory):
     nodes = [start_ranks(command, runs, pairs, root) for _ in range(2)]
     shown = [node.communicate(timeout=300)[0] for node in nodes]
     assert all(node.returncode == 0 for node in nodes), "\n".join(shown)
-    return root
 
 
 @pytest.fixture(scope="module")
-def four_ranks(pairs, alone, tmp_path_factory):
+def four_ranks(pairs, made_once):
     """Runs on four ranks of one node; one of them as two replicas of two shards."""
-    root = tmp_path_factory.mktemp("four")
+    return made_once("four", lambda root: run_on_four_ranks(pairs, root))
+
+
+def run_on_four_ranks(pairs, root):
     checkpointed = ("--replicas", 2, "--activation-checkpointing", "--micro-batch-size", 1)
     runs = {
         "lora": ("--fsdp", "--micro-batch-size", 2),
@@ -85,7 +90,6 @@ def four_ranks(pairs, alone, tmp_path_factory):
     node = start_ranks(["--standalone", "--nproc-per-node", "4"], runs, pairs, root)
     shown = node.communicate(timeout=300)[0]
     assert node.returncode == 0, shown
-    return root
 
 
 # --- ranks, accumulation, nodes, replicas ---
