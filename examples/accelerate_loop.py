@@ -3,6 +3,9 @@
 `accelerate launch --multi_gpu --num_processes 2 accelerate_loop.py`, without GPUs, too.
 """
 
+import os
+import sys
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -52,6 +55,9 @@ def main() -> None:
         model.save_pretrained(f"{given.output}/model")
         processor.save_pretrained(f"{given.output}/model")
     accelerator.end_training()
+    if accelerator.device.type == "cpu":  # gloo's threads can hang a process that cleans up
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

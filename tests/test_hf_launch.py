@@ -46,10 +46,11 @@ def launch(script, *words) -> subprocess.CompletedProcess:
 
 
 def run(command) -> subprocess.CompletedProcess:
-    """A command to its end."""
+    """A command to its end, within five minutes: ranks may hang."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
+    return subprocess.run(words, check=False, **options)
 
 
 @pytest.fixture(scope="module")
