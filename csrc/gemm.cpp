@@ -18,14 +18,13 @@
 #include <new>
 
 #include "cpu.h"
-#include "gemm_amx.h"
 #include "gemm_pack.h"
 
 namespace realign {
 namespace {
 
 constexpr int kTileRows = 6;
-constexpr int kTileColumns = 64;
+constexpr int kTileColumns = kPanelColumns;
 constexpr int64_t kBlockColumns = 512;  // of b
 constexpr int64_t kKeep = 2 << 20;      // bytes of b that a thread keeps packed
 

@@ -11,9 +11,7 @@ namespace realign {
 
 namespace {
 
-constexpr int kSide = 16;       // rows of a tile, and its columns of 4 bytes
-constexpr int kPanel = 64;      // columns of a panel
-constexpr int kStepsTile = 16;  // of k in a tile
+constexpr int kSide = 16;  // rows of a tile, and its columns of 4 bytes
 
 struct alignas(64) Config {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -33,8 +31,8 @@ void configure(int rows, int columns) {
   for (int i = 0; i < 2; ++i) {
     const int tall = std::clamp(rows - kSide * i, 0, kSide);
     const int wide = std::clamp(columns - kSide * i, 0, kSide);
-    config.set(4 + i, tall, kStepsTile);
-    config.set(6 + i, kStepsTile, wide);
+    config.set(4 + i, tall, kAmxSteps);
+    config.set(6 + i, kAmxSteps, wide);
     for (int j = 0; j < 2; ++j) {
       config.set(2 * i + j, tall, std::clamp(columns - kSide * j, 0, kSide));
     }
@@ -59,12 +57,12 @@ void block(const char* a, int64_t a_row, const float* b, int64_t steps, float* c
     if (Tall) _tile_zero(2);
     if (Tall && Wide) _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; s += kStepsTile, a += 4 * kStepsTile, b += kStepsTile * kPanel) {
-    _tile_loadd(6, b, 4 * kPanel);
+  for (int64_t s = 0; s < steps; s += kAmxSteps, a += 4 * kAmxSteps, b += kAmxSteps * kPanelColumns) {
+    _tile_loadd(6, b, 4 * kPanelColumns);
     _tile_loadd(4, a, a_row);
     _tile_dpbf16ps(0, 4, 6);
     if (Wide) {
-      _tile_loadd(7, b + kSide, 4 * kPanel);
+      _tile_loadd(7, b + kSide, 4 * kPanelColumns);
       _tile_dpbf16ps(1, 4, 7);
     }
     if (Tall) {
@@ -93,8 +91,8 @@ void amx_tiles(const char* a, int64_t a_row, int64_t rows, const float* panel, i
     const int wide = std::min(2 * kSide, columns - column);
     for (int64_t row = 0; row < rows; row += 2 * kSide) {
       const int tall = static_cast<int>(std::min<int64_t>(2 * kSide, rows - row));
-      if (shape != tall * kPanel + wide) configure(tall, wide);
-      shape = tall * kPanel + wide;
+      if (shape != tall * kPanelColumns + wide) configure(tall, wide);
+      shape = tall * kPanelColumns + wide;
       const auto run = tall > kSide ? (wide > kSide ? block<true, true> : block<true, false>)
                                     : (wide > kSide ? block<false, true> : block<false, false>);
       run(a + row * a_row, a_row, panel + column, steps, c + row * c_row + column, c_row,

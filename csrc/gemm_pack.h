@@ -9,11 +9,12 @@
 #include <cstring>
 #include <new>
 
+#include "gemm_amx.h"
+
 namespace realign {
 namespace {
 
 constexpr int64_t kSteps = 256;   // of k in a block
-constexpr int64_t kAmxSteps = 16;  // of k in a tile of AMX
 constexpr int64_t kAmxRow = kSteps * 4 + 64;  // bytes of a packed row, not to share cache sets
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }

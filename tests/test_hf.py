@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback
 
 from realign import export
 from realign.config import OptimConfig
@@ -229,3 +229,15 @@ def test_what_cannot_be_trained_is_named(rows, tmp_path):
         RDPOTrainer(str(ASSETS), config(tmp_path), broken)
     with pytest.raises(ValueError, match="holds no records"):
         RDPOTrainer(str(ASSETS), config(tmp_path), [])
+
+
+def test_a_failed_evaluation_leaves_steps_to_be_counted(pairs_file, tmp_path, monkeypatch):
+    trainer = RDPOTrainer(
+        str(ASSETS), config(tmp_path, max_steps=2), str(pairs_file), eval_dataset=str(pairs_file)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluation_loop", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.evaluate()
+    trainer.train()
+    assert len(history(trainer, "rewards/margins")) == 2

@@ -37,16 +37,17 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
 
 def test_a_rank_ends_without_finalizing_its_interpreter():
     script = (
-        "import atexit; from realign import parallel\n"
+        "import atexit, threading, time; from realign import parallel\n"
         "class Kept: __del__ = lambda self: print('finalized')\n"
         "kept = Kept()\n"
         "atexit.register(print, 'at exit'), print('done')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
         "parallel.leave(3)"
     )
     for rank, last in (({}, ["finalized"]), ({"RANK": "1", "WORLD_SIZE": "2"}, [])):
         command = [sys.executable, "-c", script]
         ended = subprocess.run(command, env=os.environ | rank, stdout=-1, text=True, check=False)
-        assert ended.stdout.splitlines() == ["done", "at exit", *last]
+        assert ended.stdout.splitlines() == ["done", "thread", "at exit", *last]
         assert ended.returncode == 3
 
 
