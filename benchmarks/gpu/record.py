@@ -24,7 +24,7 @@ from typing import Any
 
 RESULTS = "results.jsonl"
 LOST = 3
-"""Exit code of a part whose CUDA context is dead: the parent starts it again for the other cases."""
+"""Exit code of a part whose CUDA context is dead: the parent restarts it for its other cases."""
 TRACEBACK = 1500
 """Characters of a traceback that are kept in the results; log.txt has all of it."""
 
