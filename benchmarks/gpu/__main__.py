@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.gpu.record import LOST, RESULTS, append, latest, read
+from benchmarks.gpu.record import LOST, RESULTS, append, failed, latest, read
 from benchmarks.gpu.table import table
 
 PARTS = ("facts", "correct", "attention", "head", "step", "train", "variants")
@@ -58,8 +58,7 @@ def complete(folder: Path, part: str) -> bool:
     """Whether earlier calls ran the part to its end and no case has failed."""
     lines = [line for line in read(folder / RESULTS) if line["part"] == part]
     ends = [line for line in lines if "case" not in line]
-    failed = any("error" in line for line in latest(lines).values())
-    return bool(ends) and "done" in ends[-1] and not failed
+    return bool(ends) and "done" in ends[-1] and not any(map(failed, latest(lines).values()))
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -97,13 +96,13 @@ def run_part(module: str, folder: Path, seconds: float, call: int, rehearse: boo
     """Runs a part, again after each loss of its CUDA context; returns why it failed, if it did."""
     end = time.monotonic() + seconds
     while True:
-        failures = sum("error" in line for line in read(folder / RESULTS))
+        failures = sum(map(failed, read(folder / RESULTS)))
         code = run_once(module, folder, end - time.monotonic(), call, rehearse)
         if code is None:
             return f"time limit {seconds:.0f} s"
         if code == 0:
             return None
-        found = sum("error" in line for line in read(folder / RESULTS))
+        found = sum(map(failed, read(folder / RESULTS)))
         # Each restart has one case less to run, so this ends.
         if code != LOST or found == failures or end - time.monotonic() < LEAST:
             return f"exit code {code}"

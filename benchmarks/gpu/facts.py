@@ -78,9 +78,7 @@ def run(record: Record) -> None:
     device = record.device
     cases = {
         "device": lambda: _device(device),
-        "versions": lambda: (
-            {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES}
-        ),
+        "versions": _versions,
         "GEMM": lambda: {"tflops": gemm_rate(device, GEMM_SIZE[device]) / 1e12},
         "copy": lambda: {"tb_per_s": copy_rate(device, COPY_SIZE[device]) / 1e12},
         "extension": lambda: _extension(device),

@@ -42,6 +42,11 @@ def append(path: Path, line: Line) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def failed(line: Line) -> bool:
+    """Whether a case ended in an exception: its "error" is then a traceback, not a figure."""
+    return isinstance(line.get("error"), str)
+
+
 def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
     """The last line of each (part, case), in the order in which the cases first appeared."""
     return {(line["part"], line["case"]): line for line in lines if "case" in line}
@@ -80,13 +85,13 @@ class Record:
     def done(self, case: str) -> bool:
         """Whether this or an earlier call recorded the case without an error."""
         line = self._line(case)
-        return line is not None and "error" not in line
+        return line is not None and not failed(line)
 
     def missing(self, cases: Iterable[str]) -> Iterator[str]:
         """The cases to run: neither done, nor failed in this call before a restart."""
         for case in cases:
             line = self._line(case)
-            if line is None or ("error" in line and line["call"] != self.call):
+            if line is None or (failed(line) and line["call"] != self.call):
                 yield case
 
     def _line(self, case: str) -> Line | None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.gpu.record import Line, latest
+from benchmarks.gpu.record import Line, failed, latest
 
 MOST_LINES = 100
 WIDEST = 200
 """Characters of an error that are shown."""
-OTHERS = ("part", "case", "call", "error")
+OTHERS = ("part", "case", "call")
 
 
 def table(lines: Sequence[Line], parts: Sequence[str], most: int = MOST_LINES) -> list[str]:
@@ -31,16 +31,16 @@ def _cut(block: list[str], longest: int) -> list[str]:
 
 def _block(part: str, lines: list[Line]) -> list[str]:
     cases = latest(lines).values()
-    failed = [line for line in cases if "error" in line]
-    fine = [line for line in cases if "error" not in line]
+    bad = [line for line in cases if failed(line)]
+    fine = [line for line in cases if not failed(line)]
     ends = [line for line in lines if "case" not in line]
     head = "missing: not run"
     if ends:
         why = f"missing: {ends[-1]['failed']}" if "failed" in ends[-1] else "done"
         head = f"{why}, {ends[-1]['seconds']} s, {len(fine)} cases"
-        head += f", {len(failed)} FAILED" if failed else ""
+        head += f", {len(bad)} FAILED" if bad else ""
     found = [f"{part}: {head}"]
-    for line in failed:
+    for line in bad:
         why = line["error"].strip().splitlines()[-1]
         found.append(f"  {line['case']}  missing: {why}"[:WIDEST])
     return found + list(_figures(fine))
