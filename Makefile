@@ -27,7 +27,7 @@ help:
 	@echo 'make bench-full, make bench-gpu    all of them; on a CUDA machine, with the report'
 	@echo 'make gpu-wheels     packages to carry to a CUDA machine without network (benchmarks/gpu/run.sh)'
 	@echo 'make gpu-rehearsal  the GPU check and tests/kernels on a CPU under that machine'"'"'s versions'
-	@echo 'make report  docs/benchmarks.md, its pictures and the README tables from the last runs'
+	@echo 'make report  docs/benchmarks.md, docs/gpu.md and the README tables from the last runs'
 	@echo 'make lint    ruff check and ruff format --check'
 	@echo 'make build   the environment alone: .venv with the package and its C++ extension'
 	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
@@ -86,7 +86,6 @@ gpu-rehearsal:
 	OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python -m pytest -q tests/kernels
 
 report: $(STAMP)
-	$(RUN) -m benchmarks.roofline
 	$(RUN) -m benchmarks.report
 
 lint: $(STAMP)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.gpu.record import LOST, RESULTS, append, failed, latest, read
+from benchmarks.gpu.record import LOST, RESULTS, append, failed, latest, read, without_folders
 from benchmarks.gpu.table import table
 
 PARTS = ("facts", "correct", "attention", "head", "step", "train", "variants")
@@ -125,7 +125,7 @@ def run(part: str, folder: Path, left: float, call: int, rehearse: bool) -> None
         line["done"] = True
     else:
         output = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
-        line |= {"failed": why, "tail": output[-TAIL:]}
+        line |= {"failed": why, "tail": without_folders(output)[-TAIL:]}
     append(folder / RESULTS, line)
     print(f"{name}: {why or 'done'} after {seconds} s", file=sys.stderr, flush=True)
 

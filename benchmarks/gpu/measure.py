@@ -17,8 +17,11 @@ Call = Callable[[], Any]
 
 
 def wall(call: Call, budget: float = 0.5) -> float:
-    """Median seconds of a call, the L2 cache flushed before each; about `budget` seconds of it."""
-    return statistics.median(turns(call, None, budget)[0])
+    """Median seconds of a call, the L2 cache flushed before each; about `budget` seconds of it.
+
+    A budget of 0 is one round, for a rehearsal.
+    """
+    return statistics.median(turns(call, None, budget, least=3 if budget else 1)[0])
 
 
 def busy(call: Call) -> float:

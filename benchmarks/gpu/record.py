@@ -15,7 +15,9 @@ is shown there. Other cases have a line of their own.
 import contextlib
 import gc
 import json
+import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -50,6 +52,13 @@ def failed(line: Line) -> bool:
 def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
     """The last line of each (part, case), in the order in which the cases first appeared."""
     return {(line["part"], line["case"]): line for line in lines if "case" in line}
+
+
+def without_folders(text: str) -> str:
+    """Text without this checkout's and the temporary folder's path: results are committed."""
+    for folder in (os.getcwd(), tempfile.gettempdir()):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 class Record:
@@ -108,7 +117,8 @@ class Record:
             yield
         except Exception as error:
             traceback.print_exc()
-            self(case, error="".join(traceback.format_exception(error)).strip()[-TRACEBACK:])
+            text = without_folders("".join(traceback.format_exception(error)).strip())
+            self(case, error=text[-TRACEBACK:])
             traceback.clear_frames(error.__traceback__)
             self._free()
 
