@@ -145,6 +145,14 @@ def test_what_cannot_start_is_named(capsys, tmp_path):
     assert "facts: missing: the budget is spent" in capsys.readouterr().out
 
 
+def test_without_a_gpu_the_command_names_the_rehearsal(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert "no CUDA device: add --rehearse" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_table_has_at_most_100_lines_and_counts_what_it_cuts():
     lines = [
         {"part": part, "case": f"case {i}", "call": 1, "ms": float(i)}

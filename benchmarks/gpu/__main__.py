@@ -142,6 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     given = parser.parse_args(arguments)
+    if not given.rehearse:
+        import torch  # also reads its libraries from a cold disk, before any part's limit
+
+        if not torch.cuda.is_available():
+            parser.error("torch sees no CUDA device: add --rehearse for toy sizes on a CPU")
     end, parts = time.monotonic() + given.budget, given.parts.split(",")
     given.out.mkdir(parents=True, exist_ok=True)
     results = given.out / RESULTS

@@ -66,6 +66,7 @@ def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | Non
     logits = (3 * torch.randn(rows, vocabulary, **kind)).to(dtype)
     labels = torch.randint(vocabulary, (rows,), **kind)
     labels[1::4] = -1
+    labels[2::4] = logits[2::4].argmax(1)  # confident: E of the label would be the largest
     softcap, temperature = head.get("softcap"), head.get("temperature", 1.0)
     z = _scaled(logits.double(), softcap, temperature)
     exact = _exact(z, labels, temperature, softcap)
