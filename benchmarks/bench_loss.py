@@ -7,9 +7,9 @@
   the head. On CUDA ours is one launch of a Triton kernel.
 
 Ours checks its inputs for NaN and returns rewards and counts too; the others are the bare formula.
-Token counts are given: `linear_preference_loss` counts on the host before the head. TRL 1.16 has no contestant: its loss is a part of
-`DPOTrainer._compute_loss`, of which nothing can be called without a trainer and its model. Nor has
-Liger, whose loss is a part of its fused head.
+Token counts are given: `linear_preference_loss` counts on the host before the head. TRL 1.16 has no
+contestant: its loss is a part of `DPOTrainer._compute_loss`, of which nothing can be called without
+a trainer and its model. Nor has Liger, whose loss is a part of its fused head.
 
 Before a contestant is timed its loss and its gradient are compared with fp64.
 """
