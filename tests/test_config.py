@@ -287,7 +287,10 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--fsdp", "--replicas", "0"], "replicas is 0"),
         (["--compile", "--attention", "tree"], "would compile again.*sdpa with --compile"),
         (["--liger", "--compile"], "liger and compile both fuse"),
-        (["--attention", "flash", "--dtype", "fp32"], "'flash', which computes in half.* Add --dtype bf16"),
+        (
+            ["--attention", "flash", "--dtype", "fp32"],
+            "'flash', which computes in half.* Add --dtype bf16",
+        ),
         (
             ["--attention", "math"],
             "attention is 'math'; it must be one of auto, tree, sdpa, eager, flex, flash",
