@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,12 +94,11 @@ class Ours:
     """
 
     def __init__(self, folder, tune, dtype):
-        import numpy as np
-
         from realign import parallel, reference, sharding
         from realign.config import LossConfig
         from realign.inputs import load_inputs
         from realign.loading import DTYPES, add_lora
+        from realign.step import Feed
         from realign_kernels import ReferenceCache
 
         self.imported = memory()
@@ -143,43 +143,38 @@ class Ours:
             self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
         self.count = count
-        self.arguments = (
-            model.train(),
-            np.arange(count),
-            inputs.examples,
-            references,
-            inputs.store,
-            inputs.objective,
+        self.model, self.objective, self.device = model.train(), inputs.objective, device
+        self.feed = Feed(
+            inputs.examples, references, inputs.store, model.attention, row_tokens=0, device=device
         )
-        self.options = {
-            "batch_size": count, "micro_batch_size": count, "row_tokens": 0, "device": device,
-        }  # fmt: skip
 
     def dpo(self):
         """Loss and gradient norm of DPO on the same examples; nothing is updated."""
-        from realign import step
         from realign.forest import Example
         from realign_kernels import objectives
 
-        model, indices, examples, references, store, _ = self.arguments
-        pairs = [Example(e.name, e.roots[:1], e.leaves[:2]) for e in examples]
-        objective = objectives.get("dpo", beta=BETA)
-        inputs = (model, indices, pairs, references[:2], store, objective)
-        totals = step.accumulate(*inputs, **self.options)
-        norm = step.clip(self.trained, 0)
+        pairs = [Example(e.name, e.roots[:1], e.leaves[:2]) for e in self.feed.examples]
+        feed = replace(self.feed, examples=pairs, references=self.feed.references[:2])
+        found = self._forward_backward(feed, objectives.get("dpo", beta=BETA), 0)
         self.optimizer.zero_grad()
-        return 0.0, step.over_ranks(totals, self.count, False)[0]["loss"], norm
+        return 0.0, found["loss"], found["grad_norm"]
 
     def step(self):
-        from realign import step
-
         began = now()
-        totals = step.accumulate(*self.arguments, **self.options)
-        norm = step.clip(self.trained, CLIP)
-        means, _ = step.over_ranks(totals, self.count, False)
+        found = self._forward_backward(self.feed, self.objective, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return now() - began, means["loss"], norm
+        return now() - began, found["loss"], found["grad_norm"]
+
+    def _forward_backward(self, feed, objective, limit):
+        """Metrics of all examples in one micro-batch, laid out here."""
+        from realign import step
+
+        parts = [feed(range(self.count))]
+        options = {"batch_size": self.count, "device": self.device}
+        totals = step.accumulate(self.model, parts, objective, **options)
+        norm = step.clip(self.trained, limit)
+        return step.over_ranks(totals, norm, self.count, False)[0]
 
     def serve(self, commands, answer):
         for words in commands:
