@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign import parallel, reference, sharding
-from realign.attention import IMPLEMENTATIONS, check
+from realign.attention import IMPLEMENTATIONS, choose
 from realign.cli import parse_sections
 from realign.config import LossConfig, resolve_dtype
 from realign.digits import ASSETS
@@ -95,7 +95,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     """Compute the reference log-probs that a training run on these pairs will look up."""
     dtype = DTYPES[config.dtype]
     device = parallel.start(alone=config.fsdp)
-    check(config.attention, device)
+    attends, why = choose(config.attention, device, dtype)
     bars = not config.quiet and parallel.rank() == 0
     inputs = load_inputs(
         config.model or str(ASSETS),
@@ -103,7 +103,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         LossConfig(objective=config.objective),
         dtype=dtype,
         weights_dtype=dtype,
-        attention=config.attention,
+        attention=attends,
         train_vision=False,
         meta=config.fsdp and parallel.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
@@ -119,6 +119,8 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         model.to(device)
     parallel.ranks_part()
     say = print if parallel.rank() == 0 else lambda _: None
+    if why:
+        say(why)
     for line in model.check_forest(inputs.examples[0], inputs.store, device):
         say(line)
     with ReferenceCache.open(tables.directory, fingerprint) as cache:

@@ -33,9 +33,10 @@ class ModelConfig:
     CUDA, 'fp32' on a CPU."""
     attention: str = "auto"
     """How the language model attends: 'tree' (each tree by itself, without a mask; models with
-    windows, two-way blocks or dropout get 'sdpa'), 'sdpa', 'eager', or on CUDA 'flex' (skips what
-    a token may not see, so rows can be long) or 'flash' (each response gets its own copy of the
-    prompt). 'auto' is 'tree', with --compile 'sdpa'."""
+    windows, two-way blocks or dropout get 'sdpa', as does --compile without the flash kernel),
+    'flash' ('tree' by torch's flash kernel in one call a layer, on CUDA in bf16, where 'tree' takes
+    it by itself), 'sdpa', 'eager', or on CUDA 'flex' (skips what a token may not see, so rows can
+    be long). 'auto' is 'tree'."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
@@ -43,8 +44,8 @@ class ModelConfig:
         _one_of("attention", self.attention, ("auto", "tree", "sdpa", "eager", "flex", "flash"))
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
-                "attention is 'flash', which computes in half precision alone, and dtype is 'fp32'."
-                " Add --dtype bf16, or use --attention sdpa."
+                "attention is 'flash', which computes in half precision only, and dtype is 'fp32'. "
+                "Add --dtype bf16, or use --attention tree."
             )
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
@@ -211,13 +212,8 @@ class TrainConfig:
                 "cache_vision keeps image features as they are, and with --tune full what makes "
                 "them learns. Leave it out, or add --tune lora."
             )
-        if self.scale.compile and self.model.attention == "tree":
-            raise ValueError(
-                "attention is 'tree', which would compile again for every other layout of a batch. "
-                "Use --attention sdpa with --compile."
-            )
         if self.model.attention == "auto":
-            self.model.attention = "sdpa" if self.scale.compile else "tree"
+            self.model.attention = "tree"
         if self.optim.learning_rate == 0:
             self.optim.learning_rate = 5e-5 if self.model.model is None else 1e-5
 

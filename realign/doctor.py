@@ -33,7 +33,7 @@ OPTIONAL = {"faiss-gpu": "1.15", "ray": "2.60"}
 """Optional distributions -> likewise, where it names a version."""
 _MODULES = {
     "pillow": "PIL", "scikit-learn": "sklearn", "scikit-image": "skimage", "faiss-cpu": "faiss",
-    "faiss-gpu": "faiss", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel",
+    "faiss-gpu": "faiss", "liger-kernel": "liger_kernel",
     "sentence-transformers": "sentence_transformers",
 }  # fmt: skip
 
@@ -57,8 +57,7 @@ class Extra(NamedTuple):
 EXTRAS = (
     Extra(("faiss-cpu", "faiss-gpu"), "IVF and HNSW search for pairs", "pip install faiss-cpu"),
     Extra(("triton",), "the CUDA kernels", "it comes with torch for CUDA", cuda=True),
-    Extra(("flash-attn",), "--attention flash", "pip install '.[gpu]' --no-build-isolation", True),
-    Extra(("liger-kernel",), "--liger", "pip install '.[gpu]' --no-build-isolation", True),
+    Extra(("liger-kernel",), "--liger", "pip install '.[gpu]'", True),
     Extra(("matplotlib",), "pictures of demo and stats", "pip install 'realign[demo]'"),
     Extra(("scikit-image",), "the study on photographs", "pip install 'realign[study]'"),
     Extra(("datasets",), "data sets of other trainers", "pip install datasets"),

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
 from realign import hf_parts, metrics, reference
-from realign.attention import IMPLEMENTATIONS
+from realign.attention import choose
 from realign.card import loss_settings, model_card
 from realign.encode import encode_records, make_objective
 from realign.hf_config import RDPOConfig, check
@@ -148,14 +148,10 @@ class RDPOTrainer(Trainer):
                     " Merge it first (python -m realign.export), or give it as a PeftModel with "
                     "is_trainable=True and leave out peft_config, to train it on."
                 )
-            frozen = peft_config is not None and args.bf16
-            return load_model(model, torch.bfloat16 if frozen else torch.float32), None
-        kind = model.model.get_decoder().config._attn_implementation
-        if kind not in IMPLEMENTATIONS.values():
-            raise ValueError(
-                f"the model attends by {kind!r}; load it with attn_implementation= one of "
-                f"{', '.join(IMPLEMENTATIONS.values())}."
-            )
+            computes = torch.bfloat16 if args.bf16 else torch.float32
+            attends, _ = choose("tree", args.device, computes)
+            kept = computes if peft_config is not None else torch.float32
+            return load_model(model, kept, attends), None
         return model, None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -90,7 +90,10 @@ class Plan:
         self.device = torch.device("cuda" if cuda else "cpu")
         self.ranks = parallel.planned_ranks(config.scale.fsdp, config.scale.nproc_per_node)
         sharding.check(config.scale, self.device, self.ranks)
-        attention.check(config.model.attention, self.device)
+        attends, _ = attention.choose(
+            config.model.attention, self.device, self.dtype, compiled=config.scale.compile
+        )
+        self.layout_attention = _layout_attention(attends)
         self.shards = self.ranks // config.scale.replicas
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
@@ -100,7 +103,7 @@ class Plan:
 
         self.processor = load_processor(self.base)
         kept = self.dtype if self.lora else torch.float32
-        self.vlm = load_model(self.base, kept, _layout_attention(config), meta=True)
+        self.vlm = load_model(self.base, kept, self.layout_attention, meta=True)
         self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
         records = read_pairs(pairs)
         self.objective = make_objective(config.loss, records)
@@ -135,7 +138,7 @@ class Plan:
     def _per_image_token(self) -> float:
         """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
         kept = self.dtype if self.lora else torch.float32
-        vlm = load_model(self.base, kept, _layout_attention(self.config), meta=True)
+        vlm = load_model(self.base, kept, self.layout_attention, meta=True)
         model = ForestModel(vlm, dtype=self.dtype)
         cpu = torch.device("cpu")
         with memory.fake_tensors(cpu):
@@ -358,9 +361,9 @@ class Plan:
         )
 
 
-def _layout_attention(config: TrainConfig) -> str:
+def _layout_attention(attends: str) -> str:
     """What lays rows out alike where fake tensors cannot go (flex's own operator)."""
-    return "sdpa" if config.model.attention == "flex" else config.model.attention
+    return "sdpa" if attends == "flex" else attends
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -91,15 +91,19 @@ def train(config: TrainConfig) -> Path | None:
     scale = config.scale
     device = parallel.start(alone=config.sharded, fsdp=scale.fsdp)
     sharding.check(scale, device, parallel.world_size())
-    attention.check(config.model.attention, device)
+    attends, why = attention.choose(
+        config.model.attention, device, DTYPES[config.model.dtype], compiled=scale.compile
+    )
     with sole_writer(Path(config.run.output)):
-        return _train(config, device)
+        return _train(config, device, attends, why)
 
 
-def _train(config: TrainConfig, device: torch.device) -> Path | None:
+def _train(config: TrainConfig, device: torch.device, attends: str, why: str | None) -> Path | None:
     run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
     dtype = DTYPES[config.model.dtype]
     say = print if parallel.rank() == 0 else lambda *_: None
+    if why:
+        say(why)
     bars = not run.quiet and parallel.rank() == 0 and sys.stderr.isatty()
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
     checkpoints = Checkpoints(output / "checkpoints", run.keep)
@@ -112,7 +116,7 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
         config.loss,
         dtype=dtype,
         weights_dtype=dtype if lora else torch.float32,
-        attention=config.model.attention,
+        attention=attends,
         meta=parallel.rank() > 0,  # weights come from rank 0
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,

@@ -170,10 +170,10 @@ def test_option_names_are_unique_over_the_sections_of_training():
     sections = zip(("model", "data", "loss", "optim", "scale", "run"), TRAIN, strict=True)
     defaults = {section: dict(OPTIONS[cls]) for section, cls in sections}
     defaults["optim"]["learning_rate"] = 5e-5  # 0 means: as suits the model
-    defaults["model"]["attention"] = "tree"  # auto, without --compile
+    defaults["model"]["attention"] = "tree"  # auto
     defaults["model"]["dtype"] = "bf16" if torch.cuda.is_available() else "fp32"  # auto
     assert tree == defaults
-    assert config.parse(["--compile"]).model.attention == "sdpa"
+    assert config.parse(["--compile"]).model.attention == "tree"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,6 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--nproc-per-node", "3"], "nproc_per_node would have no effect.*--fsdp"),
         (["--replicas", "2"], "replicas would have no effect.*--fsdp"),
         (["--fsdp", "--replicas", "0"], "replicas is 0"),
-        (["--compile", "--attention", "tree"], "would compile again.*sdpa with --compile"),
         (["--liger", "--compile"], "liger and compile both fuse"),
         (
             ["--attention", "flash", "--dtype", "fp32"],
