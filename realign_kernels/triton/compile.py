@@ -114,6 +114,7 @@ CASES: dict[str, Callable[[], None]] = {
     "head wide, all options": lambda: _head(4096, 4096, 151936),
     "head narrow": lambda: _head(4096, 1024, 151936),
     "head few rows": lambda: _head(64, 4096, 151936),
+    "head few rows, V odd": lambda: _head(63, 4096, 32003),
     "head float32 ragged": lambda: _head(4096, 4095, 32003, torch.float32),
     "head pointers": lambda: _head(4096, 4095, 32003),
     "loss": lambda: _loss("mdpo", 4096, 32),
