@@ -1,5 +1,6 @@
 """Random LLaVA models and pairs of the usual lengths, for benchmarks."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,9 @@ def random_on(
     """
     torch.manual_seed(0)
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    own = copy.deepcopy(config)  # it is told the attention, and the next model another one
     with torch.device(device):
-        return AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation=kinds
-        )
+        return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation=kinds)
 
 
 def random_pairs(count, *, prompt, response):

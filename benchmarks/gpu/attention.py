@@ -95,7 +95,7 @@ class Layer:
             float((one.float() - true).norm() / true.norm())
             for one, true in zip(found, self.truth, strict=False)
         )
-        return {"error": error} | ({"gradient_error": max(others)} if others else {})
+        return {"output_error": error} | ({"gradient_error": max(others)} if others else {})
 
 
 def both_ways(attend: Attend, states: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
