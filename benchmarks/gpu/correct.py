@@ -57,13 +57,14 @@ HEADS: tuple[tuple[torch.dtype, str, str, str, dict], ...] = (
 )
 """dtype, size, what trains, name, options of `truth.make`."""
 REPEATS = 50
-POISON = 2**28
-"""Numbers in the NaN-filled block that the allocator then hands out again: 1 GiB."""
+POISON = 2**30
+"""Numbers in the NaN-filled block that the allocator then hands out again: 4 GiB."""
 
 
 def poison(device: str) -> None:
-    """Leaves NaN in the memory that CUDA's allocator hands out next."""
+    """Leaves NaN in the memory that CUDA's allocator hands out next; after inputs are made."""
     if device == "cuda":
+        torch.cuda.empty_cache()
         blocks = [torch.full((POISON,), torch.nan, device=device)]
         blocks += [torch.full((2**17,), torch.nan, device=device) for _ in range(64)]
         torch.cuda.synchronize()
@@ -79,8 +80,8 @@ def backend(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManage
 
 def head(record: Record, dtype: torch.dtype, size: str, trains: str, options: dict) -> dict:
     """`linear_logprobs` against fp64."""
-    poison(record.device)
     problem = truth.make(SIZES[size][record.rehearse], dtype, record.device, **options)
+    poison(record.device)
     with backend(record.device, dtype):
         value = truth.ours(problem, trains)
     exact = truth.plain(problem, torch.float64, truth.BLOCK)
@@ -89,7 +90,6 @@ def head(record: Record, dtype: torch.dtype, size: str, trains: str, options: di
 
 def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
     """`rdpo_loss`: loss and gradients against fp64; references of 0, as the contestants have."""
-    poison(record.device)
     size = (2, 5, 16, 97) if record.rehearse else (8, 32, 4096, 32000)
     batch = truth.preference(*size, dtype, record.device)
     exact_loss, exact = truth.preference_truth(batch)
@@ -102,6 +102,7 @@ def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
         return truth.Answer(value.detach()[None], hidden.grad.flatten(0, -2), weight.grad)
 
     zeros = torch.zeros(batch.labels.shape[:2], device=record.device)
+    poison(record.device)
     with backend(record.device, dtype):
         value = run(lambda *given: rdpo_loss(*given, zeros).loss)
     exact = exact._replace(logps=exact_loss[None])

@@ -17,7 +17,7 @@ Call = Callable[[], Any]
 
 
 def wall(call: Call, budget: float = 0.5) -> float:
-    """Median seconds of a call, the L2 cache flushed before each; `budget` seconds of rounds."""
+    """Median seconds of a call, the L2 cache flushed before each; about `budget` seconds of it."""
     return statistics.median(turns(call, None, budget)[0])
 
 
@@ -42,10 +42,10 @@ def peak(call: Call) -> int:
 
 def figures(call: Call, device: str, budget: float = 0.5) -> dict[str, float]:
     """Wall time and, on CUDA, GPU-busy time and peak memory beyond the inputs, of one call."""
-    found = {"ms": 1e3 * wall(call, budget)}
-    if device == "cuda":
-        found |= {"busy_ms": 1e3 * busy(call), "peak_gib": peak(call) / 2**30}
-    return found
+    if device == "cpu":
+        return {"ms": 1e3 * wall(call, budget=0)}
+    times = {"ms": 1e3 * wall(call, budget), "busy_ms": 1e3 * busy(call)}
+    return times | {"peak_gib": peak(call) / 2**30}
 
 
 def copy_rate(device: str, size: int) -> float:
