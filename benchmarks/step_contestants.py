@@ -12,9 +12,9 @@ import os
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -115,15 +115,13 @@ class Ours:
             progress=False,
         )
         self.prepare(inputs, folder / "cache", tune, kind, device, sharded=sharded)
-        count = len(inputs.examples)
-        self.indices = np.arange(count)
-        self.options |= {"batch_size": count, "micro_batch_size": count}
 
     def prepare(self, inputs, cache, tune, dtype, device, *, sharded, weights=None):
         """Everything of `realign.train` from the loaded model to its first step."""
         from realign import reference, sharding
         from realign.forest import Example
         from realign.loading import add_lora
+        from realign.step import Feed
         from realign_kernels import ReferenceCache, objectives
 
         model, examples, store = inputs.model, inputs.examples, inputs.store
@@ -153,55 +151,52 @@ class Ours:
         if sharded:
             model.reshard()
         move(model, tune)
-        self.model, self.store = model.train(), store
+        self.model, self.device = model.train(), device
+        feed = Feed(examples, references, store, model.attention, row_tokens=0, device=device)
         pairs = [Example(e.name, e.roots[:1], e.leaves[:2]) for e in examples]
-        self.objectives = {
-            "rdpo": (examples, references, inputs.objective),
-            "dpo": (pairs, references[:2], objectives.get("dpo", beta=BETA)),
-        }
+        of_pairs = replace(feed, examples=pairs, references=references[:2])
+        self.feeds = {"rdpo": feed, "dpo": of_pairs}
+        self.objectives = {"rdpo": inputs.objective, "dpo": objectives.get("dpo", beta=BETA)}
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
-        self.options = {"row_tokens": 0, "device": device}
 
-    def accumulate(self, name):
-        """Forward and backward of an objective over `self.indices`; returns what reads its loss."""
+    def gradient(self, name, parts, examples, limit=0):
+        """Loss and gradient norm of an objective over micro-batches, which hold `examples`."""
         from realign import step
 
-        examples, references, objective = self.objectives[name]
-        inputs = (self.model, self.indices, examples, references, self.store, objective)
-        totals = step.accumulate(*inputs, **self.options)
-        return lambda: step.over_ranks(totals, len(self.indices), False)[0]["loss"]
+        options = {"batch_size": examples, "device": self.device}
+        totals = step.accumulate(self.model, parts, self.objectives[name], **options)
+        norm = step.clip(self.trained, limit)
+        found, _ = step.over_ranks(totals, norm, examples, False)
+        return found["loss"], found["grad_norm"]
 
-    def gradient(self, name):
-        """Loss and gradient norm of an objective; nothing is updated."""
-        from realign import step
-
-        loss = self.accumulate(name)
-        norm = step.clip(self.trained, 0)
-        self.optimizer.zero_grad()
-        return loss(), norm
-
-    def step(self, name="rdpo"):
-        from realign import step
-
-        began = now()
-        loss = self.accumulate(name)
-        norm = step.clip(self.trained, CLIP)
-        loss = loss()
+    def step(self, name, parts, examples):
+        """The same, and an update."""
+        found = self.gradient(name, parts, examples, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return now() - began, loss, norm
+        return found
 
     def serve(self, commands, answer):
         for words in commands:
             if "keep" in words:
                 allocate("keep")
-            answer(*((0.0, *self.gradient("dpo")) if "dpo" in words else self.step()))
+            name = "dpo" if "dpo" in words else "rdpo"
+            feed = self.feeds[name]
+            count = len(feed.examples)
+            began = now()
+            found = [feed(range(count))], count
+            if name == "dpo":
+                answer(0.0, *self.gradient(name, *found))
+                self.optimizer.zero_grad()
+            else:
+                loss, norm = self.step(name, *found)
+                answer(now() - began, loss, norm)
 
 
-class Released(Ours):
+class Released:
     """Three plain sequences for each example with a live reference, as the authors' release runs.
 
     A forward each for chosen, rejected and chosen under the retrieved image, full logits in fp32,
@@ -291,14 +286,17 @@ class Released(Ours):
         sigmoid = torch.nn.functional.logsigmoid
         return -(sigmoid(chosen - rejected) + sigmoid(chosen - visual)).mean()
 
-    def step(self):
-        began = now()
-        loss = self.loss()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return now() - began, loss.item(), norm.item()
+    def serve(self, commands, answer):
+        for words in commands:
+            if "keep" in words:
+                allocate("keep")
+            began = now()
+            loss = self.loss()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            answer(now() - began, loss.item(), norm.item())
 
 
 class Trl:

@@ -20,7 +20,7 @@ from pathlib import Path
 from realign import parallel, reference, sharding
 from realign.attention import IMPLEMENTATIONS, check
 from realign.cli import parse_sections
-from realign.config import LossConfig
+from realign.config import LossConfig, resolve_dtype
 from realign.digits import ASSETS
 from realign.inputs import load_inputs
 from realign.loading import DTYPES
@@ -60,8 +60,8 @@ class FillConfig:
     """Folder or hub name of the reference model; the shipped digits model when absent."""
     objective: str = "rdpo"
     """Objective to be trained: it decides which responses under which images are needed."""
-    dtype: str = "fp32"
-    """Compute in 'fp32' or 'bf16', as training will."""
+    dtype: str = "auto"
+    """Compute in 'fp32' or 'bf16', as training will. 'auto' is 'bf16' on CUDA, 'fp32' on a CPU."""
     attention: str = "tree"
     """How the language model attends, as training will (its 'auto' is 'tree')."""
     max_response_tokens: int = 1024
@@ -80,8 +80,7 @@ class FillConfig:
     def __post_init__(self) -> None:
         if self.pairs is None:
             raise ValueError("pairs is missing: pass the file to be trained on, --pairs FILE.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        self.dtype = resolve_dtype(self.dtype)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"attention is {self.attention!r}; it must be one of {names}.")

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 NEEDED = {
-    "torch": "2.10", "numpy": "2", "transformers": "5.0", "tokenizers": "", "peft": "",
+    "torch": "2.10", "numpy": "2", "transformers": "5.18", "tokenizers": "", "peft": "",
     "safetensors": "", "pyarrow": "", "pillow": "", "tqdm": "", "jinja2": "", "scikit-learn": "",
     "scipy": "",
 }  # fmt: skip
@@ -112,7 +112,9 @@ def _machine() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     for name, least in {"realign": "", **NEEDED}.items():
         version = _version(name)
-        if version is None:
+        if version is None and name == "realign":
+            yield Finding("--", name, "not installed, runs from a checkout: pip install .")
+        elif version is None:
             yield Finding("BAD", name, f"missing: {_install(name, least)}")
         elif problem := _problem(name, version, least):
             yield Finding("BAD", name, f"{version}{problem}")

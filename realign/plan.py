@@ -30,7 +30,8 @@ from realign.model import ForestModel
 from realign.records import read_pairs
 from realign.run import base_of, check_settings, prepare_pairs, steps_done
 from realign.schedule import batches, share_of_rank, total_steps
-from realign.throughput import cost_of, image_flop, process_memory, work_of
+from realign.step import micro_batches
+from realign.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
 
 _SAMPLED = 64  # forwards that are laid out to know rows and padding
@@ -140,7 +141,7 @@ class Plan:
         with memory.fake_tensors(cpu):
             memory.give_fake_storage(model, cpu, self.dtype)
             try:
-                return image_flop(model, self.store)
+                return image_flop(model, self.store, cpu)
             except memory.READS_VALUES:
                 return 0.0
 
@@ -151,9 +152,7 @@ class Plan:
             len(self.examples), optim.batch_size, self.config.run.seed, first=0, last=self.total
         )
         for _, batch in steps:
-            mine = batch[self.share]
-            size = optim.micro_batch_size
-            parts += [mine[start : start + size] for start in range(0, len(mine), size)]
+            parts += [part for part, _ in micro_batches(batch[self.share], optim.micro_batch_size)]
             if len(parts) >= _SAMPLED:
                 break
         return parts
@@ -167,7 +166,7 @@ class Plan:
         for part in self._parts():
             chosen = [self.examples[i] for i in part]
             batch = self._batch(chosen)
-            work = {name: float(value) for name, value in work_of(batch, chosen).items()}
+            work = dict(zip(WORK, work_of(batch, chosen).tolist(), strict=True))
             found.append(_Layout(*batch.input_ids.shape, work, chosen))
         return found
 
@@ -283,9 +282,15 @@ class Plan:
         )
         gathered = 0
         if self.config.sharded:
-            sizes = [sum(p.numel() for p in layer.parameters()) for layer in self.model.layers]
-            root = sum(p.numel() for p in self.model.parameters()) - sum(sizes)
-            gathered = (root + 2 * max(sizes)) * self.dtype.itemsize
+            whole = sharding.left_whole(
+                self.model, self.dtype, self.ranks, self.config.scale.cpu_offload
+            )
+            everything, *layers = (
+                sum(p.numel() for p in part.parameters() if p not in whole)
+                for part in (self.model, *self.model.layers)
+            )
+            root = everything - sum(layers)
+            gathered = (root + 2 * max(layers)) * self.dtype.itemsize
         largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
         batch = self._batch(largest.batch)
         sizes = [value.nbytes for value in batch.images.inputs.values()]

@@ -46,6 +46,7 @@ from realign.inputs import Inputs
 from realign.layouts import Layout, layout_of
 from realign.loading import DTYPES
 from realign.model import ForestModel
+from realign.prefetch import ahead
 from realign.records import write_pairs
 from realign_kernels import objectives
 
@@ -193,26 +194,33 @@ class Ours(step_contestants.Ours):
             inputs, setting.folder / "cache", "lora", setting.kind, self.device,
             sharded=True, weights="random",
         )  # fmt: skip
-        self.options |= {"batch_size": BATCH, "micro_batch_size": micro}
         self.micro = micro
-        self.take(0)
 
-    def take(self, number: int) -> None:
-        """The examples of a step."""
-        self.indices = np.arange(BATCH) + number % STEPS * BATCH
+    def tasks(self, name: str, number: int) -> list[Callable[[], step.MicroBatch]]:
+        """Calls that lay out the micro-batches of a step."""
+        indices = np.arange(BATCH) + number * BATCH
+        feed = self.feeds[name]
+        return [partial(feed, *part) for part in step.micro_batches(indices, self.micro)]
+
+    def first(self, name: str) -> tuple[float, float]:
+        """Loss and gradient norm of an objective before any update."""
+        found = self.gradient(name, [task() for task in self.tasks(name, 0)], BATCH)
+        self.optimizer.zero_grad()
+        return found
 
     def train(self, watch: Watch, name: str) -> None:
-        """Steps until the watch is over."""
-        while not watch.over:
-            self.take(watch.step)
-            watch.begin()
-            self.step(name)
-            watch.end()
+        """Steps until the watch is over, their micro-batches laid out ahead."""
+        tasks = [self.tasks(name, number) for number in range(STEPS)]
+        with ahead(itertools.chain(*tasks), self.device) as ready:
+            while not watch.over:
+                watch.begin()
+                self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
+                watch.end()
 
     def parts(self) -> dict[str, float]:
         """Milliseconds of the parts of a micro-batch: on the device, and of the host beside it.
 
-        `batch` is the layout and the copy to the device.
+        `layout` is the host's alone, in a step ahead of the device; `read` waits for the device.
         """
         marks: list[tuple[str, float, Any]] = []
 
@@ -224,19 +232,22 @@ class Ours(step_contestants.Ours):
 
         backbone = self.model.vlm.model
         handles = [
-            self.model.register_forward_pre_hook(lambda *_: mark("batch"), prepend=True),
+            self.model.register_forward_pre_hook(lambda *_: mark("copy"), prepend=True),
             backbone.register_forward_pre_hook(lambda *_: mark("vision")),
             backbone.register_forward_hook(lambda *_: mark("backbone")),
             self.model.register_forward_hook(lambda *_: mark("head")),
         ]
-        self.take(WARM)
-        self.indices = self.indices[: self.micro]
         now()
         mark("")
-        self.accumulate("rdpo")
+        parts = [self.tasks("rdpo", WARM)[-1]()]
+        mark("layout")
+        options = {"batch_size": BATCH, "device": self.device}
+        totals = step.accumulate(self.model, parts, self.objectives["rdpo"], **options)
         mark("backward")
-        step.clip(self.trained, CLIP)
+        norm = step.clip(self.trained, CLIP)
         mark("clip")
+        step.over_ranks(totals, norm, BATCH, False)
+        mark("read")
         self.optimizer.step()
         self.optimizer.zero_grad()
         mark("optimizer")
@@ -252,10 +263,10 @@ class Ours(step_contestants.Ours):
 
     def waits(self) -> Counter[str]:
         """How often the host waits for the device in a step, by file and line."""
-        self.take(WARM)
+        parts = [task() for task in self.tasks("rdpo", WARM)]
         with warnings.catch_warnings(record=True) as caught, waits_warn():
             warnings.simplefilter("always")
-            self.step()
+            self.step("rdpo", parts, BATCH)
         return Counter(
             f"{Path(one.filename).name}:{one.lineno}"
             for one in caught
@@ -350,10 +361,10 @@ class Trl:
 def ours(record: Record, setting: Setting, micro: int) -> None:
     """All cases of ours, with one model."""
     contestant = Ours(setting, micro)
-    tokens = sum(example.tokens for example in contestant.objectives["rdpo"][0])
+    tokens = sum(example.tokens for example in contestant.feeds["rdpo"].examples)
     spent = contestant.reference_seconds
     record("reference pass", seconds=spent, tokens_per_second=tokens / spent)
-    firsts = {name: contestant.gradient(name) for name in ("rdpo", "dpo")}
+    firsts = {name: contestant.first(name) for name in ("rdpo", "dpo")}
 
     def timed(case: str, name: str) -> None:
         watch = Watch(record, contestant.model.vlm.model.get_decoder())
