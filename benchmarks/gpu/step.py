@@ -173,8 +173,8 @@ class Watch:
         """Median seconds of the timed steps; GPU-busy time and peak memory on CUDA."""
         timed = self.seconds[WARM : WARM + TIMED]
         median = statistics.median(timed)
-        found = {"seconds": median, "examples_per_second": BATCH / median, "each": timed}
-        found["positions"] = self.positions // self.step
+        found = {"seconds": median, "examples_per_second": BATCH / median}
+        found |= {"positions": self.positions // self.step, "each": [round(s, 4) for s in timed]}
         if CUDA:
             found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if self.busy is not None:
