@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from realign import lora
 from realign.attention import IMPLEMENTATIONS
 from realign.layouts import has_softcap
 
@@ -63,7 +64,7 @@ def load_model(
         ValueError: for a text-only model.
     """
     config, auto = _vision_config(path), AutoModelForImageTextToText
-    if attention in ("tree", "sdpa") and has_softcap(config):
+    if attention in ("tree", "flash", "sdpa") and has_softcap(config):
         attention = "eager"
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     if meta:
@@ -134,7 +135,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
     pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(names))})"
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    lora.use(adapted)
+    return adapted
 
 
 @contextmanager

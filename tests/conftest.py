@@ -28,6 +28,25 @@ from realign.loading import load_model, load_processor
 from realign.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
 
+SEE_GPUS = ("kernels", "test_cuda_build.py", "test_staging.py")
+CUDA = torch.cuda.is_available()
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_runtest_setup(item):
+    """Hide GPUs from all tests but the kernels': runs are compared bit for bit, as on a CPU.
+
+    Fixtures of a module are set up inside, and processes that a test starts inherit the variable.
+    """
+    if CUDA:
+        sees = item.path.name in SEE_GPUS or item.path.parent.name in SEE_GPUS
+        torch.cuda.is_available = lambda: sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = (VISIBLE or "") if sees else ""
+        if sees and VISIBLE is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+    return (yield)
+
 
 def pytest_collection_finish():
     """Collections pass by what the imports made; each stage of the pairs ends in one."""

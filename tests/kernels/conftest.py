@@ -1,5 +1,10 @@
 """Fixtures of the kernel tests."""
 
+import os
+
+# cuBLAS reads it once: `poisoned_memory` asks for deterministic products, which need a workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 
@@ -20,7 +25,7 @@ def poisoned_memory():
     """Fills memory that is allocated but not written with NaN, so that a read of it shows."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # only the filling is wanted
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled

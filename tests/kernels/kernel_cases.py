@@ -13,6 +13,11 @@ from torch import Tensor
 import realign_kernels as rk
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of Triton's cases: compiled where there is a GPU, else interpreted on the CPU."""
+DEVICES = tuple(dict.fromkeys(("cpu", DEVICE)))
+TRITON_DTYPES = (torch.float32, torch.float16) + (torch.bfloat16,) * (DEVICE == "cuda")
+"""The interpreter takes the bits of bf16 in tl.dot for integers."""
 FACTOR = 2.0
 FLOOR = {
     torch.float64: 1e-14,
@@ -38,8 +43,13 @@ class Result(NamedTuple):
     bias: Tensor | None
 
 
-def make_case(rows, width, vocabulary, dtype, *, bias=False, ignored=0.3, spread=3.0, seed=0):
-    """Logits of standard deviation `spread`; about `ignored` of the rows carry -100."""
+def make_case(
+    rows, width, vocabulary, dtype, *, bias=False, ignored=0.3, spread=3.0, seed=0, device="cpu"
+):
+    """Logits of standard deviation `spread`; about `ignored` of the rows carry -100.
+
+    The numbers are the same on each device.
+    """
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=g, dtype=torch.float64) * spread
     weight = torch.randn(vocabulary, width, generator=g, dtype=torch.float64) / width**0.5
@@ -47,8 +57,8 @@ def make_case(rows, width, vocabulary, dtype, *, bias=False, ignored=0.3, spread
     labels = torch.randint(vocabulary, (rows,), generator=g)
     labels[torch.rand(rows, generator=g) < ignored] = -100
     upstream = torch.randn(rows, generator=g, dtype=torch.float64)
-    head = (None if t is None else t.to(dtype) for t in (hidden, weight, offset))
-    return Case(*head, labels, upstream)
+    head = (None if t is None else t.to(device, dtype) for t in (hidden, weight, offset))
+    return Case(*head, labels.to(device), upstream.to(device))
 
 
 def eager(case: Case, dtype: torch.dtype, softcap=None, temperature=1.0) -> Result:

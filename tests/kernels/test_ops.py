@@ -13,27 +13,30 @@ HEADS = [(None, 1.0), (5.0, 0.7)]
 @pytest.mark.parametrize(("softcap", "temperature"), HEADS)
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 2.0])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-def test_opcheck_linear_logprobs(frozen, ignored, softcap, temperature):
-    case = kc.make_case(9, 8, 11, torch.float32, bias=True, ignored=ignored)
+@pytest.mark.parametrize("device", kc.DEVICES)
+def test_opcheck_linear_logprobs(device, frozen, ignored, softcap, temperature):
+    case = kc.make_case(9, 8, 11, torch.float32, bias=True, ignored=ignored, device=device)
     weight, bias = (t.requires_grad_(not frozen) for t in (case.weight, case.bias))
     args = (case.hidden.requires_grad_(), weight, case.labels, bias, None, softcap, temperature)
-    args = (*args, -100, 4, "", frozen)
+    args = (*args, -100, 4, "", frozen, True)
     torch.library.opcheck(torch.ops.realign.linear_logprobs, args)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (True, True, True)])
-def test_opcheck_linear_logprobs_backward(wanted):
-    case = kc.make_case(9, 8, 11, torch.bfloat16, bias=True)
+@pytest.mark.parametrize("device", kc.DEVICES)
+def test_opcheck_linear_logprobs_backward(device, wanted):
+    case = kc.make_case(9, 8, 11, torch.bfloat16, bias=True, device=device)
     args = (case.upstream.float(), case.hidden.T.contiguous().T, case.weight, case.labels)
     args = (*args, case.bias, None, 1.0, -100, 4, "", list(wanted), "")
     torch.library.opcheck(torch.ops.realign.linear_logprobs_backward, args)
 
 
-def test_opcheck_sequence_sums():
-    logps = torch.randn(9, requires_grad=True)
-    labels = torch.tensor([0, -100, 1, 1, 1, 1, 1, 1, 1])
-    ids = torch.tensor([0, -5, 1, 2, 3, 4, 5, 5, 0])
-    args = (logps, labels, ids, torch.zeros(3, 2), -100)
+@pytest.mark.parametrize("device", kc.DEVICES)
+def test_opcheck_sequence_sums(device):
+    logps = torch.randn(9, device=device, requires_grad=True)
+    labels = torch.tensor([0, -100, 1, 1, 1, 1, 1, 1, 1], device=device)
+    ids = torch.tensor([0, -5, 1, 2, 3, 4, 5, 5, 0], device=device)
+    args = (logps, labels, ids, torch.zeros(3, 2, device=device), -100)
     torch.library.opcheck(torch.ops.realign.sequence_sums, args)
 
 
@@ -72,7 +75,8 @@ def losses(hidden, weight, labels, ref, bias):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_compiled_equals_eager_in_one_graph(trainable, backend):
+@pytest.mark.parametrize("device", kc.DEVICES)
+def test_compiled_equals_eager_in_one_graph(device, trainable, backend):
     torch._dynamo.reset()
     compiled = torch.compile(losses, fullgraph=True, backend=backend)
     g = torch.Generator().manual_seed(0)
@@ -85,7 +89,7 @@ def test_compiled_equals_eager_in_one_graph(trainable, backend):
     )
     results = []
     for call in (losses, compiled):
-        hidden, weight, labels, ref, bias = (t.clone() for t in inputs)
+        hidden, weight, labels, ref, bias = (t.to(device, copy=True) for t in inputs)
         labels[0, 0, 1:] = -100
         hidden.requires_grad_()
         weight.requires_grad_(trainable)

@@ -1,7 +1,7 @@
 """Runs Triton kernels in tests: compiled where there is a GPU, else interpreted on the CPU.
 
 The interpreter knows no races and no barriers, rounds fp32 to bf16 by cutting, and multiplies bf16
-in tl.dot wrongly, so tests of GEMMs use fp16 and fp32.
+in tl.dot wrongly: TRITON_DTYPES has bf16 on a GPU only.
 """
 
 import contextlib
@@ -11,10 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_cases import DEVICE, TRITON_DTYPES
 
 pytest.importorskip("triton")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _set_interpret(value: str | None) -> None:
@@ -30,11 +29,11 @@ _before = os.environ.get("TRITON_INTERPRET")
 if DEVICE == "cpu":
     _set_interpret("1")
 try:
-    from realign_kernels.triton import forward, loss, rows
+    from realign_kernels.triton import forward, loss, rows, scatter
 finally:
     _set_interpret(_before)
 
-__all__ = ["DEVICE", "forward", "interpreted", "loss", "rows"]
+__all__ = ["DEVICE", "TRITON_DTYPES", "forward", "interpreted", "loss", "rows", "scatter"]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,318 @@
+"""Launches every Triton kernel on the stand-in for libcuda; writes a JSON line for each launch.
+
+`launch_worker.py FOLDER ARCHITECTURE...`: FOLDER holds libcuda.so.1, made of driver_stub.c.
+TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH name FOLDER, STUB_RECORDS a file. A line of
+FOLDER/launches has the records of the stand-in beside the arguments that the kernel must get.
+Those follow from the tensors of the case and the names in the kernel's signature, not from the
+launcher.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
+
+import realign_kernels.triton as package
+from realign_kernels import objectives
+from realign_kernels.triton import configs, forward, loss, rows
+from realign_kernels.triton.compile import PROCESSORS
+from realign_kernels.triton.logits import assume_device
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+MAP_TYPES = {FP16: 6, FP32: 7, BF16: 9}  # CUtensorMapDataType
+LETTERS = {".ptr": "p", ".b8": "t", ".u64": "l", ".u32": "i", ".f32": "f"}  # of PTX's types
+MODULES = [
+    importlib.import_module(f"{package.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(package.__path__)
+]
+KERNELS = {name: k for m in MODULES for name, k in vars(m).items() if name.endswith("_kernel")}
+FOLDER, RECORDS = Path(sys.argv[1]), Path(os.environ["STUB_RECORDS"])
+STUB = ctypes.CDLL(str(FOLDER / "libcuda.so.1"))
+STUB.stub_describe.argtypes = [ctypes.c_uint64, ctypes.c_char_p]
+# Up to 53 GB are addressed and none are touched: a sparse file takes no memory.
+MEMORY = torch.from_file(str(FOLDER / "memory"), shared=True, size=2**36, dtype=torch.uint8)
+
+
+class Driver(driver.CudaDriver):
+    """Triton's own driver, with the stand-in as its device and no torch.cuda."""
+
+    def __init__(self, architecture: int) -> None:
+        self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps one cache per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+passed = {}  # the arguments of the last launch, by name
+
+
+def describe(module, function, name, files, digest):
+    """Reads the types of a kernel's parameters in its PTX."""
+    (path,) = (path for file, path in files.items() if file.endswith(".ptx"))
+    (declared,) = re.findall(r"\.entry \w+\((.*?)\)", Path(path).read_text(), re.DOTALL)
+    lines = [line for line in declared.splitlines() if ".param" in line]
+    letters = "".join(next(LETTERS[kind] for kind in LETTERS if kind in line) for line in lines)
+    STUB.stub_describe(function, letters.encode())
+
+
+def keep_arguments(launch):
+    """Fills what the head combines, so that swapped results show: no kernel runs."""
+    passed.clear()
+    passed.update(launch.get()["arguments"])
+    for name, value in {"peak_out": 2.0, "total_out": 3.0}.items():
+        if name in passed and passed[name].dim() == 2:
+            passed[name].fill_(value)
+
+
+def taken(height, width, dtype, *, pitch=None, shift=0):
+    """A (height, width) tensor in MEMORY, behind those of this case; rows are pitch apart."""
+    pitch = width if pitch is None else pitch
+    size = dtype.itemsize
+    first = taken.end // size + shift
+    taken.end += -(-(height * pitch + shift) * size // 4096) * 4096
+    return MEMORY.view(dtype).as_strided((height, width), (pitch, 1), first)
+
+
+taken.end = 0
+
+
+def descriptor(tensor, box):
+    """A tensor map and the arguments that come with it; dimensions of a map start innermost."""
+    pitch = tensor.stride(0)
+    return {
+        "map": {
+            "address": tensor.data_ptr(),
+            "type": MAP_TYPES[tensor.dtype],
+            "dims": [tensor.shape[1], tensor.shape[0]],
+            "strides": [pitch * tensor.element_size()],
+            "box": box[::-1],
+        },
+        "shape": list(tensor.shape),
+        "strides": [pitch, 1],
+    }
+
+
+def as_json(value):
+    return {"pointer": value.data_ptr()} if isinstance(value, Tensor) else value
+
+
+def write(name, kernel, grid, warps, expected):
+    """The case that was launched, and what the stand-in saw of it."""
+    new = RECORDS.read_text().splitlines()[write.seen :]
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    line = {
+        "case": name,
+        "kernel": kernel.__name__,
+        "architecture": triton.runtime.driver.active.architecture,
+        "names": kernel.arg_names,
+        "grid": [*grid, 1, 1][:3],
+        "warps": warps,
+        "expected": {key: as_json(value) for key, value in expected.items()},
+        "constants": {key: passed[key] for key in constants},
+        "records": [
+            json.loads(record) for record in RECORDS.read_text().splitlines()[write.seen :]
+        ],
+    }
+    write.seen += len(new)
+    write.launched |= {kernel.__name__, name}
+    taken.end = 0
+    with (FOLDER / "launches").open("a") as file:
+        print(json.dumps(line), file=file)
+
+
+write.seen, write.launched = 0, set()
+
+
+def read(name, count, vocabulary, dtype, others=BF16, *, options=False, pitch=None):
+    """The row kernel. `options` are bias, softcap, temperature and rivals."""
+    logits = taken(count, vocabulary, dtype, pitch=pitch)
+    target = None
+    if others is not None:
+        target = logits if others == "in place" else taken(count, vocabulary, others)
+    labels = torch.zeros(count, dtype=torch.int64)
+    bias = torch.zeros(vocabulary, dtype=BF16) if options else None
+    rival = torch.zeros(count, dtype=torch.bool) if options else None
+    softcap, temperature = (30.0, 0.7) if options else (None, 1.0)
+    stats = rows.read_rows(logits, labels, bias, softcap, temperature, rival, target)
+    config = configs.row_config(90, vocabulary)
+    expected = {
+        "logits": logits,
+        "labels": labels,
+        "bias": bias,
+        "rival": rival,
+        "others": target,
+        "target_out": stats.target,
+        "logit_out": stats.logit,
+        "peak_out": stats.peak,
+        "total_out": stats.total,
+        "slope_out": stats.slope,
+        "vocabulary": vocabulary,
+        "stride": logits.stride(0),
+        "others_stride": 0 if target is None else target.stride(0),
+        "softcap": softcap,
+        "inverse_temperature": 1 / temperature,
+        "BLOCK": config.block,
+    }
+    write(name, rows.rows_kernel, (count,), config.warps, expected)
+
+
+def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None, shift=0):
+    """The fused head in the tile of `bin`. `options` are bias, softcap and temperature."""
+    architecture = triton.runtime.driver.active.architecture
+    hidden = taken(count, width, dtype, pitch=pitch, shift=shift)
+    weight = taken(vocabulary, width, dtype)
+    labels = torch.zeros(count, dtype=torch.int64)
+    bias = torch.zeros(vocabulary, dtype=dtype) if options else None
+    softcap, temperature = (30.0, 0.7) if options else (None, 0.9)
+    stats = forward.head_stats(hidden, weight, labels, bias, softcap, temperature)
+    tile = configs.GEMMS[architecture][bin]
+    blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
+    splits, per_split = configs.choose_splits(blocks, tiles, PROCESSORS[architecture])
+    peaks, totals = passed["peak_out"], passed["total_out"]
+    for parts in (peaks, totals):
+        assert parts.shape == (splits, count) and parts.is_contiguous() and parts.dtype == FP32
+    assert (stats.peak == 2).all() and (stats.total == 3 * splits).all(), "swapped results"
+    described = tile.descriptors
+    expected = {
+        "hidden": descriptor(hidden, [tile.rows, tile.depth]) if described else hidden,
+        "weight": descriptor(weight, [tile.columns, tile.depth]) if described else weight,
+        "labels": labels,
+        "bias": bias,
+        "logit_out": stats.logit,
+        "peak_out": peaks,
+        "total_out": totals,
+        "count": count,
+        "vocabulary": vocabulary,
+        "width": width,
+        "hidden_stride": hidden.stride(0),
+        "weight_stride": width,
+        "splits": splits,
+        "tiles_per_split": per_split,
+        "softcap": softcap,
+        "inverse_temperature": 1 / temperature,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "BLOCK_DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "DESCRIPTORS": described,
+        "EVEN_DEPTH": width % tile.depth == 0,
+    }
+    write(bin, forward.head_kernel, (blocks * splits,), tile.warps, expected)
+
+
+def preference(objective, count, examples, reduction="mean"):
+    """The loss kernel."""
+    leaves, terms = len(objective.leaves), objective.terms
+    logps = torch.zeros(count)
+    labels, ids = torch.zeros(2, count, dtype=torch.int64)
+    reference = torch.zeros(leaves, examples)
+    output = loss.preference_sums(
+        logps, labels, ids, reference, objective, reduction=reduction, ignore_index=-7
+    )
+    finished = passed["finished"]
+    assert finished.dtype == torch.int64 and finished.item() == 0
+    assert all(finished.data_ptr() != field.data_ptr() for field in output)
+    pairs = [isinstance(term, objectives.PairSigmoid) for term in terms]
+    expected = {
+        "logps": logps,
+        "labels": labels,
+        "ids": ids,
+        "reference": reference,
+        "coefficients": output.coefficients,
+        "sums_out": output.sums,
+        "counts_out": output.counts,
+        "rewards_out": output.rewards,
+        "terms_out": output.term_losses,
+        "losses_out": output.losses,
+        "loss_out": output.loss,
+        "outside_out": output.outside,
+        "finished": finished,
+        "rows": count,
+        "examples": examples,
+        "ignore_index": -7,
+        "beta": objective.beta,
+        "weights": [float(term.weight) for term in terms],
+        "deltas": [0.0 if p else float(t.delta) for p, t in zip(pairs, terms, strict=True)],
+        "POSITIVE": [t.positive if p else t.leaf for p, t in zip(pairs, terms, strict=True)],
+        "NEGATIVE": [t.negative if p else -1 for p, t in zip(pairs, terms, strict=True)],
+        "LEAVES": leaves,
+        "PADDED": 1 << (leaves - 1).bit_length(),
+        "MEAN": reduction == "mean",
+        "BLOCK": configs.LOSS_BLOCK,
+    }
+    name = f"{objective.name} {reduction}"
+    write(name, loss.loss_kernel, (examples,), configs.LOSS_WARPS, expected)
+
+
+def launch_rows():
+    """Every dtype and option; a kernel is compiled once for all launches of a line's kind."""
+    for count, vocabulary in ((1, 32000), (7, 32000), (33792, 32000), (33792, 262144)):
+        read("fp32 to bf16", count, vocabulary, FP32)
+    read("fp32 to fp16, padded, all options", 33792, 32003, FP32, FP16, options=True, pitch=32008)
+    read("bf16 in place", 1024, 152064, BF16, "in place")
+    read("fp16 in place, all options", 9, 32003, FP16, "in place", options=True)
+    read("fp32, no derivative", 33792, 128256, FP32, None)
+    read("a vocabulary below a block", 5, 97, FP32)
+    read("a vocabulary of one token", 3, 1, FP32)
+
+
+def launch_heads():
+    """Every tile, at sizes of real models and at the least ones."""
+    for count, width, vocabulary in ((4096, 4096, 32000), (33792, 3584, 152064)):
+        head("wide", count, width, vocabulary)
+    head("wide", 33791, 4096, 262144, options=True, pitch=4104)
+    head("wide", 4096, 4096, 128256, FP16)
+    head("narrow", 1536, 1024, 151936, options=True)
+    head("few rows", 64, 4096, 151936)
+    head("few rows", 1, 8, 1)
+    head("float32", 3072, 1024, 32000, FP32, options=True)
+    head("float32", 33792, 1023, 32003, FP32)
+    head("pointers", 3072, 1023, 32003, options=True)
+    head("pointers", 3072, 1024, 32000, pitch=1032, shift=1)  # a first element 2 bytes further
+    head("pointers", 3072, 1024, 32000, pitch=1025)  # 2050 bytes from row to row
+
+
+def launch_losses():
+    """Every kind of term; one example and one row are constants in a kernel of their own."""
+    preference(objectives.dpo(0.1), 33792, 64)
+    preference(objectives.rdpo(0.2, visual_weight=0.5), 1536, 8, "sum")
+    preference(objectives.mdpo(0.2, 0.7, 1.3, delta=0.4), 4097, 3)
+    preference(objectives.dpo(0.1), 1, 1, "sum")
+
+
+def main():
+    runtime = triton.knobs.runtime
+    runtime.kernel_load_end_hook.add(describe)
+    runtime.launch_enter_hook.add(keep_arguments)
+    for kernel in KERNELS.values():
+        kernel.launch_metadata = lambda grid, metadata, arguments: {"arguments": arguments}
+    for architecture in map(int, sys.argv[2:]):
+        triton.runtime.driver.set_active(Driver(architecture))
+        with assume_device(architecture, PROCESSORS[architecture]):
+            launch_heads()
+            if architecture == 90:  # the other kernels have one table for all architectures
+                launch_rows()
+                launch_losses()
+    missing = {*KERNELS, *configs.GEMMS[90]} - write.launched
+    assert not missing, f"kernels or tiles without a launch: {missing}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Launches of every Triton kernel, through Triton's JIT, launcher and tensor maps, without a GPU.
+
+A stand-in for libcuda records them in a process of its own (launch_worker.py); the checker below
+compares each with the kernel's contract and with the limits of sm_90 and sm_100.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+ARCHITECTURES = (90, 100)
+SHARED = 232448  # bytes a block can ask for, on both
+SIZES = {6: 2, 7: 4, 9: 2}  # bytes of an element, by CUtensorMapDataType: fp16, fp32, bf16
+SWIZZLES = {0: math.inf, 1: 32, 2: 64, 3: 128}  # bytes of the innermost box, by CUtensorMapSwizzle
+INT32 = range(-(2**31), 2**31)
+
+
+def flat(value):
+    """(letter, value) for each parameter that an argument becomes; none where it is constant."""
+    if value is None or (isinstance(value, int) and value == 1):
+        return  # Triton compiles both into the kernel
+    if isinstance(value, list):
+        for entry in value:
+            yield from flat(entry)
+    elif isinstance(value, float):
+        yield "f", struct.unpack("f", struct.pack("f", value))[0]
+    elif isinstance(value, int):
+        yield "i" if value in INT32 else "l", value
+    elif "pointer" in value:
+        yield "p", value["pointer"]
+    else:
+        yield "t", value["map"]
+        yield from (("i", size) for size in value["shape"])
+        yield from (("l", pitch) for pitch in value["strides"])
+
+
+def map_problems(found, expected):
+    """Of a tensor map: what a driver refuses, and what differs from the tensor."""
+    inner = found["box"][0] * SIZES[found["type"]]
+    rules = {
+        "an address off 16 bytes": found["address"] % 16,
+        "a stride off 16 bytes": any(stride % 16 for stride in found["strides"]),
+        "a stride of 2**40 bytes": any(stride >= 2**40 for stride in found["strides"]),
+        "a dimension out of range": any(not 0 < size <= 2**32 for size in found["dims"]),
+        "a box out of range": any(not 0 < size <= 256 for size in found["box"]),
+        "a box off 16 bytes": inner % 16,
+        "a box wider than its swizzle": inner > SWIZZLES[found["swizzle"]],
+    }
+    plain = {"steps": [1] * len(found["dims"]), "interleave": 0, "fill": 0}  # 0 fills with zeros
+    yield from (name for name, broken in rules.items() if broken)
+    for name, value in {**expected, **plain}.items():
+        if found[name] != value:
+            yield f"{name} of a map is {found[name]}, not {value}"
+
+
+def problems(case):
+    """All that is wrong with a launch."""
+    *maps, launch = case["records"]
+    maps = {record["map"]: record for record in maps}
+    x, y, z = launch["grid"]
+    rules = {
+        "an empty grid": min(x, y, z) < 1,
+        "a grid too large": x >= 2**31 or max(y, z) > 65535,
+        "too much shared memory": launch["shared"] > SHARED,
+        "a cluster or another attribute": launch["attributes"],
+        "a grid that is not the contract's": launch["grid"] != case["grid"],
+        "other warps": launch["block"] != [32 * case["warps"], 1, 1],
+    }
+    found = [name for name, broken in rules.items() if broken]
+    for name, value in case["constants"].items():
+        if value != case["expected"][name]:
+            found.append(f"{name} is {value}, not {case['expected'][name]}")
+    named = [name for name in case["names"] if name not in case["constants"]]
+    wanted = [(name, pair) for name in named for pair in flat(case["expected"][name])]
+    wanted += [("scratch", ("p", 0))] * 2  # Triton's own
+    if len(wanted) != len(launch["parameters"]):
+        return [*found, f"{len(launch['parameters'])} parameters, not {len(wanted)}"]
+    for (name, (letter, value)), given in zip(wanted, launch["parameters"], strict=True):
+        if letter == "t" and given[0] == "t":
+            found += map_problems(maps[given[1]], value)
+        elif tuple(given) != (letter, value):
+            found.append(f"{name} is {given}, not {(letter, value)}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """What launch_worker.py wrote."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler builds the stand-in for libcuda")
+    triton = Path(importlib.util.find_spec("triton").origin).parent
+    include = triton / "backends" / "nvidia" / "include"  # cuda.h comes with Triton
+    folder = tmp_path_factory.mktemp("launches")
+    command = [compiler, "-shared", "-fPIC", f"-I{include}", "-o", str(folder / "libcuda.so.1")]
+    subprocess.run([*command, str(HERE / "driver_stub.c")], check=True)
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "LD_LIBRARY_PATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "STUB_RECORDS": str(folder / "records"),
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "TRITON_LIBCUDA_PATH": str(folder),
+    }
+    worker = [sys.executable, str(HERE / "launch_worker.py"), str(folder)]
+    done = subprocess.run(
+        [*worker, *map(str, ARCHITECTURES)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (folder / "memory").unlink()
+    return [json.loads(line) for line in (folder / "launches").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_launches_are_as_their_contracts(cases, architecture):
+    ours = [case for case in cases if case["architecture"] == architecture]
+    assert len(ours) >= 12
+    found = [(case["kernel"], case["case"], problems(case)) for case in ours]
+    assert not [wrong for wrong in found if wrong[2]]
+
+
+def launch(case):
+    return case["records"][-1]
+
+
+def swap(parameters, one, other):
+    parameters[one], parameters[other] = parameters[other], parameters[one]
+
+
+FAULTS = {
+    "an address off 16 bytes": lambda case: case["records"][0].update(address=4098),
+    "a stride off 16 bytes": lambda case: case["records"][0].update(strides=[8190]),
+    "a stride of 2**40 bytes": lambda case: case["records"][0].update(strides=[2**40]),
+    "a dimension out of range": lambda case: case["records"][1].update(dims=[4096, 0]),
+    "a box out of range": lambda case: case["records"][1].update(box=[64, 512]),
+    "a box off 16 bytes": lambda case: case["records"][1].update(box=[12, 256]),
+    "a box wider than its swizzle": lambda case: case["records"][1].update(box=[128, 256]),
+    "dims of a map is [64, 64], not": lambda case: case["records"][0].update(dims=[64, 64]),
+    "fill of a map is 1, not 0": lambda case: case["records"][0].update(fill=1),
+    "an empty grid": lambda case: launch(case).update(grid=[4000, 0, 1]),
+    "a grid too large": lambda case: launch(case).update(grid=[1, 65536, 1]),
+    "too much shared memory": lambda case: launch(case).update(shared=SHARED + 1),
+    "a cluster or another attribute": lambda case: launch(case).update(attributes=1),
+    "a grid that is not the contract's": lambda case: launch(case).update(grid=[3999, 1, 1]),
+    "other warps": lambda case: launch(case).update(block=[128, 1, 1]),
+    "GROUP is 8, not 16": lambda case: case["constants"].update(GROUP=8),
+    "parameters, not": lambda case: launch(case)["parameters"].pop(),
+    "address of a map is": lambda case: swap(launch(case)["parameters"], 0, 5),
+    "labels is ['p'": lambda case: swap(launch(case)["parameters"], 10, 11),
+    "vocabulary is ['i', 4096], not ('i', 32000)": lambda case: swap(
+        launch(case)["parameters"], 14, 15
+    ),
+    "inverse_temperature is ['f', 1.0]": lambda case: launch(case)["parameters"].__setitem__(
+        -3, ["f", 1.0]
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_checker_finds(cases, fault):
+    case = copy.deepcopy(cases[0])
+    assert case["case"] == "wide" and not problems(case)
+    FAULTS[fault](case)
+    assert any(fault in problem for problem in problems(case)), problems(case)

@@ -1,0 +1,146 @@
+"""LoRA's product in place: against fp64 beside PEFT's own layer, and PEFT's switches and files."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from realign import lora
+from realign.digits import ASSETS
+from realign.loading import adapters_off, add_lora, load_model
+
+ROWS, WIDTH, OUT = 24, 40, 56
+
+
+class Tiny(nn.Module):
+    """One linear layer, as PEFT adapts it."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, OUT, bias=bias)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def layers(dtype=torch.float32, bias=False, adapters=("default",), **settings):
+    """PEFT's layer, one with the product in place, and the fp64 truth, of the same weights."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=20, target_modules=["proj"], **settings)
+    plain = get_peft_model(Tiny(bias), config, adapters[0])
+    for name in adapters[1:]:
+        plain.add_adapter(name, config)
+    for name, value in plain.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(value, std=0.2)
+    plain = plain.to(dtype)
+    inplace, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    lora.use(inplace)
+    assert "forward" in vars(inplace.base_model.model.proj)
+    return plain, inplace, exact
+
+
+def run(model, dtype, shape=(2, ROWS // 2, WIDTH)):
+    """The output, and the gradients of the input, A and B."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=g).to(dtype).requires_grad_()
+    upstream = torch.randn(*shape[:-1], OUT, generator=g)
+    model.zero_grad()
+    out = model(x)
+    out.backward(upstream.to(out.dtype))
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def errors(found, exact):
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("shape", [(ROWS, WIDTH), (2, ROWS // 2, WIDTH)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients_err_as_pefts(dtype, shape, bias):
+    plain, inplace, exact = layers(dtype, bias)
+    wide = run(exact, torch.float64, shape)
+    theirs, ours = (errors(run(model, dtype, shape), wide) for model in (plain, inplace))
+    assert len(ours) == 4 and all(a <= 2 * b for a, b in zip(ours, theirs, strict=True))
+
+
+def test_no_pass_over_the_outputs_is_left():
+    """PEFT scales and adds the product, and scales the gradient."""
+
+    class Passes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            elementwise = function.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.add)
+            wide = isinstance(out, torch.Tensor) and out.numel() == ROWS * OUT
+            copied = function.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_)
+            self.count += wide and (elementwise or copied)
+            return out
+
+    counts = []
+    for model in layers()[:2]:
+        mode = Passes()
+        mode.count = 0
+        with mode:
+            run(model, torch.float32)
+        counts.append(mode.count)
+    assert counts == [3, 0]
+
+
+def test_autocast():
+    plain, inplace, exact = layers(bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = (run(model, torch.float32) for model in (plain, inplace))
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    wide = run(exact, torch.float64)
+    pairs = zip(errors(ours, wide), errors(theirs, wide), strict=True)
+    assert all(a <= 2 * b for a, b in pairs) and ours[0].dtype == torch.bfloat16
+
+
+def test_compiled():
+    _, inplace, _ = layers()
+    expected = run(inplace, torch.float32)
+    compiled = torch.compile(inplace.base_model.model, fullgraph=True, backend="aot_eager")
+    for found, value in zip(run(compiled, torch.float32), expected, strict=True):
+        torch.testing.assert_close(found, value)
+
+
+def test_adapters_that_are_off_merged_or_switched():
+    plain, inplace, _ = layers(adapters=("default", "other"))
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(2))
+    proj = inplace.base_model.model.proj
+    base = proj.base_layer(x)
+    with adapters_off(inplace):
+        assert torch.equal(inplace(x), base)
+    with inplace.disable_adapter():
+        assert torch.equal(inplace(x), base)
+    for switch in (
+        lambda model: model.set_adapter("other"),
+        lambda model: model.base_model.set_adapter(["default", "other"]),  # PEFT adds both
+        lambda model: model.merge_adapter(),
+        lambda model: model.unmerge_adapter(),
+    ):
+        switch(plain), switch(inplace)
+        torch.testing.assert_close(inplace(x), plain(x))
+    assert torch.equal(inplace.merge_and_unload()(x), plain.merge_and_unload()(x))
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_variants_are_left_to_peft(settings):
+    plain, inplace, _ = layers(bias=True, **settings)
+    for found, value in zip(run(inplace, torch.float32), run(plain, torch.float32), strict=True):
+        assert torch.equal(found, value)
+
+
+def test_every_layer_of_a_model_and_nothing_of_its_file():
+    model, peft = load_model(ASSETS), load_model(ASSETS)
+    adapted = add_lora(model, 4, 8.0)
+    adapted_by_peft = get_peft_model(peft, adapted.peft_config["default"])
+    places = [m for m in adapted.modules() if isinstance(m, Linear)]
+    assert len(places) > 20 and all("forward" in vars(place) for place in places)
+    names = [get_peft_model_state_dict(m).keys() for m in (adapted, adapted_by_peft)]
+    assert names[0] == names[1] and list(adapted.state_dict()) == list(adapted_by_peft.state_dict())
