@@ -5,6 +5,7 @@ bandwidth; kernels run one after another. So these are lower bounds; the second 
 peak by what good GEMMs reach. Results of a GPU check are put beside them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,6 +196,18 @@ def step_seconds(positions: float) -> float:
     return positions * (4.0 * frozen + 6.0 * lora) / REACHED
 
 
+def attention_seconds(trees: Iterable[Iterable[int]], width: int) -> float:
+    """Products of one layer's attention over trees, (root, leaf, ...) tokens each, at 770.
+
+    A query and a key that it sees take 14 FLOP a channel: two products forward, five backward.
+    """
+    pairs = 0
+    for root, *leaves in trees:
+        pairs += root * (root + 1) // 2
+        pairs += sum(leaf * root + leaf * (leaf + 1) // 2 for leaf in leaves)
+    return 14.0 * pairs * width / REACHED
+
+
 def ratios(check: Check) -> list[tuple[str, ...]]:
     """(part, case, calculated, measured, ratio) of everything that is calculated."""
     rows: list[tuple[str, ...]] = []
@@ -213,6 +226,12 @@ def ratios(check: Check) -> list[tuple[str, ...]]:
             add("head", case_of(ROWS, H, V, kind), "ms", 1e3 * seconds)
         seconds = no_logits(ROWS, H, V).seconds(REACHED)
         add("head", case_of(ROWS, H, V, "log-probs"), "ms", 1e3 * seconds)
+    # Here, since the part `head` imports this file and need not load transformers.
+    from benchmarks.gpu.attention import LLAVA, batch_of
+
+    seconds = attention_seconds(batch_of(LLAVA).trees[0], LLAVA.heads * LLAVA.width)
+    for case in ("tree, cuDNN off", "varlen"):
+        add("attention", case, "ms", 1e3 * seconds)
     positions = check.figure("step", "ours", "positions")
     if positions is not None:
         add("step", "ours", "seconds", step_seconds(positions))

@@ -12,7 +12,8 @@ import torch
 
 from benchmarks import report, results, roofline
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import pages, record, table, truth
+from benchmarks.gpu import attention, pages, record, table, truth
+from realign.attention import forest_mask
 from realign_kernels import reference
 
 ROOT = Path(__file__).parent.parent
@@ -335,6 +336,14 @@ def test_a_steps_gemms_are_those_of_its_parameters():
     """LLaMA-7B's linear layers, and PEFT's count of LoRA 128 on all of them."""
     flop = roofline.step_seconds(1) * roofline.REACHED
     assert flop == pytest.approx(4 * 6_476_005_376 + 6 * 319_815_680)
+
+
+def test_attentions_pairs_are_those_of_the_mask():
+    batch = attention.batch_of(attention.TOY)
+    mask = forest_mask(batch, "sdpa", torch.float32)
+    seen = int((mask if mask.dtype == torch.bool else mask == 0).sum())
+    seconds = roofline.attention_seconds(batch.trees[0], 10)
+    assert seconds * roofline.REACHED == pytest.approx(14 * seen * 10)
 
 
 def test_everything_in_the_list_of_wheels_is_pinned():

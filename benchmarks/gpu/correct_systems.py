@@ -13,8 +13,8 @@ from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from benchmarks.models import random_llava, random_pairs
 from realign import parallel, sharding
+from realign.forest import build_batch
 from realign.model import ForestModel
-from realign.step import accumulate
 from realign_kernels import linear_preference_loss, objectives
 from realign_kernels.staging import Staging, leaf_sums
 
@@ -86,25 +86,17 @@ def one_rank(record: Record) -> dict:
     vlm = random_llava(hidden=64, intermediate=128, layers=2, heads=4)
     plain, sharded = ForestModel(vlm), ForestModel(copy.deepcopy(vlm))
     examples, store = random_pairs(2, prompt=12, response=9)
+    batch = build_batch(examples, store, row_tokens=sum(e.longest_tree for e in examples))
+    references = torch.full((3, 2), -90.0)
     device = parallel.start(alone=True)
     try:
         plain.to(device)
         sharding.shard(sharded, device, torch.float32)
-        losses = [
-            accumulate(
-                model,
-                np.arange(2),
-                examples,
-                torch.full((3, 2), -90.0),
-                store,
-                objectives.rdpo(),
-                batch_size=2,
-                micro_batch_size=1,
-                row_tokens=0,
-                device=device,
-            )["loss"]
-            for model in (plain.train(), sharded.train())
-        ]
+        losses = []
+        for model in (plain.train(), sharded.train()):
+            out = model(batch.to(device), objectives.rdpo(), references.to(device))
+            out.loss.backward()
+            losses.append(out.loss.detach())
         pairs = [
             (b.grad.full_tensor(), a.grad)
             for a, b in zip(plain.parameters(), sharded.parameters(), strict=True)

@@ -24,13 +24,18 @@ def wall(call: Call, budget: float = 0.5) -> float:
     return statistics.median(turns(call, None, budget, least=3 if budget else 1)[0])
 
 
+def kernel_seconds(profiler: profile) -> float:
+    """Seconds in which the GPU ran kernels or copies, summed; 0 on a CPU."""
+    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    return 1e-6 * sum(e.self_device_time_total for e in events if not e.is_user_annotation)
+
+
 def busy(call: Call) -> float:
-    """Seconds in which the GPU ran kernels or copies, summed over one call, by the profiler."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    """GPU-busy seconds of one call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    events = [e for e in found.events() if e.device_type == DeviceType.CUDA]
-    return 1e-6 * sum(e.self_device_time_total for e in events if not e.is_user_annotation)
+    return kernel_seconds(profiler)
 
 
 def peak(call: Call) -> int:

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from benchmarks import step_contestants
+from benchmarks.gpu.measure import kernel_seconds
 from benchmarks.gpu.record import RESULTS, Record, latest, read
 from benchmarks.models import (
     LLAVA_7B,
@@ -115,12 +115,6 @@ class Setting:
             image = one.images[0].open(one.name)
             self.processor.image_processor(images=image, return_tensors="pt")
         return 1e3 * (time.perf_counter() - began) / BATCH
-
-
-def kernel_seconds(profiler: profile) -> float:
-    """Seconds in which the GPU ran kernels or copies, summed; 0 on a CPU."""
-    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    return 1e-6 * sum(e.self_device_time_total for e in events if not e.is_user_annotation)
 
 
 class Watch:
