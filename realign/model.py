@@ -139,7 +139,7 @@ class ForestModel(nn.Module):
         except NonFiniteError as error:
             if objective is not None:  # all ranks have a backward to run; then the step is refused
                 return _not_a_number(hidden, weight, bias, objective, reference_logps)
-            owners = batch.sequence_ids.cpu()[error.rows] % batch.examples
+            owners = batch.sequence_ids[error.rows] % batch.examples
             names = sorted({batch.names[i] for i in owners.tolist()})
             raise NonFiniteRecords(
                 f"record(s) {', '.join(names)}: {error}. Nothing was updated. If one record is "
