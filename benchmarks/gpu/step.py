@@ -60,7 +60,7 @@ TOY = {
     "vision": (32, 64, 3, 2), "text": (64, 128, 2, 2), "vocabulary": 192, "image_id": 128,
     "size": 28,
 }  # fmt: skip
-PROMPTS, RESPONSES = (20, 120), (40, 200)
+PROMPTS, RESPONSES = (20, 100), (40, 180)
 """Fewest and most words of prompts and responses, up to 20 more; the toy has a fifth."""
 
 
