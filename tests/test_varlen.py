@@ -388,6 +388,22 @@ def test_models_that_are_not_causal_get_sdpa_and_a_line_says_so():
     assert ForestModel(vlm).instead == "it has dropout"
 
 
+def test_queries_that_autocast_left_in_fp32_get_the_dtype_of_values(monkeypatch):
+    StandIn(monkeypatch, torch.bfloat16)
+    trees, columns = LAYOUTS["rows"]
+    query, key, value = (t.detach().view(3, 18, -1, 8).transpose(1, 2) for t in states(54, 4, 2))
+    parts, module = sequences(trees, columns), torch.nn.Identity()
+    mask = tree_attention.no_mask(CPU)
+    out, _ = tree_attention.forest_attention(
+        module, query, key, value.bfloat16(), mask, sequences=parts, scaling=0.3
+    )
+    assert (out.shape, out.dtype) == ((3, 18, 4, 8), torch.bfloat16)
+    calls, _ = tree_attention.forest_attention(
+        module, query, key, value, mask, trees=trees, scaling=0.3
+    )
+    assert (out - calls).abs().max() < EPSILON[torch.bfloat16]
+
+
 def test_a_layer_that_drops_the_sequences_is_refused():
     mask = tree_attention.no_mask(CPU)
     states = torch.zeros(1, 2, 4, 8)
