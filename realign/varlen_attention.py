@@ -229,6 +229,11 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float16, torch.bfloat16) else f"dtype is {dtype}"
 
 
+def takes(width: int) -> bool:
+    """Whether the flash kernel computes heads of this width."""
+    return width <= 256 and width % 8 == 0
+
+
 # --- the operator ---
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -90,14 +91,38 @@ def test_an_error_comes_where_its_result_is_asked_for():
     assert got == [1 / 3, 1 / 2, 1] and not threads()
 
 
-def test_tensors_of_a_batch_are_pinned_for_cuda(monkeypatch):
-    """Every tensor of a micro-batch, wherever it is; nothing on a CPU."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
-    batch = {"a": (torch.zeros(2), 7, "x"), "b": step.MicroBatch(None, torch.ones(1), None, True)}
-    assert pinned(batch, CPU) is batch
-    found = pinned(batch, torch.device("cuda"))
-    assert found["a"][0].tolist() == [1, 1] and found["a"][1:] == (7, "x")
-    assert found["b"].references.tolist() == [2] and found["b"].last
+def tensors(value):
+    """Every tensor inside, with its place."""
+    if isinstance(value, torch.Tensor):
+        return {"": value}
+    if is_dataclass(value):
+        parts = vars(value)
+    elif hasattr(value, "_asdict"):
+        parts = value._asdict()
+    elif isinstance(value, dict | tuple):
+        parts = value if isinstance(value, dict) else dict(enumerate(value))
+    else:
+        return {}
+    return {f"{name}.{at}": t for name, one in parts.items() for at, t in tensors(one).items()}
+
+
+def test_all_tensors_of_a_micro_batch_are_pinned_for_cuda(pairs_file, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    inputs = load_inputs(
+        ASSETS, pairs_file, LossConfig(), dtype=torch.float32, weights_dtype=torch.float32,
+        train_vision=False, max_response_tokens=100, progress=False,
+    )  # fmt: skip
+    references = torch.zeros(3, len(inputs.examples))
+    part = step.Feed(inputs.examples, references, inputs.store, "sdpa", 0, CPU)([0, 1, 2])
+    assert pinned(part, CPU) is part
+    found = pinned(part, torch.device("cuda"))
+    before, after = tensors(part), tensors(found)
+    assert len(before) > 15 and before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor)
+        assert after[name].data_ptr() != tensor.data_ptr() or tensor.numel() == 0, name
+    assert found.to(CPU).batch.sequences._fields == part.batch.sequences._fields
+    assert found.batch.names == part.batch.names and found.last is part.last
 
 
 # --- in training ---

@@ -382,10 +382,20 @@ def test_models_that_are_not_causal_get_sdpa_and_a_line_says_so():
     examples, store = encoded("gemma3", model)
     assert build_batch(examples, store, row_tokens=4096).sequences is None
     (line,) = lines(model, examples, store)
-    assert line == "attention is sdpa: not every token sees all before it, and nothing else"
+    assert line == "attention is sdpa: not every token sees all before it, and no other"
     vlm, _ = make("llava", attention="tree")
     vlm.model.get_decoder().config.attention_dropout = 0.1
     assert ForestModel(vlm).instead == "it has dropout"
+
+
+@pytest.mark.parametrize(("width", "attends"), [(8, "tree_varlen"), (12, "tree"), (264, "tree")])
+def test_heads_that_the_flash_kernel_does_not_take_attend_by_calls(width, attends):
+    """FlashAttention 2 takes widths up to 256 in steps of 8."""
+    vlm, _ = make("llava", attention="flash")
+    vlm.model.get_decoder().config.head_dim = width
+    model = ForestModel(vlm)
+    assert model.attention == vlm.model.get_decoder().config._attn_implementation == attends
+    assert model.instead == (None if attends == "tree_varlen" else f"its heads are {width} wide")
 
 
 def test_queries_that_autocast_left_in_fp32_get_the_dtype_of_values(monkeypatch):
