@@ -38,7 +38,7 @@ from benchmarks.models import (
     word_processor,
 )
 from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
-from realign import parallel, step
+from realign import attention, parallel, step
 from realign.encode import encode_records
 from realign.forest import Example
 from realign.images import ImageStore
@@ -60,9 +60,8 @@ TOY = {
     "vision": (32, 64, 3, 2), "text": (64, 128, 2, 2), "vocabulary": 192, "image_id": 128,
     "size": 28,
 }  # fmt: skip
-PROMPTS, RESPONSES = (20, 120), (40, 200)
+PROMPTS, RESPONSES = (20, 100), (40, 180)
 """Fewest and most words of prompts and responses, up to 20 more; the toy has a fifth."""
-
 
 CUDA = DEVICE == "cuda"
 
@@ -181,7 +180,8 @@ class Ours(step_contestants.Ours):
 
     def __init__(self, setting: Setting, micro: int) -> None:
         self.device = parallel.start(alone=True)
-        model = ForestModel(setting.model("tree"), dtype=setting.kind)
+        attends, _ = attention.choose("tree", self.device, setting.kind)
+        model = ForestModel(setting.model(attends), dtype=setting.kind)
         objective = objectives.rdpo(beta=BETA)
         inputs = Inputs("", setting.processor, model, objective, *setting.encode(model.layout))
         self.prepare(
