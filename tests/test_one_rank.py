@@ -15,6 +15,7 @@ from realign.inputs import load_inputs
 from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl
 from realign.model import ForestModel
+from realign.throughput import image_flop
 from realign.train import main
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -99,4 +100,21 @@ def test_frozen_weights_are_not_copied(pairs_file):
 def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtype):
     model = ForestModel(load_model(ASSETS, BF16, meta=True), dtype=dtype)
     assert sharding.left_whole(model, dtype, ranks, offload) == set()
-    assert len(sharding.left_whole(model, BF16, 1, False)) > 10  # the frozen tower
+    whole = sharding.left_whole(model, BF16, 1, False)
+    assert whole == {p for p in model.parameters() if not p.requires_grad}  # the tower
+
+
+def test_ranks_keep_attention_off_cudnn():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    parallel.start(alone=True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_towers_flop_are_counted_on_a_sharded_model(pairs_file):
+    inputs = load_inputs(
+        ASSETS, pairs_file, LossConfig(), dtype=BF16, weights_dtype=torch.float32,
+        train_vision=False, max_response_tokens=100, progress=False,
+    )  # fmt: skip
+    truth = image_flop(ForestModel(load_model(ASSETS)), inputs.store, CPU)
+    model, _ = sharded(BF16, "full")  # all of the tower is cast as it is gathered
+    assert image_flop(model, inputs.store, CPU) == truth > 1000
