@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 _OPERATORS = {
-    _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default,
-    _aten.bincount.default, _aten.equal.default, _aten.unique_dim.default,
-    _aten._unique2.default, _aten.repeat_interleave.Tensor,
+    _aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default,
+    _aten.nonzero.default, _aten.masked_select.default, _aten.bincount.default,
+    _aten.equal.default, _aten.unique_dim.default, _aten._unique2.default,
+    _aten.repeat_interleave.Tensor,
 }  # fmt: skip
-"""Operators whose result, or its shape, the host has to know."""
-_METHODS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
+"""Operators whose result, or its shape, the host has to know; `item` shows in inference mode."""
+_METHODS = {torch.Tensor.tolist, torch.Tensor.cpu}
 
 
 class HostReads:
