@@ -39,7 +39,7 @@ def test_weights_that_stay_whole_change_no_bit(way, pairs_file, tmp_path, monkey
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeypatch, capsys):
     more = (*WAYS["lora"], "--save-every", 2)
     run(pairs_file, tmp_path / "whole", *more)
     saved = train.Checkpoints.save
@@ -52,6 +52,9 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(train.Checkpoints, "save", save)
         assert main(arguments(pairs_file, tmp_path / "cut", *more)) == 130
+    assert "rank(s), in bf16" in capsys.readouterr().out
+    assert main(arguments(pairs_file, tmp_path / "cut", "--save-every", 2, "--resume")) == 1
+    assert "changed since: dtype ('bf16' -> 'fp32')" in capsys.readouterr().err
     assert main(arguments(pairs_file, tmp_path / "cut", *more, "--resume")) == 0
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
