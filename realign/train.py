@@ -147,9 +147,9 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
         model.to(device)
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
     directory = run.reference_cache or reference.default_directory()
-    parallel.ranks_part()
     model.eval()
     per_image_token = image_flop(model, inputs.store, device)
+    parallel.ranks_part()
     if run.cache_vision:
         inputs.store.features = vision.keep(
             fingerprint,

@@ -63,7 +63,7 @@ def test_the_commands(pairs_file, tmp_path, capsys):
         (["fill"], "pairs is missing: pass the file"),
         (
             ["fill", "--pairs", "x", "--dtype", "fp8"],
-            "dtype is 'fp8'; it must be one of fp32, bf16",
+            "dtype is 'fp8'; it must be one of auto, fp32, bf16",
         ),
         (["fill", "--pairs", "x", "--objective", "kto"], "objective is 'kto'"),
         (["fill", "--pairs", "x", "--batch-rows", "0"], "batch_rows is 0; it must be 1 or more"),

@@ -1,5 +1,7 @@
 """The model card in an exported folder, and that the folder loads with it."""
 
+import importlib.metadata
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -55,3 +57,17 @@ def test_a_card_of_a_model_on_the_hub():
     assert "11,000 preference records with 22,000 distinct images" in card.text
     assert "| loss | 0.5123 |" in card.text and "The last step (343)" in card.text
     assert "digest of the records: `abc`" in card.text
+
+
+def test_a_card_from_a_checkout_that_is_not_installed(monkeypatch):
+    version = importlib.metadata.version
+
+    def missing(name):
+        if name == "realign":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    about = {"adapter": True, "records": 1, "images": 1, "digests": {}, "last": {}}
+    text = model_card("rdpo", settings_of(TrainConfig()), base="llava", **about)
+    assert "| realign | not installed |" in text and f"| torch | {torch.__version__} |" in text

@@ -53,6 +53,12 @@ def test_a_full_installation(capsys):
     assert max(map(len, out.splitlines())) < 160
 
 
+def test_a_checkout_that_is_not_installed(capsys, monkeypatch):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda n: None if n == "realign" else version(n))
+    assert re.search(r"-- +realign +not installed, runs from a checkout", _printed(capsys, 0))
+
+
 def test_a_bare_installation(capsys, monkeypatch, fresh):
     """Without extension and extras: it runs on torch, and says what to install for more."""
     needed = {"realign", *doctor.NEEDED}

@@ -116,7 +116,9 @@ def test_a_loss_that_is_not_finite_is_named_before_the_update(pairs_file, tmp_pa
 def test_a_step_waits_once_outside_its_forwards(pairs_file, tmp_path):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings |= {"max_steps": 4, "logging_steps": 100}
+    torch.backends.cuda.enable_cudnn_sdp(True)
     trainer = RDPOTrainer(str(ASSETS), config(tmp_path, **settings), str(pairs_file))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     trainer._fill_references()
     with counted() as waits:
         trainer.train()

@@ -15,6 +15,7 @@ from realign.inputs import load_inputs
 from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl
 from realign.model import ForestModel
+from realign.throughput import image_flop
 from realign.train import main
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -38,7 +39,7 @@ def test_weights_that_stay_whole_change_no_bit(way, pairs_file, tmp_path, monkey
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeypatch, capsys):
     more = (*WAYS["lora"], "--save-every", 2)
     run(pairs_file, tmp_path / "whole", *more)
     saved = train.Checkpoints.save
@@ -51,6 +52,9 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(train.Checkpoints, "save", save)
         assert main(arguments(pairs_file, tmp_path / "cut", *more)) == 130
+    assert "rank(s), in bf16" in capsys.readouterr().out
+    assert main(arguments(pairs_file, tmp_path / "cut", "--save-every", 2, "--resume")) == 1
+    assert "changed since: dtype ('bf16' -> 'fp32')" in capsys.readouterr().err
     assert main(arguments(pairs_file, tmp_path / "cut", *more, "--resume")) == 0
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
@@ -99,4 +103,21 @@ def test_frozen_weights_are_not_copied(pairs_file):
 def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtype):
     model = ForestModel(load_model(ASSETS, BF16, meta=True), dtype=dtype)
     assert sharding.left_whole(model, dtype, ranks, offload) == set()
-    assert len(sharding.left_whole(model, BF16, 1, False)) > 10  # the frozen tower
+    whole = sharding.left_whole(model, BF16, 1, False)
+    assert whole == {p for p in model.parameters() if not p.requires_grad}  # the tower
+
+
+def test_ranks_keep_attention_off_cudnn():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    parallel.start(alone=True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_towers_flop_are_counted_on_a_sharded_model(pairs_file):
+    inputs = load_inputs(
+        ASSETS, pairs_file, LossConfig(), dtype=BF16, weights_dtype=torch.float32,
+        train_vision=False, max_response_tokens=100, progress=False,
+    )  # fmt: skip
+    truth = image_flop(ForestModel(load_model(ASSETS)), inputs.store, CPU)
+    model, _ = sharded(BF16, "full")  # all of the tower is cast as it is gathered
+    assert image_flop(model, inputs.store, CPU) == truth > 1000
