@@ -18,14 +18,16 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export REALIGN_CACHE ?= $(CACHE)/realign
 export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
 
-.PHONY: help build demo test bench bench-full bench-gpu report lint clean
+.PHONY: help build demo test bench bench-full bench-gpu gpu-wheels gpu-rehearsal report lint clean
 
 help:
 	@echo 'make demo    the whole pipeline on the embedded digits; writes demo/'
 	@echo 'make test    the tests'
 	@echo 'make bench   the benchmarks, beside TRL, Liger and CCE, which it installs'
 	@echo 'make bench-full, make bench-gpu    all of them; on a CUDA machine, with the report'
-	@echo 'make report  docs/benchmarks.md, its pictures and the README tables from the last runs'
+	@echo 'make gpu-wheels     packages to carry to a CUDA machine without network (benchmarks/gpu/run.sh)'
+	@echo 'make gpu-rehearsal  the GPU check and tests/kernels on a CPU under that machine'"'"'s versions'
+	@echo 'make report  docs/benchmarks.md, docs/gpu.md and the README tables from the last runs'
 	@echo 'make lint    ruff check and ruff format --check'
 	@echo 'make build   the environment alone: .venv with the package and its C++ extension'
 	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
@@ -60,8 +62,30 @@ bench-gpu: $(STAMP)
 	-$(RUN) -m pytest benchmarks/ --benchmark-only -m full
 	$(RUN) -m benchmarks.report
 
+# For benchmarks/gpu/run.sh on a CUDA machine without network. `any`: pure Python only, so one set
+# serves every platform.
+WHEELS := .gpu-wheels
+MOST_WHEELS := 40
+gpu-wheels:
+	rm -rf $(WHEELS)
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --abi none \
+	  --platform any -c constraints.txt -r benchmarks/gpu/wheels.txt -d $(WHEELS)
+	@size=$$(du -sk $(WHEELS) | cut -f1); ls $(WHEELS); \
+	  echo "$$((size / 1024)) MiB, at most $(MOST_WHEELS)"; test $$size -le $$((1024 * $(MOST_WHEELS)))
+
+# By hand, before a GPU is used: downloads torch's CUDA build. The interpreter of triton 3.6 fails
+# with numpy 2.4 and later.
+REHEARSAL := .venv-gpu
+gpu-rehearsal:
+	$(or $(shell command -v python3.12),$(PYTHON)) -m venv $(REHEARSAL)
+	grep -Ev '^(torch|triton|numpy)==' constraints.txt > $(REHEARSAL)/constraints.txt
+	$(REHEARSAL)/bin/python -m pip install -q -c $(REHEARSAL)/constraints.txt torch==2.11.0 triton==3.6.0 \
+	  'numpy<2.4' pytest pytest-benchmark hypothesis -e '.[peers]'
+	rm -rf $(REHEARSAL)/check
+	$(REHEARSAL)/bin/python -m benchmarks.gpu --out $(REHEARSAL)/check --rehearse
+	OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python -m pytest -q tests/kernels
+
 report: $(STAMP)
-	$(RUN) -m benchmarks.roofline
 	$(RUN) -m benchmarks.report
 
 lint: $(STAMP)
@@ -69,5 +93,5 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info realign_kernels/_C*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(WHEELS) $(REHEARSAL) build dist *.egg-info realign_kernels/_C*.so .pytest_cache .ruff_cache .benchmarks
 	find . -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +

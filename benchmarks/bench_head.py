@@ -26,7 +26,6 @@ from benchmarks import contestants
 from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums
 from benchmarks.race import race
 from benchmarks.step_contestants import allocate
-from realign_kernels.chunked import default_chunk_rows, even_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALLOWED = {"bf16": 2e-2, "fp32": 2e-5}
@@ -171,22 +170,9 @@ class Case:
         return {"loss": loss, "gradient": float(torch.stack(off).max())}  # keeps NaN
 
     def gemms(self):
-        """The products alone by torch, in chunks of ours, into buffers."""
+        """The products alone of the rows with a label."""
         hidden = self.hidden[self.labels != -100]
-        limit = default_chunk_rows(len(self.weight), hidden.device) * (2 if self.trainable else 1)
-        step = even_step(len(hidden), limit)
-        logits = hidden.new_empty(step, len(self.weight))
-        out, grad = torch.empty_like(hidden), torch.empty_like(self.weight)
-
-        def call():
-            for start in range(0, len(hidden), step):
-                rows = hidden[start : start + step]
-                z = torch.mm(rows, self.weight.T, out=logits[: len(rows)])
-                torch.mm(z, self.weight, out=out[start : start + step])
-                if self.trainable:
-                    torch.mm(z.T, rows, out=grad)
-
-        return call
+        return contestants.gemms(hidden, self.weight, trainable=self.trainable)
 
 
 @pytest.fixture(scope="module")

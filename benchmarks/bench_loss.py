@@ -6,10 +6,10 @@
   their sums, both terms, and the gradient of every row: the path of `linear_preference_loss` behind
   the head. On CUDA ours is one launch of a Triton kernel.
 
-Ours checks its inputs (numbers of sequences, empty ones, NaN) and returns rewards and counts too;
-the others are the bare formula. TRL 1.16 has no contestant: its loss is a part of
-`DPOTrainer._compute_loss`, of which nothing can be called without a trainer and its model. Nor has
-Liger, whose loss is a part of its fused head.
+Ours checks its inputs for NaN and returns rewards and counts too; the others are the bare formula.
+Token counts are given: `linear_preference_loss` counts on the host before the head. TRL 1.16 has no
+contestant: its loss is a part of `DPOTrainer._compute_loss`, of which nothing can be called without
+a trainer and its model. Nor has Liger, whose loss is a part of its fused head.
 
 Before a contestant is timed its loss and its gradient are compared with fp64.
 """
@@ -23,11 +23,10 @@ from torch import Tensor
 from benchmarks.contestants import BETA, DEVICE, OURS, from_sums
 from benchmarks.race import race
 from realign_kernels import objectives, preference_loss
-from realign_kernels.preference_ops import from_tokens
+from realign_kernels.preference_ops import flags_of, from_tokens, read
 
 ALLOWED = 1e-5
 """Relative error of ours at most; the others' is shown."""
-IGNORED = -100
 SHORTEST, LONGEST = 32, 96
 ROUNDS = 300
 """At most; a call takes some hundred microseconds."""
@@ -48,7 +47,7 @@ class Case:
         rows = -2 * torch.rand(len(self.ids), generator=g).add_(0.5)
         sums = torch.zeros(3 * examples).index_add_(0, self.ids, rows).view(3, examples)
         self.references = (sums + 5 * torch.randn(3, examples, generator=g)).to(DEVICE)
-        self.labels = torch.randint(1000, self.ids.shape, generator=g).to(DEVICE)
+        self.counts = torch.bincount(self.ids, minlength=3 * examples).view(3, examples).to(DEVICE)
         self.ids, self.logps = self.ids.to(DEVICE), (sums if kind == "leaves" else rows).to(DEVICE)
         self.case = {"what": kind, "examples": examples, "dtype": "fp32"}
         if kind == "tokens":
@@ -73,8 +72,9 @@ def our_leaves(case: Case, logps: Tensor, references: Tensor) -> Tensor:
 
 
 def our_tokens(case: Case, logps: Tensor, references: Tensor) -> Tensor:
-    inputs = (logps, case.labels, case.ids, references)
-    return from_tokens(*inputs, OBJECTIVE, "mean", IGNORED).loss
+    output = from_tokens(logps, case.ids, case.counts, references, OBJECTIVE, "mean")
+    assert all(read(*flags_of(logps.isfinite(), output.logps, references)))
+    return output.loss
 
 
 def eager_leaves(case: Case, logps: Tensor, references: Tensor) -> Tensor:

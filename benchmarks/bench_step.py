@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -50,10 +49,9 @@ class Contestant:
     """A process of `step_contestants.py`."""
 
     def __init__(self, name, folder, tune, dtype):
-        script = Path(__file__).with_name("step_contestants.py")
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
-            [sys.executable, script, name, folder, tune, dtype],
+            [sys.executable, "-m", "benchmarks.step_contestants", name, folder, tune, dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from realign_kernels import rdpo_loss, use_backend
+from realign_kernels.chunked import default_chunk_rows, even_step
 
 BETA = 0.1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,6 +124,31 @@ def liger() -> Loss:
         return total
 
     return loss
+
+
+def gemms(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    *,
+    trainable: bool,
+    derivative: bool = True,
+) -> Callable[[], None]:
+    """The limit: the products alone by torch, in chunks of ours, into buffers."""
+    limit = default_chunk_rows(len(weight), hidden.device) * (2 if trainable else 1)
+    step = even_step(len(hidden), limit)
+    logits = hidden.new_empty(step, len(weight))
+    out, grad = torch.empty_like(hidden), torch.empty_like(weight) if trainable else None
+
+    def call() -> None:
+        for start in range(0, len(hidden), step):
+            rows = hidden[start : start + step]
+            z = torch.mm(rows, weight.T, out=logits[: len(rows)])
+            if derivative:
+                torch.mm(z, weight, out=out[start : start + step])
+            if trainable:
+                torch.mm(z.T, rows, out=grad)
+
+    return call
 
 
 OURS, LIMIT, EAGER, TRL = "ours", "GEMMs alone", "eager logits", "TRL chunked log-prob"

@@ -1,5 +1,6 @@
 """Random LLaVA models and pairs of the usual lengths, for benchmarks."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -16,6 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from realign.attention import IMPLEMENTATIONS
 from realign.digits.processor import CHAT_TEMPLATE
 from realign.forest import Example, Leaf, Root
 from realign.images import ImageStore
@@ -53,6 +56,53 @@ def llava_60m():
     return random_llava(hidden=512, intermediate=1376, layers=8, heads=8)
 
 
+def llava_config(
+    *, vision: tuple[int, ...], text: tuple[int, ...], vocabulary: int, image_id: int, size: int
+) -> LlavaConfig:
+    """A LLaVA-1.5 from the hidden size, intermediate size, layers and heads of both its parts.
+
+    As in llava-hf/llava-1.5-7b-hf, features come from the last layer of the tower but one, and
+    without the class token.
+    """
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **dict(zip(names, vision, strict=True)), image_size=size, patch_size=PATCH
+        ),
+        text_config=LlamaConfig(
+            **dict(zip(names, text, strict=True)), vocab_size=vocabulary,
+            max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0,
+        ),
+        image_token_index=image_id, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", image_seq_length=(size // PATCH) ** 2,
+    )  # fmt: skip
+
+
+LLAVA_7B = {
+    "vision": (1024, 4096, 24, 16), "text": (4096, 11008, 32, 32), "vocabulary": 32064,
+    "image_id": 32000, "size": IMAGE_SIZE,
+}  # fmt: skip
+"""`llava_config` of llava-hf/llava-1.5-7b-hf."""
+
+
+def random_on(
+    device: str, config: LlavaConfig, dtype: torch.dtype, attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
+    """Random weights and all buffers, made on the device itself; equal in every call.
+
+    Args:
+        device: of the weights; host memory sees none of them.
+        config: such as `llava_config`.
+        dtype: of the weights.
+        attention: of the language model, as in `realign.loading.load_model`.
+    """
+    torch.manual_seed(0)
+    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    own = copy.deepcopy(config)  # it is told the attention, and the next model another one
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation=kinds)
+
+
 def random_pairs(count, *, prompt, response):
     """rDPO's three leaves under two images, and the store of the images."""
     rng = np.random.default_rng(0)
@@ -70,9 +120,9 @@ def random_pairs(count, *, prompt, response):
     return examples, store
 
 
-def word_processor():
-    """A processor of 32000 words, a token each, for the models above."""
-    words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), IMAGE_ID)), "<image>"]
+def word_processor(image_id=IMAGE_ID, size=IMAGE_SIZE):
+    """A processor of as many words as are below `image_id`, a token each, for the models above."""
+    words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), image_id)), "<image>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -80,12 +130,43 @@ def word_processor():
         unk_token="<unk>", additional_special_tokens=["<image>"],
         extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
     )  # fmt: skip
-    crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    crop = {"height": size, "width": size}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop),
         tokenizer=fast, patch_size=PATCH, vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
     )  # fmt: skip
+
+
+def random_records(lengths, image_id=IMAGE_ID, size=IMAGE_SIZE):
+    """Records of random words and images, for `word_processor`.
+
+    Args:
+        lengths: for each record the tokens of its prompt beside the image's, of its chosen and of
+            its rejected response; the end token of a response counts.
+        image_id: words are below it.
+        size: side of the images in pixels.
+    """
+    rng = np.random.default_rng(0)
+
+    def text(length):
+        return " ".join(f"w{i}" for i in rng.integers(len(WORDS), image_id, length))
+
+    def image():
+        pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        return (StoredImage.from_pil(Image.fromarray(pixels)),)
+
+    return [
+        Record(
+            name=str(i),
+            prompt=({"role": "user", "content": text(prompt - TEMPLATE_TOKENS)},),
+            chosen=text(chosen - 1),
+            rejected=text(rejected - 1),
+            images=image(),
+            retrieved_images=image(),
+        )
+        for i, (prompt, chosen, rejected) in enumerate(lengths)
+    ]
 
 
 def write_setting(folder, count, *, prompt, response):
@@ -93,26 +174,7 @@ def write_setting(folder, count, *, prompt, response):
 
     Prompts take `prompt` tokens beside the image's, responses `response` with their end token.
     """
-    folder, rng = Path(folder), np.random.default_rng(0)
+    folder = Path(folder)
     llava_60m().save_pretrained(folder / "model")
     word_processor().save_pretrained(folder / "model")
-
-    def text(length):
-        return " ".join(f"w{i}" for i in rng.integers(len(WORDS), IMAGE_ID, length))
-
-    def image():
-        pixels = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-        return (StoredImage.from_pil(Image.fromarray(pixels)),)
-
-    records = [
-        Record(
-            name=str(i),
-            prompt=({"role": "user", "content": text(prompt - TEMPLATE_TOKENS)},),
-            chosen=text(response - 1),
-            rejected=text(response - 1),
-            images=image(),
-            retrieved_images=image(),
-        )
-        for i in range(count)
-    ]
-    write_pairs(folder / "pairs.parquet", records)
+    write_pairs(folder / "pairs.parquet", random_records([(prompt, response, response)] * count))

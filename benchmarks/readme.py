@@ -1,4 +1,4 @@
-"""The README's measured tables, between `<!-- NAME: generated -->` and `<!-- /NAME -->`."""
+"""Generated parts of the README and docs, from `<!-- NAME: generated -->` to `<!-- /NAME -->`."""
 
 import re
 from collections.abc import Callable
@@ -31,19 +31,26 @@ def refresh(path: Path, runs: list[Run]) -> None:
     Raises:
         ValueError: when the file has no place for one of them.
     """
-    text = path.read_text()
     for name, make in TABLES.items():
         found = next(filter(None, (make(run) for run in runs)), None)
-        if found is None:
-            continue
-        mark = re.compile(rf"(<!-- {name}: generated -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not mark.search(text):
-            raise ValueError(
-                f"{path.name} has no place for the table {name!r}: put "
-                f"'<!-- {name}: generated -->' and '<!-- /{name} -->' on lines of their own."
-            )
-        text = mark.sub(lambda match, new=found: f"{match[1]}{new}\n{match[2]}", text)
-    path.write_text(text)
+        if found is not None:
+            put(path, name, found)
+
+
+def put(path: Path, name: str, new: str) -> None:
+    """Replaces the generated part `name` of a page.
+
+    Raises:
+        ValueError: when the page has no place for it.
+    """
+    text = path.read_text()
+    mark = re.compile(rf"(<!-- {name}: generated -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not mark.search(text):
+        raise ValueError(
+            f"{path.name} has no place for the table {name!r}: put "
+            f"'<!-- {name}: generated -->' and '<!-- /{name} -->' on lines of their own."
+        )
+    path.write_text(mark.sub(lambda match: f"{match[1]}{new}\n{match[2]}", text))
 
 
 def step(run: Run) -> str | None:

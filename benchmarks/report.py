@@ -1,8 +1,8 @@
-"""docs/benchmarks.md, its pictures and the README's tables: `python -m benchmarks.report`.
+"""Report of all results: `python -m benchmarks.report` writes docs and the README's tables.
 
 Reads every run in benchmarks/results/, so no figure is typed by hand: `full` ones first, then what
-`slow` ones add, then `default`. Rows of a GPU come from `gpu`, and say "not measured" until
-somebody runs `make bench-gpu`.
+`slow` ones add, then `default`. GPU figures come from `gpu` (`make bench-gpu`) and gpu-check.jsonl
+(`python -m benchmarks.gpu`). Where neither is there, the pages say "not measured".
 """
 
 import argparse
@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import compare, plots, readme, results, targets
+from benchmarks import compare, plots, readme, results, roofline, targets
+from benchmarks.gpu import pages as gpu_pages
+from benchmarks.gpu.pages import Check
 from benchmarks.results import Entry, Run, over_limit
 from benchmarks.words import (
     PAGES,
@@ -53,7 +55,13 @@ def read_earlier(folder: Path) -> Run | None:
     return results.read(file) if file.exists() else None
 
 
-def page(runs: list[Run], gpu: Run | None, draw: bool = True, earlier: Run | None = None) -> str:
+def page(
+    runs: list[Run],
+    gpu: Run | None,
+    draw: bool = True,
+    earlier: Run | None = None,
+    check: Check | None = None,
+) -> str:
     """The text of docs/benchmarks.md; draws the pictures beside it.
 
     Args:
@@ -61,9 +69,10 @@ def page(runs: list[Run], gpu: Run | None, draw: bool = True, earlier: Run | Non
         gpu: the run on a GPU, if there is one.
         draw: whether to draw the pictures.
         earlier: the default run once more, at another time, to tell how far runs differ.
+        check: results of a GPU check, if there are any.
     """
     parts = ["# Benchmarks", PAGES["head"], _machines([*runs, *([gpu] if gpu else [])])]
-    if gpu is None:
+    if gpu is None and check is None:
         parts.append("**No GPU timing has been measured**; [gpu.md](gpu.md) has a calculation.")
     parts += _targets(runs)
     parts += _again(earlier, runs[-1]) if earlier else []
@@ -76,7 +85,7 @@ def page(runs: list[Run], gpu: Run | None, draw: bool = True, earlier: Run | Non
         parts.append(words["words"])
         parts += _pictures(suite, groups, draw)
         parts.append(_tables(suite, groups))
-    return "\n\n".join([*parts, *_gpu(gpu), *_skipped(runs)]) + "\n"
+    return "\n\n".join([*parts, *_gpu(gpu, check), *_skipped(runs)]) + "\n"
 
 
 def _machines(runs: list[Run]) -> str:
@@ -250,12 +259,16 @@ def _scaling_row(name: str, points: dict[int, Entry], values: list[int]) -> list
     return [*row, f"{bytes_of(peaks[0])} to {bytes_of(peaks[-1])}" if peaks else "-"]
 
 
-def _gpu(gpu: Run | None) -> list[str]:
-    if gpu is None:
+def _gpu(gpu: Run | None, check: Check | None) -> list[str]:
+    parts = ["## On a GPU"]
+    if check is not None:
+        parts += gpu_pages.benchmarks_section(check, roofline.ratios(check))
+    if gpu is not None:
+        parts += [_tables(s, gpu.groups(s)) for s in SUITES if gpu.groups(s)]
+    if len(parts) == 1:
         cells = [(suite, "not measured", "not measured") for suite in SUITES]
-        rows = table(("suite", "time", "memory"), cells)
-        return ["## On a GPU", PAGES["gpu_not_measured"], rows]
-    return ["## On a GPU", *(_tables(s, gpu.groups(s)) for s in SUITES if gpu.groups(s))]
+        parts += [PAGES["gpu_not_measured"], table(("suite", "time", "memory"), cells)]
+    return parts
 
 
 def _skipped(runs: list[Run]) -> list[str]:
@@ -264,6 +277,12 @@ def _skipped(runs: list[Run]) -> list[str]:
         return ["## Skipped", "Nothing: every contestant was installed."]
     rows = [(f"`{run}`", str(count), reason) for (run, reason), count in found.items()]
     return ["## Skipped", table(("run", "benchmarks", "reason"), rows)]
+
+
+def put_gpu_sentences(root: Path, check: Check | None) -> None:
+    """README and docs/kernels.md: what a GPU check measured, or that there was none."""
+    readme.put(root / "README.md", "gpu", gpu_pages.readme_sentence(check))
+    readme.put(root / "docs" / "kernels.md", "gpu", gpu_pages.kernels_sentence(check))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -275,8 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         runs, gpu = read_runs(given.results)
-        PAGE.write_text(page(runs, gpu, earlier=read_earlier(given.results)))
+        check = gpu_pages.load(given.results)
+        PAGE.write_text(page(runs, gpu, earlier=read_earlier(given.results), check=check))
+        roofline.FILE.write_text(roofline.page(check))
         readme.refresh(ROOT / "README.md", runs)
+        put_gpu_sentences(ROOT, check)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -284,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.write_csv(run, given.results / f"{run.name}.csv")
     verdicts = [targets.verdict(target, runs)[1] for target in targets.read()]
     met = f"{verdicts.count('met')} of {len(verdicts)} targets met"
-    print(f"wrote docs/{PAGE.name}, its pictures and the README's tables; {met}")
+    pages = f"docs/{PAGE.name} with its pictures, docs/{roofline.FILE.name}"
+    print(f"wrote {pages} and the generated parts of README.md and docs/kernels.md; {met}")
     return 0
 
 

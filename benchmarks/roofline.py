@@ -1,8 +1,8 @@
-"""What the head should take on an H100: `python -m benchmarks.roofline` writes docs/gpu.md.
+"""Time of the head on an H100 by calculation: `python -m benchmarks.roofline` writes docs/gpu.md.
 
 Each kernel takes the longer of its FLOP at the tensor cores' peak and its bytes at the memory's
 bandwidth; kernels run one after another. So these are lower bounds; the second figure replaces the
-peak by what good GEMMs reach.
+peak by what good GEMMs reach. Results of a GPU check are put beside them.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.words import PAGES, table
+from benchmarks.contestants import CONTESTANTS, LIMIT, OURS
+from benchmarks.gpu.pages import WORDS, Check, load, number, ratio
+from benchmarks.words import table
 from realign_kernels.chunked import default_chunk_rows, even_step
 
 FILE = Path(__file__).parent.parent / "docs" / "gpu.md"
@@ -119,7 +121,20 @@ def row(H: int) -> float:
     return ROW_BYTES / BANDWIDTH / (2 * H / PEAK)
 
 
-def rows_of(trainable: bool) -> list[tuple[str, ...]]:
+def case_of(rows: int, H: int, V: int, kind: str, contestant: str = OURS) -> str:
+    """Name of a case of the part `head` of a GPU check."""
+    return f"{rows}x{H}x{V} {kind}/{contestant}"
+
+
+def measured_cells(check: Check | None, case: str, calculated: float) -> tuple[str, ...]:
+    """Milliseconds and their ratio to `calculated` seconds; no cells without a check."""
+    if check is None:
+        return ()
+    found = check.figure("head", case, "ms")
+    return number(found), ratio(found, 1e3 * calculated)
+
+
+def rows_of(trainable: bool, check: Check | None = None) -> list[tuple[str, ...]]:
     """Cells of forward and backward: a shape each."""
     least, others = (3, (4, 3)) if trainable else (2, (3, 2))
     found = []
@@ -136,24 +151,80 @@ def rows_of(trainable: bool) -> list[tuple[str, ...]]:
             ms(units(ROWS, H, V, others[0], REACHED)),
             ms(units(4 / 3 * (ROWS + IMAGE_ROWS), H, V, others[1], REACHED)),
         )
-        found.append(cells)
+        case = case_of(ROWS, H, V, "trained" if trainable else "frozen")
+        found.append(cells + measured_cells(check, case, mine.seconds(REACHED)))
     return found
 
 
-def forward_rows() -> list[tuple[str, ...]]:
+def forward_rows(check: Check | None = None) -> list[tuple[str, ...]]:
     """Cells for log-probs alone: a shape each."""
     found = []
     for model, (H, V) in SHAPES.items():
         chunked, fused = ours(ROWS, H, V, False, derivative=False), no_logits(ROWS, H, V)
         limit = ms(units(ROWS, H, V, 1, PEAK))
         times = (limit, ms(chunked.seconds(PEAK)), ms(fused.seconds(PEAK)))
-        found.append((f"{model} {H} x {V}", *times, f"{ROWS * V * FP32 / 1e9:.1f}"))
+        cells = (f"{model} {H} x {V}", *times, f"{ROWS * V * FP32 / 1e9:.1f}")
+        case = case_of(ROWS, H, V, "log-probs")
+        found.append(cells + measured_cells(check, case, fused.seconds(REACHED)))
     return found
 
 
-def columns(recomputing: int, storing: int) -> tuple[str, ...]:
+def contestants(check: Check) -> str:
+    """Milliseconds of every contestant, a row for each shape and kind; the peak memory of ours."""
+    names = (LIMIT, *CONTESTANTS)
+    found: dict[str, list[str]] = {}
+    for part, case in check.cases:
+        group = case.rpartition("/")[0]
+        if part == "head" and group and group not in found:
+            cells = [number(check.figure("head", f"{group}/{name}", "ms")) for name in names]
+            peak = number(check.figure("head", f"{group}/{OURS}", "peak_gib"))
+            found[group] = [*cells, peak]
+    columns = ("N x H x V", *names, "peak of ours beyond inputs, GiB")
+    return table(columns, [(group, *cells) for group, cells in found.items()])
+
+
+def step_seconds(positions: float) -> float:
+    """GEMMs of LLaVA-1.5-7B's language model under LoRA 128, forward and backward, at 770.
+
+    A frozen matrix is multiplied twice for each position, one of LoRA three times. Attention, the
+    tower, the head and all elementwise work come on top.
+    """
+    width, inner, layers, rank = 4096, 11008, 32, 128
+    frozen = layers * (4 * width**2 + 3 * width * inner)
+    lora = layers * rank * (4 * 2 * width + 3 * (width + inner))
+    return positions * (4.0 * frozen + 6.0 * lora) / REACHED
+
+
+def ratios(check: Check) -> list[tuple[str, ...]]:
+    """(part, case, calculated, measured, ratio) of everything that is calculated."""
+    rows: list[tuple[str, ...]] = []
+
+    def add(part: str, case: str, name: str, calculated: float) -> None:
+        found = check.figure(part, case, name)
+        unit = name.replace("_per_", "/")
+        cells = f"{calculated:.3g} {unit}", f"{number(found)} {unit}", ratio(found, calculated)
+        rows.append((part, case, *cells))
+
+    add("facts", "GEMM", "tflops", REACHED / 1e12)
+    add("facts", "copy", "tb_per_s", BANDWIDTH / 1e12)
+    for H, V in SHAPES.values():
+        for kind in ("frozen", "trained"):
+            seconds = ours(ROWS, H, V, kind == "trained").seconds(REACHED)
+            add("head", case_of(ROWS, H, V, kind), "ms", 1e3 * seconds)
+        seconds = no_logits(ROWS, H, V).seconds(REACHED)
+        add("head", case_of(ROWS, H, V, "log-probs"), "ms", 1e3 * seconds)
+    positions = check.figure("step", "ours", "positions")
+    if positions is not None:
+        add("step", "ours", "seconds", step_seconds(positions))
+    return rows
+
+
+MEASURED = ("measured, ms", "measured / calculated at 770")
+
+
+def columns(recomputing: int, storing: int, check: Check | None) -> tuple[str, ...]:
     """Heads of the table of `rows_of`."""
-    return (
+    heads = (
         "head",
         "limit, ms",
         "ours, ms: at peak / at 770",
@@ -163,6 +234,7 @@ def columns(recomputing: int, storing: int) -> tuple[str, ...]:
         f"{recomputing}u at 770: TRL, CCE",
         f"{storing}u on 4/3 of all rows at 770: Liger, two calls",
     )
+    return heads + (MEASURED if check else ())
 
 
 FORWARD = (
@@ -174,18 +246,29 @@ FORWARD = (
 )
 
 
-def page() -> str:
-    """docs/gpu.md."""
-    return PAGES["gpu"]["page"].format(
+def page(check: Check | None = None) -> str:
+    """docs/gpu.md, with measured figures where a check has been run."""
+    intro, measured = WORDS["not_measured"].strip(), ""
+    if check is not None:
+        intro = WORDS["measured"].strip().format(
+            machine=check.machine,
+            gemm=number(check.figure("facts", "GEMM", "tflops")),
+            copy=number(check.figure("facts", "copy", "tb_per_s")),
+            correct=check.correct,
+        )  # fmt: skip
+        measured = f"\n{WORDS['contestants'].strip()}\n\n{contestants(check)}\n"
+    return WORDS["page"].format(
+        intro=intro,
+        contestants=measured,
         peak=f"{PEAK / 1e12:.0f}",
         bandwidth=f"{BANDWIDTH / 1e12:.2f}",
         rows=f"{ROWS:,}",
         examples=EXAMPLES,
         response=RESPONSE,
         all_rows=f"{ROWS + IMAGE_ROWS:,}",
-        frozen=table(columns(3, 2), rows_of(False)),
-        trains=table(columns(4, 3), rows_of(True)),
-        forward=table(FORWARD, forward_rows()),
+        frozen=table(columns(3, 2, check), rows_of(False, check)),
+        trains=table(columns(4, 3, check), rows_of(True, check)),
+        forward=table(FORWARD + (MEASURED if check else ()), forward_rows(check)),
         row_4096=f"{row(4096):.2f}",
         row_2048=f"{row(2048):.2f}",
         chunk=f"{default_chunk_rows(10**6, torch.device('cuda')):,}",
@@ -197,7 +280,7 @@ def page() -> str:
 
 def main() -> None:
     """Writes the page."""
-    FILE.write_text(page())
+    FILE.write_text(page(load()))
     print(f"wrote docs/{FILE.name}")
 
 

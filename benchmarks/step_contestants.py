@@ -1,4 +1,4 @@
-"""One contestant of the training step in a process of its own: `step_contestants.py NAME ...`.
+"""A contestant of the training step in its own process: `-m benchmarks.step_contestants NAME ...`.
 
 Each line of its standard input is an optimizer step, `keep`, `labelled` or `dpo` saying how; the
 answer is JSON: seconds, loss, gradient norm, memory so far. All start from one policy, moved from
@@ -12,9 +12,11 @@ import os
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,8 +68,8 @@ def move(model, tune):
         if not parameter.requires_grad:
             continue
         own = name.removeprefix("vlm.").removeprefix("base_model.model.")
-        generator = torch.Generator().manual_seed(zlib.crc32(own.encode()))
-        noise = torch.randn(parameter.shape, generator=generator)
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(own.encode()))
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if tune == "lora":  # both matrices; PEFT starts from B = 0
             local.copy_(0.01 * noise)
@@ -93,13 +95,11 @@ class Ours:
     """
 
     def __init__(self, folder, tune, dtype):
-        import numpy as np
-
-        from realign import parallel, reference, sharding
+        import realign.train  # noqa: F401 - all of it counts as imports
+        from realign import parallel
         from realign.config import LossConfig
         from realign.inputs import load_inputs
-        from realign.loading import DTYPES, add_lora
-        from realign_kernels import ReferenceCache
+        from realign.loading import DTYPES
 
         self.imported = memory()
         kind = DTYPES[dtype]
@@ -115,80 +115,89 @@ class Ours:
             max_response_tokens=1024,
             progress=False,
         )
-        model, count = inputs.model, len(inputs.examples)
-        fingerprint = reference.fingerprint(model.vlm, inputs.processor, kind, device)
+        self.prepare(inputs, folder / "cache", tune, kind, device, sharded=sharded)
+
+    def prepare(self, inputs, cache, tune, dtype, device, *, sharded, weights=None):
+        """Everything of `realign.train` from the loaded model to its first step."""
+        from realign import reference, sharding
+        from realign.forest import Example
+        from realign.loading import add_lora
+        from realign.step import Feed
+        from realign_kernels import ReferenceCache, objectives
+
+        model, examples, store = inputs.model, inputs.examples, inputs.store
+        described = (model.vlm, inputs.processor, dtype, device)
+        fingerprint = reference.fingerprint(*described, weights=weights)
         if tune == "lora":
-            add_lora(model.vlm, RANK, ALPHA)
+            with torch.device(device):
+                add_lora(model.vlm, RANK, ALPHA)
         if sharded:
-            sharding.shard(model, device, kind)
+            sharding.shard(model, device, dtype)
         else:
             model.to(device)
-        with ReferenceCache.open(folder / "cache", fingerprint) as cache:
+        with ReferenceCache.open(cache, fingerprint) as opened:
+            began = now()
             references = reference.fill(
-                cache,
+                opened,
                 model.eval(),
-                inputs.examples,
-                inputs.store,
+                examples,
+                store,
                 row_tokens=inputs.longest_tree,
-                batch_rows=2 * count,
+                batch_rows=8,
                 device=device,
                 progress=False,
                 say=lambda _: None,
             ).float()
+            self.reference_seconds = now() - began
         if sharded:
             model.reshard()
         move(model, tune)
+        self.model, self.device = model.train(), device
+        feed = Feed(examples, references, store, model.attention, row_tokens=0, device=device)
+        pairs = [Example(e.name, e.roots[:1], e.leaves[:2]) for e in examples]
+        of_pairs = replace(feed, examples=pairs, references=references[:2])
+        self.feeds = {"rdpo": feed, "dpo": of_pairs}
+        self.objectives = {"rdpo": inputs.objective, "dpo": objectives.get("dpo", beta=BETA)}
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
-        self.count = count
-        self.arguments = (
-            model.train(),
-            np.arange(count),
-            inputs.examples,
-            references,
-            inputs.store,
-            inputs.objective,
-        )
-        self.options = {
-            "batch_size": count, "micro_batch_size": count, "row_tokens": 0, "device": device,
-        }  # fmt: skip
 
-    def dpo(self):
-        """Loss and gradient norm of DPO on the same examples; nothing is updated."""
-        from realign import step
-        from realign.forest import Example
-        from realign_kernels import objectives
-
-        model, indices, examples, references, store, _ = self.arguments
-        pairs = [Example(e.name, e.roots[:1], e.leaves[:2]) for e in examples]
-        objective = objectives.get("dpo", beta=BETA)
-        inputs = (model, indices, pairs, references[:2], store, objective)
-        totals = step.accumulate(*inputs, **self.options)
-        norm = step.clip(self.trained, 0)
-        self.optimizer.zero_grad()
-        return 0.0, step.over_ranks(totals, self.count, False)[0]["loss"], norm
-
-    def step(self):
+    def gradient(self, name, parts, examples, limit=0):
+        """Loss and gradient norm of an objective over micro-batches, which hold `examples`."""
         from realign import step
 
-        began = now()
-        totals = step.accumulate(*self.arguments, **self.options)
-        norm = step.clip(self.trained, CLIP)
-        means, _ = step.over_ranks(totals, self.count, False)
+        options = {"batch_size": examples, "device": self.device}
+        totals = step.accumulate(self.model, parts, self.objectives[name], **options)
+        norm = step.clip(self.trained, limit)
+        found, _ = step.over_ranks(totals, norm, examples, False)
+        return found["loss"], found["grad_norm"]
+
+    def step(self, name, parts, examples):
+        """The same, and an update."""
+        found = self.gradient(name, parts, examples, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return now() - began, means["loss"], norm
+        return found
 
     def serve(self, commands, answer):
         for words in commands:
             if "keep" in words:
                 allocate("keep")
-            answer(*(self.dpo() if "dpo" in words else self.step()))
+            name = "dpo" if "dpo" in words else "rdpo"
+            feed = self.feeds[name]
+            count = len(feed.examples)
+            began = now()
+            found = [feed(range(count))], count
+            if name == "dpo":
+                answer(0.0, *self.gradient(name, *found))
+                self.optimizer.zero_grad()
+            else:
+                loss, norm = self.step(name, *found)
+                answer(now() - began, loss, norm)
 
 
-class Released(Ours):
+class Released:
     """Three plain sequences for each example with a live reference, as the authors' release runs.
 
     A forward each for chosen, rejected and chosen under the retrieved image, full logits in fp32,
@@ -240,16 +249,19 @@ class Released(Ours):
 
     @staticmethod
     def collate(examples, store, leaf):
-        """One sequence for each example; all are as long here, so nothing is padded."""
+        """One sequence for each example, padded to the longest."""
         roots = [e.roots[e.leaves[leaf].root] for e in examples]
-        prompts = torch.stack([torch.from_numpy(root.ids) for root in roots])
-        responses = torch.stack([torch.from_numpy(e.leaves[leaf].ids) for e in examples])
-        ids = torch.cat([prompts, responses], 1)
-        labels = torch.cat([torch.full_like(prompts, -100), responses], 1)
+        prompts = [torch.from_numpy(root.ids) for root in roots]
+        responses = [torch.from_numpy(e.leaves[leaf].ids) for e in examples]
+        pairs = [*zip(prompts, responses, strict=True)]
+        ids = pad_sequence([torch.cat(pair) for pair in pairs], True)
+        mask = pad_sequence(
+            [torch.ones(len(p) + len(r), dtype=torch.int64) for p, r in pairs], True
+        )
+        masked = [torch.cat([torch.full_like(p, -100), r]) for p, r in pairs]
+        labels = pad_sequence(masked, True, -100)
         pixels = torch.cat([store.bundle(root.images[0])["pixel_values"] for root in roots])
-        inputs = {
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
-        }  # fmt: skip
+        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
         return labels.to(DEVICE), {name: value.to(DEVICE) for name, value in inputs.items()}
 
     def logps(self, model, labels, inputs):
@@ -267,18 +279,25 @@ class Released(Ours):
             with self.model.disable_adapter():
                 return [self.logps(self.model, *batch) for batch in self.batches]
 
-    def step(self):
-        began = now()
+    def loss(self):
+        """The mean over the examples of `self.batches`."""
         constants = self.references()
         policy = [self.logps(self.model, *batch) for batch in self.batches]
         chosen, rejected, visual = (BETA * (a - b) for a, b in zip(policy, constants, strict=True))
         sigmoid = torch.nn.functional.logsigmoid
-        loss = -(sigmoid(chosen - rejected) + sigmoid(chosen - visual)).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return now() - began, loss.item(), norm.item()
+        return -(sigmoid(chosen - rejected) + sigmoid(chosen - visual)).mean()
+
+    def serve(self, commands, answer):
+        for words in commands:
+            if "keep" in words:
+                allocate("keep")
+            began = now()
+            loss = self.loss()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            answer(now() - began, loss.item(), norm.item())
 
 
 class Trl:
@@ -291,52 +310,31 @@ class Trl:
     """
 
     def __init__(self, folder, tune, dtype):
-        import datasets
-        from peft import LoraConfig
+        from pyarrow.parquet import read_metadata
         from transformers import (
             AutoConfig,
             AutoModelForImageTextToText,
             AutoProcessor,
             TrainerCallback,
         )
-        from trl import DPOConfig, DPOTrainer
+
+        from benchmarks.trl_dpo import dpo_trainer
 
         self.imported = memory()
-        rows = datasets.load_dataset(
-            "parquet", data_files=str(folder / "pairs.parquet"), split="train",
-            cache_dir=str(folder / "datasets"),
-        ).select_columns(["prompt", "chosen", "rejected", "images"])  # fmt: skip
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder / "model")
             settings = lora_settings(AutoModelForImageTextToText.from_config(config))
-        self.trainer = DPOTrainer(
-            model=str(folder / "model"),
-            processing_class=AutoProcessor.from_pretrained(folder / "model"),
-            train_dataset=rows,
-            peft_config=LoraConfig(**settings) if tune == "lora" else None,
-            args=DPOConfig(
-                output_dir=str(folder / "trl"),
-                per_device_train_batch_size=len(rows),
-                max_steps=1000,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                beta=BETA,
-                max_grad_norm=CLIP,
-                max_length=None,
-                gradient_checkpointing=False,
-                bf16=dtype == "bf16",
-                use_cpu=DEVICE == "cpu",
-                save_strategy="no",
-                report_to="none",
-                logging_first_step=True,
-                logging_steps=1000,
-                disable_tqdm=True,
-            ),
+        self.trainer = dpo_trainer(
+            str(folder / "model"),
+            AutoProcessor.from_pretrained(folder / "model"),
+            folder,
+            tune,
+            settings,
+            dtype=dtype,
+            device=DEVICE,
+            per_device_train_batch_size=read_metadata(folder / "pairs.parquet").num_rows,
+            max_steps=1000,
         )
-        model = self.trainer.model
-        tower = (model.get_base_model() if tune == "lora" else model).model.vision_tower
-        tower.requires_grad_(False)
-        move(model, tune)
         self.callback = TrainerCallback
 
     def serve(self, commands, answer):

@@ -1,8 +1,6 @@
-"""The forest's mask for each attention implementation of transformers.
+"""The attention implementation of a run, and the forest's mask in the form that it reads.
 
-Who sees whom is `ForestBatch.sees`; this gives it the form an implementation reads. Flash attention
-reads no mask, so it cannot hide one leaf from another: with it a row is one leaf
-(`layouts.Layout.separate`).
+`ForestBatch.sees` defines the mask. Attention by tree reads none: it gets the lengths of the trees.
 """
 
 from __future__ import annotations
@@ -11,39 +9,58 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers.utils import is_flash_attn_2_available
 
-from realign import tree_attention
+from realign import tree_attention, varlen_attention
 from realign.forest import Example, ForestBatch
 
 IMPLEMENTATIONS = {
-    "tree": tree_attention.NAME,
+    "tree": tree_attention.CALLS,
+    "flash": tree_attention.VARLEN,
     "sdpa": "sdpa",
     "eager": "eager",
     "flex": "flex_attention",
-    "flash": "flash_attention_2",
 }
 """transformers' names of the implementations, by those of `--attention`."""
 
 _FLEX_ROW = 8192  # tokens; a longer row costs flex nothing, since it skips what is not seen
 
 
-def check(attention: str, device: torch.device) -> None:
-    """Refuse an implementation that does not train on `device`.
+def choose(
+    attention: str, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+) -> tuple[str, str | None]:
+    """Choose the implementation for the setting `attention` on a device.
+
+    Args:
+        attention: a key of `IMPLEMENTATIONS`.
+        device: where the model computes.
+        dtype: in which it computes.
+        compiled: whether its layers are compiled.
+
+    Returns:
+        A key of `IMPLEMENTATIONS`; and a line with the reason where it is not `attention`.
 
     Raises:
-        ValueError: for flex without CUDA, and for flash without CUDA or its package.
+        ValueError: for flex without CUDA, and for flash without its kernel.
     """
-    if attention == "flash" and not (device.type == "cuda" and is_flash_attn_2_available()):
-        raise ValueError(
-            "attention is 'flash', which needs a GPU and the package flash-attn, and one of them is"
-            " missing here. Use --attention sdpa."
-        )
     if attention == "flex" and device.type != "cuda":
         raise ValueError(
-            "attention is 'flex', whose kernels have a backward on CUDA alone, and there is no "
+            "attention is 'flex', whose kernels have a backward on CUDA only, and there is no "
             "GPU. Use --attention sdpa."
         )
+    if attention not in ("tree", "flash"):
+        return attention, None
+    missing = varlen_attention.missing(device, dtype)
+    if attention == "flash" and missing:
+        raise ValueError(
+            "attention is 'flash', which needs torch's flash kernel in fp16 or bf16, and "
+            f"{missing}. Use --attention tree."
+        )
+    if not missing:
+        reason = f"attention by tree is one varlen call a layer: {dtype} on CUDA"
+        return "flash", reason if attention == "tree" else None
+    if compiled:  # a call for each tree would compile again for every other layout
+        return "sdpa", f"attention by tree is sdpa under --compile: {missing}"
+    return "tree", None
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:
@@ -52,7 +69,7 @@ def row_budget(implementation: str, examples: Sequence[Example]) -> int:
     A row costs attention its length squared, unless the implementation skips what is not seen.
     """
     longest = max(example.longest_tree for example in examples)
-    if implementation == tree_attention.NAME:  # one row, without padding
+    if implementation in tree_attention.NAMES:  # one row, without padding
         return sum(example.tokens for example in examples)
     return max(longest, _FLEX_ROW) if implementation == "flex_attention" else longest
 
@@ -74,11 +91,11 @@ def forest_mask(
         blocks_ignore_window: as there.
 
     Returns:
-        For "tree" nothing that says it (`batch.trees` does). For "sdpa" (R, 1, T, T) bool, True
-        where a token is seen; for "eager" (R, 1, T, T) `dtype`,
-        to be added to the scores; for "flex_attention" a BlockMask.
+        By tree a placeholder, as `batch.trees` and `batch.sequences` replace the mask. For "sdpa"
+        (R, 1, T, T) bool, True where a token is seen; for "eager" (R, 1, T, T) `dtype`, to be added
+        to the scores; for "flex_attention" a BlockMask.
     """
-    if implementation == tree_attention.NAME:
+    if implementation in tree_attention.NAMES:
         return tree_attention.no_mask(batch.segment.device)
     if implementation == "flex_attention":
         rows, tokens = batch.segment.shape

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign import parallel, reference, sharding
-from realign.attention import IMPLEMENTATIONS, check
+from realign.attention import IMPLEMENTATIONS, choose
 from realign.cli import parse_sections
-from realign.config import LossConfig
+from realign.config import LossConfig, resolve_dtype
 from realign.digits import ASSETS
 from realign.inputs import load_inputs
 from realign.loading import DTYPES
@@ -60,8 +60,8 @@ class FillConfig:
     """Folder or hub name of the reference model; the shipped digits model when absent."""
     objective: str = "rdpo"
     """Objective to be trained: it decides which responses under which images are needed."""
-    dtype: str = "fp32"
-    """Compute in 'fp32' or 'bf16', as training will."""
+    dtype: str = "auto"
+    """Compute in 'fp32' or 'bf16', as training will. 'auto' is 'bf16' on CUDA, 'fp32' on a CPU."""
     attention: str = "tree"
     """How the language model attends, as training will (its 'auto' is 'tree')."""
     max_response_tokens: int = 1024
@@ -80,8 +80,7 @@ class FillConfig:
     def __post_init__(self) -> None:
         if self.pairs is None:
             raise ValueError("pairs is missing: pass the file to be trained on, --pairs FILE.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        self.dtype = resolve_dtype(self.dtype)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"attention is {self.attention!r}; it must be one of {names}.")
@@ -96,7 +95,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     """Compute the reference log-probs that a training run on these pairs will look up."""
     dtype = DTYPES[config.dtype]
     device = parallel.start(alone=config.fsdp)
-    check(config.attention, device)
+    attends, why = choose(config.attention, device, dtype)
     bars = not config.quiet and parallel.rank() == 0
     inputs = load_inputs(
         config.model or str(ASSETS),
@@ -104,7 +103,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         LossConfig(objective=config.objective),
         dtype=dtype,
         weights_dtype=dtype,
-        attention=config.attention,
+        attention=attends,
         train_vision=False,
         meta=config.fsdp and parallel.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
@@ -120,6 +119,8 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         model.to(device)
     parallel.ranks_part()
     say = print if parallel.rank() == 0 else lambda _: None
+    if why:
+        say(why)
     for line in model.check_forest(inputs.examples[0], inputs.store, device):
         say(line)
     with ReferenceCache.open(tables.directory, fingerprint) as cache:

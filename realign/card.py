@@ -90,7 +90,7 @@ def model_card(
         ]
     )
     found = [(about, f"{last[key]:.4g}") for key, about in _SHOWN.items() if key in last]
-    versions = [(package, importlib.metadata.version(package)) for package in _VERSIONS]
+    versions = [(package, _version(package)) for package in _VERSIONS]
     load = (_ADAPTER if adapter else _WHOLE).replace("BASE", name)
     parts = [
         front,
@@ -136,6 +136,13 @@ def with_evaluation(card: str, rates: Mapping[str, Mapping[str, float]]) -> str:
     ]
     table = _table("on scenes it was not trained on", "share [95 % interval]", rows)
     return card.replace("\n## Versions\n", f"\n## Evaluation\n\n{table}\n\n## Versions\n", 1)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # as this package run from a checkout
+        return "not installed"
 
 
 def _trained(config: TrainConfig) -> str:

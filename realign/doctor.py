@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 NEEDED = {
-    "torch": "2.10", "numpy": "2", "transformers": "5.0", "tokenizers": "", "peft": "",
+    "torch": "2.10", "numpy": "2", "transformers": "5.18", "tokenizers": "", "peft": "",
     "safetensors": "", "pyarrow": "", "pillow": "", "tqdm": "", "jinja2": "", "scikit-learn": "",
     "scipy": "",
 }  # fmt: skip
@@ -33,7 +33,7 @@ OPTIONAL = {"faiss-gpu": "1.15", "ray": "2.60"}
 """Optional distributions -> likewise, where it names a version."""
 _MODULES = {
     "pillow": "PIL", "scikit-learn": "sklearn", "scikit-image": "skimage", "faiss-cpu": "faiss",
-    "faiss-gpu": "faiss", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel",
+    "faiss-gpu": "faiss", "liger-kernel": "liger_kernel",
     "sentence-transformers": "sentence_transformers",
 }  # fmt: skip
 
@@ -57,8 +57,7 @@ class Extra(NamedTuple):
 EXTRAS = (
     Extra(("faiss-cpu", "faiss-gpu"), "IVF and HNSW search for pairs", "pip install faiss-cpu"),
     Extra(("triton",), "the CUDA kernels", "it comes with torch for CUDA", cuda=True),
-    Extra(("flash-attn",), "--attention flash", "pip install '.[gpu]' --no-build-isolation", True),
-    Extra(("liger-kernel",), "--liger", "pip install '.[gpu]' --no-build-isolation", True),
+    Extra(("liger-kernel",), "--liger", "pip install '.[gpu]'", True),
     Extra(("matplotlib",), "pictures of demo and stats", "pip install 'realign[demo]'"),
     Extra(("scikit-image",), "the study on photographs", "pip install 'realign[study]'"),
     Extra(("datasets",), "data sets of other trainers", "pip install datasets"),
@@ -112,7 +111,9 @@ def _machine() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     for name, least in {"realign": "", **NEEDED}.items():
         version = _version(name)
-        if version is None:
+        if version is None and name == "realign":
+            yield Finding("--", name, "not installed, runs from a checkout: pip install .")
+        elif version is None:
             yield Finding("BAD", name, f"missing: {_install(name, least)}")
         elif problem := _problem(name, version, least):
             yield Finding("BAD", name, f"{version}{problem}")

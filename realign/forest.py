@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from realign.images import Images, ImageStore
+from realign.varlen_attention import Sequences, sequences
 from realign_kernels import ForestPacking, pack_forest
 
 
@@ -87,6 +88,8 @@ class ForestBatch:
         labels: (N,) int64 response tokens; rows of one example are adjacent.
         sequence_ids: (N,) int64, leaf * examples + example.
         trees: for each row its trees in order, each the lengths of its root and leaves.
+        sequences: the same as sequences of varlen attention; None where leaves do not share, or
+            not all is causal.
         rival: (N,) bool, the rows of rival leaves; None where there are none.
         examples: number of examples B.
         names: their records' names.
@@ -107,6 +110,7 @@ class ForestBatch:
     labels: torch.Tensor
     sequence_ids: torch.Tensor
     trees: tuple[tuple[tuple[int, ...], ...], ...]
+    sequences: Sequences | None
     rival: torch.Tensor | None
     examples: int
     names: tuple[str, ...]
@@ -156,7 +160,7 @@ class ForestBatch:
         def moved(value):
             if isinstance(value, torch.Tensor):
                 return value.to(device, non_blocking=True)
-            if isinstance(value, Images):
+            if isinstance(value, Images | Sequences):
                 return value.to(device)
             if isinstance(value, dict):
                 return {name: moved(one) for name, one in value.items()}
@@ -250,6 +254,7 @@ def build_batch(
     sequence = owner % leaves * len(examples) + owner // leaves
     as_tensor = torch.from_numpy
     known = store.features
+    trees = _trees(packing, root_lengths, leaf_lengths)
     return ForestBatch(
         input_ids=as_tensor(ids),
         position_ids=as_tensor(positions[0] if len(positions) == 1 else positions),
@@ -265,7 +270,8 @@ def build_batch(
         rows=as_tensor(np.concatenate(predictors)),
         labels=as_tensor(np.concatenate(leaf_ids)),
         sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths)),
-        trees=_trees(packing, root_lengths, leaf_lengths),
+        trees=trees,
+        sequences=sequences(trees, shape[1]) if shared and layout.causal else None,
         rival=as_tensor(np.repeat(rivals, leaf_lengths)) if any(rivals) else None,
         examples=len(examples),
         names=tuple(example.name for example in examples),

@@ -10,14 +10,15 @@
 
 Its callbacks, schedulers, checkpoints and accelerate are theirs; records, forest, loss and cached
 references are those of `realign.train`, so a step costs what it costs there. A batch is indices
-of examples: images and tokens are laid out in the forward, on the rank that needs them.
+of examples, which samplers, dispatch and resuming see, and a micro-batch that a thread lays out
+while the forward before it runs.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +27,19 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
 from realign import hf_parts, metrics, reference
-from realign.attention import IMPLEMENTATIONS, row_budget
+from realign.attention import choose
 from realign.card import loss_settings, model_card
-from realign.config import LossConfig
 from realign.encode import encode_records, make_objective
-from realign.forest import build_batch
+from realign.hf_config import RDPOConfig, check
 from realign.hf_records import Records, records_of
 from realign.loading import adapter_base, load_model, load_processor
+from realign.parallel import disable_cudnn_attention
+from realign.prefetch import builder
+from realign.step import Feed
 from realign_kernels import ReferenceCache
-
-_REFUSED = {  # settings of the Trainer that another loss than ours would read
-    "label_smoothing_factor": 0.0,
-    "neftune_noise_alpha": None,
-    "use_liger_kernel": False,
-    "torch_compile": False,
-    "fp16": False,
-}
-_REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_init")
-
-
-@dataclass
-class RDPOConfig(TrainingArguments):
-    """TrainingArguments, and what rDPO needs beside them.
-
-    Attributes:
-        objective: one of `realign_kernels.objectives.PRESETS`.
-        beta: strength of the tie to the reference model.
-        visual_weight: weight of the visual term, for objectives that have one.
-        max_response_tokens: longest response; a longer one is an error, never cut.
-        row_tokens: most tokens in a row of the forest; 0 takes what suits the attention.
-        reference_cache: folder of reference log-probs; $REALIGN_CACHE/reference, or
-            ~/.cache/realign/reference, when absent.
-        learning_rate: peak, 1e-5 as in the paper.
-        use_cpu: true where there is no GPU, so that several processes meet there, too.
-    """
-
-    learning_rate: float = 1e-5
-    objective: str = "rdpo"
-    beta: float = 0.1
-    visual_weight: float = 1.0
-    max_response_tokens: int = 1024
-    row_tokens: int = 0
-    reference_cache: str | None = None
-
-    def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
-        self.remove_unused_columns = False  # a batch is indices
-        self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
-        for name, default in _REFUSED.items():
-            if getattr(self, name, default) not in (default, None):
-                raise ValueError(f"{name} would have no effect on rDPO's loss here; leave it out.")
 
 
 class RDPOTrainer(Trainer):
@@ -112,7 +72,8 @@ class RDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        _check(args, kwargs)
+        check(args, kwargs)
+        disable_cudnn_attention()
         vlm, self.adapter = self._load(model, args, peft_config)
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
         processor = processing_class or load_processor(path)
@@ -150,6 +111,9 @@ class RDPOTrainer(Trainer):
             progress=not args.disable_tqdm,
         )
         self.references: torch.Tensor | None = None  # (L, examples) fp32
+        self._feed: Feed | None = None  # once the references are known
+        self._pool: ThreadPoolExecutor | None = None  # lays batches out, while a loop runs
+        self._losses = hf_parts.Losses()
         # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
         # (B, 1 + metrics) for each batch, place and metrics of an example.
         self._sums: torch.Tensor | None = None
@@ -157,7 +121,7 @@ class RDPOTrainer(Trainer):
         super().__init__(
             module,
             args,
-            data_collator=hf_parts.indices,
+            data_collator=self._collate,
             train_dataset=hf_parts.Places(0, count),
             eval_dataset=places if isinstance(eval_dataset, dict) else places.get(""),
             processing_class=processor,
@@ -184,20 +148,17 @@ class RDPOTrainer(Trainer):
                     " Merge it first (python -m realign.export), or give it as a PeftModel with "
                     "is_trainable=True and leave out peft_config, to train it on."
                 )
-            frozen = peft_config is not None and args.bf16
-            return load_model(model, torch.bfloat16 if frozen else torch.float32), None
-        kind = model.model.get_decoder().config._attn_implementation
-        if kind not in IMPLEMENTATIONS.values():
-            raise ValueError(
-                f"the model attends by {kind!r}; load it with attn_implementation= one of "
-                f"{', '.join(IMPLEMENTATIONS.values())}."
-            )
+            computes = torch.bfloat16 if args.bf16 else torch.float32
+            attends, _ = choose("tree", args.device, computes)
+            kept = computes if peft_config is not None else torch.float32
+            return load_model(model, kept, attends), None
         return model, None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; reference log-probs that no run has computed before come first."""
         self._fill_references()
-        return super().train(*args, **kwargs)
+        with self._building():
+            return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`: loss, rewards, accuracies and margins under `eval_`.
@@ -211,7 +172,8 @@ class RDPOTrainer(Trainer):
                 "dict of several): their references are computed before the first step."
             )
         self._fill_references()
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        with self._building():
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, *_: Any, **__: Any) -> Any:
         """There are no logits to give.
@@ -250,6 +212,35 @@ class RDPOTrainer(Trainer):
                     say=say,
                 ).float()
         module.train(training)
+        self._feed = Feed(
+            self.examples, self.references, self.store, module.attention, args.row_tokens, device
+        )
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """A thread lays batches out inside; evaluation between steps shares that of training.
+
+        Not where the batches of a rank are known to rank 0 first (dispatch_batches), nor where
+        processes collate (dataloader_num_workers): there each is laid out in its forward.
+        """
+        args = self.args
+        elsewhere = args.dataloader_num_workers or args.accelerator_config.dispatch_batches
+        if self._pool is not None or elsewhere:
+            yield
+            return
+        try:
+            with builder(args.device) as self._pool:
+                yield
+        finally:
+            self._pool = None
+
+    def _collate(self, places: Sequence[int]) -> dict[str, torch.Tensor | Future]:
+        """A batch of example indices; the micro-batch of these is on its way.
+
+        accelerate's loader collates a batch before it gives out the one before.
+        """
+        batch = hf_parts.indices(places)
+        return batch | ({"ahead": self._pool.submit(self._feed, places)} if self._pool else {})
 
     def compute_loss(
         self,
@@ -258,24 +249,19 @@ class RDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of a batch of example indices.
+        """The mean loss of a batch of example indices; `training_step` checks that it is finite.
 
         Raises:
-            ValueError: when the loss is not finite; names the records.
+            RecordError: when an image cannot be read again.
         """
-        places = inputs["places"].cpu().numpy()
-        chosen = [self.examples[i] for i in places]
-        module = self.accelerator.unwrap_model(model)
-        budget = self.args.row_tokens or row_budget(module.attention, chosen)
-        batch = build_batch(chosen, self.store, row_tokens=budget).to(self.args.device)
-        output = model(batch, self.objective, self.references[:, places].to(self.args.device))
-        loss = output.loss / len(places)
-        if not math.isfinite(loss.item()):
-            names = ", ".join(example.name for example in chosen)
-            raise ValueError(
-                f"the loss of records {names} is {loss.item()}. Look at their images and texts, or "
-                "lower the learning rate; checkpoints are kept."
-            )
+        if (future := inputs.get("ahead")) is not None:
+            part = future.result()
+        else:
+            part = self._feed(inputs["places"].cpu().numpy())
+        part = part.to(self.args.device)
+        output = model(part.batch, self.objective, part.references)
+        loss = output.loss / part.batch.examples
+        self._losses.add(loss, part.batch.names)
         found = metrics.by_example(output, self.objective)
         self._names = list(found)
         where = inputs["places"].to(output.logps.device).double()
@@ -285,6 +271,17 @@ class RDPOTrainer(Trainer):
             added = torch.stack([torch.ones_like(where), *found.values()], dim=1).sum(0, True)
             self._sums = added if self._sums is None else self._sums + added
         return (loss, {"logps": output.logps}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; reads the losses of all micro-batches before an update.
+
+        Raises:
+            ValueError: when a loss is not finite; names the records.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._losses.check()
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone; there are no logits."""
@@ -296,8 +293,10 @@ class RDPOTrainer(Trainer):
         self._seen = []
         try:
             found = super().evaluation_loop(*args, **kwargs)
+            self._losses.check()
         finally:  # steps after a failed evaluation count as steps
             seen, self._seen = self._seen, None
+            self._losses.clear()
         prefix = kwargs.get("metric_key_prefix", "eval")
         rows = self._gathered(torch.cat(seen))
         # Records that fill the last batch up have been there before.
@@ -383,18 +382,3 @@ class RDPOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _check(args: Any, given: dict[str, Any]) -> None:
-    if not isinstance(args, RDPOConfig):
-        raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
-    for name in _REPLACED:
-        if given.get(name) is not None:
-            raise ValueError(f"{name} would have no effect here; leave it out.")
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp_config, version 2).")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible and this is one process: start it with `accelerate "
-            "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
-        )

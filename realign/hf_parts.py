@@ -1,9 +1,10 @@
-"""What `realign.hf` is made of: the module that Trainer trains, its data, digests of weights."""
+"""Parts of `realign.hf`: the module that Trainer trains, its data, losses to check, digests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -44,6 +45,36 @@ class Places(Dataset):
 def indices(places: Sequence[int]) -> dict[str, torch.Tensor]:
     """A batch, collated: its indices, (B,) int64."""
     return {"places": torch.tensor(places)}
+
+
+class Losses:
+    """Losses that are still on the device, read together by `check`."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+
+    def add(self, loss: torch.Tensor, names: tuple[str, ...]) -> None:
+        """Keep a scalar loss of the records of these names."""
+        self._pending.append((loss.detach(), names))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._pending = []
+
+    def check(self) -> None:
+        """Read all in one copy, and forget them.
+
+        Raises:
+            ValueError: when one is not finite; names its records.
+        """
+        pending, self._pending = self._pending, []
+        values = torch.stack([loss for loss, _ in pending]).tolist() if pending else []
+        for value, (_, names) in zip(values, pending, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the loss of records {', '.join(names)} is {value}. Look at their images and "
+                    "texts, or lower the learning rate; checkpoints are kept."
+                )
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ what the vision tower makes of them is split by image again, and put wherever an
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ class ImageStore:
         self._grids: dict[str, Bundle] = {}
         self._bundles: OrderedDict[str, Bundle] = OrderedDict()
         self._room = cache_bytes
+        self._lock = threading.Lock()  # batches are built in threads; processors are not safe there
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -212,23 +214,25 @@ class ImageStore:
         return {name: torch.cat([grid[name] for grid in found]) for name in (found or [{}])[0]}
 
     def bundle(self, key: str) -> Bundle:
-        """The preprocessed image.
+        """The preprocessed image; any thread may ask.
 
         Raises:
             RecordError: when its file is gone or has changed.
         """
-        if key not in self._bundles:
-            record, stored, company = self._sources[key]
-            made, _ = self._make(record, stored, company)
-            if digest(made) != key:
-                raise RecordError(
-                    record,
-                    f"its image {stored.path} is not what it was when the records were checked.",
-                    "Let no image file change during a run.",
-                )
-            self._hold(key, made)
-        self._bundles.move_to_end(key)
-        return self._bundles[key]
+        with self._lock:
+            if key not in self._bundles:
+                record, stored, company = self._sources[key]
+                made, _ = self._make(record, stored, company)
+                if digest(made) != key:
+                    raise RecordError(
+                        record,
+                        f"its image {stored.path} is not what it was when the records were "
+                        "checked.",
+                        "Let no image file change during a run.",
+                    )
+                self._hold(key, made)
+            self._bundles.move_to_end(key)
+            return self._bundles[key]
 
     def batch(self, keys: Sequence[str]) -> Images:
         """Distinct images put together."""

@@ -118,7 +118,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
         both_ways=_BOTH_WAYS.get(kind),
         kinds=tuple(sorted(set(kinds))),
         window=window,
-        separate=_separate(vlm, kinds),
+        separate=_separate(kinds),
     )
 
 
@@ -127,16 +127,8 @@ def has_softcap(config: PreTrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
-def _separate(vlm: PreTrainedModel, kinds: list[str]) -> str | None:
+def _separate(kinds: list[str]) -> str | None:
     """Why responses to one prompt need a copy of it each."""
     if others := sorted(set(kinds) - {FULL, SLIDING}):
         return f"in its {', '.join(others)} layers no mask hides one response from another"
-    attention = vlm.model.get_decoder().config._attn_implementation
-    if attention.startswith("flash_attention"):
-        if vlm.config.model_type in _BOTH_WAYS or has_softcap(vlm.config):
-            raise ValueError(
-                f"{attention} has neither softcap nor tokens that see each other both ways, which "
-                f"models of type {vlm.config.model_type!r} have. Use sdpa."
-            )
-        return f"{attention} takes no mask that hides one response from another"
     return None

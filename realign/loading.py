@@ -64,7 +64,7 @@ def load_model(
         ValueError: for a text-only model.
     """
     config, auto = _vision_config(path), AutoModelForImageTextToText
-    if attention in ("tree", "sdpa") and has_softcap(config):
+    if attention in ("tree", "flash", "sdpa") and has_softcap(config):
         attention = "eager"
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     if meta:

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from realign import tree_attention
-from realign.attention import forest_mask
+from realign.attention import IMPLEMENTATIONS, forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Features, Images, ImageStore, features, in_slots
 from realign.layouts import SLIDING, TESTED, has_softcap, layout_of
@@ -70,10 +70,20 @@ class ForestModel(nn.Module):
         self.dtype = dtype
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
-        by_tree = self.layout.causal and not getattr(decoder.config, "attention_dropout", 0)
-        if decoder.config._attn_implementation == tree_attention.NAME and not by_tree:
-            decoder.config._attn_implementation = "sdpa"
+        self.instead: str | None = None  # why attention is sdpa where by tree was asked for
+        if decoder.config._attn_implementation in tree_attention.NAMES:
+            if not self.layout.causal:
+                self.instead = "not every token sees all before it, and nothing else"
+            elif getattr(decoder.config, "attention_dropout", 0):
+                self.instead = "it has dropout"
+            if self.instead:
+                decoder.config._attn_implementation = "sdpa"
         self.attention = decoder.config._attn_implementation
+        if self.attention not in IMPLEMENTATIONS.values():
+            raise ValueError(
+                f"the model attends by {self.attention!r}, which takes no forest. Load it with "
+                f"attn_implementation= one of {', '.join(IMPLEMENTATIONS.values())}."
+            )
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
         tower = vlm.model.get_encoder("image")
         frozen = [] if train_vision else [p for n, p in tower.named_parameters() if _JOIN not in n]
@@ -162,6 +172,8 @@ class ForestModel(nn.Module):
         kind, layout = self.vlm.config.model_type, self.layout
         if self.attention == "eager" and has_softcap(self.vlm.config):
             yield "attention is eager: it has a softcap here, which sdpa has not"
+        if self.instead:
+            yield f"attention is sdpa: {self.instead}"
         if layout.shares_prefix:
             shared = build_batch([example], store, row_tokens=example.longest_tree)
             apart = build_batch([example], store, row_tokens=0, shared=False)
@@ -191,8 +203,10 @@ class ForestModel(nn.Module):
             masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
             given["attention_mask"] = masks[self.layout.kinds[0]]
             given["position_ids"] = batch.position_ids
-            if self.attention == tree_attention.NAME:
+            if self.attention == tree_attention.CALLS:
                 given["trees"] = batch.trees
+            elif self.attention == tree_attention.VARLEN:
+                given["sequences"] = batch.sequences
         else:
             given["attention_mask"] = (batch.segment >= 0).long()
             given |= batch.grids

@@ -145,6 +145,7 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
+    disable_cudnn_attention()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # offloaded gradients are on the CPU
     if not dist.is_initialized():
         if under_launcher():
@@ -152,6 +153,15 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
+
+
+def disable_cudnn_attention() -> None:
+    """Keep `scaled_dot_product_attention` of this process off cuDNN.
+
+    torch 2.11 prefers cuDNN on compute capability 9.0. cuDNN builds a plan for each shape, reported
+    to take 0.05 to 0.5 s, and each tree has a length of its own.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _end_with(launcher: int) -> None:

@@ -30,7 +30,8 @@ from realign.model import ForestModel
 from realign.records import read_pairs
 from realign.run import base_of, check_settings, prepare_pairs, steps_done
 from realign.schedule import batches, share_of_rank, total_steps
-from realign.throughput import cost_of, image_flop, process_memory, work_of
+from realign.step import micro_batches
+from realign.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
 
 _SAMPLED = 64  # forwards that are laid out to know rows and padding
@@ -89,7 +90,10 @@ class Plan:
         self.device = torch.device("cuda" if cuda else "cpu")
         self.ranks = parallel.planned_ranks(config.scale.fsdp, config.scale.nproc_per_node)
         sharding.check(config.scale, self.device, self.ranks)
-        attention.check(config.model.attention, self.device)
+        attends, _ = attention.choose(
+            config.model.attention, self.device, self.dtype, compiled=config.scale.compile
+        )
+        self.layout_attention = _layout_attention(attends)
         self.shards = self.ranks // config.scale.replicas
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
@@ -99,7 +103,7 @@ class Plan:
 
         self.processor = load_processor(self.base)
         kept = self.dtype if self.lora else torch.float32
-        self.vlm = load_model(self.base, kept, _layout_attention(config), meta=True)
+        self.vlm = load_model(self.base, kept, self.layout_attention, meta=True)
         self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
         records = read_pairs(pairs)
         self.objective = make_objective(config.loss, records)
@@ -134,13 +138,13 @@ class Plan:
     def _per_image_token(self) -> float:
         """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
         kept = self.dtype if self.lora else torch.float32
-        vlm = load_model(self.base, kept, _layout_attention(self.config), meta=True)
+        vlm = load_model(self.base, kept, self.layout_attention, meta=True)
         model = ForestModel(vlm, dtype=self.dtype)
         cpu = torch.device("cpu")
         with memory.fake_tensors(cpu):
             memory.give_fake_storage(model, cpu, self.dtype)
             try:
-                return image_flop(model, self.store)
+                return image_flop(model, self.store, cpu)
             except memory.READS_VALUES:
                 return 0.0
 
@@ -151,9 +155,7 @@ class Plan:
             len(self.examples), optim.batch_size, self.config.run.seed, first=0, last=self.total
         )
         for _, batch in steps:
-            mine = batch[self.share]
-            size = optim.micro_batch_size
-            parts += [mine[start : start + size] for start in range(0, len(mine), size)]
+            parts += [part for part, _ in micro_batches(batch[self.share], optim.micro_batch_size)]
             if len(parts) >= _SAMPLED:
                 break
         return parts
@@ -167,7 +169,7 @@ class Plan:
         for part in self._parts():
             chosen = [self.examples[i] for i in part]
             batch = self._batch(chosen)
-            work = {name: float(value) for name, value in work_of(batch, chosen).items()}
+            work = dict(zip(WORK, work_of(batch, chosen).tolist(), strict=True))
             found.append(_Layout(*batch.input_ids.shape, work, chosen))
         return found
 
@@ -283,9 +285,15 @@ class Plan:
         )
         gathered = 0
         if self.config.sharded:
-            sizes = [sum(p.numel() for p in layer.parameters()) for layer in self.model.layers]
-            root = sum(p.numel() for p in self.model.parameters()) - sum(sizes)
-            gathered = (root + 2 * max(sizes)) * self.dtype.itemsize
+            whole = sharding.left_whole(
+                self.model, self.dtype, self.ranks, self.config.scale.cpu_offload
+            )
+            everything, *layers = (
+                sum(p.numel() for p in part.parameters() if p not in whole)
+                for part in (self.model, *self.model.layers)
+            )
+            root = everything - sum(layers)
+            gathered = (root + 2 * max(layers)) * self.dtype.itemsize
         largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
         batch = self._batch(largest.batch)
         sizes = [value.nbytes for value in batch.images.inputs.values()]
@@ -353,9 +361,9 @@ class Plan:
         )
 
 
-def _layout_attention(config: TrainConfig) -> str:
+def _layout_attention(attends: str) -> str:
     """What lays rows out alike where fake tensors cannot go (flex's own operator)."""
-    return "sdpa" if config.model.attention == "flex" else config.model.attention
+    return "sdpa" if attends == "flex" else attends
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

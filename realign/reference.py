@@ -23,6 +23,7 @@ from realign.forest import Example, Leaf, build_batch
 from realign.loading import adapters_off
 from realign.model import ForestModel
 from realign.parallel import world_size
+from realign.prefetch import pinned
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
 _LAYOUT = "forest-3"
@@ -161,8 +162,9 @@ def fill(
     """
 
     def build(pairs: Sequence[tuple[int, int]]):
+        """A batch on `device`; `cache.fill` calls it in a thread, ahead of the forward."""
         single = [_alone(examples[i], leaf) for i, leaf in pairs]
-        return build_batch(single, store, row_tokens=row_tokens).to(device)
+        return pinned(build_batch(single, store, row_tokens=row_tokens), device).to(device)
 
     leaves = collect_leaves(examples)
     absent = cache.missing(leaves)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from realign import metrics, parallel
 from realign.attention import row_budget
-from realign.forest import Example, build_batch
+from realign.forest import Example, ForestBatch, build_batch
+from realign.images import ImageStore
 from realign.model import ForestModel
+from realign.prefetch import pinned
 from realign.sharding import sync_gradients
-from realign.throughput import work_of
+from realign.throughput import WORK, work_of
 from realign_kernels import Objective
 
 
@@ -35,57 +38,124 @@ class NonFiniteStep(parallel.CommonError):
         )
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples of one forward, laid out.
+
+    Attributes:
+        batch: their forest.
+        references: (L, B) fp32 log-probs of the reference.
+        work: (5,) fp64, `throughput.work_of`.
+        last: whether it is the last one of a step.
+    """
+
+    batch: ForestBatch
+    references: torch.Tensor
+    work: torch.Tensor
+    last: bool
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`; copies from pinned memory do not wait."""
+        references, work = (t.to(device, non_blocking=True) for t in (self.references, self.work))
+        return MicroBatch(self.batch.to(device), references, work, self.last)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Lays out micro-batches on the host, in any thread.
+
+    Attributes:
+        examples: those of the data set.
+        references: (L, examples) fp32 log-probs of the reference.
+        store: the images.
+        attention: transformers' name of the implementation.
+        row_tokens: most tokens in a row; 0 takes what suits the attention.
+        device: where the forward is; results are in pinned memory for CUDA.
+    """
+
+    examples: Sequence[Example]
+    references: torch.Tensor
+    store: ImageStore
+    attention: str
+    row_tokens: int
+    device: torch.device
+
+    def __call__(
+        self,
+        part: Sequence[int] | np.ndarray,  # (B,) indices of examples
+        last: bool = True,
+    ) -> MicroBatch:
+        """The micro-batch of these examples.
+
+        Raises:
+            RecordError: when an image cannot be read again.
+        """
+        chosen = [self.examples[i] for i in part]
+        budget = self.row_tokens or row_budget(self.attention, chosen)
+        batch = build_batch(chosen, self.store, row_tokens=budget)
+        found = MicroBatch(batch, self.references[:, part], work_of(batch, chosen), last)
+        return pinned(found, self.device)
+
+
+def micro_batches(
+    mine: np.ndarray,  # (n,) indices of this rank's examples of a step
+    size: int,
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Indices of the examples of each forward of a step, and whether it is the last forward."""
+    for start in range(0, len(mine), size):
+        yield mine[start : start + size], start + size >= len(mine)
+
+
 def accumulate(
     model: ForestModel,
-    mine: np.ndarray,  # (n,) indices of this rank's examples
-    examples: Sequence[Example],
-    references: torch.Tensor,  # (L, examples) fp32
-    store,
+    parts: Iterable[MicroBatch],
     objective: Objective,
     *,
     batch_size: int,
-    micro_batch_size: int,
-    row_tokens: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward over `mine`, `micro_batch_size` at a time; returns sums of metrics
-    and of the work (`throughput.work_of`).
+    """Forward and backward over the micro-batches of a step; returns sums of metrics and of work.
 
     Gradients are those of the mean over the `batch_size` examples of all ranks; they are reduced
-    with the last part.
+    with the last part. Nothing here reads a value back from the device.
     """
     totals: dict[str, torch.Tensor] = {}
     # FSDP averages gradients over ranks; the loss is a mean over the global batch.
     scale = parallel.world_size() / batch_size
-    for start in range(0, len(mine), micro_batch_size):
-        part = mine[start : start + micro_batch_size]
-        chosen = [examples[i] for i in part]
-        budget = row_tokens or row_budget(model.attention, chosen)
-        batch = build_batch(chosen, store, row_tokens=budget)
-        work = work_of(batch, chosen, device)
-        sync_gradients(model, start + micro_batch_size >= len(mine))
-        batch = batch.to(device)
-        out = model(batch, objective, references[:, part].to(device))
+    for part in parts:
+        sync_gradients(model, part.last)
+        part = part.to(device)
+        out = model(part.batch, objective, part.references)
         (out.loss * scale).backward()
+        work = dict(zip(WORK, part.work.unbind(), strict=True))
         for name, value in (metrics.sums(out, objective) | work).items():
             totals[name] = totals.get(name, 0) + value
     return totals
 
 
-def clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
-    """Clip the gradient to norm `limit` (0: do not); returns its norm before."""
+def clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    """Clip the gradient to norm `limit` (0: do not); returns its norm before, a scalar."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def over_ranks(
-    totals: dict[str, torch.Tensor], batch_size: int, stop: bool
+    totals: dict[str, torch.Tensor], norm: torch.Tensor, batch_size: int, stop: bool
 ) -> tuple[dict[str, float], bool]:
-    """Metrics of the global batch from every rank's sums, and whether any rank is to stop."""
+    """Metrics of the global batch, and whether any rank is to stop: one read of the device.
+
+    Args:
+        totals: sums of this rank, of `accumulate`.
+        norm: of the gradient of all ranks, of `clip`.
+        batch_size: examples of all ranks.
+        stop: whether this rank is to stop.
+    """
     sums = torch.stack([*totals.values()])
-    sums = parallel.sum_over_ranks(torch.cat([sums, sums.new_tensor([stop])])).tolist()
-    means = [value / batch_size for value in sums[:-1]]
-    return dict(zip(totals, means, strict=True)), sums[-1] > 0
+    sums = parallel.sum_over_ranks(torch.cat([sums, sums.new_full((1,), stop)]))
+    norm = norm.to(sums, non_blocking=True)
+    *sums, stopping, norm = torch.cat([sums, norm[None]]).tolist()
+    means = [value / batch_size for value in sums]
+    return dict(zip(totals, means, strict=True)) | {"grad_norm": norm}, stopping > 0
 
 
 def culprits(
@@ -100,7 +170,7 @@ def culprits(
     of other ranks that were in order; if none was, all remain suspects.
 
     Args:
-        take: runs forward and backward over examples, as `accumulate` does.
+        take: runs forward and backward over examples and returns what `accumulate` does.
         mine: the examples of this rank.
         parameters: what is trained; their gradients are cleared.
 

@@ -34,7 +34,8 @@ TIMING = (
 )
 """Metrics that differ from run to run; all others are the same for the same settings."""
 
-_WORK = ("work/tokens", "work/separate", "work/responses", "work/pairs", "work/images")
+WORK = ("work/tokens", "work/separate", "work/responses", "work/pairs", "work/images")
+"""Names of what `work_of` counts, in its order."""
 
 PEAK_TFLOPS = {
     "A100": (312, 156, 19.5),
@@ -68,10 +69,8 @@ def separate_tokens(example: Example) -> int:
     return sum(len(example.roots[leaf.root].ids) + len(leaf.ids) for leaf in example.leaves)
 
 
-def work_of(
-    batch: ForestBatch, examples: Sequence[Example], device: torch.device | str = "cpu"
-) -> dict[str, torch.Tensor]:
-    """What a batch takes, as fp64 scalars that can be added up.
+def work_of(batch: ForestBatch, examples: Sequence[Example]) -> torch.Tensor:
+    """What a batch takes, (5,) fp64 in the order of `WORK`, to be added up.
 
     `tokens` are those of its rows without padding, `separate` those of a sequence per leaf,
     `responses` the rows that meet the vocabulary, `pairs` the (query, key) pairs of its attention
@@ -81,7 +80,6 @@ def work_of(
     Args:
         batch: a batch on the CPU, as it was built.
         examples: what it was built of.
-        device: where the scalars are needed.
     """
     real = batch.segment >= 0
     segment, parent = batch.segment[real], batch.parent[real]
@@ -95,8 +93,7 @@ def work_of(
         int((lengths * (lengths + 1) // 2 + lengths * above).sum()),
         sum(batch.images.tokens) if batch.images else 0,
     ]
-    found = torch.tensor(counts, dtype=torch.float64).to(device)
-    return dict(zip(_WORK, found.unbind(), strict=True))
+    return torch.tensor(counts, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -119,16 +116,23 @@ class Cost:
         return sum(work[f"work/{name}"] * each for name, each in units.items())
 
 
-def image_flop(model: ForestModel, store: ImageStore) -> float:
+def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> float:
     """FLOP of the vision tower and what joins it for one image token, counted on the first image.
+
+    It is one forward of the tower; under FSDP2 every rank calls it.
+
+    Args:
+        model: on `device`, sharded or not.
+        store: the images.
+        device: where the model computes.
 
     Raises:
         ValueError: when the processor does not belong to the model.
     """
-    first, kept = next(iter(store.keys())), next(model.vlm.parameters())
+    first = next(iter(store.keys()))
     counter = FlopCounterMode(display=False)  # knows no attention kernels but plain products
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.image_features(store.batch([first]).to(kept.device, kept.dtype))
+        model(store.batch([first]).to(device, model.dtype))
     return counter.get_total_flops() / store.tokens(first)
 
 
@@ -206,7 +210,7 @@ class Meter:
             batch_size: how many examples that were.
             seconds: what the step took.
         """
-        work = {name: found.pop(name) * batch_size for name in _WORK}
+        work = {name: found.pop(name) * batch_size for name in WORK}
         rates = {
             "tokens": work["work/tokens"],
             "tokens_saved": 1 - work["work/tokens"] / work["work/separate"],

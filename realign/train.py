@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from realign.inputs import load_inputs
 from realign.loading import DTYPES, add_lora
 from realign.metrics import read_jsonl
 from realign.noise import hush_libraries
+from realign.prefetch import ahead
 from realign.run import (
     StopSignal,
     base_of,
@@ -38,7 +40,15 @@ from realign.run import (
     write_identity,
 )
 from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
-from realign.step import NonFiniteStep, accumulate, clip, culprits, over_ranks
+from realign.step import (
+    Feed,
+    NonFiniteStep,
+    accumulate,
+    clip,
+    culprits,
+    micro_batches,
+    over_ranks,
+)
 from realign.throughput import Meter, image_flop
 from realign.trackers import Trackers, check_packages
 from realign_kernels import ReferenceCache
@@ -81,15 +91,19 @@ def train(config: TrainConfig) -> Path | None:
     scale = config.scale
     device = parallel.start(alone=config.sharded, fsdp=scale.fsdp)
     sharding.check(scale, device, parallel.world_size())
-    attention.check(config.model.attention, device)
+    attends, why = attention.choose(
+        config.model.attention, device, DTYPES[config.model.dtype], compiled=scale.compile
+    )
     with sole_writer(Path(config.run.output)):
-        return _train(config, device)
+        return _train(config, device, attends, why)
 
 
-def _train(config: TrainConfig, device: torch.device) -> Path | None:
+def _train(config: TrainConfig, device: torch.device, attends: str, why: str | None) -> Path | None:
     run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
     dtype = DTYPES[config.model.dtype]
     say = print if parallel.rank() == 0 else lambda *_: None
+    if why:
+        say(why)
     bars = not run.quiet and parallel.rank() == 0 and sys.stderr.isatty()
     share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
     checkpoints = Checkpoints(output / "checkpoints", run.keep)
@@ -102,7 +116,7 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
         config.loss,
         dtype=dtype,
         weights_dtype=dtype if lora else torch.float32,
-        attention=config.model.attention,
+        attention=attends,
         meta=parallel.rank() > 0,  # weights come from rank 0
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,
@@ -113,7 +127,6 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
     fingerprint = reference.fingerprint(
         model.vlm, inputs.processor, dtype, device, scale.kernels, weights
     )
-    per_image_token = parallel.from_rank_0(lambda: image_flop(model, inputs.store))
     identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
     if done:
         check_settings(config, **identity)
@@ -136,6 +149,7 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
     directory = run.reference_cache or reference.default_directory()
     parallel.ranks_part()
     model.eval()
+    per_image_token = image_flop(model, inputs.store, device)
     if run.cache_vision:
         inputs.store.features = vision.keep(
             fingerprint,
@@ -175,7 +189,7 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
     say(
         f"{objective.name}: {len(examples)} records, {len(inputs.store)} distinct images, "
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
-        f"{optim.batch_size} on {parallel.world_size()} rank(s)"
+        f"{optim.batch_size} on {parallel.world_size()} rank(s), in {config.model.dtype}"
     )
     meter, first = Meter(model, device, dtype, per_image_token), parallel.rank() == 0
     trackers = Trackers(config, objective.name, total=total, done=done, first_rank=first)
@@ -183,35 +197,36 @@ def _train(config: TrainConfig, device: torch.device) -> Path | None:
         write_identity(config, **identity)
 
     model.train()
-    take = partial(
-        accumulate,
-        model,
-        examples=examples,
-        references=references,
-        store=inputs.store,
-        objective=objective,
-        batch_size=optim.batch_size,
-        micro_batch_size=optim.micro_batch_size,
-        row_tokens=config.data.row_tokens,
-        device=device,
+    feed = Feed(examples, references, inputs.store, model.attention, config.data.row_tokens, device)
+    forward_backward = partial(
+        accumulate, model, objective=objective, batch_size=optim.batch_size, device=device
     )
-    steps = batches(len(examples), optim.batch_size, run.seed, first=done, last=total)
-    with StopSignal() as stop, checkpoints, trackers:
-        for step, batch in steps:
+    order = partial(batches, len(examples), optim.batch_size, run.seed, first=done, last=total)
+    tasks = (
+        partial(feed, *part)
+        for _, batch in order()
+        for part in micro_batches(batch[share], optim.micro_batch_size)
+    )
+    forwards = -(-(share.stop - share.start) // optim.micro_batch_size)
+    with StopSignal() as stop, checkpoints, trackers, ahead(tasks, device) as ready:
+        for step, batch in order():
             began = time.perf_counter()
             seed_step(run.seed, step, parallel.rank())
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, total, optim)
-            totals = take(batch[share])
+            totals = forward_backward(islice(ready, forwards))
             norm = clip(trained, optim.clip)
-            found, stopping = over_ranks(totals, optim.batch_size, bool(stop.name))
-            if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
-                guilty = [examples[i].name for i in culprits(take, batch[share], trained)]
-                raise NonFiniteStep(step, found | {"grad_norm": norm}, guilty, optim.batch_size)
+            found, stopping = over_ranks(totals, norm, optim.batch_size, bool(stop.name))
+            if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
+                one_by_one = culprits(
+                    lambda part: forward_backward([feed(part)]), batch[share], trained
+                )
+                guilty = [examples[i].name for i in one_by_one]
+                raise NonFiniteStep(step, found, guilty, optim.batch_size)
             optimizer.step()
             optimizer.zero_grad()
             rates = meter.read(found, optim.batch_size, time.perf_counter() - began)
-            found |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
+            found["learning_rate"] = optimizer.param_groups[0]["lr"]
             epoch = step * optim.batch_size / len(examples)
             trackers.write({"step": step, "epoch": epoch, **found, **rates})
             if stopping or step == total or (run.save_every and step % run.save_every == 0):

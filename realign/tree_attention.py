@@ -3,8 +3,9 @@
 The mask of `ForestBatch.attention_mask` costs attention over a row squared, whatever it hides, and
 rows that are padded. Here a root with its first leaf is one causal sequence, every further leaf
 attends to its root and to itself, and trees stand in one row without padding: what is computed is
-what is seen. The function is registered with transformers under the name `tree`; layers take it
-by their configuration, and nothing is patched.
+what is seen. The function is registered with transformers under two names: `tree` calls SDPA for
+each leaf, `tree_varlen` is one operator for all trees (`varlen_attention`). Layers take it by their
+configuration, and nothing is patched.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "tree"
-"""What a model's `_attn_implementation` is when it attends by tree."""
+from realign import varlen_attention
+from realign.varlen_attention import Sequences
+
+CALLS, VARLEN = NAMES = "tree", "tree_varlen"
+"""What a model's `_attn_implementation` is when it attends by tree: in several calls, or in one."""
 
 Trees = tuple[tuple[tuple[int, ...], ...], ...]
 """For each row its trees in order, each the lengths of its root and leaves."""
@@ -35,13 +39,15 @@ def forest_attention(
     attention_mask: torch.Tensor | None,
     *,
     trees: Trees | None = None,
+    sequences: Sequences | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **options,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each tree of each row, whatever the mask; padding gives zeros.
 
-    Without `trees`, in a forward over plain sequences, it is transformers' `sdpa`.
+    Given `trees` it makes SDPA calls, given `sequences` one varlen call. Without either, in a
+    forward over plain sequences, it is transformers' `sdpa`.
 
     Returns:
         (R, T, heads, D), and None where other implementations give weights.
@@ -49,6 +55,14 @@ def forest_attention(
     Raises:
         RuntimeError: when the model's layers were given trees and did not pass them on.
     """
+    if sequences is not None:
+        # Under autocast RoPE leaves query and key in fp32; the value comes right from its product.
+        rows = [
+            states.to(value.dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)
+        ]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out, _ = varlen_attention.forest_attention(*rows, *sequences, scale)
+        return out.unflatten(0, (len(query), -1)), None
     if trees is None:
         if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
             raise RuntimeError(
@@ -98,5 +112,6 @@ def _for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
     return states.repeat_interleave(heads // states.shape[1], 1)
 
 
-AttentionInterface.register(NAME, forest_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for name in NAMES:
+    AttentionInterface.register(name, forest_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)

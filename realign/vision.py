@@ -14,7 +14,9 @@ import sys
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +24,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from realign import parallel
-from realign.images import Features, ImageStore
+from realign.images import Features, Images, ImageStore
 from realign.metrics import write_whole
 from realign.model import ForestModel
+from realign.prefetch import ahead, pinned
 from realign_kernels import refcache
+
+T = TypeVar("T")
 
 _FILE_BYTES = 256 << 20
 
@@ -140,11 +145,14 @@ def keep(
     """
     cache = FeatureCache(default_directory(), fingerprint)
 
-    def compute(images: Sequence[str]) -> Sequence[Features]:
-        with torch.no_grad():
-            return model(store.batch(images).to(device, model.dtype))
+    def load(images: Sequence[str]) -> Images:
+        return pinned(store.batch(images), device)
 
-    fill(cache, list(store.keys()), compute, **options)
+    def compute(images: Images) -> Sequence[Features]:
+        with torch.no_grad():
+            return model(images.to(device, model.dtype))
+
+    fill(cache, list(store.keys()), load, compute, device=device, **options)
     return cache
 
 
@@ -155,8 +163,10 @@ def _checksum(tensor: torch.Tensor) -> int:
 def fill(
     cache: FeatureCache,
     images: Sequence[str],
-    compute: Callable[[Sequence[str]], Sequence[Features]],
+    load: Callable[[Sequence[str]], T],
+    compute: Callable[[T], Sequence[Features]],
     *,
+    device: torch.device,
     batch_images: int,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -166,7 +176,9 @@ def fill(
     Args:
         cache: where features are kept; in a folder that all ranks see.
         images: digests of the data set's images.
-        compute: features of some images, in order; every rank calls it equally often.
+        load: reads some images; a thread calls it, ahead of `compute`.
+        compute: features of these, in order; every rank calls it equally often.
+        device: where they are computed.
         batch_images: images in one call.
         progress: whether to show a bar.
         say: told in a line how many images were known, and where.
@@ -185,17 +197,19 @@ def fill(
     bar = tqdm(
         total=len(absent), desc="image features", unit="image", disable=not (progress and absent)
     )
-    for call in range(calls):
-        start = (call * ranks + rank) * batch_images
-        mine = absent[start : start + batch_images]
-        found = compute(mine or absent[:1])  # collectives need every rank
-        for image, features in zip(mine, found, strict=False):
-            pending[image] = {name: tensor.cpu() for name, tensor in features.items()}
-            size += sum(tensor.nbytes for tensor in features.values())
-        if pending and (size > _FILE_BYTES or call == calls - 1):
-            cache.add(pending)
-            pending, size = {}, 0
-        bar.update(min(ranks * batch_images, len(absent) - call * ranks * batch_images))
+    starts = [(call * ranks + rank) * batch_images for call in range(calls)]
+    shares = [absent[start : start + batch_images] for start in starts]
+    # Collectives need every rank: one without a share computes an image that another one keeps.
+    tasks = (partial(load, mine or absent[:1]) for mine in shares)
+    with ahead(tasks, device) as loaded:
+        for call, (mine, inputs) in enumerate(zip(shares, loaded, strict=True)):
+            for image, features in zip(mine, compute(inputs), strict=False):
+                pending[image] = {name: tensor.cpu() for name, tensor in features.items()}
+                size += sum(tensor.nbytes for tensor in features.values())
+            if pending and (size > _FILE_BYTES or call == calls - 1):
+                cache.add(pending)
+                pending, size = {}, 0
+            bar.update(min(ranks * batch_images, len(absent) - call * ranks * batch_images))
     bar.close()
     parallel.barrier()
     cache.refresh()

@@ -45,7 +45,8 @@ def check_head(
     check_device(hidden, weight=weight, bias=bias)
     tensors = [hidden, weight, bias]
     device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not torch.amp.is_autocast_available, which Dynamo of torch 2.11 cannot trace.
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
@@ -108,11 +109,14 @@ def check_integer(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} must be integers, got {values.dtype}: use .long()")
 
 
-def check_device(hidden: Tensor, **others: Tensor | None) -> None:
-    """Refuses tensors that are not where hidden is."""
+def check_device(hidden: Tensor, *, host: bool = False, **others: Tensor | None) -> None:
+    """Refuses tensors on another device than hidden; with `host` the CPU is allowed, too."""
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}: move it to {hidden.device}")
+        if tensor is None or tensor.device == hidden.device:
+            continue
+        if not (host and tensor.device.type == "cpu"):
+            also = ", or leave it on the CPU" if host else ""
+            raise ValueError(f"{name} is on {tensor.device}: move it to {hidden.device}{also}")
 
 
 def check_settings(
@@ -146,11 +150,15 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
             f"{tuple(hidden.shape)}, that is {tuple(hidden.shape[:-1])}"
         )
     check_integer("labels", labels)
-    check_device(hidden, labels=labels)
+    check_device(hidden, host=True, labels=labels)
 
 
 def check_rival(
-    rival: Tensor | None, labels: Tensor, weight: Tensor, group: ProcessGroup | None
+    rival: Tensor | None,
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    group: ProcessGroup | None,
 ) -> None:
     """Refuses rival rows that are no mask over the labels, or that need more than there is."""
     if rival is None:
@@ -160,7 +168,7 @@ def check_rival(
             f"rival {tuple(rival.shape)} {rival.dtype} must be bool and have the shape of labels "
             f"{tuple(labels.shape)}"
         )
-    check_device(labels, rival=rival)
+    check_device(hidden, host=True, rival=rival)
     if group is not None:
         raise ValueError("rival rows need the whole head: gather it, and leave out group")
     if len(weight) < 2:

@@ -97,7 +97,7 @@ class _Gradients:
     def add(self, part: slice, scores: Scores, others: Tensor, grad: Tensor) -> None:
         """Adds what the rows `part` contribute; grad (r,) is d loss / d logp."""
         rows, factor = self.source[part], grad * scores.miss
-        gemm = self.chunks.kernels.gemm
+        gemm, add_rows = self.chunks.kernels.gemm, self.chunks.kernels.add_rows
         if self.hidden is not None:
             self.chunks.hidden_gradient(scores, others, factor, self.hidden[part])
         here = (factor * scores.slope).masked_fill(scores.target < 0, 0)
@@ -107,9 +107,9 @@ class _Gradients:
             pushed = (wide * away[:, None]).to(rows.dtype)
             gemm(others.T, pushed, out=self.weight, accumulate=self.started)
             self.started = True
-            _add_rows(self.weight, target, wide * here[:, None])
+            add_rows(self.weight, target, wide * here[:, None])
         if self.bias is not None:
-            self.bias[:, 0].index_add_(0, target, here)
+            add_rows(self.bias[:, :1], target, here[:, None])
             # Two columns, so that a half-precision factor keeps 16 bits instead of 8.
             high = away.to(rows.dtype)
             columns = torch.stack([high, (away - high).to(rows.dtype)], 1)
@@ -125,16 +125,6 @@ class _Gradients:
             weight = narrow.copy_(weight)
         bias = None if self.bias is None else self.bias.sum(1).to(head.bias.dtype)
         return self.hidden, weight, bias
-
-
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """total[index] += rows, with fp32 sums also where total is half."""
-    if total.dtype == rows.dtype:
-        total.index_add_(0, index, rows)
-        return
-    distinct, place = index.unique(return_inverse=True)
-    sums = total[distinct].to(rows.dtype).index_add_(0, place, rows)
-    total[distinct] = sums.to(total.dtype)
 
 
 class ChunkedBackend:

@@ -16,6 +16,9 @@ from realign_kernels import torch_backend
 from realign_kernels._extension import extension
 from realign_kernels.chunked import ChunkedBackend
 from realign_kernels.rows import RowStats, Scores
+from realign_kernels.torch_backend import add_rows
+
+__all__ = ["add_rows", "backend", "buffers", "empty", "finish", "gemm", "read_rows", "release"]
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = tuple(_NAMES)

@@ -4,6 +4,10 @@ L is the number of leaves of the objective, B of examples, T of positions, N of 
 of hidden states, V the vocabulary. Rows whose label is ignore_index are dropped before the head:
 they cost nothing, get gradient 0, and may hold anything. Keep the rows of one example adjacent if
 you can; that is for speed, not for correctness.
+
+Labels and sequence_ids may stay on the CPU while hidden is on a GPU, pinned if possible: they are
+planned on the host. A call then waits for the device once, at its end, for the flags of its
+results; with labels on the device it waits at its start, too, to learn how many rows count.
 """
 
 from collections.abc import Sequence
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from realign_kernels import checks, objectives, ops, preference_ops
+from realign_kernels import checks, objectives, ops, preference_ops, row_plan
 from realign_kernels.heads import local_head
 from realign_kernels.objectives import Objective, PreferenceOutput, RDPOOutput, Term
 from realign_kernels.reference import wide_dtype
@@ -62,41 +66,34 @@ def linear_logprobs(
     hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
     checks.check_labels(labels, hidden)
     checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
-    checks.check_rival(rival, labels, weight, group)
+    checks.check_rival(rival, hidden, labels, weight, group)
     flat = labels.reshape(-1).long()
     flags = None if rival is None else rival.reshape(-1)
+    settings = {
+        "softcap": softcap,
+        "temperature": temperature,
+        "chunk_rows": chunk_rows,
+        "group": group,
+    }
     # What is kept for backward is then as small as the rows that count. A graph of torch.compile
-    # cannot depend on their number; the operator drops them itself.
+    # cannot depend on their number: there the operator drops ignored rows.
     rows = None
-    if group is None and not torch.compiler.is_compiling():
-        rows = ops.valid_rows(flat, len(weight), ignore_index)
+    if not torch.compiler.is_compiling():
+        (known,) = row_plan.host_values(flat)
+        rows = row_plan.valid_rows(known, ops.vocabulary(weight, group), ignore_index)
+        flat = torch.from_numpy(known if rows is None else known[rows])
     if rows is None:
-        inputs = hidden.reshape(len(flat), hidden.shape[-1]), flat, flags
-    else:
-        inputs = ops.take_rows(hidden, rows), flat[rows], None if flags is None else flags[rows]
+        dense = hidden.reshape(len(flat), hidden.shape[-1])
+        logps, _ = ops.logprobs(dense, weight, flat, bias, flags, ignore_index, **settings)
+        return logps.reshape(labels.shape)
+    rows = row_plan.to_device(rows, hidden.device)
+    dense = ops.take_rows(hidden, rows)
+    flags = None if flags is None else row_plan.to_device(flags, hidden.device)[rows]
     try:
-        logps, _, _ = ops.linear_logprobs(
-            inputs[0],
-            weight,
-            inputs[1],
-            bias,
-            inputs[2],
-            None if softcap is None else float(softcap),
-            float(temperature),
-            ignore_index,
-            chunk_rows,
-            "" if group is None else group.group_name,
-            torch.is_grad_enabled() and hidden.requires_grad and not _trains(weight, bias),
-        )
+        logps, _ = ops.logprobs(dense, weight, flat, bias, flags, ignore_index, **settings)
     except ops.NonFiniteError as error:
-        raise (error if rows is None else error.at(rows)) from None
-    if rows is not None:
-        logps = logps.new_zeros(len(flat)).index_copy(0, rows, logps)
-    return logps.reshape(labels.shape)
-
-
-def _trains(weight: Tensor, bias: Tensor | None) -> bool:
-    return weight.requires_grad or (bias is not None and bias.requires_grad)
+        raise error.at(rows) from None
+    return logps.new_zeros(labels.numel()).index_copy(0, rows, logps).reshape(labels.shape)
 
 
 def preference_loss(
@@ -139,9 +136,7 @@ def preference_loss(
                 f"{tuple(leaf_logps.shape)}"
             )
     if not torch.compiler.is_compiling():
-        for name, values in (("leaf_logps", leaf_logps), ("reference_logps", reference_logps)):
-            if not values.isfinite().all():
-                raise preference_ops.non_finite_sequences(name, values)
+        preference_ops.check_finite(leaf_logps=leaf_logps, reference_logps=reference_logps)
     return objective(leaf_logps, reference_logps, reduction, token_counts)
 
 
@@ -191,8 +186,7 @@ def linear_preference_loss(
                 f"({names}) and reference_logps has {examples} examples. "
                 "Packed rows (N, H) need sequence_ids"
             )
-        ids = torch.arange(leaves * examples, device=labels.device)
-        ids = ids.repeat_interleave(hidden.shape[2])
+        ids = torch.arange(leaves * examples, device="cpu").repeat_interleave(hidden.shape[2])
     else:
         if hidden.dim() != 2 or sequence_ids.shape != hidden.shape[:1]:
             raise ValueError(
@@ -201,9 +195,8 @@ def linear_preference_loss(
             )
         checks.check_integer("sequence_ids", sequence_ids)
         ids = sequence_ids.long()
-    checks.check_device(
-        hidden, reference_logps=reference_logps, sequence_ids=ids, token_weights=token_weights
-    )
+    checks.check_device(hidden, host=True, sequence_ids=ids)
+    checks.check_device(hidden, reference_logps=reference_logps, token_weights=token_weights)
     if token_weights is not None:
         if token_weights.shape != labels.shape or token_weights.requires_grad:
             raise ValueError(
@@ -213,50 +206,73 @@ def linear_preference_loss(
         token_weights = token_weights.reshape(-1).to(wide_dtype(hidden.dtype))
     # Once, though two functions want it.
     hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
-    flat = labels.reshape(-1).long()
-    if (
-        (_trains(weight, bias) and torch.is_grad_enabled())
-        and reduction != "none"
-        and not torch.compiler.is_compiling()
-        # Gradients made in the forward would underflow before a loss scale reaches them.
-        and hidden.dtype != torch.float16
-    ):
-        checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
-        checks.check_labels(labels, hidden)
-        loss, sums, counts = preference_ops.FusedPreference.apply(
+    checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
+    checks.check_labels(labels, hidden)
+    settings = {
+        "softcap": softcap,
+        "temperature": temperature,
+        "chunk_rows": chunk_rows,
+        "group": group,
+    }
+    if torch.compiler.is_compiling():
+        labels, ids = labels.to(hidden.device), ids.to(hidden.device)
+        rival = preference_ops.rival_rows(objective, ids, examples)
+        logps = linear_logprobs(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            ignore_index=ignore_index,
+            rival=None if rival is None else rival.reshape(labels.shape),
+            **settings,
+        ).reshape(-1)
+        flat = labels.reshape(-1).long()
+        if token_weights is not None:
+            logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
+        sums, counts = preference_ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
+        return objective(sums, reference_logps, reduction, counts)
+    plan = row_plan.plan_rows(
+        labels, ids, ops.vocabulary(weight, group), ignore_index, leaves, examples
+    )
+    counts = row_plan.to_device(plan.counts, hidden.device)
+    trains = ops.trains(weight, bias) and torch.is_grad_enabled()
+    # In fp16 gradients made in the forward would underflow before a loss scale reaches them.
+    if trains and reduction != "none" and hidden.dtype != torch.float16:
+        loss, sums = preference_ops.FusedPreference.apply(
             hidden,
             weight,
             bias,
-            flat,
-            ids,
+            plan,
+            counts,
             token_weights,
             reference_logps,
             objective,
             reduction,
             softcap,
             temperature,
-            ignore_index,
             chunk_rows,
             "" if group is None else group.group_name,
         )
         return objective(sums, reference_logps, reduction, counts)._replace(loss=loss)
+    rows, ids = None, row_plan.to_device(plan.ids, hidden.device)
+    dense = hidden.reshape(-1, hidden.shape[-1])
+    if plan.rows is not None:
+        rows = row_plan.to_device(plan.rows, hidden.device)
+        dense = ops.take_rows(hidden, rows)
     rival = preference_ops.rival_rows(objective, ids, examples)
-    logps = linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        chunk_rows=chunk_rows,
-        rival=None if rival is None else rival.reshape(labels.shape),
-        group=group,
-    ).reshape(-1)
+    known = torch.from_numpy(plan.labels)
+    logps, finite = ops.logprobs(
+        dense, weight, known, bias, rival, ignore_index, **settings, check=False
+    )
     if token_weights is not None:
-        logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
-    tokens = (logps, flat, ids, reference_logps)
-    return preference_ops.from_tokens(*tokens, objective, reduction, ignore_index)
+        logps = logps * (token_weights if rows is None else token_weights[rows])
+    output = preference_ops.from_tokens(logps, ids, counts, reference_logps, objective, reduction)
+    flags = preference_ops.read(*preference_ops.flags_of(finite, output.logps, reference_logps))
+    if not all(flags):
+        name = "" if group is None else group.group_name
+        head = ops.make_head(weight, bias, softcap, temperature, name)
+        preference_ops.check_results(flags, finite, logps, reference_logps, rows, dense, head)
+    return output
 
 
 def rdpo_loss(

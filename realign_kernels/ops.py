@@ -2,15 +2,20 @@
 
 This file and `preference_ops` hold the only autograd of the package. An operator's body sees real
 values even under torch.compile, so what depends on values is checked here: label range, sequence
-numbers, non-finite results. Each body brings its flags to the host in one transfer.
+numbers, non-finite results.
+
+Labels and sequence numbers are planned on the host, where they may be from the start. A call on a
+GPU then waits once, for the flags of its results.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from realign_kernels.dispatch import backend_for, current_override
 from realign_kernels.reference import wide_dtype
+from realign_kernels.row_plan import host_values, to_device, valid_rows
 from realign_kernels.rows import Head, shard_of
 
 IGNORED = -1
@@ -45,30 +50,6 @@ def first_few(values: list[int], limit: int = 8) -> str:
     """The first of them, and how many more there are."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return f"{values[:limit]}{more}"
-
-
-def valid_rows(
-    labels: Tensor,  # (N,)
-    vocabulary: int,
-    ignore_index: int,
-) -> Tensor | None:  # (n,) int64
-    """Indices of the rows that are not ignored; None if that is all of them.
-
-    Raises:
-        ValueError: a label is outside [0, vocabulary).
-    """
-    valid = labels != ignore_index
-    outside = valid & ((labels < 0) | (labels >= vocabulary))
-    count, bad = torch.stack([valid.sum(), outside.sum()]).tolist()
-    if bad:
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"labels: {bad} outside [0, {vocabulary}), first {int(labels[row])} at flat row {row}; "
-            f"rows to skip must hold ignore_index ({ignore_index})"
-        )
-    if count == len(labels):
-        return None
-    return torch.nonzero_static(valid, size=count).squeeze(1)
 
 
 def take_rows(
@@ -110,6 +91,11 @@ def make_head(
     return Head(weight, bias, softcap, temperature, shard)
 
 
+def vocabulary(weight: Tensor, group: dist.ProcessGroup | None) -> int:
+    """Tokens of the whole head, of which `weight` may be this rank's rows."""
+    return len(weight) if group is None else shard_of(weight, group).total
+
+
 def vocabulary_of(head: Head) -> int:
     """Tokens of the whole head."""
     return len(head.weight) if head.shard is None else head.shard.total
@@ -128,40 +114,53 @@ def linear_logprobs(
     chunk_rows: int | None,
     group: str,
     keep_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, H) or (0, H), both wide; (N,) or (0,) int64
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # (N,), (N, H) or (0, H), both wide; (N,) bool; (N,) or (0,) int64
     """Log-probs, and with keep_direction d logp_i / d hidden_i, from which backward is a scaling.
 
     keep_direction costs one GEMM now and saves two in backward; it is for a head that does not
-    train, whose hidden states do. It is kept wide, so that the gradient is rounded once. With
-    `rival`, also the targets: the tokens that were scored.
+    train, whose hidden states do. It is kept wide, so that the gradient is rounded once. The third
+    result says which rows are finite; with `check` the body reads it and raises. With `rival`, also
+    the targets: the tokens that were scored.
     """
+    device = hidden.device
     head = make_head(weight, bias, softcap, temperature, group)
-    rows = valid_rows(labels, vocabulary_of(head), ignore_index)
-    given = (hidden, labels, rival)
-    dense = given if rows is None else [None if t is None else t[rows] for t in given]
+    (known,) = host_values(labels)
+    index = valid_rows(known, vocabulary_of(head), ignore_index)
+    rows = None if index is None else to_device(index, device)
+    dense = hidden if rows is None else hidden[rows]
+    flags = None if rival is None else to_device(rival, device)
     # Under autocast a GEMM in the body would be cast again, behind the back of the backend.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         logps, scored, direction = backend_for(hidden).forward(
-            dense[0], head, *dense[1:], chunk_rows=chunk_rows, keep_direction=keep_direction
+            dense,
+            head,
+            to_device(labels if index is None else known[index], device),
+            flags if flags is None or rows is None else flags[rows],
+            chunk_rows=chunk_rows,
+            keep_direction=keep_direction,
         )
     finite = logps.isfinite()
     if direction is not None:
         # A weight of -inf may leave the log-prob finite, but not what it is a function of.
-        finite = finite & direction.sum(1, dtype=logps.dtype).isfinite()
-    if not finite.all():
+        finite &= direction.sum(1, dtype=logps.dtype).isfinite()
+    if check and not finite.all():
         bad = (~finite).nonzero().squeeze(1)
-        raise non_finite((bad if rows is None else rows[bad]).tolist(), dense[0][bad], head)
+        raise non_finite((bad if rows is None else rows[bad]).tolist(), dense[bad], head)
     if direction is None:
         direction = logps.new_empty(0, hidden.shape[1])
-    targets = labels.new_empty(0)
     if rows is None:
-        return logps, direction, targets if rival is None else scored.clone()
+        targets = scored.new_empty(0) if rival is None else scored.clone()
+        return logps, direction, finite, targets
+    targets = scored.new_empty(0)
     if rival is not None:
-        targets = torch.full_like(labels, IGNORED).index_copy_(0, rows, scored)
+        targets = scored.new_full((len(labels),), IGNORED).index_copy_(0, rows, scored)
     spread = logps.new_zeros(len(labels)).index_copy_(0, rows, logps)
+    finite = finite.new_ones(len(labels)).index_copy_(0, rows, finite)
     if keep_direction:
         direction = logps.new_zeros(hidden.shape).index_copy_(0, rows, direction)
-    return spread, direction, targets
+    return spread, direction, finite, targets
 
 
 @linear_logprobs.register_fake
@@ -177,10 +176,13 @@ def _(
     chunk_rows,
     group,
     keep_direction,
+    check,
 ):
-    logps = hidden.new_empty(labels.shape[0], dtype=wide_dtype(hidden.dtype))
+    count = labels.shape[0]
+    logps = hidden.new_empty(count, dtype=wide_dtype(hidden.dtype))
     direction = logps.new_empty(hidden.shape[0] if keep_direction else 0, hidden.shape[1])
-    return logps, direction, labels.new_empty(0 if rival is None else labels.shape[0])
+    targets = hidden.new_empty(0 if rival is None else count, dtype=torch.int64)
+    return logps, direction, hidden.new_empty(count, dtype=torch.bool), targets
 
 
 @torch.library.custom_op("realign::linear_logprobs_backward", mutates_args=())
@@ -202,14 +204,18 @@ def linear_logprobs_backward(
 
     Ignored rows get 0, and their grad is not read.
     """
+    device = hidden.device
     head = make_head(weight, bias, softcap, temperature, group)
-    rows = valid_rows(labels, vocabulary_of(head), ignore_index)
-    dense = (grad, hidden, labels)
-    if rows is not None:
-        dense = tuple(tensor[rows] for tensor in dense)
-    with torch.autocast(hidden.device.type, enabled=False):
+    (known,) = host_values(labels)
+    index = valid_rows(known, vocabulary_of(head), ignore_index)
+    rows, dense = None, (grad, hidden)
+    if index is not None:
+        rows = to_device(index, device)
+        dense = grad[rows], hidden[rows]
+    scored = to_device(labels if index is None else known[index], device)
+    with torch.autocast(device.type, enabled=False):
         grads = backend_for(hidden, backend).backward(
-            *dense[:2], head, dense[2], chunk_rows=chunk_rows, wanted=tuple(wanted)
+            *dense, head, scored, chunk_rows=chunk_rows, wanted=tuple(wanted)
         )
     return spread_gradients(grads, rows, hidden)
 
@@ -256,9 +262,9 @@ def refuse_second_derivative() -> None:
 
 
 def _setup_linear_logprobs(ctx, inputs, output) -> None:
-    hidden, weight, labels, bias, rival, *ctx.settings, ctx.keep_direction = inputs
-    _, direction, targets = output
-    ctx.mark_non_differentiable(direction, targets)
+    hidden, weight, labels, bias, rival, *ctx.settings, ctx.keep_direction, _ = inputs
+    _, direction, finite, targets = output
+    ctx.mark_non_differentiable(direction, finite, targets)
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
     # Device threads of the autograd engine do not see use_backend; a trace must not bake it in.
@@ -272,7 +278,7 @@ def _setup_linear_logprobs(ctx, inputs, output) -> None:
 
 def _linear_logprobs_grads(ctx, grad, *_):
     refuse_second_derivative()
-    others = (None,) * 7
+    others = (None,) * 8
     if grad is None:
         return None, None, None, None, *others
     want_hidden, want_weight, _, want_bias, *_ = ctx.needs_input_grad
@@ -280,9 +286,9 @@ def _linear_logprobs_grads(ctx, grad, *_):
     if ctx.keep_direction:
         assert not want_weight and not want_bias, "keep_direction is for a frozen head"
         labels, direction = ctx.saved_tensors
-        ignore_index = ctx.settings[2]
+        ignored = to_device(labels == ctx.settings[2], grad.device)
         # An ignored row's log-prob is the constant 0, whatever (inf, NaN) comes back for it.
-        factor = grad.masked_fill(labels == ignore_index, 0)[:, None]
+        factor = grad.masked_fill(ignored, 0)[:, None]
         return (direction * factor).to(ctx.dtype), None, None, None, *others
     hidden, weight, labels, bias = ctx.saved_tensors
     args = (grad.contiguous(), hidden, weight, labels, bias, *ctx.settings)
@@ -294,3 +300,41 @@ def _linear_logprobs_grads(ctx, grad, *_):
 
 
 linear_logprobs.register_autograd(_linear_logprobs_grads, setup_context=_setup_linear_logprobs)
+
+
+def logprobs(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    rival: Tensor | None,  # (N,) bool
+    ignore_index: int,
+    *,
+    softcap: float | None,
+    temperature: float,
+    chunk_rows: int | None,
+    group: dist.ProcessGroup | None,
+    check: bool = True,
+) -> tuple[Tensor, Tensor]:  # (N,) wide, (N,) bool
+    """The operator with public settings: log-probs, and which of them are finite."""
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trains(weight, bias)
+    logps, _, finite, _ = linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias,
+        rival,
+        None if softcap is None else float(softcap),
+        float(temperature),
+        ignore_index,
+        chunk_rows,
+        "" if group is None else group.group_name,
+        frozen,
+        check,
+    )
+    return logps, finite
+
+
+def trains(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the head learns."""
+    return weight.requires_grad or (bias is not None and bias.requires_grad)

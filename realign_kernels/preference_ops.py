@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,9 @@ from realign_kernels.ops import (
     non_finite,
     refuse_second_derivative,
     take_rows,
-    valid_rows,
-    vocabulary_of,
 )
+from realign_kernels.row_plan import RowPlan, check_counts, check_ids, host_values, to_device
+from realign_kernels.rows import Head
 
 
 @torch.library.custom_op("realign::sequence_sums", mutates_args=())
@@ -29,49 +30,127 @@ def sequence_sums(
     reference_logps: Tensor,  # (L, B)
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:  # (L, B) in the dtype of logps, (L, B) int64
-    """Log-prob and token count of each sequence.
+    """Log-prob and token count of each sequence, for graphs of torch.compile.
 
-    reference_logps give the shape; their values are only checked, here because their flag then
-    shares the transfer of the others.
+    reference_logps give the shape; their values are only checked.
 
     Raises:
         ValueError: for a number of a sequence out of range, or a sequence without a token.
         NonFiniteError: where a log-prob or reference is NaN or infinite.
     """
     leaves, examples = reference_logps.shape
-    valid = labels != ignore_index
-    outside = valid & ((sequence_ids < 0) | (sequence_ids >= leaves * examples))
-    ids = torch.where(valid & ~outside, sequence_ids, 0)
-    counts = torch.zeros(leaves * examples, dtype=torch.int64, device=ids.device)
-    counts.index_add_(0, ids, (valid & ~outside).long())
-    lacking, infinite = counts == 0, ~reference_logps.isfinite().flatten()
-    bad = valid & ~logps.isfinite()
-    flags = torch.stack([outside.any(), lacking.any(), infinite.any(), bad.any()]).tolist()
-    if flags[0]:
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"sequence_ids[{row}] is {int(sequence_ids[row])}, outside [0, {leaves * examples}): "
-            f"number sequences as leaf * {examples} + example, {leaves} leaves"
-        )
-    if flags[1]:
-        leaf, example = divmod(int(lacking.nonzero()[0]), examples)
-        raise ValueError(
-            f"labels: the sequence (leaf {leaf}, example {example}) has no token to score, all "
-            f"its labels are ignore_index ({ignore_index}): drop the example, or truncate less"
-        )
-    if flags[2]:
+    known, ids = host_values(labels, sequence_ids)
+    rows = (known != ignore_index).nonzero()[0]
+    ids = ids[rows]
+    check_ids(ids, rows, leaves, examples)
+    counts = np.bincount(ids, minlength=leaves * examples).reshape(leaves, examples)
+    check_counts(counts, ignore_index)
+    index = to_device(rows, logps.device)
+    used = logps[index]
+    sums = sum_by_sequence(used, to_device(ids, logps.device), reference_logps.shape)
+    flags = read(*flags_of(used.isfinite(), sums, reference_logps))
+    check_tables(flags, used, index, reference_logps)
+    return sums, to_device(counts, logps.device)
+
+
+def sum_by_sequence(
+    logps: Tensor,  # (n,)
+    ids: Tensor,  # (n,) int64, leaf * B + example
+    shape: tuple[int, int],
+) -> Tensor:  # (L, B) in the dtype of logps
+    """Sums of log-probs by sequence, in fp64.
+
+    The tokens of a sequence are few, and the order of CUDA's atomic adds no longer shows.
+    """
+    sums = logps.new_zeros(shape[0] * shape[1], dtype=torch.float64)
+    return sums.index_add(0, ids, logps.double()).to(logps.dtype).view(shape)
+
+
+def flags_of(finite: Tensor, sums: Tensor, reference_logps: Tensor) -> tuple[Tensor, ...]:
+    """Three scalars on the device: whether rows, references and sums are finite."""
+    return finite.all(), reference_logps.isfinite().all(), sums.isfinite().all()
+
+
+def read(*scalars: Tensor) -> list[float]:
+    """The values of scalars, in one transfer from the device."""
+    return torch.stack([scalar.double() for scalar in scalars]).tolist()
+
+
+@sequence_sums.register_fake
+def _(logps, labels, sequence_ids, reference_logps, ignore_index):
+    shape = reference_logps.shape
+    return logps.new_empty(shape), logps.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_sequence_sums(ctx, inputs, output) -> None:
+    _, labels, sequence_ids, _, ctx.ignore_index = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(labels, sequence_ids)
+
+
+def _sequence_sums_grads(ctx, grad, _):
+    labels, sequence_ids = ctx.saved_tensors
+    ignored = labels == ctx.ignore_index
+    of_row = grad.flatten()[sequence_ids.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    return of_row, None, None, None, None
+
+
+sequence_sums.register_autograd(_sequence_sums_grads, setup_context=_setup_sequence_sums)
+
+
+def check_results(
+    flags: list[float],
+    finite: Tensor,  # (n,) bool
+    used: Tensor,  # (n,) log-probs times token weights
+    reference_logps: Tensor,  # (L, B)
+    rows: Tensor | None,  # (n,) int64, flat positions of the n rows; None: their own
+    hidden: Tensor,  # (n, H)
+    head: Head,
+) -> None:
+    """Raise for what `flags_of` found.
+
+    Raises:
+        NonFiniteError: a log-prob, its derivative or a reference is NaN or infinite.
+    """
+    if not flags[0]:
+        bad = (~finite).nonzero().squeeze(1)
+        places = _places(rows, bad)
+        raise non_finite(places, hidden[bad], head)
+    check_tables(flags, used, rows, reference_logps)
+
+
+def check_tables(
+    flags: list[float],
+    used: Tensor,  # (n,)
+    rows: Tensor | None,  # (n,) int64
+    reference_logps: Tensor,  # (L, B)
+) -> None:
+    """As `check_results`, for references and weighted log-probs."""
+    if not flags[1]:
         raise non_finite_sequences("reference_logps", reference_logps)
-    if flags[3]:
-        rows = bad.nonzero().squeeze(1).tolist()
+    if not flags[2]:
+        places = _places(rows, (~used.isfinite()).nonzero().squeeze(1))
         raise NonFiniteError(
-            f"token_weights make the log-probs of rows {first_few(rows)} NaN or infinite: look at "
-            "their values there",
-            rows,
+            f"token_weights make the log-probs of rows {first_few(places)} NaN or infinite: look "
+            "at their values there",
+            places,
         )
-    # fp64: the tokens of a sequence are few, and the order of CUDA's atomic adds no longer shows.
-    sums = torch.zeros(leaves * examples, dtype=torch.float64, device=logps.device)
-    sums.index_add_(0, ids, logps.double().masked_fill(~valid, 0))
-    return sums.to(logps.dtype).view(leaves, examples), counts.view(leaves, examples)
+
+
+def _places(rows: Tensor | None, bad: Tensor) -> list[int]:
+    return (bad if rows is None else rows[bad]).tolist()
+
+
+def check_finite(**tables: Tensor) -> None:
+    """Refuse (L, B) tensors that hold NaN or infinity, after one read of the device.
+
+    Raises:
+        NonFiniteError: names the tensor and the first sequence.
+    """
+    flags = read(*(values.isfinite().all() for values in tables.values()))
+    for (name, values), finite in zip(tables.items(), flags, strict=True):
+        if not finite:
+            raise non_finite_sequences(name, values)
 
 
 def non_finite_sequences(name: str, values: Tensor) -> NonFiniteError:
@@ -85,96 +164,52 @@ def non_finite_sequences(name: str, values: Tensor) -> NonFiniteError:
     )
 
 
-@sequence_sums.register_fake
-def _(logps, labels, sequence_ids, reference_logps, ignore_index):
-    shape = reference_logps.shape
-    return logps.new_empty(shape), labels.new_empty(shape)
-
-
-def _setup_sequence_sums(ctx, inputs, output) -> None:
-    _, labels, sequence_ids, _, ctx.ignore_index = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(labels, sequence_ids)
-
-
-def _sequence_sums_grads(ctx, grad, _):
-    labels, sequence_ids = ctx.saved_tensors
-    return _spread(grad, sequence_ids, labels == ctx.ignore_index), None, None, None, None
-
-
-sequence_sums.register_autograd(_sequence_sums_grads, setup_context=_setup_sequence_sums)
-
-
 def from_tokens(
-    logps: Tensor,  # (N,), 0 where ignored
-    labels: Tensor,  # (N,) int64
-    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    logps: Tensor,  # (n,) of scored rows
+    ids: Tensor,  # (n,) int64, leaf * B + example
+    counts: Tensor,  # (L, B) int64
     reference_logps: Tensor,  # (L, B)
     objective: Objective,
     reduction: str,
-    ignore_index: int,
 ) -> PreferenceOutput:
-    """The objective of per-token log-probs; in one launch where the backend has it."""
+    """The objective of per-token log-probs; in one launch where the backend has it.
+
+    Values are not checked.
+    """
     kernel = None
-    if reduction != "none" and logps.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if reduction != "none" and logps.dtype == torch.float32:
         kernel = backend_for(logps).fused_loss(objective)
-    inputs = (logps, labels, sequence_ids, reference_logps)
     if kernel is None:
-        sums, counts = sequence_sums(*inputs, ignore_index)
+        sums = sum_by_sequence(logps, ids, reference_logps.shape)
         return objective(sums, reference_logps, reduction, counts)
-    return PreferenceOutput(*_FusedLoss.apply(*inputs, objective, reduction, ignore_index, kernel))
+    inputs = (logps, ids, reference_logps, objective, reduction, kernel)
+    loss, sums, rewards, terms = _FusedLoss.apply(*inputs)
+    return PreferenceOutput(loss, sums, rewards, counts, terms)
 
 
 class _FusedLoss(torch.autograd.Function):
     """Loss, sums, rewards and d loss / d logp of every token by one kernel."""
 
     @staticmethod
-    def forward(
-        ctx,
-        logps,
-        labels,
-        sequence_ids,
-        reference_logps,
-        objective,
-        reduction,
-        ignore_index,
-        kernel,
-    ):
+    def forward(ctx, logps, ids, reference_logps, objective, reduction, kernel):
+        # No row is ignored, so ids serve as labels.
         out = kernel(
-            logps,
-            labels,
-            sequence_ids,
-            reference_logps,
-            objective,
-            reduction=reduction,
-            ignore_index=ignore_index,
+            *(logps, ids, ids, reference_logps, objective), reduction=reduction, ignore_index=-1
         )
-        wrong = torch.stack(
-            [
-                out.outside > 0,
-                (out.counts == 0).any(),
-                ~reference_logps.isfinite().all(),
-                ~out.sums.isfinite().all(),
-            ]
-        )
-        if wrong.any():  # sequence_sums finds it again, and says what it is
-            sequence_sums(logps, labels, sequence_ids, reference_logps, ignore_index)
-            raise AssertionError("the fused loss refuses what sequence_sums accepts")
-        ctx.save_for_backward(out.coefficients, labels, sequence_ids)
-        ctx.ignore_index = ignore_index
-        ctx.mark_non_differentiable(out.rewards, out.counts, out.term_losses)
+        ctx.save_for_backward(out.coefficients, ids)
+        ctx.mark_non_differentiable(out.rewards, out.term_losses)
         ctx.set_materialize_grads(False)
-        return out.loss, out.sums, out.rewards, out.counts, out.term_losses
+        return out.loss, out.sums, out.rewards, out.term_losses
 
     @staticmethod
     def backward(ctx, grad_loss, grad_sums, *_):
         refuse_second_derivative()
-        coefficients, labels, sequence_ids = ctx.saved_tensors
+        coefficients, ids = ctx.saved_tensors
         grad = None if grad_loss is None else coefficients * grad_loss
         if grad_sums is not None:
-            spread = _spread(grad_sums, sequence_ids, labels == ctx.ignore_index)
-            grad = spread if grad is None else grad + spread
-        return (grad, *(None,) * 7)
+            of_row = grad_sums.flatten()[ids]
+            grad = of_row if grad is None else grad + of_row
+        return (grad, *(None,) * 5)
 
 
 class FusedPreference(torch.autograd.Function):
@@ -195,45 +230,37 @@ class FusedPreference(torch.autograd.Function):
         hidden: Tensor,  # (..., H), N rows
         weight: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
-        labels: Tensor,  # (N,) int64
-        sequence_ids: Tensor,  # (N,) int64, leaf * B + example
+        plan: RowPlan,
+        counts: Tensor,  # (L, B) int64
         token_weights: Tensor | None,  # (N,)
         reference_logps: Tensor,  # (L, B)
         objective: Objective,
         reduction: str,
         softcap: float | None,
         temperature: float,
-        ignore_index: int,
         chunk_rows: int | None,
         group: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (), (L, B), (L, B) int64
+    ) -> tuple[Tensor, Tensor]:  # (), (L, B)
         head = make_head(weight, bias, softcap, temperature, group)
-        rows = valid_rows(labels, vocabulary_of(head), ignore_index)
-        rows = torch.arange(len(labels), device=labels.device) if rows is None else rows
-        leaves, examples = reference_logps.shape
-        # Refuses wrong numbers and empty sequences before the first GEMM.
-        zeros = labels.new_zeros(len(labels), dtype=reference_logps.dtype)
-        _, counts = sequence_sums(zeros, labels, sequence_ids, reference_logps, ignore_index)
-        rows = rows[(sequence_ids[rows] % examples).argsort(stable=True)]
-        ids = sequence_ids[rows]
-        lengths = counts.sum(0)
-        ends = [0, *lengths.cumsum(0).tolist()]
+        device, (leaves, examples) = hidden.device, reference_logps.shape
+        # Rows by example: the order of the rows of an example is kept.
+        order = (plan.ids % max(examples, 1)).argsort(kind="stable")
+        rows = to_device(order if plan.rows is None else plan.rows[order], device)
+        labels, ids = (to_device(values[order], device) for values in (plan.labels, plan.ids))
+        rival = rival_rows(objective, ids, examples)
+        lengths = plan.counts.sum(0)
+        ends = [0, *lengths.cumsum().tolist()]
         factor = None if token_weights is None else token_weights[rows]
         scale = 1 / examples if reduction == "mean" else 1.0
         every, partial = [], []  # d loss / d logp and the loss, by chunks of examples
 
         def slopes(first: int, last: int, logps: Tensor) -> Tensor:
             """d loss / d logp of the examples [first, last), whose rows stand together."""
-            finite = logps.isfinite()
-            if not finite.all():
-                bad = rows[ends[first] : ends[last]][~finite]
-                raise non_finite(bad.tolist(), take_rows(hidden, bad), head)
             span, width = slice(ends[first], ends[last]), last - first
             leaf, example = ids[span] // examples, ids[span] % examples - first
             index = leaf * width + example
             used = logps if factor is None else logps * factor[span]
-            sums = used.new_zeros(leaves * width, dtype=torch.float64)
-            sums = sums.index_add_(0, index, used.double()).to(logps.dtype).view(leaves, width)
+            sums = sum_by_sequence(used, index, (leaves, width))
             part = slice(first, last)
             loss, of_sum = _with_slope(
                 lambda s: objective(s, reference_logps[:, part], "sum", counts[:, part]).loss, sums
@@ -244,80 +271,82 @@ class FusedPreference(torch.autograd.Function):
             return every[-1]
 
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        rival = rival_rows(objective, sequence_ids, examples)
-        with torch.autocast(hidden.device.type, enabled=False):
+        dense = take_rows(hidden, rows)
+        with torch.autocast(device.type, enabled=False):
             logps, scored, grads = backend_for(hidden).by_spans(
-                take_rows(hidden, rows),
+                dense,
                 head,
-                labels[rows],
-                None if rival is None else rival[rows],
+                labels,
+                rival,
                 lengths.tolist(),
                 slopes,
                 chunk_rows=chunk_rows,
                 wanted=wanted,
             )
-        spread = logps.new_zeros(len(labels)).index_copy_(0, rows, logps)
-        weighted = spread if token_weights is None else spread * token_weights
-        sums, _ = sequence_sums(weighted, labels, sequence_ids, reference_logps, ignore_index)
+        used = logps if factor is None else logps * factor
+        sums = sum_by_sequence(used, ids, reference_logps.shape)
         loss = objective(sums, reference_logps, reduction, counts).loss
-        _check_separable(objective, partial, loss / scale)
+        finite = logps.isfinite()
+        # The only read of the device: flags, and the loss in parts beside the whole.
+        *flags, parts, whole = read(
+            *flags_of(finite, sums, reference_logps),
+            torch.stack([loss.new_zeros(()), *partial]).sum(dtype=torch.float64),
+            loss / scale,
+        )
+        check_results(flags, finite, used, reference_logps, rows, dense, head)
+        _check_separable(objective, parts, whole)
 
         ctx.grads, ctx.rows, ctx.hidden_like = grads, rows, (hidden.shape, hidden.dtype)
+        # Targets that are known stay on the host, where a second backward plans its rows.
+        targets = torch.from_numpy(plan.labels[order]) if rival is None else scored
         slope = torch.cat(every) if every else logps
-        targets = torch.full_like(labels, IGNORED).index_copy_(0, rows, scored)
-        slope = spread.index_copy(0, rows, slope)
-        saved = (hidden, weight, bias, targets, sequence_ids, token_weights, slope)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(hidden, weight, bias, targets, ids, factor, slope)
         ctx.settings = (softcap, temperature, IGNORED, chunk_rows, group)
         ctx.backend = current_override()
-        ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
-        return loss, sums, counts
+        return loss, sums
 
     @staticmethod
-    def backward(ctx, grad_loss, grad_sums, _):
+    def backward(ctx, grad_loss, grad_sums):
         refuse_second_derivative()
         # Given away, so that they need not be copied; a second backward recomputes them.
         ready, ctx.grads = ctx.grads, None
         grads = [None, None, None]
         if ready is not None and grad_loss is not None:
-            grads = FusedPreference._scaled(ctx, ready, grad_loss)
-            grad_loss = None
+            hidden, weight, bias = ready
+            hidden = None if hidden is None else FusedPreference._spread(ctx, hidden * grad_loss)
+            # On the CPU a pass over the gradient of the weight is worth a look at the scalar.
+            if grad_loss.is_cuda or grad_loss.item() != 1:
+                weight, bias = (None if g is None else g.mul_(grad_loss) for g in (weight, bias))
+            grads, grad_loss = [hidden, weight, bias], None
         if grad_loss is not None or grad_sums is not None:
             more = FusedPreference._recomputed(ctx, grad_loss, grad_sums)
             pairs = zip(grads, more, strict=True)
             grads = [b if a is None else a if b is None else a + b for a, b in pairs]
-        return (*grads, *(None,) * 11)
+        return (*grads, *(None,) * 10)
 
     @staticmethod
-    def _scaled(ctx, ready, grad_loss) -> list[Tensor | None]:
-        """The gradients of forward times that of the loss; hidden's is rounded after that."""
-        hidden, weight, bias = ready
+    def _spread(ctx, scored: Tensor) -> Tensor:
+        """The gradient of all of hidden from that of its scored rows, rounded to its dtype."""
         shape, dtype = ctx.hidden_like
-        if hidden is not None:
-            hidden = (hidden * grad_loss).to(dtype)
-            every = hidden.new_zeros(shape)
-            every.view(-1, shape[-1]).index_copy_(0, ctx.rows, hidden)
-            hidden = every
-        # On the CPU a pass over the gradient of the weight is worth a look at the scalar.
-        if grad_loss.is_cuda or grad_loss.item() != 1:
-            weight, bias = (None if g is None else g.mul_(grad_loss) for g in (weight, bias))
-        return [hidden, weight, bias]
+        every = scored.new_zeros(shape, dtype=dtype)
+        every.view(-1, shape[-1]).index_copy_(0, ctx.rows, scored.to(dtype))
+        return every
 
     @staticmethod
     def _recomputed(ctx, grad_loss, grad_sums) -> list[Tensor | None]:
         """Gradients from those of the loss and of the sums, by linear_logprobs_backward."""
-        hidden, weight, bias, targets, sequence_ids, token_weights, slope = ctx.saved_tensors
+        hidden, weight, bias, targets, ids, factor, slope = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         tokens = torch.zeros_like(slope) if grad_loss is None else slope * grad_loss
         if grad_sums is not None:
-            spread = _spread(grad_sums, sequence_ids, targets == IGNORED)
-            spread = spread if token_weights is None else spread * token_weights
-            tokens = tokens + spread.masked_fill(targets == IGNORED, 0).to(tokens.dtype)
-        rows = hidden.reshape(len(tokens), -1)
-        args = (tokens, rows, weight, targets, bias, *ctx.settings, wanted, ctx.backend)
+            of_row = grad_sums.flatten()[ids]
+            tokens = tokens + (of_row if factor is None else of_row * factor).to(tokens.dtype)
+        dense = take_rows(hidden, ctx.rows)
+        args = (tokens, dense, weight, targets, bias, *ctx.settings, wanted, ctx.backend)
         grads = linear_logprobs_backward(*args)
-        shaped = (grads[0].view(hidden.shape) if wanted[0] else None, *grads[1:])
+        first = FusedPreference._spread(ctx, grads[0]) if wanted[0] else None
+        shaped = (first, *grads[1:])
         return [grad if want else None for grad, want in zip(shaped, wanted, strict=True)]
 
 
@@ -337,24 +366,13 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _check_separable(objective: Objective, parts: list[Tensor], whole: Tensor) -> None:
+def _check_separable(objective: Objective, parts: float, whole: float) -> None:
     """The gradients are of the parts; were they not the whole loss, they would be wrong."""
-    if len(parts) > 1:
-        total, whole = torch.stack(parts).double().sum().item(), whole.item()
-        if abs(total - whole) > 1e-5 * (1 + abs(total) + abs(whole)):  # of fp32 sums
-            raise ValueError(
-                f"objective {objective.name!r} gives {whole} for all examples and {total} for them "
-                "in parts: a term must be a function of one example's rewards alone"
-            )
-
-
-def _spread(
-    grad: Tensor,  # (L, B)
-    sequence_ids: Tensor,  # (N,)
-    ignored: Tensor,  # (N,) bool
-) -> Tensor:  # (N,)
-    """The gradient of each sequence's sum, for each of its tokens; 0 where ignored."""
-    return grad.flatten()[sequence_ids.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    if abs(parts - whole) > 1e-5 * (1 + abs(parts) + abs(whole)):  # of fp32 sums
+        raise ValueError(
+            f"objective {objective.name!r} gives {whole} for all examples and {parts} for them "
+            "in parts: a term must be a function of one example's rewards alone"
+        )
 
 
 def rival_rows(
@@ -363,8 +381,8 @@ def rival_rows(
     examples: int,
 ) -> Tensor | None:  # (N,) bool
     """The rows of leaves that are scored by the strongest other token; None if there are none."""
-    flags = [leaf.rival for leaf in objective.leaves]
-    if not any(flags):
+    leaves = [index for index, leaf in enumerate(objective.leaves) if leaf.rival]
+    if not leaves:
         return None
-    leaf = (sequence_ids // max(examples, 1)).clamp(0, len(flags) - 1)
-    return torch.tensor(flags, device=sequence_ids.device)[leaf]
+    of_row = sequence_ids // max(examples, 1)
+    return torch.stack([of_row == leaf for leaf in leaves]).any(0)

@@ -96,6 +96,14 @@ class Kernels(Protocol):
     ) -> None:
         """out = factor * (slope * weight[target] - pull / total); no weight where target is -1."""
 
+    def add_rows(
+        self,
+        total: Tensor,  # (V, H)
+        index: Tensor,  # (r,) int64 in [0, V), r > 0
+        rows: Tensor,  # (r, H) wide
+    ) -> None:
+        """total[index] += rows, with wide sums also where total is half."""
+
 
 class Scores(NamedTuple):
     """RowStats made into log-probs, over all shards."""

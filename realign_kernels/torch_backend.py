@@ -109,6 +109,28 @@ def finish(
     out.copy_((push - pull / scores.total[:, None]) * factor[:, None])
 
 
+def add_rows(
+    total: Tensor,  # (V, H)
+    index: Tensor,  # (r,) int64, r > 0
+    rows: Tensor,  # (r, H)
+) -> None:
+    """See `rows.Kernels`.
+
+    Equal indices are summed first. Their number stays on the device, so there are r sums: those
+    past the last distinct index repeat it, and write the same values again.
+    """
+    if total.dtype == rows.dtype:
+        total.index_add_(0, index, rows)
+        return
+    ordered, order = index.sort(stable=True)
+    place = (ordered[1:] != ordered[:-1]).cumsum(0)
+    place = torch.cat([place.new_zeros(1), place])
+    sums = rows.new_zeros(rows.shape).index_add_(0, place, rows[order])
+    slots = torch.arange(len(index), device=index.device).clamp_(max=place[-1])
+    distinct = torch.empty_like(ordered).index_copy_(0, place, ordered)[slots]
+    total[distinct] = (total[distinct] + sums[slots]).to(total.dtype)
+
+
 def backend() -> ChunkedBackend:
     """See `dispatch.Backend`."""
     import realign_kernels.torch_backend as kernels

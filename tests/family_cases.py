@@ -107,8 +107,8 @@ def outputs_of(module):
     return seen
 
 
-def with_lora(family):
-    vlm, _ = make(family)
+def with_lora(family, attention="sdpa"):
+    vlm, _ = make(family, attention=attention)
     linear = [m for m in vlm.model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
     model = ForestModel(vlm)
     torch.manual_seed(0)

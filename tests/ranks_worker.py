@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from runs import arguments
 
-from realign import model, parallel, train
+from realign import model, parallel, step, train
 from realign.images import ImageStore
 from realign.schedule import seed_step
 
@@ -19,12 +19,16 @@ GOOD = {
     "bundle": ImageStore.bundle,
     "forward": model.ForestModel.forward,
     "load": train.load_inputs,
+    "feed": step.Feed.__call__,
 }
 
 
 def plant(what, record, first):
-    """From step `first` on the record is bad, until `restore`."""
-    now = {"step": 0, "image": "", "name": ""}
+    """From step `first` on the record is bad, until `restore`.
+
+    A step is one micro-batch here. Batches are built ahead of steps, so both are counted.
+    """
+    now = {"step": 0, "fed": 0, "image": "", "name": ""}
 
     def load(*given, **more):
         inputs = GOOD["load"](*given, **more)
@@ -36,9 +40,13 @@ def plant(what, record, first):
         now["step"] = number
         seed_step(seed, number, rank)
 
+    def feed(self, *part):
+        now["fed"] += 1
+        return GOOD["feed"](self, *part)
+
     def bundle(store, key):
         good = GOOD["bundle"](store, key)
-        bad = what == "pixels" and now["step"] >= first and key == now["image"]
+        bad = what == "pixels" and now["fed"] >= first and key == now["image"]
         return {"pixel_values": torch.full_like(good["pixel_values"], torch.nan)} if bad else good
 
     def forward(self, batch, *more):
@@ -49,12 +57,13 @@ def plant(what, record, first):
 
     train.load_inputs, train.seed_step = load, note
     ImageStore.bundle, model.ForestModel.forward = bundle, forward
+    step.Feed.__call__ = feed
 
 
 def restore():
     """Undo `plant`."""
     train.load_inputs, train.seed_step = GOOD["load"], seed_step
-    ImageStore.bundle = GOOD["bundle"]
+    ImageStore.bundle, step.Feed.__call__ = GOOD["bundle"], GOOD["feed"]
     model.ForestModel.forward = GOOD["forward"]
 
 

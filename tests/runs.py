@@ -19,9 +19,9 @@ CURVE_TOLERANCE = 1e-5
 
 
 def arguments(pairs, output, *more, steps=6):
-    """The command line of a short run on digit pairs."""
+    """The command line of a short run on digit pairs, in fp32 on every device."""
     given = ["--pairs", pairs, "--output", output, "--steps", steps, "--batch-size", 8]
-    given += ["--micro-batch-size", 8, "--quiet", *more]
+    given += ["--micro-batch-size", 8, "--dtype", "fp32", "--quiet", *more]
     return [str(word) for word in given]
 
 

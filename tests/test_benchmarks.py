@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compare, race, readme, report, results, roofline, targets
+from benchmarks.gpu import pages
 from benchmarks.results import Entry, Run
 from realign_kernels.chunked import even_step
 
@@ -295,7 +296,8 @@ class TestPages:
     def test_committed_pages_are_what_the_committed_results_give(self):
         """Nothing in them is typed by hand."""
         earlier = report.read_earlier(results.FOLDER)
-        text = report.page(*report.read_runs(results.FOLDER), draw=False, earlier=earlier)
+        shown = {"draw": False, "earlier": earlier, "check": pages.load()}
+        text = report.page(*report.read_runs(results.FOLDER), **shown)
         assert report.PAGE.read_text() == text
         for name in ("head", "error", "memory", "step", "scaling"):
             assert (report.PICTURES / f"{name}.png").stat().st_size > 10_000
@@ -307,7 +309,7 @@ class TestPages:
         assert page.read_text() == (ROOT / "README.md").read_text()
 
     def test_the_calculation_for_gpus_is_the_scripts(self):
-        assert roofline.FILE.read_text() == roofline.page()
+        assert roofline.FILE.read_text() == roofline.page(pages.load())
 
 
 class TestRoofline:

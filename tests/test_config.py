@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, fields
 
 import pytest
+import torch
 
 from realign import cli, config
 from realign.cache import CacheConfig, FillConfig
@@ -23,7 +24,7 @@ OPTIONS = {
         "lora_rank": 128,
         "lora_alpha": 256.0,
         "train_vision": False,
-        "dtype": "fp32",
+        "dtype": "auto",
         "attention": "auto",
     },
     config.DataConfig: {"pairs": None, "max_response_tokens": 1024, "row_tokens": 0},
@@ -67,7 +68,7 @@ OPTIONS = {
         "pairs": None,
         "model": None,
         "objective": "rdpo",
-        "dtype": "fp32",
+        "dtype": "auto",
         "attention": "tree",
         "max_response_tokens": 1024,
         "row_tokens": 0,
@@ -169,9 +170,10 @@ def test_option_names_are_unique_over_the_sections_of_training():
     sections = zip(("model", "data", "loss", "optim", "scale", "run"), TRAIN, strict=True)
     defaults = {section: dict(OPTIONS[cls]) for section, cls in sections}
     defaults["optim"]["learning_rate"] = 5e-5  # 0 means: as suits the model
-    defaults["model"]["attention"] = "tree"  # auto, without --compile
+    defaults["model"]["attention"] = "tree"  # auto
+    defaults["model"]["dtype"] = "bf16" if torch.cuda.is_available() else "fp32"  # auto
     assert tree == defaults
-    assert config.parse(["--compile"]).model.attention == "sdpa"
+    assert config.parse(["--compile"]).model.attention == "tree"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,14 @@ def test_option_names_are_unique_over_the_sections_of_training():
 )
 def test_the_learning_rate_suits_the_model(arguments, rate):
     assert config.parse(arguments).optim.learning_rate == rate
+
+
+@pytest.mark.parametrize(("cuda", "found"), [(True, "bf16"), (False, "fp32")])
+def test_the_dtype_suits_the_device(cuda, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert config.parse([]).model.dtype == FillConfig(pairs="x").dtype == found
+    assert config.parse(["--dtype", "fp32"]).model.dtype == "fp32"
+    assert config.parse([]).sharded == cuda  # FSDP2 keeps what is trained in fp32
 
 
 @pytest.mark.parametrize(
@@ -275,9 +285,11 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--nproc-per-node", "3"], "nproc_per_node would have no effect.*--fsdp"),
         (["--replicas", "2"], "replicas would have no effect.*--fsdp"),
         (["--fsdp", "--replicas", "0"], "replicas is 0"),
-        (["--compile", "--attention", "tree"], "would compile again.*sdpa with --compile"),
         (["--liger", "--compile"], "liger and compile both fuse"),
-        (["--attention", "flash"], "'flash', which computes in half.* Add --dtype bf16"),
+        (
+            ["--attention", "flash", "--dtype", "fp32"],
+            "'flash', which computes in half.* Add --dtype bf16",
+        ),
         (
             ["--attention", "math"],
             "attention is 'math'; it must be one of auto, tree, sdpa, eager, flex, flash",
@@ -289,7 +301,7 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         (["--beta", "0"], "beta is 0.0; it must be finite and above 0"),
         (["--beta", "nan"], "beta is nan"),
         (["--tune", "qlora"], "tune is 'qlora'; it must be one of lora, full"),
-        (["--dtype", "fp16"], "dtype is 'fp16'; it must be one of fp32, bf16"),
+        (["--dtype", "fp16"], "dtype is 'fp16'; it must be one of auto, fp32, bf16"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--keep", "0"], "keep is 0"),
         (["--micro-batch-size", "-1"], "micro_batch_size is -1"),

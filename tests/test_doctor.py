@@ -136,13 +136,13 @@ def test_a_package_that_is_too_old(capsys, monkeypatch, tmp_path):
 def test_optional_packages_that_are_too_old_or_broken(capsys, monkeypatch, tmp_path):
     _install(tmp_path, "ray", "2.9.3")
     _install(tmp_path, "wandb", "0.1", "raise ImportError('_w.so: undefined symbol: w')")
-    _install(tmp_path, "flash_attn", "2.8", "raise ImportError('no GPU')")
+    _install(tmp_path, "liger_kernel", "0.8", "raise ImportError('no GPU')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     out = _printed(capsys, 1)
     assert "BAD ray" in out and "2.9.3, too old: needs >= 2.60: pip install 'ray>=2.60'" in out
     assert "BAD wandb" in out and "0.1, but it cannot be imported: _w.so: undefined symbol" in out
-    assert "--  flash-attn" in out  # of no use here
+    assert "--  liger-kernel" in out  # of no use here
     assert "ok  datasets" in out and out.endswith("broken: ray, wandb\n")
 
 

@@ -69,7 +69,7 @@ def log_probs_are_the_same(family, attention="sdpa"):
 def attentions(family):
     """What the language model attends with, the default first."""
     used = []
-    for attention in ("tree", "sdpa", "eager"):
+    for attention in ("tree", "flash", "sdpa", "eager"):
         log_probs_are_the_same(family, attention)
         used.append(ForestModel(make(family, attention=attention)[0]).attention)
     return ", ".join(dict.fromkeys(used))
@@ -286,16 +286,11 @@ def test_what_is_done_otherwise_is_said(monkeypatch):
         assert re.search(expected, line)
 
 
-def test_flash_attention_has_a_row_for_each_response():
-    def with_flash(family):
-        vlm, _ = make(family)
-        vlm.model.get_decoder().config._attn_implementation_internal = "flash_attention_2"
-        return ForestModel(vlm)
-
-    assert "takes no mask that hides one response" in with_flash("llava").layout.separate
-    for family in ("gemma3", "paligemma"):
-        with pytest.raises(ValueError, match="neither softcap nor .* both ways.* Use sdpa"):
-            with_flash(family)
+def test_attention_that_takes_no_forest_is_refused():
+    vlm, _ = make("llava")
+    vlm.model.get_decoder().config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="by 'flash_attention_2', .* Load it .* tree_varlen"):
+        ForestModel(vlm)
 
 
 def test_models_that_no_forest_can_be_laid_out_for_are_refused():

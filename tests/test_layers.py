@@ -91,9 +91,10 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
 
 
 @torch._inductor.config.patch(compile_threads=1)  # no worker processes, which import torch
-def test_compiled_layers_change_nothing_beyond_rounding(digits):
+@pytest.mark.parametrize("kind", ["sdpa", "flash"])
+def test_compiled_layers_change_nothing_beyond_rounding(digits, kind):
     examples, store, _ = digits
-    plain, compiled = (forest_model(attention="sdpa", layers=1) for _ in range(2))
+    plain, compiled = (forest_model(attention=kind, layers=1) for _ in range(2))
     layers = sharding.trained_layers(compiled)
     sharding.wrap_layers(layers, compiled=True, checkpointed=True)
     for part in (examples[:6], examples[6:9]):

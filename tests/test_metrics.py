@@ -20,7 +20,7 @@ from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl, step_line
 from realign.model import ForestModel
 from realign.records import read_pairs
-from realign.throughput import TIMING, cost_of, image_flop, peak_flops, work_of
+from realign.throughput import TIMING, WORK, cost_of, image_flop, peak_flops, work_of
 from realign.train import main, train
 
 
@@ -40,7 +40,7 @@ def test_work_is_what_the_batch_holds(forest):
     examples, batch, _ = forest
     real = batch.segment >= 0
     mask = batch.attention_mask()[:, 0] & real[:, :, None] & real[:, None, :]
-    work = {name: int(value) for name, value in work_of(batch, examples).items()}
+    work = dict(zip(WORK, work_of(batch, examples).tolist(), strict=True))
     assert work == {
         "work/tokens": int(real.sum()),
         "work/separate": sum(
@@ -63,14 +63,14 @@ def test_flop_are_those_that_torch_counts(forest, learns):
     model = ForestModel(vlm, train_vision=learns == "vision")
     if learns == "lora":
         add_lora(vlm, 16, 32)
-    per_image_token = image_flop(model, store)
+    per_image_token = image_flop(model, store, torch.device("cpu"))
     # A root with its first leaf is one square, further leaves are rectangles.
     pairs = sum(
         (root + first) ** 2 + sum(leaf * (root + leaf) for leaf in more)
         for row in batch.trees
         for root, first, *more in row
     )
-    work = {name: float(value) for name, value in work_of(batch, examples).items()}
+    work = dict(zip(WORK, work_of(batch, examples).tolist(), strict=True))
     work |= {"work/tokens": batch.input_ids.numel(), "work/pairs": pairs}
     # torch counts addmm out of place only.
     inplace = {torch.ops.aten.addmm_: lambda *shapes, **_: addmm_flop(*shapes[:3])}

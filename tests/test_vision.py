@@ -11,6 +11,8 @@ from realign.model import ForestModel
 from realign.records import read_pairs
 from realign.vision import FeatureCache, fill
 
+CPU = torch.device("cpu")
+
 
 def features(seed, dtype=torch.bfloat16):
     """Features of one image: a table of tokens and one level of a deep stack."""
@@ -82,11 +84,11 @@ def test_fill_computes_each_distinct_image_once(cache):
 
     told = []
     images = [str(i) for i in (5, 3, 5, 1, 4, 1, 9)]
-    options = {"batch_images": 2, "progress": False, "say": told.append}
-    fill(cache, images, compute, **options)
+    options = {"batch_images": 2, "progress": False, "say": told.append, "device": CPU}
+    fill(cache, images, list, compute, **options)
     assert sorted(asked) == ["1", "3", "4", "5", "9"]
     assert all(same(cache.get(image), features(int(image))) for image in images)
-    fill(cache, [*images, "7"], compute, **options)
+    fill(cache, [*images, "7"], list, compute, **options)
     assert sorted(asked) == ["1", "3", "4", "5", "7", "9"]
     assert told[0].startswith("image features: 0 of 5 known") and "5 of 6 known" in told[1]
 
@@ -97,7 +99,9 @@ def test_the_file_limit_loses_nothing(cache, monkeypatch):
     fill(
         cache,
         images,
+        list,
         lambda names: [features(int(name)) for name in names],
+        device=CPU,
         batch_images=2,
         progress=False,
         say=lambda _: None,

@@ -40,15 +40,15 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
 
     Args:
         family: one of `FAMILIES`, or "qwen3_5", whose first layer carries a state.
-        attention: `attn_implementation`, or "tree". PaliGemma takes eager for it and for "sdpa",
-            which lack the softcap of Gemma 2.
+        attention: `attn_implementation`, or "tree" or "flash". PaliGemma takes eager for these and
+            for "sdpa", which lack the softcap of Gemma 2.
         seed: of the weights.
     """
     processor = make_processor(family)
     config = AutoConfig.for_model(family, **_CONFIGS[family](processor))
-    if attention == "tree" and family != "paligemma":
-        attention = {"": "sdpa", "text_config": IMPLEMENTATIONS["tree"]}
-    if family == "paligemma" and attention in ("tree", "sdpa"):
+    if attention in ("tree", "flash") and family != "paligemma":
+        attention = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    if family == "paligemma" and attention in ("tree", "flash", "sdpa"):
         attention = {"text_config": "eager", "vision_config": "sdpa"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

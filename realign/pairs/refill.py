@@ -130,7 +130,7 @@ def alone_because(vlm, processor) -> str | None:
     if others := sorted(set(layout.kinds) - {FULL, SLIDING}):
         return f"its {', '.join(others)} layers keep a state that cannot be padded"
     attention = vlm.model.get_decoder().config._attn_implementation
-    if attention not in (tree_attention.NAME, "sdpa", "eager"):
+    if attention not in (*tree_attention.NAMES, "sdpa", "eager"):
         return f"{attention} takes no mask for rows of unequal length"
     if processor.tokenizer.pad_token is None:
         return "its tokenizer has no padding token"

@@ -214,6 +214,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
             model=str(folder / f"seed{seed}" / "base"),
             lora_rank=bed.lora_rank,
             lora_alpha=2.0 * bed.lora_rank,
+            dtype="fp32",
         ),
         data=DataConfig(pairs=str(pairs)),
         loss=LossConfig(objective=arm.objective, beta=arm.beta, visual_weight=arm.visual_weight),

@@ -5,8 +5,10 @@ from realign_kernels.torch_backend import buffers, empty, finish, gemm, release
 from realign_kernels.triton.forward import head_stats
 from realign_kernels.triton.loss import preference_sums, supports
 from realign_kernels.triton.rows import read_rows
+from realign_kernels.triton.scatter import add_rows
 
 __all__ = [
+    "add_rows",
     "backend",
     "buffers",
     "empty",

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from realign_kernels import objectives
-from realign_kernels.triton import forward, loss, rows
+from realign_kernels.triton import forward, loss, rows, scatter
 from realign_kernels.triton.logits import assume_device
 
 PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -99,6 +99,12 @@ def _loss(name: str, count: int, examples: int):
     loss.preference_sums(logps, _long(count), _long(count), table, objective)
 
 
+def _scatter(count: int, width: int, dtype: torch.dtype = torch.float32):
+    """A launch of the scatter-add of `count` rows."""
+    total = _empty(32000, width, dtype=dtype)
+    scatter.add_rows(total, _long(count), _empty(count, width, dtype=torch.float32))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "rows fp32 to bf16": lambda: _read(torch.float32, 151936),
     "rows fp32, all options": lambda: _read(torch.float32, 151936, options=True),
@@ -112,6 +118,8 @@ CASES: dict[str, Callable[[], None]] = {
     "head float32 ragged": lambda: _head(4096, 4095, 32003, torch.float32),
     "head pointers": lambda: _head(4096, 4095, 32003),
     "loss": lambda: _loss("mdpo", 4096, 32),
+    "scatter fp32": lambda: _scatter(3072, 4096),
+    "scatter bf16": lambda: _scatter(3072, 4096, torch.bfloat16),
 }
 
 ONES: dict[str, Callable[[], None]] = {
@@ -119,6 +127,7 @@ ONES: dict[str, Callable[[], None]] = {
     "head of one": lambda: _head(1, 8, 1),
     "head of one, pointers": lambda: _head(1, 1, 1),
     "loss of one": lambda: _loss("dpo", 1, 1),
+    "scatter of one": lambda: _scatter(1, 1),
 }
 """Triton makes arguments that are 1 constants, so other code is compiled."""
 

@@ -154,32 +154,33 @@ def head_stats(
         if described:
             left = TensorDescriptor.from_tensor(hidden, [config.rows, config.depth])
             right = TensorDescriptor.from_tensor(weight, [config.columns, config.depth])
-        head_kernel[(row_blocks * splits,)](
-            left,
-            right,
-            labels.contiguous(),
-            bias,
-            logit,
-            peaks,
-            totals,
-            count,
-            vocabulary,
-            width,
-            hidden.stride(0),
-            weight.stride(0),
-            splits,
-            tiles_per_split,
-            softcap,
-            1 / temperature,
-            BLOCK_ROWS=config.rows,
-            BLOCK_COLUMNS=config.columns,
-            BLOCK_DEPTH=config.depth,
-            GROUP=config.group,
-            DESCRIPTORS=described,
-            EVEN_DEPTH=width % config.depth == 0,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        with torch.cuda.device_of(hidden):
+            head_kernel[(row_blocks * splits,)](
+                left,
+                right,
+                labels.contiguous(),
+                bias,
+                logit,
+                peaks,
+                totals,
+                count,
+                vocabulary,
+                width,
+                hidden.stride(0),
+                weight.stride(0),
+                splits,
+                tiles_per_split,
+                softcap,
+                1 / temperature,
+                BLOCK_ROWS=config.rows,
+                BLOCK_COLUMNS=config.columns,
+                BLOCK_DEPTH=config.depth,
+                GROUP=config.group,
+                DESCRIPTORS=described,
+                EVEN_DEPTH=width % config.depth == 0,
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
     peak = peaks.amax(0)
     total = (totals * (peaks - peak).exp()).sum(0)
     slope = torch.full_like(logit, 1 / temperature)

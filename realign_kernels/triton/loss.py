@@ -248,34 +248,35 @@ def preference_sums(
         loss.zero_()
         coefficients.zero_()
     else:
-        loss_kernel[(examples,)](
-            logps.contiguous(),
-            labels.contiguous(),
-            sequence_ids.contiguous(),
-            reference_logps.contiguous(),
-            coefficients,
-            sums,
-            counts,
-            rewards,
-            terms,
-            losses,
-            loss,
-            outside,
-            finished,
-            len(logps),
-            examples,
-            ignore_index,
-            objective.beta,
-            table.weights,
-            table.deltas,
-            POSITIVE=table.positive,
-            NEGATIVE=table.negative,
-            LEAVES=leaves,
-            PADDED=triton.next_power_of_2(leaves),
-            MEAN=reduction == "mean",
-            BLOCK=LOSS_BLOCK,
-            num_warps=LOSS_WARPS,
-        )
+        with torch.cuda.device_of(logps):
+            loss_kernel[(examples,)](
+                logps.contiguous(),
+                labels.contiguous(),
+                sequence_ids.contiguous(),
+                reference_logps.contiguous(),
+                coefficients,
+                sums,
+                counts,
+                rewards,
+                terms,
+                losses,
+                loss,
+                outside,
+                finished,
+                len(logps),
+                examples,
+                ignore_index,
+                objective.beta,
+                table.weights,
+                table.deltas,
+                POSITIVE=table.positive,
+                NEGATIVE=table.negative,
+                LEAVES=leaves,
+                PADDED=triton.next_power_of_2(leaves),
+                MEAN=reduction == "mean",
+                BLOCK=LOSS_BLOCK,
+                num_warps=LOSS_WARPS,
+            )
     return LossOutput(
         loss.view(()), coefficients, sums, counts, rewards, terms, losses.view(-1), outside
     )

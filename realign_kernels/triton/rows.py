@@ -135,19 +135,20 @@ def read_rows(
     if count == 0:
         return stats
     config = row_config(device_facts(logits)[0], vocabulary)
-    rows_kernel[(count,)](
-        logits,
-        labels.contiguous(),
-        bias,
-        None if rival is None else rival.contiguous().view(torch.uint8),
-        others,
-        *stats,
-        vocabulary,
-        logits.stride(0),
-        0 if others is None else others.stride(0),
-        softcap,
-        1 / temperature,
-        BLOCK=config.block,
-        num_warps=config.warps,
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        rows_kernel[(count,)](
+            logits,
+            labels.contiguous(),
+            bias,
+            None if rival is None else rival.contiguous().view(torch.uint8),
+            others,
+            *stats,
+            vocabulary,
+            logits.stride(0),
+            0 if others is None else others.stride(0),
+            softcap,
+            1 / temperature,
+            BLOCK=config.block,
+            num_warps=config.warps,
+        )
     return stats

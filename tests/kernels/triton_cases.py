@@ -29,11 +29,11 @@ _before = os.environ.get("TRITON_INTERPRET")
 if DEVICE == "cpu":
     _set_interpret("1")
 try:
-    from realign_kernels.triton import forward, loss, rows
+    from realign_kernels.triton import forward, loss, rows, scatter
 finally:
     _set_interpret(_before)
 
-__all__ = ["DEVICE", "TRITON_DTYPES", "forward", "interpreted", "loss", "rows"]
+__all__ = ["DEVICE", "TRITON_DTYPES", "forward", "interpreted", "loss", "rows", "scatter"]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,162 @@
+"""GPU check, the command: `python -m benchmarks.gpu --out DIR --budget 470`.
+
+Runs the parts, most valuable first, each as a process of its own. A part that crashes, hangs or
+runs out of memory costs only itself: the parent kills it with its children, keeps the tail of its
+output and starts the next. A second call with the same DIR runs only what is missing.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from benchmarks.gpu.record import LOST, RESULTS, append, failed, latest, read, without_folders
+from benchmarks.gpu.table import table
+
+PARTS = ("facts", "correct", "attention", "head", "step", "train", "variants")
+"""Most valuable first: what is cut off by the budget is worth least."""
+LOG = "log.txt"
+LEAST = 5.0
+"""Seconds below which a part is not started: its imports alone take as long."""
+REHEARSAL = 5.0
+"""Factor of a part's limit in a rehearsal: small shared CPUs import torch several times slower."""
+TAIL = 1000
+"""Characters of a failed part's output that are kept in the results."""
+
+
+def module_of(part: str) -> str:
+    """A part of this package by its name; any other by its dotted path."""
+    return part if "." in part else f"benchmarks.gpu.{part}"
+
+
+def limit_of(module: str) -> float:
+    """LIMIT of a part, in seconds, read without an import: a part must not take the parent down.
+
+    Raises:
+        ValueError: the module is not there or has no LIMIT.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise ValueError(f"there is no module {module}")
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        names = [ast.unparse(t) for t in (node.targets if isinstance(node, ast.Assign) else ())]
+        if names == ["LIMIT"]:
+            return float(ast.literal_eval(node.value))
+    raise ValueError(f"{module} has no LIMIT = seconds at its top level")
+
+
+def complete(folder: Path, part: str) -> bool:
+    """Whether earlier calls ran the part to its end and no case has failed."""
+    lines = [line for line in read(folder / RESULTS) if line["part"] == part]
+    ends = [line for line in lines if "case" not in line]
+    return bool(ends) and "done" in ends[-1] and not any(map(failed, latest(lines).values()))
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills a part with all its descendants; also those that left its process group."""
+    children = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+
+
+def run_once(module: str, folder: Path, seconds: float, call: int, rehearse: bool) -> int | None:
+    """One process of a part; returns its exit code, or None after the time limit."""
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", module, "--out", str(folder)]
+    command += ["--seconds", f"{seconds:.1f}", "--call", str(call)]
+    command += ["--rehearse"] if rehearse else []
+    with (folder / LOG).open("a") as log:
+        print(f"== {module}, call {call}, {seconds:.0f} s", file=log, flush=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        kill(process)
+
+
+def run_part(module: str, folder: Path, seconds: float, call: int, rehearse: bool) -> str | None:
+    """Runs a part, again after each loss of its CUDA context; returns why it failed, if it did."""
+    end = time.monotonic() + seconds
+    while True:
+        failures = sum(map(failed, read(folder / RESULTS)))
+        code = run_once(module, folder, end - time.monotonic(), call, rehearse)
+        if code is None:
+            return f"time limit {seconds:.0f} s"
+        if code == 0:
+            return None
+        found = sum(map(failed, read(folder / RESULTS)))
+        # Each restart has one case less to run, so this ends.
+        if code != LOST or found == failures or end - time.monotonic() < LEAST:
+            return f"exit code {code}"
+
+
+def run(part: str, folder: Path, left: float, call: int, rehearse: bool) -> None:
+    """Runs one part within what is left of the budget and records how it ended."""
+    name, began, log = part.rpartition(".")[2], time.monotonic(), folder / LOG
+    start = log.stat().st_size if log.exists() else 0
+    try:
+        limit = min(limit_of(module_of(part)) * (REHEARSAL if rehearse else 1), left)
+        why = "the budget is spent"
+        if limit >= LEAST:
+            why = run_part(module_of(part), folder, limit, call, rehearse)
+    except (ValueError, SyntaxError, ImportError) as error:
+        why = str(error)
+    seconds = round(time.monotonic() - began, 1)
+    line = {"part": name, "call": call, "seconds": seconds}
+    if why is None:
+        line["done"] = True
+    else:
+        output = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
+        line |= {"failed": why, "tail": without_folders(output)[-TAIL:]}
+    append(folder / RESULTS, line)
+    print(f"{name}: {why or 'done'} after {seconds} s", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is missing and prints the table; 0 when every part is complete."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--budget", type=float, default=470.0, help="seconds for all parts")
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        help="names, or dotted paths of modules, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    given = parser.parse_args(arguments)
+    end, parts = time.monotonic() + given.budget, given.parts.split(",")
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = given.out / RESULTS
+    call = 1 + max((line["call"] for line in read(results)), default=0)
+    # Ends the running part and prints the table where a batch system ends this command.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    names = [part.rpartition(".")[2] for part in parts]
+    try:
+        for part, name in zip(parts, names, strict=True):
+            if not complete(given.out, name):
+                run(part, given.out, end - time.monotonic(), call, given.rehearse)
+    finally:
+        print("\n".join(table(read(results), names)))
+    return 0 if all(complete(given.out, name) for name in names) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

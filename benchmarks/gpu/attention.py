@@ -1,0 +1,225 @@
+"""Attention of one layer over the trees of a real batch: 24 calls of different lengths, or one.
+
+Eight examples, each with two images and three responses: per example one root with two leaves and
+one with one, so three calls by `tree`. Timed are forward and backward; errors are those of outputs
+and gradients against fp32, relative to their norms.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+from transformers.integrations.flex_attention import flex_attention_forward
+
+from benchmarks import step_contestants
+from benchmarks.gpu.measure import figures
+from benchmarks.gpu.record import Record
+from realign import tree_attention
+from realign.attention import forest_mask
+from realign.forest import Example, ForestBatch, Leaf, Root, build_batch
+from realign.images import ImageStore
+from realign.layouts import Layout
+
+Attend = Callable[..., Tensor]
+"""(queries, keys, values), each (1, heads, T, D) -> output of that shape."""
+
+LIMIT = 25.0
+TORCH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A layer, and the ends of the lengths of a batch."""
+
+    heads: int
+    width: int
+    examples: int
+    root: tuple[int, int]
+    leaf: tuple[int, int]
+
+
+LLAVA = Sizes(heads=32, width=128, examples=8, root=(600, 700), leaf=(50, 250))
+TOY = Sizes(heads=2, width=16, examples=2, root=(12, 20), leaf=(3, 9))
+
+
+def batch_of(sizes: Sizes) -> ForestBatch:
+    """A batch of which only the layout matters: one row, all lengths random."""
+    rng = np.random.default_rng(0)
+    store = ImageStore(None, Layout(0))
+    store.features = {}
+
+    def ids(ends: tuple[int, int]) -> np.ndarray:
+        return rng.integers(1, 1 << 30, rng.integers(*ends))
+
+    examples = []
+    for i in range(sizes.examples):
+        roots = Root((), ids(sizes.root)), Root((), ids(sizes.root))
+        chosen, rejected = ids(sizes.leaf), ids(sizes.leaf)
+        leaves = Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen)
+        examples.append(Example(str(i), roots, leaves))
+    tokens = sum(example.tokens for example in examples)
+    return build_batch(examples, store, row_tokens=tokens)
+
+
+class Layer:
+    """Queries, keys and values of a batch, the gradient of the output, and the fp32 truth."""
+
+    def __init__(self, sizes: Sizes, device: str) -> None:
+        self.batch = batch_of(sizes).to(device)
+        self.trees, self.scale = self.batch.trees, sizes.width**-0.5
+        self.module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=True)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (1, sizes.heads, self.batch.input_ids.shape[1], sizes.width)
+        *self.states, self.grad = (
+            torch.randn(shape, generator=generator, device=device).bfloat16() for _ in range(4)
+        )
+        with sdpa_kernel(SDPBackend.MATH):
+            wide = [state.float() for state in self.states]
+            self.truth = both_ways(self.by_tree, wide, self.grad.float())
+
+    def by_tree(self, *states: Tensor) -> Tensor:
+        """SDPA for each tree, and for each further leaf of it."""
+        out, _ = tree_attention.forest_attention(self.module, *states, None, trees=self.trees)
+        return out.transpose(1, 2)
+
+    def errors(self, found: Sequence[Tensor]) -> dict[str, float]:
+        """Relative errors of the output and, where there are gradients, of the worst of them."""
+        error, *others = (
+            float((one.float() - true).norm() / true.norm())
+            for one, true in zip(found, self.truth, strict=False)
+        )
+        return {"output_error": error} | ({"gradient_error": max(others)} if others else {})
+
+
+def both_ways(attend: Attend, states: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """Output, (1, heads, T, D), and the gradients of queries, keys and values."""
+    states = [state.detach().requires_grad_() for state in states]
+    out = attend(*states)
+    return [out.detach(), *torch.autograd.grad(out, states, grad)]
+
+
+def timed(call: Callable[[], list[Tensor]], device: str) -> tuple[dict[str, float], list[Tensor]]:
+    """Figures of a call, the milliseconds of the first one among them, and its results."""
+    began = step_contestants.now()
+    found = call()
+    first = 1e3 * (step_contestants.now() - began)
+    return figures(call, device) | {"first_ms": first}, found
+
+
+def tree(layer: Layer, device: str, left: Callable[[], float]) -> dict[str, float]:
+    """24 calls of torch's SDPA by its own kernels."""
+    with sdpa_kernel(TORCH):
+        found, results = timed(partial(both_ways, layer.by_tree, layer.states, layer.grad), device)
+    return found | layer.errors(results)
+
+
+def varlen(layer: Layer, device: str, left: Callable[[], float]) -> dict[str, float]:
+    """One call of the operator for all trees; what it needs to know of the batch is made before."""
+    from realign.varlen_attention import forest_attention, sequences
+
+    parts = sequences(layer.trees, layer.grad.shape[2]).to(device)
+
+    def attend(*states: Tensor) -> Tensor:
+        rows = (state[0].transpose(0, 1) for state in states)
+        return forest_attention(*rows, *parts, layer.scale)[0].transpose(0, 1)[None]
+
+    found, results = timed(partial(both_ways, attend, layer.states, layer.grad), device)
+    return found | layer.errors(results)
+
+
+def padded(layer: Layer, device: str, left: Callable[[], float]) -> dict[str, float]:
+    """One causal call over a sequence for each leaf behind its own copy of its root, padded."""
+    rows, counted, start = [], [], 0
+    for root, *leaves in layer.trees[0]:
+        above, leaf = np.arange(start, start + root), start + root
+        for number, size in enumerate(leaves):
+            rows.append(torch.from_numpy(np.append(above, np.arange(leaf, leaf + size))))
+            counted.append(torch.ones(root + size, dtype=torch.bool))
+            counted[-1][:root] = number == 0  # the root's outputs, once
+            leaf += size
+        start = leaf
+    index = pad_sequence(rows, True).to(device)
+    real = pad_sequence([torch.ones(len(row)) for row in rows], True).to(device, torch.bool)
+    first = pad_sequence(counted, True).to(device)
+    copies = [state[0][:, index].transpose(0, 1).contiguous() for state in layer.states]
+    grad = layer.grad[0][:, index].transpose(0, 1) * first[:, None, :, None]
+    attend = partial(F.scaled_dot_product_attention, is_causal=True)
+    with sdpa_kernel(TORCH):
+        found, (out, *grads) = timed(partial(both_ways, attend, copies, grad), device)
+    results = [
+        torch.zeros(layer.grad.shape[1:], device=device).index_add_(
+            1, index[which], one.transpose(0, 1)[:, which].float()
+        )
+        for one, which in [(out, first), *((one, real) for one in grads)]
+    ]
+    return found | layer.errors([one[None] for one in results])
+
+
+def cudnn(layer: Layer, device: str, left: Callable[[], float]) -> dict[str, float]:
+    """SDPA with cuDNN first, as torch 2.11 has it on an H100, tree by tree.
+
+    It plans each new shape, so first calls are apart from repeated ones. It gets half of the time
+    that is left.
+    """
+    until = left() / 2
+    calls, start, spent = 0, 0, {"first_ms": 0.0, "ms": 0.0}
+    for one in layer.trees[0]:
+        size = sum(one)
+        part = [state[:, :, start : start + size] for state in (*layer.states, layer.grad)]
+
+        def attend(*states: Tensor, trees: tree_attention.Trees = ((one,),)) -> Tensor:
+            shared = {"trees": trees}
+            out, _ = tree_attention.forest_attention(layer.module, *states, None, **shared)
+            return out.transpose(1, 2)
+
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *TORCH], set_priority=True):
+            for name in spent:
+                began = step_contestants.now()
+                both_ways(attend, part[:3], part[3])
+                spent[name] += 1e3 * (step_contestants.now() - began)
+        start, calls = start + size, calls + len(one) - 1
+        if left() < until:
+            break
+    return {f"{name}_a_call": total / calls for name, total in spent.items()} | {"calls": calls}
+
+
+def flex(layer: Layer, device: str, left: Callable[[], float]) -> dict[str, float]:
+    """Flex attention with the forest's mask, compiled; on a CPU eagerly, and without backward.
+
+    There it has none, and to compile it takes 15 s.
+    """
+    mask = forest_mask(layer.batch, "flex_attention", torch.bfloat16)
+
+    def attend(*states: Tensor) -> Tensor:
+        return flex_attention_forward(layer.module, *states, mask)[0].transpose(1, 2)
+
+    if device == "cuda":
+        found, results = timed(partial(both_ways, attend, layer.states, layer.grad), device)
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            found, results = timed(lambda: [attend(*layer.states)], device)
+    return found | layer.errors(results)
+
+
+CASES = {
+    "tree, cuDNN off": tree,
+    "varlen": varlen,
+    "padded, cuDNN off": padded,
+    "tree, cuDNN on": cudnn,
+    "flex": flex,
+}
+
+
+def run(record: Record) -> None:
+    """All implementations on the same tensors."""
+    layer = Layer(TOY if record.rehearse else LLAVA, record.device)
+    for case in record.missing(CASES):
+        with record.attempt(case):
+            record(case, **CASES[case](layer, record.device, record.left))

@@ -1,0 +1,167 @@
+"""Correctness on the device: every kernel and public head function against fp64, most used first.
+
+A case whose error is over its budget is an error line, so that a second call runs it again.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.contestants import both_terms, eager
+from benchmarks.gpu import correct_kernels, correct_systems, truth
+from benchmarks.gpu.record import Record
+from realign_kernels import rdpo_loss, use_backend
+
+LIMIT = 70.0
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+SIZES = {
+    "usual": ((2048, 4096, 32000), (12, 32, 128)),
+    "one row": ((1, 4096, 32000), (1, 16, 97)),
+    "ragged": ((385, 4095, 32003), (7, 33, 131)),  # rows that TMA cannot address
+    "wide": ((256, 2048, 151936), (5, 16, 300)),
+    "tall": ((33792, 4096, 32000), (40, 32, 128)),
+}
+"""N, H, V on the device and in a rehearsal."""
+CAPPED = {"bias": True, "softcap": 8.0, "temperature": 1.7}
+HEADS: tuple[tuple[torch.dtype, str, str, str, dict], ...] = (
+    (BF16, "usual", "hidden", "frozen", {}),
+    (BF16, "usual", "all", "trained", {}),
+    (BF16, "usual", "nothing", "no gradient", {}),
+    (BF16, "ragged", "hidden", "frozen ragged", {}),
+    (BF16, "ragged", "all", "trained ragged", {}),
+    (BF16, "ragged", "nothing", "no gradient ragged", {}),
+    (BF16, "usual", "hidden", "frozen capped", CAPPED),
+    (BF16, "usual", "all", "trained capped", CAPPED),
+    (BF16, "usual", "nothing", "no gradient capped", CAPPED),
+    (BF16, "wide", "hidden", "frozen runner-up", {"rival": True}),
+    (BF16, "usual", "hidden", "frozen strided", {"strided": True}),
+    (BF16, "one row", "hidden", "frozen one row", {}),
+    (BF16, "one row", "nothing", "no gradient one row", {}),
+    (FP16, "usual", "hidden", "frozen", {}),
+    (FP16, "usual", "all", "trained", {}),
+    (FP16, "usual", "nothing", "no gradient", {}),
+    (FP32, "usual", "hidden", "frozen", {}),
+    (FP32, "usual", "all", "trained", {}),
+    (FP32, "usual", "nothing", "no gradient", {}),
+    (FP32, "ragged", "all", "trained ragged", {}),
+    (FP32, "ragged", "nothing", "no gradient ragged", {}),
+    (FP16, "ragged", "all", "trained capped ragged", CAPPED),
+    (FP16, "wide", "all", "trained runner-up", {"rival": True}),
+    (BF16, "wide", "nothing", "no gradient wide", {}),
+    (BF16, "tall", "hidden", "frozen tall", {}),
+    (BF16, "tall", "all", "trained tall", {}),
+    (BF16, "tall", "nothing", "no gradient tall", {}),
+)
+"""dtype, size, what trains, name, options of `truth.make`."""
+REPEATS = 50
+POISON = 2**30
+"""Numbers in the NaN-filled block that the allocator then hands out again: 4 GiB."""
+
+
+def poison(device: str) -> None:
+    """Leaves NaN in the memory that CUDA's allocator hands out next; after inputs are made."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        blocks = [torch.full((POISON,), torch.nan, device=device)]
+        blocks += [torch.full((2**17,), torch.nan, device=device) for _ in range(64)]
+        torch.cuda.synchronize()
+        del blocks
+
+
+def backend(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """The default on CUDA; on a CPU Triton interpreted, which rounds fp32 to bf16 wrongly."""
+    if device == "cuda":
+        return contextlib.nullcontext()
+    return use_backend("torch" if dtype == BF16 else "triton")
+
+
+def head(record: Record, dtype: torch.dtype, size: str, trains: str, options: dict) -> dict:
+    """`linear_logprobs` against fp64."""
+    problem = truth.make(SIZES[size][record.rehearse], dtype, record.device, **options)
+    poison(record.device)
+    with backend(record.device, dtype):
+        value = truth.ours(problem, trains)
+    exact = truth.plain(problem, torch.float64, truth.BLOCK)
+    return truth.within_budget(value, truth.plain(problem, dtype), exact, dtype)
+
+
+def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
+    """`rdpo_loss`: loss and gradients against fp64; references of 0, as the contestants have."""
+    size = (2, 5, 16, 97) if record.rehearse else (8, 32, 4096, 32000)
+    batch = truth.preference(*size, dtype, record.device)
+    exact_loss, exact = truth.preference_truth(batch)
+
+    def run(loss: Callable) -> truth.Answer:
+        hidden = batch.hidden.detach().requires_grad_()
+        weight = batch.weight.detach().requires_grad_(trains)
+        value = loss(hidden, weight, batch.labels)
+        value.backward()
+        return truth.Answer(value.detach()[None], hidden.grad.flatten(0, -2), weight.grad)
+
+    zeros = torch.zeros(batch.labels.shape[:2], device=record.device)
+    poison(record.device)
+    with backend(record.device, dtype):
+        value = run(lambda *given: rdpo_loss(*given, zeros).loss)
+    exact = exact._replace(logps=exact_loss[None])
+    return truth.within_budget(value, run(both_terms(eager)()), exact, dtype)
+
+
+def repeats(record: Record, trains: str) -> dict:
+    """`REPEATS` calls on the same inputs: which results differ in any bit from the first."""
+    problem = truth.make(SIZES["usual"][record.rehearse], BF16, record.device)
+    first, different = truth.ours(problem, trains), set()
+    times = 2 if record.rehearse else REPEATS
+    for _ in range(times):
+        again = zip(truth.Answer._fields, first, truth.ours(problem, trains), strict=True)
+        different |= {name for name, a, b in again if a is not None and not torch.equal(a, b)}
+    assert not different, f"{sorted(different)} differ between {times} calls on the same inputs"
+    return {"equal": times}
+
+
+def second_device(record: Record) -> dict:
+    """Tensors on cuda:1 while cuda:0 is current; where there is one device, that is recorded."""
+    if record.rehearse or torch.cuda.device_count() < 2:
+        return {"devices": 1}
+    problem = truth.make(SIZES["ragged"][0], BF16, "cuda:1")
+    exact, near = truth.plain(problem, torch.float64), truth.plain(problem, BF16)
+    return truth.within_budget(truth.ours(problem, "all"), near, exact, BF16)
+
+
+def cases(record: Record) -> dict[str, Callable[[], dict]]:
+    """All cases by name, most valuable first."""
+    heads = {
+        f"linear_logprobs {NAMES[dtype]}/{name}": partial(head, record, dtype, *rest, options)
+        for dtype, *rest, name, options in HEADS
+    }
+    losses = {
+        f"rdpo_loss {NAMES[dtype]}/{'trained' if trains else 'frozen'}": partial(
+            preference, record, dtype, trains
+        )
+        for dtype in NAMES
+        for trains in (False, True)
+    }
+    equal = {
+        f"repeats/{trains}": partial(repeats, record, trains)
+        for trains in ("hidden", "all", "nothing")
+    }
+    first = dict(list(heads.items())[:6] + list(losses.items())[:2])
+    return {
+        **first,
+        **correct_kernels.cases(record),
+        **equal,
+        **correct_systems.cases(record),
+        **heads,
+        **losses,
+        "second device": partial(second_device, record),
+    }
+
+
+def run(record: Record) -> None:
+    """Each case costs only itself; see `Record.attempt`."""
+    found = cases(record)
+    for case in record.missing(found):
+        with record.attempt(case):
+            record(case, **found[case]())

@@ -1,0 +1,162 @@
+"""Correctness of each Triton kernel called directly: row kernel, fused head, loss kernel."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import truth
+from benchmarks.gpu.record import Record
+from realign_kernels import objectives
+from realign_kernels.rows import RowStats
+from realign_kernels.triton.forward import head_stats
+from realign_kernels.triton.loss import preference_sums
+from realign_kernels.triton.rows import read_rows
+
+ROWS = ((512, 32000), (5, 131))
+RAGGED_ROWS = ((33, 151937), (5, 97))
+HEADS = {
+    "wide": ((300, 4096, 32000), (20, 24, 150)),
+    "narrow": ((300, 512, 4000), (20, 16, 90)),
+    "few rows": ((40, 4096, 32000), (3, 24, 150)),
+    "ragged": ((300, 4095, 32003), (20, 23, 150)),
+}
+"""A size for each bin of `configs.GEMMS`, on the device and in a rehearsal."""
+STATS = 5e-6
+"""Relative error of fp32 statistics of given logits: exp and sums of V terms."""
+GEMM_FACTOR = 8.0
+"""Times the error of torch's fp32 GEMM that the fused head may err: tensor cores cut, not round."""
+
+
+def _exact(z: Tensor, labels: Tensor, temperature: float, softcap: float | None) -> RowStats:
+    """fp64 statistics of scaled logits z; a label of -1 is in no column."""
+    away = labels < 0
+    index = labels.clamp(min=0)[:, None]
+    logit = z.gather(1, index).squeeze(1)
+    others = z.scatter(1, index, torch.where(away, logit, -torch.inf)[:, None])
+    peak = others.amax(1)
+    slope = torch.full_like(logit, 1 / temperature)
+    if softcap is not None:
+        slope *= 1 - (logit * temperature / softcap) ** 2
+    total = (others - peak[:, None]).exp().sum(1)
+    return RowStats(labels, logit, peak, total, slope.masked_fill(away, 0))
+
+
+def _scaled(logits: Tensor, softcap: float | None, temperature: float) -> Tensor:
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return capped / temperature
+
+
+def _worst(stats: RowStats, exact: RowStats) -> dict[str, float]:
+    """Relative error of each statistic; the logit of absent labels must be -inf."""
+    away = exact.target < 0
+    assert torch.equal(stats.target, exact.target)
+    assert (stats.logit[away] == -torch.inf).all(), "an absent label has a logit"
+    pairs = zip(RowStats._fields, stats, exact, strict=True)
+    found = {name: (a[~away], b[~away]) for name, a, b in pairs if name != "target"}
+    return {name: truth.error(a, b) for name, (a, b) in found.items()}
+
+
+def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | None, head: dict):
+    """`read_rows` of given logits: statistics, and E in the dtype `into` (None: not wanted)."""
+    rows, vocabulary = size[record.rehearse]
+    g = torch.Generator(record.device).manual_seed(0)
+    kind = {"generator": g, "device": record.device}
+    logits = (3 * torch.randn(rows, vocabulary, **kind)).to(dtype)
+    labels = torch.randint(vocabulary, (rows,), **kind)
+    labels[1::4] = -1
+    softcap, temperature = head.get("softcap"), head.get("temperature", 1.0)
+    z = _scaled(logits.double(), softcap, temperature)
+    exact = _exact(z, labels, temperature, softcap)
+    others = None
+    if into is not None:
+        others = logits if into == dtype else torch.full_like(logits, torch.nan, dtype=into)
+    found = _worst(read_rows(logits, labels, None, softcap, temperature, None, others), exact)
+    worst = max(found.values())
+    assert worst <= STATS, f"statistics err by {found}, allowed {STATS}"
+    if others is not None:
+        slopes = 1 if softcap is None else 1 - (z * temperature / softcap) ** 2
+        e = (z - exact.peak[:, None]).exp() * slopes / temperature
+        inside = (labels >= 0).nonzero().squeeze(1)
+        e[inside, labels[inside]] = 0
+        found["others"] = truth.error(others, e)
+        floor = truth.FLOOR[into] + STATS
+        assert found["others"] <= floor, f"E errs by {found['others']}, allowed {floor}"
+    return {"error": worst} | found
+
+
+def fused_head(record: Record, size, dtype: torch.dtype, head: dict):
+    """`head_stats` against fp64; the budget is that of torch's GEMM in fp32."""
+    problem = truth.make(size[record.rehearse], dtype, record.device)
+    labels = problem.labels.clone()
+    labels[labels == truth.IGNORE] = -1
+    softcap, temperature = head.get("softcap"), head.get("temperature", 1.0)
+    pair = problem.hidden, problem.weight
+    stats = head_stats(*pair, labels, None, softcap, temperature)
+    wide, narrow = (
+        _scaled(a.to(kind) @ b.to(kind).T, softcap, temperature)
+        for kind in (torch.float64, torch.float32)
+        for a, b in [pair]
+    )
+    found = _worst(stats, _exact(wide, labels, temperature, softcap))
+    # An error of a logit is one of total, relative; so all are held to the largest.
+    budget = STATS + GEMM_FACTOR * float((narrow - wide).abs().max())
+    worst = max(found.values())
+    assert worst <= budget, f"statistics err by {found}, allowed {budget}"
+    return {"of_budget": worst / budget} | found
+
+
+def loss_kernel(record: Record, name: str):
+    """`preference_sums` against the objective in fp64 by autograd; rows in any order."""
+    objective = objectives.get(name)
+    leaves, examples = len(objective.leaves), 3 if record.rehearse else 32
+    rows = 40 * leaves * examples if not record.rehearse else 60
+    g = torch.Generator(record.device).manual_seed(1)
+    kind = {"generator": g, "device": record.device}
+    ids = torch.randperm(rows, **kind) % (leaves * examples)
+    labels = torch.where(torch.rand(rows, **kind) < 0.3, truth.IGNORE, 1)
+    logps = (-6 * torch.rand(rows, **kind)).masked_fill(labels == truth.IGNORE, torch.nan)
+    scored = labels != truth.IGNORE
+    leaf = logps.double().nan_to_num().requires_grad_()
+    sums = leaf.new_zeros(leaves * examples).index_add(0, ids[scored], leaf[scored])
+    sums = sums.view(leaves, examples)
+    table = (sums.detach() + torch.randn(leaves, examples, **kind)).float()
+    exact = objective(sums, table.double(), "mean")
+    exact.loss.backward()
+    output = preference_sums(logps, labels, ids, table, objective)
+    pairs = {
+        "loss": (output.loss[None], exact.loss[None]),
+        "coefficients": (output.coefficients, leaf.grad),
+        "sums": (output.sums, exact.logps),
+        "rewards": (output.rewards, exact.rewards),
+    }
+    found = {key: truth.error(value, true.detach()) for key, (value, true) in pairs.items()}
+    worst = max(found.values())
+    assert worst <= STATS, f"the loss kernel errs by {found}, allowed {STATS}"
+    again = preference_sums(logps, labels, ids, table, objective)
+    assert all(map(torch.equal, output, again)), "a second call gives other bits"
+    return {"error": worst} | found
+
+
+def cases(record: Record) -> dict[str, Callable[[], dict]]:
+    """Direct calls by name. The interpreter multiplies and rounds bf16 wrongly: fp16 there."""
+    half, short = (torch.float16, "fp16") if record.rehearse else (torch.bfloat16, "bf16")
+    capped = {"softcap": 8.0, "temperature": 1.7}
+    rows = {
+        f"fp32 to {short}": (ROWS, torch.float32, half, {}),
+        "fp32 no derivative": (ROWS, torch.float32, None, {}),
+        f"fp32 to {short} ragged capped": (RAGGED_ROWS, torch.float32, half, capped),
+        f"{short} in place": (ROWS, half, half, {}),
+    }
+    heads = {f"{name} {short}": (size, half, {}) for name, size in HEADS.items()} | {
+        "wide fp32": (HEADS["wide"], torch.float32, {}),
+        f"wide {short} capped": (HEADS["wide"], half, capped),
+    }
+    return {
+        **{f"row kernel/{name}": partial(row_kernel, record, *case) for name, case in rows.items()},
+        **{
+            f"fused head/{name}": partial(fused_head, record, *case) for name, case in heads.items()
+        },
+        **{f"loss kernel/{name}": partial(loss_kernel, record, name) for name in ("rdpo", "mdpo")},
+    }

@@ -1,0 +1,126 @@
+"""Correctness around the kernels: operator checks, the staging ring, a step of one NCCL rank."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu import truth
+from benchmarks.gpu.record import Record
+from benchmarks.models import random_llava, random_pairs
+from realign import parallel, sharding
+from realign.model import ForestModel
+from realign.step import accumulate
+from realign_kernels import linear_preference_loss, objectives
+from realign_kernels.staging import Staging, leaf_sums
+
+
+class _Calls(TorchDispatchMode):
+    """Keeps the first call of each operator of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "realign":
+            self.found.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def opcheck(record: Record) -> dict:
+    """`torch.library.opcheck` of every operator that a forward and backward of the loss calls."""
+    g = torch.Generator(record.device).manual_seed(0)
+    kind = {"generator": g, "device": record.device}
+    hidden = torch.randn(3, 2, 4, 16, **kind).requires_grad_()
+    weight = torch.randn(33, 16, **kind)
+    labels = torch.randint(33, (3, 2, 4), **kind)
+    table = torch.zeros(3, 2, device=record.device)
+    with _Calls() as calls:
+        for trains in (False, True):  # reduction "none" keeps a trained head out of the fused loss
+            head = weight.detach().requires_grad_(trains)
+            given = (hidden, head, labels, table, objectives.rdpo())
+            linear_preference_loss(*given, reduction="none").loss.sum().backward()
+    for operator, args in calls.found.items():
+        differentiable = "backward" not in str(operator)
+        fresh = [
+            a.detach().clone().requires_grad_(a.requires_grad and differentiable)
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in args
+        ]
+        torch.library.opcheck(operator, fresh)
+    assert calls.found, "no operator was called"
+    return {"operators": [str(operator) for operator in calls.found]}
+
+
+def staging(record: Record) -> dict:
+    """The ring against sums by torch in fp64, and bit for bit against `leaf_sums`."""
+    lengths = [0, 1, 31, 32, 33, 1000, 0, 4097] + [3] * (50 if record.rehearse else 5000)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    g = torch.Generator(record.device).manual_seed(0)
+    kind = {"generator": g, "device": record.device}
+    values = [-torch.exp2(30 * torch.rand(int(offsets[-1]), **kind) - 27) for _ in range(4)]
+    ring, found = Staging(torch.device(record.device), 2), []
+    for value in values:
+        if ring.full:
+            found.append(ring.pop())
+        ring.push(value, offsets)
+    while ring.pending:
+        found.append(ring.pop())
+    worst = 0.0
+    for value, sums in zip(values, found, strict=True):
+        exact = torch.stack([part.sum() for part in value.cpu().double().split(lengths)]).numpy()
+        worst = max(worst, float(np.max(np.abs(sums - exact) / np.maximum(-exact, 1e-300))))
+        assert sums.tobytes() == leaf_sums(value.cpu().numpy(), offsets).tobytes()
+    assert worst <= 1e-13, f"sums of leaves err by {worst}, relative"
+    return {"error": worst, "backend": ring.backend}
+
+
+def one_rank(record: Record) -> dict:
+    """Gradients of a step under FSDP2 on a mesh of one against the plain model's, in fp32."""
+    vlm = random_llava(hidden=64, intermediate=128, layers=2, heads=4)
+    plain, sharded = ForestModel(vlm), ForestModel(copy.deepcopy(vlm))
+    examples, store = random_pairs(2, prompt=12, response=9)
+    device = parallel.start(alone=True)
+    try:
+        plain.to(device)
+        sharding.shard(sharded, device, torch.float32)
+        losses = [
+            accumulate(
+                model,
+                np.arange(2),
+                examples,
+                torch.full((3, 2), -90.0),
+                store,
+                objectives.rdpo(),
+                batch_size=2,
+                micro_batch_size=1,
+                row_tokens=0,
+                device=device,
+            )["loss"]
+            for model in (plain.train(), sharded.train())
+        ]
+        pairs = [
+            (b.grad.full_tensor(), a.grad)
+            for a, b in zip(plain.parameters(), sharded.parameters(), strict=True)
+            if a.grad is not None
+        ]
+        found = {
+            "error": max(truth.error(value, exact) for value, exact in pairs),
+            "loss": truth.error(losses[1][None], losses[0][None]),
+        }
+    finally:
+        parallel.stop()
+    assert max(found.values()) <= 1e-4, f"the sharded step differs by {found}"
+    return found | {"parameters": len(pairs)}
+
+
+def cases(record: Record) -> dict[str, Callable[[], dict]]:
+    """Cases by name."""
+    made = {"opcheck": opcheck, "staging ring": staging, "NCCL step of one rank": one_rank}
+    return {name: partial(case, record) for name, case in made.items()}

@@ -1,0 +1,89 @@
+"""Facts: versions, what the card copies and multiplies per second, which features exist."""
+
+import importlib.util
+import platform
+import subprocess
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from benchmarks.gpu.measure import COPY_SIZE, GEMM_SIZE, copy_rate, gemm_rate
+from benchmarks.gpu.record import Record
+from realign_kernels import explain, missing_reason
+from realign_kernels._extension import extension
+from realign_kernels.staging import Staging
+
+LIMIT = 20.0
+PACKAGES = (
+    "torch", "triton", "numpy", "transformers", "accelerate", "peft", "trl", "datasets",
+    "liger-kernel", "cut-cross-entropy", "flash-attn",
+)  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def _device(device: str) -> dict[str, str | int | float]:
+    if device == "cpu":
+        return {"name": platform.processor() or platform.machine()}
+    properties = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "memory_gib": properties.total_memory / 2**30,
+        "l2_mib": properties.L2_cache_size / 2**20,
+        "devices": torch.cuda.device_count(),
+        "driver": driver.stdout.strip() or driver.stderr.strip() or "unknown",
+    }
+
+
+def _extension(device: str) -> dict[str, str | bool]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reason is a figure here
+        module = extension()
+        ring = Staging(torch.device(device)).backend
+    return {
+        "loads": module is not None,
+        "reason": missing_reason() or "",
+        "cuda": getattr(module, "CUDA_ARCHITECTURES", ""),
+        "staging": ring,
+    }
+
+
+def _features(device: str) -> dict[str, bool | str]:
+    return {
+        "varlen_attn": importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "flash_attn": importlib.util.find_spec("flash_attn") is not None,
+        "linear_cross_entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),
+        "bf16": explain(device, torch.bfloat16),
+    }
+
+
+def run(record: Record) -> None:
+    """Each fact is a case; the rates are measured by CUDA events."""
+    device = record.device
+    cases = {
+        "device": lambda: _device(device),
+        "versions": _versions,
+        "GEMM": lambda: {"tflops": gemm_rate(device, GEMM_SIZE[device]) / 1e12},
+        "copy": lambda: {"tb_per_s": copy_rate(device, COPY_SIZE[device]) / 1e12},
+        "extension": lambda: _extension(device),
+        "features": lambda: _features(device),
+    }
+    for case in record.missing(cases):
+        with record.attempt(case):
+            record(case, **cases[case]())

@@ -1,0 +1,136 @@
+"""Results of the GPU check: one JSON line per case, appended as soon as it is known.
+
+A part calls its cases like this, and everything else (skipping what an earlier call recorded,
+tracebacks, freed memory) follows:
+
+    def run(record: Record) -> None:
+        for case in record.missing(CASES):
+            with record.attempt(case):
+                record(case, ms=..., error=...)
+
+A case named "group/name" shares a line of the table with the others of its group; its first figure
+is shown there. Other cases have a line of their own.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = "results.jsonl"
+LOST = 3
+"""Exit code of a part whose CUDA context is dead: the parent restarts it for its other cases."""
+TRACEBACK = 1500
+"""Characters of a traceback that are kept in the results; log.txt has all of it."""
+
+Line = dict[str, Any]
+
+
+def read(path: Path) -> list[Line]:
+    """All lines of a results file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, line: Line) -> None:
+    """Adds one line, in one write: a process that is killed leaves no half of it."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def failed(line: Line) -> bool:
+    """Whether a case ended in an exception: its "error" is then a traceback, not a figure."""
+    return isinstance(line.get("error"), str)
+
+
+def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
+    """The last line of each (part, case), in the order in which the cases first appeared."""
+    return {(line["part"], line["case"]): line for line in lines if "case" in line}
+
+
+def without_folders(text: str) -> str:
+    """Text without this checkout's and the temporary folder's path: results are committed."""
+    for folder in (os.getcwd(), tempfile.gettempdir()):
+        text = text.replace(f"{folder}/", "")
+    return text
+
+
+class Record:
+    """What a part gets: where it runs, how long it may, and where its results go."""
+
+    device: str
+    """"cuda", or "cpu" in a rehearsal."""
+    rehearse: bool
+    """Whether to run at toy sizes."""
+
+    def __init__(self, folder: Path, part: str, *, rehearse: bool, seconds: float, call: int):
+        """
+        Args:
+            folder: of the results.
+            part: name of the part.
+            rehearse: toy sizes on a CPU.
+            seconds: until the parent kills this process.
+            call: number of the call of `benchmarks.gpu` for this folder, from 1.
+        """
+        self.folder, self.part, self.rehearse, self.call = folder, part, rehearse, call
+        self.device = "cpu" if rehearse else "cuda"
+        self._end = time.monotonic() + seconds
+
+    def __call__(self, case: str, **figures: Any) -> None:
+        """Appends the figures of a case: numbers, strings, or lists of them."""
+        line = {"part": self.part, "case": case, "call": self.call, **figures}
+        append(self.folder / RESULTS, line)
+
+    def left(self) -> float:
+        """Seconds until this process is killed."""
+        return self._end - time.monotonic()
+
+    def done(self, case: str) -> bool:
+        """Whether this or an earlier call recorded the case without an error."""
+        line = self._line(case)
+        return line is not None and not failed(line)
+
+    def missing(self, cases: Iterable[str]) -> Iterator[str]:
+        """The cases to run: neither done, nor failed in this call before a restart."""
+        for case in cases:
+            line = self._line(case)
+            if line is None or (failed(line) and line["call"] != self.call):
+                yield case
+
+    def _line(self, case: str) -> Line | None:
+        return latest(read(self.folder / RESULTS)).get((self.part, case))
+
+    @contextlib.contextmanager
+    def attempt(self, case: str) -> Iterator[None]:
+        """A `with` block whose exception costs this case only.
+
+        The exception becomes the case's "error" and CUDA memory is freed. Where the CUDA context is
+        dead (an illegal address, a failed assertion in a kernel), the process exits with LOST.
+        """
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            text = without_folders("".join(traceback.format_exception(error)).strip())
+            self(case, error=text[-TRACEBACK:])
+            traceback.clear_frames(error.__traceback__)
+            self._free()
+
+    def _free(self) -> None:
+        import torch
+
+        gc.collect()
+        if not torch.cuda.is_initialized():
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"the CUDA context is dead: {error}", file=sys.stderr, flush=True)
+            sys.exit(LOST)

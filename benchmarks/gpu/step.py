@@ -1,0 +1,464 @@
+"""A training step of a LLaVA-1.5-7B with random weights: ours, TRL's DPOTrainer, the released way.
+
+Every step has four examples of two images, and no two of its lengths are equal, so that no shape
+comes twice. All contestants start from one policy, LoRA of rank 128 moved from the reference by
+noise, and keep activations. Where a forward over all examples runs out of memory, a contestant
+gets half of them at a time. Contestants and what their seconds hold: `step_contestants.py`.
+"""
+
+import gc
+import itertools
+import statistics
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlavaForConditionalGeneration, TrainerCallback
+
+from benchmarks import step_contestants
+from benchmarks.gpu.record import RESULTS, Record, latest, read
+from benchmarks.models import (
+    LLAVA_7B,
+    TEMPLATE_TOKENS,
+    llava_config,
+    random_on,
+    random_records,
+    word_processor,
+)
+from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
+from realign import parallel, step
+from realign.encode import encode_records
+from realign.forest import Example
+from realign.images import ImageStore
+from realign.inputs import Inputs
+from realign.layouts import Layout, layout_of
+from realign.loading import DTYPES
+from realign.model import ForestModel
+from realign.prefetch import ahead
+from realign.records import write_pairs
+from realign_kernels import objectives
+
+LIMIT = 160.0
+BATCH = 4
+"""Examples in a step."""
+WARM, TIMED = 2, 5
+"""Steps before the timed ones, and timed ones; one more is profiled."""
+STEPS = WARM + TIMED + 1
+TOY = {
+    "vision": (32, 64, 3, 2), "text": (64, 128, 2, 2), "vocabulary": 192, "image_id": 128,
+    "size": 28,
+}  # fmt: skip
+PROMPTS, RESPONSES = (20, 120), (40, 200)
+"""Fewest and most words of prompts and responses, up to 20 more; the toy has a fifth."""
+
+
+CUDA = DEVICE == "cuda"
+
+
+class Setting:
+    """Records and processor that all contestants share, and the model that each makes anew.
+
+    The 7B in bf16; in a rehearsal a toy in fp32.
+    """
+
+    def __init__(self, record: Record, folder: Path) -> None:
+        self.folder = folder
+        sizes, shrink = (TOY, 5) if record.rehearse else (LLAVA_7B, 1)
+        self.dtype = "fp32" if record.rehearse else "bf16"
+        self.kind = DTYPES[self.dtype]
+        self.config = llava_config(**sizes)
+        rng = np.random.default_rng(0)
+        # Each step has the whole range, so that steps differ in their shapes and hardly in time.
+        lengths = [
+            np.concatenate([rng.permutation(np.linspace(*ends, BATCH)) for _ in range(STEPS)])
+            + rng.uniform(0, 20, STEPS * BATCH)
+            for ends in (PROMPTS, RESPONSES, RESPONSES)
+        ]
+        words = (np.stack(lengths, 1) // shrink).astype(int) + TEMPLATE_TOKENS + 1
+        image_id, size = sizes["image_id"], sizes["size"]
+        self.records = random_records(words.tolist(), image_id, size)
+        self.processor = word_processor(image_id, size)
+        write_pairs(folder / "pairs.parquet", self.records)
+
+    def model(self, attention: str) -> LlavaForConditionalGeneration:
+        """The reference, on the device."""
+        return random_on(DEVICE, self.config, self.kind, attention)
+
+    def encode(self, layout: Layout) -> tuple[list[Example], ImageStore]:
+        """The forests of all records, their images preprocessed."""
+        return encode_records(
+            self.records,
+            self.processor,
+            objectives.rdpo(),
+            layout=layout,
+            max_response_tokens=1024,
+            max_tokens=4096,
+            progress=False,
+        )
+
+    def image_ms(self) -> float:
+        """Milliseconds of the host for decoding and preprocessing an image."""
+        began = time.perf_counter()
+        for one in self.records[:BATCH]:
+            image = one.images[0].open(one.name)
+            self.processor.image_processor(images=image, return_tensors="pt")
+        return 1e3 * (time.perf_counter() - began) / BATCH
+
+
+def kernel_seconds(profiler: profile) -> float:
+    """Seconds in which the GPU ran kernels or copies, summed; 0 on a CPU."""
+    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    return 1e-6 * sum(e.self_device_time_total for e in events if not e.is_user_annotation)
+
+
+class Watch:
+    """Seconds of steps: two warm, five timed, and one whose kernels the profiler adds up.
+
+    It also counts the positions that pass the language model, padding and reference included.
+    """
+
+    def __init__(self, record: Record, decoder: torch.nn.Module) -> None:
+        self.left = record.left
+        self.seconds: list[float] = []
+        self.positions = 0
+        self.busy: float | None = None
+        self.profiler: profile | None = None
+        decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.positions += kwargs["inputs_embeds"].shape[:2].numel()
+
+    @property
+    def step(self) -> int:
+        """Number of the step to come."""
+        return len(self.seconds)
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done, or there is no time for another one."""
+        timed = self.seconds[WARM:]
+        return self.step == STEPS or (bool(timed) and self.left() < 2 * max(timed))
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self.step == STEPS - 1:
+            self.profiler = profile(
+                activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]
+            )
+            self.profiler.start()
+        self.began = now()
+
+    def end(self) -> None:
+        """A step has ended."""
+        self.seconds.append(now() - self.began)
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.busy = kernel_seconds(self.profiler)
+
+    def figures(self) -> dict[str, Any]:
+        """Median seconds of the timed steps; GPU-busy time and peak memory on CUDA."""
+        timed = self.seconds[WARM : WARM + TIMED]
+        median = statistics.median(timed)
+        found = {"seconds": median, "examples_per_second": BATCH / median}
+        found |= {"positions": self.positions // self.step, "each": [round(s, 4) for s in timed]}
+        if CUDA:
+            found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if self.busy is not None:
+                found |= {"busy_seconds": self.busy, "busy_share": self.busy / median}
+        return found
+
+
+class Ours(step_contestants.Ours):
+    """`realign.train --fsdp` on one rank: FSDP2 on a mesh of one, references from the cache."""
+
+    def __init__(self, setting: Setting, micro: int) -> None:
+        self.device = parallel.start(alone=True)
+        model = ForestModel(setting.model("tree"), dtype=setting.kind)
+        objective = objectives.rdpo(beta=BETA)
+        inputs = Inputs("", setting.processor, model, objective, *setting.encode(model.layout))
+        self.prepare(
+            inputs, setting.folder / "cache", "lora", setting.kind, self.device,
+            sharded=True, weights="random",
+        )  # fmt: skip
+        self.micro = micro
+
+    def tasks(self, name: str, number: int) -> list[Callable[[], step.MicroBatch]]:
+        """Calls that lay out the micro-batches of a step."""
+        indices = np.arange(BATCH) + number * BATCH
+        feed = self.feeds[name]
+        return [partial(feed, *part) for part in step.micro_batches(indices, self.micro)]
+
+    def first(self, name: str) -> tuple[float, float]:
+        """Loss and gradient norm of an objective before any update."""
+        found = self.gradient(name, [task() for task in self.tasks(name, 0)], BATCH)
+        self.optimizer.zero_grad()
+        return found
+
+    def train(self, watch: Watch, name: str) -> None:
+        """Steps until the watch is over, their micro-batches laid out ahead."""
+        tasks = [self.tasks(name, number) for number in range(STEPS)]
+        with ahead(itertools.chain(*tasks), self.device) as ready:
+            while not watch.over:
+                watch.begin()
+                self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
+                watch.end()
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of the parts of a micro-batch: on the device, and of the host beside it.
+
+        `layout` is the host's alone, in a step ahead of the device; `read` waits for the device.
+        """
+        marks: list[tuple[str, float, Any]] = []
+
+        def mark(name: str) -> None:
+            event = torch.cuda.Event(enable_timing=True) if CUDA else None
+            if event is not None:
+                event.record()
+            marks.append((name, time.perf_counter(), event))
+
+        backbone = self.model.vlm.model
+        handles = [
+            self.model.register_forward_pre_hook(lambda *_: mark("copy"), prepend=True),
+            backbone.register_forward_pre_hook(lambda *_: mark("vision")),
+            backbone.register_forward_hook(lambda *_: mark("backbone")),
+            self.model.register_forward_hook(lambda *_: mark("head")),
+        ]
+        now()
+        mark("")
+        parts = [self.tasks("rdpo", WARM)[-1]()]
+        mark("layout")
+        options = {"batch_size": BATCH, "device": self.device}
+        totals = step.accumulate(self.model, parts, self.objectives["rdpo"], **options)
+        mark("backward")
+        norm = step.clip(self.trained, CLIP)
+        mark("clip")
+        step.over_ranks(totals, norm, BATCH, False)
+        mark("read")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mark("optimizer")
+        now()
+        for handle in handles:
+            handle.remove()
+        found = {}
+        for (_, before, start), (name, after, end) in itertools.pairwise(marks):
+            if CUDA:
+                found[f"{name}_ms"] = start.elapsed_time(end)
+            found[f"{name}_host_ms"] = 1e3 * (after - before)
+        return found
+
+    def waits(self) -> Counter[str]:
+        """How often the host waits for the device in a step, by file and line."""
+        parts = [task() for task in self.tasks("rdpo", WARM)]
+        with warnings.catch_warnings(record=True) as caught, waits_warn():
+            warnings.simplefilter("always")
+            self.step("rdpo", parts, BATCH)
+        return Counter(
+            f"{Path(one.filename).name}:{one.lineno}"
+            for one in caught
+            if "synchronizing" in str(one.message)
+        )
+
+
+@contextmanager
+def waits_warn() -> Iterator[None]:
+    """Python warnings where the host waits for a CUDA device; none on a CPU."""
+    if not CUDA:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Released(step_contestants.Released):
+    """Three plain sequences, padded; a live reference; full logits in fp32."""
+
+    def __init__(self, setting: Setting, micro: int) -> None:
+        plain = setting.model("sdpa")
+        self.micro, self.reference = micro, None
+        self.examples, self.store = setting.encode(layout_of(plain))
+        self.model = get_peft_model(plain, LoraConfig(**lora_settings(plain)))
+        self.autocast = torch.autocast(DEVICE, setting.kind, enabled=setting.dtype != "fp32")
+        move(self.model.train(), "lora")
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        )
+
+    def train(self, watch: Watch) -> tuple[float, float]:
+        """Steps until the watch is over; returns loss and gradient norm of the first."""
+        first = None
+        while not watch.over:
+            chosen = self.examples[watch.step * BATCH :][:BATCH]
+            parts = [chosen[i : i + self.micro] for i in range(0, BATCH, self.micro)]
+            collated = [[self.collate(p, self.store, leaf) for leaf in range(3)] for p in parts]
+            watch.begin()
+            total = 0.0
+            for self.batches in collated:
+                loss = self.loss() * (self.micro / BATCH)
+                loss.backward()
+                total += loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            found = float(total), float(norm)
+            watch.end()
+            first = first or found
+        return first
+
+
+class Trl:
+    """TRL's DPOTrainer and its own loop; from its `on_step_begin` to `on_step_end`."""
+
+    def __init__(self, setting: Setting, micro: int) -> None:
+        from benchmarks.trl_dpo import dpo_trainer
+
+        model = setting.model("sdpa")
+        self.trainer = dpo_trainer(
+            model, setting.processor, setting.folder, "lora", lora_settings(model),
+            dtype=setting.dtype, device=DEVICE, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=BATCH // micro, max_steps=STEPS,
+        )  # fmt: skip
+
+    def train(self, watch: Watch) -> tuple[float, float]:
+        """Steps until the watch is over; returns loss and gradient norm of the first."""
+        first = []
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, args, state, control, **_):
+                watch.begin()
+
+            def on_step_end(self, args, state, control, **_):
+                watch.end()
+                control.should_training_stop |= watch.over
+
+            def on_log(self, args, state, control, logs, **_):
+                if state.global_step == 1:
+                    first.append((logs["loss"], logs["grad_norm"]))
+
+        self.trainer.add_callback(Clock())
+        self.trainer.train()
+        return first[0]
+
+
+def ours(record: Record, setting: Setting, micro: int) -> None:
+    """All cases of ours, with one model."""
+    contestant = Ours(setting, micro)
+    tokens = sum(example.tokens for example in contestant.feeds["rdpo"].examples)
+    spent = contestant.reference_seconds
+    record("reference pass", seconds=spent, tokens_per_second=tokens / spent)
+    firsts = {name: contestant.first(name) for name in ("rdpo", "dpo")}
+
+    def timed(case: str, name: str) -> None:
+        watch = Watch(record, contestant.model.vlm.model.get_decoder())
+        contestant.train(watch, name)
+        loss, norm = firsts[name]
+        record(case, **watch.figures(), micro_batch=micro, loss=loss, grad_norm=norm)
+
+    timed("ours", "rdpo")
+    with record.attempt("parts of ours"):
+        record("parts of ours", **contestant.parts(), image_ms=setting.image_ms())
+    with record.attempt("host waits of ours"):
+        waits = contestant.waits()
+        record("host waits of ours", waits=waits.total(), where=dict(waits.most_common(12)))
+    with record.attempt("ours, DPO"):
+        timed("ours, DPO", "dpo")
+
+
+def trl(record: Record, setting: Setting, micro: int) -> None:
+    """TRL's DPO, two sequences an example."""
+    contestant = Trl(setting, micro)
+    watch = Watch(record, contestant.trainer.model.get_base_model().model.get_decoder())
+    loss, norm = contestant.train(watch)
+    rows = [contestant.trainer.train_dataset[i] for i in range(BATCH)]
+    began = time.perf_counter()
+    contestant.trainer.data_collator(rows)
+    about = {"collate_ms": 1e3 * (time.perf_counter() - began), "micro_batch": micro}
+    record("TRL DPO", **watch.figures(), **about, loss=loss, grad_norm=norm)
+
+
+def released(record: Record, setting: Setting, micro: int) -> None:
+    """rDPO as the release computes it, three sequences an example."""
+    contestant = Released(setting, micro)
+    watch = Watch(record, contestant.model.get_base_model().model.get_decoder())
+    loss, norm = contestant.train(watch)
+    record("released", **watch.figures(), micro_batch=micro, loss=loss, grad_norm=norm)
+
+
+GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
+    ours: ("ours", "reference pass", "parts of ours", "host waits of ours", "ours, DPO"),
+    trl: ("TRL DPO",),
+    released: ("released",),
+}
+"""Contestants, the most valuable first, and their cases. What ends a contestant is an error of its
+first case."""
+EQUALS = {"TRL DPO": ("ours, DPO", "ours"), "released": ("ours", "ours")}
+"""A peer, the case of ours that has the same loss, and the one that has the figures to compare."""
+
+
+def largest_that_fits(call: Callable[[int], None]) -> None:
+    """Call with the examples of a forward; where memory runs out, with half of them."""
+    for micro in (BATCH, BATCH // 2, 1):
+        try:
+            return call(micro)
+        except torch.OutOfMemoryError as error:
+            if micro == 1:
+                raise
+            traceback.clear_frames(error.__traceback__)
+        free()
+
+
+def free() -> None:
+    """Give back what the last contestant held."""
+    parallel.stop()
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def compare(record: Record) -> None:
+    """Ratios of a peer over ours, and relative differences of first losses and gradient norms."""
+    lines = latest(read(record.folder / RESULTS))
+    cases = {case: line for (part, case), line in lines.items() if part == record.part}
+    for peer, (like, against) in EQUALS.items():
+        if not all("seconds" in cases.get(case, {}) for case in (peer, like, against)):
+            continue
+        theirs, equal, mine = cases[peer], cases[like], cases[against]
+        found = {"times_faster": theirs["seconds"] / mine["seconds"]}
+        found["times_faster_same_loss"] = theirs["seconds"] / equal["seconds"]
+        for name in ("loss", "grad_norm"):
+            found[f"{name}_difference"] = abs(theirs[name] / equal[name] - 1)
+        if CUDA:
+            found["times_less_memory"] = theirs["peak_gib"] / mine["peak_gib"]
+        record(f"ours against {peer}", **found)
+
+
+def run(record: Record) -> None:
+    """Contestants one after the other, each with a model of its own."""
+    # cuDNN plans attention for every new shape; without it peers are no slower than they can be.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(record, Path(folder))
+        for contestant, cases in GROUPS.items():
+            if any(record.missing(cases)):
+                with record.attempt(cases[0]):
+                    largest_that_fits(partial(contestant, record, setting))
+                free()
+    compare(record)

@@ -1,0 +1,131 @@
+"""`python -m realign.train --fsdp` on the digits: its curve against the CPU's, and a killed run.
+
+The curve in fp32 without TF32 is compared with that of a CPU, the curve in bf16 with that in fp32.
+Another run is killed by SIGKILL after a checkpoint and resumed: it should repeat the first bit for
+bit. All runs work at the same time, since they spend most of theirs on imports.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.record import Record
+from realign.checkpoint import Checkpoints
+from realign.metrics import read_jsonl
+from realign.pairs.pipeline import PairsConfig, build_pairs
+from realign.throughput import TIMING
+
+LIMIT = 40.0
+STEPS, TOY_STEPS = 24, 8
+BATCH, PAIRS, TOY_PAIRS = 8, 64, 16
+CURVE = ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen")
+"""Metrics of a curve that are compared."""
+ONE_RANK = {
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}  # fmt: skip
+"""torchrun's variables: a run that has them starts no ranks, and so imports everything once."""
+CPU, FP32 = {"CUDA_VISIBLE_DEVICES": ""}, {"NVIDIA_TF32_OVERRIDE": "0"}
+
+
+class Run:
+    """A process of `realign.train` with a folder of its own.
+
+    Args:
+        folder: of all runs; holds pairs.parquet.
+        name: of the run's folder in it.
+        steps: to train.
+        words: more of its command line.
+        environment: more of its variables.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, steps: int, words: str, environment: dict[str, str]
+    ) -> None:
+        self.output, self.printed = folder / name, folder / f"{name}.txt"
+        command = [sys.executable, "-m", "realign.train", "--fsdp", *words.split()]
+        command += ["--pairs", str(folder / "pairs.parquet"), "--output", str(self.output)]
+        command += ["--reference-cache", str(self.output / "references"), "--save-every", "2"]
+        command += ["--steps", str(steps), "--batch-size", str(BATCH)]
+        self.began, self.steps = time.perf_counter(), steps
+        with self.printed.open("a") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=os.environ | environment
+            )
+
+    def log(self) -> list[dict[str, Any]]:
+        """Entries of the steps so far."""
+        path = self.output / "metrics.jsonl"
+        return read_jsonl(path) if path.exists() else []
+
+    def kill(self) -> dict[str, int]:
+        """Kill the process when it has a checkpoint; returns the steps done and those saved."""
+        saved = Checkpoints(self.output / "checkpoints", keep=2)
+        while self.process.poll() is None and not saved.last():
+            time.sleep(0.01)
+        self.process.kill()
+        self.process.wait()
+        return {"killed_after_step": len(self.log()), "resumed_from_step": saved.last()}
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The log of the whole run, when it has ended.
+
+        Raises:
+            RuntimeError: when it failed, with the end of what it printed.
+        """
+        code = self.process.wait()
+        entries = self.log()
+        if code or len(entries) != self.steps:
+            tail = self.printed.read_text()[-800:]
+            raise RuntimeError(f"exit code {code} after {len(entries)} steps: {tail}")
+        return entries
+
+
+def difference(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest difference of each metric over the steps, relative to its largest value."""
+    found = {}
+    for name in CURVE:
+        pairs = [(one[name], other[name]) for one, other in zip(curve, truth, strict=True)]
+        largest = max(abs(other) for _, other in pairs)
+        found[name] = max(abs(one - other) for one, other in pairs) / largest
+    return {"largest": max(found.values())} | found
+
+
+def same(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> bool:
+    """Whether two logs are equal, bit for bit, but for times and memory."""
+    kept = [[{k: v for k, v in entry.items() if k not in TIMING} for entry in log]
+            for log in (curve, truth)]  # fmt: skip
+    return kept[0] == kept[1]
+
+
+def run(record: Record) -> None:
+    """Start all runs, kill and resume one, then compare."""
+    cases = [*record.missing(("fp32 against CPU", "bf16 against fp32", "killed and resumed"))]
+    if not cases:
+        return
+    steps, scenes = (TOY_STEPS, TOY_PAIRS) if record.rehearse else (STEPS, PAIRS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pairs = str(folder / "pairs.parquet")
+        build_pairs(PairsConfig(output=pairs, scenes=scenes, quiet=True))
+        single = "--nproc-per-node 1 --dtype"
+        killed = Run(folder, "killed", steps, f"{single} fp32", FP32 | ONE_RANK)
+        whole = Run(folder, "fp32", steps, f"{single} fp32", FP32)
+        bf16 = Run(folder, "bf16", steps, f"{single} bf16", ONE_RANK)
+        cpu = Run(folder, "cpu", steps, f"{single} fp32", CPU | ONE_RANK)
+        died = killed.kill()
+        resumed = Run(folder, "killed", steps, f"{single} fp32 --resume", FP32 | ONE_RANK)
+        with record.attempt("fp32 against CPU"):
+            seconds = whole.curve()[-1]["seconds"]
+            found = difference(whole.curve(), cpu.curve())
+            record("fp32 against CPU", **found, steps=steps, last_step_seconds=seconds)
+        with record.attempt("bf16 against fp32"):
+            record("bf16 against fp32", **difference(bf16.curve(), whole.curve()))
+        with record.attempt("killed and resumed"):
+            curves = resumed.curve(), whole.curve()
+            found = {"same_bits": same(*curves)} | died
+            record("killed and resumed", **found, **difference(*curves))

@@ -1,0 +1,109 @@
+"""Variants: each tile and chunk size that the package holds, at one shape; a table to add to.
+
+A group of variants is a function that yields (name, call); the calls of a group return the same
+numbers, up to rounding, and the difference to the first is recorded beside the time.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import truth
+from benchmarks.gpu.measure import GEMM_SIZE, figures, gemm_rate
+from benchmarks.gpu.record import Record
+from realign_kernels import rdpo_loss
+from realign_kernels.triton import configs
+from realign_kernels.triton.forward import head_stats
+from realign_kernels.triton.logits import device_facts
+from realign_kernels.triton.rows import read_rows
+
+LIMIT = 600.0  # what is left of the budget
+SIZE = ((4096, 4096, 128256), (20, 24, 150))
+"""N, H, V on the device and in a rehearsal."""
+RESPONSE = 6  # rows of a sequence: short, so that examples fit every chunk
+Variants = Iterator[tuple[str, Callable[[], Tensor]]]
+
+
+def fused_heads(problem: truth.Problem) -> Variants:
+    """Every tile of the tables up to this architecture; one that does not fit is an error."""
+    hidden, weight, labels = problem.hidden, problem.weight, problem.labels.clamp(min=0)
+    architecture = configs.listed(device_facts(hidden)[0])
+    known = [config for listed in sorted(configs.GEMMS) if listed <= architecture
+             for config in configs.GEMMS[listed].values()]  # fmt: skip
+    default = configs.gemm_config(architecture, hidden.dtype, *hidden.shape, len(weight))
+    for config in dict.fromkeys([default, *known]):
+        name = "x".join(map(str, config[:3])) + " warps {} stages {}".format(*config[3:5])
+        name += " TMA" if config.descriptors else ""
+        call = partial(head_stats, hidden, weight, labels, None, None, 1.0, config=config)
+        yield name, lambda call=call: call().total
+
+
+def row_kernels(problem: truth.Problem) -> Variants:
+    """Elements a step and warps of the row kernel, over the logits of one chunk."""
+    rows = problem.hidden[:1024]
+    labels = problem.labels[:1024].clamp(min=0)
+    logits = rows.float() @ problem.weight.float().T
+    others = torch.empty_like(logits, dtype=problem.hidden.dtype)
+    architecture = configs.listed(device_facts(rows)[0])
+    default = configs.ROWS[architecture]
+    sizes = [(2048, 4), (2048, 8), (4096, 4), (4096, 16), (8192, 8), (8192, 16), (16384, 16)]
+    for block, warps in dict.fromkeys([default, *sizes]):
+        config = configs.RowConfig(block, warps)
+
+        def call(config=config) -> Tensor:
+            with patch.dict(configs.ROWS, {architecture: config}):
+                return read_rows(logits, labels, None, None, 1.0, None, others).total
+
+        yield f"{block} warps {warps}", call
+
+
+def chunks(problem: truth.Problem, trains: bool) -> Variants:
+    """Rows that pass the head together in `rdpo_loss`, in examples of three sequences."""
+    examples = len(problem.labels) // (3 * RESPONSE)
+    rows = 3 * examples * RESPONSE
+    ids = torch.arange(rows, device=problem.labels.device) // RESPONSE
+    # Rows of an example are adjacent, as the head wants them.
+    ids = ids % 3 * examples + ids // 3
+    labels = problem.labels[:rows].clamp(min=0)
+    table = torch.zeros(3, examples, device=ids.device)
+    for chunk in (None, 512, 1024, 2048, 4096):
+
+        def call(chunk=chunk) -> Tensor:
+            hidden = problem.hidden[:rows].detach().requires_grad_()
+            weight = problem.weight.detach().requires_grad_(trains)
+            settings = {"sequence_ids": ids, "chunk_rows": chunk}
+            rdpo_loss(hidden, weight, labels, table, **settings).loss.backward()
+            return hidden.grad
+
+        yield f"chunk_rows {chunk or 'default'}", call
+
+
+GROUPS: dict[str, tuple[Callable[[truth.Problem], Variants], float]] = {
+    "fused head": (fused_heads, 1),
+    "row kernel": (row_kernels, 0),
+    "frozen": (partial(chunks, trains=False), 2),
+    "trained": (partial(chunks, trains=True), 3),
+}
+"""Variants and the u that they cannot go below; a new variant of a kernel is one more entry."""
+
+
+def run(record: Record) -> None:
+    """One case for each variant; the default comes first in its group."""
+    dtype = torch.float16 if record.rehearse else torch.bfloat16  # bf16 is interpreted wrongly
+    problem = truth.make(SIZE[record.rehearse], dtype, record.device)
+    rows, width, vocabulary = SIZE[record.rehearse]
+    unit = 2 * rows * width * vocabulary / gemm_rate(record.device, GEMM_SIZE[record.device])
+    for group, (variants, limit) in GROUPS.items():
+        calls = {f"{group}/{name}": call for name, call in variants(problem)}
+        default = None
+        for case in record.missing(calls):
+            with record.attempt(case):
+                if default is None:
+                    default = next(iter(calls.values()))()
+                difference = truth.error(calls[case](), default)
+                times = figures(calls[case], record.device, budget=0.3)
+                u = times["ms"] / 1e3 / unit
+                record(case, u=u, limit=limit, **times, difference=difference)

@@ -1,0 +1,80 @@
+"""Settings of `realign.hf.RDPOTrainer`: `RDPOConfig`, and the arguments that it refuses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from realign.config import LossConfig
+
+_REFUSED = {  # settings of the Trainer that another loss than ours would read
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": None,
+    "use_liger_kernel": False,
+    "torch_compile": False,
+    "fp16": False,
+}
+_REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_init")
+
+
+@dataclass
+class RDPOConfig(TrainingArguments):
+    """TrainingArguments, and what rDPO needs beside them.
+
+    Attributes:
+        objective: one of `realign_kernels.objectives.PRESETS`.
+        beta: strength of the tie to the reference model.
+        visual_weight: weight of the visual term, for objectives that have one.
+        max_response_tokens: longest response; a longer one is an error, never cut.
+        row_tokens: most tokens in a row of the forest; 0 takes what suits the attention.
+        reference_cache: folder of reference log-probs; $REALIGN_CACHE/reference, or
+            ~/.cache/realign/reference, when absent.
+        learning_rate: peak, 1e-5 as in the paper.
+        logging_nan_inf_filter: false: it reads two values from the device in each micro-batch, and
+            a loss that is not finite is an error here.
+        use_cpu: true where there is no GPU, so that several processes meet there, too.
+    """
+
+    learning_rate: float = 1e-5
+    logging_nan_inf_filter: bool = False
+    objective: str = "rdpo"
+    beta: float = 0.1
+    visual_weight: float = 1.0
+    max_response_tokens: int = 1024
+    row_tokens: int = 0
+    reference_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        self.remove_unused_columns = False  # a batch is indices
+        # From pinned memory accelerate's copies of them need not wait for the device.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
+        for name, default in _REFUSED.items():
+            if getattr(self, name, default) not in (default, None):
+                raise ValueError(f"{name} would have no effect on rDPO's loss here; leave it out.")
+
+
+def check(args: Any, given: dict[str, Any]) -> None:
+    """Refuse arguments of `RDPOTrainer` that would have no effect, or that it does not support.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if not isinstance(args, RDPOConfig):
+        raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
+    for name in _REPLACED:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} would have no effect here; leave it out.")
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp_config, version 2).")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and this is one process: start it with `accelerate "
+            "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
+        )

@@ -1,0 +1,110 @@
+"""The rows that a call scores, planned on the host: their number is a shape.
+
+Labels and sequence numbers that are on the CPU already cost no wait for the device.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def host_values(*tensors: Tensor) -> list[np.ndarray]:
+    """The values of int64 tensors of one length, with one wait if any of them is on a device."""
+    apart = [tensor for tensor in tensors if tensor.device.type != "cpu"]
+    read = iter(torch.stack(apart).cpu() if apart else ())
+    return [(t if t.device.type == "cpu" else next(read)).numpy() for t in tensors]
+
+
+def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without a wait: pinned first, then copied in stream order."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def valid_rows(
+    labels: np.ndarray,  # (N,)
+    vocabulary: int,
+    ignore_index: int,
+) -> np.ndarray | None:  # (n,) int64
+    """Indices of the rows that are not ignored; None if that is all of them.
+
+    Planned on the host: their number is a shape. Labels that are already there cost no wait.
+
+    Raises:
+        ValueError: a label is outside [0, vocabulary).
+    """
+    valid = labels != ignore_index
+    outside = valid & ((labels < 0) | (labels >= vocabulary))
+    if outside.any():
+        row = int(outside.argmax())
+        raise ValueError(
+            f"labels: {outside.sum()} outside [0, {vocabulary}), first {labels[row]} at flat row "
+            f"{row}; rows to skip must hold ignore_index ({ignore_index})"
+        )
+    return None if valid.all() else valid.nonzero()[0]
+
+
+class RowPlan(NamedTuple):
+    """The n scored rows of a batch, planned on the host."""
+
+    rows: np.ndarray | None  # (n,) int64, flat positions; None where all rows are scored
+    labels: np.ndarray  # (n,) int64
+    ids: np.ndarray  # (n,) int64, leaf * B + example
+    counts: np.ndarray  # (L, B) int64, scored tokens of each sequence
+
+
+def plan_rows(
+    labels: Tensor,  # (..., T) or (N,) integer
+    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    vocabulary: int,
+    ignore_index: int,
+    leaves: int,
+    examples: int,
+) -> RowPlan:
+    """Check labels and sequence_ids, and plan which rows are scored.
+
+    Raises:
+        ValueError: a label or a sequence number is out of range, or a sequence has no label.
+    """
+    known, ids = host_values(labels.reshape(-1).long(), sequence_ids)
+    rows = valid_rows(known, vocabulary, ignore_index)
+    if rows is not None:
+        known, ids = known[rows], ids[rows]
+    check_ids(ids, rows, leaves, examples)
+    counts = np.bincount(ids, minlength=leaves * examples).reshape(leaves, examples)
+    check_counts(counts, ignore_index)
+    return RowPlan(rows, known, ids, counts)
+
+
+def check_ids(
+    ids: np.ndarray,  # (n,) int64
+    rows: np.ndarray | None,  # (n,) int64, their flat positions; None: their own
+    leaves: int,
+    examples: int,
+) -> None:
+    """Refuse sequence numbers that are out of range."""
+    outside = (ids < 0) | (ids >= leaves * examples)
+    if outside.any():
+        first = int(outside.argmax())
+        row = first if rows is None else rows[first]
+        raise ValueError(
+            f"sequence_ids[{row}] is {ids[first]}, outside [0, {leaves * examples}): "
+            f"number sequences as leaf * {examples} + example, {leaves} leaves"
+        )
+
+
+def check_counts(
+    counts: np.ndarray,  # (L, B) int64
+    ignore_index: int,
+) -> None:
+    """Refuse sequences without a scored token."""
+    if not counts.all():
+        leaf, example = np.argwhere(counts == 0)[0]
+        raise ValueError(
+            f"labels: the sequence (leaf {leaf}, example {example}) has no token to score, all "
+            f"its labels are ignore_index ({ignore_index}): drop the example, or truncate less"
+        )

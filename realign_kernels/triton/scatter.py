@@ -1,0 +1,71 @@
+"""Scatter-add of rows: the target's part of the weight gradient, without atomics.
+
+`Tensor.index_add_` adds with atomics on CUDA. Labels repeat, so its sums would depend on the order
+in which threads arrive, and training would not repeat to the bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from realign_kernels.triton.logits import check_unit_stride
+
+BLOCK = 1024
+"""Columns of a program; 4 warps then load 16 bytes of fp32 a thread, twice."""
+
+
+@triton.jit
+def add_rows_kernel(
+    total,  # (V, H)
+    index,  # (r,) int64, sorted
+    order,  # (r,) int64, the row that each entry of index belongs to
+    rows,  # (r, H) fp32
+    count,
+    width,
+    total_stride,
+    rows_stride,
+    BLOCK: tl.constexpr,
+):
+    """One block of columns of one distinct index; the first entry of each adds all its rows."""
+    at = tl.program_id(0)
+    target = tl.load(index + at)
+    before = tl.load(index + at - 1, at > 0, other=-1)
+    if target != before:
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < width
+        place = total + target * total_stride + columns
+        sums = tl.zeros((BLOCK,), tl.float32)
+        same = target
+        while same == target:
+            row = tl.load(order + at)
+            sums += tl.load(rows + row * rows_stride + columns, inside, other=0.0)
+            at += 1
+            same = tl.load(index + at, at < count, other=-1)
+        sums += tl.load(place, inside, other=0.0).to(tl.float32)
+        tl.store(place, sums.to(total.dtype.element_ty), inside)
+
+
+def add_rows(
+    total: Tensor,  # (V, H) fp32, bf16 or fp16
+    index: Tensor,  # (r,) int64 in [0, V)
+    rows: Tensor,  # (r, H) fp32
+) -> None:
+    """The same sums in the same order in each call. See `realign_kernels.rows.Kernels.add_rows`."""
+    check_unit_stride("total", total)
+    check_unit_stride("rows", rows)
+    count, width = rows.shape
+    ordered, order = index.sort(stable=True)
+    with torch.cuda.device_of(total):
+        add_rows_kernel[(count, triton.cdiv(width, BLOCK))](
+            total,
+            ordered,
+            order,
+            rows,
+            count,
+            width,
+            total.stride(0),
+            rows.stride(0),
+            BLOCK=BLOCK,
+            num_warps=4,
+        )

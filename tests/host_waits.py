@@ -1,0 +1,62 @@
+"""Host waits: reads of tensor values, for which the host waits until the GPU has caught up."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+READS = (
+    "item", "tolist", "cpu", "nonzero", "unique", "masked_select",
+    "__bool__", "__int__", "__float__", "__index__", "__contains__",
+)  # fmt: skip
+"""Tensor methods that return values, or shapes that depend on values."""
+
+
+@contextmanager
+def counted() -> Iterator[Counter]:
+    """Count the host waits inside the context, by kind.
+
+    On CUDA torch itself reports them. Elsewhere the methods that would wait are counted, and
+    indexing by a mask. `Tensor.numpy` is not: it refuses tensors on a GPU, so it reads host memory.
+    """
+    found: Counter = Counter()
+    if torch.cuda.is_available():
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        found["cuda"] = sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+        return
+    depth = 0  # a method may use another: one wait
+
+    def counting(name, method):
+        def call(self, *args, **kwargs):
+            nonlocal depth
+            if name != "__getitem__" or _by_mask(args[0]):
+                found[name] += depth == 0
+            depth += 1
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                depth -= 1
+
+        return call
+
+    with mock.patch.multiple(
+        Tensor, **{n: counting(n, getattr(Tensor, n)) for n in (*READS, "__getitem__")}
+    ):
+        yield found
+    found += Counter()  # without zeros
+
+
+def _by_mask(index: object) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)

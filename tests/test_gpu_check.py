@@ -1,0 +1,337 @@
+"""GPU check: a part that fails costs only itself, a second call runs what is missing, rehearsal."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from benchmarks import report, results, roofline
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import pages, record, table, truth
+from realign_kernels import reference
+
+ROOT = Path(__file__).parent.parent
+PROBES = {
+    "good": """
+        def run(record):
+            for case in record.missing(["a", "group/b", "group/c"]):
+                with record.attempt(case):
+                    record(case, u=2.5, device=record.device)
+    """,
+    "raises": """
+        def run(record):
+            record("before", ms=1.0)
+            raise RuntimeError("this part is broken")
+    """,
+    "hangs": """
+        import subprocess, sys, time
+        def run(record):
+            child = subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+            )
+            record("child", pid=child.pid)
+            time.sleep(600)
+    """,
+    "killed": """
+        import os, signal
+        def run(record):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """,
+    "half": """
+        import os
+        def run(record):
+            for case in record.missing(["fine", "bad", "last"]):
+                with record.attempt(case):
+                    if case == "bad" and not os.path.exists(record.folder / "fixed"):
+                        raise ValueError("a bad case")
+                    record(case, ms=1.0)
+    """,
+    "lost": """
+        import sys
+        from benchmarks.gpu.record import LOST
+        def run(record):
+            for case in record.missing(["first", "second", "third"]):
+                with record.attempt(case):
+                    if case == "second":
+                        record(case, error="CUDA error: an illegal memory access")
+                        sys.exit(LOST)
+                    record(case, pid=record.call)
+    """,
+}
+"""Parts: bodies of modules."""
+
+
+@pytest.fixture
+def check(tmp_path):
+    """check(*parts, **limits): runs the command on probes; returns (exit code, table, lines)."""
+    folder = tmp_path / "probes"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+
+    def call(*parts, limit=20.0):
+        for part in parts:
+            lines = PROBES[part].replace("\n        ", "\n")
+            (folder / f"{part}.py").write_text(f"LIMIT = {limit / gpu.REHEARSAL}\n{lines}\n")
+        names = ",".join(f"probes.{part}" for part in parts)
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
+        done = subprocess.run(
+            [*command, "--rehearse", "--parts", names],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done.returncode, done.stdout, record.read(tmp_path / "out" / record.RESULTS)
+
+    return call
+
+
+def figures(lines, part):
+    return {k[1]: line for k, line in record.latest(lines).items() if k[0] == part}
+
+
+def test_a_part_that_raises_hangs_or_is_killed_costs_only_itself(check):
+    began = time.monotonic()
+    code, out, lines = check("raises", "hangs", "killed", "good", limit=6.0)
+    assert code == 1 and time.monotonic() - began < 40
+    assert [f["u"] for f in figures(lines, "good").values()] == [2.5] * 3
+    assert figures(lines, "raises")["before"]["ms"] == 1.0
+    ends = {line["part"]: line for line in lines if "case" not in line}
+    assert ends["raises"]["failed"] == "exit code 1"
+    assert "RuntimeError: this part is broken" in ends["raises"]["tail"]
+    assert ends["hangs"]["failed"] == "time limit 6 s"
+    assert "time.sleep(600)" in ends["hangs"]["tail"] or "in run" in ends["hangs"]["tail"]
+    assert ends["killed"]["failed"] == "exit code -9"
+    assert ends["good"]["done"] is True
+    for part, why in (("raises", "exit code 1"), ("hangs", "time limit 6 s"), ("killed", "-9")):
+        assert f"{part}: missing: " in out and why in out
+    assert "group  b 2.5u  c 2.5u" in out
+    child = figures(lines, "hangs")["child"]["pid"]
+    # Where no init collects it, a killed process stays as a zombie.
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_second_call_runs_only_what_is_missing(check, tmp_path):
+    code, out, first = check("good", "half")
+    assert code == 1 and "bad  missing: ValueError: a bad case" in out and "1 FAILED" in out
+    assert "raise ValueError" in figures(first, "half")["bad"]["error"]
+    (tmp_path / "out" / "fixed").touch()
+    code, out, lines = check("good", "half")
+    assert code == 0 and "FAILED" not in out
+    added = [(line["part"], line.get("case")) for line in lines[len(first) :]]
+    assert added == [("half", "bad"), ("half", None)]
+    code, _, again = check("good", "half")
+    assert code == 0 and again == lines
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_a_part_without_a_cuda_context_starts_again_for_its_other_cases(check):
+    code, _, lines = check("lost")
+    assert code == 1
+    assert [line.get("case") for line in lines] == ["first", "second", "third", None]
+
+
+def test_what_cannot_start_is_named(capsys, tmp_path):
+    given = ["--out", str(tmp_path), "--rehearse", "--parts"]
+    assert gpu.main([*given, "nosuch", "--budget", "30"]) == 1
+    assert "nosuch: missing: there is no module benchmarks.gpu.nosuch" in capsys.readouterr().out
+    assert gpu.main([*given, "facts", "--budget", "1"]) == 1
+    assert "facts: missing: the budget is spent" in capsys.readouterr().out
+
+
+def test_the_table_has_at_most_100_lines_and_counts_what_it_cuts():
+    lines = [
+        {"part": part, "case": f"case {i}", "call": 1, "ms": float(i)}
+        for part in ("one", "two")
+        for i in range(90 if part == "one" else 20)
+    ]
+    rows = table.table(lines, ["one", "two", "three"])
+    assert len(rows) <= table.MOST_LINES
+    assert rows[0] == "one: missing: not run" and "two: missing: not run" in rows
+    (cut,) = [row for row in rows if "more lines" in row]
+    shown = sum(row.startswith("  case") for row in rows)
+    assert cut == f"  ... {110 - shown} more lines in results.jsonl" and rows[-1].startswith(
+        "three"
+    )
+    assert (
+        sum(row.startswith("  case") for row in rows[rows.index("two: missing: not run") :]) == 20
+    )
+
+
+MINE = {"facts": 20, "correct": 70, "head": 120, "variants": 600}
+
+
+def test_every_part_has_a_limit():
+    assert {part: gpu.limit_of(gpu.module_of(part)) for part in MINE} == MINE
+
+
+def test_a_rehearsal_gives_every_result(tmp_path):
+    """All cases run at toy sizes; what fails is a library that is not installed, by its name."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--rehearse"]
+    done = subprocess.run(
+        [*command, "--parts", ",".join(MINE)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    lines = record.read(tmp_path / record.RESULTS)
+    assert [line.get("done") for line in lines if "case" not in line] == [True] * 4, done.stdout
+    cases = record.latest(lines)
+    peers = ("Liger DPO, two calls", "CCE", "F.linear_cross_entropy")
+    for (part, case), line in cases.items():
+        if record.failed(line):
+            assert part == "head" and case.endswith(peers), line["error"]
+            assert "has no attribute" in line["error"] or "No module named" in line["error"]
+    found = {case: line for (part, case), line in cases.items() if part == "correct"}
+    assert len(found) == 52 and found["opcheck"]["operators"]
+    assert all(0 < line["of_budget"] <= 1 for line in found.values() if "of_budget" in line)
+    assert sum("of_budget" in line for line in found.values()) == 39
+    assert sum(part == "head" for part, _ in cases) == 40
+    assert sum(part == "variants" for part, _ in cases) == 22
+    differences = [line["difference"] for key, line in cases.items() if key[0] == "variants"]
+    assert max(differences) < 2e-3  # fp16
+    assert len(done.stdout.splitlines()) <= table.MOST_LINES
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+HEADS = ({}, {"bias": True, "softcap": 4.0, "temperature": 1.3}, {"rival": True})
+
+
+class TestTruth:
+    @pytest.mark.parametrize("options", HEADS, ids=("plain", "capped", "rival"))
+    def test_plain_torch_agrees_with_the_specification(self, options):
+        problem = truth.make((9, 8, 23), torch.float32, "cpu", **options)
+        value = truth.plain(problem, torch.float64, block=4)
+        head = problem.softcap, problem.temperature
+        hidden, weight = problem.hidden.double(), problem.weight.double()
+        bias = None if problem.bias is None else problem.bias.double()
+        rows = (problem.labels != truth.IGNORE).nonzero().squeeze(1)
+        labels = problem.labels[rows]
+        if problem.rival is not None:
+            strongest = reference.rivals(hidden[rows] @ weight.T, labels)
+            labels = torch.where(problem.rival[rows], strongest, labels)
+        given = (hidden[rows], weight, labels, bias, *head)
+        logps = reference.linear_logprobs(*given)
+        upstream = problem.upstream[rows].double()
+        grads = reference.linear_logprobs_backward(upstream, *given)
+        torch.testing.assert_close(value.logps[rows], logps)
+        torch.testing.assert_close(value.hidden[rows], grads[0])
+        torch.testing.assert_close(value.weight, grads[1])
+        if bias is not None:
+            torch.testing.assert_close(value.bias, grads[2])
+        assert not value.logps[problem.labels == truth.IGNORE].any()
+
+    def test_the_loss_and_its_gradients(self):
+        batch = truth.preference(2, 5, 8, 23, torch.float32, "cpu")
+        loss, answer = truth.preference_truth(batch)
+        hidden = batch.hidden.double().requires_grad_()
+        weight = batch.weight.double().requires_grad_()
+        logps = torch.log_softmax(hidden @ weight.T, -1).gather(-1, batch.labels[..., None])
+        exact = reference.rdpo_loss(logps[..., 0].sum(-1), torch.zeros(3, 2))
+        exact.backward()
+        torch.testing.assert_close(loss, exact.detach())
+        torch.testing.assert_close(answer.hidden.view_as(hidden), hidden.grad)
+        torch.testing.assert_close(answer.weight, weight.grad)
+
+    def test_an_error_over_its_budget_is_refused(self):
+        problem = truth.make((9, 8, 23), torch.float32, "cpu")
+        exact, eager = truth.plain(problem, torch.float64), truth.plain(problem, torch.float32)
+        value = truth.ours(problem, "all")
+        assert truth.within_budget(value, eager, exact, torch.float32)["of_budget"] <= 1
+        for name in ("logps", "hidden", "weight"):
+            wrong = value._replace(**{name: getattr(value, name) * (1 + 1e-5)})
+            with pytest.raises(AssertionError, match="of their budget"):
+                truth.within_budget(wrong, eager, exact, torch.float32)
+            gone = value._replace(**{name: getattr(value, name) * torch.nan})
+            with pytest.raises(AssertionError, match="inf of their budget"):
+                truth.within_budget(gone, eager, exact, torch.float32)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A check with made-up results, and the folder that holds them."""
+    calculated = 1e3 * roofline.ours(3072, 4096, 32000, False).seconds(roofline.REACHED)
+    head = "3072x4096x32000 frozen"
+    lines = [
+        {"part": "facts", "case": "device", "name": "Fast Card", "driver": "1.2"},
+        {"part": "facts", "case": "versions", "torch": "2.11.0", "triton": "3.6.0"},
+        {"part": "facts", "case": "GEMM", "tflops": 385.0},
+        {"part": "correct", "case": "good", "of_budget": 0.2},
+        {"part": "correct", "case": "bad", "error": "Traceback: over budget"},
+        {
+            "part": "head",
+            "case": f"{head}/ours",
+            "u": 4.3,
+            "ms": 3 * calculated,
+            "peak_gib": 0.71,
+        },
+        {"part": "head", "case": f"{head}/eager logits", "u": 9.0, "ms": 98.7},
+        {"part": "head", "case": f"{head}/CCE", "error": "No module named 'cce'"},
+        {"part": "step", "case": "ours", "seconds": 0.5, "positions": 10000},
+        {"part": "head", "seconds": 99.0, "failed": "time limit 120 s", "tail": ""},
+    ]
+    for line in lines:
+        record.append(tmp_path / pages.NAME, line | {"call": 1})
+    return pages.load(tmp_path)
+
+
+class TestPages:
+    def test_the_calculation_gets_the_measured_figure_and_the_ratio(self, measured):
+        text = roofline.page(measured)
+        assert "**Measured** on Fast Card, driver 1.2, torch 2.11.0, triton 3.6.0" in text
+        assert "Nothing on this page was measured" not in text and "has run on a GPU" not in text
+        (row,) = [
+            r for r in text.splitlines() if r.startswith("| LLaVA-1.5-7B 4096 x 32000 | 1.63")
+        ]
+        assert row.endswith("| 3.00 |")
+        (row,) = [r for r in text.splitlines() if r.startswith("| 3072x4096x32000 frozen")]
+        assert "| 98.7 |" in row and row.endswith("| - | 0.71 |"), "CCE failed, ours has a peak"
+        assert "within the error budget: 1 of 2" in text
+
+    def test_the_report_shows_ratios_and_what_is_missing(self, measured):
+        machine = {"gpu": "x", "versions": {}, "python": "3"}
+        run = results.Run("default", machine, "0", "2026-01-01", (), ())
+        text = report.page([run], None, draw=False, check=measured)
+        gpu_part = text[text.index("## On a GPU") :]
+        assert "No GPU timing has been measured" not in text and "not measured" not in gpu_part
+        assert "| facts | GEMM | 770 tflops | 385 tflops | 0.50 |" in text
+        assert "head: missing: time limit 120 s" in text and "bad  missing: Traceback" in text
+        assert "| step | ours | 0.361 seconds | 0.5 seconds | 1.38 |" in text
+        before = report.page([run], None, draw=False)
+        assert "No GPU timing has been measured" in before and "Fast Card" not in before
+
+    def test_sentences_follow_from_the_results(self, measured, tmp_path):
+        (tmp_path / "docs").mkdir()
+        for name in ("README.md", "docs/kernels.md"):
+            (tmp_path / name).write_text((ROOT / name).read_text())
+        report.put_gpu_sentences(tmp_path, measured)
+        text = (tmp_path / "README.md").read_text()
+        assert "No GPU timing has been measured" not in text
+        assert "takes 4.3u frozen and -u trained" in text
+        kernels = (tmp_path / "docs" / "kernels.md").read_text()
+        assert "On a Fast Card, 1 of 2 cases" in kernels and "has run on a GPU" not in kernels
+        report.put_gpu_sentences(tmp_path, pages.load(results.FOLDER))
+        for name in ("README.md", "docs/kernels.md"):
+            assert (tmp_path / name).read_text() == (ROOT / name).read_text(), "generated"
+
+
+def test_a_steps_gemms_are_those_of_its_parameters():
+    """LLaMA-7B's linear layers, and PEFT's count of LoRA 128 on all of them."""
+    flop = roofline.step_seconds(1) * roofline.REACHED
+    assert flop == pytest.approx(4 * 6_476_005_376 + 6 * 319_815_680)
+
+
+def test_everything_in_the_list_of_wheels_is_pinned():
+    lines = (ROOT / "benchmarks" / "gpu" / "wheels.txt").read_text().splitlines()
+    names = [line.split("#")[0].strip() for line in lines]
+    pins = (ROOT / "constraints.txt").read_text()
+    assert all(f"\n{name}==" in pins for name in filter(None, names))
+    assert not {"torch", "triton"} & set(names)

@@ -1,0 +1,164 @@
+"""GPU check: rehearsals of the parts attention, step and train, and the 7B of a step."""
+
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks.gpu import attention, step, train
+from benchmarks.gpu.record import failed, latest, read
+from benchmarks.models import LLAVA_7B, llava_config, random_on
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def rehearse(made_once):
+    """rehearse(part): the lines of its cases by name, from a process as the check starts them."""
+
+    def lines(part):
+        def make(folder):
+            folder.mkdir()
+            command = [sys.executable, "-m", "benchmarks.gpu.worker", f"benchmarks.gpu.{part}"]
+            command += ["--out", folder, "--seconds", "300", "--call", "1", "--rehearse"]
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+
+        found = latest(read(made_once(f"gpu-{part}", make) / "results.jsonl"))
+        return {case: line for (_, case), line in found.items()}
+
+    return lines
+
+
+def assert_finite(line):
+    """The case has figures, and all of them are finite."""
+    assert not failed(line), line["error"]
+    numbers = [v for k, v in line.items() if isinstance(v, int | float) and k != "call"]
+    assert numbers and all(map(math.isfinite, numbers)), line
+
+
+def test_attention_by_each_implementation_is_that_of_fp32(rehearse):
+    lines = rehearse("attention")
+    assert list(lines) == list(attention.CASES)
+    if find_spec("realign.varlen_attention") is None:
+        assert "realign.varlen_attention" in lines.pop("varlen")["error"]
+    for case, line in lines.items():
+        assert_finite(line)
+        if case == "tree, cuDNN on":
+            assert line["calls"] == 6
+        else:  # bf16 keeps 8 bits; probabilities and outputs are rounded to it
+            assert line["output_error"] < 2**-8, case
+            assert line.get("gradient_error", 0) < 2**-7, case
+
+
+def test_the_attention_of_the_7b_is_24_calls_of_different_lengths():
+    (trees,) = attention.batch_of(attention.LLAVA).trees
+    assert sum(len(tree) - 1 for tree in trees) == 24
+    sizes = [size for root, first, *more in trees for size in (root + first, *more)]
+    assert len(set(sizes)) > 20
+
+
+def test_contestants_of_a_step_compute_the_same(rehearse):
+    lines = rehearse("step")
+    cases = [case for group in step.GROUPS.values() for case in group]
+    assert set(lines) == {*cases, "ours against TRL DPO", "ours against released"}
+    for case, line in lines.items():
+        assert case == "host waits of ours" or assert_finite(line) is None
+    for peer in step.EQUALS:
+        against = lines[f"ours against {peer}"]
+        assert against["loss_difference"] < 1e-4 and against["grad_norm_difference"] < 1e-4
+    assert lines["host waits of ours"]["waits"] == 0  # a CPU has no other device to wait for
+    positions = [lines[case]["positions"] for case in ("ours", "TRL DPO", "released")]
+    assert positions == sorted(positions)  # rows without padding; then two and three passes, twice
+    assert len(lines["ours"]["each"]) == step.TIMED
+
+
+def test_training_on_a_device_and_a_killed_run(rehearse):
+    lines = rehearse("train")
+    for line in lines.values():
+        assert_finite(line)
+    assert lines["fp32 against CPU"]["largest"] < 1e-5  # both ran on a CPU
+    assert 0 < lines["bf16 against fp32"]["loss"] < 0.05
+    killed = lines["killed and resumed"]
+    assert killed["same_bits"] and killed["largest"] == 0
+    assert 2 <= killed["resumed_from_step"] <= killed["killed_after_step"]
+
+
+def test_a_difference_of_curves_is_relative_to_the_largest_value():
+    truth = [dict.fromkeys(train.CURVE, 2.0), dict.fromkeys(train.CURVE, -8.0)]
+    curve = [truth[0] | {"loss": 2.5}, truth[1] | {"grad_norm": -8.1}]
+    found = train.difference(curve, truth)
+    assert found["loss"] == found["largest"] == 0.5 / 8
+    assert found["grad_norm"] == pytest.approx(0.1 / 8) and found["logps/chosen"] == 0
+    assert train.same([truth[0] | {"seconds": 1.0}], [truth[0] | {"seconds": 2.0}])
+    assert not train.same(curve, truth)
+
+
+def test_memory_that_runs_out_halves_the_examples_of_a_forward():
+    tried = []
+
+    def call(micro):
+        tried.append(micro)
+        if micro > 1:
+            raise torch.OutOfMemoryError("no room")
+
+    step.largest_that_fits(call)
+    assert tried == [4, 2, 1]
+
+    def never(micro):
+        raise torch.OutOfMemoryError(f"no room for {micro}")
+
+    with pytest.raises(torch.OutOfMemoryError, match="for 1"):
+        step.largest_that_fits(never)
+
+
+def decoder_parameters(hidden, intermediate, layers, vocabulary):
+    """Of a Llama without grouped keys, embeddings and head apart."""
+    layer = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden
+    return layers * layer + hidden + 2 * vocabulary * hidden
+
+
+def tower_parameters(hidden, intermediate, layers, size, patch):
+    """Of a CLIP vision tower."""
+    attention = 4 * (hidden**2 + hidden)
+    mlp = 2 * hidden * intermediate + hidden + intermediate
+    places = (size // patch) ** 2 + 1
+    embeddings = hidden + 3 * patch**2 * hidden + places * hidden
+    return layers * (attention + mlp + 4 * hidden) + embeddings + 4 * hidden
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "parameters"), [(32064, 7_063_427_072), (32000, 7_062_902_784)]
+)
+def test_the_7b_has_as_many_parameters_as_the_real_one(vocabulary, parameters):
+    config = llava_config(**LLAVA_7B | {"vocabulary": vocabulary})
+    model = random_on("meta", config, torch.bfloat16)
+    found = sum(parameter.numel() for parameter in model.parameters())
+    decoder = decoder_parameters(4096, 11008, 32, vocabulary)
+    tower = tower_parameters(1024, 4096, 24, 336, 14)
+    joint = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert found == decoder + tower + joint == parameters
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_made_on_a_device_has_the_buffers_of_a_usual_one():
+    config = llava_config(**step.TOY)
+    usual = dict(LlavaForConditionalGeneration(config).named_buffers())
+    made = [random_on("cpu", config, torch.bfloat16, kind) for kind in ("tree", "sdpa")]
+    found = dict(made[0].named_buffers())
+    assert found.keys() == usual.keys() and len(usual) == 3
+    for name, buffer in usual.items():
+        assert found[name].dtype == buffer.dtype and torch.equal(found[name], buffer), name
+    weights = [dict(model.named_parameters()) for model in made]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert all(weight.isfinite().all() for weight in weights[0].values())
+    assert made[0].model.get_decoder().config._attn_implementation == "tree"

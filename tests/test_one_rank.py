@@ -1,0 +1,102 @@
+"""FSDP2 on a mesh of one rank: frozen weights stay whole, and no number changes."""
+
+import pytest
+import torch
+from runs import arguments, assert_same_run, run, without_timing
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from realign import parallel, sharding, train
+from realign.config import LossConfig
+from realign.digits import ASSETS
+from realign.forest import build_batch
+from realign.inputs import load_inputs
+from realign.loading import add_lora, load_model
+from realign.metrics import read_jsonl
+from realign.model import ForestModel
+from realign.train import main
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+WAYS = {
+    "lora": ("--dtype", "bf16", "--micro-batch-size", 4),
+    "full": ("--dtype", "bf16", "--micro-batch-size", 4, "--tune", "full"),
+    "fp32": ("--fsdp", "--micro-batch-size", 4),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_stay_whole_change_no_bit(way, pairs_file, tmp_path, monkeypatch):
+    run(pairs_file, tmp_path / "whole", *WAYS[way], steps=3)
+    monkeypatch.setattr(sharding, "left_whole", lambda *_: set())
+    run(pairs_file, tmp_path / "sharded", *WAYS[way], steps=3)
+    entries = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "sharded")]
+    assert without_timing(entries[0]) == without_timing(entries[1])
+    name = "model.safetensors" if way == "full" else "adapter_model.safetensors"
+    ours, theirs = (load_file(tmp_path / f / "model" / name) for f in ("whole", "sharded"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeypatch):
+    more = (*WAYS["lora"], "--save-every", 2)
+    run(pairs_file, tmp_path / "whole", *more)
+    saved = train.Checkpoints.save
+
+    def save(self, number, *rest, **how):
+        saved(self, number, *rest, **how)
+        if number == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoints, "save", save)
+        assert main(arguments(pairs_file, tmp_path / "cut", *more)) == 130
+    assert main(arguments(pairs_file, tmp_path / "cut", *more, "--resume")) == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def sharded(dtype, tune):
+    """The digits model on a mesh of one, and where its frozen weights were before."""
+    parallel.start(alone=True)
+    vlm = load_model(ASSETS, dtype if tune == "lora" else torch.float32)
+    model = ForestModel(vlm, dtype=dtype)
+    if tune == "lora":
+        add_lora(vlm, 4, 8.0)
+    places = {n: p.data_ptr() for n, p in model.named_parameters() if not p.requires_grad}
+    sharding.shard(model, CPU, dtype)
+    return model, places
+
+
+def test_frozen_weights_are_not_copied(pairs_file):
+    """In forward and backward each is where it was loaded; FSDP2 manages what learns, no more."""
+    model, places = sharded(BF16, "lora")
+    inputs = load_inputs(
+        ASSETS, pairs_file, LossConfig(), dtype=BF16, weights_dtype=BF16, train_vision=False,
+        max_response_tokens=100, progress=False,
+    )  # fmt: skip
+    seen: dict[str, set[int]] = {}
+
+    def note(name, *_):
+        for own, parameter in model.get_submodule(name).named_parameters(recurse=False):
+            seen.setdefault(f"{name}.{own}", set()).add(parameter.data_ptr())
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: note(name))
+        module.register_full_backward_pre_hook(lambda *_, name=name: note(name))
+    batch = build_batch(inputs.examples[:2], inputs.store, row_tokens=400)
+    model(batch).sum().backward()
+    frozen = {name: found for name, found in seen.items() if name in places}
+    assert len(frozen) > 60 and all(found == {places[n]} for n, found in frozen.items())
+    managed = {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
+    assert managed == {n for n, p in model.named_parameters() if p.requires_grad}
+    units = [name for name, m in model.named_modules() if isinstance(m, FSDPModule)]
+    assert len(units) == 5 and units[0] == ""  # the root and four layers of the language model
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offload", "dtype"), [(2, False, BF16), (1, True, BF16), (1, False, torch.float32)]
+)
+def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtype):
+    model = ForestModel(load_model(ASSETS, BF16, meta=True), dtype=dtype)
+    assert sharding.left_whole(model, dtype, ranks, offload) == set()
+    assert len(sharding.left_whole(model, BF16, 1, False)) > 10  # the frozen tower

@@ -1,0 +1,260 @@
+"""Prefetch: batches ahead of the step, in order and bit for bit; errors, ends, and host reads."""
+
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from host_reads import HostReads
+from runs import arguments, assert_same_run, run
+
+from realign import parallel, step, train
+from realign.config import LossConfig
+from realign.digits import ASSETS
+from realign.images import ImageStore
+from realign.inputs import load_inputs
+from realign.loading import add_lora
+from realign.metrics import read_jsonl
+from realign.model import ForestModel
+from realign.prefetch import ahead, pinned
+from realign.train import main
+
+CPU = torch.device("cpu")
+TESTS = Path(__file__).parent
+BATCHES = ("--micro-batch-size", 3, "--save-every", 2)
+
+
+def threads():
+    """Threads of prefetching that are alive."""
+    return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """Every image of a batch is read and preprocessed again."""
+    bundle = ImageStore.bundle
+
+    def again(store, key):
+        store._bundles.clear()
+        return bundle(store, key)
+
+    monkeypatch.setattr(ImageStore, "bundle", again)
+
+
+# --- the thread ---
+
+
+def test_results_come_in_order_and_few_are_built_ahead():
+    built = []
+
+    def build(i):
+        built.append((i, threading.current_thread() is threading.main_thread()))
+        return i
+
+    most = 0
+    with ahead((partial(build, i) for i in range(20)), CPU, depth=3) as results:
+        for i, result in enumerate(results):
+            assert result == i
+            time.sleep(0.01)  # the thread builds all that it may
+            most = max(most, len(built) - (i + 1))
+    assert built == [(i, False) for i in range(20)]
+    assert 1 <= most <= 3 and not threads()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_early_end_drops_what_was_not_begun(error):
+    built = []
+
+    def build(i):
+        built.append(i)
+        time.sleep(0.02)
+
+    with pytest.raises(error), ahead((partial(build, i) for i in range(9)), CPU) as results:
+        next(results)
+        raise error
+    assert not threads() and built in ([0], [0, 1], [0, 1, 2])
+
+
+def test_an_error_comes_where_its_result_is_asked_for():
+    got = []
+    with (
+        pytest.raises(ZeroDivisionError),
+        ahead((partial(lambda i: 1 / (3 - i), i) for i in range(9)), CPU) as results,
+    ):
+        got.extend(results)
+    assert got == [1 / 3, 1 / 2, 1] and not threads()
+
+
+def test_tensors_of_a_batch_are_pinned_for_cuda(monkeypatch):
+    """Every tensor of a micro-batch, wherever it is; nothing on a CPU."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    batch = {"a": (torch.zeros(2), 7, "x"), "b": step.MicroBatch(None, torch.ones(1), None, True)}
+    assert pinned(batch, CPU) is batch
+    found = pinned(batch, torch.device("cuda"))
+    assert found["a"][0].tolist() == [1, 1] and found["a"][1:] == (7, "x")
+    assert found["b"].references.tolist() == [2] and found["b"].last
+
+
+# --- in training ---
+
+
+def test_a_step_takes_the_longer_of_preprocessing_and_computing(pairs_file, tmp_path, monkeypatch):
+    """Both are made slow by sleeping; real work is measured, so a busy machine does not matter."""
+    spent = {"building": 0.0, "waiting": 0.0}
+    measured = []
+
+    def timed(owner, name, key, in_main):
+        call = getattr(owner, name)
+
+        def wrapper(*args):
+            began = time.perf_counter()
+            found = call(*args)
+            here = threading.current_thread() is threading.main_thread()
+            if measured and here == in_main:
+                spent[key] += time.perf_counter() - began
+            return found
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    def slowed(owner, name, seconds):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (time.sleep(seconds), call(*args))[1])
+
+    def begin(seed, number, rank):
+        if number == 2:  # the thread is ahead from here on
+            measured.append(number)
+
+    slowed(ImageStore, "bundle", 0.03)
+    slowed(ForestModel, "forward", 0.3)
+    timed(step.Feed, "__call__", "building", in_main=False)
+    timed(Future, "result", "waiting", in_main=True)
+    monkeypatch.setattr(train, "seed_step", begin)
+    run(pairs_file, tmp_path, "--save-every", 0, steps=8)
+    seconds = sum(e["seconds"] for e in read_jsonl(tmp_path / "metrics.jsonl")[1:])
+    computing = seconds - spent["waiting"]
+    assert spent["building"] > 1.5 and computing > 2.1  # so that the sum is far from the longer
+    assert seconds < 1.15 * max(spent["building"], computing) + 0.2
+
+
+@pytest.fixture(scope="module")
+def plain(pairs_file, tmp_path_factory):
+    """The folder of a run whose batches are built where they are needed."""
+    output = tmp_path_factory.mktemp("plain")
+
+    @contextmanager
+    def in_place(tasks, device):
+        yield (task() for task in tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ahead", in_place)
+        run(pairs_file, output, *BATCHES)
+    return output
+
+
+def test_a_run_is_bit_for_bit_that_without_prefetch(pairs_file, plain, tmp_path, nothing_kept):
+    run(pairs_file, tmp_path, *BATCHES)
+    assert_same_run(tmp_path, plain)
+    assert not threads()
+
+
+def test_a_resumed_run_is_bit_for_bit_that_without_prefetch(
+    pairs_file, plain, tmp_path, monkeypatch
+):
+    saved = train.Checkpoints.save
+
+    def save(self, number, *more, **how):
+        saved(self, number, *more, **how)
+        if number == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoints, "save", save)
+        assert main(arguments(pairs_file, tmp_path, *BATCHES)) == 130
+    assert not threads()
+    run(pairs_file, tmp_path, *BATCHES, "--resume")
+    assert_same_run(tmp_path, plain)
+
+
+def test_an_image_that_changes_is_named_where_it_is_needed(
+    pairs_file, tmp_path, monkeypatch, capsys
+):
+    feed, fed = step.Feed.__call__, []
+
+    def spoil(self, part, last=True):
+        fed.append(part)
+        if len(fed) == 4:
+            self.store._bundles.clear()
+            made = {"pixel_values": torch.zeros(1, 3, 4, 4)}
+            monkeypatch.setattr(ImageStore, "_make", lambda *_: (made, 1))
+        return feed(self, part, last)
+
+    monkeypatch.setattr(step.Feed, "__call__", spoil)
+    assert main(arguments(pairs_file, tmp_path)) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: record 'scene-") and "is not what it was" in shown
+    assert [entry["step"] for entry in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert not threads()
+
+
+# On rank 1 the images of its third micro-batch are not what they were.
+WORKER = """
+import sys, torch
+from realign import parallel, step, train
+from realign.images import ImageStore
+feed, fed = step.Feed.__call__, []
+def spoil(self, part, last=True):
+    fed.append(part)
+    if len(fed) == 3 and parallel.rank() == 1:
+        self.store._bundles.clear()
+        ImageStore._make = lambda *_: ({"pixel_values": torch.zeros(1, 3, 4, 4)}, 1)
+    return feed(self, part, last)
+step.Feed.__call__ = spoil
+parallel.leave(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_bad_image_of_one_rank_stops_both(pairs_file, tmp_path, monkeypatch, capfd):
+    (tmp_path / "spoilt_worker.py").write_text(WORKER)
+    paths = (tmp_path, TESTS.parent)
+    monkeypatch.setenv("PYTHONPATH", ":".join(map(str, paths)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "run"
+    words = arguments(pairs_file, output, "--fsdp", "--save-every", 0)
+    assert parallel.launch("spoilt_worker", words, 2) == 1
+    shown = capfd.readouterr().err
+    assert "error (rank 1): record 'scene-" in shown and "is not what it was" in shown
+    assert [entry["step"] for entry in read_jsonl(output / "metrics.jsonl")] == [1, 2]
+
+
+# --- host reads ---
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_step_reads_the_device_once_outside_its_forwards(pairs_file, tune):
+    """Two micro-batches, clipping, metrics and the optimizer: one read, of all metrics."""
+    inputs = load_inputs(
+        ASSETS, pairs_file, LossConfig(), dtype=torch.float32, weights_dtype=torch.float32,
+        train_vision=False, max_response_tokens=100, progress=False,
+    )  # fmt: skip
+    model = inputs.model
+    if tune == "lora":
+        add_lora(model.vlm, 4, 8.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    references = torch.full((3, len(inputs.examples)), -25.0)
+    feed = step.Feed(inputs.examples, references, inputs.store, model.attention, 0, CPU)
+    parts = [feed(*part) for part in step.micro_batches(np.arange(8), 4)]
+    with HostReads() as reads:
+        totals = step.accumulate(model, parts, inputs.objective, batch_size=8, device=CPU)
+        norm = step.clip(trained, 1.0)
+        found, _ = step.over_ranks(totals, norm, 8, False)
+        optimizer.step()
+    ours = {where: n for where, n in reads.where.items() if where.startswith("realign/")}
+    assert ours == {"realign/step.py:over_ranks": 1}
+    grads = torch.stack([p.grad.norm() for p in trained if p.grad is not None])
+    assert min(found["grad_norm"], 1.0) == pytest.approx(float(grads.norm()), rel=1e-4)
