@@ -85,8 +85,8 @@ class ForestBatch:
         slots: for each place of an image in the rows, in row-major order, which image is there.
         grids: what positions depend on, by slot (`ImageStore.grids`); empty where leaves share.
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
-        labels: (N,) int64 response tokens; rows of one example are adjacent.
-        sequence_ids: (N,) int64, leaf * examples + example.
+        labels: (N,) int64 response tokens, on the CPU; rows of one example are adjacent.
+        sequence_ids: (N,) int64, leaf * examples + example, on the CPU.
         trees: for each row its trees in order, each the lengths of its root and leaves.
         sequences: the same as sequences of varlen attention; None where leaves do not share, or
             not all is causal.
@@ -149,13 +149,16 @@ class ForestBatch:
         logps: torch.Tensor,  # (N,) per-token log-probs
     ) -> torch.Tensor:
         """Log-probs summed over each leaf, (L, B) fp64."""
-        leaves = int(self.sequence_ids.max()) // self.examples + 1
+        leaves = int(self.sequence_ids.numpy().max()) // self.examples + 1
         sums = torch.zeros(leaves * self.examples, dtype=torch.float64, device=logps.device)
-        sums.index_add_(0, self.sequence_ids, logps.double())
+        sums.index_add_(0, self.sequence_ids.to(logps.device, non_blocking=True), logps.double())
         return sums.view(leaves, self.examples)
 
     def to(self, device: torch.device | str) -> ForestBatch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`.
+
+        `labels` and `sequence_ids` stay on the host: the head plans its rows there.
+        """
 
         def moved(value):
             if isinstance(value, torch.Tensor):
@@ -166,7 +169,9 @@ class ForestBatch:
                 return {name: moved(one) for name, one in value.items()}
             return tuple(moved(one) for one in value) if isinstance(value, tuple) else value
 
-        return ForestBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        host = {"labels": self.labels, "sequence_ids": self.sequence_ids}
+        return ForestBatch(**{name: moved(part) for name, part in parts.items()} | host)
 
 
 def build_batch(

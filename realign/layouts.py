@@ -127,6 +127,11 @@ def has_softcap(config: PreTrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
+def head_width(text: PreTrainedConfig) -> int:
+    """Width of an attention head of a language model."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def _separate(kinds: list[str]) -> str | None:
     """Why responses to one prompt need a copy of it each."""
     if others := sorted(set(kinds) - {FULL, SLIDING}):

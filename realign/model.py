@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from realign import tree_attention
+from realign import tree_attention, varlen_attention
 from realign.attention import IMPLEMENTATIONS, forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Features, Images, ImageStore, features, in_slots
-from realign.layouts import SLIDING, TESTED, has_softcap, layout_of
+from realign.layouts import SLIDING, TESTED, has_softcap, head_width, layout_of
 from realign.parallel import from_rank_0
 from realign_kernels import (
     NonFiniteError,
@@ -70,15 +70,16 @@ class ForestModel(nn.Module):
         self.dtype = dtype
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
-        self.instead: str | None = None  # why attention is sdpa where by tree was asked for
-        if decoder.config._attn_implementation in tree_attention.NAMES:
+        self.instead: str | None = None  # why attention is another than asked for
+        attends, width = decoder.config._attn_implementation, head_width(decoder.config)
+        if attends in tree_attention.NAMES:
             if not self.layout.causal:
-                self.instead = "not every token sees all before it, and nothing else"
+                attends, self.instead = "sdpa", "not every token sees all before it, and no other"
             elif getattr(decoder.config, "attention_dropout", 0):
-                self.instead = "it has dropout"
-            if self.instead:
-                decoder.config._attn_implementation = "sdpa"
-        self.attention = decoder.config._attn_implementation
+                attends, self.instead = "sdpa", "it has dropout"
+            elif attends == tree_attention.VARLEN and not varlen_attention.takes(width):
+                attends, self.instead = tree_attention.CALLS, f"its heads are {width} wide"
+        self.attention = decoder.config._attn_implementation = attends
         if self.attention not in IMPLEMENTATIONS.values():
             raise ValueError(
                 f"the model attends by {self.attention!r}, which takes no forest. Load it with "
@@ -139,7 +140,7 @@ class ForestModel(nn.Module):
         except NonFiniteError as error:
             if objective is not None:  # all ranks have a backward to run; then the step is refused
                 return _not_a_number(hidden, weight, bias, objective, reference_logps)
-            owners = batch.sequence_ids.cpu()[error.rows] % batch.examples
+            owners = batch.sequence_ids[error.rows] % batch.examples
             names = sorted({batch.names[i] for i in owners.tolist()})
             raise NonFiniteRecords(
                 f"record(s) {', '.join(names)}: {error}. Nothing was updated. If one record is "
@@ -173,7 +174,7 @@ class ForestModel(nn.Module):
         if self.attention == "eager" and has_softcap(self.vlm.config):
             yield "attention is eager: it has a softcap here, which sdpa has not"
         if self.instead:
-            yield f"attention is sdpa: {self.instead}"
+            yield f"attention is {self.attention}: {self.instead}"
         if layout.shares_prefix:
             shared = build_batch([example], store, row_tokens=example.longest_tree)
             apart = build_batch([example], store, row_tokens=0, shared=False)

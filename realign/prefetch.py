@@ -68,7 +68,8 @@ def pinned(value: T, device: torch.device) -> T:
     """`value` with its tensors in pinned memory where `device` is a CUDA device.
 
     Args:
-        value: a tensor, or dataclasses, dictionaries and tuples of such; the rest stays as it is.
+        value: a tensor, or dataclasses, dictionaries, tuples and named tuples of such; the rest
+            stays as it is.
         device: where the tensors will be copied.
     """
     if device.type != "cuda":
@@ -80,4 +81,7 @@ def pinned(value: T, device: torch.device) -> T:
         return replace(value, **moved)
     if isinstance(value, dict):
         return {name: pinned(one, device) for name, one in value.items()}
-    return tuple(pinned(one, device) for one in value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        parts = (pinned(one, device) for one in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from realign import parallel
 from realign.forest import Example, ForestBatch
 from realign.images import ImageStore
+from realign.layouts import head_width
 from realign.model import ForestModel
 
 TIMING = (
@@ -149,18 +150,13 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
     """
     vlm, text = model.vlm, model.vlm.config.get_text_config()
     head, learns = vlm.get_output_embeddings(), backward and _learns(vlm.model.get_encoder("image"))
-    width = text.num_attention_heads * _head_width(text)
+    width = text.num_attention_heads * head_width(text)
     return Cost(
         token=_linear(vlm.model.get_decoder(), backward),
         response=2 * _weights(head) * (1 + backward + (backward and _learns(head))),
         pair=4 * width * text.num_hidden_layers * (3 if backward else 1),
         image=per_image_token * (3 if learns else 1),
     )
-
-
-def _head_width(text) -> int:
-    """Width of an attention head."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _linear(part: nn.Module, backward: bool) -> float:

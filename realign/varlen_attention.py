@@ -168,9 +168,9 @@ def flash(
 ) -> tuple[Tensor, Tensor]:  # (Q, heads, D), (heads, Q) fp32
     """torch's flash kernel, that of `torch.nn.attention.varlen.varlen_attn`.
 
-    Its aten operators are called, as `varlen_attn` shows its backward to its own autograd only, and
-    takes `enable_gqa` from torch 2.12 on only. They align causal masks at the bottom right
-    (flash-attn 2.1 and later; `torch.nn.attention.bias.causal_lower_right` relies on it).
+    Its aten operators are called, as `varlen_attn` exposes its backward to its own autograd only,
+    and needs `enable_gqa` in torch 2.13, which 2.11 lacks. They align causal masks at the bottom
+    right (flash-attn 2.1 and later; `torch.nn.attention.bias.causal_lower_right` relies on it).
     """
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, query_ends, key_ends, longest_query, longest_key,
@@ -227,6 +227,11 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None if dtype in (torch.float16, torch.bfloat16) else f"dtype is {dtype}"
+
+
+def takes(width: int) -> bool:
+    """Whether the flash kernel computes heads of this width."""
+    return width <= 256 and width % 8 == 0
 
 
 # --- the operator ---

@@ -1,16 +1,19 @@
 """Host waits: reads of tensor values, for which the host waits until the GPU has caught up."""
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from sys import _getframe
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 READS = (
-    "item", "tolist", "cpu", "nonzero", "unique", "masked_select",
+    "item", "tolist", "cpu", "nonzero", "unique", "masked_select", "__getitem__",
     "__bool__", "__int__", "__float__", "__index__", "__contains__",
 )  # fmt: skip
 """Tensor methods that return values, or shapes that depend on values."""
@@ -18,7 +21,7 @@ READS = (
 
 @contextmanager
 def counted() -> Iterator[Counter]:
-    """Count the host waits inside the context, by kind.
+    """Count the host waits of this thread inside the context, by "folder/file.py".
 
     On CUDA torch itself reports them. Elsewhere the methods that would wait are counted, and
     indexing by a mask. `Tensor.numpy` is not: it refuses tensors on a GPU, so it reads host memory.
@@ -33,15 +36,19 @@ def counted() -> Iterator[Counter]:
                 yield found
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        found["cuda"] = sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                found[_place(warning.filename)] += 1
         return
-    depth = 0  # a method may use another: one wait
+    thread, depth = threading.get_ident(), 0  # a method may use another: one wait
 
     def counting(name, method):
         def call(self, *args, **kwargs):
             nonlocal depth
-            if name != "__getitem__" or _by_mask(args[0]):
-                found[name] += depth == 0
+            if threading.get_ident() != thread:
+                return method(self, *args, **kwargs)
+            if depth == 0 and (name != "__getitem__" or _by_mask(args[0])):
+                found[_place(_getframe(1).f_code.co_filename)] += 1
             depth += 1
             try:
                 return method(self, *args, **kwargs)
@@ -50,11 +57,13 @@ def counted() -> Iterator[Counter]:
 
         return call
 
-    with mock.patch.multiple(
-        Tensor, **{n: counting(n, getattr(Tensor, n)) for n in (*READS, "__getitem__")}
-    ):
+    with mock.patch.multiple(Tensor, **{n: counting(n, getattr(Tensor, n)) for n in READS}):
         yield found
-    found += Counter()  # without zeros
+
+
+def _place(file: str) -> str:
+    path = Path(file)
+    return f"{path.parent.name}/{path.name}"
 
 
 def _by_mask(index: object) -> bool:

@@ -204,9 +204,10 @@ def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs, alone, tmp_path)
         assert curve(entries, name).tolist() == curve(truth, name).tolist()
 
 
-def test_a_compiled_run_gives_the_plain_curve(pairs, alone, tmp_path, monkeypatch):
+def test_a_compiled_run_gives_the_plain_curve(pairs, alone, tmp_path, monkeypatch, capsys):
     compiler = torch.compile  # with the graphs run as they are: the next test compiles them
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
     more = ("--compile", "--activation-checkpointing", "--fsdp", "--micro-batch-size", 4)
     entries = run(pairs, tmp_path, *more, steps=4)
     assert_same_curves(entries, read_jsonl(alone / "lora" / "metrics.jsonl"))
+    assert "attention by tree is sdpa under --compile: there is no GPU" in capsys.readouterr().out

@@ -382,10 +382,36 @@ def test_models_that_are_not_causal_get_sdpa_and_a_line_says_so():
     examples, store = encoded("gemma3", model)
     assert build_batch(examples, store, row_tokens=4096).sequences is None
     (line,) = lines(model, examples, store)
-    assert line == "attention is sdpa: not every token sees all before it, and nothing else"
+    assert line == "attention is sdpa: not every token sees all before it, and no other"
     vlm, _ = make("llava", attention="tree")
     vlm.model.get_decoder().config.attention_dropout = 0.1
     assert ForestModel(vlm).instead == "it has dropout"
+
+
+@pytest.mark.parametrize(("width", "attends"), [(8, "tree_varlen"), (12, "tree"), (264, "tree")])
+def test_heads_that_the_flash_kernel_does_not_take_attend_by_calls(width, attends):
+    """FlashAttention 2 takes widths up to 256 in steps of 8."""
+    vlm, _ = make("llava", attention="flash")
+    vlm.model.get_decoder().config.head_dim = width
+    model = ForestModel(vlm)
+    assert model.attention == vlm.model.get_decoder().config._attn_implementation == attends
+    assert model.instead == (None if attends == "tree_varlen" else f"its heads are {width} wide")
+
+
+def test_queries_that_autocast_left_in_fp32_get_the_dtype_of_values(monkeypatch):
+    StandIn(monkeypatch, torch.bfloat16)
+    trees, columns = LAYOUTS["rows"]
+    query, key, value = (t.detach().view(3, 18, -1, 8).transpose(1, 2) for t in states(54, 4, 2))
+    parts, module = sequences(trees, columns), torch.nn.Identity()
+    mask = tree_attention.no_mask(CPU)
+    out, _ = tree_attention.forest_attention(
+        module, query, key, value.bfloat16(), mask, sequences=parts, scaling=0.3
+    )
+    assert (out.shape, out.dtype) == ((3, 18, 4, 8), torch.bfloat16)
+    calls, _ = tree_attention.forest_attention(
+        module, query, key, value, mask, trees=trees, scaling=0.3
+    )
+    assert (out - calls).abs().max() < EPSILON[torch.bfloat16]
 
 
 def test_a_layer_that_drops_the_sequences_is_refused():

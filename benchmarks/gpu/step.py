@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from benchmarks import step_contestants
+from benchmarks.gpu.measure import kernel_seconds
 from benchmarks.gpu.record import RESULTS, Record, latest, read
 from benchmarks.models import (
     LLAVA_7B,
@@ -38,7 +38,7 @@ from benchmarks.models import (
     word_processor,
 )
 from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
-from realign import parallel, step
+from realign import attention, parallel, step
 from realign.encode import encode_records
 from realign.forest import Example
 from realign.images import ImageStore
@@ -60,9 +60,8 @@ TOY = {
     "vision": (32, 64, 3, 2), "text": (64, 128, 2, 2), "vocabulary": 192, "image_id": 128,
     "size": 28,
 }  # fmt: skip
-PROMPTS, RESPONSES = (20, 120), (40, 200)
+PROMPTS, RESPONSES = (20, 100), (40, 180)
 """Fewest and most words of prompts and responses, up to 20 more; the toy has a fifth."""
-
 
 CUDA = DEVICE == "cuda"
 
@@ -115,12 +114,6 @@ class Setting:
             image = one.images[0].open(one.name)
             self.processor.image_processor(images=image, return_tensors="pt")
         return 1e3 * (time.perf_counter() - began) / BATCH
-
-
-def kernel_seconds(profiler: profile) -> float:
-    """Seconds in which the GPU ran kernels or copies, summed; 0 on a CPU."""
-    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    return 1e-6 * sum(e.self_device_time_total for e in events if not e.is_user_annotation)
 
 
 class Watch:
@@ -187,7 +180,8 @@ class Ours(step_contestants.Ours):
 
     def __init__(self, setting: Setting, micro: int) -> None:
         self.device = parallel.start(alone=True)
-        model = ForestModel(setting.model("tree"), dtype=setting.kind)
+        attends, _ = attention.choose("tree", self.device, setting.kind)
+        model = ForestModel(setting.model(attends), dtype=setting.kind)
         objective = objectives.rdpo(beta=BETA)
         inputs = Inputs("", setting.processor, model, objective, *setting.encode(model.layout))
         self.prepare(
