@@ -49,5 +49,9 @@ def _is_plain(layer: Linear, x: Tensor) -> bool:
     (name,) = layer.active_adapters
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name]:
         return False
+    # A backward hook makes the output of the base a view, which autograd refuses to write.
+    base = layer.base_layer
+    if base._backward_hooks or base._backward_pre_hooks:
+        return False
     same = x.dtype == layer.lora_A[name].weight.dtype
     return same or torch.is_autocast_enabled(x.device.type)

@@ -137,7 +137,7 @@ def preference_loss(
             )
     if not torch.compiler.is_compiling():
         preference_ops.check_finite(leaf_logps=leaf_logps, reference_logps=reference_logps)
-    return objective(leaf_logps, reference_logps, reduction, token_counts)
+    return objective.__call__(leaf_logps, reference_logps, reduction, token_counts)
 
 
 def linear_preference_loss(
@@ -230,7 +230,7 @@ def linear_preference_loss(
         if token_weights is not None:
             logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
         sums, counts = preference_ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
-        return objective(sums, reference_logps, reduction, counts)
+        return objective.__call__(sums, reference_logps, reduction, counts)
     plan = row_plan.plan_rows(
         labels, ids, ops.vocabulary(weight, group), ignore_index, leaves, examples
     )

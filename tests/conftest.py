@@ -28,7 +28,7 @@ from realign.loading import load_model, load_processor
 from realign.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
 
-SEE_GPUS = ("kernels", "test_cuda_build.py", "test_staging.py")
+SEE_GPUS = ("kernels", "test_cuda_build.py", "test_staging.py", "test_varlen.py")
 CUDA = torch.cuda.is_available()
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 

@@ -129,6 +129,16 @@ def test_adapters_that_are_off_merged_or_switched():
     assert torch.equal(inplace.merge_and_unload()(x), plain.merge_and_unload()(x))
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_on_the_base_are_called(kind):
+    plain, inplace, _ = layers()
+    seen = []
+    getattr(inplace.base_model.model.proj.base_layer, kind)(lambda *_: seen.append(1))
+    for found, value in zip(run(inplace, torch.float32), run(plain, torch.float32), strict=True):
+        assert torch.equal(found, value)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_variants_are_left_to_peft(settings):
     plain, inplace, _ = layers(bias=True, **settings)

@@ -125,7 +125,9 @@ class Objective:
         if self.average:
             ratios = ratios / token_counts
         rewards = self.beta * ratios
-        each = [term(rewards) for term in self.terms]
+        # By name: Dynamo of torch 2.11 hashes an object that it calls, and a dataclass made in the
+        # traced code has no fields yet.
+        each = [term.__call__(rewards) for term in self.terms]
         for term, values in zip(self.terms, each, strict=True):
             if values.shape != rewards.shape[1:]:
                 raise ValueError(

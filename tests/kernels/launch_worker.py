@@ -24,7 +24,7 @@ from triton.backends.nvidia import driver
 
 import realign_kernels.triton as package
 from realign_kernels import objectives
-from realign_kernels.triton import configs, forward, loss, rows
+from realign_kernels.triton import configs, forward, loss, rows, scatter
 from realign_kernels.triton.compile import PROCESSORS
 from realign_kernels.triton.logits import assume_device
 
@@ -261,6 +261,34 @@ def preference(objective, count, examples, reduction="mean"):
     write(name, loss.loss_kernel, (examples,), configs.LOSS_WARPS, expected)
 
 
+def add(name, count, width, vocabulary, dtype):
+    """The scatter-add of rows; it sorts the index first."""
+    total, source = taken(vocabulary, width, dtype), taken(count, width, FP32)
+    index = torch.arange(count).flip(0) % vocabulary
+    scatter.add_rows(total, index, source)
+    index, order = index.sort(stable=True)
+    assert torch.equal(passed["index"], index) and torch.equal(passed["order"], order)
+    expected = {
+        "total": total,
+        "index": passed["index"],
+        "order": passed["order"],
+        "rows": source,
+        "count": count,
+        "width": width,
+        "total_stride": width,
+        "rows_stride": width,
+        "BLOCK": scatter.BLOCK,
+    }
+    write(name, scatter.add_rows_kernel, (count, -(-width // scatter.BLOCK)), 4, expected)
+
+
+def launch_scatters():
+    """Weights in bf16 and fp32; one row is a constant in a kernel of its own."""
+    add("bf16", 33792, 4096, 32000, BF16)
+    add("fp32, ragged", 1537, 1023, 32003, FP32)
+    add("fp16, one row", 1, 3584, 262144, FP16)
+
+
 def launch_rows():
     """Every dtype and option; a kernel is compiled once for all launches of a line's kind."""
     for count, vocabulary in ((1, 32000), (7, 32000), (33792, 32000), (33792, 262144)):
@@ -310,6 +338,7 @@ def main():
             if architecture == 90:  # the other kernels have one table for all architectures
                 launch_rows()
                 launch_losses()
+                launch_scatters()
     missing = {*KERNELS, *configs.GEMMS[90]} - write.launched
     assert not missing, f"kernels or tiles without a launch: {missing}"
 
