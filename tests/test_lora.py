@@ -69,32 +69,37 @@ def test_values_and_gradients_err_as_pefts(dtype, shape, bias):
     assert len(ours) == 4 and all(a <= 2 * b for a, b in zip(ours, theirs, strict=True))
 
 
+class Passes(TorchDispatchMode):
+    """Counts elementwise operations and copies over all outputs."""
+
+    count = 0
+    kinds = {getattr(torch.ops.aten, name) for name in ("add", "clone", "copy_", "mul")}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        wide = isinstance(out, torch.Tensor) and out.numel() == ROWS * OUT
+        self.count += wide and function.overloadpacket in self.kinds
+        return out
+
+
 def test_no_pass_over_the_outputs_is_left():
     """PEFT scales and adds the product, and scales the gradient."""
-
-    class Passes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            elementwise = function.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.add)
-            wide = isinstance(out, torch.Tensor) and out.numel() == ROWS * OUT
-            copied = function.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_)
-            self.count += wide and (elementwise or copied)
-            return out
-
     counts = []
     for model in layers()[:2]:
-        mode = Passes()
-        mode.count = 0
-        with mode:
+        with Passes() as passes:
             run(model, torch.float32)
-        counts.append(mode.count)
+        counts.append(passes.count)
     assert counts == [3, 0]
 
 
-def test_autocast():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    """Weights are in fp32, and the input in fp32 or, behind another layer, in bf16."""
     plain, inplace, exact = layers(bias=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        theirs, ours = (run(model, torch.float32) for model in (plain, inplace))
+    with torch.autocast("cpu", torch.bfloat16), Passes() as passes:
+        ours = run(inplace, dtype)
+        assert passes.count == 0
+        theirs = run(plain, dtype)
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     wide = run(exact, torch.float64)
     pairs = zip(errors(ours, wide), errors(theirs, wide), strict=True)
@@ -119,10 +124,10 @@ def test_adapters_that_are_off_merged_or_switched():
     with inplace.disable_adapter():
         assert torch.equal(inplace(x), base)
     for switch in (
-        lambda model: model.set_adapter("other"),
-        lambda model: model.base_model.set_adapter(["default", "other"]),  # PEFT adds both
         lambda model: model.merge_adapter(),
         lambda model: model.unmerge_adapter(),
+        lambda model: model.set_adapter("other"),
+        lambda model: model.base_model.set_adapter(["default", "other"]),  # PEFT adds both
     ):
         switch(plain), switch(inplace)
         torch.testing.assert_close(inplace(x), plain(x))
