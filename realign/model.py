@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
@@ -221,7 +222,9 @@ class ForestModel(nn.Module):
         decoder = self.vlm.model.get_decoder()
         with takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
             states = self.vlm.model(**given).last_hidden_state
-        return states.flatten(0, 1)[batch.rows]
+        # The last row of a root is listed for each leaf. The backward of an index adds their
+        # gradients in any order (CPU threads; index_select on CUDA), that of an embedding in one.
+        return F.embedding(batch.rows, states.flatten(0, 1))
 
     def _mask(self, batch: ForestBatch, kind: str) -> torch.Tensor | BlockMask:
         window = self.layout.window if kind == SLIDING else None

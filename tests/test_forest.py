@@ -111,6 +111,22 @@ def test_gradients_equal_separate_forwards(processor):
     assert compared > 80  # vision tower, projector, language model and head
 
 
+def test_gradients_repeat_to_the_bit_where_many_leaves_share_a_root(processor):
+    """On two threads: one row of hidden states predicts the first token of every leaf."""
+    examples, store = make_examples(processor, 2, objectives.rdpo())
+    model = ForestModel(load_model(ASSETS))
+    batch = build_batch(examples * 40, store, row_tokens=4096)
+    weight = model.vlm.model.get_decoder().layers[-1].mlp.down_proj.weight
+    upstream = torch.randn(len(batch.rows))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [torch.autograd.grad(model(batch), weight, upstream)[0] for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other, found[0]) for other in found)
+
+
 def test_images_and_roots_are_computed_once(processor):
     examples, store = make_examples(processor, 4, objectives.rdpo())
     # The second example's retrieved image is the first one's image, under the same prompt.
