@@ -134,7 +134,7 @@ def test_a_package_that_is_too_old(capsys, monkeypatch, tmp_path):
     _install(tmp_path, "torch", "2.1.0")
     monkeypatch.syspath_prepend(tmp_path)
     out = _printed(capsys, 1)
-    told = "2.1.0, too old: needs >= 2.10: pip install 'torch>=2.10'"
+    told = "2.1.0, too old: needs >= 2.11: pip install 'torch>=2.11'"
     assert re.search(rf"^  BAD torch +{re.escape(told)}$", out, re.MULTILINE)
     assert "kernels" not in out and out.endswith("broken: torch\n")
 
