@@ -125,7 +125,11 @@ def check_tables(
     rows: Tensor | None,  # (n,) int64
     reference_logps: Tensor,  # (L, B)
 ) -> None:
-    """As `check_results`, for references and weighted log-probs."""
+    """As `check_results`, for references and weighted log-probs.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
     if not flags[1]:
         raise non_finite_sequences("reference_logps", reference_logps)
     if not flags[2]:

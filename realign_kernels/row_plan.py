@@ -86,7 +86,11 @@ def check_ids(
     leaves: int,
     examples: int,
 ) -> None:
-    """Refuse sequence numbers that are out of range."""
+    """Check sequence numbers.
+
+    Raises:
+        ValueError: one is out of range.
+    """
     outside = (ids < 0) | (ids >= leaves * examples)
     if outside.any():
         first = int(outside.argmax())
@@ -101,7 +105,11 @@ def check_counts(
     counts: np.ndarray,  # (L, B) int64
     ignore_index: int,
 ) -> None:
-    """Refuse sequences without a scored token."""
+    """Check that each sequence has a scored token.
+
+    Raises:
+        ValueError: one has none.
+    """
     if not counts.all():
         leaf, example = np.argwhere(counts == 0)[0]
         raise ValueError(

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 READS = (
-    "item", "tolist", "cpu", "nonzero", "unique", "masked_select", "__getitem__",
+    "item", "tolist", "cpu", "nonzero", "unique", "masked_select",
     "__bool__", "__int__", "__float__", "__index__", "__contains__",
 )  # fmt: skip
-"""Tensor methods that return values, or shapes that depend on values."""
+"""Tensor methods that return values, or shapes that depend on values. Not `__getitem__`, whose
+masks wait too: a Python method of that name would leave every tensor a sequence to C code."""
 
 
 @contextmanager
 def counted() -> Iterator[Counter]:
     """Count the host waits of this thread inside the context, by "folder/file.py".
 
-    On CUDA torch itself reports them. Elsewhere the methods that would wait are counted, and
-    indexing by a mask. `Tensor.numpy` is not: it refuses tensors on a GPU, so it reads host memory.
+    On CUDA torch itself reports them. Elsewhere the methods that would wait are counted.
+    `Tensor.numpy` is not: it refuses tensors on a GPU, so it reads host memory.
     """
     found: Counter = Counter()
     if torch.cuda.is_available():
@@ -42,12 +43,12 @@ def counted() -> Iterator[Counter]:
         return
     thread, depth = threading.get_ident(), 0  # a method may use another: one wait
 
-    def counting(name, method):
+    def counting(method):
         def call(self, *args, **kwargs):
             nonlocal depth
             if threading.get_ident() != thread:
                 return method(self, *args, **kwargs)
-            if depth == 0 and (name != "__getitem__" or _by_mask(args[0])):
+            if depth == 0:
                 found[_place(_getframe(1).f_code.co_filename)] += 1
             depth += 1
             try:
@@ -57,15 +58,10 @@ def counted() -> Iterator[Counter]:
 
         return call
 
-    with mock.patch.multiple(Tensor, **{n: counting(n, getattr(Tensor, n)) for n in READS}):
+    with mock.patch.multiple(Tensor, **{n: counting(getattr(Tensor, n)) for n in READS}):
         yield found
 
 
 def _place(file: str) -> str:
     path = Path(file)
     return f"{path.parent.name}/{path.name}"
-
-
-def _by_mask(index: object) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
