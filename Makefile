@@ -74,11 +74,11 @@ gpu-wheels:
 	  echo "$$((size / 1024)) MiB, at most $(MOST_WHEELS)"; test $$size -le $$((1024 * $(MOST_WHEELS)))
 
 # By hand, before a GPU is used: downloads torch's CUDA build. The interpreter of triton 3.6 fails
-# with numpy 2.4 and later.
+# with numpy 2.4 and later; torch 2.11 refuses a newer setuptools.
 REHEARSAL := .venv-gpu
 gpu-rehearsal:
 	$(or $(shell command -v python3.12),$(PYTHON)) -m venv $(REHEARSAL)
-	grep -Ev '^(torch|triton|numpy)==' constraints.txt > $(REHEARSAL)/constraints.txt
+	grep -Ev '^(torch|triton|numpy|setuptools)==' constraints.txt > $(REHEARSAL)/constraints.txt
 	$(REHEARSAL)/bin/python -m pip install -q -c $(REHEARSAL)/constraints.txt torch==2.11.0 triton==3.6.0 \
 	  'numpy<2.4' pytest pytest-benchmark hypothesis -e '.[peers]'
 	rm -rf $(REHEARSAL)/check

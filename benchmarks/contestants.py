@@ -55,7 +55,8 @@ def eager() -> Tokens:
 
 def torch_fused() -> Tokens:
     """torch's own F.linear_cross_entropy, with its defaults, which on the CPU do not chunk."""
-    return lambda *head: -F.linear_cross_entropy(*head, reduction="none").float()
+    fused = F.linear_cross_entropy  # absent before torch 2.13
+    return lambda *head: -fused(*head, reduction="none").float()
 
 
 def trl() -> Tokens:
@@ -133,7 +134,7 @@ def gemms(
     trainable: bool,
     derivative: bool = True,
 ) -> Callable[[], None]:
-    """The limit: the products alone by torch, in chunks of ours, into buffers."""
+    """The limit: only the products, by torch, in chunks of ours, into buffers."""
     limit = default_chunk_rows(len(weight), hidden.device) * (2 if trainable else 1)
     step = even_step(len(hidden), limit)
     logits = hidden.new_empty(step, len(weight))

@@ -98,7 +98,7 @@ def random_on(
     """
     torch.manual_seed(0)
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
-    own = copy.deepcopy(config)  # it is told the attention, and the next model another one
+    own = copy.deepcopy(config)  # it keeps the attention, which another model may not have
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation=kinds)
 

@@ -121,7 +121,7 @@ class RDPOTrainer(Trainer):
         super().__init__(
             module,
             args,
-            data_collator=self._collate,
+            data_collator=hf_parts.indices if _laid_out_late(args) else self._collate,
             train_dataset=hf_parts.Places(0, count),
             eval_dataset=places if isinstance(eval_dataset, dict) else places.get(""),
             processing_class=processor,
@@ -223,13 +223,11 @@ class RDPOTrainer(Trainer):
         Not where the batches of a rank are known to rank 0 first (dispatch_batches), nor where
         processes collate (dataloader_num_workers): there each is laid out in its forward.
         """
-        args = self.args
-        elsewhere = args.dataloader_num_workers or args.accelerator_config.dispatch_batches
-        if self._pool is not None or elsewhere:
+        if self._pool is not None or _laid_out_late(self.args):
             yield
             return
         try:
-            with builder(args.device) as self._pool:
+            with builder(self.args.device) as self._pool:
                 yield
         finally:
             self._pool = None
@@ -382,3 +380,8 @@ class RDPOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _laid_out_late(args: RDPOConfig) -> bool:
+    """Whether batches are laid out in their forward: where worker processes or rank 0 collate."""
+    return bool(args.dataloader_num_workers or args.accelerator_config.dispatch_batches)

@@ -53,7 +53,7 @@ class RDPOConfig(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False  # a batch is indices
         # From pinned memory accelerate's copies of them need not wait for the device.
-        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):

@@ -29,7 +29,7 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # (..., O)
-    """`Linear.forward`; whatever `_is_plain` does not know is left to PEFT."""
+    """`Linear.forward`; PEFT computes what is not plain."""
     if args or kwargs or not _is_plain(layer, x):
         return Linear.forward(layer, x, *args, **kwargs)
     (name,) = layer.active_adapters
@@ -43,7 +43,9 @@ def _forward(
 
 
 def _is_plain(layer: Linear, x: Tensor) -> bool:
-    """Whether the layer adds the product of one adapter, without DoRA's like or a bias."""
+    """Whether the layer adds the product of one adapter, without a variant (DoRA) or a bias."""
+    if x.dim() == 1:
+        return False
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters

@@ -31,9 +31,9 @@ _DEPTH = 2
 def builder(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     """One background thread for batches of `device`; it has ended when the context is left.
 
-    The task in progress is waited for, those behind it are dropped.
+    On leaving, the task in progress ends first and the others are dropped.
     """
-    # Pinning in a thread that has no device of its own would make a context on device 0.
+    # The current device of a new thread is 0, whatever the rank.
     first = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
     pool = ThreadPoolExecutor(1, "prefetch", *first)
     try:

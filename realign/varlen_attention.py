@@ -53,7 +53,7 @@ class Sequences(NamedTuple):
 
 
 def sequences(trees: Sequence[Sequence[Sequence[int]]], columns: int) -> Sequences:
-    """Lay out the sequences of trees that stand in rows one behind the other.
+    """Lay out the sequences of trees that follow one another in rows.
 
     Args:
         trees: for each row its trees in order, each the lengths of its root and leaves.
@@ -206,12 +206,15 @@ def flash_backward(
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    before = torch.get_deterministic_debug_mode()
+    """torch's deterministic mode, process-wide, without its filling of fresh memory."""
+    before, settings = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+        settings.fill_uninitialized_memory = filled
 
 
 KERNELS = {"cpu": (reference, reference_backward), "cuda": (flash, flash_backward)}

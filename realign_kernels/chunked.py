@@ -101,7 +101,7 @@ class _Gradients:
         if self.hidden is not None:
             self.chunks.hidden_gradient(scores, others, factor, self.hidden[part])
         here = (factor * scores.slope).masked_fill(scores.target < 0, 0)
-        target, away = scores.target.clamp(min=0), -factor / scores.total
+        target, away = scores.target, -factor / scores.total
         if self.weight is not None:
             wide = rows.to(factor.dtype)
             pushed = (wide * away[:, None]).to(rows.dtype)

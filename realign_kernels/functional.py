@@ -7,7 +7,8 @@ you can; that is for speed, not for correctness.
 
 Labels and sequence_ids may stay on the CPU while hidden is on a GPU, pinned if possible: they are
 planned on the host. A call then waits for the device once, at its end, for the flags of its
-results; with labels on the device it waits at its start, too, to learn how many rows count.
+results; with labels on the device it waits at its start, too, to learn how many rows count. A
+`group` adds a wait for the sizes of its shards to each plan and operator.
 """
 
 from collections.abc import Sequence
@@ -80,7 +81,8 @@ def linear_logprobs(
     rows = None
     if not torch.compiler.is_compiling():
         (known,) = row_plan.host_values(flat)
-        rows = row_plan.valid_rows(known, ops.vocabulary(weight, group), ignore_index)
+        head = ops.make_head(weight, bias, softcap, temperature, group)
+        rows = row_plan.valid_rows(known, head.vocabulary, ignore_index)
         flat = torch.from_numpy(known if rows is None else known[rows])
     if rows is None:
         dense = hidden.reshape(len(flat), hidden.shape[-1])
@@ -231,9 +233,8 @@ def linear_preference_loss(
             logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
         sums, counts = preference_ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
         return objective.__call__(sums, reference_logps, reduction, counts)
-    plan = row_plan.plan_rows(
-        labels, ids, ops.vocabulary(weight, group), ignore_index, leaves, examples
-    )
+    head = ops.make_head(weight, bias, softcap, temperature, group)
+    plan = row_plan.plan_rows(labels, ids, head.vocabulary, ignore_index, leaves, examples)
     counts = row_plan.to_device(plan.counts, hidden.device)
     trains = ops.trains(weight, bias) and torch.is_grad_enabled()
     # In fp16 gradients made in the forward would underflow before a loss scale reaches them.
@@ -242,16 +243,14 @@ def linear_preference_loss(
             hidden,
             weight,
             bias,
+            head,
             plan,
             counts,
             token_weights,
             reference_logps,
             objective,
             reduction,
-            softcap,
-            temperature,
             chunk_rows,
-            "" if group is None else group.group_name,
         )
         return objective(sums, reference_logps, reduction, counts)._replace(loss=loss)
     rows, ids = None, row_plan.to_device(plan.ids, hidden.device)
@@ -269,8 +268,6 @@ def linear_preference_loss(
     output = preference_ops.from_tokens(logps, ids, counts, reference_logps, objective, reduction)
     flags = preference_ops.read(*preference_ops.flags_of(finite, output.logps, reference_logps))
     if not all(flags):
-        name = "" if group is None else group.group_name
-        head = ops.make_head(weight, bias, softcap, temperature, name)
         preference_ops.check_results(flags, finite, logps, reference_logps, rows, dense, head)
     return output
 

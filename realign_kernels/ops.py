@@ -59,7 +59,11 @@ def take_rows(
     """Rows of hidden, and no copy of the others: hidden[:, :, :-1] cannot be flattened in place."""
     if hidden.is_contiguous():
         return hidden.view(-1, hidden.shape[-1]).index_select(0, rows)
-    return hidden[torch.unravel_index(rows, hidden.shape[:-1])]
+    places = []
+    for size in reversed(hidden.shape[:-1]):  # torch.unravel_index would copy the sizes to a GPU
+        places.append(rows % size)
+        rows = rows // size
+    return hidden[tuple(reversed(places))]
 
 
 def non_finite(rows: list[int], hidden: Tensor, head: Head) -> NonFiniteError:
@@ -84,21 +88,13 @@ def make_head(
     bias: Tensor | None,  # (V,)
     softcap: float | None,
     temperature: float,
-    group: str,
+    group: dist.ProcessGroup | str | None,
 ) -> Head:
-    """The head; with the name of a process group, whose ranks each hold rows of it in turn."""
-    shard = shard_of(weight, _resolve_process_group(group)) if group else None
+    """The head; with a process group or its name, whose ranks each hold rows of it in turn."""
+    if isinstance(group, str):
+        group = _resolve_process_group(group) if group else None
+    shard = None if group is None else shard_of(weight, group)
     return Head(weight, bias, softcap, temperature, shard)
-
-
-def vocabulary(weight: Tensor, group: dist.ProcessGroup | None) -> int:
-    """Tokens of the whole head, of which `weight` may be this rank's rows."""
-    return len(weight) if group is None else shard_of(weight, group).total
-
-
-def vocabulary_of(head: Head) -> int:
-    """Tokens of the whole head."""
-    return len(head.weight) if head.shard is None else head.shard.total
 
 
 @torch.library.custom_op("realign::linear_logprobs", mutates_args=())
@@ -127,7 +123,7 @@ def linear_logprobs(
     device = hidden.device
     head = make_head(weight, bias, softcap, temperature, group)
     (known,) = host_values(labels)
-    index = valid_rows(known, vocabulary_of(head), ignore_index)
+    index = valid_rows(known, head.vocabulary, ignore_index)
     rows = None if index is None else to_device(index, device)
     dense = hidden if rows is None else hidden[rows]
     flags = None if rival is None else to_device(rival, device)
@@ -207,7 +203,7 @@ def linear_logprobs_backward(
     device = hidden.device
     head = make_head(weight, bias, softcap, temperature, group)
     (known,) = host_values(labels)
-    index = valid_rows(known, vocabulary_of(head), ignore_index)
+    index = valid_rows(known, head.vocabulary, ignore_index)
     rows, dense = None, (grad, hidden)
     if index is not None:
         rows = to_device(index, device)

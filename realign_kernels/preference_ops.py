@@ -13,7 +13,6 @@ from realign_kernels.ops import (
     NonFiniteError,
     first_few,
     linear_logprobs_backward,
-    make_head,
     non_finite,
     refuse_second_derivative,
     take_rows,
@@ -234,18 +233,15 @@ class FusedPreference(torch.autograd.Function):
         hidden: Tensor,  # (..., H), N rows
         weight: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
+        head: Head,
         plan: RowPlan,
         counts: Tensor,  # (L, B) int64
         token_weights: Tensor | None,  # (N,)
         reference_logps: Tensor,  # (L, B)
         objective: Objective,
         reduction: str,
-        softcap: float | None,
-        temperature: float,
         chunk_rows: int | None,
-        group: str,
     ) -> tuple[Tensor, Tensor]:  # (), (L, B)
-        head = make_head(weight, bias, softcap, temperature, group)
         device, (leaves, examples) = hidden.device, reference_logps.shape
         # Rows by example: the order of the rows of an example is kept.
         order = (plan.ids % max(examples, 1)).argsort(kind="stable")
@@ -259,7 +255,7 @@ class FusedPreference(torch.autograd.Function):
         every, partial = [], []  # d loss / d logp and the loss, by chunks of examples
 
         def slopes(first: int, last: int, logps: Tensor) -> Tensor:
-            """d loss / d logp of the examples [first, last), whose rows stand together."""
+            """d loss / d logp of the examples [first, last), whose rows are adjacent."""
             span, width = slice(ends[first], ends[last]), last - first
             leaf, example = ids[span] // examples, ids[span] % examples - first
             index = leaf * width + example
@@ -305,7 +301,8 @@ class FusedPreference(torch.autograd.Function):
         targets = torch.from_numpy(plan.labels[order]) if rival is None else scored
         slope = torch.cat(every) if every else logps
         ctx.save_for_backward(hidden, weight, bias, targets, ids, factor, slope)
-        ctx.settings = (softcap, temperature, IGNORED, chunk_rows, group)
+        group = "" if head.shard is None else head.shard.group.group_name
+        ctx.settings = (head.softcap, head.temperature, IGNORED, chunk_rows, group)
         ctx.backend = current_override()
         ctx.set_materialize_grads(False)
         return loss, sums
@@ -327,7 +324,7 @@ class FusedPreference(torch.autograd.Function):
             more = FusedPreference._recomputed(ctx, grad_loss, grad_sums)
             pairs = zip(grads, more, strict=True)
             grads = [b if a is None else a if b is None else a + b for a, b in pairs]
-        return (*grads, *(None,) * 10)
+        return (*grads, *(None,) * 8)
 
     @staticmethod
     def _spread(ctx, scored: Tensor) -> Tensor:
@@ -375,7 +372,7 @@ def _check_separable(objective: Objective, parts: float, whole: float) -> None:
     if abs(parts - whole) > 1e-5 * (1 + abs(parts) + abs(whole)):  # of fp32 sums
         raise ValueError(
             f"objective {objective.name!r} gives {whole} for all examples and {parts} for them "
-            "in parts: a term must be a function of one example's rewards alone"
+            "in parts: a term must be a function of the rewards of one example"
         )
 
 

@@ -11,16 +11,20 @@ from torch import Tensor
 
 
 def host_values(*tensors: Tensor) -> list[np.ndarray]:
-    """The values of int64 tensors of one length, with one wait if any of them is on a device."""
+    """The values of int64 tensors of one length, with one wait if any of them is on a device.
+
+    They are copies: what is saved for backward does not follow a buffer that is reused.
+    """
     apart = [tensor for tensor in tensors if tensor.device.type != "cpu"]
     read = iter(torch.stack(apart).cpu() if apart else ())
-    return [(t if t.device.type == "cpu" else next(read)).numpy() for t in tensors]
+    return [(t if t.device.type == "cpu" else next(read)).numpy().copy() for t in tensors]
 
 
 def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """A host tensor on `device`, without a wait: pinned first, then copied in stream order."""
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    plain = type(tensor) is Tensor  # a fake one cannot be pinned
+    if device.type == "cuda" and tensor.device.type == "cpu" and plain:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -31,8 +35,6 @@ def valid_rows(
     ignore_index: int,
 ) -> np.ndarray | None:  # (n,) int64
     """Indices of the rows that are not ignored; None if that is all of them.
-
-    Planned on the host: their number is a shape. Labels that are already there cost no wait.
 
     Raises:
         ValueError: a label is outside [0, vocabulary).

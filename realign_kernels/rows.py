@@ -40,6 +40,11 @@ class Head(NamedTuple):
     temperature: float
     shard: VocabularyShard | None = None
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the whole head, over all shards."""
+        return len(self.weight) if self.shard is None else self.shard.total
+
 
 class RowStats(NamedTuple):
     """What a row kernel returns, one entry per row. fp32; fp64 for fp64 logits."""
@@ -99,8 +104,8 @@ class Kernels(Protocol):
     def add_rows(
         self,
         total: Tensor,  # (V, H)
-        index: Tensor,  # (r,) int64 in [0, V), r > 0
-        rows: Tensor,  # (r, H) wide
+        index: Tensor,  # (r,) int64 in [0, V), r > 0; -1: on another shard
+        rows: Tensor,  # (r, H) wide, 0 where index is -1
     ) -> None:
         """total[index] += rows, with wide sums also where total is half."""
 

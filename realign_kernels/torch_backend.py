@@ -119,6 +119,7 @@ def add_rows(
     Equal indices are summed first. Their number stays on the device, so there are r sums: those
     past the last distinct index repeat it, and write the same values again.
     """
+    index = index.clamp(min=0)
     if total.dtype == rows.dtype:
         total.index_add_(0, index, rows)
         return

@@ -1,9 +1,11 @@
-"""The head against its limit and its peers: forward and backward of rDPO, and log-probs alone.
+"""The head against its limit and its peers: forward and backward of rDPO, and log-probs only.
 
 Times are in u, one GEMM of 2 N H V FLOP at the rate that this card reaches. Ours and the limit come
-first for all shapes, then the peers, so that a cut costs peers.
+first for all shapes, then the peers, so that a cut costs peers. A peer takes turns with ours, and
+its `ratio` is the median of theirs / ours.
 """
 
+from collections.abc import Container
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from benchmarks import roofline
 from benchmarks.contestants import CONTESTANTS, EAGER, OURS, Loss, gemms
 from benchmarks.contestants import LIMIT as GEMMS
 from benchmarks.gpu import truth
-from benchmarks.gpu.measure import GEMM_SIZE, figures, gemm_rate
+from benchmarks.gpu.measure import GEMM_SIZE, figures, gemm_rate, ratio
 from benchmarks.gpu.record import Record
 
 LIMIT = 120.0
@@ -49,11 +51,23 @@ SHAPES = TO_BEAT + tuple(
 TOYS = (Shape(2, 4, 16, 97), Shape(1, 3, 8, 61))
 
 
-def cases(shapes: tuple[Shape, ...]) -> dict[str, tuple[Shape, str, str]]:
+def absent() -> dict[str, str]:
+    """Contestants that this machine lacks, with the reason."""
+    found = {}
+    for name, make in CONTESTANTS.items():
+        try:
+            make()
+        except (ImportError, AttributeError) as error:
+            found[name] = str(error)
+    return found
+
+
+def cases(shapes: tuple[Shape, ...], without: Container[str]) -> dict[str, tuple[Shape, str, str]]:
     """(shape, kind, contestant) by name, most valuable first."""
     kinds = (FROZEN, TRAINED, LOGPS)
     order = [(s, k, name) for s in shapes for k in kinds for name in (GEMMS, OURS)]
-    order += [(s, k, name) for s in shapes for k in kinds for name in PEERS[k]]
+    peers = {kind: [name for name in PEERS[kind] if name not in without] for kind in kinds}
+    order += [(s, k, name) for s in shapes for k in kinds for name in peers[k]]
     return {f"{s.name} {kind}/{name}": (s, kind, name) for s, kind, name in order}
 
 
@@ -64,6 +78,7 @@ def batch_of(shape: Shape, device: str) -> truth.Preference:
 
 
 @lru_cache(1)
+@torch.enable_grad()  # a case of log-probs may be the first to ask
 def truth_of(shape: Shape, device: str) -> tuple[Tensor, truth.Answer]:
     """Loss and gradients of a shape in fp64."""
     return truth.preference_truth(batch_of(shape, device))
@@ -99,16 +114,21 @@ def measure(device: str, unit: float, shape: Shape, kind: str, name: str) -> dic
     else:
         call = partial(step, batch, CONTESTANTS[name](), kind)
         found = errors(call(), *truth_of(shape, device))
+        if name != OURS:
+            found["ratio"] = ratio(call, partial(step, batch, CONTESTANTS[OURS](), kind), device)
     times = figures(call, device)
     return {"u": times["ms"] / 1e3 / unit} | times | found
 
 
 def run(record: Record) -> None:
-    """A peer that is not installed is an error line with its ImportError."""
+    """A peer that is not installed is named in the case "absent" and has no other."""
     if record.rehearse:
         torch._dynamo.config.disable = True  # Liger and CCE compile for a minute on a CPU
     rate = gemm_rate(record.device, GEMM_SIZE[record.device])
-    todo = cases(TOYS if record.rehearse else SHAPES)
+    lacking = absent()
+    if lacking and not record.done("absent"):
+        record("absent", **lacking)
+    todo = cases(TOYS if record.rehearse else SHAPES, lacking)
     for case in record.missing(todo):
         shape, kind, name = todo[case]
         unit = 2 * shape.rows * shape.H * shape.V / rate

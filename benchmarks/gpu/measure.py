@@ -24,6 +24,13 @@ def wall(call: Call, budget: float = 0.5) -> float:
     return statistics.median(turns(call, None, budget, least=3 if budget else 1)[0])
 
 
+def ratio(call: Call, ours: Call, device: str, budget: float = 0.5) -> float:
+    """Median of theirs / ours over rounds in turns; one round in a rehearsal."""
+    few = {"least": 1, "most": 1} if device == "cpu" else {}
+    pairs = zip(*turns(call, ours, budget, **few), strict=True)
+    return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
 def kernel_seconds(profiler: profile) -> float:
     """Seconds in which the GPU ran kernels or copies, summed; 0 on a CPU."""
     events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]

@@ -34,14 +34,23 @@ Line = dict[str, Any]
 
 
 def read(path: Path) -> list[Line]:
-    """All lines of a results file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """All whole lines of a results file; none where there is no file.
+
+    A line may be torn by a full disk, or by a copy that was made while it was written.
+    """
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def append(path: Path, line: Line) -> None:
     """Adds one line, in one write: a process that is killed leaves no half of it."""
+    before = path.read_bytes() if path.exists() else b""
+    torn = bool(before) and not before.endswith(b"\n")
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * torn + json.dumps(line) + "\n")
 
 
 def failed(line: Line) -> bool:

@@ -185,7 +185,7 @@ class Ours(step_contestants.Ours):
         objective = objectives.rdpo(beta=BETA)
         inputs = Inputs("", setting.processor, model, objective, *setting.encode(model.layout))
         self.prepare(
-            inputs, setting.folder / "cache", "lora", setting.kind, self.device,
+            inputs, setting.folder / f"cache-{micro}", "lora", setting.kind, self.device,
             sharded=True, weights="random",
         )  # fmt: skip
         self.micro = micro
@@ -214,7 +214,7 @@ class Ours(step_contestants.Ours):
     def parts(self) -> dict[str, float]:
         """Milliseconds of the parts of a micro-batch: on the device, and of the host beside it.
 
-        `layout` is the host's alone, in a step ahead of the device; `read` waits for the device.
+        `layout` is work of the host, in a step ahead of the device; `read` waits for the device.
         """
         marks: list[tuple[str, float, Any]] = []
 

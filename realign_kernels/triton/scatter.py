@@ -18,7 +18,7 @@ BLOCK = 1024
 @triton.jit
 def add_rows_kernel(
     total,  # (V, H)
-    index,  # (r,) int64, sorted
+    index,  # (r,) int64, sorted; -1 for no target
     order,  # (r,) int64, the row that each entry of index belongs to
     rows,  # (r, H) fp32
     count,
@@ -31,7 +31,7 @@ def add_rows_kernel(
     at = tl.program_id(0)
     target = tl.load(index + at)
     before = tl.load(index + at - 1, at > 0, other=-1)
-    if target != before:
+    if (target != before) & (target >= 0):
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
         place = total + target * total_stride + columns
@@ -48,7 +48,7 @@ def add_rows_kernel(
 
 def add_rows(
     total: Tensor,  # (V, H) fp32, bf16 or fp16
-    index: Tensor,  # (r,) int64 in [0, V)
+    index: Tensor,  # (r,) int64 in [0, V), or -1: not added
     rows: Tensor,  # (r, H) fp32
 ) -> None:
     """The same sums in the same order in each call. See `realign_kernels.rows.Kernels.add_rows`."""

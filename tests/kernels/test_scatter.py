@@ -28,9 +28,10 @@ def test_equal_targets_are_summed_before_they_are_rounded(name, dtype, count, wi
     g = torch.Generator().manual_seed(count)
     wide = torch.randn(7, width + 3, generator=g).to(dtype).to(DEVICE)
     total = wide[:, :width]  # rows apart in memory
-    index = torch.randint(5, (count,), generator=g).to(DEVICE)  # two rows are nobody's target
+    index = torch.randint(-1, 5, (count,), generator=g).to(DEVICE)  # two rows are nobody's target
     rows = torch.randn(count, width, generator=g).to(DEVICE)
-    exact = total.double().index_add_(0, index, rows.double())
+    rows[index < 0] = 0
+    exact = total.double().index_add_(0, index.clamp(min=0), rows.double())
     before = wide.clone()
     ADDERS[name](total, index, rows)
     # One rounding of the result, after fp32 sums of at most 64 rows.

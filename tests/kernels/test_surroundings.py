@@ -163,7 +163,7 @@ def test_a_term_that_is_no_loss_per_example_is_refused():
         with pytest.raises(ValueError, match=r"term 'pair' returned \(\) for . examples: .*\(.,\)"):
             rk.linear_preference_loss(*args, [Mean(name="pair", positive=0, negative=1)])
     centred = [Centred(name="pair", positive=0, negative=1)]
-    with pytest.raises(ValueError, match="a function of one example's rewards alone"):
+    with pytest.raises(ValueError, match="a function of the rewards of one example"):
         rk.linear_preference_loss(*args, centred, chunk_rows=20)
 
 
