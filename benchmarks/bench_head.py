@@ -170,7 +170,7 @@ class Case:
         return {"loss": loss, "gradient": float(torch.stack(off).max())}  # keeps NaN
 
     def gemms(self):
-        """The products alone of the rows with a label."""
+        """Only the products, of the rows with a label."""
         hidden = self.hidden[self.labels != -100]
         return contestants.gemms(hidden, self.weight, trainable=self.trainable)
 

@@ -26,7 +26,7 @@ PARTS = ("facts", "correct", "attention", "head", "step", "train", "variants")
 """Most valuable first: what is cut off by the budget is worth least."""
 LOG = "log.txt"
 LEAST = 5.0
-"""Seconds below which a part is not started: its imports alone take as long."""
+"""Seconds below which a part is not started: its imports take as long."""
 REHEARSAL = 5.0
 """Factor of a part's limit in a rehearsal: small shared CPUs import torch several times slower."""
 TAIL = 1000
