@@ -76,11 +76,13 @@ gpu-wheels:
 # By hand, before a GPU is used: downloads torch's CUDA build. The interpreter of triton 3.6 fails
 # with numpy 2.4 and later; torch 2.11 refuses a newer setuptools.
 REHEARSAL := .venv-gpu
+gpu-rehearsal: CACHE := $(CURDIR)/$(REHEARSAL)/cache
 gpu-rehearsal:
 	$(or $(shell command -v python3.12),$(PYTHON)) -m venv $(REHEARSAL)
 	grep -Ev '^(torch|triton|numpy|setuptools)==' constraints.txt > $(REHEARSAL)/constraints.txt
 	$(REHEARSAL)/bin/python -m pip install -q -c $(REHEARSAL)/constraints.txt torch==2.11.0 triton==3.6.0 \
 	  'numpy<2.4' pytest pytest-benchmark hypothesis -e '.[peers]'
+	mkdir -p $(PYTEST_DEBUG_TEMPROOT)
 	rm -rf $(REHEARSAL)/check
 	$(REHEARSAL)/bin/python -m benchmarks.gpu --out $(REHEARSAL)/check --rehearse
 	OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python -m pytest -q tests/kernels
