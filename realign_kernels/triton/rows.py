@@ -1,8 +1,8 @@
 """The row kernel: label logit, sum over the others and E of each row of logits.
 
 One program computes one row. Where E is wanted it shifts by the label's logit and reads the row
-once. It reads the row twice, first for its peak, where that sum overflows (another token is some 70
-nats above), in fp16, in place, for the strongest other token, and where no E is wanted.
+once. It reads the row twice, first for its peak, where that sum is out of range (the others are some
+70 nats above or below), in fp16, in place, for the strongest other token, and where no E is wanted.
 `realign_kernels.rows` defines the results.
 """
 
@@ -69,8 +69,8 @@ def rows_kernel(
             e *= logit_slope(x, softcap, inverse_temperature)
             tl.store(others + row * others_stride + columns, e.to(others.dtype.element_ty), inside)
         total = tl.sum(sums, 0)
-        # The limit leaves room for the product with the weight. NaN and shards' -1 fail, too.
-        if (total < 1e30) & (label >= 0):
+        # The limits leave room for the product with the weight. NaN and shards' -1 fail, too.
+        if (total > 1e-30) & (total < 1e30) & (label >= 0):
             tl.store(target_out + row, label.to(tl.int64))
             tl.store(logit_out + row, shift)
             tl.store(peak_out + row, shift)
