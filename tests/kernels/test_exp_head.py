@@ -60,7 +60,7 @@ def truth(hidden, weight, labels, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-@pytest.mark.parametrize("lift", [0, 14, 30, -30, -80])
+@pytest.mark.parametrize("lift", [0, 14, 30, -30, -60])
 @pytest.mark.parametrize("spread", [1.0, 2.0, 4.0, 6.0])
 def test_scores_and_gradient_against_fp64(spread, lift, temperature):
     given = *problem(spread=spread, lift=lift), temperature
