@@ -11,22 +11,40 @@ from torch import Tensor
 
 
 def host_values(*tensors: Tensor) -> list[np.ndarray]:
-    """The values of int64 tensors of one length, with one wait if any of them is on a device.
-
-    They are copies: what is saved for backward does not follow a buffer that is reused.
-    """
+    """The values of int64 tensors of one length, with one wait if any of them is on a device."""
     apart = [tensor for tensor in tensors if tensor.device.type != "cpu"]
     read = iter(torch.stack(apart).cpu() if apart else ())
-    return [(t if t.device.type == "cpu" else next(read)).numpy().copy() for t in tensors]
+    return [(t if t.device.type == "cpu" else next(read)).numpy() for t in tensors]
 
 
-def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`, without a wait: pinned first, then copied in stream order."""
-    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     plain = type(tensor) is Tensor  # a fake one cannot be pinned
     if device.type == "cuda" and tensor.device.type == "cpu" and plain:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def indices_to_device(
+    *arrays: np.ndarray | None,  # (n,) int64
+    device: torch.device,
+) -> list[Tensor | None]:
+    """Copies of the arrays on `device`, by one transfer and without a wait; None stays None.
+
+    Each starts at a multiple of 16 bytes: Triton compiles another kernel for other addresses.
+    """
+    places, end = [], 0
+    for array in arrays:
+        places.append(None if array is None else slice(end, end + len(array)))
+        end += 0 if array is None else len(array) + len(array) % 2
+    pinned = device.type == "cuda"
+    staged = torch.empty(end, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    host = staged.numpy()
+    for array, place in zip(arrays, places, strict=True):
+        if place is not None:
+            host[place] = array
+    moved = staged.to(device, non_blocking=True)
+    return [None if place is None else moved[place] for place in places]
 
 
 def valid_rows(
@@ -40,7 +58,7 @@ def valid_rows(
         ValueError: a label is outside [0, vocabulary).
     """
     valid = labels != ignore_index
-    outside = valid & ((labels < 0) | (labels >= vocabulary))
+    outside = valid & (labels.view(np.uint64) >= vocabulary)  # negative ones are above 2**63
     if outside.any():
         row = int(outside.argmax())
         raise ValueError(
@@ -54,14 +72,14 @@ class RowPlan(NamedTuple):
     """The n scored rows of a batch, planned on the host."""
 
     rows: np.ndarray | None  # (n,) int64, flat positions; None where all rows are scored
-    labels: np.ndarray  # (n,) int64
+    labels: np.ndarray  # (n,) int64; may be the caller's memory, and so may ids
     ids: np.ndarray  # (n,) int64, leaf * B + example
     counts: np.ndarray  # (L, B) int64, scored tokens of each sequence
 
 
 def plan_rows(
-    labels: Tensor,  # (..., T) or (N,) integer
-    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    labels: Tensor,  # (L, B, T), or (N,), integer
+    sequence_ids: Tensor | None,  # (N,) int64, leaf * B + example; not read where ignored
     vocabulary: int,
     ignore_index: int,
     leaves: int,
@@ -72,7 +90,12 @@ def plan_rows(
     Raises:
         ValueError: a label or a sequence number is out of range, or a sequence has no label.
     """
-    known, ids = host_values(labels.reshape(-1).long(), sequence_ids)
+    flat = labels.reshape(-1).long()
+    if sequence_ids is None:
+        (known,) = host_values(flat)
+        ids = np.arange(leaves * examples).repeat(labels.shape[-1])
+    else:
+        known, ids = host_values(flat, sequence_ids)
     rows = valid_rows(known, vocabulary, ignore_index)
     if rows is not None:
         known, ids = known[rows], ids[rows]
@@ -93,7 +116,7 @@ def check_ids(
     Raises:
         ValueError: one is out of range.
     """
-    outside = (ids < 0) | (ids >= leaves * examples)
+    outside = ids.view(np.uint64) >= leaves * examples
     if outside.any():
         first = int(outside.argmax())
         row = first if rows is None else rows[first]
