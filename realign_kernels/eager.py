@@ -5,11 +5,15 @@ Compiled graphs take the operators in `ops`, whose schema has no place for a pla
 (2 cores, torch 2.13), and an operator would plan its rows again.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from realign_kernels.dispatch import backend_for, current_override
 from realign_kernels.rows import Head
+
+_NOTHING = nullcontext()  # entering an autocast that changes nothing takes 5 us
 
 
 def refuse_second_derivative() -> None:
@@ -42,7 +46,7 @@ def take_rows(
 ) -> Tensor:  # (n, H)
     """Rows of hidden, and no copy of the others: hidden[:, :, :-1] cannot be flattened in place."""
     if rows is None:
-        return hidden.reshape(-1, hidden.shape[-1])
+        return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     if hidden.is_contiguous():
         return hidden.view(-1, hidden.shape[-1]).index_select(0, rows)
     places = []
@@ -75,6 +79,11 @@ def scaled(
     return torch.mul(values, factor.unsqueeze(-1), out=out)
 
 
+def as_given(device: str) -> AbstractContextManager:
+    """No autocast: it would cast a GEMM of the backend again, behind its back."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
 def recompute_gradients(
     grad: Tensor,  # (n,)
     hidden: Tensor,  # (n, H)
@@ -85,7 +94,7 @@ def recompute_gradients(
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden (n, H), weight and bias from those of log-probs."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden.device.type):
         return backend_for(hidden, backend).backward(
             grad.contiguous(), hidden, head, targets, chunk_rows=chunk_rows, wanted=wanted
         )
@@ -108,8 +117,7 @@ class LogProbs(torch.autograd.Function):
         keep_direction: bool,
     ) -> tuple[Tensor, Tensor | None]:  # (n,), (n, H), both wide
         dense = take_rows(hidden, rows)
-        # Under autocast a GEMM in the body would be cast again, behind the back of the backend.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with as_given(hidden.device.type):
             logps, targets, direction = backend_for(hidden).forward(
                 dense, head, labels, rival, chunk_rows=chunk_rows, keep_direction=keep_direction
             )

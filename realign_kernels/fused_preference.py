@@ -11,6 +11,7 @@ from torch import Tensor
 from realign_kernels.chunked import _limit
 from realign_kernels.dispatch import backend_for, current_override
 from realign_kernels.eager import (
+    as_given,
     recompute_gradients,
     refuse_second_derivative,
     scaled,
@@ -142,7 +143,7 @@ class FusedPreference(torch.autograd.Function):
         factor = token_weights if rows is None or token_weights is None else token_weights[rows]
         losses = _Losses(objective, reference_logps, reduction, plan, ids, lengths, factor)
         needs = ctx.needs_input_grad
-        with torch.autocast(hidden.device.type, enabled=False):
+        with as_given(hidden.device.type):
             logps, targets, grads = backend_for(hidden).by_spans(
                 take_rows(hidden, rows),
                 head,

@@ -14,7 +14,7 @@ from realign_kernels.dispatch import backend_for, current_override
 from realign_kernels.eager import refuse_second_derivative, spread_rows, wants_direction
 from realign_kernels.nonfinite import check_rows, finite_rows, is_finite, sentinel
 from realign_kernels.reference import wide_dtype
-from realign_kernels.row_plan import host_values, indices_to_device, to_device, valid_rows
+from realign_kernels.row_plan import host_values, indices_to_device, scored_rows, to_device
 from realign_kernels.rows import Head, shard_of
 
 IGNORED = -1
@@ -62,9 +62,8 @@ def linear_logprobs(
     device = hidden.device
     head = make_head(weight, bias, softcap, temperature, group)
     (known,) = host_values(labels)
-    index = valid_rows(known, head.vocabulary, ignore_index)
-    scored = known if index is None else known[index]
-    scored, rows = indices_to_device(scored, index, device=device)
+    scored, rows = scored_rows(known, head.vocabulary, ignore_index)
+    scored, rows = indices_to_device(scored, rows, device=device)
     dense = hidden if rows is None else hidden[rows]
     flags = None if rival is None else to_device(rival, device)
     # Under autocast a GEMM in the body would be cast again, behind the back of the backend.
@@ -136,9 +135,8 @@ def linear_logprobs_backward(
     device = hidden.device
     head = make_head(weight, bias, softcap, temperature, group)
     (known,) = host_values(labels)
-    index = valid_rows(known, head.vocabulary, ignore_index)
-    scored = known if index is None else known[index]
-    scored, rows = indices_to_device(scored, index, device=device)
+    scored, rows = scored_rows(known, head.vocabulary, ignore_index)
+    scored, rows = indices_to_device(scored, rows, device=device)
     dense = (grad, hidden) if rows is None else (grad[rows], hidden[rows])
     with torch.autocast(device.type, enabled=False):
         grads = backend_for(hidden, backend).backward(

@@ -47,25 +47,32 @@ def indices_to_device(
     return [None if place is None else moved[place] for place in places]
 
 
-def valid_rows(
-    labels: np.ndarray,  # (N,)
+def scored_rows(
+    labels: np.ndarray,  # (N,) int64
     vocabulary: int,
     ignore_index: int,
-) -> np.ndarray | None:  # (n,) int64
-    """Indices of the rows that are not ignored; None if that is all of them.
+) -> tuple[np.ndarray, np.ndarray | None]:  # (n,) int64, (n,) int64
+    """Labels that are not ignored, and their indices; None if that is all of them.
 
     Raises:
         ValueError: a label is outside [0, vocabulary).
     """
     valid = labels != ignore_index
-    outside = valid & (labels.view(np.uint64) >= vocabulary)  # negative ones are above 2**63
-    if outside.any():
-        row = int(outside.argmax())
+    rows = None if valid.all() else valid.nonzero()[0]
+    scored = labels if rows is None else labels[rows]
+    if _any_outside(scored, vocabulary):
+        outside = (scored.view(np.uint64) >= vocabulary).nonzero()[0]
+        first = outside[0] if rows is None else rows[outside[0]]
         raise ValueError(
-            f"labels: {outside.sum()} outside [0, {vocabulary}), first {labels[row]} at flat row "
-            f"{row}; rows to skip must hold ignore_index ({ignore_index})"
+            f"labels: {len(outside)} outside [0, {vocabulary}), first {labels[first]} at flat row "
+            f"{first}; rows to skip must hold ignore_index ({ignore_index})"
         )
-    return None if valid.all() else valid.nonzero()[0]
+    return scored, rows
+
+
+def _any_outside(values: np.ndarray, limit: int) -> bool:
+    """Whether an int64 value is outside [0, limit)."""
+    return len(values) > 0 and bool(values.view(np.uint64).max() >= limit)  # -1 is 2**64 - 1
 
 
 class RowPlan(NamedTuple):
@@ -96,10 +103,10 @@ def plan_rows(
         ids = np.arange(leaves * examples).repeat(labels.shape[-1])
     else:
         known, ids = host_values(flat, sequence_ids)
-    rows = valid_rows(known, vocabulary, ignore_index)
-    if rows is not None:
-        known, ids = known[rows], ids[rows]
-    check_ids(ids, rows, leaves, examples)
+    known, rows = scored_rows(known, vocabulary, ignore_index)
+    ids = ids if rows is None else ids[rows]
+    if sequence_ids is not None:
+        check_ids(ids, rows, leaves, examples)
     counts = np.bincount(ids, minlength=leaves * examples).reshape(leaves, examples)
     check_counts(counts, ignore_index)
     return RowPlan(rows, known, ids, counts)
@@ -116,9 +123,8 @@ def check_ids(
     Raises:
         ValueError: one is out of range.
     """
-    outside = ids.view(np.uint64) >= leaves * examples
-    if outside.any():
-        first = int(outside.argmax())
+    if _any_outside(ids, leaves * examples):
+        first = int((ids.view(np.uint64) >= leaves * examples).argmax())
         row = first if rows is None else rows[first]
         raise ValueError(
             f"sequence_ids[{row}] is {ids[first]}, outside [0, {leaves * examples}): "
