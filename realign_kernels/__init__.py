@@ -1,7 +1,8 @@
 """Fused preference losses over a language-model head.
 
 Read in this order: `objectives` (what is computed), `reference` (the specification),
-`functional` (the public functions), `ops` and `preference_ops` (operators and their autograd),
+`functional` (the public functions), `eager` and `fused_preference` (autograd), `ops` and
+`preference_ops` (operators for compiled graphs),
 `rows` and `chunked` (how it is computed), `dispatch` (which backend runs). docs/kernels.md tells it
 in one page.
 """
@@ -20,8 +21,8 @@ from realign_kernels.functional import (
 )
 from realign_kernels.heads import head_inputs, head_parameters
 from realign_kernels.leaves import array_digest, collect_leaves, leaf_keys
+from realign_kernels.nonfinite import NonFiniteError
 from realign_kernels.objectives import Leaf, Objective, PreferenceOutput, RDPOOutput
-from realign_kernels.ops import NonFiniteError
 from realign_kernels.refcache import MissingReferences, ReferenceCache, References
 
 __all__ = [

@@ -6,21 +6,33 @@ they cost nothing, get gradient 0, and may hold anything. Keep the rows of one e
 you can; that is for speed, not for correctness.
 
 Labels and sequence_ids may stay on the CPU while hidden is on a GPU, pinned if possible: they are
-planned on the host. A call then waits for the device once, at its end, for the flags of its
-results; with labels on the device it waits at its start, too, to learn how many rows count. A
-`group` adds a wait for the sizes of its shards to each plan and operator.
+planned on the host. A call then waits for the device once, at its end, for one number that shows
+whether its results are finite; with labels on the device it waits at its start, too, to learn how
+many rows count. A `group` adds a wait for the sizes of its shards.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from realign_kernels import checks, objectives, ops, preference_ops, row_plan
+from realign_kernels.eager import LogProbs, take_rows, trains, wants_direction
+from realign_kernels.fused_preference import FusedPreference
 from realign_kernels.heads import local_head
+from realign_kernels.nonfinite import (
+    check_rows,
+    check_sequences,
+    finite_rows,
+    is_finite,
+    sentinel,
+)
 from realign_kernels.objectives import Objective, PreferenceOutput, RDPOOutput, Term
 from realign_kernels.reference import wide_dtype
+
+_rdpo = lru_cache(objectives.rdpo)  # its checks take 17 us
 
 
 def linear_logprobs(
@@ -70,32 +82,37 @@ def linear_logprobs(
     checks.check_rival(rival, hidden, labels, weight, group)
     flat = labels.reshape(-1).long()
     flags = None if rival is None else rival.reshape(-1)
-    settings = {
-        "softcap": softcap,
-        "temperature": temperature,
-        "chunk_rows": chunk_rows,
-        "group": group,
-    }
-    # What is kept for backward is then as small as the rows that count. A graph of torch.compile
-    # cannot depend on their number: there the operator drops ignored rows.
-    rows = None
-    if not torch.compiler.is_compiling():
-        (known,) = row_plan.host_values(flat)
-        head = ops.make_head(weight, bias, softcap, temperature, group)
-        rows = row_plan.valid_rows(known, head.vocabulary, ignore_index)
-        flat = torch.from_numpy(known if rows is None else known[rows])
-    if rows is None:
+    if torch.compiler.is_compiling():
+        # A graph cannot depend on the number of rows that count: the operator drops the others.
         dense = hidden.reshape(len(flat), hidden.shape[-1])
-        logps, _ = ops.logprobs(dense, weight, flat, bias, flags, ignore_index, **settings)
+        logps = ops.logprobs(
+            dense,
+            weight,
+            flat,
+            bias,
+            flags,
+            ignore_index,
+            softcap=softcap,
+            temperature=temperature,
+            chunk_rows=chunk_rows,
+            group=group,
+        )
         return logps.reshape(labels.shape)
-    rows = row_plan.to_device(rows, hidden.device)
-    dense = ops.take_rows(hidden, rows)
-    flags = None if flags is None else row_plan.to_device(flags, hidden.device)[rows]
-    try:
-        logps, _ = ops.logprobs(dense, weight, flat, bias, flags, ignore_index, **settings)
-    except ops.NonFiniteError as error:
-        raise error.at(rows) from None
-    return logps.new_zeros(labels.numel()).index_copy(0, rows, logps).reshape(labels.shape)
+    (known,) = row_plan.host_values(flat)
+    head = ops.make_head(weight, bias, softcap, temperature, group)
+    scored, rows = row_plan.scored_rows(known, head.vocabulary, ignore_index)
+    scored, rows = row_plan.indices_to_device(scored, rows, device=hidden.device)
+    if flags is not None:
+        flags = row_plan.to_device(flags, hidden.device)
+        flags = flags if rows is None else flags[rows]
+    keep = wants_direction(hidden, weight, bias)
+    args = (head, scored, rows, flags, chunk_rows, keep)
+    logps, direction = LogProbs.apply(hidden, weight, bias, *args)
+    if not is_finite(sentinel(logps.detach(), direction)):
+        check_rows(finite_rows(logps, direction), rows, take_rows(hidden, None), head)
+    if rows is not None:
+        logps = logps.new_zeros(labels.numel()).index_copy(0, rows, logps)
+    return logps.reshape(labels.shape)
 
 
 def preference_loss(
@@ -137,8 +154,10 @@ def preference_loss(
                 f"token_counts {tuple(token_counts.shape)} must have the shape of leaf_logps "
                 f"{tuple(leaf_logps.shape)}"
             )
-    if not torch.compiler.is_compiling():
-        preference_ops.check_finite(leaf_logps=leaf_logps, reference_logps=reference_logps)
+    eager = not torch.compiler.is_compiling()
+    if eager and not is_finite(sentinel(leaf_logps.detach() - reference_logps)):
+        check_sequences("leaf_logps", leaf_logps)
+        check_sequences("reference_logps", reference_logps)
     return objective.__call__(leaf_logps, reference_logps, reduction, token_counts)
 
 
@@ -188,7 +207,7 @@ def linear_preference_loss(
                 f"({names}) and reference_logps has {examples} examples. "
                 "Packed rows (N, H) need sequence_ids"
             )
-        ids = torch.arange(leaves * examples, device="cpu").repeat_interleave(hidden.shape[2])
+        ids = None
     else:
         if hidden.dim() != 2 or sequence_ids.shape != hidden.shape[:1]:
             raise ValueError(
@@ -210,13 +229,9 @@ def linear_preference_loss(
     hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
     checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
     checks.check_labels(labels, hidden)
-    settings = {
-        "softcap": softcap,
-        "temperature": temperature,
-        "chunk_rows": chunk_rows,
-        "group": group,
-    }
     if torch.compiler.is_compiling():
+        if ids is None:
+            ids = torch.arange(leaves * examples, device="cpu").repeat_interleave(hidden.shape[2])
         labels, ids = labels.to(hidden.device), ids.to(hidden.device)
         rival = preference_ops.rival_rows(objective, ids, examples)
         logps = linear_logprobs(
@@ -224,9 +239,12 @@ def linear_preference_loss(
             weight,
             labels,
             bias=bias,
+            softcap=softcap,
+            temperature=temperature,
             ignore_index=ignore_index,
+            chunk_rows=chunk_rows,
             rival=None if rival is None else rival.reshape(labels.shape),
-            **settings,
+            group=group,
         ).reshape(-1)
         flat = labels.reshape(-1).long()
         if token_weights is not None:
@@ -235,41 +253,13 @@ def linear_preference_loss(
         return objective.__call__(sums, reference_logps, reduction, counts)
     head = ops.make_head(weight, bias, softcap, temperature, group)
     plan = row_plan.plan_rows(labels, ids, head.vocabulary, ignore_index, leaves, examples)
-    counts = row_plan.to_device(plan.counts, hidden.device)
-    trains = ops.trains(weight, bias) and torch.is_grad_enabled()
+    inputs = (hidden, weight, bias, head, plan, token_weights, reference_logps)
     # In fp16 gradients made in the forward would underflow before a loss scale reaches them.
-    if trains and reduction != "none" and hidden.dtype != torch.float16:
-        loss, sums = preference_ops.FusedPreference.apply(
-            hidden,
-            weight,
-            bias,
-            head,
-            plan,
-            counts,
-            token_weights,
-            reference_logps,
-            objective,
-            reduction,
-            chunk_rows,
-        )
-        return objective(sums, reference_logps, reduction, counts)._replace(loss=loss)
-    rows, ids = None, row_plan.to_device(plan.ids, hidden.device)
-    dense = hidden.reshape(-1, hidden.shape[-1])
-    if plan.rows is not None:
-        rows = row_plan.to_device(plan.rows, hidden.device)
-        dense = ops.take_rows(hidden, rows)
-    rival = preference_ops.rival_rows(objective, ids, examples)
-    known = torch.from_numpy(plan.labels)
-    logps, finite = ops.logprobs(
-        dense, weight, known, bias, rival, ignore_index, **settings, check=False
-    )
-    if token_weights is not None:
-        logps = logps * (token_weights if rows is None else token_weights[rows])
-    output = preference_ops.from_tokens(logps, ids, counts, reference_logps, objective, reduction)
-    flags = preference_ops.read(*preference_ops.flags_of(finite, output.logps, reference_logps))
-    if not all(flags):
-        preference_ops.check_results(flags, finite, logps, reference_logps, rows, dense, head)
-    return output
+    early = reduction != "none" and hidden.dtype != torch.float16
+    if early and trains(weight, bias) and torch.is_grad_enabled():
+        inputs = (*inputs, objective, reduction, chunk_rows)
+        return PreferenceOutput(*FusedPreference.apply(*inputs))
+    return preference_ops.planned_preference(*inputs, objective, reduction, chunk_rows)
 
 
 def rdpo_loss(
@@ -303,12 +293,13 @@ def rdpo_loss(
     Raises:
         ValueError, NonFiniteError: as linear_preference_loss does.
     """
+    plain = type(beta) is float and type(visual_weight) is float
     output = linear_preference_loss(
         hidden,
         weight,
         labels,
         reference_logps,
-        objectives.rdpo(beta, visual_weight),
+        (_rdpo if plain else objectives.rdpo)(beta, visual_weight),
         sequence_ids=sequence_ids,
         bias=bias,
         softcap=softcap,

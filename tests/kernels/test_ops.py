@@ -18,7 +18,7 @@ def test_opcheck_linear_logprobs(device, frozen, ignored, softcap, temperature):
     case = kc.make_case(9, 8, 11, torch.float32, bias=True, ignored=ignored, device=device)
     weight, bias = (t.requires_grad_(not frozen) for t in (case.weight, case.bias))
     args = (case.hidden.requires_grad_(), weight, case.labels, bias, None, softcap, temperature)
-    args = (*args, -100, 4, "", frozen, True)
+    args = (*args, -100, 4, "", frozen)
     torch.library.opcheck(torch.ops.realign.linear_logprobs, args)
 
 

@@ -83,8 +83,8 @@ def test_confident_tokens(lead, dtype, backend):
     miss = torch.sigmoid(others.logsumexp(1) - wide[labels, labels])
     direction = miss[:, None] * (wide[labels] - others.softmax(1) @ wide)
     with rk.use_backend(backend):
-        head = (hidden, weight, labels, None, None, None, 1.0, -100, None, "", True, True)
-        logps, found, _, _ = torch.ops.realign.linear_logprobs(*head)
+        head = (hidden, weight, labels, None, None, None, 1.0, -100, None, "", True)
+        logps, found, _ = torch.ops.realign.linear_logprobs(*head)
     relative = (found.double() - direction).norm(dim=1) / direction.norm(dim=1)
     # The torch backend rounds E W to bf16 on the CPU.
     half = 2e-4 if backend == "cpp" else 1e-3
