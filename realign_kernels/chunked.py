@@ -185,9 +185,21 @@ class ChunkedBackend:
         """See `rows.Kernels.scale`."""
         self.kernels.scale(values, factor)
 
-    def _fuses(self, hidden: Tensor, head: Head, rival: Tensor | None) -> bool:
+    def _fuses(self, hidden: Tensor, head: Head, rival: bool) -> bool:
         fuses = getattr(self.kernels, "fuses", None)
-        return fuses is not None and rival is None and not head.peak and fuses(hidden, head)
+        return fuses is not None and not rival and not head.peak and fuses(hidden, head)
+
+    def span_rows(self, hidden: Tensor, head: Head, rival: bool, chunk_rows: int | None) -> int:
+        """Rows that `by_spans` reads at once; a span of more is computed twice."""
+        if chunk_rows is not None:
+            return chunk_rows
+        if self._fuses(hidden, head, rival):
+            memory, _ = _device(hidden.device)
+            # E of 2 H rows is as large as the fp32 sum of two gradients of the weight, which one
+            # GEMM over all rows does not need.
+            return max(default_fused_rows(len(head.weight), memory), 2 * hidden.shape[1])
+        # Twice as tall: fewer examples fall apart, and fewer sums of a V x H gradient are needed.
+        return 2 * _limit(head, None)
 
     def forward(
         self,
@@ -207,7 +219,7 @@ class ChunkedBackend:
                 self.kernels.head_stats(hidden, head.weight, local, *settings), head.shard
             )
             return scores.logps, labels, None
-        fused = keep_direction and self._fuses(hidden, head, rival)
+        fused = keep_direction and self._fuses(hidden, head, rival is not None)
         step = chunk_rows
         if fused and step is None:
             memory, processors = _device(hidden.device)
@@ -264,14 +276,8 @@ class ChunkedBackend:
         rounded. Spans share a chunk as long as they fit; their logits are then computed
         once (3 GEMMs with hidden and weight), those of a longer span twice.
         """
-        fused = self._fuses(hidden, head, rival)
-        # Twice as tall: fewer examples fall apart, and fewer sums of a V x H gradient are needed.
-        limit = chunk_rows or 2 * _limit(head, None)
-        if fused and chunk_rows is None:
-            memory, _ = _device(hidden.device)
-            # E of 2 H rows is as large as the fp32 sum of two gradients of the weight, which one
-            # GEMM over all rows does not need.
-            limit = max(default_fused_rows(len(head.weight), memory), 2 * hidden.shape[1])
+        fused = self._fuses(hidden, head, rival is not None)
+        limit = self.span_rows(hidden, head, rival is not None, chunk_rows)
         groups = list(_groups(lengths, limit))
         longest = max((min(stop - start, limit) for _, _, start, stop in groups), default=0)
         logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))

@@ -40,12 +40,19 @@ class Head(NamedTuple):
     temperature: float
     shard: VocabularyShard | None = None
     peak: bool = False
-    """Never `Kernels.fused`: labels may be too far below other tokens for it."""
+    """Without `Kernels.fused`, for which labels may be too far below other tokens."""
 
     @property
     def vocabulary(self) -> int:
         """Tokens of the whole head, over all shards."""
         return len(self.weight) if self.shard is None else self.shard.total
+
+    def again(self) -> "Head | None":
+        """The head for a second try where results are not finite; None if it would change nothing.
+
+        Shards never fuse, and their ranks must not differ in what they compute.
+        """
+        return None if self.peak or self.shard is not None else self._replace(peak=True)
 
 
 class RowStats(NamedTuple):

@@ -5,8 +5,8 @@ the GEMM, and not by its peak, so nothing is read twice:
 
     E_v = exp(z_v - z_label) / 2^MARGIN        logp = -log(1 + 2^MARGIN * sum E_v)
 
-A token that is 129 nats above the label overflows. The row is then not finite, and the call is
-repeated with row kernels, which shift by the peak (`Head.peak`).
+Where the others are 109 nats above the label, E may overflow. The log-prob is then NaN, and the
+call is repeated with row kernels, which shift by the peak (`Head.again`).
 """
 
 import math
@@ -151,6 +151,8 @@ def score_kernel(
     large = total > 1
     log_total = tl.log(tl.where(large, total, total * tl.exp2(MARGIN)))
     gap = z - z - tl.where(large, log_total + MARGIN / LOG2E, log_total)
+    # Beyond that the product of E with the weight may overflow.
+    gap = tl.where(total < 1e30, gap, float("nan"))
     e = tl.exp(-tl.abs(gap))
     u = 1 + e
     # log1p(e) = e log(u) / (u - 1) for u = 1 + e as rounded: exact to a few ulp.
@@ -296,7 +298,7 @@ def _suits(hidden: Tensor, head: Head) -> bool:
     """bf16 on Hopper, with rows that the tensor memory accelerator can address.
 
     E needs bf16's range. The labels of a shard are on other ranks. At a temperature below 1 labels
-    are soon 129 nats below another token. Other architectures are not measured.
+    are soon 109 nats below another token. Other architectures are not measured.
     """
     if hidden.dtype != torch.bfloat16 or device_facts(hidden)[0] != 90 or hidden.shape[1] % 8:
         return False

@@ -1,8 +1,8 @@
 """The row kernel: label logit, sum over the others and E of each row of logits.
 
 One program computes one row. Where E is wanted it shifts by the label's logit and reads the row
-once. It reads the row twice, first for its peak, where that sum is out of range (the others are some
-70 nats above or below), in fp16, in place, for the strongest other token, and where no E is wanted.
+once. It reads the row twice, first for its peak, where the sum of E is out of range (the others are
+some 70 nats away), in fp16, in place, for the strongest other token, and where no E is wanted.
 `realign_kernels.rows` defines the results.
 """
 

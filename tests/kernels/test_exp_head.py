@@ -7,8 +7,11 @@ pytest.importorskip("triton")
 import triton_cases as tc
 from triton_cases import DEVICE, exp_head, finish
 
+import realign_kernels as rk
+from realign_kernels import chunked
 from realign_kernels.chunked import default_fused_rows, filling_step
 from realign_kernels.rows import Head, Scores
+from realign_kernels.triton import backend
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -60,7 +63,7 @@ def truth(hidden, weight, labels, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-@pytest.mark.parametrize("lift", [0, 14, 30, -30, -60])
+@pytest.mark.parametrize("lift", [0, 14, 30, -30, -40])
 @pytest.mark.parametrize("spread", [1.0, 2.0, 4.0, 6.0])
 def test_scores_and_gradient_against_fp64(spread, lift, temperature):
     given = *problem(spread=spread, lift=lift), temperature
@@ -99,6 +102,75 @@ def test_rows_that_overflow_are_not_finite_and_others_are_right(value):
     finite = scores.logps.isfinite()
     assert finite.tolist() == [row != 3 for row in range(len(hidden))]
     torch.testing.assert_close(scores.logps[finite].double(), exact[finite], rtol=2e-6, atol=1e-5)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The public functions take the fused kernels, as on Hopper; returns the rows of each call."""
+    calls = []
+
+    def record(hidden, *rest):
+        calls.append(len(hidden))
+        return exp_head.fused(hidden, *rest)
+
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "fuses", lambda hidden, head: True)
+    monkeypatch.setattr(backend, "fused", record)
+    monkeypatch.setattr(exp_head, "choice", lambda hidden, head: "triton")
+    monkeypatch.setattr(chunked, "_device", lambda device: (80 * 2**30, 132))
+    with rk.use_backend("triton"):
+        yield calls
+
+
+def preference(hidden, weight, labels, dtype=torch.float32):
+    """rDPO's loss over two examples of three sequences, and its gradients."""
+    leaves = [t.to(dtype).detach().requires_grad_() for t in (hidden, weight)]
+    batch = leaves[0].view(3, 2, 6, -1)
+    references = torch.linspace(-20, -10, 6, device=DEVICE).view(3, 2).to(dtype)
+    loss = rk.rdpo_loss(batch, leaves[1], labels.view(3, 2, 6), references).loss
+    loss.backward()
+    return loss.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_rdpo_loss_by_fused_kernels(fused, trains, far):
+    """Loss and gradients against fp64; labels 200 nats below another token repeat the call."""
+    hidden, weight, labels = problem(36, 40, 203)
+    if far:
+        hidden[5] *= 40
+        labels[5] = (hidden[5] @ weight.T).argmin()
+    with rk.use_backend("reference"):
+        exact = preference(hidden, weight, labels, torch.float64)
+    if trains:
+        found = preference(hidden, weight, labels)
+    else:
+        leaf = hidden.clone().requires_grad_()
+        references = torch.linspace(-20, -10, 6, device=DEVICE).view(3, 2)
+        batch, labels = leaf.view(3, 2, 6, -1), labels.view(3, 2, 6)
+        loss = rk.rdpo_loss(batch, weight, labels, references).loss
+        loss.backward()
+        found = loss.detach(), leaf.grad
+    assert fused == [36]
+    for value, true in zip(found, exact, strict=False):
+        torch.testing.assert_close(value.double(), true, rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_of_fused_rows(fused):
+    """Log-probs of 37 rows, 16 at a time, and a row of NaN that stays an error."""
+    hidden, weight, labels = problem()
+    exact, grad, _ = truth(hidden, weight, labels)
+    leaf = hidden.clone().requires_grad_()
+    logps = rk.linear_logprobs(leaf, weight, labels, chunk_rows=16)
+    logps.sum().backward()
+    assert fused == [16, 16, 5]
+    torch.testing.assert_close(logps.double(), exact, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), grad, rtol=1e-4, atol=1e-6)
+    bad = hidden.clone()
+    bad[7] = float("nan")
+    with pytest.raises(rk.NonFiniteError, match="hidden holds NaN"):
+        rk.linear_logprobs(bad.requires_grad_(), weight, labels)
 
 
 def test_finish_without_a_target_and_into_half():
