@@ -13,7 +13,7 @@ import torch
 from benchmarks import report, results, roofline
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import attention, check, head, pages, record, table, targets, truth
+from benchmarks.gpu import attention, check, device, head, pages, record, table, targets, truth
 from realign.attention import forest_mask
 from realign_kernels import reference
 
@@ -139,6 +139,21 @@ def test_a_part_without_a_cuda_context_starts_again_for_its_other_cases(run_part
     assert [line.get("case") for line in lines] == ["device", "first", "second", "third", None]
 
 
+def test_the_device_is_what_nvidia_smi_prints(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fake = tmp_path / "nvidia-smi"
+    fields = "--query-gpu=name,driver_version,power.limit,clocks.max.sm"
+    printed = "Fast Card, 1.2, 700.00 W, 1980 MHz"
+    fake.write_text(f'#!/bin/sh\ntest "$1" = {fields} && echo "{printed}"\n')
+    fake.chmod(0o755)
+    found = {"name": "Fast Card", "driver": "1.2", "power_limit": "700.00 W"}
+    assert device.device(rehearse=False) == found | {"max_clock": "1980 MHz"}
+    fake.write_text("#!/bin/sh\necho no driver\nexit 9\n")
+    assert device.device(rehearse=False) == {"name": "unknown", "smi": "no driver"}
+    fake.unlink()
+    assert "nvidia-smi" in device.device(rehearse=False)["smi"]
+
+
 def test_what_cannot_start_is_named(capsys, tmp_path):
     given = ["--out", str(tmp_path), "--rehearse", "--parts"]
     assert gpu.main([*given, "nosuch", "--budget", "30"]) == 1
@@ -204,6 +219,8 @@ def test_a_rehearsal_gives_every_result(tmp_path):
     assert sum("of_budget" in line for line in found.values()) == 39
     heads = sum(part == "head" and case != "absent" for part, case in cases)
     assert heads == 40 - 4 * len(lacking)
+    for (part, case), line in cases.items():  # the limit and the peers take turns with ours
+        assert ("ratio" in line) == (part == "head" and not case.endswith(("ours", "absent")))
     assert sum(part == "variants" for part, _ in cases) == 22
     differences = [line["difference"] for key, line in cases.items() if key[0] == "variants"]
     assert max(differences) < 2e-3  # fp16

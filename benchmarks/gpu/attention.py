@@ -31,8 +31,8 @@ Attend = Callable[..., Tensor]
 """(queries, keys, values), each (1, heads, T, D) -> output of that shape."""
 
 LIMIT = 45.0
-PLANNED = 4
-"""Trees with cuDNN: it takes 0.7 s to plan a shape (H200), and 24 calls would take 17 s."""
+PLANNED = 2
+"""Trees with cuDNN: it takes 0.7 s to plan a call (H200), and all 24 would take 17 s."""
 TORCH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -5,9 +5,15 @@ import subprocess
 
 
 def smi(**fields: str) -> dict[str, str]:
-    """nvidia-smi's fields of the first GPU, by names of ours; what it printed where it failed."""
+    """nvidia-smi's fields of the first GPU, by names of ours; its error where it fails or is absent.
+
+    An error here must not end the parent.
+    """
     command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
-    done = subprocess.run([*command, "-i", "0"], capture_output=True, text=True)
+    try:
+        done = subprocess.run([*command, "-i", "0"], capture_output=True, text=True)
+    except OSError as error:
+        return {"smi": str(error)}
     if done.returncode:
         return {"smi": (done.stdout + done.stderr).strip()}
     return dict(zip(fields, map(str.strip, done.stdout.split(",")), strict=True))

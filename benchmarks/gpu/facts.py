@@ -1,6 +1,7 @@
 """Facts: versions, what the card copies and multiplies per second, which features exist."""
 
 import importlib.util
+import os
 import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -32,8 +33,10 @@ def _versions() -> dict[str, str]:
 
 
 def _properties(device: str) -> dict[str, str | int | float]:
+    """Of the device, and the cores and torch's threads of the host."""
+    host = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device == "cpu":
-        return {"devices": 0}
+        return {"devices": 0} | host
     properties = torch.cuda.get_device_properties(0)
     return {
         "capability": f"{properties.major}.{properties.minor}",
@@ -41,7 +44,7 @@ def _properties(device: str) -> dict[str, str | int | float]:
         "memory_gib": properties.total_memory / 2**30,
         "l2_mib": properties.L2_cache_size / 2**20,
         "devices": torch.cuda.device_count(),
-    }
+    } | host
 
 
 def _loaded(device: str) -> dict[str, str | float]:
