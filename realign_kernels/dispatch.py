@@ -152,7 +152,7 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
             module = importlib.import_module(MODULES[name])
             return Choice(name, f"the fastest here: {module.describe()}")
         elif device == "cuda":
-            return Choice(name, "written for it; speed not measured")
+            return Choice(name, "written for it; docs/gpu.md has its speed")
     return Choice("torch", "; ".join(passed_over) or "the only one for this device and dtype")
 
 
