@@ -1,4 +1,4 @@
-"""LoRA's layer as one function: against fp64 beside PEFT's own layer, and PEFT's switches and files."""
+"""LoRA's layer as one function: against fp64 beside PEFT's layer, and PEFT's switches and files."""
 
 import copy
 
