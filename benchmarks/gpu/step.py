@@ -176,17 +176,17 @@ class Watch:
 
 
 class Ours(step_contestants.Ours):
-    """`realign.train --fsdp` on one rank: FSDP2 on a mesh of one, references from the cache."""
+    """`realign.train` in one process, references from the cache."""
 
     def __init__(self, setting: Setting, micro: int) -> None:
-        self.device = parallel.start(alone=True)
+        self.device = torch.device(parallel.start())
         attends, _ = attention.choose("tree", self.device, setting.kind)
         model = ForestModel(setting.model(attends), dtype=setting.kind)
         objective = objectives.rdpo(beta=BETA)
         inputs = Inputs("", setting.processor, model, objective, *setting.encode(model.layout))
         self.prepare(
             inputs, setting.folder / f"cache-{micro}", "lora", setting.kind, self.device,
-            sharded=True, weights="random",
+            sharded=False, weights="random",
         )  # fmt: skip
         self.micro = micro
 
