@@ -5,7 +5,7 @@ import subprocess
 
 
 def smi(**fields: str) -> dict[str, str]:
-    """nvidia-smi's fields of the first GPU, by names of ours; its error where it fails or is absent.
+    """Fields of nvidia-smi for the first GPU by our names; its error where it fails or is absent.
 
     An error here must not end the parent.
     """
