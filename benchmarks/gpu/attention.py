@@ -20,6 +20,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from benchmarks import step_contestants
 from benchmarks.gpu.measure import figures
+from benchmarks.gpu.profiled import kernels_of
 from benchmarks.gpu.record import Record
 from realign import tree_attention
 from realign.attention import forest_mask
@@ -127,13 +128,16 @@ def varlen(layer: Layer, device: str) -> dict[str, float]:
     from realign.varlen_attention import forest_attention, sequences
 
     parts = sequences(layer.trees, layer.grad.shape[2]).to(device)
+    # Strides as behind a model's projections: token by token.
+    given = [s.transpose(1, 2).contiguous().transpose(1, 2) for s in (*layer.states, layer.grad)]
 
     def attend(*states: Tensor) -> Tensor:
         rows = (state[0].transpose(0, 1) for state in states)
         return forest_attention(*rows, *parts, layer.scale)[0].transpose(0, 1)[None]
 
-    found, results = timed(partial(both_ways, attend, layer.states, layer.grad), device)
-    return found | layer.errors(results)
+    call = partial(both_ways, attend, given[:3], given[3])
+    found, results = timed(call, device)
+    return found | layer.errors(results) | {"kernels": kernels_of(call)}
 
 
 def padded(layer: Layer, device: str) -> dict[str, float]:

@@ -61,4 +61,6 @@ def _figures(lines: Iterable[Line]) -> Iterable[str]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, dict) and len(str(value)) > WIDEST:
+        return f"{len(value)} in results.jsonl"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
