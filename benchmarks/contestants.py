@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from realign_kernels import rdpo_loss, use_backend
-from realign_kernels.chunked import default_chunk_rows, even_step
+from realign_kernels.chunk_plan import default_chunk_rows, even_step
 
 BETA = 0.1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

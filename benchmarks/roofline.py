@@ -15,7 +15,7 @@ from benchmarks.contestants import OURS
 from benchmarks.gpu.check import Check, load
 from benchmarks.gpu.pages import WORDS, number, ratio, sections, shape_of
 from benchmarks.words import table
-from realign_kernels.chunked import default_chunk_rows, even_step
+from realign_kernels.chunk_plan import default_chunk_rows, even_step
 
 FILE = Path(__file__).parent.parent / "docs" / "gpu.md"
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM: dense bf16 FLOP/s, HBM3 bytes/s (data sheet)

@@ -4,65 +4,27 @@ Rows go through the head a chunk at a time, so the largest thing alive is a chun
 `rows` first: it says what happens to a row.
 """
 
-import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from realign_kernels.chunk_plan import (
+    LOGIT,
+    E,
+    chunk_step,
+    default_chunk_rows,
+    even_step,
+    kept_rows,
+)
 from realign_kernels.objectives import Objective
 from realign_kernels.reference import wide_dtype
-from realign_kernels.rows import Head, Kernels, Scores, score
-
-
-def default_chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows whose fp32 logits fill 64 MiB (CUDA: 512 MiB), but not fewer than 256 (CUDA: 1024).
-
-    The GEMMs are faster the taller the chunk: on 2 cores at H = 1024, V = 32000 in bf16, 768 rows
-    through both GEMMs take 0.32 s in chunks of 32, 0.19 s of 128, 0.15 s of 256 and of 768. From
-    256 rows the floor outweighs the budget: for V = 152k it is 150 MiB. CUDA is not measured.
-    """
-    budget, floor = (512 * 2**20, 1024) if device.type == "cuda" else (64 * 2**20, 256)
-    return max(floor, budget // (4 * max(vocabulary, 1)))
-
-
-def even_step(rows: int, limit: int) -> int:
-    """The chunk, at most `limit`, that leaves no short, slow rest: 600 rows at 524 are 2 x 300."""
-    return max(1, math.ceil(rows / math.ceil(max(rows, 1) / limit)))
-
-
-TILE = 128, 256
-"""Rows and columns of a GEMM's tile on Hopper."""
-
-
-def default_fused_rows(vocabulary: int, memory: int) -> int:
-    """Rows whose bf16 E fills a 64th of the device's memory, at most 1.25 GiB; at least 1024."""
-    return max(1024, min(memory // 64, 5 * 2**28) // (2 * vocabulary))
-
-
-def filling_step(rows: int, limit: int, width: int, processors: int) -> int:
-    """The chunk, at most `limit`, whose product with the weight (a GEMM to `width` columns) leaves
-    the fewest multiprocessors idle; of equals the smallest, which leaves the longest rest.
-
-    2,048 x 4,096 are 16 x 16 tiles for 132 multiprocessors: 97 % of two rounds.
-    """
-    high, wide = TILE
-    columns = math.ceil(width / wide)
-
-    def rounds(chunk: int) -> int:
-        return math.ceil(math.ceil(chunk / high) * columns / processors)
-
-    least = even_step(rows, limit)
-    if least >= rows:
-        return max(rows, 1)
-    steps = range(math.ceil(least / high) * high, limit + 1, high) or [least]
-    return min(steps, key=lambda step: rows // step * rounds(step) + rounds(rows % step))
+from realign_kernels.rows import Head, Kernels, RowStats, Scores, score
 
 
 class _Chunks:
-    """Reads chunks of at most `rows` rows with one set of buffers."""
+    """Reads up to `kept` rows, at most `rows` at a time, with one set of buffers."""
 
     def __init__(
         self,
@@ -70,37 +32,52 @@ class _Chunks:
         head: Head,
         rows: int,
         hidden: Tensor,
-        derivative: bool,
+        *,
+        kept: int = 0,  # rows of E; 0: no derivative is wanted
         fused: bool = False,
     ) -> None:
-        self.kernels, self.head, self.derivative, self.fused = kernels, head, derivative, fused
+        self.kernels, self.head, self.rows, self.fused = kernels, head, rows, fused
         vocabulary = len(head.weight)
         if fused:  # rows of 16 bytes, as tensor maps want them
-            self.others = hidden.new_empty(rows, -(-vocabulary // 8) * 8)[:, :vocabulary]
-        else:
-            self.buffers = kernels.buffers(rows, hidden, vocabulary, derivative)
+            self.logits = None
+            self.others = hidden.new_empty(kept, -(-vocabulary // 8) * 8)[:, :vocabulary]
+            return
+        apart = kept > rows
+        self.logits, self.others = kernels.buffers(rows, hidden, vocabulary, kept > 0 and not apart)
+        if apart:
+            self.others = hidden.new_empty(kept, vocabulary)
 
     def __enter__(self) -> "_Chunks":
         return self
 
     def __exit__(self, *_) -> None:
-        if not self.fused:
-            self.kernels.release(self.buffers[0])
+        if self.logits is not None:
+            self.kernels.release(self.logits)
 
-    def read(self, hidden: Tensor, labels: Tensor, rival: Tensor | None) -> tuple[Scores, Tensor]:
-        """One GEMM and the row kernel. `others` (none without derivative) lasts to the next."""
-        head = self.head
+    def read(
+        self, hidden: Tensor, labels: Tensor, rival: Tensor | None
+    ) -> tuple[Scores, Tensor | None]:
+        """Scores of the rows and their `others`, which last to the next call."""
+        others = None if self.others is None else self.others[: len(hidden)]
         if self.fused:
-            others = self.others[: len(hidden)]
-            return self.kernels.fused(hidden, labels, head, others), others
-        logits, others = self.buffers
-        logits = logits[: len(hidden)]
-        others = others[: len(hidden)] if self.derivative else None
+            return self.kernels.fused(hidden, labels, self.head, others), others
+        labels = local_labels(labels, self.head)
+        parts = _parts(0, len(hidden), even_step(len(hidden), self.rows))
+        found = [
+            self._read_rows(hidden[part], labels[part], _at(rival, part), _at(others, part))
+            for part in parts
+        ]
+        stats = found[0] if len(found) == 1 else RowStats(*map(torch.cat, zip(*found, strict=True)))
+        return score(stats, self.head.shard), others
+
+    def _read_rows(
+        self, hidden: Tensor, labels: Tensor, rival: Tensor | None, others: Tensor | None
+    ) -> RowStats:
+        """One GEMM and the row kernel."""
+        head, logits = self.head, self.logits[: len(hidden)]
         self.kernels.gemm(hidden, head.weight.T, out=logits)
-        labels = local_labels(labels, head)
         settings = (head.bias, head.softcap, head.temperature)
-        stats = self.kernels.read_rows(logits, labels, *settings, rival, others)
-        return score(stats, head.shard), others
+        return self.kernels.read_rows(logits, labels, *settings, rival, others)
 
     def hidden_gradient(self, scores: Scores, others: Tensor, factor: Tensor, out: Tensor) -> None:
         """out = factor * (slope * W[target] - (others W) / total), in fp32 but for the inputs."""
@@ -193,13 +170,8 @@ class ChunkedBackend:
         """Rows that `by_spans` reads at once; a span of more is computed twice."""
         if chunk_rows is not None:
             return chunk_rows
-        if self._fuses(hidden, head, rival):
-            memory, _ = _device(hidden.device)
-            # E of 2 H rows is as large as the fp32 sum of two gradients of the weight, which one
-            # GEMM over all rows does not need.
-            return max(default_fused_rows(len(head.weight), memory), 2 * hidden.shape[1])
-        # Twice as tall: fewer examples fall apart, and fewer sums of a V x H gradient are needed.
-        return 2 * _limit(head, None)
+        size = E if self._fuses(hidden, head, rival) else LOGIT + E
+        return kept_rows(_limit(head, size), hidden.shape[1], hidden.device)
 
     def forward(
         self,
@@ -220,17 +192,14 @@ class ChunkedBackend:
             )
             return scores.logps, labels, None
         fused = keep_direction and self._fuses(hidden, head, rival is not None)
-        step = chunk_rows
-        if fused and step is None:
-            memory, processors = _device(hidden.device)
-            limit = default_fused_rows(len(head.weight), memory)
-            step = filling_step(len(hidden), limit, hidden.shape[1], processors)
-        parts = _parts(0, len(hidden), _limit(head, step), even=not fused)
+        limit = chunk_rows or _limit(head, E if fused else LOGIT + E)
+        step = chunk_step(len(hidden), limit, hidden.shape[1], hidden.device)
+        parts = _parts(0, len(hidden), step)
         logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
         direction = hidden.new_empty(hidden.shape, dtype=logps.dtype) if keep_direction else None
-        settings = (head, _longest(parts), hidden, keep_direction, fused)
-        with _Chunks(self.kernels, *settings) as chunks:
+        kept = step if keep_direction else 0
+        with _Chunks(self.kernels, head, step, hidden, kept=kept, fused=fused) as chunks:
             for part in parts:
                 scores, others = chunks.read(hidden[part], labels[part], _at(rival, part))
                 logps[part], targets[part] = scores.logps, scores.target
@@ -249,8 +218,10 @@ class ChunkedBackend:
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Recomputes the logits: 1 GEMM, and 1 each for hidden and weight."""
-        parts = _parts(0, len(hidden), _limit(head, chunk_rows))
-        with _Chunks(self.kernels, head, _longest(parts), hidden, derivative=True) as chunks:
+        limit = chunk_rows or _limit(head, LOGIT + E)
+        step = chunk_step(len(hidden), limit, hidden.shape[1], hidden.device)
+        parts = _parts(0, len(hidden), step)
+        with _Chunks(self.kernels, head, step, hidden, kept=step) as chunks:
             gradients = _Gradients(chunks, hidden, wanted, len(parts) == 1, hidden.dtype)
             for part in parts:
                 scores, others = chunks.read(hidden[part], labels[part], None)
@@ -276,13 +247,15 @@ class ChunkedBackend:
         rounded. Spans share a chunk as long as they fit; their logits are then computed
         once (3 GEMMs with hidden and weight), those of a longer span twice.
         """
-        fused = self._fuses(hidden, head, rival is not None)
         limit = self.span_rows(hidden, head, rival is not None, chunk_rows)
+        fused = self._fuses(hidden, head, rival is not None)
+        rows = limit if fused or hidden.device.type != "cuda" else _limit(head, LOGIT + E)
         groups = list(_groups(lengths, limit))
         longest = max((min(stop - start, limit) for _, _, start, stop in groups), default=0)
         logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
-        with _Chunks(self.kernels, head, longest, hidden, True, fused) as chunks:
+        rows = min(rows, longest)
+        with _Chunks(self.kernels, head, rows, hidden, kept=longest, fused=fused) as chunks:
             one_chunk = len(groups) == 1 and longest == len(hidden)
             gradients = _Gradients(chunks, hidden, wanted, one_chunk, logps.dtype)
 
@@ -297,19 +270,13 @@ class ChunkedBackend:
                     scores, others = read(span)
                     gradients.add(span, scores, others, slopes(first, last, logps[span]))
                     continue
-                for part in _parts(start, stop, limit):
+                parts = _parts(start, stop, even_step(stop - start, limit))
+                for part in parts:
                     read(part)
                 grad = slopes(first, last, logps[span])
-                for part in _parts(start, stop, limit):
+                for part in parts:
                     gradients.add(part, *read(part), grad[part.start - start : part.stop - start])
         return logps, targets, gradients.results()
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Bytes of memory and multiprocessors."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.total_memory, properties.multi_processor_count
 
 
 def local_labels(labels: Tensor, head: Head) -> Tensor:
@@ -324,18 +291,13 @@ def _at(values: Tensor | None, part: slice) -> Tensor | None:
     return None if values is None else values[part]
 
 
-def _limit(head: Head, chunk_rows: int | None) -> int:
+def _limit(head: Head, size: int) -> int:
     vocabulary = len(head.weight) if head.shard is None else head.shard.largest
-    return chunk_rows or default_chunk_rows(vocabulary, head.weight.device)
+    return default_chunk_rows(vocabulary, head.weight.device, size)
 
 
-def _parts(start: int, stop: int, limit: int, even: bool = True) -> list[slice]:
-    step = even_step(stop - start, limit) if even else limit
+def _parts(start: int, stop: int, step: int) -> list[slice]:
     return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
-
-
-def _longest(parts: list[slice]) -> int:
-    return max((part.stop - part.start for part in parts), default=0)
 
 
 def _groups(lengths: list[int], limit: int) -> Iterator[tuple[int, int, int, int]]:

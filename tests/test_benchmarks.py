@@ -11,7 +11,7 @@ import pytest
 from benchmarks import compare, race, readme, report, results, roofline, targets
 from benchmarks.gpu.check import load
 from benchmarks.results import Entry, Run
-from realign_kernels.chunked import even_step
+from realign_kernels.chunk_plan import even_step
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {

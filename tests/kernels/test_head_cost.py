@@ -6,7 +6,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import realign_kernels as rk
-from realign_kernels.chunked import default_chunk_rows, even_step
+from realign_kernels import torch_backend
+from realign_kernels.chunk_plan import default_chunk_rows, even_step, filling_step, kept_rows
+from realign_kernels.chunked import _Chunks
+from realign_kernels.rows import Head
 
 WIDTH, VOCABULARY, ROWS, CHUNK = 5, 97, 40, 8
 
@@ -102,3 +105,47 @@ def test_default_chunk(vocabulary, rows):
 )
 def test_chunks_are_even(rows, limit, step):
     assert even_step(rows, limit) == step
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "width", "step"),
+    [
+        (8190, 6183, 4096, 4096),  # 512 of 528 twice, against 496 of 528
+        (8192, 3533, 3584, 2944),  # 322 of 396 twice, 252 of 264
+        (3072, 4096, 4096, 3072),
+        (10, 4, 4096, 4),
+        (0, 4, 4096, 1),
+    ],
+)
+def test_a_chunk_fills_the_multiprocessors(rows, limit, width, step):
+    """Tiles of 128 x 256 for 132 multiprocessors, counted by hand."""
+    assert filling_step(rows, limit, width, 132) == step
+
+
+def test_chunks_on_cuda_by_memory():
+    """An H100 is assumed where there is none: 1.75 GiB of fp32 logits and E, or of E."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    cuda = torch.device("cuda")
+    assert default_chunk_rows(151936, cuda) == 2061 == 7 * 2**28 // (6 * 151936)
+    assert default_chunk_rows(151936, cuda, size=2) == 6183
+    assert default_chunk_rows(2**20, cuda) == 1024
+    assert kept_rows(2061, 4096, cuda) == 8192  # as large as a fp32 gradient of the weight
+    assert kept_rows(2061, 2048, cuda) == 4122
+    assert kept_rows(256, 4096, torch.device("cpu")) == 512
+
+
+def test_e_of_more_rows_than_a_chunk_of_logits():
+    """12 rows, 5 logits at a time, as on CUDA: log-probs and E of all against fp64."""
+    hidden, weight = torch.randn(12, 8), torch.randn(31, 8)
+    labels = torch.randint(31, (12,))
+    with _Chunks(torch_backend, Head(weight, None, None, 1.0), 5, hidden, kept=12) as chunks:
+        scores, others = chunks.read(hidden, labels, None)
+    z = hidden.double() @ weight.double().T
+    exact = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(scores.logps.double(), exact, rtol=1e-5, atol=1e-5)
+    e = z.exp().scatter(1, labels[:, None], 0)
+    exact = e / e.sum(1, keepdim=True)
+    torch.testing.assert_close(
+        (others / scores.total[:, None]).double(), exact, rtol=1e-4, atol=1e-6
+    )
