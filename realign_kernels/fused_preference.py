@@ -156,7 +156,14 @@ class FusedPreference(torch.autograd.Function):
             )
         used = logps if factor is None else logps * factor
         output = losses.finish(used)
-        # The only read of the device.
+        ctx.grads, ctx.rows, ctx.hidden_like = grads, rows, (hidden.shape, hidden.dtype)
+        slope = losses.every[0] if len(losses.every) == 1 else torch.cat([logps[:0], *losses.every])
+        ctx.save_for_backward(hidden, weight, bias, targets, ids, factor, slope)
+        ctx.head, ctx.chunk_rows, ctx.backend = head[2:], chunk_rows, current_override()
+        ctx.mark_non_differentiable(output.rewards, output.token_counts, output.term_losses)
+        ctx.set_materialize_grads(False)
+
+        # The only read of the device, last: until the backward, the GPU has nothing to do.
         flag = sentinel(output.logps - reference_logps)
         if losses.partial:
             parts = torch.stack(losses.partial).sum(dtype=torch.float64)
@@ -168,13 +175,6 @@ class FusedPreference(torch.autograd.Function):
             check_tables(used, rows, output.logps, reference_logps)
         if both:
             losses.check_parts(*both)
-
-        ctx.grads, ctx.hidden_like = grads, (hidden.shape, hidden.dtype)
-        slope = torch.cat(losses.every) if losses.every else logps
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, ids, factor, slope)
-        ctx.head, ctx.chunk_rows, ctx.backend = head[2:], chunk_rows, current_override()
-        ctx.mark_non_differentiable(output.rewards, output.token_counts, output.term_losses)
-        ctx.set_materialize_grads(False)
         return tuple(output)
 
     @staticmethod
@@ -187,8 +187,7 @@ class FusedPreference(torch.autograd.Function):
             hidden, weight, bias = ready
             if hidden is not None:
                 shape, dtype = ctx.hidden_like
-                rows = ctx.saved_tensors[4]
-                hidden = spread_rows(scaled(hidden, grad_loss, dtype), rows, shape)
+                hidden = spread_rows(scaled(hidden, grad_loss, dtype), ctx.rows, shape)
             # On the CPU a pass over the gradient of the weight is worth a look at the scalar.
             if grad_loss.is_cuda or grad_loss.item() != 1:
                 weight, bias = (None if g is None else g.mul_(grad_loss) for g in (weight, bias))
@@ -202,21 +201,21 @@ class FusedPreference(torch.autograd.Function):
     @staticmethod
     def _recomputed(ctx, grad_loss, grad_sums) -> tuple[Tensor | None, ...]:
         """Gradients from those of the loss and of the sums, in 4 GEMMs."""
-        hidden, weight, bias, targets, rows, ids, factor, slope = ctx.saved_tensors
+        hidden, weight, bias, targets, ids, factor, slope = ctx.saved_tensors
         tokens = torch.zeros_like(slope) if grad_loss is None else slope * grad_loss
         if grad_sums is not None:
             of_row = grad_sums.flatten()[ids]
             tokens = tokens + (of_row if factor is None else of_row * factor).to(tokens.dtype)
         first, *of_head = recompute_gradients(
             tokens,
-            take_rows(hidden, rows),
+            take_rows(hidden, ctx.rows),
             Head(weight, bias, *ctx.head),
             targets,
             ctx.chunk_rows,
             tuple(ctx.needs_input_grad[:3]),
             ctx.backend,
         )
-        return None if first is None else spread_rows(first, rows, hidden.shape), *of_head
+        return None if first is None else spread_rows(first, ctx.rows, hidden.shape), *of_head
 
 
 def _with_slope(

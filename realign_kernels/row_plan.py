@@ -57,6 +57,8 @@ def scored_rows(
     Raises:
         ValueError: a label is outside [0, vocabulary).
     """
+    if not 0 <= ignore_index < vocabulary and not _any_outside(labels, vocabulary):
+        return labels, None  # one pass of four, where no row is ignored
     valid = labels != ignore_index
     rows = None if valid.all() else valid.nonzero()[0]
     scored = labels if rows is None else labels[rows]
