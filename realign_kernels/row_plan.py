@@ -13,8 +13,10 @@ from torch import Tensor
 def host_values(*tensors: Tensor) -> list[np.ndarray]:
     """The values of int64 tensors of one length, with one wait if any of them is on a device."""
     apart = [tensor for tensor in tensors if tensor.device.type != "cpu"]
-    read = iter(torch.stack(apart).cpu() if apart else ())
-    return [(t if t.device.type == "cpu" else next(read)).numpy() for t in tensors]
+    if len(apart) > 1:
+        read = iter(torch.stack(apart).cpu())
+        tensors = [t if t.device.type == "cpu" else next(read) for t in tensors]
+    return [tensor.cpu().numpy() for tensor in tensors]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
