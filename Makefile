@@ -36,6 +36,7 @@ build: $(STAMP)
 
 $(STAMP): $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
+	if command -v nvcc; then $(RUN) -m pip install -q --no-deps -c constraints.txt nvidia-cutlass; fi
 	$(RUN) -m pip install -c constraints.txt -e '.[cpu,demo,dev]'
 	mkdir -p $(PYTEST_DEBUG_TEMPROOT)
 	touch $@

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,6 +21,16 @@ ROOT = Path(__file__).resolve().parent
 CUDA = os.environ.get("REALIGN_CUDA", "auto")
 if CUDA not in ("auto", "on", "off"):
     raise SystemExit(f"REALIGN_CUDA is {CUDA!r}: use auto, on or off")
+
+
+def cutlass() -> str:
+    """CUTLASS's headers, from CUTLASS_DIR or the package nvidia-cutlass; empty where there are none.
+
+    An isolated build does not import from the environment that it builds for, but may look there.
+    """
+    package = Path(sysconfig.get_path("purelib"), "cutlass_library", "source")
+    folder = Path(os.environ.get("CUTLASS_DIR") or package) / "include"
+    return str(folder) if (folder / "cutlass").is_dir() else ""
 
 
 class CMakeBuild(build_ext):
@@ -43,6 +54,7 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DREALIGN_CUTLASS={cutlass()}",
             ]
             try:
                 self.cmake(configure, scratch, CUDA)

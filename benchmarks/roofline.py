@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contestants import CONTESTANTS, LIMIT, OURS
-from benchmarks.gpu.pages import WORDS, Check, load, number, ratio
+from benchmarks.contestants import OURS
+from benchmarks.gpu.check import Check, load
+from benchmarks.gpu.pages import WORDS, number, ratio, sections, shape_of
 from benchmarks.words import table
 from realign_kernels.chunked import default_chunk_rows, even_step
 
@@ -170,20 +171,6 @@ def forward_rows(check: Check | None = None) -> list[tuple[str, ...]]:
     return found
 
 
-def contestants(check: Check) -> str:
-    """Milliseconds of every contestant, a row for each shape and kind; the peak memory of ours."""
-    names = (LIMIT, *CONTESTANTS)
-    found: dict[str, list[str]] = {}
-    for part, case in check.cases:
-        group = case.rpartition("/")[0]
-        if part == "head" and group and group not in found:
-            cells = [number(check.figure("head", f"{group}/{name}", "ms")) for name in names]
-            peak = number(check.figure("head", f"{group}/{OURS}", "peak_gib"))
-            found[group] = [*cells, peak]
-    columns = ("N x H x V", *names, "peak of ours beyond inputs, GiB")
-    return table(columns, [(group, *cells) for group, cells in found.items()])
-
-
 def step_seconds(positions: float) -> float:
     """GEMMs of LLaVA-1.5-7B's language model under LoRA 128, forward and backward, at 770.
 
@@ -220,12 +207,10 @@ def ratios(check: Check) -> list[tuple[str, ...]]:
 
     add("facts", "GEMM", "tflops", REACHED / 1e12)
     add("facts", "copy", "tb_per_s", BANDWIDTH / 1e12)
-    for H, V in SHAPES.values():
-        for kind in ("frozen", "trained"):
-            seconds = ours(ROWS, H, V, kind == "trained").seconds(REACHED)
-            add("head", case_of(ROWS, H, V, kind), "ms", 1e3 * seconds)
-        seconds = no_logits(ROWS, H, V).seconds(REACHED)
-        add("head", case_of(ROWS, H, V, "log-probs"), "ms", 1e3 * seconds)
+    for group in check.groups:
+        N, H, V, kind = shape_of(group)
+        kernels = no_logits(N, H, V) if kind == "log-probs" else ours(N, H, V, kind == "trained")
+        add("head", f"{group}/{OURS}", "ms", 1e3 * kernels.seconds(REACHED))
     # Here, since the part `head` imports this file and need not load transformers.
     from benchmarks.gpu.attention import LLAVA, batch_of
 
@@ -274,11 +259,12 @@ def page(check: Check | None = None) -> str:
             gemm=number(check.figure("facts", "GEMM", "tflops")),
             copy=number(check.figure("facts", "copy", "tb_per_s")),
             correct=check.correct,
+            missing=check.missing,
         )  # fmt: skip
-        measured = f"\n{WORDS['contestants'].strip()}\n\n{contestants(check)}\n"
+        measured = sections(check)
     return WORDS["page"].format(
         intro=intro,
-        contestants=measured,
+        sections=measured,
         peak=f"{PEAK / 1e12:.0f}",
         bandwidth=f"{BANDWIDTH / 1e12:.2f}",
         rows=f"{ROWS:,}",

@@ -103,7 +103,7 @@ class Ours:
 
         self.imported = memory()
         kind = DTYPES[dtype]
-        sharded = kind != torch.float32
+        sharded = tune == "full" and kind != torch.float32
         device = parallel.start(alone=sharded)
         inputs = load_inputs(
             folder / "model",

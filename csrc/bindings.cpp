@@ -72,6 +72,7 @@ py::tuple pack_forest(const py::array& root_lengths,
 
 }  // namespace
 
+void bind_cuda(py::module_& module);     // cuda_bindings.cpp
 void bind_kernels(py::module_& module);  // kernel_bindings.cpp
 void bind_staging(py::module_& module);  // staging_bindings.cpp
 void bind_table(py::module_& module);    // table_bindings.cpp
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ core of realign_kernels; called through its public functions.";
   module.def("pack_forest", &pack_forest, py::arg("root_lengths"), py::arg("leaf_lengths"),
              py::arg("leaf_roots"), py::arg("budget"));
+  bind_cuda(module);
   bind_kernels(module);
   bind_staging(module);
   bind_table(module);

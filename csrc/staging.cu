@@ -1,8 +1,6 @@
-#include <cuda_runtime.h>
-
 #include <stdexcept>
-#include <string>
 
+#include "cuda_device.h"
 #include "segments.h"
 #include "staging_cuda.h"
 
@@ -26,34 +24,11 @@ __global__ void __launch_bounds__(kBlock) sum_segments(const float* values,     
   if (lane == 0) sums[leaf] = sum;
 }
 
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // else the next launch would be blamed for it
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
-                           cudaGetErrorName(status) + ")");
-}
-
 struct CudaDevice {
   explicit CudaDevice(int index) : index(index) {}
 
-  // Puts back the device it found, and touches neither where they are the same: cudaSetDevice makes
-  // a context, which takes hundreds of MB of a device.
-  class Current {
-   public:
-    explicit Current(const CudaDevice& device) {
-      check(cudaGetDevice(&before_), "cudaGetDevice");
-      changed_ = before_ != device.index;
-      if (changed_) check(cudaSetDevice(device.index), "cudaSetDevice");
-    }
-    ~Current() {
-      if (changed_) cudaSetDevice(before_);
-    }
-    Current(const Current&) = delete;
-    Current& operator=(const Current&) = delete;
-
-   private:
-    int before_ = 0;
-    bool changed_ = false;
+  struct Current : CurrentDevice {
+    explicit Current(const CudaDevice& device) : CurrentDevice(device.index) {}
   };
 
   void* alloc_pinned(size_t bytes) {

@@ -219,8 +219,12 @@ class TrainConfig:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is under FSDP2: also alone, where parameters are cast or offloaded."""
-        return self.scale.fsdp or self.scale.cpu_offload or self.model.dtype != "fp32"
+        """Whether the model is under FSDP2.
+
+        One rank needs it to cast a base that learns, or to offload. LoRA layers cast themselves.
+        """
+        casts = self.model.tune == "full" and self.model.dtype != "fp32"
+        return self.scale.fsdp or self.scale.cpu_offload or casts
 
     def to_dict(self) -> dict:
         """The tree as nested dictionaries."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from realign import tree_attention, varlen_attention
+from realign import norms, tree_attention, varlen_attention
 from realign.attention import IMPLEMENTATIONS, forest_mask
 from realign.forest import Example, ForestBatch, build_batch
 from realign.images import Features, Images, ImageStore, features, in_slots
@@ -71,6 +71,7 @@ class ForestModel(nn.Module):
         self.dtype = dtype
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
+        norms.use(decoder)
         self.instead: str | None = None  # why attention is another than asked for
         attends, width = decoder.config._attn_implementation, head_width(decoder.config)
         if attends in tree_attention.NAMES:

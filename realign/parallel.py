@@ -35,6 +35,9 @@ _KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -si
 _TIMEOUT = timedelta(minutes=30)
 
 
+_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Settings of CUDA's caching allocator, by their new and their old name."""
+
 _LAUNCHER = "REALIGN_LAUNCHER"  # its process, in the environment of the ranks it starts
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -144,6 +147,7 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if cuda:
+        extend_segments()
         torch.cuda.set_device(device)
     disable_cudnn_attention()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # offloaded gradients are on the CPU
@@ -153,6 +157,18 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(device)
+
+
+def extend_segments() -> None:
+    """Let CUDA's caching allocator extend its segments, unless the user has configured it.
+
+    Each batch has lengths of its own. In segments of fixed size a batch that is longer than all
+    before it fits no free block, and each of its tensors costs a cudaMalloc: on an H200 two of five
+    steps took 1.5 and 1.9 times as long as the others. torch reads the variable at the first
+    allocation.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def disable_cudnn_attention() -> None:

@@ -26,7 +26,7 @@ from realign.parallel import world_size
 from realign.prefetch import pinned
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
-_LAYOUT = "forest-3"
+_LAYOUT = "forest-4"
 """Changes when the code of this project would give the same leaf another log-prob."""
 
 _NO_EFFECT = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +106,20 @@ def micro_batches(
     """Indices of the examples of each forward of a step, and whether it is the last forward."""
     for start in range(0, len(mine), size):
         yield mine[start : start + size], start + size >= len(mine)
+
+
+@contextmanager
+def heap_frozen() -> Iterator[None]:
+    """Keep Python's garbage collector off the objects that exist now: modules, model, records.
+
+    A full collection visits all of them and stops every thread; no step makes them garbage.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def accumulate(

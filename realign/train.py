@@ -46,6 +46,7 @@ from realign.step import (
     accumulate,
     clip,
     culprits,
+    heap_frozen,
     micro_batches,
     over_ranks,
 )
@@ -208,7 +209,13 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
         for part in micro_batches(batch[share], optim.micro_batch_size)
     )
     forwards = -(-(share.stop - share.start) // optim.micro_batch_size)
-    with StopSignal() as stop, checkpoints, trackers, ahead(tasks, device) as ready:
+    with (
+        StopSignal() as stop,
+        checkpoints,
+        trackers,
+        heap_frozen(),
+        ahead(tasks, device) as ready,
+    ):
         for step, batch in order():
             began = time.perf_counter()
             seed_step(run.seed, step, parallel.rank())

@@ -1,9 +1,10 @@
-"""Varlen attention over a forest: one operator call a layer for all trees of all rows.
+"""Varlen attention over a forest: two kernel calls a layer for all trees of all rows.
 
-A root with its first leaf is one causal sequence. Every further leaf is a sequence of queries. Its
-keys are those of its root, then its own: query `i` of `n_q` sees key `j` of `n_k` where
-`j - n_k <= i - n_q` (causal, aligned at the bottom right). `Sequences` holds the rows of all of
-them. It is made with the batch, on the host, so that no layer waits for the device.
+The first call is causal: a root with its first leaf is a sequence, and so is every further leaf.
+In the second call the further leaves of a tree are queries of its root, all of which they see. The
+two results of a further leaf are merged by their log-sum-exps. So each token is a key once, where
+it is, and no copy of a root is made for its further leaves. `Sequences` holds the rows of both
+calls. It is made with the batch, on the host, so that no layer waits for the device.
 
 `realign::forest_attention` is the operator. On CUDA the flash kernel of torch computes it, in fp16
 and bf16; elsewhere `reference` does, which is its definition.
@@ -11,38 +12,41 @@ and bf16; elsewhere `reference` does, which is its definition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 class Sequences(NamedTuple):
-    """Sequences of a batch for varlen attention: S of them, Q queries and K keys in T rows.
+    """Sequences of a batch for varlen attention: S of them over Q real tokens in T rows.
+
+    Further leaves are those behind the first one of their tree: M tokens, under roots of K tokens.
 
     Attributes:
-        queries: (Q,) int64, rows of the queries by sequence; None where all rows are, in order.
-        keys: (K,) int64, rows of the keys by sequence; a root is listed once for each leaf.
-        order: (K,) int64, the keys sorted by row.
-        bags: (T,) int64, where each row's keys begin in `order`.
-        query_ends: (S + 1,) int32, ends of the sequences in `queries`, a zero before them.
-        key_ends: (S + 1,) int32, the same in `keys`.
-        longest_query: queries of the longest sequence.
-        longest_key: keys of the longest sequence.
+        real: (Q,) int64, rows that are not padding, in order; None where all rows are real.
+        ends: (S + 1,) int32, ends of the causal sequences in the real rows, a zero before them.
+        more: (M,) int64, further leaves, by their place among the real rows.
+        roots: (K,) int64, their roots likewise.
+        more_ends: (S' + 1,) int32, ends in `more` of the S' trees that have further leaves.
+        root_ends: (S' + 1,) int32, ends in `roots` of these trees.
+        longest: tokens of the longest causal sequence.
+        longest_more: most tokens of further leaves in a tree.
+        longest_root: tokens of the longest root in `roots`.
     """
 
-    queries: Tensor | None
-    keys: Tensor
-    order: Tensor
-    bags: Tensor
-    query_ends: Tensor
-    key_ends: Tensor
-    longest_query: int
-    longest_key: int
+    real: Tensor | None
+    ends: Tensor
+    more: Tensor
+    roots: Tensor
+    more_ends: Tensor
+    root_ends: Tensor
+    longest: int
+    longest_more: int
+    longest_root: int
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same with its tensors on `device`; copies from pinned memory do not block."""
@@ -59,33 +63,36 @@ def sequences(trees: Sequence[Sequence[Sequence[int]]], columns: int) -> Sequenc
         trees: for each row its trees in order, each the lengths of its root and leaves.
         columns: tokens in a row, padding at its end included.
     """
-    queries, keys = [], []
+    real, causal, more, roots, start = [], [], [], [], 0
     for row, inside in enumerate(trees):
-        start = row * columns
-        for root, first, *more in inside:
-            above = np.arange(start, start + root)
-            for shared, size in [(above[:0], root + first), *((above, size) for size in more)]:
-                own = np.arange(start, start + size)
-                queries.append(own)
-                keys.append(np.concatenate([shared, own]))
-                start += size
-    query_rows, key_rows = np.concatenate(queries), np.concatenate(keys)
-    rows = len(trees) * columns
-    listed = np.bincount(key_rows, minlength=rows)
+        real.append(row * columns + np.arange(sum(map(sum, inside))))
+        for root, first, *others in inside:
+            causal += [root + first, *others]
+            behind = start + root + first
+            if others:
+                roots.append(np.arange(start, start + root))
+                more.append(np.arange(behind, behind + sum(others)))
+            start = behind + sum(others)
+    padded = start < len(trees) * columns
     return Sequences(
-        queries=None if len(query_rows) == rows else torch.from_numpy(query_rows),
-        keys=torch.from_numpy(key_rows),
-        order=torch.from_numpy(np.argsort(key_rows, kind="stable")),
-        bags=torch.from_numpy(np.cumsum(listed) - listed),
-        query_ends=_ends(queries),
-        key_ends=_ends(keys),
-        longest_query=max(map(len, queries)),
-        longest_key=max(map(len, keys)),
+        real=_joined(real) if padded else None,
+        ends=_ends(causal),
+        more=_joined(more),
+        roots=_joined(roots),
+        more_ends=_ends(map(len, more)),
+        root_ends=_ends(map(len, roots)),
+        longest=max(causal),
+        longest_more=max(map(len, more), default=0),
+        longest_root=max(map(len, roots), default=0),
     )
 
 
-def _ends(parts: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *map(len, parts)]).astype(np.int32))
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.arange(0), *parts]))
+
+
+def _ends(lengths: Iterable[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
 
 
 # --- kernels: arguments as those of flash attention ---
@@ -100,11 +107,12 @@ def reference(
     longest_query: int,
     longest_key: int,
     scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:  # (Q, heads, D), (heads, Q)
     """Softmax attention of each sequence and its log-sum-exp, in fp32 at least: the definition."""
     out = torch.empty_like(query)
     lse = query.new_empty(query.shape[1::-1], dtype=_wide(query.dtype))
-    for q, k, scores in _scores(query, key, query_ends, key_ends, scale):
+    for q, k, scores in _scores(query, key, query_ends, key_ends, scale, causal):
         lse[:, q] = scores.logsumexp(-1).flatten(0, 1)
         seen = torch.einsum("grqk,kgd->qgrd", scores.softmax(-1), value[k].to(scores.dtype))
         out[q] = seen.flatten(1, 2)
@@ -123,10 +131,11 @@ def reference_backward(
     longest_query: int,
     longest_key: int,
     scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value: dS = P (dP - sum(dO O)), as in arXiv 2205.14135."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for q, k, scores in _scores(query, key, query_ends, key_ends, scale):
+    for q, k, scores in _scores(query, key, query_ends, key_ends, scale, causal):
         wide, groups = scores.dtype, key.shape[1]
         p = (scores - lse[:, q].unflatten(0, (groups, -1))[..., None]).exp()
         (dout, o, qs) = (t[q].to(wide).unflatten(1, (groups, -1)) for t in (grad, out, query))
@@ -139,7 +148,7 @@ def reference_backward(
 
 
 def _scores(
-    query: Tensor, key: Tensor, query_ends: Tensor, key_ends: Tensor, scale: float
+    query: Tensor, key: Tensor, query_ends: Tensor, key_ends: Tensor, scale: float, causal: bool
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """For each sequence its queries, its keys, and its scores, (groups, heads / groups, q, k)."""
     spans = [[slice(*span) for span in zip(ends, ends[1:], strict=False)]
@@ -148,8 +157,10 @@ def _scores(
         wide, keys = _wide(query.dtype), key[k]
         grouped = query[q].unflatten(1, (key.shape[1], -1))
         scores = scale * torch.einsum("qgrd,kgd->grqk", grouped.to(wide), keys.to(wide))
-        seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device)
-        yield q, k, scores.masked_fill(~seen.tril(len(keys) - len(grouped)), -torch.inf)
+        if causal:
+            seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device)
+            scores = scores.masked_fill(~seen.tril(), -torch.inf)
+        yield q, k, scores
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -165,16 +176,17 @@ def flash(
     longest_query: int,
     longest_key: int,
     scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:  # (Q, heads, D), (heads, Q) fp32
     """torch's flash kernel, that of `torch.nn.attention.varlen.varlen_attn`.
 
     Its aten operators are called, as `varlen_attn` exposes its backward to its own autograd only,
-    and needs `enable_gqa` in torch 2.13, which 2.11 lacks. They align causal masks at the bottom
-    right (flash-attn 2.1 and later; `torch.nn.attention.bias.causal_lower_right` relies on it).
+    and needs `enable_gqa` in torch 2.13, which 2.11 lacks. Causal sequences have as many keys as
+    queries.
     """
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, query_ends, key_ends, longest_query, longest_key,
-        0.0, True, False, scale=scale,
+        0.0, causal, False, scale=scale,
     )  # fmt: skip
     return out, lse
 
@@ -191,6 +203,7 @@ def flash_backward(
     longest_query: int,
     longest_key: int,
     scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `flash`, in an order that repeats: a resumed run gives the same bits.
 
@@ -200,7 +213,7 @@ def flash_backward(
     with _deterministic():
         return torch.ops.aten._flash_attention_backward(
             grad, query, key, value, out, lse, query_ends, key_ends, longest_query, longest_key,
-            0.0, True, *no_dropout, scale=scale,
+            0.0, causal, *no_dropout, scale=scale,
         )  # fmt: skip
 
 
@@ -245,29 +258,31 @@ def forest_attention(
     query: Tensor,  # (T, heads, D)
     key: Tensor,  # (T, groups, D)
     value: Tensor,  # (T, groups, D)
-    queries: Tensor | None,  # the parts of `Sequences`
-    keys: Tensor,
-    order: Tensor,
-    bags: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor,
-    longest_query: int,
-    longest_key: int,
+    real: Tensor | None,  # the parts of `Sequences`
+    ends: Tensor,
+    more: Tensor,
+    roots: Tensor,
+    more_ends: Tensor,
+    root_ends: Tensor,
+    longest: int,
+    longest_more: int,
+    longest_root: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # (T, heads, D), (heads, Q)
-    """Attention within each sequence, zeros on padding; and the log-sum-exp of the scores."""
+    """Attention within each tree, zeros on padding; and the log-sum-exp of the scores."""
     forward, _ = KERNELS[query.device.type]
-    out, lse = forward(
-        _real(query, queries),
-        key.index_select(0, keys),
-        value.index_select(0, keys),
-        query_ends,
-        key_ends,
-        longest_query,
-        longest_key,
-        scale,
-    )
-    return _with_padding(out, queries, query), lse
+    q, k, v = (_real(states, real) for states in (query, key, value))
+    out, lse = forward(q, k, v, ends, ends, longest, longest, scale, True)
+    if len(more):
+        inputs = _rows((q, more), (k, roots), (v, roots))
+        lengths = more_ends, root_ends, longest_more, longest_root
+        of_root, lse_root = forward(*inputs, *lengths, scale, False)
+        own, lse_own = out.index_select(0, more), lse.index_select(1, more)
+        share = (lse_own - lse_root).sigmoid().t()[..., None]  # of a leaf's own keys
+        merged = of_root.to(share.dtype).lerp_(own.to(share.dtype), share)
+        out.index_copy_(0, more, merged.to(out.dtype))
+        lse.index_copy_(1, more, torch.logaddexp(lse_own, lse_root))
+    return _with_padding(out, real, query), lse
 
 
 @torch.library.custom_op("realign::forest_attention_backward", mutates_args=())
@@ -278,51 +293,52 @@ def forest_attention_backward(
     value: Tensor,  # (T, groups, D)
     out: Tensor,  # (T, heads, D)
     lse: Tensor,  # (heads, Q)
-    queries: Tensor | None,  # the parts of `Sequences`
-    keys: Tensor,
-    order: Tensor,
-    bags: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor,
-    longest_query: int,
-    longest_key: int,
+    real: Tensor | None,  # the parts of `Sequences`
+    ends: Tensor,
+    more: Tensor,
+    roots: Tensor,
+    more_ends: Tensor,
+    root_ends: Tensor,
+    longest: int,
+    longest_more: int,
+    longest_root: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, (T, ...); those of a root's copies are added up."""
+    """Gradients of query, key and value, (T, ...).
+
+    Each call gets the merged output and log-sum-exp, so its probabilities are those of all keys.
+    """
     _, backward = KERNELS[query.device.type]
-    found, *copies = backward(
-        _real(grad, queries),
-        _real(query, queries),
-        key.index_select(0, keys),
-        value.index_select(0, keys),
-        _real(out, queries),
-        lse,
-        query_ends,
-        key_ends,
-        longest_query,
-        longest_key,
-        scale,
-    )
-    # A sum for each row in one order, with one thread an element and in fp32 on CUDA; index_add
-    # would add copies in any order, and index_put sorts the index in every layer.
-    sums = (F.embedding_bag(order, grads.flatten(1), bags, mode="sum") for grads in copies)
-    return _with_padding(found, queries, query), *(s.view_as(key) for s in sums)
+    g, q, k, v, o = (_real(states, real) for states in (grad, query, key, value, out))
+    grads = backward(g, q, k, v, o, lse, ends, ends, longest, longest, scale, True)
+    if len(more):
+        inputs = _rows((g, more), (q, more), (k, roots), (v, roots), (o, more))
+        lengths = more_ends, root_ends, longest_more, longest_root
+        added = backward(*inputs, lse.index_select(1, more), *lengths, scale, False)
+        # Every row is listed once: no order of additions shows, whatever CUDA's atomics do.
+        for whole, rows, part in zip(grads, (more, roots, roots), added, strict=True):
+            whole.index_add_(0, rows, part)
+    return tuple(_with_padding(found, real, query) for found in grads)
 
 
-def _real(states: Tensor, queries: Tensor | None) -> Tensor:
-    return states.contiguous() if queries is None else states.index_select(0, queries)
+def _rows(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [states.index_select(0, rows) for states, rows in pairs]
 
 
-def _with_padding(states: Tensor, queries: Tensor | None, like: Tensor) -> Tensor:
-    if queries is None:
+def _real(states: Tensor, real: Tensor | None) -> Tensor:
+    return states.contiguous() if real is None else states.index_select(0, real)
+
+
+def _with_padding(states: Tensor, real: Tensor | None, like: Tensor) -> Tensor:
+    if real is None:
         return states
-    return like.new_zeros(like.shape).index_copy_(0, queries, states)
+    return states.new_zeros(like.shape[0], *states.shape[1:]).index_copy_(0, real, states)
 
 
 @forest_attention.register_fake
-def _(query, key, value, queries, *rest):
-    real = query.shape[0] if queries is None else queries.shape[0]
-    lse = query.new_empty((query.shape[1], real), dtype=_wide(query.dtype))
+def _(query, key, value, real, *rest):
+    rows = query.shape[0] if real is None else real.shape[0]
+    lse = query.new_empty((query.shape[1], rows), dtype=_wide(query.dtype))
     return query.new_empty(query.shape), lse
 
 
@@ -333,15 +349,15 @@ def _(grad, *states_and_more):
 
 def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
-    *tensors, ctx.longest_query, ctx.longest_key, ctx.scale = inputs
+    *tensors, ctx.longest, ctx.longest_more, ctx.longest_root, ctx.scale = inputs
     query, key, value, *parts = tensors
     ctx.save_for_backward(query, key, value, *output, *parts)
 
 
 def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    settings = ctx.longest_query, ctx.longest_key, ctx.scale
+    settings = ctx.longest, ctx.longest_more, ctx.longest_root, ctx.scale
     found = forest_attention_backward(grad, *ctx.saved_tensors, *settings)
-    return *found, *(None for _ in range(9))
+    return *found, *(None for _ in range(10))
 
 
 forest_attention.register_autograd(_gradients, setup_context=_save)

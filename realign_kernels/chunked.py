@@ -4,6 +4,7 @@ Rows go through the head a chunk at a time, so the largest thing alive is a chun
 `rows` first: it says what happens to a row.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -32,24 +33,66 @@ def even_step(rows: int, limit: int) -> int:
     return max(1, math.ceil(rows / math.ceil(max(rows, 1) / limit)))
 
 
+TILE = 128, 256
+"""Rows and columns of a GEMM's tile on Hopper."""
+
+
+def default_fused_rows(vocabulary: int, memory: int) -> int:
+    """Rows whose bf16 E fills a 64th of the device's memory, at most 1.25 GiB; at least 1024."""
+    return max(1024, min(memory // 64, 5 * 2**28) // (2 * vocabulary))
+
+
+def filling_step(rows: int, limit: int, width: int, processors: int) -> int:
+    """The chunk, at most `limit`, whose product with the weight (a GEMM to `width` columns) leaves
+    the fewest multiprocessors idle; of equals the smallest, which leaves the longest rest.
+
+    2,048 x 4,096 are 16 x 16 tiles for 132 multiprocessors: 97 % of two rounds.
+    """
+    high, wide = TILE
+    columns = math.ceil(width / wide)
+
+    def rounds(chunk: int) -> int:
+        return math.ceil(math.ceil(chunk / high) * columns / processors)
+
+    least = even_step(rows, limit)
+    if least >= rows:
+        return max(rows, 1)
+    steps = range(math.ceil(least / high) * high, limit + 1, high) or [least]
+    return min(steps, key=lambda step: rows // step * rounds(step) + rounds(rows % step))
+
+
 class _Chunks:
     """Reads chunks of at most `rows` rows with one set of buffers."""
 
     def __init__(
-        self, kernels: Kernels, head: Head, rows: int, hidden: Tensor, derivative: bool
+        self,
+        kernels: Kernels,
+        head: Head,
+        rows: int,
+        hidden: Tensor,
+        derivative: bool,
+        fused: bool = False,
     ) -> None:
-        self.kernels, self.head, self.derivative = kernels, head, derivative
-        self.buffers = kernels.buffers(rows, hidden, len(head.weight), derivative)
+        self.kernels, self.head, self.derivative, self.fused = kernels, head, derivative, fused
+        vocabulary = len(head.weight)
+        if fused:  # rows of 16 bytes, as tensor maps want them
+            self.others = hidden.new_empty(rows, -(-vocabulary // 8) * 8)[:, :vocabulary]
+        else:
+            self.buffers = kernels.buffers(rows, hidden, vocabulary, derivative)
 
     def __enter__(self) -> "_Chunks":
         return self
 
     def __exit__(self, *_) -> None:
-        self.kernels.release(self.buffers[0])
+        if not self.fused:
+            self.kernels.release(self.buffers[0])
 
     def read(self, hidden: Tensor, labels: Tensor, rival: Tensor | None) -> tuple[Scores, Tensor]:
         """One GEMM and the row kernel. `others` (none without derivative) lasts to the next."""
         head = self.head
+        if self.fused:
+            others = self.others[: len(hidden)]
+            return self.kernels.fused(hidden, labels, head, others), others
         logits, others = self.buffers
         logits = logits[: len(hidden)]
         others = others[: len(hidden)] if self.derivative else None
@@ -138,6 +181,26 @@ class ChunkedBackend:
         supports = getattr(self.kernels, "supports", None)
         return self.kernels.preference_sums if supports and supports(objective) else None
 
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        """See `rows.Kernels.scale`."""
+        self.kernels.scale(values, factor)
+
+    def _fuses(self, hidden: Tensor, head: Head, rival: bool) -> bool:
+        fuses = getattr(self.kernels, "fuses", None)
+        return fuses is not None and not rival and not head.peak and fuses(hidden, head)
+
+    def span_rows(self, hidden: Tensor, head: Head, rival: bool, chunk_rows: int | None) -> int:
+        """Rows that `by_spans` reads at once; a span of more is computed twice."""
+        if chunk_rows is not None:
+            return chunk_rows
+        if self._fuses(hidden, head, rival):
+            memory, _ = _device(hidden.device)
+            # E of 2 H rows is as large as the fp32 sum of two gradients of the weight, which one
+            # GEMM over all rows does not need.
+            return max(default_fused_rows(len(head.weight), memory), 2 * hidden.shape[1])
+        # Twice as tall: fewer examples fall apart, and fewer sums of a V x H gradient are needed.
+        return 2 * _limit(head, None)
+
     def forward(
         self,
         hidden: Tensor,  # (n, H)
@@ -156,11 +219,18 @@ class ChunkedBackend:
                 self.kernels.head_stats(hidden, head.weight, local, *settings), head.shard
             )
             return scores.logps, labels, None
-        parts = _parts(0, len(hidden), _limit(head, chunk_rows))
+        fused = keep_direction and self._fuses(hidden, head, rival is not None)
+        step = chunk_rows
+        if fused and step is None:
+            memory, processors = _device(hidden.device)
+            limit = default_fused_rows(len(head.weight), memory)
+            step = filling_step(len(hidden), limit, hidden.shape[1], processors)
+        parts = _parts(0, len(hidden), _limit(head, step), even=not fused)
         logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
         direction = hidden.new_empty(hidden.shape, dtype=logps.dtype) if keep_direction else None
-        with _Chunks(self.kernels, head, _longest(parts), hidden, keep_direction) as chunks:
+        settings = (head, _longest(parts), hidden, keep_direction, fused)
+        with _Chunks(self.kernels, *settings) as chunks:
             for part in parts:
                 scores, others = chunks.read(hidden[part], labels[part], _at(rival, part))
                 logps[part], targets[part] = scores.logps, scores.target
@@ -206,13 +276,13 @@ class ChunkedBackend:
         rounded. Spans share a chunk as long as they fit; their logits are then computed
         once (3 GEMMs with hidden and weight), those of a longer span twice.
         """
-        # Twice as tall: fewer examples fall apart, and fewer sums of a V x H gradient are needed.
-        limit = chunk_rows or 2 * _limit(head, None)
+        fused = self._fuses(hidden, head, rival is not None)
+        limit = self.span_rows(hidden, head, rival is not None, chunk_rows)
         groups = list(_groups(lengths, limit))
         longest = max((min(stop - start, limit) for _, _, start, stop in groups), default=0)
         logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
-        with _Chunks(self.kernels, head, longest, hidden, derivative=True) as chunks:
+        with _Chunks(self.kernels, head, longest, hidden, True, fused) as chunks:
             one_chunk = len(groups) == 1 and longest == len(hidden)
             gradients = _Gradients(chunks, hidden, wanted, one_chunk, logps.dtype)
 
@@ -235,6 +305,13 @@ class ChunkedBackend:
         return logps, targets, gradients.results()
 
 
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Bytes of memory and multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.total_memory, properties.multi_processor_count
+
+
 def local_labels(labels: Tensor, head: Head) -> Tensor:
     """The labels in this rank's rows of the head; -1 for those of other ranks."""
     if head.shard is None:
@@ -252,8 +329,8 @@ def _limit(head: Head, chunk_rows: int | None) -> int:
     return chunk_rows or default_chunk_rows(vocabulary, head.weight.device)
 
 
-def _parts(start: int, stop: int, limit: int) -> list[slice]:
-    step = even_step(stop - start, limit)
+def _parts(start: int, stop: int, limit: int, even: bool = True) -> list[slice]:
+    step = even_step(stop - start, limit) if even else limit
     return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
 
 

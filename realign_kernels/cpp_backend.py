@@ -16,9 +16,19 @@ from realign_kernels import torch_backend
 from realign_kernels._extension import extension
 from realign_kernels.chunked import ChunkedBackend
 from realign_kernels.rows import RowStats, Scores
-from realign_kernels.torch_backend import add_rows
+from realign_kernels.torch_backend import add_rows, scale
 
-__all__ = ["add_rows", "backend", "buffers", "empty", "finish", "gemm", "read_rows", "release"]
+__all__ = [
+    "add_rows",
+    "backend",
+    "buffers",
+    "empty",
+    "finish",
+    "gemm",
+    "read_rows",
+    "release",
+    "scale",
+]
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = tuple(_NAMES)

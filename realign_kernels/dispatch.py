@@ -76,6 +76,12 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Both of them for a loss that is a sum over spans: see `chunked.ChunkedBackend`."""
 
+    def span_rows(self, hidden: Tensor, head: Head, rival: bool, chunk_rows: int | None) -> int:
+        """Rows that `by_spans` reads at once."""
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        """values *= factor, a scalar on the device; see `rows.Kernels.scale`."""
+
     def fused_loss(self, objective: Objective) -> Callable | None:
         """A kernel from tokens to the loss (`triton.loss.preference_sums`), None without one."""
 
@@ -146,7 +152,7 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
             module = importlib.import_module(MODULES[name])
             return Choice(name, f"the fastest here: {module.describe()}")
         elif device == "cuda":
-            return Choice(name, "written for it; speed not measured")
+            return Choice(name, "written for it; docs/gpu.md has its speed")
     return Choice("torch", "; ".join(passed_over) or "the only one for this device and dtype")
 
 

@@ -106,9 +106,13 @@ def linear_logprobs(
         flags = row_plan.to_device(flags, hidden.device)
         flags = flags if rows is None else flags[rows]
     keep = wants_direction(hidden, weight, bias)
-    args = (head, scored, rows, flags, chunk_rows, keep)
-    logps, direction = LogProbs.apply(hidden, weight, bias, *args)
-    if not is_finite(sentinel(logps.detach(), direction)):
+    args = (scored, rows, flags, chunk_rows, keep)
+    logps, direction = LogProbs.apply(hidden, weight, bias, head, *args)
+    finite = is_finite(sentinel(logps.detach(), direction))
+    if not finite and (again := head.again()):
+        logps, direction = LogProbs.apply(hidden, weight, bias, again, *args)
+        finite = is_finite(sentinel(logps.detach(), direction))
+    if not finite:
         check_rows(finite_rows(logps, direction), rows, take_rows(hidden, None), head)
     if rows is not None:
         logps = logps.new_zeros(labels.numel()).index_copy(0, rows, logps)

@@ -8,7 +8,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from realign_kernels.chunked import _limit
 from realign_kernels.dispatch import backend_for, current_override
 from realign_kernels.eager import (
     as_given,
@@ -133,7 +132,8 @@ class FusedPreference(torch.autograd.Function):
         chunk_rows: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # the fields of PreferenceOutput
         rows, labels, ids, lengths = plan.rows, plan.labels, plan.ids, [len(plan.labels)]
-        if len(labels) > (chunk_rows or 2 * _limit(head, None)):
+        backend, scores_rivals = backend_for(hidden), any(leaf.rival for leaf in objective.leaves)
+        if len(labels) > backend.span_rows(hidden, head, scores_rivals, chunk_rows):
             # Rows by example: the order of the rows of an example is kept.
             order = (ids % reference_logps.shape[1]).argsort(kind="stable")
             rows, labels, ids = order if rows is None else rows[order], labels[order], ids[order]
@@ -144,7 +144,7 @@ class FusedPreference(torch.autograd.Function):
         losses = _Losses(objective, reference_logps, reduction, plan, ids, lengths, factor)
         needs = ctx.needs_input_grad
         with as_given(hidden.device.type):
-            logps, targets, grads = backend_for(hidden).by_spans(
+            logps, targets, grads = backend.by_spans(
                 take_rows(hidden, rows),
                 head,
                 labels,
@@ -171,6 +171,9 @@ class FusedPreference(torch.autograd.Function):
         else:
             flag, both = flag.item(), ()
         if not math.isfinite(flag):
+            if again := head.again():
+                given = (plan, token_weights, reference_logps, objective, reduction, chunk_rows)
+                return FusedPreference.forward(ctx, hidden, weight, bias, again, *given)
             check_rows(finite_rows(logps, None), rows, take_rows(hidden, None), head)
             check_tables(used, rows, output.logps, reference_logps)
         if both:
@@ -188,9 +191,9 @@ class FusedPreference(torch.autograd.Function):
             if hidden is not None:
                 shape, dtype = ctx.hidden_like
                 hidden = spread_rows(scaled(hidden, grad_loss, dtype), ctx.rows, shape)
-            # On the CPU a pass over the gradient of the weight is worth a look at the scalar.
-            if grad_loss.is_cuda or grad_loss.item() != 1:
-                weight, bias = (None if g is None else g.mul_(grad_loss) for g in (weight, bias))
+            for grad in (weight, bias):
+                if grad is not None:
+                    backend_for(grad, ctx.backend).scale(grad, grad_loss)
             grads, grad_loss = [hidden, weight, bias], None
         if grad_loss is not None or grad_sums is not None:
             more = FusedPreference._recomputed(ctx, grad_loss, grad_sums)

@@ -5,6 +5,8 @@ depends on values is checked here: label range, sequence numbers, non-finite res
 are dropped here, as the number of the others is no constant of a graph.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -66,17 +68,17 @@ def linear_logprobs(
     scored, rows = indices_to_device(scored, rows, device=device)
     dense = hidden if rows is None else hidden[rows]
     flags = None if rival is None else to_device(rival, device)
+    flags = flags if flags is None or rows is None else flags[rows]
+    settings = {"chunk_rows": chunk_rows, "keep_direction": keep_direction}
+    compute = partial(backend_for(hidden).forward, dense, labels=scored, rival=flags, **settings)
     # Under autocast a GEMM in the body would be cast again, behind the back of the backend.
     with torch.autocast(device.type, enabled=False):
-        logps, scored, direction = backend_for(hidden).forward(
-            dense,
-            head,
-            scored,
-            flags if flags is None or rows is None else flags[rows],
-            chunk_rows=chunk_rows,
-            keep_direction=keep_direction,
-        )
-    if not is_finite(sentinel(logps, direction)):
+        logps, scored, direction = compute(head=head)
+        finite = is_finite(sentinel(logps, direction))
+        if not finite and (again := head.again()):
+            logps, scored, direction = compute(head=again)
+            finite = is_finite(sentinel(logps, direction))
+    if not finite:
         check_rows(finite_rows(logps, direction), rows, hidden, head)
     if direction is None:
         direction = logps.new_empty(0, hidden.shape[1])

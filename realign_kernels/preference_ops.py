@@ -115,6 +115,9 @@ def planned_preference(
         used = logps * (token_weights if rows is None else token_weights[rows])
     output = from_tokens(used, ids, plan.counts, reference_logps, objective, reduction)
     if not is_finite(sentinel(output.logps.detach() - reference_logps, direction)):
+        if again := head.again():
+            settings = (token_weights, reference_logps, objective, reduction, chunk_rows)
+            return planned_preference(hidden, weight, bias, again, plan, *settings)
         check_rows(finite_rows(logps, direction), rows, take_rows(hidden, None), head)
         check_tables(used, rows, output.logps, reference_logps)
     return output

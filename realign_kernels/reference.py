@@ -108,6 +108,12 @@ def rivals(
 class ReferenceBackend:
     """`dispatch.Backend` over the specification."""
 
+    def span_rows(self, hidden, head, rival, chunk_rows):
+        return len(hidden)
+
+    def scale(self, values, factor):
+        values.mul_(factor)
+
     def fused_loss(self, objective):
         return None
 

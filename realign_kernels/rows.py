@@ -39,11 +39,20 @@ class Head(NamedTuple):
     softcap: float | None
     temperature: float
     shard: VocabularyShard | None = None
+    peak: bool = False
+    """Without `Kernels.fused`, for which labels may be too far below other tokens."""
 
     @property
     def vocabulary(self) -> int:
         """Tokens of the whole head, over all shards."""
         return len(self.weight) if self.shard is None else self.shard.total
+
+    def again(self) -> "Head | None":
+        """The head for a second try where results are not finite; None if it would change nothing.
+
+        Shards never fuse, and their ranks must not differ in what they compute.
+        """
+        return None if self.peak or self.shard is not None else self._replace(peak=True)
 
 
 class RowStats(NamedTuple):
@@ -90,6 +99,28 @@ class Kernels(Protocol):
 
         A NaN in a row, or an infinite logit, must make gap NaN or logit infinite.
         """
+
+    def fused(
+        self,
+        hidden: Tensor,  # (r, H)
+        labels: Tensor,  # (r,) int64 in [0, V)
+        head: Head,
+        others: Tensor,  # (r, V), written: E * dz / d(raw logit) up to a factor, 0 at the label
+    ) -> "Scores":
+        """Scores from hidden states, where `fuses` says so (both are optional in a module).
+
+        A row whose E overflows is not finite, in its log-prob or in others @ weight.
+        """
+
+    def fuses(self, hidden: Tensor, head: Head) -> bool:
+        """Whether `fused` can compute on these."""
+
+    def scale(
+        self,
+        values: Tensor,  # contiguous
+        factor: Tensor,  # () wide
+    ) -> None:
+        """values *= factor, without a pass over them where the factor is 1."""
 
     def finish(
         self,

@@ -109,6 +109,15 @@ def finish(
     out.copy_((push - pull / scores.total[:, None]) * factor[:, None])
 
 
+def scale(
+    values: Tensor,
+    factor: Tensor,  # ()
+) -> None:
+    """See `rows.Kernels`. On the CPU a pass over the values is worth a look at the factor."""
+    if factor.is_cuda or factor.item() != 1:
+        values.mul_(factor)
+
+
 def add_rows(
     total: Tensor,  # (V, H)
     index: Tensor,  # (r,) int64, r > 0

@@ -189,7 +189,8 @@ def test_the_dtype_suits_the_device(cuda, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert config.parse([]).model.dtype == FillConfig(pairs="x").dtype == found
     assert config.parse(["--dtype", "fp32"]).model.dtype == "fp32"
-    assert config.parse([]).sharded == cuda  # FSDP2 keeps what is trained in fp32
+    assert not config.parse([]).sharded  # LoRA layers cast their fp32 adapters
+    assert config.parse(["--tune", "full"]).sharded == cuda  # FSDP2 casts what is trained
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from benchmarks import report, results, roofline
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import attention, head, pages, record, table, truth
+from benchmarks.gpu import attention, check, device, head, pages, record, table, targets, truth
 from realign.attention import forest_mask
 from realign_kernels import reference
 
@@ -69,8 +69,8 @@ PROBES = {
 
 
 @pytest.fixture
-def check(tmp_path):
-    """check(*parts, **limits): runs the command on probes; returns (exit code, table, lines)."""
+def run_parts(tmp_path):
+    """run_parts(*parts, limit): runs the command on probes; returns (exit code, table, lines)."""
     folder = tmp_path / "probes"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -98,9 +98,9 @@ def figures(lines, part):
     return {k[1]: line for k, line in record.latest(lines).items() if k[0] == part}
 
 
-def test_a_part_that_raises_hangs_or_is_killed_costs_only_itself(check):
+def test_a_part_that_raises_hangs_or_is_killed_costs_only_itself(run_parts):
     began = time.monotonic()
-    code, out, lines = check("raises", "hangs", "killed", "good", limit=6.0)
+    code, out, lines = run_parts("raises", "hangs", "killed", "good", limit=6.0)
     assert code == 1 and time.monotonic() - began < 40
     assert [f["u"] for f in figures(lines, "good").values()] == [2.5] * 3
     assert figures(lines, "raises")["before"]["ms"] == 1.0
@@ -119,24 +119,39 @@ def test_a_part_that_raises_hangs_or_is_killed_costs_only_itself(check):
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_second_call_runs_only_what_is_missing(check, tmp_path):
-    code, out, first = check("good", "half")
+def test_a_second_call_runs_only_what_is_missing(run_parts, tmp_path):
+    code, out, first = run_parts("good", "half")
     assert code == 1 and "bad  missing: ValueError: a bad case" in out and "1 FAILED" in out
     assert "raise ValueError" in figures(first, "half")["bad"]["error"]
     (tmp_path / "out" / "fixed").touch()
-    code, out, lines = check("good", "half")
+    code, out, lines = run_parts("good", "half")
     assert code == 0 and "FAILED" not in out
     added = [(line["part"], line.get("case")) for line in lines[len(first) :]]
-    assert added == [("half", "bad"), ("half", None)]
-    code, _, again = check("good", "half")
+    assert added == [record.DEVICE, ("half", "bad"), ("half", None)]
+    code, _, again = run_parts("good", "half")
     assert code == 0 and again == lines
     assert len(list((tmp_path / "out").iterdir())) <= 8
 
 
-def test_a_part_without_a_cuda_context_starts_again_for_its_other_cases(check):
-    code, _, lines = check("lost")
+def test_a_part_without_a_cuda_context_starts_again_for_its_other_cases(run_parts):
+    code, _, lines = run_parts("lost")
     assert code == 1
-    assert [line.get("case") for line in lines] == ["first", "second", "third", None]
+    assert [line.get("case") for line in lines] == ["device", "first", "second", "third", None]
+
+
+def test_the_device_is_what_nvidia_smi_prints(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fake = tmp_path / "nvidia-smi"
+    fields = "--query-gpu=name,driver_version,power.limit,clocks.max.sm"
+    printed = "Fast Card, 1.2, 700.00 W, 1980 MHz"
+    fake.write_text(f'#!/bin/sh\ntest "$1" = {fields} && echo "{printed}"\n')
+    fake.chmod(0o755)
+    found = {"name": "Fast Card", "driver": "1.2", "power_limit": "700.00 W"}
+    assert device.device(rehearse=False) == found | {"max_clock": "1980 MHz"}
+    fake.write_text("#!/bin/sh\necho no driver\nexit 9\n")
+    assert device.device(rehearse=False) == {"name": "unknown", "smi": "no driver"}
+    fake.unlink()
+    assert "nvidia-smi" in device.device(rehearse=False)["smi"]
 
 
 def test_what_cannot_start_is_named(capsys, tmp_path):
@@ -174,7 +189,7 @@ def test_the_table_has_at_most_100_lines_and_counts_what_it_cuts():
     )
 
 
-MINE = {"facts": 20, "correct": 70, "head": 120, "variants": 600}
+MINE = {"facts": 20, "correct": 70, "head": 100, "variants": 600}
 
 
 def test_every_part_has_a_limit():
@@ -204,6 +219,8 @@ def test_a_rehearsal_gives_every_result(tmp_path):
     assert sum("of_budget" in line for line in found.values()) == 39
     heads = sum(part == "head" and case != "absent" for part, case in cases)
     assert heads == 40 - 4 * len(lacking)
+    for (part, case), line in cases.items():  # the limit and the peers take turns with ours
+        assert ("ratio" in line) == (part == "head" and not case.endswith(("ours", "absent")))
     assert sum(part == "variants" for part, _ in cases) == 22
     differences = [line["difference"] for key, line in cases.items() if key[0] == "variants"]
     assert max(differences) < 2e-3  # fp16
@@ -283,7 +300,6 @@ class TestTruth:
 @pytest.fixture
 def measured(tmp_path):
     """A check with made-up results, and the folder that holds them."""
-    calculated = 1e3 * roofline.ours(3072, 4096, 32000, False).seconds(roofline.REACHED)
     head = "3072x4096x32000 frozen"
     lines = [
         {"part": "facts", "case": "device", "name": "Fast Card", "driver": "1.2"},
@@ -291,42 +307,81 @@ def measured(tmp_path):
         {"part": "facts", "case": "GEMM", "tflops": 385.0},
         {"part": "correct", "case": "good", "of_budget": 0.2},
         {"part": "correct", "case": "bad", "error": "Traceback: over budget"},
+        {"part": "head", "case": f"{head}/GEMMs alone", "ms": 2.0, "busy_ms": 1.6, "ratio": 0.3},
         {
             "part": "head",
             "case": f"{head}/ours",
-            "u": 4.3,
-            "ms": 3 * calculated,
+            "ms": 6.0,
+            "busy_ms": 2.5,
             "peak_gib": 0.71,
+            "loss_error": 3e-6,
         },
-        {"part": "head", "case": f"{head}/eager logits", "u": 9.0, "ms": 98.7},
+        {"part": "head", "case": f"{head}/eager logits", "ms": 98.7, "busy_ms": 4.5, "ratio": 0.9},
         {"part": "head", "case": f"{head}/CCE", "error": "No module named 'cce'"},
-        {"part": "step", "case": "ours", "seconds": 0.5, "positions": 10000},
+        {
+            "part": "step",
+            "case": "ours",
+            "seconds": 0.5,
+            "positions": 10000,
+            "each": [0.4, 0.5],
+        },
+        {"part": "step", "case": "TRL DPO", "seconds": 0.9, "positions": 20000, "each": [0.9]},
         {"part": "head", "seconds": 99.0, "failed": "time limit 120 s", "tail": ""},
     ]
     for line in lines:
-        record.append(tmp_path / pages.NAME, line | {"call": 1})
-    return pages.load(tmp_path)
+        record.append(tmp_path / check.NAME, line | {"call": 1})
+    return check.load(tmp_path)
 
 
 class TestPages:
     def test_the_calculation_gets_the_measured_figure_and_the_ratio(self, measured):
         text = roofline.page(measured)
-        assert "**Measured** on Fast Card, driver 1.2, torch 2.11.0, triton 3.6.0" in text
+        assert "**Measured** on one Fast Card, driver 1.2, torch 2.11.0, triton 3.6.0" in text
         assert "Nothing on this page was measured" not in text and "has run on a GPU" not in text
         (row,) = [
             r for r in text.splitlines() if r.startswith("| LLaVA-1.5-7B 4096 x 32000 | 1.63")
         ]
-        assert row.endswith("| 3.00 |")
-        (row,) = [r for r in text.splitlines() if r.startswith("| 3072x4096x32000 frozen")]
-        assert "| 98.7 |" in row and row.endswith("| - | 0.71 |"), "CCE failed, ours has a peak"
+        calculated = 1e3 * roofline.ours(3072, 4096, 32000, False).seconds(roofline.REACHED)
+        assert row.endswith(f"| 6 | {6 / calculated:.2f} |")
+        where, rows = [r for r in text.splitlines() if r.startswith("| 3072x4096x32000 frozen")]
+        assert where.startswith("| 3072x4096x32000 frozen | 6 | 2.5 | 3.5 | 2 | 1.6 | 3.00 |")
+        assert where.endswith("| 1.56 | 6.00u | 805 |")  # 4 N H V FLOP in 2 ms
+        assert "| 98.7 / 4.5 (0.90) | - / - | 0.71 |" in rows, "CCE failed, ours has a peak"
+        assert "differs from busy time by\n+25 to +25 %" in text
         assert "within the error budget: 1 of 2" in text
+        assert "eager logits takes 0.90 at 3072x4096x32000 frozen." in text
+        assert "busy for less than half of the wall time: eager logits 5 % at 3072x" in text
+        assert "`head` was cut (time limit 120 s)" in text and "`attention` was not run" in text
+        assert "| TRL DPO | 0.9 | 0.9 to 0.9 | - | - | 20,000 | - | 1.80 |" in text
+
+    def test_targets_are_met_or_missed_and_have_their_limit_beside_them(self, measured):
+        verdicts = {one.name: one.verdict(measured) for one in targets.read()}
+        assert verdicts["frozen head, 3072 x 4096 x 32000"] == "missed"
+        assert verdicts["LoRA step of LLaVA-1.5-7B over TRL's DPO"] == "met"  # 0.5 / 0.9
+        assert list(verdicts.values()).count("not measured") == len(verdicts) - 2
+        text = pages.target_table(measured)
+        assert "| at most 2.15 u | 6 u | **missed** | 2 ms |" in text
+        assert "| at most 0.6 of its time | 0.556 of its time | **met** | - |" in text
+        assert pages.target_counts(measured) == f"1 met, 1 missed, {len(verdicts) - 2} not measured"
+        assert pages.missed(measured) == (
+            "- frozen head, 3072 x 4096 x 32000: 6 ms, GPU busy 2.5; its GEMMs 2 ms, GPU busy 1.6."
+        )
+
+    def test_every_gpu_target_names_a_case_of_the_check(self):
+        names = set(head.cases(head.SHAPES, ()))
+        found = targets.read()
+        for one in found:
+            known = names if one.part == "head" else set(pages.STEPS)
+            assert {one.case, one.over} <= known | {""}
+        assert len({one.name for one in found}) == len(found) == 11
 
     def test_the_report_shows_ratios_and_what_is_missing(self, measured):
         machine = {"gpu": "x", "versions": {}, "python": "3"}
         run = results.Run("default", machine, "0", "2026-01-01", (), ())
         text = report.page([run], None, draw=False, check=measured)
         gpu_part = text[text.index("## On a GPU") :]
-        assert "No GPU timing has been measured" not in text and "not measured" not in gpu_part
+        assert "No GPU timing has been measured" not in text
+        assert "`make bench-gpu` runs the suites" in gpu_part and "It was not run" in gpu_part
         assert "| facts | GEMM | 770 tflops | 385 tflops | 0.50 |" in text
         assert "head: missing: time limit 120 s" in text and "bad  missing: Traceback" in text
         assert "| step | ours | 0.361 seconds | 0.5 seconds | 1.38 |" in text
@@ -340,12 +395,78 @@ class TestPages:
         report.put_gpu_sentences(tmp_path, measured)
         text = (tmp_path / "README.md").read_text()
         assert "No GPU timing has been measured" not in text
-        assert "takes 4.3u frozen and -u trained" in text
+        words = " ".join(text.split())
+        assert "is 1.80 times faster than TRL's DPO and - times faster" in words
+        assert "The head takes 3.00 times" in words and "GPU targets: 1 met, 1 missed" in words
+        assert "eager logits is faster in 1 of 1 cases (0.90 of ours)" in words
         kernels = (tmp_path / "docs" / "kernels.md").read_text()
-        assert "On a Fast Card, 1 of 2 cases" in kernels and "has run on a GPU" not in kernels
-        report.put_gpu_sentences(tmp_path, pages.load(results.FOLDER))
+        assert "On one Fast Card, 1 of 2 cases" in kernels and "has run on a GPU" not in kernels
+        report.put_gpu_sentences(tmp_path, check.load(results.FOLDER))
         for name in ("README.md", "docs/kernels.md"):
             assert (tmp_path / name).read_text() == (ROOT / name).read_text(), "generated"
+
+
+def case(part, of, call, **figures):
+    return {"part": part, "case": of, "call": call, **figures}
+
+
+class TestSeveralCalls:
+    """Results of several calls in one file, one after the other."""
+
+    HEAD = "8x4x16 frozen"
+
+    def test_the_last_line_of_a_case_counts_and_ratios_are_of_one_call(self):
+        lines = [
+            case("facts", "device", 1, name="Card"),
+            case("head", f"{self.HEAD}/ours", 1, ms=5.0),
+            case("head", f"{self.HEAD}/eager logits", 1, ms=4.0, ratio=0.8),
+        ]
+        before = check.Check(lines)
+        assert before.over_ours(self.HEAD, "eager logits") == 0.8
+        again = [
+            case("facts", "device", 1, name="Card"),  # a folder of its own counts from 1, too
+            case("head", f"{self.HEAD}/ours", 1, ms=3.0),
+        ]
+        after = check.Check(lines + again)
+        assert after.figure("head", f"{self.HEAD}/ours", "ms") == 3.0
+        assert after.figure("head", f"{self.HEAD}/eager logits", "ms") == 4.0
+        assert after.over_ours(self.HEAD, "eager logits") is None  # 4 ms are no longer 0.8 of ours
+        assert not after.elsewhere
+
+    def test_cases_of_another_device_are_left_out_and_counted(self):
+        lines = [
+            case("facts", "device", 1, name="Card A"),
+            case("head", f"{self.HEAD}/ours", 1, ms=5.0, busy_ms=4.0),
+            case("head", f"{self.HEAD}/GEMMs alone", 1, ms=2.0, busy_ms=2.0),
+            {"part": "step", "call": 1, "seconds": 9.0, "done": True},
+            case("facts", "device", 2, name="Card B"),
+            case("head", f"{self.HEAD}/ours", 2, ms=3.0, busy_ms=2.0),
+        ]
+        found = check.Check(lines)
+        assert found.card == "Card B"
+        assert found.figure("head", f"{self.HEAD}/ours", "ms") == 3.0
+        assert pages.over_gemms(found, self.HEAD) is None  # no quotient of two devices
+        assert "2 cases of Card A are left out" in found.missing
+        assert "`step` was not run" in found.missing
+        assert "2 cases of Card A are left out" in roofline.page(found)
+
+
+def test_the_truth_of_a_shape_is_computed_once(monkeypatch):
+    asked = []
+
+    def truth_in_fp64(batch):
+        asked.append(batch)
+        return exact(batch)
+
+    exact = truth.preference_truth
+    monkeypatch.setattr(truth, "preference_truth", truth_in_fp64)
+    head.truth_of.cache_clear()
+    todo = head.cases(head.TOYS, head.absent())
+    for shape, kind, name in todo.values():
+        if name in ("ours", "eager logits") and kind != head.LOGPS:
+            found = head.measure("cpu", shape, kind, name)
+            assert (name == "ours") != ("ratio" in found) and found["loss_error"] < 0.02
+    assert len(asked) == len(head.TOYS)
 
 
 def test_a_steps_gemms_are_those_of_its_parameters():

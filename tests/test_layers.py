@@ -1,5 +1,6 @@
 """How a layer is computed: checkpointed, compiled, offloaded, by which attention, by liger."""
 
+import copy
 import sys
 import types
 
@@ -12,8 +13,9 @@ from torch import nn
 from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations import flex_attention as hf_flex
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from realign import attention, liger, parallel, sharding
+from realign import attention, liger, norms, parallel, sharding
 from realign.config import LossConfig, ScaleConfig, parse
 from realign.digits import ASSETS
 from realign.encode import encode_records, make_objective
@@ -189,6 +191,42 @@ def test_what_is_seen_decides_how_long_a_row_is(digits):
     assert batch.segment.shape[0] == 1 and (batch.segment >= 0).float().mean() > 0.95
 
 
+# --- RMSNorm by torch's fused operator ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_errs_no_more_than_that_of_transformers(dtype):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(64, 1e-5)
+    nn.init.normal_(norm.weight)
+    fused, exact = copy.deepcopy(norm), copy.deepcopy(norm)
+    norms.use(nn.ModuleList([fused]))
+    hidden, grad = torch.randn(2, 2, 40, 64, dtype=torch.float64)
+    x = hidden.requires_grad_()
+    truth = x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * exact.weight.double()
+    wide = [truth.detach(), *torch.autograd.grad(truth, x, grad)]
+
+    def errors(module):
+        x = hidden.detach().to(dtype).requires_grad_()
+        out = module.to(dtype)(x)
+        found = [out, *torch.autograd.grad(out, x, grad.to(dtype))]
+        assert all(t.dtype == dtype for t in found)
+        return [float((a - b).norm() / b.norm()) for a, b in zip(found, wide, strict=True)]
+
+    ours, theirs = errors(fused), errors(norm)
+    assert all(a <= 1.1 * b + 1e-7 for a, b in zip(ours, theirs, strict=True))
+    assert max(ours) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+def test_rms_norms_that_are_not_plain_stay():
+    gemma, layer_norm, llama = GemmaRMSNorm(16), nn.LayerNorm(4), LlamaRMSNorm(8)
+    norms.use(nn.ModuleList([gemma, layer_norm, llama]))  # Gemma adds 1 to the weight
+    assert ["forward" in vars(m) for m in (gemma, layer_norm, llama)] == [False, False, True]
+    hidden = torch.randn(3, 8).bfloat16()  # under autocast the weight is wider
+    assert torch.equal(llama(hidden), LlamaRMSNorm.forward(llama, hidden))
+    assert llama(hidden).dtype == torch.float32
+
+
 # --- liger, by its definition: the kernels need CUDA ---
 
 
@@ -216,8 +254,10 @@ def test_liger_takes_the_place_of_what_it_computes_alike(digits, ops):
     plain, model = forest_model("lora"), forest_model("lora")
     said = liger.use(sharding.trained_layers(model), CPU)
     assert said == "liger: 4 LlamaMLP, 8 LlamaRMSNorm"
-    kinds = ("LlamaMLP", "LlamaRMSNorm")
-    assert not any("forward" in vars(m) for m in plain.modules() if type(m).__name__ in kinds)
+    others = [m for m in plain.modules() if type(m).__name__ in ("LlamaMLP", "LlamaRMSNorm")]
+    assert {getattr(m.forward, "__module__", "") for m in others} == {
+        "realign.norms", LlamaMLP.__module__,
+    }  # fmt: skip
     (logps, grads), (truth, expected) = gradients(model, batch), gradients(plain, batch)
     assert (logps - truth).abs().max() < 1e-5
     for name in expected:

@@ -1,4 +1,4 @@
-"""LoRA's product in place: against fp64 beside PEFT's own layer, and PEFT's switches and files."""
+"""LoRA's layer as one function: against fp64 beside PEFT's layer, and PEFT's switches and files."""
 
 import copy
 
@@ -28,7 +28,7 @@ class Tiny(nn.Module):
 
 
 def layers(dtype=torch.float32, bias=False, adapters=("default",), **settings):
-    """PEFT's layer, one with the product in place, and the fp64 truth, of the same weights."""
+    """PEFT's layer, ours, and the fp64 truth, of the same weights."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=20, target_modules=["proj"], **settings)
     plain = get_peft_model(Tiny(bias), config, adapters[0])
@@ -70,40 +70,50 @@ def test_values_and_gradients_err_as_pefts(dtype, shape, bias):
 
 
 class Passes(TorchDispatchMode):
-    """Counts elementwise operations and copies over all outputs."""
+    """Counts elementwise operations and copies over all outputs or all inputs."""
 
     count = 0
     kinds = {getattr(torch.ops.aten, name) for name in ("add", "clone", "copy_", "mul")}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        wide = isinstance(out, torch.Tensor) and out.numel() == ROWS * OUT
+        wide = isinstance(out, torch.Tensor) and out.numel() in (ROWS * OUT, ROWS * WIDTH)
         self.count += wide and function.overloadpacket in self.kinds
         return out
 
 
 def test_no_pass_over_the_outputs_is_left():
-    """PEFT scales and adds the product, and scales the gradient."""
+    """PEFT scales and adds the product, scales its gradient, and adds those of the input."""
     counts = []
     for model in layers()[:2]:
         with Passes() as passes:
             run(model, torch.float32)
         counts.append(passes.count)
-    assert counts == [3, 0]
+    assert counts == [4, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(dtype):
-    """Weights are in fp32, and the input in fp32 or, behind another layer, in bf16."""
-    plain, inplace, exact = layers(bias=True)
-    with torch.autocast("cpu", torch.bfloat16), Passes() as passes:
-        ours = run(inplace, dtype)
-        assert passes.count == 0
-        theirs = run(plain, dtype)
-    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+def test_adapters_in_fp32_beside_a_base_in_bf16():
+    """They are cast as FSDP2 casts them; their gradients come in fp32."""
+    plain, inplace, exact = layers(torch.bfloat16)
+    for name, parameter in inplace.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    found, cast = run(inplace, torch.bfloat16), run(plain, torch.bfloat16)
+    assert [t.dtype for t in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
     wide = run(exact, torch.float64)
-    pairs = zip(errors(ours, wide), errors(theirs, wide), strict=True)
-    assert all(a <= 2 * b for a, b in pairs) and ours[0].dtype == torch.bfloat16
+    assert all(a <= 2 * b for a, b in zip(errors(found, wide), errors(cast, wide), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {"autocast": True}], ids=str)
+def test_dropout_and_autocast_are_left_to_peft(settings):
+    autocast = settings.pop("autocast", False)
+    plain, inplace, _ = layers(bias=True, **settings)
+    results = []
+    for model in (plain, inplace):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(run(model, torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_compiled():

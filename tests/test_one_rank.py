@@ -1,5 +1,8 @@
 """FSDP2 on a mesh of one rank: frozen weights stay whole, and no number changes."""
 
+import gc
+import os
+
 import pytest
 import torch
 from runs import arguments, assert_same_run, run, without_timing
@@ -15,12 +18,13 @@ from realign.inputs import load_inputs
 from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl
 from realign.model import ForestModel
+from realign.step import heap_frozen
 from realign.throughput import image_flop
 from realign.train import main
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 WAYS = {
-    "lora": ("--dtype", "bf16", "--micro-batch-size", 4),
+    "lora": ("--fsdp", "--dtype", "bf16", "--micro-batch-size", 4),
     "full": ("--dtype", "bf16", "--micro-batch-size", 4, "--tune", "full"),
     "fp32": ("--fsdp", "--micro-batch-size", 4),
 }
@@ -39,8 +43,23 @@ def test_weights_that_stay_whole_change_no_bit(way, pairs_file, tmp_path, monkey
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_one_rank_without_fsdp2_trains_the_same_bits(pairs_file, tmp_path):
+    """LoRA in bf16: the layers cast their fp32 adapters themselves, as FSDP2 does in a gather."""
+    sharded, plain = WAYS["lora"], WAYS["lora"][1:]
+    for name, way in (("plain", plain), ("sharded", sharded)):
+        run(pairs_file, tmp_path / name, *way, steps=3)
+    entries = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("plain", "sharded")]
+    assert without_timing(entries[0]) == without_timing(entries[1])
+    ours, theirs = (
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors")
+        for name in ("plain", "sharded")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeypatch, capsys):
-    more = (*WAYS["lora"], "--save-every", 2)
+    more = (*WAYS["lora"][1:], "--save-every", 2)
     run(pairs_file, tmp_path / "whole", *more)
     saved = train.Checkpoints.save
 
@@ -111,6 +130,28 @@ def test_ranks_keep_attention_off_cudnn():
     torch.backends.cuda.enable_cudnn_sdp(True)
     parallel.start(alone=True)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_ranks_extend_the_allocators_segments_unless_it_is_configured(given, monkeypatch):
+    names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "roundup_power2_divisions:4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    parallel.start()
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    default = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert found == ({given: "roundup_power2_divisions:4"} if given else default)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
+def test_steps_leave_older_objects_to_no_garbage_collection():
+    with heap_frozen():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_towers_flop_are_counted_on_a_sharded_model(pairs_file):

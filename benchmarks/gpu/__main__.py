@@ -19,7 +19,17 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.gpu.record import LOST, RESULTS, append, failed, latest, read, without_folders
+from benchmarks.gpu.device import device
+from benchmarks.gpu.record import (
+    DEVICE,
+    LOST,
+    RESULTS,
+    append,
+    failed,
+    latest,
+    read,
+    without_folders,
+)
 from benchmarks.gpu.table import table
 
 PARTS = ("facts", "correct", "attention", "head", "step", "train", "variants")
@@ -154,10 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Ends the running part and prints the table where a batch system ends this command.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     names = [part.rpartition(".")[2] for part in parts]
+    todo = [part for part, name in zip(parts, names, strict=True) if not complete(given.out, name)]
+    if todo:
+        line = {"part": DEVICE[0], "case": DEVICE[1], "call": call}
+        append(results, line | device(given.rehearse))
     try:
-        for part, name in zip(parts, names, strict=True):
-            if not complete(given.out, name):
-                run(part, given.out, end - time.monotonic(), call, given.rehearse)
+        for part in todo:
+            run(part, given.out, end - time.monotonic(), call, given.rehearse)
     finally:
         print("\n".join(table(read(results), names)))
     return 0 if all(complete(given.out, name) for name in names) else 1

@@ -1,15 +1,18 @@
-"""Correctness of each Triton kernel called directly: row kernel, fused head, loss kernel."""
+"""Correctness of each kernel called directly: row kernel, fused head, E of a chunk, loss kernel."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from realign_kernels import objectives
-from realign_kernels.rows import RowStats
+from realign_kernels._extension import extension
+from realign_kernels.rows import Head, RowStats
+from realign_kernels.triton import exp_head
 from realign_kernels.triton.forward import head_stats
 from realign_kernels.triton.loss import preference_sums
 from realign_kernels.triton.rows import read_rows
@@ -58,6 +61,12 @@ def _worst(stats: RowStats, exact: RowStats) -> dict[str, float]:
     return {name: truth.error(a, b) for name, (a, b) in found.items()}
 
 
+def _on_peak(stats: RowStats, exact: RowStats) -> tuple[RowStats, Tensor]:
+    """Statistics as if shifted by the peak, and the factor of E: a kernel may shift otherwise."""
+    factor = (stats.peak.double() - exact.peak).exp()
+    return stats._replace(peak=exact.peak, total=stats.total * factor), factor[:, None]
+
+
 def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | None, head: dict):
     """`read_rows` of given logits: statistics, and E in the dtype `into` (None: not wanted)."""
     rows, vocabulary = size[record.rehearse]
@@ -73,7 +82,9 @@ def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | Non
     others = None
     if into is not None:
         others = logits if into == dtype else torch.full_like(logits, torch.nan, dtype=into)
-    found = _worst(read_rows(logits, labels, None, softcap, temperature, None, others), exact)
+    stats = read_rows(logits, labels, None, softcap, temperature, None, others)
+    stats, factor = _on_peak(stats, exact)
+    found = _worst(stats, exact)
     worst = max(found.values())
     assert worst <= STATS, f"statistics err by {found}, allowed {STATS}"
     if others is not None:
@@ -81,7 +92,7 @@ def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | Non
         e = (z - exact.peak[:, None]).exp() * slopes / temperature
         inside = (labels >= 0).nonzero().squeeze(1)
         e[inside, labels[inside]] = 0
-        found["others"] = truth.error(others, e)
+        found["others"] = truth.error(others * factor, e)
         floor = truth.FLOOR[into] + STATS
         assert found["others"] <= floor, f"E errs by {found['others']}, allowed {floor}"
     return {"error": worst} | found
@@ -106,6 +117,40 @@ def fused_head(record: Record, size, dtype: torch.dtype, head: dict):
     worst = max(found.values())
     assert worst <= budget, f"statistics err by {found}, allowed {budget}"
     return {"of_budget": worst / budget} | found
+
+
+EXPONENTIALS = (300, 4096, 32003), (20, 24, 150)
+
+
+def exponentials(record: Record, kernel: str, temperature: float) -> dict[str, float]:
+    """E and the log-probs of a chunk, without logits, against fp64; one row overflows."""
+    dtype = torch.float32 if record.rehearse else torch.bfloat16  # 2^-58 is nothing in fp16
+    problem = truth.make(EXPONENTIALS[record.rehearse], dtype, record.device)
+    labels, head = problem.labels.clamp(min=0), Head(problem.weight, None, None, temperature)
+    problem.hidden[0] *= 100
+    wide = problem.hidden.double() @ problem.weight.double().T / temperature
+    labels[0] = wide[0].argmin()
+    rows, vocabulary = wide.shape
+    others = torch.full_like(wide, torch.nan, dtype=dtype)
+    others = torch.cat([others, others[:, : -vocabulary % 8]], 1)[:, :vocabulary]
+    logit, shift, narrow = exp_head.label_logits(problem.hidden, labels, head)
+    gemm = exp_head.cutlass_rows if kernel == "cutlass" else exp_head.exp_rows
+    sums = gemm(problem.hidden, head, narrow, shift, others)
+    logps, miss, total = exp_head.score_sums(sums, logit)
+    assert not logps[0].isfinite(), "an overflow has a finite log-prob"
+    exact = F.log_softmax(wide, 1).gather(1, labels[:, None])
+    e = (wide - wide.gather(1, labels[:, None])).exp().scatter(1, labels[:, None], 0) / temperature
+    scale = 2.0**58 / e[1:].amax(1, keepdim=True)
+    found = {
+        "logps": float((logps[1:].double() - exact[1:, 0]).abs().max()),
+        "miss": truth.error(miss[1:], 1 - exact[1:, 0].exp()),
+        "others": truth.error(others[1:] * scale, e[1:] * scale / 2.0**58),
+    }
+    # Logits err by the order of an fp32 GEMM's sums.
+    allowed = {"logps": 1e-4, "miss": 1e-4, "others": truth.FLOOR[dtype] + 1e-4}
+    over = [name for name in found if not found[name] <= allowed[name]]
+    assert not over, f"{over} err by {found}, allowed {allowed}"
+    return {"error": found["logps"]} | found
 
 
 def loss_kernel(record: Record, name: str):
@@ -154,7 +199,11 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
         "wide fp32": (HEADS["wide"], torch.float32, {}),
         f"wide {short} capped": (HEADS["wide"], half, capped),
     }
+    ways = {"triton": ("triton", 1.0), "triton, T = 1.3": ("triton", 1.3)}
+    if hasattr(extension(), "exp_head") and not record.rehearse:
+        ways["cutlass"] = ("cutlass", 1.0)
     return {
+        **{f"E/{name}": partial(exponentials, record, *way) for name, way in ways.items()},
         **{f"row kernel/{name}": partial(row_kernel, record, *case) for name, case in rows.items()},
         **{
             f"fused head/{name}": partial(fused_head, record, *case) for name, case in heads.items()

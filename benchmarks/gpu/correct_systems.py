@@ -15,8 +15,10 @@ from benchmarks.models import random_llava, random_pairs
 from realign import parallel, sharding
 from realign.forest import build_batch
 from realign.model import ForestModel
-from realign_kernels import linear_preference_loss, objectives
+from realign_kernels import objectives, ops, preference_ops
 from realign_kernels.staging import Staging, leaf_sums
+
+SETTINGS = {"softcap": None, "temperature": 1.0, "chunk_rows": None, "group": None}
 
 
 class _Calls(TorchDispatchMode):
@@ -33,18 +35,19 @@ class _Calls(TorchDispatchMode):
 
 
 def opcheck(record: Record) -> dict:
-    """`torch.library.opcheck` of every operator that a forward and backward of the loss calls."""
+    """`torch.library.opcheck` of the operators of a compiled loss, forward and backward."""
     g = torch.Generator(record.device).manual_seed(0)
     kind = {"generator": g, "device": record.device}
     hidden = torch.randn(3, 2, 4, 16, **kind).requires_grad_()
     weight = torch.randn(33, 16, **kind)
     labels = torch.randint(33, (3, 2, 4), **kind)
     table = torch.zeros(3, 2, device=record.device)
+    ids = torch.arange(6, device=record.device).repeat_interleave(4)
     with _Calls() as calls:
-        for trains in (False, True):  # reduction "none" keeps a trained head out of the fused loss
-            head = weight.detach().requires_grad_(trains)
-            given = (hidden, head, labels, table, objectives.rdpo())
-            linear_preference_loss(*given, reduction="none").loss.sum().backward()
+        for trains in (False, True):
+            head = (weight.detach().requires_grad_(trains), labels.flatten(), None, None, -100)
+            logps = ops.logprobs(hidden.flatten(0, 2), *head, **SETTINGS)
+            preference_ops.sequence_sums(logps, head[1], ids, table, -100)[0].sum().backward()
     for operator, args in calls.found.items():
         differentiable = "backward" not in str(operator)
         fresh = [

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = "results.jsonl"
+DEVICE = ("facts", "device")
+"""Part and case of the line that every call begins with."""
 LOST = 3
 """Exit code of a part whose CUDA context is dead: the parent restarts it for its other cases."""
 TRACEBACK = 1500
@@ -89,11 +91,16 @@ class Record:
         """
         self.folder, self.part, self.rehearse, self.call = folder, part, rehearse, call
         self.device = "cpu" if rehearse else "cuda"
-        self._end = time.monotonic() + seconds
+        self._began = time.monotonic()
+        self._end = self._began + seconds
 
     def __call__(self, case: str, **figures: Any) -> None:
-        """Appends the figures of a case: numbers, strings, or lists of them."""
-        line = {"part": self.part, "case": case, "call": self.call, **figures}
+        """Appends the figures of a case: numbers, strings, or lists of them.
+
+        `after_s` is added, the seconds since the part began: it shows which cases take long.
+        """
+        after = round(time.monotonic() - self._began, 1)
+        line = {"part": self.part, "case": case, "call": self.call, **figures, "after_s": after}
         append(self.folder / RESULTS, line)
 
     def left(self) -> float:

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from benchmarks import step_contestants
 from benchmarks.gpu.measure import kernel_seconds
+from benchmarks.gpu.profiled import WATCHED, kernels
 from benchmarks.gpu.record import RESULTS, Record, latest, read
 from benchmarks.models import (
     LLAVA_7B,
@@ -149,9 +150,7 @@ class Watch:
     def begin(self) -> None:
         """A step begins."""
         if self.step == STEPS - 1:
-            self.profiler = profile(
-                activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]
-            )
+            self.profiler = profile(activities=[WATCHED])
             self.profiler.start()
         self.began = now()
 
@@ -176,17 +175,17 @@ class Watch:
 
 
 class Ours(step_contestants.Ours):
-    """`realign.train --fsdp` on one rank: FSDP2 on a mesh of one, references from the cache."""
+    """`realign.train` in one process, references from the cache."""
 
     def __init__(self, setting: Setting, micro: int) -> None:
-        self.device = parallel.start(alone=True)
+        self.device = torch.device(parallel.start())
         attends, _ = attention.choose("tree", self.device, setting.kind)
         model = ForestModel(setting.model(attends), dtype=setting.kind)
         objective = objectives.rdpo(beta=BETA)
         inputs = Inputs("", setting.processor, model, objective, *setting.encode(model.layout))
         self.prepare(
             inputs, setting.folder / f"cache-{micro}", "lora", setting.kind, self.device,
-            sharded=True, weights="random",
+            sharded=False, weights="random",
         )  # fmt: skip
         self.micro = micro
 
@@ -205,7 +204,7 @@ class Ours(step_contestants.Ours):
     def train(self, watch: Watch, name: str) -> None:
         """Steps until the watch is over, their micro-batches laid out ahead."""
         tasks = [self.tasks(name, number) for number in range(STEPS)]
-        with ahead(itertools.chain(*tasks), self.device) as ready:
+        with step.heap_frozen(), ahead(itertools.chain(*tasks), self.device) as ready:
             while not watch.over:
                 watch.begin()
                 self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
@@ -264,7 +263,7 @@ class Ours(step_contestants.Ours):
         return Counter(
             f"{Path(one.filename).name}:{one.lineno}"
             for one in caught
-            if "synchronizing" in str(one.message)
+            if "called a synchronizing" in str(one.message)
         )
 
 
@@ -360,13 +359,17 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
     record("reference pass", seconds=spent, tokens_per_second=tokens / spent)
     firsts = {name: contestant.first(name) for name in ("rdpo", "dpo")}
 
-    def timed(case: str, name: str) -> None:
+    def timed(case: str, name: str) -> Watch:
         watch = Watch(record, contestant.model.vlm.model.get_decoder())
         contestant.train(watch, name)
         loss, norm = firsts[name]
         record(case, **watch.figures(), micro_batch=micro, loss=loss, grad_norm=norm)
+        return watch
 
-    timed("ours", "rdpo")
+    watch = timed("ours", "rdpo")
+    with record.attempt("kernels of ours"):
+        listed = kernels(watch.profiler)
+        record("kernels of ours", ms=sum(ms for ms, _ in listed.values()), kernels=listed)
     with record.attempt("parts of ours"):
         record("parts of ours", **contestant.parts(), image_ms=setting.image_ms())
     with record.attempt("host waits of ours"):
@@ -397,10 +400,13 @@ def released(record: Record, setting: Setting, micro: int) -> None:
 
 
 GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
-    ours: ("ours", "reference pass", "parts of ours", "host waits of ours", "ours, DPO"),
+    ours: (
+        "ours", "reference pass", "kernels of ours", "parts of ours", "host waits of ours",
+        "ours, DPO",
+    ),
     trl: ("TRL DPO",),
     released: ("released",),
-}
+}  # fmt: skip
 """Contestants, the most valuable first, and their cases. What ends a contestant is an error of its
 first case."""
 EQUALS = {"TRL DPO": ("ours, DPO", "ours"), "released": ("ours", "ours")}

@@ -7,7 +7,7 @@ from benchmarks.gpu.record import Line, failed, latest
 MOST_LINES = 100
 WIDEST = 200
 """Characters of an error that are shown."""
-OTHERS = ("part", "case", "call")
+OTHERS = ("part", "case", "call", "after_s")
 
 
 def table(lines: Sequence[Line], parts: Sequence[str], most: int = MOST_LINES) -> list[str]:
@@ -61,4 +61,6 @@ def _figures(lines: Iterable[Line]) -> Iterable[str]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, dict) and len(str(value)) > WIDEST:
+        return f"{len(value)} in results.jsonl"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

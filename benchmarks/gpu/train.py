@@ -2,14 +2,19 @@
 
 The curve in fp32 without TF32 is compared with that of a CPU, the curve in bf16 with that in fp32.
 Another run is killed by SIGKILL after a checkpoint and resumed: it should repeat the first bit for
-bit. All runs work at the same time, since they spend most of theirs on imports.
+bit. All runs work at the same time, since they spend most of theirs on imports. A run that is not
+done in time costs its cases; SIGABRT makes it print where it is.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,9 @@ from realign.metrics import read_jsonl
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.throughput import TIMING
 
-LIMIT = 40.0
+LIMIT = 60.0
+MARGIN = 6.0
+"""Seconds before the limit at which runs are ended, so that their output is recorded."""
 STEPS, TOY_STEPS = 24, 8
 BATCH, PAIRS, TOY_PAIRS = 8, 64, 16
 CURVE = ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen")
@@ -30,6 +37,9 @@ ONE_RANK = {
 }  # fmt: skip
 """torchrun's variables: a run that has them starts no ranks, and so imports everything once."""
 CPU, FP32 = {"CUDA_VISIBLE_DEVICES": ""}, {"NVIDIA_TF32_OVERRIDE": "0"}
+ALL = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+"""Variables of every run. Threads of runs that share cores wait for each other: a rehearsal on two
+shared cores had a checkpoint after 52 s with two threads a run, after 24 s with one."""
 
 
 class Run:
@@ -41,20 +51,27 @@ class Run:
         steps: to train.
         words: more of its command line.
         environment: more of its variables.
+        left: seconds until it has to end.
     """
 
     def __init__(
-        self, folder: Path, name: str, steps: int, words: str, environment: dict[str, str]
+        self,
+        folder: Path,
+        name: str,
+        steps: int,
+        words: str,
+        environment: dict[str, str],
+        left: Callable[[], float],
     ) -> None:
         self.output, self.printed = folder / name, folder / f"{name}.txt"
         command = [sys.executable, "-m", "realign.train", "--fsdp", *words.split()]
         command += ["--pairs", str(folder / "pairs.parquet"), "--output", str(self.output)]
         command += ["--reference-cache", str(self.output / "references"), "--save-every", "2"]
         command += ["--steps", str(steps), "--batch-size", str(BATCH)]
-        self.began, self.steps = time.perf_counter(), steps
+        self.began, self.steps, self.left = time.monotonic(), steps, left
         with self.printed.open("a") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=os.environ | environment
+                command, stdout=file, stderr=file, env=os.environ | ALL | environment
             )
 
     def log(self) -> list[dict[str, Any]]:
@@ -62,27 +79,45 @@ class Run:
         path = self.output / "metrics.jsonl"
         return read_jsonl(path) if path.exists() else []
 
-    def kill(self) -> dict[str, int]:
-        """Kill the process when it has a checkpoint; returns the steps done and those saved."""
+    def kill(self) -> dict[str, float]:
+        """Kill the process when it has a checkpoint; returns the steps done and those saved.
+
+        Raises:
+            RuntimeError: when it has ended or run out of time before.
+        """
         saved = Checkpoints(self.output / "checkpoints", keep=2)
-        while self.process.poll() is None and not saved.last():
+        while not saved.last():
+            if self.process.poll() is not None or self.left() < 0:
+                raise self.failure("no checkpoint")
             time.sleep(0.01)
+        seconds = time.monotonic() - self.began
         self.process.kill()
         self.process.wait()
-        return {"killed_after_step": len(self.log()), "resumed_from_step": saved.last()}
+        steps = {"killed_after_step": len(self.log()), "resumed_from_step": saved.last()}
+        return steps | {"first_checkpoint_seconds": seconds}
 
     def curve(self) -> list[dict[str, Any]]:
         """The log of the whole run, when it has ended.
 
         Raises:
-            RuntimeError: when it failed, with the end of what it printed.
+            RuntimeError: when it failed or ran out of time, with the end of what it printed.
         """
-        code = self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(self.left(), 0))
         entries = self.log()
-        if code or len(entries) != self.steps:
-            tail = self.printed.read_text()[-800:]
-            raise RuntimeError(f"exit code {code} after {len(entries)} steps: {tail}")
+        if self.process.poll() != 0 or len(entries) != self.steps:
+            raise self.failure(f"{len(entries)} of {self.steps} steps")
         return entries
+
+    def failure(self, what: str) -> RuntimeError:
+        """An error with the end of what the run printed: its traceback, where it is still alive."""
+        code, seconds = self.process.poll(), time.monotonic() - self.began
+        if code is None:
+            self.process.send_signal(signal.SIGABRT)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
+        tail = self.printed.read_text()[-1200:]
+        return RuntimeError(f"{what} after {seconds:.0f} s, exit code {code}: {tail}")
 
 
 def difference(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> dict[str, float]:
@@ -109,23 +144,26 @@ def run(record: Record) -> None:
         return
     steps, scenes = (TOY_STEPS, TOY_PAIRS) if record.rehearse else (STEPS, PAIRS)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, began = Path(name), time.monotonic()
         pairs = str(folder / "pairs.parquet")
         build_pairs(PairsConfig(output=pairs, scenes=scenes, quiet=True))
+        made = time.monotonic() - began
+        start = partial(Run, folder, steps=steps, left=lambda: record.left() - MARGIN)
         single = "--nproc-per-node 1 --dtype"
-        killed = Run(folder, "killed", steps, f"{single} fp32", FP32 | ONE_RANK)
-        whole = Run(folder, "fp32", steps, f"{single} fp32", FP32)
-        bf16 = Run(folder, "bf16", steps, f"{single} bf16", ONE_RANK)
-        cpu = Run(folder, "cpu", steps, f"{single} fp32", CPU | ONE_RANK)
-        died = killed.kill()
-        resumed = Run(folder, "killed", steps, f"{single} fp32 --resume", FP32 | ONE_RANK)
+        killed = start("killed", words=f"{single} fp32", environment=FP32 | ONE_RANK)
+        whole = start("fp32", words=f"{single} fp32", environment=FP32)
+        bf16 = start("bf16", words=f"{single} bf16", environment=ONE_RANK)
+        cpu = start("cpu", words=f"{single} fp32", environment=CPU | ONE_RANK)
+        with record.attempt("killed and resumed"):
+            died = killed.kill()
+            again = start("killed", words=f"{single} fp32 --resume", environment=FP32 | ONE_RANK)
+            curves = again.curve(), whole.curve()
+            found = {"same_bits": same(*curves)} | died
+            record("killed and resumed", **found, **difference(*curves))
         with record.attempt("fp32 against CPU"):
             seconds = whole.curve()[-1]["seconds"]
             found = difference(whole.curve(), cpu.curve())
-            record("fp32 against CPU", **found, steps=steps, last_step_seconds=seconds)
+            about = {"steps": steps, "last_step_seconds": seconds, "pairs_seconds": made}
+            record("fp32 against CPU", **found, **about)
         with record.attempt("bf16 against fp32"):
             record("bf16 against fp32", **difference(bf16.curve(), whole.curve()))
-        with record.attempt("killed and resumed"):
-            curves = resumed.curve(), whole.curve()
-            found = {"same_bits": same(*curves)} | died
-            record("killed and resumed", **found, **difference(*curves))

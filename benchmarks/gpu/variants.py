@@ -1,9 +1,10 @@
-"""Variants: each tile and chunk size that the package holds, at one shape; a table to add to.
+"""Variants: each kernel, tile and chunk size that the package holds, at one shape.
 
 A group of variants is a function that yields (name, call); the calls of a group return the same
 numbers, up to rounding, and the difference to the first is recorded beside the time.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from unittest.mock import patch
@@ -15,7 +16,8 @@ from benchmarks.gpu import truth
 from benchmarks.gpu.measure import GEMM_SIZE, figures, gemm_rate
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss
-from realign_kernels.triton import configs
+from realign_kernels.rows import Head
+from realign_kernels.triton import backend, configs, exp_head
 from realign_kernels.triton.forward import head_stats
 from realign_kernels.triton.logits import device_facts
 from realign_kernels.triton.rows import read_rows
@@ -41,6 +43,30 @@ def fused_heads(problem: truth.Problem) -> Variants:
         yield name, lambda call=call: call().total
 
 
+def exponentials(problem: truth.Problem) -> Variants:
+    """E of one chunk: by CUTLASS, by Triton, and as logits that the row kernel reads again."""
+    hidden, labels = problem.hidden[:2048], problem.labels[:2048].clamp(min=0)
+    head = Head(problem.weight, None, None, 1.0)
+    logits, others = backend.buffers(len(hidden), hidden, len(problem.weight), True)
+
+    def fused(gemm: Callable) -> Tensor:
+        logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
+        return exp_head.score_sums(gemm(hidden, head, narrow, shift, others), logit)[0]
+
+    def rows() -> Tensor:
+        backend.gemm(hidden, problem.weight.T, out=logits)
+        stats = read_rows(logits, labels, None, None, 1.0, None, others)
+        return stats.peak + stats.total.log() - stats.logit
+
+    calls = {
+        "cutlass": partial(fused, exp_head.cutlass_rows),
+        "triton": partial(fused, exp_head.exp_rows),
+    }
+    if exp_head.fuses(hidden, head):
+        yield from calls.items()
+    yield "rows", rows
+
+
 def row_kernels(problem: truth.Problem) -> Variants:
     """Elements a step and warps of the row kernel, over the logits of one chunk."""
     rows = problem.hidden[:1024]
@@ -49,7 +75,7 @@ def row_kernels(problem: truth.Problem) -> Variants:
     others = torch.empty_like(logits, dtype=problem.hidden.dtype)
     architecture = configs.listed(device_facts(rows)[0])
     default = configs.ROWS[architecture]
-    sizes = [(2048, 4), (2048, 8), (4096, 4), (4096, 16), (8192, 8), (8192, 16), (16384, 16)]
+    sizes = [(1024, 4), (1024, 8), (2048, 8), (4096, 8), (4096, 16), (8192, 16)]
     for block, warps in dict.fromkeys([default, *sizes]):
         config = configs.RowConfig(block, warps)
 
@@ -60,8 +86,8 @@ def row_kernels(problem: truth.Problem) -> Variants:
         yield f"{block} warps {warps}", call
 
 
-def chunks(problem: truth.Problem, trains: bool) -> Variants:
-    """Rows that pass the head together in `rdpo_loss`, in examples of three sequences."""
+def heads(problem: truth.Problem, trains: bool) -> Variants:
+    """`rdpo_loss` on examples of three sequences: kernels for E, and rows that pass together."""
     examples = len(problem.labels) // (3 * RESPONSE)
     rows = 3 * examples * RESPONSE
     ids = torch.arange(rows, device=problem.labels.device) // RESPONSE
@@ -69,23 +95,28 @@ def chunks(problem: truth.Problem, trains: bool) -> Variants:
     ids = ids % 3 * examples + ids // 3
     labels = problem.labels[:rows].clamp(min=0)
     table = torch.zeros(3, examples, device=ids.device)
-    for chunk in (None, 512, 1024, 2048, 4096):
 
-        def call(chunk=chunk) -> Tensor:
-            hidden = problem.hidden[:rows].detach().requires_grad_()
-            weight = problem.weight.detach().requires_grad_(trains)
-            settings = {"sequence_ids": ids, "chunk_rows": chunk}
+    def call(chunk: int | None = None, kernel: str = "") -> Tensor:
+        hidden = problem.hidden[:rows].detach().requires_grad_()
+        weight = problem.weight.detach().requires_grad_(trains)
+        settings = {"sequence_ids": ids, "chunk_rows": chunk}
+        with patch.dict(os.environ, {exp_head.ENVIRONMENT: kernel}):
             rdpo_loss(hidden, weight, labels, table, **settings).loss.backward()
-            return hidden.grad
+        return hidden.grad
 
-        yield f"chunk_rows {chunk or 'default'}", call
+    yield "default", call
+    for kernel in exp_head.CHOICES:
+        yield kernel, partial(call, kernel=kernel)
+    for chunk in (1024, 2048, 3072, 4096):
+        yield f"chunk_rows {chunk}", partial(call, chunk)
 
 
 GROUPS: dict[str, tuple[Callable[[truth.Problem], Variants], float]] = {
     "fused head": (fused_heads, 1),
+    "E": (exponentials, 0.5),
     "row kernel": (row_kernels, 0),
-    "frozen": (partial(chunks, trains=False), 2),
-    "trained": (partial(chunks, trains=True), 3),
+    "frozen": (partial(heads, trains=False), 2),
+    "trained": (partial(heads, trains=True), 3),
 }
 """Variants and the u that they cannot go below; a new variant of a kernel is one more entry."""
 

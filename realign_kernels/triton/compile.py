@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from realign_kernels import objectives
-from realign_kernels.triton import forward, loss, rows, scatter
+from realign_kernels.rows import Head, Scores
+from realign_kernels.triton import exp_head, finish, forward, loss, rows, scatter
 from realign_kernels.triton.logits import assume_device
 
 PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -105,6 +106,33 @@ def _scatter(count: int, width: int, dtype: torch.dtype = torch.float32):
     scatter.add_rows(total, _long(count), _empty(count, width, dtype=torch.float32))
 
 
+def _narrow(count: int) -> tuple[Tensor, Tensor]:
+    return _empty(count, dtype=torch.int32), _empty(count, dtype=torch.float32)
+
+
+def _exp(count: int, width: int, vocabulary: int):
+    """A launch of the GEMM with the exponential."""
+    head = Head(_empty(vocabulary, width), None, None, 1.3)
+    others = _empty(count, -(-vocabulary // 8) * 8)[:, :vocabulary]
+    exp_head.exp_rows(_empty(count, width), head, *_narrow(count), others)
+
+
+def _label(count: int, width: int, vocabulary: int):
+    head = Head(_empty(vocabulary, width), None, None, 1.3)
+    exp_head.label_logits(_empty(count, width), _long(count), head)
+
+
+def _score(count: int, tiles: int):
+    exp_head.score_sums(*(_empty(*n, dtype=torch.float32) for n in ((tiles, count), (count,))))
+
+
+def _finish(count: int, width: int):
+    wide = [_empty(count, dtype=torch.float32) for _ in range(5)]
+    scores = Scores(*wide[:2], _long(count), *wide[2:4])
+    pull, out = (_empty(count, width, dtype=torch.float32) for _ in range(2))
+    finish.finish(pull, _empty(32000, width), scores, wide[4], out)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "rows fp32 to bf16": lambda: _read(torch.float32, 151936),
     "rows fp32, all options": lambda: _read(torch.float32, 151936, options=True),
@@ -117,15 +145,29 @@ CASES: dict[str, Callable[[], None]] = {
     "head few rows, V odd": lambda: _head(63, 4096, 32003),
     "head float32 ragged": lambda: _head(4096, 4095, 32003, torch.float32),
     "head pointers": lambda: _head(4096, 4095, 32003),
+    "E": lambda: _exp(4096, 4096, 151936),
+    "E, V odd": lambda: _exp(4095, 4096, 32003),
+    "label logits": lambda: _label(4096, 4096, 151936),
+    "score": lambda: _score(4096, 594),
+    "finish": lambda: _finish(4096, 4096),
+    "scale": lambda: finish.scale(_empty(32000, 4096), _empty(dtype=torch.float32)),
     "loss": lambda: _loss("mdpo", 4096, 32),
     "scatter fp32": lambda: _scatter(3072, 4096),
     "scatter bf16": lambda: _scatter(3072, 4096, torch.bfloat16),
 }
 
+HOPPER = {"E", "E, V odd", "E of one"}
+"""Cases of kernels that no other architecture runs."""
+
 ONES: dict[str, Callable[[], None]] = {
     "rows of one token": lambda: _read(torch.float32, 1, options=True),
     "head of one": lambda: _head(1, 8, 1),
     "head of one, pointers": lambda: _head(1, 1, 1),
+    "E of one": lambda: _exp(1, 8, 1),
+    "label logits of one": lambda: _label(1, 1, 1),
+    "score of one": lambda: _score(1, 1),
+    "finish of one": lambda: _finish(1, 1),
+    "scale of one": lambda: finish.scale(_empty(1), _empty(dtype=torch.float32)),
     "loss of one": lambda: _loss("dpo", 1, 1),
     "scatter of one": lambda: _scatter(1, 1),
 }
@@ -217,6 +259,8 @@ def compile_launch(architecture: int, case: str, launch: Launch) -> Report:
 def reports(architecture: int, cases: dict[str, Callable[[], None]] = CASES) -> Iterator[Report]:
     """Compiles the kernels of the cases, one after another."""
     for name, call in cases.items():
+        if name in HOPPER and architecture != 90:
+            continue
         with _recorded(architecture) as launches:
             call()
         (launch,) = launches

@@ -20,6 +20,7 @@ from realign_kernels.triton.logits import (
     device_facts,
     load_wide,
     scale_logits,
+    takes_tma,
 )
 
 
@@ -114,12 +115,6 @@ def head_kernel(
     tl.store(total_out + slot, total, rows < count)
 
 
-def _describable(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address it: everything in multiples of 16 bytes."""
-    pitch = tensor.stride(0) * tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and pitch % 16 == 0
-
-
 def head_stats(
     hidden: Tensor,  # (N, H) fp32, bf16 or fp16
     weight: Tensor,  # (V, H)
@@ -139,7 +134,7 @@ def head_stats(
         check_unit_stride(name, tensor)
     (count, width), vocabulary = hidden.shape, len(weight)
     architecture, processors = device_facts(hidden)
-    describable = _describable(hidden) and _describable(weight)
+    describable = takes_tma(hidden) and takes_tma(weight)
     if config is None:
         config = gemm_config(architecture, hidden.dtype, count, width, vocabulary, describable)
     described = config.descriptors and describable

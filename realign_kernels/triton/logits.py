@@ -86,3 +86,9 @@ def check_unit_stride(name: str, tensor: Tensor) -> None:
             f"{name} {tuple(tensor.shape)} with strides {tensor.stride()} must be two-dimensional "
             "with last stride 1: call contiguous() on it"
         )
+
+
+def takes_tma(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address it: everything in multiples of 16 bytes."""
+    pitch = tensor.stride(0) * tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and pitch % 16 == 0

@@ -1,7 +1,9 @@
-"""The row kernel: what a row of logits says about its label, and the derivative in its place.
+"""The row kernel: label logit, sum over the others and E of each row of logits.
 
-One program reads one row twice: once for the peak and the sum of the others, once (from L2 where
-it still lies there) to write E. See `realign_kernels.rows` for what the numbers are for.
+One program computes one row. Where E is wanted it shifts by the label's logit and reads the row
+once. It reads the row twice, first for its peak, where the sum of E is out of range (the others are
+some 70 nats away), in fp16, in place, for the strongest other token, and where no E is wanted.
+`realign_kernels.rows` defines the results.
 """
 
 import torch
@@ -39,6 +41,7 @@ def rows_kernel(
     others_stride,
     softcap,
     inverse_temperature,
+    ONE_READ: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row. `target` is left out of peak and total before anything is rounded."""
@@ -46,6 +49,34 @@ def rows_kernel(
     logits += row * stride
     offsets = tl.arange(0, BLOCK)
     label = tl.load(labels + row).to(tl.int32)
+    if ONE_READ:
+        shift = load_wide(logits + label, label >= 0)
+        if bias is not None:
+            shift += load_wide(bias + label, label >= 0)
+        slope = logit_slope(shift, softcap, inverse_temperature)
+        shift = scale_logits(shift, softcap, inverse_temperature)
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + offsets
+            inside = columns < vocabulary
+            x = tl.load(logits + columns, inside, other=0.0, eviction_policy="evict_first")
+            x = x.to(tl.float32)
+            if bias is not None:
+                x += load_wide(bias + columns, inside)
+            e = tl.exp(scale_logits(x, softcap, inverse_temperature) - shift)
+            e = tl.where(inside & (columns != label), e, 0.0)
+            sums += e
+            e *= logit_slope(x, softcap, inverse_temperature)
+            tl.store(others + row * others_stride + columns, e.to(others.dtype.element_ty), inside)
+        total = tl.sum(sums, 0)
+        # The limits leave room for the product with the weight. NaN and shards' -1 fail, too.
+        if (total > 1e-30) & (total < 1e30) & (label >= 0):
+            tl.store(target_out + row, label.to(tl.int64))
+            tl.store(logit_out + row, shift)
+            tl.store(peak_out + row, shift)
+            tl.store(total_out + row, total)
+            tl.store(slope_out + row, slope)
+            return
     target = label
     # Before the first pass: its reductions are barriers, the second pass may overwrite the row.
     raw = load_wide(logits + target, target >= 0)
@@ -132,6 +163,9 @@ def read_rows(
     count, vocabulary = logits.shape
     wide = [logits.new_empty(count, dtype=torch.float32) for _ in range(4)]
     stats = RowStats(torch.empty_like(labels), *wide)
+    # fp16 holds E up to the peak only.
+    one_read = others is not None and rival is None and others.dtype != torch.float16
+    one_read = one_read and others.data_ptr() != logits.data_ptr()
     if count == 0:
         return stats
     config = row_config(device_facts(logits)[0], vocabulary)
@@ -148,6 +182,7 @@ def read_rows(
             0 if others is None else others.stride(0),
             softcap,
             1 / temperature,
+            ONE_READ=one_read,
             BLOCK=config.block,
             num_warps=config.warps,
         )

@@ -24,7 +24,8 @@ from triton.backends.nvidia import driver
 
 import realign_kernels.triton as package
 from realign_kernels import objectives
-from realign_kernels.triton import configs, forward, loss, rows, scatter
+from realign_kernels.rows import Head, Scores
+from realign_kernels.triton import configs, exp_head, finish, forward, loss, rows, scatter
 from realign_kernels.triton.compile import PROCESSORS
 from realign_kernels.triton.logits import assume_device
 
@@ -94,15 +95,18 @@ taken.end = 0
 
 
 def descriptor(tensor, box):
-    """A tensor map and the arguments that come with it; dimensions of a map start innermost."""
-    pitch = tensor.stride(0)
+    """A tensor map and the arguments that come with it; dimensions of a map start innermost.
+
+    A box is at most as wide as its swizzle, 128 bytes: wider blocks take several.
+    """
+    pitch, wide = tensor.stride(0), min(box[1], 128 // tensor.element_size())
     return {
         "map": {
             "address": tensor.data_ptr(),
             "type": MAP_TYPES[tensor.dtype],
             "dims": [tensor.shape[1], tensor.shape[0]],
             "strides": [pitch * tensor.element_size()],
-            "box": box[::-1],
+            "box": [wide, box[0]],
         },
         "shape": list(tensor.shape),
         "strides": [pitch, 1],
@@ -168,6 +172,7 @@ def read(name, count, vocabulary, dtype, others=BF16, *, options=False, pitch=No
         "others_stride": 0 if target is None else target.stride(0),
         "softcap": softcap,
         "inverse_temperature": 1 / temperature,
+        "ONE_READ": others in (FP32, BF16) and not options,
         "BLOCK": config.block,
     }
     write(name, rows.rows_kernel, (count,), config.warps, expected)
@@ -215,6 +220,101 @@ def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None
         "EVEN_DEPTH": width % tile.depth == 0,
     }
     write(bin, forward.head_kernel, (blocks * splits,), tile.warps, expected)
+
+
+def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
+    """The label's logit, the GEMM with the exponential, and the scores, as `fused` calls them."""
+    hidden, weight = taken(count, width, BF16, pitch=pitch), taken(vocabulary, width, BF16)
+    others = taken(count, vocabulary, BF16, pitch=-(-vocabulary // 8) * 8)
+    end, labels = taken.end, torch.zeros(count, dtype=torch.int64)
+    head = Head(weight, None, None, temperature)
+    logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
+    expected = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": labels,
+        "logit_out": logit,
+        "shift_out": shift,
+        "narrow_out": narrow,
+        "width": width,
+        "hidden_stride": hidden.stride(0),
+        "weight_stride": width,
+        "inverse_temperature": 1 / temperature,
+        "BLOCK": min(1024, 1 << (width - 1).bit_length()),
+    }
+    write(name, exp_head.label_kernel, (count,), 4, expected)
+    taken.end = end
+    sums, tile = exp_head.exp_rows(hidden, head, narrow, shift, others), configs.EXP_HEAD
+    blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
+    assert sums.shape == (tiles, count) and sums.is_contiguous() and sums.dtype == FP32
+    programs = min(PROCESSORS[90], blocks * tiles)
+    expected = {
+        "hidden": descriptor(hidden, [tile.rows, tile.depth]),
+        "weight": descriptor(weight, [tile.columns, tile.depth]),
+        "others": descriptor(others, [tile.rows, tile.columns // 2]),
+        "labels": narrow,
+        "shift": shift,
+        "sums_out": sums,
+        "count": count,
+        "vocabulary": vocabulary,
+        "width": width,
+        "sums_stride": count,
+        "inverse_temperature": 1 / temperature,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "BLOCK_DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "PROGRAMS": programs,
+    }
+    write(name, exp_head.exp_kernel, (programs,), tile.warps, expected)
+    logps, miss, total = exp_head.score_sums(sums, logit)
+    expected = {
+        "sums": sums,
+        "logit": logit,
+        "logps_out": logps,
+        "miss_out": miss,
+        "total_out": total,
+        "count": count,
+        "tiles": tiles,
+        "sums_stride": count,
+        "BLOCK_ROWS": 32,
+        "BLOCK_TILES": 32,
+    }
+    write(name, exp_head.score_kernel, (-(-count // 32),), 4, expected)
+
+
+def last_step(name, count, width, vocabulary, dtype):
+    """The last step of the gradient of hidden, and the scaling of a gradient."""
+    pull, weight, out = (taken(*shape) for shape in (
+        (count, width, FP32), (vocabulary, width, BF16), (count, width, dtype)))  # fmt: skip
+    target = torch.zeros(count, dtype=torch.int64)
+    logps, miss, total, slope, factor = (torch.zeros(count) for _ in range(5))
+    finish.finish(pull, weight, Scores(logps, miss, target, total, slope), factor, out)
+    expected = {
+        "pull": pull,
+        "weight": weight,
+        "target": target,
+        "total": total,
+        "slope": slope,
+        "factor": factor,
+        "out": out,
+        "width": width,
+        "pull_stride": width,
+        "weight_stride": width,
+        "out_stride": width,
+        "BLOCK": finish.BLOCK,
+    }
+    write(name, finish.finish_kernel, (count, -(-width // finish.BLOCK)), 4, expected)
+    values, factor = taken(vocabulary, width, dtype), torch.zeros(())
+    finish.scale(values, factor)
+    expected = {
+        "values": values,
+        "factor": factor,
+        "count": vocabulary * width,
+        "PROGRAMS": finish.SCALE_PROGRAMS,
+        "BLOCK": finish.SCALE_BLOCK,
+    }
+    write(name, finish.scale_kernel, (finish.SCALE_PROGRAMS,), 8, expected)
 
 
 def preference(objective, count, examples, reduction="mean"):
@@ -317,6 +417,17 @@ def launch_heads():
     head("pointers", 3072, 1024, 32000, pitch=1025)  # 2050 bytes from row to row
 
 
+def launch_exponentials():
+    """Heads of real models, an odd vocabulary, rows of a wider tensor; the least ones."""
+    exponentials("LLaVA-1.5-7B", 3072, 4096, 32000)
+    exponentials("V odd, T, padded", 4095, 4096, 32003, temperature=1.3, pitch=4104)
+    exponentials("large", 4224, 2560, 262144)
+    exponentials("one", 1, 8, 1)
+    last_step("bf16", 33792, 4096, 262144, BF16)
+    last_step("fp32, ragged", 1537, 1023, 32003, FP32)
+    last_step("one row", 1, 1, 1, FP32)
+
+
 def launch_losses():
     """Every kind of term; one example and one row are constants in a kernel of their own."""
     preference(objectives.dpo(0.1), 33792, 64)
@@ -337,6 +448,7 @@ def main():
             launch_heads()
             if architecture == 90:  # the other kernels have one table for all architectures
                 launch_rows()
+                launch_exponentials()
                 launch_losses()
                 launch_scatters()
     missing = {*KERNELS, *configs.GEMMS[90]} - write.launched

@@ -29,11 +29,21 @@ _before = os.environ.get("TRITON_INTERPRET")
 if DEVICE == "cpu":
     _set_interpret("1")
 try:
-    from realign_kernels.triton import forward, loss, rows, scatter
+    from realign_kernels.triton import exp_head, finish, forward, loss, rows, scatter
 finally:
     _set_interpret(_before)
 
-__all__ = ["DEVICE", "TRITON_DTYPES", "forward", "interpreted", "loss", "rows", "scatter"]
+__all__ = [
+    "DEVICE",
+    "TRITON_DTYPES",
+    "exp_head",
+    "finish",
+    "forward",
+    "interpreted",
+    "loss",
+    "rows",
+    "scatter",
+]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,56 @@
+"""RMSNorm by torch's fused operator, on instances of one model.
+
+transformers computes RMSNorm in six operators forward and about twelve backward, most of them in
+fp32: 42 ms of a step of a 7B model on an H200 (calculated: 160 GB). `F.rms_norm` is one kernel each
+way on CUDA (5 ms, calculated). It rounds once, where transformers rounds before the weight, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_TOLERANCE = 1e-5  # relative, fp32; a norm that adds 1 to its weight is off by more than 1
+
+
+def use(model: nn.Module) -> None:
+    """Let `F.rms_norm` compute the RMSNorm modules of `model` that are plain ones.
+
+    The first module of every class is tried on a random input; a class that gives anything else,
+    as one that adds 1 to its weight, keeps its own forward.
+    """
+    plain: dict[type, bool] = {}
+    for module in model.modules():
+        kind = type(module)
+        if not kind.__name__.endswith("RMSNorm") or not hasattr(module, "weight"):
+            continue
+        if kind not in plain:
+            plain[kind] = _is_plain(module)
+        if plain[kind]:
+            module.forward = MethodType(_forward, module)
+
+
+def _forward(
+    norm: nn.Module,
+    hidden: Tensor,  # (..., H)
+) -> Tensor:
+    # Autocast passes a weight in fp32, by which transformers widens the output.
+    if hidden.dtype != norm.weight.dtype:
+        return type(norm).forward(norm, hidden)
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, epsilon)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a copy of the module with random weights gives what `_forward` gives, in fp32."""
+    tried = copy.deepcopy(module).to_empty(device="cpu").float()  # it may be on the meta device
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        tried.weight.normal_(generator=generator)
+        hidden = torch.randn(4, *tried.weight.shape, generator=generator)
+        truth, found = type(tried).forward(tried, hidden), _forward(tried, hidden)
+    return bool((found - truth).abs().max() <= _TOLERANCE * truth.abs().max())

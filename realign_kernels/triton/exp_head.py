@@ -1,0 +1,310 @@
+"""E of a chunk straight from hidden states: the exponential in the GEMM's epilogue, no logits.
+
+For rows whose derivative is wanted. Each row is shifted by its label's logit, which is known before
+the GEMM, and not by its peak, so nothing is read twice:
+
+    E_v = exp(z_v - z_label) / 2^MARGIN        logp = -log(1 + 2^MARGIN * sum E_v)
+
+Where the others are 109 nats above the label, E may overflow. The log-prob is then NaN, and the
+call is repeated with row kernels, which shift by the peak (`Head.again`).
+"""
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from realign_kernels._extension import extension, missing_reason
+from realign_kernels.rows import Head, Scores
+from realign_kernels.triton.configs import EXP_HEAD
+from realign_kernels.triton.logits import (
+    check_unit_stride,
+    device_facts,
+    load_wide,
+    takes_tma,
+)
+
+MARGIN = tl.constexpr(58.0)
+"""Bits, 40 nats. Tokens 47 nats below the label underflow instead: 1 - p is then below 1e-20."""
+LOG2E = tl.constexpr(math.log2(math.e))
+ENVIRONMENT = "REALIGN_HEAD"
+CHOICES = ("cutlass", "triton", "rows")
+
+
+@triton.jit
+def label_kernel(
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    labels,  # (N,) int64
+    logit_out,  # (N,) fp32
+    shift_out,  # (N,) fp32, of log2 E
+    narrow_out,  # (N,) int32, the labels
+    width,
+    hidden_stride,
+    weight_stride,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    """The label's logit of one row, by which the row is shifted."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        depth = start + tl.arange(0, BLOCK)
+        a = load_wide(hidden + row * hidden_stride + depth, depth < width)
+        b = load_wide(weight + label * weight_stride + depth, depth < width)
+        sums += a * b
+    logit = tl.sum(sums, 0) * inverse_temperature
+    tl.store(logit_out + row, logit)
+    tl.store(shift_out + row, logit * LOG2E + MARGIN)
+    tl.store(narrow_out + row, label.to(tl.int32))
+
+
+@triton.jit
+def exponentials(z, shift, label, columns, vocabulary, inverse_temperature):
+    """E, 0 at the label and past the vocabulary."""
+    left_out = (columns[None, :] == label[:, None]) | (columns >= vocabulary)[None, :]
+    exponent = z * (inverse_temperature * LOG2E) - shift[:, None]
+    return tl.where(left_out, 0.0, tl.exp2(exponent))
+
+
+@triton.jit
+def exp_kernel(
+    hidden,  # (N, H), a descriptor of BLOCK_ROWS x BLOCK_DEPTH
+    weight,  # (V, H), a descriptor of BLOCK_COLUMNS x BLOCK_DEPTH
+    others,  # (N, V), a descriptor of BLOCK_ROWS x BLOCK_COLUMNS / 2
+    labels,  # (N,) int32
+    shift,  # (N,) fp32, of log2 E
+    sums_out,  # (tiles of columns, N) fp32
+    count,
+    vocabulary,
+    width,
+    sums_stride,
+    inverse_temperature,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Tiles of E by one program: GEMM, exponential, sums over the columns of each tile."""
+    row_blocks = tl.cdiv(count, BLOCK_ROWS)
+    column_blocks = tl.cdiv(vocabulary, BLOCK_COLUMNS)
+    HALF: tl.constexpr = BLOCK_COLUMNS // 2
+    # flatten: the loads of a program's next tile run during the epilogue of this one.
+    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, PROGRAMS, flatten=True):
+        # GROUP row blocks pass over the vocabulary together: their hidden states stay in L2.
+        group = tile // (GROUP * column_blocks)
+        group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
+        within = tile % (GROUP * column_blocks)
+        first_row = (group * GROUP + within % group_rows) * BLOCK_ROWS
+        block = within // group_rows
+        first_column = block * BLOCK_COLUMNS
+        z = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for k in range(0, width, BLOCK_DEPTH):
+            a = hidden.load([first_row, k])
+            b = weight.load([first_column, k])
+            z = tl.dot(a, b.T, z, input_precision="tf32x3")
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        shifts = tl.load(shift + rows, rows < count, other=0.0)
+        label = tl.load(labels + rows, rows < count, other=-1)
+        # In two halves, which take less shared memory on their way out.
+        left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
+        columns = first_column + tl.arange(0, HALF)
+        e = exponentials(left, shifts, label, columns, vocabulary, inverse_temperature)
+        others.store([first_row, first_column], (e * inverse_temperature).to(others.dtype))
+        total = tl.sum(e, 1)
+        e = exponentials(right, shifts, label, columns + HALF, vocabulary, inverse_temperature)
+        others.store([first_row, first_column + HALF], (e * inverse_temperature).to(others.dtype))
+        total += tl.sum(e, 1)
+        tl.store(sums_out + block.to(tl.int64) * sums_stride + rows, total, rows < count)
+
+
+@triton.jit
+def score_kernel(
+    sums,  # (tiles of columns, N) fp32
+    logit,  # (N,) fp32
+    logps_out,  # (N,) fp32
+    miss_out,  # (N,) fp32
+    total_out,  # (N,) fp32
+    count,
+    tiles,
+    sums_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """Log-prob and 1 - p of a block of rows, from the sums of their tiles in order."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    parts = tl.zeros((BLOCK_TILES, BLOCK_ROWS), tl.float32)
+    for first in range(0, tiles, BLOCK_TILES):
+        tile = (first + tl.arange(0, BLOCK_TILES)).to(tl.int64)
+        inside = (tile < tiles)[:, None] & (rows < count)[None, :]
+        parts += tl.load(sums + tile[:, None] * sums_stride + rows[None, :], inside, other=0.0)
+    total = tl.sum(parts, 0)
+    z = tl.load(logit + rows, rows < count, other=0.0)
+    # z - z is 0, but NaN where it is inf: an overflow must not read as certainty.
+    # The product with 2^MARGIN is exact; where it would overflow its logarithm is a sum.
+    large = total > 1
+    log_total = tl.log(tl.where(large, total, total * tl.exp2(MARGIN)))
+    gap = z - z - tl.where(large, log_total + MARGIN / LOG2E, log_total)
+    # Beyond that the product of E with the weight may overflow.
+    gap = tl.where(total < 1e30, gap, float("nan"))
+    e = tl.exp(-tl.abs(gap))
+    u = 1 + e
+    # log1p(e) = e log(u) / (u - 1) for u = 1 + e as rounded: exact to a few ulp.
+    log1p = tl.where(u == 1, e, e * tl.log(u) / tl.where(u == 1, 1.0, u - 1))
+    logps = tl.where(gap < 0, gap, 0.0) - tl.where(gap != gap, gap, log1p)
+    tl.store(logps_out + rows, logps, rows < count)
+    tl.store(miss_out + rows, tl.where(gap > 0, e / u, 1 / u), rows < count)
+    # 0 only if there are no others, and what it divides with it.
+    tl.store(total_out + rows, tl.where(total < 1e-37, 1e-37, total), rows < count)
+
+
+def label_logits(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, ...]:
+    """Logit of the label and shift, fp32, and the label as int32, each (N,)."""
+    count, width = hidden.shape
+    wide = [hidden.new_empty(count, dtype=torch.float32) for _ in range(2)]
+    narrow = hidden.new_empty(count, dtype=torch.int32)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        label_kernel[(count,)](
+            hidden,
+            head.weight,
+            labels.contiguous(),
+            *wide,
+            narrow,
+            width,
+            hidden.stride(0),
+            head.weight.stride(0),
+            1 / head.temperature,
+            BLOCK=min(1024, triton.next_power_of_2(width)),
+            num_warps=4,
+        )
+    return *wide, narrow
+
+
+def exp_rows(
+    hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, others: Tensor
+) -> Tensor:  # (tiles, N)
+    """The GEMM in Triton: writes others, (N, V), and returns the sums of E by tiles of columns."""
+    (count, width), vocabulary = hidden.shape, len(head.weight)
+    tile = EXP_HEAD
+    tiles = triton.cdiv(vocabulary, tile.columns)
+    sums = hidden.new_empty(tiles, count, dtype=torch.float32)
+    programs = min(device_facts(hidden)[1], triton.cdiv(count, tile.rows) * tiles)
+    boxes = [[tile.rows, tile.depth], [tile.columns, tile.depth], [tile.rows, tile.columns // 2]]
+    with torch.cuda.device_of(hidden):
+        exp_kernel[(programs,)](
+            *map(TensorDescriptor.from_tensor, (hidden, head.weight, others), boxes),
+            narrow,
+            shift,
+            sums,
+            count,
+            vocabulary,
+            width,
+            sums.stride(0),
+            1 / head.temperature,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_COLUMNS=tile.columns,
+            BLOCK_DEPTH=tile.depth,
+            GROUP=tile.group,
+            PROGRAMS=programs,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return sums
+
+
+def cutlass_rows(
+    hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, others: Tensor
+) -> Tensor:  # (tiles, N)
+    """`exp_rows` by the extension's CUTLASS kernel."""
+    module = extension()
+    count = len(hidden)
+    rows, columns = module.EXP_HEAD_TILE
+    # Its epilogue writes the sums of whole blocks of rows.
+    shape = triton.cdiv(len(head.weight), columns), triton.cdiv(count, rows) * rows
+    sums = hidden.new_empty(shape, dtype=torch.float32)
+    module.exp_head(
+        hidden.data_ptr(),
+        head.weight.data_ptr(),
+        others.data_ptr(),
+        shift.data_ptr(),
+        narrow.data_ptr(),
+        sums.data_ptr(),
+        (count, len(head.weight), hidden.shape[1]),
+        (hidden.stride(0), head.weight.stride(0), others.stride(0)),
+        hidden.get_device(),
+        torch.cuda.current_stream(hidden.device).cuda_stream,
+    )
+    return sums[:, :count]
+
+
+def score_sums(sums: Tensor, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, miss, total) of rows, each (N,) fp32, from the sums of E by tiles of columns."""
+    found = [torch.empty_like(logit) for _ in range(3)]
+    tiles, count = sums.shape
+    block = 32
+    with torch.cuda.device_of(logit):
+        score_kernel[(triton.cdiv(count, block),)](
+            sums,
+            logit,
+            *found,
+            count,
+            tiles,
+            sums.stride(0),
+            BLOCK_ROWS=block,
+            BLOCK_TILES=32,
+            num_warps=4,
+        )
+    return tuple(found)
+
+
+def fused(hidden: Tensor, labels: Tensor, head: Head, others: Tensor) -> Scores:
+    """See `realign_kernels.rows.Kernels.fused`."""
+    logit, shift, narrow = label_logits(hidden, labels, head)
+    gemm = cutlass_rows if choice(hidden, head) == "cutlass" else exp_rows
+    sums = gemm(hidden, head, narrow, shift, others)
+    logps, miss, total = score_sums(sums, logit)
+    slope = torch.full_like(logit, 1 / head.temperature)
+    return Scores(logps, miss, labels, total, slope)
+
+
+def choice(hidden: Tensor, head: Head) -> str:
+    """The kernel for E: one of CHOICES, of which "rows" writes logits and reads them again.
+
+    Raises:
+        ValueError: REALIGN_HEAD names another one.
+    """
+    asked = os.environ.get(ENVIRONMENT, "")
+    if asked and asked not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT} is {asked!r}: use one of {', '.join(CHOICES)}")
+    if asked == "rows" or not _suits(hidden, head):
+        return "rows"
+    # Its epilogue lacks the temperature in the derivative.
+    built = missing_reason() is None and hasattr(extension(), "exp_head")
+    return "cutlass" if built and head.temperature == 1 and asked != "triton" else "triton"
+
+
+def fuses(hidden: Tensor, head: Head) -> bool:
+    """See `realign_kernels.rows.Kernels.fuses`."""
+    return choice(hidden, head) != "rows"
+
+
+def _suits(hidden: Tensor, head: Head) -> bool:
+    """bf16 on Hopper, with rows that the tensor memory accelerator can address.
+
+    E needs bf16's range. The labels of a shard are on other ranks. At a temperature below 1 labels
+    are soon 109 nats below another token. Other architectures are not measured.
+    """
+    if hidden.dtype != torch.bfloat16 or device_facts(hidden)[0] != 90 or hidden.shape[1] % 8:
+        return False
+    if head.bias is not None or head.softcap is not None or head.shard is not None:
+        return False
+    tensors = {"hidden": hidden, "weight": head.weight}
+    for name, tensor in tensors.items():
+        check_unit_stride(name, tensor)
+    return head.temperature >= 1 and all(map(takes_tma, tensors.values()))

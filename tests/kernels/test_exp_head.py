@@ -1,0 +1,211 @@
+"""E without logits, one call of each kernel, against fp64: labels near, confident and far below."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton_cases as tc
+from triton_cases import DEVICE, exp_head, finish
+
+import realign_kernels as rk
+from realign_kernels import chunked
+from realign_kernels.chunked import default_fused_rows, filling_step
+from realign_kernels.rows import Head, Scores
+from realign_kernels.triton import backend
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's, interpreted
+]
+BITS = 2.0**58
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Interpreted, and in tiles of 16 x 32, of which small problems have several."""
+    monkeypatch.setattr(
+        exp_head, "EXP_HEAD", exp_head.EXP_HEAD._replace(rows=16, columns=32, group=2)
+    )
+    with tc.interpreted():
+        yield
+
+
+def problem(rows=37, width=40, vocabulary=203, spread=3.0, lift=0.0):
+    """fp32 inputs; logits have a standard deviation of `spread`, labels are `lift` nats higher."""
+    g = torch.Generator().manual_seed(rows + vocabulary)
+    hidden = torch.randn(rows, width, generator=g)
+    weight = torch.randn(vocabulary, width, generator=g) * spread / width**0.5
+    labels = torch.randint(vocabulary, (rows,), generator=g)
+    up = weight[labels]
+    hidden += lift * up / up.square().sum(1, keepdim=True)
+    return hidden.to(DEVICE), weight.to(DEVICE), labels.to(DEVICE)
+
+
+def run(hidden, weight, labels, temperature=1.0):
+    """Scores and E by the Triton kernels; rows of E are padded to 16 bytes."""
+    head, vocabulary = Head(weight, None, None, temperature), len(weight)
+    others = hidden.new_empty(len(hidden), -(-vocabulary // 8) * 8)[:, :vocabulary]
+    logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
+    sums = exp_head.exp_rows(hidden, head, narrow, shift, others)
+    logps, miss, total = exp_head.score_sums(sums, logit)
+    slope = torch.full_like(logit, 1 / temperature)
+    return Scores(logps, miss, labels, total, slope), others
+
+
+def truth(hidden, weight, labels, temperature=1.0):
+    """fp64: log-probs, their derivatives by hidden, and E before any scale."""
+    hidden = hidden.double().requires_grad_()
+    z = hidden @ weight.double().T / temperature
+    logps = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    (grad,) = torch.autograd.grad(logps.sum(), hidden)
+    e = (z - z.gather(1, labels[:, None])).exp().scatter(1, labels[:, None], 0).detach()
+    return logps.detach(), grad, e / temperature
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("lift", [0, 14, 30, -30, -40])
+@pytest.mark.parametrize("spread", [1.0, 2.0, 4.0, 6.0])
+def test_scores_and_gradient_against_fp64(spread, lift, temperature):
+    given = *problem(spread=spread, lift=lift), temperature
+    scores, others = run(*given)
+    logps, grad, e = truth(*given)
+    torch.testing.assert_close(scores.logps.double(), logps, rtol=2e-6, atol=1e-5)
+    confident = -torch.expm1(logps)
+    torch.testing.assert_close(scores.miss.double(), confident, rtol=1e-4, atol=1e-30)
+    torch.testing.assert_close(others.double() * BITS, e, rtol=1e-4, atol=float(e.max()) * 1e-8)
+    out = torch.empty_like(given[0])
+    finish.finish(others @ given[1], given[1], scores, scores.miss, out)
+    rows = (out.double() - grad).norm(dim=1) / grad.norm(dim=1)
+    assert rows.max() < 1e-4, rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "vocabulary"), [(1, 16, 1), (1, 8, 2), (16, 16, 32), (33, 24, 65)]
+)
+def test_shapes(rows, width, vocabulary):
+    given = problem(rows, width, vocabulary)
+    scores, others = run(*given)
+    logps, _, e = truth(*given)
+    torch.testing.assert_close(scores.logps.double(), logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(others.double() * BITS, e, rtol=1e-4, atol=1e-30)
+    assert scores.total.isfinite().all() and (scores.total > 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
+def test_rows_that_overflow_are_not_finite_and_others_are_right(value):
+    """NaN and inf in hidden states; 1e4 puts some token thousands of nats above the label."""
+    hidden, weight, labels = problem()
+    exact, _, _ = truth(hidden, weight, labels)
+    hidden[3] = value * hidden[3]
+    labels[3] = (hidden[3] @ weight.T).argmin()
+    scores, _ = run(hidden, weight, labels)
+    finite = scores.logps.isfinite()
+    assert finite.tolist() == [row != 3 for row in range(len(hidden))]
+    torch.testing.assert_close(scores.logps[finite].double(), exact[finite], rtol=2e-6, atol=1e-5)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The public functions take the fused kernels, as on Hopper; returns the rows of each call."""
+    calls = []
+
+    def record(hidden, *rest):
+        calls.append(len(hidden))
+        return exp_head.fused(hidden, *rest)
+
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "fuses", lambda hidden, head: True)
+    monkeypatch.setattr(backend, "fused", record)
+    monkeypatch.setattr(exp_head, "choice", lambda hidden, head: "triton")
+    monkeypatch.setattr(chunked, "_device", lambda device: (80 * 2**30, 132))
+    with rk.use_backend("triton"):
+        yield calls
+
+
+def preference(hidden, weight, labels, dtype=torch.float32):
+    """rDPO's loss over two examples of three sequences, and its gradients."""
+    leaves = [t.to(dtype).detach().requires_grad_() for t in (hidden, weight)]
+    batch = leaves[0].view(3, 2, 6, -1)
+    references = torch.linspace(-20, -10, 6, device=DEVICE).view(3, 2).to(dtype)
+    loss = rk.rdpo_loss(batch, leaves[1], labels.view(3, 2, 6), references).loss
+    loss.backward()
+    return loss.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_rdpo_loss_by_fused_kernels(fused, trains, far):
+    """Loss and gradients against fp64; labels 200 nats below another token repeat the call."""
+    hidden, weight, labels = problem(36, 40, 203)
+    if far:
+        hidden[5] *= 40
+        labels[5] = (hidden[5] @ weight.T).argmin()
+    with rk.use_backend("reference"):
+        exact = preference(hidden, weight, labels, torch.float64)
+    if trains:
+        found = preference(hidden, weight, labels)
+    else:
+        leaf = hidden.clone().requires_grad_()
+        references = torch.linspace(-20, -10, 6, device=DEVICE).view(3, 2)
+        batch, labels = leaf.view(3, 2, 6, -1), labels.view(3, 2, 6)
+        loss = rk.rdpo_loss(batch, weight, labels, references).loss
+        loss.backward()
+        found = loss.detach(), leaf.grad
+    assert fused == [36]
+    for value, true in zip(found, exact, strict=False):
+        torch.testing.assert_close(value.double(), true, rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_of_fused_rows(fused):
+    """Log-probs of 37 rows, 16 at a time, and a row of NaN that stays an error."""
+    hidden, weight, labels = problem()
+    exact, grad, _ = truth(hidden, weight, labels)
+    leaf = hidden.clone().requires_grad_()
+    logps = rk.linear_logprobs(leaf, weight, labels, chunk_rows=16)
+    logps.sum().backward()
+    assert fused == [16, 16, 5]
+    torch.testing.assert_close(logps.double(), exact, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), grad, rtol=1e-4, atol=1e-6)
+    bad = hidden.clone()
+    bad[7] = float("nan")
+    with pytest.raises(rk.NonFiniteError, match="hidden holds NaN"):
+        rk.linear_logprobs(bad.requires_grad_(), weight, labels)
+
+
+def test_finish_without_a_target_and_into_half():
+    g = torch.Generator().manual_seed(0)
+    pull, weight = torch.randn(5, 70, generator=g), torch.randn(9, 70, generator=g)
+    target = torch.tensor([8, -1, 0, 3, -1])
+    total, slope, factor = torch.rand(3, 5, generator=g) + 0.5
+    scores = Scores(total, total, target, total, slope)
+    given = [t.to(DEVICE) for t in (pull, weight)]
+    scores = Scores(*(t.to(DEVICE) for t in scores))
+    w = weight[target.clamp(min=0)] * (target >= 0)[:, None] * slope[:, None]
+    exact = factor[:, None].double() * (w.double() - pull.double() / total[:, None].double())
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
+        out = torch.empty(5, 80, dtype=dtype, device=DEVICE)[:, :70]
+        finish.finish(*given, scores, factor.to(DEVICE), out)
+        torch.testing.assert_close(out.double().cpu(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, float("nan")])
+def test_scale(factor):
+    values = torch.randn(3, 9001, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    exact = values * factor
+    finish.scale(values, torch.tensor(factor, device=DEVICE))
+    assert torch.equal(values.nan_to_num(), exact.nan_to_num())
+
+
+def test_a_chunk_fills_the_multiprocessors():
+    """Tiles of 128 x 256 over 132 multiprocessors, counted by hand."""
+    assert filling_step(8190, 4418, 4096, 132) == 4096  # 512 of 528 twice, against 496 of 528
+    assert filling_step(8192, 3533, 3584, 132) == 2944  # 322 of 396 twice and 252 of 264
+    assert filling_step(3072, 4096, 4096, 132) == 3072
+    assert filling_step(10, 4, 4096, 132) == 4
+
+
+def test_e_takes_a_64th_of_the_memory():
+    assert default_fused_rows(151936, 80 * 2**30) == 5 * 2**28 // (2 * 151936)
+    assert default_fused_rows(32000, 24 * 2**30) == 384 * 2**20 // 64000
+    assert default_fused_rows(262144, 2**30) == 1024
