@@ -126,7 +126,8 @@ class LogProbs(torch.autograd.Function):
         ctx.head, ctx.chunk_rows, ctx.backend = head[2:], chunk_rows, current_override()
         ctx.set_materialize_grads(False)
         if direction is None:
-            ctx.save_for_backward(None, rows, dense, weight, bias, targets)
+            # A loader may fill the labels' memory again before the backward.
+            ctx.save_for_backward(None, rows, dense, weight, bias, targets.clone())
         else:
             ctx.mark_non_differentiable(direction)
             ctx.save_for_backward(direction, rows)

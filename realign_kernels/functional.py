@@ -101,7 +101,7 @@ def linear_logprobs(
     (known,) = row_plan.host_values(flat)
     head = ops.make_head(weight, bias, softcap, temperature, group)
     scored, rows = row_plan.scored_rows(known, head.vocabulary, ignore_index)
-    scored, rows = row_plan.indices_to_device(scored, rows, device=hidden.device)
+    scored, rows = row_plan.labels_on(hidden.device, flat, scored, rows)
     if flags is not None:
         flags = row_plan.to_device(flags, hidden.device)
         flags = flags if rows is None else flags[rows]
@@ -256,7 +256,8 @@ def linear_preference_loss(
         sums, counts = preference_ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
         return objective.__call__(sums, reference_logps, reduction, counts)
     head = ops.make_head(weight, bias, softcap, temperature, group)
-    plan = row_plan.plan_rows(labels, ids, head.vocabulary, ignore_index, leaves, examples)
+    shape = (leaves, examples)
+    plan = row_plan.RowPlan(labels, ids, hidden.device, head.vocabulary, ignore_index, shape)
     inputs = (hidden, weight, bias, head, plan, token_weights, reference_logps)
     # In fp16 gradients made in the forward would underflow before a loss scale reaches them.
     early = reduction != "none" and hidden.dtype != torch.float16
@@ -298,12 +299,13 @@ def rdpo_loss(
         ValueError, NonFiniteError: as linear_preference_loss does.
     """
     plain = type(beta) is float and type(visual_weight) is float
+    known = plain and not torch.compiler.is_compiling()  # Dynamo warns of caches
     output = linear_preference_loss(
         hidden,
         weight,
         labels,
         reference_logps,
-        (_rdpo if plain else objectives.rdpo)(beta, visual_weight),
+        (_rdpo if known else objectives.rdpo)(beta, visual_weight),
         sequence_ids=sequence_ids,
         bias=bias,
         softcap=softcap,

@@ -19,8 +19,8 @@ from realign_kernels.eager import (
 )
 from realign_kernels.nonfinite import check_rows, check_tables, finite_rows, sentinel
 from realign_kernels.objectives import Objective, PreferenceOutput
-from realign_kernels.preference_ops import from_tokens, loss_kernel, rival_rows, sum_by_sequence
-from realign_kernels.row_plan import RowPlan, indices_to_device, to_device
+from realign_kernels.preference_ops import from_tokens, loss_kernel, plan_rivals, sum_by_sequence
+from realign_kernels.row_plan import RowPlan, to_device
 from realign_kernels.rows import Head
 
 
@@ -33,12 +33,11 @@ class _Losses:
         reference_logps: Tensor,  # (L, B)
         reduction: str,
         plan: RowPlan,
-        ids: Tensor,  # (n,) int64, leaf * B + example
         lengths: list[int],  # rows of each span
         token_weights: Tensor | None,  # (n,)
     ) -> None:
         self.objective, self.reference_logps, self.reduction = objective, reference_logps, reduction
-        self.plan, self.ids, self.token_weights = plan, ids, token_weights
+        self.plan, self.token_weights = plan, token_weights
         self.ends = [0, *accumulate(lengths)]
         self.output: PreferenceOutput | None = None
         self.every: list[Tensor] = []  # d loss / d logp of the rows, by chunks
@@ -46,12 +45,12 @@ class _Losses:
 
     @cached_property
     def counts(self) -> Tensor:  # (L, B) int64
-        return to_device(torch.from_numpy(self.plan.counts), self.ids.device)
+        return to_device(torch.from_numpy(self.plan.counts), self.plan.device)
 
     def slopes(self, first: int, last: int, logps: Tensor) -> Tensor:
         """d loss / d logp of the rows in spans [first, last)."""
-        span = slice(self.ends[first], self.ends[last])
-        ids, factor = self.ids[span], self.token_weights
+        span, everything = slice(self.ends[first], self.ends[last]), len(logps) == self.ends[-1]
+        ids, factor = self.plan.ids_on_device[span], self.token_weights
         factor = None if factor is None else factor[span]
         used = logps if factor is None else logps * factor
         if kernel := loss_kernel(self.objective, self.reduction, logps):
@@ -60,14 +59,14 @@ class _Losses:
             out = kernel(*args, reduction=self.reduction, ignore_index=-1)
             grad = out.coefficients
             output = PreferenceOutput(out.loss, out.sums, out.rewards, out.counts, out.term_losses)
-        elif len(logps) == len(self.ids):
+        elif everything:
             sums = sum_by_sequence(used, ids, self.reference_logps.shape)
             args = (self.reference_logps, self.reduction, self.counts)
             output, of_sum = _with_slope(lambda sums: self.objective(sums, *args), sums)
             grad = of_sum.flatten()[ids]
         else:
             grad = self._slopes_of_examples(first, last, used, ids)
-        if len(logps) == len(self.ids):
+        if everything:
             self.output = output
         self.every.append(grad if factor is None else grad * factor)
         return self.every[-1]
@@ -86,8 +85,9 @@ class _Losses:
     def finish(self, used: Tensor) -> PreferenceOutput:
         """The loss of all examples, from their log-probs times token weights."""
         if self.output is None:
+            sequences = self.plan.ids_on_device, self.plan.counts
             args = (self.reference_logps, self.objective, self.reduction)
-            self.output = from_tokens(used, self.ids, self.plan.counts, *args)
+            self.output = from_tokens(used, *sequences, *args)
         return self.output
 
     def check_parts(self, parts: float, whole: float) -> None:
@@ -131,17 +131,14 @@ class FusedPreference(torch.autograd.Function):
         reduction: str,
         chunk_rows: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # the fields of PreferenceOutput
-        rows, labels, ids, lengths = plan.rows, plan.labels, plan.ids, [len(plan.labels)]
+        ordered, lengths = plan, [len(plan.labels)]
         backend, scores_rivals = backend_for(hidden), any(leaf.rival for leaf in objective.leaves)
-        if len(labels) > backend.span_rows(hidden, head, scores_rivals, chunk_rows):
-            # Rows by example: the order of the rows of an example is kept.
-            order = (ids % reference_logps.shape[1]).argsort(kind="stable")
-            rows, labels, ids = order if rows is None else rows[order], labels[order], ids[order]
-            lengths = plan.counts.sum(0).tolist()
-        labels, ids, rows = indices_to_device(labels, ids, rows, device=hidden.device)
-        rival = rival_rows(objective, ids, reference_logps.shape[1])
+        if len(plan.labels) > backend.span_rows(hidden, head, scores_rivals, chunk_rows):
+            ordered, lengths = plan.by_example(), plan.counts.sum(0).tolist()
+        labels, rows = ordered.labels_on_device()
+        rival = plan_rivals(objective, ordered)
         factor = token_weights if rows is None or token_weights is None else token_weights[rows]
-        losses = _Losses(objective, reference_logps, reduction, plan, ids, lengths, factor)
+        losses = _Losses(objective, reference_logps, reduction, ordered, lengths, factor)
         needs = ctx.needs_input_grad
         with as_given(hidden.device.type):
             logps, targets, grads = backend.by_spans(
@@ -156,7 +153,16 @@ class FusedPreference(torch.autograd.Function):
             )
         used = logps if factor is None else logps * factor
         output = losses.finish(used)
-        # The only read of the device.
+        ctx.grads, ctx.rows, ctx.hidden_like = grads, rows, (hidden.shape, hidden.dtype)
+        slope = losses.every[0] if len(losses.every) == 1 else torch.cat([logps[:0], *losses.every])
+        # A loader may fill the labels' memory again before the backward.
+        targets, ids = targets.clone(), ordered.ids_on_device
+        ctx.save_for_backward(hidden, weight, bias, targets, ids, factor, slope)
+        ctx.head, ctx.chunk_rows, ctx.backend = head[2:], chunk_rows, current_override()
+        ctx.mark_non_differentiable(output.rewards, output.token_counts, output.term_losses)
+        ctx.set_materialize_grads(False)
+
+        # The only read of the device, last: until the backward, the GPU has nothing to do.
         flag = sentinel(output.logps - reference_logps)
         if losses.partial:
             parts = torch.stack(losses.partial).sum(dtype=torch.float64)
@@ -171,13 +177,6 @@ class FusedPreference(torch.autograd.Function):
             check_tables(used, rows, output.logps, reference_logps)
         if both:
             losses.check_parts(*both)
-
-        ctx.grads, ctx.hidden_like = grads, (hidden.shape, hidden.dtype)
-        slope = torch.cat(losses.every) if losses.every else logps
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, ids, factor, slope)
-        ctx.head, ctx.chunk_rows, ctx.backend = head[2:], chunk_rows, current_override()
-        ctx.mark_non_differentiable(output.rewards, output.token_counts, output.term_losses)
-        ctx.set_materialize_grads(False)
         return tuple(output)
 
     @staticmethod
@@ -190,8 +189,7 @@ class FusedPreference(torch.autograd.Function):
             hidden, weight, bias = ready
             if hidden is not None:
                 shape, dtype = ctx.hidden_like
-                rows = ctx.saved_tensors[4]
-                hidden = spread_rows(scaled(hidden, grad_loss, dtype), rows, shape)
+                hidden = spread_rows(scaled(hidden, grad_loss, dtype), ctx.rows, shape)
             for grad in (weight, bias):
                 if grad is not None:
                     backend_for(grad, ctx.backend).scale(grad, grad_loss)
@@ -205,21 +203,21 @@ class FusedPreference(torch.autograd.Function):
     @staticmethod
     def _recomputed(ctx, grad_loss, grad_sums) -> tuple[Tensor | None, ...]:
         """Gradients from those of the loss and of the sums, in 4 GEMMs."""
-        hidden, weight, bias, targets, rows, ids, factor, slope = ctx.saved_tensors
+        hidden, weight, bias, targets, ids, factor, slope = ctx.saved_tensors
         tokens = torch.zeros_like(slope) if grad_loss is None else slope * grad_loss
         if grad_sums is not None:
             of_row = grad_sums.flatten()[ids]
             tokens = tokens + (of_row if factor is None else of_row * factor).to(tokens.dtype)
         first, *of_head = recompute_gradients(
             tokens,
-            take_rows(hidden, rows),
+            take_rows(hidden, ctx.rows),
             Head(weight, bias, *ctx.head),
             targets,
             ctx.chunk_rows,
             tuple(ctx.needs_input_grad[:3]),
             ctx.backend,
         )
-        return None if first is None else spread_rows(first, rows, hidden.shape), *of_head
+        return None if first is None else spread_rows(first, ctx.rows, hidden.shape), *of_head
 
 
 def _with_slope(

@@ -104,16 +104,16 @@ def planned_preference(
     Raises:
         NonFiniteError: a log-prob, its derivative or a reference is NaN or infinite.
     """
-    arrays = plan.labels, plan.ids, plan.rows
-    labels, ids, rows = indices_to_device(*arrays, device=hidden.device)
-    rival = rival_rows(objective, ids, reference_logps.shape[1])
+    labels, rows = plan.labels_on_device()
+    rival = plan_rivals(objective, plan)
     keep = wants_direction(hidden, weight, bias)
     args = (head, labels, rows, rival, chunk_rows, keep)
     logps, direction = LogProbs.apply(hidden, weight, bias, *args)
     used = logps
     if token_weights is not None:
         used = logps * (token_weights if rows is None else token_weights[rows])
-    output = from_tokens(used, ids, plan.counts, reference_logps, objective, reduction)
+    sequences = plan.ids_on_device, plan.counts
+    output = from_tokens(used, *sequences, reference_logps, objective, reduction)
     if not is_finite(sentinel(output.logps.detach() - reference_logps, direction)):
         if again := head.again():
             settings = (token_weights, reference_logps, objective, reduction, chunk_rows)
@@ -174,6 +174,13 @@ class _FusedLoss(torch.autograd.Function):
             of_row = grad_sums.flatten()[ids]
             grad = of_row if grad is None else grad + of_row
         return (grad, *(None,) * 5)
+
+
+def plan_rivals(objective: Objective, plan: RowPlan) -> Tensor | None:  # (n,) bool
+    """`rival_rows` of planned rows; sequence numbers wait where no leaf is a rival."""
+    if not any(leaf.rival for leaf in objective.leaves):
+        return None
+    return rival_rows(objective, plan.ids_on_device, plan.shape[1])
 
 
 def rival_rows(

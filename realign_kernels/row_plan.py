@@ -3,7 +3,9 @@
 Labels and sequence numbers that are on the CPU already cost no wait for the device.
 """
 
-from typing import NamedTuple
+import math
+from copy import copy
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 def host_values(*tensors: Tensor) -> list[np.ndarray]:
     """The values of int64 tensors of one length, with one wait if any of them is on a device."""
     apart = [tensor for tensor in tensors if tensor.device.type != "cpu"]
-    read = iter(torch.stack(apart).cpu() if apart else ())
+    read = iter(torch.stack(apart).cpu() if len(apart) > 1 else [t.cpu() for t in apart])
     return [(t if t.device.type == "cpu" else next(read)).numpy() for t in tensors]
 
 
@@ -57,6 +59,8 @@ def scored_rows(
     Raises:
         ValueError: a label is outside [0, vocabulary).
     """
+    if not 0 <= ignore_index < vocabulary and not _any_outside(labels, vocabulary):
+        return labels, None  # one pass of four, where no row is ignored
     valid = labels != ignore_index
     rows = None if valid.all() else valid.nonzero()[0]
     scored = labels if rows is None else labels[rows]
@@ -75,41 +79,86 @@ def _any_outside(values: np.ndarray, limit: int) -> bool:
     return len(values) > 0 and bool(values.view(np.uint64).max() >= limit)  # -1 is 2**64 - 1
 
 
-class RowPlan(NamedTuple):
-    """The n scored rows of a batch, planned on the host."""
+def labels_on(
+    device: torch.device,
+    given: Tensor,  # (N,) int64, on the CPU or on `device`
+    labels: np.ndarray,  # (n,) int64, those of them that are scored
+    rows: np.ndarray | None,  # (n,) int64
+) -> tuple[Tensor, Tensor | None]:
+    """Scored labels and their rows on `device`; labels that are there already are not copied."""
+    if rows is None and given.device == device:
+        return given, None
+    return tuple(indices_to_device(labels, rows, device=device))
 
-    rows: np.ndarray | None  # (n,) int64, flat positions; None where all rows are scored
-    labels: np.ndarray  # (n,) int64; may be the caller's memory, and so may ids
-    ids: np.ndarray  # (n,) int64, leaf * B + example
-    counts: np.ndarray  # (L, B) int64, scored tokens of each sequence
 
+class RowPlan:
+    """The n scored rows of a batch, planned on the host.
 
-def plan_rows(
-    labels: Tensor,  # (L, B, T), or (N,), integer
-    sequence_ids: Tensor | None,  # (N,) int64, leaf * B + example; not read where ignored
-    vocabulary: int,
-    ignore_index: int,
-    leaves: int,
-    examples: int,
-) -> RowPlan:
-    """Check labels and sequence_ids, and plan which rows are scored.
-
-    Raises:
-        ValueError: a label or a sequence number is out of range, or a sequence has no label.
+    Labels are read and checked at once. Sequence numbers and counts are checked when they are first
+    asked for: where no leaf is a rival, the first GEMM has been launched by then.
     """
-    flat = labels.reshape(-1).long()
-    if sequence_ids is None:
-        (known,) = host_values(flat)
-        ids = np.arange(leaves * examples).repeat(labels.shape[-1])
-    else:
-        known, ids = host_values(flat, sequence_ids)
-    known, rows = scored_rows(known, vocabulary, ignore_index)
-    ids = ids if rows is None else ids[rows]
-    if sequence_ids is not None:
-        check_ids(ids, rows, leaves, examples)
-    counts = np.bincount(ids, minlength=leaves * examples).reshape(leaves, examples)
-    check_counts(counts, ignore_index)
-    return RowPlan(rows, known, ids, counts)
+
+    def __init__(
+        self,
+        labels: Tensor,  # (L, B, T), or (N,), integer
+        sequence_ids: Tensor | None,  # (N,) int64, leaf * B + example; not read where ignored
+        device: torch.device,
+        vocabulary: int,
+        ignore_index: int,
+        shape: tuple[int, int],
+    ) -> None:
+        """Plan for sequences of `shape`, (leaves, examples).
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        self.device, self.shape, self.ignore_index = device, shape, ignore_index
+        self._given, self._length = labels.reshape(-1).long(), labels.shape[-1]
+        every = (self._given,) if sequence_ids is None else (self._given, sequence_ids)
+        known, *self._sequence_ids = host_values(*every)
+        self.labels, self.rows = scored_rows(known, vocabulary, ignore_index)
+
+    def labels_on_device(self) -> tuple[Tensor, Tensor | None]:  # (n,), (n,)
+        """Labels, and the flat positions of their rows; None where all rows are scored in order."""
+        return labels_on(self.device, self._given, self.labels, self.rows)
+
+    @cached_property
+    def ids(self) -> np.ndarray:  # (n,) int64, leaf * B + example
+        """Sequence numbers of the rows, checked.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        leaves, examples = self.shape
+        (ids,) = self._sequence_ids or (np.arange(leaves * examples).repeat(self._length),)
+        ids = ids if self.rows is None else ids[self.rows]
+        check_ids(ids, self.rows, leaves, examples)
+        return ids
+
+    @cached_property
+    def counts(self) -> np.ndarray:  # (L, B) int64
+        """Scored tokens of each sequence.
+
+        Raises:
+            ValueError: a sequence has none.
+        """
+        counts = np.bincount(self.ids, minlength=math.prod(self.shape)).reshape(self.shape)
+        check_counts(counts, self.ignore_index)
+        return counts
+
+    @cached_property
+    def ids_on_device(self) -> Tensor:  # (n,) int64
+        """`ids`, where the counts are right, too."""
+        assert self.counts is not None
+        return indices_to_device(self.ids, device=self.device)[0]
+
+    def by_example(self) -> "RowPlan":
+        """The same rows in the order of examples; the rows of an example keep theirs."""
+        order = (self.ids % self.shape[1]).argsort(kind="stable")
+        plan = copy(self)
+        plan.rows = order if self.rows is None else self.rows[order]
+        plan.labels, plan.ids, plan.counts = self.labels[order], self.ids[order], self.counts
+        return plan
 
 
 def check_ids(

@@ -100,11 +100,11 @@ def logprobs_equal(group, dtype, frozen):
     result = type(exact)(logps.detach(), hidden.grad, weight.grad, bias.grad)
     within_budget(result, type(exact)(*pieces[1]), type(exact)(*pieces[0]), dtype)
     assert (weight.grad is None) == frozen
-    # Shard sizes are gathered for the row plan and in each operator. A chunk reduces its maxima and
-    # its sums, and once more for the gradient of hidden.
+    # Shard sizes are gathered for the row plan. A chunk reduces its maxima and its sums, and once
+    # more for the gradient of hidden.
     chunks = -(-int((case.labels != -100).sum()) // 3)
-    assert forward == {"all_gather": 2, "all_reduce": (3 if frozen else 2) * chunks}
-    assert backward == {"all_gather": int(not frozen), "all_reduce": 0 if frozen else 3 * chunks}
+    assert forward == {"all_gather": 1, "all_reduce": (3 if frozen else 2) * chunks}
+    assert backward == {"all_gather": 0, "all_reduce": 0 if frozen else 3 * chunks}
     with torch.no_grad():
         again = rk.linear_logprobs(hidden, weight, case.labels, **settings)
     assert error(again, logps) <= FLOOR[torch.float32]

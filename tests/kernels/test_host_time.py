@@ -1,0 +1,141 @@
+"""Host time of a head call, in what it is made of: operations, transfers, evaluations of terms."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import realign_kernels as rk
+from realign_kernels import nonfinite, objectives, row_plan
+
+FREE = {"view", "slice", "select", "detach", "t", "transpose", "unsqueeze", "_unsafe_view"}
+FREE |= {"permute", "empty", "new_empty", "empty_like"}
+"""Operations of torch without a launch on a GPU."""
+INF = float("inf")
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operations that would launch a kernel or a copy, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name not in FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def batch(ignored, trains, examples=4):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, examples, 8, 16, generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(50, 16, generator=g).bfloat16().requires_grad_(trains)
+    labels = torch.randint(50, (3, examples, 8), generator=g)
+    if ignored:
+        labels[..., :3] = -100
+    return hidden, weight, labels, torch.zeros(3, examples)
+
+
+SPREAD = ["new_zeros", "index_copy_"]
+"""Rows back among the ignored ones."""
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["none ignored", "some ignored"])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_a_backward_scales_and_does_no_more(monkeypatch, trains, ignored):
+    """The GPU is idle from the read at the end of the forward until these are launched."""
+    cases = pytest.importorskip("triton_cases")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    hidden, weight, *rest = batch(ignored, trains)
+    if not trains:  # the loss by one kernel; the interpreter does not take bf16
+        hidden, weight = hidden.detach().float().requires_grad_(), weight.float()
+    with cases.interpreted(), rk.use_backend("torch" if trains else "triton"):
+        loss = rk.rdpo_loss(hidden, weight, *rest).loss * 2
+        with Launches() as launches:
+            loss.backward()
+    outside = launches.names[:2]  # a gradient of 1, and its product with 2
+    of_hidden = ["mul", "mul"] if not trains else ["mul"]  # the frozen head's has a slope a row
+    spread = SPREAD if ignored else []
+    # On a CPU the scalar is read before the gradient of the weight is scaled.
+    of_weight = ["_local_scalar_dense", "mul_"] if trains else []
+    assert outside == ["ones_like", "mul"]
+    assert launches.names[2:] == of_hidden + spread + of_weight
+
+
+@pytest.mark.parametrize("call", ["frozen", "trained", "log-probs"])
+def test_no_operation_is_before_the_first_gemm(call):
+    hidden, weight, labels, references = batch(ignored=False, trains=call == "trained")
+    with rk.use_backend("torch"), Launches() as launches:
+        if call == "log-probs":
+            rk.linear_logprobs(hidden, weight, labels)
+        else:
+            rk.rdpo_loss(hidden, weight, labels, references)
+    assert launches.names[0] == "mm"
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 48, 24])
+def test_terms_are_evaluated_once_a_chunk(chunk_rows):
+    """With more than one chunk, once more over all examples."""
+    calls = []
+
+    class Counted(objectives.PairSigmoid):
+        def __call__(self, rewards):
+            calls.append(rewards.shape[1])
+            return super().__call__(rewards)
+
+    hidden, weight, labels, references = batch(ignored=False, trains=True)
+    term = Counted(name="pair", positive=0, negative=1)
+    inputs = (hidden[:2], weight, labels[:2], references[:2], [term])
+    rk.linear_preference_loss(*inputs, chunk_rows=chunk_rows).loss.backward()
+    assert calls == {None: [4], 48: [3, 1, 4], 24: [1, 1, 1, 1, 4]}[chunk_rows]
+
+
+def test_indices_are_copied_in_one_transfer_to_addresses_that_triton_aligns(monkeypatch):
+    arrays = [np.arange(3), None, np.arange(5), np.arange(0), np.arange(8)]
+    transfers = []
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: transfers.append(t) or original(t))
+    found = row_plan.indices_to_device(*arrays, device=torch.device("cpu"))
+    assert len(transfers) == 1
+    for array, tensor in zip(arrays, found, strict=True):
+        if array is None:
+            assert tensor is None
+            continue
+        assert torch.equal(tensor, torch.from_numpy(array)) and tensor.dtype == torch.int64
+        assert (tensor.data_ptr() - transfers[0].data_ptr()) % 16 == 0
+        array += 1
+    assert found[0].tolist() == [0, 1, 2] and found[4].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF, -INF, (INF, -INF)], ids=str)
+def test_a_sentinel_shows_one_value_among_many(bad):
+    values = torch.full((3, 1000), -3e38)  # its sum is no fp32
+    assert nonfinite.is_finite(nonfinite.sentinel(values, None, values[0]))
+    values[1, :2] = torch.tensor(bad)
+    assert not nonfinite.is_finite(nonfinite.sentinel(values))
+    assert not nonfinite.is_finite(nonfinite.sentinel(values[0], values))
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_log_probs_whose_sum_overflows_are_finite(frozen):
+    hidden = torch.full((2, 1), 1.5e308, dtype=torch.float64).requires_grad_()
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64).requires_grad_(not frozen)
+    logps = rk.linear_logprobs(hidden, weight, torch.tensor([1, 1]))
+    assert (logps == -1.5e308).all()
+    (grad,) = torch.autograd.grad(logps[0], hidden)
+    assert grad.tolist() == [[-1.0], [0.0]]
+
+
+def test_labels_out_of_range_are_found_in_each_place():
+    for labels, found in (
+        ([3, 50, 0, -1], "2 outside .0, 50., first 50 at flat row 1"),
+        ([3, -100, 0, -1], "1 outside .0, 50., first -1 at flat row 3"),
+        ([-100, -(2**63), 7, 2**63 - 1], f"2 outside .0, 50., first -{2**63} at flat row 1"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            row_plan.scored_rows(np.array(labels), 50, -100)
+    scored, rows = row_plan.scored_rows(np.array([3, 7, 5]), 50, 7)  # a token that is ignored
+    assert scored.tolist() == [3, 5] and rows.tolist() == [0, 2]
+    assert row_plan.scored_rows(np.array([3, 7, 5]), 50, -100)[1] is None
