@@ -5,9 +5,9 @@ import subprocess
 
 
 def smi(**fields: str) -> dict[str, str]:
-    """Fields of nvidia-smi for the first GPU by our names; its error where it fails or is absent.
+    """nvidia-smi's fields of the first GPU, by names of ours.
 
-    An error here must not end the parent.
+    Where it fails or is absent its error is the one field: it must not end the parent.
     """
     command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
     try:
