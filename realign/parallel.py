@@ -1,9 +1,9 @@
 """Ranks: starting them, waiting for them, and summing over them.
 
 A run without `--fsdp` is one process. With it every GPU gets a worker (two workers on a CPU),
-started here through torch's launcher unless torchrun started us. In bf16 one process is a mesh of
-one: FSDP2 is what keeps trained parameters in fp32 and computes in bf16, the same way for any
-number of ranks, so that reference log-probs are the same, too.
+started here through torch's launcher unless torchrun started us. FSDP2 keeps trained parameters in
+fp32 and computes in bf16. With `--tune full` in bf16 one process is therefore a mesh of one; LoRA
+layers cast their adapters themselves, with the same bits (tests/test_one_rank.py).
 """
 
 from __future__ import annotations
