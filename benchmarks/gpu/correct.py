@@ -4,8 +4,10 @@ A case whose error is over its budget is an error line, so that a second call ru
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 
@@ -13,6 +15,7 @@ from benchmarks.contestants import both_terms, eager
 from benchmarks.gpu import correct_kernels, correct_systems, truth
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss, use_backend
+from realign_kernels.triton import exp_head
 
 LIMIT = 70.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -109,6 +112,25 @@ def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
     return truth.within_budget(value, run(both_terms(eager)()), exact, dtype)
 
 
+def by_kernel(record: Record, kernel: str, trains: bool) -> dict:
+    """`preference` with a kernel for E by name."""
+    with patch.dict(os.environ, {exp_head.ENVIRONMENT: kernel}):
+        return preference(record, BF16, trains)
+
+
+def far_label(record: Record, kernel: str) -> dict:
+    """`linear_logprobs` where a label is 200 nats below another token, beyond the range of E."""
+    problem = truth.make(SIZES["usual"][record.rehearse], BF16, record.device)
+    wide = problem.hidden.double() @ problem.weight.double().T
+    row = int((problem.labels != truth.IGNORE).nonzero()[0])
+    problem.hidden[row] *= 200 / (wide[row].max() - wide[row].min())
+    problem.labels[row] = wide[row].argmin()
+    with patch.dict(os.environ, {exp_head.ENVIRONMENT: kernel}), backend(record.device, BF16):
+        value = truth.ours(problem, "hidden")
+    exact = truth.plain(problem, torch.float64, truth.BLOCK)
+    return truth.within_budget(value, truth.plain(problem, BF16), exact, BF16)
+
+
 def repeats(record: Record, trains: str) -> dict:
     """`REPEATS` calls on the same inputs: which results differ in any bit from the first."""
     problem = truth.make(SIZES["usual"][record.rehearse], BF16, record.device)
@@ -147,9 +169,18 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
         f"repeats/{trains}": partial(repeats, record, trains)
         for trains in ("hidden", "all", "nothing")
     }
+    kernels = [name for name in exp_head.CHOICES if name != "cutlass" or exp_head.built()]
+    by_name = {
+        f"E by {kernel}/{'trained' if trains else 'frozen'}": partial(
+            by_kernel, record, kernel, trains
+        )
+        for kernel in kernels
+        for trains in (False, True)
+    } | {f"E by {kernel}/far label": partial(far_label, record, kernel) for kernel in kernels}
     first = dict(list(heads.items())[:6] + list(losses.items())[:2])
     return {
         **first,
+        **by_name,
         **correct_kernels.cases(record),
         **equal,
         **correct_systems.cases(record),

@@ -10,7 +10,6 @@ from torch import Tensor
 from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from realign_kernels import objectives
-from realign_kernels._extension import extension
 from realign_kernels.rows import Head, RowStats
 from realign_kernels.triton import exp_head
 from realign_kernels.triton.forward import head_stats
@@ -200,7 +199,7 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
         f"wide {short} capped": (HEADS["wide"], half, capped),
     }
     ways = {"triton": ("triton", 1.0), "triton, T = 1.3": ("triton", 1.3)}
-    if hasattr(extension(), "exp_head") and not record.rehearse:
+    if exp_head.built() and not record.rehearse:
         ways["cutlass"] = ("cutlass", 1.0)
     return {
         **{f"E/{name}": partial(exponentials, record, *way) for name, way in ways.items()},

@@ -43,6 +43,13 @@ def fused_heads(problem: truth.Problem) -> Variants:
         yield name, lambda call=call: call().total
 
 
+def kernels(hidden: Tensor, head: Head) -> list[str]:
+    """The kernels for E that can be asked for on this device."""
+    with patch.dict(os.environ, {exp_head.ENVIRONMENT: "triton"}):
+        fused = ["triton"] if exp_head.fuses(hidden, head) else []
+    return [*(["cutlass"] if fused and exp_head.built() else []), *fused, "rows"]
+
+
 def exponentials(problem: truth.Problem) -> Variants:
     """E of one chunk: by CUTLASS, by Triton, and as logits that the row kernel reads again."""
     hidden, labels = problem.hidden[:2048], problem.labels[:2048].clamp(min=0)
@@ -62,8 +69,9 @@ def exponentials(problem: truth.Problem) -> Variants:
         "cutlass": partial(fused, exp_head.cutlass_rows),
         "triton": partial(fused, exp_head.exp_rows),
     }
-    if exp_head.fuses(hidden, head):
-        yield from calls.items()
+    for name, call in calls.items():
+        if name in kernels(hidden, head):
+            yield name, call
     yield "rows", rows
 
 
@@ -105,7 +113,7 @@ def heads(problem: truth.Problem, trains: bool) -> Variants:
         return hidden.grad
 
     yield "default", call
-    for kernel in exp_head.CHOICES:
+    for kernel in kernels(problem.hidden, Head(problem.weight, None, None, 1.0)):
         yield kernel, partial(call, kernel=kernel)
     for chunk in (1024, 2048, 3072, 4096):
         yield f"chunk_rows {chunk}", partial(call, chunk)

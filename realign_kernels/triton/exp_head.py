@@ -33,6 +33,8 @@ MARGIN = tl.constexpr(58.0)
 LOG2E = tl.constexpr(math.log2(math.e))
 ENVIRONMENT = "REALIGN_HEAD"
 CHOICES = ("cutlass", "triton", "rows")
+DEFAULT = "rows"
+"""The kernels of the others were the faster ones on an H200, but no whole call has run there."""
 
 
 @triton.jit
@@ -274,19 +276,28 @@ def fused(hidden: Tensor, labels: Tensor, head: Head, others: Tensor) -> Scores:
 
 
 def choice(hidden: Tensor, head: Head) -> str:
-    """The kernel for E: one of CHOICES, of which "rows" writes logits and reads them again.
+    """The kernel for E: one of `CHOICES`, of which "rows" writes logits and reads them again.
 
     Raises:
-        ValueError: REALIGN_HEAD names another one.
+        ValueError: REALIGN_HEAD names another one, or one that this installation lacks.
     """
-    asked = os.environ.get(ENVIRONMENT, "")
-    if asked and asked not in CHOICES:
+    asked = os.environ.get(ENVIRONMENT) or DEFAULT
+    if asked not in CHOICES:
         raise ValueError(f"{ENVIRONMENT} is {asked!r}: use one of {', '.join(CHOICES)}")
+    if asked == "cutlass" and not built():
+        raise ValueError(
+            f"{ENVIRONMENT} is 'cutlass', and the extension was built without it: install "
+            "nvidia-cutlass==4.2.0 and nvcc, build again, or use triton or rows"
+        )
     if asked == "rows" or not _suits(hidden, head):
         return "rows"
-    # Its epilogue lacks the temperature in the derivative.
-    built = missing_reason() is None and hasattr(extension(), "exp_head")
-    return "cutlass" if built and head.temperature == 1 and asked != "triton" else "triton"
+    # The epilogue of CUTLASS's GEMM lacks the temperature in the derivative.
+    return asked if head.temperature == 1 else "triton"
+
+
+def built() -> bool:
+    """Whether the extension has the CUTLASS kernel."""
+    return missing_reason() is None and hasattr(extension(), "exp_head")
 
 
 def fuses(hidden: Tensor, head: Head) -> bool:

@@ -10,6 +10,7 @@ from triton_cases import DEVICE, exp_head, finish
 import realign_kernels as rk
 from realign_kernels.rows import Head, Scores
 from realign_kernels.triton import backend
+from realign_kernels.triton.logits import assume_device
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -168,6 +169,49 @@ def test_chunks_of_fused_rows(fused):
     bad[7] = float("nan")
     with pytest.raises(rk.NonFiniteError, match="hidden holds NaN"):
         rk.linear_logprobs(bad.requires_grad_(), weight, labels)
+
+
+HEADS = {
+    "triton": ({}, {}),
+    "temperature": ({}, {"temperature": 1.5}),
+    "sharper": ({}, {"temperature": 0.9}),
+    "bias": ({}, {"bias": torch.zeros(64, dtype=torch.bfloat16)}),
+    "softcap": ({}, {"softcap": 30.0}),
+    "fp16": ({"dtype": torch.float16}, {}),
+    "odd width": ({"width": 20}, {}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_that_take_the_fused_kernel(monkeypatch, name):
+    """Asked for, on Hopper: bf16, rows of 16 bytes, no bias, no softcap, no temperature below 1."""
+    shape, settings = HEADS[name]
+    dtype, width = shape.get("dtype", torch.bfloat16), shape.get("width", 16)
+    hidden, weight = torch.zeros(4, width, dtype=dtype), torch.zeros(64, width, dtype=dtype)
+    head = Head(weight, *({"bias": None, "softcap": None, "temperature": 1.0} | settings).values())
+    with assume_device(90, 132):
+        assert exp_head.choice(hidden, head) == exp_head.DEFAULT == "rows"
+        monkeypatch.setenv("REALIGN_HEAD", "triton")
+        assert (exp_head.choice(hidden, head) == "triton") == (name in ("triton", "temperature"))
+        monkeypatch.setattr(exp_head, "built", lambda: True)
+        monkeypatch.setenv("REALIGN_HEAD", "cutlass")
+        wanted = {"triton": "cutlass", "temperature": "triton"}.get(name, "rows")
+        assert exp_head.choice(hidden, head) == wanted
+    with assume_device(80, 108):
+        assert exp_head.choice(hidden, head) == "rows"
+
+
+def test_a_kernel_that_is_not_there(monkeypatch):
+    head = Head(torch.zeros(8, 8), None, None, 1.0)
+    monkeypatch.setenv("REALIGN_HEAD", "fast")
+    with pytest.raises(
+        ValueError, match="REALIGN_HEAD is 'fast': use one of cutlass, triton, rows"
+    ):
+        exp_head.choice(head.weight, head)
+    monkeypatch.setenv("REALIGN_HEAD", "cutlass")
+    monkeypatch.setattr(exp_head, "built", lambda: False)
+    with pytest.raises(ValueError, match="built without it: install nvidia-cutlass"):
+        exp_head.choice(head.weight, head)
 
 
 def test_finish_without_a_target_and_into_half():
