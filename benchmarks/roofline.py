@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.contestants import OURS
 from benchmarks.gpu.check import Check, load
-from benchmarks.gpu.pages import WORDS, number, ratio, sections, shape_of
+from benchmarks.gpu.pages import WORDS, filled, number, ratio, sections, shape_of
 from benchmarks.words import table
 from realign_kernels.chunk_plan import default_chunk_rows, even_step
 
@@ -262,7 +262,7 @@ def page(check: Check | None = None) -> str:
             missing=check.missing,
         )  # fmt: skip
         measured = sections(check)
-    return WORDS["page"].format(
+    text = WORDS["page"].format(
         intro=intro,
         sections=measured,
         peak=f"{PEAK / 1e12:.0f}",
@@ -281,6 +281,7 @@ def page(check: Check | None = None) -> str:
         three_peak=ms(units(8192, 4096, 151936, 3, PEAK)),
         three_reached=ms(units(8192, 4096, 151936, 3, REACHED)),
     )
+    return filled(text.rstrip()) + "\n"
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Tables and sentences of a GPU check, for docs/gpu.md, docs/benchmarks.md and the README."""
 
+import string
 import textwrap
 from collections.abc import Iterable
 
@@ -24,6 +25,17 @@ def ratio(measured: float | None, calculated: float) -> str:
 def number(value: float | str | None) -> str:
     """Three digits."""
     return "-" if value is None else f"{value:.3g}"
+
+
+def filled(page: str) -> str:
+    """A page whose paragraphs are in lines of 110; other blocks, such as tables, stay."""
+    blocks = (
+        textwrap.fill(" ".join(block.split()), 110, break_on_hyphens=False)
+        if block.lstrip("*(").startswith(tuple(string.ascii_letters + string.digits))
+        else block
+        for block in page.split("\n\n")
+    )
+    return "\n\n".join(blocks)
 
 
 def shape_of(group: str) -> tuple[int, int, int, str]:
@@ -60,18 +72,25 @@ def wall_and_busy(check: Check, group: str, name: str) -> tuple[float | None, fl
 
 
 def missed(check: Check) -> str:
-    """A line for each missed time of the head: wall and busy time of ours and of its GEMMs."""
+    """Why targets of the head are missed: times beside those of its GEMMs, and memory."""
     lines = []
     for one in targets.read():
-        if one.part != "head" or one.figure != "ms" or one.verdict(check) != "missed":
+        if one.part != "head" or one.verdict(check) != "missed":
             continue
         group = one.case.rpartition("/")[0]
-        ours, gemms = (wall_and_busy(check, group, name) for name in (OURS, LIMIT))
-        line = "- {}: {} ms, GPU busy {}; its GEMMs {} ms, GPU busy {}."
-        lines.append(line.format(one.name, *map(number, (*ours, *gemms))))
-        if not one.over and gemms[0] and gemms[0] > one.at_most:
-            lines[-1] += " The GEMMs alone exceed the bound."
-    return "\n".join(lines)
+        N, H, V, kind = shape_of(group)
+        if one.figure == "peak_gib":
+            line = f"- {one.name}: {number(one.value(check))} GiB."
+            if kind == "trained":
+                line += f" {number(2 * H * V / 2**30)} GiB are the gradient of the weight in bf16."
+        else:
+            ours, gemms = (wall_and_busy(check, group, name) for name in (OURS, LIMIT))
+            line = "- {}: {} ms, GPU busy {}; its GEMMs {} ms, GPU busy {}."
+            line = line.format(one.name, *map(number, (*ours, *gemms)))
+            if not one.over and gemms[0] and gemms[0] > one.at_most:
+                line += " The GEMMs alone exceed the bound."
+        lines.append(line)
+    return "\n".join([WORDS["missed"].strip(), "", *lines] if lines else [])
 
 
 def over_gemms(check: Check, group: str) -> float | None:
@@ -250,11 +269,6 @@ def sections(check: Check) -> str:
     return WORDS["sections"].format(**found)
 
 
-def _filled(text: str) -> str:
-    """A paragraph in lines of the README's width."""
-    return textwrap.fill(" ".join(text.split()), 110, break_on_hyphens=False)
-
-
 def kernels_sentence(check: Check | None) -> str:
     """For docs/kernels.md: whether the Triton kernels have run on a GPU."""
     if check is None:
@@ -275,7 +289,7 @@ def readme_sentence(check: Check | None) -> str:
         over = [over_gemms(check, group) for group in check.groups if group.endswith(f" {kind}")]
         known = [value for value in over if value is not None]
         found[kind] = span(known) if known else "-"
-    return _filled(WORDS["readme_measured"].format(machine=check.machine, **found))
+    return filled(WORDS["readme_measured"].strip().format(machine=check.machine, **found))
 
 
 def benchmarks_section(check: Check, rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -285,4 +299,4 @@ def benchmarks_section(check: Check, rows: Iterable[tuple[str, ...]]) -> list[st
     words = WORDS["check"].strip().format(
         machine=check.machine, counts=target_counts(check), losses=losses(check)
     )  # fmt: skip
-    return [words, target_table(check), table(columns, rows), f"```text\n{whole}\n```"]
+    return [filled(words), target_table(check), table(columns, rows), f"```text\n{whole}\n```"]
