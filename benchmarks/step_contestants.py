@@ -163,22 +163,25 @@ class Ours:
             self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
 
-    def gradient(self, name, parts, examples, limit=0):
+    def gradient(self, name, parts, examples):
         """Loss and gradient norm of an objective over micro-batches, which hold `examples`."""
         from realign import step
 
         options = {"batch_size": examples, "device": self.device}
         totals = step.accumulate(self.model, parts, self.objectives[name], **options)
-        norm = step.clip(self.trained, limit)
-        found, _ = step.over_ranks(totals, norm, examples, False)
-        return found["loss"], found["grad_norm"]
+        norm = step.clip(self.trained, 0)
+        return float(totals["loss"]) / examples, float(norm)
 
     def step(self, name, parts, examples):
         """The same, and an update."""
-        found = self.gradient(name, parts, examples, CLIP)
-        self.optimizer.step()
+        from realign import step
+
+        options = {"batch_size": examples, "device": self.device}
+        totals = step.accumulate(self.model, parts, self.objectives[name], **options)
+        norm = step.clip(self.trained, CLIP)
+        found, _ = step.update_and_read(self.optimizer, totals, norm, examples, False)
         self.optimizer.zero_grad()
-        return found
+        return found["loss"], found["grad_norm"]
 
     def serve(self, commands, answer):
         for words in commands:

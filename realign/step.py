@@ -1,4 +1,4 @@
-"""One step: forward and backward over a rank's examples, and the checks before the optimizer's."""
+"""One step: forward and backward over a rank's examples, the optimizer's, and its checks."""
 
 from __future__ import annotations
 
@@ -155,20 +155,34 @@ def clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> torch.Tensor
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def over_ranks(
-    totals: dict[str, torch.Tensor], norm: torch.Tensor, batch_size: int, stop: bool
+def update_and_read(
+    optimizer: torch.optim.Optimizer,
+    totals: dict[str, torch.Tensor],
+    norm: torch.Tensor,
+    batch_size: int,
+    stop: bool,
 ) -> tuple[dict[str, float], bool]:
-    """Metrics of the global batch, and whether any rank is to stop: one read of the device.
+    """Update parameters, then read the device once: metrics, and whether any rank is to stop.
+
+    The update is queued before the read, so that the device has work while the host waits. Where
+    loss or norm is not finite the device leaves parameters and states as they are.
 
     Args:
+        optimizer: a fused one, which takes `found_inf` as from torch's GradScaler.
         totals: sums of this rank, of `accumulate`.
         norm: of the gradient of all ranks, of `clip`.
         batch_size: examples of all ranks.
         stop: whether this rank is to stop.
+
+    Returns:
+        Metrics as means over the global batch, with the norm; and whether to stop.
     """
     sums = torch.stack([*totals.values()])
     sums = parallel.sum_over_ranks(torch.cat([sums, sums.new_full((1,), stop)]))
     norm = norm.to(sums, non_blocking=True)
+    decisive = torch.stack([sums[[*totals].index("loss")], norm])
+    optimizer.found_inf = decisive.isfinite().all().logical_not().float()
+    optimizer.step()
     *sums, stopping, norm = torch.cat([sums, norm[None]]).tolist()
     means = [value / batch_size for value in sums]
     return dict(zip(totals, means, strict=True)) | {"grad_norm": norm}, stopping > 0

@@ -48,7 +48,7 @@ from realign.step import (
     culprits,
     heap_frozen,
     micro_batches,
-    over_ranks,
+    update_and_read,
 )
 from realign.throughput import Meter, image_flop
 from realign.trackers import Trackers, check_packages
@@ -223,14 +223,15 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
                 group["lr"] = learning_rate(step - 1, total, optim)
             totals = forward_backward(islice(ready, forwards))
             norm = clip(trained, optim.clip)
-            found, stopping = over_ranks(totals, norm, optim.batch_size, bool(stop.name))
+            found, stopping = update_and_read(
+                optimizer, totals, norm, optim.batch_size, bool(stop.name)
+            )
             if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
                 one_by_one = culprits(
                     lambda part: forward_backward([feed(part)]), batch[share], trained
                 )
                 guilty = [examples[i].name for i in one_by_one]
                 raise NonFiniteStep(step, found, guilty, optim.batch_size)
-            optimizer.step()
             optimizer.zero_grad()
             rates = meter.read(found, optim.batch_size, time.perf_counter() - began)
             found["learning_rate"] = optimizer.param_groups[0]["lr"]

@@ -1,5 +1,6 @@
 """Prefetch: batches ahead of the step, in order and bit for bit; errors, ends, and host reads."""
 
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -13,6 +14,8 @@ import pytest
 import torch
 from host_waits import counted
 from runs import arguments, assert_same_run, run
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from realign import parallel, step, train
 from realign.config import LossConfig
@@ -280,8 +283,7 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tu
     with counted() as waits:
         totals = step.accumulate(model, parts, inputs.objective, batch_size=8, device=CPU)
         norm = step.clip(trained, 1.0)
-        found, _ = step.over_ranks(totals, norm, 8, False)
-        optimizer.step()
+        found, _ = step.update_and_read(optimizer, totals, norm, 8, False)
     ours = {file: n for file, n in waits.items() if file.startswith("realign")}
     # With a head that trains a CPU also reads the gradient of the loss, which spares a pass.
     heads = 4 if tune == "full" else 2
@@ -290,3 +292,36 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tu
     assert waits.total() == 1 + heads + 4
     grads = torch.stack([p.grad.norm() for p in trained if p.grad is not None])
     assert min(found["grad_norm"], 1.0) == pytest.approx(float(grads.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "FSDP2"])
+def test_a_step_that_is_not_finite_updates_nothing(sharded, spoilt):
+    """The update is queued before the host knows; the second step is as if the first was not."""
+    parallel.start(alone=True)
+    results = []
+    for spoil in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        for bad in (True, False)[not spoil :]:
+            model(torch.ones(2, 4)).pow(2).sum().backward()
+            if bad and spoilt == "gradient":
+                model.weight.grad.mul_(torch.inf)
+            loss = torch.tensor(torch.nan if bad and spoilt == "loss" else 3.0)
+            norm = step.clip(list(model.parameters()), 1.0)
+            found, _ = step.update_and_read(
+                optimizer, {"other": loss, "loss": loss}, norm, 2, False
+            )
+            finite = math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])
+            assert finite is not bad
+            optimizer.zero_grad()
+        state = [value for one in optimizer.state.values() for value in one.values()]
+        results.append([
+            t.full_tensor() if hasattr(t, "full_tensor") else t.clone()
+            for t in (*(p.detach() for p in model.parameters()), *state)
+        ])  # fmt: skip
+    assert len(results[0]) == 8  # two parameters with two moments and a count each
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -213,7 +213,7 @@ class Ours(step_contestants.Ours):
     def parts(self) -> dict[str, float]:
         """Milliseconds of the parts of a micro-batch: on the device, and of the host beside it.
 
-        `layout` is work of the host, in a step ahead of the device; `read` waits for the device.
+        `layout` is work of the host, in a step ahead of the device; the read waits for the device.
         """
         marks: list[tuple[str, float, Any]] = []
 
@@ -229,6 +229,7 @@ class Ours(step_contestants.Ours):
             backbone.register_forward_pre_hook(lambda *_: mark("vision")),
             backbone.register_forward_hook(lambda *_: mark("backbone")),
             self.model.register_forward_hook(lambda *_: mark("head")),
+            self.optimizer.register_step_post_hook(lambda *_: mark("optimizer")),
         ]
         now()
         mark("")
@@ -239,11 +240,9 @@ class Ours(step_contestants.Ours):
         mark("backward")
         norm = step.clip(self.trained, CLIP)
         mark("clip")
-        step.over_ranks(totals, norm, BATCH, False)
+        step.update_and_read(self.optimizer, totals, norm, BATCH, False)
         mark("read")
-        self.optimizer.step()
         self.optimizer.zero_grad()
-        mark("optimizer")
         now()
         for handle in handles:
             handle.remove()
