@@ -15,7 +15,7 @@ from benchmarks.contestants import OURS
 from benchmarks.gpu.check import Check, load
 from benchmarks.gpu.pages import WORDS, filled, number, ratio, sections, shape_of
 from benchmarks.words import table
-from realign_kernels.chunk_plan import default_chunk_rows, even_step
+from realign_kernels.chunk_plan import chunk_step, default_chunk_rows, even_step, kept_rows
 
 FILE = Path(__file__).parent.parent / "docs" / "gpu.md"
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM: dense bf16 FLOP/s, HBM3 bytes/s (data sheet)
@@ -29,13 +29,19 @@ SHAPES = {
 RESPONSE, EXAMPLES = 64, 16  # as `make bench-gpu` runs them
 ROWS = 3 * EXAMPLES * RESPONSE
 IMAGE_ROWS = 3 * EXAMPLES * (576 + 64)
-ROW_BYTES = 10
-"""Of a logit in the row kernel: read twice as fp32, since the rows in flight do not fit the second
-level cache, and written as bf16."""
-FINISH, SCALE = 54, 14
-"""Bytes of an element of hidden in `torch_backend.finish`, several torch operations in fp32, and in
-the backward, which scales the direction."""
 FP32, BF16 = 4, 2
+ROW_BYTES = FP32 + BF16
+"""Of a logit in the row kernel: read once in fp32; E is written in bf16."""
+LABEL = 2 * BF16
+"""Of an element of hidden in the label's logit, before E without logits: hidden and weight."""
+FINISH = FP32 + BF16 + FP32
+"""Of an element of hidden in the last step of its gradient: E W, weight, direction."""
+CHECK, SCALE = FP32, FP32 + BF16
+"""Of an element of a frozen head's direction in the check of results and in the backward."""
+PUSH = 36
+"""Of an element of hidden in the factors and the scatter-add of the weight's gradient, torch
+operations in fp32."""
+CUDA = torch.device("cuda")
 
 
 @dataclass
@@ -64,26 +70,45 @@ def elementwise(size: float) -> tuple[float, float]:
     return 0.0, size
 
 
-def chunks(rows: int, limit: int, examples: bool = False) -> list[int]:
+def chunks(rows: int, H: int, limit: int, examples: bool = False) -> list[int]:
     """Rows of each chunk; of whole examples where the head trains."""
     one = 3 * RESPONSE
-    step = max(one, limit // one * one) if examples else even_step(rows, limit)
+    step = max(one, limit // one * one) if examples else chunk_step(rows, limit, H, CUDA)
     return [min(step, rows - start) for start in range(0, rows, step)]
 
 
-def ours(N: int, H: int, V: int, trainable: bool, derivative: bool = True) -> Kernels:
-    """As `realign_kernels.chunked` runs on CUDA: fp32 logits, E in bf16, D in fp32."""
-    limit = default_chunk_rows(V, torch.device("cuda"))
+def ours(
+    N: int, H: int, V: int, trainable: bool, derivative: bool = True, fused: bool = False
+) -> Kernels:
+    """As `realign_kernels.chunked` runs on CUDA. E in bf16, hidden's gradient in fp32.
+
+    Args:
+        N: rows.
+        H: width of the head.
+        V: vocabulary.
+        trainable: whether the head trains.
+        derivative: whether gradients are wanted.
+        fused: E in the epilogue of the first GEMM, else fp32 logits and the row kernel.
+    """
+    limit = default_chunk_rows(V, CUDA, BF16 if fused else FP32 + BF16)
+    parts = chunks(N, H, kept_rows(limit, H, CUDA) if trainable else limit, examples=trainable)
     found = []
-    for n in chunks(N, limit * (2 if trainable else 1), examples=trainable):
-        found.append(gemm(n, V, H, FP32))  # logits
-        found.append(elementwise(n * V * (ROW_BYTES if derivative else FP32)))  # row kernel
+    for done, n in enumerate(parts):
+        if fused:
+            found += [elementwise(n * H * LABEL), gemm(n, V, H, BF16)]
+        else:
+            step = even_step(n, limit)
+            for rows in (min(step, n - start) for start in range(0, n, step)):
+                found.append(gemm(rows, V, H, FP32))  # logits
+                found.append(elementwise(rows * V * (ROW_BYTES if derivative else FP32)))
         if derivative:
-            found.append(gemm(n, H, V, FP32))  # E W
-            found.append(elementwise(n * H * (FINISH + SCALE)))  # the direction, and backward
+            found += [gemm(n, H, V, FP32), elementwise(n * H * FINISH)]
         if trainable:
-            found.append(gemm(V, H, n, FP32, accumulate=n < N))
-    if trainable and limit * 2 < N:
+            out = BF16 if len(parts) == 1 else FP32
+            found += [elementwise(n * H * PUSH), gemm(V, H, n, out, accumulate=done > 0)]
+    if derivative:
+        found.append(elementwise(N * H * (SCALE + (0 if trainable else CHECK))))
+    if trainable and len(parts) > 1:
         found.append(elementwise(V * H * (FP32 + BF16)))  # round the sum
     return Kernels(found)
 
@@ -128,46 +153,37 @@ def case_of(rows: int, H: int, V: int, kind: str, contestant: str = OURS) -> str
     return f"{rows}x{H}x{V} {kind}/{contestant}"
 
 
-def measured_cells(check: Check | None, case: str, calculated: float) -> tuple[str, ...]:
-    """Milliseconds and their ratio to `calculated` seconds; no cells without a check."""
-    if check is None:
-        return ()
-    found = check.figure("head", case, "ms")
-    return number(found), ratio(found, 1e3 * calculated)
-
-
-def rows_of(trainable: bool, check: Check | None = None) -> list[tuple[str, ...]]:
+def rows_of(trainable: bool) -> list[tuple[str, ...]]:
     """Cells of forward and backward: a shape each."""
     least, others = (3, (4, 3)) if trainable else (2, (3, 2))
     found = []
     for model, (H, V) in SHAPES.items():
-        mine, plain = ours(ROWS, H, V, trainable), eager(ROWS, H, V, trainable)
-        limit = units(ROWS, H, V, least, PEAK)
-        cells = (
-            f"{model} {H} x {V}",
-            ms(limit),
-            f"{ms(mine.seconds(PEAK))} / {ms(mine.seconds(REACHED))}",
-            f"{mine.seconds(PEAK) / limit * least:.2f}u",
-            f"{mine.bytes / 1e9:.1f}",
+        plain, limit = eager(ROWS, H, V, trainable), units(ROWS, H, V, least, PEAK)
+        cells = [f"{model} {H} x {V}", ms(limit)]
+        for fused in (False, True):
+            mine = ours(ROWS, H, V, trainable, fused=fused)
+            cells += [
+                f"{ms(mine.seconds(PEAK))} / {ms(mine.seconds(REACHED))}",
+                f"{mine.seconds(REACHED) / units(ROWS, H, V, 1, REACHED):.2f}u",
+                f"{mine.bytes / 1e9:.1f}",
+            ]
+        cells += [
             f"{ms(plain.seconds(PEAK))} / {ms(plain.seconds(REACHED))}",
             ms(units(ROWS, H, V, others[0], REACHED)),
             ms(units(4 / 3 * (ROWS + IMAGE_ROWS), H, V, others[1], REACHED)),
-        )
-        case = case_of(ROWS, H, V, "trained" if trainable else "frozen")
-        found.append(cells + measured_cells(check, case, mine.seconds(REACHED)))
+        ]
+        found.append(tuple(cells))
     return found
 
 
-def forward_rows(check: Check | None = None) -> list[tuple[str, ...]]:
+def forward_rows() -> list[tuple[str, ...]]:
     """Cells for log-probs alone: a shape each."""
     found = []
     for model, (H, V) in SHAPES.items():
         chunked, fused = ours(ROWS, H, V, False, derivative=False), no_logits(ROWS, H, V)
         limit = ms(units(ROWS, H, V, 1, PEAK))
         times = (limit, ms(chunked.seconds(PEAK)), ms(fused.seconds(PEAK)))
-        cells = (f"{model} {H} x {V}", *times, f"{ROWS * V * FP32 / 1e9:.1f}")
-        case = case_of(ROWS, H, V, "log-probs")
-        found.append(cells + measured_cells(check, case, fused.seconds(REACHED)))
+        found.append((f"{model} {H} x {V}", *times, f"{ROWS * V * FP32 / 1e9:.1f}"))
     return found
 
 
@@ -223,22 +239,21 @@ def ratios(check: Check) -> list[tuple[str, ...]]:
     return rows
 
 
-MEASURED = ("measured, ms", "measured / calculated at 770")
-
-
-def columns(recomputing: int, storing: int, check: Check | None) -> tuple[str, ...]:
+def columns(recomputing: int, storing: int) -> tuple[str, ...]:
     """Heads of the table of `rows_of`."""
-    heads = (
+    return (
         "head",
         "limit, ms",
-        "ours, ms: at peak / at 770",
-        "ours, units",
-        "ours, GB moved",
+        "ours by `rows`, ms: at peak / at 770",
+        "units at 770",
+        "GB moved",
+        "ours without logits, ms: at peak / at 770",
+        "units at 770",
+        "GB moved",
         "eager, ms: at peak / at 770",
         f"{recomputing}u at 770: TRL, CCE",
         f"{storing}u on 4/3 of all rows at 770: Liger, two calls",
     )
-    return heads + (MEASURED if check else ())
 
 
 FORWARD = (
@@ -260,6 +275,7 @@ def page(check: Check | None = None) -> str:
             copy=number(check.figure("facts", "copy", "tb_per_s")),
             correct=check.correct,
             missing=check.missing,
+            since=WORDS["since"].strip(),
         )  # fmt: skip
         measured = sections(check)
     text = WORDS["page"].format(
@@ -271,12 +287,12 @@ def page(check: Check | None = None) -> str:
         examples=EXAMPLES,
         response=RESPONSE,
         all_rows=f"{ROWS + IMAGE_ROWS:,}",
-        frozen=table(columns(3, 2, check), rows_of(False, check)),
-        trains=table(columns(4, 3, check), rows_of(True, check)),
-        forward=table(FORWARD + (MEASURED if check else ()), forward_rows(check)),
+        frozen=table(columns(3, 2), rows_of(False)),
+        trains=table(columns(4, 3), rows_of(True)),
+        forward=table(FORWARD, forward_rows()),
         row_4096=f"{row(4096):.2f}",
         row_2048=f"{row(2048):.2f}",
-        chunk=f"{default_chunk_rows(10**6, torch.device('cuda')):,}",
+        chunk=f"{default_chunk_rows(10**6, CUDA):,}",
         ridge=f"{PEAK / BANDWIDTH:.0f}",
         three_peak=ms(units(8192, 4096, 151936, 3, PEAK)),
         three_reached=ms(units(8192, 4096, 151936, 3, REACHED)),

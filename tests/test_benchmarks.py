@@ -11,7 +11,6 @@ import pytest
 from benchmarks import compare, race, readme, report, results, roofline, targets
 from benchmarks.gpu.check import load
 from benchmarks.results import Entry, Run
-from realign_kernels.chunk_plan import even_step
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {
@@ -315,11 +314,23 @@ class TestPages:
 class TestRoofline:
     def test_one_chunk_by_hand(self):
         N, H, V = 512, 4096, 32000
+        product, all_zero = 2.0 * N * H * V, 0.0
         found = roofline.ours(N, H, V, trainable=False).found
-        assert [flop for flop, _ in found] == [2.0 * N * H * V, 0.0, 2.0 * N * H * V, 0.0]
-        logits, row, pull, _ = (size for _, size in found)
+        assert [f for f, _ in found] == [product, all_zero, product, all_zero, all_zero]
+        logits, row, pull, last, after = (size for _, size in found)
         assert logits == 2 * (N * H + H * V) + 4 * N * V
-        assert row == (4 + 4 + 2) * N * V and pull == 2 * (N * V + V * H) + 4 * N * H
+        assert row == (4 + 2) * N * V and pull == 2 * (N * V + V * H) + 4 * N * H
+        assert last == (4 + 2 + 4) * N * H and after == (4 + 4 + 2) * N * H
+        (_, label), (_, e), *rest = roofline.ours(N, H, V, trainable=False, fused=True).found
+        assert label == 4 * N * H and e == logits - 2 * N * V
+        assert rest == found[2:]
+
+    def test_a_trained_head_in_one_product_by_hand(self):
+        N, H, V = 3072, 4096, 32000
+        found = roofline.ours(N, H, V, trainable=True).found
+        products = [size for flop, size in found if flop]
+        weight = 2 * (V * N + N * H) + 2 * V * H
+        assert len(products) == 3 and products[2] == weight  # to bf16, and no sum is rounded
 
     @pytest.mark.parametrize(("trainable", "count"), [(False, 2), (True, 3)])
     def test_flop_are_the_units_claimed(self, trainable, count):
@@ -333,6 +344,5 @@ class TestRoofline:
         assert kernels.seconds(roofline.PEAK / 2) == pytest.approx(4)
 
     def test_chunks_are_those_of_the_kernels(self):
-        assert roofline.chunks(2500, 1024) == [834, 834, 832]
-        assert even_step(2500, 1024) == 834
-        assert roofline.chunks(6 * 192, 1000, examples=True) == [960, 192]
+        assert roofline.chunks(8190, 4096, 6183) == [4096, 4094]
+        assert roofline.chunks(6 * 192, 4096, 1000, examples=True) == [960, 192]

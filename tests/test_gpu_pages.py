@@ -49,7 +49,7 @@ def measured(tmp_path):
 
 
 class TestPages:
-    def test_the_calculation_gets_the_measured_figure_and_the_ratio(self, measured):
+    def test_the_calculation_stands_behind_what_was_measured(self, measured):
         text = roofline.page(measured)
         assert "**Measured** on one Fast Card, driver 1.2, torch 2.11.0, triton 3.6.0" in text
         assert max(map(len, text[: text.index("|")].splitlines())) <= 110
@@ -58,7 +58,7 @@ class TestPages:
             r for r in text.splitlines() if r.startswith("| LLaVA-1.5-7B 4096 x 32000 | 1.63")
         ]
         calculated = 1e3 * roofline.ours(3072, 4096, 32000, False).seconds(roofline.REACHED)
-        assert row.endswith(f"| 6 | {6 / calculated:.2f} |")
+        assert f"/ {calculated:.3g} | " in row
         where, rows = [r for r in text.splitlines() if r.startswith("| 3072x4096x32000 frozen")]
         assert where.startswith("| 3072x4096x32000 frozen | 6 | 2.5 | 3.5 | 2 | 1.6 | 3.00 |")
         assert where.endswith("| 1.56 | 6.00u | 805 |")  # 4 N H V FLOP in 2 ms

@@ -297,6 +297,9 @@ def benchmarks_section(check: Check, rows: Iterable[tuple[str, ...]]) -> list[st
     columns = ("part", "case", "calculated", "measured", "measured / calculated")
     whole = "\n".join(lines_of(check.lines, PARTS))
     words = WORDS["check"].strip().format(
-        machine=check.machine, counts=target_counts(check), losses=losses(check)
+        machine=check.machine,
+        counts=target_counts(check),
+        losses=losses(check),
+        since=WORDS["since"].strip(),
     )  # fmt: skip
     return [filled(words), target_table(check), table(columns, rows), f"```text\n{whole}\n```"]
