@@ -2,7 +2,7 @@
 
 Compiled graphs take the operators in `ops`, whose schema has no place for a plan. A call of
 `torch.library.custom_op` costs 40 us of host time with autograd, one of a Function 9 us
-(2 cores, torch 2.13), and an operator would plan its rows again.
+(2 cores, torch 2.13). An operator would plan its rows again.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -84,6 +84,14 @@ def as_given(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
+def kept_targets(labels: Tensor, targets: Tensor, rival: Tensor | None) -> Tensor:
+    """The targets of a backward: those of a vocabulary shard are local, the labels are not.
+
+    A copy, since a loader may fill the labels' memory again before the backward.
+    """
+    return labels.clone() if rival is None else targets
+
+
 def recompute_gradients(
     grad: Tensor,  # (n,)
     hidden: Tensor,  # (n, H)
@@ -126,8 +134,8 @@ class LogProbs(torch.autograd.Function):
         ctx.head, ctx.chunk_rows, ctx.backend = head[2:], chunk_rows, current_override()
         ctx.set_materialize_grads(False)
         if direction is None:
-            # A loader may fill the labels' memory again before the backward.
-            ctx.save_for_backward(None, rows, dense, weight, bias, targets.clone())
+            kept = kept_targets(labels, targets, rival)
+            ctx.save_for_backward(None, rows, dense, weight, bias, kept)
         else:
             ctx.mark_non_differentiable(direction)
             ctx.save_for_backward(direction, rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 from realign_kernels.dispatch import backend_for, current_override
 from realign_kernels.eager import (
     as_given,
+    kept_targets,
     recompute_gradients,
     refuse_second_derivative,
     scaled,
@@ -155,8 +156,7 @@ class FusedPreference(torch.autograd.Function):
         output = losses.finish(used)
         ctx.grads, ctx.rows, ctx.hidden_like = grads, rows, (hidden.shape, hidden.dtype)
         slope = losses.every[0] if len(losses.every) == 1 else torch.cat([logps[:0], *losses.every])
-        # A loader may fill the labels' memory again before the backward.
-        targets, ids = targets.clone(), ordered.ids_on_device
+        targets, ids = kept_targets(labels, targets, rival), ordered.ids_on_device
         ctx.save_for_backward(hidden, weight, bias, targets, ids, factor, slope)
         ctx.head, ctx.chunk_rows, ctx.backend = head[2:], chunk_rows, current_override()
         ctx.mark_non_differentiable(output.rewards, output.token_counts, output.term_losses)

@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -284,10 +285,10 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tu
         totals = step.accumulate(model, parts, inputs.objective, batch_size=8, device=CPU)
         norm = step.clip(trained, 1.0)
         found, _ = step.update_and_read(optimizer, totals, norm, 8, False)
-    ours = {file: n for file, n in waits.items() if file.startswith("realign")}
+    ours = Counter(file.split("/")[0] for file in waits.elements() if file.startswith("realign"))
     # With a head that trains a CPU also reads the gradient of the loss, which spares a pass.
     heads = 4 if tune == "full" else 2
-    assert ours == {"realign/step.py": 1, "realign_kernels/preference_ops.py": heads}
+    assert ours == {"realign": 1, "realign_kernels": heads}
     # transformers compares the numbers of image tokens and features, and formats its message.
     assert waits.total() == 1 + heads + 4
     grads = torch.stack([p.grad.norm() for p in trained if p.grad is not None])
