@@ -93,9 +93,9 @@ class AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = grad.mm(weight).addmm_(of_down, a, alpha=ctx.scaling)
             of_x = of_x.view(*shape[:-1], -1)
-        # beta=0 does not read the empty tensor: the product is scaled as it is written.
+        # With beta=0 the factor adds nothing: the product is scaled as it is written.
         of_a, of_b = (
-            torch.empty_like(factor).addmm_(left.t(), right, beta=0, alpha=ctx.scaling)
+            factor.addmm(left.t(), right, beta=0, alpha=ctx.scaling)
             for factor, left, right in ((a, of_down, rows), (b, grad, down))
         )
         return of_x, None, None, of_a, of_b, None

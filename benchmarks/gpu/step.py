@@ -39,7 +39,7 @@ from benchmarks.models import (
     word_processor,
 )
 from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
-from realign import attention, parallel, step
+from realign import attention, parallel, sharding, step
 from realign.encode import encode_records
 from realign.forest import Example
 from realign.images import ImageStore
@@ -378,6 +378,22 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
         timed("ours, DPO", "dpo")
 
 
+def compiled(record: Record, setting: Setting, micro: int) -> None:
+    """Ours under `--compile`; the first step compiles. A rehearsal runs the layers eagerly."""
+    contestant = Ours(setting, micro)
+    layers = sharding.trained_layers(contestant.model)
+    sharding.wrap_layers(layers, compiled=True, checkpointed=False)
+    with torch.compiler.set_stance("default" if CUDA else "force_eager"):
+        began = now()
+        loss, norm = contestant.first("rdpo")
+        first = now() - began
+        for case, name in (("ours, compiled", "rdpo"), ("ours, compiled, DPO", "dpo")):
+            watch = Watch(record, contestant.model.vlm.model.get_decoder())
+            contestant.train(watch, name)
+            found = watch.figures() | {"first_seconds": first, "micro_batch": micro}
+            record(case, **found, **({"loss": loss, "grad_norm": norm} if name == "rdpo" else {}))
+
+
 def trl(record: Record, setting: Setting, micro: int) -> None:
     """TRL's DPO, two sequences an example."""
     contestant = Trl(setting, micro)
@@ -405,6 +421,7 @@ GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
     ),
     trl: ("TRL DPO",),
     released: ("released",),
+    compiled: ("ours, compiled", "ours, compiled, DPO"),
 }  # fmt: skip
 """Contestants, the most valuable first, and their cases. What ends a contestant is an error of its
 first case."""
