@@ -50,7 +50,8 @@ py::dict cpu_features() {
   features["gemm_f32"] = cpu.level == CpuLevel::avx512;
   features["gemm_bf16"] = cpu.bf16;
 #else
-  features["gemm_f32"] = features["gemm_bf16"] = false;
+  features["gemm_f32"] = false;
+  features["gemm_bf16"] = false;
 #endif
   return features;
 }
