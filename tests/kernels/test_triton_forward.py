@@ -186,5 +186,5 @@ def test_tables_and_their_fallback():
     assert (wide.rows, wide.columns, wide.descriptors) == (128, 256, True)
     assert not configs.gemm_config(90, torch.bfloat16, 4096, 4095, 128256, False).descriptors
     assert configs.gemm_config(90, torch.bfloat16, 64, 4096, 128256).rows == 64
-    assert configs.row_config(90, 128256) == (4096, 8)
+    assert configs.row_config(90, 128256) == (1024, 8) and configs.row_config(80, 9000) == (4096, 8)
     assert configs.row_config(0, 97) == (128, 1) and configs.row_config(90, 1).block == 32
