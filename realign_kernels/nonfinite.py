@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from realign_kernels.rows import Head
