@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from realign_kernels.rows import Head
@@ -30,14 +29,14 @@ def first_few(values: list[int], limit: int = 8) -> str:
 
 
 def sentinel(*values: Tensor | None) -> Tensor:
-    """A fp64 scalar on the device that is finite if all values are.
+    """A scalar on the device that is not finite if a value is not.
 
-    isfinite() is four launches on CUDA, a sum is one. Finite fp64 values may overflow in the sum;
-    `finite_rows` and the tables then show no fault.
+    isfinite() is four launches on CUDA, a sum is one. A sum in a wider dtype would copy the values.
+    Finite values may overflow in the sum; the detailed checks then find no fault.
     """
-    first, *others = [v.sum(dtype=torch.float64) for v in values if v is not None]
+    first, *others = [v.sum() for v in values if v is not None]
     for other in others:
-        first += other
+        first = first + other
     return first
 
 

@@ -123,41 +123,36 @@ class RowPlan:
         return labels_on(self.device, self._given, self.labels, self.rows)
 
     @cached_property
-    def ids(self) -> np.ndarray:  # (n,) int64, leaf * B + example
-        """Sequence numbers of the rows, checked.
+    def numbers(self) -> tuple[np.ndarray, np.ndarray]:  # (n,), (L, B) int64
+        """Sequence numbers of the rows, leaf * B + example, and rows of each sequence.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: a number is out of range, or a sequence has no row.
         """
-        leaves, examples = self.shape
-        (ids,) = self._sequence_ids or (np.arange(leaves * examples).repeat(self._length),)
+        (ids,) = self._sequence_ids or (np.arange(math.prod(self.shape)).repeat(self._length),)
         ids = ids if self.rows is None else ids[self.rows]
-        check_ids(ids, self.rows, leaves, examples)
-        return ids
-
-    @cached_property
-    def counts(self) -> np.ndarray:  # (L, B) int64
-        """Scored tokens of each sequence.
-
-        Raises:
-            ValueError: a sequence has none.
-        """
-        counts = np.bincount(self.ids, minlength=math.prod(self.shape)).reshape(self.shape)
+        check_ids(ids, self.rows, *self.shape)
+        counts = np.bincount(ids, minlength=math.prod(self.shape)).reshape(self.shape)
         check_counts(counts, self.ignore_index)
-        return counts
+        return ids, counts
+
+    @property
+    def counts(self) -> np.ndarray:  # (L, B) int64
+        """Scored tokens of each sequence."""
+        return self.numbers[1]
 
     @cached_property
     def ids_on_device(self) -> Tensor:  # (n,) int64
-        """`ids`, where the counts are right, too."""
-        assert self.counts is not None
-        return indices_to_device(self.ids, device=self.device)[0]
+        """The sequence numbers."""
+        return indices_to_device(self.numbers[0], device=self.device)[0]
 
     def by_example(self) -> "RowPlan":
         """The same rows in the order of examples; the rows of an example keep theirs."""
-        order = (self.ids % self.shape[1]).argsort(kind="stable")
+        ids, counts = self.numbers
+        order = (ids % self.shape[1]).argsort(kind="stable")
         plan = copy(self)
         plan.rows = order if self.rows is None else self.rows[order]
-        plan.labels, plan.ids, plan.counts = self.labels[order], self.ids[order], self.counts
+        plan.labels, plan.numbers = self.labels[order], (ids[order], counts)
         return plan
 
 

