@@ -56,7 +56,7 @@ def choose(
             f"{missing}. Use --attention tree."
         )
     if not missing:
-        reason = f"attention by tree is one varlen call a layer: {dtype} on CUDA"
+        reason = f"attention by tree is one operator a layer: {dtype} on CUDA"
         return "flash", reason if attention == "tree" else None
     if compiled:  # a call for each tree would compile again for every other layout
         return "sdpa", f"attention by tree is sdpa under --compile: {missing}"

@@ -46,7 +46,7 @@ def forest_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each tree of each row, whatever the mask; padding gives zeros.
 
-    Given `trees` it makes SDPA calls, given `sequences` one varlen call. Without either, in a
+    Given `trees` it makes SDPA calls, given `sequences` the varlen operator. Without either, in a
     forward over plain sequences, it is transformers' `sdpa`.
 
     Returns:

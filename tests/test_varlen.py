@@ -369,7 +369,7 @@ def test_tree_takes_the_operator_where_its_kernel_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     for compiled in (False, True):
         name, why = attention.choose("tree", cuda, bf16, compiled=compiled)
-        assert name == "flash" and why.endswith("one varlen call a layer: torch.bfloat16 on CUDA")
+        assert name == "flash" and why.endswith("one operator a layer: torch.bfloat16 on CUDA")
     assert attention.choose("flash", cuda, torch.float16) == ("flash", None)
     assert attention.choose("tree", cuda, fp32) == ("tree", None)
     with pytest.raises(ValueError, match="dtype is torch.float32"):
