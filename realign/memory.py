@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from realign.forest import ForestBatch
 from realign.model import ForestModel
-from realign_kernels import default_chunk_rows
+from realign_kernels import workspace_bytes
 
 READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """Raised where a model needs the values of tensors, which fake ones do not have."""
@@ -177,8 +177,10 @@ def _loss(model: ForestModel, batch: ForestBatch) -> tuple[torch.Tensor, torch.T
     """
     hidden = model._hidden(batch)
     weight = model.vlm.get_output_embeddings().weight
-    rows = default_chunk_rows(len(weight), weight.device) * (1 + weight.requires_grad)
-    workspace = torch.empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
+    size = workspace_bytes(
+        len(hidden), weight.shape[1], len(weight), weight.device, trains=weight.requires_grad
+    )
+    workspace = torch.empty(size, dtype=torch.uint8)
     loss = (hidden.float() * torch.empty_like(hidden, dtype=torch.float32)).sum()
     if weight.requires_grad:
         gradient = torch.empty(weight.numel(), dtype=weight.dtype)

@@ -10,7 +10,7 @@ in one page.
 from realign_kernels import objectives, refcache
 from realign_kernels._extension import missing_reason
 from realign_kernels.batcher import ForestPacking, pack_forest
-from realign_kernels.chunk_plan import default_chunk_rows
+from realign_kernels.chunk_plan import default_chunk_rows, workspace_bytes
 from realign_kernels.dispatch import explain, use_backend
 from realign_kernels.functional import (
     RDPOLoss,
@@ -52,4 +52,5 @@ __all__ = [
     "rdpo_loss",
     "refcache",
     "use_backend",
+    "workspace_bytes",
 ]

@@ -89,3 +89,23 @@ def kept_rows(chunk: int, width: int, device: torch.device) -> int:
     its logits' memory.
     """
     return max(2 * chunk, 2 * width if device.type == "cuda" else 0)
+
+
+def workspace_bytes(
+    rows: int, width: int, vocabulary: int, device: torch.device | str, *, trains: bool
+) -> int:
+    """Bytes of the largest buffers of a call with a gradient: logits and E, at the defaults.
+
+    Args:
+        rows: response rows.
+        width: of the head.
+        vocabulary: of the head; with a process group, that of a rank.
+        device: of the tensors.
+        trains: whether the head trains.
+    """
+    device = torch.device(device)
+    chunk = default_chunk_rows(vocabulary, device)
+    kept = kept_rows(chunk, width, device) if trains else chunk
+    if device.type != "cuda":  # E overwrites its logits
+        return LOGIT * min(rows, kept) * vocabulary
+    return (LOGIT * min(rows, chunk) + E * min(rows, kept)) * vocabulary

@@ -1,7 +1,9 @@
 """Tile sizes per architecture: tables, so that nothing is tuned at import or at first use.
 
 They are chosen from ahead-of-time reports (`python -m realign_kernels.triton.compile`): no spill,
-shared memory that fits, tensor cores fed from it. Their speed is not measured.
+shared memory that fits, tensor cores fed from it. Of sm_90's, the row kernel's was raced on an H200
+and the forward's wide tile took the time of cuBLAS's GEMM at 8190 x 4096 x 151936; the speed of the
+other tiles is not measured.
 
 An architecture that is not listed takes the nearest lower one that is (86 and 89 take 80, 103 takes
 100), one below 80 takes 80. 80's tiles stay within 99 KiB of shared memory, all that 86 and 89

@@ -133,6 +133,12 @@ def test_chunks_on_cuda_by_memory():
     assert kept_rows(2061, 4096, cuda) == 8192  # as large as a fp32 gradient of the weight
     assert kept_rows(2061, 2048, cuda) == 4122
     assert kept_rows(256, 4096, torch.device("cpu")) == 512
+    assert rk.workspace_bytes(9000, 4096, 151936, "cuda", trains=True) == 151936 * (
+        4 * 2061 + 2 * 8192
+    )
+    assert rk.workspace_bytes(9000, 4096, 151936, cuda, trains=False) == 151936 * 6 * 2061
+    assert rk.workspace_bytes(100, 4096, 151936, cuda, trains=False) == 151936 * 600
+    assert rk.workspace_bytes(9000, 4096, 32000, "cpu", trains=True) == 32000 * 4 * 1048
 
 
 def test_e_of_more_rows_than_a_chunk_of_logits():
