@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from realign_kernels import rdpo_loss, use_backend
-from realign_kernels.chunk_plan import default_chunk_rows, even_step
+from realign_kernels.chunk_plan import chunk_step, default_chunk_rows, kept_rows
 
 BETA = 0.1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,8 +135,10 @@ def gemms(
     derivative: bool = True,
 ) -> Callable[[], None]:
     """The limit: only the products, by torch, in chunks of ours, into buffers."""
-    limit = default_chunk_rows(len(weight), hidden.device) * (2 if trainable else 1)
-    step = even_step(len(hidden), limit)
+    limit = default_chunk_rows(len(weight), hidden.device)
+    if trainable:
+        limit = kept_rows(limit, hidden.shape[1], hidden.device)
+    step = chunk_step(len(hidden), limit, hidden.shape[1], hidden.device)
     logits = hidden.new_empty(step, len(weight))
     out, grad = torch.empty_like(hidden), torch.empty_like(weight) if trainable else None
 

@@ -7,13 +7,15 @@ numbers, up to rounding, and the difference to the first is recorded beside the 
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from benchmarks.contestants import gemms
 from benchmarks.gpu import truth
-from benchmarks.gpu.measure import GEMM_SIZE, figures, gemm_rate
+from benchmarks.gpu.measure import figures
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss
 from realign_kernels.rows import Head
@@ -119,30 +121,52 @@ def heads(problem: truth.Problem, trains: bool) -> Variants:
         yield f"chunk_rows {chunk}", partial(call, chunk)
 
 
-GROUPS: dict[str, tuple[Callable[[truth.Problem], Variants], float]] = {
-    "fused head": (fused_heads, 1),
-    "E": (exponentials, 0.5),
-    "row kernel": (row_kernels, 0),
-    "frozen": (partial(heads, trains=False), 2),
-    "trained": (partial(heads, trains=True), 3),
+def products(rows: slice, trains: bool, derivative: bool) -> Callable[[truth.Problem], Callable]:
+    """The GEMMs of a group alone, by cuBLAS."""
+
+    def made(problem: truth.Problem) -> Callable[[], None]:
+        settings = {"trainable": trains, "derivative": derivative}
+        return gemms(problem.hidden[rows], problem.weight, **settings)
+
+    return made
+
+
+class Group(NamedTuple):
+    """Variants with the same results, and the GEMMs that none of them can leave out."""
+
+    variants: Callable[[truth.Problem], Variants]
+    limit: Callable[[truth.Problem], Callable[[], None]] | None
+    units: float
+    """GEMMs of 2 N H V FLOP in `limit`."""
+
+
+EVERY, CHUNK = slice(None), slice(2048)
+GROUPS: dict[str, Group] = {
+    "fused head": Group(fused_heads, products(EVERY, trains=False, derivative=False), 1),
+    "E": Group(exponentials, products(CHUNK, trains=False, derivative=False), 1),
+    "row kernel": Group(row_kernels, None, 0),
+    "frozen": Group(partial(heads, trains=False), products(EVERY, False, True), 2),
+    "trained": Group(partial(heads, trains=True), products(EVERY, True, True), 3),
 }
-"""Variants and the u that they cannot go below; a new variant of a kernel is one more entry."""
+"""A new variant of a kernel is one more entry."""
 
 
 def run(record: Record) -> None:
-    """One case for each variant; the default comes first in its group."""
+    """One case for each variant; the default comes first in its group.
+
+    Each takes turns with the GEMMs of its group: `u` is its time over theirs, times their units.
+    """
     dtype = torch.float16 if record.rehearse else torch.bfloat16  # bf16 is interpreted wrongly
     problem = truth.make(SIZE[record.rehearse], dtype, record.device)
-    rows, width, vocabulary = SIZE[record.rehearse]
-    unit = 2 * rows * width * vocabulary / gemm_rate(record.device, GEMM_SIZE[record.device])
-    for group, (variants, limit) in GROUPS.items():
-        calls = {f"{group}/{name}": call for name, call in variants(problem)}
-        default = None
+    for name, group in GROUPS.items():
+        calls = {f"{name}/{variant}": call for variant, call in group.variants(problem)}
+        limit, default = group.limit and group.limit(problem), None
         for case in record.missing(calls):
             with record.attempt(case):
                 if default is None:
                     default = next(iter(calls.values()))()
                 difference = truth.error(calls[case](), default)
-                times = figures(calls[case], record.device, budget=0.3)
-                u = times["ms"] / 1e3 / unit
-                record(case, u=u, limit=limit, **times, difference=difference)
+                found = figures(calls[case], record.device, budget=0.3, ours=limit)
+                if limit is not None:
+                    found = {"u": found.pop("ratio") * group.units, "limit": group.units} | found
+                record(case, **found, difference=difference)
