@@ -210,7 +210,7 @@ def read_rows(
         *(t.data_ptr() for t in (target, logit, peak, total, slope)),
         torch.get_num_threads(),
     )
-    return RowStats(target, logit, peak, total, slope)
+    return RowStats(target, logit, peak, total, slope, total)
 
 
 def finish(

@@ -63,6 +63,7 @@ class RowStats(NamedTuple):
     peak: Tensor  # (r,) max over the others, clamped to finite: there may be none
     total: Tensor  # (r,) sum over the others of exp(z - peak)
     slope: Tensor  # (r,) dz / d(raw logit) at the target, 0 where it is -1
+    divisor: Tensor  # (r,) total, or the sum of E as it was rounded, by which E W is divided
 
 
 class Kernels(Protocol):
@@ -147,26 +148,26 @@ class Scores(NamedTuple):
     logps: Tensor  # (r,)
     miss: Tensor  # (r,) 1 - p[target]
     target: Tensor  # (r,) in this shard, or -1
-    total: Tensor  # (r,) over all shards, on the scale of this shard's E
+    total: Tensor  # (r,) RowStats.divisor over all shards, on the scale of this shard's E
     slope: Tensor  # (r,)
 
 
 def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
     """log p[target] and 1 - p[target]. With a shard: two reductions over its group."""
-    logit, peak, total = stats.logit, stats.peak, stats.total
+    logit, peak, total, divisor = stats.logit, stats.peak, stats.total, stats.divisor
     scale = torch.ones_like(total)
     if shard is not None:
         highest = peak.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
         scale = (peak - highest).exp()
         owned = logit.masked_fill(stats.target < 0, 0)  # -inf elsewhere would swallow it
-        sums = torch.stack([total * scale, owned])
+        sums = torch.stack([total * scale, divisor * scale, owned])
         dist.all_reduce(sums, group=shard.group)
-        peak, (total, logit) = highest, sums
+        peak, (total, divisor, logit) = highest, sums
     # logit - logit is 0, but NaN where it is inf: an overflow must not read as certainty.
     gap = logit - peak - total.log() + (logit - logit)
-    # total is 0 only if there are no others, and what it divides with it.
-    safe = total.clamp(min=torch.finfo(total.dtype).tiny) / scale
+    # It is 0 only if there are no others, and what it divides with it.
+    safe = divisor.clamp(min=torch.finfo(total.dtype).tiny) / scale
     return Scores(F.logsigmoid(gap), torch.sigmoid(-gap), stats.target, safe, stats.slope)
 
 

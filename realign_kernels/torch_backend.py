@@ -82,7 +82,7 @@ def read_rows(
             z.div_(temperature)
         others.copy_(z)
     logit = logit.masked_fill(absent, float("-inf"))
-    return RowStats(target, logit, peak, total, slope.masked_fill(absent, 0))
+    return RowStats(target, logit, peak, total, slope.masked_fill(absent, 0), total)
 
 
 def _with_rivals(

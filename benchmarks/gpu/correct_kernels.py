@@ -42,7 +42,7 @@ def _exact(z: Tensor, labels: Tensor, temperature: float, softcap: float | None)
     if softcap is not None:
         slope *= 1 - (logit * temperature / softcap) ** 2
     total = (others - peak[:, None]).exp().sum(1)
-    return RowStats(labels, logit, peak, total, slope.masked_fill(away, 0))
+    return RowStats(labels, logit, peak, total, slope.masked_fill(away, 0), total)
 
 
 def _scaled(logits: Tensor, softcap: float | None, temperature: float) -> Tensor:
@@ -56,7 +56,8 @@ def _worst(stats: RowStats, exact: RowStats) -> dict[str, float]:
     assert torch.equal(stats.target, exact.target)
     assert (stats.logit[away] == -torch.inf).all(), "an absent label has a logit"
     pairs = zip(RowStats._fields, stats, exact, strict=True)
-    found = {name: (a[~away], b[~away]) for name, a, b in pairs if name != "target"}
+    left_out = ("target", "divisor")  # the latter is of E as it was rounded
+    found = {name: (a[~away], b[~away]) for name, a, b in pairs if name not in left_out}
     return {name: truth.error(a, b) for name, (a, b) in found.items()}
 
 

@@ -182,4 +182,4 @@ def head_stats(
     if softcap is not None:
         slope *= 1 - (logit * (temperature / softcap)) ** 2
     slope = slope.masked_fill(labels < 0, 0)
-    return RowStats(labels, logit, peak, total, slope)
+    return RowStats(labels, logit, peak, total, slope, total)

@@ -32,10 +32,11 @@ def rows_kernel(
     rival,  # (r,) uint8 or None
     others,  # (r, V) or None, possibly logits
     target_out,  # (r,) int64
-    logit_out,  # (r,) fp32, and so the next three
+    logit_out,  # (r,) fp32, and so the next four
     peak_out,
     total_out,
     slope_out,
+    divisor_out,
     vocabulary,
     stride,
     others_stride,
@@ -56,6 +57,7 @@ def rows_kernel(
         slope = logit_slope(shift, softcap, inverse_temperature)
         shift = scale_logits(shift, softcap, inverse_temperature)
         sums = tl.zeros((BLOCK,), tl.float32)
+        rounding = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             columns = start + offsets
             inside = columns < vocabulary
@@ -67,7 +69,9 @@ def rows_kernel(
             e = tl.where(inside & (columns != label), e, 0.0)
             sums += e
             e *= logit_slope(x, softcap, inverse_temperature)
-            tl.store(others + row * others_stride + columns, e.to(others.dtype.element_ty), inside)
+            rounded = e.to(others.dtype.element_ty)
+            rounding += rounded.to(tl.float32) - e
+            tl.store(others + row * others_stride + columns, rounded, inside)
         total = tl.sum(sums, 0)
         # The limits leave room for the product with the weight. NaN and shards' -1 fail, too.
         if (total > 1e-30) & (total < 1e30) & (label >= 0):
@@ -76,6 +80,9 @@ def rows_kernel(
             tl.store(peak_out + row, shift)
             tl.store(total_out + row, total)
             tl.store(slope_out + row, slope)
+            # The largest entry of E is not 1 and is rounded: with the sum of what was rounded the
+            # gradient errs half as much. With a softcap the largest entries have about this slope.
+            tl.store(divisor_out + row, total + tl.sum(rounding, 0) / inverse_temperature)
             return
     target = label
     # Before the first pass: its reductions are barriers, the second pass may overwrite the row.
@@ -128,6 +135,7 @@ def rows_kernel(
     tl.store(logit_out + row, tl.where(target >= 0, logit, float("-inf")))
     tl.store(peak_out + row, peak)
     tl.store(total_out + row, total)
+    tl.store(divisor_out + row, total)
     tl.store(slope_out + row, tl.where(target >= 0, slope, 0.0))
 
     if others is not None:
@@ -161,7 +169,7 @@ def read_rows(
         check_dtype("others", others)
         check_unit_stride("others", others)
     count, vocabulary = logits.shape
-    wide = [logits.new_empty(count, dtype=torch.float32) for _ in range(4)]
+    wide = [logits.new_empty(count, dtype=torch.float32) for _ in range(5)]
     stats = RowStats(torch.empty_like(labels), *wide)
     # fp16 holds E up to the peak only.
     one_read = others is not None and rival is None and others.dtype != torch.float16

@@ -167,6 +167,7 @@ def read(name, count, vocabulary, dtype, others=BF16, *, options=False, pitch=No
         "peak_out": stats.peak,
         "total_out": stats.total,
         "slope_out": stats.slope,
+        "divisor_out": stats.divisor,
         "vocabulary": vocabulary,
         "stride": logits.stride(0),
         "others_stride": 0 if target is None else target.stride(0),

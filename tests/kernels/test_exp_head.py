@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton_cases as tc
-from triton_cases import DEVICE, exp_head, finish
+from triton_cases import DEVICE, exp_head, finish, problem
 
 import realign_kernels as rk
 from realign_kernels.rows import Head, Scores
@@ -27,17 +27,6 @@ def small_tiles(monkeypatch):
     )
     with tc.interpreted():
         yield
-
-
-def problem(rows=37, width=40, vocabulary=203, spread=3.0, lift=0.0):
-    """fp32 inputs; logits have a standard deviation of `spread`, labels are `lift` nats higher."""
-    g = torch.Generator().manual_seed(rows + vocabulary)
-    hidden = torch.randn(rows, width, generator=g)
-    weight = torch.randn(vocabulary, width, generator=g) * spread / width**0.5
-    labels = torch.randint(vocabulary, (rows,), generator=g)
-    up = weight[labels]
-    hidden += lift * up / up.square().sum(1, keepdim=True)
-    return hidden.to(DEVICE), weight.to(DEVICE), labels.to(DEVICE)
 
 
 def run(hidden, weight, labels, temperature=1.0):

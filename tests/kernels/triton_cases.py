@@ -41,6 +41,7 @@ __all__ = [
     "forward",
     "interpreted",
     "loss",
+    "problem",
     "rows",
     "scatter",
 ]
@@ -76,3 +77,14 @@ def interpreted() -> Iterator[None]:
 def gap(stats) -> torch.Tensor:  # (r,)
     """The label's logit against all others: logp = logsigmoid(gap). As the backends compute it."""
     return stats.logit - stats.peak - stats.total.log() + (stats.logit - stats.logit)
+
+
+def problem(rows=37, width=40, vocabulary=203, spread=3.0, lift=0.0):
+    """fp32 inputs; logits have a standard deviation of `spread`, labels are `lift` nats higher."""
+    g = torch.Generator().manual_seed(rows + vocabulary)
+    hidden = torch.randn(rows, width, generator=g)
+    weight = torch.randn(vocabulary, width, generator=g) * spread / width**0.5
+    labels = torch.randint(vocabulary, (rows,), generator=g)
+    up = weight[labels]
+    hidden += lift * up / up.square().sum(1, keepdim=True)
+    return hidden.to(DEVICE), weight.to(DEVICE), labels.to(DEVICE)
