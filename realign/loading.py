@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from realign import lora
 from realign.attention import IMPLEMENTATIONS
 from realign.layouts import has_softcap
+from realign.parallel import disable_cudnn_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a model may compute in, by the names of the settings."""
@@ -63,6 +64,7 @@ def load_model(
     Raises:
         ValueError: for a text-only model.
     """
+    disable_cudnn_attention()
     config, auto = _vision_config(path), AutoModelForImageTextToText
     if attention in ("tree", "flash", "sdpa") and has_softcap(config):
         attention = "eager"

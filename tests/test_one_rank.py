@@ -9,6 +9,7 @@ from runs import arguments, assert_same_run, run, without_timing
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from realign import parallel, sharding, train
 from realign.config import LossConfig
@@ -18,6 +19,7 @@ from realign.inputs import load_inputs
 from realign.loading import add_lora, load_model
 from realign.metrics import read_jsonl
 from realign.model import ForestModel
+from realign.pairs.engines.transformers_engine import TransformersEngine
 from realign.step import heap_frozen
 from realign.throughput import image_flop
 from realign.train import main
@@ -126,9 +128,25 @@ def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtyp
     assert whole == {p for p in model.parameters() if not p.requires_grad}  # the tower
 
 
-def test_ranks_keep_attention_off_cudnn():
+def _load_text_model(folder):
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match="tokenizer"):  # after the model's kind is known
+        TransformersEngine(folder).open()
+
+
+USES = {
+    "ranks": lambda folder: parallel.start(alone=True),
+    "refilling, margins, evaluation": lambda folder: load_model(ASSETS),
+    "a text model for pairs": _load_text_model,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_attention_is_kept_off_cudnn(use, tmp_path):
+    """Each prompt has a length of its own, and a plan for a length took 0.7 s on a GPU."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    parallel.start(alone=True)
+    USES[use](tmp_path)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from realign.encode import chat_prompt
 from realign.loading import DTYPES, adapter_base, load_processor, load_trained
 from realign.pairs.engines.chat import NO_TEXT, Chat, ChatError, Engine, Reply, typed_messages
+from realign.parallel import disable_cudnn_attention
 
 
 class TransformersEngine(Engine):
@@ -51,6 +52,7 @@ class TransformersEngine(Engine):
             return
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = DTYPES[self._dtype or ("bf16" if device == "cuda" else "fp32")]
+        disable_cudnn_attention()
         self._sees = _has_vision(self._path)
         if self._sees:
             self._processor = load_processor(self._path)
