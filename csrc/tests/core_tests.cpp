@@ -220,6 +220,39 @@ void test_non_finite(const RowKernels& level) {
   }
 }
 
+// bf16 others: ties to even, and no NaN becomes infinite. With equal logits others are 1 / T.
+void test_rounding(const RowKernels& level) {
+  const int64_t v = 9, label = -1;
+  const auto others = [&](uint32_t raw, float temperature) {
+    float value;
+    std::memcpy(&value, &raw, 4);
+    std::vector<float> logits(v, value);
+    std::vector<uint16_t> result(v);
+    int64_t target;
+    float logit, peak, total, slope;
+    RowInputs in{logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, temperature, nullptr};
+    RowOutputs out{result.data(), Dtype::bf16, v, &target, &logit, &peak, &total, &slope};
+    level.read_row(in, out, 0);
+    return result;
+  };
+  int ties = 0;
+  for (uint32_t bits = 0x3f000000; ties < 8; ++bits) {
+    float temperature;
+    std::memcpy(&temperature, &bits, 4);
+    const float inverse = 1 / temperature;
+    uint32_t wide;
+    std::memcpy(&wide, &inverse, 4);
+    if ((wide & 0xffff) != 0x8000) continue;
+    ++ties;
+    const auto even = static_cast<uint16_t>((wide >> 16) + (wide >> 16 & 1));
+    expect(others(0x3f800000, temperature) == std::vector<uint16_t>(v, even),
+           std::string("bf16 ties, ") + level.name);
+  }
+  for (const uint16_t half : others(0x7fffffff, 1)) {
+    expect(std::isnan(widen(half)), std::string("NaN to bf16, ") + level.name);
+  }
+}
+
 void test_gemm() {
   const Gemm products[] = {gemm_of_f32(), gemm_of_bf16()};
   std::mt19937 random(0);
@@ -304,6 +337,7 @@ int main() {
     test_exp(level);
     test_rows(level);
     test_non_finite(level);
+    test_rounding(level);
   }
   test_gemm();
   test_batcher();
