@@ -53,6 +53,9 @@ class CMakeBuild(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",
+                # For a cross compiler, where CMake looks for neither (cmake/aarch64.cmake).
+                f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+                f"-DPYTHON_MODULE_EXTENSION={target.name.removeprefix('_C')}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DREALIGN_CUTLASS={cutlass()}",
             ]

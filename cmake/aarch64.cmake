@@ -1,9 +1,11 @@
-# Toolchain for 64-bit Arm on another Linux: Debian's g++-aarch64-linux-gnu and qemu-user-static.
-# cmake -S . -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake -DREALIGN_PYTHON=OFF \
-#   -DREALIGN_TESTS=ON
+# Toolchain for aarch64 on another Linux: Debian's g++-aarch64-linux-gnu. qemu-user-static runs the
+# tests (tests/test_aarch64.py). A wheel for the version of the Python that builds it:
+#
+#   export CMAKE_TOOLCHAIN_FILE=$PWD/cmake/aarch64.cmake REALIGN_CUDA=off
+#   export SETUPTOOLS_EXT_SUFFIX=.cpython-311-aarch64-linux-gnu.so
+#   pip wheel --no-deps --config-settings=--build-option=--plat-name=linux_aarch64 .
+#
+# It needs at least the C and C++ libraries of the cross compiler, and is tagged linux_aarch64.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
-set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
-set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
-set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)

@@ -1,6 +1,8 @@
 #include "cpu.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -8,6 +10,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(REALIGN_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace realign {
@@ -29,6 +34,11 @@ Cpu probe() {
     const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
     found.amx = found.bf16 && tiles;
   }
+#elif defined(REALIGN_ARM)
+  found.level = CpuLevel::neon;
+#if defined(__linux__)
+  found.bf16 = getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#endif
 #endif
   return found;
 }
@@ -43,22 +53,19 @@ Cpu decide() {
     return found;
   }
   const std::string name(asked);
-  CpuLevel level;
-  if (name == "scalar") {
-    level = CpuLevel::scalar;
-  } else if (name == "avx2") {
-    level = CpuLevel::avx2;
-  } else if (name == "avx512") {
-    level = CpuLevel::avx512;
-  } else {
-    throw std::invalid_argument("REALIGN_CPU=" + name + ": use scalar, avx2 or avx512");
+  std::string names;
+  for (const char* known : kLevels) names += (names.empty() ? "" : ", ") + std::string(known);
+  const auto* place = std::find(std::begin(kLevels), std::end(kLevels), name);
+  if (place == std::end(kLevels)) {
+    throw std::invalid_argument("REALIGN_CPU=" + name + ": use one of " + names);
   }
+  const auto level = static_cast<CpuLevel>(place - kLevels);
   if (level > found.level) {
     throw std::invalid_argument("REALIGN_CPU=" + name + ": this CPU does not have it");
   }
+  found.bf16 = found.bf16 && level == found.level;  // bf16 needs the highest level
   found.level = level;
   found.amx = false;  // AVX-512 was asked for, and nothing beyond it
-  found.bf16 = found.bf16 && level == CpuLevel::avx512;
   return found;
 }
 

@@ -25,7 +25,6 @@ namespace py = pybind11;
 
 namespace {
 
-using realign::CpuLevel;
 using realign::Dtype;
 
 Dtype dtype_of(const std::string& name) {
@@ -41,25 +40,18 @@ T* at(uintptr_t address) {
 
 py::dict cpu_features() {
   const realign::Cpu& cpu = realign::cpu();
-  static const char* const names[] = {"scalar", "avx2", "avx512"};
   py::dict features;
-  features["level"] = names[static_cast<int>(cpu.level)];
+  features["level"] = realign::kLevels[static_cast<int>(cpu.level)];
   features["bf16"] = cpu.bf16;
   features["amx"] = cpu.amx;
-#if defined(REALIGN_X86)
-  features["gemm_f32"] = cpu.level == CpuLevel::avx512;
-  features["gemm_bf16"] = cpu.bf16;
-#else
-  features["gemm_f32"] = false;
-  features["gemm_bf16"] = false;
-#endif
+  features["gemm_f32"] = realign::gemm_of_f32() != nullptr;
+  features["gemm_bf16"] = realign::gemm_of_bf16() != nullptr;
   return features;
 }
 
 void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row,
           int64_t a_column, uintptr_t b, int64_t b_row, int64_t b_column, uintptr_t c,
           int64_t c_row, const std::string& c_dtype, bool accumulate, int threads) {
-#if defined(REALIGN_X86)
   const realign::Matrix left{at<const void>(a), a_row, a_column};
   const realign::Matrix right{at<const void>(b), b_row, b_column};
   if ((a_row != 1 && a_column != 1) || (b_row != 1 && b_column != 1)) {
@@ -69,15 +61,13 @@ void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a
   if (half_out && (!half || accumulate)) {
     throw py::value_error("a bfloat16 product is of bfloat16 matrices, and does not accumulate");
   }
-  if (half ? !realign::cpu().bf16 : realign::cpu().level != CpuLevel::avx512) {
+  const realign::Gemm multiply = half ? realign::gemm_of_bf16() : realign::gemm_of_f32();
+  if (multiply == nullptr) {
     throw py::value_error("this CPU has no " + dtype + " GEMM here: ask cpu_features()");
   }
   py::gil_scoped_release release;
   const realign::Product product{at(c), c_row, half_out, accumulate};
-  (half ? realign::gemm_bf16 : realign::gemm_f32)(m, n, k, left, right, product, threads);
-#else
-  throw py::value_error("there is no GEMM for this CPU: ask cpu_features()");
-#endif
+  multiply(m, n, k, left, right, product, threads);
 }
 
 void read_rows(uintptr_t logits, const std::string& logits_dtype, int64_t logits_stride,
@@ -169,15 +159,7 @@ class Block {
 
 py::array_t<float> exponential(const py::array_t<float, py::array::c_style>& x) {
   py::array_t<float> out(x.size());
-  auto run = realign::exp_scalar;
-#if defined(REALIGN_X86)
-  const realign::Cpu& cpu = realign::cpu();
-  if (cpu.level == CpuLevel::avx2) run = realign::exp_avx2;
-  if (cpu.level == CpuLevel::avx512) {
-    run = cpu.bf16 ? realign::exp_avx512_bf16 : realign::exp_avx512;
-  }
-#endif
-  run(x.data(), out.mutable_data(), x.size());
+  realign::row_kernels().back().exp(x.data(), out.mutable_data(), x.size());
   return out;
 }
 

@@ -6,17 +6,6 @@
 namespace realign {
 namespace {
 
-RowKernel row_kernel() {
-#if defined(REALIGN_X86)
-  switch (cpu().level) {
-    case CpuLevel::avx512: return cpu().bf16 ? read_row_avx512_bf16 : read_row_avx512;
-    case CpuLevel::avx2: return read_row_avx2;
-    default: break;
-  }
-#endif
-  return read_row_scalar;
-}
-
 float value_of(float x) { return x; }
 float value_of(uint16_t x) { return widen(x); }
 void assign(float& out, float x) { out = x; }
@@ -34,8 +23,22 @@ void finish_row(int64_t width, const float* pull, const Weight* weight, float sl
 
 }  // namespace
 
+std::vector<RowKernels> row_kernels() {
+  std::vector<RowKernels> found{{"scalar", read_row_scalar, exp_scalar}};
+#if defined(REALIGN_X86)
+  if (cpu().level >= CpuLevel::avx2) found.push_back({"avx2", read_row_avx2, exp_avx2});
+  if (cpu().level >= CpuLevel::avx512) {
+    found.push_back({"avx512", read_row_avx512, exp_avx512});
+    if (cpu().bf16) found.push_back({"avx512_bf16", read_row_avx512_bf16, exp_avx512_bf16});
+  }
+#elif defined(REALIGN_ARM)
+  if (cpu().level >= CpuLevel::neon) found.push_back({"neon", read_row_neon, exp_neon});
+#endif
+  return found;
+}
+
 void read_rows(const RowInputs& in, const RowOutputs& out, int threads) {
-  const RowKernel kernel = row_kernel();
+  const auto kernel = row_kernels().back().read_row;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < in.rows; ++row) kernel(in, out, row);
 }

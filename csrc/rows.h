@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace realign {
 
@@ -41,17 +42,26 @@ void finish_direction(int64_t rows, int64_t width, const float* pull, const void
                       const float* slope, const float* total, const float* factor, void* out,
                       Dtype out_dtype, int threads);
 
-// The row kernel of one instruction set.
-using RowKernel = void (*)(const RowInputs&, const RowOutputs&, int64_t row);
+// The kernels of one instruction set. exp: out[i] = exp(x[i]) as read_row computes it, for the tests
+// of its error bound.
+struct RowKernels {
+  const char* name;
+  void (*read_row)(const RowInputs&, const RowOutputs&, int64_t row);
+  void (*exp)(const float* x, float* out, int64_t count);
+};
+
+// Those that cpu() allows. read_rows takes the last.
+std::vector<RowKernels> row_kernels();
+
 void read_row_scalar(const RowInputs& in, const RowOutputs& out, int64_t row);
 void read_row_avx2(const RowInputs& in, const RowOutputs& out, int64_t row);
 void read_row_avx512(const RowInputs& in, const RowOutputs& out, int64_t row);
 void read_row_avx512_bf16(const RowInputs& in, const RowOutputs& out, int64_t row);
-
-// out[i] = exp(x[i]) as the row kernels compute it, for the tests of its error bound.
+void read_row_neon(const RowInputs& in, const RowOutputs& out, int64_t row);
 void exp_scalar(const float* x, float* out, int64_t count);
 void exp_avx2(const float* x, float* out, int64_t count);
 void exp_avx512(const float* x, float* out, int64_t count);
 void exp_avx512_bf16(const float* x, float* out, int64_t count);
+void exp_neon(const float* x, float* out, int64_t count);
 
 }  // namespace realign

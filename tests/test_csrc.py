@@ -1,6 +1,7 @@
 """The C++ core: its own tests under sanitizers, the threads it uses, the CPU it is told to use."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -66,11 +67,12 @@ def test_the_staging_ring_is_right_and_clean(built):
     assert_clean(built[1] / "staging_tests")
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of files for x86")
 def test_no_wide_instruction_is_shared_with_what_every_cpu_runs(built):
     """An inline library function compiled for AVX-512 in one file and merged by the linker with the
     copies of others would crash an older CPU."""
     sanitizer, folder = built
-    wide = ("gemm", "rows_avx", "crc32c_sse42")
+    wide = ("gemm.", "gemm_amx", "rows_avx", "crc32c_sse42")
     objects = [path for path in folder.rglob("*.o") if path.name.startswith(wide)]
     assert len(objects) == (1 if sanitizer == "thread" else 6)
     symbols = subprocess.run(["nm", *objects], capture_output=True, text=True, check=True).stdout
@@ -132,7 +134,7 @@ def test_results_are_bitwise_the_same_with_any_number_of_threads():
     assert len(set(lines[:3])) == 1 and len(set(lines[3:])) == 1
 
 
-@pytest.mark.parametrize(("level", "message"), [("sse", "use scalar, avx2 or avx512"), ("", "")])
+@pytest.mark.parametrize(("level", "message"), [("sse", "use one of scalar, "), ("", "")])
 def test_cpu_level_from_the_environment(level, message):
     done = run("import realign_kernels as rk; print(rk.explain())", REALIGN_CPU=level)
     if message:

@@ -8,15 +8,13 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "batcher.h"
 #include "bf16.h"
-#include "cpu.h"
-#include "rows.h"
-#if defined(REALIGN_X86)
 #include "gemm.h"
-#endif
+#include "rows.h"
 
 using namespace realign;
 
@@ -30,26 +28,8 @@ void expect(bool held, const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());
 }
 
-struct Level {
-  const char* name;
-  RowKernel read_row;
-  void (*exp)(const float*, float*, int64_t);
-};
-
-std::vector<Level> levels() {
-  std::vector<Level> found{{"scalar", read_row_scalar, exp_scalar}};
-#if defined(REALIGN_X86)
-  if (cpu().level >= CpuLevel::avx2) found.push_back({"avx2", read_row_avx2, exp_avx2});
-  if (cpu().level >= CpuLevel::avx512) {
-    found.push_back({"avx512", read_row_avx512, exp_avx512});
-    if (cpu().bf16) found.push_back({"avx512_bf16", read_row_avx512_bf16, exp_avx512_bf16});
-  }
-#endif
-  return found;
-}
-
 // exp: relative error at most 2^-22.5 for every normal result; 0 below; NaN stays.
-void test_exp(const Level& level) {
+void test_exp(const RowKernels& level) {
   std::vector<float> x, y;
   for (double v = -110; v <= 20; v += 1.0 / 4096) x.push_back(static_cast<float>(v));
   for (uint32_t bits = 0x33000000; bits < 0x42b00000; bits += 977) {  // 3e-8 .. 88, negated
@@ -85,7 +65,7 @@ struct Case {
 };
 
 // One row of `test` against the definition in double.
-void test_row(const Level& level, const Case& test, std::mt19937& random) {
+void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const int64_t v = test.vocabulary;
   // Exactly sized, so that AddressSanitizer sees a read beyond the last row.
@@ -198,7 +178,7 @@ void test_row(const Level& level, const Case& test, std::mt19937& random) {
   expect(worst < (test.half_out ? 5e-3 : 4e-5) / heat, std::string(name) + " others");
 }
 
-void test_rows(const Level& level) {
+void test_rows(const RowKernels& level) {
   std::mt19937 random(0);
   for (const int64_t v : {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 97, 257, 1003}) {
     for (const bool bias : {false, true}) {
@@ -220,7 +200,7 @@ void test_rows(const Level& level) {
 }
 
 // What must not read as a finite log-prob: gap = logit - peak - log(total) + (logit - logit).
-void test_non_finite(const Level& level) {
+void test_non_finite(const RowKernels& level) {
   const float inf = std::numeric_limits<float>::infinity();
   for (const int64_t v : {2, 16, 33}) {
     for (int64_t place = 0; place < v; ++place) {
@@ -240,20 +220,55 @@ void test_non_finite(const Level& level) {
   }
 }
 
-#if defined(REALIGN_X86)
+// bf16 others: ties to even, and no NaN becomes infinite. With equal logits others are 1 / T.
+void test_rounding(const RowKernels& level) {
+  const int64_t v = 9, label = -1;
+  const auto others = [&](uint32_t raw, float temperature) {
+    float value;
+    std::memcpy(&value, &raw, 4);
+    std::vector<float> logits(v, value);
+    std::vector<uint16_t> result(v);
+    int64_t target;
+    float logit, peak, total, slope;
+    RowInputs in{logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, temperature, nullptr};
+    RowOutputs out{result.data(), Dtype::bf16, v, &target, &logit, &peak, &total, &slope};
+    level.read_row(in, out, 0);
+    return result;
+  };
+  int ties = 0;
+  for (uint32_t bits = 0x3f000000; ties < 8; ++bits) {
+    float temperature;
+    std::memcpy(&temperature, &bits, 4);
+    const float inverse = 1 / temperature;
+    uint32_t wide;
+    std::memcpy(&wide, &inverse, 4);
+    if ((wide & 0xffff) != 0x8000) continue;
+    ++ties;
+    const auto even = static_cast<uint16_t>((wide >> 16) + (wide >> 16 & 1));
+    expect(others(0x3f800000, temperature) == std::vector<uint16_t>(v, even),
+           std::string("bf16 ties, ") + level.name);
+  }
+  for (const uint16_t half : others(0x7fffffff, 1)) {
+    expect(std::isnan(widen(half)), std::string("NaN to bf16, ") + level.name);
+  }
+}
+
 void test_gemm() {
+  const Gemm products[] = {gemm_of_f32(), gemm_of_bf16()};
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
   const int64_t sizes[][3] = {{1, 1, 1},    {7, 97, 33},    {6, 64, 512},  {13, 65, 513},
-                              {261, 70, 37}, {33, 600, 514}, {300, 130, 3}, {5, 3, 1100},
-                              {300, 65, 511}};
+                              {261, 70, 37}, {9, 600, 514}, {300, 130, 3}, {5, 3, 1100},
+                              {300, 17, 511}};
   const std::vector<uint16_t> nan(600 * 600, 0x7fc0);
   std::vector<float> lost(300 * 600);
   for (const auto& size : sizes) {
     const int64_t m = size[0], n = size[1], k = size[2];
-    for (int threads = 1; threads <= 3 && cpu().bf16; ++threads) {  // what packed memory holds
-      gemm_bf16(300, 600, 600, {nan.data(), 600, 1}, {nan.data(), 600, 1},
-                {lost.data(), 600, false, false}, threads);
+    for (int threads = 1; threads <= 3 && products[1]; threads += 2) {  // what packed memory holds
+      for (const auto& shape : {std::pair{300, 64}, std::pair{8, 600}}) {  // of a, of b
+        products[1](shape.first, shape.second, 600, {nan.data(), 600, 1}, {nan.data(), 600, 1},
+                    {lost.data(), 600, false, false}, threads);
+      }
     }
     std::vector<float> a(m * k), b(k * n);
     std::vector<uint16_t> half_a(m * k), half_b(k * n);
@@ -261,7 +276,7 @@ void test_gemm() {
     for (int64_t i = 0; i < k * n; ++i) b[i] = widen(half_b[i] = narrow(normal(random)));
     for (int which = 0; which < 16; ++which) {
       const bool ta = which & 1, tb = which & 2, accumulate = which & 4, half = which & 8;
-      if (half && !cpu().bf16) continue;
+      if (products[half] == nullptr) continue;
       const auto matrix = [](const void* data, bool transposed, int64_t rows, int64_t columns) {
         return transposed ? Matrix{data, 1, rows} : Matrix{data, columns, 1};
       };
@@ -269,15 +284,15 @@ void test_gemm() {
       std::vector<float> one(m * stride, 2.0f), two(m * stride, 2.0f);
       for (int threads = 1; threads <= 3; threads += 2) {
         auto& c = threads == 1 ? one : two;
-        (half ? gemm_bf16 : gemm_f32)(
+        products[half](
             m, n, k, matrix(half ? static_cast<const void*>(half_a.data()) : a.data(), ta, m, k),
             matrix(half ? static_cast<const void*>(half_b.data()) : b.data(), tb, k, n),
             {c.data(), stride, false, accumulate}, threads);
       }
       if (half && !accumulate) {
         std::vector<uint16_t> rounded(m * stride, 7);
-        gemm_bf16(m, n, k, matrix(half_a.data(), ta, m, k), matrix(half_b.data(), tb, k, n),
-                  {rounded.data(), stride, true, false}, 2);
+        products[1](m, n, k, matrix(half_a.data(), ta, m, k), matrix(half_b.data(), tb, k, n),
+                    {rounded.data(), stride, true, false}, 2);
         bool same = true;
         for (int64_t i = 0; i < m; ++i) {
           for (int64_t j = 0; j < stride; ++j) {
@@ -305,8 +320,9 @@ void test_gemm() {
       expect(worst < 1e-5 * std::sqrt(static_cast<double>(k)) + 1e-6, "GEMM error");
     }
   }
+  const auto said = [](Gemm product) { return product ? "own" : "of torch"; };
+  std::printf("GEMM bf16 %s, f32 %s\n", said(products[1]), said(products[0]));
 }
-#endif
 
 void test_batcher() {
   const int64_t roots[] = {5, 3}, leaves[] = {2, 2, 4}, parents[] = {0, 0, 1};
@@ -317,14 +333,13 @@ void test_batcher() {
 }  // namespace
 
 int main() {
-  for (const Level& level : levels()) {
+  for (const RowKernels& level : row_kernels()) {
     test_exp(level);
     test_rows(level);
     test_non_finite(level);
+    test_rounding(level);
   }
-#if defined(REALIGN_X86)
-  if (cpu().level == CpuLevel::avx512) test_gemm();
-#endif
+  test_gemm();
   test_batcher();
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;

@@ -208,6 +208,8 @@ def lesser_levels():
     if _extension.missing_reason() or "REALIGN_CPU" in os.environ:
         return []
     features, levels = _extension.extension().cpu_features(), ["scalar", "avx2", "avx512"]
+    if features["level"] == "neon":
+        return ["scalar"]
     return levels[: levels.index(features["level"]) + features["amx"]]
 
 
