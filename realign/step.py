@@ -23,7 +23,7 @@ from realign_kernels import Objective
 
 
 class NonFiniteStep(parallel.CommonError):
-    """Loss or gradient is not finite; raised on all ranks, before the optimizer step."""
+    """Loss or gradient is not finite; raised on all ranks. The optimizer has updated nothing."""
 
     def __init__(
         self, step: int, found: dict[str, float], culprits: Sequence[str], batch_size: int
@@ -181,7 +181,9 @@ def update_and_read(
     sums = parallel.sum_over_ranks(torch.cat([sums, sums.new_full((1,), stop)]))
     norm = norm.to(sums, non_blocking=True)
     decisive = torch.stack([sums[[*totals].index("loss")], norm])
-    optimizer.found_inf = decisive.isfinite().all().logical_not().float()
+    # Offloaded parameters are on the CPU. The optimizer would copy the flag there without a wait.
+    where = optimizer.param_groups[0]["params"][0].device
+    optimizer.found_inf = decisive.isfinite().all().logical_not().float().to(where)
     optimizer.step()
     *sums, stopping, norm = torch.cat([sums, norm[None]]).tolist()
     means = [value / batch_size for value in sums]

@@ -325,3 +325,12 @@ def test_a_step_that_is_not_finite_updates_nothing(sharded, spoilt):
         ])  # fmt: skip
     assert len(results[0]) == 8  # two parameters with two moments and a count each
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_flag_of_a_step_is_where_the_parameters_are():
+    """Offloaded ones are on the CPU, where AdamW would read a copy that has not arrived."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, device="meta"))], fused=False)
+    optimizer.step = lambda: None
+    totals = {"loss": torch.ones(())}
+    step.update_and_read(optimizer, totals, torch.ones(()), 1, False)
+    assert optimizer.found_inf.device.type == "meta"

@@ -27,6 +27,7 @@ def finish_kernel(
     width,
     pull_stride,
     weight_stride,
+    column_stride,  # of weight
     out_stride,
     BLOCK: tl.constexpr,
 ):
@@ -36,7 +37,8 @@ def finish_kernel(
     inside = columns < width
     label = tl.load(target + row)
     here = tl.load(factor + row)
-    w = load_wide(weight + label * weight_stride + columns, inside & (label >= 0))
+    place = label * weight_stride + columns * column_stride
+    w = load_wide(weight + place, inside & (label >= 0))
     p = load_wide(pull + row * pull_stride + columns, inside)
     value = here * (tl.load(slope + row) * w - p / tl.load(total + row))
     tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), inside)
@@ -50,7 +52,7 @@ def finish(
     out: Tensor,  # (r, H)
 ) -> None:
     """See `realign_kernels.rows.Kernels.finish`."""
-    for name, tensor in (("pull", pull), ("weight", weight), ("out", out)):
+    for name, tensor in (("pull", pull), ("out", out)):
         check_unit_stride(name, tensor)
     count, width = out.shape
     if out.numel() == 0:
@@ -66,7 +68,7 @@ def finish(
             out,
             width,
             pull.stride(0),
-            weight.stride(0),
+            *weight.stride(),
             out.stride(0),
             BLOCK=BLOCK,
             num_warps=4,

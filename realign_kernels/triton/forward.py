@@ -127,8 +127,11 @@ def head_stats(
 ) -> RowStats:
     """`read_rows` of hidden @ weight.T, with the logits in fp32 and never in memory.
 
-    fp32 inputs are multiplied as three tf32 products, about as exact as fp32.
+    fp32 inputs are multiplied as three tf32 products, about as exact as fp32. Rows of hidden whose
+    elements are not adjacent are copied.
     """
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         check_dtype(name, tensor)
         check_unit_stride(name, tensor)

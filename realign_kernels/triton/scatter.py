@@ -53,7 +53,7 @@ def add_rows(
 ) -> None:
     """The same sums in the same order in each call. See `realign_kernels.rows.Kernels.add_rows`."""
     check_unit_stride("total", total)
-    check_unit_stride("rows", rows)
+    rows = rows.contiguous()  # a product with hidden states has their layout
     count, width = rows.shape
     ordered, order = index.sort(stable=True)
     with torch.cuda.device_of(total):

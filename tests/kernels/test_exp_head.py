@@ -168,23 +168,33 @@ HEADS = {
     "softcap": ({}, {"softcap": 30.0}),
     "fp16": ({"dtype": torch.float16}, {}),
     "odd width": ({"width": 20}, {}),
+    "odd vocabulary": ({"vocabulary": 63}, {}),
+    "transposed": ({"transposed": True}, {}),
 }
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_that_take_the_fused_kernel(monkeypatch, name):
-    """Asked for, on Hopper: bf16, rows of 16 bytes, no bias, no softcap, no temperature below 1."""
+    """Asked for, on Hopper: bf16, rows of 16 bytes, no bias, no softcap, no temperature below 1.
+
+    CUTLASS's also stores rows of E in 16 bytes: its `can_implement` refuses V = 32003.
+    """
     shape, settings = HEADS[name]
     dtype, width = shape.get("dtype", torch.bfloat16), shape.get("width", 16)
-    hidden, weight = torch.zeros(4, width, dtype=dtype), torch.zeros(64, width, dtype=dtype)
+    hidden = torch.zeros(4, width, dtype=dtype)
+    weight = torch.zeros(shape.get("vocabulary", 64), width, dtype=dtype)
+    if "transposed" in shape:
+        weight = weight.T.contiguous().T
     head = Head(weight, *({"bias": None, "softcap": None, "temperature": 1.0} | settings).values())
     with assume_device(90, 132):
         assert exp_head.choice(hidden, head) == exp_head.DEFAULT == "rows"
         monkeypatch.setenv("REALIGN_HEAD", "triton")
-        assert (exp_head.choice(hidden, head) == "triton") == (name in ("triton", "temperature"))
+        takes = ("triton", "temperature", "odd vocabulary")
+        assert (exp_head.choice(hidden, head) == "triton") == (name in takes)
         monkeypatch.setattr(exp_head, "built", lambda: True)
         monkeypatch.setenv("REALIGN_HEAD", "cutlass")
-        wanted = {"triton": "cutlass", "temperature": "triton"}.get(name, "rows")
+        others = dict.fromkeys(("temperature", "odd vocabulary"), "triton")
+        wanted = ({"triton": "cutlass"} | others).get(name, "rows")
         assert exp_head.choice(hidden, head) == wanted
     with assume_device(80, 108):
         assert exp_head.choice(hidden, head) == "rows"
@@ -203,9 +213,11 @@ def test_a_kernel_that_is_not_there(monkeypatch):
         exp_head.choice(head.weight, head)
 
 
-def test_finish_without_a_target_and_into_half():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_finish_without_a_target_and_into_half(transposed):
     g = torch.Generator().manual_seed(0)
     pull, weight = torch.randn(5, 70, generator=g), torch.randn(9, 70, generator=g)
+    weight = weight.T.contiguous().T if transposed else weight
     target = torch.tensor([8, -1, 0, 3, -1])
     total, slope, factor = torch.rand(3, 5, generator=g) + 0.5
     scores = Scores(total, total, target, total, slope)

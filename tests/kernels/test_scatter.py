@@ -29,7 +29,7 @@ def test_equal_targets_are_summed_before_they_are_rounded(name, dtype, count, wi
     wide = torch.randn(7, width + 3, generator=g).to(dtype).to(DEVICE)
     total = wide[:, :width]  # rows apart in memory
     index = torch.randint(-1, 5, (count,), generator=g).to(DEVICE)  # two rows are nobody's target
-    rows = torch.randn(count, width, generator=g).to(DEVICE)
+    rows = torch.randn(width, count, generator=g).to(DEVICE).T  # columns apart
     rows[index < 0] = 0
     exact = total.double().index_add_(0, index.clamp(min=0), rows.double())
     before = wide.clone()

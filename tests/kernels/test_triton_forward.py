@@ -63,6 +63,14 @@ def check(stats, hidden, weight, labels, bias, softcap, temperature):
         torch.testing.assert_close(value.double(), exact, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_whose_columns_are_not_adjacent(name):
+    hidden, *rest = make(9, 48, 101, torch.float32)
+    apart = torch.stack([hidden, torch.full_like(hidden, NAN)], -1)[..., 0]
+    stats = forward.head_stats(apart, *rest, None, 1.0, config=CONFIGS[name])
+    check(stats, hidden, *rest, None, 1.0)
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize(
