@@ -14,6 +14,7 @@
 #include <string>
 
 #include "cuda_device.h"
+#include "masked_exp.h"
 
 namespace realign {
 namespace {
@@ -75,10 +76,7 @@ struct MaskedExp {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < Size; ++i) {
         const int column = first_column + static_cast<int>(get<1>(at(epi_v * Size + i)));
-        const float exponent = fmaf(z[i], scale, -shift[i]);
-        float value;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
-        e[i] = column == label[i] ? 0.0f : value;
+        e[i] = masked_exp2(z[i], scale, shift[i], column == label[i]);
       }
       return e;
     }

@@ -14,6 +14,7 @@
 #include "batcher.h"
 #include "bf16.h"
 #include "gemm.h"
+#include "masked_exp.h"
 #include "rows.h"
 
 using namespace realign;
@@ -324,6 +325,37 @@ void test_gemm() {
   std::printf("GEMM bf16 %s, f32 %s\n", said(products[1]), said(products[0]));
 }
 
+// The arithmetic of the GEMM's epilogue on Hopper: E over 2^58, shifted by the label's logit.
+void test_masked_exp() {
+  constexpr float kScale = 1.44269504f, kBits = 58.0f;
+  std::mt19937 random(0);
+  for (const double spread : {1.0, 2.0, 4.0, 6.0}) {
+    for (const double lift : {0.0, 14.0, 30.0, -30.0, -80.0}) {
+      std::normal_distribution<float> logits(0.0f, static_cast<float>(spread));
+      const float label = logits(random) + static_cast<float>(lift);
+      const float shift = fmaf(label, kScale, kBits);
+      double sum = 0, exact = 0, worst = 0;
+      for (int v = 0; v < 20000; ++v) {
+        const float z = logits(random);
+        const double e = masked_exp2(z, kScale, shift, false) * std::exp2(58.0);
+        const double truth = std::exp(static_cast<double>(z) - label);
+        sum += e;
+        exact += truth;
+        if (truth > 1e-20) worst = std::max(worst, std::abs(e / truth - 1));  // below: underflow
+      }
+      expect(worst < 2e-5, "E of the epilogue");
+      expect(std::abs(std::log1p(sum) - std::log1p(exact)) < 1e-5, "log-prob of the epilogue");
+    }
+  }
+  const float infinite = std::numeric_limits<float>::infinity();
+  expect(masked_exp2(3.0f, kScale, 2.0f, true) == 0, "E of the label");
+  expect(std::isnan(masked_exp2(std::nanf(""), kScale, 0.0f, false)), "E of NaN");
+  expect(masked_exp2(infinite, kScale, 0.0f, false) == infinite, "E of inf");
+  expect(masked_exp2(0.0f, kScale, fmaf(-200.0f, kScale, kBits), false) == infinite,
+         "E where the label is 200 nats below");
+  expect(masked_exp2(-80.0f, kScale, fmaf(0.0f, kScale, kBits), false) == 0, "E below 2^-126");
+}
+
 void test_batcher() {
   const int64_t roots[] = {5, 3}, leaves[] = {2, 2, 4}, parents[] = {0, 0, 1};
   const ForestPacking packing = pack_forest(roots, 2, leaves, parents, 3, 9);
@@ -340,6 +372,7 @@ int main() {
     test_rounding(level);
   }
   test_gemm();
+  test_masked_exp();
   test_batcher();
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;

@@ -1,0 +1,26 @@
+// E of one logit, as the epilogue of exp_head.cu computes it; also on the host, for its test.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define REALIGN_HOST_DEVICE __host__ __device__
+#else
+#define REALIGN_HOST_DEVICE
+#endif
+
+namespace realign {
+
+// exp2(scale * z - shift), or 0 where the token is left out. Results below 2^-126 are 0.
+REALIGN_HOST_DEVICE inline float masked_exp2(float z, float scale, float shift, bool left_out) {
+  const float exponent = fmaf(z, scale, -shift);
+  float value;
+#if defined(__CUDA_ARCH__)
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
+#else
+  value = exponent < -126.0f ? 0.0f : std::exp2(exponent);
+#endif
+  return left_out ? 0.0f : value;
+}
+
+}  // namespace realign
