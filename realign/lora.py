@@ -82,7 +82,7 @@ class AdaptedLinear(torch.autograd.Function):
         out = F.linear(rows, weight, bias).addmm_(down, b.t(), alpha=scaling)
         ctx.save_for_backward(rows, weight, a, b, down)
         ctx.scaling = scaling
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,7 +92,7 @@ class AdaptedLinear(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = grad.mm(weight).addmm_(of_down, a, alpha=ctx.scaling)
-            of_x = of_x.view(*shape[:-1], -1)
+            of_x = of_x.view(*shape[:-1], rows.shape[1])
         # With beta=0 the factor adds nothing: the product is scaled as it is written.
         of_a, of_b = (
             factor.addmm(left.t(), right, beta=0, alpha=ctx.scaling)

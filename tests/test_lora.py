@@ -69,6 +69,14 @@ def test_values_and_gradients_err_as_pefts(dtype, shape, bias):
     assert len(ours) == 4 and all(a <= 2 * b for a, b in zip(ours, theirs, strict=True))
 
 
+def test_no_rows():
+    """An expert of a mixture may get no token."""
+    _, ours, _ = layers(bias=True)
+    out, *grads = run(ours, torch.float32, (2, 0, WIDTH))
+    assert out.shape == (2, 0, OUT) and grads[0].shape == (2, 0, WIDTH)
+    assert all((grad == 0).all() for grad in grads)
+
+
 class Passes(TorchDispatchMode):
     """Counts elementwise operations and copies over all outputs or all inputs."""
 
