@@ -25,16 +25,19 @@ def use(model: nn.Module) -> None:
     """Let every LoRA layer in `model` on an `nn.Linear` compute by `AdaptedLinear`."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
-            layer.forward = MethodType(_forward, layer)
+            layer.forward = MethodType(forward, layer)
 
 
-def _forward(
+def forward(
     layer: Linear,
     x: Tensor,  # (..., H)
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # (..., O)
-    """`Linear.forward`; PEFT computes what is not plain."""
+    """`Linear.forward`; PEFT computes what is not plain.
+
+    Its name is that of the method: a pickled model finds PEFT's.
+    """
     if args or kwargs or not _is_plain(layer, x):
         return Linear.forward(layer, x, *args, **kwargs)
     (name,) = layer.active_adapters
