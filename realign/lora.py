@@ -25,16 +25,19 @@ def use(model: nn.Module) -> None:
     """Let every LoRA layer in `model` on an `nn.Linear` compute by `AdaptedLinear`."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
-            layer.forward = MethodType(_forward, layer)
+            layer.forward = MethodType(forward, layer)
 
 
-def _forward(
+def forward(
     layer: Linear,
     x: Tensor,  # (..., H)
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # (..., O)
-    """`Linear.forward`; PEFT computes what is not plain."""
+    """`Linear.forward`; PEFT computes what is not plain.
+
+    Its name is that of the method: a pickled model finds PEFT's.
+    """
     if args or kwargs or not _is_plain(layer, x):
         return Linear.forward(layer, x, *args, **kwargs)
     (name,) = layer.active_adapters
@@ -82,7 +85,7 @@ class AdaptedLinear(torch.autograd.Function):
         out = F.linear(rows, weight, bias).addmm_(down, b.t(), alpha=scaling)
         ctx.save_for_backward(rows, weight, a, b, down)
         ctx.scaling = scaling
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,7 +95,7 @@ class AdaptedLinear(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = grad.mm(weight).addmm_(of_down, a, alpha=ctx.scaling)
-            of_x = of_x.view(*shape[:-1], -1)
+            of_x = of_x.view(*shape[:-1], rows.shape[1])
         # With beta=0 the factor adds nothing: the product is scaled as it is written.
         of_a, of_b = (
             factor.addmm(left.t(), right, beta=0, alpha=ctx.scaling)

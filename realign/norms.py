@@ -26,18 +26,21 @@ def use(model: nn.Module) -> None:
     plain: dict[type, bool] = {}
     for module in model.modules():
         kind = type(module)
-        if not kind.__name__.endswith("RMSNorm") or not hasattr(module, "weight"):
+        if not kind.__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
+            continue
+        if "forward" in vars(module):  # of the user, such as liger's
             continue
         if kind not in plain:
             plain[kind] = _is_plain(module)
         if plain[kind]:
-            module.forward = MethodType(_forward, module)
+            module.forward = MethodType(forward, module)
 
 
-def _forward(
+def forward(
     norm: nn.Module,
     hidden: Tensor,  # (..., H)
 ) -> Tensor:
+    """`F.rms_norm` of one dtype. Its name is that of the method: a pickled model finds its own."""
     # Autocast passes a weight in fp32, by which transformers widens the output.
     if hidden.dtype != norm.weight.dtype:
         return type(norm).forward(norm, hidden)
@@ -46,11 +49,11 @@ def _forward(
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a copy of the module with random weights gives what `_forward` gives, in fp32."""
+    """Whether a copy of the module with random weights gives what `forward` gives, in fp32."""
     tried = copy.deepcopy(module).to_empty(device="cpu").float()  # it may be on the meta device
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         tried.weight.normal_(generator=generator)
         hidden = torch.randn(4, *tried.weight.shape, generator=generator)
-        truth, found = type(tried).forward(tried, hidden), _forward(tried, hidden)
+        truth, found = type(tried).forward(tried, hidden), forward(tried, hidden)
     return bool((found - truth).abs().max() <= _TOLERANCE * truth.abs().max())

@@ -1,6 +1,7 @@
 """How a layer is computed: checkpointed, compiled, offloaded, by which attention, by liger."""
 
 import copy
+import pickle
 import sys
 import types
 
@@ -225,6 +226,24 @@ def test_rms_norms_that_are_not_plain_stay():
     hidden = torch.randn(3, 8).bfloat16()  # under autocast the weight is wider
     assert torch.equal(llama(hidden), LlamaRMSNorm.forward(llama, hidden))
     assert llama(hidden).dtype == torch.float32
+
+
+def test_rms_norms_without_a_weight_or_with_a_forward_of_the_user_stay():
+    bare, patched = nn.RMSNorm(8, elementwise_affine=False), LlamaRMSNorm(8)
+    patched.forward = lambda hidden: hidden + 1
+    norms.use(nn.ModuleList([bare, patched]))
+    assert "forward" not in vars(bare) and torch.equal(
+        patched(torch.ones(8)), torch.full((8,), 2.0)
+    )
+
+
+def test_a_pickled_rms_norm_is_that_of_transformers():
+    norm = LlamaRMSNorm(8)
+    norms.use(nn.ModuleList([norm]))
+    loaded = pickle.loads(pickle.dumps(norm))
+    hidden = torch.randn(3, 8)
+    assert torch.equal(loaded(hidden), LlamaRMSNorm.forward(norm, hidden))
+    assert loaded.forward.__self__ is loaded and loaded.forward.__func__ is LlamaRMSNorm.forward
 
 
 # --- liger, by its definition: the kernels need CUDA ---

@@ -1,6 +1,7 @@
 """LoRA's layer as one function: against fp64 beside PEFT's layer, and PEFT's switches and files."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_values_and_gradients_err_as_pefts(dtype, shape, bias):
     wide = run(exact, torch.float64, shape)
     theirs, ours = (errors(run(model, dtype, shape), wide) for model in (plain, inplace))
     assert len(ours) == 4 and all(a <= 2 * b for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_pickled_layer_is_that_of_peft():
+    _, ours, _ = layers()
+    loaded = pickle.loads(pickle.dumps(ours.base_model.model.proj))
+    assert loaded.forward.__func__ is Linear.forward
+
+
+def test_no_rows():
+    """An expert of a mixture may get no token."""
+    _, ours, _ = layers(bias=True)
+    out, *grads = run(ours, torch.float32, (2, 0, WIDTH))
+    assert out.shape == (2, 0, OUT) and grads[0].shape == (2, 0, WIDTH)
+    assert all((grad == 0).all() for grad in grads)
 
 
 class Passes(TorchDispatchMode):

@@ -125,7 +125,10 @@ EXPONENTIALS = (300, 4096, 32003), (20, 24, 150)
 def exponentials(record: Record, kernel: str, temperature: float) -> dict[str, float]:
     """E and the log-probs of a chunk, without logits, against fp64; one row overflows."""
     dtype = torch.float32 if record.rehearse else torch.bfloat16  # 2^-58 is nothing in fp16
-    problem = truth.make(EXPONENTIALS[record.rehearse], dtype, record.device)
+    *shape, vocabulary = EXPONENTIALS[record.rehearse]
+    if kernel == "cutlass":  # it stores rows of 16 bytes
+        vocabulary += -vocabulary % 8
+    problem = truth.make((*shape, vocabulary), dtype, record.device)
     labels, head = problem.labels.clamp(min=0), Head(problem.weight, None, None, temperature)
     problem.hidden[0] *= 100
     wide = problem.hidden.double() @ problem.weight.double().T / temperature

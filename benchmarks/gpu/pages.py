@@ -273,7 +273,9 @@ def kernels_sentence(check: Check | None) -> str:
     """For docs/kernels.md: whether the Triton kernels have run on a GPU."""
     if check is None:
         return WORDS["kernels_not_run"].strip()
-    return WORDS["kernels_run"].strip().format(card=check.card, correct=check.correct)
+    since = WORDS["since_kernels"].strip()
+    words = WORDS["kernels_run"].strip()
+    return filled(words.format(card=check.card, correct=check.correct, since=since))
 
 
 def readme_sentence(check: Check | None) -> str:
@@ -281,6 +283,9 @@ def readme_sentence(check: Check | None) -> str:
     if check is None:
         return WORDS["readme_not_measured"].strip()
     found = {"counts": target_counts(check), "losses": loss_counts(check)}
+    found["since_readme"] = WORDS["since_readme"].strip()
+    each = check.figure("step", "ours", "each")
+    found["steps"] = ", ".join(map(number, sorted(each))) if each else "-"
     mine = check.figure("step", "ours", "seconds")
     for name, peer in (("trl", "TRL DPO"), ("released", "released")):
         theirs = check.figure("step", peer, "seconds")

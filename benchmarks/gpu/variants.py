@@ -18,7 +18,7 @@ from benchmarks.gpu import truth
 from benchmarks.gpu.measure import figures
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss
-from realign_kernels.rows import Head
+from realign_kernels.rows import Head, score
 from realign_kernels.triton import backend, configs, exp_head
 from realign_kernels.triton.forward import head_stats
 from realign_kernels.triton.logits import device_facts
@@ -64,8 +64,7 @@ def exponentials(problem: truth.Problem) -> Variants:
 
     def rows() -> Tensor:
         backend.gemm(hidden, problem.weight.T, out=logits)
-        stats = read_rows(logits, labels, None, None, 1.0, None, others)
-        return stats.peak + stats.total.log() - stats.logit
+        return score(read_rows(logits, labels, None, None, 1.0, None, others), None).logps
 
     calls = {
         "cutlass": partial(fused, exp_head.cutlass_rows),

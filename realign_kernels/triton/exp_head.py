@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from realign_kernels._extension import extension, missing_reason
 from realign_kernels.rows import Head, Scores
-from realign_kernels.triton.configs import EXP_HEAD
+from realign_kernels.triton.configs import EXP_HEADS, listed
 from realign_kernels.triton.logits import device_facts, load_wide, takes_tma
 
 MARGIN = tl.constexpr(58.0)
@@ -188,7 +188,7 @@ def exp_rows(
 ) -> Tensor:  # (tiles, N)
     """The GEMM in Triton: writes others, (N, V), and returns the sums of E by tiles of columns."""
     (count, width), vocabulary = hidden.shape, len(head.weight)
-    tile = EXP_HEAD
+    tile = EXP_HEADS[listed(device_facts(hidden)[0])]
     tiles = triton.cdiv(vocabulary, tile.columns)
     sums = hidden.new_empty(tiles, count, dtype=torch.float32)
     programs = min(device_facts(hidden)[1], triton.cdiv(count, tile.rows) * tiles)
