@@ -24,7 +24,7 @@ if CUDA not in ("auto", "on", "off"):
 
 
 def cutlass() -> str:
-    """CUTLASS's headers, from CUTLASS_DIR or the package nvidia-cutlass; empty where there are none.
+    """CUTLASS's headers, of CUTLASS_DIR or the package nvidia-cutlass; empty where there are none.
 
     An isolated build does not import from the environment that it builds for, but may look there.
     """
