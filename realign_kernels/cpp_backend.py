@@ -1,8 +1,8 @@
 """Row kernel and GEMM of the C++ extension (csrc/rows.h, csrc/gemm.h), on the CPU.
 
 With AVX-512 the GEMMs are the extension's too: fp32 about twice as fast as MKL on an AMD CPU, bf16
-as fast as oneDNN (with AMX up to twice its time) but with fp32 results. Elsewhere torch multiplies,
-halves widened to fp32. So logits are never rounded.
+as fast as oneDNN (with AMX up to twice its time) but with fp32 results. On aarch64 with BF16 the
+bf16 GEMM is. Elsewhere torch multiplies, halves widened to fp32. So logits are never rounded.
 """
 
 import functools

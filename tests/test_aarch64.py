@@ -104,6 +104,6 @@ def test_the_module_links_without_python(cross):
         [readelf, "-h", "-d", module], capture_output=True, text=True, check=True
     ).stdout
     assert "AArch64" in said and "libstdc++" in said and "libpython" not in said
-    nm = COMPILER.replace("g++", "nm")
-    missing = subprocess.run([nm, "-DCu", module], capture_output=True, text=True, check=True).stdout
+    nm = [COMPILER.replace("g++", "nm"), "-DCu", module]
+    missing = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
     assert "PyObject" in missing and "realign::" not in missing

@@ -286,9 +286,11 @@ def choice(hidden: Tensor, head: Head) -> str:
         )
     if asked == "rows" or not _suits(hidden, head):
         return "rows"
-    # CUTLASS's epilogue lacks the temperature in the derivative, and stores 16 bytes at a time.
+    # CUTLASS's kernel is for sm_90a. Its epilogue lacks the temperature in the derivative, and stores
+    # 16 bytes at a time.
+    hopper = device_facts(hidden)[0] == 90
     plain = head.temperature == 1 and len(head.weight) % 8 == 0
-    return asked if plain else "triton"
+    return asked if hopper and plain else "triton"
 
 
 def built() -> bool:
@@ -302,12 +304,14 @@ def fuses(hidden: Tensor, head: Head) -> bool:
 
 
 def _suits(hidden: Tensor, head: Head) -> bool:
-    """bf16 on Hopper, with rows that the tensor memory accelerator can address.
+    """bf16 on Hopper and later, with rows that the tensor memory accelerator can address.
 
     E needs bf16's range. The labels of a shard are on other ranks. At a temperature below 1 labels
-    are soon 109 nats below another token. Other architectures are not measured.
+    are soon 109 nats below another token.
     """
-    if hidden.dtype != torch.bfloat16 or device_facts(hidden)[0] != 90 or hidden.shape[1] % 8:
+    if listed(device_facts(hidden)[0]) not in EXP_HEADS:
+        return False
+    if hidden.dtype != torch.bfloat16 or hidden.shape[1] % 8:
         return False
     if head.bias is not None or head.softcap is not None or head.shard is not None:
         return False

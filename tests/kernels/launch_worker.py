@@ -245,10 +245,13 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
     }
     write(name, exp_head.label_kernel, (count,), 4, expected)
     taken.end = end
-    sums, tile = exp_head.exp_rows(hidden, head, narrow, shift, others), configs.EXP_HEAD
+    sums, tile = (
+        exp_head.exp_rows(hidden, head, narrow, shift, others),
+        configs.EXP_HEADS[triton.runtime.driver.active.architecture],
+    )
     blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
     assert sums.shape == (tiles, count) and sums.is_contiguous() and sums.dtype == FP32
-    programs = min(PROCESSORS[90], blocks * tiles)
+    programs = min(PROCESSORS[triton.runtime.driver.active.architecture], blocks * tiles)
     expected = {
         "hidden": descriptor(hidden, [tile.rows, tile.depth]),
         "weight": descriptor(weight, [tile.columns, tile.depth]),
@@ -447,9 +450,9 @@ def main():
         triton.runtime.driver.set_active(Driver(architecture))
         with assume_device(architecture, PROCESSORS[architecture]):
             launch_heads()
+            launch_exponentials()
             if architecture == 90:  # the other kernels have one table for all architectures
                 launch_rows()
-                launch_exponentials()
                 launch_losses()
                 launch_scatters()
     missing = {*KERNELS, *configs.GEMMS[90]} - write.launched

@@ -22,10 +22,9 @@ BITS = 2.0**58
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Interpreted, and in tiles of 16 x 32, of which small problems have several."""
-    monkeypatch.setattr(
-        exp_head, "EXP_HEAD", exp_head.EXP_HEAD._replace(rows=16, columns=32, group=2)
-    )
-    with tc.interpreted():
+    small = exp_head.EXP_HEADS[90]._replace(rows=16, columns=32, group=2)
+    monkeypatch.setitem(exp_head.EXP_HEADS, 90, small)
+    with tc.interpreted(), assume_device(90, 132):
         yield
 
 
@@ -196,6 +195,8 @@ def test_heads_that_take_the_fused_kernel(monkeypatch, name):
         others = dict.fromkeys(("temperature", "odd vocabulary"), "triton")
         wanted = ({"triton": "cutlass"} | others).get(name, "rows")
         assert exp_head.choice(hidden, head) == wanted
+        with assume_device(100, 148):
+            assert exp_head.choice(hidden, head) == ("rows" if wanted == "rows" else "triton")
     with assume_device(80, 108):
         assert exp_head.choice(hidden, head) == "rows"
 
