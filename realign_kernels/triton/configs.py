@@ -75,8 +75,9 @@ EXP_HEADS = {
     100: GemmConfig(128, 128, 64, 8, 4, 16, True),
     120: GemmConfig(128, 128, 64, 8, 3, 16, True),
 }
-"""Tiles of `exp_head` in Triton. 90's was the fastest of 9 on an H200 at V = 128256, 690 TFLOP/s; it
-spills on 100. None on 80, where descriptors are loads that do not overlap with the product."""
+"""Tiles of `exp_head` in Triton. On an H200 90's was the fastest of 9 at V = 128256, 690 TFLOP/s.
+
+It spills on 100. 80 has none: there descriptors are loads that do not overlap with the product."""
 
 
 def listed(architecture: int) -> int:

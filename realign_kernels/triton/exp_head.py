@@ -286,8 +286,8 @@ def choice(hidden: Tensor, head: Head) -> str:
         )
     if asked == "rows" or not _suits(hidden, head):
         return "rows"
-    # CUTLASS's kernel is for sm_90a. Its epilogue lacks the temperature in the derivative, and stores
-    # 16 bytes at a time.
+    # CUTLASS's kernel is for sm_90a, has no temperature in its derivative and stores 16 bytes at a
+    # time.
     hopper = device_facts(hidden)[0] == 90
     plain = head.temperature == 1 and len(head.weight) % 8 == 0
     return asked if hopper and plain else "triton"

@@ -245,13 +245,12 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
     }
     write(name, exp_head.label_kernel, (count,), 4, expected)
     taken.end = end
-    sums, tile = (
-        exp_head.exp_rows(hidden, head, narrow, shift, others),
-        configs.EXP_HEADS[triton.runtime.driver.active.architecture],
-    )
+    architecture = triton.runtime.driver.active.architecture
+    tile = configs.EXP_HEADS[architecture]
+    sums = exp_head.exp_rows(hidden, head, narrow, shift, others)
     blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
     assert sums.shape == (tiles, count) and sums.is_contiguous() and sums.dtype == FP32
-    programs = min(PROCESSORS[triton.runtime.driver.active.architecture], blocks * tiles)
+    programs = min(PROCESSORS[architecture], blocks * tiles)
     expected = {
         "hidden": descriptor(hidden, [tile.rows, tile.depth]),
         "weight": descriptor(weight, [tile.columns, tile.depth]),
@@ -305,6 +304,7 @@ def last_step(name, count, width, vocabulary, dtype):
         "width": width,
         "pull_stride": width,
         "weight_stride": width,
+        "column_stride": 1,
         "out_stride": width,
         "BLOCK": finish.BLOCK,
     }
