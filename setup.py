@@ -3,7 +3,7 @@
 The extension is optional: where CMake or the C++ compiler fails, the install goes on in pure Python
 and `realign_kernels` says so at first use (realign_kernels/_extension.py). `pip install -v` shows
 the compiler's own words. REALIGN_CUDA=auto|on|off says whether the CUDA code is built with it: by
-default where a CUDA compiler works.
+default where a CUDA compiler works. Where CUTLASS or CUDA does not compile, the rest is built.
 """
 
 import os
@@ -57,17 +57,21 @@ class CMakeBuild(build_ext):
                 f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
                 f"-DPYTHON_MODULE_EXTENSION={target.name.removeprefix('_C')}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DREALIGN_CUTLASS={cutlass()}",
             ]
-            try:
-                self.cmake(configure, scratch, CUDA)
-            except subprocess.CalledProcessError:
-                if CUDA != "auto":
-                    raise
-                # A CUDA compiler may pass CMake's test and yet not compile our code. What else was
-                # built stays.
-                print("the build failed: once more, without CUDA", flush=True)
-                self.cmake(configure, scratch, "off")
+            ways = [(CUDA, cutlass())]
+            if CUDA == "auto":
+                # CUTLASS may be another version, and takes 3 GB of memory to compile. A CUDA
+                # compiler may pass CMake's test and yet not compile our code. The rest stays.
+                ways = list(dict.fromkeys([*ways, (CUDA, ""), ("off", "")]))
+            for cuda, headers in ways:
+                try:
+                    self.cmake([*configure, f"-DREALIGN_CUTLASS={headers}"], scratch, cuda)
+                    break
+                except subprocess.CalledProcessError:
+                    if (cuda, headers) == ways[-1]:
+                        raise
+                    without = "CUTLASS" if headers else "CUDA"
+                    print(f"the build failed: once more, without {without}", flush=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             # CompileError is what makes setuptools go on without an optional extension.
             raise CompileError(f"{ext.name} was not built: {error}") from error

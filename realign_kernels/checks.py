@@ -130,9 +130,9 @@ def check_settings(
         optional = name == "chunk_rows" and value is None
         if not optional and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{name} must be an integer, got {value!r}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be finite and > 0, got {softcap}; None means no cap")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
     for name, value in (("softcap", softcap), ("temperature", temperature)):
         # Kernels hold it and its reciprocal in fp32, where 0 would mean no cap.

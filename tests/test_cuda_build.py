@@ -132,6 +132,7 @@ def test_an_install_goes_on_without_cuda_where_our_code_does_not_compile(tmp_pat
         cwd=ROOT,
         env={
             **os.environ, "CXX": str(quick), "CUDACXX": str(compiler), "REALIGN_CUDA": "auto",
+            "CUTLASS_DIR": str(tmp_path),  # none: it takes a minute
         },
         capture_output=True,
         text=True,
@@ -143,6 +144,36 @@ def test_an_install_goes_on_without_cuda_where_our_code_does_not_compile(tmp_pat
     loaded = subprocess.run(load, capture_output=True, text=True, check=True).stdout.splitlines()
     assert loaded[0] == "'' 2"
     assert "device is 0, but this build has no CUDA: put nvcc on PATH" in loaded[1]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "fails", "tried"),
+    [
+        ("auto", "CUTLASS=/", [("auto", True), ("auto", False)]),
+        ("auto", "CUDA=auto", [("auto", True), ("auto", False), ("off", False)]),
+        ("on", "CUDA=on", [("on", True)]),
+    ],
+    ids=["CUTLASS", "CUDA", "asked for"],
+)
+def test_a_build_that_fails_is_tried_with_less(tmp_path, cuda, fails, tried):
+    """By a cmake that only notes its arguments: CUTLASS that does not compile leaves CUDA in."""
+    pytest.importorskip("pybind11")
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    cmake, log = tmp_path / "bin" / "cmake", tmp_path / "log"
+    cmake.parent.mkdir()
+    cmake.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *{fails}*) exit 1;; esac\n')
+    cmake.chmod(0o755)
+    folders = ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
+    path = f"{cmake.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, "CUTLASS_DIR": str(tmp_path), "REALIGN_CUDA": cuda},
+    )
+    assert (done.returncode == 0) == (cuda == "auto")
+    calls = [line for line in log.read_text().splitlines() if "REALIGN_CUDA" in line]
+    words = [dict(re.findall(r"-DREALIGN_(CUDA|CUTLASS)=(\S*)", line)) for line in calls]
+    assert [(one["CUDA"], bool(one["CUTLASS"])) for one in words] == tried
 
 
 @with_cmake

@@ -69,7 +69,7 @@ class Objective:
     tokens, are divided by the token counts."""
 
     def __post_init__(self) -> None:
-        right = isinstance(self.beta, numbers.Real) and math.isfinite(self.beta) and self.beta > 0
+        right = isinstance(self.beta, numbers.Real) and 0 < self.beta < math.inf
         if not right:
             raise ValueError(f"beta must be finite and > 0, got {self.beta!r}")
         for field, kind in (("leaves", Leaf), ("terms", Term)):

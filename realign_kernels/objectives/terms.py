@@ -295,7 +295,7 @@ def _check_value(name: str, value: Any) -> None:
         for entry in value:
             _check_value(name, entry)
     elif isinstance(value, numbers.Real):
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value!r}")
     elif not (value is None or isinstance(value, str)):
         raise ValueError(

@@ -180,3 +180,17 @@ def test_distributed_weight_is_gathered(trainable, tmp_path):
             assert torch.equal(sharded.grad.full_tensor(), expected.grad)
     finally:
         dist.destroy_process_group()
+
+
+def test_compiled_with_symbolic_shapes_and_settings():
+    """dynamic=True makes numbers symbolic, which math.isfinite does not take."""
+    loss = rk.RDPOLoss(beta=0.3, temperature=0.7, softcap=9.0)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for examples in (2, 5):
+        hidden = torch.randn(3, examples, 4, 8, requires_grad=True)
+        labels = torch.randint(31, (3, examples, 4))
+        inputs = hidden, torch.randn(31, 8), labels, torch.zeros(3, examples)
+        found, plain = compiled(*inputs).loss, loss(*inputs).loss
+        torch.testing.assert_close(found, plain)
+        grads = (torch.autograd.grad(one, hidden)[0] for one in (found, plain))
+        torch.testing.assert_close(*grads)
