@@ -76,6 +76,17 @@ def test_a_pickled_layer_is_that_of_peft():
     assert loaded.forward.__func__ is Linear.forward
 
 
+@pytest.mark.parametrize("learns", ["weight", "bias"])
+def test_a_base_that_learns_gets_its_gradient(learns):
+    """As with LoraConfig(bias="lora_only"), or a layer that the user thaws."""
+    plain, ours, _ = layers(bias=True)
+    for model in (plain, ours):
+        getattr(model.base_model.model.proj.base_layer, learns).requires_grad_()
+    found, theirs = (run(model, torch.float32) for model in (ours, plain))
+    assert len(found) == 5
+    assert all(torch.equal(a, b) for a, b in zip(found, theirs, strict=True))
+
+
 def test_no_rows():
     """An expert of a mixture may get no token."""
     _, ours, _ = layers(bias=True)

@@ -8,6 +8,7 @@ import triton_cases as tc
 from triton_cases import DEVICE, exp_head, finish, problem
 
 import realign_kernels as rk
+from realign_kernels import ops
 from realign_kernels.rows import Head, Scores
 from realign_kernels.triton import backend
 from realign_kernels.triton.logits import assume_device
@@ -157,6 +158,21 @@ def test_chunks_of_fused_rows(fused):
     bad[7] = float("nan")
     with pytest.raises(rk.NonFiniteError, match="hidden holds NaN"):
         rk.linear_logprobs(bad.requires_grad_(), weight, labels)
+
+
+def test_the_operator_of_compiled_graphs_repeats_a_call_that_overflows(fused):
+    hidden, weight, labels = problem()
+    hidden[5] *= 40
+    labels[5] = (hidden[5] @ weight.T).argmin()
+    exact, grad, _ = truth(hidden, weight, labels)
+    leaf, settings = hidden.clone().requires_grad_(), {"softcap": None, "temperature": 1.0}
+    logps = ops.logprobs(
+        leaf, weight, labels, None, None, -100, chunk_rows=None, group=None, **settings
+    )
+    logps.sum().backward()
+    assert fused == [37] and exact.min() < -150
+    torch.testing.assert_close(logps.double(), exact, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), grad, rtol=1e-4, atol=1e-6)
 
 
 HEADS = {
