@@ -283,11 +283,17 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, t
 
 
 def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch):
-    steps = []
+    steps = []  # whether each step changed a parameter
     step, clip = torch.optim.AdamW.step, torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), step(self, *a))[1]
-    )
+
+    def watched(self, *args):
+        before = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        result = step(self, *args)
+        after = self.param_groups[0]["params"]
+        steps.append(not all(map(torch.equal, before, after)))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     monkeypatch.setattr(
         torch.nn.utils,
         "clip_grad_norm_",
@@ -295,7 +301,7 @@ def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch
     )
     with pytest.raises(parallel.CommonError, match=r"step 4: .*No record gives this alone; lower"):
         run(pairs_file, tmp_path, *EVERY_2)
-    assert len(steps) == 3
+    assert steps == [True, True, True, False]
 
 
 def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(
