@@ -3,11 +3,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define REALIGN_HOST_DEVICE __host__ __device__
-#else
-#define REALIGN_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace realign {
 
