@@ -160,6 +160,26 @@ def test_chunks_of_fused_rows(fused):
         rk.linear_logprobs(bad.requires_grad_(), weight, labels)
 
 
+@pytest.mark.parametrize("of_loss", [0.0, 1.7])
+def test_gradient_of_the_loss_and_of_log_probs_together(fused, of_loss):
+    """The loss is one kernel here; its backward adds both."""
+    hidden, weight, labels = problem(36, 40, 203)
+    slopes, grads = torch.linspace(-1, 2, 6, dtype=torch.float64, device=DEVICE).view(3, 2), []
+    for backend_name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaf, references = (
+            hidden.to(dtype, copy=True).requires_grad_(),
+            torch.full_like(slopes, -20.0),
+        )
+        batch, targets = leaf.view(3, 2, 6, -1), labels.view(3, 2, 6)
+        with rk.use_backend(backend_name):
+            out = rk.rdpo_loss(batch, weight.to(dtype), targets, references.to(dtype))
+        loss = (out.logps * slopes.to(dtype)).sum()
+        (loss + of_loss * out.loss if of_loss else loss).backward()
+        grads.append(leaf.grad.double())
+    assert fused == [36]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_the_operator_of_compiled_graphs_repeats_a_call_that_overflows(fused):
     hidden, weight, labels = problem()
     hidden[5] *= 40

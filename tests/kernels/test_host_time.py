@@ -75,6 +75,16 @@ def test_no_operation_is_before_the_first_gemm(call):
     assert launches.names[0] == "mm"
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_hidden_states_with_gaps_are_not_copied(trains):
+    """hidden[:, :, :-1] of a model: rows that are scored are taken, the others stay."""
+    hidden, weight, labels, references = batch(ignored=True, trains=trains)
+    apart = torch.cat([hidden, hidden[:, :, :1]], 2).detach().requires_grad_()[:, :, :-1]
+    with rk.use_backend("torch"), Launches() as launches:
+        rk.rdpo_loss(apart, weight, labels, references)
+    assert "index" in launches.names and not {"clone", "_reshape_copy"} & {*launches.names[:5]}
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 48, 24])
 def test_terms_are_evaluated_once_a_chunk(chunk_rows):
     """With more than one chunk, once more over all examples."""
