@@ -28,13 +28,14 @@ void exp_head(uintptr_t hidden,
               uintptr_t shift,
               uintptr_t labels,
               uintptr_t sums,
+              uintptr_t rounded_sums,
               const std::array<int, 3>& shape,
               const std::array<int64_t, 3>& strides,
               int device,
               uintptr_t stream) {
   const realign::ExpHead head{
       at<const void>(hidden), at<const void>(weight), at<void>(others),
-      at<const float>(shift), at<const int32_t>(labels), at<float>(sums),
+      at<const float>(shift), at<const int32_t>(labels), at<float>(sums), at<float>(rounded_sums),
       shape[0], shape[1], shape[2], strides[0], strides[1], strides[2]};
   realign::exp_head(head, device, at<void>(stream));
 }

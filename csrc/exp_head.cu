@@ -1,11 +1,12 @@
 // CUTLASS's persistent, warp-specialised GEMM for sm_90a with an epilogue visitor tree of
-//   accumulator, shift, label -> MaskedExp -> sum over columns -> others.
+//   accumulator, shift, label -> MaskedExp -> sum over columns -> bf16 -> sum over columns -> others.
 #include "exp_head.h"
 
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/epilogue/thread/activation.h>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -110,7 +111,9 @@ using Exp = fusion::Sm90EVT<MaskedExp, fusion::Sm90AccFetch, Shift, Label>;
 using Sum = fusion::Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tile, float,
                                      float, cutlass::FloatRoundStyle::round_to_nearest, ByRow, 4,
                                      false, false>;
-using Tree = fusion::Sm90EVT<Sum, Exp>;
+using Round = fusion::Sm90Compute<cutlass::epilogue::thread::Identity, Half, float,
+                                  cutlass::FloatRoundStyle::round_to_nearest>;
+using Tree = fusion::Sm90EVT<Sum, fusion::Sm90EVT<Round, fusion::Sm90EVT<Sum, Exp>>>;
 
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -146,8 +149,10 @@ void exp_head(const ExpHead& head, int device, void* stream) {
        {head.hidden_stride, _1{}, 0},
        static_cast<const Half*>(head.weight),
        {head.weight_stride, _1{}, 0}},
-      {{{{}, {head.shift, 0.0f, by_row}, {head.labels, 0, by_row}, {kLog2E}},
-        {head.sums, 0.0f, by_row}},
+      {{{{{{}, {head.shift, 0.0f, by_row}, {head.labels, 0, by_row}, {kLog2E}},
+          {head.sums, 0.0f, by_row}},
+         {}},
+        {head.rounded_sums, 0.0f, by_row}},
        nullptr,
        {},
        static_cast<Half*>(head.others),

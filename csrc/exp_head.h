@@ -14,13 +14,14 @@ struct ExpHead {
   void* others;           // (rows, vocabulary) bf16, written
   const float* shift;     // (rows,)
   const int32_t* labels;  // (rows,)
-  float* sums;            // (tiles of columns, rows rounded up), written
+  float* sums;            // (tiles of columns, rows rounded up), written, and so the next
+  float* rounded_sums;
   int rows, vocabulary, width;
   int64_t hidden_stride, weight_stride, others_stride;  // elements from row to row
 };
 
 // others[i][v] = exp2(log2(e) * dot(hidden[i], weight[v]) - shift[i]), 0 at the label; and its sums
-// over the columns of each tile, before it is rounded. Enqueues on the stream and returns. Widths,
+// over the columns of each tile, before and after it is rounded. Enqueues on the stream and returns. Widths,
 // strides and addresses are multiples of 16 bytes. Throws std::runtime_error where CUTLASS or CUDA
 // refuses.
 void exp_head(const ExpHead& head, int device, void* stream);

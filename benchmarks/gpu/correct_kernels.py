@@ -1,5 +1,6 @@
 """Correctness of each kernel called directly: row kernel, fused head, E of a chunk, loss kernel."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -11,8 +12,9 @@ from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from realign_kernels import objectives
 from realign_kernels.rows import Head, RowStats
-from realign_kernels.triton import exp_head
+from realign_kernels.triton import configs, exp_head
 from realign_kernels.triton.forward import head_stats
+from realign_kernels.triton.logits import assume_device
 from realign_kernels.triton.loss import preference_sums
 from realign_kernels.triton.rows import read_rows
 
@@ -138,8 +140,10 @@ def exponentials(record: Record, kernel: str, temperature: float) -> dict[str, f
     others = torch.cat([others, others[:, : -vocabulary % 8]], 1)[:, :vocabulary]
     logit, shift, narrow = exp_head.label_logits(problem.hidden, labels, head)
     gemm = exp_head.cutlass_rows if kernel == "cutlass" else exp_head.exp_rows
-    sums = gemm(problem.hidden, head, narrow, shift, others)
-    logps, miss, total = exp_head.score_sums(sums, logit)
+    # An interpreter has no architecture.
+    with assume_device(90, 1) if record.rehearse else contextlib.nullcontext():
+        sums = gemm(problem.hidden, head, narrow, shift, others)
+    logps, miss, total = exp_head.score_sums(sums, logit, temperature)
     assert not logps[0].isfinite(), "an overflow has a finite log-prob"
     exact = F.log_softmax(wide, 1).gather(1, labels[:, None])
     e = (wide - wide.gather(1, labels[:, None])).exp().scatter(1, labels[:, None], 0) / temperature
@@ -202,9 +206,11 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
         "wide fp32": (HEADS["wide"], torch.float32, {}),
         f"wide {short} capped": (HEADS["wide"], half, capped),
     }
+    architecture = 90 if record.rehearse else torch.cuda.get_device_capability()[0] * 10
     ways = {"triton": ("triton", 1.0), "triton, T = 1.3": ("triton", 1.3)}
-    if exp_head.built() and not record.rehearse:
+    if architecture == 90 and exp_head.built() and not record.rehearse:
         ways["cutlass"] = ("cutlass", 1.0)
+    ways = ways if configs.listed(architecture) in configs.EXP_HEADS else {}
     return {
         **{f"E/{name}": partial(exponentials, record, *way) for name, way in ways.items()},
         **{f"row kernel/{name}": partial(row_kernel, record, *case) for name, case in rows.items()},

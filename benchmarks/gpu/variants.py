@@ -60,7 +60,7 @@ def exponentials(problem: truth.Problem) -> Variants:
 
     def fused(gemm: Callable) -> Tensor:
         logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
-        return exp_head.score_sums(gemm(hidden, head, narrow, shift, others), logit)[0]
+        return exp_head.score_sums(gemm(hidden, head, narrow, shift, others), logit, 1.0)[0]
 
     def rows() -> Tensor:
         backend.gemm(hidden, problem.weight.T, out=logits)

@@ -123,7 +123,8 @@ def _label(count: int, width: int, vocabulary: int):
 
 
 def _score(count: int, tiles: int):
-    exp_head.score_sums(*(_empty(*n, dtype=torch.float32) for n in ((tiles, count), (count,))))
+    sums, logit = (_empty(*n, dtype=torch.float32) for n in ((2, tiles, count), (count,)))
+    exp_head.score_sums(sums, logit, 1.3)
 
 
 def _finish(count: int, width: int):

@@ -77,6 +77,7 @@ def exp_kernel(
     labels,  # (N,) int32
     shift,  # (N,) fp32, of log2 E
     sums_out,  # (tiles of columns, N) fp32
+    rounded_out,  # (tiles of columns, N) fp32, of others as they are written
     count,
     vocabulary,
     width,
@@ -113,34 +114,44 @@ def exp_kernel(
         left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
         columns = first_column + tl.arange(0, HALF)
         e = exponentials(left, shifts, label, columns, vocabulary, inverse_temperature)
-        others.store([first_row, first_column], (e * inverse_temperature).to(others.dtype))
-        total = tl.sum(e, 1)
+        rounded = (e * inverse_temperature).to(others.dtype)
+        others.store([first_row, first_column], rounded)
+        total, rounded_total = tl.sum(e, 1), tl.sum(rounded.to(tl.float32), 1)
         e = exponentials(right, shifts, label, columns + HALF, vocabulary, inverse_temperature)
-        others.store([first_row, first_column + HALF], (e * inverse_temperature).to(others.dtype))
+        rounded = (e * inverse_temperature).to(others.dtype)
+        others.store([first_row, first_column + HALF], rounded)
         total += tl.sum(e, 1)
-        tl.store(sums_out + block.to(tl.int64) * sums_stride + rows, total, rows < count)
+        rounded_total += tl.sum(rounded.to(tl.float32), 1)
+        slot = block.to(tl.int64) * sums_stride + rows
+        tl.store(sums_out + slot, total, rows < count)
+        tl.store(rounded_out + slot, rounded_total, rows < count)
 
 
 @triton.jit
 def score_kernel(
     sums,  # (tiles of columns, N) fp32
+    rounded_sums,  # (tiles of columns, N) fp32
     logit,  # (N,) fp32
     logps_out,  # (N,) fp32
     miss_out,  # (N,) fp32
-    total_out,  # (N,) fp32
+    divisor_out,  # (N,) fp32
     count,
     tiles,
     sums_stride,
+    temperature,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
     """Log-prob and 1 - p of a block of rows, from the sums of their tiles in order."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     parts = tl.zeros((BLOCK_TILES, BLOCK_ROWS), tl.float32)
+    rounded = tl.zeros((BLOCK_TILES, BLOCK_ROWS), tl.float32)
     for first in range(0, tiles, BLOCK_TILES):
         tile = (first + tl.arange(0, BLOCK_TILES)).to(tl.int64)
         inside = (tile < tiles)[:, None] & (rows < count)[None, :]
-        parts += tl.load(sums + tile[:, None] * sums_stride + rows[None, :], inside, other=0.0)
+        slots = tile[:, None] * sums_stride + rows[None, :]
+        parts += tl.load(sums + slots, inside, other=0.0)
+        rounded += tl.load(rounded_sums + slots, inside, other=0.0)
     total = tl.sum(parts, 0)
     z = tl.load(logit + rows, rows < count, other=0.0)
     # z - z is 0, but NaN where it is inf: an overflow must not read as certainty.
@@ -158,7 +169,9 @@ def score_kernel(
     tl.store(logps_out + rows, logps, rows < count)
     tl.store(miss_out + rows, tl.where(gap > 0, e / u, 1 / u), rows < count)
     # 0 only if there are no others, and what it divides with it.
-    tl.store(total_out + rows, tl.where(total < 1e-37, 1e-37, total), rows < count)
+    divisor = tl.sum(rounded, 0) * temperature
+    divisor = tl.where(divisor < 1e-37, 1e-37, divisor)
+    tl.store(divisor_out + rows, divisor, rows < count)
 
 
 def label_logits(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, ...]:
@@ -185,12 +198,15 @@ def label_logits(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, ..
 
 def exp_rows(
     hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, others: Tensor
-) -> Tensor:  # (tiles, N)
-    """The GEMM in Triton: writes others, (N, V), and returns the sums of E by tiles of columns."""
+) -> Tensor:  # (2, tiles, N)
+    """The GEMM in Triton: writes others, (N, V), and returns sums by tiles of columns.
+
+    First those of E in fp32, then those of others as they were rounded.
+    """
     (count, width), vocabulary = hidden.shape, len(head.weight)
     tile = EXP_HEADS[listed(device_facts(hidden)[0])]
     tiles = triton.cdiv(vocabulary, tile.columns)
-    sums = hidden.new_empty(tiles, count, dtype=torch.float32)
+    sums = hidden.new_empty(2, tiles, count, dtype=torch.float32)
     programs = min(device_facts(hidden)[1], triton.cdiv(count, tile.rows) * tiles)
     boxes = [[tile.rows, tile.depth], [tile.columns, tile.depth], [tile.rows, tile.columns // 2]]
     with torch.cuda.device_of(hidden):
@@ -198,11 +214,11 @@ def exp_rows(
             *map(TensorDescriptor.from_tensor, (hidden, head.weight, others), boxes),
             narrow,
             shift,
-            sums,
+            *sums,
             count,
             vocabulary,
             width,
-            sums.stride(0),
+            sums.stride(1),
             1 / head.temperature,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLUMNS=tile.columns,
@@ -217,13 +233,13 @@ def exp_rows(
 
 def cutlass_rows(
     hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, others: Tensor
-) -> Tensor:  # (tiles, N)
+) -> Tensor:  # (2, tiles, N)
     """`exp_rows` by the extension's CUTLASS kernel."""
     module = extension()
     count = len(hidden)
     rows, columns = module.EXP_HEAD_TILE
     # Its epilogue writes the sums of whole blocks of rows.
-    shape = triton.cdiv(len(head.weight), columns), triton.cdiv(count, rows) * rows
+    shape = 2, triton.cdiv(len(head.weight), columns), triton.cdiv(count, rows) * rows
     sums = hidden.new_empty(shape, dtype=torch.float32)
     module.exp_head(
         hidden.data_ptr(),
@@ -231,28 +247,33 @@ def cutlass_rows(
         others.data_ptr(),
         shift.data_ptr(),
         narrow.data_ptr(),
-        sums.data_ptr(),
+        *(part.data_ptr() for part in sums),
         (count, len(head.weight), hidden.shape[1]),
         (hidden.stride(0), head.weight.stride(0), others.stride(0)),
         hidden.get_device(),
         torch.cuda.current_stream(hidden.device).cuda_stream,
     )
-    return sums[:, :count]
+    return sums[..., :count]
 
 
-def score_sums(sums: Tensor, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps, miss, total) of rows, each (N,) fp32, from the sums of E by tiles of columns."""
+def score_sums(
+    sums: Tensor,  # (2, tiles, N)
+    logit: Tensor,  # (N,)
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # each (N,) fp32
+    """Log-probs, 1 - p and the divisor of E W, from the sums by tiles of columns."""
     found = [torch.empty_like(logit) for _ in range(3)]
-    tiles, count = sums.shape
+    _, tiles, count = sums.shape
     block = 32
     with torch.cuda.device_of(logit):
         score_kernel[(triton.cdiv(count, block),)](
-            sums,
+            *sums,
             logit,
             *found,
             count,
             tiles,
-            sums.stride(0),
+            sums.stride(1),
+            temperature,
             BLOCK_ROWS=block,
             BLOCK_TILES=32,
             num_warps=4,
@@ -265,9 +286,9 @@ def fused(hidden: Tensor, labels: Tensor, head: Head, others: Tensor) -> Scores:
     logit, shift, narrow = label_logits(hidden, labels, head)
     gemm = cutlass_rows if choice(hidden, head) == "cutlass" else exp_rows
     sums = gemm(hidden, head, narrow, shift, others)
-    logps, miss, total = score_sums(sums, logit)
+    logps, miss, divisor = score_sums(sums, logit, head.temperature)
     slope = torch.full_like(logit, 1 / head.temperature)
-    return Scores(logps, miss, labels, total, slope)
+    return Scores(logps, miss, labels, divisor, slope)
 
 
 def choice(hidden: Tensor, head: Head) -> str:

@@ -249,7 +249,7 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
     tile = configs.EXP_HEADS[architecture]
     sums = exp_head.exp_rows(hidden, head, narrow, shift, others)
     blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
-    assert sums.shape == (tiles, count) and sums.is_contiguous() and sums.dtype == FP32
+    assert sums.shape == (2, tiles, count) and sums.is_contiguous() and sums.dtype == FP32
     programs = min(PROCESSORS[architecture], blocks * tiles)
     expected = {
         "hidden": descriptor(hidden, [tile.rows, tile.depth]),
@@ -257,7 +257,8 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
         "others": descriptor(others, [tile.rows, tile.columns // 2]),
         "labels": narrow,
         "shift": shift,
-        "sums_out": sums,
+        "sums_out": sums[0],
+        "rounded_out": sums[1],
         "count": count,
         "vocabulary": vocabulary,
         "width": width,
@@ -270,16 +271,18 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
         "PROGRAMS": programs,
     }
     write(name, exp_head.exp_kernel, (programs,), tile.warps, expected)
-    logps, miss, total = exp_head.score_sums(sums, logit)
+    logps, miss, total = exp_head.score_sums(sums, logit, temperature)
     expected = {
-        "sums": sums,
+        "sums": sums[0],
+        "rounded_sums": sums[1],
         "logit": logit,
         "logps_out": logps,
         "miss_out": miss,
-        "total_out": total,
+        "divisor_out": total,
         "count": count,
         "tiles": tiles,
         "sums_stride": count,
+        "temperature": temperature,
         "BLOCK_ROWS": 32,
         "BLOCK_TILES": 32,
     }

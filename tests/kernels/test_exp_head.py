@@ -29,13 +29,13 @@ def small_tiles(monkeypatch):
         yield
 
 
-def run(hidden, weight, labels, temperature=1.0):
+def run(hidden, weight, labels, temperature=1.0, dtype=None):
     """Scores and E by the Triton kernels; rows of E are padded to 16 bytes."""
     head, vocabulary = Head(weight, None, None, temperature), len(weight)
-    others = hidden.new_empty(len(hidden), -(-vocabulary // 8) * 8)[:, :vocabulary]
+    others = hidden.new_empty(len(hidden), -(-vocabulary // 8) * 8, dtype=dtype)[:, :vocabulary]
     logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
     sums = exp_head.exp_rows(hidden, head, narrow, shift, others)
-    logps, miss, total = exp_head.score_sums(sums, logit)
+    logps, miss, total = exp_head.score_sums(sums, logit, temperature)
     slope = torch.full_like(logit, 1 / temperature)
     return Scores(logps, miss, labels, total, slope), others
 
@@ -90,6 +90,17 @@ def test_rows_that_overflow_are_not_finite_and_others_are_right(value):
     finite = scores.logps.isfinite()
     assert finite.tolist() == [row != 3 for row in range(len(hidden))]
     torch.testing.assert_close(scores.logps[finite].double(), exact[finite], rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_products_are_divided_by_the_sum_of_e_as_rounded(temperature):
+    given = problem(spread=6.0)
+    scores, others = run(*given, temperature, dtype=torch.bfloat16)
+    exact = others.double().sum(1) * temperature
+    torch.testing.assert_close(scores.total.double(), exact, rtol=1e-6, atol=0)
+    wide, _ = run(*given, temperature)
+    assert torch.equal(scores.logps, wide.logps), "the log-prob is of the fp32 sum"
+    assert ((scores.total / wide.total - 1).abs() > 1e-4).any()
 
 
 @pytest.fixture
