@@ -162,7 +162,7 @@ def test_confident_tokens():
 def test_no_rows():
     hidden, weight, labels, _ = make(4, 16, 50, torch.float32)
     stats = forward.head_stats(hidden[:0], weight, labels[:0], None, None, 1.0)
-    assert [len(field) for field in stats] == [0] * 5
+    assert [len(field) for field in stats] == [0] * 6
 
 
 @pytest.mark.parametrize("processors", [1, 5, 108, 132])
