@@ -38,9 +38,9 @@ FINISH = FP32 + BF16 + FP32
 """Of an element of hidden in the last step of its gradient: E W, weight, direction."""
 CHECK, SCALE = FP32, FP32 + BF16
 """Of an element of a frozen head's direction in the check of results and in the backward."""
-PUSH = 36
-"""Of an element of hidden in the factors and the scatter-add of the weight's gradient, torch
-operations in fp32."""
+PUSH = 2 * BF16 + BF16 + FP32 + FP32 + 2 * BF16
+"""Of an element of hidden in the factors of the weight's gradient, in bf16 and in fp32, and in the
+scatter-add of the latter to rows of that gradient."""
 CUDA = torch.device("cuda")
 
 

@@ -85,8 +85,8 @@ def kept_rows(chunk: int, width: int, device: torch.device) -> int:
     """Rows whose E is kept until one product gives the gradient of a weight (V, width).
 
     Twice a chunk, so that few examples fall apart. On CUDA at least 2 * width rows: their E is as
-    large as the fp32 sum of several such gradients, which is then not needed. On the CPU E lies in
-    its logits' memory.
+    large as the fp32 sum of several such gradients, which is then not needed. On the CPU E
+    overwrites its logits.
     """
     return max(2 * chunk, 2 * width if device.type == "cuda" else 0)
 

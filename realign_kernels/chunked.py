@@ -20,7 +20,7 @@ from realign_kernels.chunk_plan import (
 )
 from realign_kernels.objectives import Objective
 from realign_kernels.reference import wide_dtype
-from realign_kernels.rows import Head, Kernels, RowStats, Scores, score
+from realign_kernels.rows import Head, Kernels, RowStats, Scores, scaled, score
 
 
 class _Chunks:
@@ -123,11 +123,10 @@ class _Gradients:
         here = (factor * scores.slope).masked_fill(scores.target < 0, 0)
         target, away = scores.target, -factor / scores.total
         if self.weight is not None:
-            wide = rows.to(factor.dtype)
-            pushed = (wide * away[:, None]).to(rows.dtype)
+            pushed = scaled(rows, away, rows.dtype)
             gemm(others.T, pushed, out=self.weight, accumulate=self.started)
             self.started = True
-            add_rows(self.weight, target, wide * here[:, None])
+            add_rows(self.weight, target, scaled(rows, here, factor.dtype))
         if self.bias is not None:
             add_rows(self.bias[:, :1], target, here[:, None])
             # Two columns, so that a half-precision factor keeps 16 bits instead of 8.

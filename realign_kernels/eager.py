@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from realign_kernels.dispatch import backend_for, current_override
-from realign_kernels.rows import Head
+from realign_kernels.rows import Head, scaled
 
 _NOTHING = nullcontext()  # entering an autocast that changes nothing takes 5 us
 
@@ -67,16 +67,6 @@ def spread_rows(
     every = values.new_empty(shape) if len(rows) == shape[:-1].numel() else values.new_zeros(shape)
     every.view(-1, shape[-1]).index_copy_(0, rows, values)
     return every
-
-
-def scaled(
-    values: Tensor,  # (n, H) wide
-    factor: Tensor,  # (n,) or () wide
-    dtype: torch.dtype,
-) -> Tensor:  # (n, H)
-    """values * factor, rounded once to dtype, in one pass over memory."""
-    out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    return torch.mul(values, factor.unsqueeze(-1), out=out)
 
 
 def as_given(device: str) -> AbstractContextManager:

@@ -14,7 +14,6 @@ from realign_kernels.eager import (
     kept_targets,
     recompute_gradients,
     refuse_second_derivative,
-    scaled,
     spread_rows,
     take_rows,
 )
@@ -22,7 +21,7 @@ from realign_kernels.nonfinite import check_rows, check_tables, finite_rows, sen
 from realign_kernels.objectives import Objective, PreferenceOutput
 from realign_kernels.preference_ops import from_tokens, loss_kernel, plan_rivals, sum_by_sequence
 from realign_kernels.row_plan import RowPlan, to_device
-from realign_kernels.rows import Head
+from realign_kernels.rows import Head, scaled
 
 
 class _Losses:

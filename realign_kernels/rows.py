@@ -171,6 +171,16 @@ def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
     return Scores(F.logsigmoid(gap), torch.sigmoid(-gap), stats.target, safe, stats.slope)
 
 
+def scaled(
+    values: Tensor,  # (n, H)
+    factor: Tensor,  # (n,) or () wide
+    dtype: torch.dtype,
+) -> Tensor:  # (n, H)
+    """values * factor, rounded once to dtype, in one pass over memory."""
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    return torch.mul(values, factor.unsqueeze(-1), out=out)
+
+
 def shard_of(weight: Tensor, group: dist.ProcessGroup) -> VocabularyShard:
     """Which rows of the whole head `weight` is: shards stand in the order of the ranks.
 

@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import realign_kernels as rk
-from realign_kernels import torch_backend
+from realign_kernels import chunk_plan, torch_backend
 from realign_kernels.chunk_plan import default_chunk_rows, even_step, filling_step, kept_rows
 from realign_kernels.chunked import _Chunks
 from realign_kernels.rows import Head
@@ -122,10 +122,9 @@ def test_a_chunk_fills_the_multiprocessors(rows, limit, width, step):
     assert filling_step(rows, limit, width, 132) == step
 
 
-def test_chunks_on_cuda_by_memory():
-    """An H100 is assumed where there is none: 1.75 GiB of fp32 logits and E, or of E."""
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here")
+def test_chunks_on_cuda_by_memory(monkeypatch):
+    """On an H100: 1.75 GiB of fp32 logits and E, or of E."""
+    monkeypatch.setattr(chunk_plan, "processor", lambda device: chunk_plan.H100)
     cuda = torch.device("cuda")
     assert default_chunk_rows(151936, cuda) == 2061 == 7 * 2**28 // (6 * 151936)
     assert default_chunk_rows(151936, cuda, size=2) == 6183
