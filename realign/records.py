@@ -12,9 +12,9 @@ response preferred for the retrieved image.
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+from realign.entries import Names, entry_of, name_of
+from realign.errors import Malformed, RecordError, one_of, shown
+from realign.pictures import StoredImage
+from realign.tables import rows_of
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
@@ -54,63 +58,6 @@ _PROVENANCE = {
     "seed": pa.int64(),
 }
 _ROW_GROUP = 256  # records; Arrow holds at most 2 GiB of embedded images in one
-
-
-class RecordError(ValueError):
-    """A record cannot be used; the message names it and says what to do."""
-
-    def __init__(self, record: str, problem: str, remedy: str) -> None:
-        super().__init__(f"record {record!r}: {problem} {remedy}")
-        self.record = record
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image as a record holds it: encoded bytes, or a path on this machine."""
-
-    data: bytes | None = None
-    path: str | None = None
-
-    @classmethod
-    def from_pil(cls, image: Image.Image, path: str | None = None) -> StoredImage:
-        """Encode an image as PNG, which loses nothing."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return cls(buffer.getvalue(), path)
-
-    def open(self, record: str) -> Image.Image:
-        """Decode to RGB, upright as its EXIF orientation says; transparency is dropped.
-
-        Raises:
-            RecordError: when the file is missing or is no readable image; names `record`.
-        """
-        if self.data is None and self.path is None:
-            raise RecordError(
-                record,
-                "an image has neither bytes nor a path.",
-                "Add one of them or remove the record.",
-            )
-        shown = self.path or f"{len(self.data or b'')} embedded bytes"
-        try:
-            source = io.BytesIO(self.data) if self.data is not None else self.path
-            with Image.open(source) as image:
-                if image.mode.startswith(("I", "F")):  # Pillow would clip it to white or black
-                    raise ValueError("16 or 32 bits per pixel; save it with 8")
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except FileNotFoundError:
-            raise RecordError(
-                record,
-                f"its image {shown} does not exist.",
-                "Restore the file or remove the record.",
-            ) from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            unknown = isinstance(error, UnidentifiedImageError)
-            why = "no image format that Pillow knows" if unknown else error
-            raise RecordError(
-                record,
-                f"its image {shown} cannot be read ({why}).",
-                "Replace the image or remove the record.",
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -215,13 +162,21 @@ def _to_row(record: Record, typed: bool) -> dict[str, Any]:
 
 
 def _read(path: Path, needed: tuple[str, ...]) -> list[Record]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(
-            f"there is nothing at {path}. Name an existing Parquet file or a folder of them; "
-            "`python -m realign.pairs` writes preference pairs."
+            f"there is nothing at {shown(str(path))}. Name an existing Parquet file or a folder of "
+            "them; `python -m realign.pairs` writes preference pairs."
         )
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    records = [record for file in files for record in _read_file(file, needed)]
+    folder = path if path.is_dir() else path.parent
+
+    def placed(image: StoredImage) -> StoredImage:
+        if image.data is not None:
+            return image
+        return StoredImage(path=str((folder / image.path).absolute()))  # good in a file elsewhere
+
+    rows = rows_of(files, needed, tuple(_PROVENANCE))
+    records = records_in(rows, placed, rejected="rejected" in needed)
     if not records:
         raise ValueError(
             f"{path} holds no records. Pass a Parquet file with records, or a folder of such files;"
@@ -230,122 +185,64 @@ def _read(path: Path, needed: tuple[str, ...]) -> list[Record]:
     return records
 
 
-def _read_file(file: Path, needed: tuple[str, ...]) -> list[Record]:
-    rows: list[dict[str, Any]] = []
-    try:
-        with pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            missing = [column for column in needed if column not in names]
-            known = [c for c in (*_COLUMNS, *_OPTIONAL, *_PROVENANCE) if c in names]
-            if not missing:
-                for batch in parquet.iter_batches(_ROW_GROUP, columns=known):
-                    rows += batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{file} is not a readable Parquet file ({error}). Pass a file written by "
-            "`python -m realign.pairs` or one with TRL's vision preference columns."
-        ) from error
-    if missing:
-        raise ValueError(
-            f"{file} lacks the column(s) {', '.join(missing)}. Columns are those of TRL's vision "
-            "preference format (prompt, chosen, rejected, images), and retrieved_images for "
-            "objectives with a visual term."
-        )
-    rejected = "rejected" in needed
-    return [
-        _to_record(row, f"{file.name}:{i}", file.parent, rejected) for i, row in enumerate(rows)
-    ]
+def records_in(
+    rows: Iterable[tuple[str, Mapping[str, Any] | Malformed]],
+    placed: Callable[[StoredImage], StoredImage],
+    *,
+    rejected: bool = True,
+) -> list[Record]:
+    """Records of rows; a row without an id is named by its place, and names are made unique.
+
+    Args:
+        rows: (place, row).
+        placed: finds the file of an image.
+        rejected: whether a record needs a rejected response.
+
+    Raises:
+        RecordError: for a row that is no record; it counts the others.
+    """
+    names, found, errors = Names(), [], []
+    for place, row in rows:
+        name = place
+        try:
+            if isinstance(row, Malformed):
+                raise row
+            name = names.unique(name_of(row) or place)
+            found.append(_record(name, row, placed, rejected))
+        except Malformed as error:
+            errors.append(RecordError(name, error.problem, error.remedy))
+    if errors:
+        raise one_of(errors)
+    return found
 
 
-def _to_record(row: dict[str, Any], place: str, folder: Path, rejected: bool) -> Record:
-    name = place if row.get("id") is None else str(row["id"])
-    provenance = {key: row[key] for key in _PROVENANCE if row.get(key) is not None}
-    images, preferred = _to_images(row["images"], folder, name), row.get("retrieved_chosen")
-    if not images:
-        raise RecordError(name, "it has no image.", "Add one to `images` or remove the record.")
+def _record(
+    name: str,
+    row: Mapping[str, Any],
+    placed: Callable[[StoredImage], StoredImage],
+    rejected: bool,
+) -> Record:
+    entry = entry_of(row)
+    responses = {"chosen": entry.chosen}
+    responses |= {"rejected": entry.rejected} if rejected else {}
+    responses |= {"retrieved_chosen": text} if (text := entry.retrieved_chosen) else {}
+    for column, text in responses.items():
+        if not (text and text.strip()):
+            raise Malformed(
+                f"its {column} response is empty.", "Write one or remove the record."
+            )
+    if not entry.images:
+        raise Malformed("it has no image.", "Add one to `images` or remove the record.")
     return Record(
         name,
-        _to_prompt(row["prompt"], name),
-        _to_response(row["chosen"], "chosen", name),
-        _to_response(row["rejected"], "rejected", name) if rejected else "",
-        images,
-        _to_images(row.get("retrieved_images"), folder, name),
-        provenance,
-        _to_response(preferred, "retrieved_chosen", name) if preferred else "",
+        tuple(entry.prompt),
+        entry.chosen,
+        entry.rejected if rejected else "",
+        tuple(map(placed, entry.images)),
+        tuple(map(placed, entry.retrieved)),
+        {key: row[key] for key in _PROVENANCE if row.get(key) is not None},
+        entry.retrieved_chosen,
     )
-
-
-def _to_prompt(value: Any, name: str) -> tuple[dict[str, Any], ...]:
-    """The messages of a prompt column: content is text, or text and image parts."""
-    if not value:
-        raise RecordError(name, "it has no prompt.", "Add one or remove the record.")
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    found = []
-    for message in messages:
-        content = message["content"] if isinstance(message, dict) else None
-        if isinstance(content, list) and all(p["type"] in ("text", "image") for p in content):
-            # Parquet gives every part every field; an image part has no text.
-            content = [
-                {"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["text"]}
-                for p in content
-            ]
-        elif not isinstance(content, str):
-            raise RecordError(
-                name,
-                f"its prompt has the message {message!r}.",
-                "Give a role and, as content, text or a list of parts of type text and image.",
-            )
-        found.append({"role": message["role"], "content": content})
-    if not any(_text_of(message["content"]).strip() for message in found):
-        raise RecordError(name, "its prompt is empty.", "Write one or remove the record.")
-    return tuple(found)
-
-
-def _text_of(content: str | list[dict[str, Any]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text") or "" for part in content)
-
-
-def _to_response(value: Any, column: str, name: str) -> str:
-    """The text of a response column: a string, or messages of which the last is the response."""
-    if value and not isinstance(value, str | list):
-        raise RecordError(
-            name, f"its {column} is {value!r}.", "Give text, or messages with a role and content."
-        )
-    message = value if isinstance(value, str) or not value else value[-1]["content"]
-    if isinstance(value, list) and value and value[-1].get("role", "assistant") != "assistant":
-        raise RecordError(
-            name, f"its {column} does not end with the assistant.", "Put the response last."
-        )
-    if isinstance(message, list):
-        if any(part.get("type") == "image" for part in message):
-            raise RecordError(name, f"its {column} holds an image.", "A response is text.")
-        message = _text_of(message)
-    if not message or not message.strip():
-        raise RecordError(
-            name, f"its {column} response is empty.", "Write one or remove the record."
-        )
-    return message
-
-
-def _to_images(value: Any, folder: Path, name: str) -> tuple[StoredImage, ...]:
-    """The images of a column; none where it is null."""
-    images = []
-    if value is None:
-        return ()
-    for item in value if isinstance(value, list) else [value]:
-        if item is None:
-            raise RecordError(name, "one of its images is null.", "Give it or take it out.")
-        if isinstance(item, bytes):
-            images.append(StoredImage(item))
-        else:
-            item = {"path": item} if isinstance(item, str) else item
-            data, path = item.get("bytes"), item.get("path")
-            if data is None and path is not None:
-                path = str((folder / path).absolute())  # good in a file elsewhere, too
-            images.append(StoredImage(data, path))
-    return tuple(images)
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 from realign.pairs.config import PairsConfig
 from realign.pairs.mask import Masked, mask_response, masked_from
 from realign.pairs.phash import perceptual_hash
-from realign.pairs.pictures import PictureError, decode_picture
+from realign.pairs.pictures import PictureError
 from realign.pairs.prompts import answer_chat, mask_chat, parse_answer, parse_segments
 from realign.pairs.rows import (
     chat_images,
@@ -138,7 +138,7 @@ class Embed(Stage):
 
     def _look(self, row: Row) -> tuple[Image.Image, Row] | Bad:
         try:
-            decoded = [decode_picture(stored) for stored in images_of(row)]
+            decoded = [stored.decode() for stored in images_of(row)]
             if not decoded:
                 raise PictureError("no image")
         except PictureError as error:

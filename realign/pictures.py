@@ -1,0 +1,213 @@
+"""The image decoder: any file, bytes or PIL image to 8-bit RGB, or a `PictureError`.
+
+Training, pairs, evaluation and `RDPOTrainer` see the same pixels, because all of them decode here.
+The header is read first, so an image that is too large is refused before any pixel is decoded. Only
+common image formats are opened: Pillow knows others that start programs or hold further files.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from realign.errors import RecordError, shown
+
+MAX_PIXELS = 50_000_000
+BACKGROUND = (255, 255, 255)  # behind transparent pixels, as a browser shows them
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_UPRIGHT = {  # EXIF orientation -> its inverse
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow widens 2- and 4-bit samples to 8 bits and cuts 16-bit ones, but not the transparent colour.
+_WIDENED = {"L;2": 85, "L;4": 17}
+
+
+class PictureError(ValueError):
+    """An image cannot be used.
+
+    Attributes:
+        reason: "missing", "corrupt", "too large", "outside the folder", "no image" or "malformed".
+        detail: the finding, for a reader of the message.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as a record holds it: encoded bytes, or a path on this machine."""
+
+    data: bytes | None = None
+    path: str | None = None
+
+    @classmethod
+    def from_pil(cls, image: Image.Image, path: str | None = None) -> StoredImage:
+        """Encode an image of any mode as PNG, which keeps every 8-bit RGB or grey value.
+
+        Raises:
+            PictureError: for an image that cannot be used.
+        """
+        flat, plain = to_rgb(image)
+        buffer = io.BytesIO()
+        (image if plain else flat).save(buffer, format="PNG")
+        return cls(buffer.getvalue(), path)
+
+    def decode(self, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
+        """See the function `decode`.
+
+        Raises:
+            PictureError: for an image that cannot be used.
+        """
+        source = self.path if self.data is None else self.data
+        if source is None:
+            raise PictureError("no image", "neither bytes nor a path")
+        return decode(source, max_pixels=max_pixels)
+
+    def open(self, record: str) -> Image.Image:
+        """Decode to 8-bit RGB, see `decode`.
+
+        Raises:
+            RecordError: for an image that cannot be used; names `record` and the file.
+        """
+        try:
+            return self.decode()[0]
+        except PictureError as error:
+            named = f"{len(self.data or b'')} embedded bytes" if self.path is None else self.path
+            raise RecordError(
+                record,
+                f"its image {shown(named)} cannot be read ({error}).",
+                "Replace the image or remove the record.",
+            ) from error
+
+
+def decode(source: bytes | str, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
+    """Decode an encoded image to 8-bit RGB.
+
+    The first frame of an animation, upright by its EXIF orientation, transparent pixels on white.
+    16 bits per pixel keep their upper 8. CMYK is converted without colour management; a CMYK JPEG
+    is read as inverted, as Adobe's programs write it and browsers read it.
+
+    Args:
+        source: encoded bytes, or the path of a file.
+        max_pixels: width times height above which an image is refused.
+
+    Returns:
+        An RGB image without metadata, and whether every other reader decodes it to the same pixels:
+        one frame of RGB or grey, opaque and upright.
+
+    Raises:
+        PictureError: for an image that cannot be used.
+    """
+    if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
+        raise PictureError("missing", f"{source} is no file")
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    with _refusing(), Image.open(opened, formats=_formats()) as image:
+        return _bounded(image, max_pixels)
+
+
+def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
+    """A PIL image of any mode as `decode` makes it of its file; the same results and errors."""
+    with _refusing():
+        return _bounded(image, max_pixels)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Pillow's errors as `PictureError`."""
+    try:
+        yield
+    except (PictureError, MemoryError):
+        raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise PictureError("missing", str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise PictureError("too large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise PictureError("corrupt", f"none of the formats {', '.join(_formats())}") from error
+    except Exception as error:  # damaged files end in IndexError, struct.error, KeyError, ...
+        raise PictureError("corrupt", f"{type(error).__name__}: {error}") from error
+
+
+def _bounded(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise PictureError("too large", f"{width} x {height} is more than {max_pixels} pixels")
+    if width * height == 0:
+        raise PictureError("corrupt", f"{width} x {height} pixels")
+    return _flat_and_plain(image)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of our formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _flat_and_plain(image: Image.Image) -> tuple[Image.Image, bool]:
+    # The further pictures of an MPO, a phone's JPEG, are no animation.
+    still = not getattr(image, "is_animated", False) or image.format == "MPO"
+    transparent = _transparent_colour(image)
+    image.load()
+    plain = still and image.mode in ("RGB", "L") and "transparency" not in image.info
+    flat = _flatten(image, transparent)
+    try:
+        turned = image.getexif().get(0x0112, 1)
+    except Exception:  # broken EXIF leaves the pixels as they are, but stops other readers
+        turned, plain = 1, False
+    if turned in _UPRIGHT:
+        flat, plain = flat.transpose(_UPRIGHT[turned]), False
+    return flat, plain
+
+
+def _transparent_colour(image: Image.Image) -> Any:
+    """The transparent colour at the depth of Pillow's pixels, known only before they are loaded."""
+    colour = image.info.get("transparency")
+    coded = {tile[3] for tile in getattr(image, "tile", ()) if isinstance(tile[3], str)}
+    if isinstance(colour, int) and (width := _WIDENED.keys() & coded):
+        return colour * _WIDENED[width.pop()]
+    if isinstance(colour, tuple) and "RGB;16B" in coded:
+        return tuple(value >> 8 for value in colour)
+    return colour
+
+
+def _flatten(image: Image.Image, transparent: Any) -> Image.Image:
+    """Any mode to RGB, without metadata."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # Pillow would clip at 255. 255 * 257 = 65535, so the upper byte is the same grey.
+        deep = np.asarray(image)
+        grey = (deep >> 8).astype(np.uint8)
+        if transparent is not None:
+            grey[deep == transparent] = BACKGROUND[0]
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise PictureError("corrupt", "32 bits per pixel have no defined white; save it with 8")
+    if image.has_transparency_data:
+        if transparent is not None and transparent != image.info["transparency"]:
+            image = image.copy()
+            image.info["transparency"] = transparent
+        # Pillow converts premultiplied grey (La) only to LA.
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(ground, image)
+    flat = image.convert("RGB")  # a copy, also of RGB
+    flat.info = {}
+    return flat
