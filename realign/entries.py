@@ -17,8 +17,8 @@ from typing import Any
 
 from PIL import Image
 
+from realign.dialogues import Message, dialogue_of, messages_of, with_system
 from realign.errors import Malformed, shown
-from realign.messages import Message, dialogue_of, messages_of, with_system
 from realign.pictures import PictureError, StoredImage
 
 _DIALOGUES = ("conversations", "messages")

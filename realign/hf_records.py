@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from realign.errors import Malformed, shown
-from realign.records import Record, read_pairs, records_in
 from realign.pictures import StoredImage
+from realign.records import Record, read_pairs, records_in
 from realign.tables import python_rows
 
 Records = str | Path | Sequence[Record] | Iterable[Mapping[str, Any]]

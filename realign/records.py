@@ -100,7 +100,13 @@ def read_sources(path: str | Path) -> list[Record]:
     return _read(Path(path), ("prompt", "chosen", "images"))
 
 
-def write_pairs(path: str | Path, records: Iterable[Record], *, typed: bool | None = None) -> int:
+def write_pairs(
+    path: str | Path,
+    records: Iterable[Record],
+    *,
+    typed: bool | None = None,
+    preferred: bool = False,
+) -> int:
     """Write records to one Parquet file, whole or not at all; returns how many.
 
     The file carries `datasets` metadata, so image columns load as images there.
@@ -109,14 +115,15 @@ def write_pairs(path: str | Path, records: Iterable[Record], *, typed: bool | No
         path: the file.
         records: what to write.
         typed: whether some prompt is in typed parts, where that is known: then `records` is
-            written as it comes and never held as a whole, and has no `retrieved_chosen`.
+            written as it comes and never held as a whole.
+        preferred: whether some record has `retrieved_chosen`; read only where `typed` is known.
     """
-    path, optional = Path(path), {}
+    path = Path(path)
     if typed is None:
         records = list(records)
         typed = any(has_parts(record.prompt) for record in records)
-        optional = {n: kind for n, kind in _OPTIONAL.items() if any(getattr(r, n) for r in records)}
-    columns = _COLUMNS | optional | _PROVENANCE
+        preferred = any(record.retrieved_chosen for record in records)
+    columns = _COLUMNS | (_OPTIONAL if preferred else {}) | _PROVENANCE
     columns |= {"prompt": _TYPED_MESSAGES if typed else _MESSAGES}
     features = {name: _feature(kind) for name, kind in columns.items()}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -228,9 +235,7 @@ def _record(
     responses |= {"retrieved_chosen": text} if (text := entry.retrieved_chosen) else {}
     for column, text in responses.items():
         if not (text and text.strip()):
-            raise Malformed(
-                f"its {column} response is empty.", "Write one or remove the record."
-            )
+            raise Malformed(f"its {column} response is empty.", "Write one or remove the record.")
     if not entry.images:
         raise Malformed("it has no image.", "Add one to `images` or remove the record.")
     return Record(

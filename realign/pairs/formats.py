@@ -1,32 +1,26 @@
-"""The formats that records come in, each turned into the same raw entries.
+"""The formats that records come in, each turned into the same entries.
 
 A format is a function from one item (an object of a JSON file, a line, a row) to entries: messages,
-responses and pictures as the file has them. What is wrong with an item is a `Malformed`; nothing is
-looked up on disk here.
+responses and images as the file has them. `realign.entries` reads preference rows; the others are
+read here. A fault of an item is a `Malformed`; nothing is looked up on disk.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from realign.dialogues import messages_of
+from realign.entries import Entry, entry_of, images_of, name_of
+from realign.errors import Malformed, shown
 
 CAPTION_PROMPT = "Describe the image in one sentence."
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_ROLES |= {"system": "system"}
-_COLUMNS = ("id", "prompt", "chosen", "rejected", "images", "image", "retrieved_images")
-_COLUMNS += ("retrieved_image",)
-_BATCH = 32  # rows in memory at once; their images may be large
-
-
-class Malformed(ValueError):
-    """An item that is not of its format; the message says how."""
+_PREFERENCES = ("chosen", "rejected", "rejected_response")
+_PREFERENCES += ("rejected_conversations", "rejected_messages")
 
 
 @dataclass(frozen=True)
@@ -41,34 +35,27 @@ class Options:
     """COCO: the question to which a caption is the answer."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A record as a file has it."""
-
-    name: str | None
-    prompt: list[dict]  # messages
-    chosen: str | None  # None where there is none yet
-    rejected: str | None
-    images: list[Any]  # a path, bytes or {"bytes", "path"} each
-    retrieved: list[Any]
-    retrieved_chosen: str = ""  # preferred for the retrieved image; "" where there is none
-
-
-def of_llava(item: dict, options: Options) -> list[Entry]:
-    """LLaVA's instruction format: a picture and a dialogue about it.
+def of_llava(item: Mapping[str, Any], options: Options) -> list[Entry]:
+    """LLaVA's instruction format: an image and a dialogue about it.
 
     Raises:
-        Malformed: for a dialogue without text, or whose sides do not alternate.
+        Malformed: for a dialogue without text, one whose sides do not alternate, or a preference.
     """
-    dialogue = _messages(item.get("conversations"), "from", "value", "conversations")
+    if held := [key for key in (*_PREFERENCES, "system") if item.get(key)]:
+        raise Malformed(
+            f"it has {', '.join(held)}, which LLaVA's format has not.", "Pass --format parquet."
+        )
+    dialogue = messages_of(item.get("conversations"), "conversations")
     opening = dialogue[: dialogue[0]["role"] == "system"]
     turns = dialogue[len(opening) :]
     if not turns or not all(isinstance(m["content"], str) for m in dialogue):
-        raise Malformed("conversations are no dialogue in text")
+        raise Malformed("its conversations are no dialogue in text.", "Give a human's question.")
     for turn, message in enumerate(turns):
         if message["role"] != ("user", "assistant")[turn % 2]:
-            raise Malformed("conversations do not alternate between human and gpt")
-    name, images = name_of(item), _listed(item.get("image"))
+            raise Malformed(
+                "its conversations do not alternate between human and gpt.", "Put them in order."
+            )
+    name, images = name_of(item), images_of(item, "image", "images")
     if options.turns == "first" or len(turns) < 3:
         answer = turns[1]["content"] if len(turns) > 1 else None
         return [Entry(name, opening + turns[:1], answer, None, images, [])]
@@ -85,54 +72,37 @@ def of_llava(item: dict, options: Options) -> list[Entry]:
     ]
 
 
-def of_realign(item: dict, options: Options) -> list[Entry]:
-    """The authors' format: chosen and rejected dialogues, a picture and a retrieved one.
+def of_realign(item: Mapping[str, Any], options: Options) -> list[Entry]:
+    """The authors' format: chosen and rejected dialogues, an image and a retrieved one.
 
     Raises:
-        Malformed: without a rejected dialogue or a retrieved picture.
+        Malformed: without a rejected dialogue or a retrieved image.
     """
-    prompt, chosen, rejected = _preferences(item)
-    if rejected is None:
-        raise Malformed("rejected is missing")
-    images, retrieved = _listed(item.get("image")), _listed(item.get("retrieved_image"))
-    if images and not retrieved:
-        raise Malformed("retrieved_image is missing")
-    return [Entry(name_of(item), prompt, chosen, rejected, images, retrieved)]
+    entry = entry_of(item)
+    if entry.rejected is None:
+        raise Malformed("its rejected is missing.", "Give the rejected dialogue.")
+    if entry.images and not entry.retrieved:
+        raise Malformed("its retrieved_image is missing.", "Give one, or pass --format parquet.")
+    return [entry]
 
 
-def of_folder(item: dict, options: Options) -> list[Entry]:
-    """A line beside a folder of pictures: image, question or prompt, answer or chosen if any.
+def of_folder(item: Mapping[str, Any], options: Options) -> list[Entry]:
+    """A line beside a folder of images: image, question or prompt, answer or chosen if any.
 
     Raises:
         Malformed: without a question.
     """
-    question = _first(item, "prompt", "question")
-    if question is None:
-        raise Malformed("question is missing")
-    answer = _first(item, "chosen", "answer")
-    return [
-        Entry(
-            name_of(item),
-            _prompt(question),
-            None if answer is None else _response(answer, "answer"),
-            None,
-            _listed(_first(item, "images", "image")),
-            [],
-        )
-    ]
+    answer = item.get("answer")
+    return [entry_of(item if item.get("chosen") is not None else {**item, "chosen": answer})]
 
 
-def of_row(item: dict, options: Options) -> list[Entry]:
-    """A row with TRL's vision preference columns, conversational or plain; the prompt may be
-    implicit, as the common beginning of chosen and rejected."""
-    prompt, chosen, rejected = _preferences(item)
-    images = _listed(_first(item, "images", "image"))
-    retrieved = _listed(_first(item, "retrieved_images", "retrieved_image"))
-    preferred = item.get("retrieved_chosen") or ""
-    preferred = _response(preferred, "retrieved_chosen") if preferred else ""
-    # `write_pairs` writes a response that there is not as an empty one.
-    both = (chosen or None, rejected or None)
-    return [Entry(name_of(item), prompt, *both, images, retrieved, preferred)]
+def of_row(item: Mapping[str, Any], options: Options) -> list[Entry]:
+    """A preference row, see `entry_of`; `write_pairs` writes an absent response as an empty one.
+
+    Raises:
+        Malformed: as `entry_of` does.
+    """
+    return [entry_of(item)]
 
 
 def of_coco(item: dict, options: Options) -> list[Entry]:
@@ -143,19 +113,17 @@ def of_coco(item: dict, options: Options) -> list[Entry]:
     """
     image, captions = item["image"], item["captions"]
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-        raise Malformed("file_name is missing")
+        raise Malformed(f"its image {shown(image)} has no file_name.", "Give one.")
     if not all(isinstance(c["caption"], str) and isinstance(c.get("id"), int) for c in captions):
-        raise Malformed("a caption is no text, or has no id")
-    captions = sorted(captions, key=lambda c: c["id"])
-    name, images = name_of(image), [image["file_name"]]
-    prompt = [{"role": "user", "content": options.caption_prompt}]
-    if not captions:
-        return [Entry(name, prompt, None, None, images, [])]
-    if options.captions == "first":
-        return [Entry(name, prompt, captions[0]["caption"], None, images, [])]
+        raise Malformed("one of its captions is no text, or has no id.", "Give both.")
+    texts = [c["caption"] for c in sorted(captions, key=lambda c: c["id"])]
+    row = {"id": image.get("id"), "prompt": options.caption_prompt, "image": image["file_name"]}
+    if options.captions == "first" or not texts:
+        return [entry_of(row | {"chosen": text}) for text in texts[:1] or [None]]
+    entries = [entry_of(row | {"chosen": text}) for text in texts]
     return [
-        Entry(f"{name}#{i + 1}", prompt, c["caption"], None, images, [])
-        for i, c in enumerate(captions)
+        replace(entry, name=entry.name and f"{entry.name}#{number}")
+        for number, entry in enumerate(entries, 1)
     ]
 
 
@@ -172,19 +140,15 @@ def format_of(item: Any) -> str | None:
     """The format that an object of a JSON file looks like."""
     if not isinstance(item, dict):
         return None
+    if any(item.get(key) is not None for key in _PREFERENCES):
+        if "retrieved_image" in item:
+            return "realign"
+        # A line of a folder has `chosen` only; every preference has a rejected response.
+        if any(item.get(key) is not None for key in _PREFERENCES[1:]):
+            return "parquet"
     if "conversations" in item:
         return "llava"
-    if "chosen" in item and "rejected" in item:
-        return "realign" if "image" in item else "parquet"
     return "folder" if "image" in item or "images" in item else None
-
-
-def name_of(item: Any) -> str | None:
-    """The id of an item as text that can be stored, on one line; None where it has none."""
-    if not isinstance(item, dict) or item.get("id") is None:
-        return None
-    text = str(item["id"]).encode("utf-8", "replace").decode()
-    return " ".join(text.split()) or None
 
 
 def coco_items(content: Any, file: Path) -> list[dict]:
@@ -196,11 +160,11 @@ def coco_items(content: Any, file: Path) -> list[dict]:
     captions = defaultdict(list)
     notes = content.get("annotations") or []
     if not isinstance(notes, list):
-        raise ValueError(f"{file} has `annotations` that are no list: {str(notes)[:80]}.")
+        raise ValueError(f"{file} has `annotations` that are no list: {shown(notes)}.")
     for note in notes:
         if not isinstance(note, dict) or not {"caption", "image_id"} <= set(note):
             raise ValueError(
-                f"{file} has the annotation {str(note)[:80]}, no caption of an image. COCO's "
+                f"{file} has the annotation {shown(note)}, no caption of an image. COCO's "
                 "captions are in captions_train2014.json and the like."
             )
         captions[str(note["image_id"])].append(note)
@@ -219,120 +183,4 @@ def json_lines(file: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of its depth
-                yield Malformed(f"not JSON: {error}")
-
-
-def rows_of(files: list[Path]) -> Iterator[tuple[str, dict]]:
-    """(place, row) of Parquet files, and of the Arrow files that `datasets` saves.
-
-    Raises:
-        ValueError: for a file that cannot be read.
-    """
-    for file in files:
-        place = 0
-        try:
-            for batch in _batches(file):
-                for row in batch.to_pylist():
-                    yield f"{file.name}:{place}", row
-                    place += 1
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}). Pass Parquet files, or a folder that "
-                "`datasets` saved with save_to_disk."
-            ) from error
-
-
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
-    if file.suffix == ".arrow":
-        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-            columns = _known(stream.schema.names, file)
-            for batch in stream:
-                for start in range(0, batch.num_rows, _BATCH):
-                    yield batch.select(columns).slice(start, _BATCH)
-    else:
-        with pq.ParquetFile(file) as parquet:
-            columns = _known(parquet.schema_arrow.names, file)
-            yield from parquet.iter_batches(_BATCH, columns=columns)
-
-
-def _known(names: list[str], file: Path) -> list[str]:
-    known = [name for name in _COLUMNS if name in names]
-    if not {"prompt", "chosen"} & set(known) or not {"images", "image"} & set(known):
-        raise ValueError(
-            f"{file} has the columns {', '.join(names)}. TRL's vision preference format has "
-            "prompt, chosen, rejected and images; retrieved_images are the visual negatives."
-        )
-    return known
-
-
-def _preferences(item: dict) -> tuple[list[dict], str | None, str | None]:
-    """Prompt, chosen and rejected response; without `prompt` it is what both dialogues share."""
-    chosen, rejected = item.get("chosen"), item.get("rejected")
-    if item.get("prompt"):
-        prompt = _prompt(item["prompt"])
-    elif isinstance(chosen, list) and chosen:
-        prompt = _prompt(chosen[:-1])
-        if isinstance(rejected, list) and rejected[:-1] != chosen[:-1]:
-            raise Malformed("chosen and rejected differ before their last message")
-    else:
-        raise Malformed("prompt is missing")
-    answers = (
-        None if a is None else _response(a, n)
-        for a, n in ((chosen, "chosen"), (rejected, "rejected"))
-    )
-    return (prompt, *answers)
-
-
-def _prompt(value: Any) -> list[dict]:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    return _messages(value, "role", "content", "prompt")
-
-
-def _messages(value: Any, role: str, content: str, what: str) -> list[dict]:
-    if not isinstance(value, list) or not value:
-        raise Malformed(f"{what} holds no messages")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or str(message.get(role)) not in _ROLES:
-            raise Malformed(f"{what} has the message {str(message)[:80]!r}")
-        messages.append({"role": _ROLES[message[role]], "content": _content(message.get(content))})
-    return messages
-
-
-def _content(value: Any) -> str | list[dict]:
-    """Text, or parts of type text and image without what else Arrow gives every part."""
-    if isinstance(value, str):
-        return value
-    parts = []
-    for part in value if isinstance(value, list) else [value]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            parts.append({"type": "image"})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        else:
-            raise Malformed(f"a message holds {str(value)[:80]!r}, not text or parts")
-    return parts
-
-
-def _response(value: Any, what: str) -> str:
-    """The text of a response: a string, or messages of which the last is the response."""
-    if isinstance(value, list):
-        messages = _messages(value, "role", "content", what)
-        if messages[-1]["role"] != "assistant":
-            raise Malformed(f"{what} does not end with the assistant")
-        value = messages[-1]["content"]
-        if isinstance(value, list):
-            value = "".join(part.get("text", "") for part in value)
-    if not isinstance(value, str):
-        raise Malformed(f"{what} is {str(value)[:80]!r}, not text")
-    return value
-
-
-def _listed(value: Any) -> list[Any]:
-    return [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-
-
-def _first(item: dict, *names: str) -> Any:
-    return next((item[name] for name in names if item.get(name) is not None), None)
+                yield Malformed(f"it is not JSON ({error}).", "Write one object a line.")

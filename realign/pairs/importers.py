@@ -15,22 +15,29 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from realign.entries import Entry, Names, name_of
+from realign.errors import Malformed, shown
+from realign.messages import ChatError
 from realign.pairs import formats
-from realign.pairs.formats import Entry, Malformed, Options
-from realign.pairs.pictures import MAX_PIXELS, PictureError, inside, plain_picture
+from realign.pairs.formats import Options
+from realign.pairs.pictures import inside, plain_picture
 from realign.pairs.shards import LEFT_OUT, write_table
 from realign.pairs.stage import Bad
-from realign.pairs.texts import printable, problem_of, without_placeholder
-from realign.records import Record, StoredImage, has_parts, write_pairs
+from realign.pairs.texts import placed, printable, problem_of
+from realign.pictures import MAX_PIXELS, PictureError, StoredImage
+from realign.records import Record, has_parts, write_pairs
+from realign.tables import rows_of
 
 FORMATS = ("auto", *formats.PARSERS)
 _ALL = ("llava:all", "coco:all")
+_NEEDED = ("prompt", "images")  # of a table: responses may be written by the pipeline
 
 
 def read_any(
@@ -120,11 +127,16 @@ def import_pairs(
             else:
                 yield entry
 
-    looked = read_any(data, format=format, images=images)  # nothing is decoded
-    typed = any(has_parts(entry.prompt) for entry in looked if isinstance(entry, Record))
+    typed = preferred = False
+    for entry in read_any(data, format=format, images=images):  # nothing is decoded
+        if isinstance(entry, Record):
+            typed = typed or has_parts(entry.prompt)
+            preferred = preferred or bool(entry.retrieved_chosen)
     made = pairs()
     first = next(made, None)
-    written = write_pairs(output, chain([first], made), typed=typed) if first else 0
+    written = 0
+    if first:
+        written = write_pairs(output, chain([first], made), typed=typed, preferred=preferred)
     listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
     write_table(listed, pa.Table.from_pylist([vars(b) for b in bad], schema=LEFT_OUT))
     counts = Counter(b.reason for b in bad)
@@ -159,14 +171,14 @@ def _complete(
         )
     except PictureError as error:
         return Bad(record.name, "read", error.reason, error.detail)
-    return Record(record.name, record.prompt, record.chosen, record.rejected, pictures, retrieved)
+    return replace(record, images=pictures, retrieved_images=retrieved)
 
 
 def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     """The format, and (place, item) of every item."""
     if path.is_dir():
         if files := _saved(path) or sorted(path.glob("*.parquet")):
-            return _agree(format, "parquet", path), formats.rows_of(files)
+            return _agree(format, "parquet", path), rows_of(files, _NEEDED)
         lines = sorted(path.glob("*.jsonl"))
         if len(lines) != 1:
             raise ValueError(
@@ -175,7 +187,7 @@ def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
             )
         return _open(lines[0], format)
     if path.suffix in (".parquet", ".arrow"):
-        return _agree(format, "parquet", path), formats.rows_of([path])
+        return _agree(format, "parquet", path), rows_of([path], _NEEDED)
     if path.suffix == ".jsonl":
         content: Any = formats.json_lines(path)
     else:
@@ -189,6 +201,8 @@ def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
             raise ValueError(f"{path} is a JSON object without `images`; it is no COCO file.")
         items: Iterator[Any] = iter(formats.coco_items(content, path))
         return _agree(format, "coco", path), _placed(path, items)
+    if path.suffix != ".jsonl" and not isinstance(content, list):
+        raise ValueError(f"{path} holds {shown(content)}, no list of records.")
     items = iter(content)
     seen = []
     for item in items:  # up to the first that tells
@@ -196,7 +210,11 @@ def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
         if found := formats.format_of(item):
             return _agree(format, found, path), _placed(path, chain(seen, items))
     if format == "auto":
-        raise ValueError(f"{path} holds no record of a known format; pass --format.")
+        keys = sorted({str(key) for item in seen if isinstance(item, dict) for key in item})
+        raise ValueError(
+            f"{path} holds no record of a known format; pass --format. Its records have the keys "
+            f"{shown(keys)}; docs/pairs.md lists those that are read."
+        )
     return format, _placed(path, iter(seen))
 
 
@@ -226,55 +244,57 @@ def _placed(path: Path, items: Iterator[Any]) -> Iterator[tuple[str, Any]]:
 def _read(
     items: Iterator[tuple[str, Any]], kind: str, folder: Path, options: Options
 ) -> Iterator[Record | Bad]:
-    names: dict[str, int] = {}
+    names = Names()
     said: dict[bytes, str] = {}
     for place, item in items:
+        name = place
         try:
             if isinstance(item, Malformed):
                 raise item
             if not isinstance(item, dict):
-                raise Malformed(f"{str(item)[:80]!r} is no object")
+                raise Malformed(f"it is {shown(item)}, no object.", "Write one object a record.")
+            name = name_of(item) or place
             entries = formats.PARSERS[kind](item, options)
         except Malformed as error:
-            name = _unique(formats.name_of(item) or place, names)
-            yield Bad(name, "read", "malformed", printable(str(error)))
+            yield Bad(names.unique(name), "read", error.reason, printable(str(error)))
             continue
         for number, entry in enumerate(entries):
             name = entry.name or (f"{place}#{number + 1}" if len(entries) > 1 else place)
-            yield _record(_unique(name, names), entry, kind, folder, said)
-
-
-def _unique(name: str, names: dict[str, int]) -> str:
-    """The name, with a number behind it where it is taken: rows are joined by it."""
-    found, count = name, names.get(name, 0)
-    while found in names:
-        count += 1
-        found = f"{name}-{count}"
-    names[name] = max(count, 1)
-    names.setdefault(found, 1)
-    return found
+            yield _record(names.unique(name), entry, kind, folder, said)
 
 
 def _record(
     name: str, entry: Entry, kind: str, folder: Path, said: dict[bytes, str]
 ) -> Record | Bad:
-    texts = [entry.chosen, entry.rejected or None]  # `write_pairs` writes "" where there is none
-    prompt = [m | {"content": without_placeholder(m)} for m in entry.prompt]
-    for message in prompt:
-        parts = message["content"]
-        texts += [parts] if isinstance(parts, str) else [_text_of(parts)]
-    for text in texts:
-        if text is not None and (problem := problem_of(text)):
-            return Bad(name, "read", *problem)
     if not entry.images:
         return Bad(name, "read", "no image", "it names no picture")
     try:
-        images = tuple(_stored(value, kind, folder) for value in entry.images)
-        retrieved = tuple(_stored(value, kind, folder) for value in entry.retrieved)
+        prompt = placed(entry.prompt, len(entry.images))
+    except ChatError as error:
+        return Bad(name, "read", "image token", str(error))
+    try:
+        images, retrieved = (
+            tuple(_found(image, kind, folder) for image in group)
+            for group in (entry.images, entry.retrieved)
+        )
     except PictureError as error:
         return Bad(name, "read", error.reason, printable(error.detail))
+    texts = [entry.chosen, entry.rejected, entry.retrieved_chosen]
+    texts = [text for text in texts if text]  # those that there are
+    for message in prompt:
+        parts = message["content"]
+        texts.append(parts if isinstance(parts, str) else _text_of(parts))
+    for text in texts:
+        if problem := problem_of(text):
+            return Bad(name, "read", *problem)
     record = Record(
-        name, tuple(prompt), entry.chosen or "", entry.rejected or "", images, retrieved
+        name,
+        tuple(prompt),
+        entry.chosen or "",
+        entry.rejected or "",
+        images,
+        retrieved,
+        retrieved_chosen=entry.retrieved_chosen,
     )
     key = _digest(record)
     if key in said:
@@ -287,28 +307,19 @@ def _text_of(parts: list[dict]) -> str:
     return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def _stored(value: Any, kind: str, folder: Path) -> StoredImage:
-    if isinstance(value, dict):
-        data, path = value.get("bytes"), value.get("path")
-    else:
-        data, path = (value, None) if isinstance(value, bytes) else (None, value)
-    if data is not None:
-        if not isinstance(data, bytes):
-            raise PictureError("malformed", f"{str(data)[:80]!r} is no picture's bytes")
-        if not data:
-            raise PictureError("corrupt", "it has no bytes")
-        return StoredImage(data, path if isinstance(path, str) else None)
-    if not isinstance(path, str) or not path:
-        raise PictureError("no image", f"{value!r} is no path")
-    found = inside(folder, path)
+def _found(image: StoredImage, kind: str, folder: Path) -> StoredImage:
+    """The image with the path of its file, which must lie in the folder."""
+    if image.data is not None:
+        return image
+    found = inside(folder, image.path)
     if not os.path.isfile(found) and kind == "llava":
         # LLaVA names pictures as COCO 2017 does; 2014 puts the split before the number.
-        other = Path(path).with_name(f"COCO_{folder.name}_{Path(path).name}")
+        other = Path(image.path).with_name(f"COCO_{folder.name}_{Path(image.path).name}")
         found = inside(folder, str(other))
     if not os.path.isfile(found):
-        raise PictureError("missing", f"{path!r} is not in {folder}")
+        raise PictureError("missing", f"{shown(image.path)} is not in {folder}")
     if printable(found) != found:
-        raise PictureError("malformed", f"the name of the file {path!r} is not UTF-8")
+        raise PictureError("malformed", f"the name of the file {shown(image.path)} is not UTF-8")
     return StoredImage(path=found)
 
 
@@ -318,7 +329,8 @@ def _digest(record: Record) -> bytes:
     for stored in (*record.images, None, *record.retrieved_images):
         data = b"" if stored is None else stored.data or stored.path.encode()
         digest.update(hashlib.blake2b(data, digest_size=16).digest())
-    digest.update(json.dumps([record.prompt, record.chosen, record.rejected]).encode())
+    texts = [record.prompt, record.chosen, record.rejected, record.retrieved_chosen]
+    digest.update(json.dumps(texts).encode())
     return digest.digest()
 
 

@@ -1,28 +1,30 @@
-"""What is wrong with a text, before a model sees it."""
+"""Faults of a text before a model sees it, and image tags as places of images."""
 
 from __future__ import annotations
 
 import re
 
-_PLACEHOLDER = "<image>"
+from realign.errors import shown
+from realign.image_tags import has_tag
+from realign.messages import place_images, texts_of
+from realign.records import has_parts
+
 _TAGS = re.compile(r"</?[a-zA-Z!][^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def problem_of(text: str) -> tuple[str, str] | None:
     """(reason, detail) why a text cannot be used."""
-    if printable(text) != text:
-        return "not Unicode", "the text holds half of a surrogate pair"
-    shown = repr(text[:80])
+    quoted = shown(text)
     if _CONTROL.search(text):
-        return "control characters", shown
-    if _PLACEHOLDER in text:
-        return "image token", f"{shown} places an image inside the text"
+        return "control characters", quoted
+    if has_tag(text):
+        return "image token", f"{quoted} places an image inside the text"
     bare = _TAGS.sub("", text)
     if not any(c.isalnum() for c in text):
-        return "empty text", f"{shown} has no letter or digit"
+        return "empty text", f"{quoted} has no letter or digit"
     if len(bare.strip()) < len(text.strip()) / 2:
-        return "mostly markup", shown
+        return "mostly markup", quoted
     return None
 
 
@@ -31,15 +33,21 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def without_placeholder(message: dict) -> str | list[dict]:
-    """Content without LLaVA's <image> at its beginning or end: pictures come first anyway."""
-    content = message["content"]
-    if message["role"] != "user" or not isinstance(content, str):
-        return content
-    # By hand: a pattern that takes white space on both sides is slow on much of it.
-    text = content
-    while text.lstrip().startswith(_PLACEHOLDER):
-        text = text.lstrip().removeprefix(_PLACEHOLDER).lstrip()
-    while text.rstrip().endswith(_PLACEHOLDER):
-        text = text.rstrip().removesuffix(_PLACEHOLDER).rstrip()
-    return text
+def placed(prompt: list[dict], count: int) -> list[dict]:
+    """A prompt with typed parts for the image tags of its user messages.
+
+    A prompt of text keeps to text where all images stand in front of it: they come first anyway.
+
+    Args:
+        prompt: messages.
+        count: images of the record.
+
+    Raises:
+        ChatError: where tags and parts do not place as many images as there are.
+    """
+    typed = place_images(prompt, count)
+    first = next(message for message in typed if message["role"] == "user")
+    leading = [part["type"] for part in first["content"][:count]] == ["image"] * count
+    if has_parts(prompt) or not leading:
+        return typed
+    return [message | {"content": "".join(texts_of(message))} for message in typed]
