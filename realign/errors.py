@@ -44,8 +44,14 @@ _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxle
 
 def shown(value: Any) -> str:
     """`repr` of a value for a message, shortened; bytes are counted."""
-    text = _SHORTENED.repr(value).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 2 * _LONGEST else f"{text[: 2 * _LONGEST]}..."
+    return shortened(_SHORTENED.repr(value))
+
+
+def shortened(text: str) -> str:
+    """A text for a message: its beginning and end where it is long, in characters of UTF-8."""
+    if len(text) > 2 * _LONGEST:
+        text = f"{text[:_LONGEST]}...{text[-_LONGEST:]}"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def one_of(errors: Sequence[RecordError]) -> RecordError:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from realign.errors import RecordError, shown
+from realign.errors import RecordError, shortened
 
 MAX_PIXELS = 50_000_000
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as a browser shows them
@@ -89,11 +89,12 @@ class StoredImage:
         try:
             return self.decode()[0]
         except PictureError as error:
-            named = f"{len(self.data or b'')} embedded bytes" if self.path is None else self.path
+            named = self.path or f"{len(self.data or b'')} embedded bytes"
+            problem = f"{shortened(named)} cannot be read ({error.detail})"
+            if error.reason == "missing":
+                problem = error.detail
             raise RecordError(
-                record,
-                f"its image {shown(named)} cannot be read ({error}).",
-                "Replace the image or remove the record.",
+                record, f"its image {problem}.", "Replace the image or remove the record."
             ) from error
 
 
@@ -116,7 +117,8 @@ def decode(source: bytes | str, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.
         PictureError: for an image that cannot be used.
     """
     if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
-        raise PictureError("missing", f"{source} is no file")
+        state = "is no file" if os.path.exists(source) else "does not exist"
+        raise PictureError("missing", f"{shortened(source)} {state}")
     opened = io.BytesIO(source) if isinstance(source, bytes) else source
     with _refusing(), Image.open(opened, formats=_formats()) as image:
         return _bounded(image, max_pixels)
@@ -136,7 +138,8 @@ def _refusing() -> Iterator[None]:
     except (PictureError, MemoryError):
         raise
     except (FileNotFoundError, PermissionError) as error:
-        raise PictureError("missing", str(error)) from error
+        state = f"cannot be opened ({error.strerror})"
+        raise PictureError("missing", f"{shortened(str(error.filename))} {state}") from error
     except Image.DecompressionBombError as error:
         raise PictureError("too large", str(error)) from error
     except UnidentifiedImageError as error:

@@ -79,8 +79,8 @@ def _batches(file: Path, needed: Sequence[str], wanted: set[str]) -> Iterator[pa
 def _known(names: list[str], file: Path, needed: Sequence[str], wanted: set[str]) -> list[str]:
     if missing := [column for column in needed if not set(SOURCES[column]) & set(names)]:
         raise ValueError(
-            f"{file} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}. Columns "
-            "are those of TRL's vision preference format (prompt, chosen, rejected, images), and "
-            "retrieved_images for objectives with a visual term."
+            f"{file} lacks the column(s) {', '.join(missing)}. Columns are those of TRL's vision "
+            "preference format (prompt, chosen, rejected, images), and retrieved_images for "
+            f"objectives with a visual term. The file has {', '.join(names)}."
         )
     return [name for name in names if name in wanted]

@@ -11,6 +11,11 @@ def user(text):
     return {"role": "user", "content": text}
 
 
+def text(content):
+    """A typed part."""
+    return {"type": "text", "text": content}
+
+
 def assistant(text):
     return {"role": "assistant", "content": text}
 

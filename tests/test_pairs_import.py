@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, user, write_json
+from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
 
 from realign.pairs.importers import import_pairs, main, read_any
@@ -36,8 +36,9 @@ def test_the_authors_json(tmp_path, pictures):
         (StoredImage(path=str(root / "a.jpg")),),
         (StoredImage(path=str(root / "b.jpg")),),
     )
-    prompt = (user("What is it?"), assistant("A cat."), user("Which colour?"))
-    assert records["7"].prompt == prompt
+    placed = [{"type": "text", "text": "What is it?"}, {"type": "image"}]
+    turns = (user(placed), assistant([text("A cat.")]), user([text("Which colour?")]))
+    assert records["7"].prompt == turns
     assert (records["7"].chosen, records["7"].rejected) == ("Red.", "Blue.")
     assert read_all(data, images=str(pictures), format="realign")[0] == records
 
@@ -50,7 +51,8 @@ def test_llava_instructions_first_turn(tmp_path, pictures):
     assert list(records) == ["33471", "33471-2"]
     first, second = records.values()
     assert (first.prompt, first.chosen) == ((user("What is it?"),), "A bus.")
-    assert (second.prompt, second.chosen) == ((user("Why?"),), "")  # to be answered
+    assert second.prompt == (user([text("Why?"), {"type": "image"}]),)
+    assert second.chosen == ""  # to be answered
     assert first.rejected == "" and first.retrieved_images == ()
 
 

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, user, write_json
+from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
 
 from realign.pairs import formats
 from realign.pairs.importers import FORMATS, read_any
 from realign.pairs.stage import Bad
-from realign.pairs.texts import problem_of, without_placeholder
+from realign.pairs.texts import placed, problem_of
 
 MANY = "".join(f"<p class='x{i}'></p>" for i in range(9)) + "A cat."
 BAD = {
@@ -28,12 +28,16 @@ BAD = {
     "escape": ({"answer": "A \x1b[31mcat"}, "control characters"),
     "surrogate": ({"answer": "A cat \ud83d"}, "not Unicode"),
     "token": ({"answer": "A <image> of a cat"}, "image token"),
-    "token in the question": ({"question": "Is <image> a cat?"}, "image token"),
+    "too many places": ({"question": "Is <image> a cat like <image>?"}, "image token"),
+    "image of an answer": (
+        {"question": [user("What?"), assistant("See <image>."), user("Why?")]},
+        "image token",
+    ),
     "answer type": ({"answer": 3}, "malformed"),
     "answer messages": ({"answer": [user("A cat.")]}, "malformed"),
     "no question": ({"question": None}, "malformed"),
     "no image": ({"image": None}, "no image"),
-    "image type": ({"image": 3}, "no image"),
+    "image type": ({"image": 3}, "malformed"),
     "image name": ({"image": ""}, "no image"),
     "missing": ({"image": "z.jpg"}, "missing"),
     "folder": ({"image": "."}, "missing"),
@@ -68,16 +72,17 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("item", "problem"),
     [
-        ({"conversations": []}, "holds no messages"),
+        ({"conversations": []}, "conversations is .*, no text or messages"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "the message .*robot"),
         ({"id": "r", "conversations": LLAVA["conversations"][1:]}, "do not alternate"),
         ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "no dialogue"),
         (REALIGN | {"rejected": [user("Other?"), assistant("A dog.")]}, "differ before their"),
-        (REALIGN | {"rejected": [user("<image>\nWhat is it?")]}, "differ before their"),
+        (REALIGN | {"rejected": [user("<image>\nWhat is it?")]}, "does not end with"),
         (REALIGN | {"retrieved_image": None}, "retrieved_image is missing"),
         (REALIGN | {"rejected": None}, "rejected is missing"),
-        (REALIGN | {"chosen": "A cat."}, "prompt is missing"),
-        (REALIGN | {"chosen": [*REALIGN["chosen"][:1], assistant(None)]}, "not text or parts"),
+        (REALIGN | {"chosen": "A cat."}, "chosen and rejected differ before"),
+        (REALIGN | {"chosen": "A cat.", "rejected": "A dog."}, "it has no prompt"),
+        (REALIGN | {"chosen": [*REALIGN["chosen"][:1], assistant(None)]}, "its content is None"),
         (REALIGN | {"rejected": [*REALIGN["chosen"][:1], user("A dog.")]}, "does not end with"),
     ],
 )
@@ -94,13 +99,21 @@ ROLES = ("system", "user", "assistant")
 def test_texts_of_any_size_are_looked_at_in_time():
     for text in ("x" + " " * 300_000 + "x", "<" * 300_000, "<a" * 300_000, "<image>" * 3000 + "x"):
         began = time.perf_counter()
-        without_placeholder(user(text))
+        placed([user(text)], 3000 if "<image>" in text else 0)
         problem_of(text)
         assert time.perf_counter() - began < 2
-    content = "\n <image><image>\n Is <image> here? \n<image>\n"
-    assert without_placeholder(user(content)) == "Is <image> here?"
-    assert without_placeholder(user(" as it is\n")) == " as it is\n"
-    assert without_placeholder(assistant("<image>")) == "<image>"
+
+
+def test_tags_are_places_of_images():
+    asked = [user("<image>\n<image> What is it?"), assistant("A cat."), user("Why?")]
+    # In front of everything they are where images of a prompt in text come anyway.
+    assert placed(asked, 2) == [user("What is it?"), *asked[1:]]
+    parts = [text("Is"), {"type": "image"}, text("here?")]
+    assert placed([user("Is <image> here?")], 1) == [user(parts)]
+    assert placed([user(parts)], 1) == [user(parts)]
+    later = placed([*asked[1:], user("<image>")], 1)
+    assert later[-1] == user([{"type": "image"}]) and later[0] == assistant([text("A cat.")])
+    assert placed([user(" as it is\n")], 3) == [user(" as it is\n")]
 
 
 JSON = st.recursive(
@@ -184,10 +197,10 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     with pytest.raises(ValueError, match="format is 'coco', but .* looks like 'llava'"):
         read_any(write_json(tmp_path, [LLAVA]), format="coco")
     pq.write_table(pa.Table.from_pylist([{"text": "x"}]), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="other.parquet has the columns text. TRL's vision"):
+    with pytest.raises(ValueError, match="other.parquet lacks the column.s. images"):
         list(read_any(str(tmp_path / "other.parquet")))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(ValueError, match="cut.parquet cannot be read"):
+    with pytest.raises(ValueError, match="cut.parquet is not a readable Parquet file"):
         list(read_any(str(tmp_path / "cut.parquet")))
     assert set(FORMATS) == {"auto", "parquet", "realign", "llava", "coco", "folder"}
 

@@ -160,13 +160,14 @@ def test_forms_of_an_image_column(tmp_path, images):
     [
         "a cat .",
         [{"role": "assistant", "content": "a cat ."}],
-        [{"role": "user", "content": "hm ?"}, {"role": "assistant", "content": "a cat ."}],
+        [*PROMPT, {"role": "assistant", "content": "a cat ."}],  # repeats the prompt
         [{"role": "assistant", "content": [{"type": "text", "text": "a cat ."}]}],
     ],
 )
 def test_forms_of_a_response(tmp_path, response):
     (record,) = read_pairs(_file(tmp_path, _row(chosen=response, rejected="a dog .")))
     assert (record.chosen, record.rejected) == ("a cat .", "a dog .")
+    assert record.prompt == tuple(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -224,23 +225,23 @@ def test_a_photo_stands_upright():
 
 def _deep() -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(buffer, format="PNG")
+    Image.fromarray(np.full((4, 4), 30_000, dtype=np.int32)).save(buffer, format="TIFF")
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
     ("stored", "problem"),
     [
-        (StoredImage(path="no/such.png"), "its image no/such.png does not exist. Restore"),
-        (StoredImage(b"no picture"), r"10 embedded bytes cannot be read \(no image format"),
+        (StoredImage(path="no/such.png"), "its image no/such.png does not exist. Replace"),
+        (StoredImage(b"no picture"), r"10 embedded bytes cannot be read \(none of the formats"),
         (StoredImage(b""), "0 embedded bytes cannot be read"),
         (StoredImage(PNG[: len(PNG) // 2], "cut.png"), "its image cut.png cannot be read"),
         (StoredImage(PNG[:-40] + bytes(40)), "cannot be read"),
-        (StoredImage(path="/"), "its image / cannot be read"),
+        (StoredImage(path="/"), "its image / is no file"),
         (StoredImage(), "neither bytes nor a path"),
-        (StoredImage(_deep()), "16 or 32 bits per pixel; save it with 8"),
+        (StoredImage(_deep()), "32 bits per pixel have no defined white; save it with 8"),
     ],
-    ids=["missing", "garbage", "empty", "truncated", "corrupt", "folder", "nothing", "16 bit"],
+    ids=["missing", "garbage", "empty", "truncated", "corrupt", "folder", "nothing", "32 bit"],
 )
 def test_an_unusable_image_names_the_record_and_the_remedy(stored, problem):
     with pytest.raises(RecordError, match=problem) as error:
@@ -265,7 +266,7 @@ def _answer(content):
     [
         ({"chosen": _answer("")}, "record 'r': its chosen response is empty. Write one"),
         ({"rejected": _answer("  \n")}, "its rejected response is empty"),
-        ({"rejected": _answer(None)}, "its rejected response is empty"),
+        ({"rejected": _answer(None)}, "its rejected has the message .*: its content is None"),
         ({"chosen": ""}, "its chosen response is empty"),
         ({"chosen": []}, "its chosen response is empty"),
         ({"images": []}, "it has no image. Add one to `images` or remove the record"),
@@ -274,7 +275,10 @@ def _answer(content):
         ({"prompt": []}, "it has no prompt. Add one"),
         ({"prompt": ""}, "it has no prompt"),
         ({"prompt": [{"role": "user", "content": None}]}, "its prompt has the message"),
-        ({"prompt": ["what ?"]}, "its prompt has the message 'what [?]'. Give a role"),
+        (
+            {"prompt": ["what ?"]},
+            "its prompt has the message 'what [?]': it is no object. Give a role",
+        ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video", "text": None}]}]},
             "its prompt has the message .*video.*parts of type text and image",
@@ -314,7 +318,19 @@ def test_bad_files_are_named(tmp_path):
         read_pairs(damaged)
 
 
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected", "images"])
+def test_a_prompt_may_be_what_the_dialogues_share(tmp_path):
+    """TRL takes the same rows: `prompt` is one of its columns that may be absent."""
+    row = _row(chosen=[*PROMPT, *_answer("a cat .")], rejected=[*PROMPT, *_answer("a dog .")])
+    del row["prompt"]
+    (record,) = read_pairs(_file(tmp_path, row))
+    assert record.prompt == tuple(PROMPT)
+    with pytest.raises(RecordError, match="'x.parquet:0': it has no prompt"):
+        read_pairs(
+            _file(tmp_path, row | {"chosen": "a cat", "rejected": "a dog"}, name="x.parquet")
+        )
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected", "images"])
 def test_a_missing_column_is_named(tmp_path, column):
     row = _row(more="of no interest")
     del row[column]

@@ -92,8 +92,8 @@ def of_folder(item: Mapping[str, Any], options: Options) -> list[Entry]:
     Raises:
         Malformed: without a question.
     """
-    answer = item.get("answer")
-    return [entry_of(item if item.get("chosen") is not None else {**item, "chosen": answer})]
+    chosen = item.get("chosen")
+    return [_answered(item, item.get("answer") if chosen is None else chosen)]
 
 
 def of_row(item: Mapping[str, Any], options: Options) -> list[Entry]:
@@ -119,12 +119,18 @@ def of_coco(item: dict, options: Options) -> list[Entry]:
     texts = [c["caption"] for c in sorted(captions, key=lambda c: c["id"])]
     row = {"id": image.get("id"), "prompt": options.caption_prompt, "image": image["file_name"]}
     if options.captions == "first" or not texts:
-        return [entry_of(row | {"chosen": text}) for text in texts[:1] or [None]]
-    entries = [entry_of(row | {"chosen": text}) for text in texts]
+        return [_answered(row, texts[0] if texts else None)]
+    entries = [_answered(row, text) for text in texts]
     return [
         replace(entry, name=entry.name and f"{entry.name}#{number}")
         for number, entry in enumerate(entries, 1)
     ]
+
+
+def _answered(row: Mapping[str, Any], answer: Any) -> Entry:
+    """A row with an answer. An empty one is a fault; in a table it is an absent one."""
+    entry = entry_of({**row, "chosen": answer})
+    return replace(entry, chosen="") if answer == "" else entry
 
 
 PARSERS = {

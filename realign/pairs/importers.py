@@ -279,8 +279,8 @@ def _record(
         )
     except PictureError as error:
         return Bad(name, "read", error.reason, printable(error.detail))
-    texts = [entry.chosen, entry.rejected, entry.retrieved_chosen]
-    texts = [text for text in texts if text]  # those that there are
+    responses = (entry.chosen, entry.rejected, entry.retrieved_chosen or None)
+    texts = [text for text in responses if text is not None]
     for message in prompt:
         parts = message["content"]
         texts.append(parts if isinstance(parts, str) else _text_of(parts))
