@@ -43,8 +43,8 @@ _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxle
 
 
 def shown(value: Any) -> str:
-    """`repr` of a value for a message, shortened; bytes are counted."""
-    return shortened(_SHORTENED.repr(value))
+    """`repr` of a value for a message, shortened, on one line; bytes are counted."""
+    return shortened(" ".join(_SHORTENED.repr(value).split()))
 
 
 def shortened(text: str) -> str:

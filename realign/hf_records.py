@@ -44,9 +44,9 @@ def records_of(rows: Records) -> list[Record]:
     for row in listed:
         if not isinstance(row, Mapping | Malformed):
             raise ValueError(
-                f"the data set is of type {_kind(rows)}, and gives {shown(row)} for a row. "
-                f"{_GIVE}; of a data frame, datasets.Dataset.from_pandas(frame) or "
-                "frame.to_dict('records')."
+                f"the data set is of type {_kind(rows)}, its rows of type {_kind(row)}. {_GIVE}: "
+                "datasets.Dataset.from_pandas(frame) or frame.to_dict('records') of a "
+                "data frame, table.to_pylist() of an Arrow table."
             )
     return records_in(((f"row {place}", row) for place, row in enumerate(listed)), _absolute)
 
