@@ -73,9 +73,8 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
     row = _with_trls_keys(row)
     if row.get("prompt") is None and not isinstance(row.get("chosen"), list | tuple):
         unknown = [key for key in row if key not in COLUMNS]
-        raise Malformed(
-            f"it has no prompt. Unknown keys are {shown(unknown)}.", "Add one or remove the record."
-        )
+        keys = f" Its keys {shown(unknown)} are not known." if unknown else ""
+        raise Malformed(f"it has no prompt.{keys}", "Add one or remove the record.")
     names = ("chosen", "rejected", "retrieved_chosen")
     prompt, texts = dialogue_of(row.get("prompt"), {name: row.get(name) for name in names})
     if not _is_none(system := row.get("system")):

@@ -39,7 +39,7 @@ def rows_of(
                 for row in python_rows(batch):
                     yield f"{file.name}:{place}", row
                     place += 1
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file} is not a readable {_kind(file)} file ({error}). Pass Parquet files, as "
                 "`python -m realign.pairs` writes them, or a folder that `datasets` saved with "

@@ -236,7 +236,7 @@ def test_trls_sets_are_shown_too(tmp_path):
     assert pair["id"] == "pairs.parquet:0" and pair["prompt"] == [["user", "What?"]]
     assert (pair["retrieved"], pair["similarity"], pair["rank"]) == ([], None, None)
     (pair,) = _page(tmp_path, row | {"prompt": None}).data["pairs"]
-    assert _said(pair["chosen"]) == "(prompt is missing)"
+    assert _said(pair["chosen"]) == "(it has no prompt. Add one or remove the record.)"
 
 
 WORDS = st.lists(

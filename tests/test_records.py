@@ -272,7 +272,7 @@ def _answer(content):
         ({"images": []}, "it has no image. Add one to `images` or remove the record"),
         ({"images": None}, "it has no image"),
         ({"images": [None]}, "one of its images is null"),
-        ({"prompt": []}, "it has no prompt. Unknown keys are .*. Add one"),
+        ({"prompt": []}, "it has no prompt. Add one"),
         ({"prompt": ""}, "it has no prompt"),
         ({"prompt": [{"role": "user", "content": None}]}, "its prompt has the message"),
         (

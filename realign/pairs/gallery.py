@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from realign.pairs.formats import Entry, Malformed, Options, of_row
-from realign.pairs.pictures import PictureError, load_picture
-from realign.records import StoredImage
+from realign.entries import Entry, entry_of
+from realign.errors import Malformed
+from realign.pairs.pictures import load_picture
+from realign.pictures import PictureError, StoredImage
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
 _SMALL = 128  # pixels; smaller pictures are kept as they are and shown with hard edges
@@ -160,7 +161,7 @@ def _shown(row: dict, file: Path, place: int, album: _Album) -> dict[str, Any]:
     """A row as the page shows it."""
     name = str(row["id"]) if row.get("id") is not None else f"{file.name}:{place}"
     try:
-        (entry,) = of_row(row, Options())
+        entry = entry_of(row)
     except Malformed as error:
         entry = Entry(name, [], f"({error})", None, [], [])
     chosen, rejected = difference(entry.chosen or "", entry.rejected or "")
@@ -237,18 +238,14 @@ class _Album:
         self._places: dict[bytes, int] = {}
         self.pictures: list[dict[str, Any]] = []
 
-    def place_of(self, value: Any, folder: Path) -> int:
-        """The number of a picture of a row; paths are relative to the `folder` of its file."""
-        value = value if isinstance(value, dict) else {"path": value}
-        data, path = value.get("bytes"), value.get("path")
-        if isinstance(path, bytes):
-            data, path = path, None
-        if data is None and path:
-            path = str(folder / path)
-        key = hashlib.blake2b(data if data is not None else str(path).encode("utf-8", "replace"))
+    def place_of(self, image: StoredImage, folder: Path) -> int:
+        """The number of an image of a row; paths are relative to the `folder` of its file."""
+        if image.data is None:
+            image = StoredImage(path=str(folder / image.path))
+        key = hashlib.blake2b(image.data or image.path.encode("utf-8", "replace"))
         if key.digest() not in self._places:
             self._places[key.digest()] = len(self.pictures)
-            self.pictures.append(self._picture(StoredImage(data, path)))
+            self.pictures.append(self._picture(image))
         return self._places[key.digest()]
 
     def _picture(self, stored: StoredImage) -> dict[str, Any]:

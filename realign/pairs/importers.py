@@ -228,13 +228,19 @@ def _agree(format: str, found: str, path: Path) -> str:
 
 def _saved(folder: Path) -> list[Path]:
     """The Arrow files of a data set saved by `datasets`, of all its splits."""
-    if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        return [file for split in splits for file in _saved(folder / split)]
-    if not (folder / "state.json").exists():
-        return []
-    listed = json.loads((folder / "state.json").read_text())["_data_files"]
-    return [folder / entry["filename"] for entry in listed]
+    try:
+        if (folder / "dataset_dict.json").exists():
+            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            return [file for split in splits for file in _saved(folder / split)]
+        if not (folder / "state.json").exists():
+            return []
+        listed = json.loads((folder / "state.json").read_text())["_data_files"]
+        return [folder / entry["filename"] for entry in listed]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} is no data set that `datasets` saved ({type(error).__name__}: {error}). "
+            "Save it again with save_to_disk."
+        ) from error
 
 
 def _placed(path: Path, items: Iterator[Any]) -> Iterator[tuple[str, Any]]:

@@ -22,10 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.pairs.formats import Malformed, Options, of_row
+from realign.entries import entry_of
+from realign.errors import Malformed
 from realign.pairs.gallery import changed_words, count_words, difference, pair_files, pair_rows
 from realign.pairs.run import run_note
 from realign.pairs.shards import Shards
+from realign.pictures import StoredImage
 
 _TEXT = ("words of chosen", "words of rejected", "changed words")
 _NUMBERS = {
@@ -79,7 +81,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
             if (value := row.get(column)) is not None and np.isfinite(value):
                 values[name].append(value)
         try:
-            (entry,) = of_row(row, Options())
+            entry = entry_of(row)
         except Malformed:
             continue
         chosen, rejected = entry.chosen or "", entry.rejected or ""
@@ -216,15 +218,11 @@ def _plain(axes: Any, title: str) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _mark(value: Any, folder: Path) -> str:
-    """What tells a picture from others: its bytes, or the file it lies in."""
-    value = value if isinstance(value, dict) else {"path": value}
-    data = value.get("bytes")
-    if data is None and isinstance(value.get("path"), bytes):
-        data = value["path"]
-    if data is not None:
-        return hashlib.blake2b(data, digest_size=16).hexdigest()
-    return str(folder / str(value.get("path")))
+def _mark(image: StoredImage, folder: Path) -> str:
+    """The identity of an image: its bytes, or its file."""
+    if image.data is not None:
+        return hashlib.blake2b(image.data, digest_size=16).hexdigest()
+    return str(folder / image.path)
 
 
 def _left_out(work: Path, output: str | Path) -> tuple[Counter, Counter]:
