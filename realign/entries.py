@@ -180,15 +180,16 @@ def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if not _is_none(value)}
     if isinstance(text := row.get("text"), str) and not {"chosen", "prompt"} & row.keys():
         row |= _object_in(text)  # RLHF-V: question, chosen and rejected
-    row.setdefault("prompt", row.get("question"))
+    if "question" in row:
+        row.setdefault("prompt", row["question"])
     held = [key for key in _DIALOGUES if key in row]
     if not held:
         return row
     dialogue = messages_of(row[held[0]], held[0])
     others = [key for key in ("rejected_response", *_OTHER_DIALOGUES) if key in row]
-    if row["prompt"] or len(held) > 1 or len(others) > 1 or (others and "chosen" in row):
+    if "prompt" in row or len(held) > 1 or len(others) > 1 or (others and "chosen" in row):
         raise Malformed(
-            f"it has {', '.join(key for key in (*held, *others, 'prompt') if row.get(key))}.",
+            f"it has {', '.join(key for key in (*held, *others, 'prompt') if key in row)}.",
             "Keep one form of prompt, chosen and rejected (docs/data.md).",
         )
     if not others:  # LLaMA-Factory, or a dialogue that ends with the only response

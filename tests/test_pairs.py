@@ -150,9 +150,9 @@ def _missing(own, folder):
     ("data", "message"),
     [
         (_no_image, "allows: 1 read: no image; for one, record 'bare'"),
-        (_no_column, "has the columns prompt, chosen."),
+        (_no_column, "rows.parquet lacks the column(s) images."),
         (_unreadable, "allows: 1 embed: corrupt; for one, record 'torn'"),
-        (_literal, "record 'odd' (record 'odd': its prompt places 2 image(s)"),
+        (_literal, "record 'odd' (its messages place 2 image(s), by parts, and 1 are given."),
         (
             _nothing_to_mask,
             "no record gave a pair; dropped 6 (6 nothing to mask). Name other kinds",
