@@ -80,7 +80,7 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
         (REALIGN | {"rejected": [user("<image>\nWhat is it?")]}, "does not end with"),
         (REALIGN | {"retrieved_image": None}, "retrieved_image is missing"),
         (REALIGN | {"rejected": None}, "rejected is missing"),
-        (REALIGN | {"chosen": "A cat."}, "chosen and rejected differ before"),
+        (REALIGN | {"chosen": "A cat."}, "it has no prompt"),
         (REALIGN | {"chosen": "A cat.", "rejected": "A dog."}, "it has no prompt"),
         (REALIGN | {"chosen": [*REALIGN["chosen"][:1], assistant(None)]}, "its content is None"),
         (REALIGN | {"rejected": [*REALIGN["chosen"][:1], user("A dog.")]}, "does not end with"),
@@ -175,6 +175,16 @@ def test_any_json_is_a_record_or_malformed(data):
                 )
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_read(tmp_path, pictures, encoding):
+    data = tmp_path / "data.json"
+    data.write_bytes(json.dumps([REALIGN]).encode(encoding))
+    assert len(read_all(str(data), images=str(pictures))[0]) == 1
+    lines = tmp_path / "data.jsonl"
+    lines.write_bytes(f"{json.dumps(REALIGN)}\r\n".encode("utf-8-sig"))
+    assert len(read_all(str(lines), images=str(pictures))[0]) == 1
+
+
 def test_files_that_are_none_are_named(tmp_path, pictures):
     with pytest.raises(FileNotFoundError, match="nothing at .*none.json"):
         read_any(str(tmp_path / "none.json"))
@@ -190,7 +200,14 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
         read_any(str(broken))
     with pytest.raises(ValueError, match="without `images`"):
         read_any(write_json(tmp_path, {"a": 1}))
-    with pytest.raises(ValueError, match="no record of a known format; pass --format"):
+    for content in (3, "a", None):
+        with pytest.raises(ValueError, match="no list of records"):
+            read_any(write_json(tmp_path, content))
+    (tmp_path / "saved").mkdir()
+    write_json(tmp_path / "saved", {}, "state.json")
+    with pytest.raises(ValueError, match="saved is no data set that `datasets` saved"):
+        read_any(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="no record of a known format.* keys .'a'."):
         read_any(write_json(tmp_path, [{"a": 1}, 3]))
     with pytest.raises(ValueError, match="--image-folder nowhere is no folder"):
         read_any(write_json(tmp_path, [LLAVA]), images="nowhere")
