@@ -26,6 +26,7 @@ Image.new("RGB", (8, 8)).save(_BUFFER, "PNG")
 PNG = _BUFFER.getvalue()
 IMAGES = [{"bytes": PNG, "path": None}]
 SYSTEM = {"role": "system", "content": "Be brief."}
+LONG = {"role": "system", "content": "Be long."}
 ASKED = [user("What is it?"), assistant("A table."), user("What is on it?")]
 A, B = assistant("An apple."), assistant("A knife.")
 
@@ -171,8 +172,8 @@ BAD = {  # problem: (columns, what the message says)
                           "rejected": [user("How many?"), B]}, "does not continue the prompt"),
     "one of several turns": ({"prompt": ONE, "chosen": [*TURNS, A], "rejected": "A knife."},
                              "chosen and rejected differ before"),
-    "another system message": ({"prompt": [SYSTEM, *ONE], "chosen": [user("x"), *ONE, A],
-                                "rejected": [user("x"), *ONE, B]}, "does not continue"),
+    "another system message": ({"prompt": [SYSTEM, *ONE], "chosen": [LONG, *ONE, A],
+                                "rejected": [LONG, *ONE, B]}, "a message of the system behind"),
     "negative's preference": (PLAIN | {"retrieved_chosen": [*TURNS, A]},
                               "chosen and retrieved_chosen differ before"),
     "no last answer": (PLAIN | {"chosen": [*TURNS]}, "does not end with the assistant"),

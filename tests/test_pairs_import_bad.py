@@ -78,6 +78,8 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
         ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "no dialogue"),
         (REALIGN | {"rejected": [user("Other?"), assistant("A dog.")]}, "differ before their"),
         (REALIGN | {"rejected": [user("<image>\nWhat is it?")]}, "does not end with"),
+        (LLAVA | {"rejected": "A dog."}, "it has rejected, which LLaVA's format has not"),
+        (LLAVA | {"system": "Be brief."}, "it has system, which LLaVA's format has not"),
         (REALIGN | {"retrieved_image": None}, "retrieved_image is missing"),
         (REALIGN | {"rejected": None}, "rejected is missing"),
         (REALIGN | {"chosen": "A cat."}, "it has no prompt"),
@@ -87,8 +89,8 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
     ],
 )
 def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
-    data = write_json(tmp_path, [item])
-    (found,) = read_any(data, images=str(pictures))
+    first = [LLAVA] if "conversations" in item else []  # it decides the format of the file
+    *_, found = read_any(write_json(tmp_path, [*first, item]), images=str(pictures))
     assert isinstance(found, Bad) and found.reason == "malformed"
     assert re.search(problem, found.detail)
 
