@@ -76,12 +76,14 @@ def messages_of(value: Any, what: str) -> list[Message]:
     return [_message(message, what) for message in value]
 
 
-def with_system(prompt: list[Message], system: str) -> list[Message]:
+def with_system(prompt: list[Message], system: Any) -> list[Message]:
     """A prompt with a system message at its beginning.
 
     Raises:
-        Malformed: where it has one.
+        Malformed: where it has one, or for another type than text.
     """
+    if not isinstance(system, str):
+        raise Malformed(f"its system is {shown(system)}.", "Give text.")
     if prompt[0]["role"] == "system":
         raise Malformed("it has `system` and a system message in its prompt.", "Keep one of them.")
     return [{"role": "system", "content": _readable(system, "system")}, *prompt]

@@ -70,6 +70,13 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
                 f"its {key} {shown(row[key])} would be lost.",
                 "Remove the key, or write the record in the columns of docs/data.md.",
             )
+    has_system = not _is_none(row.get("system"))
+    if has_system and all(_is_none(row.get(key)) for key in _DIALOGUES):
+        # TRL ignores the column; others read it. Neither is what every user means.
+        raise Malformed(
+            f"its system {shown(row['system'])} would be lost.",
+            "Put it into `prompt`, as a message of the system.",
+        )
     row = _with_trls_keys(row)
     if row.get("prompt") is None and not isinstance(row.get("chosen"), list | tuple):
         unknown = [key for key in row if key not in COLUMNS]
@@ -77,10 +84,8 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         raise Malformed(f"it has no prompt.{keys}", "Add one or remove the record.")
     names = ("chosen", "rejected", "retrieved_chosen")
     prompt, texts = dialogue_of(row.get("prompt"), {name: row.get(name) for name in names})
-    if not _is_none(system := row.get("system")):
-        if not isinstance(system, str):
-            raise Malformed(f"its system is {shown(system)}.", "Give text.")
-        prompt = with_system(prompt, system)
+    if has_system:
+        prompt = with_system(prompt, row["system"])
     chosen, rejected, preferred = (texts[name] or None for name in names)
     return Entry(
         name_of(row),

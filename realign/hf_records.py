@@ -41,13 +41,12 @@ def records_of(rows: Records) -> list[Record]:
         raise ValueError(f"the data set holds no records. {_GIVE}.")
     if all(isinstance(row, Record) for row in listed):
         return listed
-    for row in listed:
-        if not isinstance(row, Mapping | Malformed):
-            raise ValueError(
-                f"the data set is of type {_kind(rows)}, its rows of type {_kind(row)}. {_GIVE}: "
-                "datasets.Dataset.from_pandas(frame) or frame.to_dict('records') of a "
-                "data frame, table.to_pylist() of an Arrow table."
-            )
+    if not any(isinstance(row, Mapping | Malformed) for row in listed):
+        raise ValueError(
+            f"the data set is of type {_kind(rows)}, row 0 of type {_kind(listed[0])}. {_GIVE}: "
+            "datasets.Dataset.from_pandas(frame) or frame.to_dict('records') of a data frame, "
+            "table.to_pylist() of an Arrow table."
+        )
     return records_in(((f"row {place}", row) for place, row in enumerate(listed)), _absolute)
 
 

@@ -214,6 +214,8 @@ def records_in(
         try:
             if isinstance(row, Malformed):
                 raise row
+            if not isinstance(row, Mapping):
+                raise Malformed(f"it is {shown(row)}, no dictionary.", "Give columns and values.")
             name = names.unique(name_of(row) or place)
             found.append(_record(name, row, placed, rejected))
         except Malformed as error:

@@ -92,7 +92,10 @@ GOOD = {  # form: (columns, the prompt's messages)
         {"prompt": [SYSTEM, *ONE], "chosen": [*ONE, A], "rejected": [*ONE, B]},
         [SYSTEM, *ONE],
     ),
-    "system column": (PLAIN | {"system": "Be brief."}, [SYSTEM, *ONE]),
+    "system column": (
+        {"messages": [*ONE, A], "rejected_response": "A knife.", "system": "Be brief."},
+        [SYSTEM, *ONE],
+    ),
     "parts": (
         {"prompt": [user([{"type": "image", "text": None}, text("What is on it?")])],
          "chosen": [assistant([text("An apple.")])], "rejected": [B]},
@@ -179,7 +182,11 @@ BAD = {  # problem: (columns, what the message says)
     "no last answer": (PLAIN | {"chosen": [*TURNS]}, "does not end with the assistant"),
     "prompt of the assistant": (PLAIN | {"prompt": [*ONE, A]}, "prompt ends with a message of the"),
     "prompt of the system": (PLAIN | {"prompt": [SYSTEM]}, "prompt ends with a message of the"),
-    "two systems": (PLAIN | {"prompt": [SYSTEM, *ONE], "system": "Be long."}, "Keep one of them"),
+    "two systems": ({"messages": [SYSTEM, *ONE, A], "rejected_response": "a", "system": "Be long."},
+                    "Keep one of them"),
+    "TRL's system": (PLAIN | {"system": "Be brief."}, "its system 'Be brief.' would be lost"),
+    "system type": ({"messages": [*ONE, A], "rejected_response": "a", "system": ["Be brief."]},
+                    "its system is ['Be brief.']"),
     "no prompt": ({"chosen": "a", "rejected": "b", "instruction": "What?"},
                   "it has no prompt. Its keys ['instruction'] are not known|it has no prompt"),
     "prompt of white space": (PLAIN | {"prompt": " \n"}, "prompt is empty"),
@@ -298,7 +305,7 @@ def test_what_an_import_keeps_is_what_training_reads(tmp_path):
         (pandas.DataFrame([PLAIN]), "pandas.*DataFrame.*from_pandas.*to_dict"),
         (pa.Table.from_pylist([PLAIN]), "pyarrow.*to_pylist"),
         ({"train": [PLAIN]}, r"dictionary of \['train'\]. Give one of its data sets"),
-        (["a.parquet"], "rows of type builtins.str"),
+        (["a.parquet"], "row 0 of type builtins.str"),
         (3, "of type builtins.int"),
         (None, "of type builtins.NoneType"),
         ([], "holds no records"),
@@ -311,6 +318,8 @@ def test_a_data_set_of_another_type_is_named(rows, message):
 
 def test_forms_of_a_data_set():
     row = _row(**PLAIN)
+    with pytest.raises(RecordError, match="'row 1': it is 3, no dictionary"):
+        records_of([row, 3])
     features = datasets.Features(
         {name: datasets.Value("string") for name in ("id", *PLAIN)} | {"images": [datasets.Image()]}
     )
