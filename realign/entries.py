@@ -145,38 +145,37 @@ def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
 
 
 def _stored(image: Any, column: str) -> StoredImage:
-    problem = f"its {column} has the image {shown(image)}"
+    def malformed(why: str, remedy: str = _GIVE_IMAGE, reason: str = "malformed") -> Malformed:
+        return Malformed(f"its {column} has the image {shown(image)}{why}.", remedy, reason)
+
     if image is None:
         raise Malformed("one of its images is null.", "Give it or take it out.", "no image")
     if isinstance(image, Image.Image):
         try:
             return StoredImage.from_pil(image)
         except PictureError as error:
-            raise Malformed(
-                f"{problem} of mode {image.mode} ({error}).", "Convert it to RGB.", error.reason
-            ) from error
+            why = f" of mode {image.mode} ({error.detail})"
+            raise malformed(why, "Convert it to RGB.", error.reason) from error
     data, path = image, None
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")
         if extra := [key for key in image if key not in ("bytes", "path")]:
-            raise Malformed(f"{problem}, whose {shown(extra[0])} is not read.", _GIVE_IMAGE)
+            raise malformed(f", whose {shown(extra[0])} is not read")
     elif isinstance(image, str | Path):
         data, path = None, str(image)
     if path is not None and not isinstance(path, str):
-        raise Malformed(f"{problem}, whose path is no text.", _GIVE_IMAGE)
+        raise malformed(", whose path is no text")
     if data is not None:
         if isinstance(data, bytes) and data:
             return StoredImage(data, path)
-        kind = "corrupt" if isinstance(data, bytes) else "malformed"
-        raise Malformed(f"{problem}, which has no bytes of an image file.", _GIVE_IMAGE, kind)
+        reason = "corrupt" if isinstance(data, bytes) else "malformed"
+        raise malformed(", which has no bytes of an image file", reason=reason)
     if not path:
-        raise Malformed(f"{problem}, with neither bytes nor a path.", _GIVE_IMAGE, "no image")
+        raise malformed(", with neither bytes nor a path", reason="no image")
     if path.startswith(_ENCODED) or len(path) > _LONGEST_PATH:
-        raise Malformed(
-            f"{problem}, which looks like base64.", "Decode it to bytes (base64.b64decode)."
-        )
+        raise malformed(", which looks like base64", "Decode it to bytes (base64.b64decode).")
     if path.startswith(("http://", "https://")):
-        raise Malformed(f"{problem}, which is not fetched.", "Download it.", "missing")
+        raise malformed(", which is not fetched", "Download it.", "missing")
     return StoredImage(path=path)
 
 
