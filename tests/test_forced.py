@@ -23,7 +23,7 @@ class Framed:
     def __init__(self, tokenizer, lead=" ", end="</s>", opening="ASSISTANT:"):
         self.tokenizer, self.lead, self.end, self.opening = tokenizer, lead, end, opening
 
-    def apply_chat_template(self, messages, add_generation_prompt=False):
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=False):
         text = ""
         for message in messages:
             said = "".join(part.get("text", "<image>") for part in message["content"])
