@@ -27,6 +27,7 @@ _FRAMES = {  # what the families' templates, not their processors, write around 
     "<|image_pad|>": ("<|vision_start|>", "<|vision_end|>"),
     "<|image|>": ("<|begin_of_image|>", "<|end_of_image|>"),
 }
+_NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
 _TURNS = ("user", "assistant")
 _FIX_TEMPLATE = "Use the chat template that the model was trained with, or one without that step."
 
@@ -63,7 +64,7 @@ class ChatTemplate:
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._options = {"tokenize": False} | _frozen_date(getattr(processor, "chat_template", ""))
-        self._typed: dict[str, bool] = {}
+        self._strings: dict[tuple[str, bool], bool] = {}  # by role, and whether it holds images
         self._frames: dict[tuple, list[str]] = {}
         self._told: set[str] = set()
 
@@ -120,6 +121,8 @@ class ChatTemplate:
         """
         self.check_answer(answer, name)
         whole, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
+        if prompt.text.rstrip().endswith("<think>"):  # the response's own thoughts begin there
+            text = text.removeprefix("<think>").strip()
         if not whole.startswith(prompt.text):
             raise ChatError(
                 f"the chat template writes another prompt in front of its {name}.", _FIX_TEMPLATE
@@ -163,14 +166,15 @@ class ChatTemplate:
         texts = [(m["role"], text) for m in typed for text in texts_of(m) if text.strip()]
         frame = self._frame(typed)
         for fixed, mark in zip(frame[::2], [*frame[1::2], ""], strict=True):
-            yield (fixed.strip(),)
-            if mark == "Answer":
-                yield (_ANSWER,)
-            elif mark:
-                role, text = texts[int(mark)]
-                # Templates of reasoning models drop the thoughts of earlier turns.
-                thoughtless = text.rpartition("</think>")[2] if role == "assistant" else text
-                yield text.strip(), thoughtless.strip()
+            role, text = texts[int(mark)] if mark.isdigit() else ("", _ANSWER if mark else "")
+            if role == "assistant" and "</think>" in text:
+                # Templates of reasoning models drop the thoughts of earlier turns, or write them
+                # in the place of empty ones.
+                yield fixed.strip(), _NO_THOUGHTS.sub("", fixed).strip()
+                yield text.strip(), text.rpartition("</think>")[2].strip()
+            else:
+                yield (fixed.strip(),)
+                yield (text.strip(),)
 
     def _frame(self, typed: Sequence[dict[str, Any]]) -> list[str]:
         """What the template writes around texts: fixed text and numbers of texts in turn."""
@@ -209,30 +213,29 @@ class ChatTemplate:
             ) from error
 
     def _content(self, message: dict[str, Any]) -> Any:
+        """The content as the template takes it: text as a string, images as typed parts."""
         role, parts = message["role"], message["content"]
-        if role not in self._typed:
-            self._typed[role] = self._takes_parts(role)
-        return parts if self._typed[role] else self._as_text(parts)
+        shown = any(part["type"] == "image" for part in parts)
+        if (role, shown) not in self._strings:
+            word = [text_part(_ANSWER)]
+            probes = [{"type": "image"}, *word] if shown else word
+            typed, string = self._takes(role, probes), self._takes(role, self._as_text(probes))
+            self._strings[role, shown] = string and not typed if shown else string or not typed
+        return self._as_text(parts) if self._strings[role, shown] else parts
 
-    def _takes_parts(self, role: str) -> bool:
-        """Whether the template takes typed parts of a role; else it takes a string."""
-        parts: list[dict[str, str]] = [{"type": "text", "text": _ANSWER}]
-        if role == "user" and self._image:
-            parts.insert(0, {"type": "image"})
-        taken = {}
-        for typed in (True, False):
-            probe = {"role": role, "content": parts if typed else self._as_text(parts)}
-            asked = {"role": "user", "content": "word"}
-            if role != "user":
-                asked["content"] = self._content({"role": "user", "content": [text_part("word")]})
-            turns = {"user": [probe], "assistant": [asked, probe]}.get(role, [probe, asked])
-            try:
-                text = self._apply(turns)
-            except ChatError:
-                text = ""
-            shown = len(parts) == 1 or text.count(self._image) == 1
-            taken[typed] = shown and _ANSWER in text and not re.search("['\"]type['\"]", text)
-        return taken[True] or not taken[False]
+    def _takes(self, role: str, content: Any) -> bool:
+        """Whether the template writes the text, and an image token, of such a content."""
+        turns = [{"role": role, "content": content}]
+        if role != "user":
+            asked = self._content({"role": "user", "content": [text_part("word")]})
+            turns.insert(role != "assistant", {"role": "user", "content": asked})
+        try:
+            text = self._apply(turns)
+        except ChatError:
+            return False
+        images = isinstance(content, list) and len(content) > 1
+        shown = not images or text.count(self._image) == 1
+        return shown and _ANSWER in text and not re.search("['\"]type['\"]", text)
 
     def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
         """Typed parts as one string; an image is its token on a line of its own, as LLaVA's."""

@@ -200,17 +200,28 @@ def _changed(record, **changes) -> Record:
             "rejected response has 6 tokens; the limit is 5",
         ),
         (
-            {"prompt": tuple(_messages("<image> name the digits"))},
+            {"prompt": tuple(_messages("<image> name <img>"))},
             {},
-            "prompt places 2 image.*'<image>'.* for 1 given. Give one per image",
+            "messages place 2 image.s., by image tags such as '<image>', and 1 are given. Give as",
         ),
-        ({"prompt": ({"role": "system", "content": "name"},)}, {}, "prompt places 0 image"),
+        (
+            {"prompt": tuple(_messages([{"type": "image"}, {"type": "text", "text": "[IMG]"}]))},
+            {},
+            "prompt holds the image tag '.IMG.' beside image parts. Place images by",
+        ),
+        (
+            {"prompt": ({"role": "system", "content": "<image>"}, *_messages("name"))},
+            {},
+            "prompt holds the image tag '<image>' in a 'system' message",
+        ),
+        ({"prompt": ({"role": "system", "content": "name"},)}, {}, "has no user message. Give"),
+        ({"prompt": tuple(_messages("name </s>"))}, {}, "prompt holds '</s>', which the model"),
         (
             {"chosen": "one <image> ."},
             {},
-            "chosen response contains the image token '<image>'",
+            "chosen response contains the image tag '<image>'",
         ),
-        ({"rejected": "<image>"}, {}, "rejected response contains the image token"),
+        ({"rejected": "<image>"}, {}, "rejected response contains the image tag"),
         (
             {"retrieved_images": ()},
             {},
