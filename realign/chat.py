@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from os.path import commonprefix
 from typing import Any
 
 from realign.image_tags import TAGS, tags_with
@@ -94,9 +95,11 @@ class ChatTemplate:
         if before.startswith(opened):
             text, lead = opened, before[len(opened) :]
         else:
+            shared = len(commonprefix([opened, before]))
             self._tell(
-                f"the chat template opens a generation with {_end(opened)} but begins a response "
-                f"with {_end(before)}. Prompts end with the latter, in training and evaluation."
+                f"the chat template's generation prompt ends with {opened[shared:]!r} where a "
+                f"response begins behind {before[shared:]!r}: prompts end with the latter, in "
+                "training and evaluation."
             )
         if (placed := text.count(self._image) if self._image else 0) != images:
             raise ChatError(
@@ -264,14 +267,14 @@ def chat_prompt(processor, messages: Sequence[dict], images: int) -> tuple[str, 
 def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
     """`text` and `add_special_tokens` for a processor: one start token, and no end token."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    if (start := tokenizer.bos_token) and texts[0].startswith(start):
-        return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     made = tokenizer("a")["input_ids"]
     first = next((i for i in range(len(made)) if made[i : i + len(bare)] == bare), 0)
+    added = "".join(tokenizer.convert_ids_to_tokens(made[:first]))
+    if texts[0].startswith(tuple(filter(None, (tokenizer.bos_token, added)))):
+        return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
     if made[first + len(bare) :]:  # it would end the prompt
-        begun = tokenizer.decode(made[:first])
-        return {"text": [begun + text for text in texts], "add_special_tokens": False}
+        return {"text": [added + text for text in texts], "add_special_tokens": False}
     return {"text": [*texts], "add_special_tokens": True}
 
 

@@ -1,17 +1,20 @@
 """Chat templates: a prompt and its scored text are the template's own, or an error names why."""
 
 import re
-import warnings
 from pathlib import Path
 
 import pytest
 import trl
 from chat_templates import FINE, REFUSED
-from tiny_tokenizers import byte_level
+from tiny_processors import make_processor
+from tiny_tokenizers import byte_level, sentence_pieces
+from tiny_vlms import FAMILIES
+from tokenizers import processors
 
-from realign.chat import ChatTemplate
+from realign.chat import ChatTemplate, chat_prompt, text_inputs, tokens_behind
 from realign.messages import ChatError
 
+pytestmark = pytest.mark.filterwarnings("ignore:the chat template.s generation prompt")
 SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 SYSTEM = ("system", "Be brief &\nkind.")
 ASKED = ("user", "What is <it> & why?\nSay so.")
@@ -19,9 +22,6 @@ TURNS = (ASKED, ("assistant", "A cat & <mouse>."), ("user", "What colour?"))
 THOUGHTS = (ASKED, ("assistant", "<think>\nhm & hm\n</think>\n\nA cat."), ("user", "Why?"))
 DIALOGUES = ((ASKED,), (SYSTEM, ASKED), TURNS, (SYSTEM, *TURNS), THOUGHTS)
 ANSWERS = ("red", " It is red & <green>.\n\nTruly 'so' ", "<think>\nlook\n</think>\n\nred")
-
-
-refused = {}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,15 @@ def truth(tokenizer, template, dialogue):
     return None
 
 
-def rendered(tokenizer, template, dialogue, answer):
+def rendered(chat, dialogue, answer):
     """(prompt, scored text) as training takes them."""
+    prompt = chat.prompt(messages_of(dialogue), 0)
+    return prompt.text, chat.scored(prompt, answer)
+
+
+def chat_of(tokenizer, template):
     tokenizer.chat_template = template
-    chat = ChatTemplate(tokenizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the chat template opens a generation")
-        prompt = chat.prompt(messages_of(dialogue), 0)
-        return prompt.text, chat.scored(prompt, answer)
+    return ChatTemplate(tokenizer)
 
 
 def assert_own(tokenizer, template, dialogue, answer, prompt, scored):
@@ -75,30 +76,31 @@ def assert_own(tokenizer, template, dialogue, answer, prompt, scored):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_trls_templates(tokenizer, path):
     template, fine = path.read_text(), 0
+    chat = chat_of(tokenizer, template)
     for dialogue in DIALOGUES:
         for answer in ANSWERS:
             own = truth(tokenizer, template, (*dialogue, ("assistant", answer)))
             try:
-                found = rendered(tokenizer, template, dialogue, answer)
+                found = rendered(chat, dialogue, answer)
             except ChatError:  # some refuse a system role, or change a response's own thoughts
                 assert own is None or "<think>" in answer
             else:
                 assert_own(tokenizer, template, dialogue, answer, *found)
                 fine += 1
     assert fine >= 6
-    refused[path.stem] = len(DIALOGUES) * len(ANSWERS) - fine
 
 
 @pytest.mark.parametrize("name", FINE)
 def test_templates_of_many_habits(tokenizer, name):
     template = FINE[name]
+    chat = chat_of(tokenizer, template)
     for dialogue in DIALOGUES:
         for answer in ANSWERS[:2]:
             if name == "microseconds":  # no two renderings agree
-                prompt, scored = rendered(tokenizer, template, dialogue, answer)
+                prompt, scored = rendered(chat, dialogue, answer)
                 assert prompt[6:].startswith("<|") and scored == answer + "</s>"
                 continue
-            found = rendered(tokenizer, template, dialogue, answer)
+            found = rendered(chat, dialogue, answer)
             assert_own(tokenizer, template, dialogue, answer, *found)
 
 
@@ -106,13 +108,123 @@ def test_templates_of_many_habits(tokenizer, name):
 def test_templates_that_are_refused(tokenizer, name):
     """Dialogues that they do not spoil are taken."""
     template, message = REFUSED[name]
+    chat = chat_of(tokenizer, template)
     errors = []
     for dialogue in DIALOGUES:
         for answer in ANSWERS[:2]:
             try:
-                found = rendered(tokenizer, template, dialogue, answer)
+                found = rendered(chat, dialogue, answer)
             except ChatError as error:
                 errors.append(str(error))
             else:
                 assert_own(tokenizer, template, dialogue, answer, *found)
     assert any(re.search(message, error) for error in errors), errors
+
+
+def test_a_generation_prompt_that_no_response_begins_with_is_reported_once(tokenizer):
+    chat = chat_of(tokenizer, FINE["thoughts open in the generation prompt"])
+    with pytest.warns(UserWarning, match="ends with '<think>") as told:
+        texts = [chat.prompt(messages_of([("user", text)]), 0).text for text in ("a", "b", "a")]
+    assert len(told) == 1 and texts[0] == "<|user|>a</s><|assistant|>"
+
+
+def test_a_response_without_any_end_is_reported():
+    tokenizer = byte_level(["a"], 300)
+    tokenizer.eos_token = None
+    chat = chat_of(tokenizer, FINE["no end"])
+    with pytest.warns(UserWarning, match="no eos_token: responses are scored without an end"):
+        assert rendered(chat, (ASKED,), "red ")[1] == "red "
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_tags_are_places_of_images(family):
+    """Whatever the model's own token is, a tag is what an image part is."""
+    processor = make_processor(family)
+    known = [processor.image_token, "<image>", "<img>a b.png</img>", "[IMG]", "<IMAGE>"]
+    known += ["<|vision_start|><|image_pad|><|image_pad|><|vision_end|>", "<image></image>"]
+    image, red, blue = {"type": "image"}, *({"type": "text", "text": t} for t in ("red", "blue"))
+    wanted = {}
+    for content in ([image, red], [red, image], [red, image, blue], [image, image, red]):
+        parts = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(parts, add_generation_prompt=True)
+        spelled = " ".join(part.get("text", "{}") for part in content)
+        wanted[spelled] = (text, spelled.count("{}"))
+    for spelled, (text, images) in wanted.items():
+        for tag in known:
+            asked = [{"role": "user", "content": spelled.replace("{}", f"{tag}\n")}]
+            assert chat_prompt(processor, asked, images)[0] == text
+    numbered = [{"role": "user", "content": "<|image_1|> <image 2>red"}]
+    assert chat_prompt(processor, numbered, 2)[0] == wanted["{} {} red"][0]
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "message"),
+    [
+        ([("user", "<image> or <img>")], 1, "place 2 image.s., by image tags such as '<image>'"),
+        ([("user", "<image> red")], 2, "place 1 image.s., .* and 2 are given"),
+        ([("user", "<image> red")], 0, "place 1 image.s., .* and 0 are given"),
+        ([("user", "<image 2> <image 1>")], 2, "'<image 2>' is number 1 of the prompt. Number"),
+        ([("system", "<image>"), ("user", "red")], 1, "tag '<image>' in a 'system' message"),
+        ([("user", "red"), ("assistant", "[IMG]"), ("user", "a")], 1, "in a 'assistant' message"),
+        ([("system", "red")], 1, "it has no user message"),
+        ([("user", "red<|im_end|>")], 1, "its prompt holds '<.im_end.>', which the model reads"),
+        ([("user", "red"), ("<|im_end|>", "a")], 1, "its prompt holds '<.im_end.>'"),
+        (
+            [("user", ["red"] * 9_000)],
+            1,
+            r"has the message {'content': \['red', .{,90}}. Give a role",
+        ),
+    ],
+)
+def test_messages_that_are_refused(messages, images, message):
+    given = [{"role": role, "content": content} for role, content in messages]
+    with pytest.raises(ChatError, match=message):
+        chat_prompt(make_processor("qwen2_vl"), given, images)
+
+
+@pytest.mark.parametrize(
+    ("family", "image"),
+    [("llava", "<image>"), ("qwen2_vl", "<|vision_start|><|image_pad|><|vision_end|>")],
+)
+def test_templates_of_strings_get_the_image_token(family, image):
+    """With what the family's own templates write around it."""
+    processor = make_processor(family)
+    for name in ("strings", "concatenated", "trimmed", "system in the first user message"):
+        processor.chat_template = FINE[name]
+        asked = [{"role": "system", "content": "a"}, {"role": "user", "content": "red\n<img>blue"}]
+        strings = [asked[0], {"role": "user", "content": f"red\n{image}\nblue"}]
+        text = processor.apply_chat_template(strings, add_generation_prompt=True)
+        assert chat_prompt(processor, asked, 1)[0] == text
+    processor.chat_template = FINE["strings"].replace("m.content", "m.content | replace('<', '')")
+    with pytest.raises(ChatError, match="places 0 image.s. .* for 1 given"):
+        chat_prompt(processor, asked, 1)
+
+
+@pytest.mark.parametrize("added", ["$0 </s>", "<s> $0 </s>", "<s> $0"])
+@pytest.mark.parametrize("own", ["", "<s>"])
+def test_prompts_begin_once_and_do_not_end(added, own):
+    """Whatever the tokenizer adds and the template writes; with both, `<s>` comes once."""
+    tokenizer = byte_level(["a"], 300)
+    ids = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=added, special_tokens=[pair for pair in ids if pair[0] in added]
+    )
+    inputs = text_inputs(tokenizer, [f"{own}user"])
+    made = tokenizer(inputs.pop("text"), **inputs)["input_ids"]
+    begin = [1] * ("<s>" in own + added)
+    assert made == [begin + tokenizer("user", add_special_tokens=False)["input_ids"]]
+
+
+def test_tokens_behind_a_prompt_spell_the_text():
+    """Where a token would hold the end of a prompt and the start of a text, both stay whole."""
+    pieces = sentence_pieces(["red red red red dot"] * 3 + ["\n: user what"])
+    for tokenizer in (byte_level(["user: what is red", "red dot \n\n red"], 330), pieces):
+        joined = 0
+        for prompt, text in (("user: ", "red dot"), ("user:\n", "\nred"), ("user:", " what")):
+            before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+            joined += whole[: len(before)] != before
+            made, first, _ = tokens_behind(tokenizer, prompt, text)
+            ids = before + made["input_ids"][first:]
+            assert tokenizer.decode(ids) == tokenizer.decode(whole)
+        assert joined
