@@ -123,6 +123,7 @@ class _Encoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = ChatTemplate(processor)
+        self._rendered: tuple[Record, Prompt] | None = None  # of the record at hand
         self.image_ids = {layout.image_token_id}
         self.image_ids.add(self.tokenizer.convert_tokens_to_ids(processor.image_token))
         self.layout = layout
@@ -137,7 +138,6 @@ class _Encoder:
             raise RecordError(record.name, error.problem, error.remedy) from error
 
     def _example(self, record: Record, objective: Objective) -> Example:
-        prompt = self.template.prompt(record.prompt, len(record.images))
         roots: list[Root] = []
         leaves: list[Leaf] = []
         places: dict[str, int] = {}  # name of a root's image -> index into roots
@@ -145,8 +145,8 @@ class _Encoder:
             text = self._text(record, leaf.response, objective.name)
             if leaf.image not in places:
                 places[leaf.image] = len(roots)
-                roots.append(self._root(record, prompt, leaf.image, objective.name))
-            ids = self._response(record, prompt, leaf.response, text)
+                roots.append(self._root(record, leaf.image, objective.name))
+            ids = self._response(record, leaf.response, text)
             root = places[leaf.image]
             if len(roots[root].ids) + len(ids) > self.max_tokens:
                 raise RecordError(
@@ -213,10 +213,15 @@ class _Encoder:
             )
         return record.retrieved_images[(place - 1) * count : place * count]
 
-    def _root(self, record: Record, prompt: Prompt, image: str, objective: str) -> Root:
+    def _prompt(self, record: Record) -> Prompt:
+        if self._rendered is None or self._rendered[0] is not record:
+            self._rendered = record, self.template.prompt(record.prompt, len(record.images))
+        return self._rendered[1]
+
+    def _root(self, record: Record, image: str, objective: str) -> Root:
         stored = self._images(record, image, objective)
         pictures = [s.open(record.name) for s in stored]
-        inputs = text_inputs(self.processor, [prompt.text])
+        inputs = text_inputs(self.processor, [self._prompt(record).text])
         made = processed(self.processor, record.name, pictures, **inputs)
         ids = made["input_ids"][0].numpy()
         start = np.flatnonzero(ids == self.tokenizer.bos_token_id)[:1]
@@ -240,8 +245,9 @@ class _Encoder:
             )
         return Root(keys, ids)
 
-    def _response(self, record: Record, prompt: Prompt, name: str, text: str) -> np.ndarray:
+    def _response(self, record: Record, name: str, text: str) -> np.ndarray:
         """Ids of a response with its end token, as the chat template closes a turn."""
+        prompt = self._prompt(record)
         scored = self.template.scored(prompt, text, f"{name} response")
         made, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
         ids = made["input_ids"][first:]

@@ -217,7 +217,7 @@ def test_prompts_begin_once_and_do_not_end(added, own):
 
 def test_tokens_behind_a_prompt_spell_the_text():
     """Where a token would hold the end of a prompt and the start of a text, both stay whole."""
-    pieces = sentence_pieces(["red red red red dot"] * 3 + ["\n: user what"])
+    pieces = sentence_pieces(["red red red red dot"] * 3 + [*"\n: user"])
     for tokenizer in (byte_level(["user: what is red", "red dot \n\n red"], 330), pieces):
         joined = 0
         for prompt, text in (("user: ", "red dot"), ("user:\n", "\nred"), ("user:", " what")):
