@@ -1,21 +1,33 @@
 """Chat templates: a prompt and its scored text are the template's own, or an error names why."""
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import trl
 from chat_templates import FINE, REFUSED
+from PIL import Image
 from tiny_processors import make_processor
 from tiny_tokenizers import byte_level, sentence_pieces
 from tiny_vlms import FAMILIES
 from tokenizers import processors
+from transformers import LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from realign.chat import ChatTemplate, chat_prompt, text_inputs, tokens_behind
+from realign.encode import encode_records
+from realign.layouts import Layout
 from realign.messages import ChatError
+from realign.records import Record, StoredImage
+from realign_kernels import objectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template.s generation prompt")
 SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+WITH_IMAGES = (  # of each kind one, since a template takes 0.1 s to compile
+    *("gemma3", "gemma4", "idefics3", "lfm2_2_5_vl", "llava_next", "muse_glimmer", "qwen2_5_vl"),
+    *("qwen3_vl", "llama3", "phi3", "deepseek_r1_distill", "glm4moe"),
+)
 SYSTEM = ("system", "Be brief &\nkind.")
 ASKED = ("user", "What is <it> & why?\nSay so.")
 TURNS = (ASKED, ("assistant", "A cat & <mouse>."), ("user", "What colour?"))
@@ -27,6 +39,18 @@ ANSWERS = ("red", " It is red & <green>.\n\nTruly 'so' ", "<think>\nlook\n</thin
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_level(["a few words"], 300)
+
+
+@pytest.fixture(scope="module")
+def letters(tokenizer):
+    """A LLaVA processor whose tokenizer keeps every character."""
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
 def messages_of(dialogue, typed=False):
@@ -48,6 +72,22 @@ def truth(tokenizer, template, dialogue):
         if dialogue[-1][1].strip() in text and "'type'" not in text:
             return text
     return None
+
+
+def own_texts(tokenizer, template, contents, answer):
+    """What transformers renders of a question and an answer in several forms, with an end."""
+    found = []
+    for content in contents:
+        turns = [
+            {"role": r, "content": c} for r, c in zip(("user", "assistant"), content, strict=True)
+        ]
+        try:
+            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        except Exception:
+            continue
+        if answer in text and text.count("<image>") == 1 and "'type'" not in text:
+            found.append(text.rstrip() + "</s>" if text.rstrip().endswith(answer) else text)
+    return found
 
 
 def rendered(chat, dialogue, answer):
@@ -88,6 +128,36 @@ def test_trls_templates(tokenizer, path):
                 assert_own(tokenizer, template, dialogue, answer, *found)
                 fine += 1
     assert fine >= 6
+
+
+def test_trls_templates_with_an_image(letters):
+    """What root and leaf ids spell is what the template writes of strings or of typed parts."""
+    tokenizer = letters.tokenizer
+    stored = StoredImage.from_pil(Image.new("RGB", (8, 8)))
+    asked, answers = ASKED[1], ("red & <green>", "blue")
+    for path in (path for path in SHIPPED if path.stem in WITH_IMAGES):
+        template = re.sub(
+            r"<\|(image_pad|image|patch)\|>|<start_of_image>", "<image>", path.read_text()
+        )
+        letters.chat_template = template
+        record = Record(path.stem, ({"role": "user", "content": asked},), *answers, (stored,))
+        (example,), _ = encode_records(
+            [record],
+            letters,
+            objectives.dpo(),
+            layout=Layout(tokenizer.convert_tokens_to_ids("<image>")),
+            max_response_tokens=999,
+            max_tokens=9999,
+            progress=False,
+        )
+        parts = [{"type": "image"}, {"type": "text", "text": asked}]
+        for leaf, answer in zip(example.leaves, answers, strict=True):
+            spelled = tokenizer.decode([*example.roots[0].ids, *leaf.ids])
+            said = [answer, [{"type": "text", "text": answer}]]
+            shown = [parts, f"<image>\n{asked}"]
+            owned = own_texts(tokenizer, template, itertools.product(shown, said), answer)
+            assert re.sub("(<image>)+", "<image>", spelled) in owned, path.stem
+            assert tokenizer.decode(leaf.ids).count(answer) == 1
 
 
 @pytest.mark.parametrize("name", FINE)
