@@ -60,6 +60,9 @@ class ChatTemplate:
         named = [_first(processor, tokenizer, names) for names in (_STARTS, _ENDS)]
         self.tags = tags_with(image, *named) if image else TAGS
         added = tokenizer.added_tokens_decoder.values()
+        start, end = _FRAMES.get(image or "", ("", ""))
+        framed = {start, end} <= {token.content for token in added}
+        self._shown = f"{start}{image}{end}" if framed else image
         special = {token.content for token in added if token.special}
         special |= {*tokenizer.all_special_tokens, *filter(None, [image, *named])}
         longest_first = sorted(special, key=len, reverse=True)
@@ -242,13 +245,10 @@ class ChatTemplate:
 
     def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
         """Typed parts as one string; an image is its token on a line of its own, as LLaVA's."""
-        start, end = _FRAMES.get(self._image or "", ("", ""))
-        known = self.tokenizer.get_vocab() if start else {}
-        image = f"{start}{self._image}{end}" if start in known and end in known else self._image
         text, last = "", None
         for part in parts:
             line = last is not None and "image" in (last, part["type"])
-            text += "\n" * line + (part["text"] if part["type"] == "text" else image)
+            text += "\n" * line + (part["text"] if part["type"] == "text" else self._shown)
             last = part["type"]
         return text
 
@@ -288,18 +288,22 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
         ChatError: when no tokens of the text can follow those of the prompt.
     """
 
-    def ids(of: str) -> list[int]:
-        return tokenizer(of, add_special_tokens=False)["input_ids"]
+    def encoding(of: str) -> Any:
+        try:
+            return tokenizer(of, add_special_tokens=False, **options)
+        except Exception as error:  # of half a character, say
+            raise ChatError(
+                f"the tokenizer refuses {reprlib.repr(text)} ({shorten(error)}).",
+                "Correct the text.",
+            ) from error
 
-    begun = ids(prompt)
-    whole = tokenizer(prompt + text, add_special_tokens=False, **options)
+    begun, whole = encoding(prompt)["input_ids"], encoding(prompt + text)
     if whole["input_ids"][: len(begun)] == begun:
         return whole, len(begun), len(prompt)
     # A token holds the end of the prompt and the start of the text: these are split.
     expected = tokenizer.decode(whole["input_ids"])
     for before in ("", "\n"):  # some tokenizers put a space in front of a text's first word
-        first = ids(before)
-        made = tokenizer(before + text, add_special_tokens=False, **options)
+        first, made = encoding(before)["input_ids"], encoding(before + text)
         rest = made["input_ids"][len(first) :]
         if first + rest == made["input_ids"] and tokenizer.decode(begun + rest) == expected:
             return made, len(first), len(before)

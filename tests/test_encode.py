@@ -209,6 +209,7 @@ def test_what_a_processor_or_a_template_raises_names_its_record(scenes):
         replace(records[0], name="r3", images=(stored[0], stored[1])),
         replace(records[0], name="r4", chosen="one <|im_end|> two"),
         replace(records[0], name="r5", prompt=tuple(_messages("a", "<image> <image>"))),
+        replace(records[0], name="r6", rejected="two \ud800"),
     ]
     errors = {}
     examples, store = _encode(
@@ -224,6 +225,7 @@ def test_what_a_processor_or_a_template_raises_names_its_record(scenes):
         "r1": aspect,
         "r3": aspect.replace("of 1200", "of 56 x 56, 1200"),
         "r4": "its chosen response holds '<.im_end.>', which the model reads as a special token",
+        "r6": r"the tokenizer refuses .* \(TypeError",
         "r5": "its messages place 2 image.s., by image tags such as '<image>', and 1 are given",
     }.items():
         assert re.match(f"record {name!r}: .*{message}.*[.] [A-Z].*[.]$", errors.pop(name))
