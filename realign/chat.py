@@ -153,7 +153,11 @@ class ChatTemplate:
         return body.rstrip() + self.tokenizer.eos_token  # as LLaVA-1.5 is trained
 
     def check_answer(self, answer: str, name: str = "response") -> None:
-        """Raise ChatError for a response that holds an image tag or a special token."""
+        """Check a response for what a model would not read as text.
+
+        Raises:
+            ChatError: when it holds an image tag or a special token.
+        """
         if tag := self.tags.search(answer):
             raise ChatError(
                 f"its {name} contains the image tag {tag[0]!r}.", "Remove it from the text."
