@@ -28,6 +28,8 @@ WITH_IMAGES = (  # of each kind one, since a template takes 0.1 s to compile
     *("gemma3", "gemma4", "idefics3", "lfm2_2_5_vl", "llava_next", "muse_glimmer", "qwen2_5_vl"),
     *("qwen3_vl", "llama3", "phi3", "deepseek_r1_distill", "glm4moe"),
 )
+# These change a response's own thoughts, or write others into the prompt.
+THOUGHTLESS = ("deepseek", "glm4moe", "nemotron", "qwen3_5_nothink", "qwen3_8")
 SYSTEM = ("system", "Be brief &\nkind.")
 ASKED = ("user", "What is <it> & why?\nSay so.")
 TURNS = (ASKED, ("assistant", "A cat & <mouse>."), ("user", "What colour?"))
@@ -122,8 +124,8 @@ def test_trls_templates(tokenizer, path):
             own = truth(tokenizer, template, (*dialogue, ("assistant", answer)))
             try:
                 found = rendered(chat, dialogue, answer)
-            except ChatError:  # some refuse a system role, or change a response's own thoughts
-                assert own is None or "<think>" in answer
+            except ChatError:  # Gemma refuses a system role
+                assert own is None or ("<think>" in answer and path.stem.startswith(THOUGHTLESS))
             else:
                 assert_own(tokenizer, template, dialogue, answer, *found)
                 fine += 1
