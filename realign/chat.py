@@ -127,14 +127,14 @@ class ChatTemplate:
         """
         self.check_answer(answer, name)
         whole, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
-        if prompt.text.rstrip().endswith("<think>"):  # the response's own thoughts begin there
-            text = text.removeprefix("<think>").strip()
         if not whole.startswith(prompt.text):
             raise ChatError(
                 f"the chat template writes another prompt in front of its {name}.", _FIX_TEMPLATE
             )
         body = whole[len(prompt.text) :]
-        parts = _around(body, text)
+        parts = [*_around(body, text)]
+        if prompt.text.rstrip().endswith("<think>"):  # the response's own thoughts may begin there
+            parts += _around(body, text.removeprefix("<think>").strip())
         fits = (p for p in parts if _within(p[0], prompt.lead) and _within(p[1], prompt.close))
         if (found := next(fits, None)) is None:
             raise ChatError(

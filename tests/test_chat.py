@@ -29,7 +29,7 @@ WITH_IMAGES = (  # of each kind one, since a template takes 0.1 s to compile
     *("qwen3_vl", "llama3", "phi3", "deepseek_r1_distill", "glm4moe"),
 )
 # These change a response's own thoughts, or write others into the prompt.
-THOUGHTLESS = ("deepseek", "glm4moe", "nemotron", "qwen3_5_nothink", "qwen3_8")
+THOUGHTLESS = ("deepseek", "glm4moe", "nemotron", "qwen3_5_nothink")
 SYSTEM = ("system", "Be brief &\nkind.")
 ASKED = ("user", "What is <it> & why?\nSay so.")
 TURNS = (ASKED, ("assistant", "A cat & <mouse>."), ("user", "What colour?"))
@@ -108,7 +108,7 @@ def assert_own(tokenizer, template, dialogue, answer, prompt, scored):
     whole, text = truth(tokenizer, template, (*dialogue, ("assistant", answer))), answer.strip()
     ended = whole.rstrip() + "</s>" if whole.rstrip().endswith(text) else whole
     assert prompt + scored == ended
-    if prompt.endswith("<think>\n"):
+    if prompt.endswith("<think>\n") and text not in scored:
         text = text.removeprefix("<think>\n")
     assert scored.count(text) == 1
     # Tokenized, it stays the same: this tokenizer keeps every character.
