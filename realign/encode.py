@@ -7,16 +7,18 @@ is therefore named before the first step, and lengths are known for packing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from realign.chat import ChatTemplate, Prompt, chat_prompt, text_inputs, tokens_behind
 from realign.config import LossConfig
 from realign.forest import Example, Leaf, Root
-from realign.images import ImageStore, bundle_of
+from realign.images import ImageStore, bundle_of, processed
 from realign.layouts import Layout
+from realign.messages import ChatError
 from realign.records import Record, RecordError, StoredImage
 from realign_kernels import Objective, objectives
 
@@ -68,6 +70,7 @@ def encode_records(
     max_response_tokens: int,
     max_tokens: int,
     progress: bool = True,
+    on_bad: Callable[[Record, RecordError], None] | None = None,
 ) -> tuple[list[Example], ImageStore]:
     """Tokenize records into forests of `objective`'s leaves.
 
@@ -80,50 +83,37 @@ def encode_records(
         max_tokens: longest prompt plus response the model can take; longer is an error, since
             cutting a prompt would cut image tokens.
         progress: whether to show a bar.
+        on_bad: called with each record that cannot be used and the reason; it is left out.
 
     Returns:
         One example per record, and the store of their distinct images.
 
     Raises:
-        RecordError: for the first record that cannot be used, with the remedy.
+        RecordError: for the first record that cannot be used, with the remedy, where `on_bad` is
+            absent.
     """
     encoder = _Encoder(processor, layout, max_response_tokens, max_tokens)
-    bar = tqdm(records, desc="checking records", unit="record", disable=not progress)
-    return [encoder.encode(record, objective) for record in bar], encoder.store
-
-
-def chat_prompt(processor, messages: Sequence[dict], images: int) -> tuple[str, list[dict]]:
-    """Render prompt messages for a response; returns the text and the messages in typed parts.
-
-    The first user message gets `images` image placeholders in front, as TRL does, unless the
-    messages place their images themselves.
-    """
-    typed = []
-    for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else [*content]
-        typed.append({"role": message["role"], "content": parts})
-    if not any(part["type"] == "image" for message in typed for part in message["content"]):
-        for message in [m for m in typed if m["role"] == "user"][:1]:
-            message["content"] = [{"type": "image"}] * images + message["content"]
-    return processor.apply_chat_template(typed, add_generation_prompt=True), typed
+    examples = []
+    for record in tqdm(records, desc="checking records", unit="record", disable=not progress):
+        try:
+            examples.append(encoder.encode(record, objective))
+        except RecordError as error:
+            if on_bad is None:
+                raise
+            on_bad(record, error)
+    return examples, encoder.store
 
 
 def check_prompt(processor, record: Record, images: int) -> str:
-    """Render a record's prompt as `chat_prompt` does; it must place every one of `images` images.
+    """Render a record's prompt for `images` images.
 
     Raises:
-        RecordError: when it does not, as with a literal image token in the text.
+        RecordError: when it cannot be rendered, or does not place every image.
     """
-    text, _ = chat_prompt(processor, record.prompt, images)
-    placed = text.count(processor.image_token)
-    if placed != images:
-        raise RecordError(
-            record.name,
-            f"its prompt places {placed} image(s) ({processor.image_token!r}) for {images} given.",
-            f"Give one per image, and keep {processor.image_token!r} out of the text.",
-        )
-    return text
+    try:
+        return chat_prompt(processor, record.prompt, images)[0]
+    except ChatError as error:
+        raise RecordError(record.name, error.problem, error.remedy) from error
 
 
 class _Encoder:
@@ -132,15 +122,22 @@ class _Encoder:
     ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.image_token = processor.image_token
+        self.template = ChatTemplate(processor)
+        self._rendered: tuple[Record, Prompt] | None = None  # of the record at hand
         self.image_ids = {layout.image_token_id}
-        self.image_ids.add(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        self.image_ids.add(self.tokenizer.convert_tokens_to_ids(processor.image_token))
         self.layout = layout
         self.max_response_tokens = max_response_tokens
         self.max_tokens = max_tokens
         self.store = ImageStore(processor, layout)
 
     def encode(self, record: Record, objective: Objective) -> Example:
+        try:
+            return self._example(record, objective)
+        except ChatError as error:
+            raise RecordError(record.name, error.problem, error.remedy) from error
+
+    def _example(self, record: Record, objective: Objective) -> Example:
         roots: list[Root] = []
         leaves: list[Leaf] = []
         places: dict[str, int] = {}  # name of a root's image -> index into roots
@@ -216,17 +213,24 @@ class _Encoder:
             )
         return record.retrieved_images[(place - 1) * count : place * count]
 
+    def _prompt(self, record: Record) -> Prompt:
+        if self._rendered is None or self._rendered[0] is not record:
+            self._rendered = record, self.template.prompt(record.prompt, len(record.images))
+        return self._rendered[1]
+
     def _root(self, record: Record, image: str, objective: str) -> Root:
         stored = self._images(record, image, objective)
-        text = check_prompt(self.processor, record, len(stored))
-        begun = bool(start := self.tokenizer.bos_token) and text.startswith(start)
-        made = self.processor(
-            images=[[s.open(record.name) for s in stored]],
-            text=[text],
-            add_special_tokens=not begun,  # as apply_chat_template does
-            return_tensors="pt",
-        )
+        pictures = [s.open(record.name) for s in stored]
+        inputs = text_inputs(self.processor, [self._prompt(record).text])
+        made = processed(self.processor, record.name, pictures, **inputs)
         ids = made["input_ids"][0].numpy()
+        start = np.flatnonzero(ids == self.tokenizer.bos_token_id)[:1]
+        if start.size and (ids[start[0] + 1 :][:1] == ids[start]).any():
+            raise RecordError(
+                record.name,
+                f"its prompt begins with {self.tokenizer.bos_token!r} twice.",
+                "Take one out of the chat template.",
+            )
         found = int((ids == self.layout.image_token_id).sum())
         if len(stored) == 1:
             keys = (self.store.keep(record.name, stored[0], bundle_of(made), found),)
@@ -237,32 +241,20 @@ class _Encoder:
             raise RecordError(
                 record.name,
                 f"its prompt has {found} image tokens where its images take {expected}.",
-                f"Keep {self.image_token!r} out of the text.",
+                f"Keep {self.processor.image_token!r} out of the text.",
             )
         return Root(keys, ids)
 
     def _response(self, record: Record, name: str, text: str) -> np.ndarray:
         """Ids of a response with its end token, as the chat template closes a turn."""
-        _, typed = chat_prompt(self.processor, record.prompt, len(record.images))
-        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        opened = self.processor.apply_chat_template(typed, add_generation_prompt=True)
-        whole = self.processor.apply_chat_template([*typed, answer])
-        suffix = whole.removeprefix(opened) if whole.startswith(opened) else text
-        if suffix.strip() == text.strip() and (end := self.tokenizer.eos_token):
-            suffix = suffix.rstrip() + end  # LLaVA-1.5's template does not close a turn
-        # Tokenized behind the prompt, since a text may begin otherwise on its own.
-        before, ids = (
-            self.tokenizer(t, add_special_tokens=False)["input_ids"]
-            for t in (opened, opened + suffix)
-        )
-        if ids[: len(before)] == before:
-            ids = ids[len(before) :]
-        else:
-            ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        prompt = self._prompt(record)
+        scored = self.template.scored(prompt, text, f"{name} response")
+        made, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
+        ids = made["input_ids"][first:]
         if self.image_ids & set(ids):
             raise RecordError(
                 record.name,
-                f"its {name} response contains the image token {self.image_token!r}.",
+                f"its {name} response contains an image token.",
                 "Remove it from the text.",
             )
         if len(ids) > self.max_response_tokens:

@@ -13,11 +13,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import PreTrainedModel
 
+from realign.chat import shorten
 from realign.layouts import Layout
 from realign.records import RecordError, StoredImage
 from realign_kernels import array_digest
@@ -241,9 +244,8 @@ class ImageStore:
     def _make(self, record: str, stored: StoredImage, company: bool) -> tuple[Bundle, int]:
         """The bundle of an image and its tokens in a prompt, from a prompt of nothing else."""
         count = 2 if company else 1
-        pictures = [stored.open(record)] * count
         text = self._processor.image_token * count
-        made = self._processor(images=[pictures], text=[text], return_tensors="pt")
+        made = processed(self._processor, record, [stored.open(record)] * count, text=[text])
         tokens = int((made["input_ids"] == self.layout.image_token_id).sum()) // count
         found = bundle_of(made)
         if company:  # both are the same
@@ -259,6 +261,25 @@ class ImageStore:
         while self._room < 0 and len(self._bundles) > 1:
             _, old = self._bundles.popitem(last=False)
             self._room += _bytes(old)
+
+
+def processed(
+    processor, record: str, pictures: Sequence[Image.Image], **inputs: Any
+) -> Mapping[str, torch.Tensor]:
+    """Call a processor on the images of one prompt.
+
+    Raises:
+        RecordError: when the processor raises anything; names `record`.
+    """
+    try:
+        return processor(images=[[*pictures]], return_tensors="pt", **inputs)
+    except Exception as error:  # each family's image processor raises errors of its own
+        sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+        raise RecordError(
+            record,
+            f"the processor refuses its prompt with image(s) of {sizes} pixels ({shorten(error)}).",
+            "Replace the image or remove the record.",
+        ) from error
 
 
 def bundle_of(made: Mapping[str, torch.Tensor]) -> Bundle:

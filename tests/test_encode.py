@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_processors import make_processor
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
@@ -170,6 +173,68 @@ def test_a_template_that_begins_a_prompt_itself_begins_it_once(letters, record):
         assert root.ids[0] == 1 and 1 not in root.ids[1:] and 1 not in leaf.ids
 
 
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_a_tokenizer_that_ends_every_text_ends_no_prompt(letters, record, start):
+    processor = copy.deepcopy(letters)
+    processor.chat_template = start + LLAVA_TEMPLATE
+    processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $0 </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    ((example,), _) = _encode([record], processor)
+    ((plain,), _) = _encode([record], letters)
+    for root, leaf, other in zip(example.roots, example.leaves, plain.leaves, strict=False):
+        assert [*root.ids].count(1) == 1 == len(root.ids) - len(plain.roots[0].ids)
+        assert 2 not in root.ids and np.array_equal(leaf.ids, other.ids)
+    processor.chat_template = "<s><s>" + LLAVA_TEMPLATE
+    with pytest.raises(RecordError, match="'r': its prompt begins with '<s>' twice. Take one out"):
+        _encode([record], processor)
+
+
+def test_a_template_that_ends_turns_itself_gets_no_other_end(letters, record):
+    processor = copy.deepcopy(letters)
+    processor.chat_template = LLAVA_TEMPLATE.replace(" + ' '", " + '</turn>'")
+    ((example,), _) = _encode([record], processor)
+    spelled = processor.tokenizer.convert_ids_to_tokens(example.leaves[0].ids)
+    assert "".join(spelled) == "▁top▁one▁.</turn>"
+
+
+def test_what_a_processor_or_a_template_raises_names_its_record(scenes):
+    """Its neighbours are encoded as without it."""
+    processor = make_processor("qwen2_vl")
+    layout = Layout(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    stored = [StoredImage.from_pil(Image.new("RGB", size)) for size in ((56, 56), (1200, 4))]
+    prompt = tuple(_messages("red"))
+    records = [Record(f"r{i}", prompt, "one", "two", (stored[i % 2],)) for i in range(3)]
+    records += [
+        replace(records[0], name="r3", images=(stored[0], stored[1])),
+        replace(records[0], name="r4", chosen="one <|im_end|> two"),
+        replace(records[0], name="r5", prompt=tuple(_messages("a", "<image> <image>"))),
+        replace(records[0], name="r6", rejected="two \ud800"),
+    ]
+    errors = {}
+    examples, store = _encode(
+        records,
+        processor,
+        objectives.dpo(),
+        layout=layout,
+        on_bad=lambda record, error: errors.update({record.name: str(error)}),
+    )
+    assert [example.name for example in examples] == ["r0", "r2"] and len(store) == 1
+    aspect = r"of 1200 x 4 pixels \(ValueError: absolute aspect ratio must be smaller than 200"
+    for name, message in {
+        "r1": aspect,
+        "r3": aspect.replace("of 1200", "of 56 x 56, 1200"),
+        "r4": "its chosen response holds '<.im_end.>', which the model reads as a special token",
+        "r6": r"the tokenizer refuses .* \(TypeError",
+        "r5": "its messages place 2 image.s., by image tags such as '<image>', and 1 are given",
+    }.items():
+        assert re.match(f"record {name!r}: .*{message}.*[.] [A-Z].*[.]$", errors.pop(name))
+    assert not errors
+    processor.chat_template = "{{ raise_exception('no ' * 999) }}"
+    with pytest.raises(RecordError, match=r"'r0': the chat template refuses it .{,260}[)]. Change"):
+        _encode(records, processor, objectives.dpo(), layout=layout)
+
+
 def test_several_images_under_a_prompt(processor, record):
     prompt = _messages([{"type": "image"}, {"type": "text", "text": "name"}, {"type": "image"}])
     pair = record.images + record.retrieved_images
@@ -200,17 +265,28 @@ def _changed(record, **changes) -> Record:
             "rejected response has 6 tokens; the limit is 5",
         ),
         (
-            {"prompt": tuple(_messages("<image> name the digits"))},
+            {"prompt": tuple(_messages("<image> name <img>"))},
             {},
-            "prompt places 2 image.*'<image>'.* for 1 given. Give one per image",
+            "messages place 2 image.s., by image tags such as '<image>', and 1 are given. Give as",
         ),
-        ({"prompt": ({"role": "system", "content": "name"},)}, {}, "prompt places 0 image"),
+        (
+            {"prompt": tuple(_messages([{"type": "image"}, {"type": "text", "text": "[IMG]"}]))},
+            {},
+            "prompt holds the image tag '.IMG.' beside image parts. Place images by",
+        ),
+        (
+            {"prompt": ({"role": "system", "content": "<image>"}, *_messages("name"))},
+            {},
+            "prompt holds the image tag '<image>' in a 'system' message",
+        ),
+        ({"prompt": ({"role": "system", "content": "name"},)}, {}, "has no user message. Give"),
+        ({"prompt": tuple(_messages("name </s>"))}, {}, "prompt holds '</s>', which the model"),
         (
             {"chosen": "one <image> ."},
             {},
-            "chosen response contains the image token '<image>'",
+            "chosen response contains the image tag '<image>'",
         ),
-        ({"rejected": "<image>"}, {}, "rejected response contains the image token"),
+        ({"rejected": "<image>"}, {}, "rejected response contains the image tag"),
         (
             {"retrieved_images": ()},
             {},

@@ -23,7 +23,7 @@ class Framed:
     def __init__(self, tokenizer, lead=" ", end="</s>", opening="ASSISTANT:"):
         self.tokenizer, self.lead, self.end, self.opening = tokenizer, lead, end, opening
 
-    def apply_chat_template(self, messages, add_generation_prompt=False):
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=False):
         text = ""
         for message in messages:
             said = "".join(part.get("text", "<image>") for part in message["content"])
@@ -165,5 +165,5 @@ def test_a_response_ends_as_its_template_and_its_model_end_it():
 
 def test_an_image_token_in_a_response_is_refused(processor, scenes):
     masked = Masked(("<image> ", ""), ("two",))
-    with pytest.raises(ValueError, match="holds the image token '<image>'. Remove it"):
+    with pytest.raises(ValueError, match="contains the image tag '<image>'. Remove it"):
         infill(None, processor, [PROMPT], [[scenes[0].image]], [masked])

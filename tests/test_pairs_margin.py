@@ -137,8 +137,12 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
     assert np.array_equal((logps[0] - logps[2]).numpy(), first)
 
 
-def test_bad_records_are_listed_and_the_others_computed(vlm, processor, tmp_path):
+def test_bad_records_are_listed_and_the_others_computed(vlm, processor, tmp_path, monkeypatch):
     records = [record(i) for i in range(5)]
+    opened, plain = [], StoredImage.open
+    monkeypatch.setattr(
+        StoredImage, "open", lambda self, name: (opened.append(name), plain(self, name))[1]
+    )
     broken = StoredImage(b"no image", None)
     records[1] = replace(records[1], retrieved_images=(broken,))
     records[3] = replace(records[3], retrieved_images=())
@@ -150,6 +154,8 @@ def test_bad_records_are_listed_and_the_others_computed(vlm, processor, tmp_path
         cache=str(tmp_path),
         on_bad=lambda one, error: listed.append((one.name, str(error))),
     )
+    # Two images a record, once each: a bad record has no other read again.
+    assert opened == [f"scene-{i}" for i in (0, 0, 1, 1, 2, 2, 3, 4, 4)]
     assert [math.isnan(value) for value in found] == [False, True, False, True, False]
     assert [name for name, _ in listed] == ["scene-1", "scene-3"]
     assert "cannot be read" in listed[0][1] and "has none" in listed[1][1]

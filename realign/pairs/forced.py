@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from realign.encode import chat_prompt
+from realign.chat import ChatTemplate, tokens_behind
 from realign.pairs.mask import Masked
-
-_SAID = "word"
 
 
 @dataclass(frozen=True)
@@ -46,27 +44,21 @@ class Speech:
 
     def __init__(self, processor, vlm=None) -> None:
         self.tokenizer = processor.tokenizer
-        self._processor = processor
-        self._image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-        asked = {"role": "user", "content": [{"type": "text", "text": _SAID}]}
-        said = {"role": "assistant", "content": [{"type": "text", "text": _SAID}]}
-        opened = processor.apply_chat_template([asked], add_generation_prompt=True)
-        turn = processor.apply_chat_template([asked, said]).removeprefix(opened)
-        self.lead, found, close = turn.partition(_SAID)
-        if not found or self.lead.strip():  # the template opens a response in another way
-            self.lead = ""
+        self._template = ChatTemplate(processor)
+        frame = self._template.prompt([{"role": "user", "content": "word"}], 0)
+        self.lead = frame.lead
         settings = getattr(vlm, "generation_config", None)
         ends = getattr(settings, "eos_token_id", None)
         ends = set(ends) if isinstance(ends, Sequence) else {ends}
         ends.add(self.tokenizer.eos_token_id)
-        first = self._ids(close.strip())[:1] if found else []
+        first = self._ids(frame.close.strip())[:1]
         special = self.tokenizer.added_tokens_decoder
         ends |= {token for token in first if token in special and special[token].special}
         self.ends = frozenset(ends - {None})
 
     def prompt(self, messages: Sequence[dict], images: int) -> str:
         """A prompt rendered for a response."""
-        return chat_prompt(self._processor, messages, images)[0]
+        return self._template.prompt(messages, images).text
 
     def force(self, prompt: str, masked: Masked) -> Forced:
         """The tokens around the gaps of a response.
@@ -76,16 +68,16 @@ class Speech:
             masked: the response.
 
         Raises:
-            ValueError: when the response holds the image token.
+            ChatError: when the response holds an image tag or a special token.
         """
         response = masked.fill(masked.hidden)
+        self._template.check_answer(response)
         whole = self.lead + response
-        ids, offsets = self._behind(prompt, whole)
-        if self._image in ids:
-            raise ValueError(
-                f"the response {response[:80]!r} holds the image token "
-                f"{self._processor.image_token!r}. Remove it from the text."
-            )
+        made, first, shift = tokens_behind(
+            self.tokenizer, prompt, whole, return_offsets_mapping=True
+        )
+        ids = made["input_ids"][first:]
+        offsets = [(max(0, a - shift), b - shift) for a, b in made["offset_mapping"][first:]]
         spans, end = [], len(self.lead)
         for piece, hidden in zip(masked.pieces, masked.hidden, strict=False):
             spans.append((end + len(piece), end + len(piece) + len(hidden)))
@@ -111,17 +103,6 @@ class Speech:
         if spans and not masked.pieces[-1].strip():
             stops[-1] |= self.ends
         return Forced(masked, tuple(pieces), tuple(counts), tuple(stops))
-
-    def _behind(self, prompt: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens of a text behind a prompt, and where in the text they stand."""
-        begun = self._ids(prompt)
-        made = self.tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
-        shift, first = len(prompt), len(begun)
-        if made["input_ids"][:first] != begun:  # a token holds the end of one, the start of other
-            made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            shift = first = 0
-        offsets = [(max(0, a - shift), b - shift) for a, b in made["offset_mapping"][first:]]
-        return made["input_ids"][first:], offsets
 
     def _alone(self, fragment: str) -> list[int]:
         """Tokens of part of a word."""

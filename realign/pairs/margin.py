@@ -105,29 +105,27 @@ def _encoded(
     most: int,
     progress: bool,
     on_bad: Callable[[Record, RecordError], None] | None,
-) -> tuple[list[Example], ImageStore | None, list[int]]:
+) -> tuple[list[Example], ImageStore, list[int]]:
     """Examples of the records that can be computed, their images, and which they are."""
-    kept = list(range(len(records)))
-    while kept:
-        try:
-            examples, store = encode_records(
-                [records[i] for i in kept],
-                processor,
-                MARGIN,
-                layout=model.layout,
-                max_response_tokens=most,
-                max_tokens=model.vlm.config.get_text_config().max_position_embeddings,
-                progress=progress,
-            )
-            return examples, store, kept
-        except RecordError as error:
-            guilty = [i for i in kept if records[i].name == error.record]
-            if on_bad is None or not guilty:
-                raise
-            for i in guilty:
-                on_bad(records[i], error)
-            kept = [i for i in kept if i not in guilty]
-    return [], None, []
+    bad: set[int] = set()
+
+    def leave_out(record: Record, error: RecordError) -> None:
+        if on_bad is None:
+            raise error
+        bad.add(id(record))
+        on_bad(record, error)
+
+    examples, store = encode_records(
+        records,
+        processor,
+        MARGIN,
+        layout=model.layout,
+        max_response_tokens=most,
+        max_tokens=model.vlm.config.get_text_config().max_position_embeddings,
+        progress=progress,
+        on_bad=leave_out,
+    )
+    return examples, store, [i for i, record in enumerate(records) if id(record) not in bad]
 
 
 def _known(

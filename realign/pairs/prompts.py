@@ -14,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from realign.image_tags import split_at_tags
+from realign.messages import texts_of
 from realign.pairs.engines.chat import Chat, Reply
 from realign.pairs.filters import words_of
 from realign.pairs.mask import MASK, Masked
@@ -271,18 +273,21 @@ def _fences(**texts: str) -> list[str]:
 
 
 def _said(prompt: str | Sequence[dict]) -> str:
-    """The text of a prompt; of several messages each with its role."""
+    """The text of a prompt without image tags; of several messages each with its role."""
     if isinstance(prompt, str):
-        return prompt
+        return _untagged([prompt])
     lines = []
     for message in prompt:
         content = message["content"]
-        if not isinstance(content, str):
-            content = "".join(p["text"] for p in content if p["type"] == "text")
-        lines.append((message["role"], content))
+        texts = [content] if isinstance(content, str) else texts_of(message)
+        lines.append((message["role"], _untagged(texts)))
     if len(lines) == 1:
         return lines[0][1]
     return "\n".join(f"{role}: {content}" for role, content in lines)
+
+
+def _untagged(texts: Sequence[str]) -> str:
+    return "".join(part.get("text", "") for text in texts for part in split_at_tags(text))
 
 
 def _listed(image: Images) -> list[Image.Image]:

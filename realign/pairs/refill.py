@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import DynamicCache
 
 from realign import tree_attention
+from realign.chat import shorten, text_inputs
 from realign.layouts import FULL, SLIDING, layout_of
 from realign.pairs.forced import Forced, Speech
 from realign.pairs.mask import Masked
@@ -256,16 +257,12 @@ def _banned(tokenizer, size: int) -> torch.Tensor:
 
 def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
     """What the processor makes of prompts and images; prompts are padded on the right."""
-    start = processor.tokenizer.bos_token
-    begun = bool(start) and rows[0].prompt.startswith(start)
     padding = {"padding": True, "padding_side": "right"} if len(rows) > 1 else {}
-    made = processor(
-        images=[row.images for row in rows],
-        text=[row.prompt for row in rows],
-        add_special_tokens=not begun,  # as apply_chat_template does
-        return_tensors="pt",
-        **padding,
-    )
+    inputs = text_inputs(processor, [row.prompt for row in rows]) | padding
+    try:
+        made = processor(images=[row.images for row in rows], return_tensors="pt", **inputs)
+    except Exception as error:  # each family's processor raises errors of its own
+        raise ValueError(f"the processor refuses it ({shorten(error)}).") from error
     tensors = {n: t for n, t in made.items() if isinstance(t, torch.Tensor) and n != "labels"}
     moved = {n: t.to(vlm.device) for n, t in tensors.items()}
     return {n: t.to(vlm.dtype) if t.is_floating_point() else t for n, t in moved.items()}

@@ -13,11 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from realign.messages import ChatError, place_images
+
 NO_TEXT = "the answer is empty"
-
-
-class ChatError(ValueError):
-    """A request that no engine can take; becomes the error of its reply."""
 
 
 @dataclass(frozen=True)
@@ -95,38 +93,10 @@ class Engine:
 def typed_messages(chat: Chat) -> list[dict[str, Any]]:
     """The messages of a chat with content as typed parts, every image in its place.
 
-    Where the messages place no image themselves, all of them go in front of the first user message,
-    as `realign.encode.chat_prompt` puts them.
-
     Raises:
-        ChatError: when a message is malformed, or the messages place another number of images.
+        ChatError: as `realign.messages.place_images`.
     """
-    typed = []
-    for message in chat.messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str):
-            parts = [{"type": "text", "text": content}]
-        elif isinstance(content, list) and all(map(_is_part, content)):
-            parts = [
-                {"type": "image"}
-                if part["type"] == "image"
-                else {"type": "text", "text": part["text"]}
-                for part in content
-            ]
-        else:
-            raise ChatError(
-                f"a message has the content {content!r}: give text or text and image parts."
-            )
-        typed.append({"role": message.get("role", "user"), "content": parts})
-    placed = sum(part["type"] == "image" for message in typed for part in message["content"])
-    users = [message for message in typed if message["role"] == "user"]
-    if not users:
-        raise ChatError("it has no user message.")
-    if not placed:
-        users[0]["content"] = [{"type": "image"} for _ in chat.images] + users[0]["content"]
-    elif placed != len(chat.images):
-        raise ChatError(f"its messages place {placed} image(s), and {len(chat.images)} are given.")
-    return typed
+    return place_images(chat.messages, len(chat.images))
 
 
 def request_digest(chat: Chat, *engine: str) -> str:
@@ -182,10 +152,3 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _is_part(part: Any) -> bool:
-    if not isinstance(part, dict):
-        return False
-    text = part.get("type") == "text" and isinstance(part.get("text"), str)
-    return text or part.get("type") == "image"

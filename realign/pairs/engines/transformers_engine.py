@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from realign.encode import chat_prompt
+from realign.chat import ChatTemplate, shorten, text_inputs
 from realign.loading import DTYPES, adapter_base, load_processor, load_trained
-from realign.pairs.engines.chat import NO_TEXT, Chat, ChatError, Engine, Reply, typed_messages
+from realign.pairs.engines.chat import NO_TEXT, Chat, ChatError, Engine, Reply
 from realign.parallel import disable_cudnn_attention
 
 
@@ -65,7 +65,7 @@ class TransformersEngine(Engine):
             ).eval()
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._special = _special_tokens(self._processor, self._tokenizer)
+        self._template = ChatTemplate(self._processor)
         self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         end = model.generation_config.eos_token_id
         self._ends = {end} if isinstance(end, int) else set(end or ())
@@ -114,31 +114,20 @@ class TransformersEngine(Engine):
         return batches
 
     def _render(self, request: Chat) -> str:
-        typed = typed_messages(request)
-        said = " ".join(p["text"] for m in typed for p in m["content"] if p["type"] == "text")
-        if acting := next((token for token in self._special if token in said), None):
-            raise ChatError(
-                f"its text holds {acting!r}, which the model reads as a special token. Remove it "
-                "from the text."
-            )
-        if self._sees:
-            return chat_prompt(self._processor, typed, len(request.images))[0]
-        if request.images:
+        if request.images and not self._sees:
             raise ChatError(f"it has images, and {self._path} is a text-only model.")
-        flat = [
-            {"role": m["role"], "content": "".join(part["text"] for part in m["content"])}
-            for m in typed
-        ]
-        return self._tokenizer.apply_chat_template(flat, add_generation_prompt=True, tokenize=False)
+        return self._template.prompt(request.messages, len(request.images)).text
 
     @torch.inference_mode()
     def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
         """Answers to requests of one kind; a batch that fails as a whole is tried in parts."""
         try:
             encoded = self._encode(requests, texts)
-        except (ValueError, TypeError, OverflowError, OSError) as error:  # of an odd image or text
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each family's processor raises errors of its own
             if len(requests) == 1:
-                return [Reply("", f"the model's processor refuses it: {error}")]
+                return [Reply("", f"the model's processor refuses it: {shorten(error)}")]
             return self._halves(requests, texts)
         length, most = encoded["input_ids"].shape[1], requests[0].max_tokens
         if self._room is not None and length + most > self._room:
@@ -167,10 +156,7 @@ class TransformersEngine(Engine):
         return first + self._write(requests[half:], texts[half:])
 
     def _encode(self, requests: list[Chat], texts: list[str]):
-        begins = self._tokenizer.bos_token
-        options = {
-            "text": texts,
-            "add_special_tokens": not (begins and texts[0].startswith(begins)),  # never twice
+        options = text_inputs(self._processor, texts) | {
             "return_tensors": "pt",
             "padding": True,
             "padding_side": "left",
@@ -229,11 +215,3 @@ def _load_tokenizer(path: str | Path):
             "instruction-tuned model."
         )
     return tokenizer
-
-
-def _special_tokens(processor, tokenizer) -> list[str]:
-    """Tokens that act when they stand in a text, longest first."""
-    added = tokenizer.added_tokens_decoder.values()
-    found = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-    found.add(getattr(processor, "image_token", None))
-    return sorted(filter(None, found), key=len, reverse=True)

@@ -1,0 +1,393 @@
+"""Chat templates: the prompt, and the text of a response that is scored, as the template writes it.
+
+Training, pairs and evaluation render here. Marks in the place of texts show how a template frames
+messages. A template that drops, changes or repeats a text is therefore an error, never silent.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from os.path import commonprefix
+from typing import Any
+
+from realign.image_tags import TAGS, tags_with
+from realign.messages import ChatError, place_images, text_part, texts_of
+
+_ANSWER = "KqAnswerVx"  # mixed case, so that a template's `upper` or `lower` shows
+_MARK = re.compile(r"Kq(\d+|Answer)Vx")
+_SPACE = re.compile(r"\s*")
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_STARTS = ("boi_token", "image_start_token", "start_image_token", "vision_start_token")
+_ENDS = ("eoi_token", "image_end_token", "end_image_token", "vision_end_token")
+_FRAMES = {  # what the families' templates, not their processors, write around an image token
+    "<|image_pad|>": ("<|vision_start|>", "<|vision_end|>"),
+    "<|image|>": ("<|begin_of_image|>", "<|end_of_image|>"),
+}
+_NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
+_TURNS = ("user", "assistant")
+_FIX_TEMPLATE = "Use the chat template that the model was trained with, or one without that step."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt.
+
+    Attributes:
+        text: up to the scored text, the same for every response.
+        messages: in typed parts, every image in its place.
+        lead: scored text in front of a response.
+        close: scored text behind a response.
+    """
+
+    text: str
+    messages: tuple[dict[str, Any], ...]
+    lead: str
+    close: str
+
+
+class ChatTemplate:
+    """The chat template of a processor, or of a tokenizer for prompts without images."""
+
+    def __init__(self, processor) -> None:
+        self._processor = processor
+        self.tokenizer = tokenizer = getattr(processor, "tokenizer", processor)
+        self._image = image = getattr(processor, "image_token", None)
+        named = [_first(processor, tokenizer, names) for names in (_STARTS, _ENDS)]
+        self.tags = tags_with(image, *named) if image else TAGS
+        added = tokenizer.added_tokens_decoder.values()
+        start, end = _FRAMES.get(image or "", ("", ""))
+        framed = {start, end} <= {token.content for token in added}
+        self._shown = f"{start}{image}{end}" if framed else image
+        special = {token.content for token in added if token.special}
+        special |= {*tokenizer.all_special_tokens, *filter(None, [image, *named])}
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._options = {"tokenize": False} | _frozen_date(getattr(processor, "chat_template", ""))
+        self._strings: dict[tuple[str, bool], bool] = {}  # by role, and whether it holds images
+        self._frames: dict[tuple, list[str]] = {}
+        self._told: set[str] = set()
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], images: int) -> Prompt:
+        """Render prompt messages for a response.
+
+        Where the template's generation prompt is not how it begins a response, the prompt ends
+        where the template writes the response, and one warning reports that.
+
+        Args:
+            messages: role, and content as text or typed parts; see `place_images`.
+            images: of the prompt.
+
+        Raises:
+            ChatError: when messages and images do not fit, a text holds a special token, or the
+                template refuses, drops or changes a message.
+        """
+        typed = place_images(messages, images, self.tags)
+        for text in (text for message in typed for text in (message["role"], *texts_of(message))):
+            self._refuse_special(text, "its prompt")
+        opened = self._render(typed, add_generation_prompt=True)
+        answered = self._render([*typed, _answer(_ANSWER)])
+        if not _follows(answered, self._expected(typed)):
+            raise ChatError("the chat template changes the text of its prompt.", _FIX_TEMPLATE)
+        before, _, close = answered.partition(_ANSWER)
+        text, lead = before, ""
+        if before.startswith(opened):
+            text, lead = opened, before[len(opened) :]
+        else:
+            shared = len(commonprefix([opened, before]))
+            self._tell(
+                f"the chat template's generation prompt ends with {opened[shared:]!r} where a "
+                f"response begins behind {before[shared:]!r}: prompts end with the latter, in "
+                "training and evaluation."
+            )
+        if (placed := text.count(self._image) if self._image else 0) != images:
+            raise ChatError(
+                f"its prompt places {placed} image(s) ({self._image!r}) for {images} given.",
+                "Use a chat template that writes an image token for each image of a user message.",
+            )
+        return Prompt(text, tuple(typed), lead, close)
+
+    def scored(self, prompt: Prompt, answer: str, name: str = "response") -> str:
+        """The text behind a prompt that is scored for a response: the template's own.
+
+        Where the template writes nothing behind a response, the tokenizer's end token follows it.
+
+        Args:
+            prompt: of `prompt`.
+            answer: the response.
+            name: of it, for messages.
+
+        Raises:
+            ChatError: when the response holds an image tag or a special token, or the template
+                does not write it whole, once, behind the prompt.
+        """
+        self.check_answer(answer, name)
+        whole, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
+        if not whole.startswith(prompt.text):
+            raise ChatError(
+                f"the chat template writes another prompt in front of its {name}.", _FIX_TEMPLATE
+            )
+        body = whole[len(prompt.text) :]
+        parts = [*_around(body, text)]
+        if prompt.text.rstrip().endswith("<think>"):  # the response's own thoughts may begin there
+            parts += _around(body, text.removeprefix("<think>").strip())
+        fits = (p for p in parts if _within(p[0], prompt.lead) and _within(p[1], prompt.close))
+        if (found := next(fits, None)) is None:
+            raise ChatError(
+                f"the chat template does not write its {name} {reprlib.repr(text)} whole and once, "
+                f"but {reprlib.repr(body)}.",
+                _FIX_TEMPLATE,
+            )
+        if found[1].strip():
+            return body
+        if not self.tokenizer.eos_token:
+            self._tell(
+                "the chat template ends no response and the tokenizer has no eos_token: responses "
+                "are scored without an end."
+            )
+            return body
+        return body.rstrip() + self.tokenizer.eos_token  # as LLaVA-1.5 is trained
+
+    def check_answer(self, answer: str, name: str = "response") -> None:
+        """Check a response for what a model would not read as text.
+
+        Raises:
+            ChatError: when it holds an image tag or a special token.
+        """
+        if tag := self.tags.search(answer):
+            raise ChatError(
+                f"its {name} contains the image tag {tag[0]!r}.", "Remove it from the text."
+            )
+        self._refuse_special(answer, f"its {name}")
+
+    def _refuse_special(self, text: str, what: str) -> None:
+        if token := self._special.search(text):
+            raise ChatError(
+                f"{what} holds {token[0]!r}, which the model reads as a special token.",
+                "Remove it from the text.",
+            )
+
+    def _expected(self, typed: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+        """What the rendered messages and a marked answer consist of, each with alternatives."""
+        texts = [(m["role"], text) for m in typed for text in texts_of(m) if text.strip()]
+        frame = self._frame(typed)
+        for fixed, mark in zip(frame[::2], [*frame[1::2], ""], strict=True):
+            role, text = texts[int(mark)] if mark.isdigit() else ("", _ANSWER if mark else "")
+            if role == "assistant" and "</think>" in text:
+                # Templates of reasoning models drop the thoughts of earlier turns, or write them
+                # in the place of empty ones.
+                yield fixed.strip(), _NO_THOUGHTS.sub("", fixed).strip()
+                yield text.strip(), text.rpartition("</think>")[2].strip()
+            else:
+                yield (fixed.strip(),)
+                yield (text.strip(),)
+
+    def _frame(self, typed: Sequence[dict[str, Any]]) -> list[str]:
+        """What the template writes around texts: fixed text and numbers of texts in turn."""
+        kinds = [
+            (m["role"], *(p["text"] if _is_blank(p) else p["type"] for p in m["content"]))
+            for m in typed
+        ]
+        key = tuple(kinds)
+        if key not in self._frames:
+            roles: list[str] = []
+            marked = []
+            for message in typed:
+                parts = []
+                for part in message["content"]:
+                    if part["type"] == "text" and not _is_blank(part):
+                        part = {"type": "text", "text": f"Kq{len(roles)}Vx"}
+                        roles.append(message["role"])
+                    parts.append(part)
+                marked.append({"role": message["role"], "content": parts})
+            frame = _MARK.split(self._render([*marked, _answer(_ANSWER)]))
+            _check_marks(frame[1::2], roles)
+            self._frames[key] = frame
+        return self._frames[key]
+
+    def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        laid = [{"role": m["role"], "content": self._content(m)} for m in messages]
+        return self._apply(laid, **options)
+
+    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        try:
+            return self._processor.apply_chat_template(messages, **self._options, **options)
+        except Exception as error:  # Jinja's own, and whatever an expression of the template raises
+            raise ChatError(
+                f"the chat template refuses it ({shorten(error)}).",
+                "Change the roles or the order of its messages, or the processor's chat template.",
+            ) from error
+
+    def _content(self, message: dict[str, Any]) -> Any:
+        """The content as the template takes it: text as a string, images as typed parts."""
+        role, parts = message["role"], message["content"]
+        shown = any(part["type"] == "image" for part in parts)
+        if (role, shown) not in self._strings:
+            word = [text_part(_ANSWER)]
+            probes = [{"type": "image"}, *word] if shown else word
+            typed, string = self._takes(role, probes), self._takes(role, self._as_text(probes))
+            self._strings[role, shown] = string and not typed if shown else string or not typed
+        return self._as_text(parts) if self._strings[role, shown] else parts
+
+    def _takes(self, role: str, content: Any) -> bool:
+        """Whether the template writes the text, and an image token, of such a content."""
+        turns = [{"role": role, "content": content}]
+        if role != "user":
+            asked = self._content({"role": "user", "content": [text_part("word")]})
+            turns.insert(role != "assistant", {"role": "user", "content": asked})
+        try:
+            text = self._apply(turns)
+        except ChatError:
+            return False
+        images = isinstance(content, list) and len(content) > 1
+        shown = not images or text.count(self._image) == 1
+        return shown and _ANSWER in text and not re.search("['\"]type['\"]", text)
+
+    def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
+        """Typed parts as one string; an image is its token on a line of its own, as LLaVA's."""
+        text, last = "", None
+        for part in parts:
+            line = last is not None and "image" in (last, part["type"])
+            text += "\n" * line + (part["text"] if part["type"] == "text" else self._shown)
+            last = part["type"]
+        return text
+
+    def _tell(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            warnings.warn(line, stacklevel=4)
+
+
+def chat_prompt(processor, messages: Sequence[dict], images: int) -> tuple[str, list[dict]]:
+    """Render prompt messages for a response; returns the text and the messages in typed parts."""
+    prompt = ChatTemplate(processor).prompt(messages, images)
+    return prompt.text, list(prompt.messages)
+
+
+def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
+    """`text` and `add_special_tokens` for a processor: one start token, and no end token."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    made = tokenizer("a")["input_ids"]
+    first = next((i for i in range(len(made)) if made[i : i + len(bare)] == bare), 0)
+    added = "".join(tokenizer.convert_ids_to_tokens(made[:first]))
+    if texts[0].startswith(tuple(filter(None, (tokenizer.bos_token, added)))):
+        return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
+    if made[first + len(bare) :]:  # it would end the prompt
+        return {"text": [added + text for text in texts], "add_special_tokens": False}
+    return {"text": [*texts], "add_special_tokens": True}
+
+
+def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[Any, int, int]:
+    """Tokenize a text behind a prompt, since a text may begin differently on its own.
+
+    Returns:
+        An encoding, how many of its tokens precede the text, and how many of its characters.
+
+    Raises:
+        ChatError: when no tokens of the text can follow those of the prompt.
+    """
+
+    def encoding(of: str) -> Any:
+        try:
+            return tokenizer(of, add_special_tokens=False, **options)
+        except Exception as error:  # of half a character, say
+            raise ChatError(
+                f"the tokenizer refuses {reprlib.repr(text)} ({shorten(error)}).",
+                "Correct the text.",
+            ) from error
+
+    begun, whole = encoding(prompt)["input_ids"], encoding(prompt + text)
+    if whole["input_ids"][: len(begun)] == begun:
+        return whole, len(begun), len(prompt)
+    # A token holds the end of the prompt and the start of the text: these are split.
+    expected = tokenizer.decode(whole["input_ids"])
+    for before in ("", "\n"):  # some tokenizers put a space in front of a text's first word
+        first, made = encoding(before)["input_ids"], encoding(before + text)
+        rest = made["input_ids"][len(first) :]
+        if first + rest == made["input_ids"] and tokenizer.decode(begun + rest) == expected:
+            return made, len(first), len(before)
+    raise ChatError(
+        f"the tokenizer cannot split {reprlib.repr(text)} from the prompt {_end(prompt)}.",
+        "Use a chat template that ends the prompt with a token of its own.",
+    )
+
+
+def shorten(error: Exception) -> str:
+    """An exception of another library in one short line."""
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line[:200]}{'...' if len(line) > 200 else ''}"
+
+
+def _check_marks(found: Sequence[str], roles: Sequence[str]) -> None:
+    """Raise ChatError unless marks come once for the answer, at the end, and in order."""
+    for number, role in enumerate(roles):
+        if str(number) not in found:
+            raise ChatError(
+                f"the chat template drops or changes the text of a {role!r} message.",
+                "Take that message out of the prompt, or use a chat template that writes it.",
+            )
+    if (times := found.count("Answer")) != 1:
+        how = "drops or changes" if times == 0 else "repeats"
+        raise ChatError(f"the chat template {how} responses.", _FIX_TEMPLATE)
+    # A system message may be written later, as Pixtral's template writes it.
+    order = [int(n) for n in dict.fromkeys(found) if n != "Answer" and roles[int(n)] in _TURNS]
+    if order != sorted(order) or found[-1] != "Answer":
+        raise ChatError("the chat template writes messages in another order.", _FIX_TEMPLATE)
+
+
+def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
+    """Whether a text consists of what is expected in turn, white space between aside."""
+    at = 0
+    for alternatives in expected:
+        at = _SPACE.match(text, at).end()
+        piece = next((p for p in alternatives if text.startswith(p, at)), None)
+        if piece is None:
+            return False
+        at += len(piece)
+    return not text[at:].strip()
+
+
+def _around(body: str, text: str) -> Iterator[tuple[str, str]]:
+    """What is in front of each occurrence of a text, and behind it."""
+    at = body.find(text)
+    while at >= 0:
+        yield body[:at], body[at + len(text) :]
+        at = body.find(text, at + 1)
+
+
+def _within(part: str, frame: str) -> bool:
+    """Whether a part is the frame or less of it, as where a response brings its own thoughts."""
+    part, frame = part.strip(), frame.strip()
+    return frame.startswith(part) or frame.endswith(part)
+
+
+def _answer(answer: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [text_part(answer)]}
+
+
+def _is_blank(part: Mapping[str, str]) -> bool:
+    return part["type"] == "text" and not part["text"].strip()
+
+
+def _end(text: str) -> str:
+    return repr(f"...{text[-40:]}")
+
+
+def _first(processor, tokenizer, names: Sequence[str]) -> str | None:
+    """The first of some attributes that processor or tokenizer has."""
+    found = (getattr(owner, name, None) for name in names for owner in (processor, tokenizer))
+    return next((value for value in found if isinstance(value, str)), None)
+
+
+def _frozen_date(template: Any) -> dict[str, str]:
+    """A template with the date of now for calls of the clock, so that renderings agree."""
+    template = template.get("default") if isinstance(template, Mapping) else template
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return {}
+    now = datetime.now()
+    return {"chat_template": _NOW.sub(lambda call: repr(now.strftime(call[2])), template)}
