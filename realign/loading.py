@@ -5,7 +5,6 @@ Weights are read from safetensors alone, and no code that comes with a model is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from realign import lora
 from realign.attention import IMPLEMENTATIONS
 from realign.layouts import has_softcap
+from realign.merging import adapter_base, cast, merge, put_on
 from realign.parallel import disable_cudnn_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,25 +76,25 @@ def load_model(
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, **options)
     wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
-    if not (Path(path) / "adapter_model.safetensors").exists():
-        raise ValueError(
-            f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
-            "adapter again with a present version of PEFT."
-        )
-    merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
-    return merged.to(dtype).requires_grad_(True)  # PEFT froze them
+    return cast(merge(put_on(wide, path)), dtype)
 
 
-def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a final model for inference: full weights, or an adapter with the base it names."""
-    options = {"dtype": dtype, "use_safetensors": True}
-    return _from_pretrained(AutoModelForImageTextToText, path, **options).eval()
+def load_trained(
+    path: str | Path, dtype: torch.dtype = torch.float32, auto: type = AutoModelForImageTextToText
+) -> PreTrainedModel:
+    """Load a final model for inference: full weights, or a base with its adapter, unmerged.
 
+    Args:
+        path: folder or hub name.
+        dtype: in which it computes; an adapter's weights stay fp32, as PEFT keeps them.
+        auto: the class of transformers that loads it.
 
-def adapter_base(path: str | Path) -> str | None:
-    """The base model that an adapter folder names; None for a folder or name of a whole model."""
-    adapter = Path(path) / "adapter_config.json"
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+    Raises:
+        ValueError: when there is no such model, or an adapter does not fit its base.
+    """
+    base, options = adapter_base(path), {"dtype": dtype, "use_safetensors": True}
+    model = _from_pretrained(auto, base or path, **options)
+    return (put_on(model, path).get_base_model() if base else model).eval()
 
 
 def _vision_config(path: str | Path):
