@@ -20,23 +20,30 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from realign import lora
 from realign.attention import IMPLEMENTATIONS
 from realign.layouts import has_softcap
-from realign.merging import adapter_base, cast, merge, put_on
+from realign.merging import adapter_base, cast, find_file, merge, put_on
 from realign.parallel import disable_cudnn_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a model may compute in, by the names of the settings."""
 
+_OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+
 
 def load_processor(path: str | Path):
-    """Load a model folder's processor; a text-only model is refused.
+    """Load a model folder's processor; that of the base where an adapter's folder has none.
 
     Raises:
         ValueError: when the model is text-only, or its processor has no chat template.
     """
     _vision_config(path)
-    if (base := adapter_base(path)) and not (Path(path) / "tokenizer_config.json").exists():
-        path = base  # PEFT alone saves no processor
+    if (base := adapter_base(path)) and not any(find_file(path, name) for name in _OF_PROCESSOR):
+        path = base  # PEFT saves none, some trainers the tokenizer only
     processor = _from_pretrained(AutoProcessor, path)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{path} has a {type(processor).__name__} and no image processor. Save the model's "
+            "whole processor there (AutoProcessor.from_pretrained(...).save_pretrained(...))."
+        )
     if not processor.chat_template:
         raise ValueError(
             f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "

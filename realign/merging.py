@@ -87,6 +87,17 @@ def _remote_adapter_config(name: str) -> str | None:
         return None
 
 
+def find_file(path: str | Path, name: str) -> str | None:
+    """The file `name` of a folder, or of a model on the hub; None where there is none."""
+    return cached_file(
+        str(path),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
 def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
     """Put the adapter at `path` on its base, frozen, as `PeftModel.from_pretrained` does.
 
@@ -94,7 +105,7 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
         ValueError: for an adapter in another format, of a kind that acts outside of the modules of
             the base, or with weights that the base has no place for.
     """
-    if cached_file(str(path), "adapter_model.safetensors", **_QUIETLY) is None:
+    if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(
             f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
             "adapter again with a present version of PEFT."
@@ -121,13 +132,6 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
             "with the base that it was trained on, or save it again with a present version of PEFT."
         ) from error
     return adapted
-
-
-_QUIETLY = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-    "_raise_exceptions_for_gated_repo": False,
-}
 
 
 def check_kind(config: PeftConfig, name: str) -> None:
