@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from realign import lora
 from realign.attention import IMPLEMENTATIONS
@@ -26,6 +27,7 @@ from realign.parallel import disable_cudnn_attention
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a model may compute in, by the names of the settings."""
 
+_LINEAR = (nn.Linear, Conv1D)
 _OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -141,9 +143,18 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     """Put LoRA on every linear layer of the language model, and freeze everything else."""
     language = model.model.get_decoder()
     (place,) = (name for name, module in model.named_modules() if module is language)
-    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
-    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(names))})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
+    inside = {name: m for name, m in model.named_modules() if name.startswith(f"{place}.")}
+    names = {name.rsplit(".", 1)[-1] for name, m in inside.items() if isinstance(m, _LINEAR)}
+    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(map(re.escape, names)))})"
+    other = [name for name, m in inside.items() if not isinstance(m, _LINEAR)]
+    namesakes = [name for name in other if re.fullmatch(pattern, name)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=pattern,
+        exclude_modules=namesakes or None,
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model, config)
     lora.use(adapted)
     return adapted
