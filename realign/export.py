@@ -93,8 +93,8 @@ def export(
         except (OSError, SafetensorError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(
-                f"{folder} could not be written ({error}). All steps are kept as checkpoints: "
-                "leave --merge out if merging failed, else make room, and run the same with --resume."
+                f"{folder} could not be written ({error}). All steps are kept as checkpoints. "
+                "Leave out --merge if that failed, else make room, and run the same with --resume."
             ) from error
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -39,7 +39,7 @@ def adapter_base(path: str | Path) -> str | None:
         ValueError: for a folder whose models are in folders below it, and for a base that is
             missing or no model by itself.
     """
-    _check_folder(Path(path))
+    check_folder(path)
     if (file := _adapter_config(path)) is None:
         return None
     base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -62,8 +62,13 @@ def adapter_base(path: str | Path) -> str | None:
     return base
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse the folder of a run, or of several adapters, in place of one of the models in it."""
+def check_folder(path: str | Path) -> None:
+    """Refuse the folder of a run, or of several adapters, in place of one of the models in it.
+
+    Raises:
+        ValueError: names the folders in it that hold one.
+    """
+    folder = Path(path)
     if not folder.is_dir() or any((folder / name).exists() for name in _CONFIGS):
         return
     found = {file.parent for name in _CONFIGS for file in folder.glob(f"*/{name}")}
