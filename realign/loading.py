@@ -41,11 +41,6 @@ def load_processor(path: str | Path):
     if (base := adapter_base(path)) and not any(find_file(path, name) for name in _OF_PROCESSOR):
         path = base  # PEFT saves none, some trainers the tokenizer only
     processor = _from_pretrained(AutoProcessor, path)
-    if not hasattr(processor, "image_processor"):
-        raise ValueError(
-            f"{path} has a {type(processor).__name__} and no image processor. Save the model's "
-            "whole processor there (AutoProcessor.from_pretrained(...).save_pretrained(...))."
-        )
     if not processor.chat_template:
         raise ValueError(
             f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -36,30 +37,53 @@ def adapter_base(path: str | Path) -> str | None:
     """The base model that an adapter's folder or hub name gives; None for a whole model.
 
     Raises:
-        ValueError: for a folder whose models are in folders below it, and for a base that is
-            missing or no model by itself.
+        ValueError: for a folder whose models are in folders below it, an adapter of a kind that
+            acts outside of the base's modules, and a base that is missing or an adapter itself.
     """
     check_folder(path)
     if (file := _adapter_config(path)) is None:
         return None
-    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    where = f"base_model_name_or_path of {path}/adapter_config.json"
+    where, config = f"{path}/{Path(file).name}", _read_config(Path(file))
+    check_kind(config, str(path))
+    base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"{where} is {base!r}, so the adapter has no base. Write the folder or hub name of the "
-            "model that it was trained on there."
+            f"{where} names no base: base_model_name_or_path is {base!r}. Write the folder or hub "
+            "name of the model that the adapter was trained on there."
         )
     if not Path(base).is_dir() and (base[0] in "./~" or base.count("/") > 1):
         raise ValueError(
-            f"{where} is {base!r}, and there is no such folder here ({Path.cwd()}). Write the "
-            "model's absolute path or hub name there."
+            f"{where} names the base {base!r}, and there is no such folder from {Path.cwd()}. "
+            "Write its absolute path, or its hub name, as base_model_name_or_path."
         )
     if _adapter_config(base) is not None:
         raise ValueError(
-            f"{where} is {base!r}, which is an adapter itself. Merge that one (python -m "
-            "realign.export), and write the merged folder there."
+            f"{where} names the base {base!r}, which is an adapter itself. Merge that one (python "
+            "-m realign.export), and write the merged folder as base_model_name_or_path."
         )
     return base
+
+
+def _read_config(file: Path) -> PeftConfig:
+    """Read an adapter's configuration; PEFT warns of fields that it does not know, and drops them.
+
+    Raises:
+        ValueError: for a file that this version of PEFT does not read, all of it.
+    """
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        with warnings.catch_warnings(action="ignore"):
+            config = PeftConfig.from_pretrained(str(file.parent))
+        if config.peft_type is None:
+            raise ValueError("no peft_type")
+        if lost := sorted(name for name in given if given[name] and not hasattr(config, name)):
+            raise ValueError(f"unknown: {', '.join(lost)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no configuration that PEFT {peft.__version__} reads ({error!r}). Save the "
+            "adapter again, or install the version of PEFT that it was saved with."
+        ) from error
+    return config
 
 
 def check_folder(path: str | Path) -> None:
@@ -107,22 +131,14 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
     """Put the adapter at `path` on its base, frozen, as `PeftModel.from_pretrained` does.
 
     Raises:
-        ValueError: for an adapter in another format, of a kind that acts outside of the modules of
-            the base, or with weights that the base has no place for.
+        ValueError: for an adapter in another format, or with other weights than the base has
+            places for.
     """
     if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(
             f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
             "adapter again with a present version of PEFT."
         )
-    try:
-        config = PeftConfig.from_pretrained(str(path))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}/adapter_config.json is no configuration that this version of PEFT reads "
-            f"({error!r}). Save the adapter again, or install the PEFT that it was saved with."
-        ) from error
-    check_kind(config, str(path))
     try:
         with _handled_here():
             warnings.filterwarnings("error", "Found missing adapter keys")
