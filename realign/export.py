@@ -20,7 +20,8 @@ from transformers import AutoConfig
 
 from realign.card import with_evaluation, without_adapter
 from realign.cli import parse_sections
-from realign.loading import DTYPES, adapter_base, load_model, load_processor
+from realign.loading import DTYPES, load_model, load_processor
+from realign.merging import adapter_base, cast, merge, put_on
 from realign.model import ForestModel
 from realign.noise import hush_libraries
 from realign.parallel import from_rank_0
@@ -89,11 +90,11 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         try:
             write_into(partial)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(
-                f"{folder} could not be written ({error}). All steps are kept as checkpoints: make "
-                "room, and run the same with --resume."
+                f"{folder} could not be written ({error}). All steps are kept as checkpoints. "
+                "Leave out --merge if that failed, else make room, and run the same with --resume."
             ) from error
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -115,8 +116,8 @@ def export(
 
 def _merge(folder: Path, base: str) -> None:
     """Replace the adapter in `folder` by the base weights with the adapter added in fp32."""
-    merged = PeftModel.from_pretrained(load_model(base, torch.float32), str(folder))
-    merged.merge_and_unload().to(kept_dtype(base)).save_pretrained(folder)
+    merged = merge(put_on(load_model(base), folder))
+    cast(merged, kept_dtype(base)).save_pretrained(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
         (folder / name).unlink(missing_ok=True)
 
@@ -143,12 +144,12 @@ def export_whole(config: ExportConfig) -> Path:
         raise ValueError(f"{folder} is there already and not empty; name another --output.")
     evaluated = None if config.metrics is None else _evaluated(Path(config.metrics))
     processor = load_processor(model)
-    whole = load_model(model, torch.float32)
     dtype = DTYPES[config.dtype] if config.dtype else kept_dtype(model)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        whole.to(dtype).save_pretrained(partial)
+        partial.mkdir(parents=True)  # or an error before the model is loaded
+        cast(load_model(model), dtype).save_pretrained(partial)
         processor.save_pretrained(partial)
         card = None
         if (old := Path(model) / "README.md").exists():

@@ -5,7 +5,6 @@ Weights are read from safetensors alone, and no code that comes with a model is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,25 +16,30 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from realign import lora
 from realign.attention import IMPLEMENTATIONS
 from realign.layouts import has_softcap
+from realign.merging import adapter_base, cast, find_file, merge, put_on
 from realign.parallel import disable_cudnn_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a model may compute in, by the names of the settings."""
 
+_LINEAR = (nn.Linear, Conv1D)
+_OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+
 
 def load_processor(path: str | Path):
-    """Load a model folder's processor; a text-only model is refused.
+    """Load a model folder's processor; that of the base where an adapter's folder has none.
 
     Raises:
         ValueError: when the model is text-only, or its processor has no chat template.
     """
     _vision_config(path)
-    if (base := adapter_base(path)) and not (Path(path) / "tokenizer_config.json").exists():
-        path = base  # PEFT alone saves no processor
+    if (base := adapter_base(path)) and not any(find_file(path, name) for name in _OF_PROCESSOR):
+        path = base  # PEFT saves none, some trainers the tokenizer only
     processor = _from_pretrained(AutoProcessor, path)
     if not processor.chat_template:
         raise ValueError(
@@ -76,25 +80,25 @@ def load_model(
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, **options)
     wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
-    if not (Path(path) / "adapter_model.safetensors").exists():
-        raise ValueError(
-            f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
-            "adapter again with a present version of PEFT."
-        )
-    merged = PeftModel.from_pretrained(wide, str(path)).merge_and_unload()
-    return merged.to(dtype).requires_grad_(True)  # PEFT froze them
+    return cast(merge(put_on(wide, path)), dtype)
 
 
-def load_trained(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a final model for inference: full weights, or an adapter with the base it names."""
-    options = {"dtype": dtype, "use_safetensors": True}
-    return _from_pretrained(AutoModelForImageTextToText, path, **options).eval()
+def load_trained(
+    path: str | Path, dtype: torch.dtype = torch.float32, auto: type = AutoModelForImageTextToText
+) -> PreTrainedModel:
+    """Load a final model for inference: full weights, or a base with its adapter, unmerged.
 
+    Args:
+        path: folder or hub name.
+        dtype: in which it computes; an adapter's weights stay fp32, as PEFT keeps them.
+        auto: the class of transformers that loads it.
 
-def adapter_base(path: str | Path) -> str | None:
-    """The base model that an adapter folder names; None for a folder or name of a whole model."""
-    adapter = Path(path) / "adapter_config.json"
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+    Raises:
+        ValueError: when there is no such model, or an adapter does not fit its base.
+    """
+    base, options = adapter_base(path), {"dtype": dtype, "use_safetensors": True}
+    model = _from_pretrained(auto, base or path, **options)
+    return (put_on(model, path).get_base_model() if base else model).eval()
 
 
 def _vision_config(path: str | Path):
@@ -134,9 +138,18 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     """Put LoRA on every linear layer of the language model, and freeze everything else."""
     language = model.model.get_decoder()
     (place,) = (name for name, module in model.named_modules() if module is language)
-    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
-    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(names))})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
+    inside = {name: m for name, m in model.named_modules() if name.startswith(f"{place}.")}
+    names = {name.rsplit(".", 1)[-1] for name, m in inside.items() if isinstance(m, _LINEAR)}
+    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(map(re.escape, names)))})"
+    other = [name for name, m in inside.items() if not isinstance(m, _LINEAR)]
+    namesakes = [name for name in other if re.fullmatch(pattern, name)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=pattern,
+        exclude_modules=namesakes or None,
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model, config)
     lora.use(adapted)
     return adapted

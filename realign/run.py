@@ -14,7 +14,7 @@ from realign import parallel
 from realign.checkpoint import Checkpoints
 from realign.config import TrainConfig
 from realign.digits import ASSETS
-from realign.loading import adapter_base
+from realign.merging import adapter_base
 from realign.metrics import write_whole
 
 _FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}

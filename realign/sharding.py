@@ -130,31 +130,36 @@ def shard(
 def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Replace the tensors that these modules themselves hold by those of rank 0, bit for bit.
 
-    Among them are buffers that no state dict has, such as rotary frequencies. What is tied stays
-    tied.
+    Among them are buffers that no state dict has, such as rotary frequencies. What rank 0 ties is
+    tied everywhere: merging an adapter may untie there ends that the base's configuration ties.
     """
     if world_size() == 1:
         return
     tables = [table for m in modules for table in (m._parameters, m._buffers, vars(m))]
     slots = [(t, name) for t in tables for name in t if isinstance(t[name], torch.Tensor)]
-    mine = [(name, table[name].shape, table[name].dtype) for table, name in slots]
-    replaced: dict[torch.Tensor, torch.Tensor] = {}
+    first: dict[torch.Tensor, int] = {}
+    mine = [
+        (name, table[name].shape, table[name].dtype, first.setdefault(table[name], place))
+        for place, (table, name) in enumerate(slots)
+    ]
+    replaced: dict[int, torch.Tensor] = {}
     for (table, name), sent in zip(slots, from_rank_0(lambda: mine), strict=True):
-        assert name == sent[0], f"rank {rank()} holds {name} where rank 0 holds {sent[0]}"
-        old = table[name]
-        if old not in replaced:
+        expected, shape, dtype, place = sent
+        assert name == expected, f"rank {rank()} holds {name} where rank 0 holds {expected}"
+        if place not in replaced:
+            old = table[name]
             new = (
                 old.detach().to(device).contiguous()
                 if rank() == 0
-                else torch.empty(sent[1], dtype=sent[2], device=device)
+                else torch.empty(shape, dtype=dtype, device=device)
             )
             dist.broadcast(new.view(-1).view(torch.uint8), src=0)  # gloo knows few dtypes
-            replaced[old] = (
+            replaced[place] = (
                 nn.Parameter(new, requires_grad=old.requires_grad)
                 if isinstance(old, nn.Parameter)
                 else new
             )
-        table[name] = replaced[old]
+        table[name] = replaced[place]
 
 
 def sync_gradients(model: nn.Module, wanted: bool) -> None:

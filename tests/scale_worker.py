@@ -39,6 +39,8 @@ def received(dtype):
     """{name: whether it is that of a loaded model, bit for bit} of all parameters and buffers."""
     device = parallel.start(fsdp=True)
     vlm = load_model(ASSETS, dtype, meta=parallel.rank() > 0)
+    if parallel.rank() and dtype == torch.bfloat16:  # as where rank 0 has merged an adapter
+        vlm.lm_head.weight = vlm.get_input_embeddings().weight
     torch.manual_seed(parallel.rank())
     add_lora(vlm, 4, 8.0)
     meta = {name for name, value in vlm.named_parameters() if value.is_meta}

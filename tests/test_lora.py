@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from realign import lora
 from realign.digits import ASSETS
@@ -195,3 +196,43 @@ def test_every_layer_of_a_model_and_nothing_of_its_file():
     assert len(places) > 20 and all("forward" in vars(place) for place in places)
     names = [get_peft_model_state_dict(m).keys() for m in (adapted, adapted_by_peft)]
     assert names[0] == names[1] and list(adapted.state_dict()) == list(adapted_by_peft.state_dict())
+
+
+class Scaled(nn.Linear):
+    """A linear layer of another class, as some language models have."""
+
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class Gate(nn.Module):
+    """Not linear, under a name that linear layers have elsewhere."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).relu()
+
+
+def test_linear_layers_are_found_by_their_class():
+    """A subclass and a Conv1D get LoRA; a namesake of another class does not, its inside does."""
+    model = load_model(ASSETS)
+    first, second, third = model.model.get_decoder().layers[:3]
+    up, down, gate = first.mlp.up_proj, second.mlp.down_proj, third.mlp.gate_proj
+    first.mlp.up_proj = Scaled(up.in_features, up.out_features, bias=False)
+    second.mlp.down_proj = Conv1D(down.out_features, down.in_features)
+    third.mlp.gate_proj = Gate(gate)
+    adapted = add_lora(model, 4, 8.0)
+    layers = adapted.get_base_model().model.get_decoder().layers
+    assert type(layers[0].mlp.up_proj.base_layer) is Scaled
+    assert type(layers[1].mlp.down_proj.base_layer) is Conv1D
+    assert type(layers[2].mlp.gate_proj) is Gate
+    assert layers[2].mlp.gate_proj.inner.base_layer is gate
+    # Every trained factor, and nothing else: 7 linear layers in each block.
+    learns = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(learns) == 2 * 7 * len(layers)
+    ids = torch.randint(1, 20, (1, 9), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learns)

@@ -65,6 +65,10 @@ def make_engine(
             price_in=price_in,
             price_out=price_out,
         )
+    if model:
+        from realign.merging import check_folder
+
+        check_folder(model)
     if kind == "transformers" and model:
         from realign.pairs.engines.transformers_engine import TransformersEngine
 

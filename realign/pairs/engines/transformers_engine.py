@@ -60,9 +60,7 @@ class TransformersEngine(Engine):
             model = load_trained(self._path, dtype)
         else:
             self._processor = self._tokenizer = _load_tokenizer(self._path)
-            model = AutoModelForCausalLM.from_pretrained(
-                self._path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            ).eval()
+            model = load_trained(self._path, dtype, AutoModelForCausalLM)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._template = ChatTemplate(self._processor)

@@ -1,0 +1,278 @@
+"""Adapter folders: the base they name, the two together as PEFT has them, and merged.
+
+PEFT loads an adapter, since transformers' own loading leaves parts of DoRA and of tied ends out.
+Merging one into a model with tied embeddings gives each end a weight of its own where the adapter
+moves the two apart: PEFT would add both changes to the one weight that they share.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file, find_adapter_config_file
+
+_CONFIGS = ("config.json", "adapter_config.json")
+_PROBED = 16  # tokens of the text that a merged model is checked on
+_MERGED_TOLERANCE = (
+    1e-2  # nats; fp32 rounding seen is 3e-5, a shared end changed twice is 0.5 to 34
+)
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The base model that an adapter's folder or hub name gives; None for a whole model.
+
+    Raises:
+        ValueError: for a folder whose models are in folders below it, an adapter of a kind that
+            acts outside of the base's modules, and a base that is missing or an adapter itself.
+    """
+    check_folder(path)
+    if (file := _adapter_config(path)) is None:
+        return None
+    where, config = f"{path}/{Path(file).name}", _read_config(Path(file))
+    check_kind(config, str(path))
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"{where} names no base: base_model_name_or_path is {base!r}. Write the folder or hub "
+            "name of the model that the adapter was trained on there."
+        )
+    if not Path(base).is_dir() and (base[0] in "./~" or base.count("/") > 1):
+        raise ValueError(
+            f"{where} names the base {base!r}, and there is no such folder from {Path.cwd()}. "
+            "Write its absolute path, or its hub name, as base_model_name_or_path."
+        )
+    if _adapter_config(base) is not None:
+        raise ValueError(
+            f"{where} names the base {base!r}, which is an adapter itself. Merge that one (python "
+            "-m realign.export), and write the merged folder as base_model_name_or_path."
+        )
+    return base
+
+
+def _read_config(file: Path) -> PeftConfig:
+    """Read an adapter's configuration; PEFT warns of fields that it does not know, and drops them.
+
+    Raises:
+        ValueError: for a file that this version of PEFT does not read, all of it.
+    """
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        with warnings.catch_warnings(action="ignore"):
+            config = PeftConfig.from_pretrained(str(file.parent))
+        if config.peft_type is None:
+            raise ValueError("no peft_type")
+        if lost := sorted(name for name in given if given[name] and not hasattr(config, name)):
+            raise ValueError(f"unknown: {', '.join(lost)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no configuration that PEFT {peft.__version__} reads ({error!r}). Save the "
+            "adapter again, or install the version of PEFT that it was saved with."
+        ) from error
+    return config
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse the folder of a run, or of several adapters, in place of one of the models in it.
+
+    Raises:
+        ValueError: names the folders in it that hold one.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or any((folder / name).exists() for name in _CONFIGS):
+        return
+    found = {file.parent for name in _CONFIGS for file in folder.glob(f"*/{name}")}
+    found = found or {file.parent for name in _CONFIGS for file in folder.glob(f"*/*/{name}")}
+    if found:
+        shown = ", ".join(sorted(map(str, found)))
+        raise ValueError(f"{folder} holds no model itself. Pass the folder of one in it: {shown}.")
+
+
+def _adapter_config(path: str | Path) -> str | None:
+    """The file of an adapter's configuration, on the hub too; None for a whole model."""
+    local = Path(path).is_dir()
+    return find_adapter_config_file(str(path)) if local else _remote_adapter_config(str(path))
+
+
+@functools.cache  # a name asks the hub
+def _remote_adapter_config(name: str) -> str | None:
+    try:
+        return find_adapter_config_file(name)
+    except OSError:  # not a name that the hub could have; whoever loads it reports that
+        return None
+
+
+def find_file(path: str | Path, name: str) -> str | None:
+    """The file `name` of a folder, or of a model on the hub; None where there is none."""
+    return cached_file(
+        str(path),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
+    """Put the adapter at `path` on its base, frozen, as `PeftModel.from_pretrained` does.
+
+    Raises:
+        ValueError: for an adapter in another format, or with other weights than the base has
+            places for.
+    """
+    if find_file(path, "adapter_model.safetensors") is None:
+        raise ValueError(
+            f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
+            "adapter again with a present version of PEFT."
+        )
+    try:
+        with _handled_here():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(path))
+            unknown = adapted.load_adapter(str(path), adapted.active_adapter).unexpected_keys
+            if unknown:
+                raise ValueError(f"Found unknown adapter keys: {unknown}")
+    except (KeyError, RuntimeError, TypeError, UserWarning, ValueError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise ValueError(
+            f"the adapter {path} does not fit its base {model.name_or_path}: {reason}. Pass it "
+            "with the base that it was trained on, or save it again with a present version of PEFT."
+        ) from error
+    return adapted
+
+
+def check_kind(config: PeftConfig, name: str) -> None:
+    """Refuse a kind that acts in the forward of `PeftModel`: here models are called without it.
+
+    Raises:
+        ValueError: names the adapter and its kind.
+    """
+    kind = config.peft_type
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    # AdaLoRA's forward adds a penalty to the loss, and log-probs are those of its modules.
+    own = getattr(tuner, "forward", None) is not BaseTuner.forward and kind != PeftType.ADALORA
+    activated = getattr(config, "alora_invocation_tokens", None)
+    if own or activated:
+        shown = "LORA with alora_invocation_tokens" if activated else PeftType(kind).value
+        raise ValueError(
+            f"{name} is an adapter of PEFT's kind {shown}, which acts outside of the model's own "
+            "modules, so it can be neither trained, evaluated nor merged here. Use a kind that "
+            "changes modules, such as LoRA."
+        )
+
+
+def merge(adapted: PeftModel) -> PreTrainedModel:
+    """Merge an fp32 adapter into its fp32 base, and compare log-probs before and after.
+
+    Ends that were tied stay so where the adapter leaves them equal. Else each has its own weight,
+    and the configuration says so, for `from_pretrained` to read both.
+
+    Raises:
+        ValueError: for a kind that cannot be merged, or not rightly.
+    """
+    model = adapted.get_base_model()
+    kind = PeftType(adapted.active_peft_config.peft_type).value
+    before = _probe(model)
+    tied = _split_ends(model)
+    try:
+        with _handled_here():
+            whole = adapted.merge_and_unload()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"an adapter of PEFT's kind {kind} cannot be merged into this base ({error}). Keep it "
+            "as an adapter: realign.evaluate takes it as it is."
+        ) from error
+    if tied:
+        _tie_again(whole)
+    worst = (_probe(whole) - before).abs().amax(-1).median().item()
+    if not worst < _MERGED_TOLERANCE:
+        raise ValueError(
+            f"merged, an adapter of PEFT's kind {kind} moves log-probs by {worst:.2g} nats, so the "
+            "merged model is another one. Keep the adapter as it is."
+        )
+    return whole.requires_grad_(True)  # PEFT froze them
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights in place, as `from_pretrained` with a dtype does.
+
+    Buffers that no file has, such as rotary frequencies, keep fp32; `Module.to` would round them.
+    """
+    saved = model.state_dict(keep_vars=True).keys()
+    named = chain(model.named_parameters(), model.named_buffers())
+    for name, tensor in named:
+        if name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _split_ends(model: nn.Module) -> bool:
+    """Give every module its own copy of a weight that an embedding shares; whether there was one.
+
+    After adapters are on: PEFT ties adapters by the weights' identity. Before they are merged.
+    """
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[parameter].append((module, name))
+    shared = [
+        places[1:]
+        for places in owners.values()
+        if len(places) > 1 and any(isinstance(module, nn.Embedding) for module, _ in places)
+    ]
+    for module, name in chain.from_iterable(shared):
+        copy = module._parameters[name].detach().clone()
+        setattr(module, name, nn.Parameter(copy, requires_grad=False))
+    return bool(shared)
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Tie ends that are equal up to fp32 rounding, and write the outcome into the configuration."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rounding = 1e-6 * embedding.weight.abs().max().item()
+    tied = torch.allclose(embedding.weight, head.weight, rtol=1e-6, atol=rounding)
+    model.config.tie_word_embeddings = tied  # PEFT cleared it when it saw two weights
+    if tied:
+        head.weight = embedding.weight
+    else:  # families read it in different places
+        for name in model.config.sub_configs:
+            part = getattr(model.config, name)
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    """Log-probs after each token of a short text without images, (T, V)."""
+    taken = {value for value in model.config.to_dict().values() if isinstance(value, int)}
+    size = model.config.get_text_config().vocab_size
+    ids = [i for i in range(1, size, max(1, size // _PROBED)) if i not in taken][:_PROBED]
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+
+
+@contextmanager
+def _handled_here() -> Iterator[None]:
+    """Without PEFT's warnings of tied ends, which `merge` takes care of."""
+    with warnings.catch_warnings():
+        for start in (
+            "Model (with|has) `tie_word_embeddings",
+            "Input and output embeddings are no",
+        ):
+            warnings.filterwarnings("ignore", start)
+        yield

@@ -1,0 +1,250 @@
+"""Adapter folders of the PEFT kinds: loaded, merged and exported, against PEFT's own forward.
+
+The truth of a folder is the plain forward of the model that wrote it. `adapter_matrix.py` runs
+every kind on every family. Here each kind that touches an end of the model meets a tied one, and
+every third of the others one family.
+"""
+
+import json
+import shutil
+
+import adapter_kinds
+import pytest
+import torch
+from adapter_kinds import FAMILIES, KINDS, inputs_of, load_base, logps, save_base, save_trained
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+from tiny_vlms import make
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from realign import cache, evaluate, export, merging, train
+from realign.export import ExportConfig, export_whole
+from realign.loading import load_model, load_processor, load_trained
+from realign.pairs.__main__ import main as pairs_main
+
+ROUNDING = 1e-4  # nats; merging in fp32 gave at most 2e-5, changing a shared end twice 0.5 to 34
+UNMERGED = {"LoRA, lora_bias", "BEFT", "Lily"}  # PEFT merges them nowhere, or into biases only
+AT_ENDS = [kind for kind in KINDS if any(word in kind for word in ("lm_head", "embed", "end"))]
+OTHERS = [kind for kind in KINDS if kind not in AT_ENDS]
+SAMPLE = [
+    *((kind, ("smolvlm", "gemma3")[i % 2]) for i, kind in enumerate(AT_ENDS)),
+    *((kind, FAMILIES[i % 4]) for i, kind in enumerate(OTHERS) if i % 3 == 0 or kind in UNMERGED),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """{family: its folder, and an image with a text}."""
+    root = tmp_path_factory.mktemp("bases")
+    return {f: (save_base(f, root / f), inputs_of(make(f)[1])) for f in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def adapter(bases, tmp_path_factory):
+    """The folder of a LoRA on smolvlm, and the log-probs under it."""
+    base, inputs = bases["smolvlm"]
+    folder = tmp_path_factory.mktemp("adapter")
+    return folder, logps(save_trained(base, "LoRA", folder), inputs)
+
+
+@pytest.mark.parametrize(("kind", "family"), SAMPLE)
+def test_a_kind_is_loaded_and_merged_as_peft_has_it(bases, tmp_path, kind, family):
+    base, inputs = bases[family]
+    truth = logps(save_trained(base, kind, tmp_path / "adapter"), inputs)
+    assert (truth - logps(load_base(base), inputs)).abs().max() > 0.01
+    assert torch.equal(logps(load_trained(tmp_path / "adapter"), inputs), truth)
+    if kind in UNMERGED:
+        with pytest.raises(ValueError, match="cannot be merged into this base .*Keep it as an ad"):
+            load_model(tmp_path / "adapter")
+    else:
+        merged = load_model(tmp_path / "adapter")
+        assert (logps(merged, inputs) - truth).abs().max() < ROUNDING
+        assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("LoRA, lm_head", False),
+        ("LoRA, embed_tokens", False),
+        ("LoRA, modules_to_save lm_head", False),
+        ("LoRA, both ends, tied", True),
+        ("LoRA, modules_to_save tied", True),
+        ("Trainable tokens", True),
+        ("LoRA", True),
+    ],
+)
+def test_an_export_has_two_ends_where_they_differ(bases, tmp_path, kind, tied, family):
+    base, inputs = bases[family]
+    truth = logps(save_trained(base, kind, tmp_path / "adapter"), inputs)
+    folder = export_whole(ExportConfig(str(tmp_path / "adapter"), str(tmp_path / "whole")))
+    loaded = load_base(folder)  # by plain transformers
+    assert (logps(loaded, inputs) - truth).abs().max() < ROUNDING
+    ends = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
+    assert (ends[0] is ends[1]) == tied
+    given = json.loads((folder / "config.json").read_text())
+    flags = [part.get("tie_word_embeddings") for part in (given, given["text_config"])]
+    assert flags[0] == tied and (tied or not flags[1])
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (not tied)
+
+
+def test_a_cast_model_has_the_buffers_of_one_loaded_so(bases, adapter):
+    """`Module.to` would round the rotary frequencies too."""
+    merged = load_model(adapter[0], torch.bfloat16)
+    options = {"dtype": torch.bfloat16}
+    plain = AutoModelForImageTextToText.from_pretrained(bases["smolvlm"][0], **options)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    truth = dict(plain.named_buffers())
+    assert torch.float32 in {buffer.dtype for buffer in truth.values()}
+    for name, buffer in merged.named_buffers():
+        assert buffer.dtype == truth[name].dtype and torch.equal(buffer, truth[name]), name
+
+
+def test_a_merge_that_gives_another_model_is_refused(bases, tmp_path, monkeypatch):
+    """As PEFT merges into a weight that both ends share."""
+    save_trained(bases["smolvlm"][0], "LoRA, lm_head", tmp_path)
+    monkeypatch.setattr(merging, "_split_ends", lambda model: False)
+    with pytest.raises(ValueError, match=r"merged, an adapter of PEFT's kind LORA moves .* nats"):
+        load_model(tmp_path)
+
+
+def broken(folder, to, **changes):
+    """A copy of an adapter with other fields in its configuration."""
+    shutil.copytree(folder, to)
+    file = to / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": None}, "names no base: base_model_name_or_path is None"),
+        ({"base_model_name_or_path": ""}, "names no base"),
+        ({"base_model_name_or_path": "../x"}, r"names the base '../x', and there is no such fold"),
+        ({"base_model_name_or_path": "/gone/base"}, "no such folder from .* absolute path"),
+        ({"peft_type": "NEW"}, "no configuration that PEFT .* reads .*install the version"),
+        ({"peft_type": None}, "no configuration that PEFT"),
+        ({"scales_by": 3}, "unknown: scales_by"),
+        ({"target_modules": ["k_proj"]}, "does not fit its base .*missing adapter keys"),
+        ({"target_modules": ["nothing"]}, "does not fit its base .*not found"),
+        ({"r": 8}, "does not fit its base .*size mismatch"),
+    ],
+)
+def test_an_adapter_that_cannot_be_right_is_refused(adapter, tmp_path, changes, message):
+    folder = broken(adapter[0], tmp_path / "broken", **changes)
+    for load in (load_model, load_trained):
+        with pytest.raises(ValueError, match=message):
+            load(folder)
+
+
+def test_weights_that_no_module_takes_are_refused(adapter, tmp_path):
+    folder = broken(adapter[0], tmp_path / "more")
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(weights))
+    more = {name.replace("layers.0", "layers.7"): weights[name].clone()}
+    save_file(weights | more, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit its base .*unknown adapter keys"):
+        load_trained(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="has no adapter_model.safetensors"):
+        load_trained(folder)
+
+
+def test_an_adapter_on_an_adapter_is_refused(adapter, tmp_path):
+    folder = broken(adapter[0], tmp_path / "second", base_model_name_or_path=str(adapter[0]))
+    with pytest.raises(ValueError, match="is an adapter itself. Merge that one"):
+        load_trained(folder)
+
+
+OUTSIDE = sorted(
+    set(PEFT_TYPE_TO_CONFIG_MAPPING) - {config.peft_type for config in KINDS.values()}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*OUTSIDE, "activated"])
+def test_kinds_that_act_outside_of_modules_are_refused(adapter, tmp_path, kind, monkeypatch):
+    changes = {"peft_type": kind, "task_type": "CAUSAL_LM"}
+    if kind == "activated":
+        changes = {"alora_invocation_tokens": [5]}
+    folder = broken(adapter[0], tmp_path / "kind")
+    fields = {"base_model_name_or_path": str(tmp_path)} | changes
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | fields))
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: 1 / 0)
+    shown = "LORA with alora" if kind == "activated" else PeftType(kind).value
+    for load in (load_model, load_trained, load_processor):
+        with pytest.raises(ValueError, match=f"PEFT's kind {shown}.*neither trained, evaluated no"):
+            load(folder)
+
+
+@pytest.mark.parametrize("inside", ["model", "checkpoint-2/mine"])
+def test_a_run_in_place_of_its_model_is_refused_before_a_model_is_loaded(
+    adapter, tmp_path, inside, monkeypatch, capsys, pairs_file
+):
+    run, place = tmp_path / "run", tmp_path / "run" / inside
+    shutil.copytree(adapter[0], place)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: 1 / 0)
+    (tmp_path / "pope.json").write_text(
+        '{"question_id": 1, "image": "a.jpg", "text": "is it a dog?", "label": "yes"}\n'
+    )
+    model, output = ["--model", str(run)], ["--output", str(tmp_path / "new")]
+    pairs = ["--pairs", str(pairs_file)]
+    asked = [str(tmp_path / "pope.json"), *model, "--image-folder", str(tmp_path), *output]
+    data = ["--data", str(pairs_file), "--output", str(tmp_path / "new.parquet")]
+    for main, words in (
+        (train.main, [*model, *pairs, *output]),
+        (train.main, [*model, *pairs, *output, "--dry-run"]),
+        (cache.main, ["fill", *model, *pairs]),
+        (pairs_main, [*data, *model]),
+        (pairs_main, [*data, "--refill", "prompt", "--engine", f"transformers:{run}"]),
+        (evaluate.main, model),
+        (evaluate.main, ["pope", *asked]),
+        (evaluate.main, ["handoff", *model, "--output", str(tmp_path / "whole")]),
+        (export.main, [*model, "--output", str(tmp_path / "whole")]),
+    ):
+        assert main(words) == 1, words
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{run} holds no model itself. Pass the folder of one in it: {place}." in told
+
+
+def test_a_tokenizer_beside_an_adapter_is_no_processor(bases, adapter, tmp_path):
+    folder = broken(adapter[0], tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(bases["smolvlm"][0]).save_pretrained(folder)
+    assert hasattr(load_processor(folder), "image_processor")  # that of the base
+
+
+def test_a_full_run_on_an_adapter_saves_what_it_trained(bases, tmp_path, monkeypatch):
+    """The adapter has untied the ends, both learn, and plain transformers loads both."""
+    from family_cases import made
+
+    from realign.records import write_pairs
+
+    base, inputs = bases["smolvlm"]
+    save_trained(base, "LoRA, lm_head", tmp_path / "adapter")
+    write_pairs(tmp_path / "pairs.parquet", made("smolvlm")[1])
+    kept, real = {}, train.export
+
+    def keep(folder, model, *args, **options):
+        kept["truth"] = logps(model.vlm, inputs)
+        return real(folder, model, *args, **options)
+
+    monkeypatch.setattr(train, "export", keep)
+    words = ["--model", tmp_path / "adapter", "--pairs", tmp_path / "pairs.parquet"]
+    words += ["--output", tmp_path / "run", "--steps", 1, "--batch-size", 2, "--tune", "full"]
+    words += ["--learning-rate", 1e-2, "--quiet"]
+    assert train.main([str(word) for word in words]) == 0
+    loaded = load_base(tmp_path / "run" / "model")
+    assert torch.equal(logps(loaded, inputs), kept["truth"])
+    before = load_base(base)
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        moved = getattr(loaded, end)().weight - getattr(before, end)().weight
+        assert moved.abs().max() > 5e-3
+    assert loaded.get_input_embeddings().weight is not loaded.get_output_embeddings().weight
+
+
+def test_every_kind_of_peft_is_in_the_table():
+    """A kind that PEFT adds is tried before it is trusted."""
+    known = {config.peft_type for config in (adapter_kinds.KINDS | adapter_kinds.SPECIAL).values()}
+    assert known <= set(PEFT_TYPE_TO_CONFIG_MAPPING)
