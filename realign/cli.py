@@ -71,12 +71,18 @@ def _add_flags(group: Any, section: str, cls: type) -> None:
 
 def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[str, Any]]) -> None:
     try:
-        content = tomllib.loads(file.read_text())
+        text = file.read_bytes().decode("utf-8-sig")
+        content = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not valid TOML: {error}.") from error
+        json = " It looks like JSON; write [section] and key = value." * (text.lstrip()[:1] == "{")
+        raise ValueError(f"{file} is not valid TOML: {error}.{json}") from error
     for section, table in content.items():
-        if section not in sections or not isinstance(table, dict):
+        if section not in sections:
             raise ValueError(f"{file}: unknown section [{section}]; use {', '.join(sections)}.")
+        if not isinstance(table, dict):
+            raise ValueError(f"{file}: {section} is {table!r}, not a section; write [{section}].")
         cls = sections[section]
         known = [f.name for f in fields(cls)]
         for name, value in table.items():

@@ -23,6 +23,7 @@ from realign.cli import parse_sections
 from realign.loading import DTYPES, adapter_base, load_model, load_processor
 from realign.model import ForestModel
 from realign.noise import hush_libraries
+from realign.outputs import check_folder
 from realign.parallel import from_rank_0
 from realign.scores.tables import table_of, with_table
 
@@ -139,6 +140,7 @@ def export_whole(config: ExportConfig) -> Path:
         OSError: when it cannot be written; then nothing is left.
     """
     folder, model = Path(config.output), config.model
+    check_folder("--output", folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there already and not empty; name another --output.")
     evaluated = None if config.metrics is None else _evaluated(Path(config.metrics))

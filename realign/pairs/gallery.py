@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from realign.outputs import check_file
 from realign.pairs.formats import Entry, Malformed, Options, of_row
 from realign.pairs.pictures import PictureError, load_picture
 from realign.records import StoredImage
@@ -328,6 +329,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
+        for name, least in (("most", 0), ("side", 1)):
+            if (value := getattr(given, name)) < least:
+                raise ValueError(f"--{name} is {value}; it must be {least} or more.")
+        check_file("--output", given.output)
         shown, total = write_gallery(given.pairs, given.output, most=given.most, side=given.side)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

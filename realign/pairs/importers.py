@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from realign.outputs import check_file
 from realign.pairs import formats
 from realign.pairs.formats import Entry, Malformed, Options
 from realign.pairs.pictures import MAX_PIXELS, PictureError, inside, plain_picture
@@ -108,6 +109,9 @@ def import_pairs(
     Raises:
         ValueError: when no pair is left; see also `read_any`.
     """
+    listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
+    check_file("--output", output)
+    check_file("--output", listed)
     bad: list[Bad] = []
     known: dict[str, StoredImage | PictureError] = {}
 
@@ -125,7 +129,6 @@ def import_pairs(
     made = pairs()
     first = next(made, None)
     written = write_pairs(output, chain([first], made), typed=typed) if first else 0
-    listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
     write_table(listed, pa.Table.from_pylist([vars(b) for b in bad], schema=LEFT_OUT))
     counts = Counter(b.reason for b in bad)
     if not written:
