@@ -94,6 +94,7 @@ class Stress:
     """
 
     def __init__(self, root: Path) -> None:
+        datasets.disable_progress_bars()
         self.root, self.folder = root, root / "data"
         pictures(self.folder)
         self.processor = make_processor()
