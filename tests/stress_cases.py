@@ -500,7 +500,12 @@ def _encoding_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     if case.encoding == "Latin-1":
         where = "chosen" if case.format == "authors" else "prompt"
         path = PATHS[case.format][where]
-        put(case.row, path, get(case.row, path) + " caf\u00e9")
+        text = get(case.row, path) + " caf\u00e9"
+        put(case.row, path, text)
+        if where == "prompt":
+            case.truth.prompt = [("user", text.replace("<image>", ""))]
+        else:
+            case.truth.chosen = text
     # A trainer takes rows, which have no file.
     return verdicts | {"hf": "either" if case.encoding == "Latin-1" else "good"}
 

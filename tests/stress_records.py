@@ -115,7 +115,7 @@ class Stress:
         """The outcome of a case with a reader, and its message or what differs."""
         verdict = case.verdicts[reader]
         try:
-            with _time_limit(20), warnings.catch_warnings():
+            with _time_limit(60), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 record, said, neighbours = self.readers[reader](case)
         except NoEnd:
@@ -173,7 +173,7 @@ class Stress:
     def _trainer(self, case: Case) -> int:
         rows = [case.neighbours[0], case.row, case.neighbours[1]]
         given = RDPOConfig(output_dir=str(self.root / "hf"), report_to="none", disable_tqdm=True)
-        rows = [{n: self._as_given(v) for n, v in row.items()} for row in rows]
+        rows = [{n: self._as_given(v, True) for n, v in row.items()} for row in rows]
         RDPOTrainer(str(ASSETS), given, rows)
         return 0
 
@@ -183,6 +183,8 @@ class Stress:
         others = [f"{row['id']!r}" for row in case.neighbours]
         if case.format in OTHERS and reader != "pairs":
             own += [*others, "row 0"]  # rows of the format are refused
+        if case.encoding:
+            own += others  # a file is at fault
         named = any(name in said for name in own)
         file = "data." in said and not any(name in said for name in others)
         return len(said) < LONGEST and (named or file)
@@ -197,7 +199,7 @@ class Stress:
         listed.unlink(missing_ok=True)
         data, alone = self._write(case)
         try:
-            import_pairs(str(data), None, str(output))
+            import_pairs(str(data), str(self.folder), str(output))
             found = read_pairs(output)
         except ValueError:
             if not listed.exists():
@@ -224,10 +226,12 @@ class Stress:
     def by_hf(self, case: Case) -> tuple[Record | None, str, bool]:
         """`RDPOTrainer`: rows, or a data set of them."""
         rows: Any = [case.neighbours[0], case.row, case.neighbours[1]]
-        rows = [{n: self._as_given(v) for n, v in row.items()} for row in rows]
         if case.number % 2:
+            rows = [{n: self._as_given(v, False) for n, v in row.items()} for row in rows]
             with contextlib.suppress(Exception):
                 rows = datasets.Dataset.from_list(rows)
+        else:
+            rows = [{n: self._as_given(v, True) for n, v in row.items()} for row in rows]
         return self._encoded(case, records_of(rows), alone=False)
 
     def _encoded(
@@ -249,14 +253,14 @@ class Stress:
         self._example = examples[place]
         return records[place], "", True
 
-    def _as_given(self, value: Any) -> Any:
-        """A row's value for a trainer, whose paths are relative to no file."""
+    def _as_given(self, value: Any, opened: bool) -> Any:
+        """A row's value for a trainer: paths are absolute, or images that Pillow has opened."""
         if isinstance(value, list):
-            return [self._as_given(item) for item in value]
+            return [self._as_given(item, opened) for item in value]
         if isinstance(value, str) and value.endswith((".bin", ".png")) and "/" not in value:
             file = self.folder / value
-            with contextlib.suppress(Exception):  # a file that Pillow reads is given as an image
-                if len(value) % 2:
+            with contextlib.suppress(Exception):
+                if opened:
                     return Image.open(io.BytesIO(file.read_bytes()))
             return str(file)
         if value in ("pictures", "pipe"):
@@ -304,11 +308,13 @@ class Stress:
         raise Unrepresentable
 
     def _table(self, case: Case, rows: list[dict[str, Any]]) -> Path:
+        table = pa.Table.from_pylist(rows)
+        if len(rows) > 1 and _given(table.slice(0, 1).to_pylist()[0]) != _given(rows[0]):
+            raise Unrepresentable  # Arrow made bytes of a neighbour's text
         if case.format == "datasets":
             data = self.folder / "data.saved"
             datasets.Dataset.from_list(rows).save_to_disk(data)
             return data
-        table = pa.Table.from_pylist(rows)
         if case.encoding in ("large strings", "binary text", "dictionaries"):
             kind = {"large strings": pa.large_string(), "binary text": pa.binary()}.get(
                 case.encoding, pa.dictionary(pa.int32(), pa.string())
@@ -380,6 +386,13 @@ def _encoded(texts: list[str], encoding: str, lines: bool) -> bytes:
         return text.replace("\\u00e9", "\u00e9").encode("latin-1")
     kinds = {"UTF-16": "utf-16", "byte order mark": "utf-8-sig"}
     return text.encode(kinds.get(encoding, "utf-8"))
+
+
+def _given(value: Any) -> Any:
+    """A value without the nulls that Arrow gives objects for each other's keys."""
+    if isinstance(value, dict):
+        return {name: _given(v) for name, v in value.items() if v is not None}
+    return [_given(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:
