@@ -8,6 +8,7 @@ pixels that a reader must come to where it takes the record. "good" must be take
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,14 +30,23 @@ READERS = {
     "RLAIF-V": ("pairs", "train", "hf"),
     "authors": ("pairs", "hf"),
     "ShareGPT": ("pairs", "hf"),
+    "ms-swift": ("pairs", "hf"),
+    "MMPR": ("pairs", "hf"),
+    "RLHF-V": ("pairs", "train", "hf"),
+    "POVID": ("pairs", "hf"),
     "LLaVA": ("sources",),
     "folder": ("sources",),
 }
 """Format -> who reads it: `realign.pairs import`, `read_any`, `realign.train`, `RDPOTrainer`."""
 
-_PARTS = {"none": 0.08, "text": 0.42, "messages": 0.18, "image": 0.2, "id": 0.05, "encoding": 0.07}
+_PARTS = {
+    "none": 0.06, "text": 0.38, "messages": 0.18, "image": 0.2, "id": 0.04, "encoding": 0.06,
+    "row": 0.05, "columns": 0.03,
+}  # fmt: skip
 
 OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # of these only realign.pairs must read
+MAYBE = ("ms-swift", "MMPR", "RLHF-V", "POVID")  # read right, or refused, by all
+JSON = ("authors", "ShareGPT", "ms-swift", "MMPR", "POVID", "LLaVA")
 MISSING = object()
 BIG = 1_000_000  # characters of a huge text
 
@@ -66,6 +76,11 @@ class Case:
     verdicts: dict[str, str]
     encoding: str = ""  # what is done to the file
     neighbours: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def id(self) -> Any:
+        """The id as the row has it."""
+        return self.row.get("id") if isinstance(self.row, dict) else None
 
     @property
     def name(self) -> str:
@@ -109,6 +124,9 @@ def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]
         row |= {"chosen": {"from": "gpt", "value": chosen}}
         row |= {"rejected": {"from": "gpt", "value": rejected}}
         truth.retrieved = []
+    elif format in MAYBE:
+        truth.retrieved = []
+        row |= _other(format, prompt, chosen, rejected, _file(folder, images[0]), first)
     else:
         truth.rejected, truth.retrieved = "", []
         row |= {"image": _file(folder, images[0])}
@@ -120,6 +138,27 @@ def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]
         else:
             row |= {"question": prompt, "answer": chosen}
     return copy.deepcopy(row), truth
+
+
+def _other(
+    format: str, prompt: str, chosen: str, rejected: str, file: str, stored: dict[str, Any]
+) -> dict[str, Any]:
+    """Columns of formats that a reader may take or refuse."""
+    asked = [_message("user", f"<image>{prompt}")]
+    if format == "ms-swift":
+        answered = [*asked, _message("assistant", chosen)]
+        return {"messages": answered, "rejected_response": rejected, "images": [file]}
+    if format == "MMPR":
+        question = f"<image>\n{prompt}"
+        return {"image": file, "question": question, "chosen": chosen, "rejected": rejected}
+    if format == "RLHF-V":
+        text = json.dumps({"question": prompt, "chosen": chosen, "rejected": rejected})
+        return {"image": stored, "text": text}
+    says = lambda text: [  # noqa: E731
+        {"from": "human", "value": f"<image>\n{prompt}"},
+        {"from": "gpt", "value": text},
+    ]
+    return {"image": file, "conversations": says(chosen), "rejected_conversations": says(rejected)}
 
 
 PATHS = {
@@ -137,6 +176,17 @@ PATHS = {
         "prompt": ("conversations", 0, "value"),
         "chosen": ("chosen", "value"),
         "rejected": ("rejected", "value"),
+    },
+    "ms-swift": {
+        "prompt": ("messages", 0, "content"),
+        "chosen": ("messages", 1, "content"),
+        "rejected": ("rejected_response",),
+    },
+    "MMPR": {"prompt": ("question",), "chosen": ("chosen",), "rejected": ("rejected",)},
+    "RLHF-V": {"text": ("text",)},
+    "POVID": {
+        "chosen": ("conversations", 1, "value"),
+        "rejected": ("rejected_conversations", 1, "value"),
     },
     "LLaVA": {"prompt": ("conversations", 0, "value"), "chosen": ("conversations", 1, "value")},
     "folder": {"prompt": ("question",), "chosen": ("answer",)},
@@ -230,8 +280,9 @@ def _texts(where: str) -> list[Fault]:
 
 def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
     """A record of a random format with a random fault in a random field."""
-    format = str(rng.choice(list(READERS)))
     part = rng.choice(list(_PARTS), p=list(_PARTS.values()))
+    weights = np.array([1.0 if name in MAYBE else 2.0 for name in READERS])
+    format = str(rng.choice(list(READERS), p=weights / weights.sum()))
     row, truth = base(format, number, folder)
     case = Case(number, format, "none", "none", row, truth, {}, "")
     case.neighbours = [base(format, number + far, folder)[0] for far in (100_000, 200_000)]
@@ -242,10 +293,12 @@ def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
         "image": lambda: _image_fault(case, rng, folder),
         "id": lambda: _id_fault(case, rng),
         "encoding": lambda: _encoding_fault(case, rng),
+        "row": lambda: _row_fault(case, rng),
+        "columns": lambda: _column_fault(case, rng),
     }[str(part)]()
     for reader in READERS[format]:
         verdict = verdicts.get(reader, verdicts["*"])
-        if reader != "pairs" and format in OTHERS and verdict == "good":
+        if verdict == "good" and (format in MAYBE or (reader != "pairs" and format in OTHERS)):
             verdict = "either"
         if reader in ("train", "hf") and verdict == "good" and not truth.retrieved:
             verdict = "bad"  # rdpo needs a retrieved image
@@ -261,11 +314,17 @@ def _text_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     chosen = [fault for fault in faults if fault[0] == kind]
     kind, name, change, reads, verdicts = chosen[rng.integers(len(chosen))]
     case.kind, case.fault = kind, f"{where}: {name}"
-    text = case.truth.prompt[0][1] if where == "prompt" else getattr(case.truth, where)
+    if where == "text":
+        text = case.row["text"]
+    else:
+        text = case.truth.prompt[0][1] if where == "prompt" else getattr(case.truth, where)
     value = change(text)
-    if case.format in ("LLaVA", "ShareGPT") and where == "prompt" and isinstance(value, str):
+    if "<image>" in str(get(case.row, PATHS[case.format][where])) and isinstance(value, str):
         value = value if "<i" in value or "<|" in value else f"<image>\n{value}"
     put(case.row, PATHS[case.format][where], value)
+    if where == "text":
+        case.truth.chosen = "\0"  # a changed text is no JSON any more, or has other keys
+        return BAD if kind != "white space" or "around" not in name else EITHER
     if where == "prompt":
         case.truth.prompt = [("user", reads(text))]
     else:
@@ -286,6 +345,8 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         "TRL, parts": ("prompt", "chosen", "rejected"),
         "authors": ("chosen", "rejected"),
         "LLaVA": ("conversations",),
+        "POVID": ("conversations", "rejected_conversations"),
+        "ms-swift": ("messages",),
         "ShareGPT": ("conversations",),
     }.get(case.format)
     if lists is None:
@@ -336,7 +397,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
             parts["a thousand"] = ([{"type": "text", "text": t} for t in many], GOOD)
         for name, (value, verdict) in parts.items():
             faults.append(("parts", name, [*messages[:-1], last | {content: value}], verdict))
-    if where != "prompt" and content == "content" and case.format != "authors":
+    if where not in ("prompt", "messages") and content == "content" and case.format != "authors":
         faults += _several_turns(case, where)
     kinds = sorted({fault[0] for fault in faults})
     kind = rng.choice(kinds)
@@ -414,7 +475,7 @@ def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str
         case.row[where] = [value] if listed else value
         of[:] = [picture]
         if READERS[case.format] == ("sources",):
-            return GOOD if picture.data else EITHER  # nothing is decoded there
+            return GOOD  # nothing is decoded there
         small = EITHER if name in ("1x1", "3000x1") else {"*": picture.verdict}
         return small | {"pairs": picture.verdict}
     bad: dict[str, Any] = {
@@ -483,8 +544,58 @@ def _id_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     return verdicts
 
 
+def _row_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    """An item that is no row, or objects of Python that only a trainer can be given."""
+    case.kind = "rows"
+    if rng.random() < 0.3:
+        items = {"null": None, "a number": 7, "a text": "top one .", "a list": [1], "empty": {}}
+        name = str(rng.choice(list(items)))
+        case.fault, case.row = f"row: {name}", items[name]
+        return BAD
+    where = str(rng.choice(list(PATHS[case.format])))
+    text = get(case.row, PATHS[case.format][where])
+    objects = {
+        "an array of texts": np.array([text, text]),
+        "an array of numbers": np.arange(3),
+        "a set": {1, 2},
+        "a path": Path("kitchen.png"),
+        "an object": object(),
+        "a complex number": 1j,
+        "a class": Path,
+        "numpy's text": np.str_(text),
+        "bytes": text.encode(),
+        "a generator": (part for part in text),
+    }
+    name = str(rng.choice(list(objects)))
+    case.fault = f"{where}: {name}"
+    put(case.row, PATHS[case.format][where], objects[name], whole=True)
+    return EITHER if name == "numpy's text" else BAD
+
+
+def _column_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    """Columns or keys beside those that are read: what they mean may not be dropped."""
+    case.kind = "more columns"
+    said = {"tool_calls": [{"name": "look"}], "reasoning_content": "think one .", "weight": 0}
+    lists = [n for n in ("prompt", "chosen", "conversations", "messages")
+             if isinstance(case.row.get(n), list)]  # fmt: skip
+    if lists and rng.random() < 0.6:
+        where, name = str(rng.choice(lists)), str(rng.choice(list(said)))
+        case.row[where][-1][name] = said[name]
+        case.fault = f"{where}: {name}"
+        return EITHER if name == "weight" else BAD
+    if rng.random() < 0.5:
+        case.fault = "a source"
+        case.row["dataset_name"] = "kitchens"
+        return GOOD
+    case.fault = "a system prompt"
+    case.row["system"] = "say one ."
+    if case.format in JSON:  # TRL has no such column, and takes no notice of it
+        case.truth.prompt = [("system", "say one ."), *case.truth.prompt]
+    return EITHER
+
+
 def _encoding_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
-    if case.format in ("LLaVA", "authors", "ShareGPT"):
+    if case.format in JSON:
         names = {"byte order mark": GOOD, "UTF-16": EITHER, "Latin-1": BAD, "cut": BAD, "deep": BAD}
     elif case.format == "folder":
         names = {"byte order mark": GOOD, "UTF-16": EITHER, "Latin-1": BAD, "cut": BAD, "deep": BAD}
@@ -498,14 +609,11 @@ def _encoding_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     case.kind, case.fault = "encodings", case.encoding
     verdicts = names[case.encoding]
     if case.encoding == "Latin-1":
-        where = "chosen" if case.format == "authors" else "prompt"
+        where = "chosen"
         path = PATHS[case.format][where]
         text = get(case.row, path) + " caf\u00e9"
         put(case.row, path, text)
-        if where == "prompt":
-            case.truth.prompt = [("user", text.replace("<image>", ""))]
-        else:
-            case.truth.chosen = text
+        case.truth.chosen = text
     # A trainer takes rows, which have no file.
     return verdicts | {"hf": "either" if case.encoding == "Latin-1" else "good"}
 
@@ -545,11 +653,11 @@ def get(row: Any, path: tuple) -> Any:
     return row
 
 
-def put(row: dict[str, Any], path: tuple, value: Any) -> None:
-    """Set the value at a path; MISSING removes its key."""
+def put(row: dict[str, Any], path: tuple, value: Any, whole: bool = False) -> None:
+    """Set the value at a path, or a copy of it; MISSING removes its key."""
     for key in path[:-1]:
         row = row[key]
     if value is MISSING:
         del row[path[-1]]
     else:
-        row[path[-1]] = copy.copy(value)
+        row[path[-1]] = value if whole else copy.copy(value)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +104,13 @@ def make_pictures() -> dict[str, Picture]:
         ),
         "zero bytes": Picture(b"", None),
         "not an image": Picture(b"\x00\x01 no image at all " * 9, None),
+        "PDF": Picture(encode(plain, "PDF"), None),
+        "JPEG 2000": Picture(encode(plain, "JPEG2000", irreversible=False), rgb, 0, "either"),
+        "AVIF": Picture(encode(Image.fromarray(large), "AVIF", quality=100), large, 60, "either"),
+        "TGA": Picture(encode(plain, "TGA"), rgb, 0, "either"),
+        "ICO": Picture(encode(plain, "ICO", sizes=[(WIDTH, HEIGHT)]), rgb, 0, "either"),
+        "broken EXIF": Picture(encode(plain, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"), rgb),
+        "an orientation of 9": Picture(encode(plain, exif=_oriented(9)), rgb),
         "HTML": Picture(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", None),
         "SVG": Picture(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', None),
         "EPS": Picture(encode(plain, "EPS"), None),
@@ -109,18 +118,28 @@ def make_pictures() -> dict[str, Picture]:
         "base64": Picture(base64.b64encode(encode(plain)), None),
     }
     found |= _palettes(one, clear)
+    found |= _png_by_hand(rgb, alpha)
     found |= _deep(one)
     found |= _spaces()
     found |= _animations()
     for orientation in range(2, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
         turned = _turned(rgb, orientation)
+        exif = _oriented(orientation)
         found[f"EXIF {orientation}"] = Picture(encode(plain, exif=exif), turned)
+        shown = _turned(large, orientation)
+        found[f"EXIF {orientation}, JPEG"] = Picture(
+            encode(Image.fromarray(large), "JPEG", exif=exif, **jpeg), shown, 4
+        )
     return {
         name: picture._replace(verdict="bad") if picture.pixels is None else picture
         for name, picture in found.items()
     }
+
+
+def _oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Picture]:
@@ -144,6 +163,45 @@ def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Picture]:
         "P GIF": Picture(encode(image, "GIF"), shown),
         "PA as RGBA": Picture(encode(both.convert("RGBA")), _on_white(shown, clear)),
     }
+
+
+def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Picture]:
+    """PNG files that Pillow does not write: 16 bits with colours, and one colour made clear."""
+    one = rgb[..., 0]
+    wide = lambda values: (values.astype(np.uint16) << 8) + 90  # noqa: E731
+    chosen, grey = rgb[3, 4], int(one[3, 4])
+    same, equal = (rgb == chosen).all(-1), one == grey
+    key = struct.pack(">3H", *map(int, chosen))
+    shades = (one // 64).astype(np.uint8)
+    packed = np.zeros((HEIGHT, WIDTH // 4), np.uint8)
+    for place in range(4):
+        packed |= shades[:, place::4] << (6 - 2 * place)
+    return {
+        "RGB PNG, 16 bits": Picture(_png(wide(rgb), 16, 2), rgb),
+        "RGBA PNG, 16 bits": Picture(
+            _png(wide(np.dstack([rgb, alpha])), 16, 6), _on_white(rgb, alpha), 2
+        ),
+        "RGB PNG, one clear colour": Picture(
+            _png(rgb, 8, 2, key), np.where(same[..., None], 255, rgb).astype(np.uint8)
+        ),
+        "L PNG, one clear grey": Picture(
+            _png(one, 8, 0, struct.pack(">H", grey)),
+            _grey(np.where(equal, 255, one).astype(np.uint8)),
+        ),
+        "L PNG, 2 bits": Picture(_png(packed, 2, 0), _grey(shades * 85)),
+    }
+
+
+def _png(values: np.ndarray, depth: int, colour: int, clear: bytes = b"") -> bytes:
+    rows = values.astype(">u2" if depth == 16 else np.uint8).reshape(HEIGHT, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), *([(b"tRNS", clear)] if clear else [])]
+    chunks += [(b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
 
 
 def _deep(one: np.ndarray) -> dict[str, Picture]:

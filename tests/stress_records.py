@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from stress_cases import OTHERS, Case, Truth, draw, pictures
+from stress_cases import JSON, MAYBE, OTHERS, Case, Truth, draw, pictures
 from tiny_tokenizers import byte_level
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -54,6 +54,7 @@ OUTCOMES = (
     "no end",
 )
 FAULTS = OUTCOMES[2:]
+WHOLE = ("binary text", "UTF-16")  # what is done to all rows of a file
 LONGEST = 1000  # characters of a message
 _TEMPLATE = (
     "<s>{% for m in messages %}{{ m['role'].upper() }}: "
@@ -173,15 +174,15 @@ class Stress:
     def _trainer(self, case: Case) -> int:
         rows = [case.neighbours[0], case.row, case.neighbours[1]]
         given = RDPOConfig(output_dir=str(self.root / "hf"), report_to="none", disable_tqdm=True)
-        rows = [{n: self._as_given(v, True) for n, v in row.items()} for row in rows]
+        rows = [self._as_given(row, True) for row in rows]
         RDPOTrainer(str(ASSETS), given, rows)
         return 0
 
     def _names(self, case: Case, said: str, reader: str) -> bool:
         """Whether a message is short and names the record, its row, or a file that is at fault."""
-        own = [f"{case.name!r}", "row 1", f"{case.row.get('id')!r}", "data.jsonl:1", "data.json:1"]
+        own = [f"{case.name!r}", "row 1", f"{case.id!r}", "data.jsonl:1", "data.json:1"]
         others = [f"{row['id']!r}" for row in case.neighbours]
-        if case.format in OTHERS and reader != "pairs":
+        if case.format in MAYBE or (case.format in OTHERS and reader != "pairs"):
             own += [*others, "row 0"]  # rows of the format are refused
         if case.encoding:
             own += others  # a file is at fault
@@ -227,11 +228,11 @@ class Stress:
         """`RDPOTrainer`: rows, or a data set of them."""
         rows: Any = [case.neighbours[0], case.row, case.neighbours[1]]
         if case.number % 2:
-            rows = [{n: self._as_given(v, False) for n, v in row.items()} for row in rows]
+            rows = [self._as_given(row, False) for row in rows]
             with contextlib.suppress(Exception):
                 rows = datasets.Dataset.from_list(rows)
         else:
-            rows = [{n: self._as_given(v, True) for n, v in row.items()} for row in rows]
+            rows = [self._as_given(row, True) for row in rows]
         return self._encoded(case, records_of(rows), alone=False)
 
     def _encoded(
@@ -255,6 +256,8 @@ class Stress:
 
     def _as_given(self, value: Any, opened: bool) -> Any:
         """A row's value for a trainer: paths are absolute, or images that Pillow has opened."""
+        if isinstance(value, dict):
+            return {name: self._as_given(item, opened) for name, item in value.items()}
         if isinstance(value, list):
             return [self._as_given(item, opened) for item in value]
         if isinstance(value, str) and value.endswith((".bin", ".png")) and "/" not in value:
@@ -263,7 +266,7 @@ class Stress:
                 if opened:
                     return Image.open(io.BytesIO(file.read_bytes()))
             return str(file)
-        if value in ("pictures", "pipe"):
+        if isinstance(value, str) and value in ("pictures", "pipe"):
             return str(self.folder / value)
         return value
 
@@ -274,9 +277,10 @@ class Stress:
         others = [n["id"] for n in case.neighbours]
         kept = [record for record in found if record.name in others]
         rest = [record for record in found if record.name not in others]
-        if case.row.get("id") in others:  # only one of the two has this name
+        if case.id in others:  # only one of the two has this name
             kept, rest = found[:1] + found[2:], found[1:2]
-        there = alone or len(kept) == len(others)
+        there = alone or len(kept) == len(others) or case.encoding in WHOLE
+        there = there or (case.format in MAYBE and not found)
         if rest:
             return (rest[0], "", there and len(rest) == 1)
         said = next((line for line in bad if self._names(case, line, "pairs")), None)
@@ -287,7 +291,7 @@ class Stress:
     def _write(self, case: Case) -> tuple[Path, bool]:
         """The file of a case, and whether it is alone, its type not being that of neighbours."""
         rows = [case.neighbours[0], case.row, case.neighbours[1]]
-        if case.format in ("LLaVA", "authors", "ShareGPT", "folder"):
+        if case.format in (*JSON, "folder"):
             lines = case.format == "folder"
             data = self.folder / f"data.json{'l' * lines}"
             try:
