@@ -187,6 +187,17 @@ def test_a_byte_order_mark_and_windows_lines_are_read(end, place, capsys):
     assert "folder" in err and "pope" not in err
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("pope.json", "realign.pairs import pope.json"), ("a.csv", "Write JSON lines")],
+)
+@pytest.mark.parametrize("main", [train.main, cache.main])
+def test_pairs_of_another_kind_are_one_error(main, name, remedy, place, capsys):
+    (place / "a.csv").write_text("prompt,chosen\n")
+    words = ["fill"] if main is cache.main else ["--dry-run"]
+    assert remedy in _run(main, [*words, "--pairs", name], capsys)
+
+
 TOML = b'[optim]\r\nsteps = 3\r\n[model]\r\ntune = "full"\r\n'
 
 
