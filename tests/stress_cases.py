@@ -323,8 +323,7 @@ def _text_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         value = value if "<i" in value or "<|" in value else f"<image>\n{value}"
     put(case.row, PATHS[case.format][where], value)
     if where == "text":
-        case.truth.chosen = "\0"  # a changed text is no JSON any more, or has other keys
-        return BAD if kind != "white space" or "around" not in name else EITHER
+        return EITHER if name == "around" else BAD  # the text is no JSON any more
     if where == "prompt":
         case.truth.prompt = [("user", reads(text))]
     else:
@@ -589,8 +588,7 @@ def _column_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         return GOOD
     case.fault = "a system prompt"
     case.row["system"] = "say one ."
-    if case.format in JSON:  # TRL has no such column, and takes no notice of it
-        case.truth.prompt = [("system", "say one ."), *case.truth.prompt]
+    case.truth.prompt = [("system", "say one ."), *case.truth.prompt]
     return EITHER
 
 

@@ -181,6 +181,7 @@ class Stress:
     def _names(self, case: Case, said: str, reader: str) -> bool:
         """Whether a message is short and names the record, its row, or a file that is at fault."""
         own = [f"{case.name!r}", "row 1", f"{case.id!r}", "data.jsonl:1", "data.json:1"]
+        own.append(".arrow:1")
         others = [f"{row['id']!r}" for row in case.neighbours]
         if case.format in MAYBE or (case.format in OTHERS and reader != "pairs"):
             own += [*others, "row 0"]  # rows of the format are refused
@@ -244,7 +245,7 @@ class Stress:
             self.processor,
             objective,
             layout=self.layout,
-            max_response_tokens=1024,
+            max_response_tokens=4096,
             max_tokens=8192,
             progress=False,
         )
