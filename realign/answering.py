@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from realign.metrics import read_jsonl, write_whole
+from realign.outputs import check_file
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.pictures import PictureError, inside, load_picture
 from realign.pairs.rows import mark_of
@@ -38,8 +39,31 @@ class Question:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def answer(
-    engine: Engine,
+@dataclass
+class Sheet:
+    """Questions that are checked, and the answers that a file holds already.
+
+    Attributes:
+        questions: in order, with distinct ids.
+        folder: of the images.
+        output: JSON-lines file of the answers.
+        asked: what the answers depend on beside the questions; the first line of `output`.
+        done: lines of `output` by the id of the question.
+    """
+
+    questions: Sequence[Question]
+    folder: Path
+    output: Path
+    asked: dict[str, Any]
+    done: dict[str, dict[str, Any]]
+
+    @property
+    def missing(self) -> list[Question]:
+        """Questions without an answer."""
+        return [question for question in self.questions if question.id not in self.done]
+
+
+def prepare(
     questions: Sequence[Question],
     images: str | Path,
     output: Path,
@@ -47,37 +71,28 @@ def answer(
     model: str,
     max_tokens: int,
     suffix: str = "",
-    batch: int = 64,
-    desc: str = "answers",
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Answer questions greedily; those that `output` holds are not asked again.
+) -> Sheet:
+    """Check questions, their images and the file of answers; no model is needed.
 
     Args:
-        engine: answers; opened here if there is something to ask.
-        questions: with distinct ids.
-        images: folder of the pictures, which no name may leave.
+        questions: to ask.
+        images: folder of the images, which no name may leave.
         output: JSON-lines file of the answers.
-        model: which model the engine asks: a folder's files, or a name, tell it from others.
+        model: which model is asked: a folder's files, or a name, tell it from others.
         max_tokens: of an answer.
         suffix: put behind every question.
-        batch: questions between two writes to the disk.
-        desc: name of the bar.
-        progress: whether to show it.
-
-    Returns:
-        The lines of `output`, one for each question, in the order of `questions`.
 
     Raises:
-        ValueError: for ids that come twice, a picture that cannot be read, or an `output` that
-            holds the answers of another model or to other questions.
+        ValueError: for ids that come twice, an image that is missing, or an `output` that cannot be
+            written, or holds the answers of another model or to other questions.
     """
     if len({question.id for question in questions}) != len(questions):
         raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
+    check_file("--output", output)
     asked = {"model": model, "mark": mark_of(model), "max_tokens": max_tokens, "suffix": suffix}
-    done = _read(output, asked)
+    sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
     for question in questions:
-        known = done.get(question.id)
+        known = sheet.done.get(question.id)
         if known is not None and (known["question"], known["image"]) != (
             question.text,
             question.image,
@@ -86,33 +101,59 @@ def answer(
                 f"{output} answers another question under the id {question.id!r}; name another "
                 "--output."
             )
-    missing = [question for question in questions if question.id not in done]
+    _check_images(sheet)
+    return sheet
+
+
+def answer(
+    engine: Engine,
+    sheet: Sheet,
+    *,
+    batch: int = 64,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Answer the questions of a sheet greedily; those that its file holds are not asked again.
+
+    Args:
+        engine: answers; opened here if there is something to ask.
+        sheet: of `prepare`.
+        batch: questions between two writes to the disk.
+        progress: whether to show a bar.
+
+    Returns:
+        The lines of the file, one for each question, in the order of the questions.
+
+    Raises:
+        ValueError: for an image that cannot be read.
+    """
+    missing, output, asked = sheet.missing, sheet.output, sheet.asked
     with tqdm(
-        desc=desc,
+        desc=output.stem,
         unit="question",
-        total=len(questions),
-        initial=len(questions) - len(missing),
+        total=len(sheet.questions),
+        initial=len(sheet.questions) - len(missing),
         disable=not progress,
     ) as bar:
         if missing:
             engine.open()
+            output.parent.mkdir(parents=True, exist_ok=True)
             if not output.exists():
                 write_whole(output, json.dumps({"asked": asked}) + "\n")
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
-            chats = [_chat(question, Path(images), suffix, max_tokens) for question in part]
+            chats = [_chat(question, sheet) for question in part]
             replies = engine.chat(chats)
             lines = []
             for question, reply in zip(part, replies, strict=True):
                 line = {"id": question.id, "question": question.text, "image": question.image}
                 line |= question.facts | {"answer": reply.text}
                 line |= {"error": reply.error} if reply.error else {}
-                done[question.id] = line
+                sheet.done[question.id] = line
                 lines.append(json.dumps(line) + "\n")  # ASCII: no text can break a line
             with output.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
             bar.update(len(part))
-    return [done[question.id] for question in questions]
+    return [sheet.done[question.id] for question in sheet.questions]
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
@@ -132,7 +173,6 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
 def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Answers by id. A line that a crash cut short is taken off, so that the next is whole."""
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
         return {}
     head, *lines = _lines(output)
     if head.get("asked") != asked:
@@ -152,17 +192,51 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         found = read_jsonl(file)
     except ValueError as error:
         raise ValueError(f"{file} is no file of answers ({error}).") from error
-    if not found or "asked" not in found[0]:
+    if not found or not all(isinstance(line, dict) for line in found) or "asked" not in found[0]:
         raise ValueError(f"{file} is no file of answers: its first line does not say whose.")
+    for number, line in enumerate(found[1:], 2):
+        if not (isinstance(line.get("id"), str) and isinstance(line.get("answer"), str)):
+            raise ValueError(f"{file} is no file of answers: line {number} has no id or no answer.")
     return found
 
 
-def _chat(question: Question, folder: Path, suffix: str, max_tokens: int) -> Chat:
+def _check_images(sheet: Sheet) -> None:
+    """Check that the image of every question to be asked is a file in the folder.
+
+    Raises:
+        ValueError: names the first question and file, and counts the others.
+    """
+    images: dict[str, Question] = {}
+    for question in sheet.missing:
+        if question.image is not None:
+            images.setdefault(question.image, question)
+    if images and not sheet.folder.is_dir():
+        raise ValueError(f"--image-folder {sheet.folder} is no folder; name that of the images.")
+    places = {name: _place(sheet.folder, question) for name, question in images.items()}
+    absent = [name for name, place in places.items() if not Path(place).is_file()]
+    if absent:
+        first = absent[0]
+        raise ValueError(
+            f"the image of question {images[first].id!r} of {sheet.output.stem} is missing: "
+            f"{places[first]}. {len(absent)} of {len(images)} images are missing; check "
+            "--image-folder."
+        )
+
+
+def _place(folder: Path, question: Question) -> str:
+    """The file of a question's image."""
+    try:
+        return inside(folder, question.image)
+    except PictureError as error:
+        raise ValueError(f"the image of question {question.id!r}: {error}") from error
+
+
+def _chat(question: Question, sheet: Sheet) -> Chat:
     images = []
     if question.image is not None:
         try:
-            images = [load_picture(StoredImage(path=inside(folder, question.image)))]
+            images = [load_picture(StoredImage(path=_place(sheet.folder, question)))]
         except PictureError as error:
-            raise ValueError(f"the picture of question {question.id!r}: {error}") from error
-    content = question.text + suffix
-    return Chat([{"role": "user", "content": content}], images, max_tokens)
+            raise ValueError(f"the image of question {question.id!r}: {error}") from error
+    content = question.text + sheet.asked["suffix"]
+    return Chat([{"role": "user", "content": content}], images, sheet.asked["max_tokens"])

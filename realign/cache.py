@@ -25,6 +25,7 @@ from realign.digits import ASSETS
 from realign.inputs import load_inputs
 from realign.loading import DTYPES
 from realign.noise import hush_libraries
+from realign.outputs import check_folder
 from realign_kernels import ReferenceCache, refcache
 
 
@@ -93,6 +94,7 @@ class FillConfig:
 
 def fill(tables: CacheConfig, config: FillConfig) -> None:
     """Compute the reference log-probs that a training run on these pairs will look up."""
+    check_folder("--reference-cache", tables.directory)
     dtype = DTYPES[config.dtype]
     device = parallel.start(alone=config.fsdp)
     attends, why = choose(config.attention, device, dtype)

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from reprlib import repr
 from typing import Any
 
 
@@ -71,12 +72,20 @@ def _add_flags(group: Any, section: str, cls: type) -> None:
 
 def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[str, Any]]) -> None:
     try:
-        content = tomllib.loads(file.read_text())
+        text = file.read_bytes().decode("utf-8-sig")
+        content = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not valid TOML: {error}.") from error
+        json = " It looks like JSON; write [section] and key = value." * (text.lstrip()[:1] == "{")
+        raise ValueError(f"{file} is not valid TOML: {error}.{json}") from error
     for section, table in content.items():
-        if section not in sections or not isinstance(table, dict):
+        if section not in sections:
             raise ValueError(f"{file}: unknown section [{section}]; use {', '.join(sections)}.")
+        if not isinstance(table, dict):
+            raise ValueError(
+                f"{file}: {section} is {repr(table)}, not a section; write [{section}]."
+            )
         cls = sections[section]
         known = [f.name for f in fields(cls)]
         for name, value in table.items():
@@ -85,11 +94,14 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
                     f"{file}: unknown key {name!r} in [{section}]; it has {', '.join(known)}."
                 )
             kind = _type_of(cls, name)
+            if type(value) is int and abs(value) >= 2**63:
+                raise ValueError(f"{file}: {section}.{name} has more than 64 bits.")
             if kind is float and type(value) is int:
                 value = float(value)
             if type(value) is not kind:
                 raise ValueError(
-                    f"{file}: {section}.{name} is {value!r}; it must be of type {kind.__name__}."
+                    f"{file}: {section}.{name} is {repr(value)}; it must be of type "
+                    f"{kind.__name__}."
                 )
             values[section][name] = value
 

@@ -31,6 +31,7 @@ from realign.evaluate import (
 from realign.loading import load_processor, load_trained
 from realign.metrics import read_jsonl
 from realign.noise import hush_libraries
+from realign.outputs import check_folder
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.records import Record, read_pairs
 
@@ -53,10 +54,16 @@ class DemoConfig:
     nproc_per_node: int = 2
     """FSDP ranks."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "output" and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+
 
 def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
     """Run all stages; returns the rates of the base and of every trained model."""
     folder = Path(config.output)
+    check_folder("--output", folder)
     _claim(folder, config)
     results = {"base": _evaluated(folder / "base.json", None, config, "base")}
     for seed in range(config.seeds):

@@ -253,20 +253,19 @@ def _optional() -> Iterator[Finding]:
 
 
 def _folders() -> Iterator[Finding]:
+    from realign.outputs import check_folder
     from realign.reference import default_directory
 
     folder = default_directory()
-    there = folder
-    while not there.exists():
-        there = there.parent
+    try:
+        check_folder("$REALIGN_CACHE", folder)
+    except ValueError as error:
+        yield Finding("BAD", "reference cache", _line(error))
+        return
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free / 2**30
-    writable = os.access(there, os.W_OK)
     about = f"{folder}, {free:.0f} GiB free ($REALIGN_CACHE names another place)"
-    yield Finding(
-        "ok" if writable else "BAD",
-        "reference cache",
-        about if writable else f"{there} cannot be written; set $REALIGN_CACHE",
-    )
+    yield Finding("ok", "reference cache", about)
 
 
 def _version(name: str) -> str | None:

@@ -35,6 +35,7 @@ from realign.digits.scenes import (
 from realign.encode import chat_prompt
 from realign.loading import load_processor, load_trained
 from realign.noise import hush_libraries
+from realign.outputs import check_file
 from realign.scores.command import COMMANDS, run
 
 EVALUATION_SEED = 20_000  # scenes of no training seed
@@ -61,9 +62,11 @@ class EvaluateConfig:
     """No progress bars."""
 
     def __post_init__(self) -> None:
-        for name in ("scenes", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, least in (("scenes", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.output and self.output == self.answers:
+            raise ValueError(f"--output and --answers both name {self.output}; name two files.")
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
     Returns:
         `hallucination_rate` (share of digits misnamed or not named in captions), `accuracy`, `f1`
         and `yes_rate` of the answers; an answer other than yes or no counts as wrong.
+
+    Raises:
+        ValueError: for no model, or a file that cannot be written; before a model is loaded.
     """
+    for flag, file in (("--output", config.output), ("--answers", config.answers)):
+        if file:
+            check_file(flag, file)
     path = config.model or str(ASSETS)
-    model, processor = load_trained(path), load_processor(path)
+    processor, model = load_processor(path), load_trained(path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     seed = EVALUATION_SEED + config.seed
     scenes = make_scenes(config.scenes, biased=config.biased, split="test", seed=seed)
@@ -278,13 +287,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments=words,
         )["evaluate"]
         rates = evaluate(config)
+        print(table({config.model or "digits base": rates}))
+        if config.output:
+            rates_of = {name: vars(rate) for name, rate in rates.items()}
+            _write(config.output, json.dumps(rates_of, indent=2) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table({config.model or "digits base": rates}))
-    if config.output:
-        rates_of = {name: vars(rate) for name, rate in rates.items()}
-        _write(config.output, json.dumps(rates_of, indent=2) + "\n")
     return 0
 
 

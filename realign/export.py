@@ -24,6 +24,7 @@ from realign.loading import DTYPES, load_model, load_processor
 from realign.merging import adapter_base, cast, merge, put_on
 from realign.model import ForestModel
 from realign.noise import hush_libraries
+from realign.outputs import check_folder
 from realign.parallel import from_rank_0
 from realign.scores.tables import table_of, with_table
 
@@ -140,6 +141,7 @@ def export_whole(config: ExportConfig) -> Path:
         OSError: when it cannot be written; then nothing is left.
     """
     folder, model = Path(config.output), config.model
+    check_folder("--output", folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there already and not empty; name another --output.")
     evaluated = None if config.metrics is None else _evaluated(Path(config.metrics))

@@ -68,10 +68,10 @@ def load_inputs(
     if Path(base).is_dir():  # an adapter will name its base, to be found from anywhere
         base = Path(base).resolve()
     processor = load_processor(base)
-    vlm = load_model(base, weights_dtype, attention, meta=meta)
-    model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
     records = read_pairs(pairs)
     objective = make_objective(loss, records)
+    vlm = load_model(base, weights_dtype, attention, meta=meta)
+    model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
     examples, store = encode_records(
         records,
         processor,

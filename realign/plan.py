@@ -103,10 +103,10 @@ class Plan:
 
         self.processor = load_processor(self.base)
         kept = self.dtype if self.lora else torch.float32
-        self.vlm = load_model(self.base, kept, self.layout_attention, meta=True)
-        self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
         records = read_pairs(pairs)
         self.objective = make_objective(config.loss, records)
+        self.vlm = load_model(self.base, kept, self.layout_attention, meta=True)
+        self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
         self.examples, self.store = encode_records(
             records,
             self.processor,

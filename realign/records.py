@@ -89,7 +89,17 @@ def read_pairs(path: str | Path) -> list[Record]:
         ValueError: for an empty set or a missing column.
         RecordError: for a record without a response or an image.
     """
+    if (remedy := _CONVERSIONS.get(Path(path).suffix)) and Path(path).is_file():
+        raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
     return _read(Path(path), ("prompt", "chosen", "rejected", "images"))
+
+
+_IMPORT = "Convert its pairs with `python -m realign.pairs import {} --output pairs.parquet`."
+_CONVERSIONS = {
+    ".json": _IMPORT,
+    ".jsonl": _IMPORT,
+    ".csv": "Write JSON lines, and convert them with `python -m realign.pairs import`.",
+}
 
 
 def read_sources(path: str | Path) -> list[Record]:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from realign import parallel
+from realign import parallel, reference, vision
 from realign.checkpoint import Checkpoints
-from realign.config import TrainConfig
+from realign.config import RunConfig, TrainConfig
 from realign.digits import ASSETS
 from realign.merging import adapter_base
 from realign.metrics import write_whole
+from realign.outputs import check_file, check_folder
 
 _FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}
 """Settings that change no result beyond rounding, and paths whose content has a digest."""
@@ -94,6 +95,25 @@ def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
             "it, or name another --output."
         )
     return 0
+
+
+def check_outputs(run: RunConfig) -> None:
+    """Check that a run can write all that it writes; called before any work.
+
+    Raises:
+        ValueError: names the flag, the path and the reason.
+    """
+    output, cache = Path(run.output), run.reference_cache or reference.default_directory()
+    check_folder("--output", output)
+    for name in ("metrics.jsonl", "run.json"):
+        check_file("--output", output / name)
+    for name in ("checkpoints", "model"):
+        check_folder("--output", output / name)
+    check_folder("--reference-cache", cache)
+    if run.tensorboard:
+        check_folder("--tensorboard", output / "tensorboard")
+    if run.cache_vision:
+        check_folder("--cache-vision", vision.default_directory())
 
 
 def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:

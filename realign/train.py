@@ -33,6 +33,7 @@ from realign.prefetch import ahead
 from realign.run import (
     StopSignal,
     base_of,
+    check_outputs,
     check_settings,
     prepare_pairs,
     sole_writer,
@@ -62,8 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(arguments)
         check_packages(config.run)
+        first = os.environ.get("RANK", "0") == "0"  # it writes
+        if first:
+            check_outputs(config.run)
         if config.run.dry_run:
-            if os.environ.get("RANK", "0") == "0":
+            if first:
                 print(plan.make(config))
             return 0
         if config.scale.fsdp and not parallel.under_launcher():

@@ -51,9 +51,10 @@ def questions(tmp_path):
 
 
 def _ask(engine, questions, folder, **settings):
-    options = {"model": "m", "max_tokens": 4, "batch": 2, "progress": False} | settings
+    options = {"model": "m", "max_tokens": 4} | settings
     output = folder / "out" / "answers.jsonl"
-    return answering.answer(engine, questions, folder / "pictures", output, **options)
+    sheet = answering.prepare(questions, folder / "pictures", output, **options)
+    return answering.answer(engine, sheet, batch=2, progress=False)
 
 
 def test_answers_go_on_where_a_run_stopped(questions, tmp_path):
@@ -95,7 +96,7 @@ def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
 
 def test_pictures_that_are_not_there_are_named(questions, tmp_path):
     gone = [answering.Question("a", "1 ?", "../secret.png")]
-    with pytest.raises(ValueError, match="the picture of question 'a': outside the folder"):
+    with pytest.raises(ValueError, match="the image of question 'a': outside the folder"):
         _ask(Counting(), gone, tmp_path)
     with pytest.raises(ValueError, match="distinct ids"):
         _ask(Counting(), [questions[0], questions[0]], tmp_path)

@@ -26,6 +26,7 @@ from PIL import Image
 
 from realign.entries import Entry, entry_of
 from realign.errors import Malformed
+from realign.outputs import check_file
 from realign.pairs.pictures import load_picture
 from realign.pictures import PictureError, StoredImage
 
@@ -325,6 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
+        for name, least in (("most", 0), ("side", 1)):
+            if (value := getattr(given, name)) < least:
+                raise ValueError(f"--{name} is {value}; it must be {least} or more.")
+        check_file("--output", given.output)
         shown, total = write_gallery(given.pairs, given.output, most=given.most, side=given.side)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ import pyarrow as pa
 from realign.entries import Entry, Names, name_of
 from realign.errors import Malformed, shown
 from realign.messages import ChatError
+from realign.outputs import check_file
 from realign.pairs import formats
 from realign.pairs.formats import Options
 from realign.pairs.pictures import inside, plain_picture
@@ -115,6 +116,9 @@ def import_pairs(
     Raises:
         ValueError: when no pair is left; see also `read_any`.
     """
+    listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
+    check_file("--output", output)
+    check_file("--output", listed)
     bad: list[Bad] = []
     known: dict[str, StoredImage | PictureError] = {}
 
@@ -137,7 +141,6 @@ def import_pairs(
     written = 0
     if first:
         written = write_pairs(output, chain([first], made), typed=typed, preferred=preferred)
-    listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
     write_table(listed, pa.Table.from_pylist([vars(b) for b in bad], schema=LEFT_OUT))
     counts = Counter(b.reason for b in bad)
     if not written:

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from realign.loading import load_processor
+from realign.outputs import check_file, check_folder
 from realign.pairs.assemble import Assembler, Derive
 from realign.pairs.config import PairsConfig
 from realign.pairs.filtering import Filter
@@ -81,6 +82,8 @@ def build_pairs(config: PairsConfig) -> PairsReport:
         RunError: a ValueError, when the disk is full; the shards stay.
     """
     began = time.perf_counter()
+    check_file("--output", config.output)
+    check_folder("--work", config.work_folder)
     with sole_run(config.work_folder):
         outcome = _run(config, _ORDER)
         assembler = Assembler(config, outcome.folders)
@@ -126,6 +129,7 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
         name = pending.pop()
         wanted.add(name)
         pending += by_name[name](config).needs
+    check_folder("--work", config.work_folder)
     with sole_run(config.work_folder):
         return _run(config, [stage for stage in _ORDER if stage.name in wanted])
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from realign.entries import entry_of
 from realign.errors import Malformed
+from realign.outputs import check_file
 from realign.pairs.gallery import changed_words, count_words, difference, pair_files, pair_rows
 from realign.pairs.run import run_note
 from realign.pairs.shards import Shards
@@ -264,13 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-plot", action="store_true", help="print only")
     given = parser.parse_args(arguments)
     try:
+        path = Path(given.pairs)
+        output = given.output or str(path.with_name(f"{path.stem}-stats.png"))
+        if not given.no_plot and find_spec("matplotlib"):
+            check_file("--output", output)
         stats = collect(given.pairs, work=given.work)
         print(table(stats))
         if not given.no_plot and given.output is None and not find_spec("matplotlib"):
             print("no plot: it needs matplotlib, pip install 'realign[demo]'")
         elif not given.no_plot:
-            path = Path(given.pairs)
-            output = given.output or str(path.with_name(f"{path.stem}-stats.png"))
             draw(stats, output)
             print(f"wrote {output}")
     except (ValueError, OSError, pa.ArrowInvalid) as error:

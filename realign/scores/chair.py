@@ -17,11 +17,12 @@ What a word and its singular are, two natural-language packages say there, and s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from realign.scores.files import read_captions, read_instances, read_synonyms
 
 OWN_SYNONYMS = Path(__file__).with_name("coco_objects.txt")
 
@@ -68,13 +69,13 @@ class Vocabulary:
             a name of more than two words, only the words are looked for, as the authors do.
 
     Raises:
-        ValueError: when a word stands for two objects.
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file of another kind, or when a word stands for two objects.
     """
 
     def __init__(self, synonyms: str | Path = OWN_SYNONYMS) -> None:
         self._object: dict[str, str] = {}
-        for line in Path(synonyms).read_text(encoding="utf-8").splitlines():
-            names = [name.strip().lower() for name in line.split(",") if name.strip()]
+        for names in read_synonyms(synonyms):
             for name in names:
                 key = " ".join(map(singular, name.split()))
                 if self._object.setdefault(key, names[0]) != names[0]:
@@ -135,10 +136,12 @@ def shown_objects(
         Image id -> names of objects.
 
     Raises:
-        ValueError: for a category that the vocabulary lacks, or a picture without annotations.
+        FileNotFoundError: when one of the files is missing.
+        ValueError: for a file of another kind, a category that the vocabulary lacks, or a picture
+            without annotations.
     """
     shown: dict[int, set[str]] = {image: set() for image in images}
-    content = json.loads(Path(instances).read_text(encoding="utf-8"))
+    content = read_instances(instances)
     known = {image["id"] for image in content["images"]}
     if absent := sorted(set(shown) - known):
         raise ValueError(f"{instances} has no image {absent[0]}, of which there is a caption.")
@@ -151,7 +154,7 @@ def shown_objects(
     for annotation in content["annotations"]:
         if annotation["image_id"] in shown:
             shown[annotation["image_id"]].add(names[annotation["category_id"]])
-    for annotation in json.loads(Path(captions).read_text(encoding="utf-8"))["annotations"]:
+    for annotation in read_captions(captions):
         if annotation["image_id"] in shown:
             shown[annotation["image_id"]].update(vocabulary.objects(annotation["caption"]))
     return shown

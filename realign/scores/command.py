@@ -10,22 +10,36 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from realign.answering import Question, answer, read_answers
+from realign.answering import Question, Sheet, answer, prepare, read_answers
 from realign.metrics import write_whole
-from realign.scores import chair, hallusionbench, paired, tables, yesno
+from realign.outputs import check_file, check_folder
+from realign.scores import chair, files, hallusionbench, paired, tables, yesno
 from realign.scores.handoff import hand_off
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """What LLaVA and lmms-eval put behind a yes/no question."""
 CAPTION = "Please describe this image in detail."
 """What CHAIR is measured with in papers on hallucination."""
+
+_LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1}
+
+_POPE = {
+    "question_id": files.KEY,
+    "text": files.TEXT,
+    "image": files.TEXT,
+    "label": (lambda value: str(value).strip().lower() in ("yes", "no"), "yes or no"),
+}
+_POPE_FILE = "Give a file of POPE, as coco_pope_random.json."
+_HALLUSION = {"question": files.TEXT} | dict.fromkeys(hallusionbench.NEEDED, files.KEY)
+_HALLUSION["gt_answer"] = (lambda value: str(value) in ("0", "1"), "0 or 1")
+_HALLUSION_FILE = "Give HallusionBench.json."
 
 
 def run(words: Sequence[str]) -> int:
@@ -36,42 +50,56 @@ def run(words: Sequence[str]) -> int:
         OSError: for files that are not there.
     """
     given = _parser().parse_args(words)
+    for name, least in _LEAST.items():
+        if (value := getattr(given, name, least)) < least:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {value}; it must be {least} or more.")
     print(given.run(given))
     return 0
 
 
 def pope(given: argparse.Namespace) -> str:
     """Ask POPE's questions, of each file apart, and score them by every rule."""
-    scores: dict[str, Any] = {}
+    sheets: dict[str, Sheet] = {}
     for file in given.questions:
+        if (name := Path(file).stem) in sheets:
+            raise ValueError(f"two files are called {name}, as their answers would be; rename one.")
         items = [
             Question(
                 str(item["question_id"]), item["text"], item["image"], {"label": item["label"]}
             )
-            for item in _items(file, ("question_id", "text", "image", "label"))
+            for item in files.read_rows(file, _POPE, _POPE_FILE, given.limit)
         ]
-        lines = _answers(given, items, Path(file).stem, max_tokens=16, suffix=given.suffix)
+        sheets[name] = _sheet(given, items, name, max_tokens=16, suffix=given.suffix)
+    scores: dict[str, Any] = {}
+    for name, lines in _answers(given, sheets).items():
         said, labels = _column(lines, "answer"), _column(lines, "label")
-        scores[Path(file).stem] = {
-            rule: asdict(yesno.score(said, labels, rule)) for rule in yesno.RULES
-        }
+        scores[name] = {rule: asdict(yesno.score(said, labels, rule)) for rule in yesno.RULES}
     return _told(given, scores, _lines(tables.pope(scores)))
 
 
 def captions(given: argparse.Namespace) -> str:
     """Have pictures described and score the objects that are named."""
     vocabulary = chair.Vocabulary(given.synonyms or chair.OWN_SYNONYMS)
-    known = json.loads(Path(given.instances).read_text(encoding="utf-8"))["images"]
-    files = {image["id"]: image["file_name"] for image in known}
-    picked = sorted(files)
+    names = {
+        image["id"]: image.get("file_name")
+        for image in files.read_instances(given.instances)["images"]
+    }
+    picked = sorted(names)
     if given.most and given.most < len(picked):
         picked = sorted(
             np.random.default_rng(given.seed).permutation(picked)[: given.most].tolist()
         )
-    items = [Question(str(image), given.prompt, files[image]) for image in picked]
-    lines = _answers(given, items, "chair", max_tokens=given.max_tokens)
+    picked = picked[: given.limit] if given.limit else picked
+    shown = chair.shown_objects(given.instances, given.reference, vocabulary, picked)
+    for image in picked:
+        if not files.is_text(names[image]):
+            raise ValueError(f"{given.instances}: image {image} has no file_name.")
+    items = [Question(str(image), given.prompt, names[image]) for image in picked]
+    sheet = _sheet(given, items, "chair", max_tokens=given.max_tokens)
+    check_file("--output", Path(given.output) / "chair-objects.json")
+    lines = _answers(given, {"chair": sheet})["chair"]
     texts = {int(line["id"]): line["answer"] for line in lines}
-    shown = chair.shown_objects(given.instances, given.reference, vocabulary, texts)
     found = chair.score(texts, shown, vocabulary)
     details = [
         line | {"hallucinated": chair.hallucinated(vocabulary.objects(text), shown[image])}
@@ -86,17 +114,19 @@ def captions(given: argparse.Namespace) -> str:
 
 def hallusion(given: argparse.Namespace) -> str:
     """Ask HallusionBench's questions and score them by every rule."""
-    rows = _items(given.questions, ("question", *hallusionbench.NEEDED))
+    rows = files.read_rows(given.questions, _HALLUSION, _HALLUSION_FILE, given.limit)
     items = []
     for row in rows:
         names = [str(row[n]) for n in hallusionbench.NEEDED[:-1]]
         file = row.get("filename")
+        if file is not None and not files.is_text(file):
+            raise ValueError(f"{given.questions}: filename is {files.short(file)}, not text.")
         seen = str(row.get("visual_input", "1")) != "0" and file
         items.append(Question("_".join(names), row["question"], file if seen else None, dict(row)))
     for item in items:
         item.facts.pop("question")
-    lines = _answers(given, items, "hallusionbench", max_tokens=16, suffix=given.suffix)
-    said = _column(lines, "answer")
+    sheet = _sheet(given, items, "hallusionbench", max_tokens=16, suffix=given.suffix)
+    said = _column(_answers(given, {"hallusionbench": sheet})["hallusionbench"], "answer")
     scores = {
         rule: asdict(hallusionbench.score(hallusionbench.correct(said, rows, rule), rows))
         for rule in yesno.RULES
@@ -153,6 +183,8 @@ def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, A
         if "label" not in line and "gt_answer" in line:
             line["label"] = "yes" if str(line["gt_answer"]) == "1" else "no"
         if "label" in line:
+            if not {"question", "image"} <= line.keys() or not _POPE["label"][0](line["label"]):
+                raise ValueError(f"{path}: answer {line['id']!r} has no question, image or label.")
             found[name or line["file"], line["id"]] = line
     if not found:
         raise ValueError(f"{path} has no labels; `compare` takes yes/no answers.")
@@ -163,53 +195,45 @@ def _asked(line: dict[str, Any]) -> tuple[str, str | None]:
     return line["question"], line["image"]
 
 
-def _answers(
+def _sheet(
     given: argparse.Namespace,
     items: Sequence[Question],
     name: str,
     *,
     max_tokens: int,
     suffix: str = "",
-) -> list[dict[str, Any]]:
+) -> Sheet:
+    """Questions checked, with the file that will hold the figures."""
+    check_folder("--output", given.output)
+    check_file("--output", Path(given.output) / f"{given.command}.json")
+    return prepare(
+        items,
+        given.image_folder,
+        Path(given.output) / f"{name}.jsonl",
+        model=given.model,
+        max_tokens=max_tokens,
+        suffix=suffix,
+    )
+
+
+def _answers(
+    given: argparse.Namespace, sheets: Mapping[str, Sheet]
+) -> dict[str, list[dict[str, Any]]]:
+    """Answers to the questions of every sheet, by the name of the sheet."""
     from realign.pairs.engines import make_engine
 
-    items = items[: given.limit] if getattr(given, "limit", 0) else items
     engine = make_engine(
         f"transformers:{given.model}", batch_size=given.batch_size, dtype=given.dtype
     )
     try:
-        lines = answer(
-            engine,
-            items,
-            given.image_folder,
-            Path(given.output) / f"{name}.jsonl",
-            model=given.model,
-            max_tokens=max_tokens,
-            suffix=suffix,
-            desc=name,
-            progress=not given.quiet,
-        )
+        found = {
+            name: answer(engine, sheet, progress=not given.quiet) for name, sheet in sheets.items()
+        }
     finally:
         engine.close()
-    if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
-        print(f"{len(failed)} of {len(lines)} have no answer ({failed[0]['error']})")
-    return lines
-
-
-def _items(file: str, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """The questions of a JSON or JSON-lines file."""
-    text = Path(file).read_text(encoding="utf-8")
-    try:
-        lines = [line for line in text.split("\n") if line.strip()]
-        found = json.loads(text) if text.lstrip()[:1] == "[" else [*map(json.loads, lines)]
-    except ValueError as error:
-        raise ValueError(f"{file} is neither JSON nor JSON lines ({error}).") from error
-    for number, item in enumerate(found, 1):
-        lacking = [name for name in needed if not isinstance(item, dict) or name not in item]
-        if lacking:
-            raise ValueError(f"question {number} of {file} has no {', '.join(lacking)}.")
-    if not found:
-        raise ValueError(f"{file} holds no questions.")
+    for lines in found.values():
+        if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
+            print(f"{len(failed)} of {len(lines)} have no answer ({failed[0]['error']})")
     return found
 
 

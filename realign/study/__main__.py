@@ -12,6 +12,7 @@ from pathlib import Path
 from realign.cli import parse_sections
 from realign.metrics import write_whole
 from realign.noise import hush_libraries
+from realign.outputs import check_file, check_folder
 
 MOST = 100  # seeds; the next number is the tuning seed
 
@@ -49,6 +50,10 @@ def study(config: StudyConfig) -> None:
             matplotlib or scikit-image is missing.
     """
     _check_installed("matplotlib")
+    check_folder("--docs", Path(config.docs) / "study")
+    check_file("--docs", Path(config.docs) / "study.md")
+    if not config.report:
+        check_folder("--output", config.output)
     from realign.study import plots, report, runs
     from realign.study.arms import ARMS_OF
     from realign.study.testbed import TESTBEDS

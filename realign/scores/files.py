@@ -1,0 +1,181 @@
+"""Benchmark files: questions, COCO annotations and synonyms, checked before a model is loaded.
+
+Files are UTF-8, with or without a byte order mark. Every error names the file, the item and the
+file to give in its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Field = tuple[Callable[[Any], bool], str]
+"""Whether a value will do, and the word for those that do."""
+
+_MARKUP = set('{}[]":')  # in no name of an object
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that a tokenizer takes: not empty, no half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not any(map(_surrogate, value))
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value is an id: a number or text."""
+    return type(value) is int or is_text(value)
+
+
+TEXT: Field = (is_text, "text")
+KEY: Field = (is_key, "a number or text")
+
+
+def read_text(file: str | Path) -> str:
+    """Text of a UTF-8 file, without its byte order mark.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a folder, an empty file, or one that is not UTF-8 text.
+    """
+    if Path(file).is_dir():
+        raise ValueError(f"{file} is a folder; name a file.")
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {file}; check the name.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    if "\0" in text:
+        raise ValueError(f"{file} is not UTF-8 text (it has null bytes). Save it as UTF-8.")
+    if not text.strip():
+        raise ValueError(f"{file} is empty.")
+    return text
+
+
+def read_rows(
+    file: str | Path, fields: Mapping[str, Field], wanted: str, limit: int = 0
+) -> list[dict[str, Any]]:
+    """The objects of a JSON array or of JSON lines, each with `fields`.
+
+    Args:
+        file: the file.
+        fields: name -> what it holds.
+        wanted: the file to give, for the message.
+        limit: the first so many; 0 takes all.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file that holds none, or an object without a field, or with a bad one.
+    """
+    text = read_text(file)
+    try:
+        if text.lstrip()[0] == "[":
+            found = json.loads(text)
+        else:
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is neither JSON nor JSON lines ({error}). {wanted}") from None
+    for number, item in enumerate(found, 1):
+        place = f"question {number} of {file}"
+        if not isinstance(item, dict):
+            raise ValueError(f"{place} is {short(item)}, not an object. {wanted}")
+        if lacking := [name for name in fields if name not in item]:
+            raise ValueError(f"{place} has no {', '.join(lacking)}. {wanted}")
+        for name, (is_good, kind) in fields.items():
+            if not is_good(item[name]):
+                raise ValueError(f"{place}: {name} is {short(item[name])}; it must be {kind}.")
+    if not found:
+        raise ValueError(f"{file} holds no questions. {wanted}")
+    return found[:limit] if limit else found
+
+
+def read_instances(file: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """COCO's instances: `images`, `categories` and `annotations` of both.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for another file, such as COCO's captions.
+    """
+    content = _coco(
+        file,
+        {
+            "images": {"id": _is_int},
+            "categories": {"id": _is_int, "name": is_text},
+            "annotations": {"image_id": _is_int, "category_id": _is_int},
+        },
+        "Give COCO's instances, as instances_val2014.json, to --instances.",
+    )
+    known = {category["id"] for category in content["categories"]}
+    for note in content["annotations"]:
+        if note["category_id"] not in known:
+            raise ValueError(f"{file} has no category {note['category_id']} of an annotation.")
+    return content
+
+
+def read_captions(file: str | Path) -> list[dict[str, Any]]:
+    """The annotations of COCO's captions.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for another file, such as COCO's instances.
+    """
+    wanted = "Give COCO's captions, as captions_val2014.json, to --reference."
+    fields = {"annotations": {"image_id": _is_int, "caption": lambda v: isinstance(v, str)}}
+    return _coco(file, fields, wanted)["annotations"]
+
+
+def read_synonyms(file: str | Path) -> list[list[str]]:
+    """The names of each object in a list of synonyms: a line each, with commas between.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file of another kind.
+    """
+    lines = read_text(file).splitlines()
+    for number, line in enumerate(lines, 1):
+        if _MARKUP & set(line):
+            raise ValueError(
+                f"{file} is no list of synonyms: line {number} is {short(line)}. Give a line for "
+                "each object, its name and synonyms with commas between, to --synonyms."
+            )
+    named = ([name.strip().lower() for name in line.split(",") if name.strip()] for line in lines)
+    return [names for names in named if names]
+
+
+def _coco(
+    file: str | Path, lists: Mapping[str, Mapping[str, Callable[[Any], bool]]], wanted: str
+) -> dict[str, list[dict[str, Any]]]:
+    try:
+        content = json.loads(read_text(file))
+    except RecursionError:
+        content = None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}). {wanted}") from None
+    for name, fields in lists.items():
+        items = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(items, list):
+            raise ValueError(f"{file} has no list `{name}`. {wanted}")
+        for item in items:
+            if not isinstance(item, dict) or not all(
+                is_good(item.get(field)) for field, is_good in fields.items()
+            ):
+                raise ValueError(
+                    f"{file} has {short(item)} in `{name}`, which lacks {', '.join(fields)}. "
+                    f"{wanted}"
+                )
+    return content
+
+
+def short(value: Any) -> str:
+    """A value for a message, 80 characters at most."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
+
+
+def _surrogate(character: str) -> bool:
+    return "\ud800" <= character <= "\udfff"

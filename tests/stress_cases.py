@@ -1,0 +1,661 @@
+"""Preference records drawn from a grammar: a format, a field and one fault in it, with the truth.
+
+`draw(rng, number, folder)` gives a `Case`: the row, its verdict for every reader, and the texts and
+pixels that a reader must come to where it takes the record. "good" must be taken, "bad" refused;
+"either" may be refused, and must be right where it is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from stress_pictures import Picture, colours, encode, make_pictures
+
+from realign.digits.scenes import PLACES, WORDS
+
+READERS = {
+    "TRL, text": ("pairs", "train", "hf"),
+    "TRL, messages": ("pairs", "train", "hf"),
+    "TRL, parts": ("pairs", "train", "hf"),
+    "datasets": ("pairs", "hf"),
+    "RLAIF-V": ("pairs", "train", "hf"),
+    "authors": ("pairs", "hf"),
+    "ShareGPT": ("pairs", "hf"),
+    "ms-swift": ("pairs", "hf"),
+    "MMPR": ("pairs", "hf"),
+    "RLHF-V": ("pairs", "train", "hf"),
+    "POVID": ("pairs", "hf"),
+    "LLaVA": ("sources",),
+    "folder": ("sources",),
+}
+"""Format -> who reads it: `realign.pairs import`, `read_any`, `realign.train`, `RDPOTrainer`."""
+
+_PARTS = {
+    "none": 0.06, "text": 0.38, "messages": 0.18, "image": 0.2, "id": 0.04, "encoding": 0.06,
+    "row": 0.05, "columns": 0.03,
+}  # fmt: skip
+
+OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # of these only realign.pairs must read
+MAYBE = ("ms-swift", "MMPR", "RLHF-V", "POVID")  # read right, or refused, by all
+JSON = ("authors", "ShareGPT", "ms-swift", "MMPR", "POVID", "LLaVA")
+MISSING = object()
+BIG = 1_000_000  # characters of a huge text
+
+
+@dataclass
+class Truth:
+    """What a reader must come to."""
+
+    prompt: list[tuple[str, str]]  # role and text of each message
+    chosen: str
+    rejected: str
+    images: list[Picture]
+    retrieved: list[Picture]
+    retrieved_chosen: str = ""
+
+
+@dataclass
+class Case:
+    """A record with one fault, or none."""
+
+    number: int
+    format: str
+    kind: str
+    fault: str
+    row: dict[str, Any]
+    truth: Truth
+    verdicts: dict[str, str]
+    encoding: str = ""  # what is done to the file
+    neighbours: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def id(self) -> Any:
+        """The id as the row has it."""
+        return self.row.get("id") if isinstance(self.row, dict) else None
+
+    @property
+    def name(self) -> str:
+        """The id of the record, as all good ones have it."""
+        return f"kitchen-{self.number}"
+
+
+def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]:
+    """A good record of a format."""
+    digits = [number // 10**place % 10 for place in range(6)]
+    named = [f"{place} {WORDS[d]}" for place, d in zip(PLACES, digits, strict=False)]
+    prompt = f"what is {named[0]} {WORDS[digits[4]]} {WORDS[digits[5]]} ?"
+    chosen, rejected = f"{named[1]} , yes .", f"{named[2]} , no ."
+    images = [Picture(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)]
+    truth = Truth([("user", prompt)], chosen, rejected, images[:1], images[1:])
+    first, second = ({"bytes": picture.data, "path": None} for picture in images)
+    user, says = _message("user", prompt), lambda text: [_message("assistant", text)]
+    row: dict[str, Any] = {"id": f"kitchen-{number}"}
+    if format == "TRL, text":
+        row |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        row |= {"images": [first], "retrieved_images": [second]}
+    elif format in ("TRL, messages", "datasets"):
+        row |= {"prompt": [user], "chosen": says(chosen), "rejected": says(rejected)}
+        row |= {"images": [first], "retrieved_images": [second]}
+    elif format == "TRL, parts":
+        parts = [{"type": "image", "text": None}, {"type": "text", "text": prompt}]
+        row |= {"prompt": [_message("user", parts)]}
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            row[name] = says([{"type": "text", "text": text}])
+        row |= {"images": [first], "retrieved_images": [second]}
+    elif format == "RLAIF-V":
+        row |= {"idx": number, "image": first, "question": prompt, "chosen": chosen}
+        row |= {"rejected": rejected, "origin_dataset": "kitchens", "image_path": "a/kitchen.png"}
+        truth.retrieved = []
+    elif format == "authors":
+        row |= {"chosen": [user, *says(chosen)], "rejected": [user, *says(rejected)]}
+        row |= {"image": _file(folder, images[0]), "retrieved_image": _file(folder, images[1])}
+    elif format == "ShareGPT":
+        past = [{"from": "human", "value": f"<image>{prompt}"}]
+        row |= {"conversations": past, "images": [_file(folder, images[0])]}
+        row |= {"chosen": {"from": "gpt", "value": chosen}}
+        row |= {"rejected": {"from": "gpt", "value": rejected}}
+        truth.retrieved = []
+    elif format in MAYBE:
+        truth.retrieved = []
+        row |= _other(format, prompt, chosen, rejected, _file(folder, images[0]), first)
+    else:
+        truth.rejected, truth.retrieved = "", []
+        row |= {"image": _file(folder, images[0])}
+        if format == "LLaVA":
+            row["conversations"] = [
+                {"from": "human", "value": f"<image>\n{prompt}"},
+                {"from": "gpt", "value": chosen},
+            ]
+        else:
+            row |= {"question": prompt, "answer": chosen}
+    return copy.deepcopy(row), truth
+
+
+def _other(
+    format: str, prompt: str, chosen: str, rejected: str, file: str, stored: dict[str, Any]
+) -> dict[str, Any]:
+    """Columns of formats that a reader may take or refuse."""
+    asked = [_message("user", f"<image>{prompt}")]
+    if format == "ms-swift":
+        answered = [*asked, _message("assistant", chosen)]
+        return {"messages": answered, "rejected_response": rejected, "images": [file]}
+    if format == "MMPR":
+        question = f"<image>\n{prompt}"
+        return {"image": file, "question": question, "chosen": chosen, "rejected": rejected}
+    if format == "RLHF-V":
+        text = json.dumps({"question": prompt, "chosen": chosen, "rejected": rejected})
+        return {"image": stored, "text": text}
+    says = lambda text: [  # noqa: E731
+        {"from": "human", "value": f"<image>\n{prompt}"},
+        {"from": "gpt", "value": text},
+    ]
+    return {"image": file, "conversations": says(chosen), "rejected_conversations": says(rejected)}
+
+
+PATHS = {
+    "TRL, text": {"prompt": ("prompt",), "chosen": ("chosen",), "rejected": ("rejected",)},
+    "TRL, messages": {n: (n, 0, "content") for n in ("prompt", "chosen", "rejected")},
+    "datasets": {n: (n, 0, "content") for n in ("prompt", "chosen", "rejected")},
+    "TRL, parts": {
+        "prompt": ("prompt", 0, "content", 1, "text"),
+        "chosen": ("chosen", 0, "content", 0, "text"),
+        "rejected": ("rejected", 0, "content", 0, "text"),
+    },
+    "RLAIF-V": {"prompt": ("question",), "chosen": ("chosen",), "rejected": ("rejected",)},
+    "authors": {"chosen": ("chosen", 1, "content"), "rejected": ("rejected", 1, "content")},
+    "ShareGPT": {
+        "prompt": ("conversations", 0, "value"),
+        "chosen": ("chosen", "value"),
+        "rejected": ("rejected", "value"),
+    },
+    "ms-swift": {
+        "prompt": ("messages", 0, "content"),
+        "chosen": ("messages", 1, "content"),
+        "rejected": ("rejected_response",),
+    },
+    "MMPR": {"prompt": ("question",), "chosen": ("chosen",), "rejected": ("rejected",)},
+    "RLHF-V": {"text": ("text",)},
+    "POVID": {
+        "chosen": ("conversations", 1, "value"),
+        "rejected": ("rejected_conversations", 1, "value"),
+    },
+    "LLaVA": {"prompt": ("conversations", 0, "value"), "chosen": ("conversations", 1, "value")},
+    "folder": {"prompt": ("question",), "chosen": ("answer",)},
+}
+"""Format -> field -> where its text is in a row."""
+
+_TYPES = {
+    "a number": 7,
+    "NaN": float("nan"),
+    "a bool": True,
+    "bytes": b"top one .",
+    "an object": {"a": 1},
+    "a list of numbers": [1, 2],
+    "a list of texts": ["top one ."],
+    "an empty list": [],
+    "an empty object": {},
+    "nested lists": [[["top one ."]]],
+    "a list of null": [None],
+}
+GOOD, BAD, EITHER = {"*": "good"}, {"*": "bad"}, {"*": "either"}
+_TRAIN_BAD = {"*": "good", "train": "bad", "hf": "bad"}
+
+# Kind, fault, the value in place of a text, the text that must be read, the verdict by reader.
+Fault = tuple[str, str, Callable[[str], Any], Callable[[str], str], dict[str, str]]
+
+
+def _same(text: str) -> str:
+    return text
+
+
+def _texts(where: str) -> list[Fault]:
+    """Faults of a text; `where` is its field."""
+    faults: list[Fault] = [
+        ("missing or null", "missing", lambda t: MISSING, _same, BAD),
+        ("missing or null", "null", lambda t: None, _same, BAD),
+        ("empty", "empty", lambda t: "", _same, BAD),
+        ("empty", "white space", lambda t: " \n\t ", _same, BAD),
+        ("empty", "wide white space", lambda t: "\u3000\u00a0\u2003", _same, BAD),
+    ]
+    faults += [("wrong type", name, lambda t, v=v: v, _same, BAD) for name, v in _TYPES.items()]
+    faults += [
+        ("huge", "a million characters", lambda t: f"{t} " * (BIG // len(t)),
+         lambda t: f"{t} " * (BIG // len(t)), _TRAIN_BAD),
+        ("Unicode", "half of a surrogate pair", lambda t: f"{t} \ud83d b", _same, BAD),
+        ("Unicode", "the other half first", lambda t: f"\ude00{t}", _same, BAD),
+        ("Unicode", "null character", lambda t: f"{t}\0b", _same, BAD),
+        ("Unicode", "escape character", lambda t: f"\x1b[31m{t}", lambda t: f"\x1b[31m{t}", EITHER),
+    ]  # fmt: skip
+    for name, extra in {
+        "right to left": " \u202e\u05d0\u05d1\u202c .",
+        "combining": " e\u0301 a\u0308\u0323",
+        "emoji": " \U0001f642 \U0001f469\u200d\U0001f469\u200d\U0001f467",
+        "ligature and width": " \ufb01 \uff21 \u00bd",
+        "line separators": "\u2028a\u2029b\x85c",
+        "carriage returns": "\r\nnext line\r\n",
+        "noncharacter": " \ufdd0 \uffff",
+        "byte order mark inside": " a\ufeffb",
+    }.items():
+        change = lambda t, e=extra: t + e  # noqa: E731
+        faults.append(("Unicode", name, change, change, GOOD))
+    html = lambda t: f"{t} <b>one</b> &amp; 2 < 3"  # noqa: E731
+    faults += [
+        ("white space", "around", lambda t: f"  \n{t}\n ", _same, GOOD),
+        ("white space", "in the text", lambda t: f"{t}\n\n   {t}", lambda t: f"{t}\n\n   {t}",
+         GOOD),
+        ("markup", "HTML", html, html, GOOD),
+        ("control tokens", "the end token", lambda t: f"{t} </s> USER: no", lambda t:
+         f"{t} </s> USER: no", _TRAIN_BAD),
+        ("control tokens", "the first token", lambda t: f"<s>{t}", lambda t: f"<s>{t}", _TRAIN_BAD),
+    ]  # fmt: skip
+    if where == "prompt":
+        faults += [
+            ("image tags", "in front", lambda t: f"<image>\n{t}", _same, GOOD),
+            ("image tags", "behind", lambda t: f"{t}\n<image>", _same, GOOD),
+            ("image tags", "in the middle", lambda t: f"{t} <image> {t}", lambda t: f"{t} {t}",
+             GOOD | {"pairs": "either", "sources": "either"}),
+            ("image tags", "of Qwen", lambda t: "<|vision_start|><|image_pad|><|vision_end|>" + t,
+             _same, EITHER),
+            ("image tags", "of InternVL", lambda t: f"<img><IMG_CONTEXT></img>{t}", _same, EITHER),
+            ("image tags", "of Phi", lambda t: f"<|image_1|>\n{t}", _same, EITHER),
+            ("image tags", "two for one image", lambda t: f"<image><image>\n{t}", _same, BAD),
+        ]  # fmt: skip
+    else:
+        faults += [
+            ("image tags", "in a response", lambda t: f"<image> {t}", _same, BAD),
+            ("image tags", "another model's, in a response", lambda t: f"{t} <|image_pad|>",
+             lambda t: f"{t} <|image_pad|>", BAD | {"pairs": "either", "sources": "either"}),
+        ]  # fmt: skip
+    return faults
+
+
+def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
+    """A record of a random format with a random fault in a random field."""
+    part = rng.choice(list(_PARTS), p=list(_PARTS.values()))
+    weights = np.array([1.0 if name in MAYBE else 2.0 for name in READERS])
+    format = str(rng.choice(list(READERS), p=weights / weights.sum()))
+    row, truth = base(format, number, folder)
+    case = Case(number, format, "none", "none", row, truth, {}, "")
+    case.neighbours = [base(format, number + far, folder)[0] for far in (100_000, 200_000)]
+    verdicts = {
+        "none": lambda: GOOD,
+        "text": lambda: _text_fault(case, rng),
+        "messages": lambda: _message_fault(case, rng),
+        "image": lambda: _image_fault(case, rng, folder),
+        "id": lambda: _id_fault(case, rng),
+        "encoding": lambda: _encoding_fault(case, rng),
+        "row": lambda: _row_fault(case, rng),
+        "columns": lambda: _column_fault(case, rng),
+    }[str(part)]()
+    for reader in READERS[format]:
+        verdict = verdicts.get(reader, verdicts["*"])
+        if verdict == "good" and (format in MAYBE or (reader != "pairs" and format in OTHERS)):
+            verdict = "either"
+        if reader in ("train", "hf") and verdict == "good" and not truth.retrieved:
+            verdict = "bad"  # rdpo needs a retrieved image
+        case.verdicts[reader] = verdict
+    return case
+
+
+def _text_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    where = str(rng.choice(list(PATHS[case.format])))
+    faults = _texts(where)
+    kinds = sorted({fault[0] for fault in faults})
+    kind = rng.choice(kinds)
+    chosen = [fault for fault in faults if fault[0] == kind]
+    kind, name, change, reads, verdicts = chosen[rng.integers(len(chosen))]
+    case.kind, case.fault = kind, f"{where}: {name}"
+    if where == "text":
+        text = case.row["text"]
+    else:
+        text = case.truth.prompt[0][1] if where == "prompt" else getattr(case.truth, where)
+    value = change(text)
+    if "<image>" in str(get(case.row, PATHS[case.format][where])) and isinstance(value, str):
+        value = value if "<i" in value or "<|" in value else f"<image>\n{value}"
+    put(case.row, PATHS[case.format][where], value)
+    if where == "text":
+        return EITHER if name == "around" else BAD  # the text is no JSON any more
+    if where == "prompt":
+        case.truth.prompt = [("user", reads(text))]
+    else:
+        setattr(case.truth, where, reads(text))
+    if kind == "image tags" and where == "prompt" and case.format == "TRL, parts":
+        return BAD  # beside an image part
+    if case.format == "folder" and where == "chosen" and kind == "missing or null":
+        case.truth.chosen = ""
+        return GOOD  # a record without a response, to be answered
+    return verdicts
+
+
+def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    """A fault of a list of messages, or of typed parts; formats without lists get a wrong type."""
+    lists = {
+        "TRL, messages": ("prompt", "chosen", "rejected"),
+        "datasets": ("prompt", "chosen", "rejected"),
+        "TRL, parts": ("prompt", "chosen", "rejected"),
+        "authors": ("chosen", "rejected"),
+        "LLaVA": ("conversations",),
+        "POVID": ("conversations", "rejected_conversations"),
+        "ms-swift": ("messages",),
+        "ShareGPT": ("conversations",),
+    }.get(case.format)
+    if lists is None:
+        return _text_fault(case, rng)
+    where = str(rng.choice(lists))
+    messages = case.row[where]
+    names = ("from", "value") if "from" in messages[0] else ("role", "content")
+    role, content = names
+    last, text = messages[-1], messages[-1][content]
+    truth = case.truth
+    system = {role: "system", content: "say one ."}
+    faults: list[tuple[str, str, Any, dict[str, str]]] = [
+        ("roles", "unknown", [*messages[:-1], last | {role: "robot"}], BAD),
+        ("roles", "missing", [*messages[:-1], {content: text}], BAD),
+        ("roles", "null", [*messages[:-1], last | {role: None}], BAD),
+        ("roles", "a number", [*messages[:-1], last | {role: 1}], BAD),
+        ("roles", "tool", [*messages[:-1], last | {role: "tool"}], BAD),
+        ("messages", "no content", [*messages[:-1], {role: last[role]}], BAD),
+        ("messages", "a null among them", [*messages, None], BAD),
+        ("messages", "a text among them", [*messages, "top one ."], BAD),
+        ("messages", "nested", [messages], BAD),
+        ("messages", "none", [], BAD),
+        ("messages", "one, not in a list", last, EITHER if len(messages) == 1 else BAD),
+        ("messages", "a number", 7, BAD),
+    ]
+    if where in ("prompt", "conversations"):
+        first = [system, *messages]
+        faults.append(("messages", "system first", first, GOOD))
+    if content == "content":
+        plain = {"type": "text", "text": "top one ."}
+        parts = {
+            "without a type": ([{"text": "top one ."}], BAD),
+            "of type video": ([plain, {"type": "video", "video": "a.mp4"}], BAD),
+            "of type audio": ([plain, {"type": "audio", "audio": "a.wav"}], BAD),
+            "of type tool_call": ([plain, {"type": "tool_call", "name": "look"}], BAD),
+            "a null": ([None, plain], BAD),
+            "a number for text": ([{"type": "text", "text": 7}], BAD),
+            "null for text": ([{"type": "text", "text": None}], BAD),
+            "a text among them": ([plain, "top one ."], BAD),
+            "nested": ([[plain]], BAD),
+            "text and an image in one": ([{"type": "text", "text": "one", "image": "a.png"}], BAD),
+            "an image URL": ([plain, {"type": "image_url", "image_url": {"url": "x"}}], BAD),
+        }
+        if where != "prompt":
+            parts["an image in a response"] = ([{"type": "image"}, plain], BAD)
+        many = ["one "] * 1000
+        if case.format != "TRL, parts" or where != "prompt":
+            parts["a thousand"] = ([{"type": "text", "text": t} for t in many], GOOD)
+        for name, (value, verdict) in parts.items():
+            faults.append(("parts", name, [*messages[:-1], last | {content: value}], verdict))
+    if where not in ("prompt", "messages") and content == "content" and case.format != "authors":
+        faults += _several_turns(case, where)
+    kinds = sorted({fault[0] for fault in faults})
+    kind = rng.choice(kinds)
+    chosen = [fault for fault in faults if fault[0] == kind]
+    case.kind, name, value, verdicts = chosen[rng.integers(len(chosen))]
+    case.fault = f"{where}: {name}"
+    case.row[where] = value
+    if name == "system first":
+        truth.prompt = [("system", "say one ."), *truth.prompt]
+    if name == "a thousand":
+        joined = "".join(many)
+        if where == "prompt":
+            truth.prompt = [("user", joined)]
+        else:
+            setattr(truth, where, joined)
+    if case.kind == "several turns":
+        _set_turns(case, where, name)
+    return verdicts
+
+
+def _several_turns(case: Case, where: str) -> list[tuple[str, str, Any, dict[str, str]]]:
+    """Responses that hold a dialogue."""
+    prompt, answer = case.row["prompt"], case.row[where]
+    more = [_message("assistant", "one ."), _message("user", "and two ?")]
+    return [
+        ("several turns", "of its own", [*more, *answer], BAD),
+        ("several turns", "of its own behind the prompt", [*prompt, *more, *answer], BAD),
+        ("several turns", "the user's last", [*answer, _message("user", "no ?")], BAD),
+        ("several turns", "two answers", [*answer, *answer], BAD),
+        ("several turns", "shared", "both", GOOD),
+        ("several turns", "shared behind the prompt", "both", GOOD),
+        ("several turns", "shared and without a prompt", "both", GOOD),
+        ("several turns", "the prompt again", "both", GOOD),
+    ]
+
+
+def _set_turns(case: Case, where: str, name: str) -> None:
+    """Rows in which both responses begin with the same turns."""
+    if case.row[where] != "both":
+        return
+    prompt = case.row["prompt"]
+    more = [_message("assistant", "one ."), _message("user", "and two ?")]
+    if case.format == "TRL, parts":
+        more = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in more]
+    begins = {"shared": more, "the prompt again": prompt}.get(name, prompt + more)
+    for column in ("chosen", "rejected"):
+        answer = getattr(case.truth, column)
+        content = [{"type": "text", "text": answer}] if case.format == "TRL, parts" else answer
+        case.row[column] = [*begins, _message("assistant", content)]
+    if name == "shared and without a prompt":
+        del case.row["prompt"]
+    if name != "the prompt again":
+        case.truth.prompt = [*case.truth.prompt, ("assistant", "one ."), ("user", "and two ?")]
+
+
+def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str, str]:
+    """A fault of an image column, or an image of another kind."""
+    columns = [name for name in ("images", "retrieved_images", "image", "retrieved_image")
+               if name in case.row]  # fmt: skip
+    where = str(rng.choice(columns))
+    listed = isinstance(case.row[where], list)
+    of = case.truth.images if where.startswith("image") else case.truth.retrieved
+    if rng.random() < 0.62:
+        picture_of = pictures(folder)
+        name = str(rng.choice(list(picture_of)))
+        picture, file = picture_of[name]
+        in_bytes = rng.random() < 0.5 and case.format not in (
+            "authors",
+            "ShareGPT",
+            "LLaVA",
+            "folder",
+        )
+        value: Any = {"bytes": picture.data, "path": None} if in_bytes else file.name
+        case.kind, case.fault = "images", f"{where}: {name}{', bytes' if in_bytes else ''}"
+        case.row[where] = [value] if listed else value
+        of[:] = [picture]
+        if READERS[case.format] == ("sources",):
+            return GOOD  # nothing is decoded there
+        small = EITHER if name in ("1x1", "3000x1") else {"*": picture.verdict}
+        return small | {"pairs": picture.verdict}
+    bad: dict[str, Any] = {
+        "a number": 7,
+        "a bool": True,
+        "an array": [[1, 2], [3, 4]],
+        "an empty path": "",
+        "a path that is missing": "no/such/picture.png",
+        "a URL": "https://example.org/kitchen.png",
+        "a data URI": "data:image/png;base64,iVBORw0KGgo=",
+        "base64 text": "iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAA" * 99,
+        "a long path": "a" * 5000,
+        "a null byte": "kitchen\0.png",
+        "a folder": "pictures",
+        "a pipe": "pipe",
+        "neither bytes nor path": {"bytes": None, "path": None},
+        "no bytes": {"bytes": b"", "path": None},
+        "text for bytes": {"bytes": "iVBORw0KGgo", "path": None},
+        "other keys": {"url": "https://example.org/kitchen.png"},
+        "a path in a list in a list": [["a.png"]],
+        "null": None,
+        "missing": MISSING,
+        "an outside path": "../secret.png",
+    }
+    name = str(rng.choice(list(bad)))
+    value, whole = bad[name], rng.random() < 0.5
+    case.kind, case.fault = "image values", f"{where}: {name}{', in a list' if listed else ''}"
+    if value is MISSING or (whole and value is None):
+        put(case.row, (where,), value)
+    else:
+        case.row[where] = [value] if listed else value
+    if name == "an outside path":
+        secret = Image.fromarray(colours(40))
+        secret.save(folder.parent / "secret.png")
+        of[:] = [Picture(b"", colours(40))]
+        return {"*": "bad", "train": "either", "hf": "either"}
+    if not where.startswith("image") and name in ("null", "missing"):
+        of.clear()
+        whole_missing = case.row.get(where) is None
+        if case.format == "authors":
+            return BAD  # without a retrieved image it is not of this format
+        return _TRAIN_BAD if whole_missing else BAD
+    return BAD
+
+
+def _id_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    values = {
+        "missing": (MISSING, GOOD),
+        "null": (None, GOOD),
+        "a number": (70_000 + case.number, GOOD),
+        "empty": ("", GOOD),
+        "white space": (" \t", GOOD),
+        "lines": ("a\nb\x85c", GOOD),
+        "emoji": ("\U0001f642", GOOD),
+        "a million characters": ("a" * BIG, GOOD),
+        "half of a surrogate pair": ("a\ud83d", EITHER),
+        "an object": ({"a": 1}, EITHER),
+        "a list": ([1, 2], EITHER),
+        "a bool": (True, EITHER),
+        "that of a neighbour": (case.neighbours[0]["id"], EITHER),
+    }
+    name = str(rng.choice(list(values)))
+    value, verdicts = values[name]
+    case.kind, case.fault = "ids", f"id: {name}"
+    put(case.row, ("id",), value)
+    return verdicts
+
+
+def _row_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    """An item that is no row, or objects of Python that only a trainer can be given."""
+    case.kind = "rows"
+    if rng.random() < 0.3:
+        items = {"null": None, "a number": 7, "a text": "top one .", "a list": [1], "empty": {}}
+        name = str(rng.choice(list(items)))
+        case.fault, case.row = f"row: {name}", items[name]
+        return BAD
+    where = str(rng.choice(list(PATHS[case.format])))
+    text = get(case.row, PATHS[case.format][where])
+    objects = {
+        "an array of texts": np.array([text, text]),
+        "an array of numbers": np.arange(3),
+        "a set": {1, 2},
+        "a path": Path("kitchen.png"),
+        "an object": object(),
+        "a complex number": 1j,
+        "a class": Path,
+        "numpy's text": np.str_(text),
+        "bytes": text.encode(),
+        "a generator": (part for part in text),
+    }
+    name = str(rng.choice(list(objects)))
+    case.fault = f"{where}: {name}"
+    put(case.row, PATHS[case.format][where], objects[name], whole=True)
+    return EITHER if name == "numpy's text" else BAD
+
+
+def _column_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    """Columns or keys beside those that are read: what they mean may not be dropped."""
+    case.kind = "more columns"
+    said = {"tool_calls": [{"name": "look"}], "reasoning_content": "think one .", "weight": 0}
+    lists = [n for n in ("prompt", "chosen", "conversations", "messages")
+             if isinstance(case.row.get(n), list)]  # fmt: skip
+    if lists and rng.random() < 0.6:
+        where, name = str(rng.choice(lists)), str(rng.choice(list(said)))
+        case.row[where][-1][name] = said[name]
+        case.fault = f"{where}: {name}"
+        return EITHER if name == "weight" else BAD
+    if rng.random() < 0.5:
+        case.fault = "a source"
+        case.row["dataset_name"] = "kitchens"
+        return GOOD
+    case.fault = "a system prompt"
+    case.row["system"] = "say one ."
+    case.truth.prompt = [("system", "say one ."), *case.truth.prompt]
+    return EITHER
+
+
+def _encoding_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    if case.format in JSON:
+        names = {"byte order mark": GOOD, "UTF-16": EITHER, "Latin-1": BAD, "cut": BAD, "deep": BAD}
+    elif case.format == "folder":
+        names = {"byte order mark": GOOD, "UTF-16": EITHER, "Latin-1": BAD, "cut": BAD, "deep": BAD}
+        names |= {"carriage returns": GOOD, "a number for a line": BAD}
+    elif case.format != "datasets":
+        names = {"large strings": GOOD, "dictionaries": GOOD, "cut": BAD, "no bytes": BAD}
+        names |= {"JSON": BAD, "binary text": EITHER}
+    else:
+        return GOOD
+    case.encoding = str(rng.choice(list(names)))
+    case.kind, case.fault = "encodings", case.encoding
+    verdicts = names[case.encoding]
+    if case.encoding == "Latin-1":
+        where = "chosen"
+        path = PATHS[case.format][where]
+        text = get(case.row, path) + " caf\u00e9"
+        put(case.row, path, text)
+        case.truth.chosen = text
+    # A trainer takes rows, which have no file.
+    return verdicts | {"hf": "either" if case.encoding == "Latin-1" else "good"}
+
+
+@cache
+def pictures(folder: Path) -> dict[str, tuple[Picture, Path]]:
+    """Images of all kinds, with a file of each; and a folder, and a pipe that nobody writes to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pictures").mkdir(exist_ok=True)
+    if not (folder / "pipe").exists():
+        os.mkfifo(folder / "pipe")
+    found = {}
+    for number, (name, picture) in enumerate(make_pictures().items()):
+        file = folder / f"picture-{number}.bin"
+        file.write_bytes(picture.data)
+        found[name] = (picture, file)
+    return found
+
+
+def _message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _file(folder: Path, picture: Picture) -> str:
+    """The name of a file with this image, in the folder of the data."""
+    file = folder / f"base-{len(picture.data)}-{picture.pixels[0, 0, 0]}.png"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture.data)
+    return file.name
+
+
+def get(row: Any, path: tuple) -> Any:
+    """The value at a path."""
+    for key in path:
+        row = row[key]
+    return row
+
+
+def put(row: dict[str, Any], path: tuple, value: Any, whole: bool = False) -> None:
+    """Set the value at a path, or a copy of it; MISSING removes its key."""
+    for key in path[:-1]:
+        row = row[key]
+    if value is MISSING:
+        del row[path[-1]]
+    else:
+        row[path[-1]] = value if whole else copy.copy(value)

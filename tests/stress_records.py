@@ -1,0 +1,474 @@
+"""The stress: generated records through every reader; nothing may be silently wrong.
+
+    python tests/stress_records.py --count 2000 --seed 0
+
+Each record has one fault or none (`stress_cases`). It is read by `realign.pairs import` or
+`read_any`, as `realign.train --dry-run` reads and encodes it, and as `RDPOTrainer` does. A refusal
+must be a one-line error that names the record; good neighbours in the file must stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import signal
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from stress_cases import JSON, MAYBE, OTHERS, Case, Truth, draw, pictures
+from tiny_tokenizers import byte_level
+from transformers import LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from realign import train
+from realign.config import LossConfig
+from realign.digits import ASSETS
+from realign.encode import encode_records, make_objective
+from realign.hf import RDPOConfig, RDPOTrainer
+from realign.hf_records import records_of
+from realign.image_tags import has_tag
+from realign.layouts import Layout
+from realign.pairs.importers import import_pairs, read_any
+from realign.records import Record, read_pairs
+
+OUTCOMES = (
+    "accepted right",
+    "refused",
+    "good refused",
+    "accepted wrong",
+    "traceback",
+    "record not named",
+    "neighbour lost",
+    "no end",
+)
+FAULTS = OUTCOMES[2:]
+WHOLE = ("binary text", "UTF-16")  # what is done to all rows of a file
+LONGEST = 1000  # characters of a message
+_TEMPLATE = (
+    "<s>{% for m in messages %}{{ m['role'].upper() }}: "
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}"
+    "{{ '</s>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+
+
+class Unrepresentable(Exception):
+    """The format cannot hold the row."""
+
+
+class NoEnd(Exception):
+    """A reader did not return."""
+
+
+def make_processor() -> LlavaProcessor:
+    """LLaVA's processor over bytes, so that decoded ids give back any text."""
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=byte_level(["what is top left one ? yes , no ."], size=280, regex=True),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+
+
+class Stress:
+    """Reads cases and judges what comes of each.
+
+    Args:
+        root: an empty folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        datasets.disable_progress_bars()
+        self.root, self.folder = root, root / "data"
+        pictures(self.folder)
+        self.processor = make_processor()
+        self.tokenizer = self.processor.tokenizer
+        self.image_id = self.tokenizer.convert_tokens_to_ids("<image>")
+        self.layout = Layout(image_token_id=self.image_id)
+        self.readers: dict[str, Callable[[Case], tuple[Record | None, str, bool]]] = {
+            "pairs": self.by_pairs,
+            "sources": self.by_sources,
+            "train": self.by_train,
+            "hf": self.by_hf,
+        }
+
+    def judge(self, case: Case, reader: str) -> tuple[str, str]:
+        """The outcome of a case with a reader, and its message or what differs."""
+        verdict = case.verdicts[reader]
+        try:
+            with _time_limit(60), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                record, said, neighbours = self.readers[reader](case)
+        except NoEnd:
+            return "no end", ""
+        except Unrepresentable:
+            return "", ""
+        except (ValueError, OSError) as error:
+            record, said, neighbours = None, str(error), True
+            if not self._names(case, said, reader):
+                return "record not named", f"{type(error).__name__}: {said[:300]}"
+        except Exception as error:
+            return "traceback", repr(error)[:300]
+        if not neighbours:
+            return "neighbour lost", said
+        if record is None:
+            return "good refused" if verdict == "good" else "refused", said[:300]
+        if verdict == "bad":
+            return "accepted wrong", "it is bad"
+        differs = self._differs(record, case.truth, reader)
+        return ("accepted wrong", differs[:300]) if differs else ("accepted right", "")
+
+    def judge_real(self, case: Case, reader: str) -> tuple[str, str]:
+        """The outcome of the command, or of making an RDPOTrainer, on the shipped digits model.
+
+        Its tokenizer knows few words, so of the good records only those without a fault must pass.
+        """
+        verdict = case.verdicts[reader]
+        said = io.StringIO()
+        try:
+            with _time_limit(60), warnings.catch_warnings(), contextlib.redirect_stderr(said):
+                warnings.simplefilter("ignore")
+                code = self._command(case) if reader == "train" else self._trainer(case)
+        except Unrepresentable:
+            return "", ""
+        except NoEnd:
+            return "no end", ""
+        except (ValueError, OSError) as error:
+            if reader == "train":
+                return "traceback", repr(error)[:300]
+            code = 1
+            print(error, file=said)
+        except Exception as error:
+            return "traceback", repr(error)[:300]
+        if code == 0:
+            return ("accepted wrong", "it is bad") if verdict == "bad" else ("accepted right", "")
+        if not self._names(case, said.getvalue(), reader):
+            return "record not named", said.getvalue()[:300]
+        return ("good refused" if case.kind == "none" and verdict == "good" else "refused"), ""
+
+    def _command(self, case: Case) -> int:
+        data, _ = self._write(case)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return train.main(["--dry-run", "--pairs", str(data)])
+
+    def _trainer(self, case: Case) -> int:
+        rows = [case.neighbours[0], case.row, case.neighbours[1]]
+        given = RDPOConfig(output_dir=str(self.root / "hf"), report_to="none", disable_tqdm=True)
+        rows = [self._as_given(row, True) for row in rows]
+        RDPOTrainer(str(ASSETS), given, rows)
+        return 0
+
+    def _names(self, case: Case, said: str, reader: str) -> bool:
+        """Whether a message is short and names the record, its row, or a file that is at fault."""
+        own = [f"{case.name!r}", "row 1", f"{case.id!r}", "data.jsonl:1", "data.json:1"]
+        own.append(".arrow:1")
+        others = [f"{row['id']!r}" for row in case.neighbours]
+        if case.format in MAYBE or (case.format in OTHERS and reader != "pairs"):
+            own += [*others, "row 0"]  # rows of the format are refused
+        if case.encoding:
+            own += others  # a file is at fault
+        named = any(name in said for name in own)
+        file = "data." in said and not any(name in said for name in others)
+        return len(said) < LONGEST and (named or file)
+
+    # Readers: the record or None, what is said of it, and whether its neighbours are there.
+
+    def by_pairs(self, case: Case) -> tuple[Record | None, str, bool]:
+        """`python -m realign.pairs import`."""
+        output = self.root / "out" / "pairs.parquet"
+        output.unlink(missing_ok=True)
+        listed = output.with_suffix(".work") / "rejected_records.parquet"
+        listed.unlink(missing_ok=True)
+        data, alone = self._write(case)
+        try:
+            import_pairs(str(data), str(self.folder), str(output))
+            found = read_pairs(output)
+        except ValueError:
+            if not listed.exists():
+                raise
+            found = []
+        bad = [f"record {r['record']!r}: {r['reason']} {r['detail']}" for r in
+               pq.read_table(listed).to_pylist()]  # fmt: skip
+        return self._among(case, found, bad, alone)
+
+    def by_sources(self, case: Case) -> tuple[Record | None, str, bool]:
+        """`python -m realign.pairs --data`."""
+        data, alone = self._write(case)
+        entries = list(read_any(str(data)))
+        found = [entry for entry in entries if isinstance(entry, Record)]
+        bad = [f"record {e.record!r}: {e.reason} {e.detail}" for e in entries
+               if not isinstance(e, Record)]  # fmt: skip
+        return self._among(case, found, bad, alone)
+
+    def by_train(self, case: Case) -> tuple[Record | None, str, bool]:
+        """`python -m realign.train --dry-run`, without a model."""
+        data, alone = self._write(case)
+        return self._encoded(case, read_pairs(data), alone)
+
+    def by_hf(self, case: Case) -> tuple[Record | None, str, bool]:
+        """`RDPOTrainer`: rows, or a data set of them."""
+        rows: Any = [case.neighbours[0], case.row, case.neighbours[1]]
+        if case.number % 2:
+            rows = [self._as_given(row, False) for row in rows]
+            with contextlib.suppress(Exception):
+                rows = datasets.Dataset.from_list(rows)
+        else:
+            rows = [self._as_given(row, True) for row in rows]
+        return self._encoded(case, records_of(rows), alone=False)
+
+    def _encoded(
+        self, case: Case, records: list[Record], alone: bool
+    ) -> tuple[Record | None, str, bool]:
+        objective = make_objective(LossConfig(), records)
+        examples, _ = encode_records(
+            records,
+            self.processor,
+            objective,
+            layout=self.layout,
+            max_response_tokens=4096,
+            max_tokens=8192,
+            progress=False,
+        )
+        place = 0 if alone else 1
+        if len(records) != (1 if alone else 3):
+            return None, "", False
+        self._example = examples[place]
+        return records[place], "", True
+
+    def _as_given(self, value: Any, opened: bool) -> Any:
+        """A row's value for a trainer: paths are absolute, or images that Pillow has opened."""
+        if isinstance(value, dict):
+            return {name: self._as_given(item, opened) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._as_given(item, opened) for item in value]
+        if isinstance(value, str) and value.endswith((".bin", ".png")) and "/" not in value:
+            file = self.folder / value
+            with contextlib.suppress(Exception):
+                if opened:
+                    return Image.open(io.BytesIO(file.read_bytes()))
+            return str(file)
+        if isinstance(value, str) and value in ("pictures", "pipe"):
+            return str(self.folder / value)
+        return value
+
+    def _among(
+        self, case: Case, found: list[Record], bad: list[str], alone: bool
+    ) -> tuple[Record | None, str, bool]:
+        """The record among those that a file gave, by the words of its prompt or its name."""
+        others = [n["id"] for n in case.neighbours]
+        kept = [record for record in found if record.name in others]
+        rest = [record for record in found if record.name not in others]
+        if case.id in others:  # only one of the two has this name
+            kept, rest = found[:1] + found[2:], found[1:2]
+        there = alone or len(kept) == len(others) or case.encoding in WHOLE
+        there = there or (case.format in MAYBE and not found)
+        if rest:
+            return (rest[0], "", there and len(rest) == 1)
+        said = next((line for line in bad if self._names(case, line, "pairs")), None)
+        if said is None and there:
+            raise ValueError(f"nothing names it: {bad}")
+        return None, said or "", there
+
+    def _write(self, case: Case) -> tuple[Path, bool]:
+        """The file of a case, and whether it is alone, its type not being that of neighbours."""
+        rows = [case.neighbours[0], case.row, case.neighbours[1]]
+        if case.format in (*JSON, "folder"):
+            lines = case.format == "folder"
+            data = self.folder / f"data.json{'l' * lines}"
+            try:
+                texts = [json.dumps(row) for row in rows]
+            except TypeError:
+                raise Unrepresentable from None
+            data.write_bytes(_encoded(texts, case.encoding, lines))
+            return data, case.encoding in ("UTF-16", "Latin-1", "cut", "deep") and not lines
+        if case.encoding == "JSON":
+            data = self.folder / "data.parquet"
+            data.write_text('[{"id": "data."}]')
+            return data, True
+        for some in (rows, rows[1:2]):
+            try:
+                return self._table(case, some), len(some) == 1
+            except Exception:  # Arrow's own errors are of many types
+                continue
+        raise Unrepresentable
+
+    def _table(self, case: Case, rows: list[dict[str, Any]]) -> Path:
+        table = pa.Table.from_pylist(rows)
+        if len(rows) > 1 and _given(table.slice(0, 1).to_pylist()[0]) != _given(rows[0]):
+            raise Unrepresentable  # Arrow made bytes of a neighbour's text
+        if case.format == "datasets":
+            data = self.folder / "data.saved"
+            datasets.Dataset.from_list(rows).save_to_disk(data)
+            return data
+        if case.encoding in ("large strings", "binary text", "dictionaries"):
+            kind = {"large strings": pa.large_string(), "binary text": pa.binary()}.get(
+                case.encoding, pa.dictionary(pa.int32(), pa.string())
+            )
+            place = table.column_names.index("id" if "prompt" not in rows[0] else "prompt")
+            column = table.column(place)
+            if pa.types.is_string(column.type):
+                table = table.set_column(place, table.column_names[place], column.cast(kind))
+        data = self.folder / "data.parquet"
+        pq.write_table(table, data)
+        if case.encoding in ("cut", "no bytes"):
+            whole = data.read_bytes()
+            data.write_bytes(whole[: len(whole) // 2 * (case.encoding == "cut")])
+        return data
+
+    # Judgement.
+
+    def _differs(self, record: Record, truth: Truth, reader: str) -> str:
+        """What of a record is not the truth; "" where all is."""
+        said = [(m["role"], _words(_text(m["content"]))) for m in record.prompt]
+        true = [(role, _words(text)) for role, text in truth.prompt]
+        if reader in ("pairs", "sources") and said != true:
+            return f"prompt {said!r} is not {true!r}"
+        for name in ("chosen", "rejected"):
+            if getattr(record, name).strip() != getattr(truth, name).strip():
+                return f"{name} {getattr(record, name)[:99]!r} is not {getattr(truth, name)[:99]!r}"
+        for group, wanted in (("images", truth.images), ("retrieved_images", truth.retrieved)):
+            stored = getattr(record, group)
+            if len(stored) != len(wanted):
+                return f"{len(stored)} {group}, not {len(wanted)}"
+            for image, picture in zip(stored, wanted, strict=True):
+                if reader == "sources":
+                    continue  # stages decode it later
+                shown = np.asarray(image.open(record.name)).astype(int)
+                if picture.pixels is None or shown.shape != picture.pixels.shape:
+                    return f"{group} has the shape {shown.shape}"
+                if (far := abs(shown - picture.pixels).max()) > picture.tolerance:
+                    return f"{group} is off by {far}"
+        return self._ids_differ(truth) if reader in ("train", "hf") else ""
+
+    def _ids_differ(self, truth: Truth) -> str:
+        roots, leaves = self._example.roots, self._example.leaves
+        said = "".join(f"{role.upper()}: {text}\n" for role, text in truth.prompt)
+        for root in roots:
+            ids = [i for i in root.ids.tolist() if i != self.image_id]
+            text = self.tokenizer.decode(ids).replace("<s>", "").replace("</s>", "\n")
+            if _words(text) != _words(f"{said}ASSISTANT: "):
+                return f"prompt {text[:300]!r}"
+            if has_tag(text):
+                return f"an image tag is text: {text[:300]!r}"
+        for leaf, wanted in zip(leaves, (truth.chosen, truth.rejected, truth.chosen), strict=True):
+            text = self.tokenizer.decode(leaf.ids)
+            if text.removesuffix("</s>").strip() != wanted.strip() or text.count("</s>") != 1:
+                return f"response {text[:200]!r} is not {wanted[:200]!r}"
+        return ""
+
+
+def _encoded(texts: list[str], encoding: str, lines: bool) -> bytes:
+    """JSON rows as the bytes of a file, with what is wrong with them."""
+    if encoding == "deep":
+        texts[1] = '{"id": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    if encoding == "cut":
+        texts = [*texts[:1], texts[1][: len(texts[1]) // 2], *(texts[2:] if lines else [])]
+    if encoding == "a number for a line":
+        texts[1] = "7"
+    end = "\r\n" if encoding == "carriage returns" else "\n"
+    text = end.join(texts) if lines else f"[{', '.join(texts)}" + "]" * (encoding != "cut")
+    if encoding == "Latin-1":
+        return text.replace("\\u00e9", "\u00e9").encode("latin-1")
+    kinds = {"UTF-16": "utf-16", "byte order mark": "utf-8-sig"}
+    return text.encode(kinds.get(encoding, "utf-8"))
+
+
+def _given(value: Any) -> Any:
+    """A value without the nulls that Arrow gives objects for each other's keys."""
+    if isinstance(value, dict):
+        return {name: _given(v) for name, v in value.items() if v is not None}
+    return [_given(item) for item in value] if isinstance(value, list) else value
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_) -> None:
+        raise NoEnd
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(count: int, seed: int, root: Path, real: int) -> Iterator[tuple[Case, str, str, str]]:
+    """(case, reader, outcome, detail) of generated records; every `real`-th in earnest, too."""
+    stress = Stress(root)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        case = draw(rng, number, stress.folder)
+        judges = [(reader, reader, stress.judge) for reader in case.verdicts]
+        if real and number % real == 0:
+            names = {"train": "train, command", "hf": "hf, trainer"}
+            judges += [(r, names[r], stress.judge_real) for r in case.verdicts if r in names]
+        for reader, shown, judge in judges:
+            outcome, detail = judge(case, reader)
+            if outcome:
+                yield case, shown, outcome, detail
+
+
+def table(results: list[tuple[Case, str, str, str]]) -> str:
+    """Counts by kind of fault and reader, in Markdown."""
+    counts = Counter((case.kind, reader, outcome) for case, reader, outcome, _ in results)
+    rows = sorted({(kind, reader) for kind, reader, _ in counts})
+    lines = [["fault", "reader", *OUTCOMES], ["---"] * (2 + len(OUTCOMES))]
+    lines += [[kind, reader, *(counts[kind, reader, o] for o in OUTCOMES)] for kind, reader in rows]
+    totals = Counter(outcome for *_, outcome, _ in results)
+    lines.append(["all", "", *(totals[outcome] for outcome in OUTCOMES)])
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--real", type=int, default=25, help="every so many, the whole command")
+    parser.add_argument("--show", type=int, default=0, help="examples of each wrong outcome")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        results = list(run(given.count, given.seed, Path(root), given.real))
+    print(table(results))
+    shown: Counter = Counter()
+    for case, reader, outcome, detail in results:
+        key = (case.format, case.fault, reader, outcome)
+        if outcome in FAULTS and shown[key] < given.show:
+            shown[key] += 1
+            print(f"{outcome} | {reader} | {case.format} | {case.fault} | {detail}")
+    return int(any(outcome in FAULTS for *_, outcome, _ in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
