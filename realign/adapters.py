@@ -64,6 +64,13 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it changes the base by random numbers or data that no saved adapter holds",
     ),
 }
+_ALONE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "init_lora_weights": (
+        lambda value: value in ("olora", "pissa"),
+        "it changed the base when it was made",
+    ),
+    "ensure_weight_tying": (bool, "PEFT ties the weights of the first adapter only"),
+}
 _OF_HOLDER = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "runtime_config", "task_type",
@@ -99,10 +106,8 @@ def check_config(config: PeftConfig, name: str = "peft_config") -> None:
         if config.is_prompt_learning or config.is_adaption_prompt:
             reason = "it acts in the forward of PeftModel, which is not called"
         raise ValueError(f"{name} is of kind {kind.value}: {reason}. Take LoRA, or another kind.")
-    for option, (is_refused, reason) in _OPTIONS.items():
-        value = getattr(config, option, None)
-        if value is not None and is_refused(value):
-            raise ValueError(f"{name} has {option}={value!r:.60}: {reason}. Leave it out.")
+    if found := _option(config, _OPTIONS):
+        raise ValueError(f"{name} has {found}. Leave it out.")
 
 
 def check(holder: nn.Module) -> None:
@@ -115,6 +120,12 @@ def check(holder: nn.Module) -> None:
     configs: dict[str, PeftConfig] = getattr(holder, "peft_config", {})
     for name, config in configs.items():
         check_config(config, f"adapter {name!r} of the model")
+    for name, config in configs.items() if len(configs) > 1 else ():
+        if found := _option(config, _ALONE):
+            raise ValueError(
+                f"adapter {name!r} of the model has {found}. It cannot be saved beside others. "
+                "Keep one adapter, or merge the first before the next is made."
+            )
     status = get_model_status(holder)
     if unknown := set(status.available_adapters) - set(configs):
         raise ValueError(
@@ -142,10 +153,28 @@ def check(holder: nn.Module) -> None:
         if isinstance(layer, LoraLayer):
             _check_scaling(name, layer)
     _check_learning(holder)
-    output = vlm.get_output_embeddings()
+    _check_head(vlm)
+
+
+def _check_head(vlm: PreTrainedModel) -> None:
     hidden = torch.zeros(1, vlm.config.get_text_config().hidden_size, device=vlm.device)
-    with torch.no_grad():
-        head_inputs(output, hidden)  # refuses a head that the loss cannot compute
+    try:
+        with torch.no_grad():
+            head_inputs(vlm.get_output_embeddings(), hidden)
+    except ValueError as error:
+        raise ValueError(
+            "the adapter on the output layer is neither plain LoRA nor a copy in modules_to_save, "
+            "which are all that the loss computes there. Leave lm_head out of target_modules."
+        ) from error
+
+
+def _option(config: PeftConfig, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str:
+    """The first option of a configuration that is refused, and the reason; empty without one."""
+    for option, (is_refused, reason) in refused.items():
+        value = getattr(config, option, None)
+        if value is not None and is_refused(value):
+            return f"{option}={value!r:.60}: {reason}"
+    return ""
 
 
 def _check_scaling(place: str, layer: LoraLayer) -> None:
@@ -176,6 +205,21 @@ def _check_learning(holder: nn.Module) -> None:
             f"is {', '.join(active_adapters(holder))}. Load it with is_trainable=True, or choose "
             "another with set_adapter."
         )
+
+
+def freeze_bases(vlm: PreTrainedModel) -> list[str]:
+    """Freeze what adapters in a model of transformers replace; names what was not frozen.
+
+    Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it to learn.
+    """
+    names = {id(p): name for name, p in vlm.named_parameters() if p.requires_grad}
+    frozen = []
+    for module in vlm.modules():
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        if isinstance(module, BaseTunerLayer) and id(weight) in names:
+            frozen.append(names[id(weight)])
+            weight.requires_grad_(False)
+    return frozen
 
 
 def active_adapters(holder: nn.Module) -> list[str]:

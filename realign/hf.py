@@ -82,6 +82,8 @@ class RDPOTrainer(Trainer):
         say = hf_parts.reporter(args)
         vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
+        if self.adapter is vlm and (frozen := adapters.freeze_bases(vlm)):
+            say(f"{', '.join(frozen)} stays frozen: an adapter is trained on it")
         processor = hf_parts.checked_processor(processing_class, path, vlm)
         adapted = peft_config is not None or self.adapter is not None
         precision.check_weights(vlm, adapted=adapted, autocast=args.autocast)

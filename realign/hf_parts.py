@@ -103,12 +103,13 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
             "set its chat_template."
         )
     tokens, rows = len(processor.tokenizer), vlm.get_input_embeddings().weight.shape[0]
-    mine = getattr(vlm.config, "image_token_id", None)
-    theirs = getattr(processor, "image_token_id", None)
-    if tokens > rows or None not in (mine, theirs) and mine != theirs:
+    mine = vlm.config.image_token_id
+    # Gemma 3's processor has the token before an image; its tokenizer that of the features.
+    theirs = {getattr(part, "image_token_id", mine) for part in (processor, processor.tokenizer)}
+    if tokens > rows or mine not in theirs:
         raise ValueError(
-            f"processing_class is of another model: {kind} has {tokens} tokens and image token "
-            f"{theirs}, the model ({vlm.config.model_type}) {rows} and {mine}; {remedy}"
+            f"processing_class is of another model: {kind} has {tokens} tokens, image token "
+            f"{min(theirs)}, and the model ({vlm.config.model_type}) {rows}, {mine}; {remedy}"
         )
     return processor
 
