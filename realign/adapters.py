@@ -1,4 +1,4 @@
-"""PEFT adapters in a model: which there are, whether they can train here, digest, save, load.
+"""PEFT adapters in a model: what holds them, their digest, saving and loading.
 
 An adapter is found by its modules, whatever holds it: a PeftModel, or a model of transformers
 that `load_adapter`, `AutoModel` on an adapter's folder or `inject_adapter_in_model` changed.
@@ -9,17 +9,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from peft import (
     PeftConfig,
     PeftModel,
-    PeftType,
-    get_model_status,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -33,44 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from realign.reference import weights_digest
-from realign_kernels import head_inputs
 
-SUPPORTED = {
-    PeftType.ADAMSS, PeftType.BEFT, PeftType.BOFT, PeftType.C3A, PeftType.DEFT, PeftType.DELORA,
-    PeftType.FOURIERFT, PeftType.FROD, PeftType.GLORA, PeftType.GRALORA, PeftType.HIRA,
-    PeftType.HRA, PeftType.IA3, PeftType.LILY, PeftType.LN_TUNING, PeftType.LOHA, PeftType.LOKR,
-    PeftType.LORA, PeftType.MISS, PeftType.OFT, PeftType.OSF, PeftType.PEANUT, PeftType.PSOFT,
-    PeftType.PVERA, PeftType.RANDLORA, PeftType.ROAD, PeftType.SHIRA, PeftType.SUPERTUNING,
-    PeftType.TINYLORA, PeftType.TRAINABLE_TOKENS, PeftType.UNILORA, PeftType.VBLORA, PeftType.VERA,
-    PeftType.WAVEFT,
-}  # fmt: skip
-"""Kinds that act in the layers they replace; tests train, save and reload each of them."""
-
-_REASONS = {
-    PeftType.ADALORA: "it needs a call in each step, and a loss of its own",
-    PeftType.POLY: "its layers need task ids",
-    PeftType.XLORA: "it gates its adapters in a forward of its own",
-    PeftType.SHADOW: "it runs a second model beside the first",
-}
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "alora_invocation_tokens": (bool, "it acts in the forward of PeftModel, which is not called"),
-    "arrow_config": (bool, "it routes among adapters that do not train"),
-    "monteclora_config": (bool, "it needs a loss of its own"),
-    "kasa_config": (bool, "it needs a loss of its own"),
-    "use_asa": (bool, "it needs a call in each step"),
-    "save_only_topk_weights": (bool, "a checkpoint of it cannot be resumed"),
-    "init_lora_weights": (
-        lambda value: value not in (True, False, "gaussian", "orthogonal", "eva", "olora", "pissa"),
-        "it changes the base by random numbers or data that no saved adapter holds",
-    ),
-}
-_ALONE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "init_lora_weights": (
-        lambda value: value in ("olora", "pissa"),
-        "it changed the base when it was made",
-    ),
-    "ensure_weight_tying": (bool, "PEFT ties the weights of the first adapter only"),
-}
 _OF_HOLDER = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "runtime_config", "task_type",
@@ -90,136 +50,6 @@ def split(model: Any) -> tuple[PreTrainedModel, nn.Module | None]:
             "transformers, or a PeftModel around one."
         )
     return vlm, model if isinstance(model, PeftModel) or _of_peft(vlm) else None
-
-
-def check_config(config: PeftConfig, name: str = "peft_config") -> None:
-    """Refuse a kind of adapter that cannot be trained here.
-
-    Raises:
-        ValueError: names the kind or the option, and the reason.
-    """
-    if not isinstance(config, PeftConfig):
-        raise ValueError(f"{name} is a {type(config).__name__}. Give one of PEFT, as LoraConfig.")
-    kind = config.peft_type
-    if kind not in SUPPORTED:
-        reason = _REASONS.get(kind, "no test shows that it acts in the layers it replaces")
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            reason = "it acts in the forward of PeftModel, which is not called"
-        raise ValueError(f"{name} is of kind {kind.value}: {reason}. Take LoRA, or another kind.")
-    if found := _option(config, _OPTIONS):
-        raise ValueError(f"{name} has {found}. Leave it out.")
-
-
-def check(holder: nn.Module) -> None:
-    """Refuse adapters whose training could not be saved, or that are not what computes.
-
-    Raises:
-        ValueError: says what is wrong with which adapter, and how to change it.
-    """
-    vlm, _ = split(holder)
-    configs: dict[str, PeftConfig] = getattr(holder, "peft_config", {})
-    for name, config in configs.items():
-        check_config(config, f"adapter {name!r} of the model")
-    for name, config in configs.items() if len(configs) > 1 else ():
-        if found := _option(config, _ALONE):
-            raise ValueError(
-                f"adapter {name!r} of the model has {found}. It cannot be saved beside others. "
-                "Keep one adapter, or merge the first before the next is made."
-            )
-    status = get_model_status(holder)
-    if unknown := set(status.available_adapters) - set(configs):
-        raise ValueError(
-            f"the model holds layers of the adapter(s) {', '.join(sorted(unknown))}, and has no "
-            "configuration of them, so they could not be saved. Merge or delete them first."
-        )
-    if status.merged_adapters:
-        raise ValueError(
-            "adapters of the model are merged into its weights, so they would not learn. Call "
-            "unmerge_adapter() first, or train the result of merge_and_unload()."
-        )
-    if status.enabled is not True:
-        raise ValueError(
-            "adapters of the model are disabled, in all layers or in some, and a saved adapter is "
-            "always enabled. Call enable_adapter_layers() or enable_adapters() first."
-        )
-    for name, layer in vlm.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        if isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
-            raise ValueError(
-                f"{name} has an adapter on top of another one. Merge the first before the second "
-                "is put on."
-            )
-        if isinstance(layer, LoraLayer):
-            _check_scaling(name, layer)
-    _check_learning(holder)
-    _check_head(vlm)
-
-
-def _check_head(vlm: PreTrainedModel) -> None:
-    hidden = torch.zeros(1, vlm.config.get_text_config().hidden_size, device=vlm.device)
-    try:
-        with torch.no_grad():
-            head_inputs(vlm.get_output_embeddings(), hidden)
-    except ValueError as error:
-        raise ValueError(
-            "the adapter on the output layer is neither plain LoRA nor a copy in modules_to_save, "
-            "which are all that the loss computes there. Leave lm_head out of target_modules."
-        ) from error
-
-
-def _option(config: PeftConfig, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str:
-    """The first option of a configuration that is refused, and the reason; empty without one."""
-    for option, (is_refused, reason) in refused.items():
-        value = getattr(config, option, None)
-        if value is not None and is_refused(value):
-            return f"{option}={value!r:.60}: {reason}"
-    return ""
-
-
-def _check_scaling(place: str, layer: LoraLayer) -> None:
-    for name, scaling in layer.scaling.items():
-        rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
-        if abs(scaling * rank - layer.lora_alpha[name]) > 1e-6 * abs(layer.lora_alpha[name]):
-            raise ValueError(
-                f"{place} scales adapter {name!r} by {scaling:g}, not by lora_alpha over rank, and "
-                "no saved adapter holds that. Undo set_scale or scale_layer, or merge it."
-            )
-
-
-def _check_learning(holder: nn.Module) -> None:
-    """What learns must be saved, and something of an active adapter must learn."""
-    saved = {name: _pointers(state_of(holder, name)) for name in holder.peft_config}
-    learns = {n: p.data_ptr() for n, p in holder.named_parameters() if p.requires_grad}
-    known = set().union(*saved.values())
-    if lost := [name for name, pointer in learns.items() if pointer not in known]:
-        raise ValueError(
-            f"{', '.join(lost[:3])}{', ...' * (len(lost) > 3)} would learn and is part of no "
-            "adapter, so it would not be saved. Name it in modules_to_save, or freeze it "
-            "(requires_grad_(False))."
-        )
-    active = set().union(*(saved[name] for name in active_adapters(holder)))
-    if not active & set(learns.values()):
-        raise ValueError(
-            f"no weight of the model learns: of its adapter(s) {', '.join(saved)}, the active one "
-            f"is {', '.join(active_adapters(holder))}. Load it with is_trainable=True, or choose "
-            "another with set_adapter."
-        )
-
-
-def freeze_bases(vlm: PreTrainedModel) -> list[str]:
-    """Freeze what adapters in a model of transformers replace; names what was not frozen.
-
-    Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it to learn.
-    """
-    names = {id(p): name for name, p in vlm.named_parameters() if p.requires_grad}
-    frozen = []
-    for module in vlm.modules():
-        weight = getattr(getattr(module, "base_layer", None), "weight", None)
-        if isinstance(module, BaseTunerLayer) and id(weight) in names:
-            frozen.append(names[id(weight)])
-            weight.requires_grad_(False)
-    return frozen
 
 
 def active_adapters(holder: nn.Module) -> list[str]:
@@ -398,7 +228,3 @@ def _is_of_peft(module: nn.Module) -> bool:
 
 def _of_peft(model: nn.Module) -> bool:
     return any(_is_of_peft(module) for module in model.modules())
-
-
-def _pointers(state: Mapping[str, torch.Tensor]) -> set[int]:
-    return {value.data_ptr() for value in state.values()}

@@ -28,7 +28,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
-from realign import adapters, hf_parts, metrics, precision, reference
+from realign import adapter_checks, adapters, hf_parts, metrics, precision, reference
 from realign.attention import choose
 from realign.card import loss_settings, model_card
 from realign.encode import encode_records, make_objective
@@ -59,7 +59,7 @@ class RDPOTrainer(Trainer):
 
     Raises:
         ValueError: for a model that forests cannot be laid out for or of which nothing learns,
-            adapters that could not be trained and saved (`adapters.check`), weights in fp16,
+            adapters that could not be trained and saved (`adapter_checks`), weights in fp16,
             quantized or to be trained in bf16, a processor that is none or of another model,
             arguments without effect, DeepSpeed, or several GPUs without a launcher.
         RecordError: for a record that cannot be trained on; it is named.
@@ -75,15 +75,11 @@ class RDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        check(args, kwargs)
+        check(args, kwargs | {"train_dataset": train_dataset})
         disable_cudnn_attention()
-        if train_dataset is None:
-            raise ValueError("train_dataset is None; give the preference records to train on.")
         say = hf_parts.reporter(args)
         vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
-        if self.adapter is vlm and (frozen := adapters.freeze_bases(vlm)):
-            say(f"{', '.join(frozen)} stays frozen: an adapter is trained on it")
         processor = hf_parts.checked_processor(processing_class, path, vlm)
         adapted = peft_config is not None or self.adapter is not None
         precision.check_weights(vlm, adapted=adapted, autocast=args.autocast)
@@ -91,14 +87,13 @@ class RDPOTrainer(Trainer):
         # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
         module = hf_parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
         self._base, self._digest = str(path), adapters.base_digest(vlm)
-        about = reference.description(
-            vlm, processor, dtype, args.device, kernels="autocast" if args.autocast else "eager"
-        )
+        kernels = "accelerate's autocast" if args.autocast else "eager"
+        about = reference.description(vlm, processor, dtype, args.device, kernels)
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
         if self.adapter is not None:
-            adapters.check(self.adapter)
+            adapter_checks.check(self.adapter, say)
             precision.widen(self.adapter, autocast=args.autocast, say=say)
         elif not any(p.requires_grad for p in vlm.parameters()):
             raise ValueError("no weight of the model learns; set requires_grad_(True).")
@@ -152,7 +147,7 @@ class RDPOTrainer(Trainer):
     ) -> PreTrainedModel | PeftModel:
         """The model as handed over; `peft_config` must be one that can be put on it."""
         if peft_config is not None:
-            adapters.check_config(peft_config)
+            adapter_checks.check_config(peft_config)
         if not isinstance(model, str | Path):
             if peft_config is not None and adapters.split(model)[1] is not None:
                 raise ValueError(
@@ -212,7 +207,8 @@ class RDPOTrainer(Trainer):
         say = hf_parts.reporter(args)
         directory = args.reference_cache or reference.default_directory()
         longest = max(example.longest_tree for example in self.examples)
-        with self.compute_loss_context_manager():
+        # Trainer's own contexts are empty: accelerate puts autocast on the forward that it prepares.
+        with self.accelerator.autocast(), precision.dtypes_named(module):
             for line in module.check_forest(self.examples[0], self.store, device):
                 say(line)
             with ReferenceCache.open(directory, self._fingerprint) as cache:
@@ -300,7 +296,7 @@ class RDPOTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone; there are no logits."""
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

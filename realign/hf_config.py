@@ -83,6 +83,8 @@ def check(args: Any, given: dict[str, Any]) -> None:
     """
     if not isinstance(args, RDPOConfig):
         raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
+    if given["train_dataset"] is None:
+        raise ValueError("train_dataset is None; give the preference records to train on.")
     for name in _REPLACED:
         if given.get(name) is not None:
             raise ValueError(f"{name} would have no effect here; leave it out.")

@@ -6,7 +6,8 @@ of bf16. So what learns is in fp32, and bf16 is for frozen weights and for compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -74,6 +75,25 @@ def widen(holder: nn.Module, *, autocast: bool, say: Callable[[str], None]) -> N
         say(f"{len(narrow)} weights of adapters are widened to float32, in which they learn")
     if not autocast and holder.dtype != torch.float32:
         say(f"computing in {_name(holder.dtype)}, the dtype of the model's weights")
+
+
+@contextmanager
+def dtypes_named(model: nn.Module) -> Iterator[None]:
+    """Name the dtypes of a model whose layers do not compute together, as a trained bias in fp32.
+
+    Raises:
+        ValueError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        kinds = sorted({_name(parameter.dtype) for parameter in model.parameters()})
+        if len(kinds) < 2 or "type" not in str(error):
+            raise
+        raise ValueError(
+            f"weights of the model in {' and '.join(kinds)} do not compute together ({error}). "
+            f"{_REMEDY}"
+        ) from error
 
 
 def _name(dtype: torch.dtype) -> str:

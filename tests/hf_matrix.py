@@ -1,4 +1,4 @@
-"""RDPOTrainer on an adapter of a kind, loaded in a way: first loss, saving, resuming, in figures."""
+"""RDPOTrainer on an adapter of a kind, loaded in a way: first loss, saving, resuming."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Every kind of PEFT adapter under RDPOTrainer, and every way of loading one."""
 
 import gc
-import json
 
 import adapter_kinds
 import hf_matrix
@@ -14,8 +13,7 @@ from hf_runs import history
 from peft import PeftType
 from tiny_vlms import make, random_record
 
-from realign import adapters
-from realign.hf import RDPOTrainer
+from realign import adapter_checks
 
 REFUSED = {
     "AdaLoRA": "ADALORA: it needs a call in each step",
@@ -87,16 +85,19 @@ def test_an_adapter_resumes_in_every_way_of_loading(benches, tmp_path, way):
 
 def test_every_kind_of_peft_is_trained_here_or_refused(benches, tmp_path):
     trained = {KINDS[kind].peft_type for kind in assigned()}
-    assert trained == adapters.SUPPORTED
+    assert trained == adapter_checks.SUPPORTED
     refused = {kind: KINDS.get(kind) or SPECIAL[kind] for kind in [*REFUSED, *SPECIAL]}
     for kind, config in refused.items():
         bench = benches["llava"]
         about = REFUSED.get(kind, "it needs|its layers|it acts in the forward of PeftModel")
         with pytest.raises(ValueError, match=about):
             hf_matrix.trainer_of(bench, kind, FRESH, tmp_path)
-        assert config.peft_type not in adapters.SUPPORTED or kind in [*REFUSED, "LoRA, activated"]
-    for kind in set(PeftType) - adapters.SUPPORTED:
+        assert config.peft_type not in adapter_checks.SUPPORTED or kind in [
+            *REFUSED,
+            "LoRA, activated",
+        ]
+    for kind in set(PeftType) - adapter_checks.SUPPORTED:
         config = peft.LoraConfig()
         config.peft_type = kind  # as a kind that a later PEFT brings
         with pytest.raises(ValueError, match=f"of kind {kind.value}: "):
-            adapters.check_config(config)
+            adapter_checks.check_config(config)
