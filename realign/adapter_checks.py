@@ -18,9 +18,9 @@ from realign_kernels import head_inputs
 SUPPORTED = {
     PeftType.ADAMSS, PeftType.BEFT, PeftType.BOFT, PeftType.C3A, PeftType.DEFT, PeftType.DELORA,
     PeftType.FOURIERFT, PeftType.FROD, PeftType.GLORA, PeftType.GRALORA, PeftType.HIRA,
-    PeftType.HRA, PeftType.IA3, PeftType.LILY, PeftType.LN_TUNING, PeftType.LOHA, PeftType.LOKR,
+    PeftType.HRA, PeftType.IA3, PeftType.LN_TUNING, PeftType.LOHA, PeftType.LOKR,
     PeftType.LORA, PeftType.MISS, PeftType.OFT, PeftType.OSF, PeftType.PEANUT, PeftType.PSOFT,
-    PeftType.PVERA, PeftType.RANDLORA, PeftType.ROAD, PeftType.SHIRA, PeftType.SUPERTUNING,
+    PeftType.RANDLORA, PeftType.ROAD, PeftType.SHIRA, PeftType.SUPERTUNING,
     PeftType.TINYLORA, PeftType.TRAINABLE_TOKENS, PeftType.UNILORA, PeftType.VBLORA, PeftType.VERA,
     PeftType.WAVEFT,
 }  # fmt: skip
@@ -28,7 +28,9 @@ SUPPORTED = {
 
 _REASONS = {
     PeftType.ADALORA: "it needs a call in each step, and a loss of its own",
+    PeftType.LILY: "its layers average over all tokens of a batch, whatever record they are of",
     PeftType.POLY: "its layers need task ids",
+    PeftType.PVERA: "it draws random weights in each step, so no reference is the policy's",
     PeftType.XLORA: "it gates its adapters in a forward of its own",
     PeftType.SHADOW: "it runs a second model beside the first",
 }
@@ -38,7 +40,10 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "monteclora_config": (bool, "it needs a loss of its own"),
     "kasa_config": (bool, "it needs a loss of its own"),
     "use_asa": (bool, "it needs a call in each step"),
-    "sample_at_inference": (bool, "its log-probs are random, so no reference is the policy's"),
+    "layer_replication": (bool, "no test covers it"),
+    "use_bdlora": (bool, "no test covers it"),
+    "use_qalora": (bool, "no test covers it"),
+    "velora_config": (bool, "no test covers it"),
     "save_only_topk_weights": (bool, "a checkpoint of it cannot be resumed"),
     "init_lora_weights": (
         lambda value: value not in (True, False, "gaussian", "orthogonal", "eva", "olora", "pissa"),
@@ -88,8 +93,14 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
     configs: dict[str, PeftConfig] = getattr(holder, "peft_config", {})
     for name, config in configs.items():
         check_config(config, f"adapter {name!r} of the model")
-    for name, config in configs.items() if len(configs) > 1 else ():
-        if found := _option(config, _ALONE):
+    for name, config in configs.items():
+        found = _option(config, _ALONE)
+        if holder is vlm and "ensure_weight_tying" in found:
+            raise ValueError(
+                f"adapter {name!r} of the model has ensure_weight_tying, which transformers does "
+                "not keep when it loads one. Load it with PeftModel.from_pretrained."
+            )
+        if found and len(configs) > 1:
             raise ValueError(
                 f"adapter {name!r} of the model has {found}. It cannot be saved beside others. "
                 "Keep one adapter, or merge the first before the next is made."
@@ -120,6 +131,8 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
             )
         if isinstance(layer, LoraLayer):
             _check_scaling(name, layer)
+            if holder is vlm:
+                _check_magnitudes(name, layer)
     _check_learning(holder)
     _check_head(vlm)
 
@@ -154,6 +167,20 @@ def _check_scaling(place: str, layer: LoraLayer) -> None:
             raise ValueError(
                 f"{place} scales adapter {name!r} by {scaling:g}, not by lora_alpha over rank, and "
                 "no saved adapter holds that. Undo set_scale or scale_layer, or merge it."
+            )
+
+
+def _check_magnitudes(place: str, layer: LoraLayer) -> None:
+    """Refuse DoRA of which transformers has loaded the factors and not the magnitudes (5.23)."""
+    for name, dora in layer.lora_magnitude_vector.items():
+        weight = layer.base_layer.weight.detach()
+        fresh = weight.norm(dim=1 if name in layer.lora_B else 0)
+        if not adapters.adds_zero(layer, name) and torch.equal(
+            dora.weight.flatten().to(fresh.dtype), fresh
+        ):
+            raise ValueError(
+                f"{place} has a trained DoRA adapter {name!r} with the magnitudes of the base, "
+                "which transformers does not load. Load it with PeftModel.from_pretrained."
             )
 
 

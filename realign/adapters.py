@@ -68,21 +68,27 @@ def changes_nothing(vlm: nn.Module) -> bool:
     """
     for module in vlm.modules():
         if isinstance(module, LoraLayer):
-            if not all(_adds_zero(module, name) for name in module.active_adapters):
+            if not all(
+                _is_plain(module, n) and adds_zero(module, n) for n in module.active_adapters
+            ):
                 return False
         elif _is_of_peft(module):
             return False
     return True
 
 
-def _adds_zero(layer: LoraLayer, name: str) -> bool:
+def adds_zero(layer: LoraLayer, name: str) -> bool:
+    """Whether the product of an adapter's two factors is zero."""
     if name in layer.lora_embedding_B:
         return not (layer.lora_embedding_A[name].any() and layer.lora_embedding_B[name].any())
-    if name not in layer.lora_B:
-        return True
-    if name in layer.lora_variant or layer.lora_B[name].bias is not None:
+    return name not in layer.lora_B or not layer.lora_B[name].weight.any()
+
+
+def _is_plain(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter is its product only, without a variant and a bias."""
+    if name in layer.lora_variant:
         return False
-    return not layer.lora_B[name].weight.any()
+    return name not in layer.lora_B or layer.lora_B[name].bias is None
 
 
 def base_state(vlm: nn.Module) -> dict[str, Tensor]:
@@ -149,14 +155,16 @@ def state_of(
     return get_peft_model_state_dict(holder, state, name, **options)
 
 
-def place_of(holder: nn.Module, name: str, folder: Path) -> Path:
-    """Where an adapter is saved: PEFT's place, or for a model of transformers that of transformers.
+def place_of(holder: nn.Module, folder: str | Path, name: str | None = None) -> Path:
+    """Where an adapter is saved, the active one without a name.
 
-    PEFT writes "default" to the folder and others to folders of their names; transformers writes
-    the active one to the folder.
+    PEFT writes "default" to the folder and others to folders of their names; for a model of
+    transformers the active one goes to the folder, as transformers does.
     """
-    at_root = ["default"] if isinstance(holder, PeftModel) else active_adapters(holder)[:1]
-    return folder if name in at_root else folder / name
+    active = active_adapters(holder)[0]
+    name = active if name is None else name
+    at_root = "default" if isinstance(holder, PeftModel) else active
+    return Path(folder) if name == at_root else Path(folder) / name
 
 
 def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None = None) -> None:
@@ -180,7 +188,7 @@ def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None 
         config = copy.copy(config)
         config.inference_mode = True
         config.base_model_name_or_path = config.base_model_name_or_path or holder.name_or_path
-        place = place_of(holder, name, folder)
+        place = place_of(holder, folder, name)
         place.mkdir(parents=True, exist_ok=True)
         save_file(weights, place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(place)
@@ -193,7 +201,7 @@ def load(holder: nn.Module, folder: Path) -> None:
         ValueError: when one is missing, or has other settings or weights; says which.
     """
     for name, config in holder.peft_config.items():
-        place = place_of(holder, name, folder)
+        place = place_of(holder, folder, name)
         file = place / SAFETENSORS_WEIGHTS_NAME
         if not file.exists():
             raise ValueError(

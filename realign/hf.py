@@ -77,7 +77,7 @@ class RDPOTrainer(Trainer):
     ) -> None:
         check(args, kwargs | {"train_dataset": train_dataset})
         disable_cudnn_attention()
-        say = hf_parts.reporter(args)
+        self._say = hf_parts.reporter(args)
         vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
         processor = hf_parts.checked_processor(processing_class, path, vlm)
@@ -87,14 +87,13 @@ class RDPOTrainer(Trainer):
         # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
         module = hf_parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
         self._base, self._digest = str(path), adapters.base_digest(vlm)
-        kernels = "accelerate's autocast" if args.autocast else "eager"
-        about = reference.description(vlm, processor, dtype, args.device, kernels)
+        about = reference.description(vlm, processor, dtype, args.device, args.kernels)
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
         if self.adapter is not None:
-            adapter_checks.check(self.adapter, say)
-            precision.widen(self.adapter, autocast=args.autocast, say=say)
+            adapter_checks.check(self.adapter, self._say)
+            precision.widen(self.adapter, autocast=args.autocast, say=self._say)
         elif not any(p.requires_grad for p in vlm.parameters()):
             raise ValueError("no weight of the model learns; set requires_grad_(True).")
         self._adapters_count = not adapters.changes_nothing(vlm)
@@ -204,13 +203,12 @@ class RDPOTrainer(Trainer):
         module.to(device)
         training = module.training
         module.eval()
-        say = hf_parts.reporter(args)
         directory = args.reference_cache or reference.default_directory()
         longest = max(example.longest_tree for example in self.examples)
-        # Trainer's own contexts are empty: accelerate puts autocast on the forward that it prepares.
+        # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
         with self.accelerator.autocast(), precision.dtypes_named(module):
             for line in module.check_forest(self.examples[0], self.store, device):
-                say(line)
+                self._say(line)
             with ReferenceCache.open(directory, self._fingerprint) as cache:
                 self.references = reference.fill(
                     cache,
@@ -222,7 +220,7 @@ class RDPOTrainer(Trainer):
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
                     progress=not args.disable_tqdm and args.process_index == 0,
-                    say=say,
+                    say=self._say,
                 ).float()
         module.train(training)
         self._feed = Feed(
@@ -359,7 +357,7 @@ class RDPOTrainer(Trainer):
 
     def _card(self) -> str:
         args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
-        return model_card(
+        card = model_card(
             self.objective.name,
             {
                 **loss_settings(args.loss),
@@ -378,6 +376,10 @@ class RDPOTrainer(Trainer):
             digests={"base weights": self._digest},
             last=logged[-1] if logged else {},
         )
+        if self.adapter is None:
+            return card
+        place = adapters.place_of(self.adapter, "THIS_FOLDER")
+        return card.replace('(base, "THIS_FOLDER")', f'(base, "{place}")')
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -53,6 +53,14 @@ class RDPOConfig(TrainingArguments):
         """Whether the forward computes in bf16: bf16=True, or so launched by accelerate."""
         return self.mixed_precision == "bf16"
 
+    @property
+    def kernels(self) -> str:
+        """How layers compute, for a reference's fingerprint.
+
+        References named "autocast" were computed without it, up to version 0.1.0.
+        """
+        return "accelerate's autocast" if self.autocast else "eager"
+
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()

@@ -20,6 +20,55 @@ from realign.records import Record
 
 FRESH, GIVEN = "peft_config", "get_peft_model"
 WAYS = (FRESH, GIVEN, *adapter_kinds.WAYS)
+SEVERAL = "one of several"
+OF_TRANSFORMERS = ("model.load_adapter", "AutoModel on the adapter's folder")
+
+_HEAD = "output layer is neither plain LoRA"
+_SHARED = "uses shared state"  # of PEFT
+_BIAS = "only 1 adapter with bias"  # of PEFT
+_DORA = "magnitudes of the base, which transformers does not load"
+_TIED = "ensure_weight_tying"
+REFUSED = {
+    "AdaLoRA": "ADALORA: it needs a call in each step",
+    "Lily": "LILY: its layers average over all tokens",
+    "PVeRA": "PVERA: it draws random weights",
+    "DoRA, lm_head": _HEAD,
+    "LoKr, lm_head": _HEAD,
+    "OFT, lm_head": _HEAD,
+}
+"""Kinds that no way of loading makes trainable, with a part of the error."""
+
+_REFUSED_AS_SEVERAL = {
+    "LoRA, PiSSA": "changed the base",
+    "LoRA, OLoRA": "changed the base",
+    "LoRA, bias=all": _BIAS,
+    "LoRA, bias=lora_only": _BIAS,
+    "LoRA, both ends, tied": _TIED,
+    "LoRA, modules_to_save tied": _TIED,
+}
+_REFUSED_OF_TRANSFORMERS = {
+    "LoRA, DoRA": _DORA,
+    "DoRA, embed_tokens": _DORA,
+    "LoRA, both ends, tied": _TIED,
+    "LoRA, modules_to_save tied": _TIED,
+    "FRoD": _SHARED,
+    "TinyLoRA": _SHARED,
+    "Uni-LoRA": _SHARED,
+    "VB-LoRA": _SHARED,
+    "VeRA": _SHARED,
+    "VeRA, no projections": _SHARED,
+}
+
+
+def refusal(kind: str, way: str, family: str) -> str | None:
+    """A part of the error where a kind cannot be trained as loaded in a way; None where it can."""
+    if kind in REFUSED:
+        return REFUSED[kind]
+    if way == SEVERAL and kind == "Trainable tokens" and family in ("gemma3", "smolvlm"):
+        return "an adapter on top of another one"  # of PEFT, on the tied head
+    return {SEVERAL: _REFUSED_AS_SEVERAL}.get(
+        way, _REFUSED_OF_TRANSFORMERS if way in OF_TRANSFORMERS else {}
+    ).get(kind)
 
 
 @dataclass(frozen=True)
@@ -66,9 +115,9 @@ def handed_over(
 
 
 def trainer_of(bench: Bench, kind: str, way: str, folder: Path, **settings) -> RDPOTrainer:
-    """A trainer of two steps, which keeps all that it writes in a folder."""
+    """A trainer of one step, which keeps all that it writes in a folder."""
     model, peft_config = handed_over(bench, kind, way, folder / "adapter")
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     with adapter_kinds.quiet():
         return RDPOTrainer(
             model, config(folder, **(options | settings)), bench.records,
@@ -77,7 +126,7 @@ def trainer_of(bench: Bench, kind: str, way: str, folder: Path, **settings) -> R
 
 
 def trained_cell(bench: Bench, kind: str, way: str, folder: Path) -> Cell:
-    """Train two steps, save, and reload by PEFT on a fresh base.
+    """Train one step, save, and reload by PEFT on a fresh base.
 
     Raises:
         ValueError: where the kind cannot be loaded in this way, or is refused.
@@ -89,8 +138,7 @@ def trained_cell(bench: Bench, kind: str, way: str, folder: Path) -> Cell:
         trainer.train()
         after = adapter_kinds.logps(trainer.model.vlm, inputs)
         trainer.save_model(str(folder / "saved"))
-        name = adapters.active_adapters(trainer.adapter)[0]
-        place = adapters.place_of(trainer.adapter, name, folder / "saved")
+        place = adapters.place_of(trainer.adapter, folder / "saved")
         loaded = PeftModel.from_pretrained(copy.deepcopy(bench.model), place)
     margins = [history(trainer, f"rewards/{name}")[0] for name in ("margins", "visual_margins")]
     return Cell(
