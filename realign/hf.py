@@ -209,7 +209,7 @@ class RDPOTrainer(Trainer):
         with self.accelerator.autocast(), precision.dtypes_named(module):
             for line in module.check_forest(self.examples[0], self.store, device):
                 self._say(line)
-            with ReferenceCache.open(directory, self._fingerprint) as cache:
+            with ReferenceCache.open(directory, hf_parts.agreed(self._fingerprint)) as cache:
                 self.references = reference.fill(
                     cache,
                     module,

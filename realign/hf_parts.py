@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -124,6 +125,20 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"{folder} holds an adapter. Resume with the peft_config that it had.")
     saved = type(vlm).from_pretrained(folder, dtype=vlm.dtype)
     vlm.load_state_dict(saved.state_dict())
+
+
+def agreed(fingerprint: dict[str, str]) -> dict[str, str]:
+    """The fingerprint of a reference that all processes have; every one calls it.
+
+    Raises:
+        ValueError: when they were handed different weights, as random adapters without a seed.
+    """
+    if len(set(gather_object([fingerprint["weights"]]))) > 1:
+        raise ValueError(
+            "the processes were handed models with different weights. Call set_seed before "
+            "get_peft_model, or give a peft_config."
+        )
+    return fingerprint
 
 
 _FILE = "reference.json"

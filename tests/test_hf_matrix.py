@@ -55,15 +55,15 @@ def test_a_kind_begins_at_its_reference_and_is_saved_as_trained(benches, tmp_pat
     rounding = 0.1 if "dropout" in kind and way not in (FRESH, GIVEN) else 1e-6
     assert abs(cell.loss) < rounding, (family, way)
     assert cell.reward < rounding
-    assert cell.moved > 1e-3
+    assert cell.moved > 1e-4
     assert cell.reloaded < 1e-5  # a plain forward of the same weights
 
 
 def test_the_ways_that_cannot_be_right_are_refused(benches, tmp_path):
     asked = [(kind, way, "smolvlm") for kind in KINDS for way in WAYS if kind not in REFUSED]
-    cells = [cell for cell in asked if refusal(*cell)]
-    assert len(cells) == 27
-    for i, (kind, way, family) in enumerate(cells):
+    cells = {(refusal(*cell), cell[1]): cell for cell in asked if refusal(*cell)}
+    assert len(cells) == 10  # each reason in each way, by one kind of several
+    for i, (kind, way, family) in enumerate(cells.values()):
         with pytest.raises(ValueError, match=refusal(kind, way, family)):
             hf_matrix.trainer_of(benches[family], kind, way, tmp_path / str(i))
 

@@ -202,6 +202,13 @@ def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_p
     assert len(history(resume(again))) == 2
 
 
+def test_processes_with_other_weights_are_named(adapted, records, tmp_path, monkeypatch):
+    monkeypatch.setattr("realign.hf_parts.gather_object", lambda mine: [*mine, "of rank 1"])
+    trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=1), records)
+    with pytest.raises(ValueError, match="handed models with different weights.*set_seed"):
+        trainer.train()
+
+
 def test_the_best_adapters_are_loaded_by_name(records, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(load_model(ASSETS), LoraConfig(**LORA), adapter_name="mine")
