@@ -152,6 +152,16 @@ def test_a_digest_does_not_depend_on_the_holder(adapted, tmp_path):
     assert adapters.base_digest(by_transformers) == adapters.base_digest(load_model(ASSETS))
 
 
+def test_an_adapter_on_the_vision_tower_learns(records, tmp_path):
+    config_of_tower = LoraConfig(r=4, target_modules=r".*vision_tower.*(q_proj|v_proj)")
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(ASSETS), config_of_tower)
+    before = {n: p.clone() for n, p in model.named_parameters() if "lora_B" in n}
+    RDPOTrainer(model, config(tmp_path, max_steps=1), records).train()
+    after = dict(model.named_parameters())
+    assert before and not any(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_inactive_adapters_stay_as_they_are(adapted, records, tmp_path):
     adapted.add_adapter("second", LoraConfig(**LORA))
     adapted.set_adapter("second")
