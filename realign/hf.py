@@ -24,18 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
-from realign import hf_parts, metrics, reference
+from realign import adapter_checks, adapters, hf_parts, metrics, precision, reference
 from realign.attention import choose
 from realign.card import loss_settings, model_card
 from realign.encode import encode_records, make_objective
 from realign.hf_config import RDPOConfig, check
 from realign.hf_records import Records, records_of
-from realign.loading import adapter_base, load_model, load_processor
+from realign.loading import adapter_base, load_model
 from realign.parallel import disable_cudnn_attention
 from realign.prefetch import builder
 from realign.step import Feed
@@ -47,17 +46,21 @@ class RDPOTrainer(Trainer):
 
     Args:
         model: folder or hub name, a model of transformers, or one with PEFT adapters, trained
-            before or not. The reference is the model as it is when training begins.
+            before or not, in a PeftModel or put in by transformers. The reference is the model as
+            it is handed over.
         args: settings.
         train_dataset: preference records; TRL's vision columns `prompt` (or implicit), `chosen`,
             `rejected`, `images`, and `retrieved_images` for objectives with a visual term.
         eval_dataset: more of them, for `evaluate`; or several sets by name.
         processing_class: the processor; that of the model's folder when absent.
-        peft_config: adapters to train; without them all weights but the vision tower's learn.
+        peft_config: a fresh adapter to train, for a model that has none; without adapters all
+            weights but the vision tower's learn.
         kwargs: callbacks, optimizers and other arguments of `Trainer`.
 
     Raises:
         ValueError: for a model that forests cannot be laid out for or of which nothing learns,
+            adapters that could not be trained and saved (`adapter_checks`), weights in fp16,
+            quantized or to be trained in bf16, a processor that is none or of another model,
             arguments without effect, DeepSpeed, or several GPUs without a launcher.
         RecordError: for a record that cannot be trained on; it is named.
     """
@@ -72,25 +75,29 @@ class RDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        check(args, kwargs)
+        check(args, kwargs | {"train_dataset": train_dataset})
         disable_cudnn_attention()
-        vlm, self.adapter = self._load(model, args, peft_config)
+        self._say = hf_parts.reporter(args)
+        vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
-        processor = processing_class or load_processor(path)
-        dtype = torch.bfloat16 if args.bf16 else vlm.dtype
-        # Before adapters, so that those on the vision tower learn where somebody asks for them.
-        module = hf_parts.Module(vlm, dtype=dtype)
-        self._base, self._digest = str(path), hf_parts.base_digest(vlm)
-        about = reference.description(
-            vlm, processor, dtype, args.device, kernels="autocast" if args.bf16 else "eager"
-        )
+        processor = hf_parts.checked_processor(processing_class, path, vlm)
+        adapted = peft_config is not None or self.adapter is not None
+        precision.check_weights(vlm, adapted=adapted, autocast=args.autocast)
+        dtype = torch.bfloat16 if args.autocast else vlm.dtype
+        # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
+        module = hf_parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
+        self._base, self._digest = str(path), adapters.base_digest(vlm)
+        about = reference.description(vlm, processor, dtype, args.device, args.kernels)
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
-        if not any(p.requires_grad for p in vlm.parameters()):
-            raise ValueError("no weight of the model learns; load it with is_trainable=True.")
-        self._adapters_count = not hf_parts.begins_as_base(self.adapter)
-        weights = hf_parts.whole_digest(self.adapter) if self._adapters_count else self._digest
+        if self.adapter is not None:
+            adapter_checks.check(self.adapter, self._say)
+            precision.widen(self.adapter, autocast=args.autocast, say=self._say)
+        elif not any(p.requires_grad for p in vlm.parameters()):
+            raise ValueError("no weight of the model learns; set requires_grad_(True).")
+        self._adapters_count = not adapters.changes_nothing(vlm)
+        weights = adapters.whole_digest(vlm) if self._adapters_count else self._digest
         self._fingerprint = about | {"weights": weights}
         records = records_of(train_dataset)
         count = len(records)
@@ -136,23 +143,27 @@ class RDPOTrainer(Trainer):
         model: str | Path | PreTrainedModel | PeftModel,
         args: RDPOConfig,
         peft_config: PeftConfig | None,
-    ) -> tuple[PreTrainedModel, PeftModel | None]:
-        if isinstance(model, PeftModel):
-            if peft_config is not None:
-                raise ValueError("the model has adapters already; leave out peft_config.")
-            return model.get_base_model(), model
-        if isinstance(model, str | Path):
-            if peft_config is not None and adapter_base(model):
+    ) -> PreTrainedModel | PeftModel:
+        """The model as handed over; `peft_config` must be one that can be put on it."""
+        if peft_config is not None:
+            adapter_checks.check_config(peft_config)
+        if not isinstance(model, str | Path):
+            if peft_config is not None and adapters.split(model)[1] is not None:
                 raise ValueError(
-                    f"{model} is an adapter itself; one on top of it could not be loaded elsewhere."
-                    " Merge it first (python -m realign.export), or give it as a PeftModel with "
-                    "is_trainable=True and leave out peft_config, to train it on."
+                    "the model has adapters already; leave out peft_config to train them, or merge "
+                    "them first (merge_and_unload)."
                 )
-            computes = torch.bfloat16 if args.bf16 else torch.float32
-            attends, _ = choose("tree", args.device, computes)
-            kept = computes if peft_config is not None else torch.float32
-            return load_model(model, kept, attends), None
-        return model, None
+            return model
+        if peft_config is not None and adapter_base(model):
+            raise ValueError(
+                f"{model} is an adapter itself; one on top of it could not be loaded elsewhere."
+                " Merge it first (python -m realign.export), or give it as a PeftModel with "
+                "is_trainable=True and leave out peft_config, to train it on."
+            )
+        computes = torch.bfloat16 if args.autocast else torch.float32
+        attends, _ = choose("tree", args.device, computes)
+        kept = computes if peft_config is not None else torch.float32
+        return load_model(model, kept, attends)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; reference log-probs that no run has computed before come first."""
@@ -192,13 +203,13 @@ class RDPOTrainer(Trainer):
         module.to(device)
         training = module.training
         module.eval()
-        say = print if args.process_index == 0 and not args.disable_tqdm else lambda line: None
         directory = args.reference_cache or reference.default_directory()
         longest = max(example.longest_tree for example in self.examples)
-        with self.compute_loss_context_manager():
+        # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
+        with self.accelerator.autocast(), precision.dtypes_named(module):
             for line in module.check_forest(self.examples[0], self.store, device):
-                say(line)
-            with ReferenceCache.open(directory, self._fingerprint) as cache:
+                self._say(line)
+            with ReferenceCache.open(directory, hf_parts.agreed(self._fingerprint)) as cache:
                 self.references = reference.fill(
                     cache,
                     module,
@@ -209,7 +220,7 @@ class RDPOTrainer(Trainer):
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
                     progress=not args.disable_tqdm and args.process_index == 0,
-                    say=say,
+                    say=self._say,
                 ).float()
         module.train(training)
         self._feed = Feed(
@@ -283,7 +294,7 @@ class RDPOTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone; there are no logits."""
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -318,24 +329,26 @@ class RDPOTrainer(Trainer):
         return rows[rows[:, 0] >= 0]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The model or its adapter as transformers and PEFT load them, with the processor."""
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        if self.adapter is not None:  # the base is neither saved nor gathered
-            trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
-            state_dict = {n: value for n, value in state_dict.items() if n in trained}
-        weights = {n.removeprefix("vlm."): hf_parts.whole(value) for n, value in state_dict.items()}
+        """The model or its adapters as transformers and PEFT load them, with the processor."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        gathered = None  # where it is sharded: whole, on this rank only
+        if state_dict is not None:
+            gathered = {name.removeprefix("vlm."): value for name, value in state_dict.items()}
         if self.adapter is None:
-            self.model.vlm.save_pretrained(folder, state_dict=weights)
+            self.model.vlm.save_pretrained(folder, state_dict=gathered)
         else:
-            prefixed = {f"base_model.model.{name}": value for name, value in weights.items()}
-            self.adapter.save_pretrained(folder, state_dict=prefixed)
+            adapters.save(self.adapter, folder, gathered)
         self.processing_class.save_pretrained(folder)
+        if self.references is not None:
+            self._kept_reference().save(folder)
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
+
+    def _kept_reference(self) -> hf_parts.KeptReference:
+        return hf_parts.KeptReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Our card in `output_dir`, for `push_to_hub`; what Trainer would say is left out."""
@@ -344,7 +357,7 @@ class RDPOTrainer(Trainer):
 
     def _card(self) -> str:
         args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
-        return model_card(
+        card = model_card(
             self.objective.name,
             {
                 **loss_settings(args.loss),
@@ -353,7 +366,7 @@ class RDPOTrainer(Trainer):
                 "records in a step": args.train_batch_size
                 * args.gradient_accumulation_steps
                 * args.world_size,
-                "computed in": "bf16" if args.bf16 else "fp32",
+                "computed in": "bf16" if self.model.dtype == torch.bfloat16 else "fp32",
                 "seed": args.seed,
             },
             base=self._base,
@@ -363,20 +376,20 @@ class RDPOTrainer(Trainer):
             digests={"base weights": self._digest},
             last=logged[-1] if logged else {},
         )
+        if self.adapter is None:
+            return card
+        place = adapters.place_of(self.adapter, "THIS_FOLDER")
+        return card.replace('(base, "THIS_FOLDER")', f'(base, "{place}")')
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._kept_reference().check(folder)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        folder, vlm = Path(resume_from_checkpoint), self.model.vlm
-        if self.adapter is not None:
-            file = folder / "adapter_model.safetensors"
-            if not file.exists():
-                raise ValueError(f"{folder} holds no adapter_model.safetensors to go on from.")
-            set_peft_model_state_dict(self.adapter, load_file(file))
-            return
-        saved = type(vlm).from_pretrained(folder, dtype=vlm.dtype)
-        vlm.load_state_dict(saved.state_dict())
+        elif self.adapter is not None:
+            adapters.load(self.adapter, folder)
+        else:
+            hf_parts.load_weights(self.model.vlm, folder)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

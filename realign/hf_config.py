@@ -16,8 +16,8 @@ _REFUSED = {  # settings of the Trainer that another loss than ours would read
     "neftune_noise_alpha": None,
     "use_liger_kernel": False,
     "torch_compile": False,
-    "fp16": False,
 }
+_PRECISION = ("fp16", "fp16_full_eval", "bf16_full_eval")
 _REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_init")
 
 
@@ -48,6 +48,19 @@ class RDPOConfig(TrainingArguments):
     row_tokens: int = 0
     reference_cache: str | None = None
 
+    @property
+    def autocast(self) -> bool:
+        """Whether the forward computes in bf16: bf16=True, or so launched by accelerate."""
+        return self.mixed_precision == "bf16"
+
+    @property
+    def kernels(self) -> str:
+        """How layers compute, for a reference's fingerprint.
+
+        References named "autocast" were computed without it, up to version 0.1.0.
+        """
+        return "accelerate's autocast" if self.autocast else "eager"
+
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -58,6 +71,16 @@ class RDPOConfig(TrainingArguments):
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):
                 raise ValueError(f"{name} would have no effect on rDPO's loss here; leave it out.")
+        for name in _PRECISION:  # the last two would cast the weights that learn
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is not supported. Set bf16=True, or leave it out for fp32."
+                )
+        if self.mixed_precision not in ("no", "bf16"):  # of accelerate's configuration
+            raise ValueError(
+                f"accelerate's mixed_precision is {self.mixed_precision!r}, which is not "
+                "supported. Launch with --mixed_precision bf16 or no."
+            )
 
 
 def check(args: Any, given: dict[str, Any]) -> None:
@@ -68,6 +91,8 @@ def check(args: Any, given: dict[str, Any]) -> None:
     """
     if not isinstance(args, RDPOConfig):
         raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
+    if given["train_dataset"] is None:
+        raise ValueError("train_dataset is None; give the preference records to train on.")
     for name in _REPLACED:
         if given.get(name) is not None:
             raise ValueError(f"{name} would have no effect here; leave it out.")

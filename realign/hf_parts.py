@@ -1,21 +1,22 @@
-"""Parts of `realign.hf`: the module that Trainer trains, its data, losses to check, digests."""
+"""Parts of `realign.hf`: the module that Trainer trains, its data, losses to check, references."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch.distributed.tensor import DTensor
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from realign import reference
+from realign.forest import Example
+from realign.loading import adapter_base, load_processor
 from realign.model import ForestModel
+from realign_kernels import leaf_keys
 
 
 class Module(ForestModel):
@@ -77,51 +78,124 @@ class Losses:
                 )
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP2 shards, gathered on the CPU: every rank must ask."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+def reporter(args: TrainingArguments) -> Callable[[str], None]:
+    """Prints a line for the user, on the first process only, and never with disable_tqdm."""
+    return print if args.process_index == 0 and not args.disable_tqdm else lambda line: None
 
 
-_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) -> Any:
+    """The processor given, or that of the model's folder when it is None.
 
-
-def begins_as_base(adapter: PeftModel | None) -> bool:
-    """Whether a model computes what its base computes: it adds LoRA alone, and all B are zero.
-
-    Not so where adapters were trained before, or begin elsewhere (PiSSA, OLoRA).
+    Raises:
+        ValueError: when it is no processor of images and text, or one of another model.
     """
-    for name, value in adapter.named_parameters() if adapter is not None else ():
-        part = next((part for part in _LORA if f".{part}." in name), "")
-        if value.requires_grad and not part or part.endswith("_B") and value.any():
-            return False
-    return True
+    remedy = "give the model's processor, as AutoProcessor.from_pretrained(...) returns it."
+    if processor is None:
+        if not str(path):
+            raise ValueError(f"processing_class is None, and the model has no name; {remedy}")
+        processor = load_processor(path)
+    kind = type(processor).__name__
+    for part in ("tokenizer", "image_processor", "apply_chat_template"):
+        if not hasattr(processor, part):
+            raise ValueError(f"processing_class is a {kind}, which has no {part}; {remedy}")
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"processing_class is a {kind} without a chat template, so prompts cannot be rendered; "
+            "set its chat_template."
+        )
+    tokens, rows = len(processor.tokenizer), vlm.get_input_embeddings().weight.shape[0]
+    mine = vlm.config.image_token_id
+    # Gemma 3's processor has the token before an image; its tokenizer that of the features.
+    theirs = {getattr(part, "image_token_id", mine) for part in (processor, processor.tokenizer)}
+    if tokens > rows or mine not in theirs:
+        raise ValueError(
+            f"processing_class is of another model: {kind} has {tokens} tokens, image token "
+            f"{min(theirs)}, and the model ({vlm.config.model_type}) {rows}, {mine}; {remedy}"
+        )
+    return processor
 
 
-def base_digest(vlm: PreTrainedModel) -> str:
-    """Digest of a model's weights without its LoRA."""
-    return reference.weights_digest(_WithoutAdapters(vlm), vlm.dtype)
+def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
+    """Load all weights of a checkpoint into a model without adapters.
+
+    Raises:
+        ValueError: when the checkpoint holds an adapter.
+    """
+    if adapter_base(folder):
+        raise ValueError(f"{folder} holds an adapter. Resume with the peft_config that it had.")
+    saved = type(vlm).from_pretrained(folder, dtype=vlm.dtype)
+    vlm.load_state_dict(saved.state_dict())
 
 
-def whole_digest(adapter: PeftModel) -> str:
-    """Digest of a model with its adapters and their settings."""
-    settings = {name: config.to_dict() for name, config in adapter.peft_config.items()}
-    about = json.dumps(settings, sort_keys=True, default=str)
-    weights = reference.weights_digest(adapter.get_base_model(), adapter.dtype)
-    return hashlib.blake2b(f"{weights} {about}".encode(), digest_size=16).hexdigest()
+def agreed(fingerprint: dict[str, str]) -> dict[str, str]:
+    """The fingerprint of a reference that all processes have; every one calls it.
+
+    Raises:
+        ValueError: when they were handed different weights, as random adapters without a seed.
+    """
+    if len(set(gather_object([fingerprint["weights"]]))) > 1:
+        raise ValueError(
+            "the processes were handed models with different weights. Call set_seed before "
+            "get_peft_model, or give a peft_config."
+        )
+    return fingerprint
 
 
-class _WithoutAdapters:
-    """A model's tensors under the names they have without adapters, for their digest."""
+_FILE = "reference.json"
+_COMPARED = 8  # examples of a checkpoint whose references are kept
+_ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
+"""Mean difference of a token's log-prob, up to which two references are one that is rounded."""
 
-    def __init__(self, vlm: PreTrainedModel) -> None:
-        self._vlm = vlm
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self._plain(self._vlm.state_dict().items())
+class KeptReference:
+    """The reference of a run, kept beside its checkpoints: a digest, and a few log-probs.
 
-    def named_buffers(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return self._plain(self._vlm.named_buffers()).items()
+    Adapters that begin with random numbers compute the same under many digests, so where digests
+    differ log-probs decide.
 
-    @staticmethod
-    def _plain(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {n.replace(".base_layer.", "."): t for n, t in tensors if ".lora_" not in n}
+    Args:
+        fingerprint: of `reference.fingerprint`.
+        examples: of the run.
+        references: their log-probs, (L, examples).
+    """
+
+    def __init__(
+        self, fingerprint: dict[str, str], examples: Sequence[Example], references: torch.Tensor
+    ) -> None:
+        few = examples[:_COMPARED]
+        values = references[:, : len(few)].T.flatten().tolist()
+        keys = [bytes(key).hex() for key in leaf_keys(few)]
+        self._tokens = sum(len(leaf.ids) for example in few for leaf in example.leaves)
+        self._about = {"weights": fingerprint["weights"], "dtype": fingerprint["dtype"]}
+        self._logps = dict(zip(keys, values, strict=True))
+
+    def save(self, folder: Path) -> None:
+        """Write the file that `check` reads."""
+        text = json.dumps(self._about | {"logps": self._logps}, indent=1)
+        (folder / _FILE).write_text(text, encoding="utf-8")
+
+    def check(self, folder: Path) -> None:
+        """Compare with the reference of a checkpoint.
+
+        Raises:
+            ValueError: when it is another one, or there is none.
+        """
+        file = folder / _FILE
+        if not file.exists():
+            raise ValueError(f"{folder} holds no {_FILE}, so it is no checkpoint of RDPOTrainer.")
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        if theirs["weights"] == self._about["weights"]:
+            return
+        shared = self._logps.keys() & theirs["logps"].keys()
+        gap = sum(abs(self._logps[key] - theirs["logps"][key]) for key in shared)
+        if len(shared) < len(self._logps) or gap / self._tokens > _ROUNDING[self._about["dtype"]]:
+            found = (
+                f"log-probs differ by {gap / self._tokens:.2g} a token"
+                if shared
+                else ("its first records are others")
+            )
+            raise ValueError(
+                f"the reference of the checkpoint {folder} is another model than the one handed "
+                f"over ({found}). Hand over the same model, with the same adapters: save them "
+                "before the first run and load them for both, or give a peft_config and a seed."
+            )

@@ -89,8 +89,10 @@ def description(
     }
 
 
-def weights_digest(model: torch.nn.Module, dtype: torch.dtype) -> str:
+def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """128-bit digest of all parameters and buffers, what a state dict has of them cast to `dtype`.
+
+    Without a `dtype` each is taken as it is kept.
 
     Tensors are hashed by threads (hashlib lets go of the GIL): about 1 GB/s for each core.
     """

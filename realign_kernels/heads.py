@@ -1,5 +1,6 @@
 """Heads that are not one plain matrix: sharded over ranks, or with LoRA beside it."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ def head_inputs(
     """hidden, weight and bias whose product is what a language-model head really computes.
 
     nn.Linear gives its own weight and bias, with hidden as it came; so does the trained copy in
-    PEFT's modules_to_save. A PEFT LoRA layer appends its rank to both:
+    PEFT's modules_to_save, and the weight with trainable tokens in it where the head shares the
+    embedding's. A PEFT LoRA layer appends its rank to both:
 
         [h, s A h] [W, B]^T = W h + s B A h
 
@@ -131,7 +133,7 @@ class _Adapter(NamedTuple):
         return (extra if bias is None else bias + extra).to(dtype)
 
 
-def _layers(lm_head: nn.Module) -> tuple[nn.Linear, list[_Adapter]]:
+def _layers(lm_head: nn.Module) -> tuple[nn.Linear | SimpleNamespace, list[_Adapter]]:
     """The linear layer that runs now, and the LoRA adapters that are added to it.
 
     PEFT is recognised by its attributes, as this package does not import it.
@@ -141,6 +143,11 @@ def _layers(lm_head: nn.Module) -> tuple[nn.Linear, list[_Adapter]]:
         names = () if lm_head.disable_adapters else lm_head.active_adapters
         trained = len(names) > 0 and all(name in copies for name in names)
         lm_head = copies[names[0]] if trained else lm_head.original_module
+    tokens = getattr(lm_head, "token_adapter", lm_head)
+    if hasattr(tokens, "trainable_tokens_delta"):  # of a head that shares the embedding's weight
+        names = () if tokens.disable_adapters else tokens.active_adapters
+        base = _plain(tokens.base_layer)
+        return SimpleNamespace(weight=tokens.get_merged_weights(names), bias=base.bias), []
     if isinstance(lm_head, nn.Linear) and not hasattr(lm_head, "base_layer"):
         return _plain(lm_head), []
     base = getattr(lm_head, "base_layer", None)

@@ -47,6 +47,7 @@ def shard_on_cpu() -> None:
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = "FSDP", fsdp_plugin
+            accelerate.state.PartialState._shared_state["distributed_type"] = "FSDP"
 
     state.__init__ = begin_sharded
 

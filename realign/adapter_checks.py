@@ -1,0 +1,223 @@
+"""Adapters that RDPOTrainer refuses: kinds, options and states that it could not train or save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType, get_model_status
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from realign import adapters
+from realign_kernels import head_inputs
+
+SUPPORTED = {
+    PeftType.ADAMSS, PeftType.BEFT, PeftType.BOFT, PeftType.C3A, PeftType.DEFT, PeftType.DELORA,
+    PeftType.FOURIERFT, PeftType.FROD, PeftType.GLORA, PeftType.GRALORA, PeftType.HIRA,
+    PeftType.HRA, PeftType.IA3, PeftType.LN_TUNING, PeftType.LOHA, PeftType.LOKR,
+    PeftType.LORA, PeftType.MISS, PeftType.OFT, PeftType.OSF, PeftType.PEANUT, PeftType.PSOFT,
+    PeftType.RANDLORA, PeftType.ROAD, PeftType.SHIRA, PeftType.SUPERTUNING,
+    PeftType.TINYLORA, PeftType.TRAINABLE_TOKENS, PeftType.UNILORA, PeftType.VBLORA, PeftType.VERA,
+    PeftType.WAVEFT,
+}  # fmt: skip
+"""Kinds that act in the layers they replace; tests train, save and reload each of them."""
+
+_REASONS = {
+    PeftType.ADALORA: "it needs a call in each step, and a loss of its own",
+    PeftType.LILY: "its layers average over all tokens of a batch, whatever record they are of",
+    PeftType.POLY: "its layers need task ids",
+    PeftType.PVERA: "it draws random weights in each step, so no reference is the policy's",
+    PeftType.XLORA: "it gates its adapters in a forward of its own",
+    PeftType.SHADOW: "it runs a second model beside the first",
+}
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alora_invocation_tokens": (bool, "it acts in the forward of PeftModel, which is not called"),
+    "arrow_config": (bool, "it routes among adapters that do not train"),
+    "monteclora_config": (bool, "it needs a loss of its own"),
+    "kasa_config": (bool, "it needs a loss of its own"),
+    "use_asa": (bool, "it needs a call in each step"),
+    "layer_replication": (bool, "no test covers it"),
+    "use_bdlora": (bool, "no test covers it"),
+    "use_qalora": (bool, "no test covers it"),
+    "velora_config": (bool, "no test covers it"),
+    "save_only_topk_weights": (bool, "a checkpoint of it cannot be resumed"),
+    "init_lora_weights": (
+        lambda value: value not in (True, False, "gaussian", "orthogonal", "eva", "olora", "pissa"),
+        "it changes the base by random numbers or data that no saved adapter holds",
+    ),
+}
+_ALONE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "init_lora_weights": (
+        lambda value: value in ("olora", "pissa"),
+        "it changed the base when it was made",
+    ),
+    "ensure_weight_tying": (bool, "PEFT ties the weights of the first adapter only"),
+}
+
+
+def check_config(config: PeftConfig, name: str = "peft_config") -> None:
+    """Refuse a kind of adapter that cannot be trained here.
+
+    Raises:
+        ValueError: names the kind or the option, and the reason.
+    """
+    if not isinstance(config, PeftConfig):
+        raise ValueError(f"{name} is a {type(config).__name__}. Give one of PEFT, as LoraConfig.")
+    kind = config.peft_type
+    if kind not in SUPPORTED:
+        reason = _REASONS.get(kind, "no test shows that it acts in the layers it replaces")
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            reason = "it acts in the forward of PeftModel, which is not called"
+        raise ValueError(f"{name} is of kind {kind.value}: {reason}. Take LoRA, or another kind.")
+    if found := _option(config, _OPTIONS):
+        raise ValueError(f"{name} has {found}. Leave it out.")
+
+
+def check(holder: nn.Module, say: Callable[[str], None]) -> None:
+    """Refuse adapters whose training could not be saved, or that are not what computes.
+
+    Args:
+        holder: of the adapters, as `adapters.split` finds it.
+        say: told in a line what was left to learn and is frozen.
+
+    Raises:
+        ValueError: says what is wrong with which adapter, and how to change it.
+    """
+    vlm, _ = adapters.split(holder)
+    if holder is vlm and (frozen := _freeze_bases(vlm)):
+        say(f"{', '.join(frozen)} stays frozen: an adapter is trained on it")
+    configs: dict[str, PeftConfig] = getattr(holder, "peft_config", {})
+    for name, config in configs.items():
+        check_config(config, f"adapter {name!r} of the model")
+    for name, config in configs.items():
+        found = _option(config, _ALONE)
+        if holder is vlm and "ensure_weight_tying" in found:
+            raise ValueError(
+                f"adapter {name!r} of the model has ensure_weight_tying, which transformers does "
+                "not keep when it loads one. Load it with PeftModel.from_pretrained."
+            )
+        if found and len(configs) > 1:
+            raise ValueError(
+                f"adapter {name!r} of the model has {found}. It cannot be saved beside others. "
+                "Keep one adapter, or merge the first before the next is made."
+            )
+    status = get_model_status(holder)
+    if unknown := set(status.available_adapters) - set(configs):
+        raise ValueError(
+            f"the model holds layers of the adapter(s) {', '.join(sorted(unknown))}, and has no "
+            "configuration of them, so they could not be saved. Merge or delete them first."
+        )
+    if status.merged_adapters:
+        raise ValueError(
+            "adapters of the model are merged into its weights, so they would not learn. Call "
+            "unmerge_adapter() first, or train the result of merge_and_unload()."
+        )
+    if status.enabled is not True:
+        raise ValueError(
+            "adapters of the model are disabled, in all layers or in some, and a saved adapter is "
+            "always enabled. Call enable_adapter_layers() or enable_adapters() first."
+        )
+    for name, layer in vlm.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
+            raise ValueError(
+                f"{name} has an adapter on top of another one. Merge the first before the second "
+                "is put on."
+            )
+        if isinstance(layer, LoraLayer):
+            _check_scaling(name, layer)
+            if holder is vlm:
+                _check_magnitudes(name, layer)
+    _check_learning(holder)
+    _check_head(vlm)
+
+
+def _check_head(vlm: PreTrainedModel) -> None:
+    head = vlm.get_output_embeddings()
+    device = next(head.parameters()).device
+    hidden = torch.zeros(1, vlm.config.get_text_config().hidden_size, device=device)
+    try:
+        with torch.no_grad():
+            head_inputs(head, hidden)
+    except ValueError as error:
+        raise ValueError(
+            "the adapter on the output layer is neither plain LoRA nor a copy in modules_to_save, "
+            "which are all that the loss computes there. Leave lm_head out of target_modules."
+        ) from error
+
+
+def _option(config: PeftConfig, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str:
+    """The first option of a configuration that is refused, and the reason; empty without one."""
+    for option, (is_refused, reason) in refused.items():
+        value = getattr(config, option, None)
+        if value is not None and is_refused(value):
+            return f"{option}={value!r:.60}: {reason}"
+    return ""
+
+
+def _check_scaling(place: str, layer: LoraLayer) -> None:
+    for name, scaling in layer.scaling.items():
+        rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
+        if abs(scaling * rank - layer.lora_alpha[name]) > 1e-6 * abs(layer.lora_alpha[name]):
+            raise ValueError(
+                f"{place} scales adapter {name!r} by {scaling:g}, not by lora_alpha over rank, and "
+                "no saved adapter holds that. Undo set_scale or scale_layer, or merge it."
+            )
+
+
+def _check_magnitudes(place: str, layer: LoraLayer) -> None:
+    """Refuse DoRA of which transformers has loaded the factors and not the magnitudes (5.23)."""
+    for name, dora in layer.lora_magnitude_vector.items():
+        weight = layer.base_layer.weight.detach()
+        fresh = weight.norm(dim=1 if name in layer.lora_B else 0)
+        if not adapters.adds_zero(layer, name) and torch.equal(
+            dora.weight.flatten().to(fresh.dtype), fresh
+        ):
+            raise ValueError(
+                f"{place} has a trained DoRA adapter {name!r} with the magnitudes of the base, "
+                "which transformers does not load. Load it with PeftModel.from_pretrained."
+            )
+
+
+def _check_learning(holder: nn.Module) -> None:
+    """What learns must be saved, and something of an active adapter must learn."""
+    saved = {name: _pointers(adapters.state_of(holder, name)) for name in holder.peft_config}
+    learns = {n: p.data_ptr() for n, p in holder.named_parameters() if p.requires_grad}
+    known = set().union(*saved.values())
+    if lost := [name for name, pointer in learns.items() if pointer not in known]:
+        raise ValueError(
+            f"{', '.join(lost[:3])}{', ...' * (len(lost) > 3)} would learn and is part of no "
+            "adapter, so it would not be saved. Name it in modules_to_save, or freeze it "
+            "(requires_grad_(False))."
+        )
+    active = adapters.active_adapters(holder)
+    if not set().union(*(saved[name] for name in active)) & set(learns.values()):
+        raise ValueError(
+            f"no weight of the model learns: of its adapter(s) {', '.join(saved)}, the active one "
+            f"is {', '.join(active) or 'none'}. Load it with is_trainable=True, or choose another "
+            "with set_adapter."
+        )
+
+
+def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
+    """Freeze what adapters in a model of transformers replace; names what was not frozen.
+
+    Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it to learn.
+    """
+    names = {id(p): name for name, p in vlm.named_parameters() if p.requires_grad}
+    frozen = []
+    for module in vlm.modules():
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        if isinstance(module, BaseTunerLayer) and id(weight) in names:
+            frozen.append(names[id(weight)])
+            weight.requires_grad_(False)
+    return frozen
+
+
+def _pointers(state: Mapping[str, torch.Tensor]) -> set[int]:
+    return {value.data_ptr() for value in state.values()}

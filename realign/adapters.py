@@ -1,0 +1,238 @@
+"""PEFT adapters in a model: what holds them, their digest, saving and loading.
+
+An adapter is found by its modules, whatever holds it: a PeftModel, or a model of transformers
+that `load_adapter`, `AutoModel` on an adapter's folder or `inject_adapter_in_model` changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.save_and_load import get_base_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from realign.reference import weights_digest
+
+_OF_HOLDER = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
+    "runtime_config", "task_type",
+}  # fmt: skip
+
+
+def split(model: Any) -> tuple[PreTrainedModel, nn.Module | None]:
+    """The model of transformers, and the holder of its adapters: a PeftModel, itself, or None.
+
+    Raises:
+        ValueError: for any other object.
+    """
+    vlm = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(vlm, PreTrainedModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}. Give a folder, a hub name, a model of "
+            "transformers, or a PeftModel around one."
+        )
+    return vlm, model if isinstance(model, PeftModel) or _of_peft(vlm) else None
+
+
+def active_adapters(holder: nn.Module) -> list[str]:
+    """Names of the adapters that compute, in the order of the configurations."""
+    vlm, _ = split(holder)
+    layers = (module for module in vlm.modules() if isinstance(module, BaseTunerLayer))
+    found = {name for layer in layers for name in layer.active_adapters}
+    return [name for name in holder.peft_config if name in found]
+
+
+def changes_nothing(vlm: nn.Module) -> bool:
+    """Whether a model computes what its base computes, bit for bit.
+
+    Shown only for plain LoRA: a product that has a zero factor adds zero. DoRA rounds, and copies
+    of modules are weights of their own.
+    """
+    for module in vlm.modules():
+        if isinstance(module, LoraLayer):
+            if not all(
+                _is_plain(module, n) and adds_zero(module, n) for n in module.active_adapters
+            ):
+                return False
+        elif _is_of_peft(module):
+            return False
+    return True
+
+
+def adds_zero(layer: LoraLayer, name: str) -> bool:
+    """Whether the product of an adapter's two factors is zero."""
+    if name in layer.lora_embedding_B:
+        return not (layer.lora_embedding_A[name].any() and layer.lora_embedding_B[name].any())
+    return name not in layer.lora_B or not layer.lora_B[name].weight.any()
+
+
+def _is_plain(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter is its product only, without a variant and a bias."""
+    if name in layer.lora_variant:
+        return False
+    return name not in layer.lora_B or layer.lora_B[name].bias is None
+
+
+def base_state(vlm: nn.Module) -> dict[str, Tensor]:
+    """State dict of a model under the names that it has without adapters."""
+    return get_base_model_state_dict(
+        SimpleNamespace(_is_prompt_learning=False, base_model=SimpleNamespace(model=vlm))
+    )
+
+
+def base_digest(vlm: nn.Module) -> str:
+    """Digest of a model's weights without its adapters."""
+    return weights_digest(_Base(vlm))
+
+
+class _Base:
+    """The tensors of a model without its adapters, for their digest."""
+
+    def __init__(self, vlm: nn.Module) -> None:
+        self._vlm = vlm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return base_state(self._vlm)
+
+    def named_buffers(self) -> list[tuple[str, Tensor]]:
+        """Buffers of modules that PEFT has not replaced; a state dict may lack them."""
+        inside = tuple(f"{name}." for name, m in self._vlm.named_modules() if _is_of_peft(m))
+        return [item for item in self._vlm.named_buffers() if not item[0].startswith(inside)]
+
+
+def whole_digest(vlm: nn.Module) -> str:
+    """Digest of everything that decides what a model with adapters computes.
+
+    Besides weights: configurations, and the state of each layer, such as the names of its active
+    and merged adapters and their scaling.
+    """
+    about = {name: settings(config) for name, config in vlm.peft_config.items()}
+    layers = {name: _plain(vars(m)) for name, m in vlm.named_modules() if _is_of_peft(m)}
+    shown = json.dumps([weights_digest(vlm), about, layers], sort_keys=True, default=str)
+    return hashlib.blake2b(shown.encode(), digest_size=16).hexdigest()
+
+
+def settings(config: PeftConfig) -> dict[str, Any]:
+    """A configuration without its fields that name a place or a use, as JSON has it."""
+    return _plain({k: v for k, v in config.to_dict().items() if k not in _OF_HOLDER})
+
+
+def _plain(value: Any) -> Any:
+    """The part of a value that JSON can hold, in one order; tensors are digested as weights."""
+    if isinstance(value, Mapping):
+        given = {str(k): _plain(v) for k, v in value.items() if k != "training"}
+        return {k: given[k] for k in sorted(given) if given[k] is not None}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+def state_of(
+    holder: nn.Module, name: str, state: dict[str, Tensor] | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """State dict of an adapter, by PEFT, without weights of the base."""
+    options = {"save_embedding_layers": False} | options
+    return get_peft_model_state_dict(holder, state, name, **options)
+
+
+def place_of(holder: nn.Module, folder: str | Path, name: str | None = None) -> Path:
+    """Where an adapter is saved, the active one without a name.
+
+    PEFT writes "default" to the folder and others to folders of their names; for a model of
+    transformers the active one goes to the folder, as transformers does.
+    """
+    active = active_adapters(holder)[0]
+    name = active if name is None else name
+    at_root = "default" if isinstance(holder, PeftModel) else active
+    return Path(folder) if name == at_root else Path(folder) / name
+
+
+def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None = None) -> None:
+    """Write all adapters as PEFT does, loadable by PeftModel and AutoModel.
+
+    Args:
+        holder: the adapters' holder, sharded or not.
+        folder: where to write.
+        gathered: whole tensors of the model of transformers by name, where it is sharded.
+    """
+    prefix = "base_model.model." if isinstance(holder, PeftModel) else ""
+    state = None
+    if gathered is not None:
+        state = holder.state_dict() | {f"{prefix}{n}": v for n, v in gathered.items()}
+    if isinstance(holder, PeftModel):
+        holder.save_pretrained(folder, state_dict=state)
+        return
+    for name, config in holder.peft_config.items():
+        weights = state_of(holder, name, state, save_embedding_layers="auto")
+        weights = {f"base_model.model.{n}": v.clone().contiguous() for n, v in weights.items()}
+        config = copy.copy(config)
+        config.inference_mode = True
+        config.base_model_name_or_path = config.base_model_name_or_path or holder.name_or_path
+        place = place_of(holder, folder, name)
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(weights, place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(place)
+
+
+def load(holder: nn.Module, folder: Path) -> None:
+    """Load all adapters that `save` wrote into a holder of the same ones.
+
+    Raises:
+        ValueError: when one is missing, or has other settings or weights; says which.
+    """
+    for name, config in holder.peft_config.items():
+        place = place_of(holder, folder, name)
+        file = place / SAFETENSORS_WEIGHTS_NAME
+        if not file.exists():
+            raise ValueError(
+                f"{place} holds no {SAFETENSORS_WEIGHTS_NAME} to resume adapter {name!r} from."
+            )
+        mine, theirs = settings(config), settings(PeftConfig.from_pretrained(place))
+        if other := sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k)):
+            raise ValueError(
+                f"adapter {name!r} has other settings than its checkpoint in {place}: "
+                + "; ".join(f"{k} is {mine.get(k)!r:.60}, was {theirs.get(k)!r:.60}" for k in other)
+                + ". Resume with the settings of the checkpoint."
+            )
+        weights = load_file(file)
+        if not isinstance(holder, PeftModel):
+            weights = {n.removeprefix("base_model.model."): v for n, v in weights.items()}
+        missing = state_of(holder, name).keys() - weights.keys()
+        unexpected = ()
+        if not missing:
+            unexpected = set_peft_model_state_dict(holder, weights, name).unexpected_keys
+        if missing or unexpected:
+            raise ValueError(
+                f"{file} is not of adapter {name!r}: {len(missing)} weights are missing, "
+                f"{len(unexpected)} are unknown, such as {[*missing, *unexpected][0]}. Resume with "
+                "the model and peft_config of the checkpoint."
+            )
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return isinstance(module, kinds) or type(module).__module__.split(".")[0] == "peft"
+
+
+def _of_peft(model: nn.Module) -> bool:
+    return any(_is_of_peft(module) for module in model.modules())

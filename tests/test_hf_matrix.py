@@ -1,0 +1,100 @@
+"""Every kind of PEFT adapter under RDPOTrainer, and every way of loading one."""
+
+import gc
+
+import adapter_kinds
+import hf_matrix
+import numpy as np
+import peft
+import pytest
+from adapter_kinds import FAMILIES, KINDS, SPECIAL
+from hf_matrix import FRESH, GIVEN, REFUSED, WAYS, refusal
+from hf_runs import history
+from peft import PeftType
+from tiny_vlms import make, random_record
+
+from realign import adapter_checks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Trainer collects garbage twice a run, 0.25 s each time over all that tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory):
+    made = {}
+    for family in FAMILIES:
+        base = adapter_kinds.save_base(family, tmp_path_factory.mktemp(family))
+        model, processor = make(family)
+        model.config._name_or_path = model.name_or_path = str(base)
+        rng = np.random.default_rng(0)
+        records = [random_record(family, processor, rng) for _ in range(2)]
+        made[family] = hf_matrix.Bench(base, model, processor, records)
+    return made
+
+
+def assigned() -> dict[str, tuple[str, str]]:
+    """A family and a way for every kind that is trained, in turn."""
+    found = {}
+    for i, kind in enumerate(kind for kind in KINDS if kind not in REFUSED):
+        family, way = FAMILIES[i % len(FAMILIES)], WAYS[i % len(WAYS)]
+        found[kind] = family, GIVEN if refusal(kind, way, family) else way
+    return found
+
+
+@pytest.mark.parametrize("kind", assigned())
+def test_a_kind_begins_at_its_reference_and_is_saved_as_trained(benches, tmp_path, kind):
+    family, way = assigned()[kind]
+    cell = hf_matrix.trained_cell(benches[family], kind, way, tmp_path)
+    # Dropout acts in a step and not in its reference.
+    rounding = 0.1 if "dropout" in kind and way not in (FRESH, GIVEN) else 1e-6
+    assert abs(cell.loss) < rounding, (family, way)
+    assert cell.reward < rounding
+    assert cell.moved > 1e-4
+    assert cell.reloaded < 1e-5  # a plain forward of the same weights
+
+
+def test_the_ways_that_cannot_be_right_are_refused(benches, tmp_path):
+    asked = [(kind, way, "smolvlm") for kind in KINDS for way in WAYS if kind not in REFUSED]
+    cells = {(refusal(*cell), cell[1]): cell for cell in asked if refusal(*cell)}
+    assert len(cells) == 10  # each reason in each way, by one kind of several
+    for i, (kind, way, family) in enumerate(cells.values()):
+        with pytest.raises(ValueError, match=refusal(kind, way, family)):
+            hf_matrix.trainer_of(benches[family], kind, way, tmp_path / str(i))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_resumes_in_every_way_of_loading(benches, tmp_path, way):
+    bench, kind = benches["smolvlm"], "LoRA, modules_to_save norm"
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    first = hf_matrix.trainer_of(bench, kind, way, tmp_path, **settings, max_steps=4)
+    with adapter_kinds.quiet():
+        first.train()
+        second = hf_matrix.trainer_of(bench, kind, way, tmp_path, max_steps=4)
+        second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert history(second) == pytest.approx(history(first), rel=1e-5)
+
+
+def test_every_kind_of_peft_is_trained_here_or_refused(benches, tmp_path):
+    trained = {KINDS[kind].peft_type for kind in assigned()}
+    assert trained == adapter_checks.SUPPORTED
+    refused = {kind: KINDS.get(kind) or SPECIAL[kind] for kind in [*REFUSED, *SPECIAL]}
+    for kind, config in refused.items():
+        bench = benches["llava"]
+        about = REFUSED.get(kind, "it needs|its layers|it acts in the forward of PeftModel")
+        with pytest.raises(ValueError, match=about):
+            hf_matrix.trainer_of(bench, kind, FRESH, tmp_path)
+        assert config.peft_type not in adapter_checks.SUPPORTED or kind in [
+            *REFUSED,
+            "LoRA, activated",
+        ]
+    for kind in set(PeftType) - adapter_checks.SUPPORTED:
+        config = peft.LoraConfig()
+        config.peft_type = kind  # as a kind that a later PEFT brings
+        with pytest.raises(ValueError, match=f"of kind {kind.value}: "):
+            adapter_checks.check_config(config)

@@ -1,0 +1,234 @@
+"""Adapters in a state that RDPOTrainer refuses, fingerprints of others, and foreign checkpoints."""
+
+import pytest
+import torch
+from hf_runs import LORA, config, history
+from peft import IA3Config, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import inject_adapter_in_model as inject
+from safetensors.torch import load_file
+
+from realign import adapters
+from realign.digits import ASSETS
+from realign.hf import RDPOTrainer
+from realign.loading import load_model, load_processor
+from realign.records import read_pairs
+
+ON = LORA["target_modules"]
+
+
+@pytest.fixture(scope="module")
+def records(pairs_file):
+    return read_pairs(pairs_file)[:4]
+
+
+def filled(model, seed=0):
+    """A model whose LoRA is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            value.data = 0.05 * torch.randn(value.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def adapted():
+    torch.manual_seed(0)
+    return filled(get_peft_model(load_model(ASSETS), LoraConfig(**LORA)))
+
+
+def merged(model):
+    model.merge_adapter()
+    return model
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+    model.requires_grad_(True)
+    return model
+
+
+def disabled_in_one_layer(model):
+    next(m for m in model.modules() if hasattr(m, "lora_A")).enable_adapters(False)
+    return model
+
+
+def scaled(model):
+    next(m for m in model.modules() if hasattr(m, "lora_A")).set_scale("default", 0.5)
+    return model
+
+
+def base_learns(model):
+    model.get_base_model().model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def another_is_active(model):
+    model.add_adapter("second", LoraConfig(**LORA))
+    model.set_adapter("second")
+    for name, value in model.named_parameters():
+        value.requires_grad_(".default." in name)
+    return model
+
+
+def without_configuration(model):
+    inner = model.get_base_model()
+    inner.peft_config = {}
+    return inner
+
+
+def twice(model):
+    return get_peft_model(model.get_base_model(), IA3Config(target_modules=ON,
+                                                            feedforward_modules=[]))  # fmt: skip
+
+
+def in_a_peft_model(model):
+    return PeftModel(model, LoraConfig(target_modules=["o_proj"]))
+
+
+def mixed(model):
+    return PeftMixedModel(model.unload(), LoraConfig(**LORA))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (merged, "are merged into its weights.*unmerge_adapter"),
+        (disabled, "are disabled.*enable_adapter_layers"),
+        (disabled_in_one_layer, "are disabled, in all layers or in some"),
+        (scaled, "q_proj scales adapter 'default' by 1, not by lora_alpha"),
+        (base_learns, "multi_modal_projector.* would learn.*modules_to_save"),
+        (another_is_active, "no weight of the model learns.*default, second.*active one is second"),
+        (without_configuration, "layers of the adapter.s. default.*no configuration"),
+        (twice, "default|on top of another one"),
+        (in_a_peft_model, "a PeftModel around one"),
+        (mixed, "model is a PeftMixedModel"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_state_that_cannot_be_saved_as_trained_is_refused(
+    adapted, change, message, records, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        RDPOTrainer(change(adapted), config(tmp_path), records,
+                    processing_class=load_processor(ASSETS))  # fmt: skip
+
+
+def test_a_fresh_adapter_goes_on_a_model_without_one_only(adapted, records, tmp_path):
+    injected = inject(LoraConfig(**LORA), load_model(ASSETS))
+    for model in (adapted, adapted.get_base_model(), injected):
+        with pytest.raises(ValueError, match="has adapters already; leave out peft_config"):
+            RDPOTrainer(model, config(tmp_path), records, peft_config=LoraConfig(**LORA))
+    unloaded = adapted.unload()  # it keeps an attribute peft_config, and no adapter
+    trainer = RDPOTrainer(unloaded, config(tmp_path, max_steps=1), records,
+                          peft_config=LoraConfig(**LORA))  # fmt: skip
+    assert isinstance(trainer.adapter, PeftModel)
+
+
+def test_two_models_that_compute_differently_have_two_digests(adapted):
+    digests = {adapters.whole_digest(adapted.get_base_model())}
+
+    def changed():
+        digests.add(adapters.whole_digest(adapted.get_base_model()))
+        return len(digests)
+
+    assert changed() == 1
+    for i, change in enumerate([disabled_in_one_layer, scaled, merged, another_is_active]):
+        change(adapted)
+        assert changed() == i + 2, change
+    weight = next(p for n, p in adapted.named_parameters() if "lora_A" in n)
+    weight.data.view(-1)[0] += 1e-7 * weight.data.view(-1)[0].abs()  # bf16 would not hold it
+    assert changed() == 6
+
+
+def test_a_digest_does_not_depend_on_the_holder(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    by_peft = PeftModel.from_pretrained(load_model(ASSETS), tmp_path, is_trainable=True)
+    by_transformers = load_model(ASSETS)
+    by_transformers.load_adapter(str(tmp_path), is_trainable=True)
+    digests = {adapters.whole_digest(by_peft.get_base_model()),
+               adapters.whole_digest(by_transformers)}  # fmt: skip
+    assert len(digests) == 1
+    assert adapters.base_digest(by_transformers) == adapters.base_digest(load_model(ASSETS))
+
+
+def test_an_adapter_on_the_vision_tower_learns(records, tmp_path):
+    config_of_tower = LoraConfig(r=4, target_modules=r".*vision_tower.*(q_proj|v_proj)")
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(ASSETS), config_of_tower)
+    before = {n: p.clone() for n, p in model.named_parameters() if "lora_B" in n}
+    RDPOTrainer(model, config(tmp_path, max_steps=1), records).train()
+    after = dict(model.named_parameters())
+    assert before and not any(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_inactive_adapters_stay_as_they_are(adapted, records, tmp_path):
+    adapted.add_adapter("second", LoraConfig(**LORA))
+    adapted.set_adapter("second")
+    filled(adapted, seed=1)
+    before = {n: p.clone() for n, p in adapted.named_parameters() if ".default." in n}
+    trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=1), records)
+    trainer.train()
+    trainer.save_model()
+    assert before and all(torch.equal(before[n], dict(adapted.named_parameters())[n])
+                          for n in before)  # fmt: skip
+    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    second = load_file(tmp_path / "out" / "second" / "adapter_model.safetensors")
+    assert first.keys() == second.keys()
+    name = next(name for name in first if "lora_B" in name)
+    assert not torch.equal(first[name], second[name])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(base, "THIS_FOLDER/second")' in card
+
+
+@pytest.fixture(scope="module")
+def checkpoint(records, tmp_path_factory):
+    """A checkpoint of a fresh LoRA after one step."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    settings = config(folder, max_steps=1, save_strategy="steps", save_steps=1)
+    RDPOTrainer(str(ASSETS), settings, records, peft_config=LoraConfig(**LORA)).train()
+    return str(folder / "out" / "checkpoint-1")
+
+
+def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_path):
+    def resume(model, folder=checkpoint, **more):
+        trainer = RDPOTrainer(model, config(tmp_path, max_steps=2), records, **more)
+        trainer.train(resume_from_checkpoint=str(folder))
+        return trainer
+
+    with pytest.raises(ValueError, match="is another model than.*differ by .* a token"):
+        resume(adapted)
+    other = LoraConfig(**(LORA | {"r": 4}))
+    with pytest.raises(ValueError, match="other settings than its checkpoint.*r is 4, was 8"):
+        resume(str(ASSETS), peft_config=other)
+    with pytest.raises(ValueError, match="holds an adapter. Resume with the peft_config"):
+        resume(str(ASSETS))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no reference.json"):
+        resume(str(ASSETS), tmp_path / "empty", peft_config=LoraConfig(**LORA))
+    # Another start of A, unseeded, with the same B of zeros: it is one reference.
+    torch.manual_seed(17)
+    again = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
+    assert len(history(resume(again))) == 2
+
+
+def test_processes_with_other_weights_are_named(adapted, records, tmp_path, monkeypatch):
+    monkeypatch.setattr("realign.hf_parts.gather_object", lambda mine: [*mine, "of rank 1"])
+    trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=1), records)
+    with pytest.raises(ValueError, match="handed models with different weights.*set_seed"):
+        trainer.train()
+
+
+def test_the_best_adapters_are_loaded_by_name(records, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(ASSETS), LoraConfig(**LORA), adapter_name="mine")
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins"}
+    # The first step is the best by a metric that training makes greater.
+    settings = config(tmp_path, max_steps=3, **steps, **best, greater_is_better=False)
+    trainer = RDPOTrainer(model, settings, records, records[:2])
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    file = tmp_path / "out" / "checkpoint-1" / "mine" / "adapter_model.safetensors"
+    for name, value in adapters.state_of(model, "mine").items():
+        assert torch.equal(value, load_file(file)[name]), name
