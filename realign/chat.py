@@ -70,7 +70,7 @@ class ChatTemplate:
         self._options = {"tokenize": False} | _frozen_date(getattr(processor, "chat_template", ""))
         self._strings: dict[tuple[str, bool], bool] = {}  # by role, and whether it holds images
         self._frames: dict[tuple, list[str]] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], images: int) -> Prompt:
         """Render prompt messages for a response.
@@ -99,7 +99,7 @@ class ChatTemplate:
             text, lead = opened, before[len(opened) :]
         else:
             shared = len(commonprefix([opened, before]))
-            self._tell(
+            self._warn(
                 f"the chat template's generation prompt ends with {opened[shared:]!r} where a "
                 f"response begins behind {before[shared:]!r}: prompts end with the latter, in "
                 "training and evaluation."
@@ -145,7 +145,7 @@ class ChatTemplate:
         if found[1].strip():
             return body
         if not self.tokenizer.eos_token:
-            self._tell(
+            self._warn(
                 "the chat template ends no response and the tokenizer has no eos_token: responses "
                 "are scored without an end."
             )
@@ -216,7 +216,7 @@ class ChatTemplate:
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             return self._processor.apply_chat_template(messages, **self._options, **options)
-        except Exception as error:  # Jinja's own, and whatever an expression of the template raises
+        except Exception as error:  # Jinja raises its own, an expression any other
             raise ChatError(
                 f"the chat template refuses it ({shorten(error)}).",
                 "Change the roles or the order of its messages, or the processor's chat template.",
@@ -256,9 +256,9 @@ class ChatTemplate:
             last = part["type"]
         return text
 
-    def _tell(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
+    def _warn(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
             warnings.warn(line, stacklevel=4)
 
 

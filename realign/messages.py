@@ -11,7 +11,7 @@ from realign.image_tags import TAGS, split_at_tags
 
 
 class ChatError(ValueError):
-    """Messages cannot be rendered; says why and what to do."""
+    """Messages that cannot be rendered: the problem and the remedy."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(f"{problem} {remedy}".strip())

@@ -195,9 +195,9 @@ def test_templates_that_are_refused(tokenizer, name):
 
 def test_a_generation_prompt_that_no_response_begins_with_is_reported_once(tokenizer):
     chat = chat_of(tokenizer, FINE["thoughts open in the generation prompt"])
-    with pytest.warns(UserWarning, match="ends with '<think>") as told:
+    with pytest.warns(UserWarning, match="ends with '<think>") as caught:
         texts = [chat.prompt(messages_of([("user", text)]), 0).text for text in ("a", "b", "a")]
-    assert len(told) == 1 and texts[0] == "<|user|>a</s><|assistant|>"
+    assert len(caught) == 1 and texts[0] == "<|user|>a</s><|assistant|>"
 
 
 def test_a_response_without_any_end_is_reported():
@@ -210,7 +210,7 @@ def test_a_response_without_any_end_is_reported():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_image_tags_are_places_of_images(family):
-    """Whatever the model's own token is, a tag is what an image part is."""
+    """A tag of any family counts as an image part in every model."""
     processor = make_processor(family)
     known = [processor.image_token, "<image>", "<img>a b.png</img>", "[IMG]", "<IMAGE>"]
     known += ["<|vision_start|><|image_pad|><|image_pad|><|vision_end|>", "<image></image>"]
@@ -275,7 +275,7 @@ def test_templates_of_strings_get_the_image_token(family, image):
 @pytest.mark.parametrize("added", ["$0 </s>", "<s> $0 </s>", "<s> $0"])
 @pytest.mark.parametrize("own", ["", "<s>"])
 def test_prompts_begin_once_and_do_not_end(added, own):
-    """Whatever the tokenizer adds and the template writes; with both, `<s>` comes once."""
+    """The start token comes once, from the template, the tokenizer or both."""
     tokenizer = byte_level(["a"], 300)
     ids = [("<s>", 1), ("</s>", 2)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
