@@ -159,7 +159,9 @@ def _stored(image: Any, column: str) -> StoredImage:
     data, path = image, None
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")
-        if extra := [key for key in image if key not in ("bytes", "path")]:
+        # Arrow gives every image of a column every key.
+        extra = [key for key in image if key not in ("bytes", "path") and image[key] is not None]
+        if extra:
             raise malformed(f", whose {shown(extra[0])} is not read")
     elif isinstance(image, str | Path):
         data, path = None, str(image)

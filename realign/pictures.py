@@ -203,7 +203,7 @@ def _flatten(image: Image.Image, transparent: Any) -> Image.Image:
     if image.mode in ("I", "F"):
         raise PictureError("corrupt", "32 bits per pixel have no defined white; save it with 8")
     if image.has_transparency_data:
-        if transparent is not None and transparent != image.info["transparency"]:
+        if image.info.get("transparency") not in (None, transparent):
             image = image.copy()
             image.info["transparency"] = transparent
         # Pillow converts premultiplied grey (La) only to LA.

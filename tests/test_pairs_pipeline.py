@@ -266,7 +266,7 @@ def sources():
 
 def test_bad_records_are_listed_with_their_reasons_and_the_rest_goes_on(tmp_path, sources, capsys):
     torn = StoredImage(sources[3].images[0].data[:60])
-    placed = ({"role": "user", "content": "name <image> it"},)
+    placed = ({"role": "user", "content": "name <image> as <image>"},)
     bad = [
         replace(sources[3], name="torn", images=(torn,)),
         replace(sources[4], name="gone", images=(StoredImage(path="nowhere.png"),)),

@@ -160,6 +160,8 @@ def test_plain_images_keep_their_bytes():
     for image in (Image.fromarray(COLOURS), Image.fromarray(GREY[..., 0])):
         data = _file(image, "PNG")
         assert StoredImage.from_pil(image).data == data
+        (record,) = records_of([_row({"bytes": data, "path": None, "url": None})])
+        assert record.images == (StoredImage(data),)
         (record,) = records_of([_row(data)])
         assert record.images == (StoredImage(data),)
 
