@@ -6,12 +6,14 @@ every third of the others one family.
 """
 
 import json
+import re
 import shutil
+from pathlib import Path
 
-import adapter_kinds
 import pytest
 import torch
 from adapter_kinds import FAMILIES, KINDS, inputs_of, load_base, logps, save_base, save_trained
+from huggingface_hub import constants
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,7 @@ from realign.export import ExportConfig, export_whole
 from realign.loading import load_model, load_processor, load_trained
 from realign.pairs.__main__ import main as pairs_main
 
+PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 ROUNDING = 1e-4  # nats; merging in fp32 gave at most 2e-5, changing a shared end twice 0.5 to 34
 UNMERGED = {"LoRA, lora_bias", "BEFT", "Lily"}  # PEFT merges them nowhere, or into biases only
 AT_ENDS = [kind for kind in KINDS if any(word in kind for word in ("lm_head", "embed", "end"))]
@@ -31,6 +34,12 @@ SAMPLE = [
     *((kind, ("smolvlm", "gemma3")[i % 2]) for i, kind in enumerate(AT_ENDS)),
     *((kind, FAMILIES[i % 4]) for i, kind in enumerate(OTHERS) if i % 3 == 0 or kind in UNMERGED),
 ]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """A name that is no folder is looked for in the cache only; the network is tried for 20 s."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,7 @@ def broken(folder, to, **changes):
         ({"base_model_name_or_path": ""}, "names no base"),
         ({"base_model_name_or_path": "../x"}, r"names the base '../x', and there is no such fold"),
         ({"base_model_name_or_path": "/gone/base"}, "no such folder from .* absolute path"),
+        ({"base_model_name_or_path": "gone-base"}, "from gone-base, the base that .* names"),
         ({"peft_type": "NEW"}, "no configuration that PEFT .* reads .*install the version"),
         ({"peft_type": None}, "no configuration that PEFT"),
         ({"scales_by": 3}, "unknown: scales_by"),
@@ -138,6 +148,22 @@ def test_an_adapter_that_cannot_be_right_is_refused(adapter, tmp_path, changes, 
     for load in (load_model, load_trained):
         with pytest.raises(ValueError, match=message):
             load(folder)
+
+
+def test_an_adapter_on_the_hub_brings_its_base(bases, adapter, tmp_path, monkeypatch):
+    """A snapshot in the cache of huggingface_hub, without network."""
+    base, inputs = bases["smolvlm"]
+    folder = broken(adapter[0], tmp_path / "adapter", base_model_name_or_path="team/base")
+    for name, source in (("adapter", folder), ("base", base)):
+        place = tmp_path / "hub" / f"models--team--{name}"
+        shutil.copytree(source, place / "snapshots" / "0123456789abcdef")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("0123456789abcdef")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert merging.adapter_base("team/adapter") == "team/base"
+    assert torch.equal(logps(load_trained("team/adapter"), inputs), adapter[1])
+    assert (logps(load_model("team/adapter"), inputs) - adapter[1]).abs().max() < ROUNDING
+    assert hasattr(load_processor("team/adapter"), "image_processor")
 
 
 def test_weights_that_no_module_takes_are_refused(adapter, tmp_path):
@@ -244,7 +270,26 @@ def test_a_full_run_on_an_adapter_saves_what_it_trained(bases, tmp_path, monkeyp
     assert loaded.get_input_embeddings().weight is not loaded.get_output_embeddings().weight
 
 
-def test_every_kind_of_peft_is_in_the_table():
-    """A kind that PEFT adds is tried before it is trusted."""
-    known = {config.peft_type for config in (adapter_kinds.KINDS | adapter_kinds.SPECIAL).values()}
-    assert known <= set(PEFT_TYPE_TO_CONFIG_MAPPING)
+def test_the_table_of_the_docs_has_every_kind_of_peft():
+    """`adapter_matrix.py --write` writes it; a kind that PEFT adds is to be tried first."""
+    text = PAGE.read_text(encoding="utf-8").split("<!-- table")[1].split("<!-- end")[0]
+    head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    rows = {}
+    for line in lines:
+        kind, *found = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[kind] = dict(zip(columns, found, strict=True))
+    assert list(rows)[: len(KINDS)] == list(KINDS)
+    assert set(rows) - set(KINDS) == {kind.value for kind in OUTSIDE} | {"LoRA, activated"}
+    letters = set(re.findall(r"^- \((\w)\) ", text, flags=re.MULTILINE))
+    for kind, cells in rows.items():
+        for column, cell in cells.items():
+            figure = re.match(r"\d\S*", cell)
+            assert not figure or float(figure[0]) < ROUNDING or "dropout" in kind, (kind, column)
+            assert set(re.findall(r"\((\w)\)", cell)) <= letters
+            assert figure or cell in ("-", "refused") or "(" in cell, (kind, column)
+        if kind in KINDS:
+            assert cells["evaluate"] == "0"
+            assert ("(" in cells["merge"]) == ("(" in cells["export"]) == (kind in UNMERGED)
+        else:
+            assert set(cells.values()) == {"refused"}
