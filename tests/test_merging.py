@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_kinds import FAMILIES, KINDS, inputs_of, load_base, logps, save_base, save_trained
+from family_cases import made
 from huggingface_hub import constants
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -24,6 +25,7 @@ from realign import cache, evaluate, export, merging, train
 from realign.export import ExportConfig, export_whole
 from realign.loading import load_model, load_processor, load_trained
 from realign.pairs.__main__ import main as pairs_main
+from realign.records import write_pairs
 
 PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 ROUNDING = 1e-4  # nats; merging in fp32 gave at most 2e-5, changing a shared end twice 0.5 to 34
@@ -241,12 +243,9 @@ def test_a_tokenizer_beside_an_adapter_is_no_processor(bases, adapter, tmp_path)
     assert hasattr(load_processor(folder), "image_processor")  # that of the base
 
 
-def test_a_full_run_on_an_adapter_saves_what_it_trained(bases, tmp_path, monkeypatch):
-    """The adapter has untied the ends, both learn, and plain transformers loads both."""
-    from family_cases import made
-
-    from realign.records import write_pairs
-
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "adapter that untied"])
+def test_a_full_run_saves_and_exports_what_it_trained(bases, tmp_path, monkeypatch, tied):
+    """Plain transformers loads both ends, which learn apart where a merged adapter untied them."""
     base, inputs = bases["smolvlm"]
     save_trained(base, "LoRA, lm_head", tmp_path / "adapter")
     write_pairs(tmp_path / "pairs.parquet", made("smolvlm")[1])
@@ -257,17 +256,18 @@ def test_a_full_run_on_an_adapter_saves_what_it_trained(bases, tmp_path, monkeyp
         return real(folder, model, *args, **options)
 
     monkeypatch.setattr(train, "export", keep)
-    words = ["--model", tmp_path / "adapter", "--pairs", tmp_path / "pairs.parquet"]
-    words += ["--output", tmp_path / "run", "--steps", 1, "--batch-size", 2, "--tune", "full"]
-    words += ["--learning-rate", 1e-2, "--quiet"]
+    model, run = base if tied else tmp_path / "adapter", tmp_path / "run"
+    words = ["--model", model, "--pairs", tmp_path / "pairs.parquet", "--output", run]
+    words += ["--steps", 1, "--batch-size", 2, "--tune", "full", "--learning-rate", 1e-2, "--quiet"]
     assert train.main([str(word) for word in words]) == 0
-    loaded = load_base(tmp_path / "run" / "model")
-    assert torch.equal(logps(loaded, inputs), kept["truth"])
     before = load_base(base)
-    for end in ("get_input_embeddings", "get_output_embeddings"):
-        moved = getattr(loaded, end)().weight - getattr(before, end)().weight
-        assert moved.abs().max() > 5e-3
-    assert loaded.get_input_embeddings().weight is not loaded.get_output_embeddings().weight
+    export_whole(ExportConfig(str(run / "model"), str(tmp_path / "whole")))
+    for folder in (run / "model", tmp_path / "whole"):
+        loaded = load_base(folder)
+        assert torch.equal(logps(loaded, inputs), kept["truth"])
+        ends = [getattr(loaded, f"get_{end}_embeddings")().weight for end in ("input", "output")]
+        assert (ends[0] is ends[1]) == tied
+        assert all((e - before.get_input_embeddings().weight).abs().max() > 5e-3 for e in ends)
 
 
 def test_the_table_of_the_docs_has_every_kind_of_peft():
