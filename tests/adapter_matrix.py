@@ -197,6 +197,8 @@ def _general(reason: str) -> str:
         (r"\bmodel\.[\w.]+ has", "a layer has"),
         (r"(peft_config|adapter '\w+' of the model) (is of kind|has)", r"it \2"),
         (r" '(default|mine|first|second)'", ""),
+        (r"PeftType\.\w+", "this kind"),
+        (r"its base \w+", "its base"),
         (r"/\S*/", ""),
     ):
         reason = re.sub(pattern, general, reason)

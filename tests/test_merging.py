@@ -140,7 +140,7 @@ def broken(folder, to, **changes):
         ({"peft_type": "NEW"}, "no configuration that PEFT .* reads .*install the version"),
         ({"peft_type": None}, "no configuration that PEFT"),
         ({"scales_by": 3}, "unknown: scales_by"),
-        ({"target_modules": ["k_proj"]}, "does not fit its base .*missing adapter keys"),
+        ({"target_modules": ["k_proj"]}, "does not fit its base .*weights are missing"),
         ({"target_modules": ["nothing"]}, "does not fit its base .*not found"),
         ({"r": 8}, "does not fit its base .*size mismatch"),
     ],
@@ -174,11 +174,29 @@ def test_weights_that_no_module_takes_are_refused(adapter, tmp_path):
     name = next(iter(weights))
     more = {name.replace("layers.0", "layers.7"): weights[name].clone()}
     save_file(weights | more, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="does not fit its base .*unknown adapter keys"):
+    with pytest.raises(ValueError, match="does not fit its base .*0 .* missing and 1 are unknown"):
         load_trained(folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="has no adapter_model.safetensors"):
         load_trained(folder)
+
+
+@pytest.mark.parametrize("kept", ["shared", "of layers"])
+def test_a_shared_weight_may_have_one_of_its_names(bases, tmp_path, kept):
+    """transformers has no place for the model's own name of what RandLoRA's layers share."""
+    base, inputs = bases["llava"]
+    truth = logps(save_trained(base, "RandLoRA", tmp_path), inputs)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    shared = {"base_model.randlora_A", "base_model.randlora_B"}
+    of_layers = {name for name in weights if name.endswith(("randlora_A", "randlora_B"))} - shared
+    assert shared < weights.keys() and of_layers
+    fewer = weights.keys() - (shared if kept == "of layers" else of_layers)
+    save_file({name: weights[name] for name in fewer}, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logps(load_trained(tmp_path), inputs), truth)
+    none = fewer - shared - of_layers
+    save_file({name: weights[name] for name in none}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="weights are missing"):
+        load_trained(tmp_path)
 
 
 def test_an_adapter_on_an_adapter_is_refused(adapter, tmp_path):
