@@ -122,8 +122,7 @@ class Attempts:
         trainer.train()
         self.after = logps(trainer.model.vlm, self.inputs)
         trainer.save_model(str(self.folder / "saved"))
-        name = adapters.active_adapters(trainer.adapter)[0]
-        self.place = adapters.place_of(trainer.adapter, name, self.folder / "saved")
+        self.place = adapters.place_of(trainer.adapter, self.folder / "saved")
         return abs(history(trainer)[0] - EQUAL)
 
     def _reloaded(self) -> float:
