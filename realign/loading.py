@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -79,7 +80,7 @@ def load_model(
     options = {"attn_implementation": kinds, "use_safetensors": True}
     if (base := adapter_base(path)) is None:
         return _from_pretrained(auto, path, dtype=dtype, **options)
-    wide = _from_pretrained(auto, base, dtype=torch.float32, **options)
+    wide = _from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)
     return cast(merge(put_on(wide, path)), dtype)
 
 
@@ -97,13 +98,16 @@ def load_trained(
         ValueError: when there is no such model, or an adapter does not fit its base.
     """
     base, options = adapter_base(path), {"dtype": dtype, "use_safetensors": True}
-    model = _from_pretrained(auto, base or path, **options)
-    return (put_on(model, path).get_base_model() if base else model).eval()
+    if base is None:
+        return _from_pretrained(auto, path, **options).eval()
+    model = _from_pretrained(auto, base, adapter=path, **options)
+    return put_on(model, path).get_base_model().eval()
 
 
 def _vision_config(path: str | Path):
     """The configuration of a vision-language model; that of an adapter is its base's."""
-    config = _from_pretrained(AutoConfig, adapter_base(path) or path)
+    base = adapter_base(path)
+    config = _from_pretrained(AutoConfig, base or path, adapter=path if base else None)
     if not hasattr(config, "vision_config"):
         raise ValueError(
             f"{path} is a text-only model ({config.model_type}). Pass a vision-language model to "
@@ -112,8 +116,17 @@ def _vision_config(path: str | Path):
     return config
 
 
-def _from_pretrained(auto_class, path: str | Path, **options):
-    """`auto_class.from_pretrained`, with one line where there is no model."""
+def _from_pretrained(
+    auto_class: type, path: str | Path, *, adapter: str | Path | None = None, **options: Any
+) -> Any:
+    """`auto_class.from_pretrained`, with one line where there is no model.
+
+    Args:
+        auto_class: of transformers.
+        path: folder or hub name.
+        adapter: the adapter whose base it is.
+        options: further arguments.
+    """
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except ImportError as error:  # such as torchvision, of Qwen's processors
@@ -128,6 +141,12 @@ def _from_pretrained(auto_class, path: str | Path, **options):
         ) from error
     except OSError as error:
         reason = str(error).split("\n")[0]
+        if adapter is not None:
+            raise ValueError(
+                f"no model could be loaded from {path}, the base that {adapter} names ({reason}). "
+                "Write its absolute path or hub name into adapter_config.json, as "
+                "base_model_name_or_path."
+            ) from error
         raise ValueError(
             f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
             "Face model with its processor, or the name of one on the hub."

@@ -141,18 +141,31 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
         )
     try:
         with _handled_here():
-            warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(path))
-            unknown = adapted.load_adapter(str(path), adapted.active_adapter).unexpected_keys
-            if unknown:
-                raise ValueError(f"Found unknown adapter keys: {unknown}")
-    except (KeyError, RuntimeError, TypeError, UserWarning, ValueError) as error:
+            found = adapted.load_adapter(str(path), adapted.active_adapter)  # reports its keys
+        _check_keys(adapted, found.missing_keys, found.unexpected_keys)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
             f"the adapter {path} does not fit its base {model.name_or_path}: {reason}. Pass it "
             "with the base that it was trained on, or save it again with a present version of PEFT."
         ) from error
     return adapted
+
+
+def _check_keys(adapted: PeftModel, missing: list[str], unknown: list[str]) -> None:
+    """Refuse weights without a place, and places without weights; PEFT warns of the latter only.
+
+    A tensor that layers share has several names, and a file may have it under one of them.
+    """
+    state = adapted.state_dict(keep_vars=True)
+    loaded = {value.data_ptr() for name, value in state.items() if name not in missing}
+    absent = [name for name in missing if state[name].data_ptr() not in loaded]
+    if lost := [*absent, *unknown]:
+        raise ValueError(
+            f"{len(absent)} of its weights are missing and {len(unknown)} are unknown, such as "
+            f"{lost[0]}"
+        )
 
 
 def check_kind(config: PeftConfig, name: str) -> None:

@@ -122,8 +122,7 @@ class Attempts:
         trainer.train()
         self.after = logps(trainer.model.vlm, self.inputs)
         trainer.save_model(str(self.folder / "saved"))
-        name = adapters.active_adapters(trainer.adapter)[0]
-        self.place = adapters.place_of(trainer.adapter, name, self.folder / "saved")
+        self.place = adapters.place_of(trainer.adapter, self.folder / "saved")
         return abs(history(trainer)[0] - EQUAL)
 
     def _reloaded(self) -> float:
@@ -197,6 +196,8 @@ def _general(reason: str) -> str:
         (r"\bmodel\.[\w.]+ has", "a layer has"),
         (r"(peft_config|adapter '\w+' of the model) (is of kind|has)", r"it \2"),
         (r" '(default|mine|first|second)'", ""),
+        (r"PeftType\.\w+", "this kind"),
+        (r"its base \w+", "its base"),
         (r"/\S*/", ""),
     ):
         reason = re.sub(pattern, general, reason)

@@ -6,12 +6,15 @@ every third of the others one family.
 """
 
 import json
+import re
 import shutil
+from pathlib import Path
 
-import adapter_kinds
 import pytest
 import torch
 from adapter_kinds import FAMILIES, KINDS, inputs_of, load_base, logps, save_base, save_trained
+from family_cases import made
+from huggingface_hub import constants
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
@@ -22,7 +25,9 @@ from realign import cache, evaluate, export, merging, train
 from realign.export import ExportConfig, export_whole
 from realign.loading import load_model, load_processor, load_trained
 from realign.pairs.__main__ import main as pairs_main
+from realign.records import write_pairs
 
+PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 ROUNDING = 1e-4  # nats; merging in fp32 gave at most 2e-5, changing a shared end twice 0.5 to 34
 UNMERGED = {"LoRA, lora_bias", "BEFT", "Lily"}  # PEFT merges them nowhere, or into biases only
 AT_ENDS = [kind for kind in KINDS if any(word in kind for word in ("lm_head", "embed", "end"))]
@@ -31,6 +36,12 @@ SAMPLE = [
     *((kind, ("smolvlm", "gemma3")[i % 2]) for i, kind in enumerate(AT_ENDS)),
     *((kind, FAMILIES[i % 4]) for i, kind in enumerate(OTHERS) if i % 3 == 0 or kind in UNMERGED),
 ]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """A name that is no folder is looked for in the cache only; the network is tried for 20 s."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +136,11 @@ def broken(folder, to, **changes):
         ({"base_model_name_or_path": ""}, "names no base"),
         ({"base_model_name_or_path": "../x"}, r"names the base '../x', and there is no such fold"),
         ({"base_model_name_or_path": "/gone/base"}, "no such folder from .* absolute path"),
+        ({"base_model_name_or_path": "gone-base"}, "from gone-base, the base that .* names"),
         ({"peft_type": "NEW"}, "no configuration that PEFT .* reads .*install the version"),
         ({"peft_type": None}, "no configuration that PEFT"),
         ({"scales_by": 3}, "unknown: scales_by"),
-        ({"target_modules": ["k_proj"]}, "does not fit its base .*missing adapter keys"),
+        ({"target_modules": ["k_proj"]}, "does not fit its base .*weights are missing"),
         ({"target_modules": ["nothing"]}, "does not fit its base .*not found"),
         ({"r": 8}, "does not fit its base .*size mismatch"),
     ],
@@ -140,17 +152,51 @@ def test_an_adapter_that_cannot_be_right_is_refused(adapter, tmp_path, changes, 
             load(folder)
 
 
+def test_an_adapter_on_the_hub_brings_its_base(bases, adapter, tmp_path, monkeypatch):
+    """A snapshot in the cache of huggingface_hub, without network."""
+    base, inputs = bases["smolvlm"]
+    folder = broken(adapter[0], tmp_path / "adapter", base_model_name_or_path="team/base")
+    for name, source in (("adapter", folder), ("base", base)):
+        place = tmp_path / "hub" / f"models--team--{name}"
+        shutil.copytree(source, place / "snapshots" / "0123456789abcdef")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("0123456789abcdef")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert merging.adapter_base("team/adapter") == "team/base"
+    assert torch.equal(logps(load_trained("team/adapter"), inputs), adapter[1])
+    assert (logps(load_model("team/adapter"), inputs) - adapter[1]).abs().max() < ROUNDING
+    assert hasattr(load_processor("team/adapter"), "image_processor")
+
+
 def test_weights_that_no_module_takes_are_refused(adapter, tmp_path):
     folder = broken(adapter[0], tmp_path / "more")
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(iter(weights))
     more = {name.replace("layers.0", "layers.7"): weights[name].clone()}
     save_file(weights | more, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="does not fit its base .*unknown adapter keys"):
+    with pytest.raises(ValueError, match="does not fit its base .*0 .* missing and 1 are unknown"):
         load_trained(folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="has no adapter_model.safetensors"):
         load_trained(folder)
+
+
+@pytest.mark.parametrize("kept", ["shared", "of layers"])
+def test_a_shared_weight_may_have_one_of_its_names(bases, tmp_path, kept):
+    """transformers has no place for the model's own name of what RandLoRA's layers share."""
+    base, inputs = bases["llava"]
+    truth = logps(save_trained(base, "RandLoRA", tmp_path), inputs)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    shared = {"base_model.randlora_A", "base_model.randlora_B"}
+    of_layers = {name for name in weights if name.endswith(("randlora_A", "randlora_B"))} - shared
+    assert shared < weights.keys() and of_layers
+    fewer = weights.keys() - (shared if kept == "of layers" else of_layers)
+    save_file({name: weights[name] for name in fewer}, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logps(load_trained(tmp_path), inputs), truth)
+    none = fewer - shared - of_layers
+    save_file({name: weights[name] for name in none}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="weights are missing"):
+        load_trained(tmp_path)
 
 
 def test_an_adapter_on_an_adapter_is_refused(adapter, tmp_path):
@@ -215,12 +261,9 @@ def test_a_tokenizer_beside_an_adapter_is_no_processor(bases, adapter, tmp_path)
     assert hasattr(load_processor(folder), "image_processor")  # that of the base
 
 
-def test_a_full_run_on_an_adapter_saves_what_it_trained(bases, tmp_path, monkeypatch):
-    """The adapter has untied the ends, both learn, and plain transformers loads both."""
-    from family_cases import made
-
-    from realign.records import write_pairs
-
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "adapter that untied"])
+def test_a_full_run_saves_and_exports_what_it_trained(bases, tmp_path, monkeypatch, tied):
+    """Plain transformers loads both ends, which learn apart where a merged adapter untied them."""
     base, inputs = bases["smolvlm"]
     save_trained(base, "LoRA, lm_head", tmp_path / "adapter")
     write_pairs(tmp_path / "pairs.parquet", made("smolvlm")[1])
@@ -231,20 +274,40 @@ def test_a_full_run_on_an_adapter_saves_what_it_trained(bases, tmp_path, monkeyp
         return real(folder, model, *args, **options)
 
     monkeypatch.setattr(train, "export", keep)
-    words = ["--model", tmp_path / "adapter", "--pairs", tmp_path / "pairs.parquet"]
-    words += ["--output", tmp_path / "run", "--steps", 1, "--batch-size", 2, "--tune", "full"]
-    words += ["--learning-rate", 1e-2, "--quiet"]
+    model, run = base if tied else tmp_path / "adapter", tmp_path / "run"
+    words = ["--model", model, "--pairs", tmp_path / "pairs.parquet", "--output", run]
+    words += ["--steps", 1, "--batch-size", 2, "--tune", "full", "--learning-rate", 1e-2, "--quiet"]
     assert train.main([str(word) for word in words]) == 0
-    loaded = load_base(tmp_path / "run" / "model")
-    assert torch.equal(logps(loaded, inputs), kept["truth"])
     before = load_base(base)
-    for end in ("get_input_embeddings", "get_output_embeddings"):
-        moved = getattr(loaded, end)().weight - getattr(before, end)().weight
-        assert moved.abs().max() > 5e-3
-    assert loaded.get_input_embeddings().weight is not loaded.get_output_embeddings().weight
+    export_whole(ExportConfig(str(run / "model"), str(tmp_path / "whole")))
+    for folder in (run / "model", tmp_path / "whole"):
+        loaded = load_base(folder)
+        assert torch.equal(logps(loaded, inputs), kept["truth"])
+        ends = [getattr(loaded, f"get_{end}_embeddings")().weight for end in ("input", "output")]
+        assert (ends[0] is ends[1]) == tied
+        assert all((e - before.get_input_embeddings().weight).abs().max() > 5e-3 for e in ends)
 
 
-def test_every_kind_of_peft_is_in_the_table():
-    """A kind that PEFT adds is tried before it is trusted."""
-    known = {config.peft_type for config in (adapter_kinds.KINDS | adapter_kinds.SPECIAL).values()}
-    assert known <= set(PEFT_TYPE_TO_CONFIG_MAPPING)
+def test_the_table_of_the_docs_has_every_kind_of_peft():
+    """`adapter_matrix.py --write` writes it; a kind that PEFT adds is to be tried first."""
+    text = PAGE.read_text(encoding="utf-8").split("<!-- table")[1].split("<!-- end")[0]
+    head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    rows = {}
+    for line in lines:
+        kind, *found = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[kind] = dict(zip(columns, found, strict=True))
+    assert list(rows)[: len(KINDS)] == list(KINDS)
+    assert set(rows) - set(KINDS) == {kind.value for kind in OUTSIDE} | {"LoRA, activated"}
+    letters = set(re.findall(r"^- \((\w)\) ", text, flags=re.MULTILINE))
+    for kind, cells in rows.items():
+        for column, cell in cells.items():
+            figure = re.match(r"\d\S*", cell)
+            assert not figure or float(figure[0]) < ROUNDING or "dropout" in kind, (kind, column)
+            assert set(re.findall(r"\((\w)\)", cell)) <= letters
+            assert figure or cell in ("-", "refused") or "(" in cell, (kind, column)
+        if kind in KINDS:
+            assert cells["evaluate"] == "0"
+            assert ("(" in cells["merge"]) == ("(" in cells["export"]) == (kind in UNMERGED)
+        else:
+            assert set(cells.values()) == {"refused"}
