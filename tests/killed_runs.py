@@ -1,20 +1,18 @@
 """Runs of the pairs pipeline that end in SIGKILL, forked from a process with the libraries."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
+from forked_ranks import CONTEXT
+
 from realign.pairs import shards
 from realign.pairs.__main__ import main
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["realign.pairs.__main__"])
 
 
 def exit_code(way, *arguments) -> int | None:
     """Of a process that does `way(*arguments)`; None after two minutes."""
-    process = _CONTEXT.Process(target=way, args=arguments)
+    process = CONTEXT.Process(target=way, args=arguments)
     process.start()
     process.join(120)
     return process.exitcode

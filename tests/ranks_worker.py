@@ -1,4 +1,4 @@
-"""One rank of three runs, one after the other: `ranks_worker.py PAIRS FOLDER RECORD`.
+"""One rank of three runs, one after the other: `run_all(pairs, folder, record)`.
 
 Nothing happens to the first, in FOLDER/whole. In FOLDER/pixels an image of the record with that
 index becomes NaN at step 4, in FOLDER/gradient its loss is finite and its gradient is not.
@@ -67,12 +67,12 @@ def restore():
     model.ForestModel.forward = GOOD["forward"]
 
 
-if __name__ == "__main__":
-    pairs, folder, record = sys.argv[1:]
+def run_all(pairs, folder, record):
+    """The three runs, one after the other, as one rank."""
     leave, parallel.stop = parallel.stop, lambda: None  # one process group for all three
     for what in ("whole", "pixels", "gradient"):
         if what != "whole":
-            plant(what, int(record), 4)
+            plant(what, record, 4)
         words = arguments(pairs, Path(folder) / what, "--save-every", 2, "--fsdp", steps=8)
         code = train.main(words)
         if os.environ["RANK"] == "0":

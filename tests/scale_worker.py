@@ -55,17 +55,22 @@ def received(dtype):
     return {n: v.dtype == truth[n].dtype and torch.equal(v, truth[n]) for n, v in whole.items()}
 
 
-if __name__ == "__main__":
+def run_all(file):
+    """Make the runs that a file lists, as one rank."""
     hush_libraries()
     weights = {str(dtype): received(dtype) for dtype in (torch.float32, torch.bfloat16)}
     if parallel.rank() == parallel.world_size() - 1:
-        Path(sys.argv[1]).with_name("weights.json").write_text(json.dumps(weights))
+        Path(file).with_name("weights.json").write_text(json.dumps(weights))
     counts = Counter()
     for name in COUNTED:
         count(name, counts)
-    for run in json.loads(Path(sys.argv[1]).read_text()):
+    for run in json.loads(Path(file).read_text()):
         counts.clear()
         train(parse(run["arguments"]))
         if parallel.rank() == 0:
             Path(run["output"], "collectives.json").write_text(json.dumps(counts))
     parallel.stop()
+
+
+if __name__ == "__main__":
+    run_all(sys.argv[1])

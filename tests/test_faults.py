@@ -5,8 +5,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks_worker import plant, restore
+from forked_ranks import run_ranks
+from ranks_worker import plant, restore, run_all
 from runs import arguments, assert_same_run, run, start, wait_for_step
 
 from realign import parallel
@@ -244,12 +243,8 @@ def two_ranks(pairs_file, examples, tmp_path_factory):
     """Runs of two ranks, see ranks_worker.py: their folder, and what they wrote to stderr."""
     folder = tmp_path_factory.mktemp("two")
     record = order(examples)[4][5]  # of rank 1, which takes the last four
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", Path(__file__).with_name("ranks_worker.py")]
-    command += [str(pairs_file), str(folder), str(record)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stderr
+    given = (str(pairs_file), str(folder), int(record))
+    return folder, run_ranks(run_all, 2, str(folder / "stderr.txt"), *given)
 
 
 @pytest.mark.parametrize("what", ["pixels", "gradient"])

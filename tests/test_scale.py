@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
+from forked_ranks import run_ranks
 from runs import arguments, assert_same_curves, curve, run
 from safetensors.torch import load_file
+from scale_worker import run_all
 
 from realign import parallel
 from realign.metrics import read_jsonl
@@ -39,8 +41,8 @@ def alone(pairs, tmp_path_factory):
     return root
 
 
-def start_ranks(command, runs, pairs, root):
-    """A launcher over `scale_worker.py` with `runs`, {name: flags}, a folder each under `root`."""
+def list_runs(runs, pairs, root):
+    """The file of `scale_worker.py` that lists `runs`, {name: flags}, a folder each in `root`."""
     root.mkdir(exist_ok=True)
     listed = [
         {"output": str(root / name), "arguments": arguments(pairs, root / name, *flags, steps=4)}
@@ -48,8 +50,7 @@ def start_ranks(command, runs, pairs, root):
     ]
     file = root / "runs.json"
     file.write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", *command, str(WORKER), str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,11 @@ def run_on_two_nodes(pairs, root):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "scale"]
-    nodes = [start_ranks(command, runs, pairs, root) for _ in range(2)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "scale"]
+    command += ["--rdzv-endpoint", f"localhost:{port}", str(WORKER), list_runs(runs, pairs, root)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, **pipes) for _ in range(2)]
     shown = [node.communicate(timeout=300)[0] for node in nodes]
     assert all(node.returncode == 0 for node in nodes), "\n".join(shown)
 
@@ -87,9 +90,7 @@ def run_on_four_ranks(pairs, root):
         "lora": ("--fsdp", "--micro-batch-size", 2),
         "full": ("--fsdp", *checkpointed, *FULL),
     }
-    node = start_ranks(["--standalone", "--nproc-per-node", "4"], runs, pairs, root)
-    shown = node.communicate(timeout=300)[0]
-    assert node.returncode == 0, shown
+    run_ranks(run_all, 4, str(root.with_suffix(".log")), list_runs(runs, pairs, root))
 
 
 # --- ranks, accumulation, nodes, replicas ---
@@ -165,14 +166,13 @@ def test_ranks_without_fsdp_are_refused(pairs, tmp_path, monkeypatch, capsys):
     assert shown.startswith("error: this is one of 2 ranks, but without --fsdp nothing is shared")
 
 
-def test_the_error_of_a_rank_is_one_line(pairs, tmp_path):
+def test_the_error_of_a_rank_is_one_line(pairs, tmp_path, capfd):
     more = ["--fsdp", "--nproc-per-node", 2, "--batch-size", 7]
-    command = [sys.executable, "-m", "realign.train", *arguments(pairs, tmp_path, *more)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert lines[0].startswith("error: batch_size 7 does not divide among 2 ranks"), done.stderr
-    assert "Traceback" not in done.stderr
+    assert main(arguments(pairs, tmp_path, *more)) == 1
+    shown = capfd.readouterr().err
+    lines = [line for line in shown.splitlines() if line.strip()]
+    assert lines[0].startswith("error: batch_size 7 does not divide among 2 ranks"), shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize(

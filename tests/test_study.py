@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,7 +218,17 @@ def test_a_run_is_kept_whole_and_repeats(folder, one_thread):
     json.dumps(lines)
 
 
-def test_a_whole_study_tunes_and_takes_the_best_rate(folder, monkeypatch):
+class InProcess:
+    """A pool that runs a job in this process when it is submitted: no process imports torch."""
+
+    def submit(self, call, job):
+        done = Future()
+        done.set_result(call(job))
+        return done
+
+
+def test_a_whole_study_tunes_and_takes_the_best_rate(folder, monkeypatch, one_thread):
+    monkeypatch.setattr(runs, "_pool", lambda jobs: nullcontext(InProcess()))
     whole = folder.parent / f"{folder.name}-whole"
     for seed in (TUNING_SEED, 0):
         shutil.copytree(ASSETS, whole / f"seed{seed}" / "base")
