@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType, get_model_status
+from peft import PeftConfig, get_model_status
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -16,23 +16,20 @@ from realign import adapters
 from realign_kernels import head_inputs
 
 SUPPORTED = {
-    PeftType.ADAMSS, PeftType.BEFT, PeftType.BOFT, PeftType.C3A, PeftType.DEFT, PeftType.DELORA,
-    PeftType.FOURIERFT, PeftType.FROD, PeftType.GLORA, PeftType.GRALORA, PeftType.HIRA,
-    PeftType.HRA, PeftType.IA3, PeftType.LN_TUNING, PeftType.LOHA, PeftType.LOKR,
-    PeftType.LORA, PeftType.MISS, PeftType.OFT, PeftType.OSF, PeftType.PEANUT, PeftType.PSOFT,
-    PeftType.RANDLORA, PeftType.ROAD, PeftType.SHIRA, PeftType.SUPERTUNING,
-    PeftType.TINYLORA, PeftType.TRAINABLE_TOKENS, PeftType.UNILORA, PeftType.VBLORA, PeftType.VERA,
-    PeftType.WAVEFT,
+    "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA",
+    "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT",
+    "PSOFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA",
+    "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
 """Kinds that act in the layers they replace; tests train, save and reload each of them."""
 
 _REASONS = {
-    PeftType.ADALORA: "it needs a call in each step, and a loss of its own",
-    PeftType.LILY: "its layers average over all tokens of a batch, whatever record they are of",
-    PeftType.POLY: "its layers need task ids",
-    PeftType.PVERA: "it draws random weights in each step, so no reference is the policy's",
-    PeftType.XLORA: "it gates its adapters in a forward of its own",
-    PeftType.SHADOW: "it runs a second model beside the first",
+    "ADALORA": "it needs a call in each step, and a loss of its own",
+    "LILY": "its layers average over all tokens of a batch, whatever record they are of",
+    "POLY": "its layers need task ids",
+    "PVERA": "it draws random weights in each step, so no reference is the policy's",
+    "XLORA": "it gates its adapters in a forward of its own",
+    "SHADOW": "it runs a second model beside the first",
 }
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alora_invocation_tokens": (bool, "it acts in the forward of PeftModel, which is not called"),
@@ -67,12 +64,12 @@ def check_config(config: PeftConfig, name: str = "peft_config") -> None:
     """
     if not isinstance(config, PeftConfig):
         raise ValueError(f"{name} is a {type(config).__name__}. Give one of PEFT, as LoraConfig.")
-    kind = config.peft_type
+    kind = config.peft_type.value
     if kind not in SUPPORTED:
         reason = _REASONS.get(kind, "no test shows that it acts in the layers it replaces")
         if config.is_prompt_learning or config.is_adaption_prompt:
             reason = "it acts in the forward of PeftModel, which is not called"
-        raise ValueError(f"{name} is of kind {kind.value}: {reason}. Take LoRA, or another kind.")
+        raise ValueError(f"{name} is of kind {kind}: {reason}. Take LoRA, or another kind.")
     if found := _option(config, _OPTIONS):
         raise ValueError(f"{name} has {found}. Leave it out.")
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 NEEDED = {
-    "torch": "2.11", "numpy": "2", "transformers": "5.18", "tokenizers": "", "peft": "",
+    "torch": "2.11", "numpy": "2", "transformers": "5.18", "tokenizers": "", "peft": "0.21",
     "safetensors": "", "pyarrow": "", "pillow": "", "tqdm": "", "jinja2": "", "scikit-learn": "",
     "scipy": "",
 }  # fmt: skip

@@ -15,14 +15,20 @@ from realign_kernels import objectives, preference_loss
 CONFIGS = {
     "lora": {"target_modules": ["q_proj", "lm_head"]},
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tied tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [*range(3, 20)]},
 }
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_adapted_head_counts_and_learns(processor, config):
     vlm = load_model(ASSETS)
+    if "trainable_token_indices" in config:  # PEFT puts them on the head too where it is tied
+        vlm.lm_head.weight = vlm.get_input_embeddings().weight
+        vlm.config.tie_word_embeddings = vlm.config.text_config.tie_word_embeddings = True
     adapted = get_peft_model(vlm, LoraConfig(r=4, **config)).eval()
-    trained = {n: p for n, p in adapted.named_parameters() if "lm_head" in n and p.requires_grad}
+    ends = ("lm_head", "tokens_delta")
+    learns = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]
+    trained = {n: p for n, p in learns if any(end in n for end in ends)}
     torch.manual_seed(0)
     for parameter in trained.values():
         nn.init.normal_(parameter, std=0.3)

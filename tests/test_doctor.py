@@ -93,7 +93,7 @@ def test_a_missing_and_a_broken_package(capsys, monkeypatch):
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     out = _printed(capsys, 1)
-    assert "BAD peft" in out and "missing: pip install peft" in out
+    assert "BAD peft" in out and "missing: pip install 'peft>=0.21'" in out
     assert "cannot be imported: libarrow.so.2600: cannot open shared object file\n" in out
     assert "kernels" not in out
     assert out.endswith("broken: peft, pyarrow\n")

@@ -193,7 +193,7 @@ def test_under_autocast_policy_and_reference_begin_equal(rows, tmp_path):
     settings = config(tmp_path, max_steps=1, bf16=True)
     trainer = RDPOTrainer(str(ASSETS), settings, rows, peft_config=LoraConfig(**LORA))
     trainer.train()
-    assert history(trainer)[0] == pytest.approx(2 * 0.693147, abs=2e-3)
+    assert history(trainer)[0] == pytest.approx(2 * 0.693147, abs=3e-4)  # 2e-3 without autocast
     folders = {path.name for path in (tmp_path / "cache").iterdir()}
     plain = RDPOTrainer(str(ASSETS), config(tmp_path, max_steps=1), rows)
     plain.train()  # its references are others
