@@ -59,7 +59,11 @@ def run(words: Sequence[str]) -> int:
 
 
 def pope(given: argparse.Namespace) -> str:
-    """Ask POPE's questions, of each file apart, and score them by every rule."""
+    """Ask POPE's questions, of each file apart, and score them by every rule.
+
+    Raises:
+        ValueError: for two files of one name, whose answers would share a file.
+    """
     sheets: dict[str, Sheet] = {}
     for file in given.questions:
         if (name := Path(file).stem) in sheets:
