@@ -83,7 +83,11 @@ def pope(given: argparse.Namespace) -> str:
 
 
 def captions(given: argparse.Namespace) -> str:
-    """Have pictures described and score the objects that are named."""
+    """Generate captions and score the objects they name.
+
+    Raises:
+        ValueError: for an image without a file name, or files of another kind.
+    """
     vocabulary = chair.Vocabulary(given.synonyms or chair.OWN_SYNONYMS)
     names = {
         image["id"]: image.get("file_name")
@@ -117,7 +121,11 @@ def captions(given: argparse.Namespace) -> str:
 
 
 def hallusion(given: argparse.Namespace) -> str:
-    """Ask HallusionBench's questions and score them by every rule."""
+    """Ask HallusionBench's questions and score them by every rule.
+
+    Raises:
+        ValueError: for a file name that is not text, or a file of another kind.
+    """
     rows = files.read_rows(given.questions, _HALLUSION, _HALLUSION_FILE, given.limit)
     items = []
     for row in rows:
