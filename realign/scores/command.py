@@ -59,7 +59,11 @@ def run(words: Sequence[str]) -> int:
 
 
 def pope(given: argparse.Namespace) -> str:
-    """Ask POPE's questions, of each file apart, and score them by every rule."""
+    """Ask POPE's questions, of each file apart, and score them by every rule.
+
+    Raises:
+        ValueError: for a file of another kind, two files of one name, or a missing image.
+    """
     sheets: dict[str, Sheet] = {}
     for file in given.questions:
         if (name := Path(file).stem) in sheets:
@@ -79,7 +83,11 @@ def pope(given: argparse.Namespace) -> str:
 
 
 def captions(given: argparse.Namespace) -> str:
-    """Have pictures described and score the objects that are named."""
+    """Have pictures described and score the objects that are named.
+
+    Raises:
+        ValueError: for a file of another kind, or a missing image.
+    """
     vocabulary = chair.Vocabulary(given.synonyms or chair.OWN_SYNONYMS)
     names = {
         image["id"]: image.get("file_name")
@@ -113,7 +121,11 @@ def captions(given: argparse.Namespace) -> str:
 
 
 def hallusion(given: argparse.Namespace) -> str:
-    """Ask HallusionBench's questions and score them by every rule."""
+    """Ask HallusionBench's questions and score them by every rule.
+
+    Raises:
+        ValueError: for a file of another kind, or a missing image.
+    """
     rows = files.read_rows(given.questions, _HALLUSION, _HALLUSION_FILE, given.limit)
     items = []
     for row in rows:
