@@ -3,8 +3,10 @@
 Importing them takes a process six seconds on one core.
 """
 
+import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,7 +22,7 @@ def run_ranks(worker, count, log, *arguments) -> str:
     Args:
         worker: a function of a module.
         count: of ranks.
-        log: file that takes what the ranks write to stderr.
+        log: file that takes what the ranks print.
         arguments: that can be pickled.
 
     Returns:
@@ -96,5 +98,12 @@ def _train(logs, environment, words):
 def _rank(worker, log, environment, *arguments):
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
     worker(*arguments)
+    sys.stdout.flush()
+
+
+def run_command(module, words):
+    """`python -m module words`."""
+    assert importlib.import_module(module).main(words) == 0
