@@ -1,7 +1,13 @@
-"""Ranks forked from a process that has the libraries: importing them takes a rank six seconds."""
+"""Ranks and commands forked from a process that has the libraries.
 
+Importing them takes a process six seconds on one core.
+"""
+
+import importlib
 import multiprocessing
 import os
+import sys
+import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +22,7 @@ def run_ranks(worker, count, log, *arguments) -> str:
     Args:
         worker: a function of a module.
         count: of ranks.
-        log: file that takes what the ranks write to stderr.
+        log: file that takes what the ranks print.
         arguments: that can be pickled.
 
     Returns:
@@ -46,8 +52,58 @@ def run_ranks(worker, count, log, *arguments) -> str:
     return said
 
 
+class Forked:
+    """`python -m realign.train` in a forked process, as a `subprocess.Popen` with pipes.
+
+    Args:
+        words: its command line.
+    """
+
+    def __init__(self, *words) -> None:
+        self._folder = tempfile.TemporaryDirectory()  # removed with this object
+        self._logs = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        given = (self._logs, dict(os.environ), words)
+        self._process = CONTEXT.Process(target=_train, args=given)
+        self._process.start()
+        self.pid, self.kill, self.terminate = (
+            getattr(self._process, name) for name in ("pid", "kill", "terminate")
+        )
+
+    @property
+    def returncode(self) -> int | None:
+        """As `subprocess` has it: less the signal where one ended the process."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self._process.exitcode
+
+    def communicate(self, timeout=None) -> tuple[str, str]:
+        """Wait for the end; returns stdout and stderr."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"still running after {timeout} s"
+        return tuple(log.read_text() for log in self._logs)
+
+
+def _train(logs, environment, words):
+    from realign import parallel, train
+
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    parallel.leave(train.main(list(words)))
+
+
 def _rank(worker, log, environment, *arguments):
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
     worker(*arguments)
+    sys.stdout.flush()
+
+
+def run_command(module, words):
+    """`python -m module words`."""
+    assert importlib.import_module(module).main(words) == 0

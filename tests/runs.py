@@ -1,7 +1,5 @@
 """Runs of `realign.train` in tests: their arguments, their curves, and how far two may differ."""
 
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -29,12 +27,6 @@ def run(pairs, output, *more, steps=6):
     """Train in this process; returns the entries of the curve."""
     train(parse(arguments(pairs, output, *more, steps=steps)))
     return read_jsonl(output / "metrics.jsonl")
-
-
-def start(*words):
-    """Train in a process of its own, with its messages in pipes."""
-    command = [sys.executable, "-m", "realign.train", *words]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for_step(process, output, step):

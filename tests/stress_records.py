@@ -229,7 +229,7 @@ class Stress:
         """`RDPOTrainer`: rows, or a data set of them."""
         rows: Any = [case.neighbours[0], case.row, case.neighbours[1]]
         if case.number % 2:
-            rows = [self._as_given(row, False) for row in rows]
+            rows = _with_all_keys([self._as_given(row, False) for row in rows])
             with contextlib.suppress(Exception):
                 rows = datasets.Dataset.from_list(rows)
         else:
@@ -305,6 +305,7 @@ class Stress:
             data = self.folder / "data.parquet"
             data.write_text('[{"id": "data."}]')
             return data, True
+        rows = _with_all_keys(rows)
         for some in (rows, rows[1:2]):
             try:
                 return self._table(case, some), len(some) == 1
@@ -391,6 +392,14 @@ def _encoded(texts: list[str], encoding: str, lines: bool) -> bytes:
         return text.replace("\\u00e9", "\u00e9").encode("latin-1")
     kinds = {"UTF-16": "utf-16", "byte order mark": "utf-8-sig"}
     return text.encode(kinds.get(encoding, "utf-8"))
+
+
+def _with_all_keys(rows: list[Any]) -> list[Any]:
+    """Rows with null for each other's keys: Arrow and `datasets` take the columns of the first."""
+    if not all(isinstance(row, dict) for row in rows):
+        return rows
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def _given(value: Any) -> Any:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_ranks import run_ranks
+from forked_ranks import Forked, run_ranks
 from ranks_worker import plant, restore, run_all
-from runs import arguments, assert_same_run, run, start, wait_for_step
+from runs import arguments, assert_same_run, run, wait_for_step
 
 from realign import parallel
 from realign.checkpoint import CheckpointError
@@ -263,14 +263,14 @@ def test_all_ranks_stop_for_the_record_of_one(examples, two_ranks, what):
 
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, tmp_path):
     words = arguments(pairs_file, tmp_path, *EVERY_2, "--fsdp", "--nproc-per-node", 2, steps=8)
-    process = start(*words)
+    process = Forked(*words)
     wait_for_step(process, tmp_path, random.randrange(5, 8))
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
         os.kill(int(file.read().split()[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
-    process = start(*words, "--resume")
+    process = Forked(*words, "--resume")
     out, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "resumed from step" in out
@@ -322,7 +322,7 @@ def test_what_ranks_tell(capsys, monkeypatch):
 
 def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path, capsys):
     words = arguments(pairs_file, tmp_path, steps=400)
-    first = start(*words)
+    first = Forked(*words)
     wait_for_step(first, tmp_path, 1)
     try:
         assert main([*words, "--resume"]) == 1

@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_command, run_ranks
 from safetensors import safe_open
 from test_forest import LOGP_TOLERANCE, separate_logps
 
@@ -71,13 +70,11 @@ class Trainer:
         self.runs += 1
         given = ["--pairs", pairs or self.pairs, "--output", self.folder / f"run {self.runs}"]
         given += ["--reference-cache", self.folder / "cache", "--steps", 1, "--batch-size", 8]
-        given += [*options, "--quiet"] + (["--fsdp", "--nproc-per-node", ranks] if ranks else [])
+        given += [*options, "--quiet"] + (["--fsdp"] if ranks else [])
         given = [str(word) for word in given]
         if ranks:
-            command = [sys.executable, "-m", "realign.train", *given]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            shown = done.stdout
+            log = str(self.folder / f"run {self.runs}.log")
+            shown = run_ranks(run_command, ranks, log, "realign.train", given)
         else:
             self.capsys.readouterr()
             with self.monkeypatch.context() as patch, pytest.raises(Filled):
@@ -125,12 +122,11 @@ def test_what_must_hit(trainer, pairs_file, tmp_path):
 
 def test_bf16_hits_whatever_the_ranks_and_whoever_filled(trainer, pairs_file, tmp_path):
     """Two ranks that shard the model fill; one process that trains, in either way, finds it all."""
-    command = [sys.executable, "-m", "realign.cache", "fill", "--pairs", pairs_file, "--quiet"]
-    command += ["--reference-cache", tmp_path / "cache", "--dtype", "bf16", "--batch-rows", 4]
-    command += ["--fsdp", "--nproc-per-node", 2]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("leaves known") == 1
+    words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "cache"]
+    words += ["--dtype", "bf16", "--batch-rows", 4, "--fsdp"]
+    log = str(tmp_path / "fill.log")
+    shown = run_ranks(run_command, 2, log, "realign.cache", list(map(str, words)))
+    assert shown.count("leaves known") == 1
     logs = list((tmp_path / "cache").glob("*/*.log"))
     assert len(logs) == 2 and min(log.stat().st_size for log in logs) > 32 * 10
     known, total, _ = trainer.known("--dtype", "bf16")

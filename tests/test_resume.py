@@ -9,13 +9,13 @@ import signal
 import numpy as np
 import pytest
 import torch
+from forked_ranks import Forked
 from runs import (
     CURVE_TOLERANCE,
     arguments,
     assert_same_run,
     curve,
     run,
-    start,
     wait_for_step,
     weights,
     without_timing,
@@ -69,7 +69,7 @@ def steps_kept(output):
 
 
 def test_a_killed_run_resumes_bit_for_bit(pairs_file, dropout, plain, tmp_path):
-    process = start(*arguments(pairs_file, tmp_path, *dropout))
+    process = Forked(*arguments(pairs_file, tmp_path, *dropout))
     wait_for_step(process, tmp_path, random.randrange(2, 6))
     process.kill()
     process.communicate()
@@ -138,7 +138,7 @@ def test_one_rank_then_two_then_one(pairs_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         Signalled(patch, 2, signal.SIGTERM)
         run(pairs_file, output, *EVERY_2, steps=12)
-    process = start(*arguments(pairs_file, output, *TWO_RANKS, "--resume", steps=12))
+    process = Forked(*arguments(pairs_file, output, *TWO_RANKS, "--resume", steps=12))
     wait_for_step(process, output, 4)
     process.terminate()
     out, errors = process.communicate(timeout=60)

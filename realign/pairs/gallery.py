@@ -326,9 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        for name, least in (("most", 0), ("side", 1)):
-            if (value := getattr(given, name)) < least:
-                raise ValueError(f"--{name} is {value}; it must be {least} or more.")
         check_file("--output", given.output)
         shown, total = write_gallery(given.pairs, given.output, most=given.most, side=given.side)
     except (ValueError, OSError) as error:
