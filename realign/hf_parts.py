@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -115,6 +117,25 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
     return processor
 
 
+def check_whole(vlm: PreTrainedModel) -> None:
+    """Refuse a model without adapters that learns nothing, or that could not be saved.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    if not any(parameter.requires_grad for parameter in vlm.parameters()):
+        raise ValueError("no weight of the model learns; set requires_grad_(True).")
+    try:
+        with TemporaryDirectory() as folder:
+            vlm.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(
+            "the model's generation_config was changed, and transformers would not save it "
+            f"({textwrap.shorten(str(error), 250, placeholder=' ...')}). Set do_sample=True in it, "
+            "or leave out the sampling settings."
+        ) from error
+
+
 def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
     """Load all weights of a checkpoint into a model without adapters.
 
@@ -182,7 +203,10 @@ class KeptReference:
         """
         file = folder / _FILE
         if not file.exists():
-            raise ValueError(f"{folder} holds no {_FILE}, so it is no checkpoint of RDPOTrainer.")
+            raise ValueError(
+                f"{folder} holds no {_FILE}, so its reference is not known: another trainer wrote "
+                "it, or RDPOTrainer 0.1.0. Resume it with what wrote it, or begin a new run."
+            )
         theirs = json.loads(file.read_text(encoding="utf-8"))
         if theirs["weights"] == self._about["weights"]:
             return

@@ -79,7 +79,7 @@ def test_accelerates_own_precision_counts(records, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     trainer = RDPOTrainer(model_in(torch.float32), config(tmp_path), records)
     assert trainer.model.dtype == torch.bfloat16
-    assert trainer._fingerprint["dtype"] == "bfloat16"
+    assert trainer._about["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -132,6 +132,8 @@ def test_a_processor_is_asked_for(records, tmp_path):
     unnamed.config._name_or_path = ""
     bare = AutoProcessor.from_pretrained(ASSETS)
     bare.chat_template = None
+    warmer = model_in(torch.float32)
+    warmer.generation_config.temperature = 0.5
     for model, given, message in (
         (model_in(torch.float32), processor.tokenizer, "has no tokenizer; give the model's proc"),
         (model_in(torch.float32), processor.image_processor, "has no tokenizer; give the model"),
@@ -143,6 +145,8 @@ def test_a_processor_is_asked_for(records, tmp_path):
             RDPOTrainer(model, config(tmp_path), records, processing_class=given)
     with pytest.raises(ValueError, match="train_dataset is None"):
         RDPOTrainer(model_in(torch.float32), config(tmp_path), None)
+    with pytest.raises(ValueError, match="generation_config was changed.*temperature.*Set do_sam"):
+        RDPOTrainer(warmer, config(tmp_path), records)
     with pytest.raises(ValueError, match="model is a dict. Give a folder"):
         RDPOTrainer({}, config(tmp_path), records)
     with pytest.raises(ValueError, match="peft_config is a dict. Give one of PEFT"):
