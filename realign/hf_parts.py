@@ -205,7 +205,7 @@ class KeptReference:
         if not file.exists():
             raise ValueError(
                 f"{folder} holds no {_FILE}, so its reference is not known: another trainer wrote "
-                "it, or RDPOTrainer 0.1.0. Resume it with what wrote it, or begin a new run."
+                "it, or an earlier version of this one. Resume it with that, or begin a new run."
             )
         theirs = json.loads(file.read_text(encoding="utf-8"))
         if theirs["weights"] == self._about["weights"]:
@@ -213,11 +213,9 @@ class KeptReference:
         shared = self._logps.keys() & theirs["logps"].keys()
         gap = sum(abs(self._logps[key] - theirs["logps"][key]) for key in shared)
         if len(shared) < len(self._logps) or gap / self._tokens > _ROUNDING[self._about["dtype"]]:
-            found = (
-                f"log-probs differ by {gap / self._tokens:.2g} a token"
-                if shared
-                else ("its first records are others")
-            )
+            found = "its first records are others"
+            if len(shared) == len(self._logps):
+                found = f"log-probs differ by {gap / self._tokens:.2g} a token"
             raise ValueError(
                 f"the reference of the checkpoint {folder} is another model than the one handed "
                 f"over ({found}). Hand over the same model, with the same adapters: save them "
