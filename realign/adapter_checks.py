@@ -27,7 +27,7 @@ SUPPORTED = {
 
 _REASONS = {
     "ADALORA": "it needs a call in each step, and a loss of its own",
-    "LILY": "its layers average over all tokens of a batch, whatever record they are of",
+    "LILY": "its layers average over all tokens of a batch, across records",
     "POLY": "its layers need task ids",
     "PVERA": "it draws random weights in each step, so no reference is the policy's",
     "XLORA": "it gates its adapters in a forward of its own",
@@ -49,7 +49,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it changes the base by random numbers or data that no saved adapter holds",
     ),
 }
-_ALONE: dict[str, tuple[Callable[[Any], bool], str]] = {
+_ONLY_ADAPTER: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (
         lambda value: value in ("olora", "pissa"),
         "it changed the base when it was made",
@@ -77,14 +77,14 @@ def check_config(config: PeftConfig, name: str = "peft_config") -> None:
 
 
 def check(holder: nn.Module, say: Callable[[str], None]) -> None:
-    """Refuse adapters whose training could not be saved, or that are not what computes.
+    """Refuse adapters whose training could not be saved, or that do not compute.
 
     Args:
         holder: of the adapters, as `adapters.split` finds it.
-        say: told in a line what was left to learn and is frozen.
+        say: gets a line with the weights that are frozen here.
 
     Raises:
-        ValueError: says what is wrong with which adapter, and how to change it.
+        ValueError: names the adapter, the fault and the remedy.
     """
     vlm, _ = adapters.split(holder)
     if holder is vlm and (frozen := _freeze_bases(vlm)):
@@ -93,7 +93,7 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
     for name, config in configs.items():
         check_config(config, f"adapter {name!r} of the model")
     for name, config in configs.items():
-        found = _option(config, _ALONE)
+        found = _option(config, _ONLY_ADAPTER)
         if holder is vlm and "ensure_weight_tying" in found:
             raise ValueError(
                 f"adapter {name!r} of the model has ensure_weight_tying, which transformers does "
@@ -215,7 +215,7 @@ def _check_learning(holder: nn.Module) -> None:
 
 
 def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
-    """Freeze what adapters in a model of transformers replace; names what was not frozen.
+    """Freeze the weights that adapters in a model of transformers replace; returns names of those.
 
     Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it to learn.
     """

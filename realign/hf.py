@@ -293,7 +293,7 @@ class RDPOTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone; there are no logits."""
+        """Only the loss; there are no logits."""
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
@@ -351,7 +351,7 @@ class RDPOTrainer(Trainer):
         return hf_parts.KeptReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Our card in `output_dir`, for `push_to_hub`; what Trainer would say is left out."""
+        """Our card in `output_dir`, for `push_to_hub`, in place of Trainer's."""
         if self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(self._card(), encoding="utf-8")
 

@@ -23,7 +23,7 @@ _REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_ini
 
 @dataclass
 class RDPOConfig(TrainingArguments):
-    """TrainingArguments, and what rDPO needs beside them.
+    """TrainingArguments, and settings of rDPO.
 
     Attributes:
         objective: one of `realign_kernels.objectives.PRESETS`.

@@ -22,7 +22,7 @@ from realign_kernels import leaf_keys
 
 
 class Module(ForestModel):
-    """A ForestModel with what Trainer asks of a model."""
+    """A ForestModel with the attributes and methods that Trainer asks for."""
 
     @property
     def config(self) -> Any:
@@ -121,7 +121,7 @@ def check_whole(vlm: PreTrainedModel) -> None:
     """Refuse a model without adapters that learns nothing, or that could not be saved.
 
     Raises:
-        ValueError: with what to change.
+        ValueError: with the remedy.
     """
     if not any(parameter.requires_grad for parameter in vlm.parameters()):
         raise ValueError("no weight of the model learns; set requires_grad_(True).")

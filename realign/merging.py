@@ -119,7 +119,7 @@ def _adapter_config(path: str | Path) -> str | None:
 def _remote_adapter_config(name: str) -> str | None:
     try:
         return find_adapter_config_file(name)
-    except OSError:  # not a name that the hub could have; whoever loads it reports that
+    except OSError:  # not a name that the hub could have; loading reports that
         return None
 
 

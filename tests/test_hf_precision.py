@@ -37,6 +37,10 @@ def on_meta():
         return AutoModelForImageTextToText.from_config(config)
 
 
+def adapter_on_meta():
+    return get_peft_model(model_in(torch.float32), LoraConfig(**LORA), low_cpu_mem_usage=True)
+
+
 def quantized():
     model = model_in(torch.float32)
     model.hf_quantizer = object()
@@ -53,9 +57,19 @@ def quantized():
         (lambda: part_in(torch.bfloat16), False, True, "vision_tower.* in bfloat16"),
         (lambda: part_in(torch.bfloat16), True, False, "bfloat16 .* and float32 .*bf16=True"),
         (on_meta, True, False, "is on the meta device"),
+        (adapter_on_meta, False, False, "lora_A.* is on the meta device.*without low_cpu_mem"),
         (quantized, True, False, "are quantized .dict"),
     ],
-    ids=["fp16", "fp16 tower", "bf16", "bf16 tower", "mixed", "meta", "quantized"],
+    ids=[
+        "fp16",
+        "fp16 tower",
+        "bf16",
+        "bf16 tower",
+        "mixed",
+        "meta",
+        "adapter on meta",
+        "quantized",
+    ],
 )
 def test_weights_that_would_not_train_are_refused(
     make_model, lora, bf16, message, records, tmp_path
