@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_model_status
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.shira import ShiraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,7 +27,7 @@ SUPPORTED = {
 
 _REASONS = {
     "ADALORA": "it needs a call in each step, and a loss of its own",
-    "LILY": "its layers average over all tokens of a batch, whatever record they are of",
+    "LILY": "its layers average over all tokens of a batch, across records",
     "POLY": "its layers need task ids",
     "PVERA": "it draws random weights in each step, so no reference is the policy's",
     "XLORA": "it gates its adapters in a forward of its own",
@@ -47,7 +49,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it changes the base by random numbers or data that no saved adapter holds",
     ),
 }
-_ALONE: dict[str, tuple[Callable[[Any], bool], str]] = {
+_ONLY_ADAPTER: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (
         lambda value: value in ("olora", "pissa"),
         "it changed the base when it was made",
@@ -75,14 +77,14 @@ def check_config(config: PeftConfig, name: str = "peft_config") -> None:
 
 
 def check(holder: nn.Module, say: Callable[[str], None]) -> None:
-    """Refuse adapters whose training could not be saved, or that are not what computes.
+    """Refuse adapters whose training could not be saved, or that do not compute.
 
     Args:
         holder: of the adapters, as `adapters.split` finds it.
-        say: told in a line what was left to learn and is frozen.
+        say: gets a line with the weights that are frozen here.
 
     Raises:
-        ValueError: says what is wrong with which adapter, and how to change it.
+        ValueError: names the adapter, the fault and the remedy.
     """
     vlm, _ = adapters.split(holder)
     if holder is vlm and (frozen := _freeze_bases(vlm)):
@@ -91,7 +93,7 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
     for name, config in configs.items():
         check_config(config, f"adapter {name!r} of the model")
     for name, config in configs.items():
-        found = _option(config, _ALONE)
+        found = _option(config, _ONLY_ADAPTER)
         if holder is vlm and "ensure_weight_tying" in found:
             raise ValueError(
                 f"adapter {name!r} of the model has ensure_weight_tying, which transformers does "
@@ -118,6 +120,11 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
             "adapters of the model are disabled, in all layers or in some, and a saved adapter is "
             "always enabled. Call enable_adapter_layers() or enable_adapters() first."
         )
+    if len(active := adapters.active_adapters(holder)) > 1:
+        raise ValueError(
+            f"adapters {', '.join(active)} are active together, and loading activates one. Join "
+            "them (add_weighted_adapter), or merge and save those that should not learn."
+        )
     for name, layer in vlm.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -126,10 +133,10 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
                 f"{name} has an adapter on top of another one. Merge the first before the second "
                 "is put on."
             )
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer | LycorisLayer | ShiraLayer):
             _check_scaling(name, layer)
-            if holder is vlm:
-                _check_magnitudes(name, layer)
+        if isinstance(layer, LoraLayer) and holder is vlm:
+            _check_magnitudes(name, layer)
     _check_learning(holder)
     _check_head(vlm)
 
@@ -157,13 +164,19 @@ def _option(config: PeftConfig, refused: Mapping[str, tuple[Callable[[Any], bool
     return ""
 
 
-def _check_scaling(place: str, layer: LoraLayer) -> None:
+def _check_scaling(place: str, layer: LoraLayer | LycorisLayer | ShiraLayer) -> None:
     for name, scaling in layer.scaling.items():
-        rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
-        if abs(scaling * rank - layer.lora_alpha[name]) > 1e-6 * abs(layer.lora_alpha[name]):
+        loaded = 1.0  # of SHiRA
+        if isinstance(layer, LoraLayer):
+            root = 0.5 if layer.use_rslora.get(name) else 1
+            loaded = layer.lora_alpha[name] / layer.r[name] ** root
+        elif isinstance(layer, LycorisLayer):
+            loaded = layer.alpha[name] / layer.r[name]
+        if abs(scaling - loaded) > 1e-6 * abs(loaded):
             raise ValueError(
-                f"{place} scales adapter {name!r} by {scaling:g}, not by lora_alpha over rank, and "
-                "no saved adapter holds that. Undo set_scale or scale_layer, or merge it."
+                f"{place} scales adapter {name!r} by {scaling:g}, not by {loaded:g} as its "
+                "configuration does, and no saved adapter holds that. Undo set_scale or "
+                "scale_layer, or merge it."
             )
 
 
@@ -202,7 +215,7 @@ def _check_learning(holder: nn.Module) -> None:
 
 
 def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
-    """Freeze what adapters in a model of transformers replace; names what was not frozen.
+    """Freeze the weights that adapters in a model of transformers replace; returns names of those.
 
     Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it to learn.
     """

@@ -1,7 +1,7 @@
-"""PEFT adapters in a model: what holds them, their digest, saving and loading.
+"""PEFT adapters in a model: their holder, digest, saving and loading.
 
-An adapter is found by its modules, whatever holds it: a PeftModel, or a model of transformers
-that `load_adapter`, `AutoModel` on an adapter's folder or `inject_adapter_in_model` changed.
+An adapter is found by its modules in any holder: a PeftModel, or a model of transformers that
+`load_adapter`, `AutoModel` on an adapter's folder or `inject_adapter_in_model` changed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def split(model: Any) -> tuple[PreTrainedModel, nn.Module | None]:
             f"model is a {type(model).__name__}. Give a folder, a hub name, a model of "
             "transformers, or a PeftModel around one."
         )
-    return vlm, model if isinstance(model, PeftModel) or _of_peft(vlm) else None
+    return vlm, model if isinstance(model, PeftModel) or _has_adapters(vlm) else None
 
 
 def active_adapters(holder: nn.Module) -> list[str]:
@@ -198,7 +198,7 @@ def load(holder: nn.Module, folder: Path) -> None:
     """Load all adapters that `save` wrote into a holder of the same ones.
 
     Raises:
-        ValueError: when one is missing, or has other settings or weights; says which.
+        ValueError: when one is missing, or has other settings or weights; names it.
     """
     for name, config in holder.peft_config.items():
         place = place_of(holder, folder, name)
@@ -234,5 +234,5 @@ def _is_of_peft(module: nn.Module) -> bool:
     return isinstance(module, kinds) or type(module).__module__.split(".")[0] == "peft"
 
 
-def _of_peft(model: nn.Module) -> bool:
+def _has_adapters(model: nn.Module) -> bool:
     return any(_is_of_peft(module) for module in model.modules())

@@ -42,9 +42,9 @@ class ExportConfig:
     digits, or pope.json, chair.json or hallusionbench.json."""
 
     def __post_init__(self) -> None:
-        for name, what in (("model", "what to export"), ("output", "the folder to write")):
+        for name, needed in (("model", "a model"), ("output", "the folder to write")):
             if getattr(self, name) is None:
-                raise ValueError(f"--{name} is missing; give {what}.")
+                raise ValueError(f"--{name} is missing; give {needed}.")
         if Path(self.output).resolve() == Path.cwd():
             raise ValueError(
                 f"--output is {self.output!r}, the folder that you are in, and it is replaced when "

@@ -87,18 +87,15 @@ class RDPOTrainer(Trainer):
         # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
         module = hf_parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
         self._base, self._digest = str(path), adapters.base_digest(vlm)
-        about = reference.description(vlm, processor, dtype, args.device, args.kernels)
+        self._about = reference.description(vlm, processor, dtype, args.device, args.kernels)
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
         if self.adapter is not None:
             adapter_checks.check(self.adapter, self._say)
             precision.widen(self.adapter, autocast=args.autocast, say=self._say)
-        elif not any(p.requires_grad for p in vlm.parameters()):
-            raise ValueError("no weight of the model learns; set requires_grad_(True).")
-        self._adapters_count = not adapters.changes_nothing(vlm)
-        weights = adapters.whole_digest(vlm) if self._adapters_count else self._digest
-        self._fingerprint = about | {"weights": weights}
+        else:
+            hf_parts.check_whole(vlm)
         records = records_of(train_dataset)
         count = len(records)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
@@ -151,14 +148,13 @@ class RDPOTrainer(Trainer):
             if peft_config is not None and adapters.split(model)[1] is not None:
                 raise ValueError(
                     "the model has adapters already; leave out peft_config to train them, or merge "
-                    "them first (merge_and_unload)."
+                    "them first (python -m realign.export) and load the merged folder."
                 )
             return model
         if peft_config is not None and adapter_base(model):
             raise ValueError(
-                f"{model} is an adapter itself; one on top of it could not be loaded elsewhere."
-                " Merge it first (python -m realign.export), or give it as a PeftModel with "
-                "is_trainable=True and leave out peft_config, to train it on."
+                f"{model} is an adapter itself. Merge it first (python -m realign.export), or give "
+                "it as a PeftModel with is_trainable=True and leave out peft_config."
             )
         computes = torch.bfloat16 if args.autocast else torch.float32
         attends, _ = choose("tree", args.device, computes)
@@ -203,6 +199,10 @@ class RDPOTrainer(Trainer):
         module.to(device)
         training = module.training
         module.eval()
+        count = not adapters.changes_nothing(module.vlm)
+        digest = adapters.whole_digest if count else adapters.base_digest
+        # Of the present weights: another trainer of the same model may have changed them.
+        self._fingerprint = self._about | {"weights": digest(module.vlm)}
         directory = args.reference_cache or reference.default_directory()
         longest = max(example.longest_tree for example in self.examples)
         # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
@@ -215,7 +215,7 @@ class RDPOTrainer(Trainer):
                     module,
                     self.examples,
                     self.store,
-                    adapters=self._adapters_count,
+                    adapters=count,
                     row_tokens=args.row_tokens or longest,
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
@@ -293,7 +293,7 @@ class RDPOTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone; there are no logits."""
+        """Only the loss; there are no logits."""
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
@@ -351,7 +351,7 @@ class RDPOTrainer(Trainer):
         return hf_parts.KeptReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Our card in `output_dir`, for `push_to_hub`; what Trainer would say is left out."""
+        """Our card in `output_dir`, for `push_to_hub`, in place of Trainer's."""
         if self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(self._card(), encoding="utf-8")
 

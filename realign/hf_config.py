@@ -23,7 +23,7 @@ _REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_ini
 
 @dataclass
 class RDPOConfig(TrainingArguments):
-    """TrainingArguments, and what rDPO needs beside them.
+    """TrainingArguments, and settings of rDPO.
 
     Attributes:
         objective: one of `realign_kernels.objectives.PRESETS`.
@@ -57,7 +57,7 @@ class RDPOConfig(TrainingArguments):
     def kernels(self) -> str:
         """How layers compute, for a reference's fingerprint.
 
-        References named "autocast" were computed without it, up to version 0.1.0.
+        References named "autocast" were computed without it, by earlier versions.
         """
         return "accelerate's autocast" if self.autocast else "eager"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from realign_kernels import leaf_keys
 
 
 class Module(ForestModel):
-    """A ForestModel with what Trainer asks of a model."""
+    """A ForestModel with the attributes and methods that Trainer asks for."""
 
     @property
     def config(self) -> Any:
@@ -115,6 +117,25 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
     return processor
 
 
+def check_whole(vlm: PreTrainedModel) -> None:
+    """Refuse a model without adapters that learns nothing, or that could not be saved.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if not any(parameter.requires_grad for parameter in vlm.parameters()):
+        raise ValueError("no weight of the model learns; set requires_grad_(True).")
+    try:
+        with TemporaryDirectory() as folder:
+            vlm.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(
+            "the model's generation_config was changed, and transformers would not save it "
+            f"({textwrap.shorten(str(error), 250, placeholder=' ...')}). Set do_sample=True in it, "
+            "or leave out the sampling settings."
+        ) from error
+
+
 def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
     """Load all weights of a checkpoint into a model without adapters.
 
@@ -182,18 +203,19 @@ class KeptReference:
         """
         file = folder / _FILE
         if not file.exists():
-            raise ValueError(f"{folder} holds no {_FILE}, so it is no checkpoint of RDPOTrainer.")
+            raise ValueError(
+                f"{folder} holds no {_FILE}, so its reference is not known: another trainer wrote "
+                "it, or an earlier version of this one. Resume it with that, or begin a new run."
+            )
         theirs = json.loads(file.read_text(encoding="utf-8"))
         if theirs["weights"] == self._about["weights"]:
             return
         shared = self._logps.keys() & theirs["logps"].keys()
         gap = sum(abs(self._logps[key] - theirs["logps"][key]) for key in shared)
         if len(shared) < len(self._logps) or gap / self._tokens > _ROUNDING[self._about["dtype"]]:
-            found = (
-                f"log-probs differ by {gap / self._tokens:.2g} a token"
-                if shared
-                else ("its first records are others")
-            )
+            found = "its first records are others"
+            if len(shared) == len(self._logps):
+                found = f"log-probs differ by {gap / self._tokens:.2g} a token"
             raise ValueError(
                 f"the reference of the checkpoint {folder} is another model than the one handed "
                 f"over ({found}). Hand over the same model, with the same adapters: save them "

@@ -1,6 +1,6 @@
 """Models and processors from folders and hub names, and LoRA on them.
 
-Weights are read from safetensors alone, and no code that comes with a model is run.
+Weights are read only from safetensors, and no code that comes with a model is run.
 """
 
 from __future__ import annotations

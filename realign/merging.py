@@ -22,6 +22,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
@@ -51,7 +52,13 @@ def adapter_base(path: str | Path) -> str | None:
             f"{where} names no base: base_model_name_or_path is {base!r}. Write the folder or hub "
             "name of the model that the adapter was trained on there."
         )
-    if not Path(base).is_dir() and (base[0] in "./~" or base.count("/") > 1):
+    local = Path(base).is_dir()
+    if config.revision and not local:
+        raise ValueError(
+            f"{where} names revision {config.revision!r} of its base {base}, and revisions are not "
+            "read. Download that one, and write its folder as base_model_name_or_path."
+        )
+    if not local and (base[0] in "./~" or base.count("/") > 1):
         raise ValueError(
             f"{where} names the base {base!r}, and there is no such folder from {Path.cwd()}. "
             "Write its absolute path, or its hub name, as base_model_name_or_path."
@@ -112,7 +119,7 @@ def _adapter_config(path: str | Path) -> str | None:
 def _remote_adapter_config(name: str) -> str | None:
     try:
         return find_adapter_config_file(name)
-    except OSError:  # not a name that the hub could have; whoever loads it reports that
+    except OSError:  # not a name that the hub could have; loading reports that
         return None
 
 
@@ -139,6 +146,7 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
             f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
             "adapter again with a present version of PEFT."
         )
+    _check_rows(model, path)
     try:
         with _handled_here():
             adapted = PeftModel.from_pretrained(model, str(path))
@@ -151,6 +159,20 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
             "with the base that it was trained on, or save it again with a present version of PEFT."
         ) from error
     return adapted
+
+
+def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
+    """Refuse the adapter of a base that was resized after loading: PEFT does not save its rows."""
+    if (file := find_file(path, "tokenizer.json")) is None:
+        return
+    tokens = Tokenizer.from_file(file).get_vocab_size()
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise ValueError(
+            f"the tokenizer of the adapter {path} has {tokens} tokens, and its base "
+            f"{model.name_or_path} has {rows} embeddings. Save the resized base, and write its "
+            "folder as base_model_name_or_path."
+        )
 
 
 def _check_keys(adapted: PeftModel, missing: list[str], unknown: list[str]) -> None:

@@ -38,14 +38,15 @@ def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> Non
             "covers. Load it without quantization_config; bf16 weights with adapters take 2 bytes "
             "a weight."
         )
-    parts: dict[torch.dtype, str] = {}
-    weights = {parameter.data_ptr() for parameter in vlm.parameters()}
-    for name, value in base_state(vlm).items():
+    for name, value in vlm.named_parameters():
         if value.is_meta:
             raise ValueError(
                 f"weight {name} of the model is on the meta device. Load it with from_pretrained, "
-                "without a device_map that offloads."
+                "without a device_map that offloads; make adapters without low_cpu_mem_usage."
             )
+    parts: dict[torch.dtype, str] = {}
+    weights = {parameter.data_ptr() for parameter in vlm.parameters()}
+    for name, value in base_state(vlm).items():
         if value.data_ptr() in weights:
             parts.setdefault(value.dtype, name)
     for dtype, name in parts.items():

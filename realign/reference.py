@@ -94,7 +94,7 @@ def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
 
     Without a `dtype` each is taken as it is kept.
 
-    Tensors are hashed by threads (hashlib lets go of the GIL): about 1 GB/s for each core.
+    Tensors are hashed by threads (hashlib releases the GIL): about 1 GB/s for each core.
     """
 
     def one(item: tuple[str, torch.Tensor]) -> bytes:
@@ -155,9 +155,9 @@ def fill(
         row_tokens: most tokens in a row of the forest.
         batch_rows: rows in one forward.
         device: where the model is.
-        adapters: whether adapters in the model are part of the reference; else they are passed by.
+        adapters: whether adapters in the model are part of the reference; else they are skipped.
         progress: whether to show a bar.
-        say: told in a line how many leaves were known, and where.
+        say: gets a line with the number of known leaves, and their folder.
 
     Returns:
         Reference log-probs of all leaves, (L, examples) fp64.

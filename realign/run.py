@@ -149,7 +149,7 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     changed += [f"the {name}" for name, digest in digests.items() if old.get(name) != digest]
     if changed:
         raise ValueError(
-            f"{output} was trained otherwise; changed since: {', '.join(changed)}. Resume with "
+            f"{output} began with other settings; changed since: {', '.join(changed)}. Resume with "
             "what it began with, or name another --output."
         )
 
@@ -163,7 +163,7 @@ def base_of(config: TrainConfig) -> str:
     base = config.model.model or str(ASSETS)
     if adapter_base(base) and config.model.tune == "lora" and not config.run.merge:
         raise ValueError(
-            f"{base} is an adapter itself; one for it on top could not be loaded elsewhere."
+            f"{base} is an adapter itself, and an adapter on top of it could not be loaded."
             " Add --merge, which writes whole weights, or --tune full."
         )
     return base

@@ -181,7 +181,7 @@ def fill(
         device: where they are computed.
         batch_images: images in one call.
         progress: whether to show a bar.
-        say: told in a line how many images were known, and where.
+        say: gets a line with the number of known images, and their folder.
 
     Raises:
         ValueError: when the ranks do not see the same folder.

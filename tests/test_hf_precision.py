@@ -37,6 +37,10 @@ def on_meta():
         return AutoModelForImageTextToText.from_config(config)
 
 
+def adapter_on_meta():
+    return get_peft_model(model_in(torch.float32), LoraConfig(**LORA), low_cpu_mem_usage=True)
+
+
 def quantized():
     model = model_in(torch.float32)
     model.hf_quantizer = object()
@@ -53,9 +57,19 @@ def quantized():
         (lambda: part_in(torch.bfloat16), False, True, "vision_tower.* in bfloat16"),
         (lambda: part_in(torch.bfloat16), True, False, "bfloat16 .* and float32 .*bf16=True"),
         (on_meta, True, False, "is on the meta device"),
+        (adapter_on_meta, False, False, "lora_A.* is on the meta device.*without low_cpu_mem"),
         (quantized, True, False, "are quantized .dict"),
     ],
-    ids=["fp16", "fp16 tower", "bf16", "bf16 tower", "mixed", "meta", "quantized"],
+    ids=[
+        "fp16",
+        "fp16 tower",
+        "bf16",
+        "bf16 tower",
+        "mixed",
+        "meta",
+        "adapter on meta",
+        "quantized",
+    ],
 )
 def test_weights_that_would_not_train_are_refused(
     make_model, lora, bf16, message, records, tmp_path
@@ -79,7 +93,7 @@ def test_accelerates_own_precision_counts(records, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     trainer = RDPOTrainer(model_in(torch.float32), config(tmp_path), records)
     assert trainer.model.dtype == torch.bfloat16
-    assert trainer._fingerprint["dtype"] == "bfloat16"
+    assert trainer._about["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -132,6 +146,8 @@ def test_a_processor_is_asked_for(records, tmp_path):
     unnamed.config._name_or_path = ""
     bare = AutoProcessor.from_pretrained(ASSETS)
     bare.chat_template = None
+    warmer = model_in(torch.float32)
+    warmer.generation_config.temperature = 0.5
     for model, given, message in (
         (model_in(torch.float32), processor.tokenizer, "has no tokenizer; give the model's proc"),
         (model_in(torch.float32), processor.image_processor, "has no tokenizer; give the model"),
@@ -143,6 +159,8 @@ def test_a_processor_is_asked_for(records, tmp_path):
             RDPOTrainer(model, config(tmp_path), records, processing_class=given)
     with pytest.raises(ValueError, match="train_dataset is None"):
         RDPOTrainer(model_in(torch.float32), config(tmp_path), None)
+    with pytest.raises(ValueError, match="generation_config was changed.*temperature.*Set do_sam"):
+        RDPOTrainer(warmer, config(tmp_path), records)
     with pytest.raises(ValueError, match="model is a dict. Give a folder"):
         RDPOTrainer({}, config(tmp_path), records)
     with pytest.raises(ValueError, match="peft_config is a dict. Give one of PEFT"):

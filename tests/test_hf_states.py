@@ -1,9 +1,19 @@
 """Adapters in a state that RDPOTrainer refuses, fingerprints of others, and foreign checkpoints."""
 
+import math
+
 import pytest
 import torch
 from hf_runs import LORA, config, history
-from peft import IA3Config, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    ShiraConfig,
+    get_peft_model,
+)
 from peft import inject_adapter_in_model as inject
 from safetensors.torch import load_file
 
@@ -57,6 +67,24 @@ def scaled(model):
     return model
 
 
+def scaled_loha(model):
+    model = get_peft_model(model.unload(), LoHaConfig(r=4, alpha=4, target_modules=ON))
+    next(m for m in model.modules() if hasattr(m, "hada_w1_a")).scale_layer(0.5)
+    return model
+
+
+def scaled_shira(model):
+    model = get_peft_model(model.unload(), ShiraConfig(r=4, random_seed=0, target_modules=ON))
+    next(m for m in model.modules() if hasattr(m, "shira_weight")).set_scale("default", 0.5)
+    return model
+
+
+def both_are_active(model):
+    model.add_adapter("second", LoraConfig(**LORA))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
 def base_learns(model):
     model.get_base_model().model.multi_modal_projector.requires_grad_(True)
     return model
@@ -96,9 +124,12 @@ def mixed(model):
         (merged, "are merged into its weights.*unmerge_adapter"),
         (disabled, "are disabled.*enable_adapter_layers"),
         (disabled_in_one_layer, "are disabled, in all layers or in some"),
-        (scaled, "q_proj scales adapter 'default' by 1, not by lora_alpha"),
+        (scaled, "q_proj scales adapter 'default' by 1, not by 2 as its configuration"),
+        (scaled_loha, "q_proj scales adapter 'default' by 0.5, not by 1 as its configuration"),
+        (scaled_shira, "q_proj scales adapter 'default' by 0.5, not by 1 as its configuration"),
         (base_learns, "multi_modal_projector.* would learn.*modules_to_save"),
         (another_is_active, "no weight of the model learns.*default, second.*active one is second"),
+        (both_are_active, "adapters default, second are active together.*add_weighted_adapter"),
         (without_configuration, "layers of the adapter.s. default.*no configuration"),
         (twice, "default|on top of another one"),
         (in_a_peft_model, "a PeftModel around one"),
@@ -139,6 +170,24 @@ def test_two_models_that_compute_differently_have_two_digests(adapted):
     weight = next(p for n, p in adapted.named_parameters() if "lora_A" in n)
     weight.data.view(-1)[0] += 1e-7 * weight.data.view(-1)[0].abs()  # bf16 would not hold it
     assert changed() == 6
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_second_trainer_of_one_model_begins_where_the_first_ended(
+    adapts, adapted, records, tmp_path
+):
+    model = adapted if adapts else load_model(ASSETS)
+    options = {"max_steps": 1, "learning_rate": 1e-2}
+    trainers = [
+        RDPOTrainer(
+            model, config(tmp_path, **options), some, processing_class=load_processor(ASSETS)
+        )
+        for some in (records[:2], records[2:])
+    ]
+    for trainer in trainers:
+        trainer.train()
+        assert history(trainer)[0] == pytest.approx(2 * math.log(2), abs=1e-6)
+    assert trainers[0]._fingerprint != trainers[1]._fingerprint  # or others would take these
 
 
 def test_a_digest_does_not_depend_on_the_holder(adapted, tmp_path):

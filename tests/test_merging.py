@@ -17,6 +17,7 @@ from family_cases import made
 from huggingface_hub import constants
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_vlms import make
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -205,6 +206,26 @@ def test_an_adapter_on_an_adapter_is_refused(adapter, tmp_path):
         load_trained(folder)
 
 
+def test_the_adapter_of_a_base_that_was_resized_is_refused(adapter, tmp_path):
+    folder = broken(adapter[0], tmp_path / "resized")
+    tokenizer = make("smolvlm")[1].tokenizer
+    tokenizer.save_pretrained(folder)
+    assert torch.equal(logps(load_trained(folder), inputs_of(make("smolvlm")[1])), adapter[1])
+    tokenizer.add_tokens([f"<new {i}>" for i in range(200)])
+    tokenizer.save_pretrained(folder)
+    for load in (load_model, load_trained):
+        with pytest.raises(ValueError, match=r"has \d+ tokens, and its base .* has 128 embeddings"):
+            load(folder)
+
+
+def test_a_revision_of_the_base_is_not_dropped(adapter, tmp_path):
+    named = {"base_model_name_or_path": "some/model", "revision": "v2"}
+    folder = broken(adapter[0], tmp_path / "revision", **named)
+    for load in (load_model, load_trained, load_processor):
+        with pytest.raises(ValueError, match="names revision 'v2' of its base some/model"):
+            load(folder)
+
+
 OUTSIDE = sorted(
     set(PEFT_TYPE_TO_CONFIG_MAPPING) - {config.peft_type for config in KINDS.values()}
 )  # fmt: skip
@@ -235,6 +256,7 @@ def test_a_run_in_place_of_its_model_is_refused_before_a_model_is_loaded(
     (tmp_path / "pope.json").write_text(
         '{"question_id": 1, "image": "a.jpg", "text": "is it a dog?", "label": "yes"}\n'
     )
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     model, output = ["--model", str(run)], ["--output", str(tmp_path / "new")]
     pairs = ["--pairs", str(pairs_file)]
     asked = [str(tmp_path / "pope.json"), *model, "--image-folder", str(tmp_path), *output]
