@@ -231,7 +231,7 @@ class Stress:
         if case.number % 2:
             rows = [self._as_given(row, False) for row in rows]
             with contextlib.suppress(Exception):
-                rows = datasets.Dataset.from_list(rows)
+                rows = datasets.Dataset.from_list(_filled(rows))
         else:
             rows = [self._as_given(row, True) for row in rows]
         return self._encoded(case, records_of(rows), alone=False)
@@ -313,6 +313,7 @@ class Stress:
         raise Unrepresentable
 
     def _table(self, case: Case, rows: list[dict[str, Any]]) -> Path:
+        rows = _filled(rows)
         table = pa.Table.from_pylist(rows)
         if len(rows) > 1 and _given(table.slice(0, 1).to_pylist()[0]) != _given(rows[0]):
             raise Unrepresentable  # Arrow made bytes of a neighbour's text
@@ -391,6 +392,12 @@ def _encoded(texts: list[str], encoding: str, lines: bool) -> bytes:
         return text.replace("\\u00e9", "\u00e9").encode("latin-1")
     kinds = {"UTF-16": "utf-16", "byte order mark": "utf-8-sig"}
     return text.encode(kinds.get(encoding, "utf-8"))
+
+
+def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the columns of all: Arrow and `datasets` take only those of the first row."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def _given(value: Any) -> Any:
