@@ -117,7 +117,7 @@ def import_pairs(
         ValueError: when no pair is left; see also `read_any`.
     """
     listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
-    check_file("--output", output)
+    check_file("--output", output, device=False)
     check_file("--output", listed)
     bad: list[Bad] = []
     known: dict[str, StoredImage | PictureError] = {}
