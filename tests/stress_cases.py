@@ -267,6 +267,7 @@ def _texts(where: str) -> list[Fault]:
              _same, EITHER),
             ("image tags", "of InternVL", lambda t: f"<img><IMG_CONTEXT></img>{t}", _same, EITHER),
             ("image tags", "of Phi", lambda t: f"<|image_1|>\n{t}", _same, EITHER),
+            ("image tags", "numbered from 0", lambda t: f"<image_0>\n{t}", _same, BAD),
             ("image tags", "two for one image", lambda t: f"<image><image>\n{t}", _same, BAD),
         ]  # fmt: skip
     else:
