@@ -181,7 +181,7 @@ def coco_items(content: Any, file: Path) -> list[dict]:
 
 
 def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
-    """An object of a JSON file, or a `Malformed` where it has a key twice: Python keeps the last."""
+    """An object of a JSON file; a `Malformed` where a key comes twice, since Python keeps one."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
