@@ -1,4 +1,4 @@
-"""Answers of a model to a list of questions, written as they come: a run that stops goes on.
+"""Answers of a model to a list of questions, written as they come: a run that stops resumes.
 
 One JSON object per line: the question's own fields, `answer`, and `error` where there is none. The
 first line says whose answers they are, so that those of two models are never mixed.

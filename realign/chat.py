@@ -328,7 +328,7 @@ def _check_marks(found: Sequence[str], roles: Sequence[str]) -> None:
     for number, role in enumerate(roles):
         if str(number) not in found:
             raise ChatError(
-                f"the chat template drops or changes the text of a {role!r} message.",
+                f"the chat template drops or changes the text of a message of the {role}.",
                 "Take that message out of the prompt, or use a chat template that writes it.",
             )
     if (times := found.count("Answer")) != 1:

@@ -64,16 +64,29 @@ def dialogue_of(
 def messages_of(value: Any, what: str) -> list[Message]:
     """The messages of a column, with keys `role` and `content`, or `from` and `value`.
 
+    One message may be without its list, and several may be a struct of lists.
+
     Raises:
         Malformed: for another value, role, key or part.
     """
-    value = [value] if isinstance(value, Mapping) else value
+    value = _listed(value) if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value:
         raise Malformed(
             f"its {what} is {shown(value)}, no text or messages.",
             "Give text, or messages with a role and content.",
         )
     return [_message(message, what) for message in value]
+
+
+def _listed(value: Mapping[str, Any]) -> list[Any]:
+    """One message, or those of a struct of lists, as `datasets` stores a Sequence of objects."""
+    columns = {key: column for key, column in value.items() if column is not None}
+    roles = _either(columns, "role", "from")
+    if not isinstance(roles, list) or any(
+        not isinstance(column, list) or len(column) != len(roles) for column in columns.values()
+    ):
+        return [value]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def with_system(prompt: list[Message], system: Any) -> list[Message]:

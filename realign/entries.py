@@ -78,7 +78,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
             "Put it into `prompt`, as a message of the system.",
         )
     row = _with_trls_keys(row)
-    if row.get("prompt") is None and not isinstance(row.get("chosen"), list | tuple):
+    if row.get("prompt") is None and not isinstance(row.get("chosen"), list | tuple | Mapping):
         unknown = [key for key in row if key not in COLUMNS]
         keys = f" Its keys {shown(unknown)} are not known." if unknown else ""
         raise Malformed(f"it has no prompt.{keys}", "Add one or remove the record.")
@@ -155,7 +155,7 @@ def _stored(image: Any, column: str) -> StoredImage:
             return StoredImage.from_pil(image)
         except PictureError as error:
             why = f" of mode {image.mode} ({error.detail})"
-            raise malformed(why, "Convert it to RGB.", error.reason) from error
+            raise malformed(why, "Give an open image of mode RGB.", error.reason) from error
     data, path = image, None
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")

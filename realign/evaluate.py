@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from realign.chat import ChatTemplate, text_inputs
 from realign.cli import parse_sections
 from realign.digits import ASSETS
 from realign.digits.scenes import (
@@ -32,7 +33,6 @@ from realign.digits.scenes import (
     make_questions,
     make_scenes,
 )
-from realign.encode import chat_prompt
 from realign.loading import load_processor, load_trained
 from realign.noise import hush_libraries
 from realign.outputs import check_file
@@ -223,14 +223,15 @@ def generate(
     progress: bool,
 ) -> list[str]:
     """Greedy responses to one prompt per scene."""
-    texts = [chat_prompt(processor, [{"role": "user", "content": p}], 1)[0] for p in prompts]
+    template = ChatTemplate(processor)
+    texts = [template.prompt([{"role": "user", "content": p}], 1).text for p in prompts]
     found: list[str] = []
     starts = range(0, len(scenes), batch_size)
     for start in tqdm(starts, desc=desc, unit="batch", disable=not progress):
         part = slice(start, start + batch_size)
         encoded = processor(
             images=[scene.image for scene in scenes[part]],
-            text=texts[part],
+            **text_inputs(processor, texts[part]),
             return_tensors="pt",
             padding=True,
             padding_side="left",

@@ -23,10 +23,10 @@ _KNOWN = (
     r"|<\|img\|>(?:<\|imgpad\|>)+<\|endofimg\|>"  # dots
     r"|<fake_token_around_image><image><fake_token_around_image>"  # Idefics 2
     r"|<im_start>(?:<im_patch>|<image>)+<im_end>"  # LLaVA 1.0, Step
-    r"|(?i:<image>|<img>)"
-    r"|(?i:<\|?image[ _-]?(?P<number>[1-9]\d{0,3})\|?>)"  # Phi, MMMU
-    r"|(?i:<\|image\|>|<\|image_pad\|>|<\|imgpad\|>|<\|media_pad\|>|<\|image_placeholder\|>)"
-    r"|<IMG_CONTEXT>|<image_soft_token>|<image_placeholder>|<image-placeholder>|<ImageHere>"
+    r"|(?i:<image ?/?>|<img ?/?>|<imagehere>)"
+    r"|(?i:<\|?image[ _-]?(?P<number>\d{1,4})\|?>)"  # Phi, MMMU
+    r"|(?i:<\|image\|>|<\|imgpad\|>|<\|media_pad\|>|<\|?image[_-](?:pad|token|placeholder)\|?>)"
+    r"|<IMG_CONTEXT>|<image_soft_token>"
     r"|<imgpad>|<im_patch>|\[IMG\]|<\|img\|>|<\|IMG_PATCH\|>|<\|patch\|>|<\|image@placeholder\|>"
 )
 TAGS = re.compile(_KNOWN)

@@ -42,7 +42,7 @@ def place_images(
     for message in typed:
         tag = next(filter(None, map(tags.search, texts_of(message))), None)
         if tag and (placed or message["role"] != "user"):
-            beside = "beside image parts" if placed else f"in a {message['role']!r} message"
+            beside = "beside image parts" if placed else f"in a message of the {message['role']}"
             raise ChatError(
                 f"its prompt holds the image tag {tag[0]!r} {beside}.",
                 "Place images by parts of type image, or by tags in user messages.",

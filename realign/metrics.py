@@ -132,11 +132,11 @@ class JsonlLog:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # others may write it, too
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The entries of a log; a last line cut short by a crash is left out."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -8,14 +8,16 @@ import tempfile
 from pathlib import Path
 
 
-def check_file(flag: str, path: str | Path) -> None:
+def check_file(flag: str, path: str | Path, *, device: bool = True) -> None:
     """Check that a file can be written, by an empty one beside it that is removed again.
 
     Missing folders are not made, so that a command that fails later leaves nothing behind.
 
     Args:
         flag: that names the file, for the message.
-        path: the file; a device or a pipe will do.
+        path: the file.
+        device: whether a device or a pipe will do. It does not for a file that a finished one
+            replaces: the superuser would replace `/dev/null`.
 
     Raises:
         ValueError: when it is a folder, lies below a file, or cannot be written.
@@ -24,6 +26,8 @@ def check_file(flag: str, path: str | Path) -> None:
     kind = _kind(flag, path)
     if kind is not None and stat.S_ISDIR(kind):
         raise ValueError(f"{flag} {path} is a folder; name the file to write.")
+    if kind is not None and not stat.S_ISREG(kind) and not device:
+        raise ValueError(f"{flag} {path} is a device or a pipe; name the file to write.")
     if kind is None or stat.S_ISREG(kind):
         _create_in(path.parent, flag, path)
     if kind is not None and not os.access(path, os.W_OK):

@@ -83,4 +83,7 @@ def _known(names: list[str], file: Path, needed: Sequence[str], wanted: set[str]
             "preference format (prompt, chosen, rejected, images), and retrieved_images for "
             f"objectives with a visual term. The file has {', '.join(names)}."
         )
-    return [name for name in names if name in wanted]
+    known = [name for name in names if name in wanted]
+    if twice := sorted({name for name in known if known.count(name) > 1}):
+        raise ValueError(f"{file} has {twice[0]!r} as two columns. Keep one of them.")
+    return known

@@ -73,10 +73,19 @@ REFUSED = {
         _answer("m.content + (' indeed' if '&' in m.content else '')"),
         "does not write its response",
     ),
-    "no responses": (_turn(loop="messages if m.role != 'assistant'"), "drops .* 'assistant' mess"),
-    "no system": (_turn(loop="messages if m.role != 'system'"), "drops .* of a 'system' message"),
-    "no first message": (_turn(loop="messages[1:]"), "drops or changes the text of a 'user'"),
-    "last messages only": (_turn(loop="messages[-2:]"), "drops or changes the text of a 'user'"),
+    "no responses": (
+        _turn(loop="messages if m.role != 'assistant'"),
+        "drops .* message of the assistant",
+    ),
+    "no system": (_turn(loop="messages if m.role != 'system'"), "drops .* message of the system"),
+    "no first message": (
+        _turn(loop="messages[1:]"),
+        "drops or changes the text of a message of the user",
+    ),
+    "last messages only": (
+        _turn(loop="messages[-2:]"),
+        "drops or changes the text of a message of the user",
+    ),
     "reversed": (_turn(loop="messages | reverse"), "in another order"),
     "system refused": (
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"

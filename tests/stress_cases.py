@@ -267,6 +267,7 @@ def _texts(where: str) -> list[Fault]:
              _same, EITHER),
             ("image tags", "of InternVL", lambda t: f"<img><IMG_CONTEXT></img>{t}", _same, EITHER),
             ("image tags", "of Phi", lambda t: f"<|image_1|>\n{t}", _same, EITHER),
+            ("image tags", "numbered from 0", lambda t: f"<image_0>\n{t}", _same, BAD),
             ("image tags", "two for one image", lambda t: f"<image><image>\n{t}", _same, BAD),
         ]  # fmt: skip
     else:
@@ -370,6 +371,8 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         ("messages", "none", [], BAD),
         ("messages", "one, not in a list", last, EITHER if len(messages) == 1 else BAD),
         ("messages", "a number", 7, BAD),
+        ("messages", "a struct of lists", {n: [m[n] for m in messages] for n in names}, GOOD),
+        ("messages", "lists of two lengths", {role: [last[role]], content: [text, text]}, BAD),
     ]
     if where in ("prompt", "conversations"):
         first = [system, *messages]
@@ -411,7 +414,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         if where == "prompt":
             truth.prompt = [("user", joined)]
         else:
-            setattr(truth, where, joined)
+            setattr(truth, "chosen" if where == "messages" else where, joined)
     if case.kind == "several turns":
         _set_turns(case, where, name)
     return verdicts
@@ -600,7 +603,7 @@ def _encoding_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         names |= {"carriage returns": GOOD, "a number for a line": BAD}
     elif case.format != "datasets":
         names = {"large strings": GOOD, "dictionaries": GOOD, "cut": BAD, "no bytes": BAD}
-        names |= {"JSON": BAD, "binary text": EITHER}
+        names |= {"JSON": BAD, "binary text": EITHER, "views": GOOD, "two columns": BAD}
     else:
         return GOOD
     case.encoding = str(rng.choice(list(names)))

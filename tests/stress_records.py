@@ -55,6 +55,12 @@ OUTCOMES = (
 )
 FAULTS = OUTCOMES[2:]
 WHOLE = ("binary text", "UTF-16")  # what is done to all rows of a file
+_TYPES = {
+    "large strings": pa.large_string(),
+    "views": pa.string_view(),
+    "binary text": pa.binary(),
+    "dictionaries": pa.dictionary(pa.int32(), pa.string()),
+}
 LONGEST = 1000  # characters of a message
 _TEMPLATE = (
     "<s>{% for m in messages %}{{ m['role'].upper() }}: "
@@ -321,14 +327,12 @@ class Stress:
             data = self.folder / "data.saved"
             datasets.Dataset.from_list(rows).save_to_disk(data)
             return data
-        if case.encoding in ("large strings", "binary text", "dictionaries"):
-            kind = {"large strings": pa.large_string(), "binary text": pa.binary()}.get(
-                case.encoding, pa.dictionary(pa.int32(), pa.string())
-            )
-            place = table.column_names.index("id" if "prompt" not in rows[0] else "prompt")
-            column = table.column(place)
-            if pa.types.is_string(column.type):
-                table = table.set_column(place, table.column_names[place], column.cast(kind))
+        name = "prompt" if "prompt" in rows[0] else "id"
+        if case.encoding in _TYPES and pa.types.is_string(table[name].type):
+            column = table[name].cast(_TYPES[case.encoding])
+            table = table.set_column(table.column_names.index(name), name, column)
+        if case.encoding == "two columns":
+            table = table.append_column(name, table[name])
         data = self.folder / "data.parquet"
         pq.write_table(table, data)
         if case.encoding in ("cut", "no bytes"):

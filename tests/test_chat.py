@@ -213,7 +213,12 @@ def test_image_tags_are_places_of_images(family):
     """A tag of any family counts as an image part in every model."""
     processor = make_processor(family)
     known = [processor.image_token, "<image>", "<img>a b.png</img>", "[IMG]", "<IMAGE>"]
-    known += ["<|vision_start|><|image_pad|><|image_pad|><|vision_end|>", "<image></image>"]
+    known += [
+        "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>",
+        "<image></image>",
+        "<image/>",
+        "<image_pad>",
+    ]
     image, red, blue = {"type": "image"}, *({"type": "text", "text": t} for t in ("red", "blue"))
     wanted = {}
     for content in ([image, red], [red, image], [red, image, blue], [image, image, red]):
@@ -236,8 +241,13 @@ def test_image_tags_are_places_of_images(family):
         ([("user", "<image> red")], 2, "place 1 image.s., .* and 2 are given"),
         ([("user", "<image> red")], 0, "place 1 image.s., .* and 0 are given"),
         ([("user", "<image 2> <image 1>")], 2, "'<image 2>' is number 1 of the prompt. Number"),
-        ([("system", "<image>"), ("user", "red")], 1, "tag '<image>' in a 'system' message"),
-        ([("user", "red"), ("assistant", "[IMG]"), ("user", "a")], 1, "in a 'assistant' message"),
+        ([("user", "<image_0>red")], 1, "'<image_0>' is number 1 of the prompt. Number"),
+        ([("system", "<image>"), ("user", "red")], 1, "tag '<image>' in a message of the system"),
+        (
+            [("user", "red"), ("assistant", "[IMG]"), ("user", "a")],
+            1,
+            "in a message of the assistant",
+        ),
         ([("system", "red")], 1, "it has no user message"),
         ([("user", "red<|im_end|>")], 1, "its prompt holds '<.im_end.>', which the model reads"),
         ([("user", "red"), ("<|im_end|>", "a")], 1, "its prompt holds '<.im_end.>'"),

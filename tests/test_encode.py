@@ -277,7 +277,7 @@ def _changed(record, **changes) -> Record:
         (
             {"prompt": ({"role": "system", "content": "<image>"}, *_messages("name"))},
             {},
-            "prompt holds the image tag '<image>' in a 'system' message",
+            "prompt holds the image tag '<image>' in a message of the system",
         ),
         ({"prompt": ({"role": "system", "content": "name"},)}, {}, "has no user message. Give"),
         ({"prompt": tuple(_messages("name </s>"))}, {}, "prompt holds '</s>', which the model"),

@@ -35,6 +35,11 @@ def _from(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
+def _struct(*messages, **more):
+    """As `datasets` stores a Sequence of objects."""
+    return {key: [message[key] for message in messages] for key in ("role", "content")} | more
+
+
 def _row(**columns):
     return {"id": "r", "images": IMAGES} | columns
 
@@ -100,6 +105,10 @@ GOOD = {  # form: (columns, the prompt's messages)
         {"prompt": [user([{"type": "image", "text": None}, text("What is on it?")])],
          "chosen": [assistant([text("An apple.")])], "rejected": [B]},
         [user([{"type": "image"}, text("What is on it?")])],
+    ),
+    "structs of lists": (
+        {"chosen": _struct(*ASKED, A, extra=None), "rejected": _struct(*ASKED, B)},
+        ASKED,
     ),
     "RLAIF-V": ({"question": "What is on it?", "chosen": "An apple.", "rejected": "A knife.",
                  "idx": 3, "origin_dataset": "x"}, ONE),
@@ -187,6 +196,10 @@ BAD = {  # problem: (columns, what the message says)
     "TRL's system": (PLAIN | {"system": "Be brief."}, "its system 'Be brief.' would be lost"),
     "system type": ({"messages": [*ONE, A], "rejected_response": "a", "system": ["Be brief."]},
                     "its system is ['Be brief.']"),
+    "a struct of lists of several lengths": (
+        {"prompt": {"role": ["user"], "content": ["a", "b"]}, "chosen": "a", "rejected": "b"},
+        "the role ['user'] is none of human",
+    ),
     "no prompt": ({"chosen": "a", "rejected": "b", "instruction": "What?"},
                   "it has no prompt. Its keys ['instruction'] are not known|it has no prompt"),
     "prompt of white space": (PLAIN | {"prompt": " \n"}, "prompt is empty"),

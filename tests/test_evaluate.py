@@ -5,8 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from realign import evaluate as module
+from realign.digits.processor import build_processor
 from realign.digits.scenes import CAPTION_PROMPT, caption_of, make_scenes
 from realign.evaluate import (
     EVALUATION_SEED,
@@ -122,6 +124,16 @@ def test_generation_does_not_depend_on_the_batch(vlm, processor, scenes):
 
     assert written(4) == written(1)
     assert caption(vlm, processor, scenes[:3], 2) == caption(vlm, processor, scenes[:3], 3)
+
+
+def test_a_prompt_starts_and_ends_as_in_training(vlm, processor, scenes):
+    """A tokenizer that adds start and end tokens changes nothing: the template has the start."""
+    adding = build_processor()
+    ends = [(token, adding.tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    adding.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    assert caption(vlm, adding, scenes[:3]) == caption(vlm, processor, scenes[:3])
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):

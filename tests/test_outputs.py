@@ -76,6 +76,8 @@ def _run(main, words, capsys):
         (train.main, ["--tensorboard", "--output", "run"]),
         (pairs.main, ["--output", "file/x.parquet"]),
         (pairs.main, ["--output", "folder"]),
+        (pairs.main, ["--output", os.devnull]),
+        (pairs.main, ["import", "file", "--output", os.devnull]),
         (pairs.main, ["--output", "new/x.parquet", "--work", "file/x"]),
         (pairs.main, ["embed", "--work", "file/x"]),
         (pairs.main, ["import", "pope.json", "--output", "file/x.parquet"]),

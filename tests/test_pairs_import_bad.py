@@ -198,7 +198,7 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
         read_any(str(pictures))
     broken = tmp_path / "broken.json"
     broken.write_text('[{"id": 1,')
-    with pytest.raises(ValueError, match="broken.json is no JSON file"):
+    with pytest.raises(ValueError, match="broken.json is no JSON file .*Name a file of JSON lines"):
         read_any(str(broken))
     with pytest.raises(ValueError, match="without `images`"):
         read_any(write_json(tmp_path, {"a": 1}))
@@ -237,6 +237,20 @@ def test_bytes_that_are_none_are_a_bad_record(tmp_path, stored, reason):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     (found,) = read_any(str(tmp_path / "pairs.parquet"))
     assert isinstance(found, Bad) and found.reason == reason
+
+
+def test_a_key_that_comes_twice_is_malformed(tmp_path, pictures):
+    """Python's reader would keep the last; neighbours and keys that are not read do not matter."""
+    begin = '{"image": "a.jpg", "question": '
+    lines = [begin + '"What?", "chosen": "a b", "rejected": "c", "chosen": "d"}']
+    lines += [begin + '[{"role": "user", "content": "Why?", "content": "How?"}]}']
+    lines += [begin + '"Who?", "chosen": "a b", "rejected": "c", "more": {"a": 1, "a": 2}}']
+    for name, content in (("l.jsonl", "\n".join(lines)), ("l.json", f"[{', '.join(lines)}]")):
+        (pictures / name).write_text(content)
+        first, second, third = read_any(str(pictures / name))
+        assert first.detail == "it has the key 'chosen' twice. Keep one of them."
+        assert "it has the key 'content' twice" in second.detail
+        assert third.chosen == "a b"
 
 
 def test_a_line_nested_too_deep_is_malformed(tmp_path):

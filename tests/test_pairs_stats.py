@@ -128,7 +128,8 @@ def test_the_plot(pairs, tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "plain.parquet")
     stats = collect(tmp_path / "plain.parquet")
     stats.dropped["$_{"] = 1
-    draw(stats, tmp_path / "plain.png")
+    draw(stats, tmp_path / "plain")
+    assert Image.open(tmp_path / "plain").format == "PNG"
 
 
 def test_the_command(pairs, capsys, monkeypatch):

@@ -344,6 +344,14 @@ def test_a_missing_column_is_named(tmp_path, column):
             read_sources(file)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_pylist([_row()])
+    file = tmp_path / "rows.parquet"
+    pq.write_table(table.append_column("rejected", table["chosen"]), file)
+    with pytest.raises(ValueError, match="rows.parquet has 'rejected' as two columns"):
+        read_pairs(file)
+
+
 def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path):
     file = tmp_path / "pairs.parquet"
     write_pairs(file, [_record("old")])

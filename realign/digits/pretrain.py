@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from realign.chat import chat_prompt
 from realign.digits import ASSETS
 from realign.digits.processor import PATCH, build_processor
 from realign.digits.scenes import (
@@ -33,7 +34,6 @@ from realign.digits.scenes import (
     make_questions,
     make_scenes,
 )
-from realign.encode import chat_prompt
 from realign.pairs.mask import Masked
 from realign.pairs.prompts import complete_chat
 

@@ -180,6 +180,16 @@ def coco_items(content: Any, file: Path) -> list[dict]:
     ]
 
 
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
+    """An object of a JSON file; a `Malformed` where a key comes twice, since Python keeps one."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    return Malformed(f"it has the key {shown(twice)} twice.", "Keep one of them.")
+
+
 def json_lines(file: Path) -> Iterator[Any]:
     """The objects of a JSON-lines file, or a `Malformed` where a line is none."""
     with file.open("rb") as lines:
@@ -187,6 +197,6 @@ def json_lines(file: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield json.loads(line, object_pairs_hook=json_object)
             except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of its depth
                 yield Malformed(f"it is not JSON ({error}).", "Write one object a line.")

@@ -117,7 +117,7 @@ def import_pairs(
         ValueError: when no pair is left; see also `read_any`.
     """
     listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
-    check_file("--output", output)
+    check_file("--output", output, device=False)
     check_file("--output", listed)
     bad: list[Bad] = []
     known: dict[str, StoredImage | PictureError] = {}
@@ -196,9 +196,11 @@ def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     else:
         try:
             with path.open("rb") as file:
-                content = json.load(file)
+                content = json.load(file, object_pairs_hook=formats.json_object)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON file ({error}).") from error
+            raise ValueError(
+                f"{path} is no JSON file ({error}). Name a file of JSON lines *.jsonl."
+            ) from error
     if isinstance(content, dict):
         if not isinstance(content.get("images"), list):
             raise ValueError(f"{path} is a JSON object without `images`; it is no COCO file.")

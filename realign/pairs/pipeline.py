@@ -82,7 +82,7 @@ def build_pairs(config: PairsConfig) -> PairsReport:
         RunError: a ValueError, when the disk is full; the shards stay.
     """
     began = time.perf_counter()
-    check_file("--output", config.output)
+    check_file("--output", config.output, device=False)
     check_folder("--work", config.work_folder)
     with sole_run(config.work_folder):
         outcome = _run(config, _ORDER)

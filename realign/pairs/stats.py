@@ -156,7 +156,7 @@ def draw(stats: PairStats, path: str | Path) -> None:
     figure.suptitle(f"{stats.pairs:,} preference pairs", x=0.012, ha="left", weight="bold")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")  # a name without one stays
     plt.close(figure)
 
 

@@ -1,7 +1,7 @@
 """Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|...`.
 
 The first three ask a model the questions of a benchmark's own files, keep every answer in a file of
-JSON lines (`answering`), so that a stopped run goes on, and print the figures. `compare` puts two
+JSON lines (`answering`), so that a stopped run resumes, and print the figures. `compare` puts two
 such files, or folders of them, side by side; `handoff` prepares a model for lmms-eval and
 VLMEvalKit.
 """
@@ -186,7 +186,7 @@ def handoff(given: argparse.Namespace) -> str:
 
 
 def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """(file, id) -> answer with its label, of the yes/no questions; captions are passed by.
+    """(file, id) -> answer with its label, of the yes/no questions; captions are skipped.
 
     `name` stands for that of the file, where it does not matter.
     """
