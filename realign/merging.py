@@ -94,7 +94,7 @@ def _read_config(file: Path) -> PeftConfig:
 
 
 def check_folder(path: str | Path) -> None:
-    """Refuse the folder of a run, or of several adapters, in place of one of the models in it.
+    """Refuse a folder without a model, such as that of a run or of several adapters.
 
     Raises:
         ValueError: names the folders in it that hold one.
@@ -107,6 +107,10 @@ def check_folder(path: str | Path) -> None:
     if found:
         shown = ", ".join(sorted(map(str, found)))
         raise ValueError(f"{folder} holds no model itself. Pass the folder of one in it: {shown}.")
+    raise ValueError(
+        f"{folder} holds no model: there is no {' or '.join(_CONFIGS)} in it. Pass a folder that "
+        "save_pretrained wrote, or the name of a model on the hub."
+    )
 
 
 def _adapter_config(path: str | Path) -> str | None:
