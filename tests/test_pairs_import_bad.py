@@ -20,6 +20,7 @@ from realign.pairs.texts import placed, problem_of
 MANY = "".join(f"<p class='x{i}'></p>" for i in range(9)) + "A cat."
 BAD = {
     "empty": ({"answer": ""}, "empty text"),
+    "empty list": ({"answer": []}, "malformed"),
     "blank": ({"answer": " \n\t"}, "empty text"),
     "marks": ({"answer": "?!"}, "empty text"),
     "empty question": ({"question": "<image>\n"}, "empty text"),

@@ -129,6 +129,8 @@ def of_coco(item: dict, options: Options) -> list[Entry]:
 
 def _answered(row: Mapping[str, Any], answer: Any) -> Entry:
     """A row with an answer. An empty one is a fault; in a table it is an absent one."""
+    if answer == []:
+        raise Malformed("its answer is an empty list.", "Give text, or leave the key out.")
     entry = entry_of({**row, "chosen": answer})
     return replace(entry, chosen="") if answer == "" else entry
 

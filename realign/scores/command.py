@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from realign.answering import Question, Sheet, answer, prepare, read_answers
+from realign.errors import shown
 from realign.metrics import write_whole
 from realign.outputs import check_file, check_folder
 from realign.scores import chair, files, hallusionbench, paired, tables, yesno
@@ -99,7 +100,7 @@ def captions(given: argparse.Namespace) -> str:
             np.random.default_rng(given.seed).permutation(picked)[: given.most].tolist()
         )
     picked = picked[: given.limit] if given.limit else picked
-    shown = chair.shown_objects(given.instances, given.reference, vocabulary, picked)
+    visible = chair.shown_objects(given.instances, given.reference, vocabulary, picked)
     for image in picked:
         if not files.is_text(names[image]):
             raise ValueError(f"{given.instances}: image {image} has no file_name.")
@@ -108,9 +109,9 @@ def captions(given: argparse.Namespace) -> str:
     check_file("--output", Path(given.output) / "chair-objects.json")
     lines = _answers(given, {"chair": sheet})["chair"]
     texts = {int(line["id"]): line["answer"] for line in lines}
-    found = chair.score(texts, shown, vocabulary)
+    found = chair.score(texts, visible, vocabulary)
     details = [
-        line | {"hallucinated": chair.hallucinated(vocabulary.objects(text), shown[image])}
+        line | {"hallucinated": chair.hallucinated(vocabulary.objects(text), visible[image])}
         for line, (image, text) in zip(lines, texts.items(), strict=True)
     ]
     objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
@@ -132,7 +133,7 @@ def hallusion(given: argparse.Namespace) -> str:
         names = [str(row[n]) for n in hallusionbench.NEEDED[:-1]]
         file = row.get("filename")
         if file is not None and not files.is_text(file):
-            raise ValueError(f"{given.questions}: filename is {files.short(file)}, not text.")
+            raise ValueError(f"{given.questions}: filename is {shown(file)}, not text.")
         seen = str(row.get("visual_input", "1")) != "0" and file
         items.append(Question("_".join(names), row["question"], file if seen else None, dict(row)))
     for item in items:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from realign.errors import shown
+
 Field = tuple[Callable[[Any], bool], str]
 """Whether a value will do, and the word for those that do."""
 
@@ -79,12 +81,12 @@ def read_rows(
     for number, item in enumerate(found, 1):
         place = f"question {number} of {file}"
         if not isinstance(item, dict):
-            raise ValueError(f"{place} is {short(item)}, not an object. {wanted}")
+            raise ValueError(f"{place} is {shown(item)}, not an object. {wanted}")
         if lacking := [name for name in fields if name not in item]:
             raise ValueError(f"{place} has no {', '.join(lacking)}. {wanted}")
         for name, (is_good, kind) in fields.items():
             if not is_good(item[name]):
-                raise ValueError(f"{place}: {name} is {short(item[name])}; it must be {kind}.")
+                raise ValueError(f"{place}: {name} is {shown(item[name])}; it must be {kind}.")
     if not found:
         raise ValueError(f"{file} holds no questions. {wanted}")
     return found[:limit] if limit else found
@@ -136,7 +138,7 @@ def read_synonyms(file: str | Path) -> list[list[str]]:
     for number, line in enumerate(lines, 1):
         if _MARKUP & set(line):
             raise ValueError(
-                f"{file} is no list of synonyms: line {number} is {short(line)}. Give a line for "
+                f"{file} is no list of synonyms: line {number} is {shown(line)}. Give a line for "
                 "each object, its name and synonyms with commas between, to --synonyms."
             )
     named = ([name.strip().lower() for name in line.split(",") if name.strip()] for line in lines)
@@ -161,16 +163,10 @@ def _coco(
                 is_good(item.get(field)) for field, is_good in fields.items()
             ):
                 raise ValueError(
-                    f"{file} has {short(item)} in `{name}`, which lacks {', '.join(fields)}. "
+                    f"{file} has {shown(item)} in `{name}`, which lacks {', '.join(fields)}. "
                     f"{wanted}"
                 )
     return content
-
-
-def short(value: Any) -> str:
-    """A value for a message, 80 characters at most."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _is_int(value: Any) -> bool:
