@@ -101,10 +101,10 @@ ROLES = ("system", "user", "assistant")
 
 def test_texts_of_any_size_are_looked_at_in_time():
     for long in ("x" + " " * 300_000 + "x", "<" * 300_000, "<a" * 300_000, "<image>" * 3000 + "x"):
-        began = time.perf_counter()
+        began = time.process_time()
         placed([user(long)], 3000 if "<image>" in long else 0)
         problem_of(long)
-        assert time.perf_counter() - began < 2
+        assert time.process_time() - began < 2
 
 
 def test_tags_are_places_of_images():
