@@ -113,6 +113,16 @@ def in_a_peft_model(model):
     return PeftModel(model, LoraConfig(target_modules=["o_proj"]))
 
 
+def on_a_merged_base(model):
+    return get_peft_model(model.merge_and_unload(), LoraConfig(**LORA))
+
+
+def on_resized_ends(model):
+    base = load_model(ASSETS)
+    base.resize_token_embeddings(base.config.text_config.vocab_size + 3)
+    return get_peft_model(base, LoraConfig(**LORA))
+
+
 def mixed(model):
     return PeftMixedModel(model.unload(), LoraConfig(**LORA))
 
@@ -133,6 +143,8 @@ def mixed(model):
         (without_configuration, "layers of the adapter.s. default.*no configuration"),
         (twice, "default|on top of another one"),
         (in_a_peft_model, "a PeftModel around one"),
+        (on_a_merged_base, "proj.weight of the model is not that of .*as its base.*save_pre"),
+        (on_resized_ends, "(lm_head|embed_tokens).weight of the model is not that of"),
         (mixed, "model is a PeftMixedModel"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
