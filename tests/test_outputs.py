@@ -125,7 +125,7 @@ def test_places_that_can_be_written_are_left_as_they_are(place):
 def test_the_doctor_reports_a_cache_that_cannot_be_written(place, monkeypatch):
     monkeypatch.setenv("REALIGN_CACHE", str(place / "file"))
     (found,) = doctor._folders()
-    assert found[0] == "BAD" and "Not a directory" in found[2]
+    assert found[0] == "BAD" and "cannot be written" in found[2]
 
 
 LINE = '{"question_id": 1, "text": "is it ?", "image": "a.png", "label": "yes"}'

@@ -96,7 +96,7 @@ def test_pil_images_and_files_of_every_mode(mode, tmp_path):
     assert image.mode == mode
     found = _seen(image)
     if mode in ("I", "F"):
-        assert "record 'r': " in found and "32 bits per pixel" in found and "Convert it" in found
+        assert "record 'r': " in found and "32 bits per pixel" in found and "of mode RGB" in found
     elif colours is not None:
         assert found.shape == (6, 4, 3) and np.abs(found - colours).max() <= rounding
     else:  # premultiplied grey: as Pillow's own LA
