@@ -7,191 +7,34 @@ pixels that a reader must come to where it takes the record. "good" must be take
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from stress_pictures import Picture, colours, encode, make_pictures
-
-from realign.digits.scenes import PLACES, WORDS
-
-READERS = {
-    "TRL, text": ("pairs", "train", "hf"),
-    "TRL, messages": ("pairs", "train", "hf"),
-    "TRL, parts": ("pairs", "train", "hf"),
-    "datasets": ("pairs", "hf"),
-    "RLAIF-V": ("pairs", "train", "hf"),
-    "authors": ("pairs", "hf"),
-    "ShareGPT": ("pairs", "hf"),
-    "ms-swift": ("pairs", "hf"),
-    "MMPR": ("pairs", "hf"),
-    "RLHF-V": ("pairs", "train", "hf"),
-    "POVID": ("pairs", "hf"),
-    "LLaVA": ("sources",),
-    "folder": ("sources",),
-}
-"""Format -> who reads it: `realign.pairs import`, `read_any`, `realign.train`, `RDPOTrainer`."""
+from stress_pictures import Picture, colours
+from stress_rows import (
+    JSON,
+    MAYBE,
+    MISSING,
+    OTHERS,
+    PATHS,
+    READERS,
+    Case,
+    base,
+    get,
+    message,
+    pictures,
+    put,
+)
 
 _PARTS = {
     "none": 0.06, "text": 0.38, "messages": 0.18, "image": 0.2, "id": 0.04, "encoding": 0.06,
     "row": 0.05, "columns": 0.03,
 }  # fmt: skip
 
-OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # of these only realign.pairs must read
-MAYBE = ("ms-swift", "MMPR", "RLHF-V", "POVID")  # read right, or refused, by all
-JSON = ("authors", "ShareGPT", "ms-swift", "MMPR", "POVID", "LLaVA")
-MISSING = object()
 BIG = 1_000_000  # characters of a huge text
-
-
-@dataclass
-class Truth:
-    """What a reader must come to."""
-
-    prompt: list[tuple[str, str]]  # role and text of each message
-    chosen: str
-    rejected: str
-    images: list[Picture]
-    retrieved: list[Picture]
-    retrieved_chosen: str = ""
-
-
-@dataclass
-class Case:
-    """A record with one fault, or none."""
-
-    number: int
-    format: str
-    kind: str
-    fault: str
-    row: dict[str, Any]
-    truth: Truth
-    verdicts: dict[str, str]
-    encoding: str = ""  # what is done to the file
-    neighbours: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def id(self) -> Any:
-        """The id as the row has it."""
-        return self.row.get("id") if isinstance(self.row, dict) else None
-
-    @property
-    def name(self) -> str:
-        """The id of the record, as all good ones have it."""
-        return f"kitchen-{self.number}"
-
-
-def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]:
-    """A good record of a format."""
-    digits = [number // 10**place % 10 for place in range(6)]
-    named = [f"{place} {WORDS[d]}" for place, d in zip(PLACES, digits, strict=False)]
-    prompt = f"what is {named[0]} {WORDS[digits[4]]} {WORDS[digits[5]]} ?"
-    chosen, rejected = f"{named[1]} , yes .", f"{named[2]} , no ."
-    images = [Picture(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)]
-    truth = Truth([("user", prompt)], chosen, rejected, images[:1], images[1:])
-    first, second = ({"bytes": picture.data, "path": None} for picture in images)
-    user, says = _message("user", prompt), lambda text: [_message("assistant", text)]
-    row: dict[str, Any] = {"id": f"kitchen-{number}"}
-    if format == "TRL, text":
-        row |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        row |= {"images": [first], "retrieved_images": [second]}
-    elif format in ("TRL, messages", "datasets"):
-        row |= {"prompt": [user], "chosen": says(chosen), "rejected": says(rejected)}
-        row |= {"images": [first], "retrieved_images": [second]}
-    elif format == "TRL, parts":
-        parts = [{"type": "image", "text": None}, {"type": "text", "text": prompt}]
-        row |= {"prompt": [_message("user", parts)]}
-        for name, text in (("chosen", chosen), ("rejected", rejected)):
-            row[name] = says([{"type": "text", "text": text}])
-        row |= {"images": [first], "retrieved_images": [second]}
-    elif format == "RLAIF-V":
-        row |= {"idx": number, "image": first, "question": prompt, "chosen": chosen}
-        row |= {"rejected": rejected, "origin_dataset": "kitchens", "image_path": "a/kitchen.png"}
-        truth.retrieved = []
-    elif format == "authors":
-        row |= {"chosen": [user, *says(chosen)], "rejected": [user, *says(rejected)]}
-        row |= {"image": _file(folder, images[0]), "retrieved_image": _file(folder, images[1])}
-    elif format == "ShareGPT":
-        past = [{"from": "human", "value": f"<image>{prompt}"}]
-        row |= {"conversations": past, "images": [_file(folder, images[0])]}
-        row |= {"chosen": {"from": "gpt", "value": chosen}}
-        row |= {"rejected": {"from": "gpt", "value": rejected}}
-        truth.retrieved = []
-    elif format in MAYBE:
-        truth.retrieved = []
-        row |= _other(format, prompt, chosen, rejected, _file(folder, images[0]), first)
-    else:
-        truth.rejected, truth.retrieved = "", []
-        row |= {"image": _file(folder, images[0])}
-        if format == "LLaVA":
-            row["conversations"] = [
-                {"from": "human", "value": f"<image>\n{prompt}"},
-                {"from": "gpt", "value": chosen},
-            ]
-        else:
-            row |= {"question": prompt, "answer": chosen}
-    return copy.deepcopy(row), truth
-
-
-def _other(
-    format: str, prompt: str, chosen: str, rejected: str, file: str, stored: dict[str, Any]
-) -> dict[str, Any]:
-    """Columns of formats that a reader may take or refuse."""
-    asked = [_message("user", f"<image>{prompt}")]
-    if format == "ms-swift":
-        answered = [*asked, _message("assistant", chosen)]
-        return {"messages": answered, "rejected_response": rejected, "images": [file]}
-    if format == "MMPR":
-        question = f"<image>\n{prompt}"
-        return {"image": file, "question": question, "chosen": chosen, "rejected": rejected}
-    if format == "RLHF-V":
-        text = json.dumps({"question": prompt, "chosen": chosen, "rejected": rejected})
-        return {"image": stored, "text": text}
-    says = lambda text: [  # noqa: E731
-        {"from": "human", "value": f"<image>\n{prompt}"},
-        {"from": "gpt", "value": text},
-    ]
-    return {"image": file, "conversations": says(chosen), "rejected_conversations": says(rejected)}
-
-
-PATHS = {
-    "TRL, text": {"prompt": ("prompt",), "chosen": ("chosen",), "rejected": ("rejected",)},
-    "TRL, messages": {n: (n, 0, "content") for n in ("prompt", "chosen", "rejected")},
-    "datasets": {n: (n, 0, "content") for n in ("prompt", "chosen", "rejected")},
-    "TRL, parts": {
-        "prompt": ("prompt", 0, "content", 1, "text"),
-        "chosen": ("chosen", 0, "content", 0, "text"),
-        "rejected": ("rejected", 0, "content", 0, "text"),
-    },
-    "RLAIF-V": {"prompt": ("question",), "chosen": ("chosen",), "rejected": ("rejected",)},
-    "authors": {"chosen": ("chosen", 1, "content"), "rejected": ("rejected", 1, "content")},
-    "ShareGPT": {
-        "prompt": ("conversations", 0, "value"),
-        "chosen": ("chosen", "value"),
-        "rejected": ("rejected", "value"),
-    },
-    "ms-swift": {
-        "prompt": ("messages", 0, "content"),
-        "chosen": ("messages", 1, "content"),
-        "rejected": ("rejected_response",),
-    },
-    "MMPR": {"prompt": ("question",), "chosen": ("chosen",), "rejected": ("rejected",)},
-    "RLHF-V": {"text": ("text",)},
-    "POVID": {
-        "chosen": ("conversations", 1, "value"),
-        "rejected": ("rejected_conversations", 1, "value"),
-    },
-    "LLaVA": {"prompt": ("conversations", 0, "value"), "chosen": ("conversations", 1, "value")},
-    "folder": {"prompt": ("question",), "chosen": ("answer",)},
-}
-"""Format -> field -> where its text is in a row."""
 
 _TYPES = {
     "a number": 7,
@@ -423,11 +266,11 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
 def _several_turns(case: Case, where: str) -> list[tuple[str, str, Any, dict[str, str]]]:
     """Responses that hold a dialogue."""
     prompt, answer = case.row["prompt"], case.row[where]
-    more = [_message("assistant", "one ."), _message("user", "and two ?")]
+    more = [message("assistant", "one ."), message("user", "and two ?")]
     return [
         ("several turns", "of its own", [*more, *answer], BAD),
         ("several turns", "of its own behind the prompt", [*prompt, *more, *answer], BAD),
-        ("several turns", "the user's last", [*answer, _message("user", "no ?")], BAD),
+        ("several turns", "the user's last", [*answer, message("user", "no ?")], BAD),
         ("several turns", "two answers", [*answer, *answer], BAD),
         ("several turns", "shared", "both", GOOD),
         ("several turns", "shared behind the prompt", "both", GOOD),
@@ -441,14 +284,14 @@ def _set_turns(case: Case, where: str, name: str) -> None:
     if case.row[where] != "both":
         return
     prompt = case.row["prompt"]
-    more = [_message("assistant", "one ."), _message("user", "and two ?")]
+    more = [message("assistant", "one ."), message("user", "and two ?")]
     if case.format == "TRL, parts":
         more = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in more]
     begins = {"shared": more, "the prompt again": prompt}.get(name, prompt + more)
     for column in ("chosen", "rejected"):
         answer = getattr(case.truth, column)
         content = [{"type": "text", "text": answer}] if case.format == "TRL, parts" else answer
-        case.row[column] = [*begins, _message("assistant", content)]
+        case.row[column] = [*begins, message("assistant", content)]
     if name == "shared and without a prompt":
         del case.row["prompt"]
     if name != "the prompt again":
@@ -617,48 +460,3 @@ def _encoding_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         case.truth.chosen = text
     # A trainer takes rows, which have no file.
     return verdicts | {"hf": "either" if case.encoding == "Latin-1" else "good"}
-
-
-@cache
-def pictures(folder: Path) -> dict[str, tuple[Picture, Path]]:
-    """Images of all kinds, with a file of each; and a folder, and a pipe that nobody writes to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pictures").mkdir(exist_ok=True)
-    if not (folder / "pipe").exists():
-        os.mkfifo(folder / "pipe")
-    found = {}
-    for number, (name, picture) in enumerate(make_pictures().items()):
-        file = folder / f"picture-{number}.bin"
-        file.write_bytes(picture.data)
-        found[name] = (picture, file)
-    return found
-
-
-def _message(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-def _file(folder: Path, picture: Picture) -> str:
-    """The name of a file with this image, in the folder of the data."""
-    file = folder / f"base-{len(picture.data)}-{picture.pixels[0, 0, 0]}.png"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(picture.data)
-    return file.name
-
-
-def get(row: Any, path: tuple) -> Any:
-    """The value at a path."""
-    for key in path:
-        row = row[key]
-    return row
-
-
-def put(row: dict[str, Any], path: tuple, value: Any, whole: bool = False) -> None:
-    """Set the value at a path, or a copy of it; MISSING removes its key."""
-    for key in path[:-1]:
-        row = row[key]
-    if value is MISSING:
-        del row[path[-1]]
-    else:
-        row[path[-1]] = value if whole else copy.copy(value)

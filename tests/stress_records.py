@@ -27,7 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from stress_cases import JSON, MAYBE, OTHERS, Case, Truth, draw, pictures
+from stress_cases import draw
+from stress_rows import JSON, MAYBE, OTHERS, Case, Truth, pictures
 from tiny_tokenizers import byte_level
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
