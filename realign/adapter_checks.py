@@ -142,10 +142,11 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
             _check_scaling(name, layer)
         if isinstance(layer, LoraLayer) and holder is vlm:
             _check_magnitudes(name, layer)
-    _check_learning(holder)
+    saved = {name: _pointers(adapters.state_of(holder, name)) for name in configs}
+    _check_learning(holder, saved)
     _check_head(vlm)
     if not any(map(_may_change_base, configs.values())):
-        _check_base(holder)
+        _check_base(vlm, saved)
 
 
 def _may_change_base(config: PeftConfig) -> bool:
@@ -153,15 +154,14 @@ def _may_change_base(config: PeftConfig) -> bool:
     return config.peft_type != PeftType.LORA or bool(_option(config, _ONLY_ADAPTER))
 
 
-def _check_base(holder: nn.Module) -> None:
+def _check_base(vlm: PreTrainedModel, adapted: Mapping[str, set[int]]) -> None:
     """Refuse weights other than those of the base that a saved adapter names.
 
     `merge_and_unload()` leaves no other mark: a new adapter reloaded on the unmerged base was off
     by 5.9 nats in a tiny model. The first row of each weight is compared with the base's files, but
     for biases that are saved with an adapter. Both are rounded to bf16, as either may have been.
     """
-    vlm, _ = adapters.split(holder)
-    owned = set().union(*(_pointers(adapters.state_of(holder, n)) for n in holder.peft_config))
+    owned = set().union(*adapted.values())
     state = {n: v for n, v in adapters.base_state(vlm).items() if v.data_ptr() not in owned}
     for name, shape, saved in _saved_rows(vlm, state):
         mine = state[name]
@@ -258,9 +258,8 @@ def _check_magnitudes(place: str, layer: LoraLayer) -> None:
             )
 
 
-def _check_learning(holder: nn.Module) -> None:
+def _check_learning(holder: nn.Module, saved: Mapping[str, set[int]]) -> None:
     """What learns must be saved, and something of an active adapter must learn."""
-    saved = {name: _pointers(adapters.state_of(holder, name)) for name in holder.peft_config}
     learns = {n: p.data_ptr() for n, p in holder.named_parameters() if p.requires_grad}
     known = set().union(*saved.values())
     if lost := [name for name, pointer in learns.items() if pointer not in known]:

@@ -60,7 +60,7 @@ class RDPOTrainer(Trainer):
     Raises:
         ValueError: for a model that forests cannot be laid out for or of which nothing learns,
             adapters that could not be trained and saved (`adapter_checks`), weights in fp16,
-            quantized or to be trained in bf16, a processor that is none or of another model,
+            quantized or to be trained in bf16, a missing processor or that of another model,
             arguments without effect, DeepSpeed, or several GPUs without a launcher.
         RecordError: for a record that cannot be trained on; it is named.
     """
@@ -86,7 +86,7 @@ class RDPOTrainer(Trainer):
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
         # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
         module = hf_parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
-        self._base, self._digest = str(path), adapters.base_digest(vlm)
+        self._base, self._digest = str(path), ""  # that of the base, once references are known
         self._about = reference.description(vlm, processor, dtype, args.device, args.kernels)
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
@@ -200,9 +200,9 @@ class RDPOTrainer(Trainer):
         training = module.training
         module.eval()
         count = not adapters.changes_nothing(module.vlm)
-        digest = adapters.whole_digest if count else adapters.base_digest
-        # Of the present weights: another trainer of the same model may have changed them.
-        self._fingerprint = self._about | {"weights": digest(module.vlm)}
+        self._digest = adapters.base_digest(module.vlm)  # another trainer may have changed it
+        weights = adapters.whole_digest(module.vlm) if count else self._digest
+        self._fingerprint = self._about | {"weights": weights}
         directory = args.reference_cache or reference.default_directory()
         longest = max(example.longest_tree for example in self.examples)
         # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
@@ -373,7 +373,7 @@ class RDPOTrainer(Trainer):
             adapter=self.adapter is not None,
             records=len(self.train_dataset),
             images=len(self.store),
-            digests={"base weights": self._digest},
+            digests={"base weights": self._digest or adapters.base_digest(self.model.vlm)},
             last=logged[-1] if logged else {},
         )
         if self.adapter is None:

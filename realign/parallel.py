@@ -51,6 +51,23 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def rank_environment(port: int, workers: int) -> dict[str, str]:
+    """Environment variables that all ranks on this machine share; their launcher holds the store.
+
+    Args:
+        port: of the store.
+        workers: number of ranks.
+    """
+    return {
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # so that rank 0 opens none
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code.
 
@@ -61,15 +78,7 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": str(workers),
-        "LOCAL_WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours, rank 0 opens none
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        _LAUNCHER: str(os.getpid()),
-    }
+    shared = rank_environment(store.port, workers) | {_LAUNCHER: str(os.getpid())}
     ranks = range(workers)
     before = {number: signal.getsignal(number) for number in _FORWARDED}
     processes = start_processes(

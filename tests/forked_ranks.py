@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from realign.parallel import rank_environment
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["realign.train", "realign.pairs.__main__"])
 
@@ -29,14 +31,7 @@ def run_ranks(worker, count, log, *arguments) -> str:
         The content of `log`.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours, as in parallel.launch
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
+    shared = rank_environment(store.port, count)
     Path(log).write_text("")
     ranks_of = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
     ranks = [
