@@ -29,8 +29,8 @@ import pytest
 
 from benchmarks.race import race
 from realign_kernels import _extension
-from realign_kernels.batcher import pack_forest
-from realign_kernels.table import open_table
+from realign_kernels.refcache.packing import pack_forest
+from realign_kernels.refcache.table import open_table
 
 try:
     import lmdb

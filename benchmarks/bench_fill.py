@@ -22,18 +22,18 @@ import torch.nn.functional as F
 
 from benchmarks.models import random_llava, random_pairs
 from benchmarks.race import race
-from realign import reference
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.encode import encode_records
-from realign.forest import build_batch
-from realign.layouts import Layout
-from realign.loading import load_model, load_processor
-from realign.model import ForestModel
+from realign.modeling import reference_logps as reference
+from realign.modeling.encode import encode_records
+from realign.modeling.forest import build_batch
+from realign.modeling.layouts import Layout
+from realign.modeling.loading import load_model, load_processor
+from realign.modeling.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.records import read_pairs
 from realign_kernels import ReferenceCache, objectives
-from realign_kernels.filling import plan
-from realign_kernels.leaves import collect_leaves
+from realign_kernels.refcache.fill import plan
+from realign_kernels.refcache.keys import collect_leaves
 
 CPU, OURS = torch.device("cpu"), "ours"
 

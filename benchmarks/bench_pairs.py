@@ -23,11 +23,11 @@ from benchmarks.contestants import DEVICE, OURS
 from benchmarks.race import race
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, WORDS, make_scenes
-from realign.loading import load_model, load_processor
-from realign.pairs.embed import Embedder
-from realign.pairs.index import Index, neighbours
-from realign.pairs.mask import Masked
-from realign.pairs.refill import infill, infill_plain
+from realign.modeling.loading import load_model, load_processor
+from realign.pairs.infill.refill import infill, infill_plain
+from realign.pairs.masking.mask import Masked
+from realign.pairs.retrieval.embed import Embedder
+from realign.pairs.retrieval.index import Index, neighbours
 
 BATCH, LOOPED = 64, 8
 WIDTH, NEAREST, QUERIES, BLOCK = 768, 10, 1024, 256

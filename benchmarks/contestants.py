@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from realign_kernels import rdpo_loss, use_backend
-from realign_kernels.chunk_plan import chunk_step, default_chunk_rows, kept_rows
+from realign_kernels.backends.chunk_plan import chunk_step, default_chunk_rows, kept_rows
 
 BETA = 0.1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,9 +17,9 @@ import numpy as np
 
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
-from realign.loading import load_model, load_processor
-from realign.pairs.mask import CATEGORIES, mask_response
-from realign.pairs.refill import infill, infill_plain
+from realign.modeling.loading import load_model, load_processor
+from realign.pairs.infill.refill import infill, infill_plain
+from realign.pairs.masking.mask import CATEGORIES, mask_response
 
 RECORDS, BATCH, PLAIN, ROUNDS = 256, 64, 32, 7
 MASKS = {

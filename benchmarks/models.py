@@ -18,12 +18,12 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from realign.attention import IMPLEMENTATIONS
+from realign.data.records import Record, StoredImage, write_pairs
 from realign.digits.processor import CHAT_TEMPLATE
-from realign.forest import Example, Leaf, Root
-from realign.images import ImageStore
-from realign.layouts import Layout
-from realign.records import Record, StoredImage, write_pairs
+from realign.modeling.attention import IMPLEMENTATIONS
+from realign.modeling.forest import Example, Leaf, Root
+from realign.modeling.images import ImageStore
+from realign.modeling.layouts import Layout
 
 VOCABULARY, IMAGE_TOKENS = 32000, 576
 IMAGE_ID = VOCABULARY - 1
@@ -94,7 +94,7 @@ def random_on(
         device: of the weights; host memory sees none of them.
         config: such as `llava_config`.
         dtype: of the weights.
-        attention: of the language model, as in `realign.loading.load_model`.
+        attention: of the language model, as in `realign.modeling.loading.load_model`.
     """
     torch.manual_seed(0)
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}

@@ -49,7 +49,7 @@ def run(vectors: Path, truth: Path, kind: str, settings: dict, queries: int) -> 
     """Build and search one index in this process; exact search writes the truth."""
     import faiss  # noqa: F401, not part of what is measured
 
-    from realign.pairs.index import Index
+    from realign.pairs.retrieval.index import Index
 
     rows = np.load(vectors)
     index = Index(kind, **settings)
@@ -74,7 +74,7 @@ def run_neighbours(vectors: Path, kind: str, queries: int) -> dict:
     """`neighbours` of the first `queries` vectors, without hashes; recall of the first 1,000."""
     import faiss  # noqa: F401, not part of what is measured
 
-    from realign.pairs.index import Index, neighbours
+    from realign.pairs.retrieval.index import Index, neighbours
 
     rows = np.load(vectors, mmap_mode="r" if kind == "ivf" else None)
     hashes = np.arange(len(rows), dtype=np.uint64)

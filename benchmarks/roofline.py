@@ -15,7 +15,7 @@ from benchmarks.contestants import OURS
 from benchmarks.gpu.check import Check, load
 from benchmarks.gpu.pages import WORDS, filled, number, ratio, sections, shape_of
 from benchmarks.words import table
-from realign_kernels.chunk_plan import chunk_step, default_chunk_rows, even_step, kept_rows
+from realign_kernels.backends.chunk_plan import chunk_step, default_chunk_rows, even_step, kept_rows
 
 FILE = Path(__file__).parent.parent / "docs" / "gpu.md"
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM: dense bf16 FLOP/s, HBM3 bytes/s (data sheet)
@@ -80,7 +80,7 @@ def chunks(rows: int, H: int, limit: int, examples: bool = False) -> list[int]:
 def ours(
     N: int, H: int, V: int, trainable: bool, derivative: bool = True, fused: bool = False
 ) -> Kernels:
-    """As `realign_kernels.chunked` runs on CUDA. E in bf16, hidden's gradient in fp32.
+    """As `realign_kernels.backends.chunked` runs on CUDA. E in bf16, hidden's gradient in fp32.
 
     Args:
         N: rows.

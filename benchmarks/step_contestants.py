@@ -78,7 +78,7 @@ def move(model, tune):
 
 
 def lora_settings(model):
-    """PEFT's configuration as `realign.model.add_lora` makes it."""
+    """PEFT's configuration as `realign.modeling.model.add_lora` makes it."""
     from torch import nn
 
     language = model.model.language_model
@@ -91,15 +91,15 @@ class Ours:
     """What `realign.train` does between two lines of its log, in one process.
 
     Timed: laying out the batch, forward and backward, clipping, AdamW. Reference log-probs were
-    computed before, by `realign.reference.fill`; pixels are kept by `realign.images.ImageStore`.
+    computed before, by `reference_logps.fill`; pixels are kept by `ImageStore`.
     """
 
     def __init__(self, folder, tune, dtype):
         import realign.train  # noqa: F401 - all of it counts as imports
-        from realign import parallel
+        from realign import distributed as parallel
         from realign.config import LossConfig
-        from realign.inputs import load_inputs
-        from realign.loading import DTYPES
+        from realign.modeling.loading import DTYPES
+        from realign.training.inputs import load_inputs
 
         self.imported = memory()
         kind = DTYPES[dtype]
@@ -119,10 +119,11 @@ class Ours:
 
     def prepare(self, inputs, cache, tune, dtype, device, *, sharded, weights=None):
         """Everything of `realign.train` from the loaded model to its first step."""
-        from realign import reference, sharding
-        from realign.forest import Example
-        from realign.loading import add_lora
-        from realign.step import Feed
+        from realign.modeling import reference_logps as reference
+        from realign.modeling.forest import Example
+        from realign.modeling.loading import add_lora
+        from realign.training import fsdp as sharding
+        from realign.training.step import Feed
         from realign_kernels import ReferenceCache, objectives
 
         model, examples, store = inputs.model, inputs.examples, inputs.store
@@ -165,7 +166,7 @@ class Ours:
 
     def gradient(self, name, parts, examples):
         """Loss and gradient norm of an objective over micro-batches, which hold `examples`."""
-        from realign import step
+        from realign.training import step
 
         options = {"batch_size": examples, "device": self.device}
         totals = step.accumulate(self.model, parts, self.objectives[name], **options)
@@ -174,7 +175,7 @@ class Ours:
 
     def step(self, name, parts, examples):
         """The same, and an update."""
-        from realign import step
+        from realign.training import step
 
         options = {"batch_size": examples, "device": self.device}
         totals = step.accumulate(self.model, parts, self.objectives[name], **options)
@@ -213,9 +214,9 @@ class Released:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        from realign.encode import encode_records
-        from realign.layouts import layout_of
-        from realign.records import read_pairs
+        from realign.data.records import read_pairs
+        from realign.modeling.encode import encode_records
+        from realign.modeling.layouts import layout_of
         from realign_kernels import objectives
 
         self.imported = memory()

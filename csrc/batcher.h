@@ -6,7 +6,7 @@
 
 namespace realign {
 
-// The same fields, in the same order, as ForestPacking in realign_kernels/batcher.py.
+// The same fields, in the same order, as ForestPacking in realign_kernels/refcache/packing.py.
 struct ForestPacking {
   std::vector<int64_t> tree_root;    // (M,) root of each tree; trees in row-major order
   std::vector<int64_t> tree_row;     // (M,)

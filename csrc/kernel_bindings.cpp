@@ -1,4 +1,4 @@
-// Row kernels and GEMM for realign_kernels/cpp_backend.py, over addresses: the caller owns the
+// Row kernels and GEMM for realign_kernels/backends/cpp.py, over addresses: the caller owns the
 // tensors and has checked shapes, strides and dtypes.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
 // The row kernel: reads a chunk's logits once the GEMM has written them, and leaves the numerators
-// of the softmax in their place. realign_kernels/rows.py documents the same contract in Python.
+// of the softmax in their place. realign_kernels/backends/base.py documents the same contract in Python.
 #pragma once
 
 #include <cstdint>

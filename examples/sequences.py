@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from realign.data.records import Record, read_pairs
 from realign.digits import ASSETS
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.records import Record, read_pairs
 from realign_kernels import linear_logprobs
 
 

@@ -1,6 +1,6 @@
 """Make the base checkpoint of the digits default.
 
-    python -m realign.digits.pretrain            # about ten minutes on two cores
+    python -m experiments.digits_pretrain            # about ten minutes on two cores
 
 A real `LlavaForConditionalGeneration` of 1.1 M parameters learns captions and yes/no questions on
 biased scenes only, so it reads digits well and has learned the prior of the captions. The result is
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from realign.chat import chat_prompt
 from realign.digits import ASSETS
 from realign.digits.processor import PATCH, build_processor
 from realign.digits.scenes import (
@@ -34,7 +33,8 @@ from realign.digits.scenes import (
     make_questions,
     make_scenes,
 )
-from realign.pairs.mask import Masked
+from realign.modeling.chat import chat_prompt
+from realign.pairs.masking.mask import Masked
 from realign.pairs.prompts import complete_chat
 
 BATCH = 64

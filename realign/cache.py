@@ -17,15 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from realign import parallel, reference, sharding
-from realign.attention import IMPLEMENTATIONS, choose
+from realign import distributed as parallel
 from realign.cli import parse_sections
 from realign.config import LossConfig, resolve_dtype
 from realign.digits import ASSETS
-from realign.inputs import load_inputs
-from realign.loading import DTYPES
-from realign.noise import hush_libraries
-from realign.outputs import check_folder
+from realign.files import check_folder
+from realign.modeling import reference_logps as reference
+from realign.modeling.attention import IMPLEMENTATIONS, choose
+from realign.modeling.loading import DTYPES
+from realign.third_party import hush_libraries
+from realign.training import fsdp as sharding
+from realign.training.inputs import load_inputs
 from realign_kernels import ReferenceCache, refcache
 
 

@@ -3,7 +3,7 @@
 A run without `--fsdp` is one process. With it every GPU gets a worker (two workers on a CPU),
 started here through torch's launcher unless torchrun started us. FSDP2 keeps trained parameters in
 fp32 and computes in bf16. With `--tune full` in bf16 one process is therefore a mesh of one; LoRA
-layers cast their adapters themselves, with the same bits (tests/test_one_rank.py).
+layers cast their adapters themselves, with the same bits (tests/training/test_one_rank.py).
 """
 
 from __future__ import annotations

@@ -253,8 +253,8 @@ def _optional() -> Iterator[Finding]:
 
 
 def _folders() -> Iterator[Finding]:
-    from realign.outputs import check_folder
-    from realign.reference import default_directory
+    from realign.files import check_folder
+    from realign.modeling.reference_logps import default_directory
 
     folder = default_directory()
     try:

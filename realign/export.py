@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig
 
-from realign.card import with_evaluation, without_adapter
 from realign.cli import parse_sections
-from realign.loading import DTYPES, load_model, load_processor
-from realign.merging import adapter_base, cast, merge, put_on
-from realign.model import ForestModel
-from realign.noise import hush_libraries
-from realign.outputs import check_folder
-from realign.parallel import from_rank_0
-from realign.scores.tables import table_of, with_table
+from realign.distributed import from_rank_0
+from realign.evaluate.tables import table_of, with_table
+from realign.files import check_folder
+from realign.modeling.loading import DTYPES, load_model, load_processor
+from realign.modeling.merging import adapter_base, cast, merge, put_on
+from realign.modeling.model import ForestModel
+from realign.third_party import hush_libraries
+from realign.training.model_card import with_evaluation, without_adapter
 
 
 @dataclass

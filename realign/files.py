@@ -1,11 +1,16 @@
-"""Output paths, checked before any model is loaded: `check_file`, `check_folder`."""
+"""Files of a command: output paths checked before a model is loaded, files written whole, JSONL."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import sys
 import tempfile
+import uuid
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 
 def check_file(flag: str, path: str | Path, *, device: bool = True) -> None:
@@ -76,3 +81,63 @@ def _create_in(folder: Path, flag: str, path: Path) -> None:
 def _refused(flag: str, path: Path, error: Exception, where: str = "") -> ValueError:
     why = getattr(error, "strerror", None) or str(error)
     return ValueError(f"{flag} {str(path)!r} cannot be written ({where}{why}). Name another place.")
+
+
+class JsonlLog:
+    """One JSON object per line, on the disk as soon as it takes it.
+
+    While the disk is full entries wait in memory, which is said once; no line is torn for good.
+
+    Args:
+        path: the file; made with its folder.
+        keep_steps: lines of later steps are dropped first, as a resumed run writes them anew.
+    """
+
+    def __init__(self, path: Path, keep_steps: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [e for e in read_jsonl(path) if e["step"] <= keep_steps] if path.exists() else []
+        write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._warned = False
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._waiting += json.dumps(entry).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"warning: {self._file.name} takes no more ({error}); its next lines wait in "
+                    "memory. Make room.",
+                    file=sys.stderr,
+                )
+            self._warned = True
+
+    def __enter__(self) -> JsonlLog:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Write what waits; that it cannot be written is an OSError, unless another error ends us.
+
+        A resumed run writes the lines after its checkpoint anew.
+        """
+        with self._file, nullcontext() if kind is None else suppress(OSError):
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:  # a disk may take a part
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # others may write it, too
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log; a last line cut short by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -20,17 +20,23 @@ from pathlib import Path
 
 import torch
 
-from realign import attention, liger, parallel, plan, reference, sharding, vision
-from realign.card import model_card, settings_of
-from realign.checkpoint import Checkpoints
+from realign import distributed as parallel
 from realign.config import TrainConfig, parse
 from realign.export import export
-from realign.inputs import load_inputs
-from realign.loading import DTYPES, add_lora
-from realign.metrics import read_jsonl
-from realign.noise import hush_libraries
-from realign.prefetch import ahead
-from realign.run import (
+from realign.files import read_jsonl
+from realign.modeling import attention
+from realign.modeling import feature_cache as vision
+from realign.modeling import reference_logps as reference
+from realign.modeling.loading import DTYPES, add_lora
+from realign.modeling.prefetch import ahead
+from realign.third_party import hush_libraries
+from realign.training import dry_run as plan
+from realign.training import fsdp as sharding
+from realign.training import liger
+from realign.training.checkpoint import Checkpoints
+from realign.training.inputs import load_inputs
+from realign.training.model_card import model_card, settings_of
+from realign.training.run_dir import (
     StopSignal,
     base_of,
     check_outputs,
@@ -40,8 +46,8 @@ from realign.run import (
     steps_done,
     write_identity,
 )
-from realign.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
-from realign.step import (
+from realign.training.schedule import batches, learning_rate, seed_step, share_of_rank, total_steps
+from realign.training.step import (
     Feed,
     NonFiniteStep,
     accumulate,
@@ -51,8 +57,8 @@ from realign.step import (
     micro_batches,
     update_and_read,
 )
-from realign.throughput import Meter, image_flop
-from realign.trackers import Trackers, check_packages
+from realign.training.throughput import Meter, image_flop
+from realign.training.trackers import Trackers, check_packages
 from realign_kernels import ReferenceCache
 
 

@@ -9,9 +9,8 @@ in one page.
 
 from realign_kernels import objectives, refcache
 from realign_kernels._extension import missing_reason
-from realign_kernels.batcher import ForestPacking, pack_forest
-from realign_kernels.chunk_plan import default_chunk_rows, workspace_bytes
-from realign_kernels.dispatch import explain, use_backend
+from realign_kernels.backends.chunk_plan import default_chunk_rows, workspace_bytes
+from realign_kernels.backends.dispatch import explain, use_backend
 from realign_kernels.functional import (
     RDPOLoss,
     linear_logprobs,
@@ -19,11 +18,12 @@ from realign_kernels.functional import (
     preference_loss,
     rdpo_loss,
 )
-from realign_kernels.heads import head_inputs, head_parameters
-from realign_kernels.leaves import array_digest, collect_leaves, leaf_keys
+from realign_kernels.lm_head import head_inputs, head_parameters
 from realign_kernels.nonfinite import NonFiniteError
 from realign_kernels.objectives import Leaf, Objective, PreferenceOutput, RDPOOutput
 from realign_kernels.refcache import MissingReferences, ReferenceCache, References
+from realign_kernels.refcache.keys import array_digest, collect_leaves, leaf_keys
+from realign_kernels.refcache.packing import ForestPacking, pack_forest
 
 __all__ = [
     "ForestPacking",

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from realign_kernels.dispatch import backend_for, current_override
-from realign_kernels.rows import Head, scaled
+from realign_kernels.backends.base import Head, scaled
+from realign_kernels.backends.dispatch import backend_for, current_override
 
 _NOTHING = nullcontext()  # entering an autocast that changes nothing takes 5 us
 

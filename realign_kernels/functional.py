@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from realign_kernels import checks, objectives, ops, preference_ops, row_plan
+from realign_kernels import objectives, ops, preference_ops, row_plan
+from realign_kernels import validation as checks
 from realign_kernels.eager import LogProbs, take_rows, trains, wants_direction
 from realign_kernels.fused_preference import FusedPreference
-from realign_kernels.heads import local_head
+from realign_kernels.lm_head import local_head
 from realign_kernels.nonfinite import (
     check_rows,
     check_sequences,

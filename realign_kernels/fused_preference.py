@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from realign_kernels.dispatch import backend_for, current_override
+from realign_kernels.backends.base import Head, scaled
+from realign_kernels.backends.dispatch import backend_for, current_override
 from realign_kernels.eager import (
     as_given,
     kept_targets,
@@ -21,7 +22,6 @@ from realign_kernels.nonfinite import check_rows, check_tables, finite_rows, sen
 from realign_kernels.objectives import Objective, PreferenceOutput
 from realign_kernels.preference_ops import from_tokens, loss_kernel, plan_rivals, sum_by_sequence
 from realign_kernels.row_plan import RowPlan, to_device
-from realign_kernels.rows import Head, scaled
 
 
 class _Losses:

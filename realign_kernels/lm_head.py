@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from realign_kernels.checks import DTYPES
 from realign_kernels.reference import wide_dtype
+from realign_kernels.validation import DTYPES
 
 
 def local_head(

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from realign_kernels.rows import Head
+from realign_kernels.backends.base import Head
 
 
 class NonFiniteError(ValueError):

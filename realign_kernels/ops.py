@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from realign_kernels.dispatch import backend_for, current_override
+from realign_kernels.backends.base import Head, shard_of
+from realign_kernels.backends.dispatch import backend_for, current_override
 from realign_kernels.eager import refuse_second_derivative, spread_rows, wants_direction
 from realign_kernels.nonfinite import check_rows, finite_rows, is_finite, sentinel
 from realign_kernels.reference import wide_dtype
 from realign_kernels.row_plan import host_values, indices_to_device, scored_rows, to_device
-from realign_kernels.rows import Head, shard_of
 
 IGNORED = -1
 """The target of an ignored row. ignore_index may be a token, which a rival row may score."""

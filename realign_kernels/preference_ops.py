@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realign_kernels.dispatch import backend_for
+from realign_kernels.backends.base import Head
+from realign_kernels.backends.dispatch import backend_for
 from realign_kernels.eager import LogProbs, refuse_second_derivative, take_rows, wants_direction
 from realign_kernels.nonfinite import check_rows, check_tables, finite_rows, is_finite, sentinel
 from realign_kernels.objectives import Objective, PreferenceOutput
@@ -18,7 +19,6 @@ from realign_kernels.row_plan import (
     indices_to_device,
     to_device,
 )
-from realign_kernels.rows import Head
 
 
 @torch.library.custom_op("realign::sequence_sums", mutates_args=())

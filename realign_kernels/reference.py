@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from realign_kernels.rows import Head
+from realign_kernels.backends.base import Head
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from realign.digits import ASSETS
 from realign.digits.scenes import Scene, make_scenes
-from realign.loading import load_model, load_processor
-from realign.model import ForestModel
+from realign.modeling.loading import load_model, load_processor
+from realign.modeling.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
 
 SEE_GPUS = ("kernels", "test_cuda_build.py", "test_staging.py", "test_varlen.py")

@@ -22,11 +22,11 @@ from benchmarks import step_contestants
 from benchmarks.gpu.measure import figures
 from benchmarks.gpu.profiled import kernels_of
 from benchmarks.gpu.record import Record
-from realign import tree_attention
-from realign.attention import forest_mask
-from realign.forest import Example, ForestBatch, Leaf, Root, build_batch
-from realign.images import ImageStore
-from realign.layouts import Layout
+from realign.modeling import tree_attention
+from realign.modeling.attention import forest_mask
+from realign.modeling.forest import Example, ForestBatch, Leaf, Root, build_batch
+from realign.modeling.images import ImageStore
+from realign.modeling.layouts import Layout
 
 Attend = Callable[..., Tensor]
 """(queries, keys, values), each (1, heads, T, D) -> output of that shape."""
@@ -125,7 +125,7 @@ def tree(layer: Layer, device: str) -> dict[str, float]:
 
 def varlen(layer: Layer, device: str) -> dict[str, float]:
     """One call of the operator for all trees; what it needs to know of the batch is made before."""
-    from realign.varlen_attention import forest_attention, sequences
+    from realign.modeling.varlen_attention import forest_attention, sequences
 
     parts = sequences(layer.trees, layer.grad.shape[2]).to(device)
     # Strides as behind a model's projections: token by token.

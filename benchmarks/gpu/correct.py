@@ -15,7 +15,7 @@ from benchmarks.contestants import both_terms, eager
 from benchmarks.gpu import correct_kernels, correct_systems, truth
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss, use_backend
-from realign_kernels.triton import exp_head
+from realign_kernels.backends.triton import exp_head
 
 LIMIT = 70.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

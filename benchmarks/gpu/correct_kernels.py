@@ -11,12 +11,12 @@ from torch import Tensor
 from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from realign_kernels import objectives
-from realign_kernels.rows import Head, RowStats
-from realign_kernels.triton import configs, exp_head
-from realign_kernels.triton.forward import head_stats
-from realign_kernels.triton.logits import assume_device
-from realign_kernels.triton.loss import preference_sums
-from realign_kernels.triton.rows import read_rows
+from realign_kernels.backends.base import Head, RowStats
+from realign_kernels.backends.triton import configs, exp_head
+from realign_kernels.backends.triton.forward import head_stats
+from realign_kernels.backends.triton.logits import assume_device
+from realign_kernels.backends.triton.loss import preference_sums
+from realign_kernels.backends.triton.rows import read_rows
 
 ROWS = ((512, 32000), (5, 131))
 RAGGED_ROWS = ((33, 151937), (5, 97))

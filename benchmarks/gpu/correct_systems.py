@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from benchmarks.models import random_llava, random_pairs
-from realign import parallel, sharding
-from realign.forest import build_batch
-from realign.model import ForestModel
+from realign import distributed as parallel
+from realign.modeling.forest import build_batch
+from realign.modeling.model import ForestModel
+from realign.training import fsdp as sharding
 from realign_kernels import objectives, ops, preference_ops
-from realign_kernels.staging import Staging, leaf_sums
+from realign_kernels.refcache.staging import Staging, leaf_sums
 
 SETTINGS = {"softcap": None, "temperature": 1.0, "chunk_rows": None, "group": None}
 

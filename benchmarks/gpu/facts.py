@@ -13,7 +13,7 @@ from benchmarks.gpu.measure import COPY_SIZE, GEMM_SIZE, copy_rate, gemm_rate
 from benchmarks.gpu.record import Record
 from realign_kernels import explain, missing_reason
 from realign_kernels._extension import extension
-from realign_kernels.staging import Staging
+from realign_kernels.refcache.staging import Staging
 
 LIMIT = 20.0
 PACKAGES = (

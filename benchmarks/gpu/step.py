@@ -39,16 +39,19 @@ from benchmarks.models import (
     word_processor,
 )
 from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
-from realign import attention, parallel, sharding, step
-from realign.encode import encode_records
-from realign.forest import Example
-from realign.images import ImageStore
-from realign.inputs import Inputs
-from realign.layouts import Layout, layout_of
-from realign.loading import DTYPES
-from realign.model import ForestModel
-from realign.prefetch import ahead
-from realign.records import write_pairs
+from realign import distributed as parallel
+from realign.data.records import write_pairs
+from realign.modeling import attention
+from realign.modeling.encode import encode_records
+from realign.modeling.forest import Example
+from realign.modeling.images import ImageStore
+from realign.modeling.layouts import Layout, layout_of
+from realign.modeling.loading import DTYPES
+from realign.modeling.model import ForestModel
+from realign.modeling.prefetch import ahead
+from realign.training import fsdp as sharding
+from realign.training import step
+from realign.training.inputs import Inputs
 from realign_kernels import objectives
 
 LIMIT = 160.0

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import Record
-from realign.checkpoint import Checkpoints
-from realign.metrics import read_jsonl
+from realign.files import read_jsonl
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.throughput import TIMING
+from realign.training.checkpoint import Checkpoints
+from realign.training.throughput import TIMING
 
 LIMIT = 60.0
 MARGIN = 6.0

@@ -18,11 +18,11 @@ from benchmarks.gpu import truth
 from benchmarks.gpu.measure import figures
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss
-from realign_kernels.rows import Head, score
-from realign_kernels.triton import backend, configs, exp_head
-from realign_kernels.triton.forward import head_stats
-from realign_kernels.triton.logits import device_facts
-from realign_kernels.triton.rows import read_rows
+from realign_kernels.backends.base import Head, score
+from realign_kernels.backends.triton import backend, configs, exp_head
+from realign_kernels.backends.triton.forward import head_stats
+from realign_kernels.backends.triton.logits import device_facts
+from realign_kernels.backends.triton.rows import read_rows
 
 LIMIT = 600.0  # what is left of the budget
 SIZE = ((4096, 4096, 128256), (20, 24, 150))

@@ -1,5 +1,5 @@
 // Row kernels of every instruction set and the GEMM against double precision, for odd sizes. Run
-// under AddressSanitizer and UBSan by tests/test_csrc.py; by hand: see there. Exits 1 on a failure.
+// under AddressSanitizer and UBSan by tests/csrc/test_csrc.py; by hand: see there. Exits 1 on a failure.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

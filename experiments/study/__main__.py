@@ -1,4 +1,4 @@
-"""Repeat the study: `python -m realign.study`. Stopped and started again it goes on."""
+"""Repeat the study: `python -m experiments.study`. Stopped and started again it goes on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign.cli import parse_sections
-from realign.metrics import write_whole
-from realign.noise import hush_libraries
-from realign.outputs import check_file, check_folder
+from realign.files import check_file, check_folder, write_whole
+from realign.third_party import hush_libraries
 
 MOST = 100  # seeds; the next number is the tuning seed
 
@@ -54,9 +53,9 @@ def study(config: StudyConfig) -> None:
     check_file("--docs", Path(config.docs) / "study.md")
     if not config.report:
         check_folder("--output", config.output)
-    from realign.study import plots, report, runs
-    from realign.study.arms import ARMS_OF
-    from realign.study.testbed import TESTBEDS
+    from experiments.study import plots, report, runs
+    from experiments.study.arms import ARMS_OF
+    from experiments.study.testbed import TESTBEDS
 
     kept = Path(config.docs) / "study"
     wanted = TESTBEDS if config.testbed == "both" else {config.testbed: TESTBEDS[config.testbed]}
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse_sections(
             {"study": StudyConfig},
-            prog="python -m realign.study",
+            prog="python -m experiments.study",
             description="DPO, rDPO and their relatives where the language prior is strong.",
             arguments=arguments,
         )["study"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from realign.study.testbed import TUNING_SEED
+from experiments.study.testbed import TUNING_SEED
 
 Results = Sequence[Mapping[str, Any]]
 

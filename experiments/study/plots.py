@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from realign.study.analysis import Results, complete, mean, values
-from realign.study.arms import BETAS, SECTIONS, WEIGHTS
+from experiments.study.analysis import Results, complete, mean, values
+from experiments.study.arms import BETAS, SECTIONS, WEIGHTS
 
 CURVES = {
     "weight of the visual term": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from realign.study.analysis import (
+from experiments.study.analysis import (
     Mean,
     Results,
     complete,
@@ -14,10 +14,10 @@ from realign.study.analysis import (
     together,
     values,
 )
-from realign.study.arms import ARMS_OF, COMPARISONS, HIGHEST, LOWEST, PRIMARY, SECTIONS
-from realign.study.plots import curves_of
-from realign.study.runs import best_rate, tuning_of
-from realign.study.testbed import TUNING_SEED, Testbed
+from experiments.study.arms import ARMS_OF, COMPARISONS, HIGHEST, LOWEST, PRIMARY, SECTIONS
+from experiments.study.plots import curves_of
+from experiments.study.runs import best_rate, tuning_of
+from experiments.study.testbed import TUNING_SEED, Testbed
 
 COLUMNS = {
     "hallucination_rate": "misnamed, %",
@@ -190,7 +190,7 @@ _HEAD = """# The study
 
 {findings}
 
-`python -m realign.study` repeats every run; `study/*.jsonl` keeps all {count} of them with
+`python -m experiments.study` repeats every run; `study/*.jsonl` keeps all {count} of them with
 settings, metrics and what each model said, scene by scene. Page and plots are made of them alone.
 Means hide the seeds; the plots show them. The digits take some two and a half hours on two cores
 (AVX2), the photographs took 36 minutes (AVX-512).

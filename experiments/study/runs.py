@@ -17,15 +17,15 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from realign.metrics import read_jsonl, write_whole
-from realign.study.arms import HIGHEST, LEARNING_RATES, LOWEST, Arm, Pairs
-from realign.study.testbed import (
+from experiments.study.arms import HIGHEST, LEARNING_RATES, LOWEST, Arm, Pairs
+from experiments.study.testbed import (
     TUNING_SEED,
     Testbed,
     make_base,
     source_records,
     test_scenes,
 )
+from realign.files import read_jsonl, write_whole
 
 LAST = 10  # steps whose margins are averaged
 Job = tuple[Callable[..., None], tuple[Any, ...]]
@@ -136,8 +136,8 @@ def next_rate(tried: dict[float, float]) -> float | None:
 
 def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> None:
     """A seed's base, source records and pairs of some kinds."""
+    from realign.data.records import read_pairs, write_pairs
     from realign.pairs.pipeline import PairsConfig, build_pairs
-    from realign.records import read_pairs, write_pairs
 
     home = folder / f"seed{seed}"
     home.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def _write_result(
     margins: dict[str, float],
 ) -> None:
     from realign.evaluate import answer
-    from realign.loading import load_processor, load_trained
+    from realign.modeling.loading import load_processor, load_trained
 
     model, processor = load_trained(model_path), load_processor(model_path)
     found = answer(model, processor, *test_scenes(bed, seed))
@@ -304,7 +304,7 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
 def _hush() -> None:
     import torch
 
-    from realign.noise import hush_libraries
+    from realign.third_party import hush_libraries
 
     torch.set_num_threads(1)
     hush_libraries()

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from realign.digits.pretrain import pretrain
+from experiments.digits_pretrain import pretrain
+from realign.data.records import Record, StoredImage
 from realign.digits.scenes import CAPTION_PROMPT, Scene, make_scenes
 from realign.evaluate import EVALUATION_SEED
-from realign.records import Record, StoredImage
 
 TUNING_SEED = 100
 """The seed on which learning rates are chosen; none of its scenes is used again."""

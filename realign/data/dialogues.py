@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from realign.errors import Malformed, shown
-from realign.image_tags import split_at_tags
+from realign.data.errors import Malformed, shown
+from realign.data.image_tags import split_at_tags
 
 Message = dict[str, Any]  # "role", and "content": text, or parts of type text and image
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from realign.dialogues import Message, dialogue_of, messages_of, with_system
-from realign.errors import Malformed, shown
-from realign.pictures import PictureError, StoredImage
+from realign.data.dialogues import Message, dialogue_of, messages_of, with_system
+from realign.data.errors import Malformed, shown
+from realign.data.pictures import PictureError, StoredImage
 
 _DIALOGUES = ("conversations", "messages")
 _OTHER_DIALOGUES = ("rejected_conversations", "rejected_messages")

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from realign.image_tags import TAGS, split_at_tags
+from realign.data.image_tags import TAGS, split_at_tags
 
 
 class ChatError(ValueError):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from realign.errors import RecordError, shortened
+from realign.data.errors import RecordError, shortened
 
 MAX_PIXELS = 50_000_000
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as a browser shows them

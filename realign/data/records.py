@@ -23,10 +23,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.entries import Names, entry_of, name_of
-from realign.errors import Malformed, RecordError, one_of, shown
-from realign.pictures import StoredImage
-from realign.tables import rows_of
+from realign.data.entries import Names, entry_of, name_of
+from realign.data.errors import Malformed, RecordError, one_of, shown
+from realign.data.pictures import StoredImage
+from realign.data.tables import rows_of
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.entries import COLUMNS, SOURCES
-from realign.errors import Malformed
+from realign.data.entries import COLUMNS, SOURCES
+from realign.data.errors import Malformed
 
 _BATCH = 32  # rows in memory at once; their images may be large
 

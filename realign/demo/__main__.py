@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign.cli import parse_sections
+from realign.data.records import Record, read_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
 from realign.evaluate import (
@@ -28,12 +29,10 @@ from realign.evaluate import (
     evaluate,
     table,
 )
-from realign.loading import load_processor, load_trained
-from realign.metrics import read_jsonl
-from realign.noise import hush_libraries
-from realign.outputs import check_folder
+from realign.files import check_folder, read_jsonl
+from realign.modeling.loading import load_processor, load_trained
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.records import Record, read_pairs
+from realign.third_party import hush_libraries
 
 OBJECTIVES = ("dpo", "rdpo")
 EVALUATED = 1  # settings were chosen on scenes of evaluation seed 0, so these are others
@@ -137,7 +136,7 @@ def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> 
 
 def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
     """Draw report.png from the first seed's runs."""
-    from realign.report import Example, draw
+    from realign.demo.report import Example, draw
 
     first = folder / "seed0"
     logs = {name: read_jsonl(first / name / "metrics.jsonl") for name in OBJECTIVES}
@@ -157,7 +156,7 @@ def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
 
 
 def _pair(record: Record):
-    from realign.report import Pair
+    from realign.demo.report import Pair
 
     image = record.images[0].open(record.name)
     retrieved = record.retrieved_images[0].open(record.name)

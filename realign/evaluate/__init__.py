@@ -1,1 +1,23 @@
-"""What benchmarks make of a model's answers: pure functions from texts to figures."""
+"""Evaluation: answers of a model to questions, and scores of benchmarks from those answers."""
+
+from realign.evaluate.digits import (
+    EVALUATION_SEED,
+    Answers,
+    EvaluateConfig,
+    Rate,
+    answer,
+    caption,
+    evaluate,
+    table,
+)
+
+__all__ = [
+    "EVALUATION_SEED",
+    "Answers",
+    "EvaluateConfig",
+    "Rate",
+    "answer",
+    "caption",
+    "evaluate",
+    "table",
+]

@@ -14,12 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from realign.metrics import read_jsonl, write_whole
-from realign.outputs import check_file
+from realign.data.records import StoredImage
+from realign.files import check_file, read_jsonl, write_whole
 from realign.pairs.engines import Chat, Engine
-from realign.pairs.pictures import PictureError, inside, load_picture
-from realign.pairs.rows import mark_of
-from realign.records import StoredImage
+from realign.pairs.io.pictures import PictureError, inside, load_picture
+from realign.pairs.io.rows import mark_of
 
 
 @dataclass(frozen=True)

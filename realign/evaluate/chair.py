@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from realign.scores.files import read_captions, read_instances, read_synonyms
+from realign.evaluate.files import read_captions, read_instances, read_synonyms
 
 OWN_SYNONYMS = Path(__file__).with_name("coco_objects.txt")
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from realign.answering import Question, Sheet, answer, prepare, read_answers
-from realign.errors import shown
-from realign.metrics import write_whole
-from realign.outputs import check_file, check_folder
-from realign.scores import chair, files, hallusionbench, paired, tables, yesno
-from realign.scores.handoff import hand_off
+from realign.data.errors import shown
+from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
+from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
+from realign.evaluate.handoff import hand_off
+from realign.files import check_file, check_folder, write_whole
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """What LLaVA and lmms-eval put behind a yes/no question."""

@@ -12,7 +12,6 @@ the four digits of a scene are not independent.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from realign.chat import ChatTemplate, text_inputs
-from realign.cli import parse_sections
 from realign.digits import ASSETS
 from realign.digits.scenes import (
     CAPTION_PROMPT,
@@ -33,10 +30,9 @@ from realign.digits.scenes import (
     make_questions,
     make_scenes,
 )
-from realign.loading import load_processor, load_trained
-from realign.noise import hush_libraries
-from realign.outputs import check_file
-from realign.scores.command import COMMANDS, run
+from realign.files import check_file
+from realign.modeling.chat import ChatTemplate, text_inputs
+from realign.modeling.loading import load_processor, load_trained
 
 EVALUATION_SEED = 20_000  # scenes of no training seed
 RESAMPLES = 2000
@@ -103,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
         model, processor, scenes, seed, batch_size=config.batch_size, progress=not config.quiet
     )
     if config.answers:
-        _write(config.answers, "".join(json.dumps(line) + "\n" for line in found.lines(scenes)))
+        save(config.answers, "".join(json.dumps(line) + "\n" for line in found.lines(scenes)))
     return found.rates()
 
 
@@ -271,39 +267,9 @@ def f1(values: np.ndarray) -> float:
     return float(2 * hits / (2 * hits + false_yes + missed))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, evaluate, print; returns an exit code."""
-    hush_libraries()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if words and words[0] in COMMANDS:
-            return run(words)
-        if words and not words[0].startswith("-"):
-            raise ValueError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}.")
-        config = parse_sections(
-            {"evaluate": EvaluateConfig},
-            prog="python -m realign.evaluate",
-            description="Hallucination of a digits model on scenes it was never trained on. For "
-            f"photographs put {', '.join(COMMANDS)} in front, which have flags of their own.",
-            arguments=words,
-        )["evaluate"]
-        rates = evaluate(config)
-        print(table({config.model or "digits base": rates}))
-        if config.output:
-            rates_of = {name: vars(rate) for name, rate in rates.items()}
-            _write(config.output, json.dumps(rates_of, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _write(file: str, text: str) -> None:
+def save(file: str, text: str) -> None:
+    """Write a file, with its folder, and print its name."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from realign.errors import shown
+from realign.data.errors import shown
 
 Field = tuple[Callable[[Any], bool], str]
 """Whether a value will do, and the word for those that do."""

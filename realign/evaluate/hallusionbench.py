@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from realign.scores.yesno import RULES
+from realign.evaluate.yesno import RULES
 
 NEEDED = ("category", "subcategory", "set_id", "figure_id", "question_id", "gt_answer")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from realign.export import ExportConfig, export_whole
-from realign.metrics import write_whole
+from realign.files import write_whole
 
 _LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it
     "llava": "llava_hf",

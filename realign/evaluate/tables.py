@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from realign.scores.chair import Chair
-from realign.scores.hallusionbench import Hallusion
-from realign.scores.yesno import YesNo
+from realign.evaluate.chair import Chair
+from realign.evaluate.hallusionbench import Hallusion
+from realign.evaluate.yesno import YesNo
 
 OWN = "Re-Align's own list of synonyms, not that of published figures"
 

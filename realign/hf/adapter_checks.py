@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from realign import adapters
+from realign.hf import adapters
 from realign_kernels import head_inputs
 
 SUPPORTED = {

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from realign.reference import weights_digest
+from realign.modeling.reference_logps import weights_digest
 
 _OF_HOLDER = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",

@@ -15,9 +15,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from realign.forest import Example
-from realign.loading import adapter_base, load_processor
-from realign.model import ForestModel
+from realign.modeling.forest import Example
+from realign.modeling.loading import adapter_base, load_processor
+from realign.modeling.model import ForestModel
 from realign_kernels import leaf_keys
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from realign.adapters import base_state
+from realign.hf.adapters import base_state
 
 _KEPT = (torch.float32, torch.bfloat16)
 _REMEDY = "Load it with dtype=torch.float32, and set bf16=True to compute in bf16."

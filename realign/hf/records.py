@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realign.errors import Malformed, shown
-from realign.pictures import StoredImage
-from realign.records import Record, read_pairs, records_in
-from realign.tables import python_rows
+from realign.data.errors import Malformed, shown
+from realign.data.pictures import StoredImage
+from realign.data.records import Record, read_pairs, records_in
+from realign.data.tables import python_rows
 
 Records = str | Path | Sequence[Record] | Iterable[Mapping[str, Any]]
 """Preference records: a Parquet file or folder, `Record`s, a `datasets.Dataset`, or rows of one."""

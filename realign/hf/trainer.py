@@ -28,16 +28,19 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
-from realign import adapter_checks, adapters, hf_parts, metrics, precision, reference
-from realign.attention import choose
-from realign.card import loss_settings, model_card
-from realign.encode import encode_records, make_objective
-from realign.hf_config import RDPOConfig, check
-from realign.hf_records import Records, records_of
-from realign.loading import adapter_base, load_model
-from realign.parallel import disable_cudnn_attention
-from realign.prefetch import builder
-from realign.step import Feed
+from realign.distributed import disable_cudnn_attention
+from realign.hf import adapter_checks, adapters, precision
+from realign.hf import parts as hf_parts
+from realign.hf.config import RDPOConfig, check
+from realign.hf.records import Records, records_of
+from realign.modeling import reference_logps as reference
+from realign.modeling.attention import choose
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.loading import adapter_base, load_model
+from realign.modeling.prefetch import builder
+from realign.training import metrics
+from realign.training.model_card import loss_settings, model_card
+from realign.training.step import Feed
 from realign_kernels import ReferenceCache
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from realign import tree_attention, varlen_attention
-from realign.forest import Example, ForestBatch
+from realign.modeling import tree_attention, varlen_attention
+from realign.modeling.forest import Example, ForestBatch
 
 IMPLEMENTATIONS = {
     "tree": tree_attention.CALLS,

@@ -15,8 +15,8 @@ from datetime import datetime
 from os.path import commonprefix
 from typing import Any
 
-from realign.image_tags import TAGS, tags_with
-from realign.messages import ChatError, place_images, text_part, texts_of
+from realign.data.image_tags import TAGS, tags_with
+from realign.data.messages import ChatError, place_images, text_part, texts_of
 
 _ANSWER = "KqAnswerVx"  # mixed case, so that a template's `upper` or `lower` shows
 _MARK = re.compile(r"Kq(\d+|Answer)Vx")

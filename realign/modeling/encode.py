@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from realign.chat import ChatTemplate, Prompt, chat_prompt, text_inputs, tokens_behind
 from realign.config import LossConfig
-from realign.forest import Example, Leaf, Root
-from realign.images import ImageStore, bundle_of, processed
-from realign.layouts import Layout
-from realign.messages import ChatError
-from realign.records import Record, RecordError, StoredImage
+from realign.data.messages import ChatError
+from realign.data.records import Record, RecordError, StoredImage
+from realign.modeling.chat import ChatTemplate, Prompt, chat_prompt, text_inputs, tokens_behind
+from realign.modeling.forest import Example, Leaf, Root
+from realign.modeling.images import ImageStore, bundle_of, processed
+from realign.modeling.layouts import Layout
 from realign_kernels import Objective, objectives
 
 

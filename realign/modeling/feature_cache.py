@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from realign import parallel
-from realign.images import Features, Images, ImageStore
-from realign.metrics import write_whole
-from realign.model import ForestModel
-from realign.prefetch import ahead, pinned
+from realign import distributed as parallel
+from realign.files import write_whole
+from realign.modeling.images import Features, Images, ImageStore
+from realign.modeling.model import ForestModel
+from realign.modeling.prefetch import ahead, pinned
 from realign_kernels import refcache
 
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from realign.images import Images, ImageStore
-from realign.varlen_attention import Sequences, sequences
+from realign.modeling.images import Images, ImageStore
+from realign.modeling.varlen_attention import Sequences, sequences
 from realign_kernels import ForestPacking, pack_forest
 
 

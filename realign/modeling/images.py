@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
-from realign.chat import shorten
-from realign.layouts import Layout
-from realign.records import RecordError, StoredImage
+from realign.data.records import RecordError, StoredImage
+from realign.modeling.chat import shorten
+from realign.modeling.layouts import Layout
 from realign_kernels import array_digest
 
 Bundle = dict[str, torch.Tensor]

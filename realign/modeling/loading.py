@@ -19,11 +19,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from realign import lora
-from realign.attention import IMPLEMENTATIONS
-from realign.layouts import has_softcap
-from realign.merging import adapter_base, cast, find_file, merge, put_on
-from realign.parallel import disable_cudnn_attention
+from realign.distributed import disable_cudnn_attention
+from realign.modeling import lora
+from realign.modeling.attention import IMPLEMENTATIONS
+from realign.modeling.layouts import has_softcap
+from realign.modeling.merging import adapter_base, cast, find_file, merge, put_on
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a model may compute in, by the names of the settings."""

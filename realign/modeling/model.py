@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from realign import norms, tree_attention, varlen_attention
-from realign.attention import IMPLEMENTATIONS, forest_mask
-from realign.forest import Example, ForestBatch, build_batch
-from realign.images import Features, Images, ImageStore, features, in_slots
-from realign.layouts import SLIDING, TESTED, has_softcap, head_width, layout_of
-from realign.parallel import from_rank_0
+from realign.distributed import from_rank_0
+from realign.modeling import norms, tree_attention, varlen_attention
+from realign.modeling.attention import IMPLEMENTATIONS, forest_mask
+from realign.modeling.forest import Example, ForestBatch, build_batch
+from realign.modeling.images import Features, Images, ImageStore, features, in_slots
+from realign.modeling.layouts import SLIDING, TESTED, has_softcap, head_width, layout_of
 from realign_kernels import (
     NonFiniteError,
     Objective,

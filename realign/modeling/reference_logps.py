@@ -19,11 +19,11 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from realign.forest import Example, Leaf, build_batch
-from realign.loading import adapters_off
-from realign.model import ForestModel
-from realign.parallel import world_size
-from realign.prefetch import pinned
+from realign.distributed import world_size
+from realign.modeling.forest import Example, Leaf, build_batch
+from realign.modeling.loading import adapters_off
+from realign.modeling.model import ForestModel
+from realign.modeling.prefetch import pinned
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
 _LAYOUT = "forest-4"

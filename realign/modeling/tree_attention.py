@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from realign import varlen_attention
-from realign.varlen_attention import Sequences
+from realign.modeling import varlen_attention
+from realign.modeling.varlen_attention import Sequences
 
 CALLS, VARLEN = NAMES = "tree", "tree_varlen"
 """What a model's `_attn_implementation` is when it attends by tree: in several calls, or in one."""

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 
 from realign.cli import parse_sections
-from realign.noise import hush_libraries
 from realign.pairs.config import PairsConfig
 from realign.pairs.pipeline import STAGES, build_pairs, run_stages
+from realign.third_party import hush_libraries
 
 _ALONE = STAGES[1:]  # reading belongs to every one of them
-_OTHERS = {"import": "importers", "gallery": "gallery", "stats": "stats"}  # command -> module
+_OTHERS = {"import": "io.importers", "gallery": "gallery", "stats": "stats"}  # command -> module
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from realign.digits import ASSETS
-from realign.loading import DTYPES
-from realign.pairs import index, negatives
+from realign.modeling.loading import DTYPES
+from realign.pairs import negatives
 from realign.pairs.engines import is_endpoint
-from realign.pairs.mask import CATEGORIES
-from realign.pairs.phash import HASH_DISTANCE
+from realign.pairs.masking.mask import CATEGORIES
+from realign.pairs.retrieval import index
+from realign.pairs.retrieval.phash import HASH_DISTANCE
 
 REFILLS = ("infill", "prompt")
 _RAY = re.compile(r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+")

@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from realign.entries import Entry, entry_of
-from realign.errors import Malformed
-from realign.outputs import check_file
-from realign.pairs.pictures import load_picture
-from realign.pictures import PictureError, StoredImage
+from realign.data.entries import Entry, entry_of
+from realign.data.errors import Malformed
+from realign.data.pictures import PictureError, StoredImage
+from realign.files import check_file
+from realign.pairs.io.pictures import load_picture
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
 _SMALL = 128  # pixels; smaller pictures are kept as they are and shown with hard edges

@@ -14,21 +14,21 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from realign.loading import load_processor
-from realign.outputs import check_file, check_folder
-from realign.pairs.assemble import Assembler, Derive
+from realign.data.records import write_pairs
+from realign.files import check_file, check_folder
+from realign.modeling.loading import load_processor
 from realign.pairs.config import PairsConfig
-from realign.pairs.filtering import Filter
+from realign.pairs.io.rows import digit_sources
+from realign.pairs.io.shards import is_full
 from realign.pairs.negatives import DERIVED
-from realign.pairs.reading import Read
-from realign.pairs.refilling import Refill
-from realign.pairs.retrieving import Retrieve
-from realign.pairs.rows import digit_sources
-from realign.pairs.run import Outcome, RunError, Runner, note_run, sole_run
-from realign.pairs.shards import is_full
-from realign.pairs.stage import Stage
-from realign.pairs.stages import Answer, Embed, Mask
-from realign.records import write_pairs
+from realign.pairs.stages.assemble import Assembler, Derive
+from realign.pairs.stages.base import Stage
+from realign.pairs.stages.filter import Filter
+from realign.pairs.stages.infill import Refill
+from realign.pairs.stages.read import Read
+from realign.pairs.stages.retrieve import Retrieve
+from realign.pairs.stages.runner import Outcome, RunError, Runner, note_run, sole_run
+from realign.pairs.stages.single import Answer, Embed, Mask
 
 __all__ = ["STAGES", "PairsConfig", "PairsReport", "build_pairs", "digit_sources", "run_stages"]
 

@@ -22,13 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.entries import entry_of
-from realign.errors import Malformed
-from realign.outputs import check_file
+from realign.data.entries import entry_of
+from realign.data.errors import Malformed
+from realign.data.pictures import StoredImage
+from realign.files import check_file
 from realign.pairs.gallery import changed_words, count_words, difference, pair_files, pair_rows
-from realign.pairs.run import run_note
-from realign.pairs.shards import Shards
-from realign.pictures import StoredImage
+from realign.pairs.io.shards import Shards
+from realign.pairs.stages.runner import run_note
 
 _TEXT = ("words of chosen", "words of rejected", "changed words")
 _NUMBERS = {

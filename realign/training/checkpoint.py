@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from realign.parallel import CommonError, from_rank_0, rank
+from realign.distributed import CommonError, from_rank_0, rank
 
 _MANIFEST = "manifest.json"
 _TRAINED = {"ignore_frozen_params": True, "flatten_optimizer_state_dict": True}

@@ -17,21 +17,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from realign import attention, memory, parallel, reference, sharding
-from realign.attention import row_budget
-from realign.checkpoint import Checkpoints
+from realign import distributed as parallel
 from realign.config import TrainConfig
-from realign.encode import encode_records, make_objective
+from realign.data.records import read_pairs
 from realign.export import kept_dtype
-from realign.forest import Example, ForestBatch, build_batch
-from realign.images import ImageStore
-from realign.loading import DTYPES, add_lora, load_model, load_processor
-from realign.model import ForestModel
-from realign.records import read_pairs
-from realign.run import base_of, check_settings, prepare_pairs, steps_done
-from realign.schedule import batches, share_of_rank, total_steps
-from realign.step import micro_batches
-from realign.throughput import WORK, cost_of, image_flop, process_memory, work_of
+from realign.modeling import attention
+from realign.modeling import reference_logps as reference
+from realign.modeling.attention import row_budget
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.forest import Example, ForestBatch, build_batch
+from realign.modeling.images import ImageStore
+from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
+from realign.modeling.model import ForestModel
+from realign.training import fsdp as sharding
+from realign.training import memory
+from realign.training.checkpoint import Checkpoints
+from realign.training.run_dir import base_of, check_settings, prepare_pairs, steps_done
+from realign.training.schedule import batches, share_of_rank, total_steps
+from realign.training.step import micro_batches
+from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
 
 _SAMPLED = 64  # forwards that are laid out to know rows and padding

@@ -23,10 +23,10 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from realign import liger
 from realign.config import ScaleConfig
-from realign.model import ForestModel
-from realign.parallel import from_rank_0, rank, world_size
+from realign.distributed import from_rank_0, rank, world_size
+from realign.modeling.model import ForestModel
+from realign.training import liger
 
 
 def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:

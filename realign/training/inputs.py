@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from realign.config import LossConfig
-from realign.encode import encode_records, make_objective
-from realign.forest import Example
-from realign.images import ImageStore
-from realign.loading import load_model, load_processor
-from realign.model import ForestModel
-from realign.records import read_pairs
+from realign.data.records import read_pairs
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.forest import Example
+from realign.modeling.images import ImageStore
+from realign.modeling.loading import load_model, load_processor
+from realign.modeling.model import ForestModel
 from realign_kernels import Objective
 
 

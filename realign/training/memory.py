@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from realign.forest import ForestBatch
-from realign.model import ForestModel
+from realign.modeling.forest import ForestBatch
+from realign.modeling.model import ForestModel
 from realign_kernels import workspace_bytes
 
 READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from realign import parallel, reference, vision
-from realign.checkpoint import Checkpoints
+from realign import distributed as parallel
 from realign.config import RunConfig, TrainConfig
 from realign.digits import ASSETS
-from realign.merging import adapter_base
-from realign.metrics import write_whole
-from realign.outputs import check_file, check_folder
+from realign.files import check_file, check_folder, write_whole
+from realign.modeling import feature_cache as vision
+from realign.modeling import reference_logps as reference
+from realign.modeling.merging import adapter_base
+from realign.training.checkpoint import Checkpoints
 
 _FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}
 """Settings that change no result beyond rounding, and paths whose content has a digest."""

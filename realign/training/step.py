@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from realign import metrics, parallel
-from realign.attention import row_budget
-from realign.forest import Example, ForestBatch, build_batch
-from realign.images import ImageStore
-from realign.model import ForestModel
-from realign.prefetch import pinned
-from realign.sharding import sync_gradients
-from realign.throughput import WORK, work_of
+from realign import distributed as parallel
+from realign.modeling.attention import row_budget
+from realign.modeling.forest import Example, ForestBatch, build_batch
+from realign.modeling.images import ImageStore
+from realign.modeling.model import ForestModel
+from realign.modeling.prefetch import pinned
+from realign.training import metrics
+from realign.training.fsdp import sync_gradients
+from realign.training.throughput import WORK, work_of
 from realign_kernels import Objective
 
 

@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from realign import parallel
-from realign.forest import Example, ForestBatch
-from realign.images import ImageStore
-from realign.layouts import head_width
-from realign.model import ForestModel
+from realign import distributed as parallel
+from realign.modeling.forest import Example, ForestBatch
+from realign.modeling.images import ImageStore
+from realign.modeling.layouts import head_width
+from realign.modeling.model import ForestModel
 
 TIMING = (
     "seconds",

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from realign.config import RunConfig, TrainConfig
-from realign.metrics import JsonlLog, step_line, write_whole
+from realign.files import JsonlLog, write_whole
+from realign.training.metrics import step_line
 
 _RUN_ID = "wandb-id.txt"
 

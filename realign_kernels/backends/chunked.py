@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from realign_kernels.chunk_plan import (
+from realign_kernels.backends.base import Head, Kernels, RowStats, Scores, scaled, score
+from realign_kernels.backends.chunk_plan import (
     LOGIT,
     E,
     chunk_step,
@@ -20,7 +21,6 @@ from realign_kernels.chunk_plan import (
 )
 from realign_kernels.objectives import Objective
 from realign_kernels.reference import wide_dtype
-from realign_kernels.rows import Head, Kernels, RowStats, Scores, scaled, score
 
 
 class _Chunks:

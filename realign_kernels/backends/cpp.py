@@ -12,11 +12,11 @@ import threading
 import torch
 from torch import Tensor
 
-from realign_kernels import torch_backend
 from realign_kernels._extension import extension
-from realign_kernels.chunked import ChunkedBackend
-from realign_kernels.rows import RowStats, Scores
-from realign_kernels.torch_backend import add_rows, scale
+from realign_kernels.backends import torch as torch_backend
+from realign_kernels.backends.base import RowStats, Scores
+from realign_kernels.backends.chunked import ChunkedBackend
+from realign_kernels.backends.torch import add_rows, scale
 
 __all__ = [
     "add_rows",
@@ -234,6 +234,6 @@ def finish(
 
 def backend() -> ChunkedBackend:
     """See `dispatch.Backend`."""
-    import realign_kernels.cpp_backend as kernels
+    import realign_kernels.backends.cpp as kernels
 
     return ChunkedBackend(kernels)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from realign_kernels._extension import extension, missing_reason
+from realign_kernels.backends.base import Head
 from realign_kernels.objectives import Objective
-from realign_kernels.rows import Head
 
 MODULES = {
     "reference": "realign_kernels.reference",
-    "torch": "realign_kernels.torch_backend",
-    "cpp": "realign_kernels.cpp_backend",
-    "triton": "realign_kernels.triton.backend",
+    "torch": "realign_kernels.backends.torch",
+    "cpp": "realign_kernels.backends.cpp",
+    "triton": "realign_kernels.backends.triton.backend",
 }
 """The backends. Each module has a function backend()."""
 

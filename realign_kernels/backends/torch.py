@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from realign_kernels.chunked import ChunkedBackend
+from realign_kernels.backends.base import RowStats, Scores
+from realign_kernels.backends.chunked import ChunkedBackend
 from realign_kernels.reference import wide_dtype
-from realign_kernels.rows import RowStats, Scores
 
 
 def buffers(
@@ -143,6 +143,6 @@ def add_rows(
 
 def backend() -> ChunkedBackend:
     """See `dispatch.Backend`."""
-    import realign_kernels.torch_backend as kernels
+    import realign_kernels.backends.torch as kernels
 
     return ChunkedBackend(kernels)

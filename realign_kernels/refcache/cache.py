@@ -28,9 +28,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from realign_kernels import filling
-from realign_kernels.leaves import Forest, Leaves, collect_leaves
-from realign_kernels.table import compact_table, open_table
+from realign_kernels.refcache import fill as filling
+from realign_kernels.refcache.keys import Forest, Leaves, collect_leaves
+from realign_kernels.refcache.table import compact_table, open_table
 
 _ABOUT = "table.json"
 _ROUNDING = 1e-3

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule
 
-from realign_kernels.batcher import pack_forest
-from realign_kernels.leaves import Leaves
-from realign_kernels.staging import Staging
+from realign_kernels.refcache.keys import Leaves
+from realign_kernels.refcache.packing import pack_forest
+from realign_kernels.refcache.staging import Staging
 
 
 class Filled(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from realign_kernels import table_files, table_python
 from realign_kernels._extension import extension
+from realign_kernels.refcache import table_files, table_python
 
 
 class Table(Protocol):

@@ -227,7 +227,7 @@ def sync_folder(folder: str) -> None:
 
 
 def compact_table(folder: str, fingerprint: bytes) -> dict[str, int]:
-    """See `realign_kernels.table.compact_table`."""
+    """See `realign_kernels.refcache.table.compact_table`."""
     guard = f"{folder}/.compact.lock"
     only, reason = open_locked(guard, create=True)
     if only is None:

@@ -1,6 +1,6 @@
 """The table of csrc/table.h over numpy and a dict: same files, same answers, same errors.
 
-Stands in where the extension is missing; realign_kernels/table.py says what each function does.
+Stands in where the extension is missing; table.py says what each function does.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from realign_kernels.table_files import (
+from realign_kernels.refcache.table_files import (
     RECORD,
     UNIT,
     Contents,
@@ -42,7 +42,7 @@ def _flat(array: NDArray, name: str, dtype: str, size: int | None = None) -> NDA
 
 
 class Table:
-    """See `realign_kernels.table.Table`."""
+    """See `realign_kernels.refcache.table.Table`."""
 
     def __init__(
         self, folder: str, fingerprint: bytes, writer: str | None = None, read_only: bool = False
@@ -164,7 +164,7 @@ class Table:
                 self._drop_log()
 
     def stats(self) -> dict[str, object]:
-        """Counts; see `realign_kernels.table.Table.stats`."""
+        """Counts; see `realign_kernels.refcache.table.Table.stats`."""
         with self._lock:
             contents, logs = self._contents, self._logs.values()
             return {

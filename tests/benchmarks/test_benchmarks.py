@@ -12,7 +12,7 @@ from benchmarks import compare, race, readme, report, results, roofline, targets
 from benchmarks.gpu.check import load
 from benchmarks.results import Entry, Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MACHINE = {
     "cpu": "a CPU", "gpu": None, "cores": 2, "threads": 2, "capability": "AVX512", "python": "3.11",
     "versions": {

@@ -15,7 +15,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import device, head, record, table, truth
 from realign_kernels import reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROBES = {
     "good": """
         def run(record):

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import report, results, roofline
 from benchmarks.gpu import attention, check, head, pages, record, targets
-from realign.attention import forest_mask
+from realign.modeling.attention import forest_mask
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from benchmarks.gpu import attention, step, train
 from benchmarks.gpu.record import failed, latest, read
 from benchmarks.models import LLAVA_7B, llava_config, random_on
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

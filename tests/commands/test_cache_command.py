@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from realign import cache as cache_command
-from realign import parallel
+from realign import distributed as parallel
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.records import read_pairs
 
 
 def test_the_commands(pairs_file, tmp_path, capsys):
@@ -98,7 +98,8 @@ def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
 
 FAILS_ALONE = """
 import os, sys
-from realign import cache, encode
+from realign import cache
+from realign.modeling import encode
 if os.environ["RANK"] == "1":
     def changed(self, key):
         raise encode.RecordError("scene-1", "its image is not what it was.", "Let it be.")
@@ -127,7 +128,7 @@ def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
 
 
 def test_the_page_about_it_runs_as_it_stands(pairs_file, tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parent.parent / "docs" / "reference-cache.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference-cache.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}
     exec(compile(block, "docs/reference-cache.md", "exec"), names)

@@ -16,9 +16,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from realign import doctor
-from realign_kernels import _extension, dispatch
+from realign_kernels import _extension
+from realign_kernels.backends import dispatch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from realign import export
 from realign.config import parse
 from realign.digits import ASSETS
-from realign.loading import load_model, load_processor
+from realign.modeling.loading import load_model, load_processor
 from realign.train import train
 
 YES_NO = {"accuracy": 0.5, "precision": 1.0, "recall": 0.25, "f1": 0.4, "yes_rate": 0.125}

@@ -12,7 +12,7 @@ import pytest
 import realign_kernels as rk
 from realign_kernels import _extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
     rk.explain().find("backend cpp") < 0, reason="the C++ extension is not built"

@@ -13,7 +13,7 @@ import pytest
 
 from realign_kernels._extension import extension, missing_reason
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 32  # a multiprocessor's 65536 are enough for all of its 2048 threads
 

@@ -14,12 +14,12 @@ from import_cases import assistant, text, user
 from PIL import Image
 from trl.data_utils import apply_chat_template, maybe_extract_prompt, prepare_multimodal_messages
 
+from realign.data.errors import shown
+from realign.data.records import RecordError, read_pairs
 from realign.digits.processor import build_processor
-from realign.errors import shown
-from realign.hf_records import records_of
-from realign.pairs.importers import import_pairs, read_any
-from realign.pairs.stage import Bad
-from realign.records import RecordError, read_pairs
+from realign.hf.records import records_of
+from realign.pairs.io.importers import import_pairs, read_any
+from realign.pairs.stages.base import Bad
 
 _BUFFER = io.BytesIO()
 Image.new("RGB", (8, 8)).save(_BUFFER, "PNG")

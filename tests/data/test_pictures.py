@@ -12,9 +12,9 @@ from PIL import Image, ImageCms
 from test_pairs_pictures import _chunk, _png
 
 import realign
-from realign.hf_records import records_of
-from realign.pictures import PictureError, StoredImage
-from realign.records import RecordError
+from realign.data.pictures import PictureError, StoredImage
+from realign.data.records import RecordError
+from realign.hf.records import records_of
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(60, 200, (6, 4, 3), dtype=np.uint8)

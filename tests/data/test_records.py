@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from realign.records import (
+from realign.data.records import (
     Record,
     RecordError,
     StoredImage,

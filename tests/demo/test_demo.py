@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from realign.demo import main
+from realign.demo.__main__ import main
 
 SMALL = ["--steps", "3", "--scenes", "40", "--evaluation-scenes", "20", "--nproc-per-node", "1"]
 

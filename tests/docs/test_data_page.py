@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from realign import records
+from realign.data import records
+from realign.data.records import RecordError, read_pairs
 from realign.digits.processor import build_processor
-from realign.encode import encode_records
-from realign.layouts import Layout
-from realign.records import RecordError, read_pairs
+from realign.modeling.encode import encode_records
+from realign.modeling.layouts import Layout
 from realign_kernels import objectives
 
-PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 BLOCKS = dict(re.findall(r"```python ([\w-]+)\n(.*?)```", PAGE, re.DOTALL))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import realign_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted(
     file for package in ("realign", "realign_kernels") for file in (ROOT / package).rglob("*.py")
 )

@@ -14,9 +14,9 @@ from packaging.utils import canonicalize_name
 
 from realign import doctor
 from realign_kernels import _extension
-from realign_kernels.batcher import pack_forest
+from realign_kernels.refcache.packing import pack_forest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = {
     "gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences",
     "study",

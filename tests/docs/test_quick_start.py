@@ -9,15 +9,15 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from realign import train
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
-from realign.loading import load_trained
-from realign.metrics import read_jsonl
+from realign.files import read_jsonl
+from realign.modeling.loading import load_trained
 from realign.pairs import __main__ as pairs
-from realign.records import read_pairs
 
 MAINS = {"realign.pairs": pairs.main, "realign.train": train.main}
-PAGE = (Path(__file__).parent.parent / "docs" / "quick-start.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "quick-start.md").read_text()
 
 
 def _photographs(folder: Path) -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign import cache, demo, evaluate, export, train
+from realign import cache, export, train
+from realign.data.records import write_pairs
+from realign.demo import __main__ as demo
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, digits_in, make_scenes
+from realign.evaluate import __main__ as evaluate
+from realign.evaluate.command import COMMANDS
 from realign.pairs import __main__ as pairs
 from realign.pairs.pipeline import PairsConfig, digit_sources
-from realign.records import write_pairs
-from realign.scores.command import COMMANDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from realign import evaluate as module
 from realign.digits.processor import build_processor
 from realign.digits.scenes import CAPTION_PROMPT, caption_of, make_scenes
-from realign.evaluate import (
+from realign.evaluate import digits as module
+from realign.evaluate.__main__ import main
+from realign.evaluate.digits import (
     EVALUATION_SEED,
     EvaluateConfig,
     Rate,
@@ -19,7 +20,6 @@ from realign.evaluate import (
     evaluate,
     f1,
     generate,
-    main,
     table,
 )
 

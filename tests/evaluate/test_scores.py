@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from realign.scores import chair, hallusionbench, paired, yesno
+from realign.evaluate import chair, hallusionbench, paired, yesno
 
 ANSWERS = {  # answer -> what each rule reads: pope, exact, word
     "Yes": ("yes", "yes", "yes"),

@@ -7,13 +7,13 @@ import torch
 from runs import arguments
 from transformers import AutoModelForImageTextToText
 
-from realign import answering, evaluate
 from realign.config import parse
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
-from realign.loading import load_model
+from realign.evaluate import __main__ as evaluate
+from realign.evaluate import answering, tables
+from realign.modeling.loading import load_model
 from realign.pairs.engines import Chat, Engine, Reply
-from realign.scores import tables
 from realign.train import train
 
 QUESTIONS = 12

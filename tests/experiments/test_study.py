@@ -14,15 +14,10 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from realign.digits import ASSETS
-from realign.digits.pretrain import _completion
-from realign.digits.scenes import PLACES, WORDS, Scene, caption_of, digits_in
-from realign.evaluate import answer
-from realign.loading import load_processor, load_trained
-from realign.records import read_pairs
-from realign.study import analysis, report, runs
-from realign.study.__main__ import main
-from realign.study.arms import (
+from experiments.digits_pretrain import _completion
+from experiments.study import analysis, report, runs
+from experiments.study.__main__ import main
+from experiments.study.arms import (
     ARMS,
     ARMS_OF,
     COMPARISONS,
@@ -34,7 +29,12 @@ from realign.study.arms import (
     Arm,
     Pairs,
 )
-from realign.study.testbed import TESTBEDS, TUNING_SEED, Testbed, source_records, test_scenes
+from experiments.study.testbed import TESTBEDS, TUNING_SEED, Testbed, source_records, test_scenes
+from realign.data.records import read_pairs
+from realign.digits import ASSETS
+from realign.digits.scenes import PLACES, WORDS, Scene, caption_of, digits_in
+from realign.evaluate import answer
+from realign.modeling.loading import load_processor, load_trained
 
 SMALL = Testbed(
     noise=0.2, follow=0.97, records=24, steps=3, batch_size=8, scenes=20, biased_scenes=10
@@ -310,7 +310,7 @@ def test_two_runs_of_the_same_seeds_count_each_seed_once():
 
 
 def test_page_and_readme_say_what_the_kept_runs_say():
-    docs = Path(__file__).parent.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     found, beds = runs.read_kept(docs / "study")
     assert (docs / "study.md").read_text() == report.page(found, beds)
     readme = " ".join((docs.parent / "README.md").read_text().split())

@@ -1,7 +1,7 @@
 """The table of docs/adapters.md: every PEFT kind, in every way of loading, on four families.
 
-    PYTHONPATH=. python tests/adapter_matrix.py            # print it (half an hour on two cores)
-    PYTHONPATH=. python tests/adapter_matrix.py --write    # into docs/adapters.md
+    PYTHONPATH=. python tests/helpers/adapter_matrix.py            # print it (half an hour)
+    PYTHONPATH=. python tests/helpers/adapter_matrix.py --write    # into docs/adapters.md
 
 A figure is the largest difference of a log-prob (nats), or that of the first loss from 2 ln 2. Each
 kind is tried fresh on all families, and loaded in each way on one, which changes with the kind. A
@@ -43,13 +43,13 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny_vlms import make, random_record
 
-from realign import adapters
 from realign.export import ExportConfig, export_whole
-from realign.loading import load_model, load_trained
-from realign.noise import hush_libraries
+from realign.hf import adapters
+from realign.modeling.loading import load_model, load_trained
+from realign.third_party import hush_libraries
 
-PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
-BEGIN, END = "<!-- table: tests/adapter_matrix.py --write -->", "<!-- end of table -->"
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+BEGIN, END = "<!-- table: tests/helpers/adapter_matrix.py --write -->", "<!-- end of table -->"
 HEADS = {
     "PeftModel.from_pretrained": "PeftModel",
     "by a name of its own": "named",

@@ -10,11 +10,11 @@ from tiny_truth import encode, separate_logps
 from tiny_vlms import FAMILIES as ATTENDING
 from tiny_vlms import make, random_record
 
-from realign.encode import chat_prompt, encode_records
-from realign.forest import build_batch
-from realign.loading import add_lora
-from realign.model import ForestModel
-from realign.records import Record
+from realign.data.records import Record
+from realign.modeling.encode import chat_prompt, encode_records
+from realign.modeling.forest import build_batch
+from realign.modeling.loading import add_lora
+from realign.modeling.model import ForestModel
 from realign_kernels import objectives
 
 FAMILIES = (*ATTENDING, "qwen3_5")
@@ -24,7 +24,7 @@ FAMILIES = (*ATTENDING, "qwen3_5")
 LOGP_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 5e-5
 CPU = torch.device("cpu")
-DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 OBJECTIVE = objectives.rdpo(beta=0.3, visual_weight=0.7)
 ROW_TOKENS = (1, 150, 4096)  # a tree a row at most, several, all trees in one
 

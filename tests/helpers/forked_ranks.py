@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from realign.parallel import rank_environment
+from realign.distributed import rank_environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["realign.train", "realign.pairs.__main__"])
@@ -81,7 +81,8 @@ class Forked:
 
 
 def _train(logs, environment, words):
-    from realign import parallel, train
+    from realign import distributed as parallel
+    from realign import train
 
     os.environ.clear()
     os.environ.update(environment)

@@ -14,9 +14,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from realign import adapters
-from realign.hf import RDPOTrainer
-from realign.records import Record
+from realign.data.records import Record
+from realign.hf import RDPOTrainer, adapters
 
 FRESH, GIVEN = "peft_config", "get_peft_model"
 WAYS = (FRESH, GIVEN, *adapter_kinds.WAYS)

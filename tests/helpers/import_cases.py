@@ -2,9 +2,9 @@
 
 import json
 
-from realign.pairs.importers import read_any
-from realign.pairs.stage import Bad
-from realign.records import Record
+from realign.data.records import Record
+from realign.pairs.io.importers import read_any
+from realign.pairs.stages.base import Bad
 
 
 def user(text):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from forked_ranks import CONTEXT
 
-from realign.pairs import shards
 from realign.pairs.__main__ import main
+from realign.pairs.io import shards
 
 
 def exit_code(way, *arguments) -> int | None:

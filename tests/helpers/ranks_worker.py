@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from runs import arguments
 
-from realign import model, parallel, step, train
-from realign.images import ImageStore
-from realign.schedule import seed_step
+from realign import distributed as parallel
+from realign import train
+from realign.modeling import model
+from realign.modeling.images import ImageStore
+from realign.training import step
+from realign.training.schedule import seed_step
 
 GOOD = {
     "bundle": ImageStore.bundle,

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from realign.config import parse
-from realign.metrics import read_jsonl
-from realign.throughput import TIMING
+from realign.files import read_jsonl
 from realign.train import train
+from realign.training.throughput import TIMING
 
 # Runs that differ in ranks or accumulation add the same numbers in another order. After six Adam
 # steps fp32 rounding has grown to 1e-6 of the loss here; ten times that is the bound.

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from realign import parallel, sharding
+from realign import distributed as parallel
 from realign.config import parse
 from realign.digits import ASSETS
-from realign.loading import add_lora, load_model
-from realign.model import ForestModel
-from realign.noise import hush_libraries
+from realign.modeling.loading import add_lora, load_model
+from realign.modeling.model import ForestModel
+from realign.third_party import hush_libraries
 from realign.train import train
+from realign.training import fsdp as sharding
 
 COUNTED = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # what FSDP2 calls
 

@@ -1,6 +1,6 @@
 """The stress: generated records through every reader; nothing may be silently wrong.
 
-    python tests/stress_records.py --count 2000 --seed 0
+    python tests/helpers/stress_records.py --count 2000 --seed 0
 
 Each record has one fault or none (`stress_cases`). It is read by `realign.pairs import` or
 `read_any`, as `realign.train --dry-run` reads and encodes it, and as `RDPOTrainer` does. A refusal
@@ -35,14 +35,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from realign import train
 from realign.config import LossConfig
+from realign.data.image_tags import has_tag
+from realign.data.records import Record, read_pairs
 from realign.digits import ASSETS
-from realign.encode import encode_records, make_objective
 from realign.hf import RDPOConfig, RDPOTrainer
-from realign.hf_records import records_of
-from realign.image_tags import has_tag
-from realign.layouts import Layout
-from realign.pairs.importers import import_pairs, read_any
-from realign.records import Record, read_pairs
+from realign.hf.records import records_of
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.layouts import Layout
+from realign.pairs.io.importers import import_pairs, read_any
 
 OUTCOMES = (
     "accepted right",

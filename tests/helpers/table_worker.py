@@ -47,8 +47,8 @@ def implementation(package, name):
     if name == "extension":
         from realign_kernels._C import Table, compact_table
     else:
-        from realign_kernels.table_files import compact_table
-        from realign_kernels.table_python import Table
+        from realign_kernels.refcache.table_files import compact_table
+        from realign_kernels.refcache.table_python import Table
     return Table, compact_table
 
 

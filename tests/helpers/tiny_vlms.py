@@ -14,9 +14,9 @@ from PIL import Image
 from tiny_processors import SIDE, WORDS, make_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from realign.attention import IMPLEMENTATIONS
-from realign.encode import check_prompt
-from realign.records import Record, StoredImage
+from realign.data.records import Record, StoredImage
+from realign.modeling.attention import IMPLEMENTATIONS
+from realign.modeling.encode import check_prompt
 
 FAMILIES = (
     "llava",

@@ -17,15 +17,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from realign import export
 from realign.config import OptimConfig
+from realign.data.records import RecordError, read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
-from realign.hf_records import records_of
-from realign.records import RecordError, read_pairs
-from realign.schedule import batches, learning_rate
+from realign.hf.records import records_of
 from realign.train import main
+from realign.training.schedule import batches, learning_rate
 from realign_kernels import rdpo_loss
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 OPTIM = OptimConfig(learning_rate=5e-5, batch_size=BATCH, steps=STEPS)
 

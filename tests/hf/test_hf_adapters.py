@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
-from realign.hf_records import records_of
-from realign.loading import load_model
-from realign.records import read_pairs
+from realign.hf.records import records_of
+from realign.modeling.loading import load_model
 
 EQUAL = 2 * math.log(2)  # the loss of rdpo where policy and reference agree
 

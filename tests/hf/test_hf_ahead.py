@@ -9,12 +9,12 @@ from hf_runs import LORA, config, history
 from host_waits import counted
 from peft import LoraConfig
 
+from realign.data.records import RecordError, read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
-from realign.images import ImageStore
-from realign.model import ForestModel
-from realign.records import RecordError, read_pairs
-from realign.step import Feed
+from realign.modeling.images import ImageStore
+from realign.modeling.model import ForestModel
+from realign.training.step import Feed
 
 
 @pytest.fixture
@@ -122,5 +122,5 @@ def test_a_step_waits_once_outside_its_forwards(pairs_file, tmp_path):
     trainer._fill_references()
     with counted() as waits:
         trainer.train()
-    assert waits["realign/hf_parts.py"] == 4
+    assert waits["realign/hf/parts.py"] == 4
     assert waits["transformers/trainer.py"] <= 1  # the whole run's loss

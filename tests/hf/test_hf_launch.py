@@ -13,7 +13,7 @@ from hf_runs import history, launched
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 # Its last line is what docs/trainers.md advises.

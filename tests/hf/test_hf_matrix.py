@@ -13,7 +13,7 @@ from hf_runs import history
 from peft import PeftType
 from tiny_vlms import make, random_record
 
-from realign import adapter_checks
+from realign.hf import adapter_checks
 
 
 @pytest.fixture(scope="module", autouse=True)

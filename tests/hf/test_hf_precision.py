@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from tiny_vlms import make
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
-from realign.loading import load_processor
-from realign.precision import dtypes_named
-from realign.records import read_pairs
+from realign.hf.precision import dtypes_named
+from realign.modeling.loading import load_processor
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ from peft import (
 from peft import inject_adapter_in_model as inject
 from safetensors.torch import load_file
 
-from realign import adapters
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.hf import RDPOTrainer
-from realign.loading import load_model, load_processor
-from realign.records import read_pairs
+from realign.hf import RDPOTrainer, adapters
+from realign.modeling.loading import load_model, load_processor
 
 ON = LORA["target_modules"]
 
@@ -274,7 +273,7 @@ def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_p
 
 
 def test_processes_with_other_weights_are_named(adapted, records, tmp_path, monkeypatch):
-    monkeypatch.setattr("realign.hf_parts.gather_object", lambda mine: [*mine, "of rank 1"])
+    monkeypatch.setattr("realign.hf.parts.gather_object", lambda mine: [*mine, "of rank 1"])
     trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=1), records)
     with pytest.raises(ValueError, match="handed models with different weights.*set_seed"):
         trainer.train()

@@ -22,12 +22,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 
-import realign_kernels.triton as package
+import realign_kernels.backends.triton as package
 from realign_kernels import objectives
-from realign_kernels.rows import Head, Scores
-from realign_kernels.triton import configs, exp_head, finish, forward, loss, rows, scatter
-from realign_kernels.triton.compile import PROCESSORS
-from realign_kernels.triton.logits import assume_device
+from realign_kernels.backends.base import Head, Scores
+from realign_kernels.backends.triton import configs, exp_head, finish, forward, loss, rows, scatter
+from realign_kernels.backends.triton.compile import PROCESSORS
+from realign_kernels.backends.triton.logits import assume_device
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MAP_TYPES = {FP16: 6, FP32: 7, BF16: 9}  # CUtensorMapDataType

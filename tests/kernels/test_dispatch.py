@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import realign_kernels as rk
-from realign_kernels import dispatch, reference
+from realign_kernels import reference
+from realign_kernels.backends import dispatch
 
 
 def test_default_and_its_reason():

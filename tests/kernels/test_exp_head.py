@@ -9,9 +9,9 @@ from triton_cases import DEVICE, exp_head, finish, problem
 
 import realign_kernels as rk
 from realign_kernels import ops
-from realign_kernels.rows import Head, Scores
-from realign_kernels.triton import backend
-from realign_kernels.triton.logits import assume_device
+from realign_kernels.backends.base import Head, Scores
+from realign_kernels.backends.triton import backend
+from realign_kernels.backends.triton.logits import assume_device
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

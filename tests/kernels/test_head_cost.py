@@ -6,10 +6,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import realign_kernels as rk
-from realign_kernels import chunk_plan, torch_backend
-from realign_kernels.chunk_plan import default_chunk_rows, even_step, filling_step, kept_rows
-from realign_kernels.chunked import _Chunks
-from realign_kernels.rows import Head
+from realign_kernels.backends import chunk_plan
+from realign_kernels.backends import torch as torch_backend
+from realign_kernels.backends.base import Head
+from realign_kernels.backends.chunk_plan import (
+    default_chunk_rows,
+    even_step,
+    filling_step,
+    kept_rows,
+)
+from realign_kernels.backends.chunked import _Chunks
 
 WIDTH, VOCABULARY, ROWS, CHUNK = 5, 97, 40, 8
 

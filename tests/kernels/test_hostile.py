@@ -12,7 +12,7 @@ from hostile_cases import LAYOUTS, check, ours, stepped
 from kernel_cases import Case, error, make_case, truth
 
 import realign_kernels as rk
-from realign_kernels import cpp_backend
+from realign_kernels.backends import cpp as cpp_backend
 
 INF, NAN = float("inf"), float("nan")
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import realign_kernels as rk
-from realign_kernels import _extension, cpp_backend
+from realign_kernels import _extension
+from realign_kernels.backends import cpp as cpp_backend
 
 BACKENDS = [
     "torch",

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 import triton_cases as tc
 from triton_cases import DEVICE, scatter
 
-from realign_kernels import torch_backend
+from realign_kernels.backends import torch as torch_backend
 
 ADDERS = {"triton": scatter.add_rows, "torch": torch_backend.add_rows}
 DTYPES = {"triton": (torch.float32, torch.float16), "torch": (torch.float32, torch.bfloat16)}

@@ -8,7 +8,8 @@ import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import realign_kernels as rk
-from realign_kernels import cpp_backend, objectives
+from realign_kernels import objectives
+from realign_kernels.backends import cpp as cpp_backend
 
 VOCABULARY, WIDTH = 101, 33
 

@@ -12,7 +12,7 @@ import triton_cases as tc
 from triton_cases import DEVICE, exp_head, finish, rows
 
 from benchmarks import roofline
-from realign_kernels.rows import Head, Scores
+from realign_kernels.backends.base import Head, Scores
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="counted by the interpreter, on a CPU")
 N, H, V = 16, 96, 1536

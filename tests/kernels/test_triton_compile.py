@@ -17,7 +17,7 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
 SMALLER_SIBLINGS = 101376  # of 86 and 89, which use the tiles of 80
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
-COMMAND = (sys.executable, "-m", "realign_kernels.triton.compile")
+COMMAND = (sys.executable, "-m", "realign_kernels.backends.triton.compile")
 
 
 def environment():
@@ -86,10 +86,10 @@ def test_interpreted_kernels_are_refused():
 
 
 def test_the_package_imports_without_triton():
-    """realign_kernels never loads it; realign_kernels.triton only with its modules."""
+    """realign_kernels never loads it; realign_kernels.backends.triton only with its modules."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import realign_kernels, realign_kernels.triton\n"
+        "import realign_kernels, realign_kernels.backends.triton\n"
         "assert not any(name.startswith('triton.') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)

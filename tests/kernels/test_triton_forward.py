@@ -10,9 +10,9 @@ import triton_cases as tc
 from triton_cases import DEVICE, TRITON_DTYPES, forward, gap, rows
 
 from realign_kernels import reference
-from realign_kernels.triton import configs
-from realign_kernels.triton.configs import GemmConfig
-from realign_kernels.triton.logits import assume_device
+from realign_kernels.backends.triton import configs
+from realign_kernels.backends.triton.configs import GemmConfig
+from realign_kernels.backends.triton.logits import assume_device
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

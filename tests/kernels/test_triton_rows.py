@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 import triton_cases as tc
 from triton_cases import DEVICE, gap, rows
 
-from realign_kernels.rows import score
+from realign_kernels.backends.base import score
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

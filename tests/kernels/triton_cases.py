@@ -29,7 +29,7 @@ _before = os.environ.get("TRITON_INTERPRET")
 if DEVICE == "cpu":
     _set_interpret("1")
 try:
-    from realign_kernels.triton import exp_head, finish, forward, loss, rows, scatter
+    from realign_kernels.backends.triton import exp_head, finish, forward, loss, rows, scatter
 finally:
     _set_interpret(_before)
 

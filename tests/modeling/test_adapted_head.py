@@ -7,9 +7,9 @@ from test_forest import LOGP_TOLERANCE, make_examples, separate_logps
 from torch import nn
 
 from realign.digits import ASSETS
-from realign.forest import build_batch
-from realign.loading import load_model
-from realign.model import ForestModel
+from realign.modeling.forest import build_batch
+from realign.modeling.loading import load_model
+from realign.modeling.model import ForestModel
 from realign_kernels import objectives, preference_loss
 
 CONFIGS = {

@@ -15,11 +15,11 @@ from tokenizers import processors
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from realign.chat import ChatTemplate, chat_prompt, text_inputs, tokens_behind
-from realign.encode import encode_records
-from realign.layouts import Layout
-from realign.messages import ChatError
-from realign.records import Record, StoredImage
+from realign.data.messages import ChatError
+from realign.data.records import Record, StoredImage
+from realign.modeling.chat import ChatTemplate, chat_prompt, text_inputs, tokens_behind
+from realign.modeling.encode import encode_records
+from realign.modeling.layouts import Layout
 from realign_kernels import objectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template.s generation prompt")

@@ -13,11 +13,11 @@ from tiny_processors import make_processor
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
+from realign.data.records import Record, RecordError, StoredImage, read_pairs
 from realign.digits.scenes import CAPTION_PROMPT
-from realign.encode import chat_prompt, encode_records
-from realign.images import ImageStore
-from realign.layouts import Layout
-from realign.records import Record, RecordError, StoredImage, read_pairs
+from realign.modeling.encode import chat_prompt, encode_records
+from realign.modeling.images import ImageStore
+from realign.modeling.layouts import Layout
 from realign_kernels import Objective, objectives
 
 IMAGE_TOKENS = 16

@@ -3,7 +3,7 @@
 Each function of `COLUMNS` asserts one property of one family and says what the table of
 docs/families.md shows of it; the last test holds the two together. To write the table anew:
 
-    REALIGN_WRITE_DOCS=1 python -m pytest tests/test_families.py
+    REALIGN_WRITE_DOCS=1 python -m pytest tests/modeling/test_families.py
 """
 
 import functools
@@ -34,16 +34,18 @@ from family_cases import (
 )
 from tiny_vlms import make
 
-from realign import layouts, parallel, sharding
-from realign.encode import encode_records
-from realign.forest import build_batch
-from realign.layouts import Layout
-from realign.loading import load_model
-from realign.metrics import read_jsonl
-from realign.model import ForestModel
-from realign.records import write_pairs
+from realign import distributed as parallel
+from realign.data.records import write_pairs
+from realign.files import read_jsonl
+from realign.modeling import layouts
+from realign.modeling.encode import encode_records
+from realign.modeling.feature_cache import FeatureCache
+from realign.modeling.forest import build_batch
+from realign.modeling.layouts import Layout
+from realign.modeling.loading import load_model
+from realign.modeling.model import ForestModel
 from realign.train import main
-from realign.vision import FeatureCache
+from realign.training import fsdp as sharding
 from realign_kernels import objectives
 
 
@@ -280,7 +282,7 @@ def test_what_is_done_otherwise_is_said(monkeypatch):
         "idefics3": "type 'idefics3' are not among the tested ones; .* differs .* by [1-9]e-0[5-9]",
     }.items():
         monkeypatch.setattr(layouts, "TESTED", set())
-        monkeypatch.setattr("realign.model.TESTED", {"paligemma", "qwen3_5"})
+        monkeypatch.setattr("realign.modeling.model.TESTED", {"paligemma", "qwen3_5"})
         model = ForestModel(make(family)[0]).eval()
         (line,) = lines(model, *encoded(family, model))
         assert re.search(expected, line)

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
+from realign.data.records import Record, StoredImage
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
-from realign.encode import encode_records
-from realign.forest import Example, Leaf, Root, build_batch
-from realign.layouts import Layout
-from realign.loading import load_model, load_processor
-from realign.model import ForestModel
-from realign.records import Record, StoredImage
+from realign.modeling.encode import encode_records
+from realign.modeling.forest import Example, Leaf, Root, build_batch
+from realign.modeling.layouts import Layout
+from realign.modeling.loading import load_model, load_processor
+from realign.modeling.model import ForestModel
 from realign_kernels import objectives
 
 # fp32 rounding: log-probs are sums of up to 20 tokens of size up to 30.

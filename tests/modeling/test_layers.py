@@ -16,15 +16,18 @@ from transformers.integrations import flex_attention as hf_flex
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from realign import attention, liger, norms, parallel, sharding
+from realign import distributed as parallel
 from realign.config import LossConfig, ScaleConfig, parse
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.encode import encode_records, make_objective
-from realign.forest import build_batch
-from realign.layouts import Layout
-from realign.loading import add_lora, load_model, load_processor
-from realign.model import ForestModel
-from realign.records import read_pairs
+from realign.modeling import attention, norms
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.forest import build_batch
+from realign.modeling.layouts import Layout
+from realign.modeling.loading import add_lora, load_model, load_processor
+from realign.modeling.model import ForestModel
+from realign.training import fsdp as sharding
+from realign.training import liger
 
 CPU = torch.device("cpu")
 
@@ -275,7 +278,7 @@ def test_liger_takes_the_place_of_what_it_computes_alike(digits, ops):
     assert said == "liger: 4 LlamaMLP, 8 LlamaRMSNorm"
     others = [m for m in plain.modules() if type(m).__name__ in ("LlamaMLP", "LlamaRMSNorm")]
     assert {getattr(m.forward, "__module__", "") for m in others} == {
-        "realign.norms", LlamaMLP.__module__,
+        "realign.modeling.norms", LlamaMLP.__module__,
     }  # fmt: skip
     (logps, grads), (truth, expected) = gradients(model, batch), gradients(plain, batch)
     assert (logps - truth).abs().max() < 1e-5

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from realign import lora
 from realign.digits import ASSETS
-from realign.loading import adapters_off, add_lora, load_model
+from realign.modeling import lora
+from realign.modeling.loading import adapters_off, add_lora, load_model
 
 ROWS, WIDTH, OUT = 24, 40, 56
 

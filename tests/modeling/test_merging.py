@@ -22,13 +22,15 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import make
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from realign import cache, evaluate, export, merging, train
+from realign import cache, export, train
+from realign.data.records import write_pairs
+from realign.evaluate import __main__ as evaluate
 from realign.export import ExportConfig, export_whole
-from realign.loading import load_model, load_processor, load_trained
+from realign.modeling import merging
+from realign.modeling.loading import load_model, load_processor, load_trained
 from realign.pairs.__main__ import main as pairs_main
-from realign.records import write_pairs
 
-PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 ROUNDING = 1e-4  # nats; merging in fp32 gave at most 2e-5, changing a shared end twice 0.5 to 34
 UNMERGED = {"LoRA, lora_bias", "BEFT", "Lily"}  # PEFT merges them nowhere, or into biases only
 AT_ENDS = [kind for kind in KINDS if any(word in kind for word in ("lm_head", "embed", "end"))]

@@ -11,16 +11,16 @@ from forked_ranks import run_command, run_ranks
 from safetensors import safe_open
 from test_forest import LOGP_TOLERANCE, separate_logps
 
-from realign import reference
 from realign import train as training
 from realign.config import parse
+from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.digits import ASSETS
-from realign.encode import encode_records
-from realign.layouts import Layout
-from realign.loading import adapters_off, add_lora, load_model, load_processor
-from realign.metrics import read_jsonl
-from realign.model import ForestModel
-from realign.records import StoredImage, read_pairs, write_pairs
+from realign.files import read_jsonl
+from realign.modeling import reference_logps as reference
+from realign.modeling.encode import encode_records
+from realign.modeling.layouts import Layout
+from realign.modeling.loading import adapters_off, add_lora, load_model, load_processor
+from realign.modeling.model import ForestModel
 from realign.train import train
 from realign_kernels import ReferenceCache, objectives, use_backend
 

@@ -8,7 +8,7 @@ from tiny_truth import encode, separate_logps, with_response
 from tiny_vlms import FAMILIES, make, random_images, random_record
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign.encode import chat_prompt
+from realign.modeling.encode import chat_prompt
 
 SIZES = [(28, 28), (28, 56), (56, 49)]
 RESPONSE = [20, 21, 22, 23]  # ids of words in every family

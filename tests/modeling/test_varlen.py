@@ -22,10 +22,13 @@ from family_cases import (
 from tiny_vlms import make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from realign import attention, memory, parallel, sharding, tree_attention, varlen_attention
-from realign.forest import build_batch
-from realign.model import ForestModel
-from realign.varlen_attention import forest_attention, sequences
+from realign import distributed as parallel
+from realign.modeling import attention, tree_attention, varlen_attention
+from realign.modeling.forest import build_batch
+from realign.modeling.model import ForestModel
+from realign.modeling.varlen_attention import forest_attention, sequences
+from realign.training import fsdp as sharding
+from realign.training import memory
 
 OPERATOR = torch.ops.realign.forest_attention.default
 CAUSAL = [name for name in FAMILIES if name not in ("gemma3", "paligemma", "qwen3_5")]

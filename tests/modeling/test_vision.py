@@ -6,10 +6,10 @@ import pytest
 import torch
 from runs import assert_same_curves, curve, run
 
-from realign import vision
-from realign.model import ForestModel
-from realign.records import read_pairs
-from realign.vision import FeatureCache, fill
+from realign.data.records import read_pairs
+from realign.modeling import feature_cache as vision
+from realign.modeling.feature_cache import FeatureCache, fill
+from realign.modeling.model import ForestModel
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from tiny_tokenizers import byte_level, sentence_pieces, word_pieces
 from tiny_vlms import make
 
 from realign.digits.scenes import CAPTION_PROMPT
-from realign.pairs.forced import Speech
-from realign.pairs.mask import CATEGORIES, Masked, mask_response, masked_from
-from realign.pairs.refill import infill
+from realign.pairs.infill.forced import Speech
+from realign.pairs.infill.refill import infill
+from realign.pairs.masking.mask import CATEGORIES, Masked, mask_response, masked_from
 
 PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 

@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 from test_refill import slow_infill
 
+from realign.data.records import Record, StoredImage, read_pairs, write_pairs
 from realign.digits.scenes import CAPTION_PROMPT
 from realign.pairs.__main__ import main
-from realign.pairs.embed import Embedder
-from realign.pairs.filters import same_response, text_similarity
-from realign.pairs.mask import MASK, Masked
-from realign.pairs.phash import perceptual_hash
+from realign.pairs.filters.rules import same_response, text_similarity
+from realign.pairs.masking.mask import MASK, Masked
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources
-from realign.pairs.run import RunError
-from realign.records import Record, StoredImage, read_pairs, write_pairs
+from realign.pairs.retrieval.embed import Embedder
+from realign.pairs.retrieval.phash import perceptual_hash
+from realign.pairs.stages.runner import RunError
 
 PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 

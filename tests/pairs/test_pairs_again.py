@@ -9,13 +9,13 @@ import pytest
 from killed_runs import before_a_shard, exit_code
 from pair_runs import SHARDS, config_in, rejected_in, shard_times, stage_folder
 
+from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
-from realign.pairs.importers import read_any
+from realign.pairs.io.importers import read_any
+from realign.pairs.io.shards import Shards
 from realign.pairs.pipeline import build_pairs, digit_sources, run_stages
-from realign.pairs.shards import Shards
 from realign.pairs.stats import collect
-from realign.records import StoredImage, read_pairs, write_pairs
 
 SCENES = 40
 STAGES = ("read", "embed", "retrieve", "mask", "refill", "filter")
@@ -173,7 +173,7 @@ def test_arrays_that_a_killed_run_left_are_not_taken_for_those_of_their_rows(pic
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("realign.pairs.retrieving.Retrieve._save_index", died)
+        patched.setattr("realign.pairs.stages.retrieve.Retrieve._save_index", died)
         with pytest.raises(KeyboardInterrupt):
             build_pairs(pictures)
     for picture in held:

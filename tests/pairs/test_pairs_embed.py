@@ -11,8 +11,8 @@ from tiny_vlms import make, random_images
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from realign.digits.scenes import make_scenes
-from realign.images import bundle_of
-from realign.pairs.embed import Embedder
+from realign.modeling.images import bundle_of
+from realign.pairs.retrieval.embed import Embedder
 
 
 def test_the_digits_tower_by_default(vlm, processor, scenes):

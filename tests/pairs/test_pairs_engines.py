@@ -11,13 +11,13 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from realign import evaluate
+from realign.data.records import StoredImage
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT
-from realign.loading import load_trained
+from realign.evaluate import digits as evaluate
+from realign.modeling.loading import load_trained
 from realign.pairs.engines import Chat, Reply, make_engine
 from realign.pairs.engines.chat import ChatError, request_digest, typed_messages
-from realign.records import StoredImage
 
 
 def test_images_go_where_messages_place_them_or_in_front():

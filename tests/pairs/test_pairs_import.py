@@ -11,8 +11,8 @@ import pytest
 from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
 
-from realign.pairs.importers import import_pairs, main, read_any
-from realign.records import Record, StoredImage, read_pairs, write_pairs
+from realign.data.records import Record, StoredImage, read_pairs, write_pairs
+from realign.pairs.io.importers import import_pairs, main, read_any
 
 
 def test_the_authors_json(tmp_path, pictures):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
 
-from realign.pairs import formats
-from realign.pairs.importers import FORMATS, read_any
-from realign.pairs.stage import Bad
-from realign.pairs.texts import placed, problem_of
+from realign.pairs.io import formats
+from realign.pairs.io.importers import FORMATS, read_any
+from realign.pairs.io.texts import placed, problem_of
+from realign.pairs.stages.base import Bad
 
 MANY = "".join(f"<p class='x{i}'></p>" for i in range(9)) + "A cat."
 BAD = {

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from realign import reference
 from realign.config import LossConfig
+from realign.data.records import Record, RecordError, StoredImage, write_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, caption_of, make_scenes
-from realign.inputs import load_inputs
-from realign.loading import load_model, load_processor
-from realign.pairs import margin
-from realign.pairs.margin import visual_margins
-from realign.records import Record, RecordError, StoredImage, write_pairs
+from realign.modeling import reference_logps as reference
+from realign.modeling.loading import load_model, load_processor
+from realign.pairs.filters import margin
+from realign.pairs.filters.margin import visual_margins
+from realign.training.inputs import load_inputs
 from realign_kernels import ReferenceCache
 
 PROMPT = ({"role": "user", "content": CAPTION_PROMPT},)

@@ -16,12 +16,14 @@ import pytest
 from killed_runs import before_a_file, exit_code
 from pair_runs import FLAGS, ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
 
-from realign.pairs import pipeline, reading, shards
+from realign.data.records import StoredImage, read_pairs, write_pairs
+from realign.pairs import pipeline
 from realign.pairs.__main__ import main
+from realign.pairs.io import shards
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
-from realign.pairs.run import RunError, sole_run
-from realign.pairs.stage import rng_of
-from realign.records import StoredImage, read_pairs, write_pairs
+from realign.pairs.stages import read as reading
+from realign.pairs.stages.base import rng_of
+from realign.pairs.stages.runner import RunError, sole_run
 
 # Random numbers, digests, shards.
 

@@ -5,10 +5,10 @@ import time
 import pytest
 from fake_endpoint import picture
 
+from realign.data.records import Record, StoredImage
 from realign.pairs import prompts
 from realign.pairs.engines import Reply
-from realign.pairs.mask import Masked
-from realign.records import Record, StoredImage
+from realign.pairs.masking.mask import Masked
 
 RECORD = Record(
     "r",

@@ -13,10 +13,11 @@ import pytest
 import ray
 from pair_runs import ORDER, SHARDS, config_in, shard_times, stage_folder
 
-from realign.pairs import on_ray, pipeline
+from realign.pairs import pipeline
 from realign.pairs.engines import Reply
 from realign.pairs.pipeline import build_pairs, run_stages
-from realign.pairs.run import RunError
+from realign.pairs.stages import on_ray
+from realign.pairs.stages.runner import RunError
 
 
 @pytest.fixture(scope="module")

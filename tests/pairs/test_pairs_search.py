@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from realign.digits.scenes import make_scenes
-from realign.pairs import backends
-from realign.pairs.index import Index, neighbours
-from realign.pairs.phash import HASH_DISTANCE, first_of_image, hamming, perceptual_hash
+from realign.pairs.retrieval import backends
+from realign.pairs.retrieval.index import Index, neighbours
+from realign.pairs.retrieval.phash import HASH_DISTANCE, first_of_image, hamming, perceptual_hash
 
 
 def _unit(values, dtype=np.float32) -> np.ndarray:
@@ -229,7 +229,7 @@ def test_memory_mapped_vectors_are_searched_where_they_lie(tmp_path):
 
 
 def test_auto_is_exact_for_few_and_an_ivf_for_many(monkeypatch, search):
-    from realign.pairs import index as module
+    from realign.pairs.retrieval import index as module
 
     vectors = _clustered(300, 8, 5)
     few = Index().build(vectors)

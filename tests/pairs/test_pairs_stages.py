@@ -9,15 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 from pair_runs import ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
 
-from realign.pairs import assemble, filters, refilling, shards
+from realign.data.records import read_pairs
 from realign.pairs.__main__ import main
 from realign.pairs.engines import Reply
-from realign.pairs.margin import visual_margins
+from realign.pairs.filters import rules as filters
+from realign.pairs.filters.margin import visual_margins
+from realign.pairs.io import shards
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
-from realign.pairs.reading import Read
-from realign.pairs.run import Limit, make_shard
-from realign.pairs.stage import Stage
-from realign.records import read_pairs
+from realign.pairs.stages import assemble
+from realign.pairs.stages import infill as refilling
+from realign.pairs.stages.base import Stage
+from realign.pairs.stages.read import Read
+from realign.pairs.stages.runner import Limit, make_shard
 
 # Engines.
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realign.digits.scenes import make_scenes
-from realign.pairs.filters import (
+from realign.pairs.filters.rules import (
     SentenceSimilarity,
     about_similarity,
     reason_to_drop,
@@ -17,8 +17,8 @@ from realign.pairs.filters import (
     text_similarity,
     words_of,
 )
-from realign.pairs.mask import CATEGORIES, MASK, Masked, mask_response, masked_from
-from realign.pairs.segments import find_segments
+from realign.pairs.masking.mask import CATEGORIES, MASK, Masked, mask_response, masked_from
+from realign.pairs.masking.segments import find_segments
 
 SENTENCE = "Two small red dogs sit near a big tree, behind the house."
 DIGITS = "top left seven , top right two , bottom left zero , bottom right nine ."

@@ -6,8 +6,8 @@ import datasets
 import pytest
 from transformers import AutoProcessor
 
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.records import read_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about TRL
 COLUMNS = ["prompt", "chosen", "rejected", "images"]

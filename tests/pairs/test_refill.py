@@ -8,11 +8,11 @@ import torch
 from tiny_tokenizers import SPECIAL
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from realign.digits.pretrain import build_model
+from experiments.digits_pretrain import build_model
 from realign.digits.scenes import CAPTION_PROMPT, caption_of, digits_in, make_scenes
-from realign.pairs import refill
-from realign.pairs.mask import CATEGORIES, Masked, mask_response
-from realign.pairs.refill import Completion, infill, infill_plain
+from realign.pairs.infill import refill
+from realign.pairs.infill.refill import Completion, infill, infill_plain
+from realign.pairs.masking.mask import CATEGORIES, Masked, mask_response
 
 PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 

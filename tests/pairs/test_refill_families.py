@@ -10,9 +10,9 @@ from tiny_processors import WORDS, make_processor
 from tiny_tokenizers import byte_level
 from tiny_vlms import FAMILIES, make, random_images, random_text
 
-from realign.pairs import refill
-from realign.pairs.mask import Masked, masked_from
-from realign.pairs.refill import alone_because, infill, infill_plain
+from realign.pairs.infill import refill
+from realign.pairs.infill.refill import alone_because, infill, infill_plain
+from realign.pairs.masking.mask import Masked, masked_from
 
 
 def worded(family, **options):

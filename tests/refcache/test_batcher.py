@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from realign_kernels import _extension, batcher
-from realign_kernels.batcher import ForestPacking, pack_forest
+from realign_kernels import _extension
+from realign_kernels.refcache import packing as batcher
+from realign_kernels.refcache.packing import ForestPacking, pack_forest
 
 FIELDS = ("tree_root", "tree_row", "tree_start", "leaf_tree", "leaf_start", "row_lengths")
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from realign import metrics
 from realign.config import LossConfig, parse
-from realign.encode import encode_records, make_objective
-from realign.forest import build_batch
-from realign.layouts import Layout
-from realign.metrics import read_jsonl
-from realign.records import RecordError, StoredImage, read_pairs, write_pairs
+from realign.data.records import RecordError, StoredImage, read_pairs, write_pairs
+from realign.files import read_jsonl
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.forest import build_batch
+from realign.modeling.layouts import Layout
 from realign.train import main, train
+from realign.training import metrics
 from realign_kernels import Objective, PreferenceOutput, leaf_keys, objectives
 
 NEGATIVES = 3

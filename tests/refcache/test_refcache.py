@@ -10,8 +10,8 @@ import torch
 from forests import Forest, Leaf, Root, Scorer, fill, make_forests, token_logps
 
 from realign_kernels import MissingReferences, ReferenceCache, leaf_keys, refcache
-from realign_kernels.filling import batches_to_compute, plan
-from realign_kernels.leaves import collect_leaves
+from realign_kernels.refcache.fill import batches_to_compute, plan
+from realign_kernels.refcache.keys import collect_leaves
 
 PRINT = {"weights": "a" * 32, "dtype": "fp32"}
 

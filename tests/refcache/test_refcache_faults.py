@@ -20,7 +20,7 @@ from forests import Scorer, fill, make_forests
 from test_refcache import PRINT, exact
 
 from realign_kernels import ReferenceCache, refcache
-from realign_kernels.leaves import collect_leaves
+from realign_kernels.refcache.keys import collect_leaves
 
 
 def test_kill_9_at_50_random_points_loses_at_most_the_batch_in_flight(tmp_path):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from realign_kernels import staging
 from realign_kernels._extension import extension, missing_reason
-from realign_kernels.staging import Staging, leaf_sums
+from realign_kernels.refcache import staging
+from realign_kernels.refcache.staging import Staging, leaf_sums
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 LENGTHS = ([], [0], [1], [5, 0, 0, 7], [31, 32, 33], [63, 64, 65, 0], [1000, 1, 4097], [3] * 1500)
 

@@ -11,9 +11,9 @@ import pytest
 import table_worker
 from table_worker import FINGERPRINT, find, make
 
-from realign_kernels import table as public
-from realign_kernels import table_files, table_python
 from realign_kernels._extension import extension
+from realign_kernels.refcache import table as public
+from realign_kernels.refcache import table_files, table_python
 
 PACKAGE = str(Path(table_python.__file__).parent)
 NAMES = ["python"] if extension() is None else ["extension", "python"]

@@ -13,10 +13,10 @@ import pytest
 import table_worker
 from table_worker import FINGERPRINT, find, make
 
-from realign_kernels import table_files, table_python
 from realign_kernels._extension import extension
+from realign_kernels.refcache import table_files, table_python
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(table_python.__file__).parent
 STRESS_SECONDS = float(os.environ.get("REALIGN_STRESS_SECONDS", "5"))
 

@@ -8,11 +8,11 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from runs import arguments
 
-from realign.card import model_card, settings_of
 from realign.config import TrainConfig, parse
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.records import read_pairs
 from realign.train import train
+from realign.training.model_card import model_card, settings_of
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])

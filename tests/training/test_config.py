@@ -6,14 +6,14 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 
+from experiments.study.__main__ import StudyConfig
 from realign import cli, config
 from realign.cache import CacheConfig, FillConfig
 from realign.cli import parse_sections
-from realign.demo import DemoConfig
+from realign.demo.__main__ import DemoConfig
 from realign.evaluate import EvaluateConfig
 from realign.export import ExportConfig
 from realign.pairs.pipeline import PairsConfig
-from realign.study.__main__ import StudyConfig
 from realign_kernels import objectives
 
 # To add an option is a decision: it is listed here, with its default.

@@ -16,15 +16,15 @@ from forked_ranks import Forked, run_ranks
 from ranks_worker import plant, restore, run_all
 from runs import arguments, assert_same_run, run, wait_for_step
 
-from realign import parallel
-from realign.checkpoint import CheckpointError
-from realign.encode import encode_records
-from realign.images import ImageStore
-from realign.metrics import JsonlLog, read_jsonl
-from realign.records import RecordError, read_pairs
-from realign.run import sole_writer
-from realign.schedule import batches
+from realign import distributed as parallel
+from realign.data.records import RecordError, read_pairs
+from realign.files import JsonlLog, read_jsonl
+from realign.modeling.encode import encode_records
+from realign.modeling.images import ImageStore
 from realign.train import main
+from realign.training.checkpoint import CheckpointError
+from realign.training.run_dir import sole_writer
+from realign.training.schedule import batches
 from realign_kernels import objectives
 
 EVERY_2 = ("--save-every", 2)

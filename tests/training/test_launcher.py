@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from realign import parallel
+from realign import distributed as parallel
 
 
 def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):

@@ -11,17 +11,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from realign import trackers
 from realign.config import parse
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.encode import encode_records, make_objective
-from realign.forest import build_batch
-from realign.loading import add_lora, load_model
-from realign.metrics import read_jsonl, step_line
-from realign.model import ForestModel
-from realign.records import read_pairs
-from realign.throughput import TIMING, WORK, cost_of, image_flop, peak_flops, work_of
+from realign.files import read_jsonl
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.forest import build_batch
+from realign.modeling.loading import add_lora, load_model
+from realign.modeling.model import ForestModel
 from realign.train import main, train
+from realign.training import trackers
+from realign.training.metrics import step_line
+from realign.training.throughput import TIMING, WORK, cost_of, image_flop, peak_flops, work_of
 
 
 @pytest.fixture(scope="module")

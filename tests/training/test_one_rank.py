@@ -11,18 +11,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from realign import parallel, sharding, train
+from realign import distributed as parallel
+from realign import train
 from realign.config import LossConfig
 from realign.digits import ASSETS
-from realign.forest import build_batch
-from realign.inputs import load_inputs
-from realign.loading import add_lora, load_model
-from realign.metrics import read_jsonl
-from realign.model import ForestModel
+from realign.files import read_jsonl
+from realign.modeling.forest import build_batch
+from realign.modeling.loading import add_lora, load_model
+from realign.modeling.model import ForestModel
 from realign.pairs.engines.transformers_engine import TransformersEngine
-from realign.step import heap_frozen
-from realign.throughput import image_flop
 from realign.train import main
+from realign.training import fsdp as sharding
+from realign.training.inputs import load_inputs
+from realign.training.step import heap_frozen
+from realign.training.throughput import image_flop
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 WAYS = {

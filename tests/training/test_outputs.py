@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from realign import cache, demo, doctor, evaluate, export, train
-from realign.outputs import check_file, check_folder
+from experiments.study import __main__ as study
+from realign import cache, doctor, export, train
+from realign.demo import __main__ as demo
+from realign.evaluate import __main__ as evaluate
+from realign.files import check_file, check_folder
 from realign.pairs import __main__ as pairs
-from realign.study import __main__ as study
 
 
 @pytest.fixture(autouse=True)

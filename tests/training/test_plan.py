@@ -12,17 +12,17 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from realign import memory, throughput
 from realign.config import parse
+from realign.data.records import read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.digits.processor import build_processor
-from realign.encode import encode_records, make_objective
-from realign.forest import build_batch
-from realign.loading import add_lora, load_model
-from realign.model import ForestModel
-from realign.plan import Plan
-from realign.records import read_pairs, write_pairs
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.forest import build_batch
+from realign.modeling.loading import add_lora, load_model
+from realign.modeling.model import ForestModel
 from realign.train import main
+from realign.training import memory, throughput
+from realign.training.dry_run import Plan
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ MEASURE = """
 import sys
 import realign.train
 import transformers.models.llava.modeling_llava
-from realign.throughput import process_memory
+from realign.training.throughput import process_memory
 before = process_memory("VmRSS")
 assert realign.train.main(sys.argv[1:]) == 0
 print(process_memory("VmHWM") - before)

@@ -18,16 +18,18 @@ from runs import arguments, assert_same_run, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from realign import parallel, step, train
+from realign import distributed as parallel
+from realign import train
 from realign.config import LossConfig
 from realign.digits import ASSETS
-from realign.images import ImageStore
-from realign.inputs import load_inputs
-from realign.loading import add_lora
-from realign.metrics import read_jsonl
-from realign.model import ForestModel
-from realign.prefetch import ahead, pinned
+from realign.files import read_jsonl
+from realign.modeling.images import ImageStore
+from realign.modeling.loading import add_lora
+from realign.modeling.model import ForestModel
+from realign.modeling.prefetch import ahead, pinned
 from realign.train import main
+from realign.training import step
+from realign.training.inputs import load_inputs
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).parent
@@ -236,8 +238,9 @@ def test_an_image_that_changes_is_named_where_it_is_needed(
 # On rank 1 the images of its third micro-batch are not what they were.
 WORKER = """
 import sys, torch
-from realign import parallel, step, train
-from realign.images import ImageStore
+from realign import distributed as parallel, train
+from realign.training import step
+from realign.modeling.images import ImageStore
 feed, fed = step.Feed.__call__, []
 def spoil(self, part, last=True):
     fed.append(part)

@@ -22,9 +22,9 @@ from runs import (
 )
 from safetensors.torch import load_file
 
+from realign.data.records import read_pairs, write_pairs
 from realign.digits import ASSETS
-from realign.metrics import JsonlLog, read_jsonl
-from realign.records import read_pairs, write_pairs
+from realign.files import JsonlLog, read_jsonl
 from realign.train import main
 
 TWO_RANKS = ("--fsdp", "--nproc-per-node", 2)

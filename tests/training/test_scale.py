@@ -16,8 +16,8 @@ from runs import arguments, assert_same_curves, curve, run
 from safetensors.torch import load_file
 from scale_worker import run_all
 
-from realign import parallel
-from realign.metrics import read_jsonl
+from realign import distributed as parallel
+from realign.files import read_jsonl
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.train import main
 

@@ -15,15 +15,15 @@ from transformers import (
 )
 
 from realign.config import parse
+from realign.data.records import write_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import digits_in, make_scenes
 from realign.evaluate import caption
-from realign.loading import load_model, load_processor
-from realign.model import NonFiniteRecords
+from realign.modeling.loading import load_model, load_processor
+from realign.modeling.model import NonFiniteRecords
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.records import write_pairs
-from realign.schedule import learning_rate
 from realign.train import main
+from realign.training.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def make_engine(
             price_out=price_out,
         )
     if model:
-        from realign.merging import check_folder
+        from realign.modeling.merging import check_folder
 
         check_folder(model)
     if kind == "transformers" and model:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from realign.messages import ChatError, place_images
+from realign.data.messages import ChatError, place_images
 
 NO_TEXT = "the answer is empty"
 
@@ -94,7 +94,7 @@ def typed_messages(chat: Chat) -> list[dict[str, Any]]:
     """The messages of a chat with content as typed parts, every image in its place.
 
     Raises:
-        ChatError: as `realign.messages.place_images`.
+        ChatError: as `realign.data.messages.place_images`.
     """
     return place_images(chat.messages, len(chat.images))
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from realign.chat import ChatTemplate, shorten, text_inputs
-from realign.loading import DTYPES, adapter_base, load_processor, load_trained
+from realign.distributed import disable_cudnn_attention
+from realign.modeling.chat import ChatTemplate, shorten, text_inputs
+from realign.modeling.loading import DTYPES, adapter_base, load_processor, load_trained
 from realign.pairs.engines.chat import NO_TEXT, Chat, ChatError, Engine, Reply
-from realign.parallel import disable_cudnn_attention
 
 
 class TransformersEngine(Engine):

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from realign import reference
-from realign.encode import encode_records
-from realign.forest import Example
-from realign.images import ImageStore
-from realign.model import ForestModel
-from realign.records import Record, RecordError
+from realign.data.records import Record, RecordError
+from realign.modeling import reference_logps as reference
+from realign.modeling.encode import encode_records
+from realign.modeling.forest import Example
+from realign.modeling.images import ImageStore
+from realign.modeling.model import ForestModel
 from realign_kernels import Objective, ReferenceCache, objectives
 
 MARGIN = Objective(

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from realign.chat import ChatTemplate, tokens_behind
-from realign.pairs.mask import Masked
+from realign.modeling.chat import ChatTemplate, tokens_behind
+from realign.pairs.masking.mask import Masked
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
-from realign.images import bundle_of
-from realign.layouts import SLIDING, Layout
-from realign.model import takes_masks
+from realign.modeling.images import bundle_of
+from realign.modeling.layouts import SLIDING, Layout
+from realign.modeling.model import takes_masks
 
 
 class RowReader:

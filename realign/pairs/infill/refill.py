@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from realign import tree_attention
-from realign.chat import shorten, text_inputs
-from realign.layouts import FULL, SLIDING, layout_of
-from realign.pairs.forced import Forced, Speech
-from realign.pairs.mask import Masked
-from realign.pairs.reader import RowReader
+from realign.modeling import tree_attention
+from realign.modeling.chat import shorten, text_inputs
+from realign.modeling.layouts import FULL, SLIDING, layout_of
+from realign.pairs.infill.forced import Forced, Speech
+from realign.pairs.infill.reader import RowReader
+from realign.pairs.masking.mask import Masked
 
 _FORWARD = 128
 """Tokens whose computation takes as long as what a forward costs whatever its size. It decides how

@@ -1,7 +1,7 @@
 """The formats that records come in, each turned into the same entries.
 
 A format is a function from one item (an object of a JSON file, a line, a row) to entries: messages,
-responses and images as the file has them. `realign.entries` reads preference rows; the others are
+responses and images as the file has them. `entries` reads preference rows; the others are
 read here. A fault of an item is a `Malformed`; nothing is looked up on disk.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from realign.dialogues import messages_of
-from realign.entries import Entry, entry_of, images_of, name_of
-from realign.errors import Malformed, shown
+from realign.data.dialogues import messages_of
+from realign.data.entries import Entry, entry_of, images_of, name_of
+from realign.data.errors import Malformed, shown
 
 CAPTION_PROMPT = "Describe the image in one sentence."
 _PREFERENCES = ("chosen", "rejected", "rejected_response")

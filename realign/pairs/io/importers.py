@@ -22,19 +22,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from realign.entries import Entry, Names, name_of
-from realign.errors import Malformed, shown
-from realign.messages import ChatError
-from realign.outputs import check_file
-from realign.pairs import formats
-from realign.pairs.formats import Options
-from realign.pairs.pictures import inside, plain_picture
-from realign.pairs.shards import LEFT_OUT, write_table
-from realign.pairs.stage import Bad
-from realign.pairs.texts import placed, printable, problem_of
-from realign.pictures import MAX_PIXELS, PictureError, StoredImage
-from realign.records import Record, has_parts, write_pairs
-from realign.tables import rows_of
+from realign.data.entries import Entry, Names, name_of
+from realign.data.errors import Malformed, shown
+from realign.data.messages import ChatError
+from realign.data.pictures import MAX_PIXELS, PictureError, StoredImage
+from realign.data.records import Record, has_parts, write_pairs
+from realign.data.tables import rows_of
+from realign.files import check_file
+from realign.pairs.io import formats
+from realign.pairs.io.formats import Options
+from realign.pairs.io.pictures import inside, plain_picture
+from realign.pairs.io.shards import LEFT_OUT, write_table
+from realign.pairs.io.texts import placed, printable, problem_of
+from realign.pairs.stages.base import Bad
 
 FORMATS = ("auto", *formats.PARSERS)
 _ALL = ("llava:all", "coco:all")

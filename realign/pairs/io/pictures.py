@@ -1,6 +1,6 @@
 """Images of a data set for pairs: paths inside a folder, and images that other programs read alike.
 
-`realign.pictures` decodes them.
+`realign.data.pictures` decodes them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from realign.pictures import MAX_PIXELS, PictureError
-from realign.records import StoredImage
+from realign.data.pictures import MAX_PIXELS, PictureError
+from realign.data.records import StoredImage
 
 
 def inside(folder: Path, path: str) -> str:

@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from PIL import Image
 
+from realign.data.records import Record, StoredImage
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply, is_endpoint
-from realign.pairs.pictures import PictureError, load_picture
-from realign.pairs.stage import NO_REPLY, Row
-from realign.records import Record, StoredImage
+from realign.pairs.io.pictures import PictureError, load_picture
+from realign.pairs.stages.base import NO_REPLY, Row
 
 _Loaded = TypeVar("_Loaded")
 _CHAT_SIDE = 1536  # pixels of the longer side of an image in a chat

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.pairs.stage import Bad, Dropped, Row
+from realign.pairs.stages.base import Bad, Dropped, Row
 
 LEFT_OUT = pa.schema([(n, pa.string()) for n in ("record", "stage", "reason", "detail")])
 _ROWS, MADE_OF = b"realign.rows", b"realign.made_of"  # in the footer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from realign.errors import shown
-from realign.image_tags import has_tag
-from realign.messages import place_images, texts_of
-from realign.records import has_parts
+from realign.data.errors import shown
+from realign.data.image_tags import has_tag
+from realign.data.messages import place_images, texts_of
+from realign.data.records import has_parts
 
 _TAGS = re.compile(r"</?[a-zA-Z!][^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")

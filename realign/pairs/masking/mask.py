@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from realign.pairs.segments import CATEGORIES, Span, find_segments
+from realign.pairs.masking.segments import CATEGORIES, Span, find_segments
 
 MASK = "[MASK]"
 _EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # a segment's, where a language model adds them

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from realign.pairs import words as lists
+from realign.pairs.masking import words as lists
 
 CATEGORIES = ("numbers", "attributes", "relations", "objects")
 """Kinds of segment."""

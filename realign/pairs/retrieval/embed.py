@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from realign.digits import ASSETS
-from realign.images import bundle_of, collate, features
-from realign.layouts import layout_of
-from realign.loading import DTYPES, load_model, load_processor
+from realign.modeling.images import bundle_of, collate, features
+from realign.modeling.layouts import layout_of
+from realign.modeling.loading import DTYPES, load_model, load_processor
 
 Inputs = dict[str, torch.Tensor]
 """What an encoder takes for some images."""

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from realign.pairs import backends
-from realign.pairs.phash import HASH_DISTANCE, first_of_image, hamming
+from realign.pairs.retrieval import backends
+from realign.pairs.retrieval.phash import HASH_DISTANCE, first_of_image, hamming
 
 KINDS = ("auto", "exact", "ivf", "hnsw")
 EXACT_UP_TO = 200_000

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from realign.data.records import Record, StoredImage, has_parts
 from realign.pairs.config import PairsConfig
-from realign.pairs.mask import Masked
+from realign.pairs.io.pictures import PictureError, load_picture, plain_picture
+from realign.pairs.io.rows import by_id, images_of, in_threads, record_of
+from realign.pairs.io.shards import Library, Shards
+from realign.pairs.masking.mask import Masked
 from realign.pairs.negatives import DERIVED, visual_negative
-from realign.pairs.pictures import PictureError, load_picture, plain_picture
-from realign.pairs.reading import IMAGES
-from realign.pairs.rows import by_id, images_of, in_threads, record_of
-from realign.pairs.shards import Library, Shards
-from realign.pairs.stage import Bad, Row, Stage, rng_of
-from realign.records import Record, StoredImage, has_parts
+from realign.pairs.stages.base import Bad, Row, Stage, rng_of
+from realign.pairs.stages.read import IMAGES
 
 _DRAWS = 100  # random records looked at before the neighbour serves
 

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from realign.pairs import filters
-from realign.pairs.assemble import Assembler
+from realign.data.records import Record, RecordError
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
-from realign.pairs.margin import visual_margins
-from realign.pairs.pictures import PictureError
+from realign.pairs.filters import rules as filters
+from realign.pairs.filters.margin import visual_margins
+from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.rows import chat_images, engine_mark, in_threads, mark_of
 from realign.pairs.prompts import judge_chat, parse_verdict
-from realign.pairs.refilling import load_vlm
-from realign.pairs.rows import chat_images, engine_mark, in_threads, mark_of
-from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Dropped, Row, Script
-from realign.records import Record, RecordError
+from realign.pairs.stages.assemble import Assembler
+from realign.pairs.stages.base import NO_REPLY, Bad, ChatStage, Dropped, Row, Script
+from realign.pairs.stages.infill import load_vlm
 
 
 class Filter(ChatStage):

@@ -9,16 +9,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from realign.encode import check_prompt
-from realign.loading import DTYPES, load_model, load_processor
-from realign.pairs import filters
+from realign.data.records import Record, RecordError
+from realign.modeling.encode import check_prompt
+from realign.modeling.loading import DTYPES, load_model, load_processor
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
-from realign.pairs.mask import Masked
-from realign.pairs.pictures import PictureError
-from realign.pairs.prompts import complete_chat, keeps_pieces, parse_completion
-from realign.pairs.refill import infill
-from realign.pairs.rows import (
+from realign.pairs.filters import rules as filters
+from realign.pairs.infill.refill import infill
+from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.rows import (
     by_id,
     chat_images,
     engine_mark,
@@ -28,10 +27,11 @@ from realign.pairs.rows import (
     pictures_of,
     record_of,
 )
-from realign.pairs.shards import Library
-from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Row, Script, rng_of
-from realign.pairs.texts import problem_of
-from realign.records import Record, RecordError
+from realign.pairs.io.shards import Library
+from realign.pairs.io.texts import problem_of
+from realign.pairs.masking.mask import Masked
+from realign.pairs.prompts import complete_chat, keeps_pieces, parse_completion
+from realign.pairs.stages.base import NO_REPLY, Bad, ChatStage, Row, Script, rng_of
 
 _SPARE_TOKENS = 32  # of a completion, beyond one for two characters of the chosen response
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from realign.noise import hush_libraries
 from realign.pairs.engines import is_endpoint
-from realign.pairs.run import Limit, Made, make_shard, read_inputs
-from realign.pairs.stage import Bad, ChatStage, Row, Script, Stage
+from realign.pairs.stages.base import Bad, ChatStage, Row, Script, Stage
+from realign.pairs.stages.runner import Limit, Made, make_shard, read_inputs
+from realign.third_party import hush_libraries
 
 _STORE = 512 * 2**20  # bytes of a local instance: shard numbers, and images for vLLM
 _ENVIRONMENT = {

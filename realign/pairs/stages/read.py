@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from realign.data.records import Record
 from realign.pairs.config import PairsConfig
-from realign.pairs.rows import digit_sources, mark_of
-from realign.pairs.shards import Shards
-from realign.pairs.stage import Bad, Row, Stage
-from realign.records import Record
+from realign.pairs.io.rows import digit_sources, mark_of
+from realign.pairs.io.shards import Shards
+from realign.pairs.stages.base import Bad, Row, Stage
 
 _PATHS = "images.list.element.path"  # as Parquet names it
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
@@ -59,7 +59,7 @@ class Read(Stage):
         if self.config.data is None:
             records: Iterator[Record | Bad] = iter(digit_sources(self.config))
         else:
-            from realign.pairs.importers import read_any
+            from realign.pairs.io.importers import read_any
 
             config = self.config
             records = iter(read_any(config.data, format=config.format, images=config.image_folder))

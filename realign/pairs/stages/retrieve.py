@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from realign.pairs.config import PairsConfig
-from realign.pairs.index import Index, neighbours
-from realign.pairs.shards import MADE_OF, Shards, digest_of, marks_in, save_array, write_table
-from realign.pairs.stage import Bad, Row, Stage
+from realign.pairs.io.shards import MADE_OF, Shards, digest_of, marks_in, save_array, write_table
+from realign.pairs.retrieval.index import Index, neighbours
+from realign.pairs.stages.base import Bad, Row, Stage
 
 _ARRAYS = ("vectors.npy", "hashes.npy", "images.npy")
 

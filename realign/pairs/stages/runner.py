@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from realign.pairs.reading import Read
-from realign.pairs.shards import (
+from realign.data.records import Record
+from realign.pairs.io.shards import (
     LEFT_OUT,
     Shards,
     digest_of,
@@ -26,8 +26,8 @@ from realign.pairs.shards import (
     write_bytes,
     write_table,
 )
-from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Row, Stage
-from realign.records import Record
+from realign.pairs.stages.base import NO_REPLY, Bad, ChatStage, Row, Stage
+from realign.pairs.stages.read import Read
 
 
 class RunError(ValueError):
@@ -207,7 +207,7 @@ class Runner:
     def _shards(self, stage: Stage, missing: list[int]) -> Iterator[Made]:
         limit = Limit(self._most_bad() - len(self._bad), set(self._bad))
         if self.ray is not None:
-            from realign.pairs import on_ray
+            from realign.pairs.stages import on_ray
 
             yield from on_ray.make_shards(stage, missing, limit, self.ray)
             return

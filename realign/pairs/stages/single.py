@@ -10,11 +10,8 @@ import pyarrow as pa
 from PIL import Image
 
 from realign.pairs.config import PairsConfig
-from realign.pairs.mask import Masked, mask_response, masked_from
-from realign.pairs.phash import perceptual_hash
-from realign.pairs.pictures import PictureError
-from realign.pairs.prompts import answer_chat, mask_chat, parse_answer, parse_segments
-from realign.pairs.rows import (
+from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.rows import (
     chat_images,
     engine_mark,
     images_of,
@@ -24,8 +21,11 @@ from realign.pairs.rows import (
     record_of,
     reply_fault,
 )
-from realign.pairs.stage import NO_REPLY, Bad, ChatStage, Dropped, Row, Script, Stage, rng_of
-from realign.pairs.texts import problem_of
+from realign.pairs.io.texts import problem_of
+from realign.pairs.masking.mask import Masked, mask_response, masked_from
+from realign.pairs.prompts import answer_chat, mask_chat, parse_answer, parse_segments
+from realign.pairs.retrieval.phash import perceptual_hash
+from realign.pairs.stages.base import NO_REPLY, Bad, ChatStage, Dropped, Row, Script, Stage, rng_of
 
 _SIDE = 1024  # pixels of the longer side of an image that is embedded, at most
 
@@ -102,7 +102,7 @@ class Embed(Stage):
 
     def open(self) -> None:
         """Load the encoder."""
-        from realign.pairs.embed import Embedder
+        from realign.pairs.retrieval.embed import Embedder
 
         config = self.config
         self._embedder = Embedder(

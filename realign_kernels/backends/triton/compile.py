@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, without a GPU, and says what came out.
 
-    python -m realign_kernels.triton.compile --arch 80 90 100
+    python -m realign_kernels.backends.triton.compile --arch 80 90 100
 
 The kernels are compiled as the launchers call them (argument types, alignments, tiles): the
 launchers run on tensors without memory, and what they would launch is compiled instead.
@@ -27,9 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from realign_kernels import objectives
-from realign_kernels.rows import Head, Scores
-from realign_kernels.triton import exp_head, finish, forward, loss, rows, scatter
-from realign_kernels.triton.logits import assume_device
+from realign_kernels.backends.base import Head, Scores
+from realign_kernels.backends.triton import exp_head, finish, forward, loss, rows, scatter
+from realign_kernels.backends.triton.logits import assume_device
 
 PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")

@@ -1,6 +1,6 @@
 """Tile sizes per architecture: tables, so that nothing is tuned at import or at first use.
 
-They are chosen from ahead-of-time reports (`python -m realign_kernels.triton.compile`): no spill,
+They are chosen from ahead-of-time reports (`triton.compile`): no spill,
 shared memory that fits, tensor cores fed from it. Of sm_90's, the row kernel's was raced on an H200
 and the forward's wide tile took the time of cuBLAS's GEMM at 8190 x 4096 x 151936; the speed of the
 other tiles is not measured.

@@ -19,9 +19,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from realign_kernels._extension import extension, missing_reason
-from realign_kernels.rows import Head, Scores
-from realign_kernels.triton.configs import EXP_HEADS, listed
-from realign_kernels.triton.logits import device_facts, load_wide, takes_tma
+from realign_kernels.backends.base import Head, Scores
+from realign_kernels.backends.triton.configs import EXP_HEADS, listed
+from realign_kernels.backends.triton.logits import device_facts, load_wide, takes_tma
 
 MARGIN = tl.constexpr(58.0)
 """Bits, 40 nats. Tokens 47 nats below the label underflow instead: 1 - p is then below 1e-20."""
@@ -282,7 +282,7 @@ def score_sums(
 
 
 def fused(hidden: Tensor, labels: Tensor, head: Head, others: Tensor) -> Scores:
-    """See `realign_kernels.rows.Kernels.fused`."""
+    """See `realign_kernels.backends.base.Kernels.fused`."""
     logit, shift, narrow = label_logits(hidden, labels, head)
     gemm = cutlass_rows if choice(hidden, head) == "cutlass" else exp_rows
     sums = gemm(hidden, head, narrow, shift, others)
@@ -320,7 +320,7 @@ def built() -> bool:
 
 
 def fuses(hidden: Tensor, head: Head) -> bool:
-    """See `realign_kernels.rows.Kernels.fuses`."""
+    """See `realign_kernels.backends.base.Kernels.fuses`."""
     return choice(hidden, head) != "rows"
 
 

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from realign_kernels.rows import Scores
-from realign_kernels.triton.logits import check_unit_stride, load_wide
+from realign_kernels.backends.base import Scores
+from realign_kernels.backends.triton.logits import check_unit_stride, load_wide
 
 BLOCK = 2048
 SCALE_BLOCK = 8192
@@ -51,7 +51,7 @@ def finish(
     factor: Tensor,  # (r,) fp32
     out: Tensor,  # (r, H)
 ) -> None:
-    """See `realign_kernels.rows.Kernels.finish`."""
+    """See `realign_kernels.backends.base.Kernels.finish`."""
     for name, tensor in (("pull", pull), ("out", out)):
         check_unit_stride(name, tensor)
     count, width = out.shape
@@ -97,7 +97,7 @@ def scale(
     values: Tensor,  # contiguous, any shape
     factor: Tensor,  # () fp32
 ) -> None:
-    """See `realign_kernels.rows.Kernels.scale`."""
+    """See `realign_kernels.backends.base.Kernels.scale`."""
     assert values.is_contiguous()
     with torch.cuda.device_of(values):
         scale_kernel[(SCALE_PROGRAMS,)](

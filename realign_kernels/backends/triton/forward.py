@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from realign_kernels.rows import RowStats
-from realign_kernels.triton.configs import GemmConfig, choose_splits, gemm_config
-from realign_kernels.triton.logits import (
+from realign_kernels.backends.base import RowStats
+from realign_kernels.backends.triton.configs import GemmConfig, choose_splits, gemm_config
+from realign_kernels.backends.triton.logits import (
     LOWEST,
     check_dtype,
     check_unit_stride,

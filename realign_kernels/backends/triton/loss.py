@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from realign_kernels.backends.triton.configs import LOSS_BLOCK, LOSS_WARPS
 from realign_kernels.objectives import AnchorSigmoid, Objective, PairSigmoid
-from realign_kernels.triton.configs import LOSS_BLOCK, LOSS_WARPS
 
 
 class LossOutput(NamedTuple):

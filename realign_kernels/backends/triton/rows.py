@@ -3,7 +3,7 @@
 One program computes one row. Where E is wanted it shifts by the label's logit and reads the row
 once. It reads the row twice, first for its peak, where the sum of E is out of range (the others are
 some 70 nats away), in fp16, in place, for the strongest other token, and where no E is wanted.
-`realign_kernels.rows` defines the results.
+`realign_kernels.backends.base` defines the results.
 """
 
 import torch
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from realign_kernels.rows import RowStats
-from realign_kernels.triton.configs import row_config
-from realign_kernels.triton.logits import (
+from realign_kernels.backends.base import RowStats
+from realign_kernels.backends.triton.configs import row_config
+from realign_kernels.backends.triton.logits import (
     LOWEST,
     check_dtype,
     check_unit_stride,
@@ -162,7 +162,7 @@ def read_rows(
     rival: Tensor | None = None,  # (r,) bool
     others: Tensor | None = None,  # (r, V), written; may be logits
 ) -> RowStats:
-    """The row kernel in Triton. See `realign_kernels.rows.Kernels.read_rows`, the contract."""
+    """The row kernel in Triton. `base.Kernels.read_rows` is the contract."""
     check_dtype("logits", logits)
     check_unit_stride("logits", logits)
     if others is not None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from realign_kernels.triton.logits import check_unit_stride
+from realign_kernels.backends.triton.logits import check_unit_stride
 
 BLOCK = 1024
 """Columns of a program; 4 warps then load 16 bytes of fp32 a thread, twice."""
@@ -51,7 +51,7 @@ def add_rows(
     index: Tensor,  # (r,) int64 in [0, V), or -1: not added
     rows: Tensor,  # (r, H) fp32
 ) -> None:
-    """The same sums in the same order in each call. See `realign_kernels.rows.Kernels.add_rows`."""
+    """The same sums in the same order in each call. See `base.Kernels.add_rows`."""
     check_unit_stride("total", total)
     rows = rows.contiguous()  # a product with hidden states has their layout
     count, width = rows.shape

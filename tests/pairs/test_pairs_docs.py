@@ -13,14 +13,14 @@ from test_pairs_import_bad import BAD
 
 from realign.cli import parse_sections
 from realign.config import TrainConfig
+from realign.data.records import Record
 from realign.pairs.__main__ import main
 from realign.pairs.config import PairsConfig
 from realign.pairs.gallery import pair_rows
-from realign.pairs.importers import FORMATS, read_any
+from realign.pairs.io.importers import FORMATS, read_any
 from realign.pairs.pipeline import STAGES
-from realign.records import Record
 
-TEXT = (Path(__file__).parent.parent / "docs" / "pairs.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "pairs.md").read_text()
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from realign.pairs.pictures import PictureError, inside, load_picture, plain_picture
-from realign.records import StoredImage
+from realign.data.records import StoredImage
+from realign.pairs.io.pictures import PictureError, inside, load_picture, plain_picture
 
 RED, GREEN, BLUE, WHITE = (200, 30, 40), (20, 160, 60), (10, 20, 220), (255, 255, 255)
 COLOURS = np.array([[RED, GREEN], [BLUE, WHITE]], dtype=np.uint8)

@@ -1,0 +1,1 @@
+"""Preference records: reading rows of any source, and decoding their images."""

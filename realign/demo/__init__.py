@@ -1,0 +1,1 @@
+"""The main job end to end on the shipped digits: `python -m realign.demo`."""

@@ -1,0 +1,1 @@
+"""Filters: the completions that may become rejected responses."""

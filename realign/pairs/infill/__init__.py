@@ -1,0 +1,1 @@
+"""Infill: masked responses completed on another image, with the rest forced."""

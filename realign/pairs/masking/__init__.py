@@ -1,0 +1,1 @@
+"""Masking: the parts of a response that infill writes again."""

@@ -1,0 +1,1 @@
+"""Retrieval of visual neighbours: embeddings, nearest neighbours, near-duplicates."""

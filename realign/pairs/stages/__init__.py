@@ -1,0 +1,1 @@
+"""Stages of the pipeline, and the runner that makes their shards."""

@@ -1,0 +1,1 @@
+"""Training: one step, its schedule, sharding, checkpoints, metrics and the run's folder."""

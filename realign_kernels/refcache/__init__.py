@@ -1,0 +1,21 @@
+"""The reference cache: log-probs of a frozen model, computed once per distinct leaf and kept."""
+
+from realign_kernels.refcache.cache import (
+    MissingReferences,
+    ReferenceCache,
+    References,
+    compact,
+    fingerprint_digest,
+    inspect,
+    tables,
+)
+
+__all__ = [
+    "MissingReferences",
+    "ReferenceCache",
+    "References",
+    "compact",
+    "fingerprint_digest",
+    "inspect",
+    "tables",
+]
