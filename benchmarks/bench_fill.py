@@ -24,7 +24,7 @@ from benchmarks.models import random_llava, random_pairs
 from benchmarks.race import race
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.modeling import reference_logps as reference
+from realign.modeling import reference_logps
 from realign.modeling.encode import encode_records
 from realign.modeling.forest import build_batch
 from realign.modeling.layouts import Layout
@@ -80,7 +80,7 @@ def fill(setting):
         tempfile.TemporaryDirectory() as folder,
         ReferenceCache.open(folder, {"weights": "x"}) as cache,
     ):
-        return reference.fill(
+        return reference_logps.fill(
             cache,
             ForestModel(vlm).eval(),
             examples,
@@ -100,7 +100,9 @@ def forest_batches(setting):
     leaves = collect_leaves(examples)
     made = []
     for batch in plan(leaves, np.ones(len(leaves.keys), bool), row_tokens, batch_rows):
-        single = [reference._alone(examples[i], j) for i, j in leaves.pairs[batch.leaves].tolist()]
+        single = [
+            reference_logps._alone(examples[i], j) for i, j in leaves.pairs[batch.leaves].tolist()
+        ]
         made.append(build_batch(single, store, row_tokens=row_tokens))
     return made
 

@@ -96,7 +96,7 @@ class Ours:
 
     def __init__(self, folder, tune, dtype):
         import realign.train  # noqa: F401 - all of it counts as imports
-        from realign import distributed as parallel
+        from realign import distributed
         from realign.config import LossConfig
         from realign.modeling.loading import DTYPES
         from realign.training.inputs import load_inputs
@@ -104,7 +104,7 @@ class Ours:
         self.imported = memory()
         kind = DTYPES[dtype]
         sharded = tune == "full" and kind != torch.float32
-        device = parallel.start(alone=sharded)
+        device = distributed.start(alone=sharded)
         inputs = load_inputs(
             folder / "model",
             folder / "pairs.parquet",
@@ -119,26 +119,26 @@ class Ours:
 
     def prepare(self, inputs, cache, tune, dtype, device, *, sharded, weights=None):
         """Everything of `realign.train` from the loaded model to its first step."""
-        from realign.modeling import reference_logps as reference
+        from realign.modeling import reference_logps
         from realign.modeling.forest import Example
         from realign.modeling.loading import add_lora
-        from realign.training import fsdp as sharding
+        from realign.training import fsdp
         from realign.training.step import Feed
         from realign_kernels import ReferenceCache, objectives
 
         model, examples, store = inputs.model, inputs.examples, inputs.store
         described = (model.vlm, inputs.processor, dtype, device)
-        fingerprint = reference.fingerprint(*described, weights=weights)
+        fingerprint = reference_logps.fingerprint(*described, weights=weights)
         if tune == "lora":
             with torch.device(device):
                 add_lora(model.vlm, RANK, ALPHA)
         if sharded:
-            sharding.shard(model, device, dtype)
+            fsdp.shard(model, device, dtype)
         else:
             model.to(device)
         with ReferenceCache.open(cache, fingerprint) as opened:
             began = now()
-            references = reference.fill(
+            references = reference_logps.fill(
                 opened,
                 model.eval(),
                 examples,

@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.cli import parse_sections
 from realign.config import LossConfig, resolve_dtype
 from realign.digits import ASSETS
 from realign.files import check_folder
-from realign.modeling import reference_logps as reference
+from realign.modeling import reference_logps
 from realign.modeling.attention import IMPLEMENTATIONS, choose
 from realign.modeling.loading import DTYPES
-from realign.third_party import hush_libraries
-from realign.training import fsdp as sharding
+from realign.third_party import silence_third_party
+from realign.training import fsdp
 from realign.training.inputs import load_inputs
 from realign_kernels import ReferenceCache, refcache
 
@@ -39,7 +39,7 @@ class CacheConfig:
     @property
     def directory(self) -> Path:
         """The folder."""
-        return Path(self.reference_cache or reference.default_directory())
+        return Path(self.reference_cache or reference_logps.default_directory())
 
     def tables(self) -> dict[Path, dict[str, str]]:
         """The tables in it.
@@ -98,9 +98,9 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     """Compute the reference log-probs that a training run on these pairs will look up."""
     check_folder("--reference-cache", tables.directory)
     dtype = DTYPES[config.dtype]
-    device = parallel.start(alone=config.fsdp)
+    device = distributed.start(alone=config.fsdp)
     attends, why = choose(config.attention, device, dtype)
-    bars = not config.quiet and parallel.rank() == 0
+    bars = not config.quiet and distributed.rank() == 0
     inputs = load_inputs(
         config.model or str(ASSETS),
         config.pairs,
@@ -109,26 +109,30 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         weights_dtype=dtype,
         attention=attends,
         train_vision=False,
-        meta=config.fsdp and parallel.rank() > 0,  # weights come from rank 0
+        meta=config.fsdp and distributed.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
         progress=bars,
     )
     model, weights = inputs.model.eval(), None
     if config.fsdp:
-        weights = parallel.from_rank_0(lambda: reference.weights_digest(model.vlm, dtype))
-    fingerprint = reference.fingerprint(model.vlm, inputs.processor, dtype, device, weights=weights)
+        weights = distributed.broadcast_from_rank0(
+            lambda: reference_logps.weights_digest(model.vlm, dtype)
+        )
+    fingerprint = reference_logps.fingerprint(
+        model.vlm, inputs.processor, dtype, device, weights=weights
+    )
     if config.fsdp:
-        sharding.shard(model, device, dtype)
+        fsdp.shard(model, device, dtype)
     else:
         model.to(device)
-    parallel.ranks_part()
-    say = print if parallel.rank() == 0 else lambda _: None
+    distributed.ranks_part()
+    say = print if distributed.rank() == 0 else lambda _: None
     if why:
         say(why)
     for line in model.check_forest(inputs.examples[0], inputs.store, device):
         say(line)
     with ReferenceCache.open(tables.directory, fingerprint) as cache:
-        reference.fill(
+        reference_logps.fill(
             cache,
             model,
             inputs.examples,
@@ -194,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in ("fill", "stats", "verify", "compact"):
         print(f"error: unknown command {command!r}: fill, stats, verify, compact", file=sys.stderr)
         return 2
-    hush_libraries()
+    silence_third_party()
     sections = {"cache": CacheConfig} | ({"fill": FillConfig} if command == "fill" else {})
     try:
         found = parse_sections(
@@ -205,8 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if command == "fill":
             workers = found["fill"].nproc_per_node
-            if workers and not parallel.under_launcher():
-                return parallel.launch("realign.cache", arguments, workers)
+            if workers and not distributed.under_launcher():
+                return distributed.launch("realign.cache", arguments, workers)
             fill(found["cache"], found["fill"])
         elif command == "compact":
             compact(found["cache"])
@@ -218,11 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 1
     except (ValueError, OSError, RuntimeError) as error:
-        if not parallel.report(error):
+        if not distributed.report(error):
             raise
         return 1
     finally:
-        parallel.stop()
+        distributed.stop()
     return 0
 
 
@@ -233,4 +237,4 @@ def _short(value: str) -> str:
 
 
 if __name__ == "__main__":
-    parallel.leave(main())
+    distributed.exit_rank(main())

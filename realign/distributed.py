@@ -205,7 +205,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_rank(code: int) -> NoReturn:
     """End this process with an exit code; a rank does so without finalizing its interpreter.
 
     FSDP2 holds its process group to the end, and a gloo thread that lets go of a gathered tensor
@@ -278,7 +278,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def from_rank_0(decide: Callable[[], T]) -> T:
+def broadcast_from_rank0(decide: Callable[[], T]) -> T:
     """What `decide` gives on rank 0, for all ranks; it is called there alone.
 
     Raises:

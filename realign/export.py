@@ -19,13 +19,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig
 
 from realign.cli import parse_sections
-from realign.distributed import from_rank_0
+from realign.distributed import broadcast_from_rank0
 from realign.evaluate.tables import table_of, with_table
 from realign.files import check_folder
 from realign.modeling.loading import DTYPES, load_model, load_processor
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model import ForestModel
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 from realign.training.model_card import with_evaluation, without_adapter
 
 
@@ -112,7 +112,7 @@ def export(
         processor.save_pretrained(folder)
         (folder / "README.md").write_text(card(), encoding="utf-8")
 
-    from_rank_0(write)
+    broadcast_from_rank0(write)
 
 
 def _merge(folder: Path, base: str) -> None:
@@ -196,7 +196,7 @@ _RATE = ("value", "low", "high")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, export; returns an exit code."""
-    hush_libraries()
+    silence_third_party()
     try:
         config = parse_sections(
             {"export": ExportConfig},

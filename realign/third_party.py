@@ -6,7 +6,7 @@ import logging
 import warnings
 
 
-def hush_libraries() -> None:
+def silence_third_party() -> None:
     """Silence them in this process; errors and our own warnings stay."""
     from transformers.utils import logging as transformers_logging
 

@@ -20,19 +20,15 @@ from pathlib import Path
 
 import torch
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.config import TrainConfig, parse
 from realign.export import export
 from realign.files import read_jsonl
-from realign.modeling import attention
-from realign.modeling import feature_cache as vision
-from realign.modeling import reference_logps as reference
+from realign.modeling import attention, feature_cache, reference_logps
 from realign.modeling.loading import DTYPES, add_lora
 from realign.modeling.prefetch import ahead
-from realign.third_party import hush_libraries
-from realign.training import dry_run as plan
-from realign.training import fsdp as sharding
-from realign.training import liger
+from realign.third_party import silence_third_party
+from realign.training import dry_run, fsdp, liger
 from realign.training.checkpoint import Checkpoints
 from realign.training.inputs import load_inputs
 from realign.training.model_card import model_card, settings_of
@@ -65,7 +61,7 @@ from realign_kernels import ReferenceCache
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, start workers if asked to, train; returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    hush_libraries()
+    silence_third_party()
     try:
         config = parse(arguments)
         check_packages(config.run)
@@ -74,20 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_outputs(config.run)
         if config.run.dry_run:
             if first:
-                print(plan.make(config))
+                print(dry_run.make(config))
             return 0
-        if config.scale.fsdp and not parallel.under_launcher():
+        if config.scale.fsdp and not distributed.under_launcher():
             prepare_pairs(config)  # once, before there are ranks
-            return parallel.launch("realign.train", arguments, config.scale.nproc_per_node)
+            return distributed.launch("realign.train", arguments, config.scale.nproc_per_node)
         train(config)
     except (ValueError, OSError, RuntimeError) as error:
-        if not parallel.report(error):
+        if not distributed.report(error):
             raise
         return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        parallel.stop()
+        distributed.stop()
     return 0
 
 
@@ -100,8 +96,8 @@ def train(config: TrainConfig) -> Path | None:
         CheckpointError: when none is whole, or the last one cannot be written.
     """
     scale = config.scale
-    device = parallel.start(alone=config.sharded, fsdp=scale.fsdp)
-    sharding.check(scale, device, parallel.world_size())
+    device = distributed.start(alone=config.sharded, fsdp=scale.fsdp)
+    fsdp.check(scale, device, distributed.world_size())
     attends, why = attention.choose(
         config.model.attention, device, DTYPES[config.model.dtype], compiled=scale.compile
     )
@@ -112,11 +108,11 @@ def train(config: TrainConfig) -> Path | None:
 def _train(config: TrainConfig, device: torch.device, attends: str, why: str | None) -> Path | None:
     run, optim, scale, output = config.run, config.optim, config.scale, Path(config.run.output)
     dtype = DTYPES[config.model.dtype]
-    say = print if parallel.rank() == 0 else lambda *_: None
+    say = print if distributed.rank() == 0 else lambda *_: None
     if why:
         say(why)
-    bars = not run.quiet and parallel.rank() == 0 and sys.stderr.isatty()
-    share = share_of_rank(optim.batch_size, parallel.rank(), parallel.world_size())
+    bars = not run.quiet and distributed.rank() == 0 and sys.stderr.isatty()
+    share = share_of_rank(optim.batch_size, distributed.rank(), distributed.world_size())
     checkpoints = Checkpoints(output / "checkpoints", run.keep)
     done = steps_done(config, checkpoints)
 
@@ -128,17 +124,19 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
         dtype=dtype,
         weights_dtype=dtype if lora else torch.float32,
         attention=attends,
-        meta=parallel.rank() > 0,  # weights come from rank 0
+        meta=distributed.rank() > 0,  # weights come from rank 0
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,
         progress=bars,
     )
     model, examples, objective = inputs.model, inputs.examples, inputs.objective
-    weights = parallel.from_rank_0(lambda: reference.weights_digest(model.vlm, dtype))
-    fingerprint = reference.fingerprint(
+    weights = distributed.broadcast_from_rank0(
+        lambda: reference_logps.weights_digest(model.vlm, dtype)
+    )
+    fingerprint = reference_logps.fingerprint(
         model.vlm, inputs.processor, dtype, device, scale.kernels, weights
     )
-    identity = {"base": fingerprint["weights"], "pairs": reference.digest_of(examples)}
+    identity = {"base": fingerprint["weights"], "pairs": reference_logps.digest_of(examples)}
     if done:
         check_settings(config, **identity)
 
@@ -146,23 +144,21 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
     if lora:
         torch.manual_seed(run.seed)
         adapter = add_lora(model.vlm, config.model.lora_rank, config.model.lora_alpha)
-    layers = sharding.trained_layers(model)
+    layers = fsdp.trained_layers(model)
     if scale.liger:
         say(liger.use(layers, device))
-    sharding.wrap_layers(
-        layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing
-    )
+    fsdp.wrap_layers(layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing)
     if config.sharded:
-        sharding.shard(model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload)
+        fsdp.shard(model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload)
     else:
         model.to(device)
     # Nothing is trained or restored yet, and adapters are off: this is the reference.
-    directory = run.reference_cache or reference.default_directory()
+    directory = run.reference_cache or reference_logps.default_directory()
     model.eval()
     per_image_token = image_flop(model, inputs.store, device)
-    parallel.ranks_part()
+    distributed.ranks_part()
     if run.cache_vision:
-        inputs.store.features = vision.keep(
+        inputs.store.features = feature_cache.keep(
             fingerprint,
             model,
             inputs.store,
@@ -174,7 +170,7 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
     for line in model.check_forest(examples[0], inputs.store, device):
         say(line)
     with ReferenceCache.open(directory, fingerprint) as cache:
-        references = reference.fill(
+        references = reference_logps.fill(
             cache,
             model,
             examples,
@@ -200,9 +196,9 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
     say(
         f"{objective.name}: {len(examples)} records, {len(inputs.store)} distinct images, "
         f"{sum(p.numel() for p in trained):,} trained parameters, {total} steps of "
-        f"{optim.batch_size} on {parallel.world_size()} rank(s), in {config.model.dtype}"
+        f"{optim.batch_size} on {distributed.world_size()} rank(s), in {config.model.dtype}"
     )
-    meter, first = Meter(model, device, dtype, per_image_token), parallel.rank() == 0
+    meter, first = Meter(model, device, dtype, per_image_token), distributed.rank() == 0
     trackers = Trackers(config, objective.name, total=total, done=done, first_rank=first)
     if first:
         write_identity(config, **identity)
@@ -228,7 +224,7 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
     ):
         for step, batch in order():
             began = time.perf_counter()
-            seed_step(run.seed, step, parallel.rank())
+            seed_step(run.seed, step, distributed.rank())
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, total, optim)
             totals = forward_backward(islice(ready, forwards))
@@ -276,4 +272,4 @@ def _train(config: TrainConfig, device: torch.device, attends: str, why: str | N
 
 
 if __name__ == "__main__":
-    parallel.leave(main())
+    distributed.exit_rank(main())

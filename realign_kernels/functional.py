@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from realign_kernels import objectives, ops, preference_ops, row_plan
-from realign_kernels import validation as checks
+from realign_kernels import objectives, ops, preference_ops, row_plan, validation
 from realign_kernels.eager import LogProbs, take_rows, trains, wants_direction
 from realign_kernels.fused_preference import FusedPreference
 from realign_kernels.lm_head import local_head
@@ -77,10 +76,10 @@ def linear_logprobs(
         ValueError: shapes, dtypes or devices do not fit, or a label is outside [0, V).
         NonFiniteError: a log-prob is NaN or infinite.
     """
-    hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
-    checks.check_labels(labels, hidden)
-    checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
-    checks.check_rival(rival, hidden, labels, weight, group)
+    hidden, weight, bias = validation.check_head(hidden, *local_head(weight, bias, group))
+    validation.check_labels(labels, hidden)
+    validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
+    validation.check_rival(rival, hidden, labels, weight, group)
     flat = labels.reshape(-1).long()
     flags = None if rival is None else rival.reshape(-1)
     if torch.compiler.is_compiling():
@@ -144,16 +143,16 @@ def preference_loss(
         NonFiniteError: an input holds NaN or infinity (checked outside of compiled graphs).
     """
     objective = objectives.as_objective(terms, beta)
-    checks.check_reference(reference_logps, objective, reduction)
+    validation.check_reference(reference_logps, objective, reduction)
     if leaf_logps.shape != reference_logps.shape:
         raise ValueError(
             f"leaf_logps {tuple(leaf_logps.shape)} and reference_logps "
             f"{tuple(reference_logps.shape)} must have one shape, (leaves, examples)"
         )
-    checks.check_wide("leaf_logps", leaf_logps)
-    checks.check_device(leaf_logps, reference_logps=reference_logps, token_counts=token_counts)
+    validation.check_wide("leaf_logps", leaf_logps)
+    validation.check_device(leaf_logps, reference_logps=reference_logps, token_counts=token_counts)
     if token_counts is not None:
-        checks.check_integer("token_counts", token_counts)
+        validation.check_integer("token_counts", token_counts)
         if token_counts.shape != leaf_logps.shape:
             raise ValueError(
                 f"token_counts {tuple(token_counts.shape)} must have the shape of leaf_logps "
@@ -201,7 +200,7 @@ def linear_preference_loss(
         NonFiniteError: as there.
     """
     objective = objectives.as_objective(terms, beta)
-    checks.check_reference(reference_logps, objective, reduction)
+    validation.check_reference(reference_logps, objective, reduction)
     leaves, examples = reference_logps.shape
     if sequence_ids is None:
         names = ", ".join(f"{leaf.response} under {leaf.image}" for leaf in objective.leaves)
@@ -219,10 +218,10 @@ def linear_preference_loss(
                 f"with sequence_ids {tuple(sequence_ids.shape)} hidden must be (N, H) and "
                 f"sequence_ids (N,), got hidden {tuple(hidden.shape)}"
             )
-        checks.check_integer("sequence_ids", sequence_ids)
+        validation.check_integer("sequence_ids", sequence_ids)
         ids = sequence_ids.long()
-    checks.check_device(hidden, host=True, sequence_ids=ids)
-    checks.check_device(hidden, reference_logps=reference_logps, token_weights=token_weights)
+    validation.check_device(hidden, host=True, sequence_ids=ids)
+    validation.check_device(hidden, reference_logps=reference_logps, token_weights=token_weights)
     if token_weights is not None:
         if token_weights.shape != labels.shape or token_weights.requires_grad:
             raise ValueError(
@@ -231,9 +230,9 @@ def linear_preference_loss(
             )
         token_weights = token_weights.reshape(-1).to(wide_dtype(hidden.dtype))
     # Once, though two functions want it.
-    hidden, weight, bias = checks.check_head(hidden, *local_head(weight, bias, group))
-    checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
-    checks.check_labels(labels, hidden)
+    hidden, weight, bias = validation.check_head(hidden, *local_head(weight, bias, group))
+    validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
+    validation.check_labels(labels, hidden)
     if torch.compiler.is_compiling():
         if ids is None:
             ids = torch.arange(leaves * examples, device="cpu").repeat_interleave(hidden.shape[2])
@@ -340,7 +339,7 @@ class RDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         objectives.rdpo(beta, visual_weight)
-        checks.check_settings(softcap, temperature, chunk_rows, ignore_index)
+        validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
         objectives.check_reduction(reduction)
         self.settings = {
             "beta": beta,

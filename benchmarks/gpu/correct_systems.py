@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from benchmarks.models import random_llava, random_pairs
-from realign import distributed as parallel
+from realign import distributed
 from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
-from realign.training import fsdp as sharding
+from realign.training import fsdp
 from realign_kernels import objectives, ops, preference_ops
 from realign_kernels.refcache.staging import Staging, leaf_sums
 
@@ -92,10 +92,10 @@ def one_rank(record: Record) -> dict:
     examples, store = random_pairs(2, prompt=12, response=9)
     batch = build_batch(examples, store, row_tokens=sum(e.longest_tree for e in examples))
     references = torch.full((3, 2), -90.0)
-    device = parallel.start(alone=True)
+    device = distributed.start(alone=True)
     try:
         plain.to(device)
-        sharding.shard(sharded, device, torch.float32)
+        fsdp.shard(sharded, device, torch.float32)
         losses = []
         for model in (plain.train(), sharded.train()):
             out = model(batch.to(device), objectives.rdpo(), references.to(device))
@@ -111,7 +111,7 @@ def one_rank(record: Record) -> dict:
             "loss": truth.error(losses[1][None], losses[0][None]),
         }
     finally:
-        parallel.stop()
+        distributed.stop()
     assert max(found.values()) <= 1e-4, f"the sharded step differs by {found}"
     return found | {"parameters": len(pairs)}
 

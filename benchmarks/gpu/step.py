@@ -39,7 +39,7 @@ from benchmarks.models import (
     word_processor,
 )
 from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
-from realign import distributed as parallel
+from realign import distributed
 from realign.data.records import write_pairs
 from realign.modeling import attention
 from realign.modeling.encode import encode_records
@@ -49,8 +49,7 @@ from realign.modeling.layouts import Layout, layout_of
 from realign.modeling.loading import DTYPES
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead
-from realign.training import fsdp as sharding
-from realign.training import step
+from realign.training import fsdp, step
 from realign.training.inputs import Inputs
 from realign_kernels import objectives
 
@@ -181,7 +180,7 @@ class Ours(step_contestants.Ours):
     """`realign.train` in one process, references from the cache."""
 
     def __init__(self, setting: Setting, micro: int) -> None:
-        self.device = torch.device(parallel.start())
+        self.device = torch.device(distributed.start())
         attends, _ = attention.choose("tree", self.device, setting.kind)
         model = ForestModel(setting.model(attends), dtype=setting.kind)
         objective = objectives.rdpo(beta=BETA)
@@ -384,8 +383,8 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
 def compiled(record: Record, setting: Setting, micro: int) -> None:
     """Ours under `--compile`; the first step compiles. A rehearsal runs the layers eagerly."""
     contestant = Ours(setting, micro)
-    layers = sharding.trained_layers(contestant.model)
-    sharding.wrap_layers(layers, compiled=True, checkpointed=False)
+    layers = fsdp.trained_layers(contestant.model)
+    fsdp.wrap_layers(layers, compiled=True, checkpointed=False)
     with torch.compiler.set_stance("default" if CUDA else "force_eager"):
         began = now()
         loss, norm = contestant.first("rdpo")
@@ -446,7 +445,7 @@ def largest_that_fits(call: Callable[[int], None]) -> None:
 
 def free() -> None:
     """Give back what the last contestant held."""
-    parallel.stop()
+    distributed.stop()
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from realign.cli import parse_sections
 from realign.files import check_file, check_folder, write_whole
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 
 MOST = 100  # seeds; the next number is the tuning seed
 
@@ -83,7 +83,7 @@ def _check_installed(module: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, report; returns an exit code."""
     began = time.perf_counter()
-    hush_libraries()
+    silence_third_party()
     try:
         config = parse_sections(
             {"study": StudyConfig},

@@ -304,10 +304,10 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
 def _hush() -> None:
     import torch
 
-    from realign.third_party import hush_libraries
+    from realign.third_party import silence_third_party
 
     torch.set_num_threads(1)
-    hush_libraries()
+    silence_third_party()
 
 
 def _call(job: Job) -> None:

@@ -32,7 +32,7 @@ from realign.evaluate import (
 from realign.files import check_folder, read_jsonl
 from realign.modeling.loading import load_processor, load_trained
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 
 OBJECTIVES = ("dpo", "rdpo")
 EVALUATED = 1  # settings were chosen on scenes of evaluation seed 0, so these are others
@@ -170,7 +170,7 @@ def _say(stage: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print the table; returns an exit code."""
     began = time.perf_counter()
-    hush_libraries()
+    silence_third_party()
     try:
         config = parse_sections(
             {"demo": DemoConfig},

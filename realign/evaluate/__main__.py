@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from realign.cli import parse_sections
 from realign.evaluate.command import COMMANDS, run
 from realign.evaluate.digits import EvaluateConfig, evaluate, save, table
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, evaluate, print; returns an exit code."""
-    hush_libraries()
+    silence_third_party()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and words[0] in COMMANDS:

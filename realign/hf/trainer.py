@@ -29,11 +29,10 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
 from realign.distributed import disable_cudnn_attention
-from realign.hf import adapter_checks, adapters, precision
-from realign.hf import parts as hf_parts
+from realign.hf import adapter_checks, adapters, parts, precision
 from realign.hf.config import RDPOConfig, check
 from realign.hf.records import Records, records_of
-from realign.modeling import reference_logps as reference
+from realign.modeling import reference_logps
 from realign.modeling.attention import choose
 from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.loading import adapter_base, load_model
@@ -80,17 +79,17 @@ class RDPOTrainer(Trainer):
     ) -> None:
         check(args, kwargs | {"train_dataset": train_dataset})
         disable_cudnn_attention()
-        self._say = hf_parts.reporter(args)
+        self._say = parts.reporter(args)
         vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
-        processor = hf_parts.checked_processor(processing_class, path, vlm)
+        processor = parts.checked_processor(processing_class, path, vlm)
         adapted = peft_config is not None or self.adapter is not None
         precision.check_weights(vlm, adapted=adapted, autocast=args.autocast)
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
         # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
-        module = hf_parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
+        module = parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
         self._base, self._digest = str(path), ""  # that of the base, once references are known
-        self._about = reference.description(vlm, processor, dtype, args.device, args.kernels)
+        self._about = reference_logps.description(vlm, processor, dtype, args.device, args.kernels)
         set_seed(args.seed)  # adapters draw their weights, on every rank the same
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
@@ -98,14 +97,14 @@ class RDPOTrainer(Trainer):
             adapter_checks.check(self.adapter, self._say)
             precision.widen(self.adapter, autocast=args.autocast, say=self._say)
         else:
-            hf_parts.check_whole(vlm)
+            parts.check_whole(vlm)
         records = records_of(train_dataset)
         count = len(records)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         places = {}
         for name, rows in named.items() if eval_dataset is not None else ():
             more = records_of(rows)
-            places[name] = hf_parts.Places(len(records), len(records) + len(more))
+            places[name] = parts.Places(len(records), len(records) + len(more))
             records = [*records, *more]
         self.objective = make_objective(args.loss, records)
         self.examples, self.store = encode_records(
@@ -120,7 +119,7 @@ class RDPOTrainer(Trainer):
         self.references: torch.Tensor | None = None  # (L, examples) fp32
         self._feed: Feed | None = None  # once the references are known
         self._pool: ThreadPoolExecutor | None = None  # lays batches out, while a loop runs
-        self._losses = hf_parts.Losses()
+        self._losses = parts.Losses()
         # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
         # (B, 1 + metrics) for each batch, place and metrics of an example.
         self._sums: torch.Tensor | None = None
@@ -128,8 +127,8 @@ class RDPOTrainer(Trainer):
         super().__init__(
             module,
             args,
-            data_collator=hf_parts.indices if _laid_out_late(args) else self._collate,
-            train_dataset=hf_parts.Places(0, count),
+            data_collator=parts.indices if _laid_out_late(args) else self._collate,
+            train_dataset=parts.Places(0, count),
             eval_dataset=places if isinstance(eval_dataset, dict) else places.get(""),
             processing_class=processor,
             **kwargs,
@@ -176,7 +175,7 @@ class RDPOTrainer(Trainer):
         Raises:
             ValueError: for other data than the trainer was made with, or one of its sets by name.
         """
-        if not isinstance(eval_dataset, str | hf_parts.Places | None):
+        if not isinstance(eval_dataset, str | parts.Places | None):
             raise ValueError(
                 "records to evaluate on are given when the trainer is made (eval_dataset=, or a "
                 "dict of several): their references are computed before the first step."
@@ -206,14 +205,14 @@ class RDPOTrainer(Trainer):
         self._digest = adapters.base_digest(module.vlm)  # another trainer may have changed it
         weights = adapters.whole_digest(module.vlm) if count else self._digest
         self._fingerprint = self._about | {"weights": weights}
-        directory = args.reference_cache or reference.default_directory()
+        directory = args.reference_cache or reference_logps.default_directory()
         longest = max(example.longest_tree for example in self.examples)
         # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
         with self.accelerator.autocast(), precision.dtypes_named(module):
             for line in module.check_forest(self.examples[0], self.store, device):
                 self._say(line)
-            with ReferenceCache.open(directory, hf_parts.agreed(self._fingerprint)) as cache:
-                self.references = reference.fill(
+            with ReferenceCache.open(directory, parts.agreed(self._fingerprint)) as cache:
+                self.references = reference_logps.fill(
                     cache,
                     module,
                     self.examples,
@@ -251,7 +250,7 @@ class RDPOTrainer(Trainer):
 
         accelerate's loader collates a batch before it gives out the one before.
         """
-        batch = hf_parts.indices(places)
+        batch = parts.indices(places)
         return batch | ({"ahead": self._pool.submit(self._feed, places)} if self._pool else {})
 
     def compute_loss(
@@ -350,8 +349,8 @@ class RDPOTrainer(Trainer):
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
-    def _kept_reference(self) -> hf_parts.KeptReference:
-        return hf_parts.KeptReference(self._fingerprint, self.examples, self.references)
+    def _kept_reference(self) -> parts.KeptReference:
+        return parts.KeptReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Our card in `output_dir`, for `push_to_hub`, in place of Trainer's."""
@@ -392,7 +391,7 @@ class RDPOTrainer(Trainer):
         elif self.adapter is not None:
             adapters.load(self.adapter, folder)
         else:
-            hf_parts.load_weights(self.model.vlm, folder)
+            parts.load_weights(self.model.vlm, folder)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.files import write_whole
 from realign.modeling.images import Features, Images, ImageStore
 from realign.modeling.model import ForestModel
@@ -187,10 +187,10 @@ def fill(
         ValueError: when the ranks do not see the same folder.
     """
     # One list for all: each rank may see another state of a folder that others write to.
-    absent = parallel.from_rank_0(lambda: cache.missing(images))
+    absent = distributed.broadcast_from_rank0(lambda: cache.missing(images))
     distinct = len(set(images))
     say(f"image features: {distinct - len(absent):,} of {distinct:,} known in {cache.folder}")
-    ranks, rank = parallel.world_size(), parallel.rank()
+    ranks, rank = distributed.world_size(), distributed.rank()
     calls = -(-len(absent) // (ranks * batch_images))
     pending: dict[str, Features] = {}
     size = 0
@@ -211,7 +211,7 @@ def fill(
                 pending, size = {}, 0
             bar.update(min(ranks * batch_images, len(absent) - call * ranks * batch_images))
     bar.close()
-    parallel.barrier()
+    distributed.barrier()
     cache.refresh()
     if lost := cache.missing(images):
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from realign.distributed import from_rank_0
+from realign.distributed import broadcast_from_rank0
 from realign.modeling import norms, tree_attention, varlen_attention
 from realign.modeling.attention import IMPLEMENTATIONS, forest_mask
 from realign.modeling.forest import Example, ForestBatch, build_batch
@@ -182,7 +182,7 @@ class ForestModel(nn.Module):
             apart = build_batch([example], store, row_tokens=0, shared=False)
             with torch.no_grad():
                 found = float((self(shared.to(device)) - self(apart.to(device))).abs().mean())
-            gap = from_rank_0(lambda: found)  # one decision for all
+            gap = broadcast_from_rank0(lambda: found)  # one decision for all
             if gap > _GAPS[self.dtype]:
                 layout.separate = f"under a shared one log-probs differ by {gap:.2g} a token"
             if kind not in TESTED:

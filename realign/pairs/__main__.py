@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from realign.cli import parse_sections
 from realign.pairs.config import PairsConfig
 from realign.pairs.pipeline import STAGES, build_pairs, run_stages
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 
 _ALONE = STAGES[1:]  # reading belongs to every one of them
 _OTHERS = {"import": "io.importers", "gallery": "gallery", "stats": "stats"}  # command -> module
@@ -25,7 +25,7 @@ _OTHERS = {"import": "io.importers", "gallery": "gallery", "stats": "stats"}  # 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, build, report; returns an exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    hush_libraries()
+    silence_third_party()
     try:
         if words and words[0] in _OTHERS:
             module = importlib.import_module(f"realign.pairs.{_OTHERS[words[0]]}")

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from realign.distributed import CommonError, from_rank_0, rank
+from realign.distributed import CommonError, broadcast_from_rank0, rank
 
 _MANIFEST = "manifest.json"
 _TRAINED = {"ignore_frozen_params": True, "flatten_optimizer_state_dict": True}
@@ -85,7 +85,7 @@ class Checkpoints:
         Raises:
             CheckpointError: when there are checkpoints and none is whole.
         """
-        return from_rank_0(self._choose)
+        return broadcast_from_rank0(self._choose)
 
     def save(
         self,

@@ -17,20 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.config import TrainConfig
 from realign.data.records import read_pairs
 from realign.export import kept_dtype
-from realign.modeling import attention
-from realign.modeling import reference_logps as reference
+from realign.modeling import attention, reference_logps
 from realign.modeling.attention import row_budget
 from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
 from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
 from realign.modeling.model import ForestModel
-from realign.training import fsdp as sharding
-from realign.training import memory
+from realign.training import fsdp, memory
 from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings, prepare_pairs, steps_done
 from realign.training.schedule import batches, share_of_rank, total_steps
@@ -92,8 +90,8 @@ class Plan:
         self.lora = config.model.tune == "lora"
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.ranks = parallel.planned_ranks(config.scale.fsdp, config.scale.nproc_per_node)
-        sharding.check(config.scale, self.device, self.ranks)
+        self.ranks = distributed.planned_ranks(config.scale.fsdp, config.scale.nproc_per_node)
+        fsdp.check(config.scale, self.device, self.ranks)
         attends, _ = attention.choose(
             config.model.attention, self.device, self.dtype, compiled=config.scale.compile
         )
@@ -120,7 +118,7 @@ class Plan:
             max_tokens=self.vlm.config.get_text_config().max_position_embeddings,
             progress=False,
         )
-        self.about = reference.description(
+        self.about = reference_logps.description(
             self.vlm, self.processor, self.dtype, self.device, config.scale.kernels
         )
         self.per_image_token = self._per_image_token()
@@ -128,8 +126,8 @@ class Plan:
         self.whole = sum(p.numel() for p in self.vlm.parameters())
         if self.lora:
             add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
-        sharding.wrap_layers(
-            sharding.trained_layers(self.model),
+        fsdp.wrap_layers(
+            fsdp.trained_layers(self.model),
             compiled=False,  # the same is kept
             checkpointed=config.scale.activation_checkpointing,
         )
@@ -244,7 +242,7 @@ class Plan:
 
     def _known(self, leaves) -> tuple[int, str]:
         """Leaves in the fullest table whose fingerprint fits but for the weights, not read here."""
-        directory = Path(self.config.run.reference_cache or reference.default_directory())
+        directory = Path(self.config.run.reference_cache or reference_logps.default_directory())
         best, where = 0, ""
         for folder, parts in (refcache.tables(directory) if directory.is_dir() else {}).items():
             if {k: v for k, v in parts.items() if k != "weights"} != self.about:
@@ -289,7 +287,7 @@ class Plan:
         )
         gathered = 0
         if self.config.sharded:
-            whole = sharding.left_whole(
+            whole = fsdp.left_whole(
                 self.model, self.dtype, self.ranks, self.config.scale.cpu_offload
             )
             everything, *layers = (

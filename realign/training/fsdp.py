@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from realign.config import ScaleConfig
-from realign.distributed import from_rank_0, rank, world_size
+from realign.distributed import broadcast_from_rank0, rank, world_size
 from realign.modeling.model import ForestModel
 from realign.training import liger
 
@@ -143,7 +143,7 @@ def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> Non
         for place, (table, name) in enumerate(slots)
     ]
     replaced: dict[int, torch.Tensor] = {}
-    for (table, name), sent in zip(slots, from_rank_0(lambda: mine), strict=True):
+    for (table, name), sent in zip(slots, broadcast_from_rank0(lambda: mine), strict=True):
         expected, shape, dtype, place = sent
         assert name == expected, f"rank {rank()} holds {name} where rank 0 holds {expected}"
         if place not in replaced:

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.config import RunConfig, TrainConfig
 from realign.digits import ASSETS
 from realign.files import check_file, check_folder, write_whole
-from realign.modeling import feature_cache as vision
-from realign.modeling import reference_logps as reference
+from realign.modeling import feature_cache, reference_logps
 from realign.modeling.merging import adapter_base
 from realign.training.checkpoint import Checkpoints
 
@@ -40,7 +39,7 @@ def sole_writer(output: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise parallel.CommonError(
+            raise distributed.CommonError(
                 f"another run writes to {output}. Wait for its end, or name another --output."
             ) from None
         except OSError:  # a file system without locks
@@ -48,7 +47,7 @@ def sole_writer(output: Path) -> Iterator[None]:
         return file
 
     held: list = []
-    parallel.from_rank_0(lambda: held.append(take()))
+    distributed.broadcast_from_rank0(lambda: held.append(take()))
     try:
         yield
     finally:
@@ -104,7 +103,7 @@ def check_outputs(run: RunConfig) -> None:
     Raises:
         ValueError: names the flag, the path and the reason.
     """
-    output, cache = Path(run.output), run.reference_cache or reference.default_directory()
+    output, cache = Path(run.output), run.reference_cache or reference_logps.default_directory()
     check_folder("--output", output)
     for name in ("metrics.jsonl", "run.json"):
         check_file("--output", output / name)
@@ -114,7 +113,7 @@ def check_outputs(run: RunConfig) -> None:
     if run.tensorboard:
         check_folder("--tensorboard", output / "tensorboard")
     if run.cache_vision:
-        check_folder("--cache-vision", vision.default_directory())
+        check_folder("--cache-vision", feature_cache.default_directory())
 
 
 def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
@@ -184,10 +183,10 @@ def prepare_pairs(config: TrainConfig) -> Path:
             "and pass the file."
         )
     path = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
-    if not path.exists() and parallel.rank() == 0:
+    if not path.exists() and distributed.rank() == 0:
         from realign.pairs.pipeline import PairsConfig, build_pairs
 
         quiet = config.run.quiet or not sys.stderr.isatty()
         build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=quiet))
-    parallel.barrier()
+    distributed.barrier()
     return path

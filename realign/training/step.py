@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.modeling.attention import row_budget
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
@@ -23,7 +23,7 @@ from realign.training.throughput import WORK, work_of
 from realign_kernels import Objective
 
 
-class NonFiniteStep(parallel.CommonError):
+class NonFiniteStep(distributed.CommonError):
     """Loss or gradient is not finite; raised on all ranks. The optimizer has updated nothing."""
 
     def __init__(
@@ -138,7 +138,7 @@ def accumulate(
     """
     totals: dict[str, torch.Tensor] = {}
     # FSDP averages gradients over ranks; the loss is a mean over the global batch.
-    scale = parallel.world_size() / batch_size
+    scale = distributed.world_size() / batch_size
     for part in parts:
         sync_gradients(model, part.last)
         part = part.to(device)
@@ -179,7 +179,7 @@ def update_and_read(
         Metrics as means over the global batch, with the norm; and whether to stop.
     """
     sums = torch.stack([*totals.values()])
-    sums = parallel.sum_over_ranks(torch.cat([sums, sums.new_full((1,), stop)]))
+    sums = distributed.sum_over_ranks(torch.cat([sums, sums.new_full((1,), stop)]))
     norm = norm.to(sums, non_blocking=True)
     decisive = torch.stack([sums[[*totals].index("loss")], norm])
     # Offloaded parameters are on the CPU. The optimizer would copy the flag there without a wait.
@@ -219,15 +219,19 @@ def culprits(
         return math.isfinite(loss), math.isfinite(clip(parameters, 0))
 
     losses, gradients = zip(*(run(index) for index in mine), strict=True)
-    if found := parallel.gather([int(i) for i, fine in zip(mine, losses, strict=True) if not fine]):
+    if found := distributed.gather(
+        [int(i) for i, fine in zip(mine, losses, strict=True) if not fine]
+    ):
         return found
     suspects = [int(i) for i, fine in zip(mine, gradients, strict=True) if not fine]
-    if not any(gradients) or parallel.world_size() == 1:
-        return parallel.gather(suspects)
+    if not any(gradients) or distributed.world_size() == 1:
+        return distributed.gather(suspects)
     good = mine[gradients.index(True)]
     turns = [
-        (i, rank, run(i if rank == parallel.rank() else good)[1])
+        (i, rank, run(i if rank == distributed.rank() else good)[1])
         for i in suspects
-        for rank in range(parallel.world_size())
+        for rank in range(distributed.world_size())
     ]
-    return parallel.gather([i for i, rank, fine in turns if rank == parallel.rank() and not fine])
+    return distributed.gather(
+        [i for i, rank, fine in turns if rank == distributed.rank() and not fine]
+    )

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.modeling.forest import Example, ForestBatch
 from realign.modeling.images import ImageStore
 from realign.modeling.layouts import head_width
@@ -216,7 +216,7 @@ class Meter:
             "peak_memory_gib": peak_memory(self._device) / 2**30,
         }
         if self._peak:
-            limit = self._peak * parallel.world_size()
+            limit = self._peak * distributed.world_size()
             rates["mfu"] = self._cost.of(work) / seconds / limit
         return rates
 

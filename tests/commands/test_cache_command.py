@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from realign import cache as cache_command
-from realign import distributed as parallel
+from realign import cache, distributed
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
 
@@ -21,7 +20,7 @@ def test_the_commands(pairs_file, tmp_path, capsys):
 
     def run(*words):
         capsys.readouterr()
-        code = cache_command.main([*map(str, words), *place])
+        code = cache.main([*map(str, words), *place])
         return code, capsys.readouterr()
 
     assert run("stats")[1].out == run("compact")[1].out == f"no tables in {tmp_path}\n"
@@ -74,26 +73,26 @@ def test_the_commands(pairs_file, tmp_path, capsys):
     ],
 )
 def test_mistakes_of_the_commands(words, message, capsys):
-    assert cache_command.main(words) in (1, 2)
+    assert cache.main(words) in (1, 2)
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
 
 
 def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     full = OSError(errno.ENOSPC, "No space left on device", "0.log")
-    assert parallel.report(full)
+    assert distributed.report(full)
     assert capsys.readouterr().err == ""  # every rank has it; rank 0 says it
-    monkeypatch.setattr(parallel, "_parted", True)
-    assert parallel.report(full)
+    monkeypatch.setattr(distributed, "_parted", True)
+    assert distributed.report(full)
     shown = capsys.readouterr().err
     assert shown.startswith("error (rank 1): ") and "No space left on device" in shown
-    assert parallel.report(RuntimeError("[gloo/x.cc:1] Connection closed by peer"))
+    assert distributed.report(RuntimeError("[gloo/x.cc:1] Connection closed by peer"))
     assert capsys.readouterr().err == (
         "error: another rank has ended; its own message, if any, says why\n"
     )
-    assert not parallel.report(RuntimeError("a fault of ours"))
+    assert not distributed.report(RuntimeError("a fault of ours"))
 
 
 FAILS_ALONE = """
@@ -122,7 +121,7 @@ def test_what_one_rank_alone_runs_into_is_told_by_it(pairs_file, tmp_path):
 def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "file"]
-    assert cache_command.main([str(word) for word in words]) == 1
+    assert cache.main([str(word) for word in words]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and str(tmp_path / "file") in shown
 
@@ -143,5 +142,5 @@ def test_the_page_about_it_runs_as_it_stands(pairs_file, tmp_path, monkeypatch, 
     for line in console.splitlines():
         program, _, module, *words = line.split()
         assert (program, module) == ("python", "realign.cache")
-        assert cache_command.main(words) == 0, capsys.readouterr().err
+        assert cache.main(words) == 0, capsys.readouterr().err
     assert len(list((tmp_path / "own").glob("reference/*/*.log"))) == 1

@@ -46,7 +46,7 @@ from tiny_vlms import make, random_record
 from realign.export import ExportConfig, export_whole
 from realign.hf import adapters
 from realign.modeling.loading import load_model, load_trained
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 BEGIN, END = "<!-- table: tests/helpers/adapter_matrix.py --write -->", "<!-- end of table -->"
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="all of them")
     given = parser.parse_args()
-    hush_libraries()
+    silence_third_party()
     made = table(measured(given.kinds))
     if not given.write:
         print(made)

@@ -81,14 +81,13 @@ class Forked:
 
 
 def _train(logs, environment, words):
-    from realign import distributed as parallel
-    from realign import train
+    from realign import distributed, train
 
     os.environ.clear()
     os.environ.update(environment)
     for number, log in enumerate(logs, 1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-    parallel.leave(train.main(list(words)))
+    distributed.exit_rank(train.main(list(words)))
 
 
 def _rank(worker, log, environment, *arguments):

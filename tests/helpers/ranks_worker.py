@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from runs import arguments
 
-from realign import distributed as parallel
-from realign import train
+from realign import distributed, train
 from realign.modeling import model
 from realign.modeling.images import ImageStore
 from realign.training import step
@@ -72,7 +71,7 @@ def restore():
 
 def run_all(pairs, folder, record):
     """The three runs, one after the other, as one rank."""
-    leave, parallel.stop = parallel.stop, lambda: None  # one process group for all three
+    leave, distributed.stop = distributed.stop, lambda: None  # one process group for all three
     for what in ("whole", "pixels", "gradient"):
         if what != "whole":
             plant(what, record, 4)

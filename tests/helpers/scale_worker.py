@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.config import parse
 from realign.digits import ASSETS
 from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 from realign.train import train
-from realign.training import fsdp as sharding
+from realign.training import fsdp
 
 COUNTED = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # what FSDP2 calls
 
@@ -38,29 +38,29 @@ def count(name, counts):
 
 def received(dtype):
     """{name: whether it is that of a loaded model, bit for bit} of all parameters and buffers."""
-    device = parallel.start(fsdp=True)
-    vlm = load_model(ASSETS, dtype, meta=parallel.rank() > 0)
-    if parallel.rank() and dtype == torch.bfloat16:  # as where rank 0 has merged an adapter
+    device = distributed.start(fsdp=True)
+    vlm = load_model(ASSETS, dtype, meta=distributed.rank() > 0)
+    if distributed.rank() and dtype == torch.bfloat16:  # as where rank 0 has merged an adapter
         vlm.lm_head.weight = vlm.get_input_embeddings().weight
-    torch.manual_seed(parallel.rank())
+    torch.manual_seed(distributed.rank())
     add_lora(vlm, 4, 8.0)
     meta = {name for name, value in vlm.named_parameters() if value.is_meta}
-    sharding.shard(ForestModel(vlm), device, dtype)
+    fsdp.shard(ForestModel(vlm), device, dtype)
     loaded = load_model(ASSETS, dtype)
     torch.manual_seed(0)
     add_lora(loaded, 4, 8.0)
     truth = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
     found = dict(vlm.named_parameters()) | dict(vlm.named_buffers())
-    assert list(found) == list(truth) and (len(meta) > 90) == (parallel.rank() > 0)
+    assert list(found) == list(truth) and (len(meta) > 90) == (distributed.rank() > 0)
     whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in found.items()}
     return {n: v.dtype == truth[n].dtype and torch.equal(v, truth[n]) for n, v in whole.items()}
 
 
 def run_all(file):
     """Make the runs that a file lists, as one rank."""
-    hush_libraries()
+    silence_third_party()
     weights = {str(dtype): received(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    if parallel.rank() == parallel.world_size() - 1:
+    if distributed.rank() == distributed.world_size() - 1:
         Path(file).with_name("weights.json").write_text(json.dumps(weights))
     counts = Counter()
     for name in COUNTED:
@@ -68,9 +68,9 @@ def run_all(file):
     for run in json.loads(Path(file).read_text()):
         counts.clear()
         train(parse(run["arguments"]))
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             Path(run["output"], "collectives.json").write_text(json.dumps(counts))
-    parallel.stop()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from family_cases import (
 )
 from tiny_vlms import make
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.data.records import write_pairs
 from realign.files import read_jsonl
 from realign.modeling import layouts
@@ -45,7 +45,7 @@ from realign.modeling.layouts import Layout
 from realign.modeling.loading import load_model
 from realign.modeling.model import ForestModel
 from realign.train import main
-from realign.training import fsdp as sharding
+from realign.training import fsdp
 from realign_kernels import objectives
 
 
@@ -144,10 +144,10 @@ def checkpointed_layers_are_the_same(family):
     plain = gradients(vlm)
     vlm.zero_grad()
     calls = []
-    layers = sharding.trained_layers(model)
+    layers = fsdp.trained_layers(model)
     assert len(layers) == 2
     layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    sharding.wrap_layers(layers, compiled=False, checkpointed=True)
+    fsdp.wrap_layers(layers, compiled=False, checkpointed=True)
     forest_loss(model, examples, store)
     assert len(calls) == 2  # again in backward
     assert_same_gradients(gradients(vlm), plain)
@@ -162,13 +162,13 @@ def sharded_models_are_the_same(family):
     loss, _ = forest_loss(model, examples, store)
     vlm, _ = make(family)
     model = ForestModel(vlm)
-    parallel.start(alone=True, fsdp=False)
+    distributed.start(alone=True, fsdp=False)
     try:
-        sharding.shard(model, CPU, torch.float32)
+        fsdp.shard(model, CPU, torch.float32)
         found, _ = forest_loss(model, examples, store)
         whole = {n: g if g is None else g.full_tensor() for n, g in gradients(vlm).items()}
     finally:
-        parallel.stop()
+        distributed.stop()
     assert found.item() == pytest.approx(loss.item(), rel=1e-6)
     assert_same_gradients(whole, gradients(plain))
     return "yes"

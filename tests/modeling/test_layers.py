@@ -16,7 +16,7 @@ from transformers.integrations import flex_attention as hf_flex
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.config import LossConfig, ScaleConfig, parse
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
@@ -26,8 +26,7 @@ from realign.modeling.forest import build_batch
 from realign.modeling.layouts import Layout
 from realign.modeling.loading import add_lora, load_model, load_processor
 from realign.modeling.model import ForestModel
-from realign.training import fsdp as sharding
-from realign.training import liger
+from realign.training import fsdp, liger
 
 CPU = torch.device("cpu")
 
@@ -85,9 +84,9 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
     batch = build_batch(examples[:6], store, row_tokens=60)
     plain, wrapped = forest_model(tune), forest_model(tune)
     names = list(wrapped.state_dict())
-    layers = sharding.trained_layers(wrapped)
+    layers = fsdp.trained_layers(wrapped)
     assert len(layers) == 4  # of the language model; the tower is frozen
-    sharding.wrap_layers(layers, compiled=False, checkpointed=True)
+    fsdp.wrap_layers(layers, compiled=False, checkpointed=True)
     (logps, grads), (truth, expected) = gradients(wrapped, batch), gradients(plain, batch)
     assert torch.equal(logps, truth) and grads.keys() == expected.keys()
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
@@ -101,8 +100,8 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
 def test_compiled_layers_change_nothing_beyond_rounding(digits, kind):
     examples, store, _ = digits
     plain, compiled = (forest_model(attention=kind, layers=1) for _ in range(2))
-    layers = sharding.trained_layers(compiled)
-    sharding.wrap_layers(layers, compiled=True, checkpointed=True)
+    layers = fsdp.trained_layers(compiled)
+    fsdp.wrap_layers(layers, compiled=True, checkpointed=True)
     for part in (examples[:6], examples[6:9]):
         batch = build_batch(part, store, row_tokens=60)
         (logps, grads), (truth, expected) = gradients(compiled, batch), gradients(plain, batch)
@@ -119,7 +118,7 @@ def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
     model = forest_model("lora", "sdpa")
-    sharding.wrap_layers(sharding.trained_layers(model), compiled=True, checkpointed=True)
+    fsdp.wrap_layers(fsdp.trained_layers(model), compiled=True, checkpointed=True)
     shapes = set()
     for size in range(2, 12):
         batch = build_batch(examples[:size], store, row_tokens=50 + 7 * size)
@@ -135,10 +134,10 @@ def test_offloaded_parameters_train_alike(digits):
     batch = build_batch(examples[:4], store, row_tokens=60)
     weights = []
     try:
-        device = parallel.start(alone=True)
+        device = distributed.start(alone=True)
         for offload in (False, True):
             model = forest_model("lora")
-            sharding.shard(model, device, torch.float32, cpu_offload=offload)
+            fsdp.shard(model, device, torch.float32, cpu_offload=offload)
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=1e-3)
             for _ in range(2):
@@ -147,7 +146,7 @@ def test_offloaded_parameters_train_alike(digits):
                 optimizer.zero_grad()
             weights.append([p.full_tensor() for p in trained])
     finally:
-        parallel.stop()
+        distributed.stop()
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
@@ -274,7 +273,7 @@ def test_liger_takes_the_place_of_what_it_computes_alike(digits, ops):
     examples, store, _ = digits
     batch = build_batch(examples[:4], store, row_tokens=60)
     plain, model = forest_model("lora"), forest_model("lora")
-    said = liger.use(sharding.trained_layers(model), CPU)
+    said = liger.use(fsdp.trained_layers(model), CPU)
     assert said == "liger: 4 LlamaMLP, 8 LlamaRMSNorm"
     others = [m for m in plain.modules() if type(m).__name__ in ("LlamaMLP", "LlamaRMSNorm")]
     assert {getattr(m.forward, "__module__", "") for m in others} == {

@@ -16,7 +16,7 @@ from realign.config import parse
 from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.files import read_jsonl
-from realign.modeling import reference_logps as reference
+from realign.modeling import reference_logps
 from realign.modeling.encode import encode_records
 from realign.modeling.layouts import Layout
 from realign.modeling.loading import adapters_off, add_lora, load_model, load_processor
@@ -25,7 +25,7 @@ from realign.train import train
 from realign_kernels import ReferenceCache, objectives, use_backend
 
 CPU = torch.device("cpu")
-REAL_FILL = reference.fill
+REAL_FILL = reference_logps.fill
 
 
 def encoded(pairs, processor, **options):
@@ -43,7 +43,7 @@ def encoded(pairs, processor, **options):
 
 def fill(cache, model, examples, store, **options):
     options = {"row_tokens": 128, "batch_rows": 16, "device": CPU} | options
-    return reference.fill(
+    return reference_logps.fill(
         cache, model, examples, store, progress=False, say=lambda _: None, **options
     )
 
@@ -78,7 +78,7 @@ class Trainer:
         else:
             self.capsys.readouterr()
             with self.monkeypatch.context() as patch, pytest.raises(Filled):
-                patch.setattr(training.reference, "fill", self.fill_only)
+                patch.setattr(training.reference_logps, "fill", self.fill_only)
                 train(parse(given))
             shown = self.capsys.readouterr().out
         known, total = re.search(r"([\d,]+) of ([\d,]+) leaves known", shown).groups()
@@ -216,14 +216,14 @@ def test_a_changed_chat_template_misses(pairs_file, processor):
     text = other.chat_template
     other.chat_template = text.replace("{{", "{{ 'name' }}{{", 1)
     changed, _ = encoded(pairs_file, other)
-    assert reference.digest_of(examples) != reference.digest_of(changed)
+    assert reference_logps.digest_of(examples) != reference_logps.digest_of(changed)
     for a, b in zip(examples, changed, strict=True):
         assert len(b.roots[0].ids) > len(a.roots[0].ids)
 
 
 def test_fingerprint(processor, vlm, monkeypatch):
     def of(model=vlm, processor=processor, dtype=torch.float32, device=CPU, kernels="eager"):
-        return reference.fingerprint(model, processor, dtype, device, kernels)
+        return reference_logps.fingerprint(model, processor, dtype, device, kernels)
 
     base = of()
     assert base == of(load_model(ASSETS))
@@ -231,7 +231,7 @@ def test_fingerprint(processor, vlm, monkeypatch):
     assert of(load_model(ASSETS, torch.bfloat16), dtype=torch.bfloat16) == of(dtype=torch.bfloat16)
     changed = {"dtype": of(dtype=torch.bfloat16), "kernels": of(kernels="compiled")}
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "_logits_are_rounded", lambda dtype, device: False)
+        patch.setattr(reference_logps, "_logits_are_rounded", lambda dtype, device: False)
         changed["device"] = of(device=torch.device("cuda"))
     with use_backend("torch"):  # rounds bf16 logits on a CPU, by up to 0.1 nats in a log-prob
         rounded = of(dtype=torch.bfloat16)
@@ -340,7 +340,9 @@ def test_training_with_the_cache_equals_training_with_a_live_reference(
                 return separate_logps(base, part, self.store).float()
 
     monkeypatch.setattr(
-        training.reference, "fill", lambda cache, model, examples, store, **_: Live(examples, store)
+        training.reference_logps,
+        "fill",
+        lambda cache, model, examples, store, **_: Live(examples, store),
     )
     followed = curve(tmp_path / "live")
     assert sum(live) == 6 * 8

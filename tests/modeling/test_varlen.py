@@ -22,13 +22,12 @@ from family_cases import (
 from tiny_vlms import make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.modeling import attention, tree_attention, varlen_attention
 from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
 from realign.modeling.varlen_attention import forest_attention, sequences
-from realign.training import fsdp as sharding
-from realign.training import memory
+from realign.training import fsdp, memory
 
 OPERATOR = torch.ops.realign.forest_attention.default
 CAUSAL = [name for name in FAMILIES if name not in ("gemma3", "paligemma", "qwen3_5")]
@@ -301,8 +300,8 @@ def test_checkpointed_layers_by_the_operator_give_the_same_bits():
     results = []
     for checkpointed in (False, True):
         vlm, model, examples, store = with_lora("llava", "flash")
-        layers = sharding.trained_layers(model)
-        sharding.wrap_layers(layers, compiled=False, checkpointed=checkpointed)
+        layers = fsdp.trained_layers(model)
+        fsdp.wrap_layers(layers, compiled=False, checkpointed=checkpointed)
         forest_loss(model, examples, store)
         results.append(gradients(vlm))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -315,17 +314,17 @@ def test_a_sharded_model_by_the_operator_is_the_model():
         vlm, _ = make("llava", attention="flash")
         model = ForestModel(vlm)
         examples, store = encoded("llava", model)
-        parallel.start(alone=True, fsdp=False)
+        distributed.start(alone=True, fsdp=False)
         try:
             if sharded:
-                sharding.shard(model, CPU, torch.float32)
+                fsdp.shard(model, CPU, torch.float32)
             forest_loss(model, examples, store)
             found = gradients(vlm)
             results.append(
                 {n: g.full_tensor() if sharded else g for n, g in found.items() if g is not None}
             )
         finally:
-            parallel.stop()
+            distributed.stop()
     assert_same_gradients(results[1], results[0])
 
 
@@ -340,7 +339,7 @@ def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", counted)
     plain = with_lora("llava", "flash")
     vlm, model, examples, store = with_lora("llava", "flash")
-    sharding.wrap_layers(sharding.trained_layers(model), compiled=True, checkpointed=True)
+    fsdp.wrap_layers(fsdp.trained_layers(model), compiled=True, checkpointed=True)
     layouts = set()
     for first in range(len(examples)):
         for last in range(first + 1, len(examples) + 1):

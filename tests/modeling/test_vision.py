@@ -7,7 +7,7 @@ import torch
 from runs import assert_same_curves, curve, run
 
 from realign.data.records import read_pairs
-from realign.modeling import feature_cache as vision
+from realign.modeling import feature_cache
 from realign.modeling.feature_cache import FeatureCache, fill
 from realign.modeling.model import ForestModel
 
@@ -69,7 +69,7 @@ def test_a_full_disk_says_so_and_leaves_no_part(cache, monkeypatch):
         path.write_bytes(b"part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(vision, "save_file", full)
+    monkeypatch.setattr(feature_cache, "save_file", full)
     with pytest.raises(OSError, match="could not be written to .*No space left"):
         cache.add({"a": features(1)})
     assert [path.name for path in cache.folder.iterdir()] == ["about.json"]
@@ -94,7 +94,7 @@ def test_fill_computes_each_distinct_image_once(cache):
 
 
 def test_the_file_limit_loses_nothing(cache, monkeypatch):
-    monkeypatch.setattr(vision, "_FILE_BYTES", 100)
+    monkeypatch.setattr(feature_cache, "_FILE_BYTES", 100)
     images = [str(i) for i in range(7)]
     fill(
         cache,

@@ -10,8 +10,7 @@ import pytest
 from fake_endpoint import KEY, Endpoint, completion, engine_at, good, picture, say
 from PIL import Image
 
-from realign.pairs.engines import Chat, Reply, wire
-from realign.pairs.engines import endpoint as endpoint_module
+from realign.pairs.engines import Chat, Reply, endpoint, wire
 from realign.pairs.engines.wire import data_url
 
 
@@ -105,7 +104,7 @@ def test_a_pause_holds_for_all_requests():
 
 
 def test_waits_grow(monkeypatch):
-    monkeypatch.setattr(endpoint_module.random, "uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: 1.0)
     with Endpoint((503, {}, "")) as server:
         (reply,) = engine_at(server, tries=4, first_wait=0.05).chat([say("a")])
         gaps = np.diff(server.times)
@@ -223,7 +222,7 @@ def test_a_redirect_takes_no_request_and_no_key_elsewhere(monkeypatch):
 
 
 def test_an_endpoint_that_is_gone_ends_the_run_and_answers_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoint_module, "GIVE_UP", 6)
+    monkeypatch.setattr(endpoint, "GIVE_UP", 6)
     with Endpoint(good()) as server:
         engine = engine_at(server, folder=tmp_path, tries=2)
         assert engine.chat([say("a")]) == [Reply("a dog")]

@@ -11,7 +11,7 @@ from realign.config import LossConfig
 from realign.data.records import Record, RecordError, StoredImage, write_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, caption_of, make_scenes
-from realign.modeling import reference_logps as reference
+from realign.modeling import reference_logps
 from realign.modeling.loading import load_model, load_processor
 from realign.pairs.filters import margin
 from realign.pairs.filters.margin import visual_margins
@@ -76,13 +76,13 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.leaves = 0
-        inner = reference.build_batch
+        inner = reference_logps.build_batch
 
         def build(examples, store, **options):
             self.leaves += sum(len(example.leaves) for example in examples)
             return inner(examples, store, **options)
 
-        monkeypatch.setattr(reference, "build_batch", build)
+        monkeypatch.setattr(reference_logps, "build_batch", build)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -116,13 +116,13 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
         progress=False,
     )
     inputs.model.eval()
-    fingerprint = reference.fingerprint(
+    fingerprint = reference_logps.fingerprint(
         inputs.model.vlm, inputs.processor, kind, torch.device("cpu")
     )
     with ReferenceCache.open(tmp_path / "cache", fingerprint) as table:
         missing = table.missing(inputs.examples).reshape(6, 3)
         assert missing.tolist() == [[False, True, False]] * 6  # chosen, rejected, visual
-        logps = reference.fill(
+        logps = reference_logps.fill(
             table,
             inputs.model,
             inputs.examples,

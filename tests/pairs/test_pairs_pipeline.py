@@ -21,7 +21,7 @@ from realign.pairs import pipeline
 from realign.pairs.__main__ import main
 from realign.pairs.io import shards
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
-from realign.pairs.stages import read as reading
+from realign.pairs.stages import read
 from realign.pairs.stages.base import rng_of
 from realign.pairs.stages.runner import RunError, sole_run
 
@@ -53,7 +53,7 @@ def test_a_table_has_one_sequence_of_bytes_and_row_groups_to_fit(tmp_path):
 
 
 def test_a_library_finds_rows_at_random(tmp_path):
-    schema = pa.schema({"id": pa.string(), "images": reading.IMAGES})
+    schema = pa.schema({"id": pa.string(), "images": read.IMAGES})
     written = shards.Shards(tmp_path, schema)
     for number in range(3):
         names = [f"{number}-{i}" for i in range(6)]

@@ -229,13 +229,13 @@ def test_memory_mapped_vectors_are_searched_where_they_lie(tmp_path):
 
 
 def test_auto_is_exact_for_few_and_an_ivf_for_many(monkeypatch, search):
-    from realign.pairs.retrieval import index as module
+    from realign.pairs.retrieval import index
 
     vectors = _clustered(300, 8, 5)
     few = Index().build(vectors)
     by = "FAISS" if search == "faiss" else "torch"
     assert few.chosen == "exact" and few.describe() == f"exact search by {by} on the CPU"
-    monkeypatch.setattr(module, "EXACT_UP_TO", 299)
+    monkeypatch.setattr(index, "EXACT_UP_TO", 299)
     many = Index().build(vectors)
     assert many.chosen == ("ivf" if search == "faiss" else "exact")
     assert search == "torch" or many.describe() == "FAISS ivf on the CPU, 32 of 69 lists a query"

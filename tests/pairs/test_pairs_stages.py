@@ -16,8 +16,7 @@ from realign.pairs.filters import rules as filters
 from realign.pairs.filters.margin import visual_margins
 from realign.pairs.io import shards
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
-from realign.pairs.stages import assemble
-from realign.pairs.stages import infill as refilling
+from realign.pairs.stages import assemble, infill
 from realign.pairs.stages.base import Stage
 from realign.pairs.stages.read import Read
 from realign.pairs.stages.runner import Limit, make_shard
@@ -167,9 +166,9 @@ def test_what_the_judge_drops(tmp_path, engine, rejected, chosen, reason):
 
 
 def test_each_try_of_a_refill_has_a_seed_of_its_own():
-    stage = refilling.Refill(PairsConfig(temperature=1.0))
+    stage = infill.Refill(PairsConfig(temperature=1.0))
     records = digit_sources(PairsConfig(scenes=2))
-    tasks = [refilling._Task(record, None, []) for record in records]
+    tasks = [infill._Task(record, None, []) for record in records]
     seeds = [stage._seed(task, place) for task in tasks for place in (0, 1)]
     assert len(set(seeds)) == 4
     assert seeds == [stage._seed(task, place) for task in tasks for place in (0, 1)]

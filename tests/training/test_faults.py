@@ -16,7 +16,7 @@ from forked_ranks import Forked, run_ranks
 from ranks_worker import plant, restore, run_all
 from runs import arguments, assert_same_run, run, wait_for_step
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.data.records import RecordError, read_pairs
 from realign.files import JsonlLog, read_jsonl
 from realign.modeling.encode import encode_records
@@ -294,7 +294,9 @@ def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch
         "clip_grad_norm_",
         lambda p, limit: clip(p, limit) * (np.nan if len(steps) == 3 and limit < 2 else 1),
     )
-    with pytest.raises(parallel.CommonError, match=r"step 4: .*No record gives this alone; lower"):
+    with pytest.raises(
+        distributed.CommonError, match=r"step 4: .*No record gives this alone; lower"
+    ):
         run(pairs_file, tmp_path, *EVERY_2)
     assert steps == [True, True, True, False]
 
@@ -313,10 +315,10 @@ def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(
 
 
 def test_what_ranks_tell(capsys, monkeypatch):
-    assert parallel.report(parallel.CommonError("all ranks say so"))
+    assert distributed.report(distributed.CommonError("all ranks say so"))
     assert capsys.readouterr().err == "error: all ranks say so\n"
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
-    assert parallel.report(parallel.CommonError("all ranks say so"))
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.report(distributed.CommonError("all ranks say so"))
     assert capsys.readouterr().err == ""
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from realign import distributed as parallel
+from realign import distributed
 
 
 def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
@@ -21,28 +21,28 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)
-    assert parallel.launch("ends", ["fine"], 2) == 0
-    assert parallel.launch("ends", ["exit"], 2) == 1
+    assert distributed.launch("ends", ["fine"], 2) == 0
+    assert distributed.launch("ends", ["exit"], 2) == 1
     assert "rank 1 ended with exit code 3." in capsys.readouterr().err
-    assert parallel.launch("ends", ["kill"], 2) == 1
+    assert distributed.launch("ends", ["kill"], 2) == 1
     assert "rank 1 was killed by SIGKILL (by hand, or because" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     # 1 and 4 missed 0; 2 and 3 were stopped.
     ends = [(1, 1, 100), (0, -9, 100), (4, -6, 100), (2, -15, 100), (3, -9, 131)]
     found = {rank: SimpleNamespace(exitcode=c, timestamp=t) for rank, c, t in ends}
-    assert parallel._first_to_end(found).startswith("rank 0 was killed by SIGKILL")
+    assert distributed._first_to_end(found).startswith("rank 0 was killed by SIGKILL")
     found.pop(0)
-    assert parallel._first_to_end(found) == "rank 1 ended with exit code 1."
+    assert distributed._first_to_end(found) == "rank 1 ended with exit code 1."
 
 
 def test_a_rank_ends_without_finalizing_its_interpreter():
     script = (
-        "import atexit, threading, time; from realign import parallel\n"
+        "import atexit, threading, time; from realign import distributed\n"
         "class Kept: __del__ = lambda self: print('finalized')\n"
         "kept = Kept()\n"
         "atexit.register(print, 'at exit'), print('done')\n"
         "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
-        "parallel.leave(3)"
+        "distributed.exit_rank(3)"
     )
     for rank, last in (({}, ["finalized"]), ({"RANK": "1", "WORLD_SIZE": "2"}, [])):
         command = [sys.executable, "-c", script]
@@ -54,12 +54,12 @@ def test_a_rank_ends_without_finalizing_its_interpreter():
 def test_ranks_end_with_their_launcher(tmp_path):
     (tmp_path / "waits.py").write_text(
         "import os, sys, time\n"
-        "from realign import parallel\n"
-        "parallel._end_with(int(os.environ['REALIGN_LAUNCHER']))\n"
+        "from realign import distributed\n"
+        "distributed._end_with(int(os.environ['REALIGN_LAUNCHER']))\n"
         "open(f'{sys.argv[1]}/{os.getpid()}.rank', 'w').close()\n"
         "time.sleep(60)\n"
     )
-    launch = f"from realign import parallel; parallel.launch('waits', [{str(tmp_path)!r}], 2)"
+    launch = f"from realign import parallel; distributed.launch('waits', [{str(tmp_path)!r}], 2)"
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, "-c", launch], env=os.environ | {"PYTHONPATH": path}

@@ -11,8 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from realign import distributed as parallel
-from realign import train
+from realign import distributed, train
 from realign.config import LossConfig
 from realign.digits import ASSETS
 from realign.files import read_jsonl
@@ -21,7 +20,7 @@ from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.pairs.engines.transformers_engine import TransformersEngine
 from realign.train import main
-from realign.training import fsdp as sharding
+from realign.training import fsdp
 from realign.training.inputs import load_inputs
 from realign.training.step import heap_frozen
 from realign.training.throughput import image_flop
@@ -37,7 +36,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_stay_whole_change_no_bit(way, pairs_file, tmp_path, monkeypatch):
     run(pairs_file, tmp_path / "whole", *WAYS[way], steps=3)
-    monkeypatch.setattr(sharding, "left_whole", lambda *_: set())
+    monkeypatch.setattr(fsdp, "left_whole", lambda *_: set())
     run(pairs_file, tmp_path / "sharded", *WAYS[way], steps=3)
     entries = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "sharded")]
     assert without_timing(entries[0]) == without_timing(entries[1])
@@ -84,13 +83,13 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(pairs_file, tmp_path, monkeyp
 
 def sharded(dtype, tune):
     """The digits model on a mesh of one, and where its frozen weights were before."""
-    parallel.start(alone=True)
+    distributed.start(alone=True)
     vlm = load_model(ASSETS, dtype if tune == "lora" else torch.float32)
     model = ForestModel(vlm, dtype=dtype)
     if tune == "lora":
         add_lora(vlm, 4, 8.0)
     places = {n: p.data_ptr() for n, p in model.named_parameters() if not p.requires_grad}
-    sharding.shard(model, CPU, dtype)
+    fsdp.shard(model, CPU, dtype)
     return model, places
 
 
@@ -125,8 +124,8 @@ def test_frozen_weights_are_not_copied(pairs_file):
 )
 def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtype):
     model = ForestModel(load_model(ASSETS, BF16, meta=True), dtype=dtype)
-    assert sharding.left_whole(model, dtype, ranks, offload) == set()
-    whole = sharding.left_whole(model, BF16, 1, False)
+    assert fsdp.left_whole(model, dtype, ranks, offload) == set()
+    whole = fsdp.left_whole(model, BF16, 1, False)
     assert whole == {p for p in model.parameters() if not p.requires_grad}  # the tower
 
 
@@ -138,7 +137,7 @@ def _load_text_model(folder):
 
 
 USES = {
-    "ranks": lambda folder: parallel.start(alone=True),
+    "ranks": lambda folder: distributed.start(alone=True),
     "refilling, margins, evaluation": lambda folder: load_model(ASSETS),
     "a text model for pairs": _load_text_model,
 }
@@ -161,7 +160,7 @@ def test_ranks_extend_the_allocators_segments_unless_it_is_configured(given, mon
         monkeypatch.setenv(given, "roundup_power2_divisions:4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    parallel.start()
+    distributed.start()
     found = {name: os.environ[name] for name in names if name in os.environ}
     default = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert found == ({given: "roundup_power2_divisions:4"} if given else default)

@@ -18,8 +18,7 @@ from runs import arguments, assert_same_run, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from realign import distributed as parallel
-from realign import train
+from realign import distributed, train
 from realign.config import LossConfig
 from realign.digits import ASSETS
 from realign.files import read_jsonl
@@ -238,18 +237,18 @@ def test_an_image_that_changes_is_named_where_it_is_needed(
 # On rank 1 the images of its third micro-batch are not what they were.
 WORKER = """
 import sys, torch
-from realign import distributed as parallel, train
+from realign import distributed, train
 from realign.training import step
 from realign.modeling.images import ImageStore
 feed, fed = step.Feed.__call__, []
 def spoil(self, part, last=True):
     fed.append(part)
-    if len(fed) == 3 and parallel.rank() == 1:
+    if len(fed) == 3 and distributed.rank() == 1:
         self.store._bundles.clear()
         ImageStore._make = lambda *_: ({"pixel_values": torch.zeros(1, 3, 4, 4)}, 1)
     return feed(self, part, last)
 step.Feed.__call__ = spoil
-parallel.leave(train.main(sys.argv[1:]))
+distributed.exit_rank(train.main(sys.argv[1:]))
 """
 
 
@@ -260,7 +259,7 @@ def test_a_bad_image_of_one_rank_stops_both(pairs_file, tmp_path, monkeypatch, c
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "run"
     words = arguments(pairs_file, output, "--fsdp", "--save-every", 0)
-    assert parallel.launch("spoilt_worker", words, 2) == 1
+    assert distributed.launch("spoilt_worker", words, 2) == 1
     shown = capfd.readouterr().err
     assert "error (rank 1): record 'scene-" in shown and "is not what it was" in shown
     assert [entry["step"] for entry in read_jsonl(output / "metrics.jsonl")] == [1, 2]
@@ -302,7 +301,7 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tu
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "FSDP2"])
 def test_a_step_that_is_not_finite_updates_nothing(sharded, spoilt):
     """The update is queued before the host knows; the second step is as if the first was not."""
-    parallel.start(alone=True)
+    distributed.start(alone=True)
     results = []
     for spoil in (True, False):
         torch.manual_seed(0)

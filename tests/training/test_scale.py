@@ -16,7 +16,7 @@ from runs import arguments, assert_same_curves, curve, run
 from safetensors.torch import load_file
 from scale_worker import run_all
 
-from realign import distributed as parallel
+from realign import distributed
 from realign.files import read_jsonl
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.train import main
@@ -189,7 +189,7 @@ def test_what_these_ranks_cannot_do_is_refused_in_a_line(flags, message, pairs, 
     monkey = pytest.MonkeyPatch()
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
         monkey.setenv(name, str(value))  # as a launcher of one rank would
-    monkey.setattr(parallel.dist, "init_process_group", lambda *_, **__: None)
+    monkey.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
     with monkey.context():
         assert main(arguments(pairs, tmp_path, *flags)) == 1
     monkey.undo()

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from realign.data.records import Record, RecordError
-from realign.modeling import reference_logps as reference
+from realign.modeling import reference_logps
 from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
@@ -79,9 +79,9 @@ def visual_margins(
     try:
         if examples:
             fingerprint = _known(model, processor, examples[0], store, device, say)
-            directory = cache or reference.default_directory()
+            directory = cache or reference_logps.default_directory()
             with ReferenceCache.open(directory, fingerprint) as table:
-                logps = reference.fill(
+                logps = reference_logps.fill(
                     table,
                     model,
                     examples,
@@ -138,7 +138,7 @@ def _known(
 ) -> dict[str, str]:
     """The fingerprint that training computes for this model; its layout is checked as there."""
     if model.vlm not in _seen:
-        fingerprint = reference.fingerprint(model.vlm, processor, model.dtype, device)
+        fingerprint = reference_logps.fingerprint(model.vlm, processor, model.dtype, device)
         for line in model.check_forest(example, store, device):
             say(line)
         _seen[model.vlm] = fingerprint, model.layout.separate

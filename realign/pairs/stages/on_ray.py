@@ -20,7 +20,7 @@ import torch
 from realign.pairs.engines import is_endpoint
 from realign.pairs.stages.base import Bad, ChatStage, Row, Script, Stage
 from realign.pairs.stages.runner import Limit, Made, make_shard, read_inputs
-from realign.third_party import hush_libraries
+from realign.third_party import silence_third_party
 
 _STORE = 512 * 2**20  # bytes of a local instance: shard numbers, and images for vLLM
 _ENVIRONMENT = {
@@ -102,7 +102,7 @@ _held: list[Stage] = []  # the stage that is open in this process
 def _opened(stage: Stage) -> Stage:
     """The stage as it is open in this process; another one is closed."""
     if not _held or _held[0].folder != stage.folder:
-        hush_libraries()
+        silence_third_party()
         while _held:
             _held.pop().close()
         stage.open()
