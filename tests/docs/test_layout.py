@@ -1,74 +1,104 @@
-"""The shape of the project: who imports whom, how long a file may be, what every name explains."""
+"""Layers, import circles, file sizes and docstrings of the two packages."""
 
 import ast
+import re
+from itertools import chain
 from pathlib import Path
 
-import pytest
+from structure import circles, imports, modules, room, rooms
 
 import realign_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted([*ROOT.glob("realign/**/*.py"), *ROOT.glob("realign_kernels/**/*.py")])
-LONGEST = 400  # lines
-TEXT = {".py", ".toml", ".md", ".txt", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".cmake", ".json", ""}
+LAYERS = (
+    "config cli distributed files third_party",
+    "data digits",
+    "modeling",
+    "training pairs",
+    "hf evaluate",
+    "train cache export doctor demo",
+)
+"""Rooms of `realign/`, each above those that it may import. The last layer holds entry points."""
+GROUND, ENTRIES = LAYERS[0].split(), LAYERS[-1].split()
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+MOST_LINES = 600  # of a file, where a split would make twins
+TEXT = {".py", ".toml", ".md", ".txt", ".cpp", ".h", ".cu", ".cmake", ".json", ".yml", ".cff", ""}
+FILES = modules(ROOT, "realign") | modules(ROOT, "realign_kernels")
 
 
-def _name(file: Path) -> str:
-    return str(file.relative_to(ROOT))
-
-
-def _imports(file: Path) -> list[tuple[str, str | None]]:
-    """(module, name) of every import of a file, wherever it stands; name None for a module."""
-    found: list[tuple[str, str | None]] = []
+def _imported(file: Path) -> list[tuple[str, str]]:
+    """(module, name) of every import of a file, also inside functions; name "" for a module."""
+    found: list[tuple[str, str]] = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found += [(alias.name, None) for alias in node.names]
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{_name(file)}: imports are absolute"
+            assert node.level == 0, f"{file}: imports are absolute"
             found += [(node.module or "", alias.name) for alias in node.names]
     return found
 
 
-def test_there_are_files_to_look_at():
-    assert {"realign/train.py", "realign/pairs/masking/mask.py", "realign_kernels/ops.py"} <= set(
-        map(_name, FILES)
-    )
+def test_kernels_know_nothing_of_realign_which_takes_their_public_names():
+    for name, file in FILES.items():
+        for module, imported in _imported(file):
+            top = module.split(".")[0]
+            if name.split(".")[0] == "realign_kernels":
+                assert top not in ("realign", "transformers", "peft", "datasets"), file
+            elif top == "realign_kernels":
+                assert module == top and imported in realign_kernels.__all__, (file, imported)
 
 
-@pytest.mark.parametrize("file", FILES, ids=_name)
-def test_imports_go_one_way(file):
-    for module, name in _imports(file):
-        top = module.split(".")[0]
-        if file.is_relative_to(ROOT / "realign_kernels"):
-            assert top not in ("realign", "transformers", "peft", "datasets")
-        elif top == "realign_kernels":
-            assert module == "realign_kernels", f"{module}: use the names realign_kernels exports"
-            assert name in realign_kernels.__all__, f"{name} is not public"
+def test_rooms_import_lower_layers_only():
+    graph = rooms(imports(ROOT, "realign"))
+    assert {name.partition(".")[2] for name in graph} - {""} == set(LEVEL)
+    for name, others in graph.items():
+        above = name.partition(".")[2]
+        for below in (other.partition(".")[2] for other in others):
+            both_ground = above in GROUND and below in GROUND
+            assert both_ground or LEVEL[above] > LEVEL[below], f"{above} imports {below}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=_name)
-def test_files_stay_small(file):
-    assert len(file.read_text().splitlines()) <= LONGEST
+def test_nothing_imports_an_entry_point():
+    for module, others in imports(ROOT, "realign").items():
+        inside = room(module)
+        for other in others:
+            entry = other.endswith("__main__") or room(other).partition(".")[2] in ENTRIES
+            assert not entry or inside == room(other), f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=_name)
-def test_public_names_are_explained(file):
-    tree = ast.parse(file.read_text())
-    if tree.body:
-        assert ast.get_docstring(tree), "the file does not say what it is"
-    bare = [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        and not node.name.startswith("_")
-        and not ast.get_docstring(node)
-        and not _fields_are_explained(node)
-    ]
+def test_there_is_no_import_circle():
+    for package in ("realign", "realign_kernels", "benchmarks"):
+        graph = imports(ROOT, package)
+        assert graph and not circles(graph) and not circles(rooms(graph)), package
+
+
+def test_files_are_short():
+    long = {
+        str(file): count
+        for file in chain(FILES.values(), (ROOT / "csrc").rglob("*.*"))
+        if (count := len(file.read_text().splitlines())) > MOST_LINES
+    }
+    assert not long
+
+
+def test_modules_and_public_names_have_docstrings():
+    bare = []
+    for name, file in FILES.items():
+        tree = ast.parse(file.read_text())
+        bare += [name] if tree.body and not ast.get_docstring(tree) else []
+        bare += [
+            f"{name}.{node.name}"
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and not ast.get_docstring(node)
+            and not _fields_have_strings(node)
+        ]
     assert not bare
 
 
-def _fields_are_explained(node: ast.AST) -> bool:
-    """Whether every field of a settings class has its string, which stands for a docstring."""
+def _fields_have_strings(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    """Whether every field of a settings class has its string, which replaces a docstring."""
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
     after = [b for a, b in zip(node.body, node.body[1:], strict=False) if a in fields]
     strings = [n for n in after if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
@@ -77,13 +107,15 @@ def _fields_are_explained(node: ast.AST) -> bool:
 
 def test_no_file_names_a_machines_folders():
     folders = tuple(f"/{name}/" for name in ("work", "tmp", "root", "home"))
-    parts = ("realign", "realign_kernels", "csrc", "tests", "benchmarks", "docs", "examples", ".ci")
-    files = [f for part in parts for f in ROOT.glob(f"{part}/**/*")] + list(ROOT.glob("*"))
+    ours = re.compile(
+        r"(realign|realign_kernels|experiments|csrc|tests|benchmarks|docs|examples|\.ci|\.github)/"
+    )
+    files = [f for f in ROOT.glob("**/*") if ours.match(str(f.relative_to(ROOT)))]
     seen = 0
-    for file in files:
-        ours = "__pycache__" not in file.parts and file.name != ".git"  # a worktree's is a file
-        if ours and file.is_file() and file.suffix in TEXT:
+    for file in [*files, *ROOT.glob("*")]:
+        mine = "__pycache__" not in file.parts and file.name != ".git"  # a worktree's is a file
+        if mine and file.is_file() and file.suffix in TEXT:
             text = file.read_text(errors="replace")
-            assert not [f for f in folders if f in text], f"{_name(file)} holds a machine path"
+            assert not [f for f in folders if f in text], f"{file} holds a machine path"
             seen += 1
     assert seen > 40
