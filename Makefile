@@ -28,8 +28,8 @@ help:
 	@echo 'make gpu-wheels     packages to carry to a CUDA machine without network (benchmarks/gpu/run.sh)'
 	@echo 'make gpu-rehearsal  the GPU check and tests/kernels on a CPU under that machine'"'"'s versions'
 	@echo 'make report  docs/benchmarks.md, docs/gpu.md and the README tables from the last runs'
-	@echo 'make lint    ruff check and ruff format --check'
-	@echo 'make build   the environment alone: .venv with the package and its C++ extension'
+	@echo 'make lint    ruff check, ruff format --check and pyright'
+	@echo 'make build   the environment only: .venv with the package and its C++ extension'
 	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
 
 build: $(STAMP)
@@ -94,6 +94,7 @@ report: $(STAMP)
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
 
 clean:
 	rm -rf $(VENV) $(WHEELS) $(REHEARSAL) build dist *.egg-info realign_kernels/_C*.so .pytest_cache .ruff_cache .benchmarks

@@ -19,7 +19,7 @@ from realign_kernels.refcache.packing import pack_forest
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = {
     "gpu", "cpu", "demo", "bench", "dev", "tensorboard", "wandb", "peers", "ray", "sentences",
-    "study",
+    "study", "endpoint",
 }  # fmt: skip
 # Installed nowhere in CI, so not pinned.
 UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}
