@@ -1,5 +1,6 @@
 """What the README says is run: its Python block, its commands, and the names it promises."""
 
+import importlib.util
 import json
 import re
 import runpy
@@ -124,7 +125,25 @@ def test_every_flag_named_exists(capsys):
     assert not missing
 
 
+def test_names_of_pages_exist():
+    """Files, modules and imports that pages name; docs/decisions.md also names what was dropped."""
+    missing = []
+    kept = r"`((?:realign|realign_kernels|tests|benchmarks|csrc|experiments|docs)/[\w/.]+\w)`"
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        if page.name == "decisions.md":
+            continue
+        text = page.read_text()
+        missing += [(page.name, f) for f in re.findall(kept, text) if not (ROOT / f).exists()]
+        for module in re.findall(r"python -m ((?:realign|benchmarks|experiments)[\w.]*\w)", text):
+            if not importlib.util.find_spec(module):
+                missing.append((page.name, module))
+        for module, names in re.findall(r"^from (realign[\w.]*) import ([\w, ]+)$", text, re.M):
+            found = importlib.import_module(module)
+            missing += [(page.name, module, n) for n in names.split(", ") if not hasattr(found, n)]
+    assert not missing
+
+
 def test_links_lead_to_files():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples/README.md"):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "examples/README.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), (page.name, target)
