@@ -63,7 +63,7 @@ def test_a_chat_refuses_impossible_settings(settings):
         say("a", **settings)
 
 
-@pytest.mark.parametrize("spec", ["digits", "transformers:", "vllm:", "openai:gpt", ""])
+@pytest.mark.parametrize("spec", ["digits", "transformers:", "openai:gpt", ""])
 def test_an_unknown_engine_is_refused(spec):
     with pytest.raises(ValueError, match="engine is .*give transformers:MODEL"):
         make_engine(spec)

@@ -6,8 +6,7 @@ import pytest
 from fake_endpoint import KEY, Endpoint, engine_at, good, picture, say
 
 from realign.pairs.engines import Reply, make_engine
-from realign.pairs.engines.endpoint import EndpointEngine
-from realign.pairs.engines.wire import scrub
+from realign.pairs.engines.endpoint import scrub
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +127,7 @@ def test_kept_answers_make_no_request(tmp_path):
         file.write_text(file.read_text()[:9])  # a damaged one is asked again
         again.chat(asked)
         assert len(server.requests) == 3
-        other = EndpointEngine(f"{server.url}#other", folder=tmp_path)
+        other = engine_at(server, "other", folder=tmp_path)
         other.chat(asked[:1])
         assert len(server.requests) == 4
 

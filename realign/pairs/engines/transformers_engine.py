@@ -1,8 +1,8 @@
-"""The transformers engine: answers by `generate` in this process.
+"""Transformers engine: chats answered by `generate` in this process.
 
-Greedy answers are written in batches; beside longer ones a prompt is padded, which in bf16 may
-round a close call the other way. Sampled answers are written one by one, each from its own seed, so
-that none depends on its company.
+Greedy answers are written in batches. Padding of shorter prompts may change a close decision in
+bf16. Sampled answers are written one by one, each from its own seed, so that none depends on the
+rest of its batch.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ class TransformersEngine(Engine):
             dtype: "fp32" or "bf16"; bf16 on a GPU and fp32 elsewhere when absent.
 
         Raises:
-            ValueError: for a batch size below 1 or another dtype.
+            ValueError: for another dtype.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; use {' or '.join(DTYPES)}.")
         self.name = f"transformers:{model}"
