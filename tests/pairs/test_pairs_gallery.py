@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from realign.pairs.gallery import changed_words, difference, main, write_gallery
+from realign.pairs.gallery import main, write_gallery
+from realign.pairs.stats import changed_words, collect, difference
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"alert('b')\"> &lt;"
 TAGS = ["html", "head", "meta", "title", "style", "body", "header", "div", "h1", "p", "input"]
-TAGS += ["select", "main", "nav", "kbd", "noscript", "script"]
+TAGS += ["select", "main", "details", "summary", "pre", "nav", "kbd", "noscript", "script"]
 
 
 def _bytes(shade, size=(16, 16), form="PNG"):
@@ -101,6 +102,7 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
     ]
     data = _page(tmp_path, *rows).data
     assert data["about"] == "3 pairs in pairs.parquet"
+    assert data["figures"] == str(collect(tmp_path / "pairs.parquet"))
     first, second, third = data["pairs"]
     assert first["id"] == "pair-0" and first["prompt"] == [["user", "What is it?"]]
     assert _said(first["chosen"]) == "A red cat, number 0."
@@ -286,7 +288,7 @@ def test_the_command(tmp_path, capsys):
     assert main([str(file), "--output", str(output), "--most", "2", "--side", "64"]) == 0
     assert re.fullmatch(r"wrote .*page.html: 2 of 3 pairs, 0.0 MB\n", capsys.readouterr().out)
     assert len(_Page(output.read_text()).data["pairs"]) == 2
-    pq.write_table(pa.Table.from_pylist([{"text": "x"}]), tmp_path / "other.parquet")
+    pq.write_table(pa.Table.from_pylist([{"note": "x"}]), tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("no Parquet")
     empty = _file(tmp_path, _row(), name="empty.parquet")
     pq.write_table(pq.read_table(empty).slice(0, 0), empty)
@@ -294,7 +296,7 @@ def test_the_command(tmp_path, capsys):
         ([str(tmp_path / "none.parquet")], "there is no Parquet file at"),
         ([str(tmp_path / "new")], "there is no Parquet file at"),
         ([str(tmp_path / "text.parquet")], "is not a readable Parquet file"),
-        ([str(tmp_path / "other.parquet")], "has no columns chosen and rejected"),
+        ([str(tmp_path / "other.parquet")], "lacks the column(s) chosen, rejected"),
         ([str(empty)], "holds no pairs"),
         ([str(file), "--most", "-1"], "most is -1; it must be at least 0"),
         ([str(file), "--side", "8"], "side is 8; it must be at least 16"),

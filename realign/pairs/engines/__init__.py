@@ -12,9 +12,7 @@ from typing import Any
 from realign.modeling.merging import check_folder
 from realign.pairs.engines.chat import Chat, ChatError, Engine, EngineOptions, Reply
 
-__all__ = [
-    "ENGINES", "Chat", "ChatError", "Engine", "EngineOptions", "Reply", "is_endpoint", "make_engine",
-]  # fmt: skip
+__all__ = ["Chat", "ChatError", "Engine", "EngineOptions", "Reply", "is_endpoint", "make_engine"]
 
 
 def _transformers(spec: str, options: EngineOptions) -> Engine:

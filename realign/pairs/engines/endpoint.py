@@ -229,7 +229,9 @@ class EndpointEngine(Engine):
         """
         key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
         if key and not (key.isascii() and key.isprintable()):
-            raise ValueError(f"${' or $'.join(KEYS)} holds characters that no key has; set it again.")
+            raise ValueError(
+                f"${' or $'.join(KEYS)} holds characters that no key has; set it again."
+            )
         if key and self._url.lower().startswith("http:") and not self._loopback:
             raise ValueError(
                 f"the key of the environment would go to {self._url} unencrypted. Use an https URL "
