@@ -1,4 +1,4 @@
-"""What docs/pairs.md says is so: its commands, examples, columns and reasons."""
+"""docs/pairs.md: its commands, examples, columns and reasons are those of the code."""
 
 import json
 import re
@@ -16,10 +16,10 @@ from realign.config import TrainConfig
 from realign.data.records import Record
 from realign.pairs.__main__ import main
 from realign.pairs.config import PairsConfig
-from realign.pairs.gallery import pair_rows
 from realign.pairs.io.formats import FORMATS
 from realign.pairs.io.importers import read_any
 from realign.pairs.pipeline import STAGES
+from realign.pairs.stats import pair_rows
 
 TEXT = (Path(__file__).parents[2] / "docs" / "pairs.md").read_text()
 COMMANDS = [
@@ -33,7 +33,7 @@ EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT
 
 def test_every_command_is_known():
     others = {command[0] for command in COMMANDS if "realign.pairs" not in command}
-    assert others == {"wget", "unzip", "python"} and len(OURS) == 8
+    assert others == {"wget", "unzip", "python", "vllm"} and len(OURS) == 9
 
 
 @pytest.mark.parametrize("words", [words for words in OURS if not words or words[0][0] == "-"])
@@ -61,6 +61,7 @@ def test_every_flag_is_one():
     known = {f"--{f.name.replace('_', '-')}" for f in fields(PairsConfig)}
     known |= {f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)}
     known |= {"--help", "--config", "--most", "--side", "--fsdp", "--dry-run", "--pairs"}
+    known |= {"--port", "--data-parallel-size"}  # of vLLM
     assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) <= known
 
 
@@ -93,7 +94,7 @@ def test_the_columns_are_those_of_the_output(pairs_file):
     said = TEXT[TEXT.index("**Out** goes") : TEXT.index("`datasets` loads it")]
     names = [n for n in pq.read_schema(pairs_file).names if n != "id"]
     assert set(re.findall(r"`(\w+)`", said)) == set(names)
-    assert {name for *_, row in pair_rows([pairs_file]) for name in row} == {"id", *names}
+    assert {name for *_, row in pair_rows(pairs_file) for name in row} == {"id", *names}
 
 
 def test_every_reason_is_explained():
