@@ -32,9 +32,9 @@ from realign.files import check_file
 from realign.pairs.io import formats
 from realign.pairs.io.formats import Options
 from realign.pairs.io.pictures import inside, plain_picture
+from realign.pairs.io.rows import InvalidRecord as Bad
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
-from realign.pairs.stages.base import Bad
 
 FORMATS = ("auto", *formats.PARSERS)
 _ALL = ("llava:all", "coco:all")
