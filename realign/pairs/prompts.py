@@ -18,7 +18,7 @@ from realign.data.image_tags import split_at_tags
 from realign.data.messages import texts_of
 from realign.data.records import Record
 from realign.pairs.engines.chat import Chat, Reply
-from realign.pairs.filters.rules import words_of
+from realign.pairs.io.words import words_of
 from realign.pairs.masking.mask import MASK, Masked
 
 ANSWER = "Answer from the image alone, and say nothing that it does not show."

@@ -1,40 +1,48 @@
 """Infill: complete masked responses on another image, with everything unmasked forced.
 
-The model reads the retrieved image and the prompt; the unmasked tokens of the response are forced
-and only the gaps are generated, so a completion differs from the chosen response inside the gaps
-alone, and no instruction-following is needed. A gap ends where the model would rather write the
-next forced token than go on.
+The model reads the retrieved image and the prompt. The unmasked tokens of the response are forced
+and only the gaps are generated, so a completion differs from the chosen response only inside the
+gaps, and the model need not follow instructions. A gap ends where the model's best token is the
+next forced token.
 
-`infill_plain` says what is computed, a token at a time. `infill` computes the same in batches: what
-comes before the first gap is read at once, what is forced between gaps is read in one block, keys
-and values are kept for each row where its own sequence has come to (`reader.py`), and rows that
-are done leave the batch.
+`infill_plain` is the specification, a token at a time. `infill` computes the same in batches: the
+text before the first gap is read at once, forced text between gaps in one block. Each row has its
+keys and values at the places of its own sequence (`reader.py`), and finished rows leave the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from realign.modeling import tree_attention
 from realign.modeling.chat import shorten, text_inputs
 from realign.modeling.layouts import FULL, SLIDING, layout_of
-from realign.pairs.infill.forced import Forced, Speech
+from realign.modeling.loading import DTYPES, load_model, load_processor
+from realign.pairs.infill.forced import Forced, ResponseFramer
 from realign.pairs.infill.reader import RowReader
 from realign.pairs.masking.mask import Masked
 
 _FORWARD = 128
-"""Tokens whose computation takes as long as what a forward costs whatever its size. It decides how
-much of a forced piece is read while other rows write a token: 128 lies between a small model on a
-CPU and a large one on a GPU, and what is decided changes no result."""
+"""Tokens whose computation takes as long as the fixed cost of a forward. It decides how much of a
+forced piece is read while other rows write a token. 128 is between a small model on a CPU and a
+large one on a GPU; it changes no result."""
 
 _DROP = 0.75
-"""Share of a batch at which the rows that are done leave it; copying the others costs less then."""
+"""Share of unfinished rows at which the finished ones leave; copying the others then costs less."""
+
+
+def load_vlm(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """The model that infills and is the reference of margins, and its processor."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vlm = load_model(name, DTYPES[dtype]).eval()
+    vlm.to(device=device)  # type: ignore[call-arg]
+    return vlm, load_processor(name)
 
 
 class Completion(NamedTuple):
@@ -45,8 +53,8 @@ class Completion(NamedTuple):
 
 
 def infill(
-    vlm,
-    processor,
+    vlm: PreTrainedModel,
+    processor: Any,
     prompts: Sequence[Sequence[dict]],
     images: Sequence[Sequence[Image.Image]],
     masked: Sequence[Masked],
@@ -58,17 +66,15 @@ def infill(
 ) -> list[Completion]:
     """Complete masked responses.
 
-    A completion depends on its own record alone, not on the batch it is in, except for what a
-    model's rounding decides.
+    A completion depends only on its own record, not on its batch, except for rounding.
 
     Args:
         vlm: a Hugging Face vision-language model.
         processor: its processor, with a fast tokenizer.
         prompts: messages of each record.
-        images: the images each response is completed on.
+        images: of each record, to complete the response on.
         masked: the responses.
-        max_gap_tokens: most tokens generated for a gap; for one that hid more than half of that,
-            twice what it hid.
+        max_gap_tokens: most tokens generated for a gap; twice as many as it hid, if more.
         temperature: 0 is greedy; above it samples.
         seeds: of each record, for sampling.
         batch_size: records in a forward, those of like length together; all by default.
@@ -84,9 +90,9 @@ def infill(
     size = batch_size or max(1, len(rows))
     if size < 0:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-    run = _together
-    if alone_because(vlm, processor):
-        run, size = _alone, 1
+    run = _complete_batch
+    if reason_for_single(vlm, processor):
+        run, size = _complete_single, 1
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].forced.tokens))
     choose = _chooser(vlm, processor, temperature)
     with torch.inference_mode():
@@ -96,8 +102,8 @@ def infill(
 
 
 def infill_plain(
-    vlm,
-    processor,
+    vlm: PreTrainedModel,
+    processor: Any,
     prompts: Sequence[Sequence[dict]],
     images: Sequence[Sequence[Image.Image]],
     masked: Sequence[Masked],
@@ -108,8 +114,8 @@ def infill_plain(
 ) -> list[Completion]:
     """The specification of `infill`, with its arguments: no batch, no cache.
 
-    Every token is chosen after the model has read everything before it, with positions and masks of
-    the model's own.
+    Every token is chosen after a forward of everything before it, with the model's own positions
+    and masks.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
     choose = _chooser(vlm, processor, temperature)
@@ -122,8 +128,8 @@ def infill_plain(
     return [row.completion(processor) for row in rows]
 
 
-def alone_because(vlm, processor) -> str | None:
-    """Why records are completed one by one with this model; None where they go in batches."""
+def reason_for_single(vlm: Any, processor: Any) -> str | None:
+    """Reason why this model completes records one by one; None where it takes batches."""
     try:
         layout = layout_of(vlm)
     except ValueError as error:
@@ -139,7 +145,7 @@ def alone_because(vlm, processor) -> str | None:
 
 
 class _Row:
-    """A record on its way: what to read next, and what was written."""
+    """A record in progress: tokens to read next, and tokens written."""
 
     def __init__(self, prompt: str, images: list, forced: Forced, most: int, seed: int) -> None:
         self.prompt, self.images, self.forced = prompt, images, forced
@@ -159,15 +165,15 @@ class _Row:
         return part
 
     def choose(self, pick: int, best: int) -> None:
-        """Go on from what the model would write: `pick` inside a gap, `best` among all tokens."""
+        """Continue with the model's tokens: `pick` inside a gap, `best` among all."""
         self._advance(lambda: self._writer.send((pick, best)))
 
     def _advance(self, step: Callable[[], list[int]]) -> None:
         try:
             self.feed = step()
-        except StopIteration as finished:
+        except StopIteration as end:
             self.feed, self.done = [], True
-            self.gaps, self.closed = finished.value
+            self.gaps, self.closed = end.value
 
     def completion(self, processor) -> Completion:
         """The response with its gaps filled."""
@@ -208,20 +214,20 @@ def _begin(vlm, processor, prompts, images, masked, most, temperature, seeds) ->
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more.")
     if temperature and seeds is None:
         raise ValueError("seeds is None; sampling (temperature above 0) needs one for each record.")
-    speech = Speech(processor, vlm)
+    framer = ResponseFramer(processor, vlm)
     given = zip(prompts, images, masked, seeds or [0] * len(masked), strict=True)
     rows = []
     for prompt, pictures, response, seed in given:
-        text = speech.prompt(prompt, len(pictures))
-        rows.append(_Row(text, list(pictures), speech.force(text, response), most, seed))
+        text = framer.prompt(prompt, len(pictures))
+        rows.append(_Row(text, list(pictures), framer.force(text, response), most, seed))
     return rows
 
 
 def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.Tensor], None]:
-    """What goes on with rows from their scores, (rows, V).
+    """The function that advances rows by their scores, (rows, V).
 
-    Sampling draws one number for a token, from the row's own generator, and takes the token where
-    the cumulated probability passes it; so others in the batch change nothing.
+    Sampling draws one number per token from the row's own generator and inverts the cumulative
+    distribution, so other rows in the batch change nothing.
     """
     banned: torch.Tensor | None = None
 
@@ -246,7 +252,7 @@ def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.
 
 
 def _banned(tokenizer, size: int) -> torch.Tensor:
-    """(V,) bool: tokens that are no text, among them ids that the tokenizer does not have."""
+    """(V,) bool: special tokens, and ids that the tokenizer does not have."""
     banned = torch.zeros(size, dtype=torch.bool)
     banned[len(tokenizer) :] = True
     special = set(tokenizer.all_special_ids)
@@ -256,7 +262,7 @@ def _banned(tokenizer, size: int) -> torch.Tensor:
 
 
 def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
-    """What the processor makes of prompts and images; prompts are padded on the right."""
+    """Output of the processor for prompts and images; prompts are padded on the right."""
     padding = {"padding": True, "padding_side": "right"} if len(rows) > 1 else {}
     inputs = text_inputs(processor, [row.prompt for row in rows]) | padding
     try:
@@ -272,10 +278,10 @@ _OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0
 
 
 def _longer(vlm, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torch.Tensor]:
-    """The inputs of one record with response tokens behind, and all that has a column per token."""
+    """The inputs of one record with response tokens appended, in all tensors per token."""
     filler = _OF_RESPONSE | {"input_ids": 0}
     if vlm.config.model_type == "paligemma":
-        filler["token_type_ids"] = 1  # the suffix, which does not see what follows it
+        filler["token_type_ids"] = 1  # the suffix, which is causal
     longer = dict(inputs)
     for name in filler.keys() & inputs.keys():
         value = torch.tensor(ids if name == "input_ids" else [filler[name]] * len(ids))
@@ -284,7 +290,7 @@ def _longer(vlm, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, t
     return longer
 
 
-def _together(vlm, processor, rows: Sequence[_Row], choose) -> None:
+def _complete_batch(vlm, processor, rows: Sequence[_Row], choose) -> None:
     """Complete a batch of records."""
     reader, active = RowReader(vlm, layout_of(vlm)), list(rows)
     counts = [len(row.images) for row in rows]
@@ -303,18 +309,18 @@ def _together(vlm, processor, rows: Sequence[_Row], choose) -> None:
 
 
 def _width(waiting: Sequence[int]) -> int:
-    """How many tokens a forward reads of each row, where rows have so many to read.
+    """Width of a forward: the tokens it reads of each row, from the tokens that wait in each.
 
     A row that writes has one, a row whose gap has closed a whole piece. All rows of a forward are
-    as wide as the widest, so it is the width that reads most for what it costs.
+    as wide as the widest, so the width with the most tokens read per cost is best.
     """
     widths = sorted(set(waiting) - {0})
     gain = {w: sum(min(w, n) for n in waiting) / (_FORWARD + w * len(waiting)) for w in widths}
     return max(widths, key=gain.__getitem__)
 
 
-def _alone(vlm, processor, rows: Sequence[_Row], choose) -> None:
-    """Complete one record with a cache and positions of the model's own."""
+def _complete_single(vlm, processor, rows: Sequence[_Row], choose) -> None:
+    """Complete one record with the model's own cache and positions."""
     (row,) = rows
     inputs = _longer(vlm, _encode(vlm, processor, rows), row.take())
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))

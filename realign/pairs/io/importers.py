@@ -31,9 +31,9 @@ from realign.data.tables import rows_of
 from realign.files import check_file
 from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
 from realign.pairs.io.pictures import inside, plain_picture
+from realign.pairs.io.rows import InvalidRecord as Bad
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
-from realign.pairs.stages.base import Bad
 
 _NEEDED = ("prompt", "images")  # of a table: responses may be written by the pipeline
 Items = Iterator[tuple[str, Any]]  # place in a file, and an object of it

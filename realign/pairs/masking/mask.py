@@ -1,4 +1,4 @@
-"""Which parts of a response to hide: by rules without a model, or as a language model lists them.
+"""Masks: the segments of a response to hide, found by rules or listed by a language model.
 
 The paper masks objects, attributes and relations in segments; `segments.py` finds them by rules.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from realign.pairs.masking.segments import CATEGORIES, Span, find_segments
 
 MASK = "[MASK]"
-_EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # a segment's, where a language model adds them
+_EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # that a language model adds around a segment
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,8 @@ class Masked:
 
     def fill(self, texts: tuple[str, ...]) -> str:
         """The response with `texts` in the gaps."""
-        parts = [self.pieces[0]]
-        for text, piece in zip(texts, self.pieces[1:], strict=True):
-            parts += [text, piece]
-        return "".join(parts)
+        gaps = zip(texts, self.pieces[1:], strict=True)
+        return self.pieces[0] + "".join(text + piece for text, piece in gaps)
 
 
 def mask_response(

@@ -1,4 +1,4 @@
-"""Retrieve: the nearest other images of every image, found among those of all shards."""
+"""Retrieve: the nearest other images of every image, among those of all shards."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.pairs.config import PairsConfig
-from realign.pairs.io.shards import MADE_OF, Shards, digest_of, marks_in, save_array, write_table
+from realign.pairs.io.rows import Row
+from realign.pairs.io.shards import INPUTS_KEY, Shards, digest_of, footer, save_array, write_table
 from realign.pairs.retrieval.index import Index, neighbours
-from realign.pairs.stages.base import Bad, Row, Stage
+from realign.pairs.stages.base import Result, Stage
 
 _ARRAYS = ("vectors.npy", "hashes.npy", "images.npy")
 
 
 class _Group(NamedTuple):
-    """Rows whose records have as many images as each other."""
+    """Records with the same number of images: only these are neighbours."""
 
     images: int
     rows: np.ndarray  # (n,) places among all rows
@@ -30,11 +30,11 @@ class _Group(NamedTuple):
 
 
 class Retrieve(Stage):
-    """Global: `prepare` puts the vectors of all shards into one file, which processes map.
+    """Global: `prepare` writes the vectors of all shards to one file, which processes map.
 
-    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, `images.npy` (N,) how many images
-    a record has, an index unless search is exact and, last, `rows.parquet` with the id and shard of
-    every vector.
+    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, `images.npy` (N,) with the number
+    of images of each record, an index unless search is exact and, last, `rows.parquet` with the id
+    and shard of every vector.
     """
 
     name = "retrieve"
@@ -55,17 +55,15 @@ class Retrieve(Stage):
         }
     )
 
-    def __init__(self, config: PairsConfig) -> None:
-        self.config = config
-        self._searched: list[tuple[_Group, Index]] = []
+    _indices: list[tuple[_Group, Index]]
 
     def settings(self) -> Row:
-        """How neighbours are found."""
+        """Settings of the search."""
         names = ("k", "ceiling", "floor", "hash_distance", "index")
         return {name: getattr(self.config, name) for name in names}
 
     def prepare(self) -> None:
-        """Put the vectors of all shards into one file, from which every process maps them.
+        """Write the files that all shards share.
 
         Raises:
             ValueError: when no image could be read.
@@ -73,30 +71,31 @@ class Retrieve(Stage):
         folder, embedded = self.folder, Shards(self.folders["embed"])
         self.shared = digest_of(*map(embedded.rows_digest, embedded.done()))
         file = folder / "rows.parquet"
-        there = all((folder / name).exists() for name in _ARRAYS)
-        if there and marks_in(file).get(MADE_OF) == self.shared.encode():
+        complete = all((folder / name).exists() for name in _ARRAYS)
+        if complete and footer(file).get(INPUTS_KEY) == self.shared.encode():
             return
-        file.unlink(missing_ok=True)  # it says that the arrays beside it are whole
+        file.unlink(missing_ok=True)  # it marks the arrays beside it as complete
         counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
         numbers = [n for n, count in counts.items() if count]
         if not numbers:
             raise ValueError("no record is left to retrieve among: no image could be read.")
+
+        def column(name: str) -> Iterator[pa.ChunkedArray]:
+            return (embedded.table(n, [name])[name] for n in numbers)
+
         wide = len(embedded.read(numbers[0], ["embedding"])[0]["embedding"])
-        vectors = (_matrix(embedded.table(n, ["embedding"])["embedding"]) for n in numbers)
-        hashes = (embedded.table(n, ["phash"])["phash"].to_numpy() for n in numbers)
         total = sum(counts.values())
+        vectors = map(_matrix, column("embedding"))
+        hashes = (part.to_numpy() for part in column("phash"))
+        images = (part.combine_chunks().value_lengths().to_numpy() for part in column("plain"))
         save_array(folder / "vectors.npy", (total, wide), np.float32, vectors)
         save_array(folder / "hashes.npy", (total,), np.uint64, hashes)
-        counts_of_images = (
-            np.array([len(plain) for plain in embedded.table(n, ["plain"])["plain"].to_pylist()])
-            for n in numbers
-        )
-        save_array(folder / "images.npy", (total,), np.int32, counts_of_images)
+        save_array(folder / "images.npy", (total,), np.int32, images)
+        self._save_index()
         rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
         shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
-        self._save_index()
-        rows = rows.append_column("shard", shard).replace_schema_metadata({MADE_OF: self.shared})
-        write_table(file, rows)
+        rows = rows.append_column("shard", shard)
+        write_table(file, rows.replace_schema_metadata({INPUTS_KEY: self.shared}))
 
     def _save_index(self) -> None:
         """Build indices that are not exact once, for every process to load."""
@@ -104,7 +103,8 @@ class Retrieve(Stage):
             path = self._index_file(group)
             partial = path.with_name(f".{path.name}.partial")
             try:
-                with _one_faiss_thread(self.config.index == "hnsw"):  # several build another graph
+                # Threads would build another hnsw graph in each run.
+                with _one_faiss_thread(self.config.index == "hnsw"):
                     Index(self.config.index).build(group.vectors).save(partial)
             except RuntimeError as error:  # of FAISS
                 if "No space left" in str(error):
@@ -117,7 +117,7 @@ class Retrieve(Stage):
         return self.folder / f"index-{group.images}.faiss"
 
     def _groups(self) -> list[_Group]:
-        """Rows by how many images their records have: a neighbour must have as many."""
+        """Rows by the number of images of their records."""
         vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
         hashes = np.load(self.folder / "hashes.npy")
         counts = np.load(self.folder / "images.npy")
@@ -131,21 +131,21 @@ class Retrieve(Stage):
         """Map the vectors and load the indices."""
         rows = pq.read_table(self.folder / "rows.parquet", columns=["id", "shard"])
         self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
-        self._searched = [
-            (g, Index(self.config.index).load(self._index_file(g), g.vectors))
-            for g in self._groups()
+        self._indices = [
+            (group, Index(self.config.index).load(self._index_file(group), group.vectors))
+            for group in self._groups()
         ]
 
     def close(self) -> None:
-        """Forget the indices."""
-        self._searched = []
+        """Release the indices."""
+        self._indices = []
 
-    def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
+    def run(self, inputs: dict[str, list[Row]], number: int) -> Result:
         """Search for one shard's images among all."""
         start, stop = np.searchsorted(self._shards, [number, number + 1]).tolist()
         near: list[list[Row]] = [[] for _ in range(start, stop)]
         config = self.config
-        for group, index in self._searched:
+        for group, index in self._indices:
             first, last = np.searchsorted(group.rows, [start, stop]).tolist()
             if first == last:
                 continue
@@ -160,16 +160,13 @@ class Retrieve(Stage):
                 queries=slice(first, last),
             )
             for row, *found in zip(group.rows[first:last], places, similarities, strict=True):
-                near[row - start] = self._named(group, *found)
-        rows = [
-            {"id": row["id"], "neighbours": found}
-            for row, found in zip(inputs["embed"], near, strict=True)
-        ]
-        return rows, []
+                near[row - start] = self._neighbours(group, *found)
+        ids = (row["id"] for row in inputs["embed"])
+        return [{"id": i, "neighbours": found} for i, found in zip(ids, near, strict=True)], []
 
-    def _named(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
-        """The neighbours of one image, by id."""
-        there = int((places >= 0).sum())
+    def _neighbours(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
+        """The neighbours of one image as the column holds them."""
+        rows = group.rows[places[places >= 0]].tolist()
         return [
             {
                 "id": self._ids[row].as_py(),
@@ -177,16 +174,14 @@ class Retrieve(Stage):
                 "rank": rank,
                 "similarity": similarity,
             }
-            for rank, (row, similarity) in enumerate(
-                zip(group.rows[places[:there]].tolist(), similarities[:there], strict=True)
-            )
+            for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=False))
         ]
 
 
 @contextmanager
-def _one_faiss_thread(wanted: bool) -> Iterator[None]:
-    """FAISS on one thread, where that is wanted."""
-    if not wanted:
+def _one_faiss_thread(on: bool) -> Iterator[None]:
+    """FAISS on one thread, where `on`."""
+    if not on:
         yield
         return
     import faiss
