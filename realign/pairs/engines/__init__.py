@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from realign.pairs.engines.chat import Chat, ChatError, Engine, Reply
+from realign.pairs.engines.chat import Chat, Engine, Reply
 
-__all__ = ["Chat", "ChatError", "Engine", "Reply", "is_endpoint", "make_engine"]
+__all__ = ["Chat", "Engine", "Reply", "is_endpoint", "make_engine"]
 
 
 def is_endpoint(spec: str | None) -> bool:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from realign.data.errors import Malformed
 from realign.pairs.engines.chat import (
     Chat,
-    ChatError,
     Engine,
     Reply,
     request_digest,
@@ -114,7 +114,7 @@ class EndpointEngine(Engine):
             for request in requests:
                 try:
                     key = request_digest(request, self._address.url, self._address.model)
-                except ChatError as error:
+                except Malformed as error:
                     replies.append(Reply("", str(error)))
                     continue
                 if key not in asked:
@@ -137,7 +137,7 @@ class EndpointEngine(Engine):
         for request in requests:
             try:
                 key = request_digest(request, self._address.url, self._address.model)
-            except ChatError:
+            except Malformed:
                 continue
             if key in keys:
                 continue

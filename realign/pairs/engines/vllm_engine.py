@@ -24,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from realign.data.errors import Malformed
 from realign.pairs.engines import vllm_worker
 from realign.pairs.engines.chat import (
     Chat,
-    ChatError,
     Engine,
     Reply,
     image_digest,
@@ -105,12 +105,12 @@ class VllmEngine(Engine):
             ValueError: when the worker cannot load the model or dies; shows the end of its log.
         """
         self.open()
-        keys: list[str | ChatError] = []
+        keys: list[str | Malformed] = []
         asked: dict[str, Chat] = {}
         for request in requests:
             try:
                 key = request_digest(request, "vllm", self._model, self._told)
-            except ChatError as error:
+            except Malformed as error:
                 keys.append(error)
                 continue
             keys.append(key)
@@ -119,7 +119,7 @@ class VllmEngine(Engine):
         if asked:
             self._answers |= self._ask(asked)
         return [
-            Reply("", str(key)) if isinstance(key, ChatError) else self._answers[key]
+            Reply("", str(key)) if isinstance(key, Malformed) else self._answers[key]
             for key in keys
         ]
 

@@ -200,7 +200,7 @@ def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
         renamed: send `max_completion_tokens` in place of `max_tokens`.
 
     Raises:
-        ChatError: for a malformed chat.
+        Malformed: for a malformed chat.
     """
     images = iter(chat.images)
     messages = []

@@ -23,8 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from realign.data.entries import Entry, Names, name_of
-from realign.data.errors import Malformed, shown
-from realign.data.messages import ChatError
+from realign.data.errors import Malformed, short_repr
 from realign.data.pictures import MAX_PIXELS, PictureError, StoredImage
 from realign.data.records import Record, has_parts, write_pairs
 from realign.data.tables import rows_of
@@ -207,7 +206,7 @@ def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
         items: Iterator[Any] = iter(formats.coco_items(content, path))
         return _agree(format, "coco", path), _placed(path, items)
     if path.suffix != ".jsonl" and not isinstance(content, list):
-        raise ValueError(f"{path} holds {shown(content)}, no list of records.")
+        raise ValueError(f"{path} holds {short_repr(content)}, no list of records.")
     items = iter(content)
     seen = []
     for item in items:  # up to the first that tells
@@ -218,7 +217,7 @@ def _open(path: Path, format: str) -> tuple[str, Iterator[tuple[str, Any]]]:
         keys = sorted({str(key) for item in seen if isinstance(item, dict) for key in item})
         raise ValueError(
             f"{path} holds no record of a known format; pass --format. Its records have the keys "
-            f"{shown(keys)}; docs/pairs.md lists those that are read."
+            f"{short_repr(keys)}; docs/pairs.md lists those that are read."
         )
     return format, _placed(path, iter(seen))
 
@@ -263,7 +262,9 @@ def _read(
             if isinstance(item, Malformed):
                 raise item
             if not isinstance(item, dict):
-                raise Malformed(f"it is {shown(item)}, no object.", "Write one object a record.")
+                raise Malformed(
+                    f"it is {short_repr(item)}, no object.", "Write one object a record."
+                )
             name = name_of(item) or place
             entries = formats.PARSERS[kind](item, options)
         except Malformed as error:
@@ -281,7 +282,7 @@ def _record(
         return Bad(name, "read", "no image", "it names no picture")
     try:
         prompt = placed(entry.prompt, len(entry.images))
-    except ChatError as error:
+    except Malformed as error:
         return Bad(name, "read", "image token", str(error))
     try:
         images, retrieved = (
@@ -328,9 +329,11 @@ def _found(image: StoredImage, kind: str, folder: Path) -> StoredImage:
         other = Path(image.path).with_name(f"COCO_{folder.name}_{Path(image.path).name}")
         found = inside(folder, str(other))
     if not os.path.isfile(found):
-        raise PictureError("missing", f"{shown(image.path)} is not in {folder}")
+        raise PictureError("missing", f"{short_repr(image.path)} is not in {folder}")
     if printable(found) != found:
-        raise PictureError("malformed", f"the name of the file {shown(image.path)} is not UTF-8")
+        raise PictureError(
+            "malformed", f"the name of the file {short_repr(image.path)} is not UTF-8"
+        )
     return StoredImage(path=found)
 
 
