@@ -29,8 +29,8 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
 from realign.distributed import disable_cudnn_attention
-from realign.hf import adapter_checks, adapters, parts, precision
-from realign.hf.config import RDPOConfig, check
+from realign.hf import adapter_checks, adapters, checks, parts
+from realign.hf.config import RDPOConfig
 from realign.hf.records import Records, records_of
 from realign.modeling import reference_logps
 from realign.modeling.attention import choose
@@ -77,14 +77,14 @@ class RDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        check(args, kwargs | {"train_dataset": train_dataset})
+        checks.check_arguments(args, kwargs | {"train_dataset": train_dataset})
         disable_cudnn_attention()
-        self._say = parts.reporter(args)
+        self._log_rank0 = parts.reporter(args)
         vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
-        processor = parts.checked_processor(processing_class, path, vlm)
+        processor = checks.checked_processor(processing_class, path, vlm)
         adapted = peft_config is not None or self.adapter is not None
-        precision.check_weights(vlm, adapted=adapted, autocast=args.autocast)
+        checks.check_weights(vlm, adapted=adapted, autocast=args.autocast)
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
         # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
         module = parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
@@ -94,18 +94,17 @@ class RDPOTrainer(Trainer):
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
         if self.adapter is not None:
-            adapter_checks.check(self.adapter, self._say)
-            precision.widen(self.adapter, autocast=args.autocast, say=self._say)
+            adapter_checks.check(self.adapter, self._log_rank0)
+            checks.widen(self.adapter, autocast=args.autocast, log=self._log_rank0)
         else:
-            parts.check_whole(vlm)
+            checks.check_whole(vlm)
         records = records_of(train_dataset)
-        count = len(records)
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        places = {}
-        for name, rows in named.items() if eval_dataset is not None else ():
-            more = records_of(rows)
-            places[name] = parts.Places(len(records), len(records) + len(more))
-            records = [*records, *more]
+        indices = range(len(records))  # of the examples to train on; those to evaluate on follow
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        eval_indices: dict[str, range] = {}
+        for name, rows in sets.items() if eval_dataset is not None else ():
+            start, records = len(records), [*records, *records_of(rows)]
+            eval_indices[name] = range(start, len(records))
         self.objective = make_objective(args.loss, records)
         self.examples, self.store = encode_records(
             records,
@@ -123,13 +122,13 @@ class RDPOTrainer(Trainer):
         # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
         # (B, 1 + metrics) for each batch, place and metrics of an example.
         self._sums: torch.Tensor | None = None
-        self._seen: list[torch.Tensor] | None = None
+        self._eval_rows: list[torch.Tensor] | None = None
         super().__init__(
             module,
             args,
-            data_collator=parts.indices if _laid_out_late(args) else self._collate,
-            train_dataset=parts.Places(0, count),
-            eval_dataset=places if isinstance(eval_dataset, dict) else places.get(""),
+            data_collator=parts.batch_of if _laid_out_late(args) else self._collate,
+            train_dataset=indices,
+            eval_dataset=eval_indices if isinstance(eval_dataset, dict) else eval_indices.get(""),
             processing_class=processor,
             **kwargs,
         )
@@ -175,7 +174,7 @@ class RDPOTrainer(Trainer):
         Raises:
             ValueError: for other data than the trainer was made with, or one of its sets by name.
         """
-        if not isinstance(eval_dataset, str | parts.Places | None):
+        if not isinstance(eval_dataset, str | range | None):
             raise ValueError(
                 "records to evaluate on are given when the trainer is made (eval_dataset=, or a "
                 "dict of several): their references are computed before the first step."
@@ -208,10 +207,10 @@ class RDPOTrainer(Trainer):
         directory = args.reference_cache or reference_logps.default_directory()
         longest = max(example.longest_tree for example in self.examples)
         # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
-        with self.accelerator.autocast(), precision.dtypes_named(module):
+        with self.accelerator.autocast(), checks.dtypes_named(module):
             for line in module.check_forest(self.examples[0], self.store, device):
-                self._say(line)
-            with ReferenceCache.open(directory, parts.agreed(self._fingerprint)) as cache:
+                self._log_rank0(line)
+            with ReferenceCache.open(directory, checks.agreed(self._fingerprint)) as cache:
                 self.references = reference_logps.fill(
                     cache,
                     module,
@@ -222,7 +221,7 @@ class RDPOTrainer(Trainer):
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
                     progress=not args.disable_tqdm and args.process_index == 0,
-                    say=self._say,
+                    say=self._log_rank0,
                 ).float()
         module.train(training)
         self._feed = Feed(
@@ -245,13 +244,13 @@ class RDPOTrainer(Trainer):
         finally:
             self._pool = None
 
-    def _collate(self, places: Sequence[int]) -> dict[str, torch.Tensor | Future]:
-        """A batch of example indices; the micro-batch of these is on its way.
+    def _collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor | Future]:
+        """A batch of example indices; a thread lays the micro-batch of these out.
 
         accelerate's loader collates a batch before it gives out the one before.
         """
-        batch = parts.indices(places)
-        return batch | ({"ahead": self._pool.submit(self._feed, places)} if self._pool else {})
+        batch = parts.batch_of(indices)
+        return batch | ({"ahead": self._pool.submit(self._feed, indices)} if self._pool else {})
 
     def compute_loss(
         self,
@@ -268,16 +267,16 @@ class RDPOTrainer(Trainer):
         if (future := inputs.get("ahead")) is not None:
             part = future.result()
         else:
-            part = self._feed(inputs["places"].cpu().numpy())
+            part = self._feed(inputs["indices"].cpu().numpy())
         part = part.to(self.args.device)
         output = model(part.batch, self.objective, part.references)
         loss = output.loss / part.batch.examples
         self._losses.add(loss, part.batch.names)
         found = metrics.by_example(output, self.objective)
         self._names = list(found)
-        where = inputs["places"].to(output.logps.device).double()
-        if self._seen is not None:
-            self._seen.append(torch.stack([where, *found.values()], dim=1))
+        where = inputs["indices"].to(output.logps.device).double()
+        if self._eval_rows is not None:
+            self._eval_rows.append(torch.stack([where, *found.values()], dim=1))
         else:
             added = torch.stack([torch.ones_like(where), *found.values()], dim=1).sum(0, True)
             self._sums = added if self._sums is None else self._sums + added
@@ -301,12 +300,12 @@ class RDPOTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Metrics of the evaluation, apart from those of the steps around it."""
-        self._seen = []
+        self._eval_rows = []
         try:
             found = super().evaluation_loop(*args, **kwargs)
             self._losses.check()
         finally:  # steps after a failed evaluation count as steps
-            seen, self._seen = self._seen, None
+            seen, self._eval_rows = self._eval_rows, None
             self._losses.clear()
         prefix = kwargs.get("metric_key_prefix", "eval")
         rows = self._gathered(torch.cat(seen))

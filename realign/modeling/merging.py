@@ -204,9 +204,9 @@ def check_kind(config: PeftConfig, name: str) -> None:
     own = getattr(tuner, "forward", None) is not BaseTuner.forward and kind != PeftType.ADALORA
     activated = getattr(config, "alora_invocation_tokens", None)
     if own or activated:
-        with_tokens = " with alora_invocation_tokens" if activated else ""
+        value = PeftType(kind).value + " with alora_invocation_tokens" * bool(activated)
         raise ValueError(
-            f"{name} is of PEFT's kind {PeftType(kind).value}{with_tokens}, which acts outside of the model's own "
+            f"{name} is an adapter of PEFT's kind {value}, which acts outside of the model's own "
             "modules, so it can be neither trained, evaluated nor merged here. Use a kind that "
             "changes modules, such as LoRA."
         )
