@@ -91,7 +91,7 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
     vlm, _ = adapters.split(holder)
     if holder is vlm and (frozen := _freeze_bases(vlm)):
         report(f"{', '.join(frozen)} stays frozen: an adapter is trained on it")
-    configs: dict[str, PeftConfig] = getattr(holder, "peft_config", {})
+    configs = adapters.configs_of(holder)
     for name, config in configs.items():
         check_config(config, f"adapter {name!r} of the model")
     for name, config in configs.items():
@@ -104,7 +104,8 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
         if len(configs) > 1 and (tying or _changes_base(config)):
             why = "PEFT ties the weights of the first adapter only"
             if _changes_base(config):
-                why = f"its init_lora_weights={config.init_lora_weights!r} changed the base"
+                initial = _option(config, "init_lora_weights")
+                why = f"its init_lora_weights={initial!r} changed the base"
             raise ValueError(
                 f"adapter {name!r} of the model cannot be saved beside others: {why}. "
                 "Keep one adapter, or merge the first before the next is made."
@@ -197,11 +198,12 @@ def _saved_rows(
 
 def _weight_files(vlm: PreTrainedModel) -> list[Path]:
     """The safetensors files of a model in its folder, or in the hub's cache."""
-    folder = Path(vlm.name_or_path)
+    name = str(vlm.name_or_path)
+    folder = Path(name)
     if not folder.is_dir():
         revision = getattr(vlm.config, "_commit_hash", None)
         try:
-            config = try_to_load_from_cache(vlm.name_or_path, "config.json", revision=revision)
+            config = try_to_load_from_cache(name, "config.json", revision=revision)
         except ValueError:  # not a name that the hub could have
             return []
         if not isinstance(config, str):
@@ -212,6 +214,7 @@ def _weight_files(vlm: PreTrainedModel) -> list[Path]:
 
 def _check_head(vlm: PreTrainedModel) -> None:
     head = vlm.get_output_embeddings()
+    assert head is not None
     device = next(head.parameters()).device
     hidden = torch.zeros(1, vlm.config.get_text_config().hidden_size, device=device)
     try:
@@ -243,11 +246,10 @@ def _check_scaling(place: str, layer: LoraLayer | LycorisLayer | ShiraLayer) -> 
 def _check_magnitudes(place: str, layer: LoraLayer) -> None:
     """Refuse DoRA of which transformers has loaded the factors and not the magnitudes (5.23)."""
     for name, dora in layer.lora_magnitude_vector.items():
-        weight = layer.base_layer.weight.detach()
+        weight = layer.get_base_layer().get_parameter("weight").detach()
         fresh = weight.norm(dim=1 if name in layer.lora_B else 0)
-        if not adapters.adds_zero(layer, name) and torch.equal(
-            dora.weight.flatten().to(fresh.dtype), fresh
-        ):
+        magnitudes = dora.get_parameter("weight").flatten().to(fresh.dtype)
+        if not adapters.adds_zero(layer, name) and torch.equal(magnitudes, fresh):
             raise ValueError(
                 f"{place} has a trained DoRA adapter {name!r} with the magnitudes of the base, "
                 "which transformers does not load. Load it with PeftModel.from_pretrained."
@@ -282,7 +284,7 @@ def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
     frozen = []
     for module in vlm.modules():
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
-        if isinstance(module, BaseTunerLayer) and id(weight) in names:
+        if isinstance(module, BaseTunerLayer) and weight is not None and id(weight) in names:
             frozen.append(names[id(weight)])
             weight.requires_grad_(False)
     return frozen

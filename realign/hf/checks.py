@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
-from realign.hf.adapters import base_state
+from realign.hf.adapters import base_state, split
 from realign.hf.config import RDPOConfig
 from realign.modeling.loading import load_processor
 
@@ -70,7 +70,7 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
             f"processing_class is a {kind} without a chat template, so prompts cannot be rendered; "
             "set its chat_template."
         )
-    tokens, rows = len(processor.tokenizer), vlm.get_input_embeddings().weight.shape[0]
+    tokens, rows = len(processor.tokenizer), len(vlm.get_input_embeddings().get_parameter("weight"))
     image = vlm.config.image_token_id
     # Gemma 3's processor has the token before an image; its tokenizer that of the features.
     given = {getattr(part, "image_token_id", image) for part in (processor, processor.tokenizer)}
@@ -170,8 +170,9 @@ def widen(holder: nn.Module, *, autocast: bool, log: Callable[[str], None]) -> N
         parameter.data = parameter.data.float()
     if narrow:
         log(f"{len(narrow)} weights of adapters are widened to float32, in which they learn")
-    if not autocast and holder.dtype != torch.float32:
-        log(f"computing in {_name(holder.dtype)}, the dtype of the model's weights")
+    dtype = split(holder)[0].dtype
+    if not autocast and dtype != torch.float32:
+        log(f"computing in {_name(dtype)}, the dtype of the model's weights")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from realign.config import LossConfig
 
@@ -58,11 +59,18 @@ class RDPOConfig(TrainingArguments):
         """
         return "accelerate's autocast" if self.autocast else "eager"
 
+    @property
+    def laid_out_late(self) -> bool:
+        """Whether batches are laid out in their forward: worker processes or rank 0 collate."""
+        assert isinstance(self.accelerator_config, AcceleratorConfig)
+        return bool(self.dataloader_num_workers or self.accelerator_config.dispatch_batches)
+
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.remove_unused_columns = False  # a batch is indices
         # From pinned memory accelerate's copies of them need not wait for the device.
+        assert isinstance(self.accelerator_config, AcceleratorConfig)
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
         for name, default in _REFUSED.items():

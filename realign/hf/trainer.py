@@ -67,6 +67,10 @@ class RDPOTrainer(Trainer):
         RecordError: for a record that cannot be trained on; it is named.
     """
 
+    args: RDPOConfig
+    model: parts.Module
+    processing_class: Any
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel | PeftModel,
@@ -99,9 +103,10 @@ class RDPOTrainer(Trainer):
         else:
             checks.check_whole(vlm)
         records = records_of(train_dataset)
-        indices = range(len(records))  # of the examples to train on; those to evaluate on follow
-        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        eval_indices: dict[str, range] = {}
+        # Data sets are ranges of examples: those to train on, then those to evaluate on.
+        indices: Any = range(len(records))
+        sets: Any = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        eval_indices: dict[str, Any] = {}
         for name, rows in sets.items() if eval_dataset is not None else ():
             start, records = len(records), [*records, *records_of(rows)]
             eval_indices[name] = range(start, len(records))
@@ -115,18 +120,19 @@ class RDPOTrainer(Trainer):
             max_tokens=vlm.config.get_text_config().max_position_embeddings,
             progress=not args.disable_tqdm,
         )
+        self._trained = len(indices)
         self.references: torch.Tensor | None = None  # (L, examples) fp32
         self._feed: Feed | None = None  # once the references are known
         self._pool: ThreadPoolExecutor | None = None  # lays batches out, while a loop runs
         self._losses = parts.Losses()
         # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
-        # (B, 1 + metrics) for each batch, place and metrics of an example.
+        # (B, 1 + metrics) for each batch, index and metrics of an example.
         self._sums: torch.Tensor | None = None
         self._eval_rows: list[torch.Tensor] | None = None
         super().__init__(
             module,
             args,
-            data_collator=parts.batch_of if _laid_out_late(args) else self._collate,
+            data_collator=parts.batch_of if args.laid_out_late else self._collate,
             train_dataset=indices,
             eval_dataset=eval_indices if isinstance(eval_dataset, dict) else eval_indices.get(""),
             processing_class=processor,
@@ -181,7 +187,8 @@ class RDPOTrainer(Trainer):
             )
         self._fill_references()
         with self._building():
-            return super().evaluate(eval_dataset, *args, **kwargs)
+            data: Any = eval_dataset
+            return super().evaluate(data, *args, **kwargs)
 
     def predict(self, *_: Any, **__: Any) -> Any:
         """There are no logits to give.
@@ -235,7 +242,7 @@ class RDPOTrainer(Trainer):
         Not where the batches of a rank are known to rank 0 first (dispatch_batches), nor where
         processes collate (dataloader_num_workers): there each is laid out in its forward.
         """
-        if self._pool is not None or _laid_out_late(self.args):
+        if self._pool is not None or self.args.laid_out_late:
             yield
             return
         try:
@@ -249,13 +256,16 @@ class RDPOTrainer(Trainer):
 
         accelerate's loader collates a batch before it gives out the one before.
         """
-        batch = parts.batch_of(indices)
-        return batch | ({"ahead": self._pool.submit(self._feed, indices)} if self._pool else {})
+        batch: dict[str, Any] = parts.batch_of(indices)
+        if self._pool is not None:
+            assert self._feed is not None
+            batch["ahead"] = self._pool.submit(self._feed, indices)
+        return batch
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -267,19 +277,20 @@ class RDPOTrainer(Trainer):
         if (future := inputs.get("ahead")) is not None:
             part = future.result()
         else:
+            assert self._feed is not None
             part = self._feed(inputs["indices"].cpu().numpy())
         part = part.to(self.args.device)
         output = model(part.batch, self.objective, part.references)
         loss = output.loss / part.batch.examples
         self._losses.add(loss, part.batch.names)
-        found = metrics.by_example(output, self.objective)
-        self._names = list(found)
-        where = inputs["indices"].to(output.logps.device).double()
+        values = metrics.by_example(output, self.objective)
+        self._names = list(values)
+        indices = inputs["indices"].to(output.logps.device).double()
         if self._eval_rows is not None:
-            self._eval_rows.append(torch.stack([where, *found.values()], dim=1))
+            self._eval_rows.append(torch.stack([indices, *values.values()], dim=1))
         else:
-            added = torch.stack([torch.ones_like(where), *found.values()], dim=1).sum(0, True)
-            self._sums = added if self._sums is None else self._sums + added
+            sums = torch.stack([torch.ones_like(indices), *values.values()], dim=1).sum(0, True)
+            self._sums = sums if self._sums is None else self._sums + sums
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -302,18 +313,19 @@ class RDPOTrainer(Trainer):
         """Metrics of the evaluation, apart from those of the steps around it."""
         self._eval_rows = []
         try:
-            found = super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
             self._losses.check()
         finally:  # steps after a failed evaluation count as steps
-            seen, self._eval_rows = self._eval_rows, None
+            rows, self._eval_rows = self._eval_rows, None
             self._losses.clear()
+        assert rows is not None and output.metrics is not None
         prefix = kwargs.get("metric_key_prefix", "eval")
-        rows = self._gathered(torch.cat(seen))
+        rows = self._gathered(torch.cat(rows))
         # Records that fill the last batch up have been there before.
         rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
         means = dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
-        found.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        return found
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with TRL's `rewards/*` and `logps/*` of the steps since the last."""
@@ -325,15 +337,16 @@ class RDPOTrainer(Trainer):
 
     def _gathered(self, rows: torch.Tensor) -> np.ndarray:
         """The rows of all ranks, on each of them."""
-        rows = self.accelerator.pad_across_processes(rows.to(self.args.device), pad_index=-1)
-        rows = self.accelerator.gather(rows).cpu().numpy()
-        return rows[rows[:, 0] >= 0]
+        rows = rows.to(self.args.device)
+        padded: Any = self.accelerator.pad_across_processes(rows, pad_index=-1)
+        every: Any = self.accelerator.gather(padded)
+        return every[every[:, 0] >= 0].cpu().numpy()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model or its adapters as transformers and PEFT load them, with the processor."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self._output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         gathered = None  # where it is sharded: whole, on this rank only
         if state_dict is not None:
@@ -348,13 +361,19 @@ class RDPOTrainer(Trainer):
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
+    @property
+    def _output_dir(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
     def _kept_reference(self) -> parts.KeptReference:
+        assert self.references is not None
         return parts.KeptReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Our card in `output_dir`, for `push_to_hub`, in place of Trainer's."""
         if self.is_world_process_zero():
-            (Path(self.args.output_dir) / "README.md").write_text(self._card(), encoding="utf-8")
+            (self._output_dir / "README.md").write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
         args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
@@ -372,7 +391,7 @@ class RDPOTrainer(Trainer):
             },
             base=self._base,
             adapter=self.adapter is not None,
-            records=len(self.train_dataset),
+            records=self._trained,
             images=len(self.store),
             digests={"base weights": self._digest or adapters.base_digest(self.model.vlm)},
             last=logged[-1] if logged else {},
@@ -393,9 +412,4 @@ class RDPOTrainer(Trainer):
             parts.load_weights(self.model.vlm, folder)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _laid_out_late(args: RDPOConfig) -> bool:
-    """Whether batches are laid out in their forward: where worker processes or rank 0 collate."""
-    return bool(args.dataloader_num_workers or args.accelerator_config.dispatch_batches)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))

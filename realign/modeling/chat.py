@@ -19,7 +19,6 @@ from realign.data.messages import TAGS, place_images, tags_with, text_part, text
 
 _ANSWER = "KqAnswerVx"  # mixed case, so that a template's `upper` or `lower` shows
 _MARK = re.compile(r"Kq(\d+|Answer)Vx")
-_SPACE = re.compile(r"\s*")
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _STARTS = ("boi_token", "image_start_token", "start_image_token", "vision_start_token")
 _ENDS = ("eoi_token", "image_end_token", "end_image_token", "vision_end_token")
@@ -54,14 +53,15 @@ class ChatTemplate:
 
     def __init__(self, processor) -> None:
         self._processor = processor
-        self.tokenizer = tokenizer = getattr(processor, "tokenizer", processor)
-        self._image = image = getattr(processor, "image_token", None)
+        self.tokenizer: Any = getattr(processor, "tokenizer", processor)
+        self._image: str | None = getattr(processor, "image_token", None)
+        tokenizer, image = self.tokenizer, self._image
         named = [_first(processor, tokenizer, names) for names in (_STARTS, _ENDS)]
         self.tags = tags_with(image, *named) if image else TAGS
         added = tokenizer.added_tokens_decoder.values()
         start, end = _FRAMES.get(image or "", ("", ""))
         framed = {start, end} <= {token.content for token in added}
-        self._shown = f"{start}{image}{end}" if framed else image
+        self._image_text = f"{start}{image}{end}" if framed else image
         special = {token.content for token in added if token.special}
         special |= {*tokenizer.all_special_tokens, *filter(None, [image, *named])}
         longest_first = sorted(special, key=len, reverse=True)
@@ -135,13 +135,13 @@ class ChatTemplate:
         if prompt.text.rstrip().endswith("<think>"):  # the response's own thoughts may begin there
             parts += _around(body, text.removeprefix("<think>").strip())
         fits = (p for p in parts if _within(p[0], prompt.lead) and _within(p[1], prompt.close))
-        if (found := next(fits, None)) is None:
+        if (around := next(fits, None)) is None:
             raise Malformed(
                 f"the chat template does not write its {name} {short_repr(text)} whole and once, "
                 f"but {short_repr(body)}.",
                 _FIX_TEMPLATE,
             )
-        if found[1].strip():
+        if around[1].strip():
             return body
         if not self.tokenizer.eos_token:
             self._warn(
@@ -224,13 +224,13 @@ class ChatTemplate:
     def _content(self, message: dict[str, Any]) -> Any:
         """The content as the template takes it: text as a string, images as typed parts."""
         role, parts = message["role"], message["content"]
-        shown = any(part["type"] == "image" for part in parts)
-        if (role, shown) not in self._strings:
+        images = any(part["type"] == "image" for part in parts)
+        if (role, images) not in self._strings:
             word = [text_part(_ANSWER)]
-            probes = [{"type": "image"}, *word] if shown else word
+            probes = [{"type": "image"}, *word] if images else word
             typed, string = self._takes(role, probes), self._takes(role, self._as_text(probes))
-            self._strings[role, shown] = string and not typed if shown else string or not typed
-        return self._as_text(parts) if self._strings[role, shown] else parts
+            self._strings[role, images] = string and not typed if images else string or not typed
+        return self._as_text(parts) if self._strings[role, images] else parts
 
     def _takes(self, role: str, content: Any) -> bool:
         """Whether the template writes the text, and an image token, of such a content."""
@@ -242,16 +242,17 @@ class ChatTemplate:
             text = self._apply(turns)
         except Malformed:
             return False
-        images = isinstance(content, list) and len(content) > 1
-        shown = not images or text.count(self._image) == 1
-        return shown and _ANSWER in text and not re.search("['\"]type['\"]", text)
+        if isinstance(content, list) and len(content) > 1 and text.count(str(self._image)) != 1:
+            return False
+        return _ANSWER in text and not re.search("['\"]type['\"]", text)
 
     def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
         """Typed parts as one string; an image is its token on a line of its own, as LLaVA's."""
         text, last = "", None
         for part in parts:
             line = last is not None and "image" in (last, part["type"])
-            text += "\n" * line + (part["text"] if part["type"] == "text" else self._shown)
+            piece = part["text"] if part["type"] == "text" else str(self._image_text)
+            text += "\n" * line + piece
             last = part["type"]
         return text
 
@@ -310,8 +311,9 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
         rest = made["input_ids"][len(first) :]
         if first + rest == made["input_ids"] and tokenizer.decode(begun + rest) == expected:
             return made, len(first), len(before)
+    end = f"...{prompt[-40:]}"
     raise Malformed(
-        f"the tokenizer cannot split {short_repr(text)} from the prompt {_end(prompt)}.",
+        f"the tokenizer cannot split {short_repr(text)} from the prompt {end!r}.",
         "Use a chat template that ends the prompt with a token of its own.",
     )
 
@@ -343,7 +345,7 @@ def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
     """Whether a text consists of what is expected in turn, white space between aside."""
     at = 0
     for alternatives in expected:
-        at = _SPACE.match(text, at).end()
+        at += len(text) - at - len(text[at:].lstrip())
         piece = next((p for p in alternatives if text.startswith(p, at)), None)
         if piece is None:
             return False
@@ -373,14 +375,10 @@ def _is_blank(part: Mapping[str, str]) -> bool:
     return part["type"] == "text" and not part["text"].strip()
 
 
-def _end(text: str) -> str:
-    return repr(f"...{text[-40:]}")
-
-
 def _first(processor, tokenizer, names: Sequence[str]) -> str | None:
     """The first of some attributes that processor or tokenizer has."""
-    found = (getattr(owner, name, None) for name in names for owner in (processor, tokenizer))
-    return next((value for value in found if isinstance(value, str)), None)
+    values = (getattr(owner, name, None) for name in names for owner in (processor, tokenizer))
+    return next((value for value in values if isinstance(value, str)), None)
 
 
 def _frozen_date(template: Any) -> dict[str, str]:

@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _PROBED = 16  # tokens of the text that a merged model is checked on
@@ -152,7 +152,7 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
     try:
         with _ignored_warnings():
             adapted = PeftModel.from_pretrained(model, str(path))
-            keys = adapted.load_adapter(str(path), adapted.active_adapter)
+            keys = adapted.load_adapter(str(path), str(adapted.active_adapter))
         _check_keys(adapted, keys.missing_keys, keys.unexpected_keys)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
@@ -168,7 +168,7 @@ def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
     if (file := find_file(path, "tokenizer.json")) is None:
         return
     tokens = Tokenizer.from_file(file).get_vocab_size()
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokens > rows:
         raise ValueError(
             f"the tokenizer of the adapter {path} has {tokens} tokens, and its base "
@@ -198,13 +198,13 @@ def check_kind(config: PeftConfig, name: str) -> None:
     Raises:
         ValueError: names the adapter and its kind.
     """
-    kind = config.peft_type
+    kind = PeftType(config.peft_type)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     # AdaLoRA's forward adds a penalty to the loss, and log-probs are those of its modules.
     own = getattr(tuner, "forward", None) is not BaseTuner.forward and kind != PeftType.ADALORA
     activated = getattr(config, "alora_invocation_tokens", None)
     if own or activated:
-        value = PeftType(kind).value + " with alora_invocation_tokens" * bool(activated)
+        value = kind.value + " with alora_invocation_tokens" * bool(activated)
         raise ValueError(
             f"{name} is an adapter of PEFT's kind {value}, which acts outside of the model's own "
             "modules, so it can be neither trained, evaluated nor merged here. Use a kind that "
@@ -222,6 +222,7 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
         ValueError: for a kind that cannot be merged, or not rightly.
     """
     model = adapted.get_base_model()
+    assert isinstance(model, PreTrainedModel)
     kind = PeftType(adapted.active_peft_config.peft_type).value
     before = _probe(model)
     tied = _split_ends(model)
@@ -273,19 +274,21 @@ def _split_ends(model: nn.Module) -> bool:
         if len(places) > 1 and any(isinstance(module, nn.Embedding) for module, _ in places)
     ]
     for module, name in chain.from_iterable(shared):
-        copy = module._parameters[name].detach().clone()
+        copy = module.get_parameter(name).detach().clone()
         setattr(module, name, nn.Parameter(copy, requires_grad=False))
     return bool(shared)
 
 
 def _tie_again(model: PreTrainedModel) -> None:
     """Tie ends that are equal up to fp32 rounding, and write the outcome into the configuration."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rounding = 1e-6 * embedding.weight.abs().max().item()
-    tied = torch.allclose(embedding.weight, head.weight, rtol=1e-6, atol=rounding)
+    head = model.get_output_embeddings()
+    assert head is not None
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    rounding = 1e-6 * embedding.abs().max().item()
+    tied = torch.allclose(embedding, head.get_parameter("weight"), rtol=1e-6, atol=rounding)
     model.config.tie_word_embeddings = tied  # PEFT cleared it when it saw two weights
     if tied:
-        head.weight = embedding.weight
+        head.weight = embedding
     else:  # families read it in different places
         for name in model.config.sub_configs:
             part = getattr(model.config, name)

@@ -15,11 +15,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch import index_select as take
 
 
 class Sequences(NamedTuple):
@@ -51,10 +52,10 @@ class Sequences(NamedTuple):
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same with its tensors on `device`; copies from pinned memory do not block."""
-        return Sequences(
-            *(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
-              for part in self)
-        )  # fmt: skip
+        return self._make(
+            part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+            for part in self
+        )
 
 
 def sequences(trees: Sequence[Sequence[Sequence[int]]], columns: int) -> Sequences:
@@ -214,7 +215,8 @@ def flash_backward(
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """torch's deterministic mode, process-wide, without its filling of fresh memory."""
-    before, settings = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode()
     filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     torch.set_deterministic_debug_mode("error")
     try:
@@ -268,10 +270,10 @@ def forest_attention(
     q, k, v = (_real(states, real) for states in (query, key, value))
     out, lse = forward(q, k, v, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
-        inputs = _rows((q, more), (k, roots), (v, roots))
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        of_root, lse_root = forward(*inputs, spans, scale, False)
-        own, lse_own = out.index_select(0, more), lse.index_select(1, more)
+        states = take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
+        of_root, lse_root = forward(*states, spans, scale, False)
+        own, lse_own = take(out, 0, more), take(lse, 1, more)
         share = (lse_own - lse_root).sigmoid().t()[..., None]  # of a leaf's own keys
         merged = of_root.to(share.dtype).lerp_(own.to(share.dtype), share)
         out.index_copy_(0, more, merged.to(out.dtype))
@@ -306,17 +308,15 @@ def forest_attention_backward(
     g, q, k, v, o = (_real(states, real) for states in (grad, query, key, value, out))
     grads = backward(g, q, k, v, o, lse, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
-        inputs = _rows((g, more), (q, more), (k, roots), (v, roots), (o, more))
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        added = backward(*inputs, lse.index_select(1, more), spans, scale, False)
+        states = take(g, 0, more), take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
+        merged = take(o, 0, more), take(lse, 1, more)
+        added = backward(*states, *merged, spans, scale, False)
         # Every row is listed once: no order of additions shows, whatever CUDA's atomics do.
         for whole, rows, part in zip(grads, (more, roots, roots), added, strict=True):
             whole.index_add_(0, rows, part)
-    return tuple(_with_padding(found, real, query) for found in grads)
-
-
-def _rows(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-    return [states.index_select(0, rows) for states, rows in pairs]
+    dq, dk, dv = (_with_padding(whole, real, query) for whole in grads)
+    return dq, dk, dv
 
 
 def _real(states: Tensor, real: Tensor | None) -> Tensor:
@@ -350,8 +350,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     settings = ctx.longest, ctx.longest_more, ctx.longest_root, ctx.scale
-    found = forest_attention_backward(grad, *ctx.saved_tensors, *settings)
-    return *found, *(None for _ in range(10))
+    grads = forest_attention_backward(grad, *ctx.saved_tensors, *settings)
+    return *grads, *(None for _ in range(10))
 
 
 forest_attention.register_autograd(_gradients, setup_context=_save)
