@@ -14,8 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from realign.config import LossConfig
-from realign.data.messages import ChatError
-from realign.data.records import Record, RecordError, StoredImage
+from realign.data.errors import Malformed, RecordError
+from realign.data.pictures import StoredImage
+from realign.data.records import Record
 from realign.modeling.chat import ChatTemplate, Prompt, chat_prompt, text_inputs, tokens_behind
 from realign.modeling.forest import Example, Leaf, Root
 from realign.modeling.images import ImageStore, bundle_of, processed
@@ -112,8 +113,8 @@ def check_prompt(processor, record: Record, images: int) -> str:
     """
     try:
         return chat_prompt(processor, record.prompt, images)[0]
-    except ChatError as error:
-        raise RecordError(record.name, error.problem, error.remedy) from error
+    except Malformed as error:
+        raise error.of(record.name) from error
 
 
 class _Encoder:
@@ -134,8 +135,8 @@ class _Encoder:
     def encode(self, record: Record, objective: Objective) -> Example:
         try:
             return self._example(record, objective)
-        except ChatError as error:
-            raise RecordError(record.name, error.problem, error.remedy) from error
+        except Malformed as error:
+            raise error.of(record.name) from error
 
     def _example(self, record: Record, objective: Objective) -> Example:
         roots: list[Root] = []
@@ -149,8 +150,7 @@ class _Encoder:
             ids = self._response(record, leaf.response, text)
             root = places[leaf.image]
             if len(roots[root].ids) + len(ids) > self.max_tokens:
-                raise RecordError(
-                    record.name,
+                raise Malformed(
                     f"prompt and {leaf.response} response take {len(roots[root].ids) + len(ids)} "
                     f"tokens; the model takes {self.max_tokens}.",
                     "Shorten the text; nothing is cut, since that could cut image tokens.",
@@ -165,14 +165,12 @@ class _Encoder:
             "retrieved_chosen": record.retrieved_chosen,
         }
         if response not in texts:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"the objective {objective!r} needs a {response!r} response.",
                 f"Records hold {', '.join(texts)}; choose an objective over those.",
             )
         if not texts[response]:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"the objective {objective!r} needs {response!r} but the record has none.",
                 f"Add a column `{response}`, the response preferred for the retrieved image "
                 "(where the rejected one is right about that image, it will do), or train with "
@@ -190,23 +188,20 @@ class _Encoder:
             sizes = (stored.open(record.name).size for stored in record.images)
             return tuple(StoredImage.from_pil(Image.new("RGB", size)) for size in sizes)
         if not (numbered := re.fullmatch(r"retrieved_image(?:_([2-9]|[1-9]\d+))?", image)):
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"the objective {objective!r} needs an image {image!r}.",
                 "Records hold image, retrieved_image, retrieved_image_2, ..., and blank_image is "
                 "made; choose an objective over those.",
             )
         if found % count:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"it has {found} retrieved images for {count} images.",
                 "For each visual negative give as many as the prompt places.",
             )
         place = int(numbered[1] or 1)
         if found < place * count:
             some = "none" if found == 0 else f"{found // count} retrieved image(s)"
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"the objective {objective!r} needs {image!r} but the record has {some}.",
                 "Add `retrieved_images` (python -m realign.pairs writes them) or train with "
                 "--objective dpo.",
@@ -226,8 +221,7 @@ class _Encoder:
         ids = made["input_ids"][0].numpy()
         start = np.flatnonzero(ids == self.tokenizer.bos_token_id)[:1]
         if start.size and (ids[start[0] + 1 :][:1] == ids[start]).any():
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"its prompt begins with {self.tokenizer.bos_token!r} twice.",
                 "Take one out of the chat template.",
             )
@@ -238,8 +232,7 @@ class _Encoder:
             keys = tuple(self.store.add(record.name, s, company=True) for s in stored)
         expected = sum(self.store.tokens(key) for key in keys)
         if found != expected:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"its prompt has {found} image tokens where its images take {expected}.",
                 f"Keep {self.processor.image_token!r} out of the text.",
             )
@@ -252,14 +245,12 @@ class _Encoder:
         made, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
         ids = made["input_ids"][first:]
         if self.image_ids & set(ids):
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"its {name} response contains an image token.",
                 "Remove it from the text.",
             )
         if len(ids) > self.max_response_tokens:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"its {name} response has {len(ids)} tokens; the limit is "
                 f"{self.max_response_tokens}.",
                 "Raise --max-response-tokens or shorten the response; responses are never cut.",

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
-from realign.data.records import RecordError, StoredImage
-from realign.modeling.chat import shorten
+from realign.data.errors import RecordError, short_error
+from realign.data.pictures import StoredImage
 from realign.modeling.layouts import Layout
 from realign_kernels import array_digest
 
@@ -277,7 +277,8 @@ def processed(
         sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
         raise RecordError(
             record,
-            f"the processor refuses its prompt with image(s) of {sizes} pixels ({shorten(error)}).",
+            f"the processor refuses its prompt with image(s) of {sizes} pixels "
+            f"({short_error(error)}).",
             "Replace the image or remove the record.",
         ) from error
 

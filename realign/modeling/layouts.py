@@ -64,13 +64,13 @@ class Layout:
 
     def positions(self, ids: np.ndarray, grids: dict[str, torch.Tensor]) -> np.ndarray:
         """Positions of a prompt, (axes, P) int64; its responses go on from the largest."""
-        if not grids:
+        if self.rope_index is None or not grids:
             axes = 1 if self.rope_index is None else 3
             return np.tile(self.first_position + np.arange(len(ids)), (axes, 1))
         tokens = torch.from_numpy(ids)[None]
         kinds = (tokens == self.image_token_id).int()
-        found, _ = self.rope_index(tokens, mm_token_type_ids=kinds, **grids)
-        return found[:, 0].numpy()
+        positions, _ = self.rope_index(tokens, mm_token_type_ids=kinds, **grids)
+        return positions[:, 0].numpy()
 
     def blocks(self, ids: np.ndarray) -> np.ndarray:
         """(P,) int64: which block a prompt's token belongs to, -1 for none."""

@@ -14,8 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from realign.data.image_tags import split_at_tags
-from realign.data.messages import texts_of
+from realign.data.messages import split_at_tags, texts_of
 from realign.data.records import Record
 from realign.pairs.engines.chat import Chat, Reply
 from realign.pairs.io.words import words_of

@@ -14,7 +14,7 @@ from import_cases import assistant, text, user
 from PIL import Image
 from trl.data_utils import apply_chat_template, maybe_extract_prompt, prepare_multimodal_messages
 
-from realign.data.errors import shown
+from realign.data.errors import short_repr
 from realign.data.records import RecordError, read_pairs
 from realign.digits.processor import build_processor
 from realign.hf.records import records_of
@@ -359,5 +359,5 @@ def test_forms_of_a_data_set():
 
 
 def test_long_values_are_shortened():
-    assert len(shown(["x" * 10_000] * 100)) < 400 and shown(b"x" * 9) == "9 bytes"
-    assert "\n" not in shown("a\nb") and shown("\ud83d").encode()
+    assert len(short_repr(["x" * 10_000] * 100)) < 400 and short_repr(b"x" * 9) == "9 bytes"
+    assert "\n" not in short_repr("a\nb") and short_repr("\ud83d").encode()

@@ -16,7 +16,6 @@ from realign.data.records import (
     RecordError,
     StoredImage,
     read_pairs,
-    read_sources,
     write_pairs,
 )
 
@@ -59,7 +58,6 @@ def test_what_is_written_is_read(tmp_path):
     assert write_pairs(file, iter(records)) == 3
     assert read_pairs(file) == records
     assert read_pairs(str(file.parent)) == records
-    assert [r.rejected for r in read_sources(file)] == ["", "", ""]
     assert os.listdir(file.parent) == ["pairs.parquet"]
 
 
@@ -337,11 +335,6 @@ def test_a_missing_column_is_named(tmp_path, column):
     file = _file(tmp_path, row)
     with pytest.raises(ValueError, match=f"rows.parquet lacks the column.s. {column}. Columns are"):
         read_pairs(file)
-    if column == "rejected":
-        assert len(read_sources(file)) == 1
-    else:
-        with pytest.raises(ValueError, match=f"lacks the column.s. {column}"):
-            read_sources(file)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -35,7 +35,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from realign import train
 from realign.config import LossConfig
-from realign.data.image_tags import has_tag
+from realign.data.messages import TAGS
 from realign.data.records import Record, read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOConfig, RDPOTrainer
@@ -374,7 +374,7 @@ class Stress:
             text = self.tokenizer.decode(ids).replace("<s>", "").replace("</s>", "\n")
             if _words(text) != _words(f"{said}ASSISTANT: "):
                 return f"prompt {text[:300]!r}"
-            if has_tag(text):
+            if TAGS.search(text):
                 return f"an image tag is text: {text[:300]!r}"
         for leaf, wanted in zip(leaves, (truth.chosen, truth.rejected, truth.chosen), strict=True):
             text = self.tokenizer.decode(leaf.ids)

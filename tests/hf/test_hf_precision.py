@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
-from realign.hf.precision import dtypes_named
+from realign.hf.checks import dtypes_named
 from realign.modeling.loading import load_processor
 
 

@@ -236,10 +236,11 @@ def test_cuda_kernel_is_called_as_torch_declares_it():
     parts = sequences(trees, columns)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         query, key = torch.empty(len(parts.more), 4, 8).half(), torch.empty(15, 2, 8).half()
-        ends = torch.empty(3, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
-        settings = (parts.longest_more, parts.longest_root, 0.3, False)
-        out, lse = varlen_attention.flash(query, key, key, *ends, *settings)
-        grads = varlen_attention.flash_backward(query, query, key, key, out, lse, *ends, *settings)
+        ends = torch.empty(2, 3, dtype=torch.int32)
+        spans = varlen_attention.Spans(*ends, parts.longest_more, parts.longest_root)
+        out, lse = varlen_attention.flash(query, key, key, spans, 0.3, False)
+        states = query, query, key, key, out, lse
+        grads = varlen_attention.flash_backward(*states, spans, 0.3, False)
         rows = torch.empty(54, 4, 8).half(), torch.empty(54, 2, 8).half()
         declared = forest_attention(rows[0], rows[1], rows[1], *parts, 0.3)
     assert [t.shape for t in (out, *grads)] == [query.shape, query.shape, key.shape, key.shape]

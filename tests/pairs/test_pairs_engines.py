@@ -11,13 +11,14 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from realign.data.errors import Malformed
 from realign.data.records import StoredImage
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT
 from realign.evaluate import digits as evaluate
 from realign.modeling.loading import load_trained
 from realign.pairs.engines import Chat, Reply, make_engine
-from realign.pairs.engines.chat import ChatError, request_digest, typed_messages
+from realign.pairs.engines.chat import request_digest, typed_messages
 
 
 def test_images_go_where_messages_place_them_or_in_front():
@@ -30,10 +31,10 @@ def test_images_go_where_messages_place_them_or_in_front():
     parts = [{"type": "text", "text": "a"}, {"type": "image", "text": None}]
     placed = Chat([{"role": "user", "content": parts}], [image])
     assert typed_messages(placed)[0]["content"] == [parts[0], {"type": "image"}]
-    with pytest.raises(ChatError, match="place 1 image.*2 are given"):
+    with pytest.raises(Malformed, match="place 1 image.*2 are given"):
         typed_messages(Chat(placed.messages, [image, image]))
     for messages in ([{"role": "user", "content": None}], [{"role": "system", "content": "a"}]):
-        with pytest.raises(ChatError):
+        with pytest.raises(Malformed):
             typed_messages(Chat(messages))
 
 

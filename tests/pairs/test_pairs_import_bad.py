@@ -16,7 +16,7 @@ from realign.data.errors import Malformed
 from realign.pairs.io.formats import FORMATS
 from realign.pairs.io.importers import read_any
 from realign.pairs.io.texts import placed, problem_of
-from realign.pairs.stages.base import Bad
+from realign.pairs.io.rows import InvalidRecord
 
 MANY = "".join(f"<p class='x{i}'></p>" for i in range(9)) + "A cat."
 BAD = {
@@ -64,7 +64,7 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
     records, bad = read_all(str(pictures))
     assert set(records) == {"good", "html"}
     assert bad == {name: reason for name, (_, reason) in BAD.items()}
-    details = {b.record: b.detail for b in read_any(str(pictures)) if isinstance(b, Bad)}
+    details = {b.record: b.detail for b in read_any(str(pictures)) if isinstance(b, InvalidRecord)}
     assert details["duplicate"] == "it is the same as good"
     assert "'../secret.jpg'" in details["up"] and "'z.jpg'" in details["missing"]
     for detail in details.values():
@@ -93,7 +93,7 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
 def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
     first = [LLAVA] if "conversations" in item else []  # it decides the format of the file
     *_, found = read_any(write_json(tmp_path, [*first, item]), images=str(pictures))
-    assert isinstance(found, Bad) and found.reason == "malformed"
+    assert isinstance(found, InvalidRecord) and found.reason == "malformed"
     assert re.search(problem, found.detail)
 
 
@@ -196,7 +196,7 @@ def test_bytes_that_are_none_are_a_bad_record(tmp_path, stored, reason):
     rows = [{"prompt": [user("What?")], "chosen": "A", "rejected": "B", "images": [stored]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     (found,) = read_any(str(tmp_path / "pairs.parquet"))
-    assert isinstance(found, Bad) and found.reason == reason
+    assert isinstance(found, InvalidRecord) and found.reason == reason
 
 
 def test_a_key_that_comes_twice_is_malformed(tmp_path, pictures):
@@ -217,4 +217,4 @@ def test_a_line_nested_too_deep_is_malformed(tmp_path):
     file = tmp_path / "lines.jsonl"
     file.write_text("[" * 200_000 + "\n" + json.dumps(LLAVA) + "\n")
     first, _ = read_any(str(file))
-    assert isinstance(first, Bad) and first.reason == "malformed"
+    assert isinstance(first, InvalidRecord) and first.reason == "malformed"

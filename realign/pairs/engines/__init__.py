@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from realign.modeling.merging import check_folder
-from realign.pairs.engines.chat import Chat, ChatError, Engine, EngineOptions, Reply
+from realign.pairs.engines.chat import Chat, Engine, EngineOptions, Reply
 
-__all__ = ["Chat", "ChatError", "Engine", "EngineOptions", "Reply", "is_endpoint", "make_engine"]
+__all__ = ["Chat", "Engine", "EngineOptions", "Reply", "is_endpoint", "make_engine"]
 
 
 def _transformers(spec: str, options: EngineOptions) -> Engine:

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from realign.data.messages import ChatError, place_images
+from realign.data.errors import Malformed
+from realign.data.messages import place_images
 
 NO_TEXT = "the answer is empty"
 
@@ -129,7 +130,7 @@ def typed_messages(chat: Chat) -> list[dict[str, Any]]:
     """The messages of a chat with content as typed parts, each image in its place.
 
     Raises:
-        ChatError: as `realign.data.messages.place_images`.
+        Malformed: as `realign.data.messages.place_images`.
     """
     return place_images(chat.messages, len(chat.images))
 
@@ -144,7 +145,7 @@ def request_digest(chat: Chat, *engine: str) -> str:
         engine: identity of the engine, such as its model.
 
     Raises:
-        ChatError: as `typed_messages`.
+        Malformed: as `typed_messages`.
     """
     sampled = chat.temperature > 0
     facts = {
@@ -164,11 +165,11 @@ def image_digest(image: Image.Image) -> str:
     """Digest of an image's RGB pixels, independent of its encoding.
 
     Raises:
-        ChatError: when the image is not decoded yet and cannot be.
+        Malformed: when the image is not decoded yet and cannot be.
     """
     try:
         pixels = image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise ChatError(f"an image of it cannot be decoded ({error}).") from error
+        raise Malformed(f"an image of it cannot be decoded ({error}).") from error
     header = f"{pixels.width}x{pixels.height} ".encode()
     return hashlib.blake2b(header + pixels.tobytes(), digest_size=16).hexdigest()

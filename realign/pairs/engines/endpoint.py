@@ -29,11 +29,11 @@ import httpx2
 import openai
 from PIL import Image
 
+from realign.data.errors import Malformed
 from realign.files import write_whole
 from realign.pairs.engines.chat import (
     NO_TEXT,
     Chat,
-    ChatError,
     Engine,
     EngineOptions,
     Reply,
@@ -93,7 +93,7 @@ class EndpointEngine(Engine):
             for request in requests:
                 try:
                     key = self._key(request)
-                except ChatError as error:
+                except Malformed as error:
                     replies.append(Reply("", str(error)))
                     continue
                 if key not in asked:
@@ -112,7 +112,7 @@ class EndpointEngine(Engine):
         """
         unique: dict[str, Chat] = {}
         for request in requests:
-            with suppress(ChatError):
+            with suppress(Malformed):
                 unique[self._key(request)] = request
         new = [request for key, request in unique.items() if self._kept(key) is None]
         scale = total / len(requests) if total is not None and requests else 1
@@ -274,7 +274,7 @@ def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
         renamed: send `max_completion_tokens` in place of `max_tokens`.
 
     Raises:
-        ChatError: for a malformed chat.
+        Malformed: for a malformed chat.
     """
     images = iter(chat.images)
     messages = []

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from realign.data.errors import Malformed, short_error
 from realign.distributed import disable_cudnn_attention
-from realign.modeling.chat import ChatTemplate, shorten, text_inputs
+from realign.modeling.chat import ChatTemplate, text_inputs
 from realign.modeling.loading import DTYPES, adapter_base, load_processor, load_trained
-from realign.pairs.engines.chat import NO_TEXT, Chat, ChatError, Engine, Reply
+from realign.pairs.engines.chat import NO_TEXT, Chat, Engine, Reply
 
 
 class TransformersEngine(Engine):
@@ -85,7 +86,7 @@ class TransformersEngine(Engine):
         for i, request in enumerate(requests):
             try:
                 texts[i] = self._render(request)
-            except ChatError as error:
+            except Malformed as error:
                 replies[i] = Reply("", str(error))
         for batch in self._batches(requests, list(texts)):
             answers = self._write([requests[i] for i in batch], [texts[i] for i in batch])
@@ -111,7 +112,7 @@ class TransformersEngine(Engine):
 
     def _render(self, request: Chat) -> str:
         if request.images and not self._sees:
-            raise ChatError(f"it has images, and {self._path} is a text-only model.")
+            raise Malformed(f"it has images, and {self._path} is a text-only model.")
         return self._template.prompt(request.messages, len(request.images)).text
 
     @torch.inference_mode()
@@ -123,7 +124,7 @@ class TransformersEngine(Engine):
             raise
         except Exception as error:  # each family's processor raises errors of its own
             if len(requests) == 1:
-                return [Reply("", f"the model's processor refuses it: {shorten(error)}")]
+                return [Reply("", f"the model's processor refuses it: {short_error(error)}")]
             return self._halves(requests, texts)
         length, most = encoded["input_ids"].shape[1], requests[0].max_tokens
         if self._room is not None and length + most > self._room:

@@ -69,7 +69,7 @@ class ResponseFramer:
             masked: the response.
 
         Raises:
-            ChatError: when the response holds an image tag or a special token.
+            Malformed: when the response holds an image tag or a special token.
         """
         response = masked.fill(masked.hidden)
         self._template.check_answer(response)

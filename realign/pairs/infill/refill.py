@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, PreTrainedModel
 
+from realign.data.errors import short_error
 from realign.modeling import tree_attention
-from realign.modeling.chat import shorten, text_inputs
+from realign.modeling.chat import text_inputs
 from realign.modeling.layouts import FULL, SLIDING, layout_of
 from realign.modeling.loading import DTYPES, load_model, load_processor
 from realign.pairs.infill.forced import Forced, ResponseFramer
@@ -268,7 +269,7 @@ def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
     try:
         made = processor(images=[row.images for row in rows], return_tensors="pt", **inputs)
     except Exception as error:  # each family's processor raises errors of its own
-        raise ValueError(f"the processor refuses it ({shorten(error)}).") from error
+        raise ValueError(f"the processor refuses it ({short_error(error)}).") from error
     tensors = {n: t for n, t in made.items() if isinstance(t, torch.Tensor) and n != "labels"}
     moved = {n: t.to(vlm.device) for n, t in tensors.items()}
     return {n: t.to(vlm.dtype) if t.is_floating_point() else t for n, t in moved.items()}

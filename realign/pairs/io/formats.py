@@ -16,9 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from realign.data.dialogues import messages_of
-from realign.data.entries import Entry, entry_of, images_of, name_of
-from realign.data.errors import Malformed, shown
+from realign.data.entries import Entry, entry_of, images_of, messages_of, name_of
+from realign.data.errors import Malformed, short_repr
 
 CAPTION_PROMPT = "Describe the image in one sentence."
 _PREFERENCES = ("chosen", "rejected", "rejected_response")
@@ -107,7 +106,7 @@ def of_coco(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
     """
     image, captions = item["image"], item["captions"]
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-        raise Malformed(f"its image {shown(image)} has no file_name.", "Give one.")
+        raise Malformed(f"its image {short_repr(image)} has no file_name.", "Give one.")
     if not all(isinstance(c["caption"], str) and isinstance(c.get("id"), int) for c in captions):
         raise Malformed("one of its captions is no text, or has no id.", "Give both.")
     texts = [c["caption"] for c in sorted(captions, key=lambda c: c["id"])]
@@ -165,11 +164,11 @@ def coco_items(content: Any, file: Path) -> list[dict]:
     captions = defaultdict(list)
     notes = content.get("annotations") or []
     if not isinstance(notes, list):
-        raise ValueError(f"{file} has `annotations` that are no list: {shown(notes)}.")
+        raise ValueError(f"{file} has `annotations` that are no list: {short_repr(notes)}.")
     for note in notes:
         if not isinstance(note, dict) or not {"caption", "image_id"} <= set(note):
             raise ValueError(
-                f"{file} has the annotation {shown(note)}, no caption of an image. COCO's "
+                f"{file} has the annotation {short_repr(note)}, no caption of an image. COCO's "
                 "captions are in captions_train2014.json and the like."
             )
         captions[str(note["image_id"])].append(note)
@@ -186,7 +185,7 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
         return found
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
-    return Malformed(f"it has the key {shown(twice)} twice.", "Keep one of them.")
+    return Malformed(f"it has the key {short_repr(twice)} twice.", "Keep one of them.")
 
 
 def json_lines(file: Path) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
     for record in read_any("llava_instruct_150k.json", images="train2014"): ...
 
-gives a `Record` or a `Bad` for every record of a file.
+gives a `Record` or an `InvalidRecord` for every record of a file.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 import pyarrow as pa
 
 from realign.data.entries import Entry, Names, name_of
-from realign.data.errors import Malformed, shown
-from realign.data.messages import ChatError, texts_of
+from realign.data.errors import Malformed, short_repr
+from realign.data.messages import texts_of
 from realign.data.pictures import PictureError, StoredImage
 from realign.data.records import Record, has_parts, write_pairs
 from realign.data.tables import rows_of
 from realign.files import check_file
 from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
 from realign.pairs.io.pictures import inside, plain_picture
-from realign.pairs.io.rows import InvalidRecord as Bad
+from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
 
@@ -41,7 +41,7 @@ Items = Iterator[tuple[str, Any]]  # place in a file, and an object of it
 
 def read_any(
     data: str, *, format: str = "auto", images: str | None = None
-) -> Iterator[Record | Bad]:
+) -> Iterator[Record | InvalidRecord]:
     """Read records in any format of `FORMATS`.
 
     Args:
@@ -54,9 +54,9 @@ def read_any(
             when absent.
 
     Returns:
-        For each record a `Record`, `chosen` and `rejected` empty where the data has none, or a
-        `Bad` with the reason why it cannot be used. Pictures are looked up, not decoded. Names are
-        made unique. A record that repeats another is a `Bad`.
+        For each record a `Record`, `chosen` and `rejected` empty where the data has none, or an
+        `InvalidRecord` with the reason. Pictures are looked up, not decoded. Names are made unique.
+        A record that repeats another is invalid.
 
     Raises:
         FileNotFoundError: when there is nothing at `data`.
@@ -98,7 +98,7 @@ def import_pairs(
     listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
     check_file("--output", output, device=False)
     check_file("--output", listed)
-    invalid: list[Bad] = []
+    invalid: list[InvalidRecord] = []
     plain_file = functools.cache(_plain)
 
     def pairs() -> Iterator[Record]:
@@ -135,16 +135,16 @@ def _plain(stored: StoredImage) -> StoredImage | PictureError:
 
 def _complete(
     record: Record, plain_file: Callable[[StoredImage], StoredImage | PictureError]
-) -> Record | Bad:
+) -> Record | InvalidRecord:
     """A record with both responses and plain pictures; those that are files are kept in a cache."""
     for name in ("chosen", "rejected"):
         if not getattr(record, name):
-            return Bad(record.name, "read", "no response", f"it has no {name} response")
+            return InvalidRecord(record.name, "read", "no response", f"it has no {name} response")
     pictures: list[StoredImage] = []
     for stored in (*record.images, *record.retrieved_images):
         picture = plain_file(stored) if stored.data is None else _plain(stored)
         if isinstance(picture, PictureError):
-            return Bad(record.name, "read", picture.reason, picture.detail)
+            return InvalidRecord(record.name, "read", picture.reason, picture.detail)
         pictures.append(picture)
     own = len(record.images)
     return replace(record, images=tuple(pictures[:own]), retrieved_images=tuple(pictures[own:]))
@@ -180,7 +180,7 @@ def _open(path: Path, format: str) -> tuple[str, Items]:
         pictures = coco_items(content, path)
         return _agree(format, "coco", path), _numbered(path, iter(pictures))
     if path.suffix != ".jsonl" and not isinstance(content, list):
-        raise ValueError(f"{path} holds {shown(content)}, no list of records.")
+        raise ValueError(f"{path} holds {short_repr(content)}, no list of records.")
     items = iter(content)
     seen = []
     for item in items:  # up to the first that has a format
@@ -191,7 +191,7 @@ def _open(path: Path, format: str) -> tuple[str, Items]:
         keys = sorted({str(key) for item in seen if isinstance(item, dict) for key in item})
         raise ValueError(
             f"{path} holds no record of a known format; pass --format. Its records have the keys "
-            f"{shown(keys)}; docs/pairs.md lists those that are read."
+            f"{short_repr(keys)}; docs/pairs.md lists those that are read."
         )
     return format, _numbered(path, iter(seen))
 
@@ -225,7 +225,7 @@ def _numbered(path: Path, items: Iterator[Any]) -> Items:
     return ((f"{path.name}:{i}", item) for i, item in enumerate(items))
 
 
-def _read(items: Items, format: str, folder: Path) -> Iterator[Record | Bad]:
+def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidRecord]:
     names = Names()
     digests: dict[bytes, str] = {}  # of records, with their names
     for place, item in items:
@@ -234,11 +234,13 @@ def _read(items: Items, format: str, folder: Path) -> Iterator[Record | Bad]:
             if isinstance(item, Malformed):
                 raise item
             if not isinstance(item, dict):
-                raise Malformed(f"it is {shown(item)}, no object.", "Write one object a record.")
+                raise Malformed(
+                    f"it is {short_repr(item)}, no object.", "Write one object a record."
+                )
             name = name_of(item) or place
             entries = FORMATS[format](item)
         except Malformed as error:
-            yield Bad(names.unique(name), "read", error.reason, printable(str(error)))
+            yield InvalidRecord(names.unique(name), "read", error.reason, printable(str(error)))
             continue
         for number, entry in enumerate(entries):
             name = entry.name or (f"{place}#{number + 1}" if len(entries) > 1 else place)
@@ -246,21 +248,23 @@ def _read(items: Items, format: str, folder: Path) -> Iterator[Record | Bad]:
             if isinstance(record, Record):
                 first = digests.setdefault(_digest(record), record.name)
                 if first != record.name:
-                    record = Bad(record.name, "read", "duplicate", f"it is the same as {first}")
+                    record = InvalidRecord(
+                        record.name, "read", "duplicate", f"it is the same as {first}"
+                    )
             yield record
 
 
-def _record(name: str, entry: Entry, folder: Path) -> Record | Bad:
+def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
     if not entry.images:
-        return Bad(name, "read", "no image", "it names no picture")
+        return InvalidRecord(name, "read", "no image", "it names no picture")
     try:
         prompt = placed(entry.prompt, len(entry.images))
         images = tuple(_located(image, folder) for image in entry.images)
         retrieved = tuple(_located(image, folder) for image in entry.retrieved)
-    except ChatError as error:
-        return Bad(name, "read", "image token", str(error))
+    except Malformed as error:
+        return InvalidRecord(name, "read", "image token", str(error))
     except PictureError as error:
-        return Bad(name, "read", error.reason, printable(error.detail))
+        return InvalidRecord(name, "read", error.reason, printable(error.detail))
     responses = (entry.chosen, entry.rejected, entry.retrieved_chosen or None)
     texts = [text for text in responses if text is not None]
     for message in prompt:
@@ -268,7 +272,7 @@ def _record(name: str, entry: Entry, folder: Path) -> Record | Bad:
         texts.append(content if isinstance(content, str) else " ".join(texts_of(message)))
     for text in texts:
         if problem := problem_of(text):
-            return Bad(name, "read", *problem)
+            return InvalidRecord(name, "read", *problem)
     return Record(
         name,
         tuple(prompt),
@@ -290,9 +294,11 @@ def _located(image: StoredImage, folder: Path) -> StoredImage:
         name = f"COCO_{folder.name}_{Path(image.path).name}"
         file = inside(folder, str(Path(image.path).parent / name))
     if not os.path.isfile(file):
-        raise PictureError("missing", f"{shown(image.path)} is not in {folder}")
+        raise PictureError("missing", f"{short_repr(image.path)} is not in {folder}")
     if printable(file) != file:
-        raise PictureError("malformed", f"the name of the file {shown(image.path)} is not UTF-8")
+        raise PictureError(
+            "malformed", f"the name of the file {short_repr(image.path)} is not UTF-8"
+        )
     return StoredImage(path=file)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from realign.data.errors import shown
-from realign.data.image_tags import has_tag
-from realign.data.messages import place_images, texts_of
+from realign.data.errors import short_repr
+from realign.data.messages import TAGS, place_images, texts_of
 from realign.data.records import has_parts
 
 _TAGS = re.compile(r"</?[a-zA-Z!][^<>]*>")
@@ -15,10 +14,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 def problem_of(text: str) -> tuple[str, str] | None:
     """(reason, detail) of a text that cannot be used; None for others."""
-    quoted = shown(text)
+    quoted = short_repr(text)
     if _CONTROL.search(text):
         return "control characters", quoted
-    if has_tag(text):
+    if TAGS.search(text):
         return "image token", f"{quoted} places an image inside the text"
     if not any(c.isalnum() for c in text):
         return "empty text", f"{quoted} has no letter or digit"
@@ -42,7 +41,7 @@ def placed(prompt: list[dict], count: int) -> list[dict]:
         count: images of the record.
 
     Raises:
-        ChatError: where tags and parts do not place as many images as there are.
+        Malformed: where tags and parts do not place as many images as there are.
     """
     typed = place_images(prompt, count)
     first = next(message for message in typed if message["role"] == "user")
