@@ -66,7 +66,7 @@ class TransformersEngine(Engine):
         self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         end = model.generation_config.eos_token_id
         self._ends = {end} if isinstance(end, int) else set(end or ())
-        self._model = model.to(device)
+        self._model = model.to(torch.device(device))
 
     def close(self) -> None:
         """Drop the model."""
@@ -77,8 +77,8 @@ class TransformersEngine(Engine):
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
         """Answer requests; see `Engine.chat`.
 
-        A request has an error when its text holds one of the model's special tokens, which would
-        act as one, or when prompt and answer are longer than the model takes.
+        A request has an error when its text holds one of the model's special tokens, which
+        would act as one, or when prompt and answer are longer than the model takes.
         """
         self.open()
         replies: dict[int, Reply] = {}
@@ -94,7 +94,7 @@ class TransformersEngine(Engine):
         return [replies[i] for i in range(len(requests))]
 
     def _batches(self, requests: Sequence[Chat], places: list[int]) -> list[list[int]]:
-        """Places of requests that may be written together: greedy, of one length, alike in kind."""
+        """Places of requests of one batch: greedy, of one `max_tokens`, all with images or none."""
         batches: list[list[int]] = []
         open_: dict[tuple[bool, int], list[int]] = {}
         for i in places:
@@ -117,7 +117,7 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
-        """Answers to requests of one kind; a batch that fails as a whole is tried in parts."""
+        """Answers to one batch; a batch that fails as a whole is tried in halves."""
         try:
             encoded = self._encode(requests, texts)
         except torch.OutOfMemoryError:
@@ -162,7 +162,7 @@ class TransformersEngine(Engine):
             return self._tokenizer(**options).to(self._model.device)
         images = [list(request.images) for request in requests] if requests[0].images else None
         encoded = self._processor(images=images, **options)
-        return encoded.to(self._model.device, self._model.dtype)  # pixels alone take the dtype
+        return encoded.to(self._model.device, self._model.dtype)  # only pixels take the dtype
 
     def _generate(self, encoded, request: Chat) -> torch.Tensor:
         options = {
@@ -174,7 +174,7 @@ class TransformersEngine(Engine):
         device = self._model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(request.seed)
-            # The whole distribution, whatever cuts the model's own settings make.
+            # The whole distribution: the model's own settings may cut it.
             return self._model.generate(
                 **encoded,
                 **options,
@@ -192,7 +192,7 @@ class TransformersEngine(Engine):
 
 
 def _has_vision(path: str) -> bool:
-    """Whether a model has a vision tower; True where it cannot be told, for the loader to say."""
+    """Whether a model has a vision tower; True where the config is unreadable."""
     try:
         config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
