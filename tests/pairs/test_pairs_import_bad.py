@@ -15,8 +15,8 @@ from PIL import Image
 from realign.data.errors import Malformed
 from realign.pairs.io.formats import FORMATS
 from realign.pairs.io.importers import read_any
-from realign.pairs.io.texts import placed, problem_of
 from realign.pairs.io.rows import InvalidRecord
+from realign.pairs.io.texts import placed, problem_of
 
 MANY = "".join(f"<p class='x{i}'></p>" for i in range(9)) + "A cat."
 BAD = {
