@@ -32,12 +32,16 @@ def _bytes(shade, size=(16, 16), form="PNG"):
     return buffer.getvalue()
 
 
+def _user(text):
+    return {"role": "user", "content": text}
+
+
 def _row(number=0, **changes):
     row = {
         "id": f"pair-{number}",
-        "prompt": [{"role": "user", "content": "What is it?"}],
-        "chosen": [{"role": "assistant", "content": f"A red cat, number {number}."}],
-        "rejected": [{"role": "assistant", "content": f"A blue dog, number {number}."}],
+        "prompt": [_user("What is it?")],
+        "chosen": f"A red cat, number {number}.",
+        "rejected": f"A blue dog, number {number}.",
         "images": [{"bytes": _bytes(number % 200), "path": None}],
         "retrieved_images": [{"bytes": _bytes(number % 200 + 1), "path": None}],
         "masked": "A [MASK], number.",
@@ -89,18 +93,10 @@ def _said(segments):
 
 
 def test_what_is_shown_is_what_is_in_the_file(tmp_path):
-    talk = [
-        {"role": "user", "content": "What is it?"},
-        {"role": "assistant", "content": "An animal."},
-        {"role": "user", "content": "Which?"},
-    ]
-    judged = {"judge": json.dumps({"rejected": False, "chosen on the negative": None})}
-    rows = [
-        _row(0),
-        _row(1, prompt=talk, visual_margin=0.25, **judged),
-        _row(2, visual_margin=-0.5),
-    ]
-    data = _page(tmp_path, *rows).data
+    talk = [_user("What is it?"), {"role": "assistant", "content": "A pet."}, _user("Which?")]
+    judge = json.dumps({"rejected": False, "chosen on the negative": None})
+    judged = _row(1, prompt=talk, visual_margin=0.25, judge=judge)
+    data = _page(tmp_path, _row(0), judged, _row(2, visual_margin=-0.5)).data
     assert data["about"] == "3 pairs in pairs.parquet"
     assert data["figures"] == str(collect(tmp_path / "pairs.parquet"))
     first, second, third = data["pairs"]
@@ -126,17 +122,9 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
 
 
 def test_texts_stay_texts(tmp_path):
-    evil = [{"role": "assistant", "content": EVIL}]
-    row = _row(
-        id=EVIL,
-        prompt=[{"role": "user", "content": EVIL}],
-        chosen=evil,
-        rejected=[{"role": "assistant", "content": "x " + EVIL}],
-        masked=EVIL,
-        judge=EVIL,
-        negative=EVIL,
-        images=[{"bytes": None, "path": EVIL}],
-    )
+    texts = dict.fromkeys(("id", "chosen", "masked", "judge", "negative"), EVIL)
+    row = _row(**texts, rejected="x " + EVIL, prompt=[_user(EVIL)])
+    row["images"] = [{"bytes": None, "path": EVIL}]
     plain = _page(tmp_path, _row())
     page = _page(tmp_path, row)
     assert page.elements == plain.elements  # the texts added no element and no attribute
@@ -354,7 +342,7 @@ if BROWSER:  # not collected elsewhere
 
     def test_in_a_browser(tmp_path):
         rows = [_row(number, visual_margin=number - 40.0) for number in range(45)]
-        rows[0]["chosen"] = [{"role": "assistant", "content": EVIL}]
+        rows[0]["chosen"] = EVIL
         page = tmp_path / "page.html"
         write_gallery(_file(tmp_path, *rows), page)
         dom = _dom(tmp_path, page)

