@@ -69,7 +69,7 @@ def make_engine(spec: str, **options: Any) -> Engine:
     scheme, _, rest = spec.partition(":")
     if scheme not in ENGINES or not rest:
         raise ValueError(
-            "the engine is of no known kind; give transformers:MODEL, or the URL of an "
+            "the engine is of no kind that is known; give transformers:MODEL, or the URL of an "
             "OpenAI-compatible endpoint with its model, such as http://127.0.0.1:8000/v1#MODEL."
         )
     return ENGINES[scheme](spec, EngineOptions(**options))
