@@ -140,7 +140,7 @@ class Index:
         most = min(k, len(self.vectors))
         for start in range(0, len(queries), _QUERIES):
             part = slice(start, start + _QUERIES)
-            block = np.ascontiguousarray(queries[part], dtype=np.float32)
+            block = np.array(queries[part], dtype=np.float32, order="C")
             found = self._candidates(block, most)
             exact = self._similarities(block, found)
             order = np.lexsort((found, -exact), axis=-1)
