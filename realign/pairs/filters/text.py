@@ -114,7 +114,9 @@ class SentenceSimilarity:
 
     def __init__(self, name: str) -> None:
         try:
-            from sentence_transformers import SentenceTransformer
+            from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+                SentenceTransformer,
+            )
         except ImportError as error:
             raise ValueError(
                 f"similarity by {name} needs the package sentence-transformers, which is not "

@@ -144,14 +144,15 @@ class RowReader:
         distance = queries[:, :, None] - keys
         found = {}
         for kind in self.layout.kinds:
-            seen = distance >= 0
-            near = distance < self.layout.window if kind == SLIDING else None
+            window = self.layout.window if kind == SLIDING else None
+            seen, near = distance >= 0, distance < (1 << 30 if window is None else window)
             if block is not None and self.layout.both_ways:
                 together = (block[:, :, None] == block[:, None]) & (block[:, :, None] >= 0)
-                if near is not None and self.layout.both_ways == "prompt":
-                    seen, near = seen & near, None  # the window does not limit the prompt
-                seen = seen | together
-            seen = (seen if near is None else seen & near)[:, None]
+                if self.layout.both_ways == "prompt":  # the window does not limit the prompt
+                    seen, near = seen & near | together, near | together
+                else:
+                    seen = seen | together
+            seen = (seen & near)[:, None]
             if self._eager:
                 hidden = torch.finfo(self.vlm.dtype).min
                 seen = torch.zeros_like(seen, dtype=self.vlm.dtype).masked_fill(~seen, hidden)

@@ -63,9 +63,8 @@ def infill(
     max_gap_tokens: int = 8,
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
-    batch_size: int | None = None,
 ) -> list[Completion]:
-    """Complete masked responses.
+    """Complete masked responses in one batch.
 
     A completion depends only on its own record, not on its batch, except for rounding.
 
@@ -78,7 +77,6 @@ def infill(
         max_gap_tokens: most tokens generated for a gap; twice as many as it hid, if more.
         temperature: 0 is greedy; above it samples.
         seeds: of each record, for sampling.
-        batch_size: records in a forward, those of like length together; all by default.
 
     Returns:
         The completed responses.
@@ -88,17 +86,13 @@ def infill(
             image or a text.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
-    size = batch_size or max(1, len(rows))
-    if size < 0:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-    run = _complete_batch
-    if reason_for_single(vlm, processor):
-        run, size = _complete_single, 1
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].forced.tokens))
-    choose = _chooser(vlm, processor, temperature)
+    choose = _chooser(processor, temperature)
     with torch.inference_mode():
-        for start in range(0, len(order), size):
-            run(vlm, processor, [rows[i] for i in order[start : start + size]], choose)
+        if reason_for_single(vlm, processor):
+            for row in rows:
+                _complete_single(vlm, processor, row, choose)
+        elif rows:
+            _complete_batch(vlm, processor, rows, choose)
     return [row.completion(processor) for row in rows]
 
 
@@ -119,7 +113,7 @@ def infill_plain(
     and masks.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
-    choose = _chooser(vlm, processor, temperature)
+    choose = _chooser(processor, temperature)
     with torch.inference_mode():
         for row in rows:
             inputs = _encode(vlm, processor, [row])
@@ -152,12 +146,11 @@ class _Row:
         self.prompt, self.images, self.forced = prompt, images, forced
         self.rng = np.random.default_rng(seed)
         self.gaps: list[list[int]] = []
-        self.closed = True
-        self._writer = _writer(forced, most)
-        self.feed: list[int] = []  # tokens to read before the next is chosen
+        self.closed = True  # every gap so far was ended by the model
         self.done = False
-        self.most = forced.tokens + sum(max(most, 2 * hid) for hid in forced.hidden)
-        self._advance(lambda: next(self._writer))
+        self.most = [max(most, 2 * hid) for hid in forced.hidden]  # tokens of each gap
+        self._writer = self._write()
+        self.feed = next(self._writer)  # tokens to read before the next is chosen
 
     def take(self, most: int | None = None) -> list[int]:
         """The next tokens to read, `most` of them at most."""
@@ -167,16 +160,28 @@ class _Row:
 
     def choose(self, pick: int, best: int) -> None:
         """Continue with the model's tokens: `pick` inside a gap, `best` among all."""
-        self._advance(lambda: self._writer.send((pick, best)))
-
-    def _advance(self, step: Callable[[], list[int]]) -> None:
         try:
-            self.feed = step()
-        except StopIteration as end:
+            self.feed = self._writer.send((pick, best))
+        except StopIteration:
             self.feed, self.done = [], True
-            self.gaps, self.closed = end.value
 
-    def completion(self, processor) -> Completion:
+    def _write(self) -> Generator[list[int], tuple[int, int], None]:
+        """Write the gaps: yields tokens to read, is sent (the model's pick, its best token)."""
+        pieces, stops = self.forced.pieces, self.forced.stops
+        pick, best = yield pieces[0]
+        for i, most in enumerate(self.most):
+            gap: list[int] = []
+            self.gaps.append(gap)
+            while not (gap and best in stops[i]):
+                if len(gap) >= most:
+                    self.closed = False
+                    break
+                gap.append(pick)
+                pick, best = yield [pick]
+            if pieces[i + 1] and i + 1 < len(self.most):
+                pick, best = yield pieces[i + 1]
+
+    def completion(self, processor: Any) -> Completion:
         """The response with its gaps filled."""
         as_it_is = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         texts = [processor.tokenizer.decode(gap, **as_it_is).strip() for gap in self.gaps]
@@ -184,31 +189,19 @@ class _Row:
         return Completion(self.forced.masked.fill(tuple(texts)), self.closed and whole)
 
 
-def _writer(
-    forced: Forced, most: int
-) -> Generator[list[int], tuple[int, int], tuple[list[list[int]], bool]]:
-    """Write one response: yields tokens to read, is sent (the model's pick, its best token).
-
-    Returns the ids of each gap as soon as the last one ends, and whether all closed by themselves.
-    """
-    pick, best = yield forced.pieces[0]
-    gaps: list[list[int]] = []
-    closed = True
-    for i, hid in enumerate(forced.hidden):
-        gap: list[int] = []
-        while not (gap and best in forced.stops[i]):
-            if len(gap) >= max(most, 2 * hid):
-                closed = False
-                break
-            gap.append(pick)
-            pick, best = yield [pick]
-        gaps.append(gap)
-        if forced.pieces[i + 1] and i + 1 < len(forced.hidden):
-            pick, best = yield forced.pieces[i + 1]
-    return gaps, closed
+_Choose = Callable[[Sequence[_Row], torch.Tensor], None]
 
 
-def _begin(vlm, processor, prompts, images, masked, most, temperature, seeds) -> list[_Row]:
+def _begin(
+    vlm: PreTrainedModel,
+    processor: Any,
+    prompts: Sequence[Sequence[dict]],
+    images: Sequence[Sequence[Image.Image]],
+    masked: Sequence[Masked],
+    most: int,
+    temperature: float,
+    seeds: Sequence[int] | None,
+) -> list[_Row]:
     if most < 1:
         raise ValueError(f"max_gap_tokens is {most}; it must be 1 or more.")
     if temperature < 0:
@@ -224,7 +217,7 @@ def _begin(vlm, processor, prompts, images, masked, most, temperature, seeds) ->
     return rows
 
 
-def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.Tensor], None]:
+def _chooser(processor: Any, temperature: float) -> _Choose:
     """The function that advances rows by their scores, (rows, V).
 
     Sampling draws one number per token from the row's own generator and inverts the cumulative
@@ -232,7 +225,7 @@ def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.
     """
     banned: torch.Tensor | None = None
 
-    def choose(rows: list[_Row], scores: torch.Tensor) -> None:
+    def choose(rows: Sequence[_Row], scores: torch.Tensor) -> None:
         nonlocal banned
         scores = scores.float()
         if banned is None:
@@ -252,7 +245,7 @@ def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.
     return choose
 
 
-def _banned(tokenizer, size: int) -> torch.Tensor:
+def _banned(tokenizer: Any, size: int) -> torch.Tensor:
     """(V,) bool: special tokens, and ids that the tokenizer does not have."""
     banned = torch.zeros(size, dtype=torch.bool)
     banned[len(tokenizer) :] = True
@@ -262,7 +255,7 @@ def _banned(tokenizer, size: int) -> torch.Tensor:
     return banned
 
 
-def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
+def _encode(vlm: Any, processor: Any, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
     """Output of the processor for prompts and images; prompts are padded on the right."""
     padding = {"padding": True, "padding_side": "right"} if len(rows) > 1 else {}
     inputs = text_inputs(processor, [row.prompt for row in rows]) | padding
@@ -278,7 +271,7 @@ def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
 _OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 
-def _longer(vlm, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torch.Tensor]:
+def _longer(vlm: Any, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torch.Tensor]:
     """The inputs of one record with response tokens appended, in all tensors per token."""
     filler = _OF_RESPONSE | {"input_ids": 0}
     if vlm.config.model_type == "paligemma":
@@ -291,12 +284,12 @@ def _longer(vlm, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, t
     return longer
 
 
-def _complete_batch(vlm, processor, rows: Sequence[_Row], choose) -> None:
+def _complete_batch(vlm: Any, processor: Any, rows: Sequence[_Row], choose: _Choose) -> None:
     """Complete a batch of records."""
     reader, active = RowReader(vlm, layout_of(vlm)), list(rows)
     counts = [len(row.images) for row in rows]
     inputs = _encode(vlm, processor, rows)
-    room = max(row.most for row in rows)
+    room = max(row.forced.tokens + sum(row.most) for row in rows)
     choose(active, reader.first(inputs, counts, [row.take() for row in rows], room))
     while kept := [i for i, row in enumerate(active) if not row.done]:
         if len(kept) <= _DROP * len(active):
@@ -320,14 +313,13 @@ def _width(waiting: Sequence[int]) -> int:
     return max(widths, key=gain.__getitem__)
 
 
-def _complete_single(vlm, processor, rows: Sequence[_Row], choose) -> None:
+def _complete_single(vlm: Any, processor: Any, row: _Row, choose: _Choose) -> None:
     """Complete one record with the model's own cache and positions."""
-    (row,) = rows
-    inputs = _longer(vlm, _encode(vlm, processor, rows), row.take())
+    inputs = _longer(vlm, _encode(vlm, processor, [row]), row.take())
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
     while True:
         out = vlm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        choose(rows, out.logits[:, -1])
+        choose([row], out.logits[:, -1])
         if row.done:
             return
         inputs = {"input_ids": torch.tensor([row.take()], device=vlm.device)}

@@ -20,7 +20,8 @@ Row = dict[str, Any]
 NO_REPLY = "no reply"
 """Reason of a record that a model did not answer; the next run asks again."""
 
-_Item, _Loaded = TypeVar("_Item"), TypeVar("_Loaded")
+_Item = TypeVar("_Item")
+_Loaded = TypeVar("_Loaded")
 _CHAT_SIDE = 1536  # pixels of the longer side of an image in a chat
 
 

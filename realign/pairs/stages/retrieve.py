@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from realign.pairs.io.shards import INPUTS_KEY, Shards, digest_of, footer, save_
 from realign.pairs.retrieval.index import Index, neighbours
 from realign.pairs.stages.base import Result, Stage
 
-_ARRAYS = ("vectors.npy", "hashes.npy", "images.npy")
+_ARRAYS = ("vectors.npy", "hashes.npy")
 
 
 class _Group(NamedTuple):
@@ -32,9 +31,8 @@ class _Group(NamedTuple):
 class Retrieve(Stage):
     """Global: `prepare` writes the vectors of all shards to one file, which processes map.
 
-    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, `images.npy` (N,) with the number
-    of images of each record, an index unless search is exact and, last, `rows.parquet` with the id
-    and shard of every vector.
+    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, an index unless search is exact
+    and, last, `rows.parquet` with the id, the shard and the images of every vector.
     """
 
     name = "retrieve"
@@ -87,25 +85,21 @@ class Retrieve(Stage):
         total = sum(counts.values())
         vectors = map(_matrix, column("embedding"))
         hashes = (part.to_numpy() for part in column("phash"))
-        images = (part.combine_chunks().value_lengths().to_numpy() for part in column("plain"))
         save_array(folder / "vectors.npy", (total, wide), np.float32, vectors)
         save_array(folder / "hashes.npy", (total,), np.uint64, hashes)
-        save_array(folder / "images.npy", (total,), np.int32, images)
-        self._save_index()
         rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
         shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
         rows = rows.append_column("shard", shard)
+        self._save_index(rows)
         write_table(file, rows.replace_schema_metadata({INPUTS_KEY: self.shared}))
 
-    def _save_index(self) -> None:
+    def _save_index(self, rows: pa.Table) -> None:
         """Build indices that are not exact once, for every process to load."""
-        for group in self._groups():
+        for group in self._groups(rows):
             path = self._index_file(group)
             partial = path.with_name(f".{path.name}.partial")
             try:
-                # Threads would build another hnsw graph in each run.
-                with _one_faiss_thread(self.config.index == "hnsw"):
-                    Index(self.config.index).build(group.vectors).save(partial)
+                Index(self.config.index).build(group.vectors).save(partial)
             except RuntimeError as error:  # of FAISS
                 if "No space left" in str(error):
                     raise OSError(errno.ENOSPC, str(error)) from error
@@ -116,24 +110,24 @@ class Retrieve(Stage):
     def _index_file(self, group: _Group) -> Path:
         return self.folder / f"index-{group.images}.faiss"
 
-    def _groups(self) -> list[_Group]:
+    def _groups(self, rows: pa.Table) -> list[_Group]:
         """Rows by the number of images of their records."""
         vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
         hashes = np.load(self.folder / "hashes.npy")
-        counts = np.load(self.folder / "images.npy")
+        counts = np.array([len(images) for images in rows["plain"].to_pylist()])
         kinds = np.unique(counts).tolist()
         if len(kinds) == 1:
             return [_Group(kinds[0], np.arange(len(counts)), vectors, hashes)]
-        rows = {kind: np.flatnonzero(counts == kind) for kind in kinds}
-        return [_Group(kind, at, vectors[at], hashes[at]) for kind, at in rows.items()]
+        groups = {kind: np.flatnonzero(counts == kind) for kind in kinds}
+        return [_Group(kind, at, vectors[at], hashes[at]) for kind, at in groups.items()]
 
     def open(self) -> None:
         """Map the vectors and load the indices."""
-        rows = pq.read_table(self.folder / "rows.parquet", columns=["id", "shard"])
+        rows = pq.read_table(self.folder / "rows.parquet")
         self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
         self._indices = [
             (group, Index(self.config.index).load(self._index_file(group), group.vectors))
-            for group in self._groups()
+            for group in self._groups(rows)
         ]
 
     def close(self) -> None:
@@ -176,22 +170,6 @@ class Retrieve(Stage):
             }
             for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=False))
         ]
-
-
-@contextmanager
-def _one_faiss_thread(on: bool) -> Iterator[None]:
-    """FAISS on one thread, where `on`."""
-    if not on:
-        yield
-        return
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # (rows, D)
