@@ -264,6 +264,7 @@ def test_a_bomb_is_refused_by_its_header(name, monkeypatch):
 def test_the_limit_is_exact():
     data = encode(SQUARES, "PNG")  # 16 x 16
     assert pixels(data, max_pixels=256).shape == (16, 16, 3)
+    assert refused(StoredImage())[0] == "no image"
     too_large = "too large", "16 x 16 is more than 255 pixels"
     assert refused(data, max_pixels=255) == too_large
 
