@@ -95,8 +95,6 @@ def read_pairs(path: str | Path) -> list[Record]:
             f"there is nothing at {short_repr(str(path))}. Name an existing Parquet file or a "
             "folder of them; `python -m realign.pairs` writes preference pairs."
         )
-    if (remedy := _CONVERSIONS.get(path.suffix)) and path.is_file():
-        raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     folder = path if path.is_dir() else path.parent
     needed = ("prompt", "chosen", "rejected", "images")
@@ -107,14 +105,6 @@ def read_pairs(path: str | Path) -> list[Record]:
             " if `python -m realign.pairs` wrote it, look at its counts of dropped records."
         )
     return records
-
-
-_IMPORT = "Convert its pairs with `python -m realign.pairs import {} --output pairs.parquet`."
-_CONVERSIONS = {
-    ".json": _IMPORT,
-    ".jsonl": _IMPORT,
-    ".csv": "Write JSON lines, and convert them with `python -m realign.pairs import`.",
-}
 
 
 def write_pairs(

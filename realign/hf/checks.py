@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -121,7 +120,7 @@ def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> Non
     Args:
         vlm: the model; adapters in it are left out.
         adapted: whether adapters learn, not its own weights.
-        autocast: whether the forward computes in bf16 whatever the weights' dtype is.
+        autocast: whether the forward computes in bf16, for weights of any dtype.
 
     Raises:
         ValueError: names the dtype and the part of the model, and how to load it.
@@ -173,25 +172,6 @@ def widen(holder: nn.Module, *, autocast: bool, log: Callable[[str], None]) -> N
     dtype = split(holder)[0].dtype
     if not autocast and dtype != torch.float32:
         log(f"computing in {_name(dtype)}, the dtype of the model's weights")
-
-
-@contextmanager
-def dtypes_named(model: nn.Module) -> Iterator[None]:
-    """Name the dtypes of a model whose layers do not compute together, as a trained bias in fp32.
-
-    Raises:
-        ValueError: in place of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        kinds = sorted({_name(parameter.dtype) for parameter in model.parameters()})
-        if len(kinds) < 2 or "type" not in str(error):
-            raise
-        raise ValueError(
-            f"weights of the model in {' and '.join(kinds)} do not compute together ({error}). "
-            f"{_REMEDY}"
-        ) from error
 
 
 def _name(dtype: torch.dtype) -> str:

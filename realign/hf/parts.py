@@ -33,34 +33,22 @@ def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"indices": torch.tensor(indices)}
 
 
-class Losses:
-    """Losses that are still on the device, read together by `check`."""
+def check_finite(losses: Sequence[tuple[torch.Tensor, tuple[str, ...]]]) -> None:
+    """Read losses from the device in one copy.
 
-    def __init__(self) -> None:
-        self._pending: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+    Args:
+        losses: each with the names of its records.
 
-    def add(self, loss: torch.Tensor, names: tuple[str, ...]) -> None:
-        """Keep a scalar loss of the records of these names."""
-        self._pending.append((loss.detach(), names))
-
-    def clear(self) -> None:
-        """Forget them."""
-        self._pending = []
-
-    def check(self) -> None:
-        """Read all in one copy, and forget them.
-
-        Raises:
-            ValueError: when one is not finite; names its records.
-        """
-        pending, self._pending = self._pending, []
-        values = torch.stack([loss for loss, _ in pending]).tolist() if pending else []
-        for value, (_, names) in zip(values, pending, strict=True):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"the loss of records {', '.join(names)} is {value}. Look at their images and "
-                    "texts, or lower the learning rate; checkpoints are kept."
-                )
+    Raises:
+        ValueError: when one is not finite; names its records.
+    """
+    values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
+    for value, (_, names) in zip(values, losses, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss of records {', '.join(names)} is {value}. Look at their images and "
+                "texts, or lower the learning rate; checkpoints are kept."
+            )
 
 
 def reporter(args: TrainingArguments) -> Callable[[str], None]:
@@ -125,17 +113,17 @@ class KeptReference:
                 f"{folder} holds no {_FILE}, so its reference is not known: another trainer wrote "
                 "it, or an earlier version of this one. Resume it with that, or begin a new run."
             )
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-        if theirs["weights"] == self._about["weights"]:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if saved["weights"] == self._about["weights"]:
             return
-        shared = self._logps.keys() & theirs["logps"].keys()
-        gap = sum(abs(self._logps[key] - theirs["logps"][key]) for key in shared)
+        shared = self._logps.keys() & saved["logps"].keys()
+        gap = sum(abs(self._logps[key] - saved["logps"][key]) for key in shared)
         if len(shared) < len(self._logps) or gap / self._tokens > _ROUNDING[self._about["dtype"]]:
-            found = "its first records are others"
+            difference = "its first records are others"
             if len(shared) == len(self._logps):
-                found = f"log-probs differ by {gap / self._tokens:.2g} a token"
+                difference = f"log-probs differ by {gap / self._tokens:.2g} a token"
             raise ValueError(
                 f"the reference of the checkpoint {folder} is another model than the one handed "
-                f"over ({found}). Hand over the same model, with the same adapters: save them "
+                f"over ({difference}). Hand over the same model, with the same adapters: save them "
                 "before the first run and load them for both, or give a peft_config and a seed."
             )

@@ -124,7 +124,7 @@ class RDPOTrainer(Trainer):
         self.references: torch.Tensor | None = None  # (L, examples) fp32
         self._feed: Feed | None = None  # once the references are known
         self._pool: ThreadPoolExecutor | None = None  # lays batches out, while a loop runs
-        self._losses = parts.Losses()
+        self._losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []  # not read yet
         # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
         # (B, 1 + metrics) for each batch, index and metrics of an example.
         self._sums: torch.Tensor | None = None
@@ -214,7 +214,7 @@ class RDPOTrainer(Trainer):
         directory = args.reference_cache or reference_logps.default_directory()
         longest = max(example.longest_tree for example in self.examples)
         # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
-        with self.accelerator.autocast(), checks.dtypes_named(module):
+        with self.accelerator.autocast():
             for line in module.check_forest(self.examples[0], self.store, device):
                 self._log_rank0(line)
             with ReferenceCache.open(directory, checks.agreed(self._fingerprint)) as cache:
@@ -282,7 +282,7 @@ class RDPOTrainer(Trainer):
         part = part.to(self.args.device)
         output = model(part.batch, self.objective, part.references)
         loss = output.loss / part.batch.examples
-        self._losses.add(loss, part.batch.names)
+        self._losses.append((loss.detach(), part.batch.names))
         values = metrics.by_example(output, self.objective)
         self._names = list(values)
         indices = inputs["indices"].to(output.logps.device).double()
@@ -301,7 +301,8 @@ class RDPOTrainer(Trainer):
         """
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            self._losses.check()
+            losses, self._losses = self._losses, []
+            parts.check_finite(losses)
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -314,10 +315,10 @@ class RDPOTrainer(Trainer):
         self._eval_rows = []
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            self._losses.check()
+            parts.check_finite(self._losses)
         finally:  # steps after a failed evaluation count as steps
             rows, self._eval_rows = self._eval_rows, None
-            self._losses.clear()
+            self._losses = []
         assert rows is not None and output.metrics is not None
         prefix = kwargs.get("metric_key_prefix", "eval")
         rows = self._gathered(torch.cat(rows))

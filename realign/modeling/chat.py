@@ -152,7 +152,7 @@ class ChatTemplate:
         return body.rstrip() + self.tokenizer.eos_token  # as LLaVA-1.5 is trained
 
     def check_answer(self, answer: str, name: str = "response") -> None:
-        """Check a response for what a model would not read as text.
+        """Check a response for tokens that a model would not read as text.
 
         Raises:
             Malformed: when it holds an image tag or a special token.
@@ -171,7 +171,7 @@ class ChatTemplate:
             )
 
     def _expected(self, typed: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-        """What the rendered messages and a marked answer consist of, each with alternatives."""
+        """The parts of the rendered messages and a marked answer, each with alternatives."""
         texts = [(m["role"], text) for m in typed for text in texts_of(m) if text.strip()]
         frame = self._frame(typed)
         for fixed, mark in zip(frame[::2], [*frame[1::2], ""], strict=True):
@@ -186,7 +186,7 @@ class ChatTemplate:
                 yield (text.strip(),)
 
     def _frame(self, typed: Sequence[dict[str, Any]]) -> list[str]:
-        """What the template writes around texts: fixed text and numbers of texts in turn."""
+        """The template's text around texts: fixed text and numbers of texts in turn."""
         kinds = [
             (m["role"], *(p["text"] if _is_blank(p) else p["type"] for p in m["content"]))
             for m in typed
@@ -272,12 +272,12 @@ def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
     """`text` and `add_special_tokens` for a processor: one start token, and no end token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    made = tokenizer("a")["input_ids"]
-    first = next((i for i in range(len(made)) if made[i : i + len(bare)] == bare), 0)
-    added = "".join(tokenizer.convert_ids_to_tokens(made[:first]))
+    ids = tokenizer("a")["input_ids"]
+    first = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+    added = "".join(tokenizer.convert_ids_to_tokens(ids[:first]))
     if texts[0].startswith(tuple(filter(None, (tokenizer.bos_token, added)))):
         return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
-    if made[first + len(bare) :]:  # it would end the prompt
+    if ids[first + len(bare) :]:  # it would end the prompt
         return {"text": [added + text for text in texts], "add_special_tokens": False}
     return {"text": [*texts], "add_special_tokens": True}
 
@@ -307,10 +307,10 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
     # A token holds the end of the prompt and the start of the text: these are split.
     expected = tokenizer.decode(whole["input_ids"])
     for before in ("", "\n"):  # some tokenizers put a space in front of a text's first word
-        first, made = encoding(before)["input_ids"], encoding(before + text)
-        rest = made["input_ids"][len(first) :]
-        if first + rest == made["input_ids"] and tokenizer.decode(begun + rest) == expected:
-            return made, len(first), len(before)
+        first, whole = encoding(before)["input_ids"], encoding(before + text)
+        rest = whole["input_ids"][len(first) :]
+        if first + rest == whole["input_ids"] and tokenizer.decode(begun + rest) == expected:
+            return whole, len(first), len(before)
     end = f"...{prompt[-40:]}"
     raise Malformed(
         f"the tokenizer cannot split {short_repr(text)} from the prompt {end!r}.",
@@ -324,20 +324,20 @@ def shorten(error: Exception) -> str:
     return f"{type(error).__name__}: {line[:200]}{'...' if len(line) > 200 else ''}"
 
 
-def _check_marks(found: Sequence[str], roles: Sequence[str]) -> None:
+def _check_marks(marks: Sequence[str], roles: Sequence[str]) -> None:
     """Raise Malformed unless marks come once for the answer, at the end, and in order."""
     for number, role in enumerate(roles):
-        if str(number) not in found:
+        if str(number) not in marks:
             raise Malformed(
                 f"the chat template drops or changes the text of a message of the {role}.",
                 "Take that message out of the prompt, or use a chat template that writes it.",
             )
-    if (times := found.count("Answer")) != 1:
+    if (times := marks.count("Answer")) != 1:
         how = "drops or changes" if times == 0 else "repeats"
         raise Malformed(f"the chat template {how} responses.", _FIX_TEMPLATE)
     # A system message may be written later, as Pixtral's template writes it.
-    order = [int(n) for n in dict.fromkeys(found) if n != "Answer" and roles[int(n)] in _TURNS]
-    if order != sorted(order) or found[-1] != "Answer":
+    order = [int(n) for n in dict.fromkeys(marks) if n != "Answer" and roles[int(n)] in _TURNS]
+    if order != sorted(order) or marks[-1] != "Answer":
         raise Malformed("the chat template writes messages in another order.", _FIX_TEMPLATE)
 
 
@@ -354,7 +354,7 @@ def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
 
 
 def _around(body: str, text: str) -> Iterator[tuple[str, str]]:
-    """What is in front of each occurrence of a text, and behind it."""
+    """The text in front of each occurrence of a text, and behind it."""
     at = body.find(text)
     while at >= 0:
         yield body[:at], body[at + len(text) :]

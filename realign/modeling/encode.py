@@ -44,18 +44,18 @@ def _visual_negatives(name: str, records: Sequence[Record]) -> int:
     """How many visual negatives every record has."""
     first = len(records[0].retrieved_images) // len(records[0].images)
     for record in records:
-        found = len(record.retrieved_images) // len(record.images)
-        if found < 2:
+        count = len(record.retrieved_images) // len(record.images)
+        if count < 2:
             raise RecordError(
                 record.name,
-                f"it has {found} visual negative(s); the objective {name!r} compares several.",
+                f"it has {count} visual negative(s); the objective {name!r} compares several.",
                 "List two or more in `retrieved_images`, nearest first (python -m realign.pairs "
                 "writes one), or train with --objective mdpo.",
             )
-        if found != first:
+        if count != first:
             raise RecordError(
                 record.name,
-                f"it has {found} visual negatives and {records[0].name!r} has {first}; the "
+                f"it has {count} visual negatives and {records[0].name!r} has {first}; the "
                 f"objective {name!r} takes one number for all.",
                 "Give every record as many `retrieved_images`.",
             )
@@ -180,7 +180,7 @@ class _Encoder:
 
     def _images(self, record: Record, image: str, objective: str) -> tuple[StoredImage, ...]:
         """The images a leaf's image name stands for, as many as the record's prompt places."""
-        count, found = len(record.images), len(record.retrieved_images)
+        count, retrieved = len(record.images), len(record.retrieved_images)
         if image == "image":
             return record.images
         if image == "blank_image":
@@ -193,14 +193,14 @@ class _Encoder:
                 "Records hold image, retrieved_image, retrieved_image_2, ..., and blank_image is "
                 "made; choose an objective over those.",
             )
-        if found % count:
+        if retrieved % count:
             raise Malformed(
-                f"it has {found} retrieved images for {count} images.",
+                f"it has {retrieved} retrieved images for {count} images.",
                 "For each visual negative give as many as the prompt places.",
             )
         place = int(numbered[1] or 1)
-        if found < place * count:
-            some = "none" if found == 0 else f"{found // count} retrieved image(s)"
+        if retrieved < place * count:
+            some = "none" if retrieved == 0 else f"{retrieved // count} retrieved image(s)"
             raise Malformed(
                 f"the objective {objective!r} needs {image!r} but the record has {some}.",
                 "Add `retrieved_images` (python -m realign.pairs writes them) or train with "
@@ -217,23 +217,23 @@ class _Encoder:
         stored = self._images(record, image, objective)
         pictures = [s.open(record.name) for s in stored]
         inputs = text_inputs(self.processor, [self._prompt(record).text])
-        made = processed(self.processor, record.name, pictures, **inputs)
-        ids = made["input_ids"][0].numpy()
+        outputs = processed(self.processor, record.name, pictures, **inputs)
+        ids = outputs["input_ids"][0].numpy()
         start = np.flatnonzero(ids == self.tokenizer.bos_token_id)[:1]
         if start.size and (ids[start[0] + 1 :][:1] == ids[start]).any():
             raise Malformed(
                 f"its prompt begins with {self.tokenizer.bos_token!r} twice.",
                 "Take one out of the chat template.",
             )
-        found = int((ids == self.layout.image_token_id).sum())
+        tokens = int((ids == self.layout.image_token_id).sum())
         if len(stored) == 1:
-            keys = (self.store.keep(record.name, stored[0], bundle_of(made), found),)
+            keys = (self.store.keep(record.name, stored[0], bundle_of(outputs), tokens),)
         else:
-            keys = tuple(self.store.add(record.name, s, company=True) for s in stored)
+            keys = tuple(self.store.add(record.name, s, several=True) for s in stored)
         expected = sum(self.store.tokens(key) for key in keys)
-        if found != expected:
+        if tokens != expected:
             raise Malformed(
-                f"its prompt has {found} image tokens where its images take {expected}.",
+                f"its prompt has {tokens} image tokens where its images take {expected}.",
                 f"Keep {self.processor.image_token!r} out of the text.",
             )
         return Root(keys, ids)
@@ -242,8 +242,8 @@ class _Encoder:
         """Ids of a response with its end token, as the chat template closes a turn."""
         prompt = self._prompt(record)
         scored = self.template.scored(prompt, text, f"{name} response")
-        made, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
-        ids = made["input_ids"][first:]
+        encoding, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
+        ids = encoding["input_ids"][first:]
         if self.image_ids & set(ids):
             raise Malformed(
                 f"its {name} response contains an image token.",

@@ -56,5 +56,5 @@ def _is_plain(module: Any) -> bool:
     with torch.no_grad():
         tried.weight.normal_(generator=generator)
         hidden = torch.randn(4, *tried.weight.shape, generator=generator)
-        truth, found = type(tried).forward(tried, hidden), forward(tried, hidden)
-    return bool((found - truth).abs().max() <= _TOLERANCE * truth.abs().max())
+        truth, fused = type(tried).forward(tried, hidden), forward(tried, hidden)
+    return bool((fused - truth).abs().max() <= _TOLERANCE * truth.abs().max())

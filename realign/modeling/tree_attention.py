@@ -2,10 +2,10 @@
 
 The mask of `ForestBatch.attention_mask` costs attention over a row squared, whatever it hides, and
 rows that are padded. Here a root with its first leaf is one causal sequence, every further leaf
-attends to its root and to itself, and trees stand in one row without padding: what is computed is
-what is seen. The function is registered with transformers under two names: `tree` calls SDPA for
-each leaf, `tree_varlen` is one operator for all trees (`varlen_attention`). Layers take it by their
-configuration, and nothing is patched.
+attends to its root and to itself, and trees follow one another in a row without padding: only
+scores that the mask lets through are computed. The function is registered with transformers under
+two names: `tree` calls SDPA for each leaf, `tree_varlen` is one operator for all trees
+(`varlen_attention`). Layers take it by their configuration, and nothing is patched.
 """
 
 from __future__ import annotations
