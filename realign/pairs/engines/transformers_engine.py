@@ -52,6 +52,7 @@ class TransformersEngine(Engine):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = DTYPES[self._dtype or ("bf16" if device == "cuda" else "fp32")]
         disable_cudnn_attention()
+        model: Any  # transformers annotates `to` as a function, not as a method
         self._sees = _has_vision(self._path)
         if self._sees:
             self._processor = load_processor(self._path)
@@ -66,7 +67,7 @@ class TransformersEngine(Engine):
         self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         end = model.generation_config.eos_token_id
         self._ends = {end} if isinstance(end, int) else set(end or ())
-        self._model = model.to(torch.device(device))
+        self._model = model.to(device)
 
     def close(self) -> None:
         """Drop the model."""
