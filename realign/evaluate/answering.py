@@ -18,7 +18,7 @@ from realign.data.records import StoredImage
 from realign.files import check_file, read_jsonl, write_whole
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.io.pictures import PictureError, inside, load_picture
-from realign.pairs.io.rows import mark_of
+from realign.pairs.io.rows import files_digest
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def prepare(
     if len({question.id for question in questions}) != len(questions):
         raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
     check_file("--output", output)
-    asked = {"model": model, "mark": mark_of(model), "max_tokens": max_tokens, "suffix": suffix}
+    asked = {"model": model, "mark": files_digest(model), "max_tokens": max_tokens, "suffix": suffix}
     sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
     for question in questions:
         known = sheet.done.get(question.id)

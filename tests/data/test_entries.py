@@ -19,7 +19,7 @@ from realign.data.records import RecordError, read_pairs
 from realign.digits.processor import build_processor
 from realign.hf.records import records_of
 from realign.pairs.io.importers import import_pairs, read_any
-from realign.pairs.stages.base import Bad
+from realign.pairs.io.rows import InvalidRecord as Bad
 
 _BUFFER = io.BytesIO()
 Image.new("RGB", (8, 8)).save(_BUFFER, "PNG")

@@ -4,7 +4,7 @@ import json
 
 from realign.data.records import Record
 from realign.pairs.io.importers import read_any
-from realign.pairs.stages.base import Bad
+from realign.pairs.io.rows import InvalidRecord as Bad
 
 
 def user(text):

@@ -14,8 +14,8 @@ from PIL import Image
 
 from realign.pairs.io import formats
 from realign.pairs.io.importers import FORMATS, read_any
+from realign.pairs.io.rows import InvalidRecord as Bad
 from realign.pairs.io.texts import placed, problem_of
-from realign.pairs.stages.base import Bad
 
 MANY = "".join(f"<p class='x{i}'></p>" for i in range(9)) + "A cat."
 BAD = {

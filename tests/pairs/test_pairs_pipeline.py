@@ -257,7 +257,7 @@ def sources():
     return digit_sources(PairsConfig(scenes=40))
 
 
-def test_invalid_records_are_listed_with_their_reasons_and_the_others_are_used(tmp_path, sources, capsys):
+def test_invalid_records_are_listed_and_the_others_used(tmp_path, sources, capsys):
     torn = StoredImage(sources[3].images[0].data[:60])
     placed = ({"role": "user", "content": "name <image> as <image>"},)
     bad = [

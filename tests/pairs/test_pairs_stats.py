@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from realign.pairs.io.rows import FilteredRecord as Dropped
+from realign.pairs.io.rows import InvalidRecord as Bad
 from realign.pairs.io.shards import LEFT_OUT, Shards, write_table
-from realign.pairs.stages.base import Bad, Dropped
 from realign.pairs.stats import collect, draw, main, table
 
 

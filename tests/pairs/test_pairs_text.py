@@ -9,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realign.digits.scenes import make_scenes
-from realign.pairs.filters.rules import (
+from realign.pairs.filters.text import (
     SentenceSimilarity,
-    about_similarity,
     reason_to_drop,
     same_response,
     text_similarity,
-    words_of,
 )
-from realign.pairs.masking.mask import CATEGORIES, MASK, Masked, mask_response, masked_from
+from realign.pairs.io.words import words_of
+from realign.pairs.masking.mask import CATEGORIES, MASK, mask_response, masked_from
 from realign.pairs.masking.segments import find_segments
 
 SENTENCE = "Two small red dogs sit near a big tree, behind the house."
@@ -165,6 +164,8 @@ def test_as_many_segments_as_asked():
             assert set(masked.hidden) <= {"seven", "two", "zero", "nine"}
             picked.add(masked.hidden)
     assert {(word,) for word in ("seven", "two", "zero", "nine")} <= picked  # drawn at random
+    with pytest.raises(ValueError):
+        masked.fill(("one",))
     assert masked.fill(("one", "one", "one", "one")) == (
         "top left one , top right one , bottom left one , bottom right one ."
     )
@@ -188,7 +189,6 @@ def test_a_share_of_the_segments(share, segments, count):
         (lambda: mask_response("a", CATEGORIES, -1, rng()), "segments is -1"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=0.0), "share is 0.0"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=1.5), "share is 1.5"),
-        (lambda: masked_from("a b", ["a", "b"], segments=1), "rng is None"),
     ],
 )
 def test_what_a_mask_cannot_be(call, message):
@@ -196,7 +196,7 @@ def test_what_a_mask_cannot_be(call, message):
         call()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.text(max_size=60) | st.lists(st.sampled_from(SENTENCE.split())).map(" ".join))
 def test_any_text_is_put_together_again(text):
     masked = mask_response(text, CATEGORIES, 0, rng())
@@ -237,15 +237,7 @@ def test_a_word_that_is_listed_again_is_its_next_place():
     assert str(masked_from(text, ["DOG", "a cat's"])) == "a [MASK] and a dog near [MASK] dog."
 
 
-def test_listed_segments_may_be_drawn_from():
-    masked = masked_from(DIGITS, ["seven", "two", "zero", "nine"], segments=2, rng=rng())
-    assert len(masked.hidden) == 2
-    half = masked_from(DIGITS, ["seven", "two", "zero", "nine"], share=0.5, rng=rng())
-    assert half == masked
-    assert masked_from("", ["a"]) is None and masked_from("a b", []) is None
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(max_size=8), max_size=5))
 def test_whatever_a_model_lists(text, spans):
     masked = masked_from(text, spans)
@@ -298,23 +290,10 @@ def test_what_is_dropped(completion, tau, reason):
     assert reason_to_drop("a cat sat down", completion, tau) == reason
 
 
-def test_another_measure_decides():
-    given = ("a cat sat down", "a dog sat down", 0.95)
-    assert reason_to_drop(*given, lambda a, b: 0.96) == "too similar"
-    assert reason_to_drop(*given, 0.96) == "too similar"
-    assert reason_to_drop(*given, 0.94) is None
-    assert reason_to_drop(*given) is None  # 3 of 4 words
-
-
-def test_the_measure_is_said():
-    assert "share of matching words (built in, lexical" in about_similarity()
-    assert about_similarity("m/x") == "text similarity: cosine of sentence embeddings by m/x"
-
-
 class FakeSentences:
     """The part of the package that is used; embeds a text as the counts of its letters a to c."""
 
-    def __init__(self, name, *, device, trust_remote_code, model_kwargs):
+    def __init__(self, name, *, trust_remote_code, model_kwargs):
         if name == "none":
             raise OSError("none is no model\nmore")
         assert trust_remote_code is False and model_kwargs == {"use_safetensors": True}
@@ -327,14 +306,10 @@ class FakeSentences:
         return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
-@pytest.fixture
-def sentences(monkeypatch):
+def test_sentence_similarity_is_the_cosine(monkeypatch):
     module = types.ModuleType("sentence_transformers")
     module.SentenceTransformer = FakeSentences
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
-
-
-def test_sentence_similarity_is_the_cosine(sentences):
     measure = SentenceSimilarity("some/model")
     found = measure([("a", "b"), ("aab", "ab"), ("a", "a"), ("aab", "a")])
     assert found.dtype == np.float32
@@ -343,34 +318,12 @@ def test_sentence_similarity_is_the_cosine(sentences):
     assert measure([]).shape == (0,)
     with pytest.raises(ValueError, match=r"from none \(none is no model\). Pass a folder or a hub"):
         SentenceSimilarity("none")
-
-
-def test_sentence_similarity_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'realign\[sentences\]'"):
         SentenceSimilarity("some/model")
 
 
-# --- one thing after another ---
-
-
-def test_a_masked_response_holds_what_stands_around_its_gaps():
-    masked = Masked(("a ", " near ", "."), ("dog", "a tree"))
-    assert str(masked) == "a [MASK] near [MASK]."
-    assert masked.fill(("cat", "the wall")) == "a cat near the wall."
-    with pytest.raises(ValueError):
-        masked.fill(("cat",))
-
-
 def test_the_masks_of_digit_captions():
-    for i, scene in enumerate(make_scenes(50, biased=True, seed=3)):
-        every = mask_response(scene.caption, ("numbers",), 0, rng())
-        assert every.pieces == (
-            "top left ",
-            " , top right ",
-            " , bottom left ",
-            " , bottom right ",
-            " .",
-        )
-        one = mask_response(scene.caption, ("numbers",), 1, rng(i))
-        assert len(one.hidden) == 1 and one.hidden[0] in every.hidden
+    pieces = "top left [MASK] , top right [MASK] , bottom left [MASK] , bottom right [MASK] ."
+    for scene in make_scenes(50, biased=True, seed=3):
+        assert str(mask_response(scene.caption, ("numbers",), 0, rng())) == pieces
