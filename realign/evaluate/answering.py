@@ -88,12 +88,8 @@ def prepare(
     if len({question.id for question in questions}) != len(questions):
         raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
     check_file("--output", output)
-    asked = {
-        "model": model,
-        "mark": files_digest(model),
-        "max_tokens": max_tokens,
-        "suffix": suffix,
-    }
+    mark = files_digest(model)
+    asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
     sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
     for question in questions:
         known = sheet.done.get(question.id)

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from pair_runs import (
     stage_rows,
 )
 
+from realign.data.entries import Names
 from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
@@ -212,6 +214,14 @@ def test_derived_negatives_are_a_stage(whole_run, tmp_path, kind):
     assert {r.name: r.retrieved_images[0].data for r in pairs} == made
     with pytest.raises(ValueError, match="retrieved negatives are not made"):
         run_stages(config_in(tmp_path / "other"), "negative")
+
+
+def test_names_that_come_often_take_no_longer():
+    """LLaVA's ids come several times each; 40,000 times the same took minutes once."""
+    names, began = Names(), time.perf_counter()
+    made = [names.unique("a") for _ in range(40_000)]
+    assert time.perf_counter() - began < 30
+    assert made[:3] == ["a", "a-2", "a-3"] and len(set(made)) == 40_000
 
 
 def test_left_out_records_are_noted_for_each_output(whole_run, tmp_path):

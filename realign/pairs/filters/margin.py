@@ -87,8 +87,6 @@ def visual_margins(
     records: Sequence[Record],
     *,
     cache: str | None = None,
-    max_response_tokens: int = 1024,
-    batch_rows: int = 32,
     say: Callable[[str], None] = lambda line: None,
     on_bad: Callable[[Record, RecordError], None] | None = None,
 ) -> np.ndarray:
@@ -101,8 +99,6 @@ def visual_margins(
         records: with `retrieved_images`, of which the first as many as `images` count. A rejected
             response is not needed.
         cache: folder of reference log-probs; that which training uses by default, if absent.
-        max_response_tokens: longest chosen response.
-        batch_rows: rows in one forward.
         say: called with the number of cached log-probs, and with settings that were replaced.
         on_bad: called with invalid records and the reason; their margin is NaN.
 
@@ -128,7 +124,7 @@ def visual_margins(
         processor,
         MARGIN,
         layout=model.layout,
-        max_response_tokens=max_response_tokens,
+        max_response_tokens=1024,
         max_tokens=vlm.config.get_text_config().max_position_embeddings,
         progress=False,
         on_bad=leave_out,
@@ -146,7 +142,7 @@ def visual_margins(
                 examples,
                 store,
                 row_tokens=max(example.longest_tree for example in examples),
-                batch_rows=batch_rows,
+                batch_rows=32,
                 device=vlm.device,
                 progress=False,
                 say=say,

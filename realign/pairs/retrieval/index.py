@@ -4,19 +4,7 @@ An `Index` finds candidates. The similarities it returns are always the exact fp
 with its vectors, so all kinds agree on similarities, ties and duplicates. `neighbours` leaves out
 the images that are no neighbours.
 
-Measured by `python -m benchmarks.retrieval_recall` on two shared cores (load 1 to 4), vectors of
-768 dimensions around 2,000 centres; memory is what a search adds to the vectors:
-
-| vectors | kind | recall@10 | build | search | memory |
-|---|---|---|---|---|---|
-| 200,000 | exact | 1 | 0 s | 10,000 in 18 s | 160 MB |
-| 200,000 | ivf, 32 of 1,788 lists | 0.9992 | 18 s | 10,000 in 1.8 s | 690 MB |
-| 200,000 | hnsw, 32 links, 128 candidates | 0.9996 | 112 s | 10,000 in 6 s | 540 MB |
-| 100,000 | exact, `neighbours` of all | 1 | 0 s | 100,000 in 193 s | 280 MB |
-| 1,000,000 | ivf, 32 of 4,000 lists, `neighbours` | 1.0000 | 247 s | 20,000 in 15 s | 2.4 GB |
-
-(A million vectors are 3.1 GB, mapped from a file.) ivf and hnsw need clusters: among 200,000
-Gaussian vectors, which have none, they find 8 % and 31 % of the 10 nearest.
+Recall, time and memory: docs/pairs.md, Search.
 """
 
 from __future__ import annotations

@@ -11,18 +11,15 @@ from realign.pairs.masking.mask import Masked, masked_from
 from realign.pairs.prompts import mask_chat, parse_segments
 from realign.pairs.stages.base import ChatStage, Script, rng_of
 
+_TEXTS = pa.list_(pa.string())
+
 
 class Mask(ChatStage):
     """Masked responses."""
 
     name = "mask"
     schema = pa.schema(
-        {
-            "id": pa.string(),
-            "pieces": pa.list_(pa.string()),
-            "hidden": pa.list_(pa.string()),
-            "masker": pa.string(),
-        }
+        {"id": pa.string(), "pieces": _TEXTS, "hidden": _TEXTS, "masker": pa.string()}
     )
 
     def __init__(self, config: PairsConfig) -> None:
@@ -36,13 +33,8 @@ class Mask(ChatStage):
         config = self.config
         if self.engine_spec is not None:
             return {"masker": engine_identity(self.engine_spec, config.dtype)}
-        return {
-            "masker": config.masker,
-            "categories": config.categories,
-            "segments": config.segments,
-            "share": config.share,
-            "seed": config.seed,
-        }
+        names = ("masker", "categories", "segments", "share", "seed")
+        return {name: getattr(config, name) for name in names}
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
         """Mask the responses; records without anything to mask are dropped."""

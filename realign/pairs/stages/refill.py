@@ -35,6 +35,9 @@ from realign.pairs.masking.mask import Masked
 from realign.pairs.prompts import complete_chat, keeps_pieces, parse_completion
 from realign.pairs.stages.base import ChatStage, Script, rng_of
 
+_ATTEMPT = pa.struct(
+    {"rank": pa.int32(), "text": pa.string(), "closed": pa.bool_(), "reason": pa.string()}
+)
 _SPARE_TOKENS = 32  # of a completion, beyond one for two characters of the chosen response
 
 
@@ -62,20 +65,7 @@ class Refill(ChatStage):
 
     name = "refill"
     schema = pa.schema(
-        {
-            "id": pa.string(),
-            "attempts": pa.list_(
-                pa.struct(
-                    [
-                        ("rank", pa.int32()),
-                        ("text", pa.string()),
-                        ("closed", pa.bool_()),
-                        ("reason", pa.string()),
-                    ]
-                )
-            ),
-            "refill_model": pa.string(),
-        }
+        {"id": pa.string(), "attempts": pa.list_(_ATTEMPT), "refill_model": pa.string()}
     )
 
     def __init__(self, config: PairsConfig) -> None:
@@ -155,17 +145,14 @@ class Refill(ChatStage):
             if name in masks and name in near:
                 masked = Masked(tuple(masks[name]["pieces"]), tuple(masks[name]["hidden"]))
                 record = record_of(row, chosen[name]["chosen"])
-                tasks.append(_Task(record, masked, near[name]["neighbours"]))
+                task = _Task(record, masked, near[name]["neighbours"])
+                tasks.append(task)
                 if self.engine_spec is None:
-                    tasks[-1].invalid = self._prompt_fault(record)
+                    try:
+                        check_prompt(self._processor, record, len(record.images))
+                    except RecordError as error:
+                        task.invalid = self.invalid(name, "prompt and images differ", str(error))
         return tasks
-
-    def _prompt_fault(self, record: Record) -> InvalidRecord | None:
-        try:
-            check_prompt(self._processor, record, len(record.images))
-        except RecordError as error:
-            return self.invalid(record.name, "prompt and images differ", str(error))
-        return None
 
     def _infill(self, pairs: Sequence[tuple[_Task, Row]], place: int) -> None:
         """Complete a batch in place; a batch that fails is tried again in halves."""

@@ -16,6 +16,9 @@ from realign.pairs.io.shards import INPUTS_KEY, Shards, digest_of, footer, save_
 from realign.pairs.retrieval.index import Index, neighbours
 from realign.pairs.stages.base import Result, Stage
 
+_NEIGHBOUR = pa.struct(
+    {"id": pa.string(), "shard": pa.int32(), "rank": pa.int32(), "similarity": pa.float32()}
+)
 _ARRAYS = ("vectors.npy", "hashes.npy")
 
 
@@ -37,21 +40,7 @@ class Retrieve(Stage):
 
     name = "retrieve"
     needs = ("embed",)
-    schema = pa.schema(
-        {
-            "id": pa.string(),
-            "neighbours": pa.list_(
-                pa.struct(
-                    [
-                        ("id", pa.string()),
-                        ("shard", pa.int32()),
-                        ("rank", pa.int32()),
-                        ("similarity", pa.float32()),
-                    ]
-                )
-            ),
-        }
-    )
+    schema = pa.schema({"id": pa.string(), "neighbours": pa.list_(_NEIGHBOUR)})
 
     _indices: list[tuple[_Group, Index]]
 
@@ -161,15 +150,11 @@ class Retrieve(Stage):
     def _neighbours(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
         """The neighbours of one image as the column holds them."""
         rows = group.rows[places[places >= 0]].tolist()
-        return [
-            {
-                "id": self._ids[row].as_py(),
-                "shard": int(self._shards[row]),
-                "rank": rank,
-                "similarity": similarity,
-            }
-            for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=False))
-        ]
+        found = []
+        for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=False)):
+            place = {"id": self._ids[row].as_py(), "shard": int(self._shards[row])}
+            found.append({**place, "rank": rank, "similarity": similarity})
+        return found
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # (rows, D)
