@@ -96,7 +96,8 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
     talk = [_user("What is it?"), {"role": "assistant", "content": "A pet."}, _user("Which?")]
     judge = json.dumps({"rejected": False, "chosen on the negative": None})
     judged = _row(1, prompt=talk, visual_margin=0.25, judge=judge)
-    data = _page(tmp_path, _row(0), judged, _row(2, visual_margin=-0.5)).data
+    other = _row(2, visual_margin=-0.5, negative="crop")
+    data = _page(tmp_path, _row(0), judged, other).data
     assert data["about"] == "3 pairs in pairs.parquet"
     assert data["figures"] == str(collect(tmp_path / "pairs.parquet"))
     first, second, third = data["pairs"]
@@ -117,7 +118,10 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
         "judge: rejected false",
         "judge: chosen on the negative no verdict",
     ]
-    assert third["verdicts"][1] == {"name": "visual margin", "value": "-0.50", "tone": "bad"}
+    # The similarity is that of the neighbour, which is not the visual negative here.
+    similarity = {"name": "completed on a neighbour", "value": "0.502", "tone": ""}
+    margin = {"name": "visual margin", "value": "-0.50", "tone": "bad"}
+    assert third["negative"] == "crop" and third["verdicts"][::2] == [similarity, margin]
     assert third["labels"] == ["visual margin not above 0"]
 
 
@@ -197,13 +201,6 @@ def test_pictures(tmp_path):
     assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both pictures the same"], []]
 
 
-def test_another_negative_has_no_similarity_of_its_own(tmp_path):
-    (pair,) = _page(tmp_path, _row(negative="crop")).data["pairs"]
-    assert pair["negative"] == "crop"
-    expected = {"name": "completed on a neighbour", "value": "0.500", "tone": ""}
-    assert pair["verdicts"][0] == expected
-
-
 def test_many_pairs_are_sampled_evenly(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -234,7 +231,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(chosen=WORDS.map("".join), rejected=WORDS.map("".join))
 def test_differences(chosen, rejected):
     sides = difference(chosen, rejected)
