@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine that answers as its script says, and what is asked of it."""
+"""A chat endpoint on this machine with scripted answers; it records the requests."""
 
 import json
 import threading

@@ -106,7 +106,7 @@ class Engine:
             One reply per request, in their order. A request that cannot be answered has an error.
 
         Raises:
-            ValueError: when no request can be answered, whatever its text: a wrong key, a model
+            ValueError: when no request can be answered: a wrong key, a model
                 that does not load.
             ConnectionError: when an endpoint is gone. Its earlier answers are kept, so that a later
                 run resumes; its requests are no bad records.
