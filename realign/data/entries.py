@@ -3,6 +3,10 @@
 `realign.train`, `RDPOTrainer` and `realign.pairs` read a row with `entry_of`. It accepts TRL's
 vision preference columns, plain or conversational, with an implicit prompt too, and the keys of
 RLAIF-V, RLHF-V, MMPR, POVID, LLaMA-Factory and ms-swift for the same. Nothing is looked up on disk.
+
+A response is one turn. TRL's DPOTrainer scores every message of `chosen` and `rejected`. Messages
+that both share add the same log-probs to both, so they move into the prompt without a change of
+TRL's margin. Messages in which they differ before the last one are an error.
 """
 
 from __future__ import annotations
@@ -10,17 +14,20 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from realign.data.dialogues import Message, dialogue_of, messages_of, with_system
-from realign.data.errors import Malformed, shown
+from realign.data.errors import Malformed, short_repr
+from realign.data.messages import split_at_tags, text_part
 from realign.data.pictures import PictureError, StoredImage
 
+Message = dict[str, Any]  # "role", and "content": text, or parts of type text and image
 _DIALOGUES = ("conversations", "messages")
 _OTHER_DIALOGUES = ("rejected_conversations", "rejected_messages")
 _UNREAD = ("tools", "chat_template_kwargs", "history", "rejected_image", "rejected_images")
@@ -40,9 +47,14 @@ COLUMNS = frozenset(name for names in SOURCES.values() for name in names) | {
     *_UNREAD,
 }
 """Every column that `entry_of` looks at."""
-_ENCODED = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF, WebP
+_BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF, WebP
 _LONGEST_PATH = 4096  # bytes, of Linux
 _GIVE_IMAGE = "Give a PIL image, bytes or a path."
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"system": "system"}
+_MESSAGE_KEYS = ("role", "from", "content", "value")
+_GIVE_MESSAGE = "Give a role and, as content, text or a list of parts of type text and image."
+_JSON_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
 @dataclass(frozen=True)
@@ -65,22 +77,22 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         Malformed: for a value of another type, or keys that are not read or contradict each other.
     """
     for key in _UNREAD:
-        if not _is_none(row.get(key)):
+        if not _is_empty(row.get(key)):
             raise Malformed(
-                f"its {key} {shown(row[key])} would be lost.",
+                f"its {key} {short_repr(row[key])} would be lost.",
                 "Remove the key, or write the record in the columns of docs/data.md.",
             )
-    has_system = not _is_none(row.get("system"))
-    if has_system and all(_is_none(row.get(key)) for key in _DIALOGUES):
+    has_system = not _is_empty(row.get("system"))
+    if has_system and all(_is_empty(row.get(key)) for key in _DIALOGUES):
         # TRL ignores the column; others read it. Neither is what every user means.
         raise Malformed(
-            f"its system {shown(row['system'])} would be lost.",
+            f"its system {short_repr(row['system'])} would be lost.",
             "Put it into `prompt`, as a message of the system.",
         )
     row = _with_trls_keys(row)
     if row.get("prompt") is None and not isinstance(row.get("chosen"), list | tuple | Mapping):
         unknown = [key for key in row if key not in COLUMNS]
-        keys = f" Its keys {shown(unknown)} are not known." if unknown else ""
+        keys = f" Its keys {short_repr(unknown)} are not known." if unknown else ""
         raise Malformed(f"it has no prompt.{keys}", "Add one or remove the record.")
     names = ("chosen", "rejected", "retrieved_chosen")
     prompt, texts = dialogue_of(row.get("prompt"), {name: row.get(name) for name in names})
@@ -108,7 +120,7 @@ def name_of(row: Any) -> str | None:
     if name is None or (isinstance(name, float) and math.isnan(name)):
         return None
     if not isinstance(name, str | numbers.Number) or isinstance(name, bool):
-        raise Malformed(f"its id is {shown(name)}.", "Give text or a number.")
+        raise Malformed(f"its id is {short_repr(name)}.", "Give text or a number.")
     text = str(name).encode("utf-8", "replace").decode()
     return " ".join(text.split()) or None
 
@@ -121,13 +133,13 @@ class Names:
 
     def unique(self, name: str) -> str:
         """The name, or the name with the first free number."""
-        found, count = name, self._counts.get(name, 0)
-        while found in self._counts:
+        numbered, count = name, self._counts.get(name, 0)
+        while numbered in self._counts:
             count += 1
-            found = f"{name}-{count}"
+            numbered = f"{name}-{count}"
         self._counts[name] = max(count, 1)
-        self._counts.setdefault(found, 1)
-        return found
+        self._counts.setdefault(numbered, 1)
+        return numbered
 
 
 def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
@@ -136,7 +148,7 @@ def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
     Raises:
         Malformed: for a value that is no image, or two columns with images.
     """
-    filled = [name for name in columns if not _is_none(row.get(name))]
+    filled = [name for name in columns if not _is_empty(row.get(name))]
     if len(filled) > 1:
         raise Malformed(f"it has {' and '.join(filled)}.", "Keep one of them.")
     value = row[filled[0]] if filled else []
@@ -146,7 +158,7 @@ def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
 
 def _stored(image: Any, column: str) -> StoredImage:
     def malformed(why: str, remedy: str = _GIVE_IMAGE, reason: str = "malformed") -> Malformed:
-        return Malformed(f"its {column} has the image {shown(image)}{why}.", remedy, reason)
+        return Malformed(f"its {column} has the image {short_repr(image)}{why}.", remedy, reason)
 
     if image is None:
         raise Malformed("one of its images is null.", "Give it or take it out.", "no image")
@@ -162,7 +174,7 @@ def _stored(image: Any, column: str) -> StoredImage:
         # Arrow gives every image of a column every key.
         extra = [key for key in image if key not in ("bytes", "path") and image[key] is not None]
         if extra:
-            raise malformed(f", whose {shown(extra[0])} is not read")
+            raise malformed(f", whose {short_repr(extra[0])} is not read")
     elif isinstance(image, str | Path):
         data, path = None, str(image)
     if path is not None and not isinstance(path, str):
@@ -174,7 +186,7 @@ def _stored(image: Any, column: str) -> StoredImage:
         raise malformed(", which has no bytes of an image file", reason=reason)
     if not path:
         raise malformed(", with neither bytes nor a path", reason="no image")
-    if path.startswith(_ENCODED) or len(path) > _LONGEST_PATH:
+    if path.startswith(_BASE64) or len(path) > _LONGEST_PATH:
         raise malformed(", which looks like base64", "Decode it to bytes (base64.b64decode).")
     if path.startswith(("http://", "https://")):
         raise malformed(", which is not fetched", "Download it.", "missing")
@@ -183,9 +195,9 @@ def _stored(image: Any, column: str) -> StoredImage:
 
 def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with `prompt`, `chosen` and `rejected` for other projects' keys."""
-    row = {key: value for key, value in row.items() if not _is_none(value)}
+    row = {key: value for key, value in row.items() if not _is_empty(value)}
     if isinstance(text := row.get("text"), str) and not {"chosen", "prompt"} & row.keys():
-        row |= _object_in(text)  # RLHF-V: question, chosen and rejected
+        row |= _json_object(text)  # RLHF-V: question, chosen and rejected
     if "question" in row:
         row.setdefault("prompt", row["question"])
     held = [key for key in _DIALOGUES if key in row]
@@ -209,18 +221,248 @@ def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"chosen": dialogue, "rejected": rejected}
 
 
-def _object_in(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise Malformed(
-            f"its text {shown(text)} is no JSON object.", "Give prompt, chosen and rejected."
+            f"its text {short_repr(text)} is no JSON object.", "Give prompt, chosen and rejected."
         )
-    return found
+    return value
 
 
-def _is_none(value: Any) -> bool:
-    """Whether a column is absent: null, or an empty list, which Arrow gives for absent lists."""
-    return value is None or (isinstance(value, list | str) and not value)
+def dialogue_of(
+    prompt: Any, responses: Mapping[str, Any]
+) -> tuple[list[Message], dict[str, str | None]]:
+    """Read a prompt and the responses to it.
+
+    Args:
+        prompt: text, messages, or None where it is what the responses share.
+        responses: by column: text, messages of which the last is the response, or None.
+
+    Returns:
+        The messages of the prompt, and the text of each response, None where there is none.
+
+    Raises:
+        Malformed: for values that are no messages, and for responses whose messages before the last
+            differ, or neither repeat nor continue the prompt.
+    """
+    asked: list[Message] = []
+    if isinstance(prompt, str) and prompt:
+        asked = [{"role": "user", "content": _readable(prompt, "prompt")}]
+    elif not _is_empty(prompt):
+        asked = messages_of(prompt, "prompt")
+    texts: dict[str, str | None] = dict.fromkeys(responses)
+    turns: dict[str, list[Message]] = {}  # of each response, behind the prompt and before its text
+    for name, value in responses.items():
+        if not _is_empty(value):
+            texts[name], before = _response(value, name)
+            asked, turns[name] = _without_prompt(asked, before)
+    (first, shared), *others = turns.items() or [("", [])]
+    for name, own in others:
+        if list(map(_role_and_parts, own)) != list(map(_role_and_parts, shared)):
+            raise Malformed(
+                f"its {first} and {name} differ before their last message, and TRL scores all of "
+                "them.",
+                "Give responses of one message each, with the messages before it in `prompt`.",
+            )
+    if not (messages := [*asked, *shared]):
+        raise Malformed("it has no prompt.", "Add one or remove the record.")
+    _check_order(messages, first, len(messages) - len(shared))
+    if not any(_text(message).strip() for message in messages):
+        raise Malformed("its prompt is empty.", "Write one or remove the record.", "empty text")
+    return messages, texts
+
+
+def messages_of(value: Any, what: str) -> list[Message]:
+    """The messages of a column, with keys `role` and `content`, or `from` and `value`.
+
+    One message may be without its list, and several may be a struct of lists.
+
+    Raises:
+        Malformed: for another value, role, key or part.
+    """
+    value = _listed(value) if isinstance(value, Mapping) else value
+    if not isinstance(value, list | tuple) or not value:
+        raise Malformed(
+            f"its {what} is {short_repr(value)}, no text or messages.",
+            "Give text, or messages with a role and content.",
+        )
+    return [_message(message, what) for message in value]
+
+
+def _listed(value: Mapping[str, Any]) -> list[Any]:
+    """One message, or those of a struct of lists, as `datasets` stores a Sequence of objects."""
+    columns = {key: column for key, column in value.items() if column is not None}
+    roles = _either(columns, "role", "from")
+    if not isinstance(roles, list) or any(
+        not isinstance(column, list) or len(column) != len(roles) for column in columns.values()
+    ):
+        return [value]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def with_system(prompt: list[Message], system: Any) -> list[Message]:
+    """A prompt with a system message at its beginning.
+
+    Raises:
+        Malformed: where it has one, or for another type than text.
+    """
+    if not isinstance(system, str):
+        raise Malformed(f"its system is {short_repr(system)}.", "Give text.")
+    if prompt[0]["role"] == "system":
+        raise Malformed("it has `system` and a system message in its prompt.", "Keep one of them.")
+    return [{"role": "system", "content": _readable(system, "system")}, *prompt]
+
+
+def _response(value: Any, what: str) -> tuple[str, list[Message]]:
+    """The text of a response, and the messages before it."""
+    if isinstance(value, str):
+        return _readable(value, what), []
+    *turns, last = messages_of(value, what)
+    if last["role"] != "assistant":
+        raise Malformed(
+            f"its {what} does not end with the assistant.", "Put the assistant's response last."
+        )
+    parts = last["content"]
+    if isinstance(parts, str):
+        return parts, turns
+    if any(part["type"] == "image" for part in parts):
+        raise Malformed(f"its {what} holds an image.", "A response is text.")
+    return "".join(part["text"] for part in parts), turns
+
+
+def _message(message: Any, what: str) -> Message:
+    def malformed(why: str) -> Malformed:
+        return Malformed(f"its {what} has the message {short_repr(message)}: {why}.", _GIVE_MESSAGE)
+
+    if not isinstance(message, Mapping):
+        raise malformed("it is no object")
+    role = _either(message, "role", "from")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise malformed(f"the role {short_repr(role)} is none of {', '.join(_ROLES)}")
+    if foreign := _foreign(message, _MESSAGE_KEYS):
+        raise malformed(f"{foreign} would be lost")
+    content = _either(message, "content", "value")
+    if isinstance(content, str):
+        return {"role": _ROLES[role], "content": _readable(content, what)}
+    content = [content] if isinstance(content, Mapping) else content
+    if not isinstance(content, list | tuple):
+        raise malformed(f"its content is {short_repr(content)}")
+    parts: list[dict[str, str]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str) or kind not in ("text", "image"):
+            raise malformed(f"the part {short_repr(part)} is not of type text or image")
+        # Arrow gives every part every field; an image part has no text.
+        if foreign := _foreign(part, ("type", "text") if kind == "text" else ("type",)):
+            raise malformed(f"{foreign} of a part would be lost")
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise malformed(f"the part {short_repr(part)} has no text")
+        parts.append(
+            text_part(_readable(part["text"], what)) if kind == "text" else {"type": "image"}
+        )
+    return {"role": _ROLES[role], "content": parts}
+
+
+def _readable(text: str, what: str) -> str:
+    """The text, unless no tokenizer can read it as it is meant."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Malformed(
+            f"its {what} holds half of a surrogate pair.", "Write it as UTF-8.", "not Unicode"
+        ) from None
+    if "\0" in text:
+        raise Malformed(f"its {what} holds a null character.", "Remove it.", "control characters")
+    if _JSON_MESSAGES.match(text):
+        raise Malformed(
+            f"its {what} is the text {short_repr(text)}, which holds messages as JSON.",
+            "Decode it with json.loads.",
+        )
+    return str(text)
+
+
+def _without_prompt(
+    prompt: list[Message], turns: list[Message]
+) -> tuple[list[Message], list[Message]]:
+    """The prompt, and the messages of a response behind it, where these may repeat the prompt."""
+    if not prompt or not turns:
+        return prompt, turns
+    (system, asked), (own_system, own) = _split(prompt), _split(turns)
+    repeated = own[: len(asked)]
+    same = len(repeated) == len(asked) and all(map(_asks_the_same, asked, repeated))
+    if not same or (system and own_system and system != own_system):
+        return prompt, turns
+    # One of the two may place the image, or hold the system message.
+    kept = [max(pair, key=_image_count) for pair in zip(asked, repeated, strict=True)]
+    return [*(system or own_system), *kept], own[len(asked) :]
+
+
+def _check_order(messages: Sequence[Message], response: str, start: int) -> None:
+    """Whether the messages from `start` on, moved out of a response, continue the prompt."""
+    for last, message in zip(
+        messages[max(start - 1, 0) :], messages[max(start, 1) :], strict=False
+    ):
+        if {last["role"], message["role"]} != {"user", "assistant"} and last["role"] != "system":
+            raise Malformed(
+                f"its {response} has a message of the {message['role']} behind one of the "
+                f"{last['role']}, so it does not continue the prompt; TRL scores all messages.",
+                "Put the dialogue into `prompt`, and only the response into chosen and rejected.",
+            )
+    if messages[-1]["role"] != "user":
+        raise Malformed(
+            f"its prompt ends with a message of the {messages[-1]['role']}.",
+            "End it with a user message, which chosen and rejected answer.",
+        )
+
+
+def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """A system message at the beginning, if any, and the rest."""
+    count = int(messages[0]["role"] == "system")
+    return messages[:count], messages[count:]
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    content = message["content"]
+    parts = [text_part(content)] if isinstance(content, str) else content
+    pieces = ([part] if part["type"] == "image" else split_at_tags(part["text"]) for part in parts)
+    return list(chain.from_iterable(pieces))
+
+
+def _role_and_parts(message: Message) -> tuple[str, list[dict[str, str]]]:
+    return message["role"], _parts(message)
+
+
+def _text(message: Message) -> str:
+    """The text of a message without image tags."""
+    texts = (part["text"].strip() for part in _parts(message) if part["type"] == "text")
+    return " ".join(text for text in texts if text)
+
+
+def _image_count(message: Message) -> int:
+    return sum(part["type"] == "image" for part in _parts(message))
+
+
+def _asks_the_same(one: Message, other: Message) -> bool:
+    """Whether two messages ask the same, where one of them may leave out the image's place."""
+    if one["role"] != other["role"] or _text(one) != _text(other):
+        return False
+    return 0 in (_image_count(one), _image_count(other)) or _parts(one) == _parts(other)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value holds nothing; Arrow fills absent keys with null, some writers with ""."""
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
+
+
+def _either(item: Mapping[str, Any], *names: str) -> Any:
+    return next((item[name] for name in names if item.get(name) is not None), None)
+
+
+def _foreign(item: Mapping[str, Any], known: Sequence[str]) -> str:
+    """The keys beside those known that hold something, for a message."""
+    keys = [key for key, value in item.items() if key not in known and not _is_empty(value)]
+    return ", ".join(map(short_repr, keys))

@@ -1,4 +1,4 @@
-"""Errors of records: `RecordError` and `Malformed`, and `shown`, which shortens their values."""
+"""Errors of records: `RecordError`, `Malformed`, and values shortened for their messages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class RecordError(ValueError):
     """A record cannot be used; the message names it and the remedy."""
 
     def __init__(self, record: str, problem: str, remedy: str) -> None:
-        super().__init__(f"record {shown(record)}: {problem} {remedy}")
+        super().__init__(f"record {short_repr(record)}: {problem} {remedy}")
         self.record = record
 
 
 class Malformed(ValueError):
-    """A row is not of its format, or holds what no reader takes.
+    """A row, message or chat that is not of its format or cannot be rendered.
 
     Attributes:
         problem: a sentence about the row, as "its prompt is 3, no text or messages."
@@ -27,9 +27,13 @@ class Malformed(ValueError):
         reason: a word or two, by which `realign.pairs` counts.
     """
 
-    def __init__(self, problem: str, remedy: str, reason: str = "malformed") -> None:
-        super().__init__(f"{problem} {remedy}")
+    def __init__(self, problem: str, remedy: str = "", reason: str = "malformed") -> None:
+        super().__init__(f"{problem} {remedy}".strip())
         self.problem, self.remedy, self.reason = problem, remedy, reason
+
+    def of(self, record: str) -> RecordError:
+        """The same error of a named record."""
+        return RecordError(record, self.problem, self.remedy)
 
 
 class _Shortened(reprlib.Repr):
@@ -42,13 +46,19 @@ _SHORTENED.maxstring = _SHORTENED.maxother = _LONGEST
 _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxlevel = 3
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """`repr` of a value for a message, shortened, on one line; bytes are counted."""
-    return shortened(" ".join(_SHORTENED.repr(value).split()))
+    return shorten(_SHORTENED.repr(value))
 
 
-def shortened(text: str) -> str:
-    """A text for a message: its beginning and end where it is long, in characters of UTF-8."""
+def short_error(error: Exception) -> str:
+    """An exception of another library for a message: its type and text, shortened, on one line."""
+    return shorten(f"{type(error).__name__}: {error}")
+
+
+def shorten(text: str) -> str:
+    """Text for a message, on one line: its beginning and end where it is long, valid as UTF-8."""
+    text = " ".join(text.split())
     if len(text) > 2 * _LONGEST:
         text = f"{text[:_LONGEST]}...{text[-_LONGEST:]}"
     return text.encode("utf-8", "backslashreplace").decode()
@@ -58,7 +68,7 @@ def one_of(errors: Sequence[RecordError]) -> RecordError:
     """The first of several errors, which also counts and names the others."""
     first, *others = errors
     if others:
-        names = ", ".join(shown(error.record) for error in others[:_NAMED])
+        names = ", ".join(short_repr(error.record) for error in others[:_NAMED])
         more = ", ..." if len(others) > _NAMED else ""
         first.args = (f"{first} {len(others)} more record(s) have errors: {names}{more}.",)
     return first

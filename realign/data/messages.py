@@ -1,21 +1,75 @@
-"""Chat messages in typed parts, with images placed by image parts or by image tags in text."""
+"""Chat messages in typed parts, with images placed by image parts or by image tags in text.
+
+Data sets write tags of many families for an image: LLaVA, RLHF-V, ms-swift and LLaMA-Factory data
+hold `<image>` with every model, and exports of rendered prompts hold the token of another model.
+"""
 
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from realign.data.image_tags import TAGS, split_at_tags
+from realign.data.errors import Malformed, short_repr
+
+_KNOWN = (
+    r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>"  # Qwen
+    r"|<img>(?:<IMG_CONTEXT>)+</img>"  # InternVL
+    r"|<img>[^<>\n]{1,1024}</img>"  # Qwen-VL, around a path
+    r"|\(?(?i:<image>)(?:\./)?(?i:</image>)\)?"  # MiniCPM-V, Mantis
+    r"|<\|begin_of_image\|>(?:<\|(?:image|endoftext)\|>)+<\|end_of_image\|>"  # GLM
+    r"|<begin_of_image>(?:<image_placeholder>)+<end_of_image>"  # Janus
+    r"|<start_of_image>(?:(?:<image_soft_token>)*<end_of_image>)?"  # Gemma 3
+    r"|<\|image>(?:<\|image\|>)+<image\|>"  # Gemma 4
+    r"|<\|START_OF_IMG\|>(?:<\|IMG_PATCH\|>)+<\|END_OF_IMG\|>"  # Cohere
+    r"|<\|IMAGE_START\|>(?:<\|(?:image@placeholder|IMAGE_PLACEHOLDER)\|>)+<\|IMAGE_END\|>"  # ERNIE
+    r"|<\|media_begin\|>image<\|media_content\|>(?:<\|media_pad\|>)+<\|media_end\|>"  # Kimi
+    r"|<\|img\|>(?:<\|imgpad\|>)+<\|endofimg\|>"  # dots
+    r"|<fake_token_around_image><image><fake_token_around_image>"  # Idefics 2
+    r"|<im_start>(?:<im_patch>|<image>)+<im_end>"  # LLaVA 1.0, Step
+    r"|(?i:<image ?/?>|<img ?/?>|<imagehere>)"
+    r"|(?i:<\|?image[ _-]?(?P<number>\d{1,4})\|?>)"  # Phi, MMMU
+    r"|(?i:<\|image\|>|<\|imgpad\|>|<\|media_pad\|>|<\|?image[_-](?:pad|token|placeholder)\|?>)"
+    r"|<IMG_CONTEXT>|<image_soft_token>"
+    r"|<imgpad>|<im_patch>|\[IMG\]|<\|img\|>|<\|IMG_PATCH\|>|<\|patch\|>|<\|image@placeholder\|>"
+)
+TAGS = re.compile(_KNOWN)
+"""The image tags of all known families."""
 
 
-class ChatError(ValueError):
-    """Messages that cannot be rendered: the problem and the remedy."""
+def tags_with(image: str, start: str | None = None, end: str | None = None) -> re.Pattern[str]:
+    """The tags of all families, and a processor's own image token.
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
-        super().__init__(f"{problem} {remedy}".strip())
-        self.problem, self.remedy = problem, remedy
+    Args:
+        image: the token.
+        start: written in front of a run of them.
+        end: written behind it.
+    """
+    own = re.escape(image)
+    framed = f"{re.escape(start)}(?:{own})+{re.escape(end)}|" if start and end else ""
+    return re.compile(f"{framed}{_KNOWN}|{own}")
+
+
+def split_at_tags(text: str, tags: re.Pattern[str] = TAGS) -> list[dict[str, str]]:
+    """Split a text at its image tags.
+
+    Returns:
+        Typed parts in order, `{"type": "text", "text": ...}` and `{"type": "image"}`. Text beside a
+        tag loses the white space there. Empty text gives no part.
+    """
+    pieces: list[str] = []
+    end = 0
+    for tag in tags.finditer(text):
+        pieces.append(text[end : tag.start()])
+        end = tag.end()
+    last = len(pieces)
+    parts: list[dict[str, str]] = []
+    for place, piece in enumerate([*pieces, text[end:]]):
+        piece = piece.lstrip() if place > 0 else piece
+        piece = piece.rstrip() if place < last else piece
+        parts += [text_part(piece)] if piece else []
+        parts += [{"type": "image"}] if place < last else []
+    return parts
 
 
 def place_images(
@@ -29,39 +83,39 @@ def place_images(
     Args:
         messages: role, and content as text or parts of type text and image.
         images: how many.
-        tags: what counts as an image tag.
+        tags: regular expression of an image tag.
 
     Raises:
-        ChatError: when a message is malformed, or places and images disagree.
+        Malformed: when a message is malformed, or places and images disagree.
     """
     typed = [_typed(message) for message in messages]
     users = [message for message in typed if message["role"] == "user"]
     if not users:
-        raise ChatError("it has no user message.", "Give one.")
-    placed = sum(part["type"] == "image" for message in typed for part in message["content"])
+        raise Malformed("it has no user message.", "Give one.")
+    parts = sum(part["type"] == "image" for message in typed for part in message["content"])
     for message in typed:
         tag = next(filter(None, map(tags.search, texts_of(message))), None)
-        if tag and (placed or message["role"] != "user"):
-            beside = "beside image parts" if placed else f"in a message of the {message['role']}"
-            raise ChatError(
+        if tag and (parts or message["role"] != "user"):
+            beside = "beside image parts" if parts else f"in a message of the {message['role']}"
+            raise Malformed(
                 f"its prompt holds the image tag {tag[0]!r} {beside}.",
                 "Place images by parts of type image, or by tags in user messages.",
             )
-    found = [tag for m in users for text in texts_of(m) for tag in tags.finditer(text)]
-    places = placed or len(found)
+    in_text = [tag for m in users for text in texts_of(m) for tag in tags.finditer(text)]
+    places = parts or len(in_text)
     if places and places != images:
-        how = f"image tags such as {found[0][0]!r}" if found else "parts"
-        raise ChatError(
+        how = f"image tags such as {in_text[0][0]!r}" if in_text else "parts"
+        raise Malformed(
             f"its messages place {places} image(s), by {how}, and {images} are given.",
             "Give as many images as the prompt has places.",
         )
-    for number, tag in enumerate(found, 1):
+    for number, tag in enumerate(in_text, 1):
         if int(tag["number"] or number) != number:
-            raise ChatError(
+            raise Malformed(
                 f"its image tag {tag[0]!r} is number {number} of the prompt.",
                 "Number image tags from 1 in the order of the text.",
             )
-    for message in users if found else ():
+    for message in users if in_text else ():
         message["content"] = [
             part for given in message["content"] for part in split_at_tags(given["text"], tags)
         ]
@@ -81,23 +135,14 @@ def texts_of(message: Mapping[str, Any]) -> list[str]:
 
 
 def _typed(message: Any) -> dict[str, Any]:
-    role, content = (
-        (message.get("role", "user"), message.get("content"))
-        if isinstance(message, Mapping)
-        else (None, None)
-    )
-    parts = [text_part(content)] if isinstance(content, str) else content
-    if not isinstance(role, str) or not isinstance(parts, list) or not all(map(_is_part, parts)):
-        raise ChatError(
-            f"it has the message {reprlib.repr(message)}.",
+    """A copy of a message with content in typed parts."""
+    try:
+        content = message["content"]
+        parts = [text_part(content)] if isinstance(content, str) else content
+        clean = [text_part(p["text"]) if p["type"] == "text" else {"type": "image"} for p in parts]
+        return {"role": message.get("role", "user"), "content": clean}
+    except (KeyError, TypeError) as error:
+        raise Malformed(
+            f"it has the message {short_repr(message)}.",
             "Give a role and, as content, text or parts of type text and image.",
-        )
-    clean = [text_part(p["text"]) if p["type"] == "text" else {"type": "image"} for p in parts]
-    return {"role": role, "content": clean}
-
-
-def _is_part(part: Any) -> bool:
-    if not isinstance(part, Mapping):
-        return False
-    text = part.get("type") == "text" and isinstance(part.get("text"), str)
-    return text or part.get("type") == "image"
+        ) from error

@@ -13,12 +13,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from realign.data.errors import RecordError, shortened
+from realign.data.errors import RecordError, shorten
 
 MAX_PIXELS = 50_000_000
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as a browser shows them
@@ -64,21 +65,43 @@ class StoredImage:
         Raises:
             PictureError: for an image that cannot be used.
         """
-        flat, plain = to_rgb(image)
+        with _picture_errors():
+            flat, plain = _to_rgb(image, MAX_PIXELS)
         buffer = io.BytesIO()
         (image if plain else flat).save(buffer, format="PNG")
         return cls(buffer.getvalue(), path)
 
+    def absolute(self, folder: str | Path) -> StoredImage:
+        """With an absolute path, valid in a file elsewhere; a relative path is of `folder`."""
+        if self.data is not None or self.path is None:
+            return self
+        return StoredImage(path=str((Path(folder) / self.path).absolute()))
+
     def decode(self, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
-        """See the function `decode`.
+        """Decode to 8-bit RGB.
+
+        The first frame of an animation, upright by its EXIF orientation, transparent pixels on
+        white. 16 bits per pixel keep their upper 8. CMYK is converted without colour management; a
+        CMYK JPEG is read as inverted, as Adobe's programs write it and browsers read it.
+
+        Args:
+            max_pixels: width times height above which an image is refused.
+
+        Returns:
+            An RGB image without metadata, and whether every other reader decodes it to the same
+            pixels: one frame of RGB or grey, opaque and upright.
 
         Raises:
             PictureError: for an image that cannot be used.
         """
-        source = self.path if self.data is None else self.data
+        source = self.path if self.data is None else io.BytesIO(self.data)
         if source is None:
             raise PictureError("no image", "neither bytes nor a path")
-        return decode(source, max_pixels=max_pixels)
+        if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
+            state = "is no file" if os.path.exists(source) else "does not exist"
+            raise PictureError("missing", f"{shorten(source)} {state}")
+        with _picture_errors(), Image.open(source, formats=_formats()) as image:
+            return _to_rgb(image, max_pixels)
 
     def open(self, record: str) -> Image.Image:
         """Decode to 8-bit RGB, see `decode`.
@@ -90,7 +113,7 @@ class StoredImage:
             return self.decode()[0]
         except PictureError as error:
             named = self.path or f"{len(self.data or b'')} embedded bytes"
-            problem = f"{shortened(named)} cannot be read ({error.detail})"
+            problem = f"{shorten(named)} cannot be read ({error.detail})"
             if error.reason == "missing":
                 problem = error.detail
             raise RecordError(
@@ -98,40 +121,8 @@ class StoredImage:
             ) from error
 
 
-def decode(source: bytes | str, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
-    """Decode an encoded image to 8-bit RGB.
-
-    The first frame of an animation, upright by its EXIF orientation, transparent pixels on white.
-    16 bits per pixel keep their upper 8. CMYK is converted without colour management; a CMYK JPEG
-    is read as inverted, as Adobe's programs write it and browsers read it.
-
-    Args:
-        source: encoded bytes, or the path of a file.
-        max_pixels: width times height above which an image is refused.
-
-    Returns:
-        An RGB image without metadata, and whether every other reader decodes it to the same pixels:
-        one frame of RGB or grey, opaque and upright.
-
-    Raises:
-        PictureError: for an image that cannot be used.
-    """
-    if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
-        state = "is no file" if os.path.exists(source) else "does not exist"
-        raise PictureError("missing", f"{shortened(source)} {state}")
-    opened = io.BytesIO(source) if isinstance(source, bytes) else source
-    with _refusing(), Image.open(opened, formats=_formats()) as image:
-        return _bounded(image, max_pixels)
-
-
-def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
-    """A PIL image of any mode as `decode` makes it of its file; the same results and errors."""
-    with _refusing():
-        return _bounded(image, max_pixels)
-
-
 @contextmanager
-def _refusing() -> Iterator[None]:
+def _picture_errors() -> Iterator[None]:
     """Pillow's errors as `PictureError`."""
     try:
         yield
@@ -139,22 +130,13 @@ def _refusing() -> Iterator[None]:
         raise
     except (FileNotFoundError, PermissionError) as error:
         state = f"cannot be opened ({error.strerror})"
-        raise PictureError("missing", f"{shortened(str(error.filename))} {state}") from error
+        raise PictureError("missing", f"{shorten(str(error.filename))} {state}") from error
     except Image.DecompressionBombError as error:
         raise PictureError("too large", str(error)) from error
     except UnidentifiedImageError as error:
         raise PictureError("corrupt", f"none of the formats {', '.join(_formats())}") from error
     except Exception as error:  # damaged files end in IndexError, struct.error, KeyError, ...
         raise PictureError("corrupt", f"{type(error).__name__}: {error}") from error
-
-
-def _bounded(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise PictureError("too large", f"{width} x {height} is more than {max_pixels} pixels")
-    if width * height == 0:
-        raise PictureError("corrupt", f"{width} x {height} pixels")
-    return _flat_and_plain(image)
 
 
 @functools.cache
@@ -164,7 +146,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _flat_and_plain(image: Image.Image) -> tuple[Image.Image, bool]:
+def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
+    """As `StoredImage.decode`, from a PIL image of any mode that may not be loaded yet."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise PictureError("too large", f"{width} x {height} is more than {max_pixels} pixels")
+    if width * height == 0:
+        raise PictureError("corrupt", f"{width} x {height} pixels")
     # The further pictures of an MPO, a phone's JPEG, are no animation.
     still = not getattr(image, "is_animated", False) or image.format == "MPO"
     transparent = _transparent_colour(image)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from realign.data.entries import Names, entry_of, name_of
-from realign.data.errors import Malformed, RecordError, one_of, shown
+from realign.data.errors import Malformed, RecordError, one_of, short_repr
 from realign.data.pictures import StoredImage
 from realign.data.tables import rows_of
 
@@ -89,25 +89,22 @@ def read_pairs(path: str | Path) -> list[Record]:
         ValueError: for an empty set or a missing column.
         RecordError: for a record without a response or an image.
     """
-    if (remedy := _CONVERSIONS.get(Path(path).suffix)) and Path(path).is_file():
-        raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
-    return _read(Path(path), ("prompt", "chosen", "rejected", "images"))
-
-
-_IMPORT = "Convert its pairs with `python -m realign.pairs import {} --output pairs.parquet`."
-_CONVERSIONS = {
-    ".json": _IMPORT,
-    ".jsonl": _IMPORT,
-    ".csv": "Write JSON lines, and convert them with `python -m realign.pairs import`.",
-}
-
-
-def read_sources(path: str | Path) -> list[Record]:
-    """Read records without a rejected response, for the pairs pipeline to make one.
-
-    The same format and errors as `read_pairs`; `rejected` is empty.
-    """
-    return _read(Path(path), ("prompt", "chosen", "images"))
+    path = Path(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"there is nothing at {short_repr(str(path))}. Name an existing Parquet file or a "
+            "folder of them; `python -m realign.pairs` writes preference pairs."
+        )
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    folder = path if path.is_dir() else path.parent
+    needed = ("prompt", "chosen", "rejected", "images")
+    records = records_in(rows_of(files, needed, tuple(_PROVENANCE)), folder)
+    if not records:
+        raise ValueError(
+            f"{path} holds no records. Pass a Parquet file with records, or a folder of such files;"
+            " if `python -m realign.pairs` wrote it, look at its counts of dropped records."
+        )
+    return records
 
 
 def write_pairs(
@@ -139,10 +136,10 @@ def write_pairs(
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(columns, metadata=metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, count, records = path.with_name(f".{path.name}.partial"), 0, iter(records)
+    partial, count, remaining = path.with_name(f".{path.name}.partial"), 0, iter(records)
     try:
         with pq.ParquetWriter(partial, schema) as writer:
-            while part := list(islice(records, _ROW_GROUP)):
+            while part := list(islice(remaining, _ROW_GROUP)):
                 rows = [_to_row(record, typed) for record in part]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 count += len(part)
@@ -178,87 +175,57 @@ def _to_row(record: Record, typed: bool) -> dict[str, Any]:
     return row | {name: record.provenance.get(name) for name in _PROVENANCE}
 
 
-def _read(path: Path, needed: tuple[str, ...]) -> list[Record]:
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"there is nothing at {shown(str(path))}. Name an existing Parquet file or a folder of "
-            "them; `python -m realign.pairs` writes preference pairs."
-        )
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    folder = path if path.is_dir() else path.parent
-
-    def placed(image: StoredImage) -> StoredImage:
-        if image.data is not None:
-            return image
-        return StoredImage(path=str((folder / image.path).absolute()))  # good in a file elsewhere
-
-    rows = rows_of(files, needed, tuple(_PROVENANCE))
-    records = records_in(rows, placed, rejected="rejected" in needed)
-    if not records:
-        raise ValueError(
-            f"{path} holds no records. Pass a Parquet file with records, or a folder of such files;"
-            " if `python -m realign.pairs` wrote it, look at its counts of dropped records."
-        )
-    return records
-
-
 def records_in(
-    rows: Iterable[tuple[str, Mapping[str, Any] | Malformed]],
-    placed: Callable[[StoredImage], StoredImage],
-    *,
-    rejected: bool = True,
+    rows: Iterable[tuple[str, Mapping[str, Any] | Malformed]], folder: str | Path
 ) -> list[Record]:
     """Records of rows; a row without an id is named by its place, and names are made unique.
 
     Args:
         rows: (place, row).
-        placed: finds the file of an image.
-        rejected: whether a record needs a rejected response.
+        folder: of relative image paths.
 
     Raises:
         RecordError: for a row that is no record; it counts the others.
     """
-    names, found, errors = Names(), [], []
+    names = Names()
+    records: list[Record] = []
+    errors: list[RecordError] = []
     for place, row in rows:
         name = place
         try:
             if isinstance(row, Malformed):
                 raise row
             if not isinstance(row, Mapping):
-                raise Malformed(f"it is {shown(row)}, no dictionary.", "Give columns and values.")
+                raise Malformed(
+                    f"it is {short_repr(row)}, no dictionary.", "Give columns and values."
+                )
             name = names.unique(name_of(row) or place)
-            found.append(_record(name, row, placed, rejected))
+            records.append(_record(name, row, folder))
         except Malformed as error:
-            errors.append(RecordError(name, error.problem, error.remedy))
+            errors.append(error.of(name))
     if errors:
         raise one_of(errors)
-    return found
+    return records
 
 
-def _record(
-    name: str,
-    row: Mapping[str, Any],
-    placed: Callable[[StoredImage], StoredImage],
-    rejected: bool,
-) -> Record:
+def _record(name: str, row: Mapping[str, Any], folder: str | Path) -> Record:
     entry = entry_of(row)
-    responses = {"chosen": entry.chosen}
-    responses |= {"rejected": entry.rejected} if rejected else {}
-    responses |= {"retrieved_chosen": text} if (text := entry.retrieved_chosen) else {}
-    for column, text in responses.items():
-        if not (text and text.strip()):
-            raise Malformed(f"its {column} response is empty.", "Write one or remove the record.")
+    chosen, rejected, preferred = entry.chosen or "", entry.rejected or "", entry.retrieved_chosen
+    responses = {"chosen": chosen, "rejected": rejected}
+    responses |= {"retrieved_chosen": preferred} if preferred else {}
+    if blank := [column for column, text in responses.items() if not text.strip()]:
+        raise Malformed(f"its {blank[0]} response is empty.", "Write one or remove the record.")
     if not entry.images:
         raise Malformed("it has no image.", "Add one to `images` or remove the record.")
     return Record(
         name,
         tuple(entry.prompt),
-        entry.chosen,
-        entry.rejected if rejected else "",
-        tuple(map(placed, entry.images)),
-        tuple(map(placed, entry.retrieved)),
+        chosen,
+        rejected,
+        tuple(image.absolute(folder) for image in entry.images),
+        tuple(image.absolute(folder) for image in entry.retrieved),
         {key: row[key] for key in _PROVENANCE if row.get(key) is not None},
-        entry.retrieved_chosen,
+        preferred,
     )
 
 

@@ -1,7 +1,7 @@
-"""Answers of a model to a list of questions, written as they come: a run that stops resumes.
+"""Answers of a model to a list of questions, written as they come, so that a stopped run resumes.
 
 One JSON object per line: the question's own fields, `answer`, and `error` where there is none. The
-first line says whose answers they are, so that those of two models are never mixed.
+first line holds the model and the settings, so that answers of two models are never mixed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from realign.data.records import StoredImage
+from realign.data.pictures import StoredImage
 from realign.files import check_file, read_jsonl, write_whole
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.io.pictures import PictureError, inside, load_picture
-from realign.pairs.io.rows import mark_of
+from realign.pairs.io.rows import files_digest
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Question:
     """One question.
 
     Attributes:
-        id: of it, unique in its file.
-        text: what is asked.
+        id: unique in its file.
+        text: the question.
         image: name of the picture in the image folder; None asks without one.
         facts: further fields, carried into the answers: label, category, ...
     """
@@ -40,13 +40,13 @@ class Question:
 
 @dataclass
 class Sheet:
-    """Questions that are checked, and the answers that a file holds already.
+    """Checked questions, and the answers that a file already holds.
 
     Attributes:
         questions: in order, with distinct ids.
         folder: of the images.
         output: JSON-lines file of the answers.
-        asked: what the answers depend on beside the questions; the first line of `output`.
+        asked: settings on which the answers depend; the first line of `output`.
         done: lines of `output` by the id of the question.
     """
 
@@ -77,18 +77,19 @@ def prepare(
         questions: to ask.
         images: folder of the images, which no name may leave.
         output: JSON-lines file of the answers.
-        model: which model is asked: a folder's files, or a name, tell it from others.
+        model: folder or name of the model; a folder is identified by its files, too.
         max_tokens: of an answer.
-        suffix: put behind every question.
+        suffix: appended to every question.
 
     Raises:
-        ValueError: for ids that come twice, an image that is missing, or an `output` that cannot be
+        ValueError: for repeated ids, a missing image, or an `output` that cannot be
             written, or holds the answers of another model or to other questions.
     """
     if len({question.id for question in questions}) != len(questions):
         raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
     check_file("--output", output)
-    asked = {"model": model, "mark": mark_of(model), "max_tokens": max_tokens, "suffix": suffix}
+    mark = files_digest(model)
+    asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
     sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
     for question in questions:
         known = sheet.done.get(question.id)
@@ -111,10 +112,10 @@ def answer(
     batch: int = 64,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Answer the questions of a sheet greedily; those that its file holds are not asked again.
+    """Answer the questions of a sheet greedily, but for those that its file already holds.
 
     Args:
-        engine: answers; opened here if there is something to ask.
+        engine: opened here if a question has no answer yet.
         sheet: of `prepare`.
         batch: questions between two writes to the disk.
         progress: whether to show a bar.
@@ -165,20 +166,21 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     lines = [line | {"file": file.name} for file in files for line in _lines(file)[1:]]
     if not lines:
-        raise ValueError(f"{path} holds no answers; name what `python -m realign.evaluate` wrote.")
+        raise ValueError(
+            f"{path} holds no answers; name the output of `python -m realign.evaluate`."
+        )
     return lines
 
 
 def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Answers by id. A line that a crash cut short is taken off, so that the next is whole."""
+    """Answers by id. A last line that a crash cut short is removed, so that the next is whole."""
     if not output.exists():
         return {}
     head, *lines = _lines(output)
     if head.get("asked") != asked:
         changed = [n for n, v in asked.items() if head.get("asked", {}).get(n) != v]
         raise ValueError(
-            f"{output} holds answers that were asked for with another {', '.join(changed)}; name "
-            "another --output."
+            f"{output} holds answers for another {', '.join(changed)}; name another --output."
         )
     text = output.read_text(encoding="utf-8")
     if not text.endswith("\n"):
@@ -188,22 +190,22 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     try:
-        found = read_jsonl(file)
+        lines = read_jsonl(file)
     except ValueError as error:
         raise ValueError(f"{file} is no file of answers ({error}).") from error
-    if not found or not all(isinstance(line, dict) for line in found) or "asked" not in found[0]:
-        raise ValueError(f"{file} is no file of answers: its first line does not say whose.")
-    for number, line in enumerate(found[1:], 2):
+    if not lines or not all(isinstance(line, dict) for line in lines) or "asked" not in lines[0]:
+        raise ValueError(f"{file} is no file of answers: its first line does not name a model.")
+    for number, line in enumerate(lines[1:], 2):
         if not (isinstance(line.get("id"), str) and isinstance(line.get("answer"), str)):
             raise ValueError(f"{file} is no file of answers: line {number} has no id or no answer.")
-    return found
+    return lines
 
 
 def _check_images(sheet: Sheet) -> None:
     """Check that the image of every question to be asked is a file in the folder.
 
     Raises:
-        ValueError: names the first question and file, and counts the others.
+        ValueError: for missing images; names the first question and file, and counts the others.
     """
     images: dict[str, Question] = {}
     for question in sheet.missing:
@@ -224,6 +226,7 @@ def _check_images(sheet: Sheet) -> None:
 
 def _place(folder: Path, question: Question) -> str:
     """The file of a question's image."""
+    assert question.image is not None
     try:
         return inside(folder, question.image)
     except PictureError as error:

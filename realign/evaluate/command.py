@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from realign.data.errors import shown
+from realign.data.errors import short_repr
 from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
 from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
 from realign.evaluate.handoff import hand_off
@@ -132,7 +132,7 @@ def hallusion(given: argparse.Namespace) -> str:
         names = [str(row[n]) for n in hallusionbench.NEEDED[:-1]]
         file = row.get("filename")
         if file is not None and not files.is_text(file):
-            raise ValueError(f"{given.questions}: filename is {shown(file)}, not text.")
+            raise ValueError(f"{given.questions}: filename is {short_repr(file)}, not text.")
         seen = str(row.get("visual_input", "1")) != "0" and file
         items.append(Question("_".join(names), row["question"], file if seen else None, dict(row)))
     for item in items:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from realign.data.errors import shown
+from realign.data.errors import short_repr
 
 Field = tuple[Callable[[Any], bool], str]
 """Whether a value will do, and the word for those that do."""
@@ -81,12 +81,12 @@ def read_rows(
     for number, item in enumerate(found, 1):
         place = f"question {number} of {file}"
         if not isinstance(item, dict):
-            raise ValueError(f"{place} is {shown(item)}, not an object. {wanted}")
+            raise ValueError(f"{place} is {short_repr(item)}, not an object. {wanted}")
         if lacking := [name for name in fields if name not in item]:
             raise ValueError(f"{place} has no {', '.join(lacking)}. {wanted}")
         for name, (is_good, kind) in fields.items():
             if not is_good(item[name]):
-                raise ValueError(f"{place}: {name} is {shown(item[name])}; it must be {kind}.")
+                raise ValueError(f"{place}: {name} is {short_repr(item[name])}; it must be {kind}.")
     if not found:
         raise ValueError(f"{file} holds no questions. {wanted}")
     return found[:limit] if limit else found
@@ -138,8 +138,8 @@ def read_synonyms(file: str | Path) -> list[list[str]]:
     for number, line in enumerate(lines, 1):
         if _MARKUP & set(line):
             raise ValueError(
-                f"{file} is no list of synonyms: line {number} is {shown(line)}. Give a line for "
-                "each object, its name and synonyms with commas between, to --synonyms."
+                f"{file} is no list of synonyms: line {number} is {short_repr(line)}. Give a "
+                "line for each object, its name and synonyms with commas between, to --synonyms."
             )
     named = ([name.strip().lower() for name in line.split(",") if name.strip()] for line in lines)
     return [names for names in named if names]
@@ -163,7 +163,7 @@ def _coco(
                 is_good(item.get(field)) for field, is_good in fields.items()
             ):
                 raise ValueError(
-                    f"{file} has {shown(item)} in `{name}`, which lacks {', '.join(fields)}. "
+                    f"{file} has {short_repr(item)} in `{name}`, which lacks {', '.join(fields)}. "
                     f"{wanted}"
                 )
     return content

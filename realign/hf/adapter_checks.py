@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from realign.hf import adapters
+from realign.modeling.merging import check_kind
 from realign_kernels import head_inputs
 
 SUPPORTED = {
@@ -33,34 +34,21 @@ SUPPORTED = {
 _REASONS = {
     "ADALORA": "it needs a call in each step, and a loss of its own",
     "LILY": "its layers average over all tokens of a batch, across records",
-    "POLY": "its layers need task ids",
     "PVERA": "it draws random weights in each step, so no reference is the policy's",
-    "XLORA": "it gates its adapters in a forward of its own",
-    "SHADOW": "it runs a second model beside the first",
 }
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "alora_invocation_tokens": (bool, "it acts in the forward of PeftModel, which is not called"),
-    "arrow_config": (bool, "it routes among adapters that do not train"),
-    "monteclora_config": (bool, "it needs a loss of its own"),
-    "kasa_config": (bool, "it needs a loss of its own"),
-    "use_asa": (bool, "it needs a call in each step"),
-    "layer_replication": (bool, "no test covers it"),
-    "use_bdlora": (bool, "no test covers it"),
-    "use_qalora": (bool, "no test covers it"),
-    "velora_config": (bool, "no test covers it"),
-    "save_only_topk_weights": (bool, "a checkpoint of it cannot be resumed"),
-    "init_lora_weights": (
-        lambda value: value not in (True, False, "gaussian", "orthogonal", "eva", "olora", "pissa"),
-        "it changes the base by random numbers or data that no saved adapter holds",
-    ),
+_REFUSED_OPTIONS = {
+    "arrow_config": "it routes among adapters that do not train",
+    "monteclora_config": "it needs a loss of its own",
+    "kasa_config": "it needs a loss of its own",
+    "use_asa": "it needs a call in each step",
+    "save_only_topk_weights": "a checkpoint of it cannot be resumed",
+    "layer_replication": "no test covers it",
+    "use_bdlora": "no test covers it",
+    "use_qalora": "no test covers it",
+    "velora_config": "no test covers it",
 }
-_ONLY_ADAPTER: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "init_lora_weights": (
-        lambda value: value in ("olora", "pissa"),
-        "it changed the base when it was made",
-    ),
-    "ensure_weight_tying": (bool, "PEFT ties the weights of the first adapter only"),
-}
+_CHANGES_BASE = ("olora", "pissa")  # values of init_lora_weights that change the base
+_INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva", *_CHANGES_BASE)
 
 
 def check_config(config: PeftConfig, name: str = "peft_config") -> None:
@@ -71,42 +59,55 @@ def check_config(config: PeftConfig, name: str = "peft_config") -> None:
     """
     if not isinstance(config, PeftConfig):
         raise ValueError(f"{name} is a {type(config).__name__}. Give one of PEFT, as LoraConfig.")
-    kind = config.peft_type.value
-    if kind not in SUPPORTED:
+    check_kind(config, name)
+    if (kind := PeftType(config.peft_type).value) not in SUPPORTED:
         reason = _REASONS.get(kind, "no test shows that it acts in the layers it replaces")
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            reason = "it acts in the forward of PeftModel, which is not called"
         raise ValueError(f"{name} is of kind {kind}: {reason}. Take LoRA, or another kind.")
-    if found := _option(config, _OPTIONS):
-        raise ValueError(f"{name} has {found}. Leave it out.")
+    refused = [(option, why) for option, why in _REFUSED_OPTIONS.items() if _option(config, option)]
+    if _option(config, "init_lora_weights", True) not in _INITIAL_WEIGHTS:
+        why = "it changes the base by random numbers or data that no saved adapter holds"
+        refused.append(("init_lora_weights", why))
+    for option, why in refused:
+        value = _option(config, option)
+        raise ValueError(f"{name} has {option}={value!r:.60}: {why}. Leave it out.")
 
 
-def check(holder: nn.Module, say: Callable[[str], None]) -> None:
+def _option(config: PeftConfig, name: str, default: Any = None) -> Any:
+    """An option of a kind's configuration, which other kinds do not have."""
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def check(holder: nn.Module, report: Callable[[str], None]) -> None:
     """Refuse adapters whose training could not be saved, or that do not compute.
 
     Args:
         holder: of the adapters, as `adapters.split` finds it.
-        say: gets a line with the weights that are frozen here.
+        report: gets a line with the weights that are frozen here.
 
     Raises:
         ValueError: names the adapter, the fault and the remedy.
     """
     vlm, _ = adapters.split(holder)
     if holder is vlm and (frozen := _freeze_bases(vlm)):
-        say(f"{', '.join(frozen)} stays frozen: an adapter is trained on it")
-    configs: dict[str, PeftConfig] = getattr(holder, "peft_config", {})
+        report(f"{', '.join(frozen)} stays frozen: an adapter is trained on it")
+    configs = adapters.configs_of(holder)
     for name, config in configs.items():
         check_config(config, f"adapter {name!r} of the model")
     for name, config in configs.items():
-        found = _option(config, _ONLY_ADAPTER)
-        if holder is vlm and "ensure_weight_tying" in found:
+        tying = _option(config, "ensure_weight_tying")
+        if tying and holder is vlm:
             raise ValueError(
                 f"adapter {name!r} of the model has ensure_weight_tying, which transformers does "
                 "not keep when it loads one. Load it with PeftModel.from_pretrained."
             )
-        if found and len(configs) > 1:
+        if len(configs) > 1 and (tying or _changes_base(config)):
+            why = "PEFT ties the weights of the first adapter only"
+            if _changes_base(config):
+                initial = _option(config, "init_lora_weights")
+                why = f"its init_lora_weights={initial!r} changed the base"
             raise ValueError(
-                f"adapter {name!r} of the model has {found}. It cannot be saved beside others. "
+                f"adapter {name!r} of the model cannot be saved beside others: {why}. "
                 "Keep one adapter, or merge the first before the next is made."
             )
     status = get_model_status(holder)
@@ -145,13 +146,18 @@ def check(holder: nn.Module, say: Callable[[str], None]) -> None:
     saved = {name: _pointers(adapters.state_of(holder, name)) for name in configs}
     _check_learning(holder, saved)
     _check_head(vlm)
-    if not any(map(_may_change_base, configs.values())):
+    if all(
+        config.peft_type == PeftType.LORA
+        and not _changes_base(config)
+        and not _option(config, "ensure_weight_tying")
+        for config in configs.values()
+    ):
         _check_base(vlm, saved)
 
 
-def _may_change_base(config: PeftConfig) -> bool:
-    """Whether an adapter may have changed its base when it was made, as PiSSA does."""
-    return config.peft_type != PeftType.LORA or bool(_option(config, _ONLY_ADAPTER))
+def _changes_base(config: PeftConfig) -> bool:
+    """Whether LoRA changed its base when it was made, as PiSSA does."""
+    return _option(config, "init_lora_weights") in _CHANGES_BASE
 
 
 def _check_base(vlm: PreTrainedModel, adapted: Mapping[str, set[int]]) -> None:
@@ -164,9 +170,9 @@ def _check_base(vlm: PreTrainedModel, adapted: Mapping[str, set[int]]) -> None:
     owned = set().union(*adapted.values())
     state = {n: v for n, v in adapters.base_state(vlm).items() if v.data_ptr() not in owned}
     for name, shape, saved in _saved_rows(vlm, state):
-        mine = state[name]
-        row = mine[:1] if shape else mine
-        if shape != [*mine.shape] or not torch.equal(saved.bfloat16(), row.cpu().bfloat16()):
+        weight = state[name]
+        row = weight[:1] if shape else weight
+        if shape != [*weight.shape] or not torch.equal(saved.bfloat16(), row.cpu().bfloat16()):
             raise ValueError(
                 f"weight {name} of the model is not that of {vlm.name_or_path}, which a saved "
                 "adapter would name as its base; merge_and_unload() changes it, for example. Save "
@@ -192,11 +198,12 @@ def _saved_rows(
 
 def _weight_files(vlm: PreTrainedModel) -> list[Path]:
     """The safetensors files of a model in its folder, or in the hub's cache."""
-    folder = Path(vlm.name_or_path)
+    name = str(vlm.name_or_path)
+    folder = Path(name)
     if not folder.is_dir():
         revision = getattr(vlm.config, "_commit_hash", None)
         try:
-            config = try_to_load_from_cache(vlm.name_or_path, "config.json", revision=revision)
+            config = try_to_load_from_cache(name, "config.json", revision=revision)
         except ValueError:  # not a name that the hub could have
             return []
         if not isinstance(config, str):
@@ -207,6 +214,7 @@ def _weight_files(vlm: PreTrainedModel) -> list[Path]:
 
 def _check_head(vlm: PreTrainedModel) -> None:
     head = vlm.get_output_embeddings()
+    assert head is not None
     device = next(head.parameters()).device
     hidden = torch.zeros(1, vlm.config.get_text_config().hidden_size, device=device)
     try:
@@ -217,15 +225,6 @@ def _check_head(vlm: PreTrainedModel) -> None:
             "the adapter on the output layer is neither plain LoRA nor a copy in modules_to_save, "
             "which are all that the loss computes there. Leave lm_head out of target_modules."
         ) from error
-
-
-def _option(config: PeftConfig, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str:
-    """The first option of a configuration that is refused, and the reason; empty without one."""
-    for option, (is_refused, reason) in refused.items():
-        value = getattr(config, option, None)
-        if value is not None and is_refused(value):
-            return f"{option}={value!r:.60}: {reason}"
-    return ""
 
 
 def _check_scaling(place: str, layer: LoraLayer | LycorisLayer | ShiraLayer) -> None:
@@ -247,11 +246,10 @@ def _check_scaling(place: str, layer: LoraLayer | LycorisLayer | ShiraLayer) -> 
 def _check_magnitudes(place: str, layer: LoraLayer) -> None:
     """Refuse DoRA of which transformers has loaded the factors and not the magnitudes (5.23)."""
     for name, dora in layer.lora_magnitude_vector.items():
-        weight = layer.base_layer.weight.detach()
+        weight = layer.get_base_layer().get_parameter("weight").detach()
         fresh = weight.norm(dim=1 if name in layer.lora_B else 0)
-        if not adapters.adds_zero(layer, name) and torch.equal(
-            dora.weight.flatten().to(fresh.dtype), fresh
-        ):
+        magnitudes = dora.get_parameter("weight").flatten().to(fresh.dtype)
+        if not adapters.adds_zero(layer, name) and torch.equal(magnitudes, fresh):
             raise ValueError(
                 f"{place} has a trained DoRA adapter {name!r} with the magnitudes of the base, "
                 "which transformers does not load. Load it with PeftModel.from_pretrained."
@@ -286,7 +284,7 @@ def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
     frozen = []
     for module in vlm.modules():
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
-        if isinstance(module, BaseTunerLayer) and id(weight) in names:
+        if isinstance(module, BaseTunerLayer) and weight is not None and id(weight) in names:
             frozen.append(names[id(weight)])
             weight.requires_grad_(False)
     return frozen

@@ -52,12 +52,17 @@ def split(model: Any) -> tuple[PreTrainedModel, nn.Module | None]:
     return vlm, model if isinstance(model, PeftModel) or _has_adapters(vlm) else None
 
 
+def configs_of(holder: nn.Module) -> dict[str, PeftConfig]:
+    """The configurations of a model's adapters, by name."""
+    return getattr(holder, "peft_config", {})
+
+
 def active_adapters(holder: nn.Module) -> list[str]:
     """Names of the adapters that compute, in the order of the configurations."""
     vlm, _ = split(holder)
     layers = (module for module in vlm.modules() if isinstance(module, BaseTunerLayer))
-    found = {name for layer in layers for name in layer.active_adapters}
-    return [name for name in holder.peft_config if name in found]
+    active = {name for layer in layers for name in layer.active_adapters}
+    return [name for name in configs_of(holder) if name in active]
 
 
 def changes_nothing(vlm: nn.Module) -> bool:
@@ -81,7 +86,7 @@ def adds_zero(layer: LoraLayer, name: str) -> bool:
     """Whether the product of an adapter's two factors is zero."""
     if name in layer.lora_embedding_B:
         return not (layer.lora_embedding_A[name].any() and layer.lora_embedding_B[name].any())
-    return name not in layer.lora_B or not layer.lora_B[name].weight.any()
+    return name not in layer.lora_B or not layer.lora_B[name].get_parameter("weight").any()
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:
@@ -103,10 +108,11 @@ def base_digest(vlm: nn.Module) -> str:
     return weights_digest(_Base(vlm))
 
 
-class _Base:
+class _Base(nn.Module):
     """The tensors of a model without its adapters, for their digest."""
 
     def __init__(self, vlm: nn.Module) -> None:
+        super().__init__()
         self._vlm = vlm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -124,10 +130,10 @@ def whole_digest(vlm: nn.Module) -> str:
     Besides weights: configurations, and the state of each layer, such as the names of its active
     and merged adapters and their scaling.
     """
-    about = {name: settings(config) for name, config in vlm.peft_config.items()}
+    about = {name: settings(config) for name, config in configs_of(vlm).items()}
     layers = {name: _plain(vars(m)) for name, m in vlm.named_modules() if _is_of_peft(m)}
-    shown = json.dumps([weights_digest(vlm), about, layers], sort_keys=True, default=str)
-    return hashlib.blake2b(shown.encode(), digest_size=16).hexdigest()
+    text = json.dumps([weights_digest(vlm), about, layers], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def settings(config: PeftConfig) -> dict[str, Any]:
@@ -180,18 +186,19 @@ def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None 
     if gathered is not None:
         state = holder.state_dict() | {f"{prefix}{n}": v for n, v in gathered.items()}
     if isinstance(holder, PeftModel):
-        holder.save_pretrained(folder, state_dict=state)
+        holder.save_pretrained(str(folder), state_dict=state)
         return
-    for name, config in holder.peft_config.items():
+    for name, config in configs_of(holder).items():
         weights = state_of(holder, name, state, save_embedding_layers="auto")
         weights = {f"base_model.model.{n}": v.clone().contiguous() for n, v in weights.items()}
         config = copy.copy(config)
         config.inference_mode = True
-        config.base_model_name_or_path = config.base_model_name_or_path or holder.name_or_path
+        base = config.base_model_name_or_path or getattr(holder, "name_or_path", "")
+        config.base_model_name_or_path = str(base)
         place = place_of(holder, folder, name)
         place.mkdir(parents=True, exist_ok=True)
         save_file(weights, place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(place)
+        config.save_pretrained(str(place))
 
 
 def load(holder: nn.Module, folder: Path) -> None:
@@ -200,18 +207,18 @@ def load(holder: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: when one is missing, or has other settings or weights; names it.
     """
-    for name, config in holder.peft_config.items():
+    for name, config in configs_of(holder).items():
         place = place_of(holder, folder, name)
         file = place / SAFETENSORS_WEIGHTS_NAME
         if not file.exists():
             raise ValueError(
                 f"{place} holds no {SAFETENSORS_WEIGHTS_NAME} to resume adapter {name!r} from."
             )
-        mine, theirs = settings(config), settings(PeftConfig.from_pretrained(place))
-        if other := sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k)):
+        own, saved = settings(config), settings(PeftConfig.from_pretrained(str(place)))
+        if other := sorted(k for k in own | saved if own.get(k) != saved.get(k)):
             raise ValueError(
                 f"adapter {name!r} has other settings than its checkpoint in {place}: "
-                + "; ".join(f"{k} is {mine.get(k)!r:.60}, was {theirs.get(k)!r:.60}" for k in other)
+                + "; ".join(f"{k} is {own.get(k)!r:.60}, was {saved.get(k)!r:.60}" for k in other)
                 + ". Resume with the settings of the checkpoint."
             )
         weights = load_file(file)

@@ -1,13 +1,12 @@
-"""Settings of `realign.hf.RDPOTrainer`: `RDPOConfig`, and the arguments that it refuses."""
+"""Settings of `realign.hf.RDPOTrainer`: `RDPOConfig`."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from realign.config import LossConfig
 
@@ -18,7 +17,6 @@ _REFUSED = {  # settings of the Trainer that another loss than ours would read
     "torch_compile": False,
 }
 _PRECISION = ("fp16", "fp16_full_eval", "bf16_full_eval")
-_REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_init")
 
 
 @dataclass
@@ -61,11 +59,18 @@ class RDPOConfig(TrainingArguments):
         """
         return "accelerate's autocast" if self.autocast else "eager"
 
+    @property
+    def laid_out_late(self) -> bool:
+        """Whether batches are laid out in their forward: worker processes or rank 0 collate."""
+        assert isinstance(self.accelerator_config, AcceleratorConfig)
+        return bool(self.dataloader_num_workers or self.accelerator_config.dispatch_batches)
+
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.remove_unused_columns = False  # a batch is indices
         # From pinned memory accelerate's copies of them need not wait for the device.
+        assert isinstance(self.accelerator_config, AcceleratorConfig)
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
         for name, default in _REFUSED.items():
@@ -81,25 +86,3 @@ class RDPOConfig(TrainingArguments):
                 f"accelerate's mixed_precision is {self.mixed_precision!r}, which is not "
                 "supported. Launch with --mixed_precision bf16 or no."
             )
-
-
-def check(args: Any, given: dict[str, Any]) -> None:
-    """Refuse arguments of `RDPOTrainer` that would have no effect, or that it does not support.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    if not isinstance(args, RDPOConfig):
-        raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
-    if given["train_dataset"] is None:
-        raise ValueError("train_dataset is None; give the preference records to train on.")
-    for name in _REPLACED:
-        if given.get(name) is not None:
-            raise ValueError(f"{name} would have no effect here; leave it out.")
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp_config, version 2).")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible and this is one process: start it with `accelerate "
-            "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
-        )

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realign.data.errors import Malformed, shown
-from realign.data.pictures import StoredImage
+from realign.data.errors import Malformed, short_repr
 from realign.data.records import Record, read_pairs, records_in
 from realign.data.tables import python_rows
 
@@ -31,7 +30,7 @@ def records_of(rows: Records) -> list[Record]:
         return read_pairs(rows)
     if isinstance(rows, Mapping):
         raise ValueError(
-            f"the data set is a dictionary of {shown(list(rows))}. Give one of its data sets, "
+            f"the data set is a dictionary of {short_repr(list(rows))}. Give one of its data sets, "
             "datasets.Dataset.from_dict of its columns, or a list of rows."
         )
     if hasattr(rows, "with_format") and not hasattr(rows, "__len__"):
@@ -47,7 +46,7 @@ def records_of(rows: Records) -> list[Record]:
             "datasets.Dataset.from_pandas(frame) or frame.to_dict('records') of a data frame, "
             "table.to_pylist() of an Arrow table."
         )
-    return records_in(((f"row {place}", row) for place, row in enumerate(listed)), _absolute)
+    return records_in(((f"row {place}", row) for place, row in enumerate(listed)), "")
 
 
 def _listed(rows: Any) -> Iterator[Any]:
@@ -62,9 +61,3 @@ def _listed(rows: Any) -> Iterator[Any]:
 
 def _kind(rows: Any) -> str:
     return f"{type(rows).__module__}.{type(rows).__qualname__}"
-
-
-def _absolute(image: StoredImage) -> StoredImage:
-    if image.data is not None:
-        return image
-    return StoredImage(path=str(Path(image.path).absolute()))

@@ -29,8 +29,8 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
 from realign.distributed import disable_cudnn_attention
-from realign.hf import adapter_checks, adapters, parts, precision
-from realign.hf.config import RDPOConfig, check
+from realign.hf import adapter_checks, adapters, checks, parts
+from realign.hf.config import RDPOConfig
 from realign.hf.records import Records, records_of
 from realign.modeling import reference_logps
 from realign.modeling.attention import choose
@@ -67,6 +67,10 @@ class RDPOTrainer(Trainer):
         RecordError: for a record that cannot be trained on; it is named.
     """
 
+    args: RDPOConfig
+    model: parts.Module
+    processing_class: Any
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel | PeftModel,
@@ -77,14 +81,14 @@ class RDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        check(args, kwargs | {"train_dataset": train_dataset})
+        checks.check_arguments(args, kwargs | {"train_dataset": train_dataset})
         disable_cudnn_attention()
-        self._say = parts.reporter(args)
+        self._log_rank0 = parts.reporter(args)
         vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
         path = model if isinstance(model, str | Path) else vlm.config._name_or_path
-        processor = parts.checked_processor(processing_class, path, vlm)
+        processor = checks.checked_processor(processing_class, path, vlm)
         adapted = peft_config is not None or self.adapter is not None
-        precision.check_weights(vlm, adapted=adapted, autocast=args.autocast)
+        checks.check_weights(vlm, adapted=adapted, autocast=args.autocast)
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
         # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
         module = parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
@@ -94,18 +98,18 @@ class RDPOTrainer(Trainer):
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
         if self.adapter is not None:
-            adapter_checks.check(self.adapter, self._say)
-            precision.widen(self.adapter, autocast=args.autocast, say=self._say)
+            adapter_checks.check(self.adapter, self._log_rank0)
+            checks.widen(self.adapter, autocast=args.autocast, log=self._log_rank0)
         else:
-            parts.check_whole(vlm)
+            checks.check_whole(vlm)
         records = records_of(train_dataset)
-        count = len(records)
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        places = {}
-        for name, rows in named.items() if eval_dataset is not None else ():
-            more = records_of(rows)
-            places[name] = parts.Places(len(records), len(records) + len(more))
-            records = [*records, *more]
+        # Data sets are ranges of examples: those to train on, then those to evaluate on.
+        indices: Any = range(len(records))
+        sets: Any = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        eval_indices: dict[str, Any] = {}
+        for name, rows in sets.items() if eval_dataset is not None else ():
+            start, records = len(records), [*records, *records_of(rows)]
+            eval_indices[name] = range(start, len(records))
         self.objective = make_objective(args.loss, records)
         self.examples, self.store = encode_records(
             records,
@@ -116,20 +120,21 @@ class RDPOTrainer(Trainer):
             max_tokens=vlm.config.get_text_config().max_position_embeddings,
             progress=not args.disable_tqdm,
         )
+        self._trained = len(indices)
         self.references: torch.Tensor | None = None  # (L, examples) fp32
         self._feed: Feed | None = None  # once the references are known
         self._pool: ThreadPoolExecutor | None = None  # lays batches out, while a loop runs
-        self._losses = parts.Losses()
+        self._losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []  # not read yet
         # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
-        # (B, 1 + metrics) for each batch, place and metrics of an example.
+        # (B, 1 + metrics) for each batch, index and metrics of an example.
         self._sums: torch.Tensor | None = None
-        self._seen: list[torch.Tensor] | None = None
+        self._eval_rows: list[torch.Tensor] | None = None
         super().__init__(
             module,
             args,
-            data_collator=parts.indices if _laid_out_late(args) else self._collate,
-            train_dataset=parts.Places(0, count),
-            eval_dataset=places if isinstance(eval_dataset, dict) else places.get(""),
+            data_collator=parts.batch_of if args.laid_out_late else self._collate,
+            train_dataset=indices,
+            eval_dataset=eval_indices if isinstance(eval_dataset, dict) else eval_indices.get(""),
             processing_class=processor,
             **kwargs,
         )
@@ -175,14 +180,15 @@ class RDPOTrainer(Trainer):
         Raises:
             ValueError: for other data than the trainer was made with, or one of its sets by name.
         """
-        if not isinstance(eval_dataset, str | parts.Places | None):
+        if not isinstance(eval_dataset, str | range | None):
             raise ValueError(
                 "records to evaluate on are given when the trainer is made (eval_dataset=, or a "
                 "dict of several): their references are computed before the first step."
             )
         self._fill_references()
         with self._building():
-            return super().evaluate(eval_dataset, *args, **kwargs)
+            data: Any = eval_dataset
+            return super().evaluate(data, *args, **kwargs)
 
     def predict(self, *_: Any, **__: Any) -> Any:
         """There are no logits to give.
@@ -208,10 +214,10 @@ class RDPOTrainer(Trainer):
         directory = args.reference_cache or reference_logps.default_directory()
         longest = max(example.longest_tree for example in self.examples)
         # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
-        with self.accelerator.autocast(), precision.dtypes_named(module):
+        with self.accelerator.autocast():
             for line in module.check_forest(self.examples[0], self.store, device):
-                self._say(line)
-            with ReferenceCache.open(directory, parts.agreed(self._fingerprint)) as cache:
+                self._log_rank0(line)
+            with ReferenceCache.open(directory, checks.agreed(self._fingerprint)) as cache:
                 self.references = reference_logps.fill(
                     cache,
                     module,
@@ -222,7 +228,7 @@ class RDPOTrainer(Trainer):
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
                     progress=not args.disable_tqdm and args.process_index == 0,
-                    say=self._say,
+                    say=self._log_rank0,
                 ).float()
         module.train(training)
         self._feed = Feed(
@@ -236,7 +242,7 @@ class RDPOTrainer(Trainer):
         Not where the batches of a rank are known to rank 0 first (dispatch_batches), nor where
         processes collate (dataloader_num_workers): there each is laid out in its forward.
         """
-        if self._pool is not None or _laid_out_late(self.args):
+        if self._pool is not None or self.args.laid_out_late:
             yield
             return
         try:
@@ -245,18 +251,21 @@ class RDPOTrainer(Trainer):
         finally:
             self._pool = None
 
-    def _collate(self, places: Sequence[int]) -> dict[str, torch.Tensor | Future]:
-        """A batch of example indices; the micro-batch of these is on its way.
+    def _collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor | Future]:
+        """A batch of example indices; a thread lays the micro-batch of these out.
 
         accelerate's loader collates a batch before it gives out the one before.
         """
-        batch = parts.indices(places)
-        return batch | ({"ahead": self._pool.submit(self._feed, places)} if self._pool else {})
+        batch: dict[str, Any] = parts.batch_of(indices)
+        if self._pool is not None:
+            assert self._feed is not None
+            batch["ahead"] = self._pool.submit(self._feed, indices)
+        return batch
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -268,19 +277,20 @@ class RDPOTrainer(Trainer):
         if (future := inputs.get("ahead")) is not None:
             part = future.result()
         else:
-            part = self._feed(inputs["places"].cpu().numpy())
+            assert self._feed is not None
+            part = self._feed(inputs["indices"].cpu().numpy())
         part = part.to(self.args.device)
         output = model(part.batch, self.objective, part.references)
         loss = output.loss / part.batch.examples
-        self._losses.add(loss, part.batch.names)
-        found = metrics.by_example(output, self.objective)
-        self._names = list(found)
-        where = inputs["places"].to(output.logps.device).double()
-        if self._seen is not None:
-            self._seen.append(torch.stack([where, *found.values()], dim=1))
+        self._losses.append((loss.detach(), part.batch.names))
+        values = metrics.by_example(output, self.objective)
+        self._names = list(values)
+        indices = inputs["indices"].to(output.logps.device).double()
+        if self._eval_rows is not None:
+            self._eval_rows.append(torch.stack([indices, *values.values()], dim=1))
         else:
-            added = torch.stack([torch.ones_like(where), *found.values()], dim=1).sum(0, True)
-            self._sums = added if self._sums is None else self._sums + added
+            sums = torch.stack([torch.ones_like(indices), *values.values()], dim=1).sum(0, True)
+            self._sums = sums if self._sums is None else self._sums + sums
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -291,7 +301,8 @@ class RDPOTrainer(Trainer):
         """
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            self._losses.check()
+            losses, self._losses = self._losses, []
+            parts.check_finite(losses)
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -301,20 +312,21 @@ class RDPOTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Metrics of the evaluation, apart from those of the steps around it."""
-        self._seen = []
+        self._eval_rows = []
         try:
-            found = super().evaluation_loop(*args, **kwargs)
-            self._losses.check()
+            output = super().evaluation_loop(*args, **kwargs)
+            parts.check_finite(self._losses)
         finally:  # steps after a failed evaluation count as steps
-            seen, self._seen = self._seen, None
-            self._losses.clear()
+            rows, self._eval_rows = self._eval_rows, None
+            self._losses = []
+        assert rows is not None and output.metrics is not None
         prefix = kwargs.get("metric_key_prefix", "eval")
-        rows = self._gathered(torch.cat(seen))
+        rows = self._gathered(torch.cat(rows))
         # Records that fill the last batch up have been there before.
         rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
         means = dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
-        found.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        return found
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with TRL's `rewards/*` and `logps/*` of the steps since the last."""
@@ -326,15 +338,16 @@ class RDPOTrainer(Trainer):
 
     def _gathered(self, rows: torch.Tensor) -> np.ndarray:
         """The rows of all ranks, on each of them."""
-        rows = self.accelerator.pad_across_processes(rows.to(self.args.device), pad_index=-1)
-        rows = self.accelerator.gather(rows).cpu().numpy()
-        return rows[rows[:, 0] >= 0]
+        rows = rows.to(self.args.device)
+        padded: Any = self.accelerator.pad_across_processes(rows, pad_index=-1)
+        every: Any = self.accelerator.gather(padded)
+        return every[every[:, 0] >= 0].cpu().numpy()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model or its adapters as transformers and PEFT load them, with the processor."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self._output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         gathered = None  # where it is sharded: whole, on this rank only
         if state_dict is not None:
@@ -349,13 +362,19 @@ class RDPOTrainer(Trainer):
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
+    @property
+    def _output_dir(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
     def _kept_reference(self) -> parts.KeptReference:
+        assert self.references is not None
         return parts.KeptReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Our card in `output_dir`, for `push_to_hub`, in place of Trainer's."""
         if self.is_world_process_zero():
-            (Path(self.args.output_dir) / "README.md").write_text(self._card(), encoding="utf-8")
+            (self._output_dir / "README.md").write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
         args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
@@ -373,7 +392,7 @@ class RDPOTrainer(Trainer):
             },
             base=self._base,
             adapter=self.adapter is not None,
-            records=len(self.train_dataset),
+            records=self._trained,
             images=len(self.store),
             digests={"base weights": self._digest or adapters.base_digest(self.model.vlm)},
             last=logged[-1] if logged else {},
@@ -394,9 +413,4 @@ class RDPOTrainer(Trainer):
             parts.load_weights(self.model.vlm, folder)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _laid_out_late(args: RDPOConfig) -> bool:
-    """Whether batches are laid out in their forward: where worker processes or rank 0 collate."""
-    return bool(args.dataloader_num_workers or args.accelerator_config.dispatch_batches)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))

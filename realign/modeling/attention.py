@@ -64,7 +64,7 @@ def choose(
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:
-    """Most tokens in a row of a forward over these examples, where `--row-tokens` says nothing.
+    """Most tokens in a row of a forward over these examples, where `--row-tokens` is 0.
 
     A row costs attention its length squared, unless the implementation skips what is not seen.
     """

@@ -7,7 +7,6 @@ messages. A template that drops, changes or repeats a text is therefore an error
 from __future__ import annotations
 
 import re
-import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from datetime import datetime
 from os.path import commonprefix
 from typing import Any
 
-from realign.data.image_tags import TAGS, tags_with
-from realign.data.messages import ChatError, place_images, text_part, texts_of
+from realign.data.errors import Malformed, short_error, short_repr
+from realign.data.messages import TAGS, place_images, tags_with, text_part, texts_of
 
 _ANSWER = "KqAnswerVx"  # mixed case, so that a template's `upper` or `lower` shows
 _MARK = re.compile(r"Kq(\d+|Answer)Vx")
-_SPACE = re.compile(r"\s*")
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _STARTS = ("boi_token", "image_start_token", "start_image_token", "vision_start_token")
 _ENDS = ("eoi_token", "image_end_token", "end_image_token", "vision_end_token")
@@ -55,14 +53,15 @@ class ChatTemplate:
 
     def __init__(self, processor) -> None:
         self._processor = processor
-        self.tokenizer = tokenizer = getattr(processor, "tokenizer", processor)
-        self._image = image = getattr(processor, "image_token", None)
+        self.tokenizer: Any = getattr(processor, "tokenizer", processor)
+        self._image: str | None = getattr(processor, "image_token", None)
+        tokenizer, image = self.tokenizer, self._image
         named = [_first(processor, tokenizer, names) for names in (_STARTS, _ENDS)]
         self.tags = tags_with(image, *named) if image else TAGS
         added = tokenizer.added_tokens_decoder.values()
         start, end = _FRAMES.get(image or "", ("", ""))
         framed = {start, end} <= {token.content for token in added}
-        self._shown = f"{start}{image}{end}" if framed else image
+        self._image_text = f"{start}{image}{end}" if framed else image
         special = {token.content for token in added if token.special}
         special |= {*tokenizer.all_special_tokens, *filter(None, [image, *named])}
         longest_first = sorted(special, key=len, reverse=True)
@@ -83,7 +82,7 @@ class ChatTemplate:
             images: of the prompt.
 
         Raises:
-            ChatError: when messages and images do not fit, a text holds a special token, or the
+            Malformed: when messages and images do not fit, a text holds a special token, or the
                 template refuses, drops or changes a message.
         """
         typed = place_images(messages, images, self.tags)
@@ -92,7 +91,7 @@ class ChatTemplate:
         opened = self._render(typed, add_generation_prompt=True)
         answered = self._render([*typed, _answer(_ANSWER)])
         if not _follows(answered, self._expected(typed)):
-            raise ChatError("the chat template changes the text of its prompt.", _FIX_TEMPLATE)
+            raise Malformed("the chat template changes the text of its prompt.", _FIX_TEMPLATE)
         before, _, close = answered.partition(_ANSWER)
         text, lead = before, ""
         if before.startswith(opened):
@@ -105,7 +104,7 @@ class ChatTemplate:
                 "training and evaluation."
             )
         if (placed := text.count(self._image) if self._image else 0) != images:
-            raise ChatError(
+            raise Malformed(
                 f"its prompt places {placed} image(s) ({self._image!r}) for {images} given.",
                 "Use a chat template that writes an image token for each image of a user message.",
             )
@@ -122,13 +121,13 @@ class ChatTemplate:
             name: of it, for messages.
 
         Raises:
-            ChatError: when the response holds an image tag or a special token, or the template
+            Malformed: when the response holds an image tag or a special token, or the template
                 does not write it whole, once, behind the prompt.
         """
         self.check_answer(answer, name)
         whole, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
         if not whole.startswith(prompt.text):
-            raise ChatError(
+            raise Malformed(
                 f"the chat template writes another prompt in front of its {name}.", _FIX_TEMPLATE
             )
         body = whole[len(prompt.text) :]
@@ -136,13 +135,13 @@ class ChatTemplate:
         if prompt.text.rstrip().endswith("<think>"):  # the response's own thoughts may begin there
             parts += _around(body, text.removeprefix("<think>").strip())
         fits = (p for p in parts if _within(p[0], prompt.lead) and _within(p[1], prompt.close))
-        if (found := next(fits, None)) is None:
-            raise ChatError(
-                f"the chat template does not write its {name} {reprlib.repr(text)} whole and once, "
-                f"but {reprlib.repr(body)}.",
+        if (around := next(fits, None)) is None:
+            raise Malformed(
+                f"the chat template does not write its {name} {short_repr(text)} whole and once, "
+                f"but {short_repr(body)}.",
                 _FIX_TEMPLATE,
             )
-        if found[1].strip():
+        if around[1].strip():
             return body
         if not self.tokenizer.eos_token:
             self._warn(
@@ -153,26 +152,26 @@ class ChatTemplate:
         return body.rstrip() + self.tokenizer.eos_token  # as LLaVA-1.5 is trained
 
     def check_answer(self, answer: str, name: str = "response") -> None:
-        """Check a response for what a model would not read as text.
+        """Check a response for tokens that a model would not read as text.
 
         Raises:
-            ChatError: when it holds an image tag or a special token.
+            Malformed: when it holds an image tag or a special token.
         """
         if tag := self.tags.search(answer):
-            raise ChatError(
+            raise Malformed(
                 f"its {name} contains the image tag {tag[0]!r}.", "Remove it from the text."
             )
         self._refuse_special(answer, f"its {name}")
 
     def _refuse_special(self, text: str, what: str) -> None:
         if token := self._special.search(text):
-            raise ChatError(
+            raise Malformed(
                 f"{what} holds {token[0]!r}, which the model reads as a special token.",
                 "Remove it from the text.",
             )
 
     def _expected(self, typed: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-        """What the rendered messages and a marked answer consist of, each with alternatives."""
+        """The parts of the rendered messages and a marked answer, each with alternatives."""
         texts = [(m["role"], text) for m in typed for text in texts_of(m) if text.strip()]
         frame = self._frame(typed)
         for fixed, mark in zip(frame[::2], [*frame[1::2], ""], strict=True):
@@ -187,7 +186,7 @@ class ChatTemplate:
                 yield (text.strip(),)
 
     def _frame(self, typed: Sequence[dict[str, Any]]) -> list[str]:
-        """What the template writes around texts: fixed text and numbers of texts in turn."""
+        """The template's text around texts: fixed text and numbers of texts in turn."""
         kinds = [
             (m["role"], *(p["text"] if _is_blank(p) else p["type"] for p in m["content"]))
             for m in typed
@@ -217,21 +216,21 @@ class ChatTemplate:
         try:
             return self._processor.apply_chat_template(messages, **self._options, **options)
         except Exception as error:  # Jinja raises its own, an expression any other
-            raise ChatError(
-                f"the chat template refuses it ({shorten(error)}).",
+            raise Malformed(
+                f"the chat template refuses it ({short_error(error)}).",
                 "Change the roles or the order of its messages, or the processor's chat template.",
             ) from error
 
     def _content(self, message: dict[str, Any]) -> Any:
         """The content as the template takes it: text as a string, images as typed parts."""
         role, parts = message["role"], message["content"]
-        shown = any(part["type"] == "image" for part in parts)
-        if (role, shown) not in self._strings:
+        images = any(part["type"] == "image" for part in parts)
+        if (role, images) not in self._strings:
             word = [text_part(_ANSWER)]
-            probes = [{"type": "image"}, *word] if shown else word
+            probes = [{"type": "image"}, *word] if images else word
             typed, string = self._takes(role, probes), self._takes(role, self._as_text(probes))
-            self._strings[role, shown] = string and not typed if shown else string or not typed
-        return self._as_text(parts) if self._strings[role, shown] else parts
+            self._strings[role, images] = string and not typed if images else string or not typed
+        return self._as_text(parts) if self._strings[role, images] else parts
 
     def _takes(self, role: str, content: Any) -> bool:
         """Whether the template writes the text, and an image token, of such a content."""
@@ -241,18 +240,19 @@ class ChatTemplate:
             turns.insert(role != "assistant", {"role": "user", "content": asked})
         try:
             text = self._apply(turns)
-        except ChatError:
+        except Malformed:
             return False
-        images = isinstance(content, list) and len(content) > 1
-        shown = not images or text.count(self._image) == 1
-        return shown and _ANSWER in text and not re.search("['\"]type['\"]", text)
+        if isinstance(content, list) and len(content) > 1 and text.count(str(self._image)) != 1:
+            return False
+        return _ANSWER in text and not re.search("['\"]type['\"]", text)
 
     def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
         """Typed parts as one string; an image is its token on a line of its own, as LLaVA's."""
         text, last = "", None
         for part in parts:
             line = last is not None and "image" in (last, part["type"])
-            text += "\n" * line + (part["text"] if part["type"] == "text" else self._shown)
+            piece = part["text"] if part["type"] == "text" else str(self._image_text)
+            text += "\n" * line + piece
             last = part["type"]
         return text
 
@@ -272,12 +272,12 @@ def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
     """`text` and `add_special_tokens` for a processor: one start token, and no end token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    made = tokenizer("a")["input_ids"]
-    first = next((i for i in range(len(made)) if made[i : i + len(bare)] == bare), 0)
-    added = "".join(tokenizer.convert_ids_to_tokens(made[:first]))
+    ids = tokenizer("a")["input_ids"]
+    first = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+    added = "".join(tokenizer.convert_ids_to_tokens(ids[:first]))
     if texts[0].startswith(tuple(filter(None, (tokenizer.bos_token, added)))):
         return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
-    if made[first + len(bare) :]:  # it would end the prompt
+    if ids[first + len(bare) :]:  # it would end the prompt
         return {"text": [added + text for text in texts], "add_special_tokens": False}
     return {"text": [*texts], "add_special_tokens": True}
 
@@ -289,15 +289,15 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
         An encoding, how many of its tokens precede the text, and how many of its characters.
 
     Raises:
-        ChatError: when no tokens of the text can follow those of the prompt.
+        Malformed: when no tokens of the text can follow those of the prompt.
     """
 
     def encoding(of: str) -> Any:
         try:
             return tokenizer(of, add_special_tokens=False, **options)
         except Exception as error:  # of half a character, say
-            raise ChatError(
-                f"the tokenizer refuses {reprlib.repr(text)} ({shorten(error)}).",
+            raise Malformed(
+                f"the tokenizer refuses {short_repr(text)} ({short_error(error)}).",
                 "Correct the text.",
             ) from error
 
@@ -307,12 +307,13 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
     # A token holds the end of the prompt and the start of the text: these are split.
     expected = tokenizer.decode(whole["input_ids"])
     for before in ("", "\n"):  # some tokenizers put a space in front of a text's first word
-        first, made = encoding(before)["input_ids"], encoding(before + text)
-        rest = made["input_ids"][len(first) :]
-        if first + rest == made["input_ids"] and tokenizer.decode(begun + rest) == expected:
-            return made, len(first), len(before)
-    raise ChatError(
-        f"the tokenizer cannot split {reprlib.repr(text)} from the prompt {_end(prompt)}.",
+        first, whole = encoding(before)["input_ids"], encoding(before + text)
+        rest = whole["input_ids"][len(first) :]
+        if first + rest == whole["input_ids"] and tokenizer.decode(begun + rest) == expected:
+            return whole, len(first), len(before)
+    end = f"...{prompt[-40:]}"
+    raise Malformed(
+        f"the tokenizer cannot split {short_repr(text)} from the prompt {end!r}.",
         "Use a chat template that ends the prompt with a token of its own.",
     )
 
@@ -323,28 +324,28 @@ def shorten(error: Exception) -> str:
     return f"{type(error).__name__}: {line[:200]}{'...' if len(line) > 200 else ''}"
 
 
-def _check_marks(found: Sequence[str], roles: Sequence[str]) -> None:
-    """Raise ChatError unless marks come once for the answer, at the end, and in order."""
+def _check_marks(marks: Sequence[str], roles: Sequence[str]) -> None:
+    """Raise Malformed unless marks come once for the answer, at the end, and in order."""
     for number, role in enumerate(roles):
-        if str(number) not in found:
-            raise ChatError(
+        if str(number) not in marks:
+            raise Malformed(
                 f"the chat template drops or changes the text of a message of the {role}.",
                 "Take that message out of the prompt, or use a chat template that writes it.",
             )
-    if (times := found.count("Answer")) != 1:
+    if (times := marks.count("Answer")) != 1:
         how = "drops or changes" if times == 0 else "repeats"
-        raise ChatError(f"the chat template {how} responses.", _FIX_TEMPLATE)
+        raise Malformed(f"the chat template {how} responses.", _FIX_TEMPLATE)
     # A system message may be written later, as Pixtral's template writes it.
-    order = [int(n) for n in dict.fromkeys(found) if n != "Answer" and roles[int(n)] in _TURNS]
-    if order != sorted(order) or found[-1] != "Answer":
-        raise ChatError("the chat template writes messages in another order.", _FIX_TEMPLATE)
+    order = [int(n) for n in dict.fromkeys(marks) if n != "Answer" and roles[int(n)] in _TURNS]
+    if order != sorted(order) or marks[-1] != "Answer":
+        raise Malformed("the chat template writes messages in another order.", _FIX_TEMPLATE)
 
 
 def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
     """Whether a text consists of what is expected in turn, white space between aside."""
     at = 0
     for alternatives in expected:
-        at = _SPACE.match(text, at).end()
+        at += len(text) - at - len(text[at:].lstrip())
         piece = next((p for p in alternatives if text.startswith(p, at)), None)
         if piece is None:
             return False
@@ -353,7 +354,7 @@ def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
 
 
 def _around(body: str, text: str) -> Iterator[tuple[str, str]]:
-    """What is in front of each occurrence of a text, and behind it."""
+    """The text in front of each occurrence of a text, and behind it."""
     at = body.find(text)
     while at >= 0:
         yield body[:at], body[at + len(text) :]
@@ -374,14 +375,10 @@ def _is_blank(part: Mapping[str, str]) -> bool:
     return part["type"] == "text" and not part["text"].strip()
 
 
-def _end(text: str) -> str:
-    return repr(f"...{text[-40:]}")
-
-
 def _first(processor, tokenizer, names: Sequence[str]) -> str | None:
     """The first of some attributes that processor or tokenizer has."""
-    found = (getattr(owner, name, None) for name in names for owner in (processor, tokenizer))
-    return next((value for value in found if isinstance(value, str)), None)
+    values = (getattr(owner, name, None) for name in names for owner in (processor, tokenizer))
+    return next((value for value in values if isinstance(value, str)), None)
 
 
 def _frozen_date(template: Any) -> dict[str, str]:

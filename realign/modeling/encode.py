@@ -14,8 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from realign.config import LossConfig
-from realign.data.messages import ChatError
-from realign.data.records import Record, RecordError, StoredImage
+from realign.data.errors import Malformed, RecordError
+from realign.data.pictures import StoredImage
+from realign.data.records import Record
 from realign.modeling.chat import ChatTemplate, Prompt, chat_prompt, text_inputs, tokens_behind
 from realign.modeling.forest import Example, Leaf, Root
 from realign.modeling.images import ImageStore, bundle_of, processed
@@ -43,18 +44,18 @@ def _visual_negatives(name: str, records: Sequence[Record]) -> int:
     """How many visual negatives every record has."""
     first = len(records[0].retrieved_images) // len(records[0].images)
     for record in records:
-        found = len(record.retrieved_images) // len(record.images)
-        if found < 2:
+        count = len(record.retrieved_images) // len(record.images)
+        if count < 2:
             raise RecordError(
                 record.name,
-                f"it has {found} visual negative(s); the objective {name!r} compares several.",
+                f"it has {count} visual negative(s); the objective {name!r} compares several.",
                 "List two or more in `retrieved_images`, nearest first (python -m realign.pairs "
                 "writes one), or train with --objective mdpo.",
             )
-        if found != first:
+        if count != first:
             raise RecordError(
                 record.name,
-                f"it has {found} visual negatives and {records[0].name!r} has {first}; the "
+                f"it has {count} visual negatives and {records[0].name!r} has {first}; the "
                 f"objective {name!r} takes one number for all.",
                 "Give every record as many `retrieved_images`.",
             )
@@ -112,8 +113,8 @@ def check_prompt(processor, record: Record, images: int) -> str:
     """
     try:
         return chat_prompt(processor, record.prompt, images)[0]
-    except ChatError as error:
-        raise RecordError(record.name, error.problem, error.remedy) from error
+    except Malformed as error:
+        raise error.of(record.name) from error
 
 
 class _Encoder:
@@ -134,8 +135,8 @@ class _Encoder:
     def encode(self, record: Record, objective: Objective) -> Example:
         try:
             return self._example(record, objective)
-        except ChatError as error:
-            raise RecordError(record.name, error.problem, error.remedy) from error
+        except Malformed as error:
+            raise error.of(record.name) from error
 
     def _example(self, record: Record, objective: Objective) -> Example:
         roots: list[Root] = []
@@ -149,8 +150,7 @@ class _Encoder:
             ids = self._response(record, leaf.response, text)
             root = places[leaf.image]
             if len(roots[root].ids) + len(ids) > self.max_tokens:
-                raise RecordError(
-                    record.name,
+                raise Malformed(
                     f"prompt and {leaf.response} response take {len(roots[root].ids) + len(ids)} "
                     f"tokens; the model takes {self.max_tokens}.",
                     "Shorten the text; nothing is cut, since that could cut image tokens.",
@@ -165,14 +165,12 @@ class _Encoder:
             "retrieved_chosen": record.retrieved_chosen,
         }
         if response not in texts:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"the objective {objective!r} needs a {response!r} response.",
                 f"Records hold {', '.join(texts)}; choose an objective over those.",
             )
         if not texts[response]:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"the objective {objective!r} needs {response!r} but the record has none.",
                 f"Add a column `{response}`, the response preferred for the retrieved image "
                 "(where the rejected one is right about that image, it will do), or train with "
@@ -182,7 +180,7 @@ class _Encoder:
 
     def _images(self, record: Record, image: str, objective: str) -> tuple[StoredImage, ...]:
         """The images a leaf's image name stands for, as many as the record's prompt places."""
-        count, found = len(record.images), len(record.retrieved_images)
+        count, retrieved = len(record.images), len(record.retrieved_images)
         if image == "image":
             return record.images
         if image == "blank_image":
@@ -190,23 +188,20 @@ class _Encoder:
             sizes = (stored.open(record.name).size for stored in record.images)
             return tuple(StoredImage.from_pil(Image.new("RGB", size)) for size in sizes)
         if not (numbered := re.fullmatch(r"retrieved_image(?:_([2-9]|[1-9]\d+))?", image)):
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"the objective {objective!r} needs an image {image!r}.",
                 "Records hold image, retrieved_image, retrieved_image_2, ..., and blank_image is "
                 "made; choose an objective over those.",
             )
-        if found % count:
-            raise RecordError(
-                record.name,
-                f"it has {found} retrieved images for {count} images.",
+        if retrieved % count:
+            raise Malformed(
+                f"it has {retrieved} retrieved images for {count} images.",
                 "For each visual negative give as many as the prompt places.",
             )
         place = int(numbered[1] or 1)
-        if found < place * count:
-            some = "none" if found == 0 else f"{found // count} retrieved image(s)"
-            raise RecordError(
-                record.name,
+        if retrieved < place * count:
+            some = "none" if retrieved == 0 else f"{retrieved // count} retrieved image(s)"
+            raise Malformed(
                 f"the objective {objective!r} needs {image!r} but the record has {some}.",
                 "Add `retrieved_images` (python -m realign.pairs writes them) or train with "
                 "--objective dpo.",
@@ -222,25 +217,23 @@ class _Encoder:
         stored = self._images(record, image, objective)
         pictures = [s.open(record.name) for s in stored]
         inputs = text_inputs(self.processor, [self._prompt(record).text])
-        made = processed(self.processor, record.name, pictures, **inputs)
-        ids = made["input_ids"][0].numpy()
+        outputs = processed(self.processor, record.name, pictures, **inputs)
+        ids = outputs["input_ids"][0].numpy()
         start = np.flatnonzero(ids == self.tokenizer.bos_token_id)[:1]
         if start.size and (ids[start[0] + 1 :][:1] == ids[start]).any():
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"its prompt begins with {self.tokenizer.bos_token!r} twice.",
                 "Take one out of the chat template.",
             )
-        found = int((ids == self.layout.image_token_id).sum())
+        tokens = int((ids == self.layout.image_token_id).sum())
         if len(stored) == 1:
-            keys = (self.store.keep(record.name, stored[0], bundle_of(made), found),)
+            keys = (self.store.keep(record.name, stored[0], bundle_of(outputs), tokens),)
         else:
-            keys = tuple(self.store.add(record.name, s, company=True) for s in stored)
+            keys = tuple(self.store.add(record.name, s, several=True) for s in stored)
         expected = sum(self.store.tokens(key) for key in keys)
-        if found != expected:
-            raise RecordError(
-                record.name,
-                f"its prompt has {found} image tokens where its images take {expected}.",
+        if tokens != expected:
+            raise Malformed(
+                f"its prompt has {tokens} image tokens where its images take {expected}.",
                 f"Keep {self.processor.image_token!r} out of the text.",
             )
         return Root(keys, ids)
@@ -249,17 +242,15 @@ class _Encoder:
         """Ids of a response with its end token, as the chat template closes a turn."""
         prompt = self._prompt(record)
         scored = self.template.scored(prompt, text, f"{name} response")
-        made, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
-        ids = made["input_ids"][first:]
+        encoding, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
+        ids = encoding["input_ids"][first:]
         if self.image_ids & set(ids):
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"its {name} response contains an image token.",
                 "Remove it from the text.",
             )
         if len(ids) > self.max_response_tokens:
-            raise RecordError(
-                record.name,
+            raise Malformed(
                 f"its {name} response has {len(ids)} tokens; the limit is "
                 f"{self.max_response_tokens}.",
                 "Raise --max-response-tokens or shorten the response; responses are never cut.",

@@ -1,8 +1,8 @@
-"""Images as a model takes them: what its processor makes of each, kept once and put together.
+"""Image inputs of a model: bundles of the processor, their batches, and features of each image.
 
-What a processor makes of one image is a *bundle*, a dict of tensors: pixels, tiles or patches, and
-with some families sizes, grids or masks. A batch concatenates the bundles of its distinct images;
-what the vision tower makes of them is split by image again, and put wherever an image stands.
+The output of a processor for one image is a *bundle*, a dict of tensors: pixels, tiles or patches,
+and with some families sizes, grids or masks. A batch concatenates the bundles of its distinct
+images. The output of the vision tower is split by image again, and put into the image's places.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
-from realign.data.records import RecordError, StoredImage
-from realign.modeling.chat import shorten
+from realign.data.errors import RecordError, short_error
+from realign.data.pictures import StoredImage
 from realign.modeling.layouts import Layout
 from realign_kernels import array_digest
 
 Bundle = dict[str, torch.Tensor]
-"""What the processor makes of one image, by the names `get_image_features` takes."""
+"""Output of the processor for one image, by the names `get_image_features` takes."""
 
 Features = dict[str, torch.Tensor]
-"""What the vision tower makes of one image, by name (`features`)."""
+"""Output of the vision tower for one image, by name (`features`)."""
 
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-_COMPANY = "batch_num_images"  # LLaVA-OneVision: tiles for the one image of a prompt, no others
+_SEVERAL = "batch_num_images"  # LLaVA-OneVision: tiles only for the single image of a prompt
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,27 @@ class Images:
 def collate(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
     """Put bundles together along the first axis; other axes are padded with zeros to the largest.
 
-    Images without tiles come last, and never alone: so they can be told by a count (`_COMPANY`).
+    Images without tiles come last, and two at least: the model knows them by a count (`_SEVERAL`).
     """
-    together = [_in_company(bundle) for bundle in bundles]
-    placed = sorted(range(len(bundles)), key=together.__getitem__)
+    several = [_of_several(bundle) for bundle in bundles]
+    placed = sorted(range(len(bundles)), key=several.__getitem__)
     order = [0] * len(bundles)
     for output, image in enumerate(placed):
         order[image] = output
-    if sum(together) == 1:
+    if sum(several) == 1:
         placed.append(placed[-1])
-    laid = [bundles[image] for image in placed]
-    inputs = {name: _stack([bundle[name] for bundle in laid]) for name in laid[0]}
-    if _COMPANY in inputs:
-        alone = [1] * (len(together) - sum(together))
-        rest = [len(laid) - len(alone)] if any(together) else []
-        inputs[_COMPANY] = torch.tensor(alone + rest)
-    rows = tuple(len(bundle["pixel_values"]) for bundle in laid)
+    ordered = [bundles[image] for image in placed]
+    inputs = {name: _stack([bundle[name] for bundle in ordered]) for name in ordered[0]}
+    if _SEVERAL in inputs:
+        single = [1] * (len(several) - sum(several))
+        rest = [len(ordered) - len(single)] if any(several) else []
+        inputs[_SEVERAL] = torch.tensor(single + rest)
+    rows = tuple(len(bundle["pixel_values"]) for bundle in ordered)
     return Images(inputs, rows, tuple(order), tuple(tokens))
 
 
-def _in_company(bundle: Bundle) -> bool:
-    return _COMPANY in bundle and int(bundle[_COMPANY]) > 1
+def _of_several(bundle: Bundle) -> bool:
+    return _SEVERAL in bundle and int(bundle[_SEVERAL]) > 1
 
 
 def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -97,7 +97,7 @@ def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
-    """What the vision tower makes of each image, in order: tensors of (tokens, H).
+    """Features of each image from the vision tower, in order: tensors of (tokens, H).
 
     They are named "list" or "tensor", as the model takes back features of several images, and
     "deepstack.0", ... for the layers of the language model that take some as well.
@@ -105,16 +105,16 @@ def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
     Raises:
         ValueError: when an image has not as many features as tokens in the prompt.
     """
-    found = vlm.model.get_image_features(**images.inputs)
-    kind = "tensor" if isinstance(found.pooler_output, torch.Tensor) else "list"
-    parts = {kind: _by_image(found.pooler_output, images)}
-    for level, deeper in enumerate(getattr(found, "deepstack_features", None) or ()):
+    output = vlm.model.get_image_features(**images.inputs)
+    kind = "tensor" if isinstance(output.pooler_output, torch.Tensor) else "list"
+    parts = {kind: _by_image(output.pooler_output, images)}
+    for level, deeper in enumerate(getattr(output, "deepstack_features", None) or ()):
         parts[f"deepstack.{level}"] = _by_image(deeper, images)
-    for made, expected in zip(parts[kind], images.tokens, strict=True):
-        if len(made) != expected:
+    for rows, expected in zip(parts[kind], images.tokens, strict=True):
+        if len(rows) != expected:
             raise ValueError(
                 f"an image takes {expected} image tokens in a prompt where the model produces "
-                f"{len(made)} image features. The processor does not belong to this model: check "
+                f"{len(rows)} image features. The processor does not belong to this model: check "
                 "its patch_size, vision_feature_select_strategy, num_additional_image_tokens and "
                 "image size."
             )
@@ -122,17 +122,17 @@ def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
 
 
 def _by_image(
-    found: torch.Tensor | Sequence[torch.Tensor],  # (rows, tokens, H), or I of (..., H)
+    output: torch.Tensor | Sequence[torch.Tensor],  # (rows, tokens, H), or I of (..., H)
     images: Images,
 ) -> list[torch.Tensor]:
     """Features of each image, (tokens, H), in the order of the images."""
-    parts = found.split(images.rows) if isinstance(found, torch.Tensor) else found
-    return [parts[output].flatten(0, -2) for output in images.order]
+    parts = output.split(images.rows) if isinstance(output, torch.Tensor) else output
+    return [parts[place].flatten(0, -2) for place in images.order]
 
 
-def in_slots(found: Sequence[Features], slots: Sequence[int]) -> SimpleNamespace:
+def in_slots(images: Sequence[Features], slots: Sequence[int]) -> SimpleNamespace:
     """Features for every place of an image, as `get_image_features` would return them."""
-    placed = {name: [found[image][name] for image in slots] for name in found[0]}
+    placed = {name: [images[image][name] for image in slots] for name in images[0]}
     pooled = placed.pop("list", None)
     if pooled is None:
         pooled = torch.cat(placed.pop("tensor"))
@@ -149,8 +149,8 @@ class ImageStore:
             is made again when needed.
 
     Attributes:
-        features: what the vision tower made of images, by key; where it has one, batches take that
-            instead of pixels. None computes all in every forward.
+        features: outputs of the vision tower by key, which batches take in place of pixels. None
+            computes all in every forward.
     """
 
     CACHE_BYTES = 1 << 30
@@ -173,22 +173,22 @@ class ImageStore:
         """Of all images, in the order of their first use."""
         return self._sources.keys()
 
-    def add(self, record: str, stored: StoredImage, company: bool = False) -> str:
-        """Take an image; returns the digest of what the processor makes of it.
+    def add(self, record: str, stored: StoredImage, several: bool = False) -> str:
+        """Add an image; returns the digest of its bundle.
 
         Args:
             record: whose image it is, for messages.
             stored: the image.
-            company: whether it shares its prompt with other images.
+            several: whether it shares its prompt with other images.
         """
-        company = company and _COMPANY in self._processor.image_processor.model_input_names
-        bundle, tokens = self._make(record, stored, company)
-        return self.keep(record, stored, bundle, tokens, company)
+        several = several and _SEVERAL in self._processor.image_processor.model_input_names
+        bundle, tokens = self._make(record, stored, several)
+        return self.keep(record, stored, bundle, tokens, several)
 
     def keep(
-        self, record: str, stored: StoredImage, bundle: Bundle, tokens: int, company: bool = False
+        self, record: str, stored: StoredImage, bundle: Bundle, tokens: int, several: bool = False
     ) -> str:
-        """Take an image that is preprocessed already, and takes `tokens` tokens in a prompt.
+        """Add an image that is preprocessed already, and takes `tokens` tokens in a prompt.
 
         Raises:
             RecordError: when a value is NaN or infinite.
@@ -201,7 +201,7 @@ class ImageStore:
                 "Look at the image, and at mean and std in the model's preprocessor_config.json.",
             )
         key = digest(bundle)
-        self._sources.setdefault(key, (record, stored, company))
+        self._sources.setdefault(key, (record, stored, several))
         self._tokens[key] = tokens
         self._grids[key] = {n: t for n, t in bundle.items() if n in self.layout.grids}
         self._hold(key, bundle)
@@ -213,8 +213,8 @@ class ImageStore:
 
     def grids(self, keys: Sequence[str]) -> Bundle:
         """What positions depend on, of images in a row; empty with most families."""
-        found = [self._grids[key] for key in keys]
-        return {name: torch.cat([grid[name] for grid in found]) for name in (found or [{}])[0]}
+        grids = [self._grids[key] for key in keys]
+        return {name: torch.cat([grid[name] for grid in grids]) for name in (grids or [{}])[0]}
 
     def bundle(self, key: str) -> Bundle:
         """The preprocessed image; any thread may ask.
@@ -224,16 +224,16 @@ class ImageStore:
         """
         with self._lock:
             if key not in self._bundles:
-                record, stored, company = self._sources[key]
-                made, _ = self._make(record, stored, company)
-                if digest(made) != key:
+                record, stored, several = self._sources[key]
+                bundle, _ = self._make(record, stored, several)
+                if digest(bundle) != key:
                     raise RecordError(
                         record,
                         f"its image {stored.path} is not what it was when the records were "
                         "checked.",
                         "Let no image file change during a run.",
                     )
-                self._hold(key, made)
+                self._hold(key, bundle)
             self._bundles.move_to_end(key)
             return self._bundles[key]
 
@@ -241,17 +241,17 @@ class ImageStore:
         """Distinct images put together."""
         return collate([self.bundle(key) for key in keys], [self._tokens[key] for key in keys])
 
-    def _make(self, record: str, stored: StoredImage, company: bool) -> tuple[Bundle, int]:
+    def _make(self, record: str, stored: StoredImage, several: bool) -> tuple[Bundle, int]:
         """The bundle of an image and its tokens in a prompt, from a prompt of nothing else."""
-        count = 2 if company else 1
+        count = 2 if several else 1
         text = self._processor.image_token * count
-        made = processed(self._processor, record, [stored.open(record)] * count, text=[text])
-        tokens = int((made["input_ids"] == self.layout.image_token_id).sum()) // count
-        found = bundle_of(made)
-        if company:  # both are the same
-            found = {name: value[:1] for name, value in found.items()}
-            found[_COMPANY] = torch.tensor([count])
-        return found, tokens
+        outputs = processed(self._processor, record, [stored.open(record)] * count, text=[text])
+        tokens = int((outputs["input_ids"] == self.layout.image_token_id).sum()) // count
+        bundle = bundle_of(outputs)
+        if several:  # both are the same
+            bundle = {name: value[:1] for name, value in bundle.items()}
+            bundle[_SEVERAL] = torch.tensor([count])
+        return bundle, tokens
 
     def _hold(self, key: str, bundle: Bundle) -> None:
         if key in self._bundles:
@@ -277,16 +277,17 @@ def processed(
         sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
         raise RecordError(
             record,
-            f"the processor refuses its prompt with image(s) of {sizes} pixels ({shorten(error)}).",
+            f"the processor refuses its prompt with image(s) of {sizes} pixels "
+            f"({short_error(error)}).",
             "Replace the image or remove the record.",
         ) from error
 
 
-def bundle_of(made: Mapping[str, torch.Tensor]) -> Bundle:
-    """The image inputs among what a processor made of a prompt."""
+def bundle_of(outputs: Mapping[str, torch.Tensor]) -> Bundle:
+    """The image inputs among the outputs of a processor for a prompt."""
     return {
         name: value
-        for name, value in made.items()
+        for name, value in outputs.items()
         if name not in _OF_TOKENS and isinstance(value, torch.Tensor)
     }
 

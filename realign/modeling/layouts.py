@@ -1,8 +1,18 @@
-"""How a model numbers its tokens, who sees whom in it, and whether responses can share a prompt.
+"""Layouts: positions, attention mask and prompt sharing of a model family.
 
-The families differ in a few mechanisms, and each is here once: positions (one axis or several),
-tokens that see each other both ways, windows, and layers that cannot share. Which a model has is
-read off its configuration and code.
+The families differ in a few mechanisms, and each is here once. The mask of a family is decided by
+four fields of `Layout`: `both_ways`, `kinds`, `window` and `separate`. `ForestBatch.sees` applies
+them, and `attention.forest_mask` writes the mask as an attention implementation reads it.
+
+To add a family:
+
+1. Run `python -m realign.cache fill --model MODEL --pairs FILE`. `ForestModel.check_forest`
+   compares the forest of the first record with separate forwards. Where the difference that it
+   prints is rounding, there is nothing to write.
+2. Tokens that see each other both ways: add the model type to `_BOTH_WAYS`. Positions, windows and
+   kinds of layers are read off the model's configuration and code in `layout_of`.
+3. Add a tiny model to tests/helpers/tiny_vlms.py and its processor to tiny_processors.py, and the
+   model type to `TESTED`; tests/modeling/test_families.py compares it with plain transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +34,7 @@ TESTED = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 _BOTH_WAYS = {"gemma3": "image", "paligemma": "prompt"}
-"""Model types with blocks of tokens that see each other both ways, and what a block is."""
+"""Model types in which tokens of an image, or of the prompt, see each other both ways."""
 
 
 @dataclass
@@ -64,13 +74,13 @@ class Layout:
 
     def positions(self, ids: np.ndarray, grids: dict[str, torch.Tensor]) -> np.ndarray:
         """Positions of a prompt, (axes, P) int64; its responses go on from the largest."""
-        if not grids:
+        if self.rope_index is None or not grids:
             axes = 1 if self.rope_index is None else 3
             return np.tile(self.first_position + np.arange(len(ids)), (axes, 1))
         tokens = torch.from_numpy(ids)[None]
         kinds = (tokens == self.image_token_id).int()
-        found, _ = self.rope_index(tokens, mm_token_type_ids=kinds, **grids)
-        return found[:, 0].numpy()
+        positions, _ = self.rope_index(tokens, mm_token_type_ids=kinds, **grids)
+        return positions[:, 0].numpy()
 
     def blocks(self, ids: np.ndarray) -> np.ndarray:
         """(P,) int64: which block a prompt's token belongs to, -1 for none."""

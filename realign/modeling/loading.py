@@ -101,7 +101,8 @@ def load_trained(
     if base is None:
         return _from_pretrained(auto, path, **options).eval()
     model = _from_pretrained(auto, base, adapter=path, **options)
-    return put_on(model, path).get_base_model().eval()
+    put_on(model, path)
+    return model.eval()
 
 
 def _vision_config(path: str | Path):
@@ -164,7 +165,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     namesakes = [name for name in other if re.fullmatch(pattern, name)]
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT only multiplies by it
         target_modules=pattern,
         exclude_modules=namesakes or None,
         task_type="CAUSAL_LM",

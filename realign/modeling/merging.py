@@ -25,13 +25,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _PROBED = 16  # tokens of the text that a merged model is checked on
-_MERGED_TOLERANCE = (
-    1e-2  # nats; fp32 rounding seen is 3e-5, a shared end changed twice is 0.5 to 34
-)
+# In nats; fp32 rounding seen is 3e-5, a shared end changed twice is 0.5 to 34.
+_MERGED_TOLERANCE = 1e-2
 
 
 def adapter_base(path: str | Path) -> str | None:
@@ -42,9 +41,9 @@ def adapter_base(path: str | Path) -> str | None:
             acts outside of the base's modules, and a base that is missing or an adapter itself.
     """
     check_folder(path)
-    if (file := _adapter_config(path)) is None:
+    if (file := find_file(path, _CONFIGS[1])) is None:
         return None
-    where, config = f"{path}/{Path(file).name}", _read_config(Path(file))
+    where, config = f"{path}/{_CONFIGS[1]}", _read_config(Path(file))
     check_kind(config, str(path))
     base = config.base_model_name_or_path
     if not base:
@@ -63,7 +62,7 @@ def adapter_base(path: str | Path) -> str | None:
             f"{where} names the base {base!r}, and there is no such folder from {Path.cwd()}. "
             "Write its absolute path, or its hub name, as base_model_name_or_path."
         )
-    if _adapter_config(base) is not None:
+    if find_file(base, _CONFIGS[1]) is not None:
         raise ValueError(
             f"{where} names the base {base!r}, which is an adapter itself. Merge that one (python "
             "-m realign.export), and write the merged folder as base_model_name_or_path."
@@ -102,40 +101,39 @@ def check_folder(path: str | Path) -> None:
     folder = Path(path)
     if not folder.is_dir() or any((folder / name).exists() for name in _CONFIGS):
         return
-    found = {file.parent for name in _CONFIGS for file in folder.glob(f"*/{name}")}
-    found = found or {file.parent for name in _CONFIGS for file in folder.glob(f"*/*/{name}")}
-    if found:
-        shown = ", ".join(sorted(map(str, found)))
-        raise ValueError(f"{folder} holds no model itself. Pass the folder of one in it: {shown}.")
+    for depth in ("*", "*/*"):
+        models = {file.parent for name in _CONFIGS for file in folder.glob(f"{depth}/{name}")}
+        if models:
+            raise ValueError(
+                f"{folder} holds no model itself. Pass the folder of one in it: "
+                f"{', '.join(sorted(map(str, models)))}."
+            )
     raise ValueError(
         f"{folder} holds no model: there is no {' or '.join(_CONFIGS)} in it. Pass a folder that "
         "save_pretrained wrote, or the name of a model on the hub."
     )
 
 
-def _adapter_config(path: str | Path) -> str | None:
-    """The file of an adapter's configuration, on the hub too; None for a whole model."""
-    local = Path(path).is_dir()
-    return find_adapter_config_file(str(path)) if local else _remote_adapter_config(str(path))
-
-
-@functools.cache  # a name asks the hub
-def _remote_adapter_config(name: str) -> str | None:
-    try:
-        return find_adapter_config_file(name)
-    except OSError:  # not a name that the hub could have; loading reports that
-        return None
-
-
 def find_file(path: str | Path, name: str) -> str | None:
     """The file `name` of a folder, or of a model on the hub; None where there is none."""
-    return cached_file(
-        str(path),
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    if Path(path).is_dir():
+        file = Path(path, name)
+        return str(file) if file.is_file() else None
+    return _remote_file(str(path), name)
+
+
+@functools.cache  # each call would ask the hub
+def _remote_file(repository: str, name: str) -> str | None:
+    try:
+        return cached_file(
+            repository,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # not a name that the hub could have; loading reports that
+        return None
 
 
 def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
@@ -152,10 +150,10 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
         )
     _check_rows(model, path)
     try:
-        with _handled_here():
+        with _ignored_warnings():
             adapted = PeftModel.from_pretrained(model, str(path))
-            found = adapted.load_adapter(str(path), adapted.active_adapter)  # reports its keys
-        _check_keys(adapted, found.missing_keys, found.unexpected_keys)
+            keys = adapted.load_adapter(str(path), str(adapted.active_adapter))
+        _check_keys(adapted, keys.missing_keys, keys.unexpected_keys)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
@@ -170,7 +168,7 @@ def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
     if (file := find_file(path, "tokenizer.json")) is None:
         return
     tokens = Tokenizer.from_file(file).get_vocab_size()
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokens > rows:
         raise ValueError(
             f"the tokenizer of the adapter {path} has {tokens} tokens, and its base "
@@ -200,15 +198,15 @@ def check_kind(config: PeftConfig, name: str) -> None:
     Raises:
         ValueError: names the adapter and its kind.
     """
-    kind = config.peft_type
+    kind = PeftType(config.peft_type)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     # AdaLoRA's forward adds a penalty to the loss, and log-probs are those of its modules.
     own = getattr(tuner, "forward", None) is not BaseTuner.forward and kind != PeftType.ADALORA
     activated = getattr(config, "alora_invocation_tokens", None)
     if own or activated:
-        shown = "LORA with alora_invocation_tokens" if activated else PeftType(kind).value
+        value = kind.value + " with alora_invocation_tokens" * bool(activated)
         raise ValueError(
-            f"{name} is an adapter of PEFT's kind {shown}, which acts outside of the model's own "
+            f"{name} is an adapter of PEFT's kind {value}, which acts outside of the model's own "
             "modules, so it can be neither trained, evaluated nor merged here. Use a kind that "
             "changes modules, such as LoRA."
         )
@@ -224,11 +222,12 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
         ValueError: for a kind that cannot be merged, or not rightly.
     """
     model = adapted.get_base_model()
+    assert isinstance(model, PreTrainedModel)
     kind = PeftType(adapted.active_peft_config.peft_type).value
     before = _probe(model)
     tied = _split_ends(model)
     try:
-        with _handled_here():
+        with _ignored_warnings():
             whole = adapted.merge_and_unload()
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -275,19 +274,21 @@ def _split_ends(model: nn.Module) -> bool:
         if len(places) > 1 and any(isinstance(module, nn.Embedding) for module, _ in places)
     ]
     for module, name in chain.from_iterable(shared):
-        copy = module._parameters[name].detach().clone()
+        copy = module.get_parameter(name).detach().clone()
         setattr(module, name, nn.Parameter(copy, requires_grad=False))
     return bool(shared)
 
 
 def _tie_again(model: PreTrainedModel) -> None:
     """Tie ends that are equal up to fp32 rounding, and write the outcome into the configuration."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rounding = 1e-6 * embedding.weight.abs().max().item()
-    tied = torch.allclose(embedding.weight, head.weight, rtol=1e-6, atol=rounding)
+    head = model.get_output_embeddings()
+    assert head is not None
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    rounding = 1e-6 * embedding.abs().max().item()
+    tied = torch.allclose(embedding, head.get_parameter("weight"), rtol=1e-6, atol=rounding)
     model.config.tie_word_embeddings = tied  # PEFT cleared it when it saw two weights
     if tied:
-        head.weight = embedding.weight
+        head.weight = embedding
     else:  # families read it in different places
         for name in model.config.sub_configs:
             part = getattr(model.config, name)
@@ -306,12 +307,9 @@ def _probe(model: PreTrainedModel) -> torch.Tensor:
 
 
 @contextmanager
-def _handled_here() -> Iterator[None]:
+def _ignored_warnings() -> Iterator[None]:
     """Without PEFT's warnings of tied ends, which `merge` takes care of."""
     with warnings.catch_warnings():
-        for start in (
-            "Model (with|has) `tie_word_embeddings",
-            "Input and output embeddings are no",
-        ):
-            warnings.filterwarnings("ignore", start)
+        warnings.filterwarnings("ignore", "Model (with|has) `tie_word_embeddings")
+        warnings.filterwarnings("ignore", "Input and output embeddings are no")
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def use(model: nn.Module) -> None:
 
 
 def forward(
-    norm: nn.Module,
+    norm: Any,  # a module with weight (H,), and variance_epsilon or eps
     hidden: Tensor,  # (..., H)
 ) -> Tensor:
     """`F.rms_norm` of one dtype. Its name is that of the method: a pickled model finds its own."""
@@ -48,12 +49,12 @@ def forward(
     return F.rms_norm(hidden, norm.weight.shape, norm.weight, epsilon)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     """Whether a copy of the module with random weights gives what `forward` gives, in fp32."""
     tried = copy.deepcopy(module).to_empty(device="cpu").float()  # it may be on the meta device
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         tried.weight.normal_(generator=generator)
         hidden = torch.randn(4, *tried.weight.shape, generator=generator)
-        truth, found = type(tried).forward(tried, hidden), forward(tried, hidden)
-    return bool((found - truth).abs().max() <= _TOLERANCE * truth.abs().max())
+        truth, fused = type(tried).forward(tried, hidden), forward(tried, hidden)
+    return bool((fused - truth).abs().max() <= _TOLERANCE * truth.abs().max())

@@ -2,10 +2,10 @@
 
 The mask of `ForestBatch.attention_mask` costs attention over a row squared, whatever it hides, and
 rows that are padded. Here a root with its first leaf is one causal sequence, every further leaf
-attends to its root and to itself, and trees stand in one row without padding: what is computed is
-what is seen. The function is registered with transformers under two names: `tree` calls SDPA for
-each leaf, `tree_varlen` is one operator for all trees (`varlen_attention`). Layers take it by their
-configuration, and nothing is patched.
+attends to its root and to itself, and trees follow one another in a row without padding: only
+scores that the mask lets through are computed. The function is registered with transformers under
+two names: `tree` calls SDPA for each leaf, `tree_varlen` is one operator for all trees
+(`varlen_attention`). Layers take it by their configuration, and nothing is patched.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def forest_attention(
         "enable_gqa": query.shape[1] != key.shape[1],
     }
     rows = [
-        _row(*parts, row, shared)
-        for *parts, row in zip(query.split(1), key.split(1), value.split(1), trees, strict=True)
+        _row(q, k, v, row, shared)
+        for q, k, v, row in zip(query.split(1), key.split(1), value.split(1), trees, strict=True)
     ]
     return torch.cat(rows).transpose(1, 2), None
 
@@ -88,13 +88,13 @@ def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
     sizes.append(query.shape[2] - sum(sizes))
     # Split once: its backward joins the gradients, where that of a slice pads each to full length.
     queries, keys, values = (iter(states.split(sizes, 2)) for states in (query, key, value))
-    found = []
+    out = []
     for root, _, *more in trees:
         k, v = next(keys), next(values)
-        found.append(F.scaled_dot_product_attention(next(queries), k, v, is_causal=True, **shared))
+        out.append(F.scaled_dot_product_attention(next(queries), k, v, is_causal=True, **shared))
         for size in more:
             seen = torch.ones(size, root + size, dtype=torch.bool, device=query.device).tril(root)
-            found.append(
+            out.append(
                 F.scaled_dot_product_attention(
                     next(queries),
                     _for_heads(torch.cat([k[:, :, :root], next(keys)], 2), query.shape[1]),
@@ -103,8 +103,8 @@ def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
                     **shared | {"enable_gqa": False},
                 )
             )
-    found.append(torch.zeros_like(next(queries)))
-    return torch.cat(found, 2)
+    out.append(torch.zeros_like(next(queries)))
+    return torch.cat(out, 2)
 
 
 def _for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:

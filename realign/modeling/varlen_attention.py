@@ -12,13 +12,15 @@ and bf16; elsewhere `reference` does, which is its definition.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch import index_select as take
 
 
 class Sequences(NamedTuple):
@@ -50,10 +52,10 @@ class Sequences(NamedTuple):
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same with its tensors on `device`; copies from pinned memory do not block."""
-        return Sequences(
-            *(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
-              for part in self)
-        )  # fmt: skip
+        return self._make(
+            part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+            for part in self
+        )
 
 
 def sequences(trees: Sequence[Sequence[Sequence[int]]], columns: int) -> Sequences:
@@ -98,21 +100,27 @@ def _ends(lengths: Iterable[int]) -> Tensor:
 # --- kernels: arguments as those of flash attention ---
 
 
+class Spans(NamedTuple):
+    """The S sequences of one kernel call; causal ones have as many keys as queries."""
+
+    query_ends: Tensor  # (S + 1,) int32
+    key_ends: Tensor  # (S + 1,) int32
+    longest_query: int
+    longest_key: int
+
+
 def reference(
     query: Tensor,  # (Q, heads, D)
     key: Tensor,  # (K, groups, D)
     value: Tensor,  # (K, groups, D)
-    query_ends: Tensor,  # (S + 1,) int32
-    key_ends: Tensor,  # (S + 1,) int32
-    longest_query: int,
-    longest_key: int,
+    spans: Spans,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # (Q, heads, D), (heads, Q)
     """Softmax attention of each sequence and its log-sum-exp, in fp32 at least: the definition."""
     out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[1::-1], dtype=_wide(query.dtype))
-    for q, k, scores in _scores(query, key, query_ends, key_ends, scale, causal):
+    lse = query.new_empty(query.shape[1::-1], dtype=_acc_dtype(query.dtype))
+    for q, k, scores in _scores(query, key, spans, scale, causal):
         lse[:, q] = scores.logsumexp(-1).flatten(0, 1)
         seen = torch.einsum("grqk,kgd->qgrd", scores.softmax(-1), value[k].to(scores.dtype))
         out[q] = seen.flatten(1, 2)
@@ -126,44 +134,40 @@ def reference_backward(
     value: Tensor,  # (K, groups, D)
     out: Tensor,  # (Q, heads, D)
     lse: Tensor,  # (heads, Q)
-    query_ends: Tensor,  # (S + 1,) int32
-    key_ends: Tensor,  # (S + 1,) int32
-    longest_query: int,
-    longest_key: int,
+    spans: Spans,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value: dS = P (dP - sum(dO O)), as in arXiv 2205.14135."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for q, k, scores in _scores(query, key, query_ends, key_ends, scale, causal):
-        wide, groups = scores.dtype, key.shape[1]
+    for q, k, scores in _scores(query, key, spans, scale, causal):
+        acc_dtype, groups = scores.dtype, key.shape[1]
         p = (scores - lse[:, q].unflatten(0, (groups, -1))[..., None]).exp()
-        (dout, o, qs) = (t[q].to(wide).unflatten(1, (groups, -1)) for t in (grad, out, query))
-        dp = torch.einsum("qgrd,kgd->grqk", dout, value[k].to(wide))
+        (dout, o, qs) = (t[q].to(acc_dtype).unflatten(1, (groups, -1)) for t in (grad, out, query))
+        dp = torch.einsum("qgrd,kgd->grqk", dout, value[k].to(acc_dtype))
         ds = scale * p * (dp - torch.einsum("qgrd,qgrd->grq", dout, o)[..., None])
-        grads[0][q] = torch.einsum("grqk,kgd->qgrd", ds, key[k].to(wide)).flatten(1, 2)
+        grads[0][q] = torch.einsum("grqk,kgd->qgrd", ds, key[k].to(acc_dtype)).flatten(1, 2)
         grads[1][k] = torch.einsum("grqk,qgrd->kgd", ds, qs)
         grads[2][k] = torch.einsum("grqk,qgrd->kgd", p, dout)
     return grads
 
 
 def _scores(
-    query: Tensor, key: Tensor, query_ends: Tensor, key_ends: Tensor, scale: float, causal: bool
+    query: Tensor, key: Tensor, spans: Spans, scale: float, causal: bool
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """For each sequence its queries, its keys, and its scores, (groups, heads / groups, q, k)."""
-    spans = [[slice(*span) for span in zip(ends, ends[1:], strict=False)]
-             for ends in (query_ends.tolist(), key_ends.tolist())]  # fmt: skip
-    for q, k in zip(*spans, strict=True):
-        wide, keys = _wide(query.dtype), key[k]
+    slices = [itertools.starmap(slice, itertools.pairwise(ends.tolist())) for ends in spans[:2]]
+    for q, k in zip(*slices, strict=True):
+        acc_dtype = _acc_dtype(query.dtype)
         grouped = query[q].unflatten(1, (key.shape[1], -1))
-        scores = scale * torch.einsum("qgrd,kgd->grqk", grouped.to(wide), keys.to(wide))
+        scores = scale * torch.einsum("qgrd,kgd->grqk", grouped.to(acc_dtype), key[k].to(acc_dtype))
         if causal:
             seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device)
             scores = scores.masked_fill(~seen.tril(), -torch.inf)
         yield q, k, scores
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -171,23 +175,18 @@ def flash(
     query: Tensor,  # (Q, heads, D) fp16 or bf16
     key: Tensor,  # (K, groups, D)
     value: Tensor,  # (K, groups, D)
-    query_ends: Tensor,  # (S + 1,) int32
-    key_ends: Tensor,  # (S + 1,) int32
-    longest_query: int,
-    longest_key: int,
+    spans: Spans,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # (Q, heads, D), (heads, Q) fp32
     """torch's flash kernel, that of `torch.nn.attention.varlen.varlen_attn`.
 
     Its aten operators are called, as `varlen_attn` exposes its backward to its own autograd only,
-    and needs `enable_gqa` in torch 2.13, which 2.11 lacks. Causal sequences have as many keys as
-    queries.
+    and needs `enable_gqa` in torch 2.13, which 2.11 lacks.
     """
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, query_ends, key_ends, longest_query, longest_key,
-        0.0, causal, False, scale=scale,
-    )  # fmt: skip
+        query, key, value, *spans, 0.0, causal, False, scale=scale
+    )
     return out, lse
 
 
@@ -198,10 +197,7 @@ def flash_backward(
     value: Tensor,  # (K, groups, D)
     out: Tensor,  # (Q, heads, D)
     lse: Tensor,  # (heads, Q) fp32
-    query_ends: Tensor,  # (S + 1,) int32
-    key_ends: Tensor,  # (S + 1,) int32
-    longest_query: int,
-    longest_key: int,
+    spans: Spans,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,15 +208,15 @@ def flash_backward(
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)
     with _deterministic():
         return torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, out, lse, query_ends, key_ends, longest_query, longest_key,
-            0.0, causal, *no_dropout, scale=scale,
-        )  # fmt: skip
+            grad, query, key, value, out, lse, *spans, 0.0, causal, *no_dropout, scale=scale
+        )
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """torch's deterministic mode, process-wide, without its filling of fresh memory."""
-    before, settings = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode()
     filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     torch.set_deterministic_debug_mode("error")
     try:
@@ -272,12 +268,12 @@ def forest_attention(
     """Attention within each tree, zeros on padding; and the log-sum-exp of the scores."""
     forward, _ = KERNELS[query.device.type]
     q, k, v = (_real(states, real) for states in (query, key, value))
-    out, lse = forward(q, k, v, ends, ends, longest, longest, scale, True)
+    out, lse = forward(q, k, v, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
-        inputs = _rows((q, more), (k, roots), (v, roots))
-        lengths = more_ends, root_ends, longest_more, longest_root
-        of_root, lse_root = forward(*inputs, *lengths, scale, False)
-        own, lse_own = out.index_select(0, more), lse.index_select(1, more)
+        spans = Spans(more_ends, root_ends, longest_more, longest_root)
+        states = take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
+        of_root, lse_root = forward(*states, spans, scale, False)
+        own, lse_own = take(out, 0, more), take(lse, 1, more)
         share = (lse_own - lse_root).sigmoid().t()[..., None]  # of a leaf's own keys
         merged = of_root.to(share.dtype).lerp_(own.to(share.dtype), share)
         out.index_copy_(0, more, merged.to(out.dtype))
@@ -310,19 +306,17 @@ def forest_attention_backward(
     """
     _, backward = KERNELS[query.device.type]
     g, q, k, v, o = (_real(states, real) for states in (grad, query, key, value, out))
-    grads = backward(g, q, k, v, o, lse, ends, ends, longest, longest, scale, True)
+    grads = backward(g, q, k, v, o, lse, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
-        inputs = _rows((g, more), (q, more), (k, roots), (v, roots), (o, more))
-        lengths = more_ends, root_ends, longest_more, longest_root
-        added = backward(*inputs, lse.index_select(1, more), *lengths, scale, False)
+        spans = Spans(more_ends, root_ends, longest_more, longest_root)
+        states = take(g, 0, more), take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
+        merged = take(o, 0, more), take(lse, 1, more)
+        added = backward(*states, *merged, spans, scale, False)
         # Every row is listed once: no order of additions shows, whatever CUDA's atomics do.
         for whole, rows, part in zip(grads, (more, roots, roots), added, strict=True):
             whole.index_add_(0, rows, part)
-    return tuple(_with_padding(found, real, query) for found in grads)
-
-
-def _rows(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-    return [states.index_select(0, rows) for states, rows in pairs]
+    dq, dk, dv = (_with_padding(whole, real, query) for whole in grads)
+    return dq, dk, dv
 
 
 def _real(states: Tensor, real: Tensor | None) -> Tensor:
@@ -338,7 +332,7 @@ def _with_padding(states: Tensor, real: Tensor | None, like: Tensor) -> Tensor:
 @forest_attention.register_fake
 def _(query, key, value, real, *rest):
     rows = query.shape[0] if real is None else real.shape[0]
-    lse = query.new_empty((query.shape[1], rows), dtype=_wide(query.dtype))
+    lse = query.new_empty((query.shape[1], rows), dtype=_acc_dtype(query.dtype))
     return query.new_empty(query.shape), lse
 
 
@@ -356,8 +350,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     settings = ctx.longest, ctx.longest_more, ctx.longest_root, ctx.scale
-    found = forest_attention_backward(grad, *ctx.saved_tensors, *settings)
-    return *found, *(None for _ in range(10))
+    grads = forest_attention_backward(grad, *ctx.saved_tensors, *settings)
+    return *grads, *(None for _ in range(10))
 
 
 forest_attention.register_autograd(_gradients, setup_context=_save)

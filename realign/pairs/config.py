@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from realign.digits import ASSETS
 from realign.modeling.loading import DTYPES
-from realign.pairs import negatives
+from realign.pairs import engines, negatives
 from realign.pairs.engines import is_endpoint
+from realign.pairs.masking import MASKERS
 from realign.pairs.masking.mask import CATEGORIES
-from realign.pairs.retrieval import index
+from realign.pairs.retrieval.index import KINDS as INDICES
 from realign.pairs.retrieval.phash import HASH_DISTANCE
 
 REFILLS = ("infill", "prompt")
 _RAY = re.compile(r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+")
+_OF_ENDPOINTS = ("concurrency", "requests_per_minute", "price_in", "price_out")
+_LARGEST = sys.float_info.max
+_RANGES = (  # names, least and largest value, message
+    (("scenes", "k", "candidates", "shard", "batch_size"), 1, _LARGEST, "it must be at least 1."),
+    (("hash_distance",), -1, 63, "it is from -1 to 63 bits."),
+    (("segments", "temperature"), 0, _LARGEST, "it must be finite, 0 or more."),
+    (("max_bad",), 0, 1, "it is a share, from 0 to 1."),
+    (("share",), 0, 1, "it is a share, above 0 and up to 1."),
+    (("ceiling", "tau"), -1, 1, "it is a similarity, from -1 to 1."),
+    (("seed",), 0, _LARGEST, "it must be 0 or more."),
+)
 
 
 @dataclass
@@ -27,8 +39,8 @@ class PairsConfig:
     data: str | None = None
     """File or folder of records with images, prompts and responses; digit scenes when absent."""
     format: str = "auto"
-    """Of --data: parquet, realign, llava, coco, folder; auto looks. llava:all and coco:all take
-    every answer or caption, not the first alone."""
+    """Of --data: parquet, realign, llava, coco, folder; auto detects it. llava:all and coco:all
+    take every answer or caption, not only the first."""
     image_folder: str | None = None
     """Folder that image paths in --data are relative to; that of --data when absent."""
     model: str | None = None
@@ -37,13 +49,13 @@ class PairsConfig:
     """CLIP, SigLIP or sentence-transformers model for the image embeddings; the model's own tower
     when absent."""
     dtype: str = "fp32"
-    """What these models compute in: fp32 or bf16. Training in the same finds the margins' log-probs
-    in its reference cache."""
+    """Of these models' computations: fp32 or bf16. Training in the same dtype finds the margins'
+    log-probs in its reference cache."""
     scenes: int = 1024
     """Digit scenes to draw when there is no --data."""
     answer: str | None = None
-    """Engine that writes responses for the records without one: transformers:MODEL, vllm:MODEL or
-    the URL of an OpenAI-compatible endpoint, http://HOST:PORT/v1#MODEL."""
+    """Engine that writes responses for the records without one: transformers:MODEL, or the URL of
+    an OpenAI-compatible endpoint, http://HOST:PORT/v1#MODEL."""
     k: int = 10
     """Neighbours tried for each image."""
     index: str = "auto"
@@ -56,7 +68,7 @@ class PairsConfig:
     """Images whose perceptual hashes differ in at most this many of 64 bits are duplicates; -1
     compares no hashes."""
     masker: str = "rules"
-    """Who picks the words to hide: rules, or an engine as of --answer."""
+    """Picks the words to hide: rules, or an engine as of --answer."""
     mask: str = ""
     """Kinds of word to hide, with commas: numbers, attributes, relations, objects (all of them
     when empty; numbers for the digits)."""
@@ -78,15 +90,15 @@ class PairsConfig:
     """Measure of --tau: lexical, the share of matching words, or a sentence-transformers model by
     name, the cosine (the paper: all-mpnet-base-v2 with tau 0.95)."""
     margin: bool = False
-    """Keep only records whose chosen response the model finds likelier on its own image than on the
+    """Keep only records whose chosen response is likelier by the model on its own image than on the
     visual negative."""
     judge: str | None = None
     """Engine, as of --answer, that drops records whose rejected response is true of the image, or
     the chosen one of the visual negative."""
     concurrency: int = 8
-    """Requests that an endpoint gets at once."""
+    """Requests to an endpoint at the same time."""
     requests_per_minute: float | None = None
-    """Most requests that an endpoint gets in a minute, of each process."""
+    """Most requests of each process to an endpoint in a minute."""
     price_in: float | None = None
     """Price of a million input tokens at an endpoint; costs are estimated beforehand."""
     price_out: float | None = None
@@ -95,9 +107,9 @@ class PairsConfig:
     """Visual negative: retrieved, or for comparisons random, crop, noise, blank. The rejected
     response is always completed on the retrieved image."""
     work: str | None = None
-    """Folder of the shards, from which a stopped run goes on; OUTPUT with .work when absent."""
+    """Folder of the shards, from which a stopped run resumes; OUTPUT with .work when absent."""
     shard: int = 512
-    """Records of a shard: what an interruption loses at most."""
+    """Records of a shard, the most that an interruption loses."""
     max_bad: float = 0.05
     """Share of the records that may be unusable before the run stops."""
     batch_size: int = 64
@@ -116,29 +128,25 @@ class PairsConfig:
         self._check_effects()
 
     def _check_names(self) -> None:
-        if Path(self.output).is_dir():
+        output = Path(self.output)
+        if output.is_dir():
             raise ValueError(f"output {self.output} is a folder; name the Parquet file to write.")
-        if self.work_folder == Path(self.output):
+        work = self.work_folder
+        if work == output:
             raise ValueError(f"output {self.output} is the work folder's name; take .parquet.")
         if self.data is not None and Path(self.data).is_dir():
-            for flag, path in (("output", Path(self.output)), ("work", self.work_folder)):
+            for flag, path in (("output", output), ("work", work)):
                 if path.resolve().is_relative_to(Path(self.data).resolve()):
                     raise ValueError(
                         f"--{flag} {path} lies in the folder of --data, which a run would change; "
                         "name a place outside of it."
                     )
-        unknown = [name for name in self.categories if name not in CATEGORIES]
-        if unknown:
+        if unknown := [name for name in self.categories if name not in CATEGORIES]:
             raise ValueError(
                 f"mask names {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
             )
-        choices = {
-            "refill": REFILLS,
-            "negative": negatives.KINDS,
-            "index": index.KINDS,
-            "dtype": tuple(DTYPES),
-        }
-        for name, known in choices.items():
+        choices = {"refill": REFILLS, "negative": negatives.KINDS, "index": INDICES}
+        for name, known in (choices | {"dtype": tuple(DTYPES)}).items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
@@ -147,32 +155,20 @@ class PairsConfig:
             raise ValueError(
                 f"ray is {self.ray!r}; give local, local:N, auto or a cluster's address HOST:PORT."
             )
-        options = {name: getattr(self, name) for name in _OF_ENDPOINTS}
-        for name in _ENGINES:
-            spec = getattr(self, name)
-            if spec is not None and (name, spec) != ("masker", "rules"):
-                _check_engine(name, spec, options)
+        for name, spec in self._engines().items():
+            try:
+                engines.make_engine(spec, **self.engine_options)
+            except ValueError as error:  # without `spec`: somebody may have written a key into it
+                raise ValueError(f"--{name}: {error}") from error
 
     def _check_numbers(self) -> None:
-        for name in ("scenes", "k", "candidates", "shard", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not -1 <= self.hash_distance < 64:
-            raise ValueError(f"hash_distance is {self.hash_distance}; it is from -1 to 63 bits.")
-        for name in ("segments", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite, 0 or more.")
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad is {self.max_bad}; it is a share, from 0 to 1.")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share}; it is a share, above 0 and up to 1.")
-        for name in ("ceiling", "tau"):
-            if not -1 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it is a similarity, from -1 to 1."
-                )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more.")
+        for names, low, high, message in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    raise ValueError(f"{name} is {value}; {message}")
+        if self.share == 0:
+            raise ValueError("share is 0.0; it is a share, above 0 and up to 1.")
         if not self.floor < self.ceiling:
             raise ValueError(
                 f"floor is {self.floor} and ceiling is {self.ceiling}, which leaves no neighbour; "
@@ -180,18 +176,13 @@ class PairsConfig:
             )
 
     def _check_effects(self) -> None:
-        """Refuse settings that would change nothing."""
+        """Refuse settings without an effect."""
         if self.model is not None and self.data is None:
             raise ValueError("--model is given without --data; pass the records to make pairs of.")
         if self.data is not None and self.scenes != 1024:
             raise ValueError("--scenes counts digit scenes and has no effect with --data; drop it.")
-        given = {
-            "format": self.format != "auto",
-            "image_folder": self.image_folder is not None,
-            "answer": self.answer is not None,
-        }
-        for name, is_given in given.items():
-            if is_given and self.data is None:
+        for name in ("format", "image_folder", "answer"):
+            if self.data is None and getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(
                     f"--{name.replace('_', '-')} would have no effect: the digit scenes have "
                     "images and responses. Pass --data."
@@ -200,13 +191,14 @@ class PairsConfig:
             raise ValueError("engine would have no effect with infill; add --refill prompt.")
         if self.share is not None and self.segments != 1:
             raise ValueError("share and segments both say how much to hide; give one of them.")
-        if self.masker != "rules" and (self.mask or self.segments != 1 or self.share is not None):
+        by_engine = self.masker not in MASKERS
+        if by_engine and (self.mask or self.segments != 1 or self.share is not None):
             raise ValueError(
                 "mask, segments and share are settings of the rules and would have no effect with "
                 "an engine as --masker; drop them."
             )
-        asks = self.judge is not None or self.margin or self.similarity != "lexical"
-        if self.candidates > 1 and not asks:
+        chooses = self.judge is not None or self.margin or self.similarity != "lexical"
+        if self.candidates > 1 and not chooses:
             raise ValueError(
                 f"candidates is {self.candidates} and would have no effect: nothing chooses among "
                 "them. Add --similarity, --margin or --judge."
@@ -215,24 +207,24 @@ class PairsConfig:
             raise ValueError(
                 f"candidates is {self.candidates} of {self.k} neighbours; give at most k."
             )
-        if self.ray and self.margin and (self.judge or "").startswith("vllm:"):
-            raise ValueError(
-                "margin and a vllm judge cannot share the GPUs of Ray's workers; serve the judge "
-                "and name its URL."
-            )
         used = self.embed_model is None or self.refill == "infill" or self.margin
         if self.model is not None and not used and self.engine is not None:
             raise ValueError(
                 f"model is {self.model!r} and would have no effect: --embed-model embeds, and "
                 "--engine refills. Drop it."
             )
-        if not any(is_endpoint(getattr(self, name)) for name in _ENGINES):
+        if not any(map(is_endpoint, self._engines().values())):
             for name in _OF_ENDPOINTS:
                 if (given := getattr(self, name)) not in (None, type(self).__dict__[name]):
                     raise ValueError(
                         f"{name} is {given} and would have no effect: no engine is an endpoint. "
                         "Drop it, or name a URL for --answer, --masker, --engine or --judge."
                     )
+
+    def _engines(self) -> dict[str, str]:
+        """Flag -> engine, of those that are given."""
+        specs = {name: getattr(self, name) for name in ("answer", "masker", "engine", "judge")}
+        return {n: s for n, s in specs.items() if s is not None and s not in MASKERS}
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -248,7 +240,7 @@ class PairsConfig:
 
     @property
     def refill_engine(self) -> str | None:
-        """Which engine refills; None where infill does."""
+        """The engine that refills; None with infill."""
         return (self.engine or f"transformers:{self.base}") if self.refill == "prompt" else None
 
     @property
@@ -258,29 +250,15 @@ class PairsConfig:
 
     @property
     def work_folder(self) -> Path:
-        """Where the shards lie."""
+        """Folder of the shards."""
         return Path(self.work) if self.work else Path(self.output).with_suffix(".work")
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """What engines are made with besides their name."""
+        """Arguments of `make_engine` besides the name."""
         return {
             "folder": self.work_folder / "engines",
             "batch_size": self.batch_size,
             "dtype": self.dtype,
             **{name: getattr(self, name) for name in _OF_ENDPOINTS},
         }
-
-
-_ENGINES = ("answer", "masker", "engine", "judge")
-_OF_ENDPOINTS = ("concurrency", "requests_per_minute", "price_in", "price_out")
-
-
-def _check_engine(name: str, spec: str, options: dict[str, Any]) -> None:
-    """The message does not repeat `spec`: somebody may have written a key into it."""
-    from realign.pairs.engines import make_engine
-
-    try:
-        make_engine(spec, **options)
-    except ValueError as error:
-        raise ValueError(f"--{name}: {error}") from error

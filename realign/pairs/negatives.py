@@ -1,15 +1,15 @@
-"""Visual negatives to compare retrieval with: pictures made of the record's own picture.
+"""Visual negatives made of a record's own picture: crop, noise, blank; baselines for retrieval.
 
-- `crop` is mDPO's (arXiv 2406.11839), a crop of "0-20 %". We take that as what is *kept*, as others
-  do: a window of 1 to 20 % of the picture's area, drawn evenly, with sides in a ratio of 3/4 to 4/3
-  of the picture's own, resized to the picture's size.
+- `crop` is mDPO's (arXiv 2406.11839), a crop of "0-20 %". We take that as the share that is
+  *kept*, as others do: a window of 1 to 20 % of the picture's area, drawn evenly, with sides in a
+  ratio of 3/4 to 4/3 of the picture's own, resized to the picture's size.
 - `noise` is the diffusion noise of VCD (arXiv 2311.16922): `sqrt(a) x + sqrt(1 - a) e` with e
   standard normal for each pixel and colour, and a = 0.74 at step 500 of its schedule of 1000. Ours
-  takes x in [-1, 1] and rounds to 8 bits, as it makes a picture; VCD takes what a processor
-  normalised, whose contrast is about twice that, so that a step here is the stronger one.
+  takes x in [-1, 1] and rounds to 8 bits, because it makes a picture. VCD takes the output of a
+  processor, whose contrast is about twice that, so the same step is stronger here.
 - `blank` is one grey, 128.
 
-`retrieved` and `random` are other records' pictures, so whoever has the records chooses them.
+`retrieved` and `random` are other records' pictures, which the pipeline chooses.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def visual_negative(
 
     Args:
         kind: crop, noise or blank.
-        image: the RGB picture; it is left as it is.
+        image: the RGB picture; it is not changed.
         rng: draws the window or the noise.
         crop: least and largest share of the area that a crop keeps.
-        noise_step: of `STEPS`; 0 adds next to nothing, the last leaves next to nothing.
+        noise_step: of `STEPS`; the first adds almost nothing, the last leaves almost nothing.
 
     Returns:
         An RGB picture of the same size.
@@ -66,7 +66,7 @@ def visual_negative(
 
 
 def kept_at(step: int) -> float:
-    """The share `a` of a picture's variance that is left at a step of the noise schedule.
+    """The share `a` of a picture's variance that remains at a step of the noise schedule.
 
     VCD's: `a` is the product of 1 - beta, and beta rises along a sigmoid from 1e-5 to 5e-3.
     """

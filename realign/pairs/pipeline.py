@@ -1,8 +1,8 @@
-"""The pairs pipeline: read, answer, embed, retrieve, mask, refill on the neighbour, filter, write.
+"""Pairs pipeline: read, answer, embed, retrieve, mask, refill on the neighbour, filter, write.
 
-Follows the paper's text: neighbours are tried from the nearest on; the first whose completion
-passes the filters gives the rejected response and is the visual negative; a record for which none
-of the k does is dropped, and counted by reason. Every stage goes on where it was interrupted.
+It follows the paper. Neighbours are tried from the nearest on; the first with a completion that
+passes the filters gives the rejected response and is the visual negative. A record without one
+among k neighbours is dropped, and counted by reason. Every stage resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from realign.data.records import write_pairs
 from realign.files import check_file, check_folder
 from realign.modeling.loading import load_processor
 from realign.pairs.config import PairsConfig
-from realign.pairs.io.rows import digit_sources
 from realign.pairs.io.shards import is_full
 from realign.pairs.negatives import DERIVED
+from realign.pairs.stages.answer import Answer
 from realign.pairs.stages.assemble import Assembler, Derive
 from realign.pairs.stages.base import Stage
+from realign.pairs.stages.embed import Embed
 from realign.pairs.stages.filter import Filter
-from realign.pairs.stages.infill import Refill
-from realign.pairs.stages.read import Read
+from realign.pairs.stages.mask import Mask
+from realign.pairs.stages.read import Read, digit_sources
+from realign.pairs.stages.refill import Refill
 from realign.pairs.stages.retrieve import Retrieve
 from realign.pairs.stages.runner import Outcome, RunError, Runner, note_run, sole_run
-from realign.pairs.stages.single import Answer, Embed, Mask
 
 __all__ = ["STAGES", "PairsConfig", "PairsReport", "build_pairs", "digit_sources", "run_stages"]
 
@@ -48,20 +49,20 @@ _REMEDIES = {
     "visual margin not above 0": "Take a better --model, or leave out --margin.",
     "no verdict": "Take a --judge that answers yes or no.",
 }
+"""Reason of dropped records -> what to do when all are."""
 
-
-_DIGITS = "the shipped digits model fills the gaps, which knows no other pictures"
+_DIGITS = "the shipped digits model fills the gaps, which knows no other images"
 
 
 @dataclass
 class PairsReport:
-    """What a run made."""
+    """Result of `build_pairs`."""
 
     path: Path
     written: int
-    dropped: Counter = field(default_factory=Counter)  # reason -> records
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> records without a pair
     seconds: float = 0.0
-    bad: Counter = field(default_factory=Counter)  # reason -> records that cannot be used
+    bad: Counter[str] = field(default_factory=Counter)  # reason -> invalid records
 
     def __str__(self) -> str:
         return (
@@ -74,11 +75,11 @@ class PairsReport:
 def build_pairs(config: PairsConfig) -> PairsReport:
     """Make preference pairs and write them; the same configuration gives the same file.
 
-    What an earlier run with the same work folder made is not made again.
+    Shards of an earlier run with the same work folder are used again.
 
     Raises:
-        ValueError: for an empty data set, bad settings, too many bad records, or when no pair is
-            left to write.
+        ValueError: for an empty data set, bad settings, too many invalid records, or when no pair
+            is left to write.
         RunError: a ValueError, when the disk is full; the shards stay.
     """
     began = time.perf_counter()
@@ -99,7 +100,7 @@ def build_pairs(config: PairsConfig) -> PairsReport:
                 raise
             raise RunError(
                 f"no room is left for {config.output}. The shards in {config.work_folder} are "
-                "whole and stay. Make room and run the same command again."
+                "complete and stay. Make room and run the same command again."
             ) from error
         note_run(config.work_folder, config.output, outcome)
     seconds = time.perf_counter() - began
@@ -107,14 +108,14 @@ def build_pairs(config: PairsConfig) -> PairsReport:
 
 
 def run_stages(config: PairsConfig, last: str) -> Outcome:
-    """Run the stages that `last` needs, and it.
+    """Run a stage and the stages that it needs.
 
     Args:
         config: the settings.
         last: one of STAGES.
 
     Returns:
-        Where the shards are, and what was left out.
+        The folders of the shards, and the counts of records left out.
 
     Raises:
         ValueError: as `build_pairs`, and when `last` is no stage of this configuration.
@@ -136,7 +137,7 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
 
 def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
     if config.model is not None:
-        load_processor(config.model)  # a wrong name is told before anything is read
+        load_processor(config.model)  # a wrong name raises before anything is read
     absent = {Answer: config.answer is None, Derive: config.negative not in DERIVED}
     made = [stage(config) for stage in stages if not absent.get(stage)]
     runner = Runner(
@@ -148,7 +149,7 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
         ray=config.ray,
     )
     if config.data is not None and config.model is None:
-        runner.say(f"no --model: {_DIGITS}")
+        runner.report(f"no --model: {_DIGITS}")
 
     def check(outcome: Outcome) -> None:
         missing, records = outcome.unanswered, outcome.records
@@ -157,22 +158,22 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
         if config.answer is None and missing > config.max_bad * records:
             raise ValueError(
                 f"{missing} of {records} records have no response. Have them written by an engine: "
-                "--answer transformers:MODEL, vllm:MODEL or a URL."
+                "--answer transformers:MODEL or a URL."
             )
 
     return runner.run(check)
 
 
 def _no_pair(outcome: Outcome) -> str:
-    """What to do where no record gave a pair, by the commonest reason."""
+    """The error where no record gave a pair, with a remedy for the commonest reason."""
     if not outcome.dropped:
-        return "no record is left: all are unusable, which rejected_records.parquet lists."
+        return "no record is left: all are unusable; rejected_records.parquet lists them."
     (reason, _), *_ = outcome.dropped.most_common(1)
     remedy = _REMEDIES.get(reason, "Raise --k, or give more images.")
     return f"no record gave a pair; dropped {_counted(outcome.dropped)}. {remedy}"
 
 
-def _counted(reasons: Counter) -> str:
-    """The number of records, and how many for which reason."""
+def _counted(reasons: Counter[str]) -> str:
+    """The number of records, in all and by reason."""
     shown = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     return str(reasons.total()) + (f" ({shown})" if shown else "")

@@ -1,43 +1,52 @@
 """Figures of a set of pairs: `python -m realign.pairs stats PAIRS.parquet`.
 
-Prints a table of similarities, ranks and lengths, duplicates and what was left out and why, and
-draws their histograms.
+Prints similarities, ranks, lengths and changed words, duplicates, and the records that were left
+out, by reason. The gallery shows the same figures above its pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
 from realign.data.pictures import StoredImage
-from realign.files import check_file
-from realign.pairs.gallery import changed_words, count_words, difference, pair_files, pair_rows
-from realign.pairs.io.shards import Shards
+from realign.data.tables import rows_of
 from realign.pairs.stages.runner import run_note
 
-_TEXT = ("words of chosen", "words of rejected", "changed words")
-_NUMBERS = {
+FACTS = (
+    "neighbour", "masked", "masker", "answer_model", "refill_model", "embed_model",
+    "negative_record", "seed",
+)  # fmt: skip
+_NUMBERS = {  # column -> title
     "similarity": "similarity",
     "neighbour_rank": "rank",
     "text_similarity": "text similarity",
     "visual_margin": "visual margin",
 }
-_COLOURS = {"chosen": "#1a7a46", "rejected": "#b3372a", "other": "#3157c9", "left": "#8a8a90"}
+_TEXT = ("words of chosen", "words of rejected", "changed words")
+_DUPLICATES = (
+    "the same image", "the same prompt and chosen", "the same image, prompt and chosen",
+)  # fmt: skip
+_COLUMNS = (*FACTS, *_NUMBERS, "judge", "negative")  # beside those of all preference rows
+_COMPARED = 16_000_000  # tokens of one times tokens of the other; some seconds
+# A word; a letter of a script written without spaces; white space; any other character.
+_TOKENS = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+|\s+|.", re.DOTALL)
+
+Segments = list[tuple[str, bool]]  # text, and whether it is in one response only
 
 
 @dataclass
@@ -47,13 +56,30 @@ class PairStats:
     pairs: int = 0
     """Pairs read."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    """What is measured of a pair -> (pairs that have it,)."""
+    """Title of a measure -> (pairs that have it,)."""
     duplicates: dict[str, int] = field(default_factory=dict)
     """What a pair shares with an earlier one -> pairs."""
     dropped: Counter = field(default_factory=Counter)
-    """Reason -> sound records that no pair could be made of."""
+    """Reason -> sound records of which no pair was made."""
     bad: Counter = field(default_factory=Counter)
     """Reason -> records that could not be used."""
+
+    def __str__(self) -> str:
+        heads = ("mean", "least", "10 %", "median", "90 %", "most")
+        lines = [f"{self.pairs:,} pairs", "", f"{'':20}" + "".join(f"{h:>9}" for h in heads)]
+        for name, values in self.values.items():
+            marks = [values.mean(), *np.quantile(values, (0, 0.1, 0.5, 0.9, 1))]
+            lines.append(f"{name:20}" + "".join(f"{_short(mark):>9}" for mark in marks))
+        lines.append("")
+        for name, number in self.duplicates.items():
+            earlier = "" if "own" in name else " as an earlier one"
+            lines.append(f"pairs with {name}{earlier}: {number:,}")
+        for name, reasons in (("dropped", self.dropped), ("unusable", self.bad)):
+            counts = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+            lines.append(
+                f"records {name}: {reasons.total():,}" + (f" ({counts})" if counts else "")
+            )
+        return "\n".join(lines)
 
 
 def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
@@ -61,8 +87,8 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
 
     Args:
         pairs: a Parquet file of preference pairs, or a folder of them.
-        work: the work folder of the run that made it, for what was dropped; `pairs` with the
-            suffix .work when absent. What could not be used is in its rejected_records.parquet.
+        work: the work folder of the run that wrote it, with the records that were left out;
+            `pairs` with the suffix .work when absent.
 
     Raises:
         FileNotFoundError: when there is nothing at `pairs`, or at a `work` that is given.
@@ -71,13 +97,13 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
     if work is not None and not Path(work).is_dir():
         raise FileNotFoundError(f"work is {str(work)!r}, which is no folder.")
     values: dict[str, list[float]] = {name: [] for name in (*_NUMBERS.values(), *_TEXT)}
-    duplicates = dict.fromkeys(
-        ("the same image", "the same prompt and chosen", "the same image, prompt and chosen"), 0
-    )
-    seen: set[bytes] = set()
-    own_negative, count = 0, 0
-    for file, _, row in pair_rows(pair_files(pairs)):
+    duplicates = dict.fromkeys([*_DUPLICATES, "its own image as the negative"], 0)
+    seen: set[tuple[str, bytes]] = set()
+    count = 0
+    for file, _, row in pair_rows(pairs):
         count += 1
+        if isinstance(row, Malformed):
+            continue
         for column, name in _NUMBERS.items():
             if (value := row.get(column)) is not None and np.isfinite(value):
                 values[name].append(value)
@@ -86,167 +112,105 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
         except Malformed:
             continue
         chosen, rejected = entry.chosen or "", entry.rejected or ""
-        _, changed = difference(chosen, rejected)
-        lengths = (count_words(chosen), count_words(rejected), changed_words(changed))
+        changed = changed_words(difference(chosen, rejected)[1])
+        lengths = (count_words(chosen), count_words(rejected), changed)
         for name, length in zip(_TEXT, lengths, strict=True):
             values[name].append(length)
-        images, negatives = (
-            [_mark(value, file.parent) for value in group]
-            for group in (entry.images, entry.retrieved)
-        )
-        own_negative += images == negatives
-        said = json.dumps([entry.prompt, chosen])
-        for name, key in zip(duplicates, (images, said, [images, said]), strict=True):
-            digest = hashlib.blake2b(f"{name} {key}".encode(), digest_size=16).digest()
-            duplicates[name] += digest in seen
-            seen.add(digest)
+        images = [image_digest(image, file.parent) for image in entry.images]
+        negatives = [image_digest(image, file.parent) for image in entry.retrieved]
+        duplicates["its own image as the negative"] += images == negatives
+        image = b"".join(images)
+        text = hashlib.blake2b(json.dumps([entry.prompt, chosen]).encode(), digest_size=16).digest()
+        for key in zip(_DUPLICATES, (image, text, image + text), strict=True):
+            duplicates[key[0]] += key in seen
+            seen.add(key)
     if not count:
         raise ValueError(f"{pairs} holds no pairs.")
-    duplicates["its own image as the negative"] = own_negative
-    found = {name: np.array(list_) for name, list_ in values.items() if list_}
+    measured = {name: np.array(numbers) for name, numbers in values.items() if numbers}
     folder = Path(work) if work is not None else Path(pairs).with_suffix(".work")
-    return PairStats(count, found, duplicates, *_left_out(folder, pairs))
+    return PairStats(count, measured, duplicates, *_left_out(folder, Path(pairs)))
 
 
-def table(stats: PairStats) -> str:
-    """The figures as text."""
-    heads = ("mean", "least", "10 %", "median", "90 %", "most")
-    lines = [f"{stats.pairs:,} pairs", "", f"{'':20}" + "".join(f"{h:>9}" for h in heads)]
-    for name, values in stats.values.items():
-        marks = [values.mean(), *np.quantile(values, (0, 0.1, 0.5, 0.9, 1))]
-        lines.append(f"{name:20}" + "".join(f"{_short(mark):>9}" for mark in marks))
-    lines.append("")
-    for name, number in stats.duplicates.items():
-        earlier = "" if "own" in name else " as an earlier one"
-        lines.append(f"pairs with {name}{earlier}: {number:,}")
-    for name, reasons in (("dropped", stats.dropped), ("unusable", stats.bad)):
-        shown = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
-        lines.append(f"records {name}: {reasons.total():,}" + (f" ({shown})" if shown else ""))
-    return "\n".join(lines)
-
-
-def draw(stats: PairStats, path: str | Path) -> None:
-    """Draw histograms, duplicates and what was left out, and save the picture.
+def pair_rows(pairs: str | Path) -> Iterator[tuple[Path, str, dict[str, Any] | Malformed]]:
+    """(file, name by file and place, row) of all rows of a data set.
 
     Raises:
-        ValueError: where matplotlib is not installed.
+        FileNotFoundError: when there is no Parquet file.
+        ValueError: for one that cannot be read, or without columns of pairs.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(
-            "the plot needs matplotlib: pip install 'realign[demo]', or add --no-plot."
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(2, 4, figsize=(15, 6.8), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.05, hspace=0.09)
-    similarity, rank, lengths, changed, text, margin, duplicates, left = grid.flat
-    _histogram(similarity, stats, ["similarity"], "Image and retrieved image", "cosine")
-    _histogram(rank, stats, ["rank"], "Rank of the neighbour", "0 is the nearest")
-    _histogram(lengths, stats, list(_TEXT[:2]), "Response lengths", "words")
-    _histogram(changed, stats, [_TEXT[2]], "Changed words", "of the rejected response")
-    _histogram(text, stats, ["text similarity"], "Chosen and rejected", "similarity")
-    _histogram(margin, stats, ["visual margin"], "Visual margin of the reference", "nats")
-    _bars(duplicates, stats.duplicates, "Duplicates", _COLOURS["other"])
-    reasons = dict(stats.dropped.most_common(6))
-    reasons |= {f"{reason} (unusable)": n for reason, n in stats.bad.most_common(6)}
-    _bars(left, reasons, "Records left out", _COLOURS["left"])
-    figure.suptitle(f"{stats.pairs:,} preference pairs", x=0.012, ha="left", weight="bold")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")  # a name without one stays
-    plt.close(figure)
-
-
-def _histogram(axes: Any, stats: PairStats, names: list[str], title: str, unit: str) -> None:
-    _plain(axes, title)
-    known = [name for name in names if name in stats.values]
-    if not known:
-        axes.text(0.5, 0.5, "not known", ha="center", va="center", color=_COLOURS["left"])
-        axes.set_axis_off()
-        axes.set_title(title, loc="left", fontsize=10.5)
-        return
-    values = [stats.values[name] for name in known]
-    low, high = min(v.min() for v in values), max(v.max() for v in values)
-    whole = all((v == v.round()).all() for v in values)
-    if whole and high - low < 60:
-        edges = np.arange(low - 0.5, high + 1)  # one bar for each number
-    else:
-        edges = np.linspace(low, high if high > low else low + 1, 31)
-    for name, found in zip(known, values, strict=True):
-        word = name.rpartition(" ")[2]
-        colour = _COLOURS.get(word if len(known) > 1 else "", _COLOURS["other"])
-        if name == known[0]:
-            axes.hist(found, edges, color=colour, alpha=0.85, rwidth=0.92, label=word)
-        else:  # an outline, so that both are seen
-            axes.hist(found, edges, histtype="step", color=colour, linewidth=1.6, label=word)
-    if len(known) > 1:
-        axes.legend(
-            frameon=False,
-            fontsize=9,
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            ncols=2,
-            handlelength=1,
+    path = Path(pairs)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not all(file.exists() for file in files):
+        raise FileNotFoundError(
+            f"there is no Parquet file at {pairs}; `python -m realign.pairs` writes one."
         )
-    axes.set_xlabel(unit, fontsize=9)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    if whole:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    for file in files:
+        for name, row in rows_of([file], ("chosen", "rejected"), _COLUMNS):
+            yield file, name, row
 
 
-def _bars(axes: Any, counts: dict[str, int], title: str, colour: str) -> None:
-    _plain(axes, title)
-    axes.set_axis_off()
-    axes.set_title(title, loc="left", fontsize=10.5)
-    most = max([1, *counts.values()])
-    for place, (name, number) in enumerate(counts.items()):
-        axes.barh(place, number / most, height=0.3, color=colour)
-        shown = name if len(name) <= 44 else name[:43] + "…"
-        axes.text(0, place - 0.22, shown, fontsize=9, va="bottom", parse_math=False)
-        axes.text(1, place - 0.22, f"{number:,}", fontsize=9, va="bottom", ha="right")
-    if not counts:
-        axes.text(0, 0, "none", fontsize=9, color=_COLOURS["left"])
-    axes.set_xlim(0, 1)
-    axes.set_ylim(max(len(counts), 4) - 0.3, -0.8)
+def difference(chosen: str, rejected: str) -> tuple[Segments, Segments]:
+    """Both responses in segments, marked where the other response has other words.
+
+    Joined, the segments are the responses again. Neighbouring changed words make one segment.
+    Responses of some thousand words are not compared; all of their words count as changed.
+    """
+    a, b = _TOKENS.findall(chosen), _TOKENS.findall(rejected)
+    if len(a) * len(b) > _COMPARED:
+        return [(chosen, True)], [(rejected, True)]
+    sides: tuple[list, list] = ([], [])
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    for kind, *edges in matcher.get_opcodes():
+        for side, tokens, start, stop in zip(sides, (a, b), edges[::2], edges[1::2], strict=True):
+            side += [(token, kind != "equal") for token in tokens[start:stop]]
+    return _joined(sides[0]), _joined(sides[1])
 
 
-def _plain(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
+def count_words(text: str) -> int:
+    """Number of words, or of letters in a script that is written without spaces."""
+    return sum(token[0].isalnum() for token in _TOKENS.findall(text))
 
 
-def _mark(image: StoredImage, folder: Path) -> str:
-    """The identity of an image: its bytes, or its file."""
-    if image.data is not None:
-        return hashlib.blake2b(image.data, digest_size=16).hexdigest()
-    return str(folder / image.path)
+def changed_words(segments: Segments) -> int:
+    """Number of words of a response that the other one does not share."""
+    return sum(count_words(text) for text, changed in segments if changed)
 
 
-def _left_out(work: Path, output: str | Path) -> tuple[Counter, Counter]:
-    """(drops, unusable records) by reason, as the run that wrote `output` noted them; where none
-    did, of the newest folder of each stage."""
-    with suppress(OSError, ValueError, KeyError):
-        noted = json.loads(run_note(work, str(output)).read_text())
-        return Counter(noted["dropped"]), Counter(noted["bad"])
-    newest: dict[str, Path] = {}
-    folders = (f for f in work.iterdir() if f.is_dir() and "-" in f.name) if work.is_dir() else ()
-    for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
-        newest[folder.name.rpartition("-")[0]] = folder
-    dropped = Counter(
-        entry.reason for folder in newest.values() for entry in Shards(folder).left_out("dropped")
-    )
-    return dropped, _unusable(work)
+def _joined(tokens: Segments) -> Segments:
+    """Runs of tokens as segments; white space counts as changed only between changed words."""
+    flags = [changed for _, changed in tokens]
+    for i, (text, _) in enumerate(tokens):
+        if text.isspace():
+            flags[i] = 0 < i < len(tokens) - 1 and flags[i - 1] and flags[i + 1]
+    segments: Segments = []
+    for (text, _), changed in zip(tokens, flags, strict=True):
+        if segments and segments[-1][1] == changed:
+            segments[-1] = (segments[-1][0] + text, changed)
+        else:
+            segments.append((text, changed))
+    return segments
 
 
-def _unusable(folder: Path) -> Counter:
-    file = folder / "rejected_records.parquet"
-    if not file.exists():
-        return Counter()
-    return Counter(pq.read_table(file, columns=["reason"])["reason"].to_pylist())
+def image_digest(image: StoredImage, folder: Path) -> bytes:
+    """Identity of an image of a row: its bytes, or its path; paths are relative to `folder`."""
+    data = image.data or str(folder / (image.path or "")).encode("utf-8", "replace")
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _left_out(work: Path, pairs: Path) -> tuple[Counter, Counter]:
+    """(dropped, unusable) records by reason, from the note of the run that wrote the pairs.
+
+    A data set and its work folder may have been moved: then the latest note of that name counts.
+    """
+    notes = sorted(work.glob(f"{pairs.name}.*.json"), key=lambda file: file.stat().st_mtime)
+    if (own := run_note(work, str(pairs))).exists():
+        notes.append(own)
+    if notes:
+        note = json.loads(notes[-1].read_text())
+        return Counter(note["dropped"]), Counter(note["bad"])
+    listed = work / "rejected_records.parquet"  # `import` writes only this
+    reasons = pq.read_table(listed)["reason"].to_pylist() if listed.exists() else []
+    return Counter(), Counter(reasons)
 
 
 def _short(value: float) -> str:
@@ -254,29 +218,16 @@ def _short(value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, draw; returns an exit code."""
+    """Parse, measure, print; returns an exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m realign.pairs stats",
-        description="Print and plot figures of preference pairs.",
+        prog="python -m realign.pairs stats", description="Print figures of preference pairs."
     )
     parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
-    parser.add_argument("--output", help="PNG to write (PAIRS-stats.png)")
-    parser.add_argument("--work", help="work folder of the run, for what it dropped (PAIRS.work)")
-    parser.add_argument("--no-plot", action="store_true", help="print only")
+    parser.add_argument("--work", help="work folder of the run, with its drops (PAIRS.work)")
     given = parser.parse_args(arguments)
     try:
-        path = Path(given.pairs)
-        output = given.output or str(path.with_name(f"{path.stem}-stats.png"))
-        if not given.no_plot and find_spec("matplotlib"):
-            check_file("--output", output)
-        stats = collect(given.pairs, work=given.work)
-        print(table(stats))
-        if not given.no_plot and given.output is None and not find_spec("matplotlib"):
-            print("no plot: it needs matplotlib, pip install 'realign[demo]'")
-        elif not given.no_plot:
-            draw(stats, output)
-            print(f"wrote {output}")
-    except (ValueError, OSError, pa.ArrowInvalid) as error:
+        print(collect(given.pairs, work=given.work))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

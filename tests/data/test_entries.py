@@ -14,12 +14,12 @@ from import_cases import assistant, text, user
 from PIL import Image
 from trl.data_utils import apply_chat_template, maybe_extract_prompt, prepare_multimodal_messages
 
-from realign.data.errors import shown
+from realign.data.errors import short_repr
 from realign.data.records import RecordError, read_pairs
 from realign.digits.processor import build_processor
 from realign.hf.records import records_of
 from realign.pairs.io.importers import import_pairs, read_any
-from realign.pairs.stages.base import Bad
+from realign.pairs.io.rows import InvalidRecord
 
 _BUFFER = io.BytesIO()
 Image.new("RGB", (8, 8)).save(_BUFFER, "PNG")
@@ -46,7 +46,7 @@ def _row(**columns):
 
 def _imported(folder, row):
     (found,) = read_any(str(folder / "rows.parquet"))
-    if isinstance(found, Bad):
+    if isinstance(found, InvalidRecord):
         raise RecordError(found.record, found.detail, "")
     return found
 
@@ -267,9 +267,9 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     with pytest.raises(RecordError, match="record 'rows.parquet:35': it cannot be decoded"):
         read_pairs(tmp_path / "rows.parquet")
     found = list(read_any(str(tmp_path / "rows.parquet")))
-    assert [bad.record for bad in found if isinstance(bad, Bad) and bad.reason == "malformed"] == [
-        "rows.parquet:35"
-    ]
+    assert [
+        bad.record for bad in found if isinstance(bad, InvalidRecord) and bad.reason == "malformed"
+    ] == ["rows.parquet:35"]
 
 
 def test_bad_records_are_counted_and_neighbours_kept(tmp_path):
@@ -359,5 +359,5 @@ def test_forms_of_a_data_set():
 
 
 def test_long_values_are_shortened():
-    assert len(shown(["x" * 10_000] * 100)) < 400 and shown(b"x" * 9) == "9 bytes"
-    assert "\n" not in shown("a\nb") and shown("\ud83d").encode()
+    assert len(short_repr(["x" * 10_000] * 100)) < 400 and short_repr(b"x" * 9) == "9 bytes"
+    assert "\n" not in short_repr("a\nb") and short_repr("\ud83d").encode()

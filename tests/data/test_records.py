@@ -1,6 +1,5 @@
 """Records on disk: what is written is read back, TRL and `datasets` agree, mistakes are named."""
 
-import io
 import json
 import os
 
@@ -16,7 +15,6 @@ from realign.data.records import (
     RecordError,
     StoredImage,
     read_pairs,
-    read_sources,
     write_pairs,
 )
 
@@ -59,7 +57,6 @@ def test_what_is_written_is_read(tmp_path):
     assert write_pairs(file, iter(records)) == 3
     assert read_pairs(file) == records
     assert read_pairs(str(file.parent)) == records
-    assert [r.rejected for r in read_sources(file)] == ["", "", ""]
     assert os.listdir(file.parent) == ["pairs.parquet"]
 
 
@@ -155,40 +152,6 @@ def test_forms_of_an_image_column(tmp_path, images):
     assert record.images[0].open("r").size == PICTURE.size
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        "a cat .",
-        [{"role": "assistant", "content": "a cat ."}],
-        [*PROMPT, {"role": "assistant", "content": "a cat ."}],  # repeats the prompt
-        [{"role": "assistant", "content": [{"type": "text", "text": "a cat ."}]}],
-    ],
-)
-def test_forms_of_a_response(tmp_path, response):
-    (record,) = read_pairs(_file(tmp_path, _row(chosen=response, rejected="a dog .")))
-    assert (record.chosen, record.rejected) == ("a cat .", "a dog .")
-    assert record.prompt == tuple(PROMPT)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "messages"),
-    [
-        ("what ?", ({"role": "user", "content": "what ?"},)),
-        (
-            [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what ?"}],
-            ({"role": "system", "content": "be brief"}, {"role": "user", "content": "what ?"}),
-        ),
-        (
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}],
-            ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]},),
-        ),
-    ],
-)
-def test_forms_of_a_prompt(tmp_path, prompt, messages):
-    (record,) = read_pairs(_file(tmp_path, _row(prompt=prompt)))
-    assert record.prompt == messages
-
-
 def test_a_folder_is_read_in_order_and_other_files_are_left_out(tmp_path):
     for name in ("b", "a", "c"):
         _file(tmp_path, _row(id=name), name=f"{name}.parquet")
@@ -203,93 +166,23 @@ def test_a_record_without_id_is_named_by_its_place(tmp_path):
     assert [r.name for r in read_pairs(tmp_path)] == ["0", "train.parquet:0", "train.parquet:1"]
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
-def test_any_picture_becomes_rgb(mode):
-    picture = Image.new("RGB", (8, 8), (255, 255, 255))
-    picture.paste((0, 0, 0), (0, 0, 4, 8))
-    buffer = io.BytesIO()
-    picture.convert(mode).save(buffer, format="TIFF" if mode == "CMYK" else "PNG")
-    opened = StoredImage(buffer.getvalue()).open("r")
-    assert opened.mode == "RGB"
-    assert np.array_equal(np.asarray(opened), np.asarray(picture))
-
-
-def test_a_photo_stands_upright():
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned 90 degrees clockwise
-    PICTURE.save(buffer, format="PNG", exif=exif)
-    opened = StoredImage(buffer.getvalue()).open("r")
-    assert np.array_equal(np.asarray(opened), np.rot90(np.asarray(PICTURE), -1))
-
-
-def _deep() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 30_000, dtype=np.int32)).save(buffer, format="TIFF")
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
-    ("stored", "problem"),
+    ("column", "value", "message"),
     [
-        (StoredImage(path="no/such.png"), "its image no/such.png does not exist. Replace"),
-        (StoredImage(b"no picture"), r"10 embedded bytes cannot be read \(none of the formats"),
-        (StoredImage(b""), "0 embedded bytes cannot be read"),
-        (StoredImage(PNG[: len(PNG) // 2], "cut.png"), "its image cut.png cannot be read"),
-        (StoredImage(PNG[:-40] + bytes(40)), "cannot be read"),
-        (StoredImage(path="/"), "its image / is no file"),
-        (StoredImage(), "neither bytes nor a path"),
-        (StoredImage(_deep()), "32 bits per pixel have no defined white; save it with 8"),
-    ],
-    ids=["missing", "garbage", "empty", "truncated", "corrupt", "folder", "nothing", "32 bit"],
-)
-def test_an_unusable_image_names_the_record_and_the_remedy(stored, problem):
-    with pytest.raises(RecordError, match=problem) as error:
-        stored.open("scene-7")
-    assert str(error.value).startswith("record 'scene-7': ")
-    assert error.value.record == "scene-7"
-    assert "the record." in str(error.value) and " at 0x" not in str(error.value)
-
-
-def test_a_picture_too_large_to_be_true_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(RecordError, match="cannot be read"):
-        StoredImage(PNG).open("r")
-
-
-def _answer(content):
-    return [{"role": "assistant", "content": content}]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"chosen": _answer("")}, "record 'r': its chosen response is empty. Write one"),
-        ({"rejected": _answer("  \n")}, "its rejected response is empty"),
-        ({"rejected": _answer(None)}, "its rejected has the message .*: its content is None"),
-        ({"chosen": ""}, "its chosen response is empty"),
-        ({"chosen": []}, "its chosen response is empty"),
-        ({"images": []}, "it has no image. Add one to `images` or remove the record"),
-        ({"images": None}, "it has no image"),
-        ({"images": [None]}, "one of its images is null"),
-        ({"prompt": []}, "it has no prompt. Add one"),
-        ({"prompt": ""}, "it has no prompt"),
-        ({"prompt": [{"role": "user", "content": None}]}, "its prompt has the message"),
-        (
-            {"prompt": ["what ?"]},
-            "its prompt has the message 'what [?]': it is no object. Give a role",
-        ),
-        (
-            {"prompt": [{"role": "user", "content": [{"type": "video", "text": None}]}]},
-            "its prompt has the message .*video.*parts of type text and image",
-        ),
+        ("chosen", "", "its chosen response is empty. Write one"),
+        ("chosen", [], "its chosen response is empty"),
+        ("rejected", [{"role": "assistant", "content": " \n"}], "its rejected response is empty"),
+        ("images", [], "it has no image. Add one to `images` or remove the record"),
+        ("images", None, "it has no image"),
+        ("prompt", "", "it has no prompt"),
+        ("prompt", [], "it has no prompt. Add one"),
     ],
 )
-def test_a_bad_record_is_named_with_its_remedy(tmp_path, changes, message):
-    file = _file(tmp_path, _row(id="good"), name="a.parquet").parent
-    _file(tmp_path, _row(id="r", **changes), name="b.parquet")
-    with pytest.raises(RecordError, match=message) as error:
-        read_pairs(file)
+def test_an_empty_value_is_named_with_its_remedy(tmp_path, column, value, message):
+    _file(tmp_path, _row(id="good"), name="a.parquet")
+    _file(tmp_path, _row(id="r") | {column: value}, name="b.parquet")
+    with pytest.raises(RecordError, match=f"record 'r': {message}") as error:
+        read_pairs(tmp_path)
     assert error.value.record == "r"
 
 
@@ -318,18 +211,6 @@ def test_bad_files_are_named(tmp_path):
         read_pairs(damaged)
 
 
-def test_a_prompt_may_be_what_the_dialogues_share(tmp_path):
-    """TRL takes the same rows: `prompt` is one of its columns that may be absent."""
-    row = _row(chosen=[*PROMPT, *_answer("a cat .")], rejected=[*PROMPT, *_answer("a dog .")])
-    del row["prompt"]
-    (record,) = read_pairs(_file(tmp_path, row))
-    assert record.prompt == tuple(PROMPT)
-    with pytest.raises(RecordError, match="'x.parquet:0': it has no prompt"):
-        read_pairs(
-            _file(tmp_path, row | {"chosen": "a cat", "rejected": "a dog"}, name="x.parquet")
-        )
-
-
 @pytest.mark.parametrize("column", ["chosen", "rejected", "images"])
 def test_a_missing_column_is_named(tmp_path, column):
     row = _row(more="of no interest")
@@ -337,11 +218,6 @@ def test_a_missing_column_is_named(tmp_path, column):
     file = _file(tmp_path, row)
     with pytest.raises(ValueError, match=f"rows.parquet lacks the column.s. {column}. Columns are"):
         read_pairs(file)
-    if column == "rejected":
-        assert len(read_sources(file)) == 1
-    else:
-        with pytest.raises(ValueError, match=f"lacks the column.s. {column}"):
-            read_sources(file)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine that answers as its script says, and what is asked of it."""
+"""A chat endpoint on this machine with scripted answers; it records the requests."""
 
 import json
 import threading
@@ -9,8 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 from PIL import Image
 
-from realign.pairs.engines import Chat
-from realign.pairs.engines.endpoint import EndpointEngine
+from realign.pairs.engines import Chat, make_engine
 
 KEY = "sk-test/Zq8-secret"
 
@@ -98,7 +97,6 @@ def picture(size=(4, 3), seed=0):
     return Image.fromarray(pixels)
 
 
-def engine_at(server, **settings):
-    """An engine that asks a server, without long waits."""
-    settings = {"first_wait": 0.01, "timeout": 5.0} | settings
-    return EndpointEngine(f"{server.url}#some/model:x", **settings)
+def engine_at(server, model="some/model:x", **options):
+    """An engine that asks a server."""
+    return make_engine(f"{server.url}#{model}", **{"timeout": 5.0} | options)

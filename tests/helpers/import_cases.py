@@ -4,20 +4,19 @@ import json
 
 from realign.data.records import Record
 from realign.pairs.io.importers import read_any
-from realign.pairs.stages.base import Bad
 
 
-def user(text):
-    return {"role": "user", "content": text}
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
 
 
 def text(content):
     """A typed part."""
     return {"type": "text", "text": content}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def write_json(folder, content, name="data.json"):
@@ -26,13 +25,12 @@ def write_json(folder, content, name="data.json"):
 
 
 def read_all(data, **options):
-    """(records by name, bad records as {name: reason})."""
-    found = list(read_any(data, **options))
-    bad = [entry for entry in found if isinstance(entry, Bad)]
-    assert all(entry.stage == "read" for entry in bad)
-    records = [entry for entry in found if isinstance(entry, Record)]
-    assert len({r.name for r in records} | {b.record for b in bad}) == len(found)
-    return {r.name: r for r in records}, {b.record: b.reason for b in bad}
+    """(records by name, invalid records as {name: reason})."""
+    results = list(read_any(str(data), **options))
+    records = {r.name: r for r in results if isinstance(r, Record)}
+    invalid = {r.record: r.reason for r in results if not isinstance(r, Record)}
+    assert len(records.keys() | invalid.keys()) == len(results)
+    return records, invalid
 
 
 REALIGN = {
@@ -41,7 +39,6 @@ REALIGN = {
     "chosen": [user("<image>\nWhat is it?"), assistant("A cat.")],
     "rejected": [user("<image>\nWhat is it?"), assistant("A dog.")],
 }
-
 
 LLAVA = {
     "id": "33471",
@@ -55,7 +52,6 @@ LLAVA = {
         {"from": "gpt", "value": "In a street."},
     ],
 }
-
 
 COCO = {
     "images": [{"id": i, "file_name": f"{name}.jpg"} for i, name in [(9, "a"), (3, "b"), (4, "c")]],

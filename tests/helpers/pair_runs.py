@@ -1,5 +1,6 @@
-"""Small runs of the pairs pipeline on digits, and what tests look at in their work folders."""
+"""Small runs of the pairs pipeline on digits, and views of their work folders."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +19,15 @@ def config_in(folder: Path, **settings) -> PairsConfig:
     return PairsConfig(output=str(folder / "pairs.parquet"), **(SETTINGS | settings))
 
 
+def copy_run(run, folder: Path, stages=ORDER, **settings) -> PairsConfig:
+    """Settings of a run in `folder` whose work folder has the `stages` of another run."""
+    config = config_in(folder, **settings)
+    for stage in stages:
+        there = stage_folder(run.work, stage)
+        shutil.copytree(there, config.work_folder / there.name)
+    return config
+
+
 def stage_folder(work: Path, stage: str) -> Path:
     """The one folder of a stage."""
     (found,) = work.glob(f"{stage}-*")
@@ -25,22 +35,27 @@ def stage_folder(work: Path, stage: str) -> Path:
 
 
 def shard_times(folder: Path) -> dict[str, int]:
-    """When each shard was written."""
+    """Shard -> time of its file."""
     files = [file for file in sorted(folder.glob("*.parquet")) if file.stem.isdigit()]
     return {file.name: file.stat().st_mtime_ns for file in files}
 
 
+def stage_rows(folder: Path) -> list[dict]:
+    """The rows of all shards of a stage."""
+    return [row for name in shard_times(folder) for row in pq.read_table(folder / name).to_pylist()]
+
+
 def rejected_in(folder: Path) -> list[tuple[str, str, str]]:
-    """(record, stage, reason) of the bad records listed there."""
+    """(record, stage, reason) of the invalid records listed there."""
     rows = pq.read_table(folder / "pairs.work" / "rejected_records.parquet").to_pylist()
     return [(row["record"], row["stage"], row["reason"]) for row in rows]
 
 
 class FakeEngine:
-    """An engine that says what a function makes of a request's text."""
+    """An engine whose replies are a function of a request's text."""
 
-    def __init__(self, say):
-        self.say, self.name, self.asked = say, "fake", []
+    def __init__(self, reply_to):
+        self.reply_to, self.name, self.asked = reply_to, "fake", []
 
     def open(self):
         pass
@@ -53,5 +68,5 @@ class FakeEngine:
 
     def chat(self, requests):
         self.asked += requests
-        said = [self.say(request.messages[-1]["content"]) for request in requests]
-        return [reply if isinstance(reply, Reply) else Reply(reply) for reply in said]
+        replies = [self.reply_to(request.messages[-1]["content"]) for request in requests]
+        return [reply if isinstance(reply, Reply) else Reply(reply) for reply in replies]

@@ -150,14 +150,18 @@ def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
     return case
 
 
+def _pick(case: Case, where: str, faults: list[Any], rng: np.random.Generator) -> Any:
+    """A fault of a kind, all kinds equally often; the case is named after it."""
+    kind = rng.choice(sorted({fault[0] for fault in faults}))
+    of_kind = [fault for fault in faults if fault[0] == kind]
+    fault = of_kind[rng.integers(len(of_kind))]
+    case.kind, case.fault = fault[0], f"{where}: {fault[1]}"
+    return fault
+
+
 def _text_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     where = str(rng.choice(list(PATHS[case.format])))
-    faults = _texts(where)
-    kinds = sorted({fault[0] for fault in faults})
-    kind = rng.choice(kinds)
-    chosen = [fault for fault in faults if fault[0] == kind]
-    kind, name, change, reads, verdicts = chosen[rng.integers(len(chosen))]
-    case.kind, case.fault = kind, f"{where}: {name}"
+    kind, name, change, reads, verdicts = _pick(case, where, _texts(where), rng)
     if where == "text":
         text = case.row["text"]
     else:
@@ -244,11 +248,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
             faults.append(("parts", name, [*messages[:-1], last | {content: value}], verdict))
     if where not in ("prompt", "messages") and content == "content" and case.format != "authors":
         faults += _several_turns(case, where)
-    kinds = sorted({fault[0] for fault in faults})
-    kind = rng.choice(kinds)
-    chosen = [fault for fault in faults if fault[0] == kind]
-    case.kind, name, value, verdicts = chosen[rng.integers(len(chosen))]
-    case.fault = f"{where}: {name}"
+    _, name, value, verdicts = _pick(case, where, faults, rng)
     case.row[where] = value
     if name == "system first":
         truth.prompt = [("system", "say one ."), *truth.prompt]

@@ -54,7 +54,7 @@ def _grey(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, axis=-1)
 
 
-def _on_white(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def on_white(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[..., None] / 255
     return np.rint(values * share + 255 * (1 - share)).astype(np.uint8)
 
@@ -82,19 +82,24 @@ def make_pictures() -> dict[str, Picture]:
         "RGB BMP": Picture(encode(plain, "BMP"), rgb),
         "RGB TIFF": Picture(encode(plain, "TIFF"), rgb),
         "RGB JPEG": Picture(encode(Image.fromarray(large), "JPEG", **jpeg), large, 4),
+        "progressive JPEG": Picture(
+            encode(Image.fromarray(large), "JPEG", progressive=True, **jpeg), large, 4
+        ),
+        "RGB WEBP": Picture(encode(plain, "WEBP", lossless=True), rgb),
+        "PPM": Picture(encode(plain, "PPM"), rgb),
         "L PNG": Picture(encode(grey), _grey(one)),
         "1 PNG": Picture(
             encode(Image.fromarray(one > 110)), _grey(np.where(one > 110, 255, 0).astype(np.uint8))
         ),
-        "RGBA PNG": Picture(encode(rgba), _on_white(rgb, alpha), 1),
+        "RGBA PNG": Picture(encode(rgba), on_white(rgb, alpha), 1),
         "RGBA WEBP": Picture(
-            encode(rgba, "WEBP", lossless=True, exact=True), _on_white(rgb, alpha), 2
+            encode(rgba, "WEBP", lossless=True, exact=True), on_white(rgb, alpha), 2
         ),
         "LA PNG": Picture(
-            encode(Image.fromarray(np.dstack([one, alpha]), "LA")), _on_white(_grey(one), alpha), 1
+            encode(Image.fromarray(np.dstack([one, alpha]), "LA")), on_white(_grey(one), alpha), 1
         ),
         "transparent black": Picture(
-            encode(Image.fromarray(np.dstack([rgb * 0, clear]))), _on_white(rgb * 0, clear)
+            encode(Image.fromarray(np.dstack([rgb * 0, clear]))), on_white(rgb * 0, clear)
         ),
         "1x1": Picture(encode(Image.fromarray(rgb[:1, :1])), rgb[:1, :1]),
         "3000x1": Picture(encode(Image.fromarray(colours(1, 1, 3000))), colours(1, 1, 3000)),
@@ -155,13 +160,17 @@ def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Picture]:
         "P PNG": Picture(encode(image), shown),
         "P PNG, one clear colour": Picture(
             encode(image, transparency=2),
-            _on_white(shown, np.where(index == 2, 0, 255).astype(np.uint8)),
+            on_white(shown, np.where(index == 2, 0, 255).astype(np.uint8)),
         ),
         "P PNG, alpha in bytes": Picture(
-            encode(image, transparency=alphas.tobytes()), _on_white(shown, alphas[index]), 1
+            encode(image, transparency=alphas.tobytes()), on_white(shown, alphas[index]), 1
         ),
         "P GIF": Picture(encode(image, "GIF"), shown),
-        "PA as RGBA": Picture(encode(both.convert("RGBA")), _on_white(shown, clear)),
+        "P GIF, one clear colour": Picture(
+            encode(image, "GIF", transparency=2),
+            on_white(shown, np.where(index == 2, 0, 255).astype(np.uint8)),
+        ),
+        "PA as RGBA": Picture(encode(both.convert("RGBA")), on_white(shown, clear)),
     }
 
 
@@ -179,7 +188,7 @@ def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Picture]:
     return {
         "RGB PNG, 16 bits": Picture(_png(wide(rgb), 16, 2), rgb),
         "RGBA PNG, 16 bits": Picture(
-            _png(wide(np.dstack([rgb, alpha])), 16, 6), _on_white(rgb, alpha), 2
+            _png(wide(np.dstack([rgb, alpha])), 16, 6), on_white(rgb, alpha), 2
         ),
         "RGB PNG, one clear colour": Picture(
             _png(rgb, 8, 2, key), np.where(same[..., None], 255, rgb).astype(np.uint8)
@@ -192,16 +201,23 @@ def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Picture]:
     }
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: list[bytes], *more: bytes) -> bytes:
+    """A PNG by hand, of the bytes of each row and further chunks."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    packed = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [chunk(b"IHDR", header), *more, chunk(b"IDAT", packed), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def _png(values: np.ndarray, depth: int, colour: int, clear: bytes = b"") -> bytes:
     rows = values.astype(">u2" if depth == 16 else np.uint8).reshape(HEIGHT, -1)
-    lines = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), *([(b"tRNS", clear)] if clear else [])]
-    chunks += [(b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
+    more = [chunk(b"tRNS", clear)] if clear else []
+    return png(WIDTH, HEIGHT, depth, colour, [row.tobytes() for row in rows], *more)
 
 
 def _deep(one: np.ndarray) -> dict[str, Picture]:

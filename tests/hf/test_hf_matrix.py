@@ -71,12 +71,12 @@ def test_the_ways_that_cannot_be_right_are_refused(benches, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_an_adapter_resumes_in_every_way_of_loading(benches, tmp_path, way):
     bench, kind = benches["smolvlm"], "LoRA, modules_to_save norm"
-    settings = {"save_strategy": "steps", "save_steps": 2}
-    first = hf_matrix.trainer_of(bench, kind, way, tmp_path, **settings, max_steps=4)
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    first = hf_matrix.trainer_of(bench, kind, way, tmp_path, **settings, max_steps=2)
     with adapter_kinds.quiet():
         first.train()
-        second = hf_matrix.trainer_of(bench, kind, way, tmp_path, max_steps=4)
-        second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        second = hf_matrix.trainer_of(bench, kind, way, tmp_path, max_steps=2)
+        second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert history(second) == pytest.approx(history(first), rel=1e-5)
 
 

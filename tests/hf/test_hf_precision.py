@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
-from realign.hf.precision import dtypes_named
 from realign.modeling.loading import load_processor
 
 
@@ -128,15 +127,6 @@ def test_adapters_that_transformers_made_in_bf16_are_widened(records, tmp_path, 
     assert "computing in bfloat16, the dtype of the model's weights" in printed
     trainer.train()
     assert history(trainer)[0] == pytest.approx(2 * math.log(2), abs=3e-4)
-
-
-def test_dtypes_that_do_not_compute_together_are_named():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16())
-    with pytest.raises(ValueError, match="in bfloat16 and float32 do not.*float32"), \
-            dtypes_named(model):  # fmt: skip
-        model(torch.ones(1, 2))
-    with pytest.raises(RuntimeError, match="shapes"), dtypes_named(model):
-        model(torch.ones(1, 3))
 
 
 def test_a_processor_is_asked_for(records, tmp_path):

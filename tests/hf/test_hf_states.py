@@ -273,7 +273,7 @@ def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_p
 
 
 def test_processes_with_other_weights_are_named(adapted, records, tmp_path, monkeypatch):
-    monkeypatch.setattr("realign.hf.parts.gather_object", lambda mine: [*mine, "of rank 1"])
+    monkeypatch.setattr("realign.hf.checks.gather_object", lambda own: [*own, "of rank 1"])
     trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=1), records)
     with pytest.raises(ValueError, match="handed models with different weights.*set_seed"):
         trainer.train()

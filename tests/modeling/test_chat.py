@@ -15,7 +15,7 @@ from tokenizers import processors
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from realign.data.messages import ChatError
+from realign.data.errors import Malformed
 from realign.data.records import Record, StoredImage
 from realign.modeling.chat import ChatTemplate, chat_prompt, text_inputs, tokens_behind
 from realign.modeling.encode import encode_records
@@ -124,7 +124,7 @@ def test_trls_templates(tokenizer, path):
             own = truth(tokenizer, template, (*dialogue, ("assistant", answer)))
             try:
                 found = rendered(chat, dialogue, answer)
-            except ChatError:  # Gemma refuses a system role
+            except Malformed:  # Gemma refuses a system role
                 assert own is None or ("<think>" in answer and path.stem.startswith(THOUGHTLESS))
             else:
                 assert_own(tokenizer, template, dialogue, answer, *found)
@@ -186,7 +186,7 @@ def test_templates_that_are_refused(tokenizer, name):
         for answer in ANSWERS[:2]:
             try:
                 found = rendered(chat, dialogue, answer)
-            except ChatError as error:
+            except Malformed as error:
                 errors.append(str(error))
             else:
                 assert_own(tokenizer, template, dialogue, answer, *found)
@@ -260,7 +260,7 @@ def test_image_tags_are_places_of_images(family):
 )
 def test_messages_that_are_refused(messages, images, message):
     given = [{"role": role, "content": content} for role, content in messages]
-    with pytest.raises(ChatError, match=message):
+    with pytest.raises(Malformed, match=message):
         chat_prompt(make_processor("qwen2_vl"), given, images)
 
 
@@ -278,7 +278,7 @@ def test_templates_of_strings_get_the_image_token(family, image):
         text = processor.apply_chat_template(strings, add_generation_prompt=True)
         assert chat_prompt(processor, asked, 1)[0] == text
     processor.chat_template = FINE["strings"].replace("m.content", "m.content | replace('<', '')")
-    with pytest.raises(ChatError, match="places 0 image.s. .* for 1 given"):
+    with pytest.raises(Malformed, match="places 0 image.s. .* for 1 given"):
         chat_prompt(processor, asked, 1)
 
 

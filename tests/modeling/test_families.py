@@ -138,8 +138,8 @@ def lora_gradients_are_the_same(family):
     return "yes"
 
 
-def checkpointed_layers_are_the_same(family):
-    vlm, model, examples, store = with_lora(family)
+def checkpointed_layers_are_the_same(family, attention="sdpa"):
+    vlm, model, examples, store = with_lora(family, attention)
     forest_loss(model, examples, store)
     plain = gradients(vlm)
     vlm.zero_grad()
@@ -154,13 +154,13 @@ def checkpointed_layers_are_the_same(family):
     return "yes"
 
 
-def sharded_models_are_the_same(family):
+def sharded_models_are_the_same(family, attention="sdpa"):
     """One rank, which has all hooks of FSDP2; test_scale.py has several."""
-    plain, _ = make(family)
+    plain, _ = make(family, attention=attention)
     model = ForestModel(plain)
     examples, store = encoded(family, model)
     loss, _ = forest_loss(model, examples, store)
-    vlm, _ = make(family)
+    vlm, _ = make(family, attention=attention)
     model = ForestModel(vlm)
     distributed.start(alone=True, fsdp=False)
     try:
@@ -189,6 +189,11 @@ COLUMNS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family(family, column):
     assert COLUMNS[column](family)
+
+
+@pytest.mark.parametrize("column", ["FSDP", "checkpointing"])
+def test_varlen_attention_is_trained_alike(column):
+    assert COLUMNS[column]("llava", "flash")
 
 
 def test_the_table_in_docs_is_what_was_found():

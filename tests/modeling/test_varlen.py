@@ -1,7 +1,5 @@
 """Varlen attention over forests: the operator, its CUDA arguments, and models that attend by it."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -22,11 +20,10 @@ from family_cases import (
 from tiny_vlms import make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from realign import distributed
 from realign.modeling import attention, tree_attention, varlen_attention
 from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
-from realign.modeling.varlen_attention import forest_attention, sequences
+from realign.modeling.varlen_attention import Spans, forest_attention, sequences
 from realign.training import fsdp, memory
 
 OPERATOR = torch.ops.realign.forest_attention.default
@@ -135,10 +132,7 @@ def test_operator_is_a_torch_operator(name):
 
 
 class StandIn:
-    """torch's flash operators in plain torch: they check arguments, and compute in fp32.
-
-    As flash-attn's backward does, it takes probabilities from the log-sum-exp that it is given.
-    """
+    """torch's flash operators, which check their arguments and compute by the reference."""
 
     def __init__(self, monkeypatch, dtype):
         self.dtype, self.calls = dtype, []
@@ -179,43 +173,22 @@ class StandIn:
         assert not is_causal or torch.equal(cum_seq_q, cum_seq_k)
         assert rest["dropout_p"] == 0 and rest["scale"] == 0.3
 
-    def _pieces(self, query, key, value, cum_seq_q, cum_seq_k, is_causal, scale, **_):
-        """For each sequence its slices, and (heads, tokens, ...) queries, keys, values, scores."""
-        spans = (pairwise(ends.tolist()) for ends in (cum_seq_q, cum_seq_k))
-        for q, k in zip(*spans, strict=True):
-            q, k = slice(*q), slice(*k)
-            qs, ks, vs = (t.float().transpose(0, 1) for t in (query[q], key[k], value[k]))
-            ks, vs = (t.repeat_interleave(len(qs) // len(t), 0) for t in (ks, vs))
-            scores = scale * qs @ ks.mT
-            if is_causal:
-                hidden = torch.ones(scores.shape[1:]).triu(1).bool()
-                scores = scores.masked_fill(hidden, -torch.inf)
-            yield q, k, qs, ks, vs, scores
-
-    def forward(self, return_debug_mask, **given):
-        assert not return_debug_mask
-        query = given["query"]
-        out, lse = torch.empty_like(query), torch.empty(query.shape[1], len(query))
-        for q, _, _, _, vs, scores in self._pieces(**given):
-            out[q] = (scores.softmax(-1) @ vs).transpose(0, 1).to(self.dtype)
-            lse[:, q] = scores.logsumexp(-1)
+    def forward(self, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, **given):
+        assert not given["return_debug_mask"]
+        spans = Spans(cum_seq_q, cum_seq_k, max_q, max_k)
+        settings = given["scale"], given["is_causal"]
+        out, lse = varlen_attention.reference(query, key, value, spans, *settings)
         return out, lse, torch.empty(2, dtype=torch.uint64), torch.empty(()), torch.empty(0)
 
-    def backward(self, grad_out, out, logsumexp, rng_state, **given):
+    def backward(self, grad_out, query, key, value, out, logsumexp, rng_state, **given):
         assert logsumexp.is_contiguous() and logsumexp.dtype == torch.float32
         assert logsumexp.shape == (out.shape[1], len(out))
         assert torch.get_deterministic_debug_mode() == 2
         assert rng_state.dtype == torch.uint64 and not rng_state.any()
-        groups = given["key"].shape[1]
-        grads = [torch.empty_like(given[name]) for name in ("query", "key", "value")]
-        for q, k, qs, ks, vs, scores in self._pieces(**given):
-            dout, o = (t[q].float().transpose(0, 1) for t in (grad_out, out))
-            p = (scores - logsumexp[:, q, None]).exp()
-            ds = given["scale"] * p * (dout @ vs.mT - (dout * o).sum(-1, keepdim=True))
-            grads[0][q] = (ds @ ks).transpose(0, 1).to(self.dtype)
-            for grad, found in zip(grads[1:], (ds.mT @ qs, p.mT @ dout), strict=True):
-                grad[k] = found.unflatten(0, (groups, -1)).sum(1).transpose(0, 1).to(self.dtype)
-        return grads
+        spans = Spans(*(given[name] for name in ("cum_seq_q", "cum_seq_k", "max_q", "max_k")))
+        settings = spans, given["scale"], given["is_causal"]
+        states = grad_out, query, key, value, out, logsumexp
+        return varlen_attention.reference_backward(*states, *settings)
 
 
 @pytest.mark.parametrize("groups", [4, 2])
@@ -236,10 +209,11 @@ def test_cuda_kernel_is_called_as_torch_declares_it():
     parts = sequences(trees, columns)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         query, key = torch.empty(len(parts.more), 4, 8).half(), torch.empty(15, 2, 8).half()
-        ends = torch.empty(3, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
-        settings = (parts.longest_more, parts.longest_root, 0.3, False)
-        out, lse = varlen_attention.flash(query, key, key, *ends, *settings)
-        grads = varlen_attention.flash_backward(query, query, key, key, out, lse, *ends, *settings)
+        ends = torch.empty(2, 3, dtype=torch.int32)
+        spans = varlen_attention.Spans(*ends, parts.longest_more, parts.longest_root)
+        out, lse = varlen_attention.flash(query, key, key, spans, 0.3, False)
+        states = query, query, key, key, out, lse
+        grads = varlen_attention.flash_backward(*states, spans, 0.3, False)
         rows = torch.empty(54, 4, 8).half(), torch.empty(54, 2, 8).half()
         declared = forest_attention(rows[0], rows[1], rows[1], *parts, 0.3)
     assert [t.shape for t in (out, *grads)] == [query.shape, query.shape, key.shape, key.shape]
@@ -294,38 +268,6 @@ def test_log_probs_by_the_operator_in_rows_with_padding():
             batch = build_batch(examples, store, row_tokens=row_tokens)
             assert (batch.sequences.real is None) == (len(batch.input_ids) == 1)
             assert (batch.leaf_sums(model(batch)) - true).abs().max() < LOGP_TOLERANCE
-
-
-def test_checkpointed_layers_by_the_operator_give_the_same_bits():
-    results = []
-    for checkpointed in (False, True):
-        vlm, model, examples, store = with_lora("llava", "flash")
-        layers = fsdp.trained_layers(model)
-        fsdp.wrap_layers(layers, compiled=False, checkpointed=checkpointed)
-        forest_loss(model, examples, store)
-        results.append(gradients(vlm))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-
-
-def test_a_sharded_model_by_the_operator_is_the_model():
-    """FSDP2 on a mesh of one."""
-    results = []
-    for sharded in (False, True):
-        vlm, _ = make("llava", attention="flash")
-        model = ForestModel(vlm)
-        examples, store = encoded("llava", model)
-        distributed.start(alone=True, fsdp=False)
-        try:
-            if sharded:
-                fsdp.shard(model, CPU, torch.float32)
-            forest_loss(model, examples, store)
-            found = gradients(vlm)
-            results.append(
-                {n: g.full_tensor() if sharded else g for n, g in found.items() if g is not None}
-            )
-        finally:
-            distributed.stop()
-    assert_same_gradients(results[1], results[0])
 
 
 def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):

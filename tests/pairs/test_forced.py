@@ -8,7 +8,7 @@ from tiny_tokenizers import byte_level, sentence_pieces, word_pieces
 from tiny_vlms import make
 
 from realign.digits.scenes import CAPTION_PROMPT
-from realign.pairs.infill.forced import Speech
+from realign.pairs.infill.forced import ResponseFramer
 from realign.pairs.infill.refill import infill
 from realign.pairs.masking.mask import CATEGORIES, Masked, mask_response, masked_from
 
@@ -16,7 +16,7 @@ PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 
 
 class Framed:
-    """A processor as far as `Speech` looks: a tokenizer and a template."""
+    """A processor as far as `ResponseFramer` looks: a tokenizer and a template."""
 
     image_token = "<image>"
 
@@ -32,7 +32,7 @@ class Framed:
         return text + (self.opening if add_generation_prompt else "")
 
 
-def said(pieces, tokenizer):
+def texts_of(pieces, tokenizer):
     return [tokenizer.decode(p, clean_up_tokenization_spaces=False) for p in pieces]
 
 
@@ -44,7 +44,7 @@ def bare(text):
 @st.composite
 def masked_texts(draw):
     """Texts of many scripts, hidden at any characters, adjacent spans and both ends included."""
-    words = [
+    parts = [
         "red",
         "white-",
         "dog",
@@ -58,10 +58,12 @@ def masked_texts(draw):
         "...",
         "(a",
         "नमस्ते",
+        " ",
+        " ",
+        " ",
+        "\n",
     ]
-    text = "".join(
-        draw(st.lists(st.sampled_from([*words, " ", " ", " ", "\n"]), min_size=2, max_size=14))
-    ).strip()
+    text = "".join(draw(st.lists(st.sampled_from(parts), min_size=2, max_size=14))).strip()
     text = text or "red dog"
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=6, unique=True)))
     spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if text[a:b].strip()]
@@ -74,16 +76,16 @@ def masked_texts(draw):
     return Masked(tuple(parts[0::2]), tuple(parts[1::2]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(masked_texts(), st.sampled_from([270, 300, 400]), st.sampled_from(["", " "]))
 def test_forced_tokens_spell_what_is_visible(masked, size, lead):
     """With a tokenizer whose tokens run over words, spans and bytes of a character."""
     text = masked.fill(masked.hidden)
     tokenizer = byte_level([text * 3, text[::2], f"ASSISTANT:{lead}{text}"], size)
-    speech = Speech(Framed(tokenizer, lead))
-    forced = speech.force("USER: <image> name it ASSISTANT:", masked)
+    framer = ResponseFramer(Framed(tokenizer, lead))
+    forced = framer.force("USER: <image> name it ASSISTANT:", masked)
     assert len(forced.pieces) == len(masked.pieces) == len(forced.stops) + 1
-    for tokens, piece in zip(said(forced.pieces, tokenizer), masked.pieces, strict=True):
+    for tokens, piece in zip(texts_of(forced.pieces, tokenizer), masked.pieces, strict=True):
         assert tokens.strip() == piece.strip()
         assert "\ufffd" not in tokens
     if not masked.hidden:
@@ -91,13 +93,13 @@ def test_forced_tokens_spell_what_is_visible(masked, size, lead):
     assert all(n > 0 for n in forced.hidden[:1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(masked_texts(), st.sampled_from([sentence_pieces, word_pieces]))
 def test_forced_tokens_of_other_tokenizers(masked, kind):
     text = masked.fill(masked.hidden)
     tokenizer = kind([text, "USER: ASSISTANT: name it", *text])
-    forced = Speech(Framed(tokenizer)).force("USER: <image> name it ASSISTANT:", masked)
-    for tokens, piece in zip(said(forced.pieces, tokenizer), masked.pieces, strict=True):
+    forced = ResponseFramer(Framed(tokenizer)).force("USER: <image> name it ASSISTANT:", masked)
+    for tokens, piece in zip(texts_of(forced.pieces, tokenizer), masked.pieces, strict=True):
         assert bare(tokens.replace("##", "")) == bare(piece)
 
 
@@ -105,16 +107,16 @@ def test_a_token_over_the_edge_gives_way_to_its_visible_part():
     text = "a red-white dog's (old) hat"
     tokenizer = byte_level([text] * 4, 330)
     ids = tokenizer(f"ASSISTANT: {text}", add_special_tokens=False)["input_ids"]
-    spelled = said([[token] for token in ids], tokenizer)
+    spelled = texts_of([[token] for token in ids], tokenizer)
     assert max(map(len, spelled)) > 8  # tokens are whole phrases here
     for hidden in ("white", "dog", "old", "red", "hat"):
         masked = masked_from(text, [hidden])
-        forced = Speech(Framed(tokenizer)).force("ASSISTANT:", masked)
-        assert [p.strip() for p in said(forced.pieces, tokenizer)] == [
+        forced = ResponseFramer(Framed(tokenizer)).force("ASSISTANT:", masked)
+        assert [p.strip() for p in texts_of(forced.pieces, tokenizer)] == [
             p.strip() for p in masked.pieces
         ]
         # What fills the gap brings the space before it along.
-        assert said(forced.pieces, tokenizer)[0] == f" {masked.pieces[0].rstrip()}"
+        assert texts_of(forced.pieces, tokenizer)[0] == f" {masked.pieces[0].rstrip()}"
 
 
 @pytest.mark.parametrize("kind", ["words", "bytes"])
@@ -123,18 +125,18 @@ def test_forced_pieces_are_the_tokens_around_the_gaps(kind, segments, processor)
     """Where no token runs over an edge, they are the tokens that training sees."""
     text = "top left seven , top right two , bottom left zero ."
     if kind == "words":
-        speech, before = Speech(processor), " user : <image> name the digits . assistant :"
+        framer, before = ResponseFramer(processor), " user : <image> name the digits . assistant :"
     else:
         text = "two dogs near a big tree, behind the big house."
         tokenizer = byte_level([text, "ASSISTANT: two"], 290, regex=True)
-        speech, before = Speech(Framed(tokenizer)), "ASSISTANT:"
-    tokenizer = speech.tokenizer
-    whole = tokenizer(before + speech.lead + text, add_special_tokens=False)["input_ids"]
+        framer, before = ResponseFramer(Framed(tokenizer)), "ASSISTANT:"
+    tokenizer = framer.tokenizer
+    whole = tokenizer(before + framer.lead + text, add_special_tokens=False)["input_ids"]
     whole = whole[len(tokenizer(before, add_special_tokens=False)["input_ids"]) :]
     rng = np.random.default_rng(1)
     for _ in range(10):
         masked = mask_response(text, CATEGORIES, segments, rng)
-        forced = speech.force(before, masked)
+        forced = framer.force(before, masked)
         # What is left of the tokenization between two pieces spells the hidden words.
         rest = whole
         for piece, hidden, count in zip(
@@ -153,14 +155,14 @@ def test_a_response_ends_as_its_template_and_its_model_end_it():
     """Gemma's turns end with a token that is not its tokenizer's end token."""
     vlm, processor = make("gemma3")
     ids = processor.tokenizer.convert_tokens_to_ids
-    assert Speech(processor).ends == {ids("<eos>"), ids("<end_of_turn>")}
+    assert ResponseFramer(processor).ends == {ids("<eos>"), ids("<end_of_turn>")}
     vlm.generation_config.eos_token_id = [ids("<eos>"), ids("red")]
-    assert Speech(processor, vlm).ends == {ids("<eos>"), ids("<end_of_turn>"), ids("red")}
+    assert ResponseFramer(processor, vlm).ends == {ids("<eos>"), ids("<end_of_turn>"), ids("red")}
     masked = Masked(("one ", " two ", ""), ("red", "dot"))
-    first, last = Speech(processor).force("", masked).stops
+    first, last = ResponseFramer(processor).force("", masked).stops
     assert first == {ids("two")} and last == {ids("<eos>"), ids("<end_of_turn>")}
     blank = Masked(("one ", "\n"), ("red",))  # white space behind the last gap may be left out
-    assert Speech(processor).force("", blank).stops[0] >= last
+    assert ResponseFramer(processor).force("", blank).stops[0] >= last
 
 
 def test_an_image_token_in_a_response_is_refused(processor, scenes):

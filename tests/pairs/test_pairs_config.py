@@ -1,4 +1,4 @@
-"""Settings of the pairs pipeline: what is refused, and what follows from the rest."""
+"""Settings of the pairs pipeline: refusals, and derived settings."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from realign.digits import ASSETS
 from realign.pairs.pipeline import PairsConfig
 
-# To add an option is a decision: it is listed here, with its default.
+LOCAL = "transformers:m"
 
 
 @pytest.mark.parametrize(
@@ -51,26 +51,37 @@ from realign.pairs.pipeline import PairsConfig
         # settings that would change nothing
         ({"format": "coco"}, "--format would have no effect.* Pass --data"),
         ({"image_folder": "x"}, "--image-folder would have no effect"),
-        ({"answer": "vllm:m"}, "--answer would have no effect"),
+        ({"answer": LOCAL}, "--answer would have no effect"),
         ({"price_in": 0.5}, "price_in is 0.5 and would have no effect: no engine is an endpoint"),
-        ({"concurrency": 2, "judge": "vllm:m"}, "concurrency is 2 and would have no effect"),
+        (
+            {"concurrency": 2, "judge": LOCAL},
+            "concurrency is 2 and would have no effect",
+        ),
         ({"concurrency": 0, "judge": "http://localhost:1/v1#m"}, "--judge: concurrency is 0"),
-        ({"engine": "vllm:m"}, "engine would have no effect with infill; add --refill prompt"),
+        (
+            {"engine": LOCAL},
+            "engine would have no effect with infill; add --refill prompt",
+        ),
         ({"share": 0.5, "segments": 0}, "share and segments both say"),
         (
-            {"masker": "vllm:m", "mask": "numbers"},
+            {"masker": LOCAL, "mask": "numbers"},
             "would have no effect with an engine as --masker",
         ),
-        ({"masker": "vllm:m", "share": 0.5}, "would have no effect with an engine as --masker"),
+        (
+            {"masker": LOCAL, "share": 0.5},
+            "would have no effect with an engine as --masker",
+        ),
         ({"candidates": 2}, "candidates is 2 and would have no effect.* --judge"),
         ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3 of 2 neighbours"),
         (
-            {"data": "x", "model": "m", "embed_model": "c", "refill": "prompt", "engine": "vllm:m"},
+            {
+                "data": "x",
+                "model": "m",
+                "embed_model": "c",
+                "refill": "prompt",
+                "engine": LOCAL,
+            },
             "model is 'm' and would have no effect",
-        ),
-        (
-            {"ray": "auto", "margin": True, "judge": "vllm:m"},
-            "margin and a vllm judge cannot share",
         ),
     ],
 )
@@ -92,7 +103,7 @@ def test_what_the_pairs_config_works_out():
     assert PairsConfig().refill_engine is None
     assert PairsConfig(refill="prompt").refill_engine == f"transformers:{ASSETS}"
     prompted = PairsConfig(data="x", model="m", refill="prompt")
-    assert prompted.refill_engine == "transformers:m"
-    assert replace(prompted, engine="vllm:n").refill_engine == "vllm:n"
+    assert prompted.refill_engine == LOCAL
+    assert replace(prompted, engine="transformers:n").refill_engine == "transformers:n"
     assert PairsConfig(ray="local:2").ray == "local:2"
     assert PairsConfig(ray="head.example:6379").ray == "head.example:6379"

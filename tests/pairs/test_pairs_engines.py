@@ -11,13 +11,14 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from realign.data.errors import Malformed
 from realign.data.records import StoredImage
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT
 from realign.evaluate import digits as evaluate
 from realign.modeling.loading import load_trained
 from realign.pairs.engines import Chat, Reply, make_engine
-from realign.pairs.engines.chat import ChatError, request_digest, typed_messages
+from realign.pairs.engines.chat import request_digest, typed_messages
 
 
 def test_images_go_where_messages_place_them_or_in_front():
@@ -30,10 +31,10 @@ def test_images_go_where_messages_place_them_or_in_front():
     parts = [{"type": "text", "text": "a"}, {"type": "image", "text": None}]
     placed = Chat([{"role": "user", "content": parts}], [image])
     assert typed_messages(placed)[0]["content"] == [parts[0], {"type": "image"}]
-    with pytest.raises(ChatError, match="place 1 image.*2 are given"):
+    with pytest.raises(Malformed, match="place 1 image.*2 are given"):
         typed_messages(Chat(placed.messages, [image, image]))
     for messages in ([{"role": "user", "content": None}], [{"role": "system", "content": "a"}]):
-        with pytest.raises(ChatError):
+        with pytest.raises(Malformed):
             typed_messages(Chat(messages))
 
 
@@ -57,16 +58,19 @@ def test_a_digest_covers_all_that_decides_an_answer():
     assert request_digest(say("a", again, seed=7), "m") == digests[0]
 
 
-@pytest.mark.parametrize("settings", [{"max_tokens": 0}, {"temperature": -1.0}])
-def test_a_chat_refuses_impossible_settings(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        say("a", **settings)
-
-
-@pytest.mark.parametrize("spec", ["digits", "transformers:", "vllm:", "openai:gpt", ""])
-def test_an_unknown_engine_is_refused(spec):
-    with pytest.raises(ValueError, match="engine is .*give transformers:MODEL"):
-        make_engine(spec)
+def test_impossible_settings_and_unknown_engines_are_refused(tmp_path):
+    for settings in ({"max_tokens": 0}, {"temperature": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            say("a", **settings)
+    for spec in ("digits", "transformers:", "openai:gpt", ""):
+        with pytest.raises(ValueError, match="engine is .*give transformers:MODEL"):
+            make_engine(spec)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        make_engine("transformers:x", batch_size=0)
+    with pytest.raises(ValueError, match="dtype is 'fp8'"):
+        make_engine("transformers:x", dtype="fp8")
+    with pytest.raises(ValueError, match="no model could be loaded"):
+        make_engine(f"transformers:{tmp_path / 'none'}").open()
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +139,9 @@ def test_a_language_model_answers_texts_alone(tmp_path, processor, monkeypatch):
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     tokenizer.save_pretrained(tmp_path)
-    config = LlamaConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
@@ -153,23 +150,16 @@ def test_a_language_model_answers_texts_alone(tmp_path, processor, monkeypatch):
         make_engine(f"transformers:{tmp_path}").open()
     (tmp_path / "chat_template.jinja").write_text(processor.chat_template)
     given, generate = [], LlamaForCausalLM.generate
-    monkeypatch.setattr(
-        LlamaForCausalLM,
-        "generate",
-        lambda model, input_ids, **rest: (
-            given.append(input_ids) or generate(model, input_ids, **rest)
-        ),
-    )
-    engine = make_engine(f"transformers:{tmp_path}")
-    short, long, seen = engine.chat(
-        [
-            say("what is top", max_tokens=4),
-            say("name the digits . name the digits .", max_tokens=4),
-            say("what", picture()),
-        ]
-    )
+
+    def noted(model, input_ids, **rest):
+        given.extend(input_ids)
+        return generate(model, input_ids, **rest)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
     texts = ("what is top", "name the digits . name the digits .")
-    for text, reply, row in zip(texts, (short, long), given[0], strict=True):
+    asked = [say(text, max_tokens=4) for text in texts]
+    *replies, seen = make_engine(f"transformers:{tmp_path}").chat([*asked, say("what", picture())])
+    for text, reply, row in zip(texts, replies, given, strict=True):
         ids = tokenizer(f"user : {text} assistant :", return_tensors="pt")["input_ids"]
         assert row[row != 0].tolist() == ids[0].tolist()
         for _ in range(4):  # greedy, a token at a time and without a cache
@@ -177,12 +167,3 @@ def test_a_language_model_answers_texts_alone(tmp_path, processor, monkeypatch):
         expected = tokenizer.decode(ids[0, -4:], skip_special_tokens=True).strip()
         assert reply == Reply(expected, cut=True) and expected
     assert "text-only model" in seen.error
-
-
-def test_transformers_refuses_what_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        make_engine("transformers:x", batch_size=0)
-    with pytest.raises(ValueError, match="dtype is 'fp8'"):
-        make_engine("transformers:x", dtype="fp8")
-    with pytest.raises(ValueError, match="no model could be loaded"):
-        make_engine(f"transformers:{tmp_path / 'none'}").open()

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from realign.pairs.gallery import changed_words, difference, main, write_gallery
+from realign.pairs.gallery import main, write_gallery
+from realign.pairs.stats import changed_words, collect, difference
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"alert('b')\"> &lt;"
 TAGS = ["html", "head", "meta", "title", "style", "body", "header", "div", "h1", "p", "input"]
-TAGS += ["select", "main", "nav", "kbd", "noscript", "script"]
+TAGS += ["select", "main", "details", "summary", "pre", "nav", "kbd", "noscript", "script"]
 
 
 def _bytes(shade, size=(16, 16), form="PNG"):
@@ -31,12 +32,16 @@ def _bytes(shade, size=(16, 16), form="PNG"):
     return buffer.getvalue()
 
 
+def _user(text):
+    return {"role": "user", "content": text}
+
+
 def _row(number=0, **changes):
     row = {
         "id": f"pair-{number}",
-        "prompt": [{"role": "user", "content": "What is it?"}],
-        "chosen": [{"role": "assistant", "content": f"A red cat, number {number}."}],
-        "rejected": [{"role": "assistant", "content": f"A blue dog, number {number}."}],
+        "prompt": [_user("What is it?")],
+        "chosen": f"A red cat, number {number}.",
+        "rejected": f"A blue dog, number {number}.",
         "images": [{"bytes": _bytes(number % 200), "path": None}],
         "retrieved_images": [{"bytes": _bytes(number % 200 + 1), "path": None}],
         "masked": "A [MASK], number.",
@@ -88,19 +93,13 @@ def _said(segments):
 
 
 def test_what_is_shown_is_what_is_in_the_file(tmp_path):
-    talk = [
-        {"role": "user", "content": "What is it?"},
-        {"role": "assistant", "content": "An animal."},
-        {"role": "user", "content": "Which?"},
-    ]
-    judged = {"judge": json.dumps({"rejected": False, "chosen on the negative": None})}
-    rows = [
-        _row(0),
-        _row(1, prompt=talk, visual_margin=0.25, **judged),
-        _row(2, visual_margin=-0.5),
-    ]
-    data = _page(tmp_path, *rows).data
+    talk = [_user("What is it?"), {"role": "assistant", "content": "A pet."}, _user("Which?")]
+    judge = json.dumps({"rejected": False, "chosen on the negative": None})
+    judged = _row(1, prompt=talk, visual_margin=0.25, judge=judge)
+    other = _row(2, visual_margin=-0.5, negative="crop")
+    data = _page(tmp_path, _row(0), judged, other).data
     assert data["about"] == "3 pairs in pairs.parquet"
+    assert data["figures"] == str(collect(tmp_path / "pairs.parquet"))
     first, second, third = data["pairs"]
     assert first["id"] == "pair-0" and first["prompt"] == [["user", "What is it?"]]
     assert _said(first["chosen"]) == "A red cat, number 0."
@@ -119,22 +118,17 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
         "judge: rejected false",
         "judge: chosen on the negative no verdict",
     ]
-    assert third["verdicts"][1] == {"name": "visual margin", "value": "-0.50", "tone": "bad"}
+    # The similarity is that of the neighbour, which is not the visual negative here.
+    similarity = {"name": "completed on a neighbour", "value": "0.502", "tone": ""}
+    margin = {"name": "visual margin", "value": "-0.50", "tone": "bad"}
+    assert third["negative"] == "crop" and third["verdicts"][::2] == [similarity, margin]
     assert third["labels"] == ["visual margin not above 0"]
 
 
 def test_texts_stay_texts(tmp_path):
-    evil = [{"role": "assistant", "content": EVIL}]
-    row = _row(
-        id=EVIL,
-        prompt=[{"role": "user", "content": EVIL}],
-        chosen=evil,
-        rejected=[{"role": "assistant", "content": "x " + EVIL}],
-        masked=EVIL,
-        judge=EVIL,
-        negative=EVIL,
-        images=[{"bytes": None, "path": EVIL}],
-    )
+    texts = dict.fromkeys(("id", "chosen", "masked", "judge", "negative"), EVIL)
+    row = _row(**texts, rejected="x " + EVIL, prompt=[_user(EVIL)])
+    row["images"] = [{"bytes": None, "path": EVIL}]
     plain = _page(tmp_path, _row())
     page = _page(tmp_path, row)
     assert page.elements == plain.elements  # the texts added no element and no attribute
@@ -207,13 +201,6 @@ def test_pictures(tmp_path):
     assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both pictures the same"], []]
 
 
-def test_another_negative_has_no_similarity_of_its_own(tmp_path):
-    (pair,) = _page(tmp_path, _row(negative="crop")).data["pairs"]
-    assert pair["negative"] == "crop"
-    expected = {"name": "completed on a neighbour", "value": "0.500", "tone": ""}
-    assert pair["verdicts"][0] == expected
-
-
 def test_many_pairs_are_sampled_evenly(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -244,7 +231,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(chosen=WORDS.map("".join), rejected=WORDS.map("".join))
 def test_differences(chosen, rejected):
     sides = difference(chosen, rejected)
@@ -286,7 +273,7 @@ def test_the_command(tmp_path, capsys):
     assert main([str(file), "--output", str(output), "--most", "2", "--side", "64"]) == 0
     assert re.fullmatch(r"wrote .*page.html: 2 of 3 pairs, 0.0 MB\n", capsys.readouterr().out)
     assert len(_Page(output.read_text()).data["pairs"]) == 2
-    pq.write_table(pa.Table.from_pylist([{"text": "x"}]), tmp_path / "other.parquet")
+    pq.write_table(pa.Table.from_pylist([{"note": "x"}]), tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("no Parquet")
     empty = _file(tmp_path, _row(), name="empty.parquet")
     pq.write_table(pq.read_table(empty).slice(0, 0), empty)
@@ -294,7 +281,7 @@ def test_the_command(tmp_path, capsys):
         ([str(tmp_path / "none.parquet")], "there is no Parquet file at"),
         ([str(tmp_path / "new")], "there is no Parquet file at"),
         ([str(tmp_path / "text.parquet")], "is not a readable Parquet file"),
-        ([str(tmp_path / "other.parquet")], "has no columns chosen and rejected"),
+        ([str(tmp_path / "other.parquet")], "lacks the column(s) chosen, rejected"),
         ([str(empty)], "holds no pairs"),
         ([str(file), "--most", "-1"], "most is -1; it must be at least 0"),
         ([str(file), "--side", "8"], "side is 8; it must be at least 16"),
@@ -352,7 +339,7 @@ if BROWSER:  # not collected elsewhere
 
     def test_in_a_browser(tmp_path):
         rows = [_row(number, visual_margin=number - 40.0) for number in range(45)]
-        rows[0]["chosen"] = [{"role": "assistant", "content": EVIL}]
+        rows[0]["chosen"] = EVIL
         page = tmp_path / "page.html"
         write_gallery(_file(tmp_path, *rows), page)
         dom = _dom(tmp_path, page)

@@ -178,6 +178,6 @@ def test_no_records_and_the_model_as_it_was(processor, tmp_path):
     assert vlm.training
     visual_margins(vlm, processor, [record(0)], cache=str(tmp_path))
     assert vlm.training
-    count = len(margin._seen)
+    count = len(margin._fingerprints)
     del vlm
-    assert len(margin._seen) == count - 1  # a model is not kept for its fingerprint
+    assert len(margin._fingerprints) == count - 1  # a model is not kept for its fingerprint

@@ -16,7 +16,7 @@ def _ramp(width, height) -> Image.Image:
 def test_a_crop_keeps_1_to_20_percent_of_the_area_and_the_size():
     image, shares, ratios = _ramp(300, 200), [], []
     rng = np.random.default_rng(0)
-    for _ in range(400):
+    for _ in range(200):
         seen = np.asarray(visual_negative("crop", image, rng), dtype=float)
         assert seen.shape == (200, 300, 3)
         width, height = np.ptp(seen[..., 0]) / 255, np.ptp(seen[..., 1]) / 255

@@ -1,9 +1,7 @@
-"""The pairs pipeline: what an interruption costs, what a bad record does, what runs alone."""
+"""The pairs pipeline: shards, interruptions, invalid records, single stages."""
 
 import errno
-import json
 import re
-import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -14,16 +12,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from killed_runs import before_a_file, exit_code
-from pair_runs import FLAGS, ORDER, SHARDS, config_in, rejected_in, shard_times, stage_folder
+from pair_runs import (
+    FLAGS,
+    ORDER,
+    SHARDS,
+    config_in,
+    copy_run,
+    rejected_in,
+    shard_times,
+    stage_folder,
+)
 
 from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.pairs import pipeline
 from realign.pairs.__main__ import main
 from realign.pairs.io import shards
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
-from realign.pairs.stages import read
-from realign.pairs.stages.base import rng_of
+from realign.pairs.stages.base import IMAGES, Stage, rng_of
+from realign.pairs.stages.read import Read
 from realign.pairs.stages.runner import RunError, sole_run
+from realign.pairs.stages.shard import InvalidLimit, make_shard
 
 # Random numbers, digests, shards.
 
@@ -52,20 +60,20 @@ def test_a_table_has_one_sequence_of_bytes_and_row_groups_to_fit(tmp_path):
     assert len(pq.read_table(tmp_path / "none")) == 0
 
 
-def test_a_library_finds_rows_at_random(tmp_path):
-    schema = pa.schema({"id": pa.string(), "images": read.IMAGES})
+def test_a_lookup_finds_rows_at_random(tmp_path):
+    schema = pa.schema({"id": pa.string(), "images": IMAGES})
     written = shards.Shards(tmp_path, schema)
     for number in range(3):
         names = [f"{number}-{i}" for i in range(6)]
         rows = [{"id": n, "images": [{"bytes": n.encode() * 99_999, "path": None}]} for n in names]
         written.write(number, rows, [])
-    library = shards.Library(tmp_path, kept=2)
+    lookup = shards.RowLookup(tmp_path, kept=2)
     wanted = [(2, "2-5"), (0, "0-0"), (1, "1-3"), (2, "2-0"), (0, "0-5")]
     for _ in range(2):
-        found = library.rows(wanted)
+        found = lookup.rows(wanted)
         for shard, name in wanted:
             assert found[shard, name]["images"][0]["bytes"] == name.encode() * 99_999
-    assert len(library._groups) == 2
+    assert lookup._group.cache_info().currsize == 2
 
 
 def test_arrays_written_in_parts_are_mapped_whole(tmp_path):
@@ -114,47 +122,33 @@ def test_a_changed_setting_runs_what_depends_on_it_and_back_again_nothing(
 
 
 @pytest.mark.parametrize(
-    ("stage", "file"),
-    [(stage, "00002.parquet") for stage in ORDER]
-    + [("read", "read.json"), ("retrieve", "hashes.npy"), ("out", "pairs.parquet")],
+    ("stage", "file", "kept"),
+    [
+        ("read", "00002.parquet", 2),
+        ("read", "read.json", 5),
+        ("retrieve", "hashes.npy", 0),
+        ("refill", "00002.parquet", 2),
+        ("out", "pairs.parquet", None),
+    ],
 )
-def test_a_run_killed_in_a_stage_goes_on_to_the_same_bytes(whole_run, tmp_path, stage, file):
+def test_a_run_killed_in_a_stage_resumes_to_the_same_bytes(whole_run, tmp_path, stage, file, kept):
     folder = tmp_path / "out"
-    work = folder / "pairs.work"
     before = ORDER[: ORDER.index(stage)] if stage in ORDER else ORDER
-    for name in before:  # what is not under test is there
-        shutil.copytree(
-            stage_folder(whole_run.work, name), work / stage_folder(whole_run.work, name).name
-        )
-    flags = ["--output", str(folder / "pairs.parquet"), *FLAGS]
-    assert exit_code(before_a_file, stage, file, *flags) == -signal.SIGKILL
-    assert not (folder / "pairs.parquet").exists()
-    kept = {}
+    config = copy_run(whole_run, folder, before)
+    assert exit_code(before_a_file, stage, file, "--output", config.output, *FLAGS) == (
+        -signal.SIGKILL
+    )
+    assert not Path(config.output).exists()
+    times = {}
     if stage in ORDER:
-        kept = shard_times(stage_folder(work, stage))
-        assert len(kept) == {"00002.parquet": 2, "read.json": 5, "hashes.npy": 0}[file]
-    build_pairs(config_in(folder))
-    assert (folder / "pairs.parquet").read_bytes() == whole_run.bytes
+        times = shard_times(stage_folder(config.work_folder, stage))
+        assert len(times) == kept
+    build_pairs(config)
+    assert Path(config.output).read_bytes() == whole_run.bytes
     if stage in ORDER:
-        after = shard_times(stage_folder(work, stage))
-        assert kept.items() <= after.items() and len(after) == SHARDS
-        assert not list(stage_folder(work, stage).glob(".*.partial"))
-
-
-def test_shards_may_be_made_in_any_order(whole_run, tmp_path):
-    shutil.copytree(whole_run.work, tmp_path / "pairs.work")
-    for stage in ("mask", "refill", "filter"):
-        for number in (3, 0):
-            (stage_folder(tmp_path / "pairs.work", stage) / f"{number:05d}.parquet").unlink()
-    build_pairs(config_in(tmp_path))
-    assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
-
-
-def test_a_lost_shard_of_records_is_read_again(whole_run, tmp_path):
-    shutil.copytree(whole_run.work, tmp_path / "pairs.work")
-    (stage_folder(tmp_path / "pairs.work", "read") / "00001.parquet").unlink()
-    build_pairs(config_in(tmp_path))
-    assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
+        after = shard_times(stage_folder(config.work_folder, stage))
+        assert times.items() <= after.items() and len(after) == SHARDS
+        assert not list(stage_folder(config.work_folder, stage).glob(".*.partial"))
 
 
 def test_a_full_disk_loses_nothing(whole_run, tmp_path, monkeypatch, capsys):
@@ -166,12 +160,12 @@ def test_a_full_disk_loses_nothing(whole_run, tmp_path, monkeypatch, capsys):
         write(path, *parts)
 
     monkeypatch.setattr(shards, "write_bytes", full)
-    config = config_in(tmp_path)
+    config = copy_run(whole_run, tmp_path, ORDER[:4])
     flags = ["--output", config.output, *FLAGS]
     assert main(flags) == 1
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "no room is left on the disk" in shown
-    assert "The 22 shards written so far are whole and stay" in shown  # 4 stages of 5, and 2
+    assert "The 22 shards written so far are complete and stay" in shown  # 4 stages of 5, and 2
     monkeypatch.setattr(shards, "write_bytes", write)
     kept = shard_times(stage_folder(config.work_folder, "refill"))
     assert len(kept) == 2
@@ -191,8 +185,7 @@ def test_a_real_full_disk_leaves_no_half_file(tmp_path):
 
 
 def test_a_full_disk_at_the_end_keeps_the_old_output(whole_run, tmp_path, monkeypatch):
-    shutil.copytree(whole_run.work, tmp_path / "pairs.work")
-    config = config_in(tmp_path)
+    config = copy_run(whole_run, tmp_path)
     Path(config.output).write_bytes(b"old")
 
     def full(*_, **__):
@@ -215,15 +208,13 @@ def test_two_runs_in_one_folder_are_refused(whole_run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("stage", "made"),
-    [("mask", {"read", "mask"}), ("retrieve", {"read", "embed", "retrieve"}), ("filter", ORDER)],
+    ("stage", "made"), [("mask", {"read", "mask"}), ("retrieve", {"read", "embed", "retrieve"})]
 )
-def test_a_stage_alone_runs_what_it_needs(tmp_path, stage, made, capsys):
+def test_a_single_stage_runs_what_it_needs(tmp_path, stage, made, capsys):
     flags = ["--output", str(tmp_path / "pairs.parquet"), "--scenes", "12", "--k", "4"]
     assert main([stage, *flags, "--shard", "8", "--quiet"]) == 0
-    work = tmp_path / "pairs.work"
-    folders = {path.name.split("-")[0]: path for path in work.glob("*-*")}
-    assert set(folders) == set(made)
+    folders = {path.name.split("-")[0]: path for path in (tmp_path / "pairs.work").glob("*-*")}
+    assert set(folders) == made
     assert capsys.readouterr().out == f"the shards of {stage} are in {folders[stage]}\n"
     assert len(shard_times(folders[stage])) == 2
     assert not (tmp_path / "pairs.parquet").exists()
@@ -252,7 +243,7 @@ def test_progress_is_shown_unless_quiet(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-# Bad records.
+# Invalid records.
 
 
 def _written(folder, records, name="data.parquet") -> str:
@@ -266,7 +257,7 @@ def sources():
     return digit_sources(PairsConfig(scenes=40))
 
 
-def test_bad_records_are_listed_with_their_reasons_and_the_rest_goes_on(tmp_path, sources, capsys):
+def test_invalid_records_are_listed_and_the_others_used(tmp_path, sources, capsys):
     torn = StoredImage(sources[3].images[0].data[:60])
     placed = ({"role": "user", "content": "name <image> as <image>"},)
     bad = [
@@ -304,7 +295,7 @@ def test_bad_records_are_listed_with_their_reasons_and_the_rest_goes_on(tmp_path
     assert {r.name: (r.rejected, r.provenance["neighbour"]) for r in made} == texts
 
 
-def test_more_bad_records_than_allowed_stop_the_run_until_they_are_mended(
+def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     tmp_path, sources, capsys
 ):
     """Pictures in files: the shard with too many missing is not kept, and made again later."""
@@ -338,40 +329,43 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_mended(
 
 def test_a_record_that_two_stages_refuse_counts_once(tmp_path, sources):
     """Without response and without picture; two of forty are allowed, and two there are."""
-    mixed = [*sources[:38], *(replace(s, name=f"bad-{s.name}") for s in sources[38:])]
-    lines = []
-    for record in mixed:
-        picture = tmp_path / f"{record.name}.png"
-        picture.write_bytes(record.images[0].data)
-        line = {"id": record.name, "image": picture.name, "question": "name the digits ."}
-        bad = record.name.startswith("bad")
-        lines.append(json.dumps(line if bad else line | {"answer": record.chosen}))
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    config = PairsConfig(
-        output=str(tmp_path / "pairs.parquet"),
-        data=str(tmp_path / "data.jsonl"),
-        mask="numbers",
-        shard=8,
-        quiet=True,
-    )
+    for i, record in enumerate(sources):
+        (tmp_path / f"{i}.png").write_bytes(record.images[0].data)
+    images = [(StoredImage(path=f"{i}.png"),) for i in range(40)]
+    paths = [replace(r, images=i) for r, i in zip(sources, images, strict=True)]
+    paths[38:] = [replace(record, chosen="") for record in paths[38:]]
+    data = _written(tmp_path, paths)
+    output = str(tmp_path / "pairs.parquet")
+    config = PairsConfig(output=output, data=data, mask="numbers", shard=8, quiet=True)
     run_stages(config, "mask")
     assert [row[1:] for row in rejected_in(tmp_path)] == [("mask", "no response")] * 2
-    for picture in tmp_path.glob("bad-*.png"):
-        picture.write_bytes(b"")
+    for i in (38, 39):
+        (tmp_path / f"{i}.png").write_bytes(b"")
     report = build_pairs(replace(config, segments=2))  # all later stages are made again
     assert report.bad == {"corrupt": 2}
     assert [row[1:] for row in rejected_in(tmp_path)] == [("embed", "corrupt")] * 2
 
 
 def test_a_data_set_that_changes_is_read_again(tmp_path, sources):
-    config = PairsConfig(
-        output=str(tmp_path / "out" / "pairs.parquet"),
-        data=_written(tmp_path, sources[:16]),
-        mask="numbers",
-        quiet=True,
-    )
+    data, output = _written(tmp_path, sources[:16]), str(tmp_path / "out" / "pairs.parquet")
+    config = PairsConfig(output=output, data=data, mask="numbers", quiet=True)
     first = run_stages(config, "mask").folders
     assert run_stages(config, "mask").folders == first
     _written(tmp_path, sources[:20])
     changed = run_stages(config, "mask")
     assert changed.records == 20 and changed.folders["read"] != first["read"]
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_an_error_without_text_is_no_success(tmp_path, error):
+    class Fails(Stage):
+        name, needs, schema = "fails", ("read",), Read.schema
+
+        def run(self, inputs, number):
+            raise error
+
+    stage = Fails(PairsConfig())
+    stage.folder, stage.folders = tmp_path / "fails", {"read": tmp_path / "read"}
+    row = {"id": "a", "prompt": "[]", "chosen": "A", "images": []}
+    shards.Shards(tmp_path / "read", Read.schema).write(0, [row], [])
+    assert make_shard(stage, 0, InvalidLimit(0, set())).error == error.__name__

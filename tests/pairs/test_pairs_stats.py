@@ -1,16 +1,15 @@
 """Figures of pairs, against ones worked out by hand."""
 
 import io
-import sys
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from realign.pairs.io.shards import LEFT_OUT, Shards, write_table
-from realign.pairs.stages.base import Bad, Dropped
-from realign.pairs.stats import collect, draw, main, table
+from realign.pairs.stages.runner import run_note
+from realign.pairs.stats import collect, main
 
 
 def _picture(shade):
@@ -49,24 +48,6 @@ def pairs(tmp_path):
     return tmp_path / "pairs.parquet"
 
 
-def _leave_out(folder):
-    """A work folder and a list of bad records, as a run leaves them."""
-    schema = pa.schema({"id": pa.string()})
-    for stage, number, reasons in (
-        ("filter-00000000", 0, ["too similar", "same as chosen"]),
-        ("filter-00000000", 1, ["too similar"]),
-        ("mask-11111111", 0, ["nothing to mask"]),
-    ):
-        entries = [Dropped(str(i), "filter", reason) for i, reason in enumerate(reasons)]
-        entries.append(Bad("x", "filter", "no reply"))
-        Shards(folder / "pairs.work" / stage, schema).write(number, [{"id": "a"}], entries)
-    bad = [
-        Bad(str(i), "read", reason) for i, reason in enumerate(["missing", "corrupt", "missing"])
-    ]
-    rows = pa.Table.from_pylist([vars(entry) for entry in bad], schema=LEFT_OUT)
-    write_table(folder / "pairs.work" / "rejected_records.parquet", rows)
-
-
 def test_figures(pairs):
     stats = collect(pairs)
     assert stats.pairs == 5
@@ -88,21 +69,16 @@ def test_figures(pairs):
     assert stats.dropped == stats.bad == {}
 
 
-def test_what_was_left_out(pairs):
-    _leave_out(pairs.parent)
-    stats = collect(pairs)
-    assert stats.dropped == {"too similar": 2, "same as chosen": 1, "nothing to mask": 1}
-    assert stats.bad == {"missing": 2, "corrupt": 1}
-    (pairs.parent / "pairs.work").rename(pairs.parent / "elsewhere")
-    assert collect(pairs).dropped == {}
-    assert collect(pairs, work=pairs.parent / "elsewhere").dropped == stats.dropped
-    with pytest.raises(FileNotFoundError, match="work is '.*nowhere', which is no folder"):
-        collect(pairs, work=pairs.parent / "nowhere")
-
-
-def test_the_table(pairs):
-    _leave_out(pairs.parent)
-    lines = table(collect(pairs)).splitlines()
+def test_the_command_with_the_records_that_were_left_out(pairs, capsys):
+    work = pairs.with_suffix(".work")
+    work.mkdir()
+    listed = pa.table({"reason": ["missing", "corrupt", "missing"]})
+    pq.write_table(listed, work / "rejected_records.parquet")  # of an import, which drops none
+    assert collect(pairs).bad == {"missing": 2, "corrupt": 1} and collect(pairs).dropped == {}
+    note = {"dropped": {"too similar": 3, "same as chosen": 1}, "bad": {"missing": 2}}
+    run_note(work, str(pairs)).write_text(json.dumps(note))
+    assert main([str(pairs)]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 pairs"
     assert lines[2].split() == ["mean", "least", "10", "%", "median", "90", "%", "most"]
     assert lines[3].split() == ["similarity", "0.700", "0.500", "0.540", "0.700", "0.860", "0.900"]
@@ -112,39 +88,19 @@ def test_the_table(pairs):
         "pairs with the same prompt and chosen as an earlier one: 2",
         "pairs with the same image, prompt and chosen as an earlier one: 1",
         "pairs with its own image as the negative: 1",
-        "records dropped: 4 (2 too similar, 1 same as chosen, 1 nothing to mask)",
-        "records unusable: 3 (2 missing, 1 corrupt)",
+        "records dropped: 4 (3 too similar, 1 same as chosen)",
+        "records unusable: 2 (2 missing)",
     ]
-
-
-def test_the_plot(pairs, tmp_path):
-    _leave_out(tmp_path)
-    draw(collect(pairs), tmp_path / "new" / "full.png")
-    with Image.open(tmp_path / "new" / "full.png") as image:
-        assert image.size == (1650, 748)
-        assert len(image.convert("RGB").getcolors(1 << 20)) > 50  # not blank
-    # A set without provenance, with the dollar signs that matplotlib takes for formulas.
-    row = {"prompt": "$x", "chosen": "$a$", "rejected": "$b", "images": _picture(1)}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "plain.parquet")
-    stats = collect(tmp_path / "plain.parquet")
-    stats.dropped["$_{"] = 1
-    draw(stats, tmp_path / "plain")
-    assert Image.open(tmp_path / "plain").format == "PNG"
-
-
-def test_the_command(pairs, capsys, monkeypatch):
-    assert main([str(pairs)]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("5 pairs\n") and out.endswith("pairs-stats.png\n")
-    assert (pairs.parent / "pairs-stats.png").stat().st_size > 10_000
-    assert main([str(pairs), "--no-plot"]) == 0
-    assert "wrote" not in capsys.readouterr().out
-    assert main([str(pairs.parent / "none.parquet")]) == 1
-    assert "there is no Parquet file at" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main([str(pairs), "--output", str(pairs.parent / "no.png")]) == 1
-    printed = capsys.readouterr()
-    assert printed.out.startswith("5 pairs\n")
-    assert "pip install 'realign[demo]', or add --no-plot" in printed.err
-    assert main([str(pairs)]) == 0  # the table is what was asked for first
-    assert "no plot: it needs matplotlib, pip install 'realign[demo]'" in capsys.readouterr().out
+    elsewhere = pairs.parent / "elsewhere"
+    work.rename(elsewhere)
+    assert collect(pairs).dropped == {}
+    assert collect(pairs, work=elsewhere).dropped == note["dropped"]
+    (pairs.parent / "moved").mkdir()
+    moved = pairs.rename(pairs.parent / "moved" / pairs.name)
+    assert main([str(moved), "--work", str(elsewhere)]) == 0
+    assert "records dropped: 4" in capsys.readouterr().out
+    for arguments, problem in (
+        ([str(moved), "--work", str(work)], "pairs.work', which is no folder"),
+        ([str(pairs)], "there is no Parquet file at"),
+    ):
+        assert main(arguments) == 1 and problem in capsys.readouterr().err

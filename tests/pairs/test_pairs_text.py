@@ -1,5 +1,6 @@
 """Masks and text filters of the pairs pipeline, against spans and numbers written down by hand."""
 
+import re
 import sys
 import types
 
@@ -9,93 +10,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realign.digits.scenes import make_scenes
-from realign.pairs.filters.rules import (
+from realign.pairs.filters.text import (
     SentenceSimilarity,
-    about_similarity,
     reason_to_drop,
     same_response,
     text_similarity,
-    words_of,
 )
+from realign.pairs.io.words import words_of
 from realign.pairs.masking.mask import CATEGORIES, MASK, Masked, mask_response, masked_from
 from realign.pairs.masking.segments import find_segments
 
 SENTENCE = "Two small red dogs sit near a big tree, behind the house."
 DIGITS = "top left seven , top right two , bottom left zero , bottom right nine ."
+NUMBERS = ["seven", "two", "zero", "nine"]
 
 
 def rng(seed=0):
     return np.random.default_rng(seed)
 
 
+def spans_of(marked):
+    """(text, texts of its spans) of a text with brackets around its spans."""
+    return re.sub(r"[][]", "", marked), re.findall(r"\[(.*?)\]", marked)
+
+
 # --- the rules ---
 
 
 @pytest.mark.parametrize(
-    ("text", "segments"),
+    "marked",
     [
-        (
-            "A man riding a wave on top of a surfboard.",
-            ["A man", "a wave", "on top of", "a surfboard"],
-        ),
-        (
-            "The image features a group of people standing around a dining table with several "
-            "bowls of fruit and a bottle of wine.",
-            ["a group", "people", "around", "a dining table", "several bowls", "fruit", "a bottle"]
-            + ["wine"],
-        ),
-        (
-            "There are two giraffes in the image, one on the left side and the other on the right.",
-            ["two giraffes", "one", "on the left side", "on the right"],
-        ),
-        (
-            "A woman in a blue dress is holding an orange umbrella, walking across the street.",
-            ["A woman", "in", "a blue dress", "an orange umbrella", "across", "the street"],
-        ),
-        (
-            "A black and white cat is lying on the keyboard of a laptop computer.",
-            ["A black and white cat", "on", "the keyboard", "a laptop computer"],
-        ),
-        (
-            "Yes, the man on the left is wearing a red baseball cap, and he has a tennis racket in "
-            "his right hand.",
-            ["the man", "on the left", "a red baseball cap", "a tennis racket", "in"]
-            + ["his right hand"],
-        ),
-        (
-            "A double-decker bus is parked in front of a two-story brick building at 10:30.",
-            ["A double-decker bus", "in front of", "a two-story brick building", "10:30"],
-        ),
-        (
-            "In the background, there are three parked cars and a traffic light above the crowded "
-            "street.",
-            ["In the background", "three parked cars", "a traffic light", "above"]
-            + ["the crowded street"],
-        ),
-        (
-            "An elderly couple sits on a park bench under a big green tree overlooking the ocean.",
-            ["An elderly couple", "on", "a park bench", "under", "a big green tree", "the ocean"],
-        ),
-        (
-            "a desk with two computer monitors, a keyboard, and a wireless mouse next to it",
-            ["a desk", "two computer monitors", "a keyboard", "a wireless mouse", "next to"],
-        ),
-        (
-            "The woman scolds the dog; a pizza sits on a white plate, with a fork to the left of "
-            "it.",
-            ["The woman", "the dog", "a pizza", "on", "a white plate", "a fork", "to the left of"],
-        ),
-        (
-            DIGITS,
-            ["top left", "seven", "top right", "two", "bottom left", "zero"]
-            + ["bottom right", "nine"],
-        ),
+        "[A man] riding [a wave] [on top of] [a surfboard].",
+        "The image features [a group] of [people] standing [around] [a dining table] with [several "
+        "bowls] of [fruit] and [a bottle] of [wine].",
+        "There are [two giraffes] in the image, [one] [on the left side] and the other [on the "
+        "right].",
+        "[A woman] [in] [a blue dress] is holding [an orange umbrella], walking [across] [the "
+        "street].",
+        "[A black and white cat] is lying [on] [the keyboard] of [a laptop computer].",
+        "Yes, [the man] [on the left] is wearing [a red baseball cap], and he has [a tennis "
+        "racket] [in] [his right hand].",
+        "[A double-decker bus] is parked [in front of] [a two-story brick building] at [10:30].",
+        "[In the background], there are [three parked cars] and [a traffic light] [above] [the "
+        "crowded street].",
+        "[An elderly couple] sits [on] [a park bench] [under] [a big green tree] overlooking [the "
+        "ocean].",
+        "[a desk] with [two computer monitors], [a keyboard], and [a wireless mouse] [next to] it",
+        "[The woman] scolds [the dog]; [a pizza] sits [on] [a white plate], with [a fork] [to the "
+        "left of] it.",
+        "[top left] [seven] , [top right] [two] , [bottom left] [zero] , [bottom right] [nine] .",
     ],
 )
-def test_the_segments_of_captions_and_answers(text, segments):
-    found = find_segments(text)
-    assert [text[start:stop] for start, stop in found] == segments
-    assert found == sorted(found)
+def test_the_segments_of_captions_and_answers(marked):
+    text, expected = spans_of(marked)
+    spans = find_segments(text)
+    assert [text[start:stop] for start, stop in spans] == expected
+    assert spans == sorted(spans)
 
 
 @pytest.mark.parametrize(
@@ -110,47 +80,45 @@ def test_the_segments_of_captions_and_answers(text, segments):
     ],
 )
 def test_what_is_hidden_of_each_kind(categories, masked):
-    found = mask_response(SENTENCE, categories, 0, rng())
-    assert str(found) == masked
-    assert found.fill(found.hidden) == SENTENCE
+    result = mask_response(SENTENCE, categories, 0, rng())
+    assert str(result) == masked
+    assert result.fill(result.hidden) == SENTENCE
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "hidden"),
+    ("kind", "marked"),
     [
-        # A thing for all that its word may say a colour, and the other way round.
-        ("An orange and a banana", "objects", ["An orange", "a banana"]),
-        ("an orange cat", "attributes", ["orange"]),
-        ("The stop sign is red with white letters.", "attributes", ["red", "white"]),
-        ("its fur is brown and white", "attributes", ["brown and white"]),
-        # Verbs are no things, though a word of the same letters is.
-        ("The men watch a play; the watch stops.", "objects", ["The men", "a play", "the watch"]),
-        ("a coffee shop near the park", "objects", ["a coffee shop", "the park"]),
-        ("a skier skis on skis", "objects", ["a skier", "skis"]),
-        ("a smiling woman is smiling", "attributes", ["smiling"]),
+        # A thing although its word may be a colour, and the other way round.
+        ("objects", "[An orange] and [a banana]"),
+        ("attributes", "an [orange] cat"),
+        ("attributes", "The stop sign is [red] with [white] letters."),
+        ("attributes", "its fur is [brown and white]"),
+        # Verbs are no things, though a noun has the same letters.
+        ("objects", "[The men] watch [a play]; [the watch] stops."),
+        ("objects", "[a coffee shop] near [the park]"),
+        ("objects", "[a skier] skis on [skis]"),
+        ("attributes", "a [smiling] woman is smiling"),
         # Numbers in words, digits and phrases.
-        ("a couple of dogs, 12 cats, 3.5 m, twenty-one", "numbers")
-        + (["a couple of", "12", "3.5", "twenty-one"],),
-        ("the 2nd bus on 42nd Street", "numbers", ["2nd", "42nd"]),
-        ("In this picture there are no dogs", "relations", None),
-        ("on the top left corner of the box, at the bottom of it", "relations")
-        + (["on the top left corner of", "at the bottom of"],),
-        ("the top shelf, his back pocket, the left hand, on the left", "relations")
-        + (["top", "back", "left", "on the left"],),
-        ("the top shelf on the wall", "objects", ["shelf", "the wall"]),
-        ("the dog is on the left, not on top", "relations", ["on the left", "on top"]),
-        ("12 cafés_x", "numbers", ["12"]),
-        ("un café noir", "objects", ["un café noir"]),
-        ("日本 の 犬", "objects", ["日本"]),
-        ("It is at a of no !", "objects", None),
-        ("a dog", "numbers", None),
-        ("", "objects", None),
-        ("The TV and the U-shaped sofa", "objects", ["The TV", "sofa"]),
+        ("numbers", "[a couple of] dogs, [12] cats, [3.5] m, [twenty-one]"),
+        ("numbers", "the [2nd] bus on [42nd] Street"),
+        ("numbers", "[12] cafés_x"),
+        ("numbers", "a dog"),
+        ("relations", "In this picture there are no dogs"),
+        ("relations", "[on the top left corner of] the box, [at the bottom of] it"),
+        ("relations", "the [top] shelf, his [back] pocket, the [left] hand, [on the left]"),
+        ("relations", "the dog is [on the left], not [on top]"),
+        ("objects", "the top [shelf] on [the wall]"),
+        ("objects", "[un café noir]"),
+        ("objects", "[日本] の 犬"),
+        ("objects", "It is at a of no !"),
+        ("objects", ""),
+        ("objects", "[The TV] and the U-shaped [sofa]"),
     ],
 )
-def test_kinds_of_words_where_they_stand(text, kind, hidden):
-    found = mask_response(text, (kind,), 0, rng())
-    assert (found and list(found.hidden)) == hidden
+def test_kinds_of_words_where_they_stand(kind, marked):
+    text, expected = spans_of(marked)
+    masked = mask_response(text, (kind,), 0, rng())
+    assert (list(masked.hidden) if masked else []) == expected
 
 
 def test_as_many_segments_as_asked():
@@ -158,16 +126,14 @@ def test_as_many_segments_as_asked():
     for segments in (1, 2, 3, 4, 9):
         for seed in range(20):
             masked = mask_response(DIGITS, ("numbers",), segments, rng(seed))
-            assert len(masked.hidden) == min(segments, 4)
-            assert len(masked.pieces) == len(masked.hidden) + 1
+            assert len(masked.hidden) == min(segments, 4) == len(masked.pieces) - 1
             assert masked.fill(masked.hidden) == DIGITS
             assert str(masked).count(MASK) == len(masked.hidden)
-            assert set(masked.hidden) <= {"seven", "two", "zero", "nine"}
+            assert set(masked.hidden) <= set(NUMBERS)
             picked.add(masked.hidden)
-    assert {(word,) for word in ("seven", "two", "zero", "nine")} <= picked  # drawn at random
-    assert masked.fill(("one", "one", "one", "one")) == (
-        "top left one , top right one , bottom left one , bottom right one ."
-    )
+    assert {(word,) for word in NUMBERS} <= picked  # drawn at random
+    ones = "top left one , top right one , bottom left one , bottom right one ."
+    assert masked.fill(("one", "one", "one", "one")) == ones
 
 
 @pytest.mark.parametrize(
@@ -177,8 +143,7 @@ def test_as_many_segments_as_asked():
 def test_a_share_of_the_segments(share, segments, count):
     masked = mask_response(DIGITS, ("numbers",), segments, rng(), share=share)
     assert len(masked.hidden) == count
-    same = mask_response(DIGITS, ("numbers",), segments, rng(), share=share)
-    assert same == masked
+    assert mask_response(DIGITS, ("numbers",), segments, rng(), share=share) == masked
 
 
 @pytest.mark.parametrize(
@@ -188,7 +153,6 @@ def test_a_share_of_the_segments(share, segments, count):
         (lambda: mask_response("a", CATEGORIES, -1, rng()), "segments is -1"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=0.0), "share is 0.0"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=1.5), "share is 1.5"),
-        (lambda: masked_from("a b", ["a", "b"], segments=1), "rng is None"),
     ],
 )
 def test_what_a_mask_cannot_be(call, message):
@@ -196,7 +160,7 @@ def test_what_a_mask_cannot_be(call, message):
         call()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.text(max_size=60) | st.lists(st.sampled_from(SENTENCE.split())).map(" ".join))
 def test_any_text_is_put_together_again(text):
     masked = mask_response(text, CATEGORIES, 0, rng())
@@ -216,16 +180,15 @@ def test_any_text_is_put_together_again(text):
         (["house", "Two"], "[MASK] small red dogs sit near a big tree, behind the [MASK]."),
         (["two SMALL", '"big tree",'], "[MASK] red dogs sit near a [MASK], behind the house."),
         (["big  tree", "big", "Two"], "[MASK] small red dogs sit near a [MASK], behind the house."),
-        (["dog", "us", "e", "", " . "], None),  # parts of words, nothing
-        (["cat", "hous"], None),
+        (["dog", "us", "e", "", " . ", "cat", "hous"], None),  # parts of words, nothing
         (["small", "red"], "Two [MASK] dogs sit near a big tree, behind the house."),
         ([SENTENCE], "[MASK]."),
     ],
-)  # fmt: skip
+)
 def test_listed_segments_are_found_as_whole_words(spans, masked):
-    found = masked_from(SENTENCE, spans)
-    assert (found and str(found)) == masked
-    assert found is None or found.fill(found.hidden) == SENTENCE
+    result = masked_from(SENTENCE, spans)
+    assert (result and str(result)) == masked
+    assert result is None or result.fill(result.hidden) == SENTENCE
 
 
 def test_a_word_that_is_listed_again_is_its_next_place():
@@ -237,20 +200,24 @@ def test_a_word_that_is_listed_again_is_its_next_place():
     assert str(masked_from(text, ["DOG", "a cat's"])) == "a [MASK] and a dog near [MASK] dog."
 
 
-def test_listed_segments_may_be_drawn_from():
-    masked = masked_from(DIGITS, ["seven", "two", "zero", "nine"], segments=2, rng=rng())
-    assert len(masked.hidden) == 2
-    half = masked_from(DIGITS, ["seven", "two", "zero", "nine"], share=0.5, rng=rng())
-    assert half == masked
-    assert masked_from("", ["a"]) is None and masked_from("a b", []) is None
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(max_size=8), max_size=5))
 def test_whatever_a_model_lists(text, spans):
+    assert masked_from(text, []) is None
     masked = masked_from(text, spans)
     if masked is not None:
         assert masked.fill(masked.hidden) == text and all(masked.hidden)
+
+
+def test_the_masks_of_digit_captions():
+    for i, scene in enumerate(make_scenes(15, biased=True, seed=3)):
+        every = mask_response(scene.caption, ("numbers",), 0, rng())
+        around = ("top left ", " , top right ", " , bottom left ", " , bottom right ", " .")
+        assert every.pieces == around
+        one = mask_response(scene.caption, ("numbers",), 1, rng(i))
+        assert len(one.hidden) == 1 and one.hidden[0] in every.hidden
+    with pytest.raises(ValueError):
+        Masked(("a ", " near ", "."), ("dog", "a tree")).fill(("cat",))
 
 
 # --- filters ---
@@ -288,7 +255,6 @@ def test_what_counts_as_the_same(a, b, same):
         ("The cat sat down", 2.0, "same as chosen"),
         ("a cat sat up", 0.75, "too similar"),  # 3 of 4 words match
         ("a cat sat up", 0.76, None),
-        ("a cat sat up", 1.0, None),
         ("one two three four", 0.01, None),
         ("sat a cat down", 1.0, None),
         (" ... ", 1.0, "no text"),
@@ -298,79 +264,34 @@ def test_what_is_dropped(completion, tau, reason):
     assert reason_to_drop("a cat sat down", completion, tau) == reason
 
 
-def test_another_measure_decides():
-    given = ("a cat sat down", "a dog sat down", 0.95)
-    assert reason_to_drop(*given, lambda a, b: 0.96) == "too similar"
-    assert reason_to_drop(*given, 0.96) == "too similar"
-    assert reason_to_drop(*given, 0.94) is None
-    assert reason_to_drop(*given) is None  # 3 of 4 words
-
-
-def test_the_measure_is_said():
-    assert "share of matching words (built in, lexical" in about_similarity()
-    assert about_similarity("m/x") == "text similarity: cosine of sentence embeddings by m/x"
-
-
 class FakeSentences:
     """The part of the package that is used; embeds a text as the counts of its letters a to c."""
 
-    def __init__(self, name, *, device, trust_remote_code, model_kwargs):
+    def __init__(self, name, *, trust_remote_code, model_kwargs, **_):
         if name == "none":
             raise OSError("none is no model\nmore")
         assert trust_remote_code is False and model_kwargs == {"use_safetensors": True}
         self.texts = []
 
-    def encode(self, texts, *, batch_size, convert_to_numpy, normalize_embeddings, **_):
-        assert convert_to_numpy and normalize_embeddings and batch_size == 64
+    def encode(self, texts, *, convert_to_numpy, normalize_embeddings, **_):
+        assert convert_to_numpy and normalize_embeddings
         self.texts += texts
         counts = np.array([[text.count(c) for c in "abc"] for text in texts], float)
         return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
-@pytest.fixture
-def sentences(monkeypatch):
+def test_sentence_similarity_is_the_cosine(monkeypatch):
     module = types.ModuleType("sentence_transformers")
     module.SentenceTransformer = FakeSentences
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
-
-
-def test_sentence_similarity_is_the_cosine(sentences):
     measure = SentenceSimilarity("some/model")
-    found = measure([("a", "b"), ("aab", "ab"), ("a", "a"), ("aab", "a")])
-    assert found.dtype == np.float32
-    assert found == pytest.approx([0, 3 / 10**0.5, 1, 2 / 5**0.5], abs=1e-6)
+    values = measure([("a", "b"), ("aab", "ab"), ("a", "a"), ("aab", "a")])
+    assert values.dtype == np.float32
+    assert values == pytest.approx([0, 3 / 10**0.5, 1, 2 / 5**0.5], abs=1e-6)
     assert measure._model.texts == ["a", "b", "aab", "ab"]  # each once
     assert measure([]).shape == (0,)
     with pytest.raises(ValueError, match=r"from none \(none is no model\). Pass a folder or a hub"):
         SentenceSimilarity("none")
-
-
-def test_sentence_similarity_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'realign\[sentences\]'"):
         SentenceSimilarity("some/model")
-
-
-# --- one thing after another ---
-
-
-def test_a_masked_response_holds_what_stands_around_its_gaps():
-    masked = Masked(("a ", " near ", "."), ("dog", "a tree"))
-    assert str(masked) == "a [MASK] near [MASK]."
-    assert masked.fill(("cat", "the wall")) == "a cat near the wall."
-    with pytest.raises(ValueError):
-        masked.fill(("cat",))
-
-
-def test_the_masks_of_digit_captions():
-    for i, scene in enumerate(make_scenes(50, biased=True, seed=3)):
-        every = mask_response(scene.caption, ("numbers",), 0, rng())
-        assert every.pieces == (
-            "top left ",
-            " , top right ",
-            " , bottom left ",
-            " , bottom right ",
-            " .",
-        )
-        one = mask_response(scene.caption, ("numbers",), 1, rng(i))
-        assert len(one.hidden) == 1 and one.hidden[0] in every.hidden

@@ -1,4 +1,4 @@
-"""What the pipeline writes is what TRL's DPOTrainer takes: one step on the shipped digits model."""
+"""Output of the pipeline in TRL's DPOTrainer: one step on the shipped digits model."""
 
 import math
 
@@ -9,26 +9,28 @@ from transformers import AutoProcessor
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about TRL
 COLUMNS = ["prompt", "chosen", "rejected", "images"]
 
 
-@pytest.fixture(scope="module")
-def history(pairs_file, tmp_path_factory):
-    """(the rows trained on, TRL's log) of one step on four pairs."""
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about TRL
+def test_trl_takes_a_step(pairs_file, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
-    folder = tmp_path_factory.mktemp("trl")
     rows = datasets.load_dataset(
-        "parquet", data_files=str(pairs_file), split="train", cache_dir=str(folder / "cache")
+        "parquet", data_files=str(pairs_file), split="train", cache_dir=str(tmp_path / "cache")
     )
     rows = rows.select_columns(COLUMNS).select(range(4))
+    for row, record in zip(rows, read_pairs(pairs_file), strict=False):
+        assert row["prompt"] == list(record.prompt)
+        assert row["chosen"] == [{"role": "assistant", "content": record.chosen}]
+        assert row["rejected"] == [{"role": "assistant", "content": record.rejected}]
+        assert [image.size for image in row["images"]] == [record.images[0].open("r").size]
     trainer = DPOTrainer(
         model=str(ASSETS),
         processing_class=AutoProcessor.from_pretrained(ASSETS),
         train_dataset=rows,
         args=DPOConfig(
-            output_dir=str(folder / "run"),
+            output_dir=str(tmp_path / "run"),
             per_device_train_batch_size=4,
             max_steps=1,
             max_length=None,
@@ -41,22 +43,7 @@ def history(pairs_file, tmp_path_factory):
         ),
     )
     trainer.train()
-    return rows, trainer.state.log_history
-
-
-def test_the_rows_are_trls(history, pairs_file):
-    rows, _ = history
-    assert rows.column_names == COLUMNS
-    for row, record in zip(rows, read_pairs(pairs_file), strict=False):
-        assert row["prompt"] == list(record.prompt)
-        assert row["chosen"] == [{"role": "assistant", "content": record.chosen}]
-        assert row["rejected"] == [{"role": "assistant", "content": record.rejected}]
-        assert [image.size for image in row["images"]] == [record.images[0].open("r").size]
-
-
-def test_trl_takes_a_step(history):
-    _, log = history
-    first = log[0]
+    first = trainer.state.log_history[0]
     # Before the first update policy and reference agree, so every margin is 0.
     assert abs(first["loss"] - math.log(2)) < 1e-3
     assert abs(first["rewards/margins"]) < 1e-3

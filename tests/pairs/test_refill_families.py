@@ -11,7 +11,7 @@ from tiny_tokenizers import byte_level
 from tiny_vlms import FAMILIES, make, random_images, random_text
 
 from realign.pairs.infill import refill
-from realign.pairs.infill.refill import alone_because, infill, infill_plain
+from realign.pairs.infill.refill import infill, infill_plain, reason_for_single
 from realign.pairs.masking.mask import Masked, masked_from
 
 
@@ -69,9 +69,9 @@ def test_every_family_completes_in_batches_as_one_by_one(family):
         first = text.removeprefix(mask.pieces[0])
         gaps.add(len(first[: first.index(mask.pieces[1])].split()))
     assert len(gaps) > 1
-    alone = alone_because(vlm, processor)
-    assert (alone is None) == (family != "qwen3_5")
-    assert alone is None or "linear_attention layers keep a state" in alone
+    reason = reason_for_single(vlm, processor)
+    assert (reason is None) == (family != "qwen3_5")
+    assert reason is None or "linear_attention layers keep a state" in reason
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,23 +120,16 @@ def test_a_reader_scores_as_plain_forwards(family):
             assert (found - expected)[read].abs().max() < 1e-3
 
 
-def test_eager_attention_takes_the_same_masks():
-    for family in ("llava", "gemma3"):
-        vlm, processor = make(family, attention="eager")
-        rng = np.random.default_rng(2)
-        pictures = [random_images(rng, n) for n in (1, 2, 1)]
-        prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
-        masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
-        given = (vlm, processor, prompts, pictures, masked)
-        assert infill(*given) == infill_plain(*given)
-
-
-def test_without_a_padding_token_records_go_one_by_one():
-    vlm, processor = make("llava")
-    processor.tokenizer.pad_token = None
-    assert alone_because(vlm, processor) == "its tokenizer has no padding token"
+@pytest.mark.parametrize("case", ["llava, eager", "gemma3, eager", "llava, no padding token"])
+def test_eager_attention_and_single_records(case):
+    """Eager attention takes the same masks; without a padding token records go one by one."""
+    family, kind = case.split(", ")
+    vlm, processor = make(family, attention="eager" if kind == "eager" else "tree")
+    if kind != "eager":
+        processor.tokenizer.pad_token = None
+        assert reason_for_single(vlm, processor) == "its tokenizer has no padding token"
     rng = np.random.default_rng(2)
-    pictures = [random_images(rng, 1) for _ in range(3)]
+    pictures = [random_images(rng, n) for n in (1, 2, 1)]
     prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
     masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
     given = (vlm, processor, prompts, pictures, masked)

@@ -1,11 +1,9 @@
-"""What every engine takes and gives: a chat with its images, a reply, and the checks before it."""
+"""The interface of engines: `Engine`, its options, a chat with its images, a reply."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from realign.data.messages import ChatError, place_images
+from realign.data.errors import Malformed
+from realign.data.messages import place_images
 
 NO_TEXT = "the answer is empty"
 
@@ -26,7 +25,7 @@ class Chat:
     images: list[Image.Image] = field(default_factory=list)  # in the order of their places
     max_tokens: int = 256  # of the answer
     temperature: float = 0.0  # 0 is greedy
-    seed: int = 0  # of sampling; not read at temperature 0
+    seed: int = 0  # of sampling; ignored at temperature 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -37,27 +36,64 @@ class Chat:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. Where `error` is not empty there is none, and the record is a bad one."""
+    """One answer; with an `error` there is none, and the record is invalid."""
 
     text: str
     error: str = ""
     cut: bool = False  # the answer was as long as allowed, so its end may be missing
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of all engines; each reads those that concern it."""
+
+    folder: str | Path | None = None
+    """Where an endpoint's answers are kept, one file each, so that nothing is asked twice."""
+    batch_size: int = 8
+    """Of transformers: greedy answers written at once; sampled ones are written one by one."""
+    dtype: str | None = None
+    """Of transformers: "fp32" or "bf16"; bf16 on a GPU and fp32 elsewhere when absent."""
+    concurrency: int = 8
+    """Requests that an endpoint has at once."""
+    requests_per_minute: float | None = None
+    """Most requests started at an endpoint in a minute, repeated ones included."""
+    tries: int = 5
+    """How often a request to an endpoint is sent at most."""
+    timeout: float = 120.0
+    """Seconds that an endpoint has for an answer."""
+    price_in: float | None = None
+    """Price of a million input tokens, for the estimate."""
+    price_out: float | None = None
+    """The same of output tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "concurrency", "tries"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        for name in ("timeout", "requests_per_minute"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        for name in ("price_in", "price_out"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more.")
+
+
 class Engine:
     """A model that answers chats.
 
-    `name` says which one, for the records' provenance. An engine may be made and dropped without
-    cost: models are loaded, and workers started, by `open` or the first `chat`.
+    Attributes:
+        name: of the model, for the records' provenance.
+
+    An engine is made without cost: `open` or the first `chat` loads the model.
     """
 
     name: str
 
     def open(self) -> None:
-        """Load what answering needs; a second call does nothing.
+        """Load the model; a second call does nothing.
 
         Raises:
-            ValueError: when the model or its environment is not there, with the remedy.
+            ValueError: when there is no such model, with the remedy.
         """
 
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
@@ -70,49 +106,49 @@ class Engine:
             One reply per request, in their order. A request that cannot be answered has an error.
 
         Raises:
-            ValueError: when no request could be answered, whatever it held: a wrong key, a model
+            ValueError: when no request can be answered: a wrong key, a model
                 that does not load.
-            ConnectionError: when an endpoint is gone. What it answered before is kept, so the run
-                can go on later; its requests are no bad records.
+            ConnectionError: when an endpoint is gone. Its earlier answers are kept, so that a later
+                run resumes; its requests are no bad records.
         """
         raise NotImplementedError
 
     def estimate(self, requests: Sequence[Chat], total: int | None = None) -> str | None:
-        """What the requests will cost, to be printed before they are sent; None for a local model.
+        """Cost of requests, to be printed before they are sent; None for a local model.
 
         Args:
-            requests: those of the run, or a sample of them.
-            total: how many the run will make, where `requests` are a sample.
+            requests: all of the run, or a sample.
+            total: of the run, where `requests` are a sample.
         """
         return None
 
     def close(self) -> None:
-        """Free what `open` took; `open` may follow."""
+        """Free the model; `open` may follow."""
 
 
 def typed_messages(chat: Chat) -> list[dict[str, Any]]:
-    """The messages of a chat with content as typed parts, every image in its place.
+    """The messages of a chat with content as typed parts, each image in its place.
 
     Raises:
-        ChatError: as `realign.data.messages.place_images`.
+        Malformed: as `realign.data.messages.place_images`.
     """
     return place_images(chat.messages, len(chat.images))
 
 
 def request_digest(chat: Chat, *engine: str) -> str:
-    """Digest of all that decides an answer: 32 hexadecimal digits.
+    """Digest of all that decides an answer, in 32 hexadecimal digits.
 
-    The seed counts where it is read, so greedy requests that differ in it are one.
+    The seed is part of it where it is read: greedy requests that differ only in it are equal.
 
     Args:
         chat: the request.
-        engine: what tells the engine from others, such as its model.
+        engine: identity of the engine, such as its model.
 
     Raises:
-        ChatError: as `typed_messages`.
+        Malformed: as `typed_messages`.
     """
     sampled = chat.temperature > 0
-    said = {
+    facts = {
         "engine": engine,
         "messages": typed_messages(chat),
         "max_tokens": chat.max_tokens,
@@ -120,35 +156,20 @@ def request_digest(chat: Chat, *engine: str) -> str:
         "seed": chat.seed if sampled else None,
         "images": [image_digest(image) for image in chat.images],
     }
-    # ASCII, so that a lone surrogate in a text has a digest, too.
-    text = json.dumps(said, sort_keys=True, ensure_ascii=True)
+    # ASCII, so that a text with a lone surrogate has a digest, too.
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def image_digest(image: Image.Image) -> str:
-    """Digest of an image's RGB pixels: no encoder has a say in it.
+    """Digest of an image's RGB pixels, independent of its encoding.
 
     Raises:
-        ChatError: when the image is not decoded yet and cannot be.
+        Malformed: when the image is not decoded yet and cannot be.
     """
     try:
         pixels = image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise ChatError(f"an image of it cannot be decoded ({error}).") from error
+        raise Malformed(f"an image of it cannot be decoded ({error}).") from error
     header = f"{pixels.width}x{pixels.height} ".encode()
     return hashlib.blake2b(header + pixels.tobytes(), digest_size=16).hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, its folder included; several processes may do it at once.
-
-    Raises:
-        OSError: when the disk is full or the folder cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

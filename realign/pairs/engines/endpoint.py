@@ -1,163 +1,131 @@
-"""The endpoint engine: answers by an OpenAI-compatible server on a URL that the user gives.
+"""Endpoint engine: chats answered by an OpenAI-compatible server, through the `openai` client.
 
-A request is sent again after 429, 5xx, a time-out or a cut connection, with a growing, random wait
-that `Retry-After` overrules. Answers are kept on disk, so a run that goes on pays for none twice.
+The client repeats a request after 408, 409, 429, 5xx, a time-out or a cut connection, with growing
+random waits or those of `Retry-After`. Answers are kept on disk, so a resumed run pays for none
+twice.
+
+The key comes from the environment, goes into one header, and is taken out of every text that a
+server returns, because servers quote it. The client would also send an organization, a project and
+headers that other variables name (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS), so the engine sets all
+headers itself. A redirect is an error: the key and the images stay with the host that was named.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import ipaddress
 import json
-import random
+import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import httpx2
+import openai
+from PIL import Image
+
+from realign.data.errors import Malformed
+from realign.files import write_whole
 from realign.pairs.engines.chat import (
+    NO_TEXT,
     Chat,
-    ChatError,
     Engine,
+    EngineOptions,
     Reply,
     request_digest,
     typed_messages,
-    write_whole,
 )
-from realign.pairs.engines.wire import Address, Answer, Transport, parse_answer, payload
 
+KEYS = ("REALIGN_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
 IMAGE_TOKENS = 1000  # of one image, for the estimate: 765 to 1105 where prices are published
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try, and before any
-LONGEST_PAUSE = 600.0  # seconds of Retry-After that are waited for; past it the run stops
-GIVE_UP = 40  # tries in a row, of any requests, without one answer
+LONGEST_SIDE = 2048  # pixels of an image that is sent; servers make larger ones smaller
+GIVE_UP = 8  # requests in a row without an answer; then the run stops
+_LOSSLESS = 256 * 256  # pixels; larger images go as JPEG, a tenth of the bytes
+_MOST_BYTES = 16 * 2**20  # of an answer
+_HEADERS = ("host", "connection", "content-length", "accept-encoding")  # of the HTTP library
+_REMEDIES = {
+    401: "it refuses the key; set $REALIGN_API_KEY or $OPENAI_API_KEY to a valid one",
+    404: "it has no such path or model; check the URL and the model behind the #",
+}
+_LOCK = threading.Lock()  # of the pace of all engines; an engine without locks can be pickled
 
 
 class EndpointEngine(Engine):
-    """An OpenAI-compatible endpoint.
+    """An OpenAI-compatible endpoint; no attribute holds the key, so `repr` and pickle do not."""
 
-    The key is read from $REALIGN_API_KEY or $OPENAI_API_KEY when a request is sent. No attribute of
-    the engine holds it, so neither `repr` nor pickle can show it.
-    """
-
-    def __init__(
-        self,
-        spec: str,
-        *,
-        folder: str | Path | None = None,
-        concurrency: int = 8,
-        requests_per_minute: float | None = None,
-        tries: int = 5,
-        timeout: float = 120.0,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        first_wait: float = FIRST_WAIT,
-    ) -> None:
-        """Check the settings; nothing is sent.
+    def __init__(self, spec: str, options: EngineOptions | None = None) -> None:
+        """Check the URL and the key; nothing is sent.
 
         Args:
             spec: "URL#MODEL"; requests go to URL/chat/completions.
-            folder: where answers are kept, one file each; None keeps none.
-            concurrency: requests under way at once.
-            requests_per_minute: most requests started in a minute, repeated ones included.
-            tries: how often a request is sent at most.
-            timeout: seconds for an answer, from the connection to its last byte.
-            price_in: of a million input tokens, for `estimate`.
-            price_out: of a million output tokens.
-            first_wait: seconds before the second try, on average; doubled for each further one.
+            options: all but those of transformers.
 
         Raises:
-            ValueError: for a malformed URL, a value out of range, or a key in the environment that
-                would go over plain HTTP to another machine.
+            ValueError: for a malformed URL, or a key in the environment that would go over plain
+                HTTP to another machine.
         """
-        least = {"concurrency": (concurrency, 1), "tries": (tries, 1)}
-        for name, (value, bound) in least.items():
-            if value < bound:
-                raise ValueError(f"{name} is {value}; it must be at least {bound}.")
-        above = {"timeout": timeout, "requests_per_minute": requests_per_minute}
-        for name, value in above.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0.")
-        for name, value in {"price_in": price_in, "price_out": price_out}.items():
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} is {value}; it must be 0 or more.")
-        self._address = Address.parse(spec)
-        self._address.headers()  # a key that must not be sent is refused now, not in the run
         self.name = spec
-        self._transport = Transport(self._address, timeout)
-        self._folder = None if folder is None else Path(folder)
-        self._concurrency, self._tries = concurrency, tries
-        self._prices = (price_in, price_out)
-        self._first_wait = first_wait
-        self._pace = _Pace(requests_per_minute)
+        self._url, self._model, self._loopback = _parse(spec)
+        self._options = options or EngineOptions()
+        self._check_key()
+        self._next_start = 0.0  # of a request, in the process's monotonic time
         self._renamed = False  # the server wants max_completion_tokens
-        self._failures = 0  # tries in a row without an answer
-
-    def __getstate__(self) -> dict:
-        """For other processes: without the lock, which each has of its own."""
-        return self.__dict__ | {"_pace": self._pace.per_minute}
-
-    def __setstate__(self, state: dict) -> None:
-        """Restore, with a new lock."""
-        self.__dict__.update(state, _pace=_Pace(state["_pace"]))
+        self._failures = 0  # requests in a row without an answer
 
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
         """Answer requests, several at once; equal ones are sent once. See `Engine.chat`.
 
         Raises:
             ValueError: when the server refuses the key, knows no such model, or redirects.
-            ConnectionError: after many tries in a row without an answer, or when the server asks
-                to wait for more than ten minutes.
+            ConnectionError: after several requests in a row without an answer.
         """
         stop = threading.Event()
-        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="endpoint")
+        pool = ThreadPoolExecutor(self._options.concurrency, thread_name_prefix="endpoint")
+        client = self._client(stop)
         try:
-            asked, replies = {}, []
+            asked: dict[str, Future[Reply]] = {}
+            replies: list[Reply | Future[Reply]] = []
             for request in requests:
                 try:
-                    key = request_digest(request, self._address.url, self._address.model)
-                except ChatError as error:
+                    key = self._key(request)
+                except Malformed as error:
                     replies.append(Reply("", str(error)))
                     continue
                 if key not in asked:
-                    asked[key] = pool.submit(self._answer, request, key, stop)
+                    asked[key] = pool.submit(self._answer, client, request, key)
                 replies.append(asked[key])
             return [reply if isinstance(reply, Reply) else reply.result() for reply in replies]
         finally:
-            stop.set()  # after an error no thread goes on waiting
+            stop.set()  # after an error no thread sends a further request
             pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
 
     def estimate(self, requests: Sequence[Chat], total: int | None = None) -> str:
-        """How many requests and tokens there are to pay for, and the cost at the prices given.
+        """Number and tokens of requests that are not answered yet, and their cost. See `Engine`.
 
         Rough: a token is taken as four characters, an image as 1,000, an answer as long as allowed.
-        See `Engine.estimate`.
         """
-        tokens_in = tokens_out = 0
-        keys: set[str] = set()
-        kept = 0
+        unique: dict[str, Chat] = {}
         for request in requests:
-            try:
-                key = request_digest(request, self._address.url, self._address.model)
-            except ChatError:
-                continue
-            if key in keys:
-                continue
-            keys.add(key)
-            if self._kept(key) is not None:
-                kept += 1
-                continue
-            tokens_in += _characters(request) // 4 + IMAGE_TOKENS * len(request.images)
-            tokens_out += request.max_tokens
-        sent = len(keys) - kept
-        if total is not None and requests:
-            scale = total / len(requests)
-            sent, kept = round(sent * scale), round(kept * scale)
-            tokens_in, tokens_out = round(tokens_in * scale), round(tokens_out * scale)
+            with suppress(Malformed):
+                unique[self._key(request)] = request
+        new = [request for key, request in unique.items() if self._kept(key) is None]
+        scale = total / len(requests) if total is not None and requests else 1
+        sent, kept = round(scale * len(new)), round(scale * (len(unique) - len(new)))
+        tokens = (_characters(r) // 4 + IMAGE_TOKENS * len(r.images) for r in new)
+        tokens_in = round(scale * sum(tokens))
+        tokens_out = round(scale * sum(request.max_tokens for request in new))
         about = "" if total in (None, len(requests)) else "about "
         line = (
             f"{self.name}: {about}{sent} requests to send ({kept} answered before), "
             f"about {tokens_in} tokens in and at most {tokens_out} out"
         )
-        price_in, price_out = self._prices
+        price_in, price_out = self._options.price_in, self._options.price_out
         if price_in is None or price_out is None:
             return f"{line}; for the cost give --price-in and --price-out (per million tokens)"
         cost = (tokens_in * price_in + tokens_out * price_out) / 1e6
@@ -166,67 +134,218 @@ class EndpointEngine(Engine):
             "million tokens)"
         )
 
-    def _answer(self, request: Chat, key: str, stop: threading.Event) -> Reply:
+    def _client(self, stop: threading.Event) -> openai.OpenAI:
+        def before(request: httpx2.Request) -> None:
+            self._wait_for_turn(stop)
+            for name in set(request.headers) - set(_HEADERS):
+                del request.headers[name]
+            request.headers["Content-Type"] = request.headers["Accept"] = "application/json"
+            if key := self._check_key():
+                request.headers["Authorization"] = f"Bearer {key}"
+            request.extensions["deadline"] = time.monotonic() + self._options.timeout
+
+        return openai.OpenAI(
+            base_url=self._url,
+            api_key="set by each request",
+            timeout=self._options.timeout,
+            max_retries=self._options.tries - 1,
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False,
+                trust_env=not self._loopback,  # no proxy sees what is meant for this machine
+                event_hooks={"request": [before], "response": [_read_bounded]},
+            ),
+        )
+
+    def _wait_for_turn(self, stop: threading.Event) -> None:
+        """Space out the starts of requests, repeated ones included, over all threads."""
+        per_minute = self._options.requests_per_minute
+        with _LOCK:
+            start = max(self._next_start, time.monotonic())
+            self._next_start = start + (60.0 / per_minute if per_minute else 0.0)
+        if stop.wait(start - time.monotonic()):
+            raise ConnectionError("stopped")
+
+    def _answer(self, client: openai.OpenAI, request: Chat, key: str) -> Reply:
         if (kept := self._kept(key)) is not None:
             return kept
-        try:
-            reply = self._ask(request, stop)
-        except Exception:
-            stop.set()  # the others wait for nothing
-            raise
-        if self._folder is not None and not reply.error:
-            said = {"text": reply.text, "cut": reply.cut, "model": self._address.model}
-            write_whole(self._file(key), json.dumps(said).encode())
+        reply = self._ask(client, request)
+        if (file := self._file(key)) is not None and not reply.error:
+            kept_fields = {"text": reply.text, "cut": reply.cut, "model": self._model}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(kept_fields))
         return reply
 
-    def _ask(self, request: Chat, stop: threading.Event) -> Reply:
-        """Send a request until it is answered, refused for good, or its tries are over."""
-        answer = Answer(0)
-        tried = 0
-        while tried < self._tries and not stop.is_set():
-            if tried:
-                # Random, so that requests which failed together do not come back together.
-                wait = min(self._first_wait * 2 ** (tried - 1), LONGEST_WAIT)
-                if answer.retry_after is None:
-                    stop.wait(wait * random.uniform(0.5, 1.5))
-            if not self._pace.wait(stop):
-                break
-            renamed = self._renamed
-            answer = self._transport.send(payload(request, self._address.model, renamed))
-            if answer.wants_renamed and not renamed:
-                self._renamed = True  # newer models take max_completion_tokens alone
-                continue
-            tried += 1
-            if not answer.again:
-                self._failures = 0
-                return parse_answer(answer)
-            self._failures += 1
-            if answer.retry_after is not None:
-                if answer.retry_after > LONGEST_PAUSE:
-                    raise ConnectionError(
-                        f"{self._address.url} asks to wait {answer.retry_after:.0f} s "
-                        f"({answer.problem}). Its answers are kept: run again then."
-                    )
-                self._pace.pause(answer.retry_after)
-            if self._failures >= GIVE_UP:
-                raise ConnectionError(
-                    f"{self._address.url} has not answered {GIVE_UP} tries in a row (the "
-                    f"last: {answer.problem}). Answers before are kept: run again when it is up."
-                )
-        return Reply("", f"no answer in {tried} tries; the last: {answer.problem or 'stopped'}")
+    def _ask(self, client: openai.OpenAI, request: Chat) -> Reply:
+        renamed = self._renamed
+        body = payload(request, self._model, renamed)
+        try:
+            answer = client.post("/chat/completions", cast_to=httpx2.Response, content=body)
+        except openai.APIStatusError as error:
+            if error.status_code == 400 and "max_completion_tokens" in error.response.text:
+                self._renamed = True  # newer models take only max_completion_tokens
+                if not renamed:
+                    return self._ask(client, request)
+            return self._refused(error.response)
+        except openai.APITimeoutError:
+            return self._unanswered(f"no answer within {self._options.timeout:g} s")
+        except openai.APIConnectionError as error:
+            return self._unanswered(scrub(repr(error.__cause__)))
+        except _TooLong as error:
+            return Reply("", str(error))
+        self._failures = 0
+        return parse_answer(answer.content)
 
-    def _file(self, key: str) -> Path:
-        assert self._folder is not None
-        return self._folder / key[:2] / f"{key}.json"
+    def _refused(self, response: httpx2.Response) -> Reply:
+        status, text = response.status_code, scrub(" ".join(response.text.split()))
+        problem = f"HTTP status {status}" + (f": {text[:300]}" if text else "")
+        if status in _REMEDIES:
+            raise ValueError(f"{self._url} answers {problem}; {_REMEDIES[status]}.")
+        if 300 <= status < 400:
+            target = scrub(response.headers.get("location", "?"))
+            raise ValueError(
+                f"{self._url} redirects to {target}, which is not followed; give that URL."
+            )
+        if status in (408, 409, 429) or status >= 500:
+            return self._unanswered(problem)
+        self._failures = 0
+        return Reply("", problem)
+
+    def _unanswered(self, problem: str) -> Reply:
+        self._failures += 1
+        if self._failures >= GIVE_UP:
+            raise ConnectionError(
+                f"{self._url} has not answered {GIVE_UP} requests in a row (the last: {problem}). "
+                "Earlier answers are kept: run again when it is up."
+            )
+        tries = self._options.tries
+        return Reply("", f"no answer in up to {tries} tries; the last: {problem}")
+
+    def _check_key(self) -> str | None:
+        """The key of the environment.
+
+        Raises:
+            ValueError: when it would go over plain HTTP to another machine, or cannot be a key.
+                The message does not show it.
+        """
+        key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                f"${' or $'.join(KEYS)} holds characters that no key has; set it again."
+            )
+        if key and self._url.lower().startswith("http:") and not self._loopback:
+            raise ValueError(
+                f"the key of the environment would go to {self._url} unencrypted. Use an https URL "
+                f"or a tunnel to 127.0.0.1, or unset ${' and $'.join(KEYS)} for a server that "
+                "needs none."
+            )
+        return key
+
+    def _key(self, request: Chat) -> str:
+        return request_digest(request, self._url, self._model)
+
+    def _file(self, key: str) -> Path | None:
+        folder = self._options.folder
+        return None if folder is None else Path(folder) / key[:2] / f"{key}.json"
 
     def _kept(self, key: str) -> Reply | None:
-        if self._folder is None:
+        if (file := self._file(key)) is None:
             return None
         try:
-            said = json.loads(self._file(key).read_bytes())
-            return Reply(str(said["text"]), cut=bool(said["cut"]))
+            kept = json.loads(file.read_bytes())
+            return Reply(str(kept["text"]), cut=bool(kept["cut"]))
         except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
             return None
+
+
+def scrub(text: str) -> str:
+    """A text without the key."""
+    for name in KEYS:
+        if key := os.environ.get(name, "").strip():
+            text = text.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
+    return text
+
+
+def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
+    """The body of a request: JSON in ASCII, with images as data: URLs.
+
+    Args:
+        chat: the request.
+        model: that answers.
+        renamed: send `max_completion_tokens` in place of `max_tokens`.
+
+    Raises:
+        Malformed: for a malformed chat.
+    """
+    images = iter(chat.images)
+    messages = []
+    for message in typed_messages(chat):
+        parts = [
+            {"type": "image_url", "image_url": {"url": data_url(next(images))}}
+            if part["type"] == "image"
+            else part
+            for part in message["content"]
+        ]
+        only_text = len(parts) == 1 and parts[0]["type"] == "text"
+        # Servers of text-only models want a plain string.
+        content = parts[0]["text"] if only_text else parts
+        messages.append({"role": message["role"], "content": content})
+    body: dict[str, Any] = {"model": model, "messages": messages}
+    body["max_completion_tokens" if renamed else "max_tokens"] = chat.max_tokens
+    body["temperature"] = chat.temperature
+    if chat.temperature > 0:
+        body["seed"] = chat.seed
+    return json.dumps(body).encode()
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as a data: URL: PNG when small, else JPEG, no side over 2048 pixels."""
+    image = image.convert("RGB")
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    small = image.width * image.height <= _LOSSLESS
+    kind, options = ("png", {}) if small else ("jpeg", {"quality": 95})
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def parse_answer(body: bytes) -> Reply:
+    """The reply in the body of an answer; an error where it is no chat completion."""
+    try:
+        choice = json.loads(body)["choices"][0]
+        message = choice["message"]
+        content = message["content"]
+        if isinstance(content, list):
+            content = "".join(p["text"] for p in content if p.get("type", "text") == "text")
+        if not content and message.get("refusal"):
+            return Reply("", scrub(f"the model refuses: {message['refusal']}"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        start = scrub(body.decode(errors="replace"))[:100]  # in this order: no half a key
+        return Reply("", f"the answer is no chat completion: {start!r}")
+    if not isinstance(content, str) or not content.strip():
+        return Reply("", NO_TEXT)
+    try:
+        content.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, which no file can hold
+        return Reply("", "the answer holds half a character")
+    return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
+
+
+class _TooLong(Exception):
+    """An answer is longer than any should be."""
+
+
+def _read_bounded(response: httpx2.Response) -> None:
+    """Read a body within its bounds: the library's time limit holds for each read, not for all."""
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    data = bytearray()
+    for part in response.stream:
+        data += part
+        if time.monotonic() > response.request.extensions["deadline"]:
+            raise httpx2.ReadTimeout("the answer takes too long", request=response.request)
+        if len(data) > _MOST_BYTES:
+            raise _TooLong(f"the answer is longer than {_MOST_BYTES} bytes")
+    response.stream.close()
+    response.stream = httpx2.ByteStream(bytes(data))
 
 
 def _characters(request: Chat) -> int:
@@ -234,27 +353,28 @@ def _characters(request: Chat) -> int:
     return sum(len(part.get("text", "")) for part in parts)
 
 
-class _Pace:
-    """Spaces out the starts of requests over all threads of a process."""
+def _parse(spec: str) -> tuple[str, str, bool]:
+    """URL without trailing slash, model, and whether the host is this machine.
 
-    def __init__(self, per_minute: float | None) -> None:
-        self.per_minute = per_minute
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._lock, self._next = threading.Lock(), 0.0
-
-    def wait(self, stop: threading.Event) -> bool:
-        """Wait for a turn; returns False when `stop` came first."""
-        while True:
-            with self._lock:
-                now = time.monotonic()
-                if now >= self._next:
-                    self._next = now + self._gap
-                    return not stop.is_set()
-                left = self._next - now
-            if stop.wait(left):
-                return False
-
-    def pause(self, seconds: float) -> None:
-        """Start nothing for that long."""
-        with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+    Raises:
+        ValueError: for a URL without host or model, or one with a user, a password or a query,
+            where keys hide. The message does not show it.
+    """
+    text, _, model = spec.partition("#")
+    if "@" in text or "?" in text:
+        raise ValueError(
+            "the URL of the endpoint holds a user, a password or a query. Give it without; the "
+            f"key is read from ${' or $'.join(KEYS)}."
+        )
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL as error:
+        raise ValueError(f"the endpoint's URL cannot be read ({error}).") from None
+    if not (url.host and model) or " " in text:
+        raise ValueError(
+            "the endpoint is no http or https URL with the model behind a #, "
+            "such as https://host/v1#MODEL."
+        )
+    with suppress(ValueError):
+        return text.rstrip("/"), model, ipaddress.ip_address(url.host).is_loopback
+    return text.rstrip("/"), model, url.host == "localhost"

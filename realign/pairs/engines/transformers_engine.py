@@ -1,8 +1,8 @@
-"""The transformers engine: answers by `generate` in this process.
+"""Transformers engine: chats answered by `generate` in this process.
 
-Greedy answers are written in batches; beside longer ones a prompt is padded, which in bf16 may
-round a close call the other way. Sampled answers are written one by one, each from its own seed, so
-that none depends on its company.
+Greedy answers are written in batches. Padding of shorter prompts may change a close decision in
+bf16. Sampled answers are written one by one, each from its own seed, so that none depends on the
+rest of its batch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from realign.data.errors import Malformed, short_error
 from realign.distributed import disable_cudnn_attention
-from realign.modeling.chat import ChatTemplate, shorten, text_inputs
+from realign.modeling.chat import ChatTemplate, text_inputs
 from realign.modeling.loading import DTYPES, adapter_base, load_processor, load_trained
-from realign.pairs.engines.chat import NO_TEXT, Chat, ChatError, Engine, Reply
+from realign.pairs.engines.chat import NO_TEXT, Chat, Engine, Reply
 
 
 class TransformersEngine(Engine):
@@ -32,10 +33,8 @@ class TransformersEngine(Engine):
             dtype: "fp32" or "bf16"; bf16 on a GPU and fp32 elsewhere when absent.
 
         Raises:
-            ValueError: for a batch size below 1 or another dtype.
+            ValueError: for another dtype.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; use {' or '.join(DTYPES)}.")
         self.name = f"transformers:{model}"
@@ -53,6 +52,7 @@ class TransformersEngine(Engine):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = DTYPES[self._dtype or ("bf16" if device == "cuda" else "fp32")]
         disable_cudnn_attention()
+        model: Any  # transformers annotates `to` as a function, not as a method
         self._sees = _has_vision(self._path)
         if self._sees:
             self._processor = load_processor(self._path)
@@ -78,8 +78,8 @@ class TransformersEngine(Engine):
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
         """Answer requests; see `Engine.chat`.
 
-        A request has an error when its text holds one of the model's special tokens, which would
-        act as one, or when prompt and answer are longer than the model takes.
+        A request has an error when its text holds one of the model's special tokens, which
+        would act as one, or when prompt and answer are longer than the model takes.
         """
         self.open()
         replies: dict[int, Reply] = {}
@@ -87,7 +87,7 @@ class TransformersEngine(Engine):
         for i, request in enumerate(requests):
             try:
                 texts[i] = self._render(request)
-            except ChatError as error:
+            except Malformed as error:
                 replies[i] = Reply("", str(error))
         for batch in self._batches(requests, list(texts)):
             answers = self._write([requests[i] for i in batch], [texts[i] for i in batch])
@@ -95,7 +95,7 @@ class TransformersEngine(Engine):
         return [replies[i] for i in range(len(requests))]
 
     def _batches(self, requests: Sequence[Chat], places: list[int]) -> list[list[int]]:
-        """Places of requests that may be written together: greedy, of one length, alike in kind."""
+        """Places of requests of one batch: greedy, of one `max_tokens`, all with images or none."""
         batches: list[list[int]] = []
         open_: dict[tuple[bool, int], list[int]] = {}
         for i in places:
@@ -113,19 +113,19 @@ class TransformersEngine(Engine):
 
     def _render(self, request: Chat) -> str:
         if request.images and not self._sees:
-            raise ChatError(f"it has images, and {self._path} is a text-only model.")
+            raise Malformed(f"it has images, and {self._path} is a text-only model.")
         return self._template.prompt(request.messages, len(request.images)).text
 
     @torch.inference_mode()
     def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
-        """Answers to requests of one kind; a batch that fails as a whole is tried in parts."""
+        """Answers to one batch; a batch that fails as a whole is tried in halves."""
         try:
             encoded = self._encode(requests, texts)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # each family's processor raises errors of its own
             if len(requests) == 1:
-                return [Reply("", f"the model's processor refuses it: {shorten(error)}")]
+                return [Reply("", f"the model's processor refuses it: {short_error(error)}")]
             return self._halves(requests, texts)
         length, most = encoded["input_ids"].shape[1], requests[0].max_tokens
         if self._room is not None and length + most > self._room:
@@ -163,7 +163,7 @@ class TransformersEngine(Engine):
             return self._tokenizer(**options).to(self._model.device)
         images = [list(request.images) for request in requests] if requests[0].images else None
         encoded = self._processor(images=images, **options)
-        return encoded.to(self._model.device, self._model.dtype)  # pixels alone take the dtype
+        return encoded.to(self._model.device, self._model.dtype)  # only pixels take the dtype
 
     def _generate(self, encoded, request: Chat) -> torch.Tensor:
         options = {
@@ -175,7 +175,7 @@ class TransformersEngine(Engine):
         device = self._model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(request.seed)
-            # The whole distribution, whatever cuts the model's own settings make.
+            # The whole distribution: the model's own settings may cut it.
             return self._model.generate(
                 **encoded,
                 **options,
@@ -193,7 +193,7 @@ class TransformersEngine(Engine):
 
 
 def _has_vision(path: str) -> bool:
-    """Whether a model has a vision tower; True where it cannot be told, for the loader to say."""
+    """Whether a model has a vision tower; True where the config is unreadable."""
     try:
         config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=False)
     except (OSError, ValueError, ImportError):

@@ -1,19 +1,18 @@
-"""The visual margin of a pair: whether the chosen response fits its own image better.
+"""Visual margin: whether the chosen response fits its own image better than the visual negative.
 
 It is log p(w | v) - log p(w | v') of the reference model, w the chosen response, v its image and v'
-the visual negative. Where it is not above 0 the response holds of the negative as well, or better,
-and the visual term would teach the wrong thing. Both log-probs are leaves of the objectives that
-are trained: they are kept in the reference cache, under the keys and the fingerprint of training,
-which finds them there.
+the visual negative. Where it is not above 0 the response is as true of the negative, so the visual
+term would teach the wrong thing. Both log-probs are leaves of the training objectives: they are
+kept in the reference cache under the keys and the fingerprint of training, which hits them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from realign.data.records import Record, RecordError
@@ -22,6 +21,11 @@ from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
 from realign.modeling.model import ForestModel
+from realign.pairs.config import PairsConfig
+from realign.pairs.engines import Reply
+from realign.pairs.filters.base import Candidate, PairFilter
+from realign.pairs.infill.refill import load_vlm
+from realign.pairs.io.rows import files_digest
 from realign_kernels import Objective, ReferenceCache, objectives
 
 MARGIN = Objective(
@@ -31,19 +35,58 @@ MARGIN = Objective(
 )
 """The chosen response under both images."""
 
-_seen: WeakKeyDictionary = WeakKeyDictionary()
-"""Fingerprint of each model, and why its responses cannot share a prompt. Both take a while."""
+_fingerprints: WeakKeyDictionary = WeakKeyDictionary()
+"""Model -> fingerprint, and whether responses are laid out separately. Both take seconds."""
+
+
+class VisualMargin(PairFilter):
+    """Keeps pairs whose chosen response the reference model finds likelier on its own image."""
+
+    needs_record = True
+    uses_gpu = True
+
+    _model: tuple[PreTrainedModel, Any] | None = None  # with its processor
+
+    @classmethod
+    def wanted(cls, config: PairsConfig) -> bool:
+        """Whether `--margin` is given."""
+        return config.margin
+
+    def settings(self) -> dict[str, Any]:
+        """The reference model."""
+        config = self.config
+        return {"margin": [config.base, files_digest(config.base), config.dtype]}
+
+    def open(self) -> None:
+        """Load the reference model."""
+        self._model = load_vlm(self.config.base, self.config.dtype)
+
+    def close(self) -> None:
+        """Release it."""
+        self._model = None
+
+    def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
+        """Compute the margins and drop those that are not above 0."""
+        assert self._model is not None
+        by_name = {candidate.name: candidate for candidate in candidates}
+
+        def note(record: Record, error: RecordError) -> None:
+            by_name[record.name].invalid = "no margin", str(error)
+
+        margins = visual_margins(*self._model, [c.pair for c in candidates], on_bad=note)
+        for candidate, margin in zip(candidates, margins.tolist(), strict=True):
+            if candidate.invalid is None:
+                candidate.columns["visual_margin"] = margin
+                if not margin > 0:
+                    candidate.reason = "visual margin not above 0"
 
 
 def visual_margins(
     vlm: PreTrainedModel,
-    processor,
+    processor: Any,
     records: Sequence[Record],
     *,
     cache: str | None = None,
-    max_response_tokens: int = 1024,
-    batch_rows: int = 32,
-    progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
     on_bad: Callable[[Record, RecordError], None] | None = None,
 ) -> np.ndarray:
@@ -56,63 +99,24 @@ def visual_margins(
         records: with `retrieved_images`, of which the first as many as `images` count. A rejected
             response is not needed.
         cache: folder of reference log-probs; that which training uses by default, if absent.
-        max_response_tokens: longest chosen response.
-        batch_rows: rows in one forward.
-        progress: whether to show bars.
-        say: told how many log-probs were known, and what is done otherwise than asked for.
-        on_bad: called with records that cannot be computed and the reason; their margin is NaN.
+        say: called with the number of cached log-probs, and with settings that were replaced.
+        on_bad: called with invalid records and the reason; their margin is NaN.
 
     Returns:
         (records,) fp64, in nats.
 
     Raises:
-        RecordError: for a record that cannot be computed, where `on_bad` is absent.
-        ValueError: for a model that forests cannot be laid out for.
+        RecordError: for an invalid record, where `on_bad` is absent.
+        ValueError: for a model that has no forest layout.
     """
-    device, dtype = vlm.device, vlm.dtype
     training = vlm.training
-    model = ForestModel(vlm, dtype=dtype).eval()
-    examples, store, kept = _encoded(
-        model, processor, records, max_response_tokens, progress, on_bad
-    )
-    margins = np.full(len(records), np.nan)
-    try:
-        if examples:
-            fingerprint = _known(model, processor, examples[0], store, device, say)
-            directory = cache or reference_logps.default_directory()
-            with ReferenceCache.open(directory, fingerprint) as table:
-                logps = reference_logps.fill(
-                    table,
-                    model,
-                    examples,
-                    store,
-                    row_tokens=max(example.longest_tree for example in examples),
-                    batch_rows=batch_rows,
-                    device=device,
-                    progress=progress,
-                    say=say,
-                )
-            margins[kept] = (logps[0] - logps[1]).numpy()
-    finally:
-        vlm.train(training)
-    return margins
-
-
-def _encoded(
-    model: ForestModel,
-    processor,
-    records: Sequence[Record],
-    most: int,
-    progress: bool,
-    on_bad: Callable[[Record, RecordError], None] | None,
-) -> tuple[list[Example], ImageStore, list[int]]:
-    """Examples of the records that can be computed, their images, and which they are."""
-    bad: set[int] = set()
+    model = ForestModel(vlm, dtype=vlm.dtype).eval()
+    invalid: set[int] = set()
 
     def leave_out(record: Record, error: RecordError) -> None:
         if on_bad is None:
             raise error
-        bad.add(id(record))
+        invalid.add(id(record))
         on_bad(record, error)
 
     examples, store = encode_records(
@@ -120,27 +124,48 @@ def _encoded(
         processor,
         MARGIN,
         layout=model.layout,
-        max_response_tokens=most,
-        max_tokens=model.vlm.config.get_text_config().max_position_embeddings,
-        progress=progress,
+        max_response_tokens=1024,
+        max_tokens=vlm.config.get_text_config().max_position_embeddings,
+        progress=False,
         on_bad=leave_out,
     )
-    return examples, store, [i for i, record in enumerate(records) if id(record) not in bad]
+    margins = np.full(len(records), np.nan)
+    try:
+        if not examples:
+            return margins
+        fingerprint = _fingerprint(model, processor, examples[0], store, say)
+        directory = cache or reference_logps.default_directory()
+        with ReferenceCache.open(directory, fingerprint) as table:
+            logps = reference_logps.fill(
+                table,
+                model,
+                examples,
+                store,
+                row_tokens=max(example.longest_tree for example in examples),
+                batch_rows=32,
+                device=vlm.device,
+                progress=False,
+                say=say,
+            )
+        margins[[id(record) not in invalid for record in records]] = (logps[0] - logps[1]).numpy()
+    finally:
+        vlm.train(training)
+    return margins
 
 
-def _known(
+def _fingerprint(
     model: ForestModel,
-    processor,
+    processor: Any,
     example: Example,
     store: ImageStore,
-    device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """The fingerprint that training computes for this model; its layout is checked as there."""
-    if model.vlm not in _seen:
-        fingerprint = reference_logps.fingerprint(model.vlm, processor, model.dtype, device)
-        for line in model.check_forest(example, store, device):
+    """The fingerprint that training computes for this model, with the same check of its layout."""
+    vlm = model.vlm
+    if vlm not in _fingerprints:
+        fingerprint = reference_logps.fingerprint(vlm, processor, model.dtype, vlm.device)
+        for line in model.check_forest(example, store, vlm.device):
             say(line)
-        _seen[model.vlm] = fingerprint, model.layout.separate
-    fingerprint, model.layout.separate = _seen[model.vlm]
+        _fingerprints[vlm] = fingerprint, model.layout.separate
+    fingerprint, model.layout.separate = _fingerprints[vlm]
     return fingerprint

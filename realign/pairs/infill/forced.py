@@ -1,15 +1,18 @@
-"""Which tokens of a masked response are forced, and which end a gap.
+"""Forced tokens of a masked response, and the tokens that end a gap.
 
-The true response is tokenized behind its prompt, as training does it, and split at the hidden
-segments, so that the forced tokens are those of the chosen response. A token that holds both hidden
-and visible text, as "-white" may be one, gives way to tokens of its visible part alone; white space
-before a segment is left to the gap, since the token that fills it holds it as a rule.
+The true response is tokenized after its prompt, as in training, and split at the hidden segments,
+so the forced tokens are those of the chosen response. A token with both hidden and visible text,
+such as "-white", is replaced by tokens of its visible part. White space before a segment is part of
+the gap, because the token that fills it usually holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from realign.modeling.chat import ChatTemplate, tokens_behind
 from realign.pairs.masking.mask import Masked
@@ -21,43 +24,41 @@ class Forced:
 
     masked: Masked
     pieces: tuple[list[int], ...]  # one more than there are gaps; the last is never read
-    hidden: tuple[int, ...]  # for each gap, how many tokens the hidden text took
+    hidden: tuple[int, ...]  # for each gap, the number of tokens of the hidden text
     stops: tuple[frozenset[int], ...]  # for each gap, tokens that end it
 
     @property
     def tokens(self) -> int:
-        """Of the whole response."""
+        """Number of tokens of the whole response."""
         return sum(map(len, self.pieces)) + sum(self.hidden)
 
 
-class Speech:
-    """How the chat template and the model frame a response.
+class ResponseFramer:
+    """The frame of a response: text before it, and tokens after it.
 
     Args:
         processor: with a chat template.
-        vlm: its generation settings name tokens that end a response.
+        vlm: the model, whose generation settings name tokens that end a response.
 
     Attributes:
         lead: text between the prompt and a response.
         ends: tokens that may end a response.
     """
 
-    def __init__(self, processor, vlm=None) -> None:
+    def __init__(self, processor: Any, vlm: PreTrainedModel | None = None) -> None:
         self.tokenizer = processor.tokenizer
         self._template = ChatTemplate(processor)
         frame = self._template.prompt([{"role": "user", "content": "word"}], 0)
         self.lead = frame.lead
-        settings = getattr(vlm, "generation_config", None)
-        ends = getattr(settings, "eos_token_id", None)
-        ends = set(ends) if isinstance(ends, Sequence) else {ends}
-        ends.add(self.tokenizer.eos_token_id)
+        own = getattr(getattr(vlm, "generation_config", None), "eos_token_id", None)
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, Sequence) else [own])}
         first = self._ids(frame.close.strip())[:1]
         special = self.tokenizer.added_tokens_decoder
         ends |= {token for token in first if token in special and special[token].special}
-        self.ends = frozenset(ends - {None})
+        self.ends: frozenset[int] = frozenset(ends - {None})
 
-    def prompt(self, messages: Sequence[dict], images: int) -> str:
-        """A prompt rendered for a response."""
+    def prompt(self, messages: Sequence[Mapping[str, Any]], images: int) -> str:
+        """A prompt, rendered for a response."""
         return self._template.prompt(messages, images).text
 
     def force(self, prompt: str, masked: Masked) -> Forced:
@@ -68,7 +69,7 @@ class Speech:
             masked: the response.
 
         Raises:
-            ChatError: when the response holds an image tag or a special token.
+            Malformed: when the response holds an image tag or a special token.
         """
         response = masked.fill(masked.hidden)
         self._template.check_answer(response)
@@ -108,7 +109,7 @@ class Speech:
         """Tokens of part of a word."""
         if not fragment:
             return []
-        # Behind a line break, since some tokenizers put a space before what begins a text.
+        # After a line break, because some tokenizers put a space at the start of a text.
         made = self.tokenizer(
             "\n" + fragment, add_special_tokens=False, return_offsets_mapping=True
         )
@@ -124,7 +125,7 @@ class Speech:
 def _clusters(
     ids: Sequence[int], offsets: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Tokens that share characters, which bytes of one character do, with their start and stop."""
+    """(tokens, start, stop) of tokens that share characters, such as the bytes of a character."""
     tokens: list[int] = []
     first = last = 0
     for token, (start, stop) in zip(ids, offsets, strict=True):

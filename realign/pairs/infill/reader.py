@@ -1,16 +1,16 @@
-"""Reads many unequal sequences with a language model at once, a block of each at a time.
+"""Batched reading of unequal sequences with a language model, a block of each at a time.
 
-transformers' caches give all rows of a batch the same length, so a row that is fed less than
-another has padding in its middle, which windows and positions count. Here column c of a row holds
-keys and values of the c-th token of that row's sequence. Padding is behind a row's tokens, is seen
-by none of them, and is overwritten by what comes next; so who sees whom is "column <= own
-position", whatever a model does about padding.
+transformers' caches give all rows of a batch the same length. A row with fewer tokens would have
+padding in its middle, which windows and positions count. Here column c of a row holds keys and
+values of the c-th token of that row's sequence. Padding is after a row's tokens, invisible to them,
+and overwritten by the next block; so the mask is "column <= own position" in every model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from realign.modeling.model import takes_masks
 
 
 class RowReader:
-    """A batch of sequences under way.
+    """A batch of sequences and their cache.
 
     Args:
         vlm: a model whose layers attend, fully or within a window, by a mask (sdpa, eager, tree).
@@ -30,7 +30,8 @@ class RowReader:
     """
 
     def __init__(self, vlm: PreTrainedModel, layout: Layout) -> None:
-        self.vlm, self.layout = vlm, layout
+        self.vlm: Any = vlm
+        self.layout = layout
         self._decoder = vlm.model.get_decoder()
         self._softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
         self._eager = self._decoder.config._attn_implementation == "eager"
@@ -42,16 +43,16 @@ class RowReader:
         blocks: Sequence[Sequence[int]],
         room: int,
     ) -> torch.Tensor:
-        """Read prompts and a block of response tokens behind each.
+        """Read prompts and a block of response tokens after each.
 
         Args:
-            inputs: what the processor made of the prompts, padded on the right.
-            images: how many each prompt has.
-            blocks: tokens of each, perhaps none.
-            room: most tokens that will stand behind a prompt.
+            inputs: output of the processor for the prompts, padded on the right.
+            images: number of images of each prompt.
+            blocks: tokens of each, possibly none.
+            room: most tokens after a prompt.
 
         Returns:
-            (B, V) scores of what follows each row.
+            (B, V) scores of the next token of each row.
         """
         device, layout = self.vlm.device, self.layout
         whole = inputs["attention_mask"].bool().cpu()
@@ -65,7 +66,7 @@ class RowReader:
         width = max(lengths)
         ids = np.zeros((len(prompts), width), np.int64)
         block = np.full(ids.shape, -1, np.int64)
-        # Behind its prompt a token's position is its column and this, on all axes.
+        # After its prompt a token's position is its column plus this, on all axes.
         ahead: list[int] = []
         positions = []
         for row, (prompt, behind) in enumerate(zip(prompts, blocks, strict=True)):
@@ -92,10 +93,10 @@ class RowReader:
         return self._scores(given, masks, self._lengths - 1)
 
     def more(self, blocks: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read more tokens of each row, perhaps none.
+        """Read more tokens of each row, possibly none.
 
         Returns:
-            (B, V) scores of what follows; those of rows without new tokens mean nothing.
+            (B, V) scores of the next token; invalid for rows without new tokens.
         """
         device = self.vlm.device
         sizes = torch.tensor([len(block) for block in blocks], device=device)
@@ -110,7 +111,7 @@ class RowReader:
         return self._scores(given, self._masks(columns), (sizes - 1).clamp(min=0))
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with those rows alone."""
+        """Continue with only those rows."""
         picked = torch.tensor(rows, device=self.vlm.device)
         self._cache.keep_rows(picked)
         self._ahead, self._lengths = self._ahead[picked], self._lengths[picked]
@@ -119,7 +120,7 @@ class RowReader:
         self,
         given: dict,
         masks: dict[str, torch.Tensor],
-        last: torch.Tensor,  # (B,) which token of the forward each row ends with
+        last: torch.Tensor,  # (B,) index of each row's last token in the forward
     ) -> torch.Tensor:
         if masks:
             given["attention_mask"] = masks[self.layout.kinds[0]]
@@ -138,22 +139,20 @@ class RowReader:
         queries: torch.Tensor,  # (B, W) columns
         block: torch.Tensor | None = None,  # (B, W) of the first forward, `Layout.blocks`
     ) -> dict[str, torch.Tensor]:
-        """(B, 1, W, K) for each kind of layer: who sees whom, as the implementation reads it."""
+        """(B, 1, W, K) attention mask for each kind of layer, as the implementation reads it."""
         keys = torch.arange(self._cache.length, device=queries.device)
         distance = queries[:, :, None] - keys
         found = {}
         for kind in self.layout.kinds:
-            seen, near = distance >= 0, None
-            if kind == SLIDING:
-                near = distance < self.layout.window
+            window = self.layout.window if kind == SLIDING else None
+            seen, near = distance >= 0, distance < (1 << 30 if window is None else window)
             if block is not None and self.layout.both_ways:
                 together = (block[:, :, None] == block[:, None]) & (block[:, :, None] >= 0)
-                beyond = self.layout.both_ways == "prompt"
-                if near is not None and beyond:
-                    seen = seen & near
-                    near = None
-                seen = seen | together
-            seen = (seen if near is None else seen & near)[:, None]
+                if self.layout.both_ways == "prompt":  # the window does not limit the prompt
+                    seen, near = seen & near | together, near | together
+                else:
+                    seen = seen | together
+            seen = (seen & near)[:, None]
             if self._eager:
                 hidden = torch.finfo(self.vlm.dtype).min
                 seen = torch.zeros_like(seen, dtype=self.vlm.dtype).masked_fill(~seen, hidden)
@@ -165,10 +164,10 @@ class RowCache(Cache):
     """A cache for the layers of a language model.
 
     Args:
-        capacity: most tokens that a row will hold.
+        capacity: most tokens of a row.
 
     Attributes:
-        length: columns that attention reads; set before a forward, by `place`.
+        length: columns that attention reads; `place` sets it before a forward.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -184,7 +183,7 @@ class RowCache(Cache):
         width: int,
         length: int,
     ) -> torch.Tensor:
-        """Say where the next forward writes: row b from column starts[b] on.
+        """Set the columns that the next forward writes: of row b from starts[b] on.
 
         Args:
             starts: as above.
@@ -192,10 +191,10 @@ class RowCache(Cache):
             length: columns that hold a token afterwards, in the longest row.
 
         Returns:
-            (B, width) int64: the position in its sequence of every token.
+            (B, width) int64: the position of every token in its sequence.
         """
         positions = starts[:, None] + torch.arange(width, device=starts.device)
-        # Padding may reach beyond; the spare column takes it.
+        # Padding may exceed the capacity; the spare column takes it.
         self._columns = positions.clamp(max=self.capacity)
         self.length = length
         return positions
@@ -210,7 +209,7 @@ class RowCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a forward's keys and values; returns those of `length` columns, (B, ..., D)."""
         if layer_idx not in self._states:
-            self._states[layer_idx] = tuple(self._room(s) for s in (key_states, value_states))
+            self._states[layer_idx] = self._room(key_states), self._room(value_states)
         rows = torch.arange(len(key_states), device=key_states.device)[:, None]
         kept = self._states[layer_idx]
         for held, new in zip(kept, (key_states, value_states), strict=True):
@@ -218,16 +217,17 @@ class RowCache(Cache):
         return kept[0][:, :, : self.length], kept[1][:, :, : self.length]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Keep those rows alone, in that order."""
-        for layer, kept in self._states.items():
-            self._states[layer] = tuple(held[rows] for held in kept)
+        """Keep only those rows, in that order."""
+        self._states = {
+            at: (keys[rows], values[rows]) for at, (keys, values) in self._states.items()
+        }
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: positions and masks are given to every forward but the first, which begins there."""
+        """0: every forward but the first, which starts there, gets positions and masks."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Of a forward without a mask, which is the first."""
+        """Sizes for a forward without a mask, the first."""
         return query_length, 0
 
     def _room(self, states: torch.Tensor) -> torch.Tensor:

@@ -1,40 +1,49 @@
 """Infill: complete masked responses on another image, with everything unmasked forced.
 
-The model reads the retrieved image and the prompt; the unmasked tokens of the response are forced
-and only the gaps are generated, so a completion differs from the chosen response inside the gaps
-alone, and no instruction-following is needed. A gap ends where the model would rather write the
-next forced token than go on.
+The model reads the retrieved image and the prompt. The unmasked tokens of the response are forced
+and only the gaps are generated, so a completion differs from the chosen response only inside the
+gaps, and the model need not follow instructions. A gap ends where the model's best token is the
+next forced token.
 
-`infill_plain` says what is computed, a token at a time. `infill` computes the same in batches: what
-comes before the first gap is read at once, what is forced between gaps is read in one block, keys
-and values are kept for each row where its own sequence has come to (`reader.py`), and rows that
-are done leave the batch.
+`infill_plain` is the specification, a token at a time. `infill` computes the same in batches: the
+text before the first gap is read at once, forced text between gaps in one block. Each row has its
+keys and values at the places of its own sequence (`reader.py`), and finished rows leave the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from realign.data.errors import short_error
 from realign.modeling import tree_attention
-from realign.modeling.chat import shorten, text_inputs
+from realign.modeling.chat import text_inputs
 from realign.modeling.layouts import FULL, SLIDING, layout_of
-from realign.pairs.infill.forced import Forced, Speech
+from realign.modeling.loading import DTYPES, load_model, load_processor
+from realign.pairs.infill.forced import Forced, ResponseFramer
 from realign.pairs.infill.reader import RowReader
 from realign.pairs.masking.mask import Masked
 
 _FORWARD = 128
-"""Tokens whose computation takes as long as what a forward costs whatever its size. It decides how
-much of a forced piece is read while other rows write a token: 128 lies between a small model on a
-CPU and a large one on a GPU, and what is decided changes no result."""
+"""Tokens whose computation takes as long as the fixed cost of a forward. It decides how much of a
+forced piece is read while other rows write a token. 128 is between a small model on a CPU and a
+large one on a GPU; it changes no result."""
 
 _DROP = 0.75
-"""Share of a batch at which the rows that are done leave it; copying the others costs less then."""
+"""Share of unfinished rows at which the finished ones leave; copying the others then costs less."""
+
+
+def load_vlm(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """The model that infills and is the reference of margins, and its processor."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vlm = load_model(name, DTYPES[dtype]).eval()
+    vlm.to(device=device)  # type: ignore[call-arg]
+    return vlm, load_processor(name)
 
 
 class Completion(NamedTuple):
@@ -45,8 +54,8 @@ class Completion(NamedTuple):
 
 
 def infill(
-    vlm,
-    processor,
+    vlm: PreTrainedModel,
+    processor: Any,
     prompts: Sequence[Sequence[dict]],
     images: Sequence[Sequence[Image.Image]],
     masked: Sequence[Masked],
@@ -54,24 +63,20 @@ def infill(
     max_gap_tokens: int = 8,
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
-    batch_size: int | None = None,
 ) -> list[Completion]:
-    """Complete masked responses.
+    """Complete masked responses in one batch.
 
-    A completion depends on its own record alone, not on the batch it is in, except for what a
-    model's rounding decides.
+    A completion depends only on its own record, not on its batch, except for rounding.
 
     Args:
         vlm: a Hugging Face vision-language model.
         processor: its processor, with a fast tokenizer.
         prompts: messages of each record.
-        images: the images each response is completed on.
+        images: of each record, to complete the response on.
         masked: the responses.
-        max_gap_tokens: most tokens generated for a gap; for one that hid more than half of that,
-            twice what it hid.
+        max_gap_tokens: most tokens generated for a gap; twice as many as it hid, if more.
         temperature: 0 is greedy; above it samples.
         seeds: of each record, for sampling.
-        batch_size: records in a forward, those of like length together; all by default.
 
     Returns:
         The completed responses.
@@ -81,23 +86,19 @@ def infill(
             image or a text.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
-    size = batch_size or max(1, len(rows))
-    if size < 0:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-    run = _together
-    if alone_because(vlm, processor):
-        run, size = _alone, 1
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].forced.tokens))
-    choose = _chooser(vlm, processor, temperature)
+    choose = _chooser(processor, temperature)
     with torch.inference_mode():
-        for start in range(0, len(order), size):
-            run(vlm, processor, [rows[i] for i in order[start : start + size]], choose)
+        if reason_for_single(vlm, processor):
+            for row in rows:
+                _complete_single(vlm, processor, row, choose)
+        elif rows:
+            _complete_batch(vlm, processor, rows, choose)
     return [row.completion(processor) for row in rows]
 
 
 def infill_plain(
-    vlm,
-    processor,
+    vlm: PreTrainedModel,
+    processor: Any,
     prompts: Sequence[Sequence[dict]],
     images: Sequence[Sequence[Image.Image]],
     masked: Sequence[Masked],
@@ -108,11 +109,11 @@ def infill_plain(
 ) -> list[Completion]:
     """The specification of `infill`, with its arguments: no batch, no cache.
 
-    Every token is chosen after the model has read everything before it, with positions and masks of
-    the model's own.
+    Every token is chosen after a forward of everything before it, with the model's own positions
+    and masks.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
-    choose = _chooser(vlm, processor, temperature)
+    choose = _chooser(processor, temperature)
     with torch.inference_mode():
         for row in rows:
             inputs = _encode(vlm, processor, [row])
@@ -122,8 +123,8 @@ def infill_plain(
     return [row.completion(processor) for row in rows]
 
 
-def alone_because(vlm, processor) -> str | None:
-    """Why records are completed one by one with this model; None where they go in batches."""
+def reason_for_single(vlm: Any, processor: Any) -> str | None:
+    """Reason why this model completes records one by one; None where it takes batches."""
     try:
         layout = layout_of(vlm)
     except ValueError as error:
@@ -139,18 +140,17 @@ def alone_because(vlm, processor) -> str | None:
 
 
 class _Row:
-    """A record on its way: what to read next, and what was written."""
+    """A record in progress: tokens to read next, and tokens written."""
 
     def __init__(self, prompt: str, images: list, forced: Forced, most: int, seed: int) -> None:
         self.prompt, self.images, self.forced = prompt, images, forced
         self.rng = np.random.default_rng(seed)
         self.gaps: list[list[int]] = []
-        self.closed = True
-        self._writer = _writer(forced, most)
-        self.feed: list[int] = []  # tokens to read before the next is chosen
+        self.closed = True  # every gap so far was ended by the model
         self.done = False
-        self.most = forced.tokens + sum(max(most, 2 * hid) for hid in forced.hidden)
-        self._advance(lambda: next(self._writer))
+        self.most = [max(most, 2 * hid) for hid in forced.hidden]  # tokens of each gap
+        self._writer = self._write()
+        self.feed = next(self._writer)  # tokens to read before the next is chosen
 
     def take(self, most: int | None = None) -> list[int]:
         """The next tokens to read, `most` of them at most."""
@@ -159,17 +159,29 @@ class _Row:
         return part
 
     def choose(self, pick: int, best: int) -> None:
-        """Go on from what the model would write: `pick` inside a gap, `best` among all tokens."""
-        self._advance(lambda: self._writer.send((pick, best)))
-
-    def _advance(self, step: Callable[[], list[int]]) -> None:
+        """Continue with the model's tokens: `pick` inside a gap, `best` among all."""
         try:
-            self.feed = step()
-        except StopIteration as finished:
+            self.feed = self._writer.send((pick, best))
+        except StopIteration:
             self.feed, self.done = [], True
-            self.gaps, self.closed = finished.value
 
-    def completion(self, processor) -> Completion:
+    def _write(self) -> Generator[list[int], tuple[int, int], None]:
+        """Write the gaps: yields tokens to read, is sent (the model's pick, its best token)."""
+        pieces, stops = self.forced.pieces, self.forced.stops
+        pick, best = yield pieces[0]
+        for i, most in enumerate(self.most):
+            gap: list[int] = []
+            self.gaps.append(gap)
+            while not (gap and best in stops[i]):
+                if len(gap) >= most:
+                    self.closed = False
+                    break
+                gap.append(pick)
+                pick, best = yield [pick]
+            if pieces[i + 1] and i + 1 < len(self.most):
+                pick, best = yield pieces[i + 1]
+
+    def completion(self, processor: Any) -> Completion:
         """The response with its gaps filled."""
         as_it_is = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         texts = [processor.tokenizer.decode(gap, **as_it_is).strip() for gap in self.gaps]
@@ -177,55 +189,43 @@ class _Row:
         return Completion(self.forced.masked.fill(tuple(texts)), self.closed and whole)
 
 
-def _writer(
-    forced: Forced, most: int
-) -> Generator[list[int], tuple[int, int], tuple[list[list[int]], bool]]:
-    """Write one response: yields tokens to read, is sent (the model's pick, its best token).
-
-    Returns the ids of each gap as soon as the last one ends, and whether all closed by themselves.
-    """
-    pick, best = yield forced.pieces[0]
-    gaps: list[list[int]] = []
-    closed = True
-    for i, hid in enumerate(forced.hidden):
-        gap: list[int] = []
-        while not (gap and best in forced.stops[i]):
-            if len(gap) >= max(most, 2 * hid):
-                closed = False
-                break
-            gap.append(pick)
-            pick, best = yield [pick]
-        gaps.append(gap)
-        if forced.pieces[i + 1] and i + 1 < len(forced.hidden):
-            pick, best = yield forced.pieces[i + 1]
-    return gaps, closed
+_Choose = Callable[[Sequence[_Row], torch.Tensor], None]
 
 
-def _begin(vlm, processor, prompts, images, masked, most, temperature, seeds) -> list[_Row]:
+def _begin(
+    vlm: PreTrainedModel,
+    processor: Any,
+    prompts: Sequence[Sequence[dict]],
+    images: Sequence[Sequence[Image.Image]],
+    masked: Sequence[Masked],
+    most: int,
+    temperature: float,
+    seeds: Sequence[int] | None,
+) -> list[_Row]:
     if most < 1:
         raise ValueError(f"max_gap_tokens is {most}; it must be 1 or more.")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more.")
     if temperature and seeds is None:
         raise ValueError("seeds is None; sampling (temperature above 0) needs one for each record.")
-    speech = Speech(processor, vlm)
+    framer = ResponseFramer(processor, vlm)
     given = zip(prompts, images, masked, seeds or [0] * len(masked), strict=True)
     rows = []
     for prompt, pictures, response, seed in given:
-        text = speech.prompt(prompt, len(pictures))
-        rows.append(_Row(text, list(pictures), speech.force(text, response), most, seed))
+        text = framer.prompt(prompt, len(pictures))
+        rows.append(_Row(text, list(pictures), framer.force(text, response), most, seed))
     return rows
 
 
-def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.Tensor], None]:
-    """What goes on with rows from their scores, (rows, V).
+def _chooser(processor: Any, temperature: float) -> _Choose:
+    """The function that advances rows by their scores, (rows, V).
 
-    Sampling draws one number for a token, from the row's own generator, and takes the token where
-    the cumulated probability passes it; so others in the batch change nothing.
+    Sampling draws one number per token from the row's own generator and inverts the cumulative
+    distribution, so other rows in the batch change nothing.
     """
     banned: torch.Tensor | None = None
 
-    def choose(rows: list[_Row], scores: torch.Tensor) -> None:
+    def choose(rows: Sequence[_Row], scores: torch.Tensor) -> None:
         nonlocal banned
         scores = scores.float()
         if banned is None:
@@ -245,8 +245,8 @@ def _chooser(vlm, processor, temperature: float) -> Callable[[list[_Row], torch.
     return choose
 
 
-def _banned(tokenizer, size: int) -> torch.Tensor:
-    """(V,) bool: tokens that are no text, among them ids that the tokenizer does not have."""
+def _banned(tokenizer: Any, size: int) -> torch.Tensor:
+    """(V,) bool: special tokens, and ids that the tokenizer does not have."""
     banned = torch.zeros(size, dtype=torch.bool)
     banned[len(tokenizer) :] = True
     special = set(tokenizer.all_special_ids)
@@ -255,14 +255,14 @@ def _banned(tokenizer, size: int) -> torch.Tensor:
     return banned
 
 
-def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
-    """What the processor makes of prompts and images; prompts are padded on the right."""
+def _encode(vlm: Any, processor: Any, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
+    """Output of the processor for prompts and images; prompts are padded on the right."""
     padding = {"padding": True, "padding_side": "right"} if len(rows) > 1 else {}
     inputs = text_inputs(processor, [row.prompt for row in rows]) | padding
     try:
         made = processor(images=[row.images for row in rows], return_tensors="pt", **inputs)
     except Exception as error:  # each family's processor raises errors of its own
-        raise ValueError(f"the processor refuses it ({shorten(error)}).") from error
+        raise ValueError(f"the processor refuses it ({short_error(error)}).") from error
     tensors = {n: t for n, t in made.items() if isinstance(t, torch.Tensor) and n != "labels"}
     moved = {n: t.to(vlm.device) for n, t in tensors.items()}
     return {n: t.to(vlm.dtype) if t.is_floating_point() else t for n, t in moved.items()}
@@ -271,11 +271,11 @@ def _encode(vlm, processor, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
 _OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 
-def _longer(vlm, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torch.Tensor]:
-    """The inputs of one record with response tokens behind, and all that has a column per token."""
+def _longer(vlm: Any, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torch.Tensor]:
+    """The inputs of one record with response tokens appended, in all tensors per token."""
     filler = _OF_RESPONSE | {"input_ids": 0}
     if vlm.config.model_type == "paligemma":
-        filler["token_type_ids"] = 1  # the suffix, which does not see what follows it
+        filler["token_type_ids"] = 1  # the suffix, which is causal
     longer = dict(inputs)
     for name in filler.keys() & inputs.keys():
         value = torch.tensor(ids if name == "input_ids" else [filler[name]] * len(ids))
@@ -284,12 +284,12 @@ def _longer(vlm, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, t
     return longer
 
 
-def _together(vlm, processor, rows: Sequence[_Row], choose) -> None:
+def _complete_batch(vlm: Any, processor: Any, rows: Sequence[_Row], choose: _Choose) -> None:
     """Complete a batch of records."""
     reader, active = RowReader(vlm, layout_of(vlm)), list(rows)
     counts = [len(row.images) for row in rows]
     inputs = _encode(vlm, processor, rows)
-    room = max(row.most for row in rows)
+    room = max(row.forced.tokens + sum(row.most) for row in rows)
     choose(active, reader.first(inputs, counts, [row.take() for row in rows], room))
     while kept := [i for i, row in enumerate(active) if not row.done]:
         if len(kept) <= _DROP * len(active):
@@ -303,24 +303,23 @@ def _together(vlm, processor, rows: Sequence[_Row], choose) -> None:
 
 
 def _width(waiting: Sequence[int]) -> int:
-    """How many tokens a forward reads of each row, where rows have so many to read.
+    """Width of a forward: the tokens it reads of each row, from the tokens that wait in each.
 
     A row that writes has one, a row whose gap has closed a whole piece. All rows of a forward are
-    as wide as the widest, so it is the width that reads most for what it costs.
+    as wide as the widest, so the width with the most tokens read per cost is best.
     """
     widths = sorted(set(waiting) - {0})
     gain = {w: sum(min(w, n) for n in waiting) / (_FORWARD + w * len(waiting)) for w in widths}
     return max(widths, key=gain.__getitem__)
 
 
-def _alone(vlm, processor, rows: Sequence[_Row], choose) -> None:
-    """Complete one record with a cache and positions of the model's own."""
-    (row,) = rows
-    inputs = _longer(vlm, _encode(vlm, processor, rows), row.take())
+def _complete_single(vlm: Any, processor: Any, row: _Row, choose: _Choose) -> None:
+    """Complete one record with the model's own cache and positions."""
+    inputs = _longer(vlm, _encode(vlm, processor, [row]), row.take())
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
     while True:
         out = vlm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        choose(rows, out.logits[:, -1])
+        choose([row], out.logits[:, -1])
         if row.done:
             return
         inputs = {"input_ids": torch.tensor([row.take()], device=vlm.device)}

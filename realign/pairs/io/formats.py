@@ -1,42 +1,33 @@
-"""The formats that records come in, each turned into the same entries.
+"""Formats of records: the registry `FORMATS`, and how a file's format is recognized.
 
-A format is a function from one item (an object of a JSON file, a line, a row) to entries: messages,
-responses and images as the file has them. `entries` reads preference rows; the others are
-read here. A fault of an item is a `Malformed`; nothing is looked up on disk.
+To add a format, write a function from one item (an object of a JSON file, a line, a row) to
+entries, which hold messages, responses and images as the file has them. Add it to `FORMATS`, and
+let `format_of` recognize its items. A fault of an item is a `Malformed`. Nothing is looked up on
+disk.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from realign.data.dialogues import messages_of
-from realign.data.entries import Entry, entry_of, images_of, name_of
-from realign.data.errors import Malformed, shown
+from realign.data.entries import Entry, entry_of, images_of, messages_of, name_of
+from realign.data.errors import Malformed, short_repr
 
 CAPTION_PROMPT = "Describe the image in one sentence."
 _PREFERENCES = ("chosen", "rejected", "rejected_response")
 _PREFERENCES += ("rejected_conversations", "rejected_messages")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a format leaves open."""
-
-    turns: str = "first"
-    """LLaVA: "first" takes the first answer of a dialogue, "all" makes a record of each."""
-    captions: str = "first"
-    """COCO: "first" takes the caption with the lowest id, "all" makes a record of each."""
-    caption_prompt: str = CAPTION_PROMPT
-    """COCO: the question to which a caption is the answer."""
-
-
-def of_llava(item: Mapping[str, Any], options: Options) -> list[Entry]:
+def of_llava(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
     """LLaVA's instruction format: an image and a dialogue about it.
+
+    The first answer of the dialogue is the response; with `every` each answer makes an entry.
 
     Raises:
         Malformed: for a dialogue without text, one whose sides do not alternate, or a preference.
@@ -56,7 +47,7 @@ def of_llava(item: Mapping[str, Any], options: Options) -> list[Entry]:
                 "its conversations do not alternate between human and gpt.", "Put them in order."
             )
     name, images = name_of(item), images_of(item, "image", "images")
-    if options.turns == "first" or len(turns) < 3:
+    if not every or len(turns) < 3:
         answer = turns[1]["content"] if len(turns) > 1 else None
         return [Entry(name, opening + turns[:1], answer, None, images, [])]
     return [
@@ -72,7 +63,7 @@ def of_llava(item: Mapping[str, Any], options: Options) -> list[Entry]:
     ]
 
 
-def of_realign(item: Mapping[str, Any], options: Options) -> list[Entry]:
+def of_realign(item: Mapping[str, Any]) -> list[Entry]:
     """The authors' format: chosen and rejected dialogues, an image and a retrieved one.
 
     Raises:
@@ -86,7 +77,7 @@ def of_realign(item: Mapping[str, Any], options: Options) -> list[Entry]:
     return [entry]
 
 
-def of_folder(item: Mapping[str, Any], options: Options) -> list[Entry]:
+def of_folder(item: Mapping[str, Any]) -> list[Entry]:
     """A line beside a folder of images: image, question or prompt, answer or chosen if any.
 
     Raises:
@@ -96,7 +87,7 @@ def of_folder(item: Mapping[str, Any], options: Options) -> list[Entry]:
     return [_answered(item, item.get("answer") if chosen is None else chosen)]
 
 
-def of_row(item: Mapping[str, Any], options: Options) -> list[Entry]:
+def of_parquet(item: Mapping[str, Any]) -> list[Entry]:
     """A preference row, see `entry_of`; `write_pairs` writes an absent response as an empty one.
 
     Raises:
@@ -105,20 +96,22 @@ def of_row(item: Mapping[str, Any], options: Options) -> list[Entry]:
     return [entry_of(item)]
 
 
-def of_coco(item: dict, options: Options) -> list[Entry]:
+def of_coco(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
     """A picture of COCO with its captions, as `coco_items` joins them.
+
+    The caption with the lowest id is the response; with `every` each caption makes an entry.
 
     Raises:
         Malformed: without a file name, or with a caption that is no text.
     """
     image, captions = item["image"], item["captions"]
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-        raise Malformed(f"its image {shown(image)} has no file_name.", "Give one.")
+        raise Malformed(f"its image {short_repr(image)} has no file_name.", "Give one.")
     if not all(isinstance(c["caption"], str) and isinstance(c.get("id"), int) for c in captions):
         raise Malformed("one of its captions is no text, or has no id.", "Give both.")
     texts = [c["caption"] for c in sorted(captions, key=lambda c: c["id"])]
-    row = {"id": image.get("id"), "prompt": options.caption_prompt, "image": image["file_name"]}
-    if options.captions == "first" or not texts:
+    row = {"id": image.get("id"), "prompt": CAPTION_PROMPT, "image": image["file_name"]}
+    if not every or not texts:
         return [_answered(row, texts[0] if texts else None)]
     entries = [_answered(row, text) for text in texts]
     return [
@@ -128,20 +121,23 @@ def of_coco(item: dict, options: Options) -> list[Entry]:
 
 
 def _answered(row: Mapping[str, Any], answer: Any) -> Entry:
-    """A row with an answer. An empty one is a fault; in a table it is an absent one."""
+    """A row with an answer. An empty one is a fault here; in a table it is an absent one."""
     if answer == []:
         raise Malformed("its answer is an empty list.", "Give text, or leave the key out.")
     entry = entry_of({**row, "chosen": answer})
     return replace(entry, chosen="") if answer == "" else entry
 
 
-PARSERS = {
+FORMATS: dict[str, Callable[[Mapping[str, Any]], list[Entry]]] = {
     "llava": of_llava,
+    "llava:all": partial(of_llava, every=True),
     "realign": of_realign,
     "folder": of_folder,
-    "parquet": of_row,
+    "parquet": of_parquet,
     "coco": of_coco,
+    "coco:all": partial(of_coco, every=True),
 }
+"""Name, as `--format` takes it -> function from an item to its entries."""
 
 
 def format_of(item: Any) -> str | None:
@@ -168,11 +164,11 @@ def coco_items(content: Any, file: Path) -> list[dict]:
     captions = defaultdict(list)
     notes = content.get("annotations") or []
     if not isinstance(notes, list):
-        raise ValueError(f"{file} has `annotations` that are no list: {shown(notes)}.")
+        raise ValueError(f"{file} has `annotations` that are no list: {short_repr(notes)}.")
     for note in notes:
         if not isinstance(note, dict) or not {"caption", "image_id"} <= set(note):
             raise ValueError(
-                f"{file} has the annotation {shown(note)}, no caption of an image. COCO's "
+                f"{file} has the annotation {short_repr(note)}, no caption of an image. COCO's "
                 "captions are in captions_train2014.json and the like."
             )
         captions[str(note["image_id"])].append(note)
@@ -189,7 +185,7 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
         return found
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
-    return Malformed(f"it has the key {shown(twice)} twice.", "Keep one of them.")
+    return Malformed(f"it has the key {short_repr(twice)} twice.", "Keep one of them.")
 
 
 def json_lines(file: Path) -> Iterator[Any]:

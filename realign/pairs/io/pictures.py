@@ -1,7 +1,4 @@
-"""Images of a data set for pairs: paths inside a folder, and images that other programs read alike.
-
-`realign.data.pictures` decodes them.
-"""
+"""Images of a data set: paths in the image folder, and images that all programs read alike."""
 
 from __future__ import annotations
 
@@ -10,26 +7,25 @@ from pathlib import Path
 
 from PIL import Image
 
-from realign.data.pictures import MAX_PIXELS, PictureError
-from realign.data.records import StoredImage
+from realign.data.pictures import MAX_PIXELS, PictureError, StoredImage
 
 
 def inside(folder: Path, path: str) -> str:
     """The absolute path of a file named in a data set, which must lie in the image folder.
 
-    Symbolic links are followed first. An absolute path is taken if it lies in the folder, too.
+    Symbolic links are followed first. An absolute path is accepted if it is in the folder.
 
     Raises:
-        PictureError: "outside the folder" where it does not.
+        PictureError: "outside the folder" where it is not.
     """
     root = os.path.realpath(folder)
     try:
-        found = os.path.realpath(os.path.join(root, path))
+        file = os.path.realpath(os.path.join(root, path))
     except ValueError:  # a null byte
         raise PictureError("missing", f"{path!r} is no file name") from None
-    if os.path.commonpath([root, found]) != root:
+    if os.path.commonpath([root, file]) != root:
         raise PictureError("outside the folder", f"{path!r} is not in {root}")
-    return found
+    return file
 
 
 def load_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -41,7 +37,7 @@ def load_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.
     return stored.decode(max_pixels=max_pixels)[0]
 
 
-def plain_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> StoredImage:
+def plain_picture(stored: StoredImage) -> StoredImage:
     """An image that every reader decodes to the same pixels as `load_picture`.
 
     An upright 8-bit RGB or grey image with one frame stays as it is stored; others become PNG.
@@ -49,5 +45,5 @@ def plain_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Store
     Raises:
         PictureError: for an image that cannot be used.
     """
-    image, plain = stored.decode(max_pixels=max_pixels)
+    image, plain = stored.decode()
     return stored if plain else StoredImage.from_pil(image, stored.path)

@@ -1,12 +1,11 @@
-"""Shards on disk: a stage's folder of Parquet files, each there whole or not at all.
+"""Shards on disk: the folder of Parquet files of a stage, each file whole or absent.
 
-A shard is written to a temporary name, brought to the disk and renamed, so a run that is killed
-loses the shard in progress and nothing else. What a shard left out lies beside it and is written
-first: a shard that is there has its list of bad records.
+A shard is written to a temporary name, synced and renamed, so a killed run loses only the shard in
+progress. The records that a shard left out are listed in files beside it, which are written first.
 
-A shard's footer holds a digest of its rows, and one of the rows that it was made of. A shard is
-made again where the latter is not that of the shards before it any more, as `make` does with times;
-where new rows equal the old ones, the shards behind stay.
+The footer of a shard holds a digest of its rows and a digest of its inputs. A shard is made again
+when its inputs digest is not that of the current shards before it, as `make` compares times. Where
+the new rows equal the old ones, later shards stay.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ import io
 import os
 import re
 import uuid
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.pairs.stages.base import Bad, Dropped, Row
+from realign.pairs.io.rows import FilteredRecord, InvalidRecord, Row
 
 LEFT_OUT = pa.schema([(n, pa.string()) for n in ("record", "stage", "reason", "detail")])
-_ROWS, MADE_OF = b"realign.rows", b"realign.made_of"  # in the footer
-_GROUP_BYTES = 1 << 20  # about what is read to get at one row, as a neighbour's image
-_KINDS = {"bad": Bad, "dropped": Dropped}
+ROWS_KEY, INPUTS_KEY = b"realign.rows", b"realign.made_of"  # of the digests in the footer
+_GROUP_BYTES = 1 << 20  # of a row group, the least that is read for one row
+_KINDS = {"bad": InvalidRecord, "dropped": FilteredRecord}  # suffix of the file -> entries
 
 
 class Shards:
     """The shards of one stage.
 
     Args:
-        folder: where they lie.
-        schema: of their rows; needed for writing.
+        folder: of the stage.
+        schema: of the rows; needed for writing.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema | None = None) -> None:
@@ -47,11 +48,11 @@ class Shards:
         self.schema = schema
 
     def file(self, number: int, kind: str = "") -> Path:
-        """Where a shard lies; `kind` "bad" or "dropped": where what it left out does."""
+        """Path of a shard; `kind` "bad" or "dropped": of the list of records it left out."""
         return self.folder / f"{number:05d}{'.' * bool(kind)}{kind}.parquet"
 
     def done(self) -> list[int]:
-        """The numbers of the shards that are there."""
+        """The numbers of the shards that exist."""
         if not self.folder.exists():
             return []
         names = (re.fullmatch(r"(\d+)\.parquet", file.name) for file in self.folder.iterdir())
@@ -62,7 +63,7 @@ class Shards:
         return self.table(number, columns).to_pylist()
 
     def table(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        """A shard as Arrow holds it.
+        """A shard as an Arrow table.
 
         Raises:
             ValueError: when it is damaged.
@@ -70,28 +71,25 @@ class Shards:
         return read_table(self.file(number), columns)
 
     def write(
-        self, number: int, rows: list[Row], left_out: Iterable[Bad], made_of: str = ""
+        self, number: int, rows: list[Row], left_out: Iterable[InvalidRecord], inputs: str = ""
     ) -> None:
-        """Write a shard, and first what it left out; `made_of` is the digest of its inputs."""
+        """Write a shard after the list of what it left out; `inputs` is the inputs digest."""
         self.file(number).unlink(missing_ok=True)  # never an old shard beside a new list
         self.write_left_out(number, left_out)
         table = pa.Table.from_pylist(rows, schema=self.schema)
-        marks = {_ROWS: _digest_of(table), MADE_OF: made_of}
-        write_table(self.file(number), table.replace_schema_metadata(marks))
+        digests = {ROWS_KEY: _table_digest(table), INPUTS_KEY: inputs}
+        write_table(self.file(number), table.replace_schema_metadata(digests))
 
     def rows_digest(self, number: int) -> str:
-        """Digest of the rows of a shard."""
-        return self._mark(number, _ROWS)
+        """Digest of the rows of a shard; "" where the shard is damaged or absent."""
+        return footer(self.file(number)).get(ROWS_KEY, b"").decode()
 
-    def made_of(self, number: int) -> str:
-        """Digest of what a shard was made of."""
-        return self._mark(number, MADE_OF)
+    def inputs_digest(self, number: int) -> str:
+        """Digest of the inputs of a shard; "" where the shard is damaged or absent."""
+        return footer(self.file(number)).get(INPUTS_KEY, b"").decode()
 
-    def _mark(self, number: int, name: bytes) -> str:
-        return marks_in(self.file(number)).get(name, b"").decode()
-
-    def write_left_out(self, number: int, left_out: Iterable[Bad]) -> None:
-        """Write what a shard left out; a list of an earlier try goes."""
+    def write_left_out(self, number: int, left_out: Iterable[InvalidRecord]) -> None:
+        """Write the records that a shard left out; lists of an earlier try are removed."""
         left_out = list(left_out)
         for kind, cls in _KINDS.items():
             rows = [vars(entry) for entry in left_out if type(entry) is cls]
@@ -100,21 +98,56 @@ class Shards:
             else:
                 self.file(number, kind).unlink(missing_ok=True)
 
-    def left_out(self, kind: str) -> Iterator[Bad]:
-        """What all shards left out, of kind "bad" or "dropped"."""
+    def left_out(self, kind: str) -> Iterator[InvalidRecord]:
+        """Records that all shards left out, of kind "bad" or "dropped"."""
         for number in self.done():
             yield from self.left_out_of(number, kind)
 
-    def left_out_of(self, number: int, kind: str) -> list[Bad]:
-        """What one shard left out."""
+    def left_out_of(self, number: int, kind: str) -> list[InvalidRecord]:
+        """Records that one shard left out."""
         if not (file := self.file(number, kind)).exists():
             return []
         return [_KINDS[kind](**row) for row in read_table(file).to_pylist()]
 
     def clear_partial(self) -> None:
-        """Remove what a killed run was writing."""
+        """Remove temporary files of a killed run."""
         for file in self.folder.glob(".*.partial"):
             file.unlink(missing_ok=True)
+
+
+class RowLookup:
+    """Rows of the read stage by shard and id. It reads one row group, not the shard.
+
+    Args:
+        folder: of the read stage.
+        kept: row groups kept in memory, about a MiB each at most.
+    """
+
+    def __init__(self, folder: Path, kept: int = 64) -> None:
+        self._shards = Shards(folder)
+        self._group = lru_cache(kept)(self._read_group)
+        self._places = lru_cache(4096)(self._read_places)
+
+    def rows(self, keys: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Row]:
+        """The rows of (shard, id) keys."""
+        found = {}
+        for shard, name in sorted(set(keys)):  # by shard, so that cached groups are used
+            starts, places = self._places(shard)
+            group = bisect_right(starts, places[name]) - 1
+            found[shard, name] = self._group(shard, group)[places[name] - starts[group]]
+        return found
+
+    def _read_places(self, shard: int) -> tuple[list[int], dict[str, int]]:
+        """The first row of each row group of a shard, and the row of each id."""
+        with pq.ParquetFile(self._shards.file(shard)) as file:
+            counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            ids = file.read(columns=["id"])["id"].to_pylist()
+        starts = np.cumsum([0, *counts[:-1]]).tolist()
+        return starts, {name: place for place, name in enumerate(ids)}
+
+    def _read_group(self, shard: int, group: int) -> list[Row]:
+        with pq.ParquetFile(self._shards.file(shard)) as file:
+            return file.read_row_group(group, columns=["id", "images"]).to_pylist()
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -138,12 +171,13 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{file} is damaged ({error}). Remove it and run the same again, which makes it anew."
+            f"{file} is damaged ({error}). Remove it and run the same command again, which writes "
+            "a new one."
         ) from error
 
 
-def marks_in(file: Path) -> dict[bytes, bytes]:
-    """What the footer of a Parquet file says; {} where there is none, or a damaged one."""
+def footer(file: Path) -> dict[bytes, bytes]:
+    """Metadata in the footer of a Parquet file; {} where it is damaged or absent."""
     try:
         return pq.read_metadata(file).metadata or {}
     except (pa.ArrowInvalid, FileNotFoundError):
@@ -155,7 +189,7 @@ def digest_of(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _digest_of(table: pa.Table) -> str:
+def _table_digest(table: pa.Table) -> str:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -163,7 +197,7 @@ def _digest_of(table: pa.Table) -> str:
 
 
 def save_array(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[Any]) -> None:
-    """Write arrays one below the other as one `.npy` file of `shape`, which can be mapped."""
+    """Write arrays, concatenated, as one `.npy` file of `shape`; only one part is in memory."""
     header = io.BytesIO()
     described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, described)
@@ -172,13 +206,12 @@ def save_array(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[
 
 
 def write_bytes(path: Path, data: bytes | pa.Buffer, rest: Iterable[Any] = ()) -> None:
-    """Write a file whole or not at all, `rest` behind `data`, and bring it to the disk."""
+    """Write a file whole or not at all, `data` and then `rest`, and sync it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # others may write it, too
     try:
         with partial.open("wb") as file:
-            file.write(data)
-            for part in rest:
+            for part in chain([data], rest):
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
@@ -189,56 +222,5 @@ def write_bytes(path: Path, data: bytes | pa.Buffer, rest: Iterable[Any] = ()) -
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room left on a disk."""
+    """Whether an error means that a disk is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-class Library:
-    """Rows of the read stage by shard and id, at random: one row group is read, not the shard.
-
-    Args:
-        folder: of the read stage.
-        kept: row groups kept in memory, about a MiB each at most.
-    """
-
-    def __init__(self, folder: Path, kept: int = 64) -> None:
-        self._shards = Shards(folder)
-        self._kept = kept
-        self._places: OrderedDict[int, tuple[list[int], dict[str, int]]] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], list[Row]] = OrderedDict()
-
-    def rows(self, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Row]:
-        """The rows of (shard, id) pairs, by the pair. Each shard is opened once."""
-        found: dict[tuple[int, str], Row] = {}
-        by_shard: dict[int, list[str]] = {}
-        for shard, name in sorted(set(wanted)):
-            by_shard.setdefault(shard, []).append(name)
-        for shard, names in by_shard.items():
-            with pq.ParquetFile(self._shards.file(shard)) as file:
-                starts, places = self._places_of(shard, file)
-                for name in names:
-                    place = places[name]
-                    group = max(g for g, start in enumerate(starts) if start <= place)
-                    rows = self._group(shard, group, file)
-                    found[shard, name] = rows[place - starts[group]]
-        return found
-
-    def _places_of(self, shard: int, file: pq.ParquetFile) -> tuple[list[int], dict[str, int]]:
-        """Where each row group of a shard begins, and the place of each id."""
-        if shard not in self._places:
-            counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-            starts = [sum(counts[:g]) for g in range(len(counts))]
-            ids = file.read(columns=["id"])["id"].to_pylist()
-            self._places[shard] = starts, {name: place for place, name in enumerate(ids)}
-            if len(self._places) > 4096:
-                self._places.popitem(last=False)
-        return self._places[shard]
-
-    def _group(self, shard: int, group: int, file: pq.ParquetFile) -> list[Row]:
-        key = shard, group
-        if key not in self._groups:
-            self._groups[key] = file.read_row_group(group, columns=["id", "images"]).to_pylist()
-            if len(self._groups) > self._kept:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]

@@ -1,12 +1,11 @@
-"""Faults of a text before a model sees it, and image tags as places of images."""
+"""Checks of a record's texts, and image tags as places of images."""
 
 from __future__ import annotations
 
 import re
 
-from realign.data.errors import shown
-from realign.data.image_tags import has_tag
-from realign.data.messages import place_images, texts_of
+from realign.data.errors import short_repr
+from realign.data.messages import TAGS, place_images, texts_of
 from realign.data.records import has_parts
 
 _TAGS = re.compile(r"</?[a-zA-Z!][^<>]*>")
@@ -14,16 +13,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def problem_of(text: str) -> tuple[str, str] | None:
-    """(reason, detail) why a text cannot be used."""
-    quoted = shown(text)
+    """(reason, detail) of a text that cannot be used; None for others."""
+    quoted = short_repr(text)
     if _CONTROL.search(text):
         return "control characters", quoted
-    if has_tag(text):
+    if TAGS.search(text):
         return "image token", f"{quoted} places an image inside the text"
-    bare = _TAGS.sub("", text)
     if not any(c.isalnum() for c in text):
         return "empty text", f"{quoted} has no letter or digit"
-    if len(bare.strip()) < len(text.strip()) / 2:
+    if len(_TAGS.sub("", text).strip()) < len(text.strip()) / 2:
         return "mostly markup", quoted
     return None
 
@@ -36,14 +34,14 @@ def printable(text: str) -> str:
 def placed(prompt: list[dict], count: int) -> list[dict]:
     """A prompt with typed parts for the image tags of its user messages.
 
-    A prompt of text keeps to text where all images stand in front of it: they come first anyway.
+    A prompt in text stays in text where all images are in front of it, their default place.
 
     Args:
         prompt: messages.
         count: images of the record.
 
     Raises:
-        ChatError: where tags and parts do not place as many images as there are.
+        Malformed: where tags and parts do not place as many images as there are.
     """
     typed = place_images(prompt, count)
     first = next(message for message in typed if message["role"] == "user")

@@ -1,1 +1,35 @@
-"""Masking: the parts of a response that infill writes again."""
+"""Masking: the segments of a response that infill replaces.
+
+To add a masker, write a function with the arguments of `mask_response` in a module of this folder
+and name it in `MASKERS`. `--masker NAME` then selects it. Any other name of `--masker` is that of
+an engine, which lists the segments itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from realign.pairs.masking.mask import Masked, mask_response
+
+__all__ = ["MASKERS", "Masker"]
+
+
+class Masker(Protocol):
+    """Hides segments of a response; see `mask_response`. None: there is nothing to hide."""
+
+    def __call__(
+        self,
+        text: str,
+        categories: Sequence[str],
+        segments: int,
+        rng: np.random.Generator,
+        *,
+        share: float | None = None,
+    ) -> Masked | None: ...
+
+
+MASKERS: dict[str, Masker] = {"rules": mask_response}
+"""Name -> masker."""

@@ -1,4 +1,4 @@
-"""Which parts of a response to hide: by rules without a model, or as a language model lists them.
+"""Masks: the segments of a response to hide, found by rules or listed by a language model.
 
 The paper masks objects, attributes and relations in segments; `segments.py` finds them by rules.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from realign.pairs.masking.segments import CATEGORIES, Span, find_segments
 
 MASK = "[MASK]"
-_EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # a segment's, where a language model adds them
+_EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # that a language model adds around a segment
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,8 @@ class Masked:
 
     def fill(self, texts: tuple[str, ...]) -> str:
         """The response with `texts` in the gaps."""
-        parts = [self.pieces[0]]
-        for text, piece in zip(texts, self.pieces[1:], strict=True):
-            parts += [text, piece]
-        return "".join(parts)
+        gaps = zip(texts, self.pieces[1:], strict=True)
+        return self.pieces[0] + "".join(text + piece for text, piece in gaps)
 
 
 def mask_response(
@@ -51,14 +49,14 @@ def mask_response(
 
     Args:
         text: the response, English.
-        categories: kinds of word to hide, out of CATEGORIES.
-        segments: how many to hide, drawn at random; 0 hides all of them.
-        rng: draws which.
+        categories: kinds of word to hide, of CATEGORIES.
+        segments: number of segments to hide, drawn at random; 0 hides all of them.
+        rng: draws them.
         share: hide this share of the segments, in (0, 1], rounded, and at least `segments` (and
             one) of them; None hides `segments`.
 
     Returns:
-        The masked response, or None when nothing is of those kinds. Segments with only white space
+        The masked response, or None when no word is of those kinds. Segments with only white space
         between them become one.
 
     Raises:
@@ -68,33 +66,33 @@ def mask_response(
         raise ValueError(
             f"categories names {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
         )
-    return _hide(text, find_segments(text, categories), segments, rng, share)
+    if segments < 0:
+        raise ValueError(f"segments is {segments}; it must be 0 (all of them) or more.")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share is {share}; it must be above 0 and at most 1.")
+    spans = find_segments(text, categories)
+    count = segments or len(spans)
+    if share is not None:
+        count = max(segments, 1, math.floor(share * len(spans) + 0.5))
+    if count < len(spans):
+        picked = rng.choice(len(spans), size=count, replace=False)
+        spans = [spans[i] for i in sorted(picked.tolist())]
+    return _hide(text, spans)
 
 
-def masked_from(
-    text: str,
-    spans: Iterable[str],
-    *,
-    segments: int = 0,
-    rng: np.random.Generator | None = None,
-    share: float | None = None,
-) -> Masked | None:
+def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
     """Hide the segments that a language model lists.
 
-    Each is looked for behind the one before it, then from the start of the text, as whole words, as
-    it is written and else in any case; quotes and punctuation around it do not count. What is not
-    found, or overlaps what was found before, is passed over.
+    Each is searched after the one before it, then from the start of the text, as whole words, first
+    in its own case and then in any; quotes and punctuation around it do not count. A segment that
+    is not found, or overlaps an earlier one, is skipped.
 
     Args:
         text: the response.
         spans: the segments.
-        segments, rng, share: how many of them to hide, as in `mask_response`; all by default.
 
     Returns:
         The masked response, or None when no segment is in the text.
-
-    Raises:
-        ValueError: when some are to be drawn and there is no `rng`.
     """
     found: list[Span] = []
     after = 0
@@ -115,36 +113,18 @@ def masked_from(
         if (place := next(free, None)) is not None:
             found.append(place)
             after = place[1]
-    return _hide(text, sorted(found), segments, rng, share)
+    return _hide(text, sorted(found))
 
 
-def _hide(
-    text: str,
-    spans: list[Span],
-    segments: int,
-    rng: np.random.Generator | None,
-    share: float | None,
-) -> Masked | None:
-    if segments < 0:
-        raise ValueError(f"segments is {segments}; it must be 0 (all of them) or more.")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"share is {share}; it must be above 0 and at most 1.")
+def _hide(text: str, spans: Sequence[Span]) -> Masked | None:
+    """Hide spans; those with only white space between them become one."""
     if not spans:
         return None
-    wanted = segments or len(spans)
-    if share is not None:
-        wanted = max(segments, 1, math.floor(share * len(spans) + 0.5))
-    if wanted < len(spans):
-        if rng is None:
-            raise ValueError("rng is None; give a generator that draws which segments to hide.")
-        picked = rng.choice(len(spans), size=wanted, replace=False)
-        spans = [spans[i] for i in sorted(picked.tolist())]
-    joined = spans[:1]
-    for start, stop in spans[1:]:
-        if text[joined[-1][1] : start].strip():
-            joined.append((start, stop))
-        else:
-            joined[-1] = (joined[-1][0], stop)
+    joined: list[Span] = []
+    for start, stop in spans:
+        if joined and not text[joined[-1][1] : start].strip():
+            start = joined.pop()[0]
+        joined.append((start, stop))
     edges = [0, *(edge for span in joined for edge in span), len(text)]
     parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
     return Masked(tuple(parts[0::2]), tuple(parts[1::2]))

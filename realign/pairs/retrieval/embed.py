@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,16 @@ from realign.modeling.images import bundle_of, collate, features
 from realign.modeling.layouts import layout_of
 from realign.modeling.loading import DTYPES, load_model, load_processor
 
-Inputs = dict[str, torch.Tensor]
-"""What an encoder takes for some images."""
+Inputs = dict[str, Any]
+"""Inputs of an encoder for some images: tensors, or lists with an entry for each image."""
+Prepare = Callable[[list[Image.Image]], Inputs]
+Encode = Callable[[Inputs], torch.Tensor]
+Encoder = tuple[Prepare, Encode, int]
+"""Preparation of images, the encoder of their inputs, and threads that may prepare at once."""
 
-_SIDE = 448  # pixels; larger images are made smaller for towers that take any size
-_LONGEST = 20  # times the shorter side; of longer images the middle is embedded
+_SIDE = 448  # pixels; larger images are reduced for towers that take any size
+_LONGEST = 20  # times the shorter side; only the middle of longer images is embedded
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Embedder:
@@ -30,8 +36,8 @@ class Embedder:
     Args:
         name: folder or hub name of a CLIP or SigLIP model; "st:NAME" or "sentence-transformers/..."
             for a model of that package; None takes the VLM's own tower: its last states averaged
-            over the patches, or, in families with tiles or images of any size, the features that
-            the language model sees, averaged. For the latter, images are at most 448 pixels long.
+            over the patches or, in families with tiles or images of any size, the averaged features
+            that the language model sees, of images reduced to 448 pixels.
         vlm_name: folder or hub name of the VLM; the shipped digits model when None. Its language
             model is not kept.
         batch_size: images in one forward.
@@ -53,14 +59,11 @@ class Embedder:
             raise ValueError(f"dtype is {dtype!r}; it must be auto, {' or '.join(DTYPES)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.dtype = DTYPES["bf16" if self.device == "cuda" else "fp32"]
-        if dtype != "auto":
-            self.dtype = DTYPES[dtype]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        default = "bf16" if self.device.type == "cuda" else "fp32"
+        self.dtype = DTYPES[default if dtype == "auto" else dtype]
         self.name, self.vlm_name, self.batch_size = name, vlm_name, batch_size
-        self._prepare: Callable[[list[Image.Image]], Inputs] | None = None
-        self._encode: Callable[[Inputs], torch.Tensor] | None = None
-        self._threads = 1
+        self._encoder: Encoder | None = None
 
     def open(self) -> None:
         """Load the encoder.
@@ -69,14 +72,14 @@ class Embedder:
             ValueError: when it is not found, has no image features, or its package is missing.
         """
         if self.name is None:
-            self._open_tower()
+            self._encoder = self._open_tower()
         elif self.name.startswith(("st:", "sentence-transformers/")):
-            self._open_sentence_transformer()
+            self._encoder = self._open_sentence_transformer(self.name.removeprefix("st:"))
         else:
-            self._open_encoder()
+            self._encoder = self._open_encoder(self.name)
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Embed RGB pictures; the next ones are prepared meanwhile.
+        """Embed RGB images.
 
         Returns:
             (images, D) fp32 unit vectors.
@@ -84,15 +87,18 @@ class Embedder:
         Raises:
             ValueError: when an embedding is not finite.
         """
-        if self._encode is None:
+        if self._encoder is None:
             self.open()
-        starts = range(0, len(images), self.batch_size)
-        batches = [[_tame(i) for i in images[s : s + self.batch_size]] for s in starts]
-        parts = [np.empty((0, 0), dtype=np.float32)] if not batches else []
-        for inputs in self._prepared(batches):
-            with torch.inference_mode():
-                found = torch.nn.functional.normalize(self._encode(inputs).float(), dim=-1)
-            parts.append(found.cpu().numpy())
+        assert self._encoder is not None
+        prepare, encode, threads = self._encoder
+        parts = [] if images else [np.empty((0, 0), dtype=np.float32)]
+        with ThreadPoolExecutor(threads) as pool, torch.inference_mode():
+            for start in range(0, len(images), self.batch_size):
+                batch = [_crop_strip(image) for image in images[start : start + self.batch_size]]
+                share = -(-len(batch) // threads)
+                shares = [batch[i : i + share] for i in range(0, len(batch), share)]
+                states = encode(_concatenate(list(pool.map(prepare, shares))))
+                parts.append(torch.nn.functional.normalize(states.float(), dim=-1).cpu().numpy())
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
             remedy = "take --dtype fp32" if self.dtype != torch.float32 else "check its weights"
@@ -102,141 +108,118 @@ class Embedder:
             )
         return vectors
 
-    def _prepared(self, batches: Sequence[list[Image.Image]]) -> Iterator[Inputs]:
-        """Inputs of each batch, made in threads while the one before is embedded."""
-        with ThreadPoolExecutor(self._threads) as pool:
-
-            def submit(batch: list[Image.Image]) -> list:
-                share = -(-len(batch) // self._threads)
-                starts = range(0, len(batch), share)
-                return [pool.submit(self._prepare, batch[s : s + share]) for s in starts]
-
-            ahead = submit(batches[0]) if batches else []
-            for following in [*batches[1:], None]:
-                current, ahead = ahead, submit(following) if following else []
-                if made := [future.result() for future in current]:
-                    yield _together(made)
-
     def _on_device(self, inputs: Inputs) -> Inputs:
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
 
-    def _open_encoder(self) -> None:
+    def _open_encoder(self, name: str) -> Encoder:
         options = {"trust_remote_code": False}
         try:
             encoder = AutoModel.from_pretrained(
-                self.name, dtype=self.dtype, use_safetensors=True, **options
+                name, dtype=self.dtype, use_safetensors=True, **options
             )
-            processor = AutoImageProcessor.from_pretrained(self.name, **options)
+            processor = AutoImageProcessor.from_pretrained(name, **options)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"no image encoder could be loaded from --embed-model {self.name} ({reason}). Pass "
                 "a folder or the hub name of a CLIP or SigLIP model, with its image processor."
             ) from error
-        kind = encoder.config.model_type
-        pooled = None
+        prepare = _prepare_with(processor)
+
+        def encode(inputs: Inputs) -> torch.Tensor:
+            output = encoder.get_image_features(**self._on_device(inputs))
+            return output if isinstance(output, torch.Tensor) else output.pooler_output
+
         if hasattr(encoder, "get_image_features") and not hasattr(encoder, "language_model"):
             encoder.text_model = None  # not needed, and half of the weights
             encoder = encoder.eval().to(self.device)
-            self._use_processor(processor)
-
-            def pooled(inputs: Inputs) -> torch.Tensor:
-                found = encoder.get_image_features(**self._on_device(inputs))
-                return found if isinstance(found, torch.Tensor) else found.pooler_output
-
             with torch.inference_mode():
-                probe = pooled(self._prepare([Image.new("RGB", (32, 32))]))
-            pooled = pooled if isinstance(probe, torch.Tensor) and probe.ndim == 2 else None
-        if pooled is None:
-            raise ValueError(
-                f"--embed-model {self.name} is a {kind!r} model without one feature vector for an "
-                "image; name a CLIP or SigLIP model, or leave it out to use the VLM's own tower."
-            )
-        self._encode = pooled
+                probe = encode(prepare([Image.new("RGB", (32, 32))]))
+            if isinstance(probe, torch.Tensor) and probe.ndim == 2:
+                return prepare, encode, _THREADS
+        raise ValueError(
+            f"--embed-model {name} is a {encoder.config.model_type!r} model without one feature "
+            "vector for an image; name a CLIP or SigLIP model, or leave it out to use the VLM's "
+            "own tower."
+        )
 
-    def _open_sentence_transformer(self) -> None:
+    def _open_sentence_transformer(self, name: str) -> Encoder:
         try:
-            from sentence_transformers import SentenceTransformer
+            from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+                SentenceTransformer,
+            )
         except ImportError as error:
             raise ValueError(
                 f"--embed-model {self.name} needs sentence-transformers: "
                 "pip install 'realign[sentences]'."
             ) from error
-        name = self.name.removeprefix("st:")
         try:
-            encoder = SentenceTransformer(name, device=self.device, trust_remote_code=False)
+            encoder = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
             encoder = encoder.to(self.dtype)
 
-            def encode(images: list[Image.Image]) -> torch.Tensor:
+            def encode(inputs: Inputs) -> torch.Tensor:
                 return encoder.encode(
-                    images,
+                    inputs["images"],
                     batch_size=self.batch_size,
                     convert_to_tensor=True,
                     show_progress_bar=False,
                 )
 
-            encode([Image.new("RGB", (32, 32))])
-        except Exception as error:  # a text model fails in ways of its own on an image
+            encode({"images": [Image.new("RGB", (32, 32))]})
+        except Exception as error:  # text models raise errors of many types on an image
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"--embed-model {self.name} gives no embedding of an image ({reason}). Name a CLIP "
                 "model of sentence-transformers, such as sentence-transformers/clip-ViT-L-14."
             ) from error
-        self._threads, self._prepare = 1, lambda images: {"images": images}
-        self._encode = lambda inputs: encode(inputs["images"])
+        return lambda images: {"images": images}, encode, 1
 
-    def _open_tower(self) -> None:
+    def _open_tower(self) -> Encoder:
         base = self.vlm_name or str(ASSETS)
         processor = load_processor(base)
-        vlm = load_model(base, self.dtype).eval()
+        vlm: Any = load_model(base, self.dtype).eval()
         tower = vlm.model.get_encoder("image")
         if _is_plain(processor):
             tower = tower.to(self.device)
-            self._use_processor(processor.image_processor)
 
             def states(inputs: Inputs) -> torch.Tensor:
                 pixels = {"pixel_values": inputs["pixel_values"]}
                 return tower(**self._on_device(pixels)).last_hidden_state.float().mean(1)
 
-            self._encode = states
-            return
+            return _prepare_with(processor.image_processor), states, _THREADS
         image, decoder = layout_of(vlm).image_token_id, vlm.model.get_decoder()
         for part in [n for n, child in vlm.model.named_children() if child is decoder]:
             setattr(vlm.model, part, None)
-        kept = SimpleNamespace(model=vlm.model.to(self.device))
+        kept: Any = SimpleNamespace(model=vlm.model.to(self.device))
 
         def prepare(images: list[Image.Image]) -> Inputs:
             return {"bundles": [_bundle(processor, picture, image) for picture in images]}
 
-        def seen(inputs: Inputs) -> torch.Tensor:
+        def encode(inputs: Inputs) -> torch.Tensor:
             bundles, tokens = zip(*inputs["bundles"], strict=True)
             placed = collate(bundles, tokens).to(self.device, self.dtype)
             found = features(kept, placed)
             return torch.stack([next(iter(f.values())).float().mean(0) for f in found])
 
-        self._threads, self._prepare, self._encode = 1, prepare, seen  # tokenizers take one thread
-
-    def _use_processor(self, processor) -> None:
-        self._threads = min(8, os.cpu_count() or 1)
-
-        def prepare(images: list[Image.Image]) -> Inputs:
-            return bundle_of(processor(images=images, return_tensors="pt"))
-
-        self._prepare = prepare
+        return prepare, encode, 1  # tokenizers take one thread
 
 
-def _is_plain(processor) -> bool:
-    """Whether its processor makes one tensor of one size of every image, and nothing else."""
+def _prepare_with(processor: Any) -> Prepare:
+    return lambda images: bundle_of(processor(images=images, return_tensors="pt"))
+
+
+def _is_plain(processor: Any) -> bool:
+    """Whether a processor makes one tensor of one size of every image, and nothing else."""
     made = [_bundle(processor, Image.new("RGB", size), 0)[0] for size in ((64, 64), (440, 110))]
     shapes = [tuple(one["pixel_values"].shape) for one in made if set(one) == {"pixel_values"}]
     return len(shapes) == 2 and len(set(shapes)) == 1 and len(shapes[0]) == 4 and shapes[0][0] == 1
 
 
-def _bundle(processor, image: Image.Image, image_token: int) -> tuple[Inputs, int]:
-    """What a processor makes of a prompt of one image, and its tokens there."""
+def _bundle(processor: Any, image: Image.Image, image_token: int) -> tuple[Inputs, int]:
+    """Image inputs of a prompt with one image, and the number of its tokens."""
     if max(image.size) > _SIDE:
         image = image.copy()
         image.thumbnail((_SIDE, _SIDE))
@@ -244,21 +227,20 @@ def _bundle(processor, image: Image.Image, image_token: int) -> tuple[Inputs, in
     return bundle_of(made), int((made["input_ids"] == image_token).sum())
 
 
-def _together(made: list[Inputs]) -> Inputs:
-    """Inputs of the parts of a batch as those of the batch: tensors or lists, one after another."""
+def _concatenate(parts: list[Inputs]) -> Inputs:
+    """Inputs of the parts of a batch as inputs of the batch."""
     joined = {}
-    for name, first in made[0].items():
-        values = [one[name] for one in made]
+    for name, first in parts[0].items():
+        values = [part[name] for part in parts]
         joined[name] = torch.cat(values) if isinstance(first, torch.Tensor) else sum(values, [])
     return joined
 
 
-def _tame(image: Image.Image) -> Image.Image:
+def _crop_strip(image: Image.Image) -> Image.Image:
     """The middle of a strip, which a processor would enlarge by its shorter side to gigabytes."""
-    width, height = image.size
     longest = _LONGEST * min(image.size)
     if max(image.size) <= longest:
         return image
-    across, down = min(width, longest), min(height, longest)
-    left, top = (width - across) // 2, (height - down) // 2
-    return image.crop((left, top, left + across, top + down))
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,38 +1,32 @@
 """Nearest neighbours by cosine among up to millions of images, near-duplicates left out.
 
-An `Index` says which images may be nearest; the similarities it returns are always the exact fp32
-inner products with the vectors it was built on, so all kinds agree on what a similarity, a tie and
-a duplicate is. `neighbours` leaves out what is no neighbour.
+An `Index` finds candidates. The similarities it returns are always the exact fp32 inner products
+with its vectors, so all kinds agree on similarities, ties and duplicates. `neighbours` leaves out
+the images that are no neighbours.
 
-Measured by `python -m benchmarks.retrieval_recall` on two shared cores (load 1 to 4), vectors of
-768 dimensions around 2,000 centres; memory is what a search adds to the vectors:
-
-| vectors | kind, default settings | recall@10 | build | search | memory |
-|---|---|---|---|---|---|
-| 200,000 | exact | 1 | 0 s | 10,000 in 18 s | 160 MB |
-| 200,000 | ivf, 32 of 1,788 lists | 0.9992 | 18 s | 10,000 in 1.8 s | 690 MB |
-| 200,000 | hnsw, 32 links, 128 candidates | 0.9996 | 112 s | 10,000 in 6 s | 540 MB |
-| 100,000 | exact, `neighbours` of all | 1 | 0 s | 100,000 in 193 s | 280 MB |
-| 1,000,000 | ivf, 32 of 4,000 lists, `neighbours` | 1.0000 | 247 s | 20,000 in 15 s | 2.4 GB |
-
-(A million vectors are 3.1 GB, mapped from a file.) Clusters are what ivf and hnsw live by: among
-200,000 plain Gaussian vectors, which have no structure, they find 8 % and 31 % of the 10 nearest.
-
+Recall, time and memory: docs/pairs.md, Search.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from realign.pairs.retrieval import backends
 from realign.pairs.retrieval.phash import HASH_DISTANCE, first_of_image, hamming
 
 KINDS = ("auto", "exact", "ivf", "hnsw")
 EXACT_UP_TO = 200_000
 """Vectors up to which "auto" searches exactly."""
+BLOCK = 1 << 14
+"""Vectors that are read, converted and sent to a GPU at once."""
+_PROBED = 32  # lists of an ivf searched for each query
+_POINTS_PER_LIST = 64  # for k-means; FAISS warns below 39
+_LINKS, _EF_BUILD, _EF_SEARCH = 32, 80, 128  # of a vector in an hnsw; candidates kept
 _ROUNDING = 2e-6  # of an fp32 inner product of unit vectors, in any order of summation
 _SPARE = 8  # candidates asked for beyond k
 _FLOATS = 1 << 25  # gathered at once: 128 MB
@@ -42,102 +36,75 @@ _QUERIES = 4096  # in a block of queries
 class Index:
     """Finds the nearest of many unit vectors.
 
+    Exact search runs in torch, on a GPU where there is one with room for the vectors. The others
+    run in FAISS on the CPU and keep fp16 vectors. All give the same result every time.
+
     Args:
-        kind: "exact"; "ivf", an inverted file whose vectors are kept as fp16; "hnsw", a graph over
-            fp16 vectors; or "auto", exact up to `EXACT_UP_TO` vectors and ivf beyond. Without FAISS
-            exact search runs in torch and the others are refused.
-        nlist: lists of an ivf; 4 times the square root of the number of vectors when None.
-        nprobe: lists searched for each query.
-        links: of a vector in an hnsw graph.
-        ef_build: candidates kept while an hnsw graph is built.
-        ef_search: candidates kept while it is searched; at least the neighbours asked for.
+        kind: "exact"; "ivf", an inverted file; "hnsw", a graph; or "auto", exact up to
+            `EXACT_UP_TO` vectors or without FAISS, and ivf beyond.
 
     Attributes:
-        vectors: what it was built on, (N, D); kept by reference, so a memory-mapped file stays one.
-        chosen: the kind that searches, once built.
-
-    A FAISS with GPU support and a GPU searches exact and ivf there, torch with a GPU exact. Exact
-    and ivf give the same result every time; an hnsw that several threads build does not.
+        vectors: (N, D), as given to `build`; a memory-mapped file stays one.
+        used: the kind that searches, after `build`.
 
     Raises:
-        ValueError: for an unknown kind, a setting below 1, or a kind that needs FAISS without it.
+        ValueError: for an unknown kind, or a kind that needs FAISS without it.
     """
 
-    def __init__(
-        self,
-        kind: str = "auto",
-        *,
-        nlist: int | None = None,
-        nprobe: int = 32,
-        links: int = 32,
-        ef_build: int = 80,
-        ef_search: int = 128,
-    ) -> None:
+    def __init__(self, kind: str = "auto") -> None:
         if kind not in KINDS:
             raise ValueError(f"index is {kind!r}; it must be one of {', '.join(KINDS)}.")
-        settings = {"nprobe": nprobe, "links": links, "ef_build": ef_build, "ef_search": ef_search}
-        for name, value in (settings | {"nlist": nlist or 1}).items():
-            if value < 1:
-                raise ValueError(f"{name} of the index is {value}; it must be at least 1.")
-        if kind in ("ivf", "hnsw") and not backends.has_faiss():
+        if kind in ("ivf", "hnsw") and not _has_faiss():
             raise ValueError(
                 f"index {kind!r} needs FAISS, which is not installed: pip install 'realign[cpu]', "
                 "or 'realign[gpu]' on a CUDA machine; or take the exact index."
             )
-        self.kind = self.chosen = kind
-        self.nlist, self.nprobe, self.links = nlist, nprobe, links
-        self.ef_build, self.ef_search = ef_build, ef_search
-        self.vectors: np.ndarray | None = None
-        self._faiss_index = None  # of ivf and hnsw, and of exact on a GPU
-        self._resources = None  # of FAISS, of an index on a GPU
-        self._held: list[torch.Tensor] | None = None  # the vectors on a GPU, for torch
+        self.kind = self.used = kind
+        self.vectors = np.empty((0, 0), np.float32)
+        self._faiss: Any = None  # the index of ivf and hnsw
+        self._on_gpu: list[torch.Tensor] | None = None  # the vectors, for exact search
         self._first: tuple[np.ndarray, np.ndarray] | None = None  # hashes -> first_of_image
 
     def build(self, vectors: np.ndarray) -> Index:
-        """Take the vectors to search among.
+        """Index the vectors.
 
         Args:
-            vectors: (N, D) unit vectors, fp32 or fp16; fp16 halves what exact search holds.
+            vectors: (N, D) unit vectors, fp32 or fp16.
 
         Raises:
             ValueError: for anything but a table of at least one vector.
         """
-        self._take(vectors)
-        if self.chosen == "ivf":
-            nlist = min(len(vectors), self.nlist or int(4 * len(vectors) ** 0.5))
-            self._faiss_index = backends.build_ivf(vectors, nlist)
-        elif self.chosen == "hnsw":
-            self._faiss_index = backends.build_hnsw(vectors, self.links, self.ef_build)
-        self._ready()
+        self._hold(vectors)
+        if self.used == "ivf":
+            self._faiss = _build_ivf(vectors)
+        elif self.used == "hnsw":
+            self._faiss = _build_hnsw(vectors)
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write what `build` made, so that other processes `load` it; exact search has nothing."""
-        if self._faiss_index is not None and self.chosen != "exact":
+        """Write the index, so that other processes `load` it; an exact one writes nothing."""
+        if self._faiss is not None:
             import faiss
 
-            index = self._faiss_index
-            on_gpu = self._resources is not None
-            faiss.write_index(faiss.index_gpu_to_cpu(index) if on_gpu else index, str(path))
+            faiss.write_index(self._faiss, str(path))
 
     def load(self, path: str | Path, vectors: np.ndarray) -> Index:
-        """As `build`, of what `save` wrote under the same settings on the same vectors.
+        """As `build`, from a file that `save` wrote for the same vectors.
 
         Raises:
             ValueError: when the file holds another number or size of vectors.
         """
-        self._take(vectors)
-        if self.chosen != "exact":
+        self._hold(vectors)
+        if self.used != "exact":
             import faiss
 
-            self._faiss_index = faiss.read_index(str(path))
-            have = (self._faiss_index.ntotal, self._faiss_index.d)
+            self._faiss = faiss.read_index(str(path))
+            have = (self._faiss.ntotal, self._faiss.d)
             if have != vectors.shape:
                 raise ValueError(
                     f"{path} is an index of {have[0]} vectors of size {have[1]}, not of the "
                     f"{vectors.shape[0]} of size {vectors.shape[1]} given. Build it again."
                 )
-        self._ready()
         return self
 
     def search(
@@ -149,38 +116,34 @@ class Index:
 
         Returns:
             (similarities, indices), (Q, k) fp32 and int64, nearest first, ties by index; -inf and
-            -1 where the index finds no more. Which of several vectors that tie at place k is
-            returned is open.
+            -1 where the index finds no more. Of vectors that tie at place k any may be returned.
 
         Raises:
             ValueError: when the index is empty.
         """
-        if self.vectors is None:
+        if not len(self.vectors):
             raise ValueError("the index is empty; give it vectors with build().")
         similarities = np.full((len(queries), k), -np.inf, dtype=np.float32)
         indices = np.full((len(queries), k), -1, dtype=np.int64)
-        there = min(k, len(self.vectors))
+        most = min(k, len(self.vectors))
         for start in range(0, len(queries), _QUERIES):
             part = slice(start, start + _QUERIES)
-            block = np.ascontiguousarray(queries[part], dtype=np.float32)
-            found = self._candidates(block, there)
+            block = np.array(queries[part], dtype=np.float32, order="C")
+            found = self._candidates(block, most)
             exact = self._similarities(block, found)
             order = np.lexsort((found, -exact), axis=-1)
-            similarities[part, :there] = np.take_along_axis(exact, order, 1)
-            indices[part, :there] = np.take_along_axis(found, order, 1)
+            similarities[part, :most] = np.take_along_axis(exact, order, 1)
+            indices[part, :most] = np.take_along_axis(found, order, 1)
         return similarities, indices
 
     def describe(self) -> str:
-        """What searches, in a few words."""
-        on_gpu = self._resources is not None or self._held is not None
-        where = "on the GPU" if on_gpu else "on the CPU"
-        if self.chosen == "ivf":
-            lists = self._faiss_index.nlist
-            return f"FAISS ivf {where}, {min(self.nprobe, lists)} of {lists} lists a query"
-        if self.chosen == "hnsw":
-            return f"FAISS hnsw, {self.links} links, {self.ef_search} candidates a query"
-        by_faiss = self._resources is not None or backends.takes_knn(self.vectors, self._held)
-        return f"exact search by {'FAISS' if by_faiss else 'torch'} {where}"
+        """The search in a few words."""
+        if self.used == "ivf":
+            lists = self._faiss.nlist
+            return f"FAISS ivf, {min(_PROBED, lists)} of {lists} lists a query"
+        if self.used == "hnsw":
+            return f"FAISS hnsw, {_LINKS} links, {_EF_SEARCH} candidates a query"
+        return f"exact search by torch on the {'CPU' if self._on_gpu is None else 'GPU'}"
 
     def first_of_image(self, hashes: np.ndarray) -> np.ndarray:
         """`first_of_image` of the index's vectors, computed once."""
@@ -188,37 +151,44 @@ class Index:
             self._first = (hashes, first_of_image(self.vectors, hashes))
         return self._first[1]
 
-    def _take(self, vectors: np.ndarray) -> None:
+    def _hold(self, vectors: np.ndarray) -> None:
         if vectors.ndim != 2 or not len(vectors):
             raise ValueError(
                 f"an index takes a table of one vector a row, not one of shape {vectors.shape}."
             )
-        self.vectors, self._first = vectors, None
-        self._faiss_index = self._resources = self._held = None
-        self.chosen = self.kind
+        self.vectors, self.used = vectors, self.kind
+        self._first = self._faiss = self._on_gpu = None
         if self.kind == "auto":
-            few = len(vectors) <= EXACT_UP_TO or not backends.has_faiss()
-            self.chosen = "exact" if few else "ivf"
-
-    def _ready(self) -> None:
-        """To a GPU, where there is one and the kind can."""
-        if self.chosen != "hnsw" and backends.faiss_gpus():
-            self._faiss_index, self._resources = backends.to_gpu(self._faiss_index, self.vectors)
-        elif self.chosen == "exact":
-            self._held = backends.resident(self.vectors)
+            self.used = "exact" if len(vectors) <= EXACT_UP_TO or not _has_faiss() else "ivf"
+        if self.used == "exact" and torch.cuda.is_available():
+            free, _ = torch.cuda.mem_get_info()
+            if 4 * vectors.size <= 0.6 * free:
+                self._on_gpu = [torch.from_numpy(block).cuda() for block in _blocks(vectors)]
 
     def _candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """(Q, k) indices of what may be nearest, in any order; -1 where there is none."""
-        index, most = self._faiss_index, len(self.vectors)
-        if self._resources is not None:
-            most = backends.GPU_MOST
-        if index is None or k > most:
-            return backends.brute_force(queries, self.vectors, k, self._held)
-        if self.chosen == "ivf":
-            index.nprobe = min(self.nprobe, index.nlist, most)
-        elif self.chosen == "hnsw":
-            index.hnsw.efSearch = max(self.ef_search, k)
-        return index.search(queries, k)[1]
+        """(Q, k) indices of the nearest vectors, in any order; -1 where the index finds none."""
+        if self.used == "ivf":
+            self._faiss.nprobe = min(_PROBED, self._faiss.nlist)
+        elif self.used == "hnsw":
+            self._faiss.hnsw.efSearch = max(_EF_SEARCH, k)
+        else:
+            return self._brute_force(queries, k)
+        return self._faiss.search(queries, k)[1]
+
+    def _brute_force(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """(Q, k) indices of the largest inner products, block by block."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        rows = torch.from_numpy(queries).to(device)
+        best = torch.empty(len(queries), 0, device=device)
+        places = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+        blocks = self._on_gpu or map(torch.from_numpy, _blocks(self.vectors))
+        for i, block in enumerate(blocks):
+            values, found = (rows @ block.to(device).T).topk(min(k, len(block)))
+            values = torch.cat([best, values], 1)
+            found = torch.cat([places, found + BLOCK * i], 1)
+            best, order = values.topk(min(k, values.shape[1]))
+            places = found.gather(1, order)
+        return places.cpu().numpy()
 
     def _similarities(self, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
         """(Q, k) exact inner products; -inf where `found` is -1."""
@@ -227,7 +197,7 @@ class Index:
         for start in range(0, len(queries), step):
             part = slice(start, start + step)
             near = self.vectors[found[part]].astype(np.float32, copy=False)
-            # Not a matrix product: BLAS would round equal vectors at other places differently.
+            # Not a matrix product: BLAS rounds equal vectors at other places differently.
             exact[part] = np.einsum("qd,qkd->qk", queries[part], near)
         exact[found < 0] = -np.inf
         return exact
@@ -249,19 +219,18 @@ def neighbours(
     Args:
         vectors: of all images; rows may repeat an image.
         hashes: of the same rows (`phash.perceptual_hash`).
-        k: neighbours wanted.
+        k: number of neighbours.
         ceiling: images at least this similar are near-duplicates.
-        floor: images less similar than this are none.
+        floor: images less similar than this are no neighbours.
         hash_distance: images whose hashes differ in at most this many bits are near-duplicates; -1
             compares no hashes.
-        index: searched; built here on `vectors` unless it was.
-        queries: the rows whose neighbours are wanted; all by default.
+        index: built here on `vectors` if it was not.
+        queries: the rows to find neighbours of; all by default.
 
     Returns:
         (indices, similarities), (Q, k) int64 and fp32, nearest first, ties by index; -1 and -inf
         where there are no more. Every image is named by the lowest row that shows it
-        (`first_of_image`), and once at most. With an exact index these are the neighbours that
-        brute force finds; others may miss some.
+        (`first_of_image`), and at most once. An exact index misses none.
 
     Raises:
         ValueError: when there are not as many hashes as vectors, or k is below 1.
@@ -279,8 +248,8 @@ def neighbours(
     indices = np.full((len(images), k), -1, dtype=np.int64)
     similarities = np.full((len(images), k), -np.inf, dtype=np.float32)
     open_, wanted = np.arange(len(images)), min(len(vectors), k + _SPARE)
-    # Duplicates take up places, and a tie with the last one found may go on behind it: search
-    # wider for the images that have fewer than k usable ones above the last.
+    # Duplicates take places, and a tie with the last candidate may continue after it: search wider
+    # for the images that have fewer than k usable ones above the last.
     while len(open_):
         step, left = max(1, _FLOATS // wanted), []
         for start in range(0, len(open_), min(step, _QUERIES)):
@@ -296,10 +265,62 @@ def neighbours(
             seen_all = (found[:, -1] < 0) | (last[:, 0] < floor) | (wanted == len(vectors))
             left.append(rows[~(enough | seen_all)])
             kept = np.argsort(~usable, axis=1, kind="stable")[:, :k]
-            there = np.take_along_axis(usable, kept, 1)
             width = kept.shape[1]
-            indices[rows, :width] = np.where(there, np.take_along_axis(found, kept, 1), -1)
-            values = np.take_along_axis(values, kept, 1)
-            similarities[rows, :width] = np.where(there, values, -np.inf)
+            found, values = np.where(usable, found, -1), np.where(usable, values, -np.inf)
+            indices[rows, :width] = np.take_along_axis(found, kept, 1)
+            similarities[rows, :width] = np.take_along_axis(values, kept, 1)
         open_, wanted = np.concatenate(left), min(len(vectors), 4 * wanted)
     return indices[back], similarities[back]
+
+
+def _has_faiss() -> bool:
+    return importlib.util.find_spec("faiss") is not None
+
+
+def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    """The vectors, `BLOCK` at a time, fp32 and in memory."""
+    for start in range(0, len(vectors), BLOCK):
+        yield np.array(vectors[start : start + BLOCK], dtype=np.float32, order="C")
+
+
+def _build_ivf(vectors: np.ndarray) -> Any:
+    """An inverted file of FAISS with 4 lists for the square root of the number of vectors."""
+    import faiss
+
+    count, size = vectors.shape
+    lists = min(count, int(4 * count**0.5))
+    index: Any = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(size),
+        size,
+        lists,
+        faiss.ScalarQuantizer.QT_fp16,
+        faiss.METRIC_INNER_PRODUCT,
+        False,  # whole vectors, not their difference from the centre: fp16 has the bits for both
+    )
+    index.cp.min_points_per_centroid = 1  # no warning on standard output for small sets
+    sample = min(count, _POINTS_PER_LIST * lists)
+    drawn = np.random.default_rng(0).choice(count, sample, replace=False)
+    index.train(np.asarray(vectors[np.sort(drawn)], dtype=np.float32))
+    for block in _blocks(vectors):
+        index.add(block)
+    return index
+
+
+def _build_hnsw(vectors: np.ndarray) -> Any:
+    """A graph of FAISS, built on one thread: several would build another graph in each run."""
+    import faiss
+
+    # Of unit vectors the nearest by distance are the nearest by cosine.
+    half: Any = faiss.ScalarQuantizer.QT_fp16
+    index: Any = faiss.IndexHNSWSQ(vectors.shape[1], half, _LINKS, faiss.METRIC_L2)
+    index.hnsw.efConstruction = _EF_BUILD
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        for block in _blocks(vectors):
+            if not index.is_trained:
+                index.train(block)
+            index.add(block)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return index

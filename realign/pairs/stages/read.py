@@ -13,18 +13,29 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.data.records import Record
+from realign.data.records import Record, StoredImage
+from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.pairs.config import PairsConfig
-from realign.pairs.io.rows import digit_sources, mark_of
+from realign.pairs.io.importers import read_any
+from realign.pairs.io.rows import InvalidRecord, Row, files_digest
 from realign.pairs.io.shards import Shards
-from realign.pairs.stages.base import Bad, Row, Stage
+from realign.pairs.stages.base import IMAGES, Stage
 
-_PATHS = "images.list.element.path"  # as Parquet names it
-IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+_PATHS = "images.list.element.path"  # name of the nested column in Parquet
+
+
+def digit_sources(config: PairsConfig) -> list[Record]:
+    """Biased digit scenes with their true captions: the embedded default."""
+    scenes = make_scenes(config.scenes, biased=True, split="train", seed=config.seed)
+    prompt = ({"role": "user", "content": CAPTION_PROMPT},)
+    return [
+        Record(f"scene-{i:05d}", prompt, s.caption, "", (StoredImage.from_pil(s.image),))
+        for i, s in enumerate(scenes)
+    ]
 
 
 class Read(Stage):
-    """Records and where their images are. Sequential: a shard is the next `shard` records."""
+    """Records and the places of their images. Sequential: a shard is the next `shard` records."""
 
     name = "read"
     version = 2
@@ -34,37 +45,33 @@ class Read(Stage):
             "prompt": pa.string(),
             "chosen": pa.string(),
             "images": IMAGES,
-            "stamps": pa.list_(pa.string()),  # of pictures that are files, see `_stamp`
+            "stamps": pa.list_(pa.string()),  # of images that are files, see `_stamp`
         }
     )
 
-    def __init__(self, config: PairsConfig) -> None:
-        self.config = config
-
     def settings(self) -> Row:
-        """Which records: those of a file as it is now, or drawn scenes."""
+        """The data set as it is now, or the scenes."""
         config = self.config
         if config.data is None:
             return {"scenes": config.scenes, "seed": config.seed, "shard": config.shard}
         return {
             "data": str(Path(config.data).absolute()),
-            "mark": mark_of(config.data),
+            "mark": files_digest(config.data),
             "format": config.format,
             "images": config.image_folder and str(Path(config.image_folder).absolute()),
             "shard": config.shard,
         }
 
-    def shards(self, skip: int) -> Iterator[list[Record | Bad]]:
+    def shards(self, skip: int) -> Iterator[list[Record | InvalidRecord]]:
         """The records of each shard, from shard `skip` on."""
-        if self.config.data is None:
-            records: Iterator[Record | Bad] = iter(digit_sources(self.config))
+        config = self.config
+        records: Iterator[Record | InvalidRecord]
+        if config.data is None:
+            records = iter(digit_sources(config))
         else:
-            from realign.pairs.io.importers import read_any
-
-            config = self.config
             records = iter(read_any(config.data, format=config.format, images=config.image_folder))
-        records = islice(records, skip * self.config.shard, None)
-        while part := list(islice(records, self.config.shard)):
+        records = islice(records, skip * config.shard, None)
+        while part := list(islice(records, config.shard)):
             yield part
 
     @staticmethod
@@ -75,20 +82,19 @@ class Read(Stage):
             "prompt": json.dumps(list(record.prompt), ensure_ascii=False),
             "chosen": record.chosen,
             "images": [{"bytes": i.data, "path": i.path} for i in record.images],
-            "stamps": [None if i.data else _stamp(i.path) for i in record.images],
+            "stamps": [None if i.path is None or i.data else _stamp(i.path) for i in record.images],
         }
 
     def changed(self) -> set[int]:
-        """Shards to be read again: damaged ones, and those whose pictures are not what they were,
-        or in no place that is allowed."""
+        """Shards to read again: damaged ones, and those with changed or refused image files."""
         numbers = Shards(self.folder).done()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(self._has_changed, numbers)
-            return {number for number, changed in zip(numbers, found, strict=True) if changed}
+            changed = pool.map(self._has_changed, numbers)
+            return {number for number, again in zip(numbers, changed, strict=True) if again}
 
     def _has_changed(self, number: int) -> bool:
         shards = Shards(self.folder, self.schema)
-        reasons = {bad.reason for bad in shards.left_out_of(number, "bad")}
+        reasons = {entry.reason for entry in shards.left_out_of(number, "bad")}
         if not shards.rows_digest(number) or reasons & {"missing", "outside the folder"}:
             return True
         with pq.ParquetFile(shards.file(number)) as file:
@@ -103,9 +109,9 @@ class Read(Stage):
 
 
 def _stamp(path: str) -> str:
-    """Size, time and readability of a picture, which tell another one under its name.
+    """Size, time and readability of an image file, which change with its content.
 
-    The path is that of the file itself (`inside`), so a link there has come since.
+    Links were resolved when the record was read (`inside`), so a link here is a new one.
     """
     try:
         found = os.lstat(path)

@@ -1,10 +1,9 @@
-"""Retrieve: the nearest other images of every image, found among those of all shards."""
+"""Retrieve: the nearest other images of every image, among those of all shards."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,16 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.pairs.config import PairsConfig
-from realign.pairs.io.shards import MADE_OF, Shards, digest_of, marks_in, save_array, write_table
+from realign.pairs.io.rows import Row
+from realign.pairs.io.shards import INPUTS_KEY, Shards, digest_of, footer, save_array, write_table
 from realign.pairs.retrieval.index import Index, neighbours
-from realign.pairs.stages.base import Bad, Row, Stage
+from realign.pairs.stages.base import Result, Stage
 
-_ARRAYS = ("vectors.npy", "hashes.npy", "images.npy")
+_NEIGHBOUR = pa.struct(
+    {"id": pa.string(), "shard": pa.int32(), "rank": pa.int32(), "similarity": pa.float32()}
+)
+_ARRAYS = ("vectors.npy", "hashes.npy")
 
 
 class _Group(NamedTuple):
-    """Rows whose records have as many images as each other."""
+    """Records with the same number of images: only these are neighbours."""
 
     images: int
     rows: np.ndarray  # (n,) places among all rows
@@ -30,42 +32,25 @@ class _Group(NamedTuple):
 
 
 class Retrieve(Stage):
-    """Global: `prepare` puts the vectors of all shards into one file, which processes map.
+    """Global: `prepare` writes the vectors of all shards to one file, which processes map.
 
-    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, `images.npy` (N,) how many images
-    a record has, an index unless search is exact and, last, `rows.parquet` with the id and shard of
-    every vector.
+    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, an index unless search is exact
+    and, last, `rows.parquet` with the id, the shard and the images of every vector.
     """
 
     name = "retrieve"
     needs = ("embed",)
-    schema = pa.schema(
-        {
-            "id": pa.string(),
-            "neighbours": pa.list_(
-                pa.struct(
-                    [
-                        ("id", pa.string()),
-                        ("shard", pa.int32()),
-                        ("rank", pa.int32()),
-                        ("similarity", pa.float32()),
-                    ]
-                )
-            ),
-        }
-    )
+    schema = pa.schema({"id": pa.string(), "neighbours": pa.list_(_NEIGHBOUR)})
 
-    def __init__(self, config: PairsConfig) -> None:
-        self.config = config
-        self._searched: list[tuple[_Group, Index]] = []
+    _indices: list[tuple[_Group, Index]]
 
     def settings(self) -> Row:
-        """How neighbours are found."""
+        """Settings of the search."""
         names = ("k", "ceiling", "floor", "hash_distance", "index")
         return {name: getattr(self.config, name) for name in names}
 
     def prepare(self) -> None:
-        """Put the vectors of all shards into one file, from which every process maps them.
+        """Write the files that all shards share.
 
         Raises:
             ValueError: when no image could be read.
@@ -73,39 +58,37 @@ class Retrieve(Stage):
         folder, embedded = self.folder, Shards(self.folders["embed"])
         self.shared = digest_of(*map(embedded.rows_digest, embedded.done()))
         file = folder / "rows.parquet"
-        there = all((folder / name).exists() for name in _ARRAYS)
-        if there and marks_in(file).get(MADE_OF) == self.shared.encode():
+        complete = all((folder / name).exists() for name in _ARRAYS)
+        if complete and footer(file).get(INPUTS_KEY) == self.shared.encode():
             return
-        file.unlink(missing_ok=True)  # it says that the arrays beside it are whole
+        file.unlink(missing_ok=True)  # it marks the arrays beside it as complete
         counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
         numbers = [n for n, count in counts.items() if count]
         if not numbers:
             raise ValueError("no record is left to retrieve among: no image could be read.")
+
+        def column(name: str) -> Iterator[pa.ChunkedArray]:
+            return (embedded.table(n, [name])[name] for n in numbers)
+
         wide = len(embedded.read(numbers[0], ["embedding"])[0]["embedding"])
-        vectors = (_matrix(embedded.table(n, ["embedding"])["embedding"]) for n in numbers)
-        hashes = (embedded.table(n, ["phash"])["phash"].to_numpy() for n in numbers)
         total = sum(counts.values())
+        vectors = map(_matrix, column("embedding"))
+        hashes = (part.to_numpy() for part in column("phash"))
         save_array(folder / "vectors.npy", (total, wide), np.float32, vectors)
         save_array(folder / "hashes.npy", (total,), np.uint64, hashes)
-        counts_of_images = (
-            np.array([len(plain) for plain in embedded.table(n, ["plain"])["plain"].to_pylist()])
-            for n in numbers
-        )
-        save_array(folder / "images.npy", (total,), np.int32, counts_of_images)
         rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
         shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
-        self._save_index()
-        rows = rows.append_column("shard", shard).replace_schema_metadata({MADE_OF: self.shared})
-        write_table(file, rows)
+        rows = rows.append_column("shard", shard)
+        self._save_index(rows)
+        write_table(file, rows.replace_schema_metadata({INPUTS_KEY: self.shared}))
 
-    def _save_index(self) -> None:
+    def _save_index(self, rows: pa.Table) -> None:
         """Build indices that are not exact once, for every process to load."""
-        for group in self._groups():
+        for group in self._groups(rows):
             path = self._index_file(group)
             partial = path.with_name(f".{path.name}.partial")
             try:
-                with _one_faiss_thread(self.config.index == "hnsw"):  # several build another graph
-                    Index(self.config.index).build(group.vectors).save(partial)
+                Index(self.config.index).build(group.vectors).save(partial)
             except RuntimeError as error:  # of FAISS
                 if "No space left" in str(error):
                     raise OSError(errno.ENOSPC, str(error)) from error
@@ -116,36 +99,36 @@ class Retrieve(Stage):
     def _index_file(self, group: _Group) -> Path:
         return self.folder / f"index-{group.images}.faiss"
 
-    def _groups(self) -> list[_Group]:
-        """Rows by how many images their records have: a neighbour must have as many."""
+    def _groups(self, rows: pa.Table) -> list[_Group]:
+        """Rows by the number of images of their records."""
         vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
         hashes = np.load(self.folder / "hashes.npy")
-        counts = np.load(self.folder / "images.npy")
+        counts = np.array([len(images) for images in rows["plain"].to_pylist()])
         kinds = np.unique(counts).tolist()
         if len(kinds) == 1:
             return [_Group(kinds[0], np.arange(len(counts)), vectors, hashes)]
-        rows = {kind: np.flatnonzero(counts == kind) for kind in kinds}
-        return [_Group(kind, at, vectors[at], hashes[at]) for kind, at in rows.items()]
+        groups = {kind: np.flatnonzero(counts == kind) for kind in kinds}
+        return [_Group(kind, at, vectors[at], hashes[at]) for kind, at in groups.items()]
 
     def open(self) -> None:
         """Map the vectors and load the indices."""
-        rows = pq.read_table(self.folder / "rows.parquet", columns=["id", "shard"])
+        rows = pq.read_table(self.folder / "rows.parquet")
         self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
-        self._searched = [
-            (g, Index(self.config.index).load(self._index_file(g), g.vectors))
-            for g in self._groups()
+        self._indices = [
+            (group, Index(self.config.index).load(self._index_file(group), group.vectors))
+            for group in self._groups(rows)
         ]
 
     def close(self) -> None:
-        """Forget the indices."""
-        self._searched = []
+        """Release the indices."""
+        self._indices = []
 
-    def run(self, inputs: dict[str, list[Row]], number: int) -> tuple[list[Row], list[Bad]]:
+    def run(self, inputs: dict[str, list[Row]], number: int) -> Result:
         """Search for one shard's images among all."""
         start, stop = np.searchsorted(self._shards, [number, number + 1]).tolist()
         near: list[list[Row]] = [[] for _ in range(start, stop)]
         config = self.config
-        for group, index in self._searched:
+        for group, index in self._indices:
             first, last = np.searchsorted(group.rows, [start, stop]).tolist()
             if first == last:
                 continue
@@ -160,43 +143,18 @@ class Retrieve(Stage):
                 queries=slice(first, last),
             )
             for row, *found in zip(group.rows[first:last], places, similarities, strict=True):
-                near[row - start] = self._named(group, *found)
-        rows = [
-            {"id": row["id"], "neighbours": found}
-            for row, found in zip(inputs["embed"], near, strict=True)
-        ]
-        return rows, []
+                near[row - start] = self._neighbours(group, *found)
+        ids = (row["id"] for row in inputs["embed"])
+        return [{"id": i, "neighbours": found} for i, found in zip(ids, near, strict=True)], []
 
-    def _named(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
-        """The neighbours of one image, by id."""
-        there = int((places >= 0).sum())
-        return [
-            {
-                "id": self._ids[row].as_py(),
-                "shard": int(self._shards[row]),
-                "rank": rank,
-                "similarity": similarity,
-            }
-            for rank, (row, similarity) in enumerate(
-                zip(group.rows[places[:there]].tolist(), similarities[:there], strict=True)
-            )
-        ]
-
-
-@contextmanager
-def _one_faiss_thread(wanted: bool) -> Iterator[None]:
-    """FAISS on one thread, where that is wanted."""
-    if not wanted:
-        yield
-        return
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+    def _neighbours(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
+        """The neighbours of one image as the column holds them."""
+        rows = group.rows[places[places >= 0]].tolist()
+        found = []
+        for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=False)):
+            place = {"id": self._ids[row].as_py(), "shard": int(self._shards[row])}
+            found.append({**place, "rank": rank, "similarity": similarity})
+        return found
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # (rows, D)

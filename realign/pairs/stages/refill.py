@@ -11,45 +11,50 @@ import torch
 
 from realign.data.records import Record, RecordError
 from realign.modeling.encode import check_prompt
-from realign.modeling.loading import DTYPES, load_model, load_processor
 from realign.pairs.config import PairsConfig
-from realign.pairs.engines import Reply
-from realign.pairs.filters import rules as filters
-from realign.pairs.infill.refill import infill
+from realign.pairs.engines import Chat, Reply
+from realign.pairs.filters.text import reason_to_drop
+from realign.pairs.infill.refill import infill, load_vlm
 from realign.pairs.io.pictures import PictureError
 from realign.pairs.io.rows import (
+    NO_REPLY,
+    InvalidRecord,
+    Row,
     by_id,
     chat_images,
-    engine_mark,
-    in_threads,
-    mark_of,
-    name_of,
-    pictures_of,
+    decode_images,
+    engine_identity,
+    files_digest,
+    images_of,
+    load_in_threads,
     record_of,
 )
-from realign.pairs.io.shards import Library
+from realign.pairs.io.shards import RowLookup
 from realign.pairs.io.texts import problem_of
 from realign.pairs.masking.mask import Masked
 from realign.pairs.prompts import complete_chat, keeps_pieces, parse_completion
-from realign.pairs.stages.base import NO_REPLY, Bad, ChatStage, Row, Script, rng_of
+from realign.pairs.stages.base import ChatStage, Script, rng_of
 
+_ATTEMPT = pa.struct(
+    {"rank": pa.int32(), "text": pa.string(), "closed": pa.bool_(), "reason": pa.string()}
+)
 _SPARE_TOKENS = 32  # of a completion, beyond one for two characters of the chosen response
 
 
 @dataclass
 class _Task:
-    """A record on its way through its neighbours."""
+    """A record and the attempts on its neighbours."""
 
     record: Record
     masked: Masked
     neighbours: list[Row]
     attempts: list[Row] = field(default_factory=list)
-    bad: Bad | None = None
+    invalid: InvalidRecord | None = None
 
     def wants(self, place: int, candidates: int) -> bool:
         """Whether the neighbour at `place` is tried."""
         passed = sum(not attempt["reason"] for attempt in self.attempts)
-        return self.bad is None and place < len(self.neighbours) and passed < candidates
+        return self.invalid is None and place < len(self.neighbours) and passed < candidates
 
 
 class Refill(ChatStage):
@@ -59,42 +64,32 @@ class Refill(ChatStage):
     """
 
     name = "refill"
-    uses_gpu = True
     schema = pa.schema(
-        {
-            "id": pa.string(),
-            "attempts": pa.list_(
-                pa.struct(
-                    [
-                        ("rank", pa.int32()),
-                        ("text", pa.string()),
-                        ("closed", pa.bool_()),
-                        ("reason", pa.string()),
-                    ]
-                )
-            ),
-            "refill_model": pa.string(),
-        }
+        {"id": pa.string(), "attempts": pa.list_(_ATTEMPT), "refill_model": pa.string()}
     )
 
     def __init__(self, config: PairsConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.needs = tuple(dict.fromkeys(("read", config.response_stage, "retrieve", "mask")))
         self.engine_spec = config.refill_engine
-        self.engine_options = config.engine_options
         self.rounds = config.k
         self._vlm: Any = None
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether a model computes here."""
+        return self.engine_spec is None or super().uses_gpu
+
     def settings(self) -> Row:
-        """Who completes, and what passes."""
+        """The model, and what passes."""
         config = self.config
         if self.engine_spec is None:
-            who = [config.base, mark_of(config.base), config.dtype]
+            model = [config.base, files_digest(config.base), config.dtype]
         else:
-            who = engine_mark(self.engine_spec, config.dtype)
+            model = engine_identity(self.engine_spec, config.dtype)
         return {
             "refill": config.refill,
-            "model": who,
+            "model": model,
             "candidates": config.candidates,
             "tau": config.tau if config.similarity == "lexical" else None,
             "temperature": config.temperature,
@@ -103,13 +98,13 @@ class Refill(ChatStage):
 
     def open(self) -> None:
         """Load the model, or open the engine."""
-        self._library = Library(self.folders["read"])
+        self._lookup = RowLookup(self.folders["read"])
         super().open()
         if self.engine_spec is None:
-            self._vlm, self._processor = load_vlm(self.config)
+            self._vlm, self._processor = load_vlm(self.config.base, self.config.dtype)
 
     def close(self) -> None:
-        """Forget the model."""
+        """Release the model."""
         super().close()
         self._vlm = None
 
@@ -118,13 +113,14 @@ class Refill(ChatStage):
         tasks, config = self._tasks(inputs), self.config
         for place in range(max((len(task.neighbours) for task in tasks), default=0)):
             open_ = [task for task in tasks if task.wants(place, config.candidates)]
-            keys = {id(t): (t.neighbours[place]["shard"], t.neighbours[place]["id"]) for t in open_}
-            rows = self._library.rows(keys.values())
+            near = [task.neighbours[place] for task in open_]
+            keys = [(neighbour["shard"], neighbour["id"]) for neighbour in near]
+            rows = self._lookup.rows(keys)
             # A prompt places as many images as its record has, so a neighbour must have as many.
             pairs = [
-                (task, rows[keys[id(task)]])
-                for task in open_
-                if len(rows[keys[id(task)]]["images"]) == len(task.record.images)
+                (task, rows[key])
+                for task, key in zip(open_, keys, strict=True)
+                if len(rows[key]["images"]) == len(task.record.images)
             ]
             if self.engine_spec is None:
                 size = config.batch_size
@@ -132,13 +128,13 @@ class Refill(ChatStage):
                     self._infill(pairs[start : start + size], place)
             else:
                 yield from self._ask_for(pairs, place)
-        model = name_of(self.engine_spec) if self.engine_spec else config.model or "digits"
-        rows = [
+        model = self.engine_name or config.model or "digits"
+        rows_ = [
             {"id": task.record.name, "attempts": task.attempts, "refill_model": model}
             for task in tasks
-            if task.bad is None
+            if task.invalid is None
         ]
-        return rows, [task.bad for task in tasks if task.bad is not None]
+        return rows_, [task.invalid for task in tasks if task.invalid is not None]
 
     def _tasks(self, inputs: dict[str, list[Row]]) -> list[_Task]:
         masks, near = by_id(inputs["mask"]), by_id(inputs["retrieve"])
@@ -149,63 +145,61 @@ class Refill(ChatStage):
             if name in masks and name in near:
                 masked = Masked(tuple(masks[name]["pieces"]), tuple(masks[name]["hidden"]))
                 record = record_of(row, chosen[name]["chosen"])
-                tasks.append(_Task(record, masked, near[name]["neighbours"]))
+                task = _Task(record, masked, near[name]["neighbours"])
+                tasks.append(task)
                 if self.engine_spec is None:
-                    tasks[-1].bad = self._prompt_fault(record)
+                    try:
+                        check_prompt(self._processor, record, len(record.images))
+                    except RecordError as error:
+                        task.invalid = self.invalid(name, "prompt and images differ", str(error))
         return tasks
 
-    def _prompt_fault(self, record: Record) -> Bad | None:
-        try:
-            check_prompt(self._processor, record, len(record.images))
-        except RecordError as error:
-            return Bad(record.name, self.name, "prompt and images differ", str(error))
-        return None
-
     def _infill(self, pairs: Sequence[tuple[_Task, Row]], place: int) -> None:
-        """Complete a batch in place; what fails as a whole is tried in halves."""
-        loaded = in_threads(pictures_of, [row for _, row in pairs])
-        # A neighbour was readable before; where it is not any more, the next one is tried.
-        pairs = [p for p, found in zip(pairs, loaded, strict=True) if isinstance(found, list)]
-        pictures = [found for found in loaded if isinstance(found, list)]
-        if not pairs:
+        """Complete a batch in place; a batch that fails is tried again in halves."""
+        loaded = load_in_threads(decode_images, [images_of(row) for _, row in pairs])
+        # A neighbour was readable before; if it no longer is, the next one is tried.
+        readable = [
+            (pair, images)
+            for pair, images in zip(pairs, loaded, strict=True)
+            if not isinstance(images, PictureError)
+        ]
+        if not readable:
             return
+        tasks = [task for (task, _), _ in readable]
         try:
             completions = infill(
                 self._vlm,
                 self._processor,
-                [task.record.prompt for task, _ in pairs],
-                pictures,
-                [task.masked for task, _ in pairs],
+                [task.record.prompt for task in tasks],
+                [images for _, images in readable],
+                [task.masked for task in tasks],
                 temperature=self.config.temperature,
-                seeds=[self._seed(task, place) for task, _ in pairs],
+                seeds=[self._seed(task, place) for task in tasks],
             )
-        except torch.OutOfMemoryError as error:
-            if len(pairs) == 1:
-                task = pairs[0][0]
-                task.bad = Bad(task.record.name, self.name, "out of memory", str(error))
-                return
-        except ValueError as error:  # a processor refuses an image or a text
-            if len(pairs) == 1:
-                task = pairs[0][0]
-                task.bad = Bad(task.record.name, self.name, "refused by the model", str(error))
+        except (torch.OutOfMemoryError, ValueError) as error:  # ValueError: of a processor
+            if len(tasks) == 1:
+                memory = isinstance(error, torch.OutOfMemoryError)
+                reason = "out of memory" if memory else "refused by the model"
+                tasks[0].invalid = self.invalid(tasks[0].record.name, reason, str(error))
                 return
         else:
-            for (task, _), completion in zip(pairs, completions, strict=True):
+            for task, completion in zip(tasks, completions, strict=True):
                 reason = "" if completion.closed else "gap not closed"
                 self._note(task, place, completion.text, completion.closed, reason)
             return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # outside `except`, which would hold the failed batch
-        self._infill(pairs[: len(pairs) // 2], place)
-        self._infill(pairs[len(pairs) // 2 :], place)
+        half = len(readable) // 2
+        for part in (readable[:half], readable[half:]):
+            self._infill([pair for pair, _ in part], place)
 
     def _ask_for(
         self, pairs: Sequence[tuple[_Task, Row]], place: int
-    ) -> Generator[list, list[Reply], None]:
+    ) -> Generator[list[Chat], list[Reply], None]:
         """Have an engine complete the responses."""
         asked, requests = [], []
-        pictures = in_threads(chat_images, [row for _, row in pairs])
-        for (task, _), images in zip(pairs, pictures, strict=True):
+        loaded = load_in_threads(chat_images, [images_of(row) for _, row in pairs])
+        for (task, _), images in zip(pairs, loaded, strict=True):
             if isinstance(images, PictureError):  # see `_infill`
                 continue
             asked.append(task)
@@ -221,7 +215,7 @@ class Refill(ChatStage):
             )
         for task, reply in zip(asked, (yield requests), strict=True):
             if reply.error:
-                task.bad = Bad(task.record.name, self.name, NO_REPLY, reply.error)
+                task.invalid = self.invalid(task.record.name, NO_REPLY, reply.error)
                 continue
             text = parse_completion(reply, task.masked)
             reason = ""
@@ -236,10 +230,10 @@ class Refill(ChatStage):
             self._note(task, place, text or "", not reply.cut, reason)
 
     def _note(self, task: _Task, place: int, text: str, closed: bool, reason: str) -> None:
-        """Keep an attempt; without another reason it passes if the text differs enough."""
+        """Keep an attempt; without a `reason` to drop it, it passes if the text differs enough."""
         lexical = self.config.similarity == "lexical"
         tau = self.config.tau if lexical else float("inf")
-        reason = reason or filters.reason_to_drop(task.record.chosen, text, tau) or ""
+        reason = reason or reason_to_drop(task.record.chosen, text, tau) or ""
         task.attempts.append({"rank": place, "text": text, "closed": closed, "reason": reason})
         if not reason and not task.wants(place, self.config.candidates):
             self.tick(1)
@@ -247,10 +241,3 @@ class Refill(ChatStage):
     def _seed(self, task: _Task, place: int) -> int:
         rng = rng_of(self.config.seed, task.record.name, f"refill {place}")
         return int(rng.integers(2**31))
-
-
-def load_vlm(config: PairsConfig) -> tuple[Any, Any]:
-    """The model that refills and is the reference of margins, and its processor."""
-    processor = load_processor(config.base)
-    vlm = load_model(config.base, DTYPES[config.dtype]).eval()
-    return vlm.to("cuda" if torch.cuda.is_available() else "cpu"), processor

@@ -1,0 +1,178 @@
+"""Checks of `RDPOTrainer`: arguments, processor, and weights in a dtype that trains.
+
+AdamW on bf16 weights loses most updates: near 1 a step of 1e-5 is 400 times less than the spacing
+of bf16. So weights that learn are in fp32, and bf16 is for frozen weights and for computing.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedModel
+
+from realign.hf.adapters import base_state, split
+from realign.hf.config import RDPOConfig
+from realign.modeling.loading import load_processor
+
+_REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_init")
+_KEPT = (torch.float32, torch.bfloat16)
+_REMEDY = "Load it with dtype=torch.float32, and set bf16=True to compute in bf16."
+
+
+def check_arguments(args: Any, given: dict[str, Any]) -> None:
+    """Refuse arguments of `RDPOTrainer` that would have no effect, or that it does not support.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if not isinstance(args, RDPOConfig):
+        raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
+    if given["train_dataset"] is None:
+        raise ValueError("train_dataset is None; give the preference records to train on.")
+    for name in _REPLACED:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} would have no effect here; leave it out.")
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp_config, version 2).")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and this is one process: start it with `accelerate "
+            "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
+        )
+
+
+def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) -> Any:
+    """The processor given, or that of the model's folder when it is None.
+
+    Raises:
+        ValueError: when it is no processor of images and text, or one of another model.
+    """
+    remedy = "give the model's processor, as AutoProcessor.from_pretrained(...) returns it."
+    if processor is None:
+        if not str(path):
+            raise ValueError(f"processing_class is None, and the model has no name; {remedy}")
+        processor = load_processor(path)
+    kind = type(processor).__name__
+    for part in ("tokenizer", "image_processor", "apply_chat_template"):
+        if not hasattr(processor, part):
+            raise ValueError(f"processing_class is a {kind}, which has no {part}; {remedy}")
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"processing_class is a {kind} without a chat template, so prompts cannot be rendered; "
+            "set its chat_template."
+        )
+    tokens, rows = len(processor.tokenizer), len(vlm.get_input_embeddings().get_parameter("weight"))
+    image = vlm.config.image_token_id
+    # Gemma 3's processor has the token before an image; its tokenizer that of the features.
+    given = {getattr(part, "image_token_id", image) for part in (processor, processor.tokenizer)}
+    if tokens > rows or image not in given:
+        raise ValueError(
+            f"processing_class is of another model: {kind} has {tokens} tokens, image token "
+            f"{min(given)}, and the model ({vlm.config.model_type}) {rows}, {image}; {remedy}"
+        )
+    return processor
+
+
+def check_whole(vlm: PreTrainedModel) -> None:
+    """Refuse a model without adapters that learns nothing, or that could not be saved.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if not any(parameter.requires_grad for parameter in vlm.parameters()):
+        raise ValueError("no weight of the model learns; set requires_grad_(True).")
+    try:
+        with TemporaryDirectory() as folder:
+            vlm.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(
+            "the model's generation_config was changed, and transformers would not save it "
+            f"({textwrap.shorten(str(error), 250, placeholder=' ...')}). Set do_sample=True in it, "
+            "or leave out the sampling settings."
+        ) from error
+
+
+def agreed(fingerprint: dict[str, str]) -> dict[str, str]:
+    """The fingerprint of a reference that all processes have; every one calls it.
+
+    Raises:
+        ValueError: when they were handed different weights, as random adapters without a seed.
+    """
+    if len(set(gather_object([fingerprint["weights"]]))) > 1:
+        raise ValueError(
+            "the processes were handed models with different weights. Call set_seed before "
+            "get_peft_model, or give a peft_config."
+        )
+    return fingerprint
+
+
+def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> None:
+    """Refuse weights of a model without adapters that cannot be trained as asked.
+
+    Args:
+        vlm: the model; adapters in it are left out.
+        adapted: whether adapters learn, not its own weights.
+        autocast: whether the forward computes in bf16, for weights of any dtype.
+
+    Raises:
+        ValueError: names the dtype and the part of the model, and how to load it.
+    """
+    if getattr(vlm, "hf_quantizer", None) is not None:
+        method = vlm.config.quantization_config
+        kind = getattr(method, "quant_method", None) or type(method).__name__
+        raise ValueError(
+            f"the model's weights are quantized ({getattr(kind, 'value', kind)}), which no test "
+            "covers. Load it without quantization_config; bf16 weights with adapters take 2 bytes "
+            "a weight."
+        )
+    for name, value in vlm.named_parameters():
+        if value.is_meta:
+            raise ValueError(
+                f"weight {name} of the model is on the meta device. Load it with from_pretrained, "
+                "without a device_map that offloads; make adapters without low_cpu_mem_usage."
+            )
+    parts: dict[torch.dtype, str] = {}
+    weights = {parameter.data_ptr() for parameter in vlm.parameters()}
+    for name, value in base_state(vlm).items():
+        if value.data_ptr() in weights:
+            parts.setdefault(value.dtype, name)
+    for dtype, name in parts.items():
+        if dtype not in _KEPT:
+            raise ValueError(
+                f"weight {name} of the model is in {_name(dtype)}, which does not train. {_REMEDY}"
+            )
+    if not adapted and torch.bfloat16 in parts:
+        raise ValueError(
+            f"weight {parts[torch.bfloat16]} of the model is in bfloat16, in which AdamW loses "
+            f"most updates. {_REMEDY}"
+        )
+    if len(parts) > 1 and not autocast:
+        dtypes = " and ".join(f"{_name(dtype)} ({name})" for dtype, name in parts.items())
+        raise ValueError(
+            f"the model's weights are in {dtypes}, which compute together under bf16=True only. "
+            "Set it, or load the model in one dtype."
+        )
+
+
+def widen(holder: nn.Module, *, autocast: bool, log: Callable[[str], None]) -> None:
+    """Keep what learns of adapters in fp32; PEFT does so only where it makes them."""
+    narrow = [p for p in holder.parameters() if p.requires_grad and p.dtype != torch.float32]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    if narrow:
+        log(f"{len(narrow)} weights of adapters are widened to float32, in which they learn")
+    dtype = split(holder)[0].dtype
+    if not autocast and dtype != torch.float32:
+        log(f"computing in {_name(dtype)}, the dtype of the model's weights")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

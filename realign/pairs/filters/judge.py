@@ -1,0 +1,63 @@
+"""Judge: an engine that drops pairs whose responses are true of the wrong image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from realign.pairs.config import PairsConfig
+from realign.pairs.engines import Chat, Reply
+from realign.pairs.filters.base import Candidate, PairFilter
+from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.rows import NO_REPLY, chat_images, engine_identity, load_in_threads
+from realign.pairs.prompts import judge_chat, parse_verdict
+
+
+class Judge(PairFilter):
+    """Keeps a rejected response false of the image with a chosen one false of the negative."""
+
+    needs_record = True
+
+    @classmethod
+    def wanted(cls, config: PairsConfig) -> bool:
+        """Whether `--judge` names an engine."""
+        return config.judge is not None
+
+    def settings(self) -> dict[str, Any]:
+        """The engine."""
+        assert self.config.judge is not None
+        return {"judge": engine_identity(self.config.judge, self.config.dtype)}
+
+    def requests(self, candidates: Sequence[Candidate]) -> list[Chat]:
+        """Two requests for each candidate whose images can be read."""
+        own = load_in_threads(chat_images, [c.pair.images for c in candidates])
+        other = load_in_threads(chat_images, [c.pair.retrieved_images for c in candidates])
+        requests = []
+        for candidate, image, negative in zip(candidates, own, other, strict=True):
+            pair = candidate.pair
+            if isinstance(image, PictureError):
+                candidate.invalid = image.reason, image.detail
+            elif isinstance(negative, PictureError):
+                candidate.invalid = negative.reason, negative.detail
+            else:
+                requests.append(judge_chat(pair.prompt, pair.rejected, image))
+                requests.append(judge_chat(pair.prompt, pair.chosen, negative))
+        return requests
+
+    def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
+        """Read the verdicts."""
+        asked = [candidate for candidate in candidates if candidate.passes]
+        for candidate, *pair in zip(asked, replies[::2], replies[1::2], strict=True):
+            if error := pair[0].error or pair[1].error:
+                candidate.invalid = NO_REPLY, error
+                continue
+            rejected, chosen = map(parse_verdict, pair)
+            verdicts = {"rejected": rejected, "chosen on the negative": chosen}
+            candidate.columns["judge"] = json.dumps(verdicts)
+            if rejected is None or chosen is None:
+                candidate.reason = "no verdict"
+            elif rejected:
+                candidate.reason = "rejected is true of the image"
+            elif chosen:
+                candidate.reason = "chosen is true of the negative"

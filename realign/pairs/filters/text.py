@@ -1,0 +1,153 @@
+"""Text filters: completions that equal the chosen response or are too similar to it.
+
+Similarity is a built-in measure of words by default; `SentenceSimilarity` compares meanings with a
+model named by the user (the paper's is all-mpnet-base-v2, tau 0.95).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from realign.pairs.config import PairsConfig
+from realign.pairs.engines import Reply
+from realign.pairs.filters.base import Candidate, PairFilter
+from realign.pairs.io.rows import files_digest
+from realign.pairs.io.words import words_of
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_DIGITS = "zero one two three four five six seven eight nine ten eleven twelve"
+_SPELLED = {str(i): word for i, word in enumerate(_DIGITS.split())}
+
+
+def same_response(a: str, b: str) -> bool:
+    """Whether two responses are equal after normalisation.
+
+    Case, punctuation, articles and the spelling of numbers up to twelve do not count: "The 2 dogs."
+    equals "two dogs".
+    """
+    return _normal(a) == _normal(b)
+
+
+def _normal(text: str) -> list[str]:
+    words = words_of(text)
+    return [_SPELLED.get(word, word) for word in words if word not in _ARTICLES]
+
+
+def text_similarity(a: str, b: str) -> float:
+    """Share of matching words, 2 M / (A + B), in [0, 1]: a lexical measure, not a semantic one."""
+    return difflib.SequenceMatcher(None, words_of(a), words_of(b), autojunk=False).ratio()
+
+
+def reason_to_drop(chosen: str, completion: str, tau: float) -> str | None:
+    """Reason why a completion cannot be a rejected response, None when it can.
+
+    Args:
+        chosen: the true response.
+        completion: the response with its masked words filled in on the retrieved image.
+        tau: completions with at least this `text_similarity` are dropped (the paper: 0.95).
+
+    Returns:
+        "no text", "same as chosen", "too similar", or None.
+    """
+    if not words_of(completion):
+        return "no text"
+    if same_response(chosen, completion):
+        return "same as chosen"
+    return "too similar" if text_similarity(chosen, completion) >= tau else None
+
+
+class Similarity(PairFilter):
+    """Text similarity of chosen and rejected; with a sentence model, the limit `tau` on it.
+
+    The limit on the lexical similarity is part of refill (`reason_to_drop`), which tries the next
+    neighbour then.
+    """
+
+    _measure: Callable[[Sequence[tuple[str, str]]], Any] | None = None
+
+    def __init__(self, config: PairsConfig) -> None:
+        super().__init__(config)
+        self.uses_gpu = config.similarity != "lexical"  # words are compared on the CPU
+
+    def settings(self) -> dict[str, Any]:
+        """The measure and its limit."""
+        name, tau = self.config.similarity, self.config.tau
+        if name == "lexical":
+            return {"similarity": name}
+        return {"similarity": name, "tau": tau, "mark": files_digest(name)}
+
+    def open(self) -> None:
+        """Load the sentence model."""
+        if self.config.similarity != "lexical":
+            self._measure = SentenceSimilarity(self.config.similarity)
+
+    def close(self) -> None:
+        """Release the sentence model."""
+        self._measure = None
+
+    def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
+        """Measure the texts; drop those whose meanings are too similar."""
+        texts = [(candidate.chosen, candidate.rejected) for candidate in candidates]
+        if self._measure is None:
+            values = [text_similarity(*pair) for pair in texts]
+        else:
+            values = self._measure(texts)
+        for candidate, value in zip(candidates, values, strict=True):
+            candidate.columns["text_similarity"] = float(value)
+            if self._measure is not None and value >= self.config.tau:
+                candidate.reason = "too similar"
+
+
+class SentenceSimilarity:
+    """Cosine of sentence embeddings by a sentence-transformers model.
+
+    Args:
+        name: folder or hub name of the model.
+
+    Raises:
+        ValueError: when the package is missing or the model cannot be loaded.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+                SentenceTransformer,
+            )
+        except ImportError as error:
+            raise ValueError(
+                f"similarity by {name} needs the package sentence-transformers, which is not "
+                "installed. Run pip install 'realign[sentences]', or leave the name out to compare "
+                "words."
+            ) from error
+        try:  # only safetensors weights, and no code that comes with a model
+            self._model = SentenceTransformer(
+                name, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no sentence-transformers model could be loaded from {name} "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). Pass a "
+                "folder or a hub name, such as sentence-transformers/all-mpnet-base-v2."
+            ) from error
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Cosine of each pair's texts, (pairs,) fp32; each distinct text is embedded once."""
+        if not len(pairs):
+            return np.zeros(0, np.float32)
+        places: dict[str, int] = {}
+        for text in (text for pair in pairs for text in pair):
+            places.setdefault(text, len(places))
+        vectors = self._model.encode(
+            list(places),
+            batch_size=64,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        vectors = np.asarray(vectors, np.float32)
+        first, second = (vectors[[places[pair[i]] for pair in pairs]] for i in (0, 1))
+        return np.einsum("ij,ij->i", first, second)

@@ -1,0 +1,74 @@
+"""Answer: responses by an engine for the records without one."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from realign.pairs.config import PairsConfig
+from realign.pairs.engines import Reply
+from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.rows import (
+    NO_REPLY,
+    Row,
+    chat_images,
+    engine_identity,
+    images_of,
+    load_in_threads,
+    record_of,
+)
+from realign.pairs.io.texts import problem_of
+from realign.pairs.prompts import answer_chat, parse_answer
+from realign.pairs.stages.base import ChatStage, Script
+
+
+class Answer(ChatStage):
+    """A response by a model for the records without one."""
+
+    name = "answer"
+    needs = ("read",)
+    schema = pa.schema({"id": pa.string(), "chosen": pa.string(), "answer_model": pa.string()})
+
+    def __init__(self, config: PairsConfig) -> None:
+        super().__init__(config)
+        self.engine_spec = config.answer
+
+    def settings(self) -> Row:
+        """The engine."""
+        assert self.config.answer is not None
+        return {"engine": engine_identity(self.config.answer, self.config.dtype)}
+
+    def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
+        """Ask for the missing responses."""
+        left_out = []
+        asked, requests = [], []
+        without = [row for row in inputs["read"] if not row["chosen"]]
+        images = load_in_threads(chat_images, map(images_of, without))
+        for row, loaded in zip(without, images, strict=True):
+            if isinstance(loaded, PictureError):
+                left_out.append(self.invalid(row["id"], loaded.reason, loaded.detail))
+            else:
+                asked.append(row["id"])
+                requests.append(answer_chat(record_of(row), loaded))
+        replies = dict(zip(asked, (yield requests), strict=True))
+        rows = []
+        for row in inputs["read"]:
+            name, chosen, model = row["id"], row["chosen"], None
+            if (reply := replies.get(name)) is not None:
+                chosen, model = parse_answer(reply), self.engine_name
+                if fault := _fault_of(reply, chosen):
+                    left_out.append(self.invalid(name, *fault))
+                    continue
+            if chosen:
+                rows.append({"id": name, "chosen": chosen, "answer_model": model})
+        return rows, left_out
+
+
+def _fault_of(reply: Reply, text: str | None) -> tuple[str, str] | None:
+    """(reason, detail) why a reply gives no response; `text` is what it was parsed to."""
+    if reply.error:
+        return NO_REPLY, reply.error
+    if reply.cut:
+        return "reply cut off", ""
+    if not (text and text.strip()):
+        return "empty reply", ""
+    return problem_of(text)

@@ -1,0 +1,91 @@
+"""One shard: whether it is current, its inputs, and making it in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from realign.pairs.io.rows import NO_REPLY, InvalidRecord, Row
+from realign.pairs.io.shards import Shards, digest_of, is_full
+from realign.pairs.stages.base import Stage
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Result of one shard.
+
+    Attributes:
+        number: of the shard.
+        records: of its inputs.
+        invalid: number of records that this stage found invalid and no earlier one.
+        error: why it was not written, "" when it was; "full" for a full disk, "invalid" for more
+            invalid records than the limit.
+    """
+
+    number: int
+    records: int = 0
+    invalid: int = 0
+    error: str = ""
+
+
+@dataclass
+class InvalidLimit:
+    """How many records of a shard may be invalid.
+
+    Attributes:
+        allowed: number of further ones.
+        known: records that another stage has listed already.
+    """
+
+    allowed: int
+    known: set[str]
+
+
+def inputs_digest(stage: Stage, number: int) -> str:
+    """Digest of the inputs of a shard."""
+    rows = (Shards(stage.folders[name]).rows_digest(number) for name in stage.needs)
+    return digest_of(stage.shared, *rows)
+
+
+def is_current(stage: Stage, number: int) -> bool:
+    """Whether an existing shard has the current inputs and a reply for every record."""
+    shards = Shards(stage.folder)
+    unanswered = any(entry.reason == NO_REPLY for entry in shards.left_out_of(number, "bad"))
+    return not unanswered and shards.inputs_digest(number) == inputs_digest(stage, number)
+
+
+def read_inputs(stage: Stage, number: int) -> dict[str, list[Row]]:
+    """The rows of the stages needed, by stage."""
+    return {
+        name: Shards(stage.folders[name]).read(number, stage.columns.get(name))
+        for name in stage.needs
+    }
+
+
+def make_shard(stage: Stage, number: int, limit: InvalidLimit) -> ShardResult:
+    """Make and write one shard of an open stage.
+
+    With more invalid records than the limit allows only their list is written, not the shard, so
+    that it is made again after they are fixed.
+    """
+    shards = Shards(stage.folder, stage.schema)
+    try:
+        digest = inputs_digest(stage, number)
+        inputs = read_inputs(stage, number)
+        records = max(map(len, inputs.values()))
+        rows, left_out = stage.run(inputs, number)
+        invalid = sum(type(e) is InvalidRecord and e.record not in limit.known for e in left_out)
+        if invalid > limit.allowed:
+            shards.file(number).unlink(missing_ok=True)  # of an earlier run, whose list is replaced
+            shards.write_left_out(number, left_out)
+            return ShardResult(number, records, invalid, "invalid")
+        shards.write(number, rows, left_out, digest)
+    except (OSError, ValueError) as error:  # ValueError: an engine or a model cannot be used at all
+        return failed(number, error)
+    return ShardResult(number, records, invalid)
+
+
+def failed(number: int, error: Exception) -> ShardResult:
+    """Result of a shard that raised; its error is never "", which would mean success."""
+    return ShardResult(
+        number, error="full" if is_full(error) else str(error) or type(error).__name__
+    )
