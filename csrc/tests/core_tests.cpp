@@ -11,11 +11,11 @@
 #include <utility>
 #include <vector>
 
-#include "batcher.h"
+#include "refcache/packing.h"
 #include "bf16.h"
-#include "gemm.h"
-#include "masked_exp.h"
-#include "rows.h"
+#include "gemm/gemm.h"
+#include "gemm/masked_exp.h"
+#include "rows/rows.h"
 
 using namespace realign;
 

@@ -15,9 +15,9 @@
 #include <vector>
 
 #include "deferred_device.h"
-#include "segments.h"
-#include "staging.h"
-#include "staging_host.h"
+#include "staging/segments.h"
+#include "staging/staging.h"
+#include "staging/staging_host.h"
 
 using namespace realign;
 

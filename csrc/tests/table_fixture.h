@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-#include "table.h"
+#include "refcache/table.h"
 
 // Stand in for the C library's, so that a test can make the system refuse.
 static int flock_error = 0, truncate_error = 0, sync_error = 0;

@@ -18,8 +18,8 @@
 #include <thread>
 #include <vector>
 
-#include "crc32c.h"
-#include "table.h"
+#include "refcache/crc32c.h"
+#include "refcache/table.h"
 #include "table_fixture.h"
 
 using namespace realign;

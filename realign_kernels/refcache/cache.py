@@ -9,7 +9,7 @@ Every method takes forests or, to hash a large data set once only, `collect_leav
 A leaf's key is a digest of its images, prompt and response (`leaves.py`), so the learning rate,
 the batch size or the order of records never matter to it. What else decides a log-prob is in the
 fingerprint; each fingerprint has a table of its own, in a folder of its own. The table (`table.py`,
-csrc/table.cpp) is an append-only log that survives kill -9; the pass over the model is in
+csrc/refcache/table.cpp) is an append-only log that survives kill -9; the pass over the model is in
 `filling.py`.
 """
 

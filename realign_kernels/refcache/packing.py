@@ -2,7 +2,7 @@
 
 A root is (image, prompt); a leaf is a response under it. A tree is a root followed by leaves of
 its own; a row holds several trees, so that nothing is padded inside it. The work is done in
-csrc/batcher.cpp; `_pack_python` defines the result and stands in where the extension is missing.
+csrc/refcache/packing.cpp; `_pack_python` defines the result and stands in where the extension is missing.
 """
 
 import operator

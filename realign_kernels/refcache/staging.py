@@ -1,7 +1,7 @@
 """Per-token log-probs of a forward to the host, as one fp64 sum per leaf, without a wait.
 
 `Staging` is a ring: push enqueues and returns, so the device goes on with the next forward, and pop
-waits for the oldest sums alone. csrc/staging.h does it on the CPU and, in a CUDA build, on the GPU;
+waits for the oldest sums alone. csrc/staging/staging.h does it on the CPU and, in a CUDA build, on the GPU;
 elsewhere `_TorchRing` stands in. All add up in the order of `leaf_sums`, bit for bit.
 """
 

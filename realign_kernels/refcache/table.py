@@ -5,8 +5,8 @@ into memory. A record is 32 bytes and carries a checksum that includes the table
 bytes that a crash or a disk broke, or that are of another table, are never served: a wrong value is
 worse than a missing one. Lost records are missing, are counted, and may be inserted again.
 
-The work is done in csrc/table.cpp; table_python.py does the same, slower, where the extension is
-missing. The format is described in csrc/table_log.h, and both write the same bytes.
+The work is done in csrc/refcache/table.cpp; table_python.py does the same, slower, where the extension is
+missing. The format is described in csrc/refcache/table_log.h, and both write the same bytes.
 """
 
 import os

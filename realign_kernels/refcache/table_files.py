@@ -1,4 +1,4 @@
-"""Log files of a table in numpy, for table_python.py: csrc/table_log.h describes them."""
+"""Log files of a table in numpy, for table_python.py: csrc/refcache/table_log.h describes them."""
 
 import contextlib
 import errno

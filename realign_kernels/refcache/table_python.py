@@ -1,4 +1,4 @@
-"""The table of csrc/table.h over numpy and a dict: same files, same answers, same errors.
+"""The table of csrc/refcache/table.h over numpy and a dict: same files, same answers, same errors.
 
 Stands in where the extension is missing; table.py says what each function does.
 """

@@ -37,10 +37,11 @@ def has_driver() -> bool:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """What ptxas says of csrc/staging.cu, by architecture."""
+    """What ptxas says of csrc/staging/staging.cu, by architecture."""
     target = tmp_path_factory.mktemp("cuda") / "staging.o"
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    command = ["nvcc", "-c", ROOT / "csrc" / "staging.cu", "-o", target, "-std=c++17", "-O3"]
+    source = ROOT / "csrc" / "staging" / "staging.cu"
+    command = ["nvcc", "-c", source, "-o", target, "-I", ROOT / "csrc", "-std=c++17", "-O3"]
     define = '-DREALIGN_CUDA_ARCHITECTURES=""'
     done = subprocess.run(
         [*command, define, "-Xptxas", "-v", *codes], capture_output=True, text=True

@@ -1,0 +1,267 @@
+// Blocked like BLIS, with one micro-kernel: a tile of 6 rows x 64 columns in 24 registers; for bf16
+// on a CPU with AMX that of gemm_amx.cpp, 32 x 32.
+//
+//   b is packed into panels of 64 columns, so that a step along k reads 4 registers in a row. bf16
+//   is packed in pairs along k, which VDPBF16PS multiplies and adds two by two: a "step" is 4 bytes
+//   of k, one fp32 or two bf16.
+//   a is broadcast from where it lies if its rows are contiguous in k, else from a packed block.
+//
+// A panel of 256 steps takes 64 KiB and streams from the second-level cache. Half of that would fit
+// the first, and was slower: the sums go to memory and back twice as often.
+#include "gemm/gemm.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#include "cpu.h"
+#include "gemm/gemm_pack.h"
+
+namespace realign {
+namespace {
+
+constexpr int kTileRows = 6;
+constexpr int kTileColumns = kPanelColumns;
+constexpr int64_t kBlockColumns = 512;  // of b
+constexpr int64_t kKeep = 2 << 20;      // bytes of b that a thread keeps packed
+
+// Rows x 64 columns of c over `steps` of k. a: bytes between rows and between steps.
+template <class T, int Rows>
+void tile(const char* a, int64_t a_row, int64_t a_step, const float* panel, int64_t steps, float* c,
+          int64_t c_row, int columns, bool accumulate) {
+  __m512 sum[Rows][4];
+  for (int i = 0; i < Rows; ++i) {
+    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
+  }
+  for (int64_t s = 0; s < steps; ++s, a += a_step, panel += kTileColumns) {
+    const __m512 b0 = _mm512_load_ps(panel), b1 = _mm512_load_ps(panel + 16);
+    const __m512 b2 = _mm512_load_ps(panel + 32), b3 = _mm512_load_ps(panel + 48);
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) {
+      float value;
+      std::memcpy(&value, a + i * a_row, sizeof(value));
+      const __m512 broadcast = _mm512_set1_ps(value);
+      sum[i][0] = T::multiply_add(sum[i][0], broadcast, b0);
+      sum[i][1] = T::multiply_add(sum[i][1], broadcast, b1);
+      sum[i][2] = T::multiply_add(sum[i][2], broadcast, b2);
+      sum[i][3] = T::multiply_add(sum[i][3], broadcast, b3);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    const int left = std::clamp(columns - 16 * j, 0, 16);
+    const auto valid = static_cast<__mmask16>((1u << left) - 1);
+    for (int i = 0; i < Rows; ++i) {
+      float* to = c + i * c_row + 16 * j;
+      if (accumulate) sum[i][j] = _mm512_add_ps(sum[i][j], _mm512_maskz_loadu_ps(valid, to));
+      _mm512_mask_storeu_ps(to, valid, sum[i][j]);
+    }
+  }
+}
+
+template <class T>
+void tiles(const char* a, int64_t a_row, int64_t a_step, int64_t rows, const float* panel,
+           int64_t steps, float* c, int64_t c_row, int columns, bool accumulate) {
+  int64_t row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    tile<T, kTileRows>(a + row * a_row, a_row, a_step, panel, steps, c + row * c_row, c_row,
+                       columns, accumulate);
+  }
+  const char* from = a + row * a_row;
+  float* to = c + row * c_row;
+  switch (rows - row) {
+    case 1: tile<T, 1>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
+    case 2: tile<T, 2>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
+    case 3: tile<T, 3>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
+    case 4: tile<T, 4>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
+    case 5: tile<T, 5>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
+    default: break;
+  }
+}
+
+void round_rows(const float* sums, int64_t sums_row, int64_t rows, int64_t columns, uint16_t* out,
+                int64_t out_row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += 16) {
+      const int left = static_cast<int>(std::min<int64_t>(16, columns - j));
+      const auto valid = static_cast<__mmask16>((1u << left) - 1);
+      const __m512 wide = _mm512_maskz_loadu_ps(valid, sums + i * sums_row + j);
+      _mm256_mask_storeu_epi16(out + i * out_row + j, valid, (__m256i)_mm512_cvtneps_pbh(wide));
+    }
+  }
+}
+
+// One thread's part of c: rows [m0, m1), columns [n0, n1).
+template <class T>
+class Part {
+ public:
+  using Element = typename T::Element;
+
+  Part(int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k, Matrix a, Matrix b, Product c)
+      : m0_(m0), m1_(m1), n0_(n0), n1_(n1), k_(k), a_(a), b_(b), c_(c) {}
+
+  void run() {
+    const int64_t columns = std::min(kBlockColumns, n1_ - n0_);
+    // Several blocks of rows meet the same columns. Their panels are kept packed for all k where
+    // they are small; else k is the outer loop, and the sums of all rows go to memory more often.
+    const int64_t whole = columns * round_up(k_, kSteps * T::per_step) * int64_t{sizeof(Element)};
+    const bool one_block = m1_ - m0_ <= T::block_rows;
+    const bool k_outer = !one_block && !c_.half && whole > kKeep;
+    keep_ = !one_block && !k_outer;
+    for (int64_t jc = n0_; jc < n1_; jc += kBlockColumns) {
+      columns_ = std::min(kBlockColumns, n1_ - jc);
+      if (k_outer) {
+        for (int64_t pc = 0; pc < k_; pc += depth(pc)) {
+          for (int64_t ic = m0_; ic < m1_; ic += T::block_rows) multiply(ic, jc, pc);
+        }
+      } else {
+        for (int64_t ic = m0_; ic < m1_; ic += T::block_rows) {
+          for (int64_t pc = 0; pc < k_; pc += depth(pc)) multiply(ic, jc, pc);
+          if (c_.half) finish(ic, jc);
+        }
+      }
+    }
+  }
+
+ private:
+  // Elements of k from pc in one block. The last bf16 of an odd k has no partner in memory: where a
+  // is not packed it is a block of its own, whose packed copy has a zero beside it.
+  int64_t depth(int64_t pc) const {
+    if (T::amx) return std::min(kSteps * T::per_step, k_ - pc);
+    const int64_t even = k_ / T::per_step * T::per_step;
+    return pc < even ? std::min(kSteps * T::per_step, even - pc) : k_ - pc;
+  }
+
+  int64_t rows(int64_t ic) const { return std::min(T::block_rows, m1_ - ic); }
+
+  // Where the sums of a block go, and the floats between their rows.
+  float* sums(int64_t ic, int64_t jc, int64_t& row) const {
+    static thread_local Scratch scratch;
+    row = c_.half ? kBlockColumns : c_.row;
+    if (c_.half) return reinterpret_cast<float*>(scratch.reserve(T::block_rows * row * 4));
+    return static_cast<float*>(c_.data) + ic * c_.row + jc;
+  }
+
+  void multiply(int64_t ic, int64_t jc, int64_t pc) const {
+    static thread_local Scratch scratch_a, scratch_b, scratch_rows;
+    const int64_t elements = depth(pc), steps = (elements + T::per_step - 1) / T::per_step;
+    const int64_t whole_steps = T::amx ? round_up(steps, kAmxSteps) : steps;
+    const auto* a = static_cast<const Element*>(a_.data) + ic * a_.row + pc * a_.column;
+    const char* from = reinterpret_cast<const char*>(a);
+    int64_t a_row = a_.row * int64_t{sizeof(Element)}, a_step = 4;
+    const int64_t width = round_up(T::block_rows, 32);
+    const auto packed = [&] {
+      return reinterpret_cast<float*>(scratch_a.reserve(width * kSteps * 4));
+    };
+    if constexpr (T::amx) {
+      char* lines = scratch_rows.reserve(width * kAmxRow);
+      float* scratch = a_.column == 1 ? nullptr : packed();
+      pack_rows(a, a_.row, a_.column, rows(ic), elements, width, scratch, lines);
+      from = lines;
+      a_row = kAmxRow;
+    } else if (a_.column != 1 || elements % T::per_step != 0) {
+      if (a_.column == 1) {
+        pack_k_contiguous<T>(a, a_.row, rows(ic), elements, width, packed());
+      } else {
+        pack_k_strided<T>(a, a_.column, rows(ic), elements, width, packed());
+      }
+      from = reinterpret_cast<const char*>(packed());
+      a_row = 4;
+      a_step = width * 4;
+    }
+
+    const int64_t panels = (columns_ + kTileColumns - 1) / kTileColumns;
+    const int64_t steps_kept = keep_ ? round_up(k_, kSteps * T::per_step) / T::per_step : kSteps;
+    const int64_t per_panel = steps_kept * kTileColumns;
+    auto* packed_b = reinterpret_cast<float*>(scratch_b.reserve(panels * per_panel * 4));
+    int64_t sums_row;
+    float* to = sums(ic, jc, sums_row);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t column = p * kTileColumns;
+      const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, columns_ - column));
+      float* panel = packed_b + p * per_panel + (keep_ ? pc / T::per_step * kTileColumns : 0);
+      if (ic == m0_) {
+        const auto* b = static_cast<const Element*>(b_.data) + pc * b_.row;
+        b += (jc + column) * b_.column;
+        if (b_.row == 1) {
+          pack_k_contiguous<T>(b, b_.column, columns, elements, kTileColumns, panel);
+        } else {
+          pack_k_strided<T>(b, b_.row, columns, elements, kTileColumns, panel);
+        }
+        std::fill(panel + steps * kTileColumns, panel + whole_steps * kTileColumns, 0.0f);
+      }
+      const bool accumulate = c_.accumulate || pc > 0;
+      if constexpr (T::amx) {
+        amx_tiles(from, a_row, rows(ic), panel, whole_steps, to + column, sums_row, columns,
+                  accumulate);
+      } else {
+        tiles<T>(from, a_row, a_step, rows(ic), panel, steps, to + column, sums_row, columns,
+                 accumulate);
+      }
+    }
+  }
+
+  void finish(int64_t ic, int64_t jc) const {
+    int64_t row;
+    const float* from = sums(ic, jc, row);
+    round_rows(from, row, rows(ic), columns_, static_cast<uint16_t*>(c_.data) + ic * c_.row + jc,
+               c_.row);
+  }
+
+  const int64_t m0_, m1_, n0_, n1_, k_;
+  const Matrix a_, b_;
+  const Product c_;
+  bool keep_ = false;
+  int64_t columns_ = 0;
+};
+
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int threads) {
+  threads = std::max(threads, 1);
+  if (m == 0 || n == 0) return;
+  if (k == 0) {
+    const size_t size = c.half ? sizeof(uint16_t) : sizeof(float);
+    for (int64_t i = 0; i < m && !c.accumulate; ++i) {
+      std::memset(static_cast<char*>(c.data) + i * c.row * size, 0, n * size);
+    }
+    return;
+  }
+  // The grid of threads over c that packs least: each packs its rows of a and columns of b.
+  int64_t down = 1;
+  for (int64_t d = 2; d <= threads; ++d) {
+    const auto packed = [&](int64_t rows) { return m / rows + n / (threads / rows); };
+    if (threads % d == 0 && packed(d) < packed(down)) down = d;
+  }
+  const int64_t across = threads / down;
+  const int64_t tall = round_up((m + down - 1) / down, T::rows);
+  const int64_t wide = round_up((n + across - 1) / across, kTileColumns);
+  std::atomic<bool> out_of_memory{false};  // an exception must not leave a parallel region
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+  for (int64_t part = 0; part < threads; ++part) {
+    const int64_t m0 = part / across * tall, n0 = part % across * wide;
+    if (m0 >= m || n0 >= n) continue;
+    const int64_t m1 = std::min(m, m0 + tall), n1 = std::min(n, n0 + wide);
+    try {
+      Part<T>(m0, m1, n0, n1, k, a, b, c).run();
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+    if constexpr (T::amx) amx_release();
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void gemm_bf16(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int threads) {
+  if (cpu().amx) return gemm<Amx>(m, n, k, a, b, c, threads);
+  gemm<Bf16>(m, n, k, a, b, c, threads);
+}
+
+void gemm_f32(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int threads) {
+  gemm<F32>(m, n, k, a, b, c, threads);
+}
+
+}  // namespace realign
