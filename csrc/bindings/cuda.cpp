@@ -1,5 +1,5 @@
-// CUDA kernels for realign_kernels/triton, over addresses: the caller owns the tensors and has checked
-// their dtypes, devices and strides. A build without a kernel has no function of that name.
+// CUDA kernels for realign_kernels/backends/triton, over addresses: the caller owns the tensors and
+// has checked their dtypes, devices and strides. A build without a kernel has no such function.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -24,7 +24,7 @@ T* at(uintptr_t address) {
 // Enqueues and returns, so the GIL is kept.
 void exp_head(uintptr_t hidden,
               uintptr_t weight,
-              uintptr_t others,
+              uintptr_t exp_logits,
               uintptr_t shift,
               uintptr_t labels,
               uintptr_t sums,
@@ -34,7 +34,7 @@ void exp_head(uintptr_t hidden,
               int device,
               uintptr_t stream) {
   const realign::ExpHead head{
-      at<const void>(hidden), at<const void>(weight), at<void>(others),
+      at<const void>(hidden), at<const void>(weight), at<void>(exp_logits),
       at<const float>(shift), at<const int32_t>(labels), at<float>(sums), at<float>(rounded_sums),
       shape[0], shape[1], shape[2], strides[0], strides[1], strides[2]};
   realign::exp_head(head, device, at<void>(stream));

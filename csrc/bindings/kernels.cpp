@@ -70,32 +70,33 @@ void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a
   multiply(m, n, k, left, right, product, threads);
 }
 
-void read_rows(uintptr_t logits, const std::string& logits_dtype, int64_t logits_stride,
+void row_stats(uintptr_t logits, const std::string& logits_dtype, int64_t logits_stride,
                int64_t rows, int64_t vocabulary, uintptr_t labels, uintptr_t bias, float softcap,
-               float temperature, uintptr_t rival, uintptr_t others,
-               const std::string& others_dtype, int64_t others_stride, uintptr_t target,
-               uintptr_t logit, uintptr_t peak, uintptr_t total, uintptr_t slope, int threads) {
+               float temperature, uintptr_t runner_up, uintptr_t exp_logits,
+               const std::string& exp_logits_dtype, int64_t exp_logits_stride, uintptr_t target,
+               uintptr_t logit, uintptr_t max_logit, uintptr_t sum_exp, uintptr_t dz_dlogit,
+               int threads) {
   const realign::RowInputs in{at(logits),     dtype_of(logits_dtype), logits_stride,
                               rows,           vocabulary,             at<const int64_t>(labels),
                               at<float>(bias), softcap,               temperature,
-                              at<const bool>(rival)};
-  const realign::RowOutputs out{at(others),       dtype_of(others_dtype), others_stride,
-                                at<int64_t>(target), at<float>(logit),    at<float>(peak),
-                                at<float>(total), at<float>(slope)};
+                              at<const bool>(runner_up)};
+  const realign::RowOutputs out{
+      at(exp_logits),       dtype_of(exp_logits_dtype), exp_logits_stride,  at<int64_t>(target),
+      at<float>(logit),     at<float>(max_logit),       at<float>(sum_exp), at<float>(dz_dlogit)};
   realign::cpu();  // REALIGN_CPU may be refused: before the GIL is released
   py::gil_scoped_release release;
-  realign::read_rows(in, out, threads);
+  realign::row_stats(in, out, threads);
 }
 
-void finish_direction(int64_t rows, int64_t width, uintptr_t pull, uintptr_t weight,
-                      int64_t weight_stride, const std::string& weight_dtype, uintptr_t target,
-                      uintptr_t slope, uintptr_t total, uintptr_t factor, uintptr_t out,
-                      const std::string& out_dtype, int threads) {
+void hidden_grad_epilogue(int64_t rows, int64_t width, uintptr_t exp_w, uintptr_t weight,
+                          int64_t weight_stride, const std::string& weight_dtype, uintptr_t target,
+                          uintptr_t dz_dlogit, uintptr_t sum_exp, uintptr_t factor, uintptr_t out,
+                          const std::string& out_dtype, int threads) {
   const Dtype from = dtype_of(weight_dtype), to = dtype_of(out_dtype);
   py::gil_scoped_release release;
-  realign::finish_direction(rows, width, at<const float>(pull), at<const void>(weight),
+  realign::hidden_grad_epilogue(rows, width, at<const float>(exp_w), at<const void>(weight),
                             weight_stride, from, at<const int64_t>(target),
-                            at<const float>(slope), at<const float>(total),
+                            at<const float>(dz_dlogit), at<const float>(sum_exp),
                             at<const float>(factor), at(out), to, threads);
 }
 
@@ -172,13 +173,13 @@ void bind_kernels(py::module_& module) {
              py::arg("a"), py::arg("a_row"), py::arg("a_column"), py::arg("b"), py::arg("b_row"),
              py::arg("b_column"), py::arg("c"), py::arg("c_row"), py::arg("c_dtype"),
              py::arg("accumulate"), py::arg("threads"));
-  module.def("read_rows", &read_rows, py::arg("logits"), py::arg("logits_dtype"),
+  module.def("read_rows", &row_stats, py::arg("logits"), py::arg("logits_dtype"),
              py::arg("logits_stride"), py::arg("rows"), py::arg("vocabulary"), py::arg("labels"),
              py::arg("bias"), py::arg("softcap"), py::arg("temperature"), py::arg("rival"),
              py::arg("others"), py::arg("others_dtype"), py::arg("others_stride"),
              py::arg("target"), py::arg("logit"), py::arg("peak"), py::arg("total"),
              py::arg("slope"), py::arg("threads"));
-  module.def("finish_direction", &finish_direction, py::arg("rows"), py::arg("width"),
+  module.def("finish_direction", &hidden_grad_epilogue, py::arg("rows"), py::arg("width"),
              py::arg("pull"), py::arg("weight"), py::arg("weight_stride"), py::arg("weight_dtype"),
              py::arg("target"), py::arg("slope"), py::arg("total"), py::arg("factor"),
              py::arg("out"), py::arg("out_dtype"), py::arg("threads"));

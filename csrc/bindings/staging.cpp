@@ -1,5 +1,5 @@
-// The staging ring for realign_kernels/refcache/staging.py, over addresses: the caller owns the values and
-// has checked their dtype and device.
+// The staging ring for realign_kernels/refcache/staging.py, over addresses: the caller owns the
+// values and has checked their dtype and device.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

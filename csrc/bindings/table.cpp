@@ -1,4 +1,4 @@
-// The table of reference log-probs for realign_kernels/refcache/table.py, which explains mistakes to users.
+// The table of reference log-probs for realign_kernels/refcache/store.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,6 @@
 // CUTLASS's persistent, warp-specialised GEMM for sm_90a with an epilogue visitor tree of
-//   accumulator, shift, label -> MaskedExp -> sum over columns -> bf16 -> sum over columns -> others.
+//   accumulator, shift, label -> MaskedExp -> sum over columns -> bf16 -> sum over columns ->
+//   exp_logits.
 #include "gemm/exp_head.h"
 
 #include <cute/tensor.hpp>
@@ -155,8 +156,8 @@ void exp_head(const ExpHead& head, int device, void* stream) {
         {head.rounded_sums, 0.0f, by_row}},
        nullptr,
        {},
-       static_cast<Half*>(head.others),
-       {head.others_stride, _1{}, 0}}};
+       static_cast<Half*>(head.exp_logits),
+       {head.exp_logits_stride, _1{}, 0}}};
   Gemm gemm;
   check(Gemm::can_implement(arguments), "shape, stride or address");
   if (Gemm::get_workspace_size(arguments) != 0) {

@@ -28,21 +28,27 @@ constexpr int kTileColumns = kPanelColumns;
 constexpr int64_t kBlockColumns = 512;  // of b
 constexpr int64_t kKeep = 2 << 20;      // bytes of b that a thread keeps packed
 
-// Rows x 64 columns of c over `steps` of k. a: bytes between rows and between steps.
+// Rows of a as the micro-kernel reads them.
+struct PackedA {
+  const char* data;
+  int64_t row, step;  // bytes between rows, and between steps
+};
+
+// Rows x 64 columns of c over `steps` of k.
 template <class T, int Rows>
-void tile(const char* a, int64_t a_row, int64_t a_step, const float* panel, int64_t steps, float* c,
-          int64_t c_row, int columns, bool accumulate) {
+void micro_kernel(PackedA a, const float* panel, int64_t steps, float* c, int64_t c_row,
+                  int columns, bool accumulate) {
   __m512 sum[Rows][4];
   for (int i = 0; i < Rows; ++i) {
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
   }
-  for (int64_t s = 0; s < steps; ++s, a += a_step, panel += kTileColumns) {
+  for (int64_t s = 0; s < steps; ++s, a.data += a.step, panel += kTileColumns) {
     const __m512 b0 = _mm512_load_ps(panel), b1 = _mm512_load_ps(panel + 16);
     const __m512 b2 = _mm512_load_ps(panel + 32), b3 = _mm512_load_ps(panel + 48);
 #pragma GCC unroll 6
     for (int i = 0; i < Rows; ++i) {
       float value;
-      std::memcpy(&value, a + i * a_row, sizeof(value));
+      std::memcpy(&value, a.data + i * a.row, sizeof(value));
       const __m512 broadcast = _mm512_set1_ps(value);
       sum[i][0] = T::multiply_add(sum[i][0], broadcast, b0);
       sum[i][1] = T::multiply_add(sum[i][1], broadcast, b1);
@@ -62,21 +68,18 @@ void tile(const char* a, int64_t a_row, int64_t a_step, const float* panel, int6
 }
 
 template <class T>
-void tiles(const char* a, int64_t a_row, int64_t a_step, int64_t rows, const float* panel,
-           int64_t steps, float* c, int64_t c_row, int columns, bool accumulate) {
-  int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) {
-    tile<T, kTileRows>(a + row * a_row, a_row, a_step, panel, steps, c + row * c_row, c_row,
-                       columns, accumulate);
+void micro_kernels(PackedA a, int64_t rows, const float* panel, int64_t steps, float* c,
+                   int64_t c_row, int columns, bool accumulate) {
+  for (; rows >= kTileRows; rows -= kTileRows, c += kTileRows * c_row) {
+    micro_kernel<T, kTileRows>(a, panel, steps, c, c_row, columns, accumulate);
+    a.data += kTileRows * a.row;
   }
-  const char* from = a + row * a_row;
-  float* to = c + row * c_row;
-  switch (rows - row) {
-    case 1: tile<T, 1>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
-    case 2: tile<T, 2>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
-    case 3: tile<T, 3>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
-    case 4: tile<T, 4>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
-    case 5: tile<T, 5>(from, a_row, a_step, panel, steps, to, c_row, columns, accumulate); break;
+  switch (rows) {
+    case 1: micro_kernel<T, 1>(a, panel, steps, c, c_row, columns, accumulate); break;
+    case 2: micro_kernel<T, 2>(a, panel, steps, c, c_row, columns, accumulate); break;
+    case 3: micro_kernel<T, 3>(a, panel, steps, c, c_row, columns, accumulate); break;
+    case 4: micro_kernel<T, 4>(a, panel, steps, c, c_row, columns, accumulate); break;
+    case 5: micro_kernel<T, 5>(a, panel, steps, c, c_row, columns, accumulate); break;
     default: break;
   }
 }
@@ -95,11 +98,12 @@ void round_rows(const float* sums, int64_t sums_row, int64_t rows, int64_t colum
 
 // One thread's part of c: rows [m0, m1), columns [n0, n1).
 template <class T>
-class Part {
+class MacroKernel {
  public:
   using Element = typename T::Element;
 
-  Part(int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k, Matrix a, Matrix b, Product c)
+  MacroKernel(int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k, Matrix a, Matrix b,
+              Product c)
       : m0_(m0), m1_(m1), n0_(n0), n1_(n1), k_(k), a_(a), b_(b), c_(c) {}
 
   void run() {
@@ -119,7 +123,7 @@ class Part {
       } else {
         for (int64_t ic = m0_; ic < m1_; ic += T::block_rows) {
           for (int64_t pc = 0; pc < k_; pc += depth(pc)) multiply(ic, jc, pc);
-          if (c_.half) finish(ic, jc);
+          if (c_.half) round_block(ic, jc);
         }
       }
     }
@@ -144,66 +148,72 @@ class Part {
     return static_cast<float*>(c_.data) + ic * c_.row + jc;
   }
 
-  void multiply(int64_t ic, int64_t jc, int64_t pc) const {
-    static thread_local Scratch scratch_a, scratch_b, scratch_rows;
-    const int64_t elements = depth(pc), steps = (elements + T::per_step - 1) / T::per_step;
-    const int64_t whole_steps = T::amx ? round_up(steps, kAmxSteps) : steps;
+  // A block of a from (ic, pc): in place if its rows are contiguous in k, else packed.
+  PackedA pack_a(int64_t ic, int64_t pc, int64_t elements) const {
+    static thread_local Scratch steps, lines;
     const auto* a = static_cast<const Element*>(a_.data) + ic * a_.row + pc * a_.column;
-    const char* from = reinterpret_cast<const char*>(a);
-    int64_t a_row = a_.row * int64_t{sizeof(Element)}, a_step = 4;
     const int64_t width = round_up(T::block_rows, 32);
-    const auto packed = [&] {
-      return reinterpret_cast<float*>(scratch_a.reserve(width * kSteps * 4));
-    };
-    if constexpr (T::amx) {
-      char* lines = scratch_rows.reserve(width * kAmxRow);
-      float* scratch = a_.column == 1 ? nullptr : packed();
-      pack_rows(a, a_.row, a_.column, rows(ic), elements, width, scratch, lines);
-      from = lines;
-      a_row = kAmxRow;
-    } else if (a_.column != 1 || elements % T::per_step != 0) {
-      if (a_.column == 1) {
-        pack_k_contiguous<T>(a, a_.row, rows(ic), elements, width, packed());
-      } else {
-        pack_k_strided<T>(a, a_.column, rows(ic), elements, width, packed());
-      }
-      from = reinterpret_cast<const char*>(packed());
-      a_row = 4;
-      a_step = width * 4;
+    const bool contiguous = a_.column == 1;
+    if (!T::amx && contiguous && elements % T::per_step == 0) {
+      return {reinterpret_cast<const char*>(a), a_.row * int64_t{sizeof(Element)}, 4};
     }
+    float* packed = nullptr;
+    if (!T::amx || !contiguous) {
+      packed = reinterpret_cast<float*>(steps.reserve(width * kSteps * 4));
+    }
+    if constexpr (T::amx) {
+      char* to = lines.reserve(width * kAmxRow);
+      pack_rows(a, a_.row, a_.column, rows(ic), elements, width, packed, to);
+      return {to, kAmxRow, 4};
+    }
+    if (contiguous) {
+      pack_k_contiguous<T>(a, a_.row, rows(ic), elements, width, packed);
+    } else {
+      pack_k_strided<T>(a, a_.column, rows(ic), elements, width, packed);
+    }
+    return {reinterpret_cast<const char*>(packed), 4, width * 4};
+  }
 
+  // Columns of b from `column` on, over k from pc, into a panel of `steps`, 0 beyond b.
+  void pack_b(int64_t pc, int64_t column, int columns, int64_t elements, int64_t steps,
+              float* panel) const {
+    const auto* b = static_cast<const Element*>(b_.data) + pc * b_.row + column * b_.column;
+    if (b_.row == 1) {
+      pack_k_contiguous<T>(b, b_.column, columns, elements, kTileColumns, panel);
+    } else {
+      pack_k_strided<T>(b, b_.row, columns, elements, kTileColumns, panel);
+    }
+    const int64_t packed = (elements + T::per_step - 1) / T::per_step;
+    std::fill(panel + packed * kTileColumns, panel + steps * kTileColumns, 0.0f);
+  }
+
+  void multiply(int64_t ic, int64_t jc, int64_t pc) const {
+    static thread_local Scratch scratch;
+    const int64_t elements = depth(pc), whole = (elements + T::per_step - 1) / T::per_step;
+    const int64_t steps = T::amx ? round_up(whole, kAmxSteps) : whole;
+    const PackedA a = pack_a(ic, pc, elements);
     const int64_t panels = (columns_ + kTileColumns - 1) / kTileColumns;
     const int64_t steps_kept = keep_ ? round_up(k_, kSteps * T::per_step) / T::per_step : kSteps;
     const int64_t per_panel = steps_kept * kTileColumns;
-    auto* packed_b = reinterpret_cast<float*>(scratch_b.reserve(panels * per_panel * 4));
+    auto* packed_b = reinterpret_cast<float*>(scratch.reserve(panels * per_panel * 4));
     int64_t sums_row;
     float* to = sums(ic, jc, sums_row);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t column = p * kTileColumns;
       const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, columns_ - column));
       float* panel = packed_b + p * per_panel + (keep_ ? pc / T::per_step * kTileColumns : 0);
-      if (ic == m0_) {
-        const auto* b = static_cast<const Element*>(b_.data) + pc * b_.row;
-        b += (jc + column) * b_.column;
-        if (b_.row == 1) {
-          pack_k_contiguous<T>(b, b_.column, columns, elements, kTileColumns, panel);
-        } else {
-          pack_k_strided<T>(b, b_.row, columns, elements, kTileColumns, panel);
-        }
-        std::fill(panel + steps * kTileColumns, panel + whole_steps * kTileColumns, 0.0f);
-      }
+      if (ic == m0_) pack_b(pc, jc + column, columns, elements, steps, panel);
       const bool accumulate = c_.accumulate || pc > 0;
       if constexpr (T::amx) {
-        amx_tiles(from, a_row, rows(ic), panel, whole_steps, to + column, sums_row, columns,
-                  accumulate);
+        amx_micro_kernels(a.data, a.row, rows(ic), panel, steps, to + column, sums_row, columns,
+                          accumulate);
       } else {
-        tiles<T>(from, a_row, a_step, rows(ic), panel, steps, to + column, sums_row, columns,
-                 accumulate);
+        micro_kernels<T>(a, rows(ic), panel, steps, to + column, sums_row, columns, accumulate);
       }
     }
   }
 
-  void finish(int64_t ic, int64_t jc) const {
+  void round_block(int64_t ic, int64_t jc) const {
     int64_t row;
     const float* from = sums(ic, jc, row);
     round_rows(from, row, rows(ic), columns_, static_cast<uint16_t*>(c_.data) + ic * c_.row + jc,
@@ -244,7 +254,7 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int th
     if (m0 >= m || n0 >= n) continue;
     const int64_t m1 = std::min(m, m0 + tall), n1 = std::min(n, n0 + wide);
     try {
-      Part<T>(m0, m1, n0, n1, k, a, b, c).run();
+      MacroKernel<T>(m0, m1, n0, n1, k, a, b, c).run();
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }

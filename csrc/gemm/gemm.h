@@ -2,8 +2,8 @@
 // from bf16 for aarch64 CPUs with BF16.
 //
 // Torch has no bf16 x bf16 -> fp32 product on the CPU: it rounds to bf16, which costs 1e-2 in a
-// log-prob. This one keeps the fp32 sums, and is as fast by AVX512_BF16; by AMX it takes up to twice
-// the time, as more is written.
+// log-prob. This one keeps the fp32 sums, and is as fast with AVX512_BF16. With AMX it takes up to
+// twice the time, as more is written.
 #pragma once
 
 #include <cstdint>

@@ -42,8 +42,8 @@ void configure(int rows, int columns) {
 }
 
 template <bool Tall, bool Wide>
-void block(const char* a, int64_t a_row, const float* b, int64_t steps, float* c, int64_t c_row,
-           bool accumulate) {
+void micro_kernel(const char* a, int64_t a_row, const float* b, int64_t steps, float* c,
+                  int64_t c_row, bool accumulate) {
   const int64_t row = c_row * 4;
   float* below = c + kSide * c_row;
   if (accumulate) {
@@ -57,7 +57,7 @@ void block(const char* a, int64_t a_row, const float* b, int64_t steps, float* c
     if (Tall) _tile_zero(2);
     if (Tall && Wide) _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; s += kAmxSteps, a += 4 * kAmxSteps, b += kAmxSteps * kPanelColumns) {
+  for (int64_t s = 0; s < steps; s += kAmxSteps) {
     _tile_loadd(6, b, 4 * kPanelColumns);
     _tile_loadd(4, a, a_row);
     _tile_dpbf16ps(0, 4, 6);
@@ -70,6 +70,8 @@ void block(const char* a, int64_t a_row, const float* b, int64_t steps, float* c
       _tile_dpbf16ps(2, 5, 6);
       if (Wide) _tile_dpbf16ps(3, 5, 7);
     }
+    a += 4 * kAmxSteps;
+    b += kAmxSteps * kPanelColumns;
   }
   _tile_stored(0, c, row);
   if (Wide) _tile_stored(1, c + kSide, row);
@@ -84,8 +86,8 @@ bool amx_granted() {
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
-void amx_tiles(const char* a, int64_t a_row, int64_t rows, const float* panel, int64_t steps,
-               float* c, int64_t c_row, int columns, bool accumulate) {
+void amx_micro_kernels(const char* a, int64_t a_row, int64_t rows, const float* panel,
+                       int64_t steps, float* c, int64_t c_row, int columns, bool accumulate) {
   int shape = 0;
   for (int column = 0; column < columns; column += 2 * kSide) {
     const int wide = std::min(2 * kSide, columns - column);
@@ -93,10 +95,11 @@ void amx_tiles(const char* a, int64_t a_row, int64_t rows, const float* panel, i
       const int tall = static_cast<int>(std::min<int64_t>(2 * kSide, rows - row));
       if (shape != tall * kPanelColumns + wide) configure(tall, wide);
       shape = tall * kPanelColumns + wide;
-      const auto run = tall > kSide ? (wide > kSide ? block<true, true> : block<true, false>)
-                                    : (wide > kSide ? block<false, true> : block<false, false>);
-      run(a + row * a_row, a_row, panel + column, steps, c + row * c_row + column, c_row,
-          accumulate);
+      const bool below = tall > kSide, right = wide > kSide;
+      const auto kernel = below ? (right ? micro_kernel<true, true> : micro_kernel<true, false>)
+                                : (right ? micro_kernel<false, true> : micro_kernel<false, false>);
+      kernel(a + row * a_row, a_row, panel + column, steps, c + row * c_row + column, c_row,
+             accumulate);
     }
   }
 }
@@ -110,7 +113,8 @@ void amx_release() { _tile_release(); }
 namespace realign {
 
 bool amx_granted() { return false; }
-void amx_tiles(const char*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int, bool) {}
+void amx_micro_kernels(const char*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int,
+                       bool) {}
 void amx_release() {}
 
 }  // namespace realign

@@ -55,8 +55,8 @@ void pack(const uint16_t* source, int64_t line, int64_t k, int64_t lines, int64_
       if (wide == kTile && deep == kStep && k == 1) {
         for (int64_t i = 0; i < kTile; ++i) std::memcpy(out + i * kStep, from + i * line, 8);
       } else if (wide == kTile && deep == kStep && line == 1) {
-        const uint16x8x4_t rows = {
-            {vld1q_u16(from), vld1q_u16(from + k), vld1q_u16(from + 2 * k), vld1q_u16(from + 3 * k)}};
+        const uint16x8x4_t rows = {{vld1q_u16(from), vld1q_u16(from + k), vld1q_u16(from + 2 * k),
+                                    vld1q_u16(from + 3 * k)}};
         vst4q_u16(out, rows);
       } else {
         for (int64_t i = 0; i < kTile * kStep; ++i) {
@@ -69,7 +69,7 @@ void pack(const uint16_t* source, int64_t line, int64_t k, int64_t lines, int64_
 }
 
 // sums[4][4], registers of 2 x 2, += a @ b over `steps` of 4 k.
-void tile(const uint16_t* a, const uint16_t* b, int64_t steps, float* sums) {
+void micro_kernel(const uint16_t* a, const uint16_t* b, int64_t steps, float* sums) {
   float32x4_t sum[4][4];
   for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = vld1q_f32(sums + 4 * i);
   for (int64_t s = 0; s < steps; ++s, a += kTile * kStep, b += kTile * kStep) {
@@ -86,8 +86,8 @@ void tile(const uint16_t* a, const uint16_t* b, int64_t steps, float* sums) {
 }
 
 // Rows [m0, m0 + rows) and columns [n0, n0 + columns) of c.
-void multiply(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int64_t k, const Matrix& a,
-              const Matrix& b, const Product& c, Block& block) {
+void macro_kernel(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int64_t k, const Matrix& a,
+                  const Matrix& b, const Product& c, Block& block) {
   const int64_t down = in_parts(rows, kTile), across = in_parts(columns, kTile);
   std::memset(block.sums, 0, down * across * kTile * kTile * sizeof(float));
   for (int64_t p = 0; p < k; p += kDepth) {
@@ -98,8 +98,8 @@ void multiply(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int64_t k, 
     pack(right, b.column, b.row, columns, depth, block.b);
     for (int64_t j = 0; j < across; ++j) {
       for (int64_t i = 0; i < down; ++i) {
-        tile(block.a + i * steps * kTile * kStep, block.b + j * steps * kTile * kStep, steps,
-             block.sums + (i * across + j) * kTile * kTile);
+        micro_kernel(block.a + i * steps * kTile * kStep, block.b + j * steps * kTile * kStep,
+                     steps, block.sums + (i * across + j) * kTile * kTile);
       }
     }
   }
@@ -129,7 +129,8 @@ void gemm_bf16(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, i
   for (int64_t thread = 0; thread < threads; ++thread) {
     for (int64_t task = thread; task < tasks; task += threads) {
       const int64_t m0 = task / across * kBlock, n0 = task % across * kBlock;
-      multiply(m0, least(kBlock, m - m0), n0, least(kBlock, n - n0), k, a, b, c, blocks[thread]);
+      macro_kernel(m0, least(kBlock, m - m0), n0, least(kBlock, n - n0), k, a, b, c,
+                   blocks[thread]);
     }
   }
 }

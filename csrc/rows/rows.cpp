@@ -12,44 +12,45 @@ void assign(float& out, float x) { out = x; }
 void assign(uint16_t& out, float x) { out = narrow(x); }
 
 template <class Weight, class Out>
-void finish_row(int64_t width, const float* pull, const Weight* weight, float slope, float total,
-                float factor, Out* out) {
-  // total is 0 only if there are no others, and pull with it.
-  const float towards = factor * slope, away = total > 0 ? factor / total : factor;
+void epilogue_row(int64_t width, const float* exp_w, const Weight* weight, float dz_dlogit,
+                  float sum_exp, float factor, Out* out) {
+  // sum_exp is 0 only if the target is the only token, and exp_w with it.
+  const float towards = factor * dz_dlogit, away = sum_exp > 0 ? factor / sum_exp : factor;
   for (int64_t j = 0; j < width; ++j) {
-    assign(out[j], towards * (weight ? value_of(weight[j]) : 0) - away * pull[j]);
+    assign(out[j], towards * (weight ? value_of(weight[j]) : 0) - away * exp_w[j]);
   }
 }
 
 }  // namespace
 
 std::vector<RowKernels> row_kernels() {
-  std::vector<RowKernels> found{{"scalar", read_row_scalar, exp_scalar}};
+  std::vector<RowKernels> found{{"scalar", row_kernel_scalar, exp_scalar}};
 #if defined(REALIGN_X86)
-  if (cpu().level >= CpuLevel::avx2) found.push_back({"avx2", read_row_avx2, exp_avx2});
+  if (cpu().level >= CpuLevel::avx2) found.push_back({"avx2", row_kernel_avx2, exp_avx2});
   if (cpu().level >= CpuLevel::avx512) {
-    found.push_back({"avx512", read_row_avx512, exp_avx512});
-    if (cpu().bf16) found.push_back({"avx512_bf16", read_row_avx512_bf16, exp_avx512_bf16});
+    found.push_back({"avx512", row_kernel_avx512, exp_avx512});
+    if (cpu().bf16) found.push_back({"avx512_bf16", row_kernel_avx512_bf16, exp_avx512_bf16});
   }
 #elif defined(REALIGN_ARM)
-  if (cpu().level >= CpuLevel::neon) found.push_back({"neon", read_row_neon, exp_neon});
+  if (cpu().level >= CpuLevel::neon) found.push_back({"neon", row_kernel_neon, exp_neon});
 #endif
   return found;
 }
 
-void read_rows(const RowInputs& in, const RowOutputs& out, int threads) {
-  const auto kernel = row_kernels().back().read_row;
+void row_stats(const RowInputs& in, const RowOutputs& out, int threads) {
+  const auto kernel = row_kernels().back().row_kernel;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < in.rows; ++row) kernel(in, out, row);
 }
 
-void finish_direction(int64_t rows, int64_t width, const float* pull, const void* weight,
-                      int64_t weight_stride, Dtype weight_dtype, const int64_t* target,
-                      const float* slope, const float* total, const float* factor, void* out,
-                      Dtype out_dtype, int threads) {
+void hidden_grad_epilogue(int64_t rows, int64_t width, const float* exp_w, const void* weight,
+                          int64_t weight_stride, Dtype weight_dtype, const int64_t* target,
+                          const float* dz_dlogit, const float* sum_exp, const float* factor,
+                          void* out, Dtype out_dtype, int threads) {
   const auto finish = [&](int64_t i, auto* elements, auto* result) {
     const auto* label = target[i] < 0 ? nullptr : elements + target[i] * weight_stride;
-    finish_row(width, pull + i * width, label, slope[i], total[i], factor[i], result + i * width);
+    epilogue_row(width, exp_w + i * width, label, dz_dlogit[i], sum_exp[i], factor[i],
+                 result + i * width);
   };
   const auto* wide = static_cast<const float*>(weight);
   const auto* half = static_cast<const uint16_t*>(weight);

@@ -84,8 +84,8 @@ struct Avx2 {
 
 }  // namespace
 
-void read_row_avx2(const RowInputs& in, const RowOutputs& out, int64_t row) {
-  read_row<Avx2>(in, out, row);
+void row_kernel_avx2(const RowInputs& in, const RowOutputs& out, int64_t row) {
+  row_kernel<Avx2>(in, out, row);
 }
 
 void exp_avx2(const float* x, float* out, int64_t count) { exponentials<Avx2>(x, out, count); }

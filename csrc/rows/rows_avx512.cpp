@@ -71,8 +71,8 @@ struct Avx512 {
 #define REALIGN_NAME(stem) stem##_avx512
 #endif
 
-void REALIGN_NAME(read_row)(const RowInputs& in, const RowOutputs& out, int64_t row) {
-  read_row<Avx512>(in, out, row);
+void REALIGN_NAME(row_kernel)(const RowInputs& in, const RowOutputs& out, int64_t row) {
+  row_kernel<Avx512>(in, out, row);
 }
 
 void REALIGN_NAME(exp)(const float* x, float* out, int64_t count) {

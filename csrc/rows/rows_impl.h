@@ -80,16 +80,16 @@ struct Row {
         inverse_cap(V::set(capped ? 1 / in.softcap : 0)),
         inverse_temperature(V::set(1 / in.temperature)) {}
 
-  // z in the first `lanes` lanes, -inf in the others. slope: dz / d(raw logit).
-  Reg value(int64_t column, int lanes, Reg* slope = nullptr) const {
+  // z in the first `lanes` lanes, -inf in the others. dz_dlogit: dz / d(raw logit).
+  Reg value(int64_t column, int lanes, Reg* dz_dlogit = nullptr) const {
     const bool full = lanes == V::width;
     Reg z = full ? V::load(raw + column) : V::load(raw + column, lanes);
     if (bias) z = V::add(z, full ? V::load(bias + column) : V::load(bias + column, lanes));
-    if (slope) *slope = tempered ? inverse_temperature : V::set(1.0f);
+    if (dz_dlogit) *dz_dlogit = tempered ? inverse_temperature : V::set(1.0f);
     if (capped) {
       const Reg t = hyperbolic_tangent<V>(V::mul(z, inverse_cap));
       z = V::mul(cap, t);
-      if (slope) *slope = V::mul(*slope, V::sub(V::set(1.0f), V::mul(t, t)));
+      if (dz_dlogit) *dz_dlogit = V::mul(*dz_dlogit, V::sub(V::set(1.0f), V::mul(t, t)));
     }
     if (tempered) z = V::mul(z, inverse_temperature);
     return full ? z : V::select(V::first(lanes), z, V::set(-kInfinity));
@@ -125,45 +125,46 @@ int64_t find(const Row<V, In>& row, int64_t begin, int64_t end, float wanted, in
 }
 
 template <class V, class In, class Out>
-void read_row_as(const RowInputs& in, const RowOutputs& out, int64_t index) {
+void row_kernel_as(const RowInputs& in, const RowOutputs& out, int64_t index) {
   using Reg = typename V::Reg;
   const Row<V, In> row(in, index);
   const int64_t end = in.vocabulary;
   int64_t target = in.labels[index];
-  if (in.rival && in.rival[index] && target >= 0) {
+  if (in.runner_up && in.runner_up[index] && target >= 0) {
     const int64_t label = target;
     const float before = largest(row, 0, label, -kInfinity);
     const float strongest = largest(row, label + 1, end, before);
     target = find(row, label + 1, end, strongest, label > 0 ? 0 : label + 1);
     if (before == strongest) target = find(row, 0, label, strongest, target);
   }
-  const int64_t split = target < 0 ? end : target;  // the others: [0, split) and [split + 1, end)
+  const int64_t split = target < 0 ? end : target;  // others: [0, split), [split + 1, end)
 
-  // With no other token left the peak would be -inf, and -inf - -inf is NaN.
-  float peak = largest(row, 0, split, -FLT_MAX);
-  peak = largest(row, split + 1, end, peak);
+  // With no other token left max_logit would be -inf, and -inf - -inf is NaN.
+  float max_logit = largest(row, 0, split, -FLT_MAX);
+  max_logit = largest(row, split + 1, end, max_logit);
 
-  float logit = -kInfinity, slope_at_target = 0;
+  float logit = -kInfinity, target_dz_dlogit = 0;
   if (target >= 0) {
-    Reg slope;
-    logit = V::lane0(row.value(target, 1, &slope));
-    slope_at_target = V::lane0(slope);
+    Reg dz_dlogit;
+    logit = V::lane0(row.value(target, 1, &dz_dlogit));
+    target_dz_dlogit = V::lane0(dz_dlogit);
   }
 
-  Out* others = out.others ? static_cast<Out*>(out.others) + index * out.others_stride : nullptr;
-  const Reg shift = V::set(peak);
+  Out* exp_logits = static_cast<Out*>(out.exp_logits);
+  if (exp_logits) exp_logits += index * out.exp_logits_stride;
+  const Reg shift = V::set(max_logit);
   Reg sums[4] = {V::set(0.0f), V::set(0.0f), V::set(0.0f), V::set(0.0f)};
   const auto numerator = [&](int64_t column, int lanes, Reg& sum) {
-    Reg slope;
-    const Reg power = exponential<V>(V::sub(row.value(column, lanes, &slope), shift));
+    Reg dz_dlogit;
+    const Reg power = exponential<V>(V::sub(row.value(column, lanes, &dz_dlogit), shift));
     sum = V::add(sum, power);
-    if (!others) return;
+    if (!exp_logits) return;
     const bool plain = !row.capped && !row.tempered;
-    const Reg result = plain ? power : V::mul(power, slope);
+    const Reg result = plain ? power : V::mul(power, dz_dlogit);
     if (lanes == V::width) {
-      V::store(others + column, result);
+      V::store(exp_logits + column, result);
     } else {
-      V::store(others + column, result, lanes);
+      V::store(exp_logits + column, result, lanes);
     }
   };
   const auto range = [&](int64_t at, int64_t stop) {
@@ -174,22 +175,22 @@ void read_row_as(const RowInputs& in, const RowOutputs& out, int64_t index) {
   };
   range(0, split);
   range(split + 1, end);
-  if (others && target >= 0) V::store(others + target, V::set(0.0f), 1);
+  if (exp_logits && target >= 0) V::store(exp_logits + target, V::set(0.0f), 1);
 
   out.target[index] = target;
   out.logit[index] = logit;
-  out.peak[index] = peak;
-  out.total[index] = V::reduce_add(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
-  out.slope[index] = slope_at_target;
+  out.max_logit[index] = max_logit;
+  out.sum_exp[index] = V::reduce_add(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+  out.dz_dlogit[index] = target_dz_dlogit;
 }
 
 template <class V>
-void read_row(const RowInputs& in, const RowOutputs& out, int64_t row) {
-  const bool wide_in = in.logits_dtype == Dtype::f32, wide_out = out.others_dtype == Dtype::f32;
-  if (wide_in && wide_out) return read_row_as<V, float, float>(in, out, row);
-  if (wide_in) return read_row_as<V, float, uint16_t>(in, out, row);
-  if (wide_out) return read_row_as<V, uint16_t, float>(in, out, row);
-  return read_row_as<V, uint16_t, uint16_t>(in, out, row);
+void row_kernel(const RowInputs& in, const RowOutputs& out, int64_t row) {
+  const bool wide_in = in.logits_dtype == Dtype::f32, wide_out = out.exp_logits_dtype == Dtype::f32;
+  if (wide_in && wide_out) return row_kernel_as<V, float, float>(in, out, row);
+  if (wide_in) return row_kernel_as<V, float, uint16_t>(in, out, row);
+  if (wide_out) return row_kernel_as<V, uint16_t, float>(in, out, row);
+  return row_kernel_as<V, uint16_t, uint16_t>(in, out, row);
 }
 
 template <class V>

@@ -76,8 +76,8 @@ struct Neon {
 
 }  // namespace
 
-void read_row_neon(const RowInputs& in, const RowOutputs& out, int64_t row) {
-  read_row<Neon>(in, out, row);
+void row_kernel_neon(const RowInputs& in, const RowOutputs& out, int64_t row) {
+  row_kernel<Neon>(in, out, row);
 }
 
 void exp_neon(const float* x, float* out, int64_t count) { exponentials<Neon>(x, out, count); }

@@ -21,7 +21,7 @@ struct Scalar {
   static Mask less(Reg a, Reg b) { return a < b; }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
   static Mask first(int n) { return n > 0; }
-  // Through memcpy: bf16 `others` may be written over fp32 logits, which the types do not say.
+  // Through memcpy: bf16 `exp_logits` may be written over fp32 logits, which the types do not say.
   static Reg load(const float* p) {
     float x;
     std::memcpy(&x, p, sizeof(x));
@@ -58,8 +58,8 @@ struct Scalar {
 
 }  // namespace
 
-void read_row_scalar(const RowInputs& in, const RowOutputs& out, int64_t row) {
-  read_row<Scalar>(in, out, row);
+void row_kernel_scalar(const RowInputs& in, const RowOutputs& out, int64_t row) {
+  row_kernel<Scalar>(in, out, row);
 }
 
 void exp_scalar(const float* x, float* out, int64_t count) { exponentials<Scalar>(x, out, count); }

@@ -61,7 +61,7 @@ void test_exp(const RowKernels& level) {
 
 struct Case {
   int64_t vocabulary;
-  bool bias, rival, half_in, half_out, in_place;
+  bool bias, runner_up, half_in, half_out, in_place;
   float softcap, temperature;
 };
 
@@ -80,17 +80,17 @@ void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   const int64_t label = static_cast<int64_t>(random() % v);
   const bool absent = random() % 5 == 0;
   const int64_t labels[2] = {0, absent ? -1 : label};
-  const bool rival[2] = {false, test.rival && v > 1};
+  const bool runner_up[2] = {false, test.runner_up && v > 1};
   const std::vector<float> raw(wide.begin() + v, wide.end());
 
   const double cap = test.softcap, heat = test.temperature;
-  std::vector<double> z(v), slope(v);
+  std::vector<double> z(v), dz_dlogit(v);
   for (int64_t i = 0; i < v; ++i) {
     z[i] = static_cast<double>(raw[i]) + (test.bias ? bias[i] : 0);
-    slope[i] = 1 / heat;
+    dz_dlogit[i] = 1 / heat;
     if (cap > 0) {
       const double t = std::tanh(z[i] / cap);
-      slope[i] *= 1 - t * t;
+      dz_dlogit[i] *= 1 - t * t;
       z[i] = cap * t;
     }
     z[i] /= heat;
@@ -108,38 +108,38 @@ void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   in.bias = test.bias ? bias.data() : nullptr;
   in.softcap = test.softcap;
   in.temperature = test.temperature;
-  in.rival = test.rival ? rival : nullptr;
+  in.runner_up = test.runner_up ? runner_up : nullptr;
   int64_t target[2];
-  float logit[2], peak[2], total[2], at_target[2];
+  float logit[2], max_logit[2], sum_exp[2], at_target[2];
   RowOutputs out{};
-  out.others_dtype = test.half_out ? Dtype::bf16 : Dtype::f32;
-  out.others = test.half_out ? static_cast<void*>(half_out.data()) : wide_out.data();
-  out.others_stride = v;
+  out.exp_logits_dtype = test.half_out ? Dtype::bf16 : Dtype::f32;
+  out.exp_logits = test.half_out ? static_cast<void*>(half_out.data()) : wide_out.data();
+  out.exp_logits_stride = v;
   if (test.in_place) {  // bf16 into fp32 logits starts where the row does
-    out.others = in.logits;
-    out.others_stride = test.half_out && !test.half_in ? 2 * v : v;
+    out.exp_logits = in.logits;
+    out.exp_logits_stride = test.half_out && !test.half_in ? 2 * v : v;
   }
   out.target = target;
   out.logit = logit;
-  out.peak = peak;
-  out.total = total;
-  out.slope = at_target;
-  level.read_row(in, out, 1);
+  out.max_logit = max_logit;
+  out.sum_exp = sum_exp;
+  out.dz_dlogit = at_target;
+  level.row_kernel(in, out, 1);
 
   char name[160];
   std::snprintf(name, sizeof(name),
-                "row %s V=%ld bias=%d rival=%d in=%d out=%d place=%d cap=%g T=%g", level.name,
-                static_cast<long>(v), test.bias, test.rival, test.half_in,
+                "row %s V=%ld bias=%d runner_up=%d in=%d out=%d place=%d cap=%g T=%g", level.name,
+                static_cast<long>(v), test.bias, test.runner_up, test.half_in,
                 test.half_out, test.in_place, cap, heat);
   int64_t expected = labels[1];
-  if (rival[1] && expected >= 0) {
+  if (runner_up[1] && expected >= 0) {
     // The strongest other token; among equals within rounding, whichever the kernel took.
     double best = -1e300;
     for (int64_t i = 0; i < v; ++i) {
       if (i != label) best = std::max(best, z[i]);
     }
     expect(target[1] != label && std::abs(z[target[1]] - best) < 1e-4,
-           std::string(name) + " rival");
+           std::string(name) + " runner_up");
     expected = target[1];
   }
   expect(target[1] == expected, std::string(name) + " target");
@@ -155,42 +155,42 @@ void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   } else {
     expect(std::abs(logit[1] - z[expected]) < 1e-5 * (1 + std::abs(z[expected])),
            std::string(name) + " logit");
-    expect(std::abs(at_target[1] - slope[expected]) < 2e-5, std::string(name) + " slope");
+    expect(std::abs(at_target[1] - dz_dlogit[expected]) < 2e-5, std::string(name) + " dz_dlogit");
   }
-  expect(std::abs(peak[1] / top - 1) < 1e-5 || std::abs(peak[1] - top) < 1e-5,
-         std::string(name) + " peak");
-  const double scaled = sum * std::exp(top - peak[1]);
-  expect(std::abs(total[1] - scaled) <= 2e-5 * scaled, std::string(name) + " total");
+  expect(std::abs(max_logit[1] / top - 1) < 1e-5 || std::abs(max_logit[1] - top) < 1e-5,
+         std::string(name) + " max_logit");
+  const double scaled = sum * std::exp(top - max_logit[1]);
+  expect(std::abs(sum_exp[1] - scaled) <= 2e-5 * scaled, std::string(name) + " sum_exp");
 
   double worst = 0;
   for (int64_t i = 0; i < v; ++i) {
     double found;
     if (test.half_out) {
-      const auto* rows = static_cast<const uint16_t*>(out.others) + out.others_stride;
+      const auto* rows = static_cast<const uint16_t*>(out.exp_logits) + out.exp_logits_stride;
       found = widen(rows[i]);
     } else {
-      const auto* rows = static_cast<const float*>(out.others) + out.others_stride;
+      const auto* rows = static_cast<const float*>(out.exp_logits) + out.exp_logits_stride;
       found = rows[i];
     }
-    const double exact = i == expected ? 0 : std::exp(z[i] - peak[1]) * slope[i];
+    const double exact = i == expected ? 0 : std::exp(z[i] - max_logit[1]) * dz_dlogit[i];
     const double error = std::abs(found - exact);
     worst = std::max(worst, std::isnan(error) ? 1e9 : error);
   }
-  expect(worst < (test.half_out ? 5e-3 : 4e-5) / heat, std::string(name) + " others");
+  expect(worst < (test.half_out ? 5e-3 : 4e-5) / heat, std::string(name) + " exp_logits");
 }
 
 void test_rows(const RowKernels& level) {
   std::mt19937 random(0);
   for (const int64_t v : {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 97, 257, 1003}) {
     for (const bool bias : {false, true}) {
-      for (const bool rival : {false, true}) {
+      for (const bool runner_up : {false, true}) {
         for (const int io : {0, 1, 2, 3}) {
           for (const bool in_place : {false, true}) {
             const bool half_in = io & 1, half_out = io & 2;
             if (in_place && half_in && !half_out) continue;  // does not fit
             for (const float cap : {0.0f, 5.0f}) {
               for (const float heat : {1.0f, 0.7f}) {
-                test_row(level, {v, bias, rival, half_in, half_out, in_place, cap, heat}, random);
+                test_row(level, {v, bias, runner_up, half_in, half_out, in_place, cap, heat}, random);
               }
             }
           }
@@ -200,40 +200,42 @@ void test_rows(const RowKernels& level) {
   }
 }
 
-// What must not read as a finite log-prob: gap = logit - peak - log(total) + (logit - logit).
+// What must not read as a finite log-prob: logit_gap = logit - max_logit - log(sum_exp) + (logit - logit).
 void test_non_finite(const RowKernels& level) {
   const float inf = std::numeric_limits<float>::infinity();
   for (const int64_t v : {2, 16, 33}) {
     for (int64_t place = 0; place < v; ++place) {
       for (const float value : {inf, std::nanf("")}) {
-        std::vector<float> logits(v, 1.0f), others(v);
+        std::vector<float> logits(v, 1.0f), exp_logits(v);
         logits[place] = value;
         const int64_t label = 1;
         int64_t target;
-        float logit, peak, total, slope;
+        float logit, max_logit, sum_exp, dz_dlogit;
         RowInputs in{logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, 1, nullptr};
-        RowOutputs out{others.data(), Dtype::f32, v, &target, &logit, &peak, &total, &slope};
-        level.read_row(in, out, 0);
-        const float gap = logit - peak - std::log(total) + (logit - logit);
+        RowOutputs out{exp_logits.data(), Dtype::f32, v,        &target,
+                       &logit,            &max_logit, &sum_exp, &dz_dlogit};
+        level.row_kernel(in, out, 0);
+        const float logit_gap = logit - max_logit - std::log(sum_exp) + (logit - logit);
         expect(std::isnan(gap), std::string("NaN or inf in a row, ") + level.name);
       }
     }
   }
 }
 
-// bf16 others: ties to even, and no NaN becomes infinite. With equal logits others are 1 / T.
+// bf16 exp_logits: ties to even, and no NaN becomes infinite. With equal logits exp_logits are 1 / T.
 void test_rounding(const RowKernels& level) {
   const int64_t v = 9, label = -1;
-  const auto others = [&](uint32_t raw, float temperature) {
+  const auto exp_logits = [&](uint32_t raw, float temperature) {
     float value;
     std::memcpy(&value, &raw, 4);
     std::vector<float> logits(v, value);
     std::vector<uint16_t> result(v);
     int64_t target;
-    float logit, peak, total, slope;
+    float logit, max_logit, sum_exp, dz_dlogit;
     RowInputs in{logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, temperature, nullptr};
-    RowOutputs out{result.data(), Dtype::bf16, v, &target, &logit, &peak, &total, &slope};
-    level.read_row(in, out, 0);
+    RowOutputs out{result.data(), Dtype::bf16, v,        &target,
+                   &logit,        &max_logit,  &sum_exp, &dz_dlogit};
+    level.row_kernel(in, out, 0);
     return result;
   };
   int ties = 0;
@@ -246,10 +248,10 @@ void test_rounding(const RowKernels& level) {
     if ((wide & 0xffff) != 0x8000) continue;
     ++ties;
     const auto even = static_cast<uint16_t>((wide >> 16) + (wide >> 16 & 1));
-    expect(others(0x3f800000, temperature) == std::vector<uint16_t>(v, even),
+    expect(exp_logits(0x3f800000, temperature) == std::vector<uint16_t>(v, even),
            std::string("bf16 ties, ") + level.name);
   }
-  for (const uint16_t half : others(0x7fffffff, 1)) {
+  for (const uint16_t half : exp_logits(0x7fffffff, 1)) {
     expect(std::isnan(widen(half)), std::string("NaN to bf16, ") + level.name);
   }
 }
