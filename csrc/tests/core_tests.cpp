@@ -1,5 +1,5 @@
 // Row kernels of every instruction set and the GEMM against double precision, for odd sizes. Run
-// under AddressSanitizer and UBSan by tests/csrc/test_csrc.py; by hand: see there. Exits 1 on a failure.
+// under AddressSanitizer and UBSan by tests/csrc/test_csrc.py. Exits 1 on a failure.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "refcache/packing.h"
 #include "bf16.h"
 #include "gemm/gemm.h"
 #include "gemm/masked_exp.h"
+#include "refcache/packing.h"
 #include "rows/rows.h"
 
 using namespace realign;
@@ -200,7 +200,8 @@ void test_rows(const RowKernels& level) {
   }
 }
 
-// What must not read as a finite log-prob: logit_gap = logit - max_logit - log(sum_exp) + (logit - logit).
+// NaN and inf must not become a finite log-prob:
+// logit_gap = logit - max_logit - log(sum_exp) + (logit - logit).
 void test_non_finite(const RowKernels& level) {
   const float inf = std::numeric_limits<float>::infinity();
   for (const int64_t v : {2, 16, 33}) {
@@ -216,13 +217,13 @@ void test_non_finite(const RowKernels& level) {
                        &logit,            &max_logit, &sum_exp, &dz_dlogit};
         level.row_kernel(in, out, 0);
         const float logit_gap = logit - max_logit - std::log(sum_exp) + (logit - logit);
-        expect(std::isnan(gap), std::string("NaN or inf in a row, ") + level.name);
+        expect(std::isnan(logit_gap), std::string("NaN or inf in a row, ") + level.name);
       }
     }
   }
 }
 
-// bf16 exp_logits: ties to even, and no NaN becomes infinite. With equal logits exp_logits are 1 / T.
+// bf16 exp_logits: ties to even, and no NaN becomes infinite. With equal logits they are 1 / T.
 void test_rounding(const RowKernels& level) {
   const int64_t v = 9, label = -1;
   const auto exp_logits = [&](uint32_t raw, float temperature) {

@@ -1,5 +1,5 @@
 // The sum of a leaf, and the staging ring over a device that makes its mistakes visible. Run under
-// sanitizers by tests/refcache/test_staging.py. Exits 1 on a failure.
+// sanitizers by tests/csrc/test_csrc.py. Exits 1 on a failure.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,6 +1,6 @@
-// The table of reference log-probs: its checks, its faults, and threads that read and write at
-// once. Run under sanitizers by tests/refcache/test_table_faults.py. Arguments: a folder to work in, the
-// number of faults, and the seconds for the threads. Exits 1 on a failure.
+// The table of reference log-probs: its checks, its faults, and concurrent readers and writers. Run
+// under sanitizers by tests/csrc/test_csrc.py. Arguments: a folder to work in, the number of faults,
+// and the seconds for the threads. Exits 1 on a failure.
 #include <sys/resource.h>
 
 #include <atomic>

@@ -1,8 +1,8 @@
 """Per-token log-probs of a forward to the host, as one fp64 sum per leaf, without a wait.
 
 `Staging` is a ring: push enqueues and returns, so the device goes on with the next forward, and pop
-waits for the oldest sums alone. csrc/staging/staging.h does it on the CPU and, in a CUDA build, on the GPU;
-elsewhere `_TorchRing` stands in. All add up in the order of `leaf_sums`, bit for bit.
+waits for the oldest sums only. csrc/staging/staging.h does it on the CPU and, in a CUDA build, on
+the GPU; elsewhere `_TorchRing` does. All add up in the order of `leaf_sums`, bit for bit.
 """
 
 import warnings
