@@ -1,24 +1,21 @@
-"""`pack_forest`: hand-made cases, an independent packer, and both implementations byte for byte."""
-
-import sys
+"""`pack_forest`: hand-made cases, an independent packer, and compiled against Python."""
 
 import numpy as np
 import pytest
 
-from realign_kernels import _extension
-from realign_kernels.refcache import packing as batcher
+from realign_kernels._extension import extension
+from realign_kernels.refcache import packing as packer
 from realign_kernels.refcache.packing import ForestPacking, pack_forest
 
 FIELDS = ("tree_root", "tree_row", "tree_start", "leaf_tree", "leaf_start", "row_lengths")
+needs_extension = pytest.mark.skipif(extension() is None, reason="the C++ extension is not built")
 
 
-@pytest.fixture(params=["compiled", "python"])
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_extension), "python"])
 def implementation(request, monkeypatch):
     """Runs a test on each implementation."""
     if request.param == "python":
-        monkeypatch.setattr(batcher, "extension", lambda: None)
-    elif _extension.missing_reason() is not None:
-        pytest.skip(f"no extension: {_extension.missing_reason()}")
+        monkeypatch.setattr(packer, "extension", lambda: None)
 
 
 def lists(packing: ForestPacking) -> dict[str, list[int]]:
@@ -67,35 +64,6 @@ def slow_pack(roots, leaves, parents, budget) -> dict[str, list[int]]:
     return result
 
 
-def check_invariants(packing: ForestPacking, roots, leaves, parents, budget) -> None:
-    """What any packing must satisfy, whatever rule made it: checked token by token."""
-    owner = [np.full(length, -1) for length in packing.row_lengths]
-
-    def claim(row: int, start: int, length: int, tree: int) -> None:
-        cells = owner[row][start : start + length]
-        assert len(cells) == length and (cells == -1).all(), "out of the row, or overlapping"
-        cells[:] = tree
-
-    for tree, root in enumerate(packing.tree_root):
-        claim(packing.tree_row[tree], packing.tree_start[tree], roots[root], tree)
-    for leaf, tree in enumerate(packing.leaf_tree):
-        assert packing.tree_root[tree] == parents[leaf]
-        assert packing.leaf_start[leaf] >= packing.tree_start[tree] + roots[parents[leaf]]
-        claim(packing.tree_row[tree], packing.leaf_start[leaf], leaves[leaf], tree)
-    for row in owner:
-        assert len(row) <= budget and (row >= 0).all()
-        assert (np.diff(row) >= 0).all(), "a tree is torn apart, or trees out of column order"
-    assert (np.diff(packing.tree_row) >= 0).all()
-    for tree in range(packing.num_trees):  # leaves of a tree in index order
-        starts = packing.leaf_start[packing.leaf_tree == tree]
-        assert len(starts) > 0 and (np.diff(starts) > 0).all()
-    for root in range(len(roots)):
-        total = roots[root] + sum(leaves[i] for i in range(len(leaves)) if parents[i] == root)
-        copies = int((packing.tree_root == root).sum())
-        assert copies == 1 if total <= budget else copies > 1
-    assert packing.tokens == sum(map(len, owner))
-
-
 def random_forest(rng: np.random.Generator, num_roots: int, budget: int, extra_leaves: int):
     roots = rng.integers(1, budget // 2 + 1, num_roots)
     # Every root has a leaf; more leaves than fit under some roots.
@@ -117,7 +85,6 @@ def test_one_tree(implementation):
         "row_lengths": [10],
     }
     assert (packing.num_rows, packing.num_trees, packing.tokens) == (1, 1, 10)
-    assert packing.efficiency == 10 / 16
 
 
 def test_longest_first_into_the_tightest_row(implementation):
@@ -132,13 +99,6 @@ def test_longest_first_into_the_tightest_row(implementation):
         "leaf_start": [4, 6, 5, 9, 9],
         "row_lengths": [10, 10, 5],
     }
-
-
-def test_ties_go_to_the_smallest_root_and_row(implementation):
-    # Four trees of 6 open rows 0..3 with room 4 each; two of 4 then go to rows 0 and 1.
-    packing = pack_forest([3, 5, 5, 3, 5, 5], [1] * 6, range(6), 10)
-    assert packing.tree_root.tolist() == [1, 0, 2, 3, 4, 5]
-    assert packing.tree_row.tolist() == [0, 0, 1, 1, 2, 3]
 
 
 def test_tree_over_budget_repeats_its_root(implementation):
@@ -162,7 +122,6 @@ def test_tree_of_exactly_the_budget_is_not_split(implementation):
 def test_empty_forest(implementation):
     packing = pack_forest([], [], [], 8)
     assert (packing.num_rows, packing.num_trees, packing.tokens) == (0, 0, 0)
-    assert packing.efficiency == 1.0
     assert all(getattr(packing, name).dtype == np.int64 for name in FIELDS)
 
 
@@ -172,51 +131,29 @@ def test_lengths_near_the_end_of_int64(implementation):
     packing = pack_forest([big - 1], [big, big, big], [0, 0, 0], 2**63 - 1)
     assert packing.row_lengths.tolist() == [2 * big - 1] * 3
     assert packing.tokens == 3 * (2 * big - 1)
-    assert packing.efficiency == 1.0
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_random_forests_match_the_slow_packer(implementation, seed):
-    rng = np.random.default_rng(seed)
-    budget = int(rng.integers(4, 60))
-    forest = random_forest(rng, int(rng.integers(1, 25)), budget, int(rng.integers(0, 40)))
-    packing = pack_forest(*forest)
-    check_invariants(packing, *forest)
-    roots, leaves, parents, budget = forest
-    expected = slow_pack(roots.tolist(), leaves.tolist(), parents.tolist(), budget)
-    assert lists(packing) == expected
+def test_random_forests_match_the_slow_packer(implementation):
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        budget = int(rng.integers(4, 60))
+        forest = random_forest(rng, int(rng.integers(1, 25)), budget, int(rng.integers(0, 40)))
+        roots, leaves, parents, _ = forest
+        expected = slow_pack(roots.tolist(), leaves.tolist(), parents.tolist(), budget)
+        assert lists(pack_forest(*forest)) == expected, seed
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_both_implementations_return_the_same_bytes(seed, monkeypatch):
-    if _extension.missing_reason() is not None:
-        pytest.skip(f"no extension: {_extension.missing_reason()}")
-    rng = np.random.default_rng(seed)
-    forest = random_forest(rng, 2000, int(rng.integers(50, 5000)), 6000)
+@needs_extension
+@pytest.mark.parametrize("budget", [50, 700, 5000])
+def test_both_implementations_return_the_same_bytes(budget, monkeypatch):
+    forest = random_forest(np.random.default_rng(budget), 2000, budget, 6000)
     compiled = pack_forest(*forest)
-    monkeypatch.setattr(batcher, "extension", lambda: None)
+    monkeypatch.setattr(packer, "extension", lambda: None)
     python = pack_forest(*forest)
     for name in FIELDS:
         ours, theirs = getattr(compiled, name), getattr(python, name)
         assert ours.dtype == theirs.dtype == np.int64, name
         assert ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes(), name
-
-
-def test_order_of_the_input_does_not_change_the_layout(implementation):
-    # Many equal lengths: a tie broken by anything but the index would show.
-    rng = np.random.default_rng(0)
-    roots = rng.integers(3, 6, 200)
-    parents = np.repeat(np.arange(200), rng.integers(1, 9, 200))
-    leaves = rng.integers(1, 4, len(parents))
-    first = pack_forest(roots, leaves, parents, 20)
-    relabel = rng.permutation(200)  # root r becomes relabel[r]
-    shuffle = rng.permutation(len(parents))
-    second = pack_forest(roots[np.argsort(relabel)], leaves[shuffle], relabel[parents][shuffle], 20)
-    assert first.num_trees > 200  # some were split
-    for name in ("tree_row", "tree_start", "row_lengths"):
-        assert getattr(first, name).tolist() == getattr(second, name).tolist()
-    again = pack_forest(roots, leaves, parents, 20)
-    assert lists(first) == lists(again)
 
 
 def test_efficiency_on_llava_like_lengths():
@@ -226,8 +163,9 @@ def test_efficiency_on_llava_like_lengths():
     rng = np.random.default_rng(0)
     roots, leaves = rng.integers(600, 701, 20_000), rng.integers(30, 201, 40_000)
     parents = np.repeat(np.arange(20_000), 2)
-    efficiency = [pack_forest(roots, leaves, parents, b).efficiency for b in (4096, 8192, 16384)]
-    assert efficiency[0] > 0.92 and efficiency[1] > 0.96 and efficiency[2] > 0.98
+    for budget, least in ((4096, 0.92), (8192, 0.96), (16384, 0.98)):
+        packing = pack_forest(roots, leaves, parents, budget)
+        assert packing.tokens > least * packing.num_rows * budget
 
 
 @pytest.mark.parametrize(
@@ -274,11 +212,12 @@ def test_any_integers_are_accepted(implementation, convert):
         (([5], [1], [0], 16.0), "budget must be an integer, got 16.0"),
     ],
 )
-def test_mistakes_are_named(implementation, arguments, message):
+def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         pack_forest(*arguments)
 
 
+@needs_extension
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -294,8 +233,6 @@ def test_mistakes_are_named(implementation, arguments, message):
     ],
 )
 def test_the_extension_guards_its_memory(arguments, message):
-    if _extension.missing_reason() is not None:
-        pytest.skip(f"no extension: {_extension.missing_reason()}")
     *arrays, budget = arguments
     with pytest.raises(ValueError, match=message):
-        sys.modules["realign_kernels._C"].pack_forest(*map(np.array, arrays), budget)
+        extension().pack_forest(*map(np.array, arrays), budget)
