@@ -77,11 +77,11 @@ def test_nothing_is_a_data_set_too(tmp_path):
 
 
 def test_keys_of_a_large_data_set_are_distinct_and_quick():
-    forests = make_forests(20_000)
+    forests = make_forests(5_000)
     began = time.process_time()
     leaves = collect_leaves(forests)
-    assert time.process_time() - began < 6  # 0.6 s; 10 us per leaf
-    assert len(np.unique(leaves.keys.view("u8").reshape(-1, 2), axis=0)) == 60_000
+    assert time.process_time() - began < 2  # 0.15 s; 10 us per leaf
+    assert len(np.unique(leaves.keys.view("u8").reshape(-1, 2), axis=0)) == 15_000
     assert leaves.lengths.tolist() == [len(x.ids) for f in forests for x in f.leaves]
 
 
