@@ -9,9 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 
-#include "refcache/crc32c.h"
 #include "refcache/table.h"
 
 namespace py = pybind11;
@@ -151,11 +149,4 @@ void bind_table(py::module_& module) {
       .def("__len__", &Table::size, released())
       .def_property_readonly("writer", py::cpp_function(&Table::writer, released()));
   module.def("compact_table", &compact_table, py::arg("folder"), py::arg("fingerprint"));
-  module.def(
-      "crc32c",
-      [](const py::bytes& bytes, uint32_t seed) {
-        const auto view = static_cast<std::string_view>(bytes);
-        return realign::crc32c(view.data(), view.size(), seed);
-      },
-      py::arg("data"), py::arg("seed") = 0);
 }

@@ -1,5 +1,5 @@
-// The row kernel: reads a chunk's logits after the GEMM, and writes the numerators of the softmax in
-// their place. realign_kernels/backends/base.py documents the same contract in Python.
+// The row kernel: reads a chunk's logits after the GEMM, and writes the numerators of the softmax
+// in their place. realign_kernels/backends/base.py documents the same contract in Python.
 #pragma once
 
 #include <cstdint>

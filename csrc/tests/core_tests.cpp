@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "check.h"
 #include "gemm/gemm.h"
 #include "gemm/masked_exp.h"
 #include "refcache/packing.h"
@@ -20,14 +21,6 @@
 using namespace realign;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool held, const std::string& what) {
-  if (held) return;
-  ++failures;
-  std::printf("FAILED: %s\n", what.c_str());
-}
 
 // exp: relative error at most 2^-22.5 for every normal result; 0 below; NaN stays.
 void test_exp(const RowKernels& level) {
@@ -65,29 +58,26 @@ struct Case {
   float softcap, temperature;
 };
 
-// One row of `test` against the definition in double.
+// The second of two rows of `test` against the definition in double.
 void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const int64_t v = test.vocabulary;
   // Exactly sized, so that AddressSanitizer sees a read beyond the last row.
-  std::vector<float> wide(2 * v), bias(v);
-  std::vector<uint16_t> half(2 * v);
+  std::vector<float> wide(2 * v), bias(v), wide_out(2 * v, NAN);
+  std::vector<uint16_t> half(2 * v), half_out(2 * v, 0x7fc0);
   for (int64_t i = 0; i < 2 * v; ++i) {
     half[i] = narrow(4 * normal(random));
     wide[i] = test.half_in ? widen(half[i]) : 4 * normal(random);
   }
   for (auto& b : bias) b = normal(random);
   const int64_t label = static_cast<int64_t>(random() % v);
-  const bool absent = random() % 5 == 0;
-  const int64_t labels[2] = {0, absent ? -1 : label};
+  const int64_t labels[2] = {0, random() % 5 == 0 ? -1 : label};
   const bool runner_up[2] = {false, test.runner_up && v > 1};
-  const std::vector<float> raw(wide.begin() + v, wide.end());
 
   const double cap = test.softcap, heat = test.temperature;
-  std::vector<double> z(v), dz_dlogit(v);
+  std::vector<double> z(v), dz_dlogit(v, 1 / heat);
   for (int64_t i = 0; i < v; ++i) {
-    z[i] = static_cast<double>(raw[i]) + (test.bias ? bias[i] : 0);
-    dz_dlogit[i] = 1 / heat;
+    z[i] = static_cast<double>(wide[v + i]) + (test.bias ? bias[i] : 0);
     if (cap > 0) {
       const double t = std::tanh(z[i] / cap);
       dz_dlogit[i] *= 1 - t * t;
@@ -96,106 +86,74 @@ void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
     z[i] /= heat;
   }
 
-  std::vector<float> wide_out(2 * v, NAN);
-  std::vector<uint16_t> half_out(2 * v, 0x7fc0);
-  RowInputs in{};
-  in.logits = test.half_in ? static_cast<void*>(half.data()) : wide.data();
-  in.logits_dtype = test.half_in ? Dtype::bf16 : Dtype::f32;
-  in.logits_stride = v;
-  in.rows = 2;
-  in.vocabulary = v;
-  in.labels = labels;
-  in.bias = test.bias ? bias.data() : nullptr;
-  in.softcap = test.softcap;
-  in.temperature = test.temperature;
-  in.runner_up = test.runner_up ? runner_up : nullptr;
-  int64_t target[2];
-  float logit[2], max_logit[2], sum_exp[2], at_target[2];
-  RowOutputs out{};
-  out.exp_logits_dtype = test.half_out ? Dtype::bf16 : Dtype::f32;
-  out.exp_logits = test.half_out ? static_cast<void*>(half_out.data()) : wide_out.data();
-  out.exp_logits_stride = v;
+  void* logits = test.half_in ? static_cast<void*>(half.data()) : wide.data();
+  void* exp_logits = test.half_out ? static_cast<void*>(half_out.data()) : wide_out.data();
+  const Dtype in_dtype = test.half_in ? Dtype::bf16 : Dtype::f32;
+  const Dtype out_dtype = test.half_out ? Dtype::bf16 : Dtype::f32;
+  int64_t out_stride = v, target[2];
   if (test.in_place) {  // bf16 into fp32 logits starts where the row does
-    out.exp_logits = in.logits;
-    out.exp_logits_stride = test.half_out && !test.half_in ? 2 * v : v;
+    exp_logits = logits;
+    out_stride = test.half_out && !test.half_in ? 2 * v : v;
   }
-  out.target = target;
-  out.logit = logit;
-  out.max_logit = max_logit;
-  out.sum_exp = sum_exp;
-  out.dz_dlogit = at_target;
-  level.row_kernel(in, out, 1);
+  float logit[2], max_logit[2], sum_exp[2], slope[2];
+  level.row_kernel({logits, in_dtype, v, 2, v, labels, test.bias ? bias.data() : nullptr,
+                    test.softcap, test.temperature, test.runner_up ? runner_up : nullptr},
+                   {exp_logits, out_dtype, out_stride, target, logit, max_logit, sum_exp, slope},
+                   1);
 
   char name[160];
   std::snprintf(name, sizeof(name),
-                "row %s V=%ld bias=%d runner_up=%d in=%d out=%d place=%d cap=%g T=%g", level.name,
-                static_cast<long>(v), test.bias, test.runner_up, test.half_in,
-                test.half_out, test.in_place, cap, heat);
+                "row %s V=%ld bias=%d runner_up=%d in=%d out=%d place=%d cap=%g T=%g: ", level.name,
+                static_cast<long>(v), test.bias, test.runner_up, test.half_in, test.half_out,
+                test.in_place, cap, heat);
+  const auto near = [&](double found, double exact, double bound, const char* what) {
+    expect(std::abs(found - exact) <= bound, std::string(name) + what);  // false for NaN
+  };
   int64_t expected = labels[1];
   if (runner_up[1] && expected >= 0) {
-    // The strongest other token; among equals within rounding, whichever the kernel took.
+    // The strongest other token; among equals within rounding, any of them.
     double best = -1e300;
     for (int64_t i = 0; i < v; ++i) {
       if (i != label) best = std::max(best, z[i]);
     }
-    expect(target[1] != label && std::abs(z[target[1]] - best) < 1e-4,
-           std::string(name) + " runner_up");
     expected = target[1];
+    expect(expected != label, std::string(name) + "runner-up");
+    near(z[expected], best, 1e-4, "runner-up");
   }
-  expect(target[1] == expected, std::string(name) + " target");
+  expect(target[1] == expected, std::string(name) + "target");
   double top = -std::numeric_limits<float>::max(), sum = 0;
   for (int64_t i = 0; i < v; ++i) {
     if (i != expected) top = std::max(top, z[i]);
   }
   for (int64_t i = 0; i < v; ++i) {
-    if (i != expected) sum += std::exp(z[i] - top);
+    if (i != expected) sum += std::exp(z[i] - max_logit[1]);
   }
   if (expected < 0) {
-    expect(std::isinf(logit[1]) && logit[1] < 0 && at_target[1] == 0, std::string(name) + " none");
+    expect(std::isinf(logit[1]) && logit[1] < 0 && slope[1] == 0, std::string(name) + "no target");
   } else {
-    expect(std::abs(logit[1] - z[expected]) < 1e-5 * (1 + std::abs(z[expected])),
-           std::string(name) + " logit");
-    expect(std::abs(at_target[1] - dz_dlogit[expected]) < 2e-5, std::string(name) + " dz_dlogit");
+    near(logit[1], z[expected], 1e-5 * (1 + std::abs(z[expected])), "logit");
+    near(slope[1], dz_dlogit[expected], 2e-5, "dz_dlogit");
   }
-  expect(std::abs(max_logit[1] / top - 1) < 1e-5 || std::abs(max_logit[1] - top) < 1e-5,
-         std::string(name) + " max_logit");
-  const double scaled = sum * std::exp(top - max_logit[1]);
-  expect(std::abs(sum_exp[1] - scaled) <= 2e-5 * scaled, std::string(name) + " sum_exp");
-
-  double worst = 0;
+  near(max_logit[1], top, 1e-5 * std::max(1.0, std::abs(top)), "max_logit");
+  near(sum_exp[1], sum, 2e-5 * sum, "sum_exp");
   for (int64_t i = 0; i < v; ++i) {
-    double found;
-    if (test.half_out) {
-      const auto* rows = static_cast<const uint16_t*>(out.exp_logits) + out.exp_logits_stride;
-      found = widen(rows[i]);
-    } else {
-      const auto* rows = static_cast<const float*>(out.exp_logits) + out.exp_logits_stride;
-      found = rows[i];
-    }
+    const int64_t at = out_stride + i;
+    const double found = test.half_out ? widen(static_cast<const uint16_t*>(exp_logits)[at])
+                                       : static_cast<const float*>(exp_logits)[at];
     const double exact = i == expected ? 0 : std::exp(z[i] - max_logit[1]) * dz_dlogit[i];
-    const double error = std::abs(found - exact);
-    worst = std::max(worst, std::isnan(error) ? 1e9 : error);
+    near(found, exact, (test.half_out ? 5e-3 : 4e-5) / heat, "exp_logits");
   }
-  expect(worst < (test.half_out ? 5e-3 : 4e-5) / heat, std::string(name) + " exp_logits");
 }
 
 void test_rows(const RowKernels& level) {
   std::mt19937 random(0);
   for (const int64_t v : {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 97, 257, 1003}) {
-    for (const bool bias : {false, true}) {
-      for (const bool runner_up : {false, true}) {
-        for (const int io : {0, 1, 2, 3}) {
-          for (const bool in_place : {false, true}) {
-            const bool half_in = io & 1, half_out = io & 2;
-            if (in_place && half_in && !half_out) continue;  // does not fit
-            for (const float cap : {0.0f, 5.0f}) {
-              for (const float heat : {1.0f, 0.7f}) {
-                test_row(level, {v, bias, runner_up, half_in, half_out, in_place, cap, heat}, random);
-              }
-            }
-          }
-        }
-      }
+    for (int bits = 0; bits < 128; ++bits) {
+      const auto bit = [bits](int place) { return (bits >> place & 1) != 0; };
+      const bool half_in = bit(0), half_out = bit(1), in_place = bit(2);
+      if (in_place && half_in && !half_out) continue;  // does not fit
+      const float cap = bit(5) ? 5.0f : 0.0f, heat = bit(6) ? 0.7f : 1.0f;
+      test_row(level, {v, bit(3), bit(4), half_in, half_out, in_place, cap, heat}, random);
     }
   }
 }
@@ -211,11 +169,10 @@ void test_non_finite(const RowKernels& level) {
         logits[place] = value;
         const int64_t label = 1;
         int64_t target;
-        float logit, max_logit, sum_exp, dz_dlogit;
-        RowInputs in{logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, 1, nullptr};
-        RowOutputs out{exp_logits.data(), Dtype::f32, v,        &target,
-                       &logit,            &max_logit, &sum_exp, &dz_dlogit};
-        level.row_kernel(in, out, 0);
+        float logit, max_logit, sum_exp, slope;
+        level.row_kernel(
+            {logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, 1, nullptr},
+            {exp_logits.data(), Dtype::f32, v, &target, &logit, &max_logit, &sum_exp, &slope}, 0);
         const float logit_gap = logit - max_logit - std::log(sum_exp) + (logit - logit);
         expect(std::isnan(logit_gap), std::string("NaN or inf in a row, ") + level.name);
       }
@@ -232,11 +189,10 @@ void test_rounding(const RowKernels& level) {
     std::vector<float> logits(v, value);
     std::vector<uint16_t> result(v);
     int64_t target;
-    float logit, max_logit, sum_exp, dz_dlogit;
-    RowInputs in{logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, temperature, nullptr};
-    RowOutputs out{result.data(), Dtype::bf16, v,        &target,
-                   &logit,        &max_logit,  &sum_exp, &dz_dlogit};
-    level.row_kernel(in, out, 0);
+    float logit, max_logit, sum_exp, slope;
+    level.row_kernel({logits.data(), Dtype::f32, v, 1, v, &label, nullptr, 0, temperature, nullptr},
+                     {result.data(), Dtype::bf16, v, &target, &logit, &max_logit, &sum_exp, &slope},
+                     0);
     return result;
   };
   int ties = 0;
@@ -257,6 +213,7 @@ void test_rounding(const RowKernels& level) {
   }
 }
 
+// The product of every layout of a and b, added to c or not, against double precision.
 void test_gemm() {
   const Gemm products[] = {gemm_of_f32(), gemm_of_bf16()};
   std::mt19937 random(0);
@@ -359,10 +316,10 @@ void test_masked_exp() {
   expect(masked_exp2(-80.0f, kScale, fmaf(0.0f, kScale, kBits), false) == 0, "E below 2^-126");
 }
 
-void test_batcher() {
+void test_packing() {
   const int64_t roots[] = {5, 3}, leaves[] = {2, 2, 4}, parents[] = {0, 0, 1};
   const ForestPacking packing = pack_forest(roots, 2, leaves, parents, 3, 9);
-  expect(packing.row_lengths.size() == 2, "batcher");
+  expect(packing.row_lengths.size() == 2, "pack_forest");
 }
 
 }  // namespace
@@ -376,7 +333,6 @@ int main() {
   }
   test_gemm();
   test_masked_exp();
-  test_batcher();
-  std::printf("%d failures\n", failures);
-  return failures ? 1 : 0;
+  test_packing();
+  return report();
 }
