@@ -1,6 +1,6 @@
 """Tables of reference log-probs: the logs of the extension and the database that replaces them.
 
-csrc/tests/table_tests.cpp has the faults of single logs: 1,000 damaged ones, full disks, system
+csrc/tests/table_tests.cpp has the faults of single logs: 500 damaged ones, full disks, system
 calls that fail, compactions that stop half-way.
 """
 
