@@ -62,7 +62,7 @@ def test_sums(make, before, after):
         ring.push(values.to(ring.device), offsets)
         sums = ring.pop()
         assert sums.dtype == np.float64 and sums.shape == (len(lengths),)
-        # A lane adds ceil(n / 32) values, the first to 0 and so exactly; the tree adds 5 times. Each
+        # A lane adds ceil(n / 32) values, the first to 0 and so exactly; the tree adds 5 times. A
         # rounding is of relative size 2^-53 at most, and log-probs have one sign.
         bound = (math.ceil(max(lengths, default=0) / 32) + 5) * 2.0**-53
         np.testing.assert_allclose(sums, exact(values, offsets), rtol=bound, atol=0)
