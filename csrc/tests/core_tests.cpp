@@ -213,71 +213,71 @@ void test_rounding(const RowKernels& level) {
   }
 }
 
+// Normal values that bf16 holds exactly, as matrices of both dtypes.
+struct Values {
+  std::vector<float> wide;
+  std::vector<uint16_t> half;
+
+  Values(int64_t size, std::mt19937& random) : wide(size), half(size) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < size; ++i) wide[i] = widen(half[i] = narrow(normal(random)));
+  }
+
+  Matrix view(bool as_half, bool transposed, int64_t rows, int64_t columns) const {
+    const void* data = as_half ? static_cast<const void*>(half.data()) : wide.data();
+    return transposed ? Matrix{data, 1, rows} : Matrix{data, columns, 1};
+  }
+};
+
 // The product of every layout of a and b, added to c or not, against double precision.
 void test_gemm() {
   const Gemm products[] = {gemm_of_f32(), gemm_of_bf16()};
   std::mt19937 random(0);
-  std::normal_distribution<float> normal;
   const int64_t sizes[][3] = {{1, 1, 1},    {7, 97, 33},    {6, 64, 512},  {13, 65, 513},
                               {261, 70, 37}, {9, 600, 514}, {300, 130, 3}, {5, 3, 1100},
                               {300, 17, 511}};
   const std::vector<uint16_t> nan(600 * 600, 0x7fc0);
   std::vector<float> lost(300 * 600);
-  for (const auto& size : sizes) {
-    const int64_t m = size[0], n = size[1], k = size[2];
-    for (int threads = 1; threads <= 3 && products[1]; threads += 2) {  // what packed memory holds
+  for (const auto& [m, n, k] : sizes) {
+    for (int threads = 1; threads <= 3 && products[1]; threads += 2) {  // NaN in packed memory
       for (const auto& shape : {std::pair{300, 64}, std::pair{8, 600}}) {  // of a, of b
         products[1](shape.first, shape.second, 600, {nan.data(), 600, 1}, {nan.data(), 600, 1},
                     {lost.data(), 600, false, false}, threads);
       }
     }
-    std::vector<float> a(m * k), b(k * n);
-    std::vector<uint16_t> half_a(m * k), half_b(k * n);
-    for (int64_t i = 0; i < m * k; ++i) a[i] = widen(half_a[i] = narrow(normal(random)));
-    for (int64_t i = 0; i < k * n; ++i) b[i] = widen(half_b[i] = narrow(normal(random)));
+    const Values a(m * k, random), b(k * n, random);
+    const int64_t stride = n + 3;
     for (int which = 0; which < 16; ++which) {
       const bool ta = which & 1, tb = which & 2, accumulate = which & 4, half = which & 8;
       if (products[half] == nullptr) continue;
-      const auto matrix = [](const void* data, bool transposed, int64_t rows, int64_t columns) {
-        return transposed ? Matrix{data, 1, rows} : Matrix{data, columns, 1};
-      };
-      const int64_t stride = n + 3;
+      const Matrix left = a.view(half, ta, m, k), right = b.view(half, tb, k, n);
       std::vector<float> one(m * stride, 2.0f), two(m * stride, 2.0f);
-      for (int threads = 1; threads <= 3; threads += 2) {
-        auto& c = threads == 1 ? one : two;
-        products[half](
-            m, n, k, matrix(half ? static_cast<const void*>(half_a.data()) : a.data(), ta, m, k),
-            matrix(half ? static_cast<const void*>(half_b.data()) : b.data(), tb, k, n),
-            {c.data(), stride, false, accumulate}, threads);
-      }
-      if (half && !accumulate) {
-        std::vector<uint16_t> rounded(m * stride, 7);
-        products[1](m, n, k, matrix(half_a.data(), ta, m, k), matrix(half_b.data(), tb, k, n),
-                    {rounded.data(), stride, true, false}, 2);
-        bool same = true;
-        for (int64_t i = 0; i < m; ++i) {
-          for (int64_t j = 0; j < stride; ++j) {
-            const uint16_t wanted = j < n ? narrow(one[i * stride + j]) : 7;
-            same = same && rounded[i * stride + j] == wanted;
-          }
-        }
-        expect(same, "bf16 product is the rounded fp32 one");
-      }
+      products[half](m, n, k, left, right, {one.data(), stride, false, accumulate}, 1);
+      products[half](m, n, k, left, right, {two.data(), stride, false, accumulate}, 3);
       expect(one == two, "GEMM depends on the number of threads");
+      std::vector<uint16_t> rounded(m * stride, 7);
+      const bool rounds = half && !accumulate;
+      if (rounds) products[1](m, n, k, left, right, {rounded.data(), stride, true, false}, 2);
       double worst = 0;
+      bool same = true, inside = true;
       for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j < n; ++j) {
+        for (int64_t j = 0; j < stride; ++j) {
+          const int64_t at = i * stride + j;
+          same = same && rounded[at] == (rounds && j < n ? narrow(one[at]) : 7);
+          if (j >= n) {
+            inside = inside && one[at] == 2.0f;
+            continue;
+          }
           double sum = accumulate ? 2 : 0;
           for (int64_t x = 0; x < k; ++x) {
-            const double left = a[ta ? x * m + i : i * k + x];
-            sum += left * b[tb ? j * k + x : x * n + j];
+            const double factor = a.wide[ta ? x * m + i : i * k + x];
+            sum += factor * b.wide[tb ? j * k + x : x * n + j];
           }
-          worst = std::max(worst, std::abs(sum - one[i * stride + j]));
-        }
-        for (int64_t j = n; j < stride; ++j) {
-          expect(one[i * stride + j] == 2.0f, "GEMM writes beyond its columns");
+          worst = std::max(worst, std::abs(sum - one[at]));
         }
       }
+      expect(same, "bf16 product is the rounded fp32 one");
+      expect(inside, "GEMM writes beyond its columns");
       expect(worst < 1e-5 * std::sqrt(static_cast<double>(k)) + 1e-6, "GEMM error");
     }
   }
