@@ -206,7 +206,9 @@ def test_a_database_that_is_damaged_or_removed(folder, monkeypatch):
     path = Path(folder, DATABASE)
     path.unlink()
     assert table.refresh() == 0 and table.insert(*make(range(8))) == 3  # the first are in memory
-    assert find(open_table(folder, FINGERPRINT), range(8)).tolist() == [False] * 5 + [True] * 3
+    other = open_table(folder, FINGERPRINT)
+    assert find(other, range(8)).tolist() == [False] * 5 + [True] * 3
+    assert other.insert(*make(range(20, 25))) == table.refresh() == 5
     path.write_bytes(b"no database" * 100)
     with pytest.raises(OSError, match="not a database; .*remove the file") as caught:
         open_table(folder, FINGERPRINT)
