@@ -1,5 +1,5 @@
-// realign_kernels._C: the C++ core over numpy arrays. Public functions explain mistakes to users;
-// the checks here only keep the core inside its arrays, whoever calls.
+// realign_kernels._C: the module, and pack_forest over numpy arrays. Public functions of the package
+// validate arguments for users; the checks here only keep the core inside its arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

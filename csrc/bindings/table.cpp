@@ -1,4 +1,4 @@
-// The table of reference log-probs for realign_kernels/refcache/store.py.
+// The table of reference log-probs for realign_kernels/refcache/store.py, over numpy arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

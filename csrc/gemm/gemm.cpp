@@ -1,10 +1,11 @@
-// Blocked like BLIS, with one micro-kernel: a tile of 6 rows x 64 columns in 24 registers; for bf16
-// on a CPU with AMX that of gemm_amx.cpp, 32 x 32.
+// Blocked like BLIS. Every thread has a MacroKernel, which packs blocks of a and b and runs the
+// micro-kernel over them: 6 rows x 64 columns of c in 24 registers. bf16 on a CPU with AMX takes the
+// micro-kernel of gemm_amx.cpp, 32 x 32.
 //
-//   b is packed into panels of 64 columns, so that a step along k reads 4 registers in a row. bf16
-//   is packed in pairs along k, which VDPBF16PS multiplies and adds two by two: a "step" is 4 bytes
-//   of k, one fp32 or two bf16.
-//   a is broadcast from where it lies if its rows are contiguous in k, else from a packed block.
+//   pack_b writes panels of 64 columns, so that a step along k reads 4 registers in a row. bf16 is
+//   packed in pairs along k, which VDPBF16PS multiplies and adds two by two: a "step" is 4 bytes of
+//   k, one fp32 or two bf16.
+//   pack_a leaves a in place if its rows are contiguous in k. The micro-kernel broadcasts from it.
 //
 // A panel of 256 steps takes 64 KiB and streams from the second-level cache. Half of that would fit
 // the first, and was slower: the sums go to memory and back twice as often.

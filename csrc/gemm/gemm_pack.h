@@ -1,4 +1,4 @@
-// What gemm.cpp multiplies, and how it packs it. Compiled for AVX-512 in that file alone.
+// Element types and packing for gemm.cpp. Compiled for AVX-512 in that file only.
 #pragma once
 
 #include <immintrin.h>
