@@ -106,12 +106,6 @@ def test_non_finite_log_probs_stay_so(make):
     np.testing.assert_array_equal(ring.pop(), [-math.inf, math.nan, -3.0])
 
 
-def test_a_ring_may_go_with_sums_pending(make):
-    ring = make()
-    values, offsets = forward([1000])
-    ring.push(values.to(ring.device), offsets)
-
-
 @without_extension
 def test_the_core_checks_for_itself():
     ring = extension().StagingRing(1)
