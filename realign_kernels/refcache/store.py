@@ -236,7 +236,11 @@ class DatabaseTable:
     def insert(
         self, keys: NDArray[np.void], logps: NDArray[np.float64], tokens: NDArray[np.int32]
     ) -> int:
-        """Appends the records whose key is not known, in one transaction; returns how many."""
+        """Appends the records whose key is not known, in one transaction; returns how many.
+
+        Raises:
+            ValueError: for a value out of range, or a table that cannot be written.
+        """
         if self._refusal:
             raise ValueError(f"{self._path} {self._refusal}: open the table anew to insert")
         if wrong := np.flatnonzero(~np.isfinite(logps) | (tokens < 1)).tolist():
