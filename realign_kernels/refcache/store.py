@@ -227,7 +227,7 @@ class DatabaseTable:
         return len(self._known)
 
     def lookup(self, keys: NDArray[np.void]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """The log-probs (n,) and tokens (n,) of `keys`; NaN and 0 where a key is absent."""
+        """NaN and 0 tokens where a key is absent. Raises as `Table.lookup` does."""
         if keys.ndim != 1 or keys.dtype != "V16":
             raise ValueError(f"keys must be a 1-D array of V16, got {keys.dtype}")
         values = np.array([self._known.get(key, (math.nan, 0)) for key in keys.tolist()], _VALUE)
@@ -236,11 +236,7 @@ class DatabaseTable:
     def insert(
         self, keys: NDArray[np.void], logps: NDArray[np.float64], tokens: NDArray[np.int32]
     ) -> int:
-        """Appends the records whose key is not known, in one transaction; returns how many.
-
-        Raises:
-            ValueError: for a value out of range, or a table that cannot be written.
-        """
+        """Appends what is not known, in one transaction. Raises as `Table.insert` does."""
         if self._refusal:
             raise ValueError(f"{self._path} {self._refusal}: open the table anew to insert")
         if wrong := np.flatnonzero(~np.isfinite(logps) | (tokens < 1)).tolist():
