@@ -1,8 +1,8 @@
 """Builds `realign_kernels._C` with CMake; everything else about the project is in pyproject.toml.
 
-The extension is optional: where CMake or the C++ compiler fails, the install goes on in pure Python
-and `realign_kernels` says so at first use (realign_kernels/_extension.py). `pip install -v` shows
-the compiler's own words. REALIGN_CUDA=auto|on|off says whether the CUDA code is built with it: by
+The extension is optional: where CMake or the C++ compiler fails, the install continues in pure
+Python and `realign_kernels` warns at first use (realign_kernels/_extension.py). `pip install -v`
+shows the compiler's messages. REALIGN_CUDA=auto|on|off sets whether the CUDA code is built: by
 default where a CUDA compiler works. Where CUTLASS or CUDA does not compile, the rest is built.
 """
 
@@ -24,9 +24,9 @@ if CUDA not in ("auto", "on", "off"):
 
 
 def cutlass() -> str:
-    """CUTLASS's headers, of CUTLASS_DIR or the package nvidia-cutlass; empty where there are none.
+    """Folder of CUTLASS's headers, from CUTLASS_DIR or the package nvidia-cutlass; or empty.
 
-    An isolated build does not import from the environment that it builds for, but may look there.
+    An isolated build cannot import from the environment that it builds for, but may look there.
     """
     package = Path(sysconfig.get_path("purelib"), "cutlass_library", "source")
     folder = Path(os.environ.get("CUTLASS_DIR") or package) / "include"
@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         if self.editable_mode:
-            # Otherwise a failed build would leave the previous binary under newer Python code.
+            # A failed build must not leave the previous binary under newer Python code.
             (ROOT / "realign_kernels" / target.name).unlink(missing_ok=True)
         # Always afresh: CMake's cache would name the ninja and the pybind11 of the last isolated
         # build, whose directory is gone.
@@ -73,7 +73,7 @@ class CMakeBuild(build_ext):
                     without = "CUTLASS" if headers else "CUDA"
                     print(f"the build failed: once more, without {without}", flush=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            # CompileError is what makes setuptools go on without an optional extension.
+            # On CompileError setuptools continues without an optional extension.
             raise CompileError(f"{ext.name} was not built: {error}") from error
 
     def cmake(self, configure: list[str], scratch: Path, cuda: str) -> None:
@@ -82,7 +82,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(scratch), "--target", "_C"], check=True)
 
 
-# Who asks for CUDA by name is told where it fails; a package without it would be no answer.
+# REALIGN_CUDA=on must not end in a package without CUDA: there the extension is not optional.
 setup(
     ext_modules=[Extension("realign_kernels._C", sources=[], optional=CUDA != "on")],
     cmdclass={"build_ext": CMakeBuild},

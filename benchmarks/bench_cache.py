@@ -30,7 +30,7 @@ import pytest
 from benchmarks.race import race
 from realign_kernels import _extension
 from realign_kernels.refcache.packing import pack_forest
-from realign_kernels.refcache.table import open_table
+from realign_kernels.refcache.store import open_table
 
 try:
     import lmdb

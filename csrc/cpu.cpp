@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "gemm_amx.h"
+#include "gemm/gemm_amx.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -18,7 +18,7 @@ constexpr const char* kLevels[] = {"scalar"};
 struct Cpu {
   CpuLevel level;   // of the row kernels: what the CPU has, or less if REALIGN_CPU asks for less
   bool bf16;        // GEMM with fp32 sums: by AVX512_BF16 at level avx512, BFMMLA at level neon
-  bool amx;         // bf16 tiles for that GEMM, which this process may use; not if REALIGN_CPU is set
+  bool amx;         // bf16 tiles for that GEMM, allowed to this process; not if REALIGN_CPU is set
 };
 
 // Throws std::invalid_argument if REALIGN_CPU is none of kLevels, or names a level that this CPU

@@ -9,7 +9,7 @@ import warnings
 from types import ModuleType
 
 ABI = 4
-"""What the Python side expects of the extension: csrc/kernel_bindings.cpp."""
+"""What the Python side expects of the extension: csrc/bindings/kernels.cpp."""
 
 
 @functools.cache

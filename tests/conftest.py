@@ -139,7 +139,7 @@ def engine(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_ranks_to_fork(request):
     """A child that a test forks must not inherit a process group: its threads stay behind."""
-    forks = "kill_9" in request.node.name or "refcache" in request.node.path.name
+    forks = "kill_9" in request.node.name or request.node.path.parent.name == "refcache"
     if forks and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "segments.h"
+#include "staging/segments.h"
 
 namespace realign {
 

@@ -1,12 +1,11 @@
 // The sum of a leaf, and the staging ring over a device that makes its mistakes visible. Run under
-// sanitizers by tests/refcache/test_staging.py. Exits 1 on a failure.
+// sanitizers by tests/csrc/test_csrc.py. Exits 1 on a failure.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <deque>
-#include <limits>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -14,33 +13,15 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "deferred_device.h"
-#include "segments.h"
-#include "staging.h"
-#include "staging_host.h"
+#include "staging/segments.h"
+#include "staging/staging.h"
+#include "staging/staging_host.h"
 
 using namespace realign;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool held, const std::string& what) {
-  if (held) return;
-  ++failures;
-  std::printf("FAILED: %s\n", what.c_str());
-}
-
-template <class Error, class Call>
-void expect_throws(Call call, const std::string& what) {
-  bool thrown = false;
-  try {
-    call();
-  } catch (const Error&) {
-    thrown = true;
-  }
-  expect(thrown, what);
-}
 
 // A warp as hardware runs it: all lanes take a step together, and a lane whose partner would be
 // beyond the warp is handed its own value, as __shfl_down_sync does.
@@ -56,39 +37,20 @@ double warp_sum(const float* values, int64_t begin, int64_t end) {
   return lanes[0];
 }
 
-bool same_bits(double a, double b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
-
+// tests/refcache/test_staging.py has the error bound of a sum.
 void test_segment_sum() {
   std::mt19937 random(0);
   std::uniform_real_distribution<float> exponent(-60, 4);  // a confident token's log-prob is tiny
-  const float one = -0.1f;
-  expect(segment_sum(&one, 0, 0) == 0, "the sum of an empty leaf");
-  expect(segment_sum(&one, 0, 1) == static_cast<double>(one), "one token is exact");
-  double worst = 0;
-  for (const int64_t n : {2, 3, 31, 32, 33, 63, 64, 65, 97, 1000, 1024, 4097, 100003}) {
+  for (const int64_t n : {0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 97, 1000, 1024, 4097}) {
     for (const int64_t begin : {0, 5}) {
       std::vector<float> values(begin + n);  // exactly sized, for AddressSanitizer
       for (float& value : values) value = -std::exp2(exponent(random));
-      long double exact = 0;
-      for (int64_t i = begin; i < begin + n; ++i) exact += values[i];
       const double sum = segment_sum(values.data(), begin, begin + n);
-      // A lane adds ceil(n / 32) values, the first to 0 and so exactly; the tree adds 5 times. No
-      // value takes part in more roundings than these, each of relative size 2^-53 at most, and
-      // log-probs have one sign. `exact` itself errs by n 2^-64 at most.
-      const double roundings = std::ceil(n / 32.0) - 1 + 5;
-      const double bound = std::exp2(-53) * (roundings + n * std::exp2(-11));
-      const double error = static_cast<double>(std::abs((sum - exact) / exact));
-      worst = std::max(worst, error / bound);
-      expect(error <= bound, "the sum of " + std::to_string(n) + " tokens");
-      expect(same_bits(sum, warp_sum(values.data(), begin, begin + n)),
+      const double in_warp = warp_sum(values.data(), begin, begin + n);
+      expect(std::memcmp(&sum, &in_warp, sizeof(sum)) == 0,
              "the order of a warp, " + std::to_string(n) + " tokens");
     }
   }
-  std::printf("segment_sum errs by %.2f of its bound\n", worst);
-  const float edges[] = {-1, -std::numeric_limits<float>::infinity(), std::nanf(""), 1e-45f};
-  expect(std::isinf(segment_sum(edges, 0, 2)), "-inf stays");
-  expect(std::isnan(segment_sum(edges, 0, 3)), "NaN stays");
-  expect(segment_sum(edges, 3, 4) == static_cast<double>(1e-45f), "subnormals count");
 }
 
 using Ring = StagingRing<DeferredDevice>;
@@ -159,7 +121,7 @@ void test_histories() {
   for (const bool eager : {false, true}) {
     const std::string how = eager ? " at any time" : " at the last moment";
     int missed_wait = 0, missed_event = 0;
-    for (unsigned seed = 0; seed < 150; ++seed) {
+    for (unsigned seed = 0; seed < 60; ++seed) {
       expect(history(seed, eager, Flaw::none) == 0, "ring, seed " + std::to_string(seed) + how);
       if (seed >= 20) continue;
       missed_wait += history(seed, eager, Flaw::no_stream_wait) > 0;
@@ -183,7 +145,7 @@ void test_failures() {
       Ring ring(2, DeferredDevice{&world});
       first.push(world, ring, compute);
       world.fail_in = fail_in;
-      expect_throws<std::runtime_error>([&] { lost.push(world, ring, compute); }, "push passes on");
+      expect(thrown([&] { lost.push(world, ring, compute); }) == "the device fails", "push throws");
       expect(ring.pop() == first.sums && ring.pending() == 0, "what came before a failure");
       if (seed % 5 != 0) {  // else the ring goes at once
         last.push(world, ring, other);
@@ -199,7 +161,7 @@ void test_failures() {
     {
       Ring ring(1, DeferredDevice{&world});
       world.allocations_left = left;
-      expect_throws<std::bad_alloc>([&] { lost.push(world, ring, compute); }, "no memory");
+      expect(thrown([&] { lost.push(world, ring, compute); }) == "std::bad_alloc", "no memory");
       world.allocations_left = 4;
       last.push(world, ring, compute);
       expect(ring.pop() == last.sums, "after memory ran out");
@@ -208,24 +170,8 @@ void test_failures() {
   }
 }
 
-void test_refusals() {
-  expect_throws<std::invalid_argument>([] { make_host_staging(0); }, "no slots");
-  const auto ring = make_host_staging(1);
-  const float values[] = {-1, -2, -3};
-  expect_throws<std::logic_error>([&] { ring->pop(); }, "pop of an empty ring");
-  const int64_t bad[][3] = {{-1, 0, 1}, {0, 2, 1}, {0, 1, 4}, {0, 9, 3}};
-  for (const auto& offsets : bad) {
-    expect_throws<std::invalid_argument>([&] { ring->push(values, 3, offsets, 2, nullptr); },
-                                         "offsets outside of the values");
-  }
-  const int64_t good[] = {0, 3, 3};
-  ring->push(values, 3, good, 2, nullptr);
-  expect_throws<std::logic_error>([&] { ring->push(values, 3, good, 2, nullptr); }, "full ring");
-  expect(ring->pop() == std::vector<double>{-6, 0}, "sums after refusals");
-}
-
 void test_a_thread_may_push_while_another_pops() {
-  constexpr int rounds = 2000;
+  constexpr int rounds = 500;
   const auto ring = make_host_staging(3);
   std::thread producer([&] {
     for (int round = 0; round < rounds; ++round) {
@@ -250,8 +196,6 @@ int main() {
   test_segment_sum();
   test_histories();
   test_failures();
-  test_refusals();
   test_a_thread_may_push_while_another_pops();
-  std::printf("%d failures\n", failures);
-  return failures ? 1 : 0;
+  return report();
 }

@@ -8,19 +8,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <exception>
 #include <filesystem>
-#include <functional>
 #include <string>
 #include <vector>
 
-#include "table.h"
+#include "check.h"
+#include "refcache/table.h"
 
 // Stand in for the C library's, so that a test can make the system refuse.
 static int flock_error = 0, truncate_error = 0, sync_error = 0;
@@ -62,28 +60,8 @@ extern "C" int unlink(const char* path) noexcept {
 
 namespace realign {
 
-inline std::atomic<int> failures{0};
 inline std::string root;  // the folder to work in
 const Fingerprint kPrint = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
-
-inline void expect(bool held, const std::string& what) {
-  if (held) return;
-  if (++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
-}
-
-// What it throws, as text; empty where it throws nothing.
-inline std::string thrown(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
-inline bool has(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 // Records number `first` and on: keys that count up, and values that follow from them.
 struct Batch {

@@ -1,4 +1,4 @@
-"""Row kernel and GEMM of the C++ extension (csrc/rows.h, csrc/gemm.h), on the CPU.
+"""Row kernel and GEMM of the C++ extension (csrc/rows/rows.h, csrc/gemm/gemm.h), on the CPU.
 
 With AVX-512 the GEMMs are the extension's too: fp32 about twice as fast as MKL on an AMD CPU, bf16
 as fast as oneDNN (with AMX up to twice its time) but with fp32 results. On aarch64 with BF16 the

@@ -1,16 +1,15 @@
 """The reference cache: log-probs of a frozen model, computed once per distinct leaf and kept.
 
     cache = ReferenceCache.open(directory, {"weights": digest, "dtype": "bf16"})
-    cache.fill(model, forests, build=build)      # what is missing, on every rank its share
+    cache.fill(model, forests, build=build)      # computes what is missing, divided over ranks
     logps, token_counts = cache.lookup(forests)  # (leaves,) each
 
 Every method takes forests or, to hash a large data set once only, `collect_leaves(forests)`.
 
-A leaf's key is a digest of its images, prompt and response (`leaves.py`), so the learning rate,
-the batch size or the order of records never matter to it. What else decides a log-prob is in the
-fingerprint; each fingerprint has a table of its own, in a folder of its own. The table (`table.py`,
-csrc/table.cpp) is an append-only log that survives kill -9; the pass over the model is in
-`filling.py`.
+A leaf's key is a digest of its images, prompt and response (`keys.py`), so the learning rate, the
+batch size and the order of records do not change it. Everything else that decides a log-prob is in
+the fingerprint; each fingerprint has a table of its own, in a folder of its own. `store.py` has the
+table, which is append-only and survives kill -9; `fill.py` has the pass over the model.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from realign_kernels.refcache import fill as filling
+from realign_kernels.refcache import fill as reference_pass
 from realign_kernels.refcache.keys import Forest, Leaves, collect_leaves
-from realign_kernels.refcache.table import compact_table, open_table
+from realign_kernels.refcache.store import compact_table, open_table
 
 _ABOUT = "table.json"
 _ROUNDING = 1e-3
@@ -164,16 +163,15 @@ class ReferenceCache:
         row_tokens: int,
         batch_rows: int = 8,
         on_batch: Callable[[int, int], None] | None = None,
-    ) -> filling.Filled:
+    ) -> reference_pass.Filled:
         """Compute what is missing, each distinct leaf once, and write it batch by batch.
 
-        Leaves are laid out by `pack_forest`, longest trees first, over all forests, whatever is
-        known: so a pass that was killed goes on with the very batches it would have run, and its
-        values are the same bits. Where known leaves are scattered over many batches, the missing
-        ones are packed anew instead.
+        `pack_forest` lays out all leaves of all forests, longest trees first, known or not. So a
+        pass that was killed resumes with the same batches, and its values are the same bits. Where
+        known leaves are scattered over many batches, only the missing ones are packed.
 
         With torch.distributed initialised every rank calls this with the same forests and computes
-        its share; afterwards all ranks can look everything up, with a shared folder or without.
+        a part; afterwards all ranks can look everything up, with a shared folder or without.
 
         Args:
             model: takes what `build` returns; gives per-token log-probs, (N,) fp32 on any device,
@@ -202,7 +200,7 @@ class ReferenceCache:
         if isinstance(model, nn.Module) and model.training:
             raise ValueError("model is in training mode, with dropout: call model.eval() first")
         leaves = collect_leaves(forests)
-        done = filling.fill(self, model, leaves, build, row_tokens, batch_rows, on_batch)
+        done = reference_pass.fill(self, model, leaves, build, row_tokens, batch_rows, on_batch)
         self._ensure_folder()
         self._table.sync()
         return done
@@ -274,7 +272,7 @@ class ReferenceCache:
     def nearest(self) -> tuple[Path, list[str]] | None:
         """The most similar table under `directory`, and the parts in which it differs, if any.
 
-        Tells why a cache did not hit: "processor", "dtype (fp32, here bf16)".
+        Explains why a cache did not hit: "processor", "dtype (fp32, here bf16)".
         """
         found: list[tuple[int, Path, list[str]]] = []
         for folder, parts in tables(self.directory).items():
@@ -292,13 +290,13 @@ class ReferenceCache:
         return f"{name} ({there}, here {here})" if short else name
 
     def close(self) -> None:
-        """Write through to disk and give up this process's log; lookups go on."""
+        """Write through to disk and release this process's log; lookups continue."""
         self._ensure_folder()
         self._closed = True
         self._table.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its place: the other process opens it anew, with a log of its own."""
+        """Pickled as its path: the other process opens it anew, with a log of its own."""
         return _reopen, (self.directory, self.fingerprint, self.read_only)
 
     def __enter__(self) -> ReferenceCache:

@@ -1,4 +1,4 @@
-"""The reference pass: which leaves are computed in which forward, and the loop that does it.
+"""The reference pass: which leaves share a forward, and the loop over forwards.
 
 `ReferenceCache.fill` is its public face. Read `fill` from top to bottom.
 """
@@ -26,7 +26,7 @@ from realign_kernels.refcache.staging import Staging
 
 
 class Filled(NamedTuple):
-    """What one rank computed."""
+    """Counts of one rank's part of a pass."""
 
     leaves: int  # log-probs that were missing
     tokens: int  # of the rows that were computed, prompts once for all leaves under them
@@ -36,7 +36,7 @@ class Filled(NamedTuple):
 
 
 class Store(Protocol):
-    """Where log-probs are kept (`ReferenceCache`)."""
+    """The part of `ReferenceCache` that a pass reads and writes."""
 
     digest: str  # of the fingerprint
 
@@ -68,15 +68,17 @@ def plan(
     row_tokens is raised to the longest root with one leaf if need be, as training does. A batch is
     whole rows of one packing, so packing its leaves alone gives the same rows again.
     """
-    chosen = np.flatnonzero(wanted)
+    selected = np.flatnonzero(wanted)
     longest = int((leaves.root_lengths[leaves.roots] + leaves.lengths).max(initial=0))
     row_tokens = max(row_tokens, longest)
-    _, first = np.unique(leaves.keys[chosen].view("<u8").reshape(-1, 2), axis=0, return_index=True)
-    chosen = chosen[np.sort(first)]
-    if not len(chosen):
+    _, first = np.unique(
+        leaves.keys[selected].view("<u8").reshape(-1, 2), axis=0, return_index=True
+    )
+    selected = selected[np.sort(first)]
+    if not len(selected):
         return []
-    roots, under = np.unique(leaves.roots[chosen], return_inverse=True)
-    packing = pack_forest(leaves.root_lengths[roots], leaves.lengths[chosen], under, row_tokens)
+    roots, under = np.unique(leaves.roots[selected], return_inverse=True)
+    packing = pack_forest(leaves.root_lengths[roots], leaves.lengths[selected], under, row_tokens)
     row_order = np.argsort(-packing.row_lengths, kind="stable")
     rank_of_row = np.empty_like(row_order)
     rank_of_row[row_order] = np.arange(len(row_order))
@@ -85,7 +87,7 @@ def plan(
     bounds = np.searchsorted(row[order], np.arange(0, packing.num_rows + batch_rows, batch_rows))
     lengths = packing.row_lengths[row_order]
     return [
-        Batch(chosen[order[start:end]], int(lengths[i * batch_rows :][:batch_rows].sum()))
+        Batch(selected[order[start:end]], int(lengths[i * batch_rows :][:batch_rows].sum()))
         for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
         if end > start
     ]
@@ -99,10 +101,10 @@ def batches_to_compute(
 ) -> list[Batch]:
     """The batches of the plan over *all* leaves that lack something.
 
-    So an interrupted pass continues with the batches it would have run, and which rows share a
-    forward, hence the last bits of a log-prob, depends neither on the interruption nor on the
-    number of ranks. Where known leaves are scattered over many batches that would compute much
-    again: there the missing leaves are packed by themselves.
+    So an interrupted pass continues with the batches it would have run. Which rows share a forward,
+    hence the last bits of a log-prob, depends neither on the interruption nor on the number of
+    ranks. Known leaves scattered over many batches would be recomputed: then the missing leaves are
+    packed by themselves.
     """
     everything = plan(leaves, np.ones(len(known), bool), row_tokens, batch_rows)
     lacking = [batch for batch in everything if not known[batch.leaves].all()]
@@ -132,7 +134,7 @@ def fill(
     batches = batches_to_compute(leaves, known, row_tokens, batch_rows)
     if batches:
         store.prepare()
-    mine = _share(batches)
+    own_batches = _rank_slice(batches)
     without_gradients = torch.inference_mode if _is_whole(model) else torch.no_grad
 
     staging: Staging | None = None
@@ -141,6 +143,7 @@ def fill(
 
     def land() -> None:
         """Write the oldest batch in flight."""
+        assert staging is not None
         batch = waiting.popleft()
         sums, at = staging.pop(), batch.leaves
         if (bad := np.flatnonzero(~np.isfinite(sums))).size:
@@ -154,7 +157,7 @@ def fill(
         if on_batch:
             on_batch(int(new.sum()), batch.tokens)
 
-    for batch, inputs, spare in _built(mine, leaves, build):
+    for batch, inputs, spare in _built(own_batches, leaves, build):
         with without_gradients():
             logps = model(inputs)
         if spare:  # only the other ranks' collectives needed it
@@ -169,25 +172,25 @@ def fill(
         staging.push(logps.float(), offsets)
         waiting.append(batch)
         if logps.device.type == "cpu":
-            land()  # nothing is in flight: a crash loses this batch no more
+            land()  # nothing stays in flight, so a crash cannot lose this batch
         computed += int((~known[batch.leaves]).sum())
         recomputed += int(known[batch.leaves].sum())
         tokens += batch.tokens
     while waiting:
         land()
     _exchange(store, leaves)
-    return Filled(computed, tokens, len(mine), recomputed, time.perf_counter() - began)
+    return Filled(computed, tokens, len(own_batches), recomputed, time.perf_counter() - began)
 
 
 def _built(
-    mine: Sequence[tuple[Batch, bool]],
+    batches: Sequence[tuple[Batch, bool]],
     leaves: Leaves,
     build: Callable[[Sequence[tuple[int, int]]], Any],
 ) -> Iterator[tuple[Batch, Any, bool]]:
-    """(batch, model input, spare), the next one being built in a thread meanwhile."""
+    """(batch, model input, spare); a thread builds the next one meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         ahead: deque[tuple[Batch, Any, bool]] = deque()
-        for batch, spare in mine:
+        for batch, spare in batches:
             pairs = [(forest, leaf) for forest, leaf in leaves.pairs[batch.leaves].tolist()]
             ahead.append((batch, pool.submit(build, pairs), spare))
             if len(ahead) > 1:
@@ -211,23 +214,23 @@ def _check_logps(logps: Any, count: int) -> None:
 def _is_whole(model: Callable[[Any], torch.Tensor]) -> bool:
     """Whether no part of it is sharded: gathered parameters would stay inference tensors."""
     if not isinstance(model, torch.nn.Module):
-        return False  # who knows what it calls
+        return False  # a function may call a sharded module
     return not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _check_ranks_agree(store: Store, leaves: Leaves, row_tokens: int, batch_rows: int) -> None:
-    """Leaves are dealt out and exchanged by their place, so all ranks must have the same ones."""
+    """Ranks divide and exchange leaves by index, so all must have the same ones."""
     if not _distributed():
         return
-    mine = {
+    here = {
         "fingerprint": store.digest,
         "leaves": hashlib.blake2b(leaves.keys.tobytes(), digest_size=16).hexdigest(),
         "settings": f"{row_tokens} {batch_rows}",
     }
     everybody: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, mine)
+    dist.all_gather_object(everybody, here)
     for rank, other in enumerate(everybody):
-        if different := [name for name in mine if other[name] != everybody[0][name]]:
+        if different := [name for name in here if other[name] != everybody[0][name]]:
             raise ValueError(
                 f"rank {rank} has another {' and another '.join(different)} than rank 0: give all "
                 "ranks the whole data set in the same order, and every machine the same model, "
@@ -235,13 +238,13 @@ def _check_ranks_agree(store: Store, leaves: Leaves, row_tokens: int, batch_rows
             )
 
 
-def _share(batches: list[Batch]) -> list[tuple[Batch, bool]]:
+def _rank_slice(batches: list[Batch]) -> list[tuple[Batch, bool]]:
     """This rank's batches; all get as many, for collectives: the last one may be a spare."""
     ranks, rank = _ranks()
-    mine = [(batch, False) for batch in batches[rank::ranks]]
-    if len(mine) < -(-len(batches) // ranks):
-        mine.append((batches[-1], True))
-    return mine
+    own = [(batch, False) for batch in batches[rank::ranks]]
+    if len(own) < -(-len(batches) // ranks):
+        own.append((batches[-1], True))
+    return own
 
 
 def _anywhere(known: NDArray[np.bool_]) -> NDArray[np.bool_]:

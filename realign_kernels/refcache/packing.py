@@ -1,8 +1,8 @@
 """Forests into rows: `pack_forest` packs roots and the leaves under them under a token budget.
 
 A root is (image, prompt); a leaf is a response under it. A tree is a root followed by leaves of
-its own; a row holds several trees, so that nothing is padded inside it. The work is done in
-csrc/batcher.cpp; `_pack_python` defines the result and stands in where the extension is missing.
+its own; a row holds several trees, so that nothing is padded inside it. csrc/refcache/packing.cpp
+does the work; `_pack_python` defines the result and replaces it where the extension is missing.
 """
 
 import operator
@@ -45,11 +45,6 @@ class ForestPacking:
     def tokens(self) -> int:
         """Tokens in all rows, repeated roots included."""
         return sum(self.row_lengths.tolist())  # Python integers: the sum may exceed int64
-
-    @property
-    def efficiency(self) -> float:
-        """Share of rows * budget that holds tokens; 1 where there are no rows."""
-        return self.tokens / (self.num_rows * self.budget) if self.num_rows else 1.0
 
 
 def pack_forest(

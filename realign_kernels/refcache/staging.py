@@ -1,8 +1,8 @@
 """Per-token log-probs of a forward to the host, as one fp64 sum per leaf, without a wait.
 
 `Staging` is a ring: push enqueues and returns, so the device goes on with the next forward, and pop
-waits for the oldest sums alone. csrc/staging.h does it on the CPU and, in a CUDA build, on the GPU;
-elsewhere `_TorchRing` stands in. All add up in the order of `leaf_sums`, bit for bit.
+waits for the oldest sums only. csrc/staging/staging.h does it on the CPU and, in a CUDA build, on
+the GPU; elsewhere `_TorchRing` does. All add up in the order of `leaf_sums`, bit for bit.
 """
 
 import warnings
@@ -87,14 +87,10 @@ class Staging:
         device: where the values will be.
         slots: how many pushes may be pending; with 2 the device computes one forward while the host
             reads the sums of the one before.
-
-    Raises:
-        ValueError: slots is no positive integer.
     """
 
     def __init__(self, device: torch.device, slots: int = 2) -> None:
-        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
-            raise ValueError(f"slots must be an integer of at least 1, got {slots!r}")
+        assert slots >= 1
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -118,15 +114,9 @@ class Staging:
             values: (N,) float32 log-probs, one per token. They must not be written to until popped,
                 except by later work of the same stream.
             offsets: (L + 1,) int64, not decreasing, in [0, N]; copied.
-
-        Raises:
-            ValueError: one of them is not as above.
-            RuntimeError: all slots are taken.
         """
-        _check_values(values, self.device)
-        _check_offsets(offsets, values.shape[0])
-        if self.full:
-            raise RuntimeError(f"all {self.slots} slots are taken: pop() first, or use more slots")
+        assert values.dim() == 1 and values.dtype == torch.float32 and values.device == self.device
+        assert not self.full, "pop() first"
         values = values.detach().contiguous()
         self._ring.push(values, np.ascontiguousarray(offsets))
         self._alive.append(values)
@@ -135,10 +125,9 @@ class Staging:
         """Waits for the oldest sums, and for nothing after them.
 
         Raises:
-            RuntimeError: nothing was pushed that was not popped, or the device failed.
+            RuntimeError: the device failed.
         """
-        if not self.pending:
-            raise RuntimeError("nothing is pending: push() first")
+        assert self.pending, "push() first"
         sums = self._ring.pop()
         self._alive.popleft()
         return sums
@@ -150,11 +139,8 @@ class Staging:
 
     @property
     def full(self) -> bool:
-        """Whether push would be refused."""
+        """Whether every slot is pending."""
         return self.pending == self.slots
-
-    def __len__(self) -> int:
-        return self.pending
 
 
 def _make_ring(module: ModuleType | None, device: torch.device, slots: int) -> tuple[_Ring, str]:
@@ -173,39 +159,3 @@ def _make_ring(module: ModuleType | None, device: torch.device, slots: int) -> t
         reason = f"the extension cannot use {device} ({error})"
         warnings.warn(f"{reason}: torch takes log-probs to the host", RuntimeWarning, stacklevel=3)
         return _TorchRing(device), f"torch: {reason}"
-
-
-def _kind(thing: object) -> str:
-    if isinstance(thing, Tensor | np.ndarray):
-        return f"{type(thing).__name__} {tuple(thing.shape)} {thing.dtype}"
-    return type(thing).__name__
-
-
-def _check_values(values: Tensor, device: torch.device) -> None:
-    if not isinstance(values, Tensor) or values.dim() != 1 or values.dtype != torch.float32:
-        raise ValueError(
-            f"values must be a (N,) float32 tensor, got {_kind(values)}: use .float().flatten()"
-        )
-    if values.device != device:
-        raise ValueError(f"values is on {values.device}, the ring on {device}: make a ring there")
-
-
-def _check_offsets(offsets: NDArray[np.int64], count: int) -> None:
-    if not isinstance(offsets, np.ndarray) or offsets.dtype != np.int64 or offsets.ndim != 1:
-        raise ValueError(
-            f"offsets must be a (L + 1,) int64 array, got {_kind(offsets)}: use "
-            "np.asarray(offsets, dtype=np.int64)"
-        )
-    if not len(offsets):
-        raise ValueError("offsets is empty, but has one entry more than there are leaves: use [0]")
-    if (offsets[1:] < offsets[:-1]).any():
-        leaf = int(np.argmax(offsets[1:] < offsets[:-1]))
-        raise ValueError(
-            f"offsets decrease from {offsets[leaf]} to {offsets[leaf + 1]} at leaf {leaf}: leaf i "
-            "is values[offsets[i]:offsets[i + 1]]"
-        )
-    if offsets[0] < 0 or offsets[-1] > count:
-        raise ValueError(
-            f"offsets go from {offsets[0]} to {offsets[-1]}, but values has {count} entries: count "
-            "them from the start of values"
-        )

@@ -58,9 +58,8 @@ def emulated(cpu, *command, **environment):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and done.stdout.endswith("\n0 failures\n"), (
-        done.stdout + done.stderr
-    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("0 failures\n"), said
     return done.stdout
 
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,11 +76,11 @@ def test_nothing_is_a_data_set_too(tmp_path):
 
 
 def test_keys_of_a_large_data_set_are_distinct_and_quick():
-    forests = make_forests(20_000)
+    forests = make_forests(5_000)
     began = time.process_time()
     leaves = collect_leaves(forests)
-    assert time.process_time() - began < 6  # 0.6 s; 10 us per leaf
-    assert len(np.unique(leaves.keys.view("u8").reshape(-1, 2), axis=0)) == 60_000
+    assert time.process_time() - began < 2  # 0.15 s; 10 us per leaf
+    assert len(np.unique(leaves.keys.view("u8").reshape(-1, 2), axis=0)) == 15_000
     assert leaves.lengths.tolist() == [len(x.ids) for f in forests for x in f.leaves]
 
 
@@ -281,13 +280,3 @@ def test_rows_are_as_long_as_the_longest_leaf_needs(tmp_path):
     forests = make_forests(10)
     with ReferenceCache(tmp_path, PRINT) as cache:
         assert fill(cache, forests, row_tokens=1).filled.leaves == 30
-
-
-def test_one_changed_image_misses_its_leaves_alone(tmp_path):
-    forests = make_forests(10)
-    with ReferenceCache(tmp_path, PRINT) as cache:
-        fill(cache, forests)
-        first = forests[3]
-        changed = replace(first, roots=(Root(("new",), first.roots[0].ids), first.roots[1]))
-        missing = cache.missing([*forests[:3], changed, *forests[4:]])
-        assert missing.nonzero()[0].tolist() == [9, 10]

@@ -1,7 +1,6 @@
-"""Log-probs to the host as sums per leaf: the ring, its stand-in, and the tests in C++."""
+"""Log-probs to the host as sums per leaf: the ring and its stand-in in torch."""
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ from realign_kernels._extension import extension, missing_reason
 from realign_kernels.refcache import staging
 from realign_kernels.refcache.staging import Staging, leaf_sums
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 LENGTHS = ([], [0], [1], [5, 0, 0, 7], [31, 32, 33], [63, 64, 65, 0], [1000, 1, 4097], [3] * 1500)
 
@@ -56,19 +54,20 @@ def exact(values, offsets):
     return [math.fsum(values[a:b].tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)} leaves")
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (5, 3)])
-def test_sums(make, lengths, before, after):
-    values, offsets = forward(lengths, len(lengths), before, after)
+def test_sums(make, before, after):
     ring = make()
-    ring.push(values.to(ring.device), offsets)
-    sums = ring.pop()
-    assert sums.dtype == np.float64 and sums.shape == (len(lengths),)
-    # A token takes part in at most ceil(n / 32) + 4 roundings: csrc/tests/staging_tests.cpp.
-    bound = (math.ceil(max(lengths, default=0) / 32) + 5) * 2.0**-53
-    np.testing.assert_allclose(sums, exact(values, offsets), rtol=bound, atol=0)
-    # A sum that was kept must not depend on where it was made.
-    assert sums.tobytes() == leaf_sums(values.numpy(), offsets).tobytes()
+    for lengths in LENGTHS:
+        values, offsets = forward(lengths, len(lengths), before, after)
+        ring.push(values.to(ring.device), offsets)
+        sums = ring.pop()
+        assert sums.dtype == np.float64 and sums.shape == (len(lengths),)
+        # A lane adds ceil(n / 32) values, the first to 0 and so exactly; the tree adds 5 times. A
+        # rounding is of relative size 2^-53 at most, and log-probs have one sign.
+        bound = (math.ceil(max(lengths, default=0) / 32) + 5) * 2.0**-53
+        np.testing.assert_allclose(sums, exact(values, offsets), rtol=bound, atol=0)
+        # A sum that was kept must not depend on where it was made.
+        assert sums.tobytes() == leaf_sums(values.numpy(), offsets).tobytes()
 
 
 def test_results_come_in_order_whatever_the_interleaving(make):
@@ -81,7 +80,7 @@ def test_results_come_in_order_whatever_the_interleaving(make):
         offsets = offsets.copy()
         ring.push(values.to(ring.device), offsets)
         offsets[:] = 0  # the ring has its own
-        assert ring.pending == len(ring) == step + 1 - len(found)
+        assert ring.pending == step + 1 - len(found)
     while ring.pending:
         found.append(ring.pop())
     for sums, (values, offsets) in zip(found, forwards, strict=True):
@@ -107,56 +106,6 @@ def test_non_finite_log_probs_stay_so(make):
     np.testing.assert_array_equal(ring.pop(), [-math.inf, math.nan, -3.0])
 
 
-def test_a_full_and_an_empty_ring_say_so(make):
-    ring = make(1)
-    values, offsets = forward([4])
-    with pytest.raises(RuntimeError, match=r"nothing is pending: push\(\) first"):
-        ring.pop()
-    ring.push(values.to(ring.device), offsets)
-    assert ring.full
-    with pytest.raises(RuntimeError, match=r"all 1 slots are taken: pop\(\) first"):
-        ring.push(values.to(ring.device), offsets)
-    assert ring.pop().tolist() == exact(values, offsets) and not ring.full
-
-
-def test_a_ring_may_go_with_sums_pending(make):
-    ring = make()
-    values, offsets = forward([1000])
-    ring.push(values.to(ring.device), offsets)
-
-
-@pytest.mark.parametrize(
-    ("values", "offsets", "message"),
-    [
-        ([-1.0], [0, 1], r"values must be a \(N,\) float32 tensor, got list"),
-        (torch.zeros(2, 2), [0, 1], r"got Tensor \(2, 2\) torch.float32: use .float"),
-        (torch.zeros(4).double(), [0, 1], "torch.float64: use .float"),
-        (torch.zeros(4, device="meta"), [0, 1], "values is on meta, the ring on cpu"),
-        (torch.zeros(4), (0, 4), r"offsets must be a \(L \+ 1,\) int64 array, got tuple"),
-        (torch.zeros(4), np.zeros(2), "float64: use np.asarray"),
-        (torch.zeros(4), np.zeros((2, 1), np.int64), r"got ndarray \(2, 1\) int64"),
-        (torch.zeros(4), [], r"offsets is empty.*use \[0\]"),
-        (torch.zeros(4), [0, 3, 2, 4], "offsets decrease from 3 to 2 at leaf 1"),
-        (torch.zeros(4), [-(2**63), 2**63 - 1], "but values has 4 entries"),
-        (torch.zeros(4), [-1, 4], "offsets go from -1 to 4"),
-        (torch.zeros(4), [0, 5], "offsets go from 0 to 5, but values has 4 entries"),
-    ],
-)
-def test_mistakes_are_named(values, offsets, message):
-    ring = Staging(CPU)
-    if isinstance(offsets, list):
-        offsets = np.array(offsets, dtype=np.int64)
-    with pytest.raises(ValueError, match=message):
-        ring.push(values, offsets)
-    assert ring.pending == 0
-
-
-@pytest.mark.parametrize("slots", [0, -1, 1.5, True, None])
-def test_slots_must_be_a_number_of_forwards(slots):
-    with pytest.raises(ValueError, match="slots must be an integer of at least 1, got"):
-        Staging(CPU, slots)
-
-
 @without_extension
 def test_the_core_checks_for_itself():
     ring = extension().StagingRing(1)
@@ -169,6 +118,10 @@ def test_the_core_checks_for_itself():
         ring.push(values.data_ptr(), 4, np.array([0.0, 4.0]))
     with pytest.raises(RuntimeError, match="empty: push first"):
         ring.pop()
+    ring.push(values.data_ptr(), 4, np.array([0, 4]))
+    with pytest.raises(RuntimeError, match="all 1 slots of the staging ring are taken: pop first"):
+        ring.push(values.data_ptr(), 4, np.array([0, 4]))
+    assert ring.pop().tolist() == [0.0]
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
         extension().StagingRing(0)
 

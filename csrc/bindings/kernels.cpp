@@ -1,0 +1,190 @@
+// Row kernels and GEMM for realign_kernels/backends/cpp.py, over addresses: the caller owns the
+// tensors and has checked shapes, strides and dtypes.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu.h"
+#include "gemm/gemm.h"
+#include "rows/rows.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using realign::Dtype;
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::f32;
+  if (name == "bfloat16") return Dtype::bf16;
+  throw py::value_error("dtype must be float32 or bfloat16, got " + name);
+}
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::dict cpu_features() {
+  const realign::Cpu& cpu = realign::cpu();
+  py::dict features;
+  features["level"] = realign::kLevels[static_cast<int>(cpu.level)];
+  features["bf16"] = cpu.bf16;
+  features["amx"] = cpu.amx;
+  features["gemm_f32"] = realign::gemm_of_f32() != nullptr;
+  features["gemm_bf16"] = realign::gemm_of_bf16() != nullptr;
+  return features;
+}
+
+void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row,
+          int64_t a_column, uintptr_t b, int64_t b_row, int64_t b_column, uintptr_t c,
+          int64_t c_row, const std::string& c_dtype, bool accumulate, int threads) {
+  const realign::Matrix left{at<const void>(a), a_row, a_column};
+  const realign::Matrix right{at<const void>(b), b_row, b_column};
+  if ((a_row != 1 && a_column != 1) || (b_row != 1 && b_column != 1)) {
+    throw py::value_error("a and b must be contiguous along one axis");
+  }
+  const bool half = dtype_of(dtype) == Dtype::bf16, half_out = dtype_of(c_dtype) == Dtype::bf16;
+  if (half_out && (!half || accumulate)) {
+    throw py::value_error("a bfloat16 product is of bfloat16 matrices, and does not accumulate");
+  }
+  const realign::Gemm multiply = half ? realign::gemm_of_bf16() : realign::gemm_of_f32();
+  if (multiply == nullptr) {
+    throw py::value_error("this CPU has no " + dtype + " GEMM here: ask cpu_features()");
+  }
+  py::gil_scoped_release release;
+  const realign::Product product{at(c), c_row, half_out, accumulate};
+  multiply(m, n, k, left, right, product, threads);
+}
+
+void row_stats(uintptr_t logits, const std::string& logits_dtype, int64_t logits_stride,
+               int64_t rows, int64_t vocabulary, uintptr_t labels, uintptr_t bias, float softcap,
+               float temperature, uintptr_t runner_up, uintptr_t exp_logits,
+               const std::string& exp_logits_dtype, int64_t exp_logits_stride, uintptr_t target,
+               uintptr_t logit, uintptr_t max_logit, uintptr_t sum_exp, uintptr_t dz_dlogit,
+               int threads) {
+  const realign::RowInputs in{at(logits),     dtype_of(logits_dtype), logits_stride,
+                              rows,           vocabulary,             at<const int64_t>(labels),
+                              at<float>(bias), softcap,               temperature,
+                              at<const bool>(runner_up)};
+  const realign::RowOutputs out{
+      at(exp_logits),       dtype_of(exp_logits_dtype), exp_logits_stride,  at<int64_t>(target),
+      at<float>(logit),     at<float>(max_logit),       at<float>(sum_exp), at<float>(dz_dlogit)};
+  realign::cpu();  // REALIGN_CPU may be refused: before the GIL is released
+  py::gil_scoped_release release;
+  realign::row_stats(in, out, threads);
+}
+
+void hidden_grad_epilogue(int64_t rows, int64_t width, uintptr_t exp_w, uintptr_t weight,
+                          int64_t weight_stride, const std::string& weight_dtype, uintptr_t target,
+                          uintptr_t dz_dlogit, uintptr_t sum_exp, uintptr_t factor, uintptr_t out,
+                          const std::string& out_dtype, int threads) {
+  const Dtype from = dtype_of(weight_dtype), to = dtype_of(out_dtype);
+  py::gil_scoped_release release;
+  realign::hidden_grad_epilogue(rows, width, at<const float>(exp_w), at<const void>(weight),
+                            weight_stride, from, at<const int64_t>(target),
+                            at<const float>(dz_dlogit), at<const float>(sum_exp),
+                            at<const float>(factor), at(out), to, threads);
+}
+
+// Memory for a large result, which its last tensor gives back to a pool. Touching memory that the
+// system has to find first takes up to 109 ms for 128 MiB, in large pages 13, touched before 5.
+class Block {
+ public:
+  explicit Block(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex());
+    auto& kept = pool();
+    for (auto it = kept.begin(); it != kept.end(); ++it) {
+      if (it->second < bytes || it->second > bytes + bytes / 4) continue;
+      std::tie(data_, size_) = *it;
+      kept.erase(it);
+      return;
+    }
+    constexpr size_t page = 2 << 20;
+    size_ = (bytes + page - 1) / page * page;
+    data_ = std::aligned_alloc(page, size_);
+    if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(data_, size_, MADV_HUGEPAGE);  // a hint: may be refused
+#endif
+  }
+
+  ~Block() {
+    std::lock_guard<std::mutex> lock(mutex());
+    auto& kept = pool();
+    size_t held = size_;
+    for (const auto& block : kept) held += block.second;
+    if (held <= kKept) {
+      kept.emplace_back(data_, size_);
+    } else {
+      std::free(data_);
+    }
+  }
+
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  py::buffer_info buffer() const {
+    return py::buffer_info(static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(size_));
+  }
+
+  static constexpr size_t kKept = 192 << 20;
+
+ private:
+  // Never destroyed: tensors may outlive static objects.
+  static std::vector<std::pair<void*, size_t>>& pool() {
+    static auto* kept = new std::vector<std::pair<void*, size_t>>;
+    return *kept;
+  }
+  static std::mutex& mutex() {
+    static auto* one = new std::mutex;
+    return *one;
+  }
+
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+py::array_t<float> exponential(const py::array_t<float, py::array::c_style>& x) {
+  py::array_t<float> out(x.size());
+  realign::row_kernels().back().exp(x.data(), out.mutable_data(), x.size());
+  return out;
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& module) {
+  module.attr("ABI") = 4;  // counted up when a signature changes; see _extension.py
+  module.def("cpu_features", &cpu_features, "What the kernels use of this CPU.");
+  module.def("gemm", &gemm, py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
+             py::arg("a"), py::arg("a_row"), py::arg("a_column"), py::arg("b"), py::arg("b_row"),
+             py::arg("b_column"), py::arg("c"), py::arg("c_row"), py::arg("c_dtype"),
+             py::arg("accumulate"), py::arg("threads"));
+  module.def("read_rows", &row_stats, py::arg("logits"), py::arg("logits_dtype"),
+             py::arg("logits_stride"), py::arg("rows"), py::arg("vocabulary"), py::arg("labels"),
+             py::arg("bias"), py::arg("softcap"), py::arg("temperature"), py::arg("rival"),
+             py::arg("others"), py::arg("others_dtype"), py::arg("others_stride"),
+             py::arg("target"), py::arg("logit"), py::arg("peak"), py::arg("total"),
+             py::arg("slope"), py::arg("threads"));
+  module.def("finish_direction", &hidden_grad_epilogue, py::arg("rows"), py::arg("width"),
+             py::arg("pull"), py::arg("weight"), py::arg("weight_stride"), py::arg("weight_dtype"),
+             py::arg("target"), py::arg("slope"), py::arg("total"), py::arg("factor"),
+             py::arg("out"), py::arg("out_dtype"), py::arg("threads"));
+  py::class_<Block>(module, "Block", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer(&Block::buffer);
+  module.def("exponential", &exponential, py::arg("x"), "exp as the row kernels compute it.");
+}

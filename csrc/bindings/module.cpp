@@ -1,0 +1,88 @@
+// realign_kernels._C: the module, and pack_forest over numpy arrays. Public functions of the package
+// validate arguments for users; the checks here only keep the core inside its arrays.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "refcache/packing.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const int64_t* int64_data(const py::array& array, const char* name) {
+  const bool contiguous = (array.flags() & py::array::c_style) != 0;
+  if (!py::isinstance<py::array_t<int64_t>>(array) || array.ndim() != 1 || !contiguous) {
+    throw py::value_error(std::string(name) + " must be a contiguous 1-D int64 array");
+  }
+  return static_cast<const int64_t*>(array.data());
+}
+
+// Hands the vector's memory to numpy, uncopied.
+py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
+  auto owned = std::make_unique<std::vector<int64_t>>(std::move(values));
+  const auto size = static_cast<py::ssize_t>(owned->size());
+  const int64_t* data = owned->data();
+  py::capsule owner(owned.get(), [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
+  owned.release();
+  return py::array_t<int64_t>(size, data, owner);
+}
+
+py::tuple pack_forest(const py::array& root_lengths,
+                      const py::array& leaf_lengths,
+                      const py::array& leaf_roots,
+                      int64_t budget) {
+  const int64_t* roots = int64_data(root_lengths, "root_lengths");
+  const int64_t* leaves = int64_data(leaf_lengths, "leaf_lengths");
+  const int64_t* parents = int64_data(leaf_roots, "leaf_roots");
+  const int64_t num_roots = root_lengths.size();
+  const int64_t num_leaves = leaf_lengths.size();
+  if (leaf_roots.size() != num_leaves) {
+    throw py::value_error("leaf_roots and leaf_lengths differ in size");
+  }
+  realign::ForestPacking packing;
+  {
+    py::gil_scoped_release release;
+    for (int64_t root = 0; root < num_roots; ++root) {
+      if (roots[root] < 1 || roots[root] >= budget) {
+        throw py::value_error("root_lengths must be in [1, budget)");
+      }
+    }
+    for (int64_t leaf = 0; leaf < num_leaves; ++leaf) {
+      const int64_t parent = parents[leaf];
+      if (parent < 0 || parent >= num_roots) {
+        throw py::value_error("leaf_roots must be in [0, len(root_lengths))");
+      }
+      if (leaves[leaf] < 1 || leaves[leaf] > budget - roots[parent]) {
+        throw py::value_error("leaf_lengths must be in [1, budget - root]");
+      }
+    }
+    packing = realign::pack_forest(roots, num_roots, leaves, parents, num_leaves, budget);
+  }
+  return py::make_tuple(
+      to_numpy(std::move(packing.tree_root)), to_numpy(std::move(packing.tree_row)),
+      to_numpy(std::move(packing.tree_start)), to_numpy(std::move(packing.leaf_tree)),
+      to_numpy(std::move(packing.leaf_start)), to_numpy(std::move(packing.row_lengths)));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module);     // cuda.cpp
+void bind_kernels(py::module_& module);  // kernels.cpp
+void bind_staging(py::module_& module);  // staging.cpp
+void bind_table(py::module_& module);    // table.cpp
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "C++ core of realign_kernels; called through its public functions.";
+  module.def("pack_forest", &pack_forest, py::arg("root_lengths"), py::arg("leaf_lengths"),
+             py::arg("leaf_roots"), py::arg("budget"));
+  bind_cuda(module);
+  bind_kernels(module);
+  bind_staging(module);
+  bind_table(module);
+}

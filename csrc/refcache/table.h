@@ -1,0 +1,112 @@
+// Reference log-probs by key: a folder of append-only logs, one per writer, and an index of all of
+// them in memory. A wrong value is worse than a missing one: what fails its check is never served.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "refcache/table_index.h"
+#include "refcache/table_log.h"
+
+namespace realign {
+
+struct TableStats {
+  int64_t records;     // keys in the index
+  int64_t logs, bytes;
+  int64_t bad;         // records and headers that failed their check
+  int64_t torn_bytes;  // behind the last whole record of a log
+  Repeats repeats;     // of all records this object has read
+};
+
+// Any number of threads may use one Table, any number of processes one folder. A forked child may
+// go on using it if no other thread of the parent was in a call. Throws FileError for what the
+// system refuses and std::invalid_argument for what the caller did.
+class Table {
+ public:
+  Table(const std::string& folder, const Fingerprint& fingerprint,
+        const std::optional<std::string>& writer = std::nullopt, bool read_only = false);
+  ~Table();
+  Table(const Table&) = delete;
+  Table& operator=(const Table&) = delete;
+
+  // Absent keys get NaN and 0 tokens.
+  void lookup(const uint8_t* keys,  // (n, 16)
+              size_t n,
+              double* logps,           // (n,)
+              int32_t* tokens) const;  // (n,)
+
+  // Appends the records whose key is not known yet, in one write; returns how many. They are safe
+  // from a crash of the process when it returns, from one of the machine after sync().
+  size_t insert(const uint8_t* keys,    // (n, 16)
+                const double* logps,    // (n,) finite
+                const int32_t* tokens,  // (n,) at least 1
+                size_t n);
+
+  // Reads what others have appended; returns the number of new keys.
+  size_t refresh();
+
+  void sync();
+  void close();
+
+  TableStats stats() const;
+  size_t size() const { return static_cast<size_t>(stats().records); }
+  // Name of the log this process writes: none before the first insert.
+  std::optional<std::string> writer() const;
+
+ private:
+  class Shared;
+  class Exclusive;
+
+  void check_open() const;
+  bool own() const;
+  bool intact() const;
+  std::string path(const std::string& file) const { return folder_ + "/" + file; }
+  void read_logs();
+  bool all_known(const std::vector<Record>& records) const;
+  void take_log();
+  void begin_log(File file, const std::string& name);
+  void drop_log();
+  void append(const std::vector<Record>& records, size_t count);
+  void release();
+
+  const std::string folder_;
+  const Fingerprint fingerprint_;
+  const std::optional<std::string> asked_;
+  const bool read_only_;
+
+  // A waiting writer holds the gate, so a stream of lookups cannot keep it out for ever.
+  mutable std::mutex gate_;
+  mutable std::shared_mutex mutex_;
+  bool closed_ = false;
+  Index index_;
+  std::map<std::string, Log> logs_;  // by file name
+  Repeats repeats_;
+
+  File file_;           // the own log,
+  std::string name_;    // its file name,
+  pid_t owner_;         // the process that opened it: a forked child must not write to it,
+  int64_t end_ = 0;     // and where its whole records end
+  std::atomic<bool> folder_synced_{false};
+};
+
+struct Compaction {
+  int64_t records = 0;  // in the log that was written
+  int64_t bytes_before = 0, bytes_after = 0;
+  int64_t logs_merged = 0, logs_in_use = 0;
+  int64_t bad_dropped = 0, torn_bytes = 0, duplicates_dropped = 0;
+};
+
+// Merges all logs that nobody is writing into one. A crash at any point loses nothing: the result
+// is complete under its name before the first of the merged logs is removed.
+Compaction compact_table(const std::string& folder, const Fingerprint& fingerprint);
+
+}  // namespace realign

@@ -1,0 +1,96 @@
+"""Records whose values follow from their numbers, and the processes of the store's tests."""
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+
+from realign_kernels.refcache.store import compact_table, open_table
+
+FINGERPRINT = bytes(range(1, 17))
+SPAN = 2**40  # the numbers of writer w start at w * SPAN
+
+
+def make(numbers):
+    """Keys, log-probs and tokens of records with these numbers."""
+    numbers = np.asarray(numbers, np.int64)
+    keys = np.zeros((len(numbers), 2), np.int64)
+    keys[:, 0] = numbers
+    return keys.view("V16").ravel(), -1 / (numbers + 3), (numbers % 1000 + 1).astype(np.int32)
+
+
+def find(table, numbers):
+    """(n,) which records are there. A value that is not the record's own is an error."""
+    keys, logps, tokens = make(numbers)
+    found, counts = table.lookup(keys)
+    absent = np.isnan(found) & (counts == 0)
+    right = (found == logps) & (counts == tokens)
+    assert (absent | right).all(), "a wrong value"
+    return right
+
+
+def write(folder, board, number, seconds):
+    """Inserts, reopens now and then, and posts on the board how many records are acknowledged."""
+    posted, until, done = np.memmap(board, np.int64, "r+"), time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        table = open_table(folder, FINGERPRINT)
+        for _ in range(100):
+            count = random.randint(1, 100)
+            assert table.insert(*make(number * SPAN + done + np.arange(count))) == count
+            done += count
+            posted[number] = done
+            time.sleep(0.0005)
+            if time.monotonic() > until:
+                break
+        table.close()
+    return done
+
+
+def read(folder, board, seconds):
+    """Looks up what was posted before its refresh: none of it may be missing."""
+    posted, until, checked = np.memmap(board, np.int64, "r"), time.monotonic() + seconds, 0
+    table = open_table(folder, FINGERPRINT, read_only=True)
+    while time.monotonic() < until:
+        there = np.array(posted)
+        table.refresh()
+        for number, count in enumerate(there.tolist()):
+            if count:
+                numbers = np.random.default_rng(checked).integers(count, size=500)
+                assert find(table, number * SPAN + numbers).all(), "a lost record"
+                find(table, number * SPAN + count + np.arange(300))  # there or not, but right
+                checked += 500
+    stats = table.stats()
+    assert stats["conflicts"] == stats["bad"] == 0 and stats["records"] >= there.sum()
+    return checked
+
+
+def compact(folder, seconds):
+    """Compacts again and again; returns how many logs it merged."""
+    until, merged = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        merged += compact_table(folder, FINGERPRINT)["logs_merged"]
+        time.sleep(0.1)
+    return merged
+
+
+def kill_writer(folder, number):
+    """Forks a writer and kills it at a random moment; returns how many records it acknowledged."""
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        table, done = open_table(folder, FINGERPRINT), 0
+        while True:
+            count = random.randint(1, 400)
+            table.insert(*make(number * SPAN + done + np.arange(count)))
+            done += count
+            os.write(send, done.to_bytes(8, "little"))
+    os.close(send)
+    last = os.read(receive, 8)  # the first batch is in
+    time.sleep(random.random() * 0.003)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while more := os.read(receive, 8 * 8192):
+        last = more[-8:]
+    os.close(receive)
+    return int.from_bytes(last, "little")
