@@ -19,8 +19,6 @@ compared with fp64 first.
 
 import contextlib
 import functools
-import multiprocessing
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -33,10 +31,9 @@ import torch.distributed as dist
 
 from benchmarks import contestants
 from benchmarks.bench_head import ALLOWED, PROMPT, RESPONSE, Case, Shape, make
-from benchmarks.contestants import BETA, CONTESTANTS, DEVICE, EAGER, OURS, TRL
-from benchmarks.memory_worker import step
+from benchmarks.contestants import BETA, DEVICE, EAGER, OURS, TRL
+from benchmarks.memory_worker import Worker, workers
 from benchmarks.race import race
-from benchmarks.step_contestants import allocate
 from realign_kernels import rdpo_loss
 
 NAMES = (OURS, EAGER, TRL)
@@ -48,10 +45,6 @@ AXES = {  # the values of `-m full` come last
 SPLIT = replace(BASE, examples=4, dtype="fp32")
 """The batch that ranks share."""
 RANKS, HEADS, KINDS = (1, 2), ("trainable", "frozen"), ("vocabulary-parallel", "data-parallel")
-ANSWER = 120
-"""Seconds until a process counts as hung."""
-PEAKS = DEVICE == "cuda" or Path("/proc/self/clear_refs").exists()
-"""Whether peaks can be read: on a CPU they come from Linux's /proc."""
 
 
 def shape_at(axis: str, value: int) -> Shape:
@@ -74,69 +67,10 @@ def points():
 case_of = functools.lru_cache(maxsize=1)(Case)
 
 
-class Worker:
-    """A process that answers messages, `serve(*arguments, pipe)`; what it raises ends it."""
-
-    def __init__(self, serve, *arguments) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, there = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
-        self.process.start()
-        there.close()  # or its end would not be seen here
-
-    def read(self):
-        if not self.pipe.poll(ANSWER):
-            raise TimeoutError(f"a process of the benchmark was silent for {ANSWER} s")
-        return self.pipe.recv()
-
-    def close(self) -> None:
-        self.process.kill()  # it has nothing to save
-        self.process.join()
-
-
-def serve_peaks(name: str, pipe) -> None:
-    """Answers a shape with bytes, each from a process that has imported code and run nothing."""
-    allocate("return")
-    CONTESTANTS[name]()
-    while True:
-        shape = pipe.recv()
-        if DEVICE == "cuda":  # its allocator counts, and CUDA does not survive a fork
-            pipe.send(peak(name, shape))
-        elif (child := os.fork()) == 0:
-            pipe.send(peak(name, shape))
-            os._exit(0)
-        elif os.waitpid(child, 0)[1]:
-            raise RuntimeError(f"no peak of {name} at {shape}")
-
-
-def peak(name: str, shape: Shape) -> int:
-    """Bytes of a forward and backward in this process, after a small one that loads the code."""
-    loss = CONTESTANTS[name]()
-    for one in (replace(shape, examples=1, V=512, image_tokens=0), shape):
-        case = Case(one)
-        case.hidden.requires_grad_()
-        found = step(loss, case.hidden, case.weight, case.labels)
-    return found
-
-
 @pytest.fixture(scope="module")
 def peak_of():
-    """peak_of(name, shape): bytes, None where they cannot be read."""
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def worker(name):
-            made = Worker(serve_peaks, name)
-            stack.callback(made.close)
-            return made
-
-        def of(name, shape):
-            if not PEAKS:
-                return None
-            worker(name).pipe.send(shape)
-            return worker(name).read()
-
-        yield of
+    with workers() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,12 @@ def lora_settings(model):
     return {"r": RANK, "lora_alpha": ALPHA, "target_modules": pattern, "task_type": "CAUSAL_LM"}
 
 
+def adamw(model):
+    """Trained parameters and their optimizer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return trained, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+
 class Ours:
     """What `realign.train` does between two lines of its log, in one process.
 
@@ -159,27 +165,18 @@ class Ours:
         of_pairs = replace(feed, examples=pairs, references=references[:2])
         self.feeds = {"rdpo": feed, "dpo": of_pairs}
         self.objectives = {"rdpo": inputs.objective, "dpo": objectives.get("dpo", beta=BETA)}
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        )
+        self.trained, self.optimizer = adamw(model)
 
-    def gradient(self, name, parts, examples):
-        """Loss and gradient norm of an objective over micro-batches, which hold `examples`."""
+    def step(self, name, parts, examples, update=True):
+        """Loss and gradient norm over micro-batches, which hold `examples`, and an update."""
         from realign.training import step
 
         options = {"batch_size": examples, "device": self.device}
         totals = step.accumulate(self.model, parts, self.objectives[name], **options)
-        norm = step.clip(self.trained, 0)
-        return float(totals["loss"]) / examples, float(norm)
-
-    def step(self, name, parts, examples):
-        """The same, and an update."""
-        from realign.training import step
-
-        options = {"batch_size": examples, "device": self.device}
-        totals = step.accumulate(self.model, parts, self.objectives[name], **options)
-        norm = step.clip(self.trained, CLIP)
+        norm = step.clip(self.trained, CLIP if update else 0)
+        if not update:
+            self.optimizer.zero_grad()
+            return float(totals["loss"]) / examples, float(norm)
         found, _ = step.update_and_read(self.optimizer, totals, norm, examples, False)
         self.optimizer.zero_grad()
         return found["loss"], found["grad_norm"]
@@ -192,13 +189,8 @@ class Ours:
             feed = self.feeds[name]
             count = len(feed.examples)
             began = now()
-            found = [feed(range(count))], count
-            if name == "dpo":
-                answer(0.0, *self.gradient(name, *found))
-                self.optimizer.zero_grad()
-            else:
-                loss, norm = self.step(name, *found)
-                answer(now() - began, loss, norm)
+            loss, norm = self.step(name, [feed(range(count))], count, update=name == "rdpo")
+            answer(now() - began, loss, norm)
 
 
 class Released:
@@ -211,7 +203,6 @@ class Released:
     """
 
     def __init__(self, folder, tune, dtype):
-        from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from realign.data.records import read_pairs
@@ -227,29 +218,38 @@ class Released:
             loaded = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=kind)
             return loaded.to(DEVICE)
 
-        self.autocast = torch.autocast(DEVICE, kind, enabled=dtype != "fp32")
-        self.model, self.reference = load(), None
-        self.model.model.vision_tower.requires_grad_(False)
-        if tune == "lora":
-            self.model = get_peft_model(self.model, LoraConfig(**lora_settings(self.model)))
-        else:
-            self.reference = load().requires_grad_(False)
-        move(self.model.train(), tune)
-        whole = self.model.get_base_model() if tune == "lora" else self.model
+        model = load()
+        layout = layout_of(model)
+        self.prepare(model, None if tune == "lora" else load().requires_grad_(False), kind)
         examples, store = encode_records(
             read_pairs(folder / "pairs.parquet"),
             processor,
             objectives.rdpo(),
-            layout=layout_of(whole),
+            layout=layout,
             max_response_tokens=1024,
             max_tokens=2048,
             progress=False,
         )
         self.batches = [self.collate(examples, store, leaf) for leaf in range(3)]
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        )
+
+    def prepare(self, model, reference, kind):
+        """Policy and optimizer; without a reference model the policy gets LoRA."""
+        from peft import LoraConfig, get_peft_model
+
+        model.model.vision_tower.requires_grad_(False)
+        if reference is None:
+            model = get_peft_model(model, LoraConfig(**lora_settings(model)))
+        move(model.train(), "lora" if reference is None else "full")
+        self.model, self.reference = model, reference
+        self.autocast = torch.autocast(DEVICE, kind, enabled=kind != torch.float32)
+        self.trained, self.optimizer = adamw(model)
+
+    def update(self):
+        """Clipping and an optimizer step; returns the gradient norm."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
 
     @staticmethod
     def collate(examples, store, leaf):
@@ -298,9 +298,7 @@ class Released:
             began = now()
             loss = self.loss()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            norm = self.update()
             answer(now() - began, loss.item(), norm.item())
 
 

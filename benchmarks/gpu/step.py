@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.profiler import profile
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
@@ -38,7 +37,7 @@ from benchmarks.models import (
     random_records,
     word_processor,
 )
-from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
+from benchmarks.step_contestants import BETA, DEVICE, lora_settings, now
 from realign import distributed
 from realign.data.records import write_pairs
 from realign.modeling import attention
@@ -109,14 +108,6 @@ class Setting:
             max_tokens=4096,
             progress=False,
         )
-
-    def image_ms(self) -> float:
-        """Milliseconds of the host for decoding and preprocessing an image."""
-        began = time.perf_counter()
-        for one in self.records[:BATCH]:
-            image = one.images[0].open(one.name)
-            self.processor.image_processor(images=image, return_tensors="pt")
-        return 1e3 * (time.perf_counter() - began) / BATCH
 
 
 class Watch:
@@ -199,9 +190,7 @@ class Ours(step_contestants.Ours):
 
     def first(self, name: str) -> tuple[float, float]:
         """Loss and gradient norm of an objective before any update."""
-        found = self.gradient(name, [task() for task in self.tasks(name, 0)], BATCH)
-        self.optimizer.zero_grad()
-        return found
+        return self.step(name, [task() for task in self.tasks(name, 0)], BATCH, update=False)
 
     def train(self, watch: Watch, name: str) -> None:
         """Steps until the watch is over, their micro-batches laid out ahead."""
@@ -211,49 +200,6 @@ class Ours(step_contestants.Ours):
                 watch.begin()
                 self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
                 watch.end()
-
-    def parts(self) -> dict[str, float]:
-        """Milliseconds of the parts of a micro-batch: on the device, and of the host beside it.
-
-        `layout` is work of the host, in a step ahead of the device; the read waits for the device.
-        """
-        marks: list[tuple[str, float, Any]] = []
-
-        def mark(name: str) -> None:
-            event = torch.cuda.Event(enable_timing=True) if CUDA else None
-            if event is not None:
-                event.record()
-            marks.append((name, time.perf_counter(), event))
-
-        backbone = self.model.vlm.model
-        handles = [
-            self.model.register_forward_pre_hook(lambda *_: mark("copy"), prepend=True),
-            backbone.register_forward_pre_hook(lambda *_: mark("vision")),
-            backbone.register_forward_hook(lambda *_: mark("backbone")),
-            self.model.register_forward_hook(lambda *_: mark("head")),
-            self.optimizer.register_step_post_hook(lambda *_: mark("optimizer")),
-        ]
-        now()
-        mark("")
-        parts = [self.tasks("rdpo", WARM)[-1]()]
-        mark("layout")
-        options = {"batch_size": BATCH, "device": self.device}
-        totals = step.accumulate(self.model, parts, self.objectives["rdpo"], **options)
-        mark("backward")
-        norm = step.clip(self.trained, CLIP)
-        mark("clip")
-        step.update_and_read(self.optimizer, totals, norm, BATCH, False)
-        mark("read")
-        self.optimizer.zero_grad()
-        now()
-        for handle in handles:
-            handle.remove()
-        found = {}
-        for (_, before, start), (name, after, end) in itertools.pairwise(marks):
-            if CUDA:
-                found[f"{name}_ms"] = start.elapsed_time(end)
-            found[f"{name}_host_ms"] = 1e3 * (after - before)
-        return found
 
     def waits(self) -> Counter[str]:
         """How often the host waits for the device in a step, by file and line."""
@@ -286,15 +232,9 @@ class Released(step_contestants.Released):
 
     def __init__(self, setting: Setting, micro: int) -> None:
         plain = setting.model("sdpa")
-        self.micro, self.reference = micro, None
+        self.micro = micro
         self.examples, self.store = setting.encode(layout_of(plain))
-        self.model = get_peft_model(plain, LoraConfig(**lora_settings(plain)))
-        self.autocast = torch.autocast(DEVICE, setting.kind, enabled=setting.dtype != "fp32")
-        move(self.model.train(), "lora")
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        )
+        self.prepare(plain, None, setting.kind)
 
     def train(self, watch: Watch) -> tuple[float, float]:
         """Steps until the watch is over; returns loss and gradient norm of the first."""
@@ -309,10 +249,7 @@ class Released(step_contestants.Released):
                 loss = self.loss() * (self.micro / BATCH)
                 loss.backward()
                 total += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            found = float(total), float(norm)
+            found = float(total), float(self.update())
             watch.end()
             first = first or found
         return first
@@ -371,8 +308,6 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
     with record.attempt("kernels of ours"):
         listed = kernels(watch.profiler)
         record("kernels of ours", ms=sum(ms for ms, _ in listed.values()), kernels=listed)
-    with record.attempt("parts of ours"):
-        record("parts of ours", **contestant.parts(), image_ms=setting.image_ms())
     with record.attempt("host waits of ours"):
         waits = contestant.waits()
         record("host waits of ours", waits=waits.total(), where=dict(waits.most_common(12)))
@@ -418,8 +353,7 @@ def released(record: Record, setting: Setting, micro: int) -> None:
 
 GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
     ours: (
-        "ours", "reference pass", "kernels of ours", "parts of ours", "host waits of ours",
-        "ours, DPO",
+        "ours", "reference pass", "kernels of ours", "host waits of ours", "ours, DPO",
     ),
     trl: ("TRL DPO",),
     released: ("released",),
