@@ -230,7 +230,7 @@ def test_head(benchmark, case_of, memory, shape, name):
         suite="head",
         case=shape.case,
         contestant=name,
-        role={LIMIT: "limit", OURS: "ours"}.get(name, "peer"),
+        role="limit" if name == LIMIT else None,
         call=case.gemms() if loss is None else lambda: case.step(loss),
         ours=None if name == OURS else lambda: case.step(mine),
         error=error,

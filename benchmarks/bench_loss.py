@@ -125,7 +125,6 @@ def test_loss(benchmark, kind, examples, name):
         suite="loss",
         case=case.case,
         contestant=name,
-        role="ours" if name == OURS else "peer",
         call=lambda: case.step(loss),
         ours=None if name == OURS else lambda: case.step(mine),
         budget=1.0,

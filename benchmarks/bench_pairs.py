@@ -94,20 +94,18 @@ def search(count: int):
 
 
 def timed(benchmark, what, count, unit, contestant, call, ours=None, **case):
-    """Races `call`, which does `count` things of `unit`, with ours."""
+    """Races `call`, which handles `count` things of `unit`, with ours."""
     race(
         benchmark,
         f"pairs, {what}, {count} {unit}",
         suite="pairs",
         case={"what": what, "count": count} | case,
         contestant=contestant,
-        role="ours" if ours is None else "peer",
         call=call,
         ours=ours,
+        things=(count, unit),
         budget=2.0,
     )
-    if benchmark.stats is not None:  # --benchmark-disable leaves no stats
-        benchmark.extra_info.update(rate=count / benchmark.stats.stats.median, unit=unit)
 
 
 @pytest.mark.parametrize("name", [OURS, "one image at a time"])

@@ -113,7 +113,6 @@ def test_scaling(benchmark, fit, peak_of, axis, value, name):
         suite="scaling",
         case=shape.case | {"T": case.labels.shape[-1], "axis": axis, "value": value},
         contestant=name,
-        role="ours" if name == OURS else "peer",
         call=lambda: case.step(loss),
         ours=None if name == OURS else lambda: case.step(mine),
         budget=0.6,

@@ -146,7 +146,6 @@ def test_step(benchmark, setting, contestant):
         suite="step",
         case=setting.case,
         contestant=contestant,
-        role="ours" if contestant == OURS else "peer",
         call=setting.process(name).timed(*words),
         ours=None if contestant == OURS else ours.timed(),
         bytes=taken,

@@ -87,7 +87,7 @@ def staging(record: Record) -> dict:
 
 def one_rank(record: Record) -> dict:
     """Gradients of a step under FSDP2 on a mesh of one against the plain model's, in fp32."""
-    vlm = random_llava(hidden=64, intermediate=128, layers=2, heads=4)
+    vlm = random_llava(64, 128, 2, 4)
     plain, sharded = ForestModel(vlm), ForestModel(copy.deepcopy(vlm))
     examples, store = random_pairs(2, prompt=12, response=9)
     batch = build_batch(examples, store, row_tokens=sum(e.longest_tree for e in examples))

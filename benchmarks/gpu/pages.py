@@ -250,8 +250,8 @@ def readme_sentence(check: Check) -> str:
         f"**On a GPU** ({check.machine}): a LoRA step of rDPO with LLaVA-1.5-7B, random weights, "
         f"was {slower('TRL DPO')} times faster than TRL's DPO and {slower('released')} times "
         "faster than three plain sequences as in the authors' release (medians of five steps; ours "
-        f"took {', '.join(map(number, sorted(each)))} s). The head took {head('frozen')} times as long "
-        f"as its GEMMs by cuBLAS when frozen, {head('trained')} times when it trained. Peers: "
+        f"took {', '.join(map(number, sorted(each)))} s). The head took {head('frozen')} times as "
+        f"long as its GEMMs by cuBLAS when frozen, {head('trained')} times when it trained. Peers: "
         f"{'; '.join(peers) or 'no contestant is faster in any case'}. GPU targets: "
         f"{verdicts(check)}."
     )

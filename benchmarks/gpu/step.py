@@ -26,8 +26,7 @@ from torch.profiler import profile
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from benchmarks import step_contestants
-from benchmarks.gpu.measure import kernel_seconds
-from benchmarks.gpu.profiled import WATCHED, kernels
+from benchmarks.gpu.measure import WATCHED, kernel_seconds, kernels
 from benchmarks.gpu.record import RESULTS, Record, latest, read
 from benchmarks.models import (
     LLAVA_7B,
