@@ -258,10 +258,8 @@ class Trl:
     """TRL's DPOTrainer and its own loop; from its `on_step_begin` to `on_step_end`."""
 
     def __init__(self, setting: Setting, micro: int) -> None:
-        from benchmarks.trl_dpo import dpo_trainer
-
         model = setting.model("sdpa")
-        self.trainer = dpo_trainer(
+        self.trainer = step_contestants.dpo_trainer(
             model, setting.processor, setting.folder, "lora", lora_settings(model),
             dtype=setting.dtype, device=DEVICE, per_device_train_batch_size=micro,
             gradient_accumulation_steps=BATCH // micro, max_steps=STEPS,
