@@ -150,7 +150,9 @@ def run(record: Record) -> None:
         killed = start("killed", words=f"{single} fp32", environment=FP32 | ONE_RANK)
         whole = start("fp32", words=f"{single} fp32", environment=FP32)
         bf16 = start("bf16", words=f"{single} bf16", environment=ONE_RANK)
-        cpu = start("cpu", words=f"{single} fp32", environment=CPU | ONE_RANK)
+        cpu = whole  # in a rehearsal
+        if not record.rehearse:
+            cpu = start("cpu", words=f"{single} fp32", environment=CPU | ONE_RANK)
         with record.attempt("killed and resumed"):
             died = killed.kill()
             again = start("killed", words=f"{single} fp32 --resume", environment=FP32 | ONE_RANK)

@@ -1,8 +1,6 @@
 """GPU check: rehearsals of the parts attention, step and train, and the 7B of a step."""
 
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,31 +10,16 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.gpu import attention, step, train
-from benchmarks.gpu.record import failed, latest, read
+from benchmarks.gpu.record import RESULTS, Record, failed, latest, read
 from benchmarks.models import LLAVA_7B, llava_config, random_on
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def rehearse(made_once):
-    """rehearse(part): the lines of its cases by name, from a process as the check starts them."""
-
-    def lines(part):
-        def make(folder):
-            folder.mkdir()
-            command = [sys.executable, "-m", "benchmarks.gpu.worker", f"benchmarks.gpu.{part}"]
-            command += ["--out", folder, "--seconds", "300", "--call", "1", "--rehearse"]
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr[-2000:]
-
-        found = latest(read(made_once(f"gpu-{part}", make) / "results.jsonl"))
-        return {case: line for (_, case), line in found.items()}
-
-    return lines
+def rehearse(part, folder):
+    """The lines of the cases of a part by name, at toy sizes, in this process."""
+    part.run(Record(folder, "part", rehearse=True, seconds=300, call=1))
+    return {case: line for (_, case), line in latest(read(folder / RESULTS)).items()}
 
 
 def assert_finite(line):
@@ -46,16 +29,14 @@ def assert_finite(line):
     assert numbers and all(map(math.isfinite, numbers)), line
 
 
-def test_attention_by_each_implementation_is_that_of_fp32(rehearse):
-    lines = rehearse("attention")
+def test_attention_by_each_implementation_is_that_of_fp32(tmp_path):
+    lines = rehearse(attention, tmp_path)
     assert list(lines) == list(attention.CASES)
     for case, line in lines.items():
         assert_finite(line)
-        if case == "tree, cuDNN on":
-            assert line["calls"] == 4  # of 6: each takes 0.7 s to plan on a GPU
-        else:  # bf16 keeps 8 bits; probabilities and outputs are rounded to it
-            assert line["output_error"] < 2**-8, case
-            assert line.get("gradient_error", 0) < 2**-7, case
+        # bf16 keeps 8 bits; probabilities and outputs are rounded to it.
+        assert line["output_error"] < 2**-8, case
+        assert line.get("gradient_error", 0) < 2**-7, case
 
 
 def test_the_attention_of_the_7b_is_24_calls_of_different_lengths():
@@ -65,8 +46,8 @@ def test_the_attention_of_the_7b_is_24_calls_of_different_lengths():
     assert len(set(sizes)) > 20
 
 
-def test_contestants_of_a_step_compute_the_same(rehearse):
-    lines = rehearse("step")
+def test_contestants_of_a_step_compute_the_same(tmp_path):
+    lines = rehearse(step, tmp_path)
     cases = [case for group in step.GROUPS.values() for case in group]
     assert set(lines) == {*cases, "ours against TRL DPO", "ours against released"}
     for case, line in lines.items():
@@ -80,8 +61,8 @@ def test_contestants_of_a_step_compute_the_same(rehearse):
     assert len(lines["ours"]["each"]) == step.TIMED
 
 
-def test_training_on_a_device_and_a_killed_run(rehearse):
-    lines = rehearse("train")
+def test_training_on_a_device_and_a_killed_run(tmp_path):
+    lines = rehearse(train, tmp_path)
     for line in lines.values():
         assert_finite(line)
     assert lines["fp32 against CPU"]["largest"] < 1e-5  # both ran on a CPU
