@@ -53,7 +53,7 @@ def study(config: StudyConfig) -> None:
     check_file("--docs", Path(config.docs) / "study.md")
     if not config.report:
         check_folder("--output", config.output)
-    from experiments.study import plots, report, runs
+    from experiments.study import page, plots, runs
     from experiments.study.arms import ARMS_OF
     from experiments.study.testbed import TESTBEDS
 
@@ -69,10 +69,8 @@ def study(config: StudyConfig) -> None:
     for name, results in found.items():
         plots.draw(kept / f"{name}.png", results)
         plots.draw_curves(kept / f"{name}-curves.png", results)
-    write_whole(Path(config.docs) / "study.md", report.page(found, beds))
-    print(
-        "\n".join(sentence for said in report.findings(found, beds).values() for sentence in said)
-    )
+    write_whole(Path(config.docs) / "study.md", page.page(found, beds))
+    print("\n".join(sentence for said in page.findings(found, beds).values() for sentence in said))
 
 
 def _check_installed(module: str) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.digits_pretrain import pretrain
+from experiments.study import photographs
 from realign.data.records import Record, StoredImage
-from realign.digits.scenes import CAPTION_PROMPT, Scene, make_scenes
+from realign.digits.scenes import CAPTION_PROMPT, Scene, handwritten, make_scenes
 from realign.evaluate import EVALUATION_SEED
 
 TUNING_SEED = 100
@@ -25,7 +26,7 @@ TUNING_SEED = 100
 class Testbed:
     """Kind and sizes; `TESTBEDS` are what docs/study.md reports."""
 
-    pictures: str = "digits"  # or "photographs", see `make_scenes`
+    pictures: str = "digits"  # or "photographs"
     noise: float = 0.25  # grey levels
     follow: float = 0.99  # share of rows that follow the prior
     base_steps: int = 1000
@@ -37,6 +38,7 @@ class Testbed:
     biased_scenes: int = 500  # test scenes in which the prior holds
 
 
+GLYPHS = {"digits": handwritten, "photographs": photographs.patches}
 TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1)}
 
 
@@ -47,7 +49,7 @@ def make_base(folder: Path, bed: Testbed, seed: int) -> None:
         seed,
         noise=bed.noise,
         follow=bed.follow,
-        pictures=bed.pictures,
+        glyphs=GLYPHS[bed.pictures],
         completions=True,
         progress=False,
     )
@@ -66,7 +68,7 @@ def source_records(bed: Testbed, seed: int) -> list[Record]:
         seed=seed,
         noise=bed.noise,
         follow=bed.follow,
-        pictures=bed.pictures,
+        glyphs=GLYPHS[bed.pictures],
     )
     return [
         Record(f"scene-{i:05d}", prompt, s.caption, "", (StoredImage.from_pil(s.image),))
@@ -88,6 +90,6 @@ def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[
         seed=own,
         noise=bed.noise,
         follow=bed.follow,
-        pictures=bed.pictures,
+        glyphs=GLYPHS[bed.pictures],
     )
     return scenes, own

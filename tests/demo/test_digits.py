@@ -11,7 +11,8 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign.digits import ASSETS, photographs
+from experiments.study import photographs
+from realign.digits import ASSETS
 from realign.digits.processor import build_processor, vocabulary
 from realign.digits.scenes import (
     CAPTION_PROMPT,
@@ -76,7 +77,7 @@ def test_scenes_of_photographs_show_those_they_name():
             for patch in (found * 255).astype(np.uint8)
         }
         for scene in make_scenes(
-            30, biased=False, split=split, noise=0.0, pictures="photographs", seed=3
+            30, biased=False, split=split, noise=0.0, glyphs=photographs.patches, seed=3
         ):
             pixels = np.asarray(scene.image)
             cells = [(0, 0), (0, CELL), (CELL, 0), (CELL, CELL)]  # the order of PLACES
@@ -88,8 +89,6 @@ def test_photographs_need_scikit_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ValueError, match=r"realign\[study\]"):
         photographs.patches.__wrapped__("train")
-    with pytest.raises(ValueError, match="pictures is 'paintings'"):
-        make_scenes(1, biased=True, pictures="paintings")
 
 
 def test_scenes_show_the_digits_they_name():

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from experiments.digits_pretrain import _completion
-from experiments.study import analysis, report, runs
+from experiments.study import analysis, page, runs
 from experiments.study.__main__ import main
 from experiments.study.arms import (
     ARMS,
@@ -99,7 +99,7 @@ def test_one_seed_has_no_interval_and_tuning_is_no_seed():
     ],
 )
 def test_the_finding_says_what_came_out(rdpo, words):
-    assert words in report.finding("digits", both([0.30] * len(rdpo), rdpo))
+    assert words in page.finding("digits", both([0.30] * len(rdpo), rdpo))
 
 
 def test_rates_go_on_past_an_end_that_is_best():
@@ -280,7 +280,7 @@ def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
     digits, photographs = (tmp_path / "study.md").read_text().split("## Photographs")
     said = capsys.readouterr().out
     for name, results in (("digits", every), ("photographs", found)):
-        sentence = report.finding(name, results)
+        sentence = page.finding(name, results)
         assert sentence in digits and sentence in said  # all findings stand at the top
         assert (tmp_path / "study" / f"{name}.png").stat().st_size > 5000
     assert re.search(r"\| dpo \| 31\.0 \[18\.3, 43\.7\] \|.*\| 1000 \|", digits)  # 12.706 * 0.01
@@ -300,21 +300,21 @@ def test_two_runs_of_the_same_seeds_count_each_seed_once():
     # (-0.10 - 0.20) / 2 and (-0.08 - 0.10) / 2 are -0.15 and -0.09; t of one degree is 12.706.
     assert (gap.value, gap.low) == pytest.approx((-0.12, -0.12 - 12.7062 * 0.03), abs=1e-5)
     found = {"digits": runs_[0], "digits-again": runs_[1]}
-    said = report.findings(found, dict.fromkeys(found, TESTBEDS["digits"]))
+    said = page.findings(found, dict.fromkeys(found, TESTBEDS["digits"]))
     first, *each = said["digits"]
     assert "23.5 against 35.5 %, a difference of -12.0 [-50.1, +26.1] points, averaged by" in first
-    assert len(each) == 2 and report.finding("digits", runs_[0])[1:] in each[0]
+    assert len(each) == 2 and page.finding("digits", runs_[0])[1:] in each[0]
     assert each[1].startswith("In the run `digits-again`: after rDPO the model misnames")
-    page = report.page(found, dict.fromkeys(found, TESTBEDS["digits"]))
+    page = page.page(found, dict.fromkeys(found, TESTBEDS["digits"]))
     assert "## Digits, again\n" in page and "Not run yet: photographs." in page
 
 
 def test_page_and_readme_say_what_the_kept_runs_say():
     docs = Path(__file__).parents[2] / "docs"
     found, beds = runs.read_kept(docs / "study")
-    assert (docs / "study.md").read_text() == report.page(found, beds)
+    assert (docs / "study.md").read_text() == page.page(found, beds)
     readme = " ".join((docs.parent / "README.md").read_text().split())
-    for sentence, *_ in report.findings(found, beds).values():
+    for sentence, *_ in page.findings(found, beds).values():
         assert sentence in readme
     bullet = readme.split("**The study**")[1].split("##")[0]
     quoted = re.findall(r"(\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\]", bullet)
