@@ -1,10 +1,11 @@
-"""The page of the study, made of its results alone."""
+"""Generated blocks of docs/study.md, from the results of the study."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
+from benchmarks.tables import table
 from experiments.study.analysis import (
     Mean,
     Results,
@@ -78,48 +79,41 @@ def _word(gap: Mean) -> str:
     return "neither clearly fewer nor clearly more"
 
 
-def page(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
-    """The text of docs/study.md.
+def blocks(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> dict[str, str]:
+    """Generated blocks of docs/study.md: the findings, and the tables of each run by its name.
 
     Args:
         found: name of a run -> its results.
-        testbeds: name of a run -> what it was judged on.
+        testbeds: name of a run -> its testbed.
     """
-    count = sum(len(results) for results in found.values())
     sentences = [s for said in findings(found, testbeds).values() for s in said]
-    said = "\n".join(f"- {sentence}" for sentence in sentences)
-    bed, ends = next(iter(testbeds.values())), {"lowest": LOWEST, "highest": HIGHEST}
-    parts = [_HEAD.format(findings=said, count=count, bed=bed, **ends)]
-    ran = {bed.pictures for bed in testbeds.values()}
-    if absent := [pictures for pictures in ARMS_OF if pictures not in ran]:
-        parts += [f"Not run yet: {', '.join(absent)}.", ""]
-    for name, results in found.items():
-        seeds = {r["seed"] for r in results} - {TUNING_SEED}
-        pictures = testbeds[name].pictures
-        about = (_ABOUT[pictures] if name == pictures else _AGAIN).format(
-            bed=testbeds[name], seeds=len(seeds), pictures=pictures
-        )
-        parts += [f"## {name.replace('-', ', ').capitalize()}", "", about]
-        arms = {arm.name for arm in ARMS_OF[pictures]}
-        if lacking := [a.name for a in ARMS_OF[pictures] if not complete(results, [a.name])]:
-            parts += [f"Not run here: {', '.join(lacking)}.", ""]
-        parts += [f"![every arm](study/{name}.png)", ""]
-        shown: set[str] = set()
-        for title, names in SECTIONS.items():
-            names = [n for n in names if n in arms | {"base"}]
-            if complete(results, names) and set(names) - shown:
-                parts += [f"### {title}", "", _table(results, names), ""]
-            shown |= set(names)
-        if drawn := curves_of(results):
-            parts += [f"![{' and '.join(drawn)}](study/{name}-curves.png)", ""]
-        parts += ["### Paired tests", "", _TESTS, "", _comparisons(results), ""]
-        if tuning_of(results):
-            parts += ["### Learning rates", "", _RATES, "", _tuning(results), ""]
-    return "\n".join(parts)
+    tables = {name: run_block(name, found[name], testbeds[name].pictures) for name in found}
+    return {"findings": "\n".join(f"- {sentence}" for sentence in sentences)} | tables
+
+
+def run_block(name: str, results: Results, pictures: str) -> str:
+    """Plots, tables, paired tests and learning rates of a run, as far as its arms were run."""
+    arms = [arm.name for arm in ARMS_OF[pictures]]
+    parts = []
+    if lacking := [arm for arm in arms if not complete(results, [arm])]:
+        parts.append(f"Not run here: {', '.join(lacking)}.")
+    parts.append(f"![every arm](study/{name}.png)")
+    shown: set[str] = set()
+    for title, names in SECTIONS.items():
+        names = [n for n in names if n in (*arms, "base")]
+        if complete(results, names) and set(names) - shown:
+            parts += [f"### {title}", _table(results, names)]
+        shown |= set(names)
+    if drawn := curves_of(results):
+        parts.append(f"![{' and '.join(drawn)}](study/{name}-curves.png)")
+    parts += ["### Paired tests", _comparisons(results)]
+    if tuning_of(results):
+        parts += ["### Learning rates", _tuning(results)]
+    return "\n\n".join(parts)
 
 
 def _table(results: Results, names: Sequence[str]) -> str:
-    lines = [["", *COLUMNS.values(), "pairs"]]
+    lines = []
     for name in names:
         cells = []
         for metric in COLUMNS:
@@ -127,7 +121,7 @@ def _table(results: Results, names: Sequence[str]) -> str:
             cells.append(_shown(mean(found.values()), 100 if metric in _SHARES else 1)
                          if found else "")  # fmt: skip
         lines.append([name, *cells, _pairs(results, name)])
-    return _markdown(lines)
+    return table(["", *COLUMNS.values(), "pairs"], lines)
 
 
 def _pairs(results: Results, name: str) -> str:
@@ -141,18 +135,18 @@ def _pairs(results: Results, name: str) -> str:
 
 
 def _comparisons(results: Results) -> str:
-    lines = [["first", "second", "second - first, points", "p", "p, Holm"]]
+    lines = []
     for d in differences(results, [PRIMARY], "hallucination_rate"):
         lines.append([d.first, d.second, _points(d.mean), f"{d.p:.2g}", ""])
     for d in differences(results, COMPARISONS, "hallucination_rate"):
         lines.append([d.first, d.second, _points(d.mean), f"{d.p:.2g}", f"{d.adjusted:.2g}"])
-    return _markdown(lines)
+    return table(["first", "second", "second - first, points", "p", "p, Holm"], lines)
 
 
 def _tuning(results: Results) -> str:
     tuning = tuning_of(results)
     rates = sorted({rate for tried in tuning.values() for rate in tried})
-    lines = [["misnamed, %", *(f"{rate:g}" for rate in rates)]]
+    lines = []
     for name, tried in tuning.items():
         cells = [_percent(tried[rate]) if rate in tried else "" for rate in rates]
         taken = rates.index(best_rate(tried))
@@ -163,12 +157,8 @@ def _tuning(results: Results) -> str:
         if (rate := best_rate(tried)) in (LOWEST, HIGHEST):
             ends.setdefault(rate, []).append(name)
     said = [f"At {rate:g}, the last tried: {', '.join(ends[rate])}." for rate in sorted(ends)]
-    return "\n\n".join([_markdown(lines), *said])
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+    columns = ["misnamed, %", *(f"{rate:g}" for rate in rates)]
+    return "\n\n".join([table(columns, lines), *said])
 
 
 def _shown(found: Mean, scale: float) -> str:
@@ -184,58 +174,3 @@ def _points(found: Mean) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-_HEAD = """# The study
-
-{findings}
-
-`python -m experiments.study` repeats every run; `study/*.jsonl` keeps all {count} of them with
-settings, metrics and what each model said, scene by scene. Page and plots are made of them alone.
-Means hide the seeds; the plots show them. The digits take some two and a half hours on two cores
-(AVX2), the photographs took 36 minutes (AVX-512).
-
-A scene shows four pictures of ten kinds, which the number words name. In the scenes that a base is
-pretrained on ({bed.base_steps} steps) the right picture of a row follows from the left one in
-{bed.follow:.0%} of rows. In the test scenes ({bed.scenes}, of pictures never trained on) it does
-not, and a base that leans on the prior misnames pictures; where it does, the prior helps
-({bed.biased_scenes} more scenes, also of pictures never trained on). Each seed has a base, pairs
-(of {bed.records} scenes) and an order of its own; training is {bed.steps} steps of
-{bed.batch_size} pairs, LoRA of rank {bed.lora_rank}: equal steps, not equal compute, as rDPO reads
-three sequences for DPO's two.
-
-Each method, each kind of negative and each way to make pairs has a learning rate of its own: the
-best of four, and of further ones by factors of two where the best is an end, from {lowest:g} to
-{highest:g}, on a seed that is not reported; below its table stands whose best is one of these two.
-That seed has other test scenes of the same test pictures. Arms that vary weight, beta or k take the
-rate of their method.
-
-Numbers are means over seeds with Student's 95 % interval: over bases, pairs and trainings, not over
-scenes, which are the same for all. One word of a caption is masked unless said otherwise. SymMPO's
-response to the retrieved image is that scene's caption; mDPO's negative is a crop. Margins are of
-rewards and so scale with beta; those of `released` are no log-ratios and say nothing.
-"""
-_ABOUT = {
-    "digits": """\
-Handwritten digits with pixel noise of {bed.noise} grey levels; {seeds} seeds. Noise, prior and
-length of pretraining were fixed by looking at bases alone. How DPO and rDPO do on the easier digits
-of the demo was known.
-""",
-    "photographs": """\
-Patches of ten photographs of scikit-image (brick, gravel, a cat, a cup of coffee, stars, tissue, a
-retina, a rocket, the moon, cells; four are grey) with noise of {bed.noise}; {seeds} seeds. Test
-patches come from stripes of the photographs that are not trained on. Photographs and noise were
-fixed by small classifiers and bases alone.
-""",
-}
-_AGAIN = """\
-The {pictures} once more, {seeds} seeds, with the learning rates that the first run found, on a CPU
-with AVX-512 where the first had AVX2 alone. Its sums round otherwise, which a thousand steps of
-pretraining amplify: the bases are others.
-"""
-_TESTS = (
-    "Differences are paired by seed; p is of the paired t-test. The first line is the question of "
-    "the study. The others were chosen before any arm was run on this testbed; their p is "
-    "corrected together, by Holm. Below 0 the second misnames fewer."
-)
-_RATES = "Misnamed pictures on the tuning seed; the rate in bold is taken."

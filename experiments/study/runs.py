@@ -12,6 +12,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -288,20 +289,16 @@ def _claim(folder: Path, bed: Testbed) -> None:
 
 @contextlib.contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; what they print goes nowhere."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_hush) as pool:
-            yield pool
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    """Processes of one thread each; their output is discarded."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_silence) as pool,
+    ):
+        yield pool
 
 
-def _hush() -> None:
+def _silence() -> None:
     import torch
 
     from realign.third_party import silence_third_party
@@ -330,7 +327,7 @@ def _run(pool: ProcessPoolExecutor, title: str, jobs: Iterable[Job]) -> None:
         for done in tqdm(as_completed(running), total=len(running), desc=title, unit="job"):
             done.result()
     except (RuntimeError, BrokenExecutor) as error:
-        raise ValueError(f"{title}: {error}. Mend it and run the same command again.") from error
+        raise ValueError(f"{title}: {error}. Fix it and run the same command again.") from error
     finally:
         for job in running:
             job.cancel()

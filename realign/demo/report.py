@@ -1,4 +1,4 @@
-"""Report of the demo, report.png: rates, training curves, some pairs, and captions before and after."""
+"""Report of the demo, report.png: rates, training curves, pairs, captions before and after."""
 
 from __future__ import annotations
 
