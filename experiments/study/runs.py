@@ -264,7 +264,7 @@ def _write_result(
         "metrics": rates | {"exact_captions": exact} | margins,
         "named": _digits(found.named),
         "named_biased": _digits(biased.named),
-        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in found.said),
+        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in found.answered),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(result) + "\n")

@@ -80,6 +80,7 @@ def handwritten(split: str) -> dict[int, np.ndarray]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
+    assert isinstance(data, dict)
     part = slice(-TEST_DIGITS, None) if split == "test" else slice(None, -TEST_DIGITS)
     images, targets = data["images"][part] / 16.0, data["target"][part]
     return {digit: images[targets == digit].astype(np.float32) for digit in range(10)}

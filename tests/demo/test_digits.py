@@ -55,10 +55,11 @@ def test_train_and_test_share_no_handwritten_digit():
 
 
 def test_train_and_test_patches_of_a_photograph_share_no_pixel(monkeypatch):
-    def numbered(photograph):  # every pixel tells its place
+    def numbered(photograph):  # every pixel of the scaled photograph is its own number
         rows, columns = photograph.shape[:2]
-        grid = np.arange(rows * columns, dtype=np.float64).reshape(rows, columns, 1)
-        return np.repeat(grid, 3, 2)
+        scale = photographs.SHORT_SIDE / min(rows, columns)
+        size = round(rows * scale), round(columns * scale)
+        return np.repeat(np.arange(size[0] * size[1], dtype=np.float64).reshape(*size, 1), 3, 2)
 
     monkeypatch.setattr(photographs, "_pixels", numbered)
     pixels = {split: photographs.patches.__wrapped__(split) for split in ("train", "test")}
