@@ -8,7 +8,6 @@ they are freed, so the peak is that of live tensors. On CUDA the device's alloca
 
 import contextlib
 import functools
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,32 +17,10 @@ import torch
 
 from benchmarks.bench_head import Case, Shape
 from benchmarks.contestants import CONTESTANTS, DEVICE
-from benchmarks.step_contestants import allocate, memory
+from benchmarks.step_contestants import Worker, allocate, memory
 
-ANSWER = 120
-"""Seconds until a process counts as hung."""
 MEASURED = DEVICE == "cuda" or Path("/proc/self/clear_refs").exists()
 """Whether peaks can be read: on a CPU they come from Linux's /proc."""
-
-
-class Worker:
-    """A process that answers messages, `serve(*arguments, pipe)`; an exception in it ends it."""
-
-    def __init__(self, serve, *arguments) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, there = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
-        self.process.start()
-        there.close()  # or its end would not be seen here
-
-    def read(self):
-        if not self.pipe.poll(ANSWER):
-            raise TimeoutError(f"a process of the benchmark was silent for {ANSWER} s")
-        return self.pipe.recv()
-
-    def close(self) -> None:
-        self.process.kill()  # it has nothing to save
-        self.process.join()
 
 
 def start() -> int:

@@ -1,15 +1,13 @@
-"""A contestant of the training step in its own process: `-m benchmarks.step_contestants NAME ...`.
+"""Contestants of the training step, each served by a process of its own (`serve`).
 
-Each line of its standard input is an optimizer step, `keep`, `labelled` or `dpo` saying how; the
-answer is JSON: seconds, loss, gradient norm, memory so far. All start from one policy, moved from
-the reference by noise of the name. Timed: forward, backward, clipping, optimizer; no preprocessing.
+A message is an optimizer step, a tuple of the words `keep`, `labelled` and `dpo`. All start from
+one policy, moved from the reference by noise of the name. Timed: forward, backward, clipping,
+optimizer; no preprocessing.
 """
 
-import argparse
 import ctypes
-import json
+import multiprocessing
 import os
-import sys
 import time
 import zlib
 from dataclasses import replace
@@ -21,6 +19,28 @@ from torch.nn.utils.rnn import pad_sequence
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, ALPHA = 128, 256.0  # the paper's, and the defaults of realign.train
+
+
+class Worker:
+    """A process that answers messages, `serve(*arguments, pipe)`; an exception in it ends it."""
+
+    def __init__(self, serve, *arguments, silence: float | None = 120) -> None:
+        """`silence`: seconds until the process counts as hung."""
+        self.silence = silence
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, there = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
+        self.process.start()
+        there.close()  # or its end would not be seen here
+
+    def read(self):
+        if not self.pipe.poll(self.silence):
+            raise TimeoutError(f"a process of the benchmark was silent for {self.silence} s")
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.process.kill()  # it has nothing to save
+        self.process.join()
 
 
 def memory():
@@ -422,29 +442,14 @@ class Trl:
 CONTESTANTS = {"ours": Ours, "trl": Trl, "released": Released}
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=CONTESTANTS)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("tune", choices=("lora", "full"))
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
-    arguments = parser.parse_args()
+def serve(name, folder, tune, dtype, pipe):
+    """Answers each tuple of words with a step: seconds, loss, gradient norm, memory so far."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     allocate("return")
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
+    contestant = CONTESTANTS[name](Path(folder), tune, dtype)
+    pipe.send({"imported": contestant.imported["VmRSS"]})
 
-    def tell(**found):
-        print(json.dumps(found | memory()), file=out, flush=True)
+    def answer(*found):
+        pipe.send(dict(zip(("seconds", "loss", "norm"), found, strict=True)) | memory())
 
-    where = (arguments.folder, arguments.tune, arguments.dtype)
-    contestant = CONTESTANTS[arguments.name](*where)
-    tell(imported=contestant.imported["VmRSS"])
-    names = ("seconds", "loss", "norm")
-    contestant.serve(
-        (line.split() for line in sys.stdin),
-        lambda *found: tell(**dict(zip(names, found, strict=True))),
-    )
-
-
-if __name__ == "__main__":
-    main()
+    contestant.serve(iter(pipe.recv, None), answer)

@@ -30,7 +30,6 @@ from realign.modeling.layouts import Layout
 Attend = Callable[..., Tensor]
 """(queries, keys, values), each (1, heads, T, D) -> output of that shape."""
 
-LIMIT = 45.0
 TORCH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -18,7 +18,6 @@ from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss, use_backend
 from realign_kernels.backends.triton import exp_head
 
-LIMIT = 70.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 SIZES = {

@@ -12,10 +12,7 @@ import statistics
 import tempfile
 import time
 import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +48,6 @@ from realign.training import fsdp, step
 from realign.training.inputs import Inputs
 from realign_kernels import objectives
 
-LIMIT = 160.0
 BATCH = 4
 """Examples in a step."""
 WARM, TIMED = 2, 5
@@ -200,31 +196,6 @@ class Ours(step_contestants.Ours):
                 self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
                 watch.end()
 
-    def waits(self) -> Counter[str]:
-        """How often the host waits for the device in a step, by file and line."""
-        parts = [task() for task in self.tasks("rdpo", WARM)]
-        with warnings.catch_warnings(record=True) as caught, waits_warn():
-            warnings.simplefilter("always")
-            self.step("rdpo", parts, BATCH)
-        return Counter(
-            f"{Path(one.filename).name}:{one.lineno}"
-            for one in caught
-            if "called a synchronizing" in str(one.message)
-        )
-
-
-@contextmanager
-def waits_warn() -> Iterator[None]:
-    """Python warnings where the host waits for a CUDA device; none on a CPU."""
-    if not CUDA:
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
 
 class Released(step_contestants.Released):
     """Three plain sequences, padded; a live reference; full logits in fp32."""
@@ -305,9 +276,6 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
     with record.attempt("kernels of ours"):
         listed = kernels(watch.profiler)
         record("kernels of ours", ms=sum(ms for ms, _ in listed.values()), kernels=listed)
-    with record.attempt("host waits of ours"):
-        waits = contestant.waits()
-        record("host waits of ours", waits=waits.total(), where=dict(waits.most_common(12)))
     with record.attempt("ours, DPO"):
         timed("ours, DPO", "dpo")
 
@@ -350,7 +318,7 @@ def released(record: Record, setting: Setting, micro: int) -> None:
 
 GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
     ours: (
-        "ours", "reference pass", "kernels of ours", "host waits of ours", "ours, DPO",
+        "ours", "reference pass", "kernels of ours", "ours, DPO",
     ),
     trl: ("TRL DPO",),
     released: ("released",),

@@ -24,7 +24,6 @@ from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.training.checkpoint import Checkpoints
 from realign.training.throughput import TIMING
 
-LIMIT = 60.0
 MARGIN = 6.0
 """Seconds before the limit at which runs are ended, so that their output is recorded."""
 STEPS, TOY_STEPS = 24, 8

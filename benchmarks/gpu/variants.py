@@ -23,7 +23,6 @@ from realign_kernels.backends.triton.forward import head_stats
 from realign_kernels.backends.triton.logits import device_facts
 from realign_kernels.backends.triton.rows import read_rows
 
-LIMIT = 600.0  # what is left of the budget
 SIZE = ((4096, 4096, 128256), (20, 24, 150))
 """N, H, V on the device and in a rehearsal."""
 CHUNK = 2048

@@ -67,19 +67,19 @@ PROBES = {
 
 @pytest.fixture
 def run_parts(tmp_path):
-    """run_parts(*parts, limit): runs the command on probes; returns (exit code, table, lines)."""
+    """run_parts(*parts): runs the command on probes; returns (exit code, table, lines)."""
     folder = tmp_path / "probes"
     folder.mkdir()
     (folder / "__init__.py").touch()
 
-    def call(*parts, limit=20.0):
+    def call(*parts):
         for part in parts:
             lines = PROBES[part].replace("\n        ", "\n")
-            (folder / f"{part}.py").write_text(f"LIMIT = {limit / gpu.REHEARSAL}\n{lines}\n")
+            (folder / f"{part}.py").write_text(f"{lines}\n")
         names = ",".join(f"probes.{part}" for part in parts)
         command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
         done = subprocess.run(
-            [*command, "--rehearse", "--parts", names],
+            [*command, "--rehearse", "--limit", "1.2", "--parts", names],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))},
             capture_output=True,
@@ -98,7 +98,7 @@ def figures(lines, part):
 def test_a_failed_part_costs_only_itself_and_a_second_call_runs_what_is_missing(
     run_parts, tmp_path
 ):
-    code, out, first = run_parts("raises", "hangs", "killed", "lost", "half", "good", limit=6.0)
+    code, out, first = run_parts("raises", "hangs", "killed", "lost", "half", "good")
     assert code == 1
     assert [f["u"] for f in figures(first, "good").values()] == [2.5] * 3
     assert figures(first, "raises")["before"]["ms"] == 1.0
@@ -148,7 +148,9 @@ def test_the_device_is_what_nvidia_smi_prints(tmp_path, monkeypatch):
 def test_what_cannot_start_is_named(capsys, tmp_path):
     given = ["--out", str(tmp_path), "--rehearse", "--parts"]
     assert gpu.main([*given, "nosuch", "--budget", "30"]) == 1
-    assert "nosuch: missing: there is no module benchmarks.gpu.nosuch" in capsys.readouterr().out
+    assert "nosuch: missing: exit code 1" in capsys.readouterr().out
+    (line,) = [line for line in record.read(tmp_path / record.RESULTS) if "tail" in line]
+    assert "No module named 'benchmarks.gpu.nosuch'" in line["tail"]
     assert gpu.main([*given, "facts", "--budget", "1"]) == 1
     assert "facts: missing: the budget is spent" in capsys.readouterr().out
 

@@ -50,12 +50,11 @@ def test_contestants_of_a_step_compute_the_same(tmp_path):
     lines = rehearse(step, tmp_path)
     cases = [case for group in step.GROUPS.values() for case in group]
     assert set(lines) == {*cases, "ours against TRL DPO", "ours against released"}
-    for case, line in lines.items():
-        assert case == "host waits of ours" or assert_finite(line) is None
+    for line in lines.values():
+        assert_finite(line)
     for peer in step.EQUALS:
         against = lines[f"ours against {peer}"]
         assert against["loss_difference"] < 1e-4 and against["grad_norm_difference"] < 1e-4
-    assert lines["host waits of ours"]["waits"] == 0  # a CPU has no other device to wait for
     positions = [lines[case]["positions"] for case in ("ours", "TRL DPO", "released")]
     assert positions == sorted(positions)  # rows without padding; then two and three passes, twice
     assert len(lines["ours"]["each"]) == step.TIMED
