@@ -196,6 +196,16 @@ class Ours(step_contestants.Ours):
                 self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
                 watch.end()
 
+    def timed(
+        self, record: Record, case: str, name: str, loss: float, norm: float, **about: float
+    ) -> Watch:
+        """Trains, and records the figures of the steps."""
+        watch = Watch(record, self.model.vlm.model.get_decoder())
+        self.train(watch, name)
+        about |= watch.figures() | {"micro_batch": self.micro}
+        record(case, **about, loss=loss, grad_norm=norm)
+        return watch
+
 
 class Released(step_contestants.Released):
     """Three plain sequences, padded; a live reference; full logits in fp32."""
@@ -264,20 +274,12 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
     spent = contestant.reference_seconds
     record("reference pass", seconds=spent, tokens_per_second=tokens / spent)
     firsts = {name: contestant.first(name) for name in ("rdpo", "dpo")}
-
-    def timed(case: str, name: str) -> Watch:
-        watch = Watch(record, contestant.model.vlm.model.get_decoder())
-        contestant.train(watch, name)
-        loss, norm = firsts[name]
-        record(case, **watch.figures(), micro_batch=micro, loss=loss, grad_norm=norm)
-        return watch
-
-    watch = timed("ours", "rdpo")
+    watch = contestant.timed(record, "ours", "rdpo", *firsts["rdpo"])
     with record.attempt("kernels of ours"):
         listed = kernels(watch.profiler)
         record("kernels of ours", ms=sum(ms for ms, _ in listed.values()), kernels=listed)
     with record.attempt("ours, DPO"):
-        timed("ours, DPO", "dpo")
+        contestant.timed(record, "ours, DPO", "dpo", *firsts["dpo"])
 
 
 def compiled(record: Record, setting: Setting, micro: int) -> None:
@@ -287,13 +289,10 @@ def compiled(record: Record, setting: Setting, micro: int) -> None:
     fsdp.wrap_layers(layers, compiled=True, checkpointed=False)
     with torch.compiler.set_stance("default" if CUDA else "force_eager"):
         began = now()
-        loss, norm = contestant.first("rdpo")
-        first = now() - began
-        for case, name in (("ours, compiled", "rdpo"), ("ours, compiled, DPO", "dpo")):
-            watch = Watch(record, contestant.model.vlm.model.get_decoder())
-            contestant.train(watch, name)
-            found = watch.figures() | {"first_seconds": first, "micro_batch": micro}
-            record(case, **found, **({"loss": loss, "grad_norm": norm} if name == "rdpo" else {}))
+        first = contestant.first("rdpo")
+        seconds = now() - began
+        contestant.timed(record, "ours, compiled", "rdpo", *first, first_seconds=seconds)
+        contestant.timed(record, "ours, compiled, DPO", "dpo", *contestant.first("dpo"))
 
 
 def trl(record: Record, setting: Setting, micro: int) -> None:
@@ -317,15 +316,13 @@ def released(record: Record, setting: Setting, micro: int) -> None:
 
 
 GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
-    ours: (
-        "ours", "reference pass", "kernels of ours", "ours, DPO",
-    ),
+    ours: ("ours", "reference pass", "kernels of ours", "ours, DPO"),
     trl: ("TRL DPO",),
     released: ("released",),
     compiled: ("ours, compiled", "ours, compiled, DPO"),
-}  # fmt: skip
-"""Contestants, the most valuable first, and their cases. What ends a contestant is an error of its
-first case."""
+}
+"""Contestants, the most valuable first, and their cases. An exception of a contestant is an error
+of its first case."""
 EQUALS = {"TRL DPO": ("ours, DPO", "ours"), "released": ("ours", "ours")}
 """A peer, the case of ours that has the same loss, and the one that has the figures to compare."""
 

@@ -285,24 +285,6 @@ class TestTruth:
                 truth.within_budget(gone, eager, exact, torch.float32)
 
 
-def test_the_truth_of_a_shape_is_computed_once(monkeypatch):
-    asked = []
-
-    def truth_in_fp64(batch):
-        asked.append(batch)
-        return exact(batch)
-
-    exact = truth.preference_truth
-    monkeypatch.setattr(truth, "preference_truth", truth_in_fp64)
-    head.truth_of.cache_clear()
-    todo = head.cases(head.TOYS, head.absent())
-    for shape, kind, name in todo.values():
-        if name in ("ours", "eager logits") and kind != head.LOGPS:
-            found = head.measure("cpu", shape, kind, name)
-            assert (name == "ours") != ("ratio" in found) and found["loss_error"] < 0.02
-    assert len(asked) == len(head.TOYS)
-
-
 def test_everything_in_the_list_of_wheels_is_pinned():
     lines = (ROOT / "benchmarks" / "gpu" / "wheels.txt").read_text().splitlines()
     names = [line.split("#")[0].strip() for line in lines]

@@ -114,32 +114,13 @@ def test_memory_that_runs_out_halves_the_examples_of_a_forward():
         step.largest_that_fits(never)
 
 
-def decoder_parameters(hidden, intermediate, layers, vocabulary):
-    """Of a Llama without grouped keys, embeddings and head apart."""
-    layer = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden
-    return layers * layer + hidden + 2 * vocabulary * hidden
-
-
-def tower_parameters(hidden, intermediate, layers, size, patch):
-    """Of a CLIP vision tower."""
-    attention = 4 * (hidden**2 + hidden)
-    mlp = 2 * hidden * intermediate + hidden + intermediate
-    places = (size // patch) ** 2 + 1
-    embeddings = hidden + 3 * patch**2 * hidden + places * hidden
-    return layers * (attention + mlp + 4 * hidden) + embeddings + 4 * hidden
-
-
 @pytest.mark.parametrize(
     ("vocabulary", "parameters"), [(32064, 7_063_427_072), (32000, 7_062_902_784)]
 )
 def test_the_7b_has_as_many_parameters_as_the_real_one(vocabulary, parameters):
     config = llava_config(**LLAVA_7B | {"vocabulary": vocabulary})
     model = random_on("meta", config, torch.bfloat16)
-    found = sum(parameter.numel() for parameter in model.parameters())
-    decoder = decoder_parameters(4096, 11008, 32, vocabulary)
-    tower = tower_parameters(1024, 4096, 24, 336, 14)
-    joint = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
-    assert found == decoder + tower + joint == parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
