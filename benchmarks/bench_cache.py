@@ -10,7 +10,7 @@ page cache. Before a store is timed all its answers are checked.
   before that loses everything.
 - insert, fsync: 20k records, on disk after every batch: ours with `sync`, LMDB with sync=True.
 - open: 1M records. LMDB maps its file and reads nothing: its lookups pay instead. 10M records
-  (320 MB) are a group of their own, for ours alone.
+  (320 MB) are a group of their own, for ours only.
 - pack: LLaVA-like trees, 576 image tokens, a prompt of 24 to 124, two leaves of 30 to 200. 20k
   trees beside first-fit decreasing, in numpy: compare how full the rows are; ours also checks.
 """

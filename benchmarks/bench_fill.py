@@ -6,7 +6,7 @@ the machine has. Contestants, each computing the same log-probs (compared before
 
 - cache: `ReferenceCache.fill` into an empty table, everything included.
 - bare forward: the model's own forward over the very same forest rows with logits for the response
-  rows alone, and nothing else: no log-probs, no cache, batches built beforehand.
+  rows only, and nothing else: no log-probs, no cache, batches built beforehand.
 - plain loop: one sequence at a time through the model, full logits, log_softmax, gather, as the
   authors' release does for its reference.
 """

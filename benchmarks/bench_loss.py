@@ -1,4 +1,4 @@
-"""The combined loss alone, forward and backward, from log-probs that are there already; fp32.
+"""The combined loss without a head, forward and backward, from given log-probs; fp32.
 
 - leaves: from the log-probs of whole responses (3, B), order chosen, rejected, visual, as
   `preference_loss` takes them.

@@ -3,7 +3,7 @@
 One forward and backward of the rDPO loss, ours beside the two usual ways. fp32 on a CPU, bf16 on
 CUDA. An axis changes one number; `case` says which, and holds the others:
 
-- N, the response rows, and V, the vocabulary: every contestant gets the response rows alone.
+- N, the response rows, and V, the vocabulary: every contestant gets only the response rows.
 - T, the length of a sequence with its image tokens: as called, with image and prompt rows in front
   of the response, and each library does with them what it does for its users.
 - ranks: 1 and 2 processes of one thread, over gloo and on the CPU, share one batch: its vocabulary
@@ -123,7 +123,7 @@ def test_scaling(benchmark, fit, peak_of, axis, value, name):
 
 
 class Share:
-    """This rank's part of the batch; a rank that is alone has all of it, and no collectives."""
+    """This rank's part of the batch; a single rank has all of it, and no collectives."""
 
     def __init__(self, kind: str, head: str, rank: int, size: int) -> None:
         self.group = None if size == 1 else dist.group.WORLD
@@ -179,7 +179,7 @@ def serve_rank(rank: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(store, max(RANKS))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=max(RANKS))
-    share = functools.lru_cache(maxsize=2)(Share)  # alone and together, in turns
+    share = functools.lru_cache(maxsize=2)(Share)  # single and together, in turns
     while True:
         method, kind, head, size = pipe.recv()
         pipe.send(getattr(share(kind, head, rank, size), method)())

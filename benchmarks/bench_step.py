@@ -7,7 +7,7 @@ LoRA and one example. Contestants, each a process that lives through its setting
 
 - ours: rDPO, three sequences, reference log-probs from the cache.
 - TRL DPO: `DPOTrainer` 1.16, two sequences, live reference; on the CPU it projects every row.
-- TRL DPO, labelled rows: the same, made to project labelled rows alone as it does on CUDA.
+- TRL DPO, labelled rows: the same, made to project only labelled rows, as it does on CUDA.
 - released, three sequences: rDPO over three plain sequences, full logits, live reference.
 
 Losses and gradient norms are compared first. Then peak memory, of live tensors, over that of

@@ -222,7 +222,7 @@ def _skipped(runs: list[Run]) -> str:
 
 STEPS = {
     "TRL DPO": "**rDPO here** over TRL {trl}'s plain DPO",
-    "TRL DPO, labelled rows": "the same, TRL made to project response rows alone",
+    "TRL DPO, labelled rows": "the same, TRL made to project only response rows",
     "released, three sequences": "over plain rDPO, three sequences as in the authors' release",
 }
 HEADS = {
@@ -307,7 +307,7 @@ def pages(folder: Path = results.FOLDER) -> dict[Path, dict[str, str]]:
 
 
 def main() -> int:
-    """Writes the pages and pictures; returns an exit code."""
+    """Writes the pages and images; returns an exit code."""
     try:
         for page, found in pages().items():
             put(ROOT / page, found)

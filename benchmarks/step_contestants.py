@@ -380,7 +380,7 @@ class Trl:
     TRL's defaults but for gradient checkpointing, which is off (it would cost time), and what all
     contestants share: learning rate, LoRA, frozen tower. bf16 is TRL's default, too: autocast over
     fp32 weights. Timed: from its `on_step_begin` to `on_step_end`, so without collation. With
-    the word `labelled` the head projects labelled rows alone in that step, as TRL does on CUDA.
+    the word `labelled` the head projects only labelled rows in that step, as TRL does on CUDA.
     """
 
     def __init__(self, folder, tune, dtype):

@@ -32,7 +32,7 @@ _SHARES = ("hallucination_rate", "hallucination_rate_biased", "exact_captions", 
 
 
 def finding(pictures: str, results: Results) -> str:
-    """What came out on a testbed in one sentence, in words that follow from the numbers."""
+    """Finding of a testbed in one sentence, in words that follow from the numbers."""
     (one,) = differences(results, [PRIMARY], "hallucination_rate")
     by_seed = [values(results, name, "hallucination_rate") for name in ("base", *PRIMARY)]
     base, dpo, rdpo = (mean(rates.values()) for rates in by_seed)
@@ -47,7 +47,7 @@ def finding(pictures: str, results: Results) -> str:
 
 
 def findings(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> dict[str, list[str]]:
-    """What came out for each kind of pictures: a sentence over all its runs, then of each run."""
+    """Findings for each kind of images: a sentence over all its runs, then of each run."""
     said: dict[str, list[str]] = {}
     for pictures in dict.fromkeys(bed.pictures for bed in testbeds.values()):
         runs = {name: found[name] for name, bed in testbeds.items() if bed.pictures == pictures}

@@ -111,7 +111,7 @@ def read_kept(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, 
 
 
 def tuning_of(found: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Of the tuning seed: arm -> learning rate -> share of misnamed pictures."""
+    """Of the tuning seed: arm -> learning rate -> share of misnamed images."""
     tried: dict[str, dict[float, float]] = {}
     for result in found:
         if result["seed"] == TUNING_SEED and (rate := result["learning_rate"]):
@@ -121,7 +121,7 @@ def tuning_of(found: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
 
 
 def best_rate(tried: dict[float, float]) -> float:
-    """The rate with the fewest misnamed pictures; the lower of equal ones."""
+    """The rate with the fewest misnamed images; the lower of equal ones."""
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 

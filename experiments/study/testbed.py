@@ -1,10 +1,10 @@
 """What is the same for every arm: the base, its records, and the scenes that it is judged on.
 
 The scenes of the demo, made harder, and the same with patches of photographs for digits. More noise
-and a stronger prior make the base lean on the prior: it misnames few pictures where the prior holds
+and a stronger prior make the base lean on the prior: it misnames few images where the prior holds
 and many where it does not, so a method has room to be better and to be worse. The base also learns
 to complete a masked caption, so that `--refill prompt` can be compared. All of this was chosen by
-looking at bases alone.
+looking only at bases.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def source_records(bed: Testbed, seed: int) -> list[Record]:
 
 
 def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[Scene], int]:
-    """Scenes of pictures never trained on, and the seed of the questions about them.
+    """Scenes of images never trained on, and the seed of the questions about them.
 
     They are unbiased, or follow the prior as often as the scenes of training do.
     All seeds of the study are judged on the same scenes, the tuning seed on others.

@@ -160,7 +160,7 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 def make_easy_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Two questions that teach the way to a yes/no answer: which digit, and a property of one.
 
-    Whether the digit at a place is the one named depends on both together and on neither alone, so
+    Whether the digit at a place is the one named depends on both together, so
     nothing pulls a model towards it; these do.
     """
     first, second = rng.integers(4, size=2)
