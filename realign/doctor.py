@@ -21,8 +21,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 Finding = tuple[str, str, str]
 """A mark ("ok", "--" for a missing extra, "BAD" for a broken package), a name, the finding."""
@@ -61,6 +63,11 @@ def _machine() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield "BAD", "packaging", "missing: pip install packaging"
+        return
     try:
         found = [Requirement(line) for line in importlib.metadata.requires("realign") or ()]
     except importlib.metadata.PackageNotFoundError:

@@ -110,6 +110,8 @@ def test_a_checkout_without_extension(capsys, monkeypatch, fresh):
     monkeypatch.setattr(_extension, "_probe", lambda: (None, "No module named 'x._C'"))
     out = printed(capsys, 0)
     assert re.search(r"-- +realign +not installed", out)
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert printed(capsys, 1).endswith("broken: packaging\n")
     assert "--  C++ extension" in out and "pip install -v --force-reinstall" in out
     assert "torch for float32 on cpu (no cpp: No module named 'x._C')" in out
     assert "rdpo_loss, cpp" not in out
