@@ -7,10 +7,10 @@ page cache. Before a store is timed all its answers are checked.
 - lookup: 1M random known keys of 1M records, into arrays. LMDB in one read transaction.
 - insert: 200k records into an empty store. Ours and LMDB (a transaction per batch, sync=False)
   survive kill -9 after every batch; the dict is written to Parquet once, at the end, and a crash
-  before that loses everything. "writemap" is LMDB's faster way to write, into a shared map.
+  before that loses everything.
 - insert, fsync: 20k records, on disk after every batch: ours with `sync`, LMDB with sync=True.
 - open: 1M records. LMDB maps its file and reads nothing: its lookups pay instead. 10M records
-  (320 MB) are a group of their own, for ours alone.
+  (320 MB) are a group of their own, for ours only.
 - pack: LLaVA-like trees, 576 image tokens, a prompt of 24 to 124, two leaves of 30 to 200. 20k
   trees beside first-fit decreasing, in numpy: compare how full the rows are; ours also checks.
 """
@@ -63,13 +63,15 @@ class Records(NamedTuple):
 
 
 class Store:
+    """A store of records by key; `finish` follows the last batch."""
+
     name: str
 
     def finish(self):
-        """What is left to do after the last batch."""
+        pass
 
     def close(self):
-        """Releases what is open."""
+        pass
 
 
 class Ours(Store):
@@ -165,11 +167,6 @@ class LmdbNosync(Lmdb):
     options = {"sync": False}
 
 
-class LmdbWritemap(Lmdb):
-    name = "LMDB, no sync, writemap"
-    options = {"sync": False, "writemap": True}
-
-
 def stores(*kinds):
     """Parametrizes a benchmark; without LMDB its contestants say so and are skipped."""
     reason = "lmdb is missing; pip install -c constraints.txt '.[peers]'"
@@ -178,26 +175,19 @@ def stores(*kinds):
     return pytest.mark.parametrize("kind", marked, ids=lambda kind: kind.__name__.lower())
 
 
-def timed(benchmark, group, contestant, call, count, unit, ours=None, **info):
-    """Races `call`, which does `count` things of `unit` (None: a rate would mislead), with ours.
-
-    A call that needs a store made ready returns the seconds of what counts.
-    """
-    case = {"what": group, "count": count}
+def timed(benchmark, group, contestant, call, ours=None, things=None, **info):
+    """Races `call` with ours; a call that needs a store made ready returns its own seconds."""
     race(
         benchmark,
         f"cache, {group}",
         suite="cache",
-        case=case,
+        case={"what": group, "count": things and things[0]},
         contestant=contestant,
-        role="ours" if ours is None else "peer",
         call=call,
         ours=ours,
+        things=things,
         **info,
     )
-    if count is not None and benchmark.stats is not None:  # --benchmark-disable leaves no stats
-        rate = count / benchmark.stats.stats.median
-        benchmark.extra_info.update(rate=rate, unit=unit)
 
 
 def clocked(call, *arguments):
@@ -255,13 +245,13 @@ def test_lookup(benchmark, million, kind):
         return lookup
 
     ours = None if kind is Ours else lookups(Ours)
-    timed(benchmark, "lookup, 1M keys", kind.name, lookups(kind), STORED, "keys", ours)
+    timed(benchmark, "lookup, 1M keys", kind.name, lookups(kind), ours, (STORED, "keys"))
     for store in opened:
         store.close()
 
 
 def inserts(kind, records, insert, folder):
-    """A call that fills an empty store, and tells the seconds of `insert` and `finish`."""
+    """A call that fills an empty store and returns the seconds of `insert` and `finish`."""
 
     def call():
         shutil.rmtree(folder, ignore_errors=True)
@@ -290,10 +280,10 @@ def timed_insert(benchmark, group, kind, count, insert):
     with tempfile.TemporaryDirectory() as parent:
         call = inserts(kind, records, insert, Path(parent) / "theirs")
         ours = None if kind is Ours else inserts(Ours, records, insert, Path(parent) / "ours")
-        timed(benchmark, group, kind.name, call, count, "records", ours)
+        timed(benchmark, group, kind.name, call, ours, (count, "records"))
 
 
-@stores(Ours, Dict, LmdbNosync, LmdbWritemap)
+@stores(Ours, Dict, LmdbNosync)
 def test_insert(benchmark, kind):
     timed_insert(benchmark, "insert, 200k records", kind, INSERTED, "insert")
 
@@ -304,7 +294,7 @@ def test_insert_and_fsync(benchmark, kind):
 
 
 def opens(kind, folder):
-    """A call that opens a store, tells the seconds, and closes it."""
+    """A call that opens a store, returns the seconds, and closes it."""
 
     def call():
         began = time.perf_counter()
@@ -322,10 +312,10 @@ def test_open(benchmark, million, kind):
     store = kind(folder_of(kind))
     check(store, records)
     store.close()
-    count = None if issubclass(kind, Lmdb) else STORED
+    things = None if issubclass(kind, Lmdb) else (STORED, "records")
     ours = None if kind is Ours else opens(Ours, folder_of(Ours))
     call = opens(kind, folder_of(kind))
-    timed(benchmark, "open, 1M records", kind.name, call, count, "records", ours)
+    timed(benchmark, "open, 1M records", kind.name, call, ours, things)
 
 
 @pytest.mark.slow
@@ -339,7 +329,8 @@ def test_open_ours_with_10m(benchmark):
                 todo(store, part)
             store.close()
         del store, records, part
-        timed(benchmark, "open, 10M records", OURS, opens(Ours, folder), LARGE, "records")
+        things = LARGE, "records"
+        timed(benchmark, "open, 10M records", OURS, opens(Ours, folder), things=things)
 
 
 def llava_like(trees):
@@ -387,8 +378,8 @@ def test_pack_20k_trees(benchmark, contestant, budget):
         call = partial(first_fit_decreasing, lengths, budget)
         rows = call()
     share = filled(rows, lengths, budget)
-    group = f"pack, 20k trees, {budget}"
-    timed(benchmark, group, contestant, call, 40_000, "leaves", ours, filled=share)
+    things = 40_000, "leaves"
+    timed(benchmark, f"pack, 20k trees, {budget}", contestant, call, ours, things, filled=share)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -396,5 +387,5 @@ def test_pack_1m_leaves(benchmark, budget):
     forest, lengths = llava_like(500_000)
     share = filled(our_rows(forest, budget), lengths, budget)
     call = partial(pack_forest, *forest, budget)
-    group = f"pack, 1M leaves, {budget}"
-    timed(benchmark, group, OURS, call, 1_000_000, "leaves", filled=share)
+    things = 1_000_000, "leaves"
+    timed(benchmark, f"pack, 1M leaves, {budget}", OURS, call, things=things, filled=share)

@@ -3,7 +3,7 @@
 Shapes are named after models. H / 4 is what a CPU finishes in time; the models' own sizes run with
 `-m full`, and on CUDA always. Two kinds of rows:
 
-- equal: every contestant gets the response rows alone.
+- equal: every contestant gets only the response rows.
 - as called: image and prompt rows are given too, with labels of -100, and each library does with
   them what it does for its users.
 
@@ -230,7 +230,7 @@ def test_head(benchmark, case_of, memory, shape, name):
         suite="head",
         case=shape.case,
         contestant=name,
-        role={LIMIT: "limit", OURS: "ours"}.get(name, "peer"),
+        role="limit" if name == LIMIT else None,
         call=case.gemms() if loss is None else lambda: case.step(loss),
         ours=None if name == OURS else lambda: case.step(mine),
         error=error,

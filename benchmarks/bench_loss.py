@@ -1,4 +1,4 @@
-"""The combined loss alone, forward and backward, from log-probs that are there already; fp32.
+"""The combined loss without a head, forward and backward, from given log-probs; fp32.
 
 - leaves: from the log-probs of whole responses (3, B), order chosen, rejected, visual, as
   `preference_loss` takes them.
@@ -125,7 +125,6 @@ def test_loss(benchmark, kind, examples, name):
         suite="loss",
         case=case.case,
         contestant=name,
-        role="ours" if name == OURS else "peer",
         call=lambda: case.step(loss),
         ours=None if name == OURS else lambda: case.step(mine),
         budget=1.0,

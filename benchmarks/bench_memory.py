@@ -1,64 +1,47 @@
 """Memory of the head against the length of the context: image tokens cost ours nothing.
 
 Each contestant is called as its users call it, with image and prompt rows in front of the response,
-in a fresh process (`memory_worker.py`, which says what counts). The time shown is that of the whole
-process, imports included; it means nothing.
+in processes of its own (`memory_worker.py` defines a peak). The time shown is that of the process;
+it has no meaning.
 """
 
-import functools
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_head import make
+from benchmarks.bench_head import PROMPT, RESPONSE, Shape, make
 from benchmarks.contestants import CONTESTANTS, OURS
+from benchmarks.memory_worker import MEASURED, workers
 from benchmarks.race import REPLAY, describe
 
-ROOT = Path(__file__).parent.parent
 CONTEXTS = (576, 1152, 2304, 4608, 8192)
-CASE = {"H": 256, "V": 8192, "examples": 1, "prompt": 64, "response": 64}
+SETTINGS = (("frozen", "bf16"), ("frozen", "fp32"), ("trainable", "bf16"))
+CASE = {"H": 256, "V": 8192, "examples": 1, "prompt": PROMPT, "response": RESPONSE}
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="reads peaks from Linux's /proc"
+pytestmark = pytest.mark.skipif(not MEASURED, reason="reads peaks from Linux's /proc")
+
+
+@pytest.fixture(scope="module")
+def peak_of():
+    with workers() as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype", "tokens", "name"),
+    [
+        pytest.param(
+            *setting, tokens, name, marks=() if setting == SETTINGS[0] else pytest.mark.slow
+        )
+        for setting in SETTINGS
+        for tokens in CONTEXTS
+        for name in CONTESTANTS
+    ],
 )
-
-
-@functools.cache
-def peaks(name: str, head: str, dtype: str) -> tuple[dict[int, int], float]:
-    """Bytes for each number of image tokens, and the seconds it took to find out."""
-    began = time.perf_counter()
-    lengths = [CASE["prompt"] + tokens + CASE["response"] for tokens in CONTEXTS]
-    case = CASE | {"head": head, "dtype": dtype, "lengths": lengths}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory_worker", name, json.dumps(case)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found = [int(line) for line in done.stdout.splitlines()]
-    return dict(zip(CONTEXTS, found, strict=True)), time.perf_counter() - began
-
-
-def settings():
-    for head, dtype in (("frozen", "bf16"), ("frozen", "fp32"), ("trainable", "bf16")):
-        quick = (head, dtype) == ("frozen", "bf16")
-        for tokens in CONTEXTS:
-            for name in CONTESTANTS:
-                marks = () if quick else pytest.mark.slow
-                label = f"{head}-{dtype}-{tokens}-{name}"
-                yield pytest.param(head, dtype, tokens, name, marks=marks, id=label)
-
-
-@pytest.mark.parametrize(("head", "dtype", "tokens", "name"), list(settings()))
-def test_memory(benchmark, head, dtype, tokens, name):
+def test_memory(benchmark, peak_of, head, dtype, tokens, name):
     make(name, dtype)
-    found, seconds = peaks(name, head, dtype)
+    began = time.perf_counter()
+    taken = peak_of(name, Shape("", CASE["H"], CASE["V"], 1, dtype, head, tokens))
     describe(
         benchmark,
         f"memory, {head}, {dtype}, {tokens} image tokens",
@@ -66,7 +49,7 @@ def test_memory(benchmark, head, dtype, tokens, name):
         case=CASE | {"head": head, "dtype": dtype, "image_tokens": tokens},
         contestant=name,
         role="ours" if name == OURS else "peer",
-        bytes=found[tokens],
+        bytes=taken,
     )
-    REPLAY.load([seconds])
+    REPLAY.load([time.perf_counter() - began])
     benchmark.pedantic(lambda: None, rounds=1)

@@ -2,7 +2,7 @@
 
 The digits model and its scenes, fp32; for the search random vectors, 768 wide.
 
-- embed: 64 images by the model's own tower, from pictures to unit vectors; against one at a time.
+- embed: 64 images by the model's own tower, from images to unit vectors; against one at a time.
 - retrieve: the 10 nearest others of 1,024 vectors, exact, among 20,000; 100,000 with `-m full`.
   Against numpy, a product and argpartition over blocks.
 - infill: one digit of each of 64 captions, in one batch that keeps keys and values; against its
@@ -74,7 +74,7 @@ def fill(how, model, processor, images, masked):
 
 @pytest.fixture(scope="module")
 def digits():
-    """The model, its processor, pictures, and captions in which one digit is hidden."""
+    """The model, its processor, images, and captions in which one digit is hidden."""
     scenes, rng, masked = make_scenes(BATCH, biased=True), np.random.default_rng(0), []
     for scene in scenes:
         words = scene.caption.split(" ")
@@ -94,20 +94,18 @@ def search(count: int):
 
 
 def timed(benchmark, what, count, unit, contestant, call, ours=None, **case):
-    """Races `call`, which does `count` things of `unit`, with ours."""
+    """Races `call`, which handles `count` things of `unit`, with ours."""
     race(
         benchmark,
         f"pairs, {what}, {count} {unit}",
         suite="pairs",
         case={"what": what, "count": count} | case,
         contestant=contestant,
-        role="ours" if ours is None else "peer",
         call=call,
         ours=ours,
+        things=(count, unit),
         budget=2.0,
     )
-    if benchmark.stats is not None:  # --benchmark-disable leaves no stats
-        benchmark.extra_info.update(rate=count / benchmark.stats.stats.median, unit=unit)
 
 
 @pytest.mark.parametrize("name", [OURS, "one image at a time"])

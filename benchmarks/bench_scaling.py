@@ -3,7 +3,7 @@
 One forward and backward of the rDPO loss, ours beside the two usual ways. fp32 on a CPU, bf16 on
 CUDA. An axis changes one number; `case` says which, and holds the others:
 
-- N, the response rows, and V, the vocabulary: every contestant gets the response rows alone.
+- N, the response rows, and V, the vocabulary: every contestant gets only the response rows.
 - T, the length of a sequence with its image tokens: as called, with image and prompt rows in front
   of the response, and each library does with them what it does for its users.
 - ranks: 1 and 2 processes of one thread, over gloo and on the CPU, share one batch: its vocabulary
@@ -19,8 +19,6 @@ compared with fp64 first.
 
 import contextlib
 import functools
-import multiprocessing
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -33,10 +31,9 @@ import torch.distributed as dist
 
 from benchmarks import contestants
 from benchmarks.bench_head import ALLOWED, PROMPT, RESPONSE, Case, Shape, make
-from benchmarks.contestants import BETA, CONTESTANTS, DEVICE, EAGER, OURS, TRL
-from benchmarks.memory_worker import step
+from benchmarks.contestants import BETA, DEVICE, EAGER, OURS, TRL
+from benchmarks.memory_worker import Worker, workers
 from benchmarks.race import race
-from benchmarks.step_contestants import allocate
 from realign_kernels import rdpo_loss
 
 NAMES = (OURS, EAGER, TRL)
@@ -48,10 +45,6 @@ AXES = {  # the values of `-m full` come last
 SPLIT = replace(BASE, examples=4, dtype="fp32")
 """The batch that ranks share."""
 RANKS, HEADS, KINDS = (1, 2), ("trainable", "frozen"), ("vocabulary-parallel", "data-parallel")
-ANSWER = 120
-"""Seconds until a process counts as hung."""
-PEAKS = DEVICE == "cuda" or Path("/proc/self/clear_refs").exists()
-"""Whether peaks can be read: on a CPU they come from Linux's /proc."""
 
 
 def shape_at(axis: str, value: int) -> Shape:
@@ -74,69 +67,10 @@ def points():
 case_of = functools.lru_cache(maxsize=1)(Case)
 
 
-class Worker:
-    """A process that answers messages, `serve(*arguments, pipe)`; what it raises ends it."""
-
-    def __init__(self, serve, *arguments) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, there = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
-        self.process.start()
-        there.close()  # or its end would not be seen here
-
-    def read(self):
-        if not self.pipe.poll(ANSWER):
-            raise TimeoutError(f"a process of the benchmark was silent for {ANSWER} s")
-        return self.pipe.recv()
-
-    def close(self) -> None:
-        self.process.kill()  # it has nothing to save
-        self.process.join()
-
-
-def serve_peaks(name: str, pipe) -> None:
-    """Answers a shape with bytes, each from a process that has imported code and run nothing."""
-    allocate("return")
-    CONTESTANTS[name]()
-    while True:
-        shape = pipe.recv()
-        if DEVICE == "cuda":  # its allocator counts, and CUDA does not survive a fork
-            pipe.send(peak(name, shape))
-        elif (child := os.fork()) == 0:
-            pipe.send(peak(name, shape))
-            os._exit(0)
-        elif os.waitpid(child, 0)[1]:
-            raise RuntimeError(f"no peak of {name} at {shape}")
-
-
-def peak(name: str, shape: Shape) -> int:
-    """Bytes of a forward and backward in this process, after a small one that loads the code."""
-    loss = CONTESTANTS[name]()
-    for one in (replace(shape, examples=1, V=512, image_tokens=0), shape):
-        case = Case(one)
-        case.hidden.requires_grad_()
-        found = step(loss, case.hidden, case.weight, case.labels)
-    return found
-
-
 @pytest.fixture(scope="module")
 def peak_of():
-    """peak_of(name, shape): bytes, None where they cannot be read."""
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def worker(name):
-            made = Worker(serve_peaks, name)
-            stack.callback(made.close)
-            return made
-
-        def of(name, shape):
-            if not PEAKS:
-                return None
-            worker(name).pipe.send(shape)
-            return worker(name).read()
-
-        yield of
+    with workers() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +113,6 @@ def test_scaling(benchmark, fit, peak_of, axis, value, name):
         suite="scaling",
         case=shape.case | {"T": case.labels.shape[-1], "axis": axis, "value": value},
         contestant=name,
-        role="ours" if name == OURS else "peer",
         call=lambda: case.step(loss),
         ours=None if name == OURS else lambda: case.step(mine),
         budget=0.6,
@@ -190,7 +123,7 @@ def test_scaling(benchmark, fit, peak_of, axis, value, name):
 
 
 class Share:
-    """This rank's part of the batch; a rank that is alone has all of it, and no collectives."""
+    """This rank's part of the batch; a single rank has all of it, and no collectives."""
 
     def __init__(self, kind: str, head: str, rank: int, size: int) -> None:
         self.group = None if size == 1 else dist.group.WORLD
@@ -246,7 +179,7 @@ def serve_rank(rank: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(store, max(RANKS))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=max(RANKS))
-    share = functools.lru_cache(maxsize=2)(Share)  # alone and together, in turns
+    share = functools.lru_cache(maxsize=2)(Share)  # single and together, in turns
     while True:
         method, kind, head, size = pipe.recv()
         pipe.send(getattr(share(kind, head, rank, size), method)())

@@ -7,17 +7,13 @@ LoRA and one example. Contestants, each a process that lives through its setting
 
 - ours: rDPO, three sequences, reference log-probs from the cache.
 - TRL DPO: `DPOTrainer` 1.16, two sequences, live reference; on the CPU it projects every row.
-- TRL DPO, labelled rows: the same, made to project labelled rows alone as it does on CUDA.
+- TRL DPO, labelled rows: the same, made to project only labelled rows, as it does on CUDA.
 - released, three sequences: rDPO over three plain sequences, full logits, live reference.
 
 Losses and gradient norms are compared first. Then peak memory, of live tensors, over that of
 imports: a step of which freed blocks are returned to the system. Then time, in turns with ours.
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 
 import pytest
@@ -25,6 +21,7 @@ import pytest
 from benchmarks import step_contestants
 from benchmarks.models import write_setting
 from benchmarks.race import race
+from benchmarks.step_contestants import Worker
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest relative difference between losses, and between norms, of two ways to the same thing."""
@@ -48,26 +45,14 @@ SETTINGS = [
 class Contestant:
     """A process of `step_contestants.py`."""
 
-    def __init__(self, name, folder, tune, dtype):
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.step_contestants", name, folder, tune, dtype],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-        self.imported = self.read()["imported"]
+    def __init__(self, *arguments):
+        self.worker = Worker(step_contestants.serve, *arguments, silence=None)
+        self.imported = self.worker.read()["imported"]
         self.kept = False
 
-    def read(self):
-        if not (line := self.process.stdout.readline()):
-            self.errors.seek(0)
-            raise RuntimeError(f"a contestant ended:\n{self.errors.read()[-2000:]}")
-        return json.loads(line)
-
     def step(self, *words):
-        self.process.stdin.write(" ".join(["step", *words]) + "\n")
-        self.process.stdin.flush()
-        return self.read()
+        self.worker.pipe.send(words)
+        return self.worker.read()
 
     def timed(self, *words):
         """A call for `race`: the seconds that the process counts."""
@@ -75,11 +60,6 @@ class Contestant:
             self.step("keep", *words)
             self.kept = True
         return lambda: self.step(*words)["seconds"]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.errors.close()
 
 
 class Setting:
@@ -96,7 +76,7 @@ class Setting:
     def process(self, name):
         if name not in self.running:
             for other in [one for one in self.running if one != "ours"]:
-                self.running.pop(other).close()
+                self.running.pop(other).worker.close()
             self.running[name] = Contestant(name, *self.where)
         return self.running[name]
 
@@ -114,7 +94,7 @@ class Setting:
 
     def close(self):
         while self.running:
-            self.running.popitem()[1].close()
+            self.running.popitem()[1].worker.close()
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -146,7 +126,6 @@ def test_step(benchmark, setting, contestant):
         suite="step",
         case=setting.case,
         contestant=contestant,
-        role="ours" if contestant == OURS else "peer",
         call=setting.process(name).timed(*words),
         ours=None if contestant == OURS else ours.timed(),
         bytes=taken,

@@ -90,7 +90,7 @@ def both_terms(
     Args:
         ignores: It takes labels of -100 and leaves those rows out itself; else they are projected,
             and masked here.
-        compacts: Its trainer gives it the labelled rows alone.
+        compacts: Its trainer gives it only the labelled rows.
     """
 
     def made() -> Loss:

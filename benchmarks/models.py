@@ -32,32 +32,14 @@ WORDS = ("<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":")
 TEMPLATE_TOKENS = 5  # <s> user : ... assistant :
 
 
-def random_llava(*, hidden, intermediate, layers, heads):
-    """A LLaVA with a small vision tower and 576 image tokens, V = 32000."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        image_size=IMAGE_SIZE, patch_size=PATCH,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=2048,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_ID,
-        vision_feature_layer=-1, vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
-
-
-def llava_60m():
-    """Hidden 512, 8 layers: 58 M parameters beside the tower."""
-    return random_llava(hidden=512, intermediate=1376, layers=8, heads=8)
-
-
 def llava_config(
-    *, vision: tuple[int, ...], text: tuple[int, ...], vocabulary: int, image_id: int, size: int
+    *,
+    vision: tuple[int, ...],
+    text: tuple[int, ...],
+    vocabulary: int = VOCABULARY,
+    image_id: int = IMAGE_ID,
+    size: int = IMAGE_SIZE,
+    **options,
 ) -> LlavaConfig:
     """A LLaVA-1.5 from the hidden size, intermediate size, layers and heads of both its parts.
 
@@ -73,11 +55,23 @@ def llava_config(
             **dict(zip(names, text, strict=True)), vocab_size=vocabulary,
             max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0,
         ),
-        image_token_index=image_id, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=(size // PATCH) ** 2,
+        image_token_index=image_id, vision_feature_select_strategy="default",
+        image_seq_length=(size // PATCH) ** 2,
+        **{"vision_feature_layer": -2} | options,
     )  # fmt: skip
 
 
+def random_llava(*text: int) -> LlavaForConditionalGeneration:
+    """A LLaVA with a small vision tower and 576 image tokens, V = 32000."""
+    torch.manual_seed(0)
+    config = llava_config(
+        vision=(192, 384, 4, 4), text=text, vision_feature_layer=-1, tie_word_embeddings=False
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+LLAVA_60M = (512, 1376, 8, 8)
+"""Hidden size, intermediate size, layers and heads: 58 M parameters beside the tower."""
 LLAVA_7B = {
     "vision": (1024, 4096, 24, 16), "text": (4096, 11008, 32, 32), "vocabulary": 32064,
     "image_id": 32000, "size": IMAGE_SIZE,
@@ -170,11 +164,11 @@ def random_records(lengths, image_id=IMAGE_ID, size=IMAGE_SIZE):
 
 
 def write_setting(folder, count, *, prompt, response):
-    """`llava_60m` with its processor in `folder`/model, and records in `folder`/pairs.parquet.
+    """A LLaVA of 60 M with its processor in `folder`/model, and records in `folder`/pairs.parquet.
 
     Prompts take `prompt` tokens beside the image's, responses `response` with their end token.
     """
     folder = Path(folder)
-    llava_60m().save_pretrained(folder / "model")
+    random_llava(*LLAVA_60M).save_pretrained(folder / "model")
     word_processor().save_pretrained(folder / "model")
     write_pairs(folder / "pairs.parquet", random_records([(prompt, response, response)] * count))

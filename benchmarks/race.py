@@ -2,15 +2,14 @@
 
 Times on a shared machine drift by a third within minutes; a ratio of two calls, one right after
 the other, does not. So each contestant's rounds alternate with rounds of ours, which goes first
-changes from round to round, and what we quote is the median of theirs / ours over the rounds. On
+changes from round to round, and the result is the median of theirs / ours over the rounds. On
 CUDA a round is timed by events, after a flush of the L2 cache.
 
-The durations are then handed to pytest-benchmark, whose table, JSON and `--benchmark-compare` work
-as ever. `extra_info` of each benchmark says
+pytest-benchmark then gets the durations, for its table and JSON. `extra_info` of each benchmark:
 
 - suite: head, memory, loss, step, cache, pairs or scaling;
 - case: what was run, a dict of numbers and names (dtype, N, H, V, image_tokens, ...);
-- contestant, and its role: `ours`, `limit` (what nobody can leave out) or `peer`;
+- contestant, and its role: `ours`, `limit` (the work that nobody can leave out) or `peer`;
 - ratio: lower quartile, median and upper quartile of theirs / ours; not for ours itself;
 - error, where there is a truth: {"loss": ..., "gradient": ...}, relative, against fp64;
 - bytes, where memory is a result: the peak, as the suite defines it.
@@ -28,7 +27,7 @@ LEAST, MOST = 3, 15
 
 
 class Replay:
-    """A timer for pytest-benchmark that tells durations measured before."""
+    """A timer for pytest-benchmark that replays durations measured before."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
@@ -93,9 +92,10 @@ def race(
     suite: str,
     case: dict,
     contestant: str,
-    role: str,
     call: Callable[[], object],
     ours: Callable[[], object] | None = None,
+    role: str | None = None,
+    things: tuple[int, str] | None = None,
     budget: float = 3.0,
     least: int = LEAST,
     most: int = MOST,
@@ -104,6 +104,8 @@ def race(
     """Times `call` in turns with `ours` (None: it is ours) and reports it to pytest-benchmark.
 
     Args:
+        role: "ours" without `ours` and else "peer", or "limit".
+        things: their number in a call, and their unit, for a rate.
         budget: Seconds for the rounds, apart from the `least` rounds that are run in any case.
         info: More for `extra_info`, as the head of this file lists.
     """
@@ -111,7 +113,11 @@ def race(
         benchmark(call)
         return
     theirs, mine = turns(call, ours, budget, least, most)
+    role = role or ("ours" if ours is None else "peer")
     describe(benchmark, group, suite=suite, case=case, contestant=contestant, role=role, **info)
+    if things is not None:
+        count, unit = things
+        benchmark.extra_info.update(rate=count / float(np.median(theirs)), unit=unit)
     if ours is not None:
         ratios = np.array(theirs) / np.array(mine)
         benchmark.extra_info["ratio"] = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()

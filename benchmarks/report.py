@@ -1,91 +1,66 @@
-"""Report of all results: `python -m benchmarks.report` writes docs and the README's tables.
+"""Report of all results: `python -m benchmarks.report` writes the generated blocks of the pages.
 
-Reads every run in benchmarks/results/, so no figure is typed by hand: `full` ones first, then what
-`slow` ones add, then `default`. GPU figures come from `gpu` (`make bench-gpu`) and gpu-check.jsonl
-(`python -m benchmarks.gpu`). Where neither is there, the pages say "not measured".
+Reads every run in benchmarks/results/: `full` ones first, then what `slow` ones add, then
+`default`. GPU figures come from `gpu` (`make bench-gpu`) and gpu-check.jsonl
+(`python -m benchmarks.gpu`). Blocks of docs/benchmarks.md, docs/gpu.md, docs/kernels.md and the
+README are between `<!-- NAME: generated -->` and `<!-- /NAME -->`; the prose around them is not.
 """
 
-import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import compare, plots, readme, results, roofline, targets
+from benchmarks import compare, plots, results, targets
 from benchmarks.gpu import pages as gpu_pages
-from benchmarks.gpu.check import Check, load
-from benchmarks.results import Entry, Run, over_limit
-from benchmarks.words import (
-    PAGES,
-    against_ours,
-    bytes_of,
-    duration,
-    factor,
-    head_sentence,
-    memory_sentence,
-    quantity,
-    scaling_sentence,
-    step_sentence,
-    table,
-)
+from benchmarks.gpu.check import load
+from benchmarks.results import Entry, Groups, Run, groups_of, over_limit
+from benchmarks.tables import bytes_of, duration, factor, put, quantity, span, table
 
 ROOT = Path(__file__).parent.parent
-PAGE, PICTURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
-SUITES = PAGES["suites"]
+DOCS = ROOT / "docs"
+PICTURES = DOCS / "benchmarks"
+SUITES = ("head", "memory", "loss", "step", "cache", "pairs", "scaling")
 
 
-def read_runs(folder: Path) -> tuple[list[Run], Run | None]:
-    """(runs on a CPU, those with more first; the run on a GPU).
+def read_runs(folder: Path = results.FOLDER) -> list[Run]:
+    """Runs on a CPU, those with more first.
 
     Raises:
         ValueError: when there is none.
     """
     names = ("full*.json", "slow*.json", "default.json")
-    files = [file for name in names for file in sorted(folder.glob(name))]
-    runs = [results.read(file) for file in files]
+    runs = [results.read(file) for name in names for file in sorted(folder.glob(name))]
     if not runs:
         raise ValueError(f"{folder} holds no results; run `make bench` first.")
-    gpu = folder / "gpu.json"
-    return runs, results.read(gpu) if gpu.exists() else None
+    return runs
 
 
-def read_earlier(folder: Path) -> Run | None:
-    """The default run once more, kept as earlier.json to tell how far runs differ."""
-    file = folder / "earlier.json"
-    return results.read(file) if file.exists() else None
-
-
-def page(
-    runs: list[Run],
-    gpu: Run | None,
-    draw: bool = True,
-    earlier: Run | None = None,
-    check: Check | None = None,
-) -> str:
-    """The text of docs/benchmarks.md; draws the pictures beside it.
+def blocks(runs: list[Run], earlier: Run | None = None, gpu: Run | None = None) -> dict[str, str]:
+    """Blocks of docs/benchmarks.md.
 
     Args:
-        runs: on a CPU, those with more first.
+        runs: on a CPU, those with more first; the last is `default`.
+        earlier: the default run once more, at another time, to compare two runs of one machine.
         gpu: the run on a GPU, if there is one.
-        draw: whether to draw the pictures.
-        earlier: the default run once more, at another time, to tell how far runs differ.
-        check: results of a GPU check, if there are any.
     """
-    parts = ["# Benchmarks", PAGES["head"], _machines([*runs, *([gpu] if gpu else [])])]
-    if gpu is None and check is None:
-        parts.append("**No GPU timing has been measured**; [gpu.md](gpu.md) has a calculation.")
-    parts += _targets(runs)
-    parts += _again(earlier, runs[-1]) if earlier else []
-    for suite, words in SUITES.items():
-        parts.append(f"## {words['title']}")
-        groups = results.groups_of(runs, suite)
-        if not groups:
-            parts.append("Not measured.")
-            continue
-        parts.append(words["words"])
-        parts += _pictures(suite, groups, draw)
-        parts.append(_tables(suite, groups))
-    return "\n\n".join([*parts, *_gpu(gpu, check), *_skipped(runs)]) + "\n"
+    found = {"machines": _machines([*runs, gpu] if gpu else runs), "targets": _targets(runs)}
+    if earlier is not None:
+        found["again"] = f"```text\n{compare.report(earlier, runs[-1])[0]}\n```"
+    for suite in SUITES:
+        groups = groups_of(runs, suite)
+        found[suite] = suite_block(suite, groups) if groups else "Not measured."
+    if gpu is not None:
+        parts = {suite: groups_of([gpu], suite) for suite in SUITES}
+        found["gpu"] = "\n\n".join(suite_block(s, groups) for s, groups in parts.items() if groups)
+    return found | {"skipped": _skipped(runs)}
+
+
+def suite_block(suite: str, groups: Groups) -> str:
+    """Sentences and tables of a suite."""
+    tables = {"memory": _memory_table, "scaling": _scaling_table}.get(suite, _group_tables)
+    return "\n\n".join(
+        [*SENTENCES.get(suite, lambda _: [])(groups), _losses(groups), tables(groups)]
+    )
 
 
 def _machines(runs: list[Run]) -> str:
@@ -98,104 +73,83 @@ def _machines(runs: list[Run]) -> str:
             f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of "
             f"{machine['cores']} cores{load}, no GPU"
         )
-        lines.append(
-            f"- `{run.name}`, {run.date} UTC, commit {run.commit}: {device}; Python "
-            f"{machine['python']}, {versions}."
-        )
+        about = f"- `{run.name}`, {run.date} UTC, commit {run.commit}: {device}; Python "
+        lines.append(f"{about}{machine['python']}, {versions}.")
     return "\n".join(lines)
 
 
-def _targets(runs: list[Run]) -> list[str]:
-    rows = []
-    for target in targets.read():
-        value, verdict = targets.verdict(target, runs)
+def _targets(runs: list[Run]) -> str:
+    rows, verdicts = [], []
+    for target in targets.read()[0]:
+        value = target.value(runs)
+        verdicts.append(targets.verdict(target, value))
         shown = "-" if value is None else quantity(value)
-        rows.append((target.name, target.bound, shown, f"**{verdict}**", target.reason))
-    counts = Counter(row[3].strip("*") for row in rows)
-    told = ", ".join(f"{counts[word]} {word}" for word in ("met", "missed", "not measured"))
-    reached = f"On a CPU (docs/targets.toml; *On a GPU*, below, has its own): {told}."
+        rows.append((target.name, target.bound, shown, f"**{verdicts[-1]}**", target.reason))
     columns = ("target", "bound", "measured", "", "why this bound")
-    return ["## Targets", reached, table(columns, rows)]
+    return f"{targets.counts(verdicts)}.\n\n{table(columns, rows)}"
 
 
-def _again(earlier: Run, later: Run) -> list[str]:
-    """How far two runs of the same benchmarks differ."""
-    text, _ = compare.report(earlier, later, 0.1, every=False)
-    return ["## The same run twice", PAGES["again"], f"```text\n{text}\n```"]
+def _losses(groups: Groups) -> str:
+    """Where a peer is faster than ours, by its median."""
+    faster = [
+        f"{entry.contestant} takes {entry.ratio[1]:.2f} of ours in *{group}*"
+        for group, entries in groups.items()
+        for entry in entries
+        if entry.is_peer and entry.ratio and round(entry.ratio[1], 2) < 1
+    ]
+    if not faster:
+        return "No other contestant is faster than ours in any of them."
+    return "Where we lose: " + "; ".join(faster) + "."
 
 
-def _pictures(suite: str, groups: dict[str, list[Entry]], draw: bool) -> list[str]:
-    """Each picture with its sentence."""
-    found = []
-
-    def picture(name: str, about: str, sentence: str, make) -> None:
-        if draw:
-            make(PICTURES / f"{name}.png")
-        found.append(f"![{about}](benchmarks/{name}.png)\n\n{sentence}")
-
-    if suite == "head":
-        panels = plots.limit_panels(groups)
-        line = "time over that of the GEMMs alone (line at 1: the limit)"
-        picture(
-            "head", "Time of each contestant over the limit", head_sentence(groups),
-            lambda path: plots.rankings(panels, line, path),
-        )  # fmt: skip
-        picture(
-            "error", "Error of the gradient against time",
-            PAGES["error"],
-            lambda path: plots.error_against_time(groups, path),
-        )  # fmt: skip
-    elif suite == "memory":
-        picture(
-            "memory", "Peak memory against image tokens", memory_sentence(groups),
-            lambda path: plots.memory(groups, path),
-        )  # fmt: skip
-    elif suite == "step":
-        panels = [
-            (name.removeprefix("step, "),
-             [("ours", (1.0, 1.0, 1.0)), *((e.contestant, e.ratio) for e in entries if e.ratio)])
-            for name, entries in groups.items()
-        ]  # fmt: skip
-        picture(
-            "step", "Cost of a training step", step_sentence(groups),
-            lambda path: plots.rankings(panels, "time of a step over ours", path),
-        )  # fmt: skip
-    elif suite == "scaling":
-        picture(
-            "scaling", "Time against size", scaling_sentence(groups),
-            lambda path: plots.scaling(groups, path),
-        )  # fmt: skip
-    else:
-        found.append(against_ours(groups))
-    return found
+def _head_sentence(groups: Groups) -> list[str]:
+    ours: dict[str, list[float]] = {}
+    best = []
+    for entries in groups.values():
+        if limits := over_limit(entries):
+            ours.setdefault(entries[0].case["dtype"], []).append(limits["ours"][1])
+            best.append(min(e.ratio[1] for e in entries if e.is_peer))
+    spans = " and ".join(f"{span(values)} times in {dtype}" for dtype, values in ours.items())
+    return [
+        f"Over these {len(best)} cases ours takes {spans} as long as torch's GEMMs alone; the best "
+        f"of the other libraries takes {span(best)} times as long as ours."
+    ]
 
 
-def _tables(suite: str, groups: dict[str, list[Entry]]) -> str:
-    if suite == "memory":
-        return _memory_table(groups)
-    if suite == "scaling":
-        return _scaling_table(groups)
-    return "\n\n".join(_table(name, entries) for name, entries in groups.items())
+def _step_sentence(groups: Groups) -> list[str]:
+    peers: dict[str, list[float]] = {}
+    for entry in (e for entries in groups.values() for e in entries if e.is_peer and e.ratio):
+        peers.setdefault(entry.contestant, []).append(entry.ratio[1])
+    shown = "; ".join(f"{name} {span(values)}" for name, values in peers.items())
+    return [f"In units of ours, in {len(groups)} settings: {shown}."]
 
 
-def _table(name: str, entries: list[Entry]) -> str:
+SENTENCES = {"head": _head_sentence, "step": _step_sentence}
+
+
+def _bold(entry: Entry) -> str:
+    return f"**{entry.contestant}**" if entry.role == "ours" else entry.contestant
+
+
+def _group_tables(groups: Groups) -> str:
+    return "\n\n".join(_group_table(name, entries) for name, entries in groups.items())
+
+
+def _group_table(name: str, entries: list[Entry]) -> str:
     """One group: a row a contestant, columns as it has them."""
     limits = over_limit(entries)
     rows = []
     for entry in entries:
-        bold = "**" if entry.role == "ours" else ""
         row = {
-            "": f"{bold}{entry.contestant}{bold}" + (" (limit)" if entry.role == "limit" else ""),
+            "": _bold(entry) + (" (limit)" if entry.role == "limit" else ""),
             "median": duration(entry.median),
             "rounds": str(len(entry.seconds)),
             "over ours": factor(entry.ratio) if entry.ratio else "1",
         }
         if limits:
-            row["over the limit"] = (
-                factor(limits[entry.contestant]) if entry.contestant in limits else "1"
-            )
-        for what, error in entry.error.items():
-            row[f"error of {what}"] = f"{error:.1e}"
+            over = limits.get(entry.contestant)
+            row["over the limit"] = factor(over) if over else "1"
+        row |= {f"error of {what}": f"{error:.1e}" for what, error in entry.error.items()}
         if entry.bytes is not None:
             row["peak"] = bytes_of(entry.bytes)
         if "rate" in entry.extra:
@@ -205,108 +159,167 @@ def _table(name: str, entries: list[Entry]) -> str:
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [tuple(row.get(column, "-") for column in columns) for row in rows]
-    shown = entries[0].case
-    size = f" (N = {shown['N']})" if "N" in shown and shown.get("rows") else ""
+    case = entries[0].case
+    size = f" (N = {case['N']})" if "N" in case and case.get("rows") else ""
     return f"**{name}**{size}\n\n{table(columns, cells)}"
 
 
-def _memory_table(groups: dict[str, list[Entry]]) -> str:
-    parts: dict[str, dict[str, dict[int, int]]] = {}
+def _pivot(groups: Groups, title, key) -> dict[str, dict[str, dict[int, Entry]]]:
+    """Entries by title, contestant as shown, and value of `key` in the case."""
+    found: dict[str, dict[str, dict[int, Entry]]] = {}
     for entry in (entry for entries in groups.values() for entry in entries):
-        part = parts.setdefault("{head}, {dtype}".format(**entry.case), {})
-        part.setdefault(entry.contestant, {})[entry.case["image_tokens"]] = entry.bytes
-    found = []
-    for title, names in parts.items():
-        tokens = sorted({t for values in names.values() for t in values})
-        rows = [
-            (f"**{name}**" if name == "ours" else name,
-             *(f"{values[t] / 2**20:,.1f}" if t in values else "-" for t in tokens))
-            for name, values in names.items()
-        ]  # fmt: skip
+        part = found.setdefault(title(entry), {}).setdefault(_bold(entry), {})
+        part[entry.case[key]] = entry
+    return found
+
+
+def _memory_table(groups: Groups) -> str:
+    tables = []
+    parts = _pivot(groups, lambda e: "{head}, {dtype}".format(**e.case), "image_tokens")
+    for title, rows in parts.items():
+        tokens = sorted({value for row in rows.values() for value in row})
+        cells = [
+            (name, *(f"{row[t].bytes / 2**20:,.1f}" if t in row else "-" for t in tokens))
+            for name, row in rows.items()
+        ]
         columns = (f"{title}, MiB at image tokens", *(f"{t:,}" for t in tokens))
-        found.append(table(columns, rows))
-    return "\n\n".join(found)
+        tables.append(table(columns, cells))
+    return "\n\n".join(tables)
 
 
-def _scaling_table(groups: dict[str, list[Entry]]) -> str:
-    axes: dict[str, dict[str, dict[int, Entry]]] = {}
-    for entry in (entry for entries in groups.values() for entry in entries):
+def _scaling_table(groups: Groups) -> str:
+    def title(entry: Entry) -> str:
         axis = entry.case["axis"]
-        title = f"{axis}, head {entry.case['head']}" if axis == "ranks" else axis
-        part = axes.setdefault(title, {}).setdefault(entry.contestant, {})
-        part[entry.case["value"]] = entry
-    found = []
-    for title, names in axes.items():
-        values = sorted({v for points in names.values() for v in points})
-        rows = [_scaling_row(name, points, values) for name, points in names.items()]
-        tail = ("speed-up",) if title.startswith("ranks") else ("slope of memory", "peak memory")
-        columns = (title, *(f"{v:,}" for v in values), "slope of time", *tail)
-        found.append(table(columns, rows))
-    return "\n\n".join(found)
+        return f"{axis}, head {entry.case['head']}" if axis == "ranks" else axis
+
+    tables = []
+    for name, rows in _pivot(groups, title, "value").items():
+        values = sorted({value for row in rows.values() for value in row})
+        ranks = name.startswith("ranks")
+        tail = ("speed-up",) if ranks else ("slope of memory", "peak memory")
+        columns = (name, *(f"{v:,}" for v in values), "slope of time", *tail)
+        cells = []
+        for contestant, row in rows.items():
+            last = row[max(row)].extra
+            slopes = {what: f"{value:.2f}" for what, value in last.get("slope", {}).items()}
+            peaks = [row[v].bytes for v in sorted(row) if row[v].bytes]
+            ends = f"{bytes_of(peaks[0])} to {bytes_of(peaks[-1])}" if peaks else "-"
+            speedup = factor(last["speedup"]) if "speedup" in last else "-"
+            times = (duration(row[v].median) if v in row else "-" for v in values)
+            tail = (speedup,) if ranks else (slopes.get("memory", "-"), ends)
+            cells.append((contestant, *times, slopes.get("time", "-"), *tail))
+        tables.append(table(columns, cells))
+    return "\n\n".join(tables)
 
 
-def _scaling_row(name: str, points: dict[int, Entry], values: list[int]) -> list[str]:
-    """Times, slopes, and either peaks or, of ranks, the speed-up."""
-    last = points[max(points)]
-    slopes = last.extra.get("slope", {})
-    row = [f"**{name}**" if name.startswith("ours") else name]
-    row += [duration(points[v].median) if v in points else "-" for v in values]
-    row.append(f"{slopes['time']:.2f}" if "time" in slopes else "-")
-    if last.case["axis"] == "ranks":
-        return [*row, factor(last.extra["speedup"]) if "speedup" in last.extra else "-"]
-    peaks = [points[v].bytes for v in sorted(points) if points[v].bytes]
-    row.append(f"{slopes['memory']:.2f}" if "memory" in slopes else "-")
-    return [*row, f"{bytes_of(peaks[0])} to {bytes_of(peaks[-1])}" if peaks else "-"]
-
-
-def _gpu(gpu: Run | None, check: Check | None) -> list[str]:
-    parts = ["## On a GPU"]
-    if check is not None:
-        parts += gpu_pages.benchmarks_section(check, roofline.ratios(check))
-    if gpu is not None:
-        parts += [_tables(s, gpu.groups(s)) for s in SUITES if gpu.groups(s)]
-    else:
-        parts.append(PAGES["gpu_not_measured"])
-    return parts
-
-
-def _skipped(runs: list[Run]) -> list[str]:
+def _skipped(runs: list[Run]) -> str:
     found = Counter((run.name, one["reason"]) for run in runs for one in run.skipped)
     if not found:
-        return ["## Skipped", "Nothing: every contestant was installed."]
+        return "Nothing: every contestant was installed."
     rows = [(f"`{run}`", str(count), reason) for (run, reason), count in found.items()]
-    return ["## Skipped", table(("run", "benchmarks", "reason"), rows)]
+    return table(("run", "benchmarks", "reason"), rows)
 
 
-def put_gpu_sentences(root: Path, check: Check | None) -> None:
-    """README and docs/kernels.md: what a GPU check measured, or that there was none."""
-    readme.put(root / "README.md", "gpu", gpu_pages.readme_sentence(check))
-    readme.put(root / "docs" / "kernels.md", "gpu", gpu_pages.kernels_sentence(check))
+STEPS = {
+    "TRL DPO": "**rDPO here** over TRL {trl}'s plain DPO",
+    "TRL DPO, labelled rows": "the same, TRL made to project only response rows",
+    "released, three sequences": "over plain rDPO, three sequences as in the authors' release",
+}
+HEADS = {
+    "ours": "**`rdpo_loss`**",
+    "ours, torch backend": "`rdpo_loss` without the C++ kernels",
+    "F.linear_cross_entropy": "torch `F.linear_cross_entropy`",
+    "eager logits": "eager torch",
+    "TRL chunked log-prob": "TRL {trl} chunked log-prob",
+    "Liger DPO, two calls": "Liger {liger-kernel} DPO, two calls",
+    "CCE": "CCE {cut-cross-entropy}, its CPU version",
+}
+QUARTER = "LLaVA-1.5-7B, H / 4 1024x32000"
+TUNES, DTYPES = {"lora": "LoRA", "full": "full"}, ("fp32", "bf16")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads, writes; returns an exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument(
-        "--results", type=Path, default=results.FOLDER, help="folder with the results files"
+def readme_step(run: Run) -> str | None:
+    """Ours over theirs for a step of 60 M parameters; the most examples that were run."""
+    groups = groups_of([run], "step")
+    most = max((entries[0].case["examples"] for entries in groups.values()), default=0)
+    settings = {
+        (entries[0].case["tune"], entries[0].case["dtype"]): {e.contestant: e for e in entries}
+        for entries in groups.values()
+        if entries[0].case["examples"] == most
+    }
+    if not settings:
+        return None
+    columns = [(t, d) for t in TUNES for d in DTYPES if (t, d) in settings]
+    rows = []
+    for name, words in STEPS.items():
+        entries = [(settings[c]["ours"], settings[c].get(name)) for c in columns]
+        cells = ["-" if peer is None else f"{1 / peer.ratio[1]:.2f}" for _, peer in entries]
+        memory = [ours.bytes / peer.bytes for ours, peer in entries if peer is not None]
+        if name == "TRL DPO":
+            cells = [f"**{cell}**" for cell in cells]
+        peaks = span(memory, " - ") if memory else "-"
+        rows.append((words.format(**run.machine["versions"]), *cells, peaks))
+    size = f"{most} example{'s' if most > 1 else ''}"
+    what = f"a training step of a LLaVA of 60 M parameters, {size}, on a CPU: ours / theirs"
+    return table((what, *(f"{TUNES[t]}, {d}" for t, d in columns), "peak memory"), rows)
+
+
+def readme_head(run: Run) -> str | None:
+    """Time over that of the GEMMs alone, for a quarter of LLaVA-1.5-7B's head."""
+    groups = groups_of([run], "head")
+    shown = {
+        f"{dtype}, {words}": over_limit(groups.get(f"head, {kind}, {dtype}, {QUARTER}", []))
+        for dtype in reversed(DTYPES)
+        for kind, words in (("frozen", "frozen"), ("trainable", "trains"))
+    }
+    if not any(shown.values()):
+        return None
+    rows = []
+    for name, words in HEADS.items():
+        cells = [f"{over[name][1]:.2f}" if name in over else "" for over in shown.values()]
+        if name == "ours":
+            cells = [f"**{cell}**" for cell in cells]
+        rows.append((words.format(**run.machine["versions"]), *cells))
+    return table(("", *shown), rows)
+
+
+def pages(folder: Path = results.FOLDER) -> dict[Path, dict[str, str]]:
+    """Generated blocks by page, relative to the root.
+
+    Raises:
+        ValueError: when results are missing.
+    """
+    runs, check = read_runs(folder), load(folder)
+    earlier, gpu = (
+        results.read(path) if (path := folder / f"{name}.json").exists() else None
+        for name in ("earlier", "gpu")
     )
-    given = parser.parse_args(arguments)
+    readme = {
+        name: next(filter(None, map(make, runs)), "Not measured.")
+        for name, make in {"step": readme_step, "head": readme_head}.items()
+    }
+    return {
+        Path("docs/benchmarks.md"): blocks(runs, earlier, gpu),
+        Path("docs/gpu.md"): gpu_pages.blocks(check),
+        Path("docs/kernels.md"): {"gpu": gpu_pages.kernels_sentence(check)},
+        Path("README.md"): readme | {"gpu": gpu_pages.readme_sentence(check)},
+    }
+
+
+def main() -> int:
+    """Writes the pages and images; returns an exit code."""
     try:
-        runs, gpu = read_runs(given.results)
-        check = load(given.results)
-        PAGE.write_text(page(runs, gpu, earlier=read_earlier(given.results), check=check))
-        roofline.FILE.write_text(roofline.page(check))
-        readme.refresh(ROOT / "README.md", runs)
-        put_gpu_sentences(ROOT, check)
+        for page, found in pages().items():
+            put(ROOT / page, found)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for run in [*runs, *([gpu] if gpu else [])]:
-        results.write_csv(run, given.results / f"{run.name}.csv")
-    verdicts = [targets.verdict(target, runs)[1] for target in targets.read()]
-    met = f"{verdicts.count('met')} of {len(verdicts)} targets met"
-    pages = f"docs/{PAGE.name} with its pictures, docs/{roofline.FILE.name}"
-    print(f"wrote {pages} and the generated parts of README.md and docs/kernels.md; {met}")
+    runs = read_runs()
+    for suite, draw in plots.DRAW.items():
+        if groups := groups_of(runs, suite):
+            draw(groups, PICTURES)
+    verdicts = [targets.verdict(t, t.value(runs)) for t in targets.read()[0]]
+    print(f"wrote docs/, README.md; targets on a CPU: {targets.counts(verdicts)}")
     return 0
 
 

@@ -1,23 +1,18 @@
-"""Time of the head on an H100 by calculation: `python -m benchmarks.roofline` writes docs/gpu.md.
+"""Roofline of the head on an H100: a calculation, for docs/gpu.md and beside measured times.
 
 Each kernel takes the longer of its FLOP at the tensor cores' peak and its bytes at the memory's
 bandwidth; kernels run one after another. So these are lower bounds; the second figure replaces the
-peak by what good GEMMs reach. Results of a GPU check are put beside them.
+peak by the rate of good GEMMs.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.contestants import OURS
-from benchmarks.gpu.check import Check, load
-from benchmarks.gpu.pages import WORDS, filled, number, ratio, sections, shape_of
-from benchmarks.words import table
+from benchmarks.tables import table
 from realign_kernels.backends.chunk_plan import chunk_step, default_chunk_rows, even_step, kept_rows
 
-FILE = Path(__file__).parent.parent / "docs" / "gpu.md"
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM: dense bf16 FLOP/s, HBM3 bytes/s (data sheet)
 REACHED = 770e12  # FLOP/s of bf16 GEMMs; Liger reports 760 to 790e12 for its own on an H200
 SHAPES = {
@@ -143,48 +138,58 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}"
 
 
-def row(H: int) -> float:
-    """Units that the row kernel takes: its bytes a logit over the time of 2 H FLOP."""
-    return ROW_BYTES / BANDWIDTH / (2 * H / PEAK)
+def shape_of(group: str) -> tuple[int, int, int, str]:
+    """N, H, V and the kind of a group of cases of the head, "N x H x V kind"."""
+    size, _, kind = group.partition(" ")
+    N, H, V = map(int, size.split("x"))
+    return N, H, V, kind
 
 
-def case_of(rows: int, H: int, V: int, kind: str, contestant: str = OURS) -> str:
-    """Name of a case of the part `head` of a GPU check."""
-    return f"{rows}x{H}x{V} {kind}/{contestant}"
-
-
-def rows_of(trainable: bool) -> list[tuple[str, ...]]:
-    """Cells of forward and backward: a shape each."""
-    least, others = (3, (4, 3)) if trainable else (2, (3, 2))
-    found = []
+def table_of(*, trainable: bool) -> str:
+    """Forward and backward: a shape each."""
+    least, recomputing, storing = (3, 4, 3) if trainable else (2, 3, 2)
+    own = ("ms: at peak / at 770", "units at 770", "GB moved")
+    columns = [
+        "head", "limit, ms", f"ours by `rows`, {own[0]}", *own[1:],
+        f"ours without logits, {own[0]}", *own[1:], "eager, ms: at peak / at 770",
+        f"{recomputing}u at 770: TRL, CCE",
+        f"{storing}u on 4/3 of all rows at 770: Liger, two calls",
+    ]  # fmt: skip
+    rows = []
     for model, (H, V) in SHAPES.items():
-        plain, limit = eager(ROWS, H, V, trainable), units(ROWS, H, V, least, PEAK)
-        cells = [f"{model} {H} x {V}", ms(limit)]
+        cells = [f"{model} {H} x {V}", ms(units(ROWS, H, V, least, PEAK))]
         for fused in (False, True):
             mine = ours(ROWS, H, V, trainable, fused=fused)
-            cells += [
-                f"{ms(mine.seconds(PEAK))} / {ms(mine.seconds(REACHED))}",
-                f"{mine.seconds(REACHED) / units(ROWS, H, V, 1, REACHED):.2f}u",
-                f"{mine.bytes / 1e9:.1f}",
-            ]
+            in_units = mine.seconds(REACHED) / units(ROWS, H, V, 1, REACHED)
+            cells += [both(mine), f"{in_units:.2f}u", f"{mine.bytes / 1e9:.1f}"]
+        liger = units(4 / 3 * (ROWS + IMAGE_ROWS), H, V, storing, REACHED)
         cells += [
-            f"{ms(plain.seconds(PEAK))} / {ms(plain.seconds(REACHED))}",
-            ms(units(ROWS, H, V, others[0], REACHED)),
-            ms(units(4 / 3 * (ROWS + IMAGE_ROWS), H, V, others[1], REACHED)),
+            both(eager(ROWS, H, V, trainable)),
+            ms(units(ROWS, H, V, recomputing, REACHED)),
+            ms(liger),
         ]
-        found.append(tuple(cells))
-    return found
+        rows.append(cells)
+    return table(columns, rows)
 
 
-def forward_rows() -> list[tuple[str, ...]]:
-    """Cells for log-probs alone: a shape each."""
-    found = []
+def both(kernels: Kernels) -> str:
+    """Milliseconds at the peak and at the rate of good GEMMs."""
+    return f"{ms(kernels.seconds(PEAK))} / {ms(kernels.seconds(REACHED))}"
+
+
+def forward_table() -> str:
+    """Log-probs only: a shape each."""
+    rows = []
     for model, (H, V) in SHAPES.items():
         chunked, fused = ours(ROWS, H, V, False, derivative=False), no_logits(ROWS, H, V)
-        limit = ms(units(ROWS, H, V, 1, PEAK))
-        times = (limit, ms(chunked.seconds(PEAK)), ms(fused.seconds(PEAK)))
-        found.append((f"{model} {H} x {V}", *times, f"{ROWS * V * FP32 / 1e9:.1f}"))
-    return found
+        times = (units(ROWS, H, V, 1, PEAK), chunked.seconds(PEAK), fused.seconds(PEAK))
+        cells = (f"{model} {H} x {V}", *map(ms, times), f"{ROWS * V * FP32 / 1e9:.1f}")
+        rows.append(cells)
+    columns = (
+        "head", "limit, ms", "by chunks with logits, ms at peak",
+        "without logits (Triton), ms at peak", "logits not written, GB",
+    )  # fmt: skip
+    return table(columns, rows)
 
 
 def step_seconds(positions: float) -> float:
@@ -209,102 +214,3 @@ def attention_seconds(trees: Iterable[Iterable[int]], width: int) -> float:
         pairs += root * (root + 1) // 2
         pairs += sum(leaf * root + leaf * (leaf + 1) // 2 for leaf in leaves)
     return 14.0 * pairs * width / REACHED
-
-
-def ratios(check: Check) -> list[tuple[str, ...]]:
-    """(part, case, calculated, measured, ratio) of everything that is calculated."""
-    rows: list[tuple[str, ...]] = []
-
-    def add(part: str, case: str, name: str, calculated: float) -> None:
-        found = check.figure(part, case, name)
-        unit = name.replace("_per_", "/")
-        cells = f"{calculated:.3g} {unit}", f"{number(found)} {unit}", ratio(found, calculated)
-        rows.append((part, case, *cells))
-
-    add("facts", "GEMM", "tflops", REACHED / 1e12)
-    add("facts", "copy", "tb_per_s", BANDWIDTH / 1e12)
-    for group in check.groups:
-        N, H, V, kind = shape_of(group)
-        kernels = no_logits(N, H, V) if kind == "log-probs" else ours(N, H, V, kind == "trained")
-        add("head", f"{group}/{OURS}", "ms", 1e3 * kernels.seconds(REACHED))
-    # Here, since the part `head` imports this file and need not load transformers.
-    from benchmarks.gpu.attention import LLAVA, batch_of
-
-    seconds = attention_seconds(batch_of(LLAVA).trees[0], LLAVA.heads * LLAVA.width)
-    for case in ("tree, cuDNN off", "varlen"):
-        add("attention", case, "ms", 1e3 * seconds)
-    positions = check.figure("step", "ours", "positions")
-    if positions is not None:
-        add("step", "ours", "seconds", step_seconds(positions))
-    return rows
-
-
-def columns(recomputing: int, storing: int) -> tuple[str, ...]:
-    """Heads of the table of `rows_of`."""
-    return (
-        "head",
-        "limit, ms",
-        "ours by `rows`, ms: at peak / at 770",
-        "units at 770",
-        "GB moved",
-        "ours without logits, ms: at peak / at 770",
-        "units at 770",
-        "GB moved",
-        "eager, ms: at peak / at 770",
-        f"{recomputing}u at 770: TRL, CCE",
-        f"{storing}u on 4/3 of all rows at 770: Liger, two calls",
-    )
-
-
-FORWARD = (
-    "head",
-    "limit, ms",
-    "by chunks with logits, ms at peak",
-    "without logits (Triton), ms at peak",
-    "logits not written, GB",
-)
-
-
-def page(check: Check | None = None) -> str:
-    """docs/gpu.md, with measured figures where a check has been run."""
-    intro, measured = WORDS["not_measured"].strip(), ""
-    if check is not None:
-        intro = WORDS["measured"].strip().format(
-            machine=check.machine,
-            gemm=number(check.figure("facts", "GEMM", "tflops")),
-            copy=number(check.figure("facts", "copy", "tb_per_s")),
-            correct=check.correct,
-            missing=check.missing,
-            since=WORDS["since"].strip(),
-        )  # fmt: skip
-        measured = sections(check)
-    text = WORDS["page"].format(
-        intro=intro,
-        sections=measured,
-        peak=f"{PEAK / 1e12:.0f}",
-        bandwidth=f"{BANDWIDTH / 1e12:.2f}",
-        rows=f"{ROWS:,}",
-        examples=EXAMPLES,
-        response=RESPONSE,
-        all_rows=f"{ROWS + IMAGE_ROWS:,}",
-        frozen=table(columns(3, 2), rows_of(False)),
-        trains=table(columns(4, 3), rows_of(True)),
-        forward=table(FORWARD, forward_rows()),
-        row_4096=f"{row(4096):.2f}",
-        row_2048=f"{row(2048):.2f}",
-        chunk=f"{default_chunk_rows(10**6, CUDA):,}",
-        ridge=f"{PEAK / BANDWIDTH:.0f}",
-        three_peak=ms(units(8192, 4096, 151936, 3, PEAK)),
-        three_reached=ms(units(8192, 4096, 151936, 3, REACHED)),
-    )
-    return filled(text.rstrip()) + "\n"
-
-
-def main() -> None:
-    """Writes the page."""
-    FILE.write_text(page(load()))
-    print(f"wrote docs/{FILE.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,13 @@
-"""A contestant of the training step in its own process: `-m benchmarks.step_contestants NAME ...`.
+"""Contestants of the training step, each served by a process of its own (`serve`).
 
-Each line of its standard input is an optimizer step, `keep`, `labelled` or `dpo` saying how; the
-answer is JSON: seconds, loss, gradient norm, memory so far. All start from one policy, moved from
-the reference by noise of the name. Timed: forward, backward, clipping, optimizer; no preprocessing.
+A message is an optimizer step, a tuple of the words `keep`, `labelled` and `dpo`. All start from
+one policy, moved from the reference by noise of the name. Timed: forward, backward, clipping,
+optimizer; no preprocessing.
 """
 
-import argparse
 import ctypes
-import json
+import multiprocessing
 import os
-import sys
 import time
 import zlib
 from dataclasses import replace
@@ -21,6 +19,28 @@ from torch.nn.utils.rnn import pad_sequence
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, ALPHA = 128, 256.0  # the paper's, and the defaults of realign.train
+
+
+class Worker:
+    """A process that answers messages, `serve(*arguments, pipe)`; an exception in it ends it."""
+
+    def __init__(self, serve, *arguments, silence: float | None = 120) -> None:
+        """`silence`: seconds until the process counts as hung."""
+        self.silence = silence
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, there = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
+        self.process.start()
+        there.close()  # or its end would not be seen here
+
+    def read(self):
+        if not self.pipe.poll(self.silence):
+            raise TimeoutError(f"a process of the benchmark was silent for {self.silence} s")
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.process.kill()  # it has nothing to save
+        self.process.join()
 
 
 def memory():
@@ -85,6 +105,12 @@ def lora_settings(model):
     names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
     pattern = rf".*language_model\..*\.({'|'.join(sorted(names))})"
     return {"r": RANK, "lora_alpha": ALPHA, "target_modules": pattern, "task_type": "CAUSAL_LM"}
+
+
+def adamw(model):
+    """Trained parameters and their optimizer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return trained, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
 class Ours:
@@ -159,27 +185,18 @@ class Ours:
         of_pairs = replace(feed, examples=pairs, references=references[:2])
         self.feeds = {"rdpo": feed, "dpo": of_pairs}
         self.objectives = {"rdpo": inputs.objective, "dpo": objectives.get("dpo", beta=BETA)}
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        )
+        self.trained, self.optimizer = adamw(model)
 
-    def gradient(self, name, parts, examples):
-        """Loss and gradient norm of an objective over micro-batches, which hold `examples`."""
+    def step(self, name, parts, examples, update=True):
+        """Loss and gradient norm over micro-batches, which hold `examples`, and an update."""
         from realign.training import step
 
         options = {"batch_size": examples, "device": self.device}
         totals = step.accumulate(self.model, parts, self.objectives[name], **options)
-        norm = step.clip(self.trained, 0)
-        return float(totals["loss"]) / examples, float(norm)
-
-    def step(self, name, parts, examples):
-        """The same, and an update."""
-        from realign.training import step
-
-        options = {"batch_size": examples, "device": self.device}
-        totals = step.accumulate(self.model, parts, self.objectives[name], **options)
-        norm = step.clip(self.trained, CLIP)
+        norm = step.clip(self.trained, CLIP if update else 0)
+        if not update:
+            self.optimizer.zero_grad()
+            return float(totals["loss"]) / examples, float(norm)
         found, _ = step.update_and_read(self.optimizer, totals, norm, examples, False)
         self.optimizer.zero_grad()
         return found["loss"], found["grad_norm"]
@@ -192,13 +209,8 @@ class Ours:
             feed = self.feeds[name]
             count = len(feed.examples)
             began = now()
-            found = [feed(range(count))], count
-            if name == "dpo":
-                answer(0.0, *self.gradient(name, *found))
-                self.optimizer.zero_grad()
-            else:
-                loss, norm = self.step(name, *found)
-                answer(now() - began, loss, norm)
+            loss, norm = self.step(name, [feed(range(count))], count, update=name == "rdpo")
+            answer(now() - began, loss, norm)
 
 
 class Released:
@@ -211,7 +223,6 @@ class Released:
     """
 
     def __init__(self, folder, tune, dtype):
-        from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from realign.data.records import read_pairs
@@ -227,29 +238,38 @@ class Released:
             loaded = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=kind)
             return loaded.to(DEVICE)
 
-        self.autocast = torch.autocast(DEVICE, kind, enabled=dtype != "fp32")
-        self.model, self.reference = load(), None
-        self.model.model.vision_tower.requires_grad_(False)
-        if tune == "lora":
-            self.model = get_peft_model(self.model, LoraConfig(**lora_settings(self.model)))
-        else:
-            self.reference = load().requires_grad_(False)
-        move(self.model.train(), tune)
-        whole = self.model.get_base_model() if tune == "lora" else self.model
+        model = load()
+        layout = layout_of(model)
+        self.prepare(model, None if tune == "lora" else load().requires_grad_(False), kind)
         examples, store = encode_records(
             read_pairs(folder / "pairs.parquet"),
             processor,
             objectives.rdpo(),
-            layout=layout_of(whole),
+            layout=layout,
             max_response_tokens=1024,
             max_tokens=2048,
             progress=False,
         )
         self.batches = [self.collate(examples, store, leaf) for leaf in range(3)]
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        )
+
+    def prepare(self, model, reference, kind):
+        """Policy and optimizer; without a reference model the policy gets LoRA."""
+        from peft import LoraConfig, get_peft_model
+
+        model.model.vision_tower.requires_grad_(False)
+        if reference is None:
+            model = get_peft_model(model, LoraConfig(**lora_settings(model)))
+        move(model.train(), "lora" if reference is None else "full")
+        self.model, self.reference = model, reference
+        self.autocast = torch.autocast(DEVICE, kind, enabled=kind != torch.float32)
+        self.trained, self.optimizer = adamw(model)
+
+    def update(self):
+        """Clipping and an optimizer step; returns the gradient norm."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
 
     @staticmethod
     def collate(examples, store, leaf):
@@ -298,10 +318,60 @@ class Released:
             began = now()
             loss = self.loss()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            norm = self.update()
             answer(now() - began, loss.item(), norm.item())
+
+
+def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **options):
+    """TRL's `DPOTrainer` on the pairs of `folder`, in their order.
+
+    Args:
+        model: folder of the model, or the model.
+        processor: its processor.
+        folder: holds pairs.parquet, and gets what the trainer writes.
+        tune: "lora" or "full".
+        settings: of LoRA (`lora_settings`).
+        dtype: "bf16" for autocast, or "fp32".
+        device: "cuda" or "cpu".
+        options: of `DPOConfig`, besides those that all contestants share.
+    """
+    import datasets
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(folder / "pairs.parquet"), split="train",
+        cache_dir=str(folder / "datasets"),
+    ).select_columns(["prompt", "chosen", "rejected", "images"])  # fmt: skip
+    trainer = DPOTrainer(
+        model=model,
+        processing_class=processor,
+        train_dataset=rows,
+        peft_config=LoraConfig(**settings) if tune == "lora" else None,
+        args=DPOConfig(
+            output_dir=str(folder / "trl"),
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            beta=BETA,
+            max_grad_norm=CLIP,
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=dtype == "bf16",
+            use_cpu=device == "cpu",
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            report_to="none",
+            logging_first_step=True,
+            logging_steps=1000,
+            disable_tqdm=True,
+            **options,
+        ),
+    )
+    trained = trainer.model
+    tower = (trained.get_base_model() if tune == "lora" else trained).model.vision_tower
+    tower.requires_grad_(False)
+    move(trained, tune)
+    return trainer
 
 
 class Trl:
@@ -310,7 +380,7 @@ class Trl:
     TRL's defaults but for gradient checkpointing, which is off (it would cost time), and what all
     contestants share: learning rate, LoRA, frozen tower. bf16 is TRL's default, too: autocast over
     fp32 weights. Timed: from its `on_step_begin` to `on_step_end`, so without collation. With
-    the word `labelled` the head projects labelled rows alone in that step, as TRL does on CUDA.
+    the word `labelled` the head projects only labelled rows in that step, as TRL does on CUDA.
     """
 
     def __init__(self, folder, tune, dtype):
@@ -321,8 +391,6 @@ class Trl:
             AutoProcessor,
             TrainerCallback,
         )
-
-        from benchmarks.trl_dpo import dpo_trainer
 
         self.imported = memory()
         with torch.device("meta"):
@@ -374,29 +442,14 @@ class Trl:
 CONTESTANTS = {"ours": Ours, "trl": Trl, "released": Released}
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=CONTESTANTS)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("tune", choices=("lora", "full"))
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
-    arguments = parser.parse_args()
+def serve(name, folder, tune, dtype, pipe):
+    """Answers each tuple of words with a step: seconds, loss, gradient norm, memory so far."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     allocate("return")
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
+    contestant = CONTESTANTS[name](Path(folder), tune, dtype)
+    pipe.send({"imported": contestant.imported["VmRSS"]})
 
-    def tell(**found):
-        print(json.dumps(found | memory()), file=out, flush=True)
+    def answer(*found):
+        pipe.send(dict(zip(("seconds", "loss", "norm"), found, strict=True)) | memory())
 
-    where = (arguments.folder, arguments.tune, arguments.dtype)
-    contestant = CONTESTANTS[arguments.name](*where)
-    tell(imported=contestant.imported["VmRSS"])
-    names = ("seconds", "loss", "norm")
-    contestant.serve(
-        (line.split() for line in sys.stdin),
-        lambda *found: tell(**dict(zip(names, found, strict=True))),
-    )
-
-
-if __name__ == "__main__":
-    main()
+    contestant.serve(iter(pipe.recv, None), answer)

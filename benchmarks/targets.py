@@ -1,13 +1,14 @@
-"""What we set out to reach (docs/targets.toml), against what a run measured.
+"""Targets of docs/targets.toml against measured medians.
 
-A target names a group and a measure of ours in it, and a bound:
+A `[[target]]` names a group, a measure of ours in it, and a bound:
 
 - `time over limit`: seconds of ours over those of the limit;
-- `time over`: seconds of ours over those of contestant `of`; `memory over`: the same of peaks;
+- `time over`, `memory over`: seconds or peak of ours over those of contestant `of`;
 - `memory growth`: peak of ours in `group` over that in `base`;
 - `rate` (things per second), `seconds`, `filled`: of ours itself.
 
-Medians are compared, whatever their spread.
+A `[[gpu]]` names a figure of a case of the GPU check, in `unit`. `over` is a case of the part that
+divides it, `times` a factor of that quotient: `times` GEMMs alone give u.
 """
 
 import math
@@ -15,24 +16,16 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu.check import Check
 from benchmarks.results import Run, over_limit
-from benchmarks.words import quantity
+from benchmarks.tables import quantity
 
 FILE = Path(__file__).parent.parent / "docs" / "targets.toml"
-MEASURES = (
-    "time over limit",
-    "time over",
-    "memory over",
-    "memory growth",
-    "rate",
-    "seconds",
-    "filled",
-)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One entry of the file; exactly one of the bounds is given."""
+    """A bound of a run on a CPU; either `at_most` or `at_least` is given."""
 
     name: str
     group: str
@@ -40,66 +33,80 @@ class Target:
     reason: str
     at_most: float = math.inf
     at_least: float = -math.inf
-    of: str = ""  # a contestant
-    base: str = ""  # a group
+    of: str = ""
+    base: str = ""
     contestant: str = "ours"
-
-    def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise ValueError(f"target {self.name!r}: {self.measure!r} is none of {MEASURES}.")
-        if math.isinf(self.at_most) == math.isinf(self.at_least):
-            raise ValueError(f"target {self.name!r} needs at_most or at_least, and not both.")
-        if ("over" in self.measure and self.measure != "time over limit") != bool(self.of):
-            raise ValueError(f"target {self.name!r}: `of` goes with 'time over' and 'memory over'.")
 
     @property
     def bound(self) -> str:
         """The bound in words."""
-        finite = math.isinf(self.at_least)
-        what, value = ("at most", self.at_most) if finite else ("at least", self.at_least)
-        return f"{what} {quantity(value)}"
+        if math.isinf(self.at_least):
+            return f"at most {quantity(self.at_most)}"
+        return f"at least {quantity(self.at_least)}"
 
-    def value(self, run: Run) -> float | None:
-        """What a run measured; None where it did not."""
+    def value(self, runs: list[Run]) -> float | None:
+        """The measured value by the first run that has it."""
+        return next((v for v in map(self._value, runs) if v is not None), None)
+
+    def _value(self, run: Run) -> float | None:
         own = run.find(self.group, self.contestant)
         if own is None:
             return None
-        if self.measure == "time over limit":
-            found = over_limit(run.groups(own.suite)[self.group]).get(self.contestant)
-            return found[1] if found else None
-        if self.measure == "memory growth":
-            base = run.find(self.base, self.contestant)
-            return own.bytes / base.bytes if base else None
-        if self.measure in ("rate", "filled"):
-            return own.extra.get(self.measure)
         if self.measure == "seconds":
             return own.median
-        other = run.find(self.group, self.of)
+        if self.measure in ("rate", "filled"):
+            return own.extra.get(self.measure)
+        if self.measure == "time over limit":
+            entries = [entry for entry in run.entries if entry.group == self.group]
+            found = over_limit(entries).get(self.contestant)
+            return found and found[1]
+        other = run.find(self.base or self.group, self.of or self.contestant)
         if other is None:
             return None
-        if self.measure == "memory over":
-            return own.bytes / other.bytes
-        return 1 / other.ratio[1]
-
-    def met(self, value: float) -> bool:
-        """Whether a value is within the bound."""
-        return self.at_least <= value <= self.at_most
+        return 1 / other.ratio[1] if self.measure == "time over" else own.bytes / other.bytes
 
 
-def read(path: Path = FILE) -> list[Target]:
-    """The targets of a file.
+@dataclass(frozen=True)
+class GpuTarget:
+    """A bound of a figure of a GPU check, or of its quotient."""
 
-    Raises:
-        ValueError: for an entry that makes no sense.
-        TypeError: for an unknown key.
-    """
-    return [Target(**entry) for entry in tomllib.loads(path.read_text())["target"]]
+    name: str
+    part: str
+    case: str
+    figure: str
+    at_most: float
+    unit: str
+    reason: str
+    over: str = ""
+    times: float = 1.0
+    at_least: float = -math.inf
+
+    @property
+    def bound(self) -> str:
+        """The bound in words."""
+        return f"at most {self.at_most:g} {self.unit}"
+
+    def value(self, check: Check) -> float | None:
+        """The measured figure; None where it is missing."""
+        found = check.figure(self.part, self.case, self.figure)
+        below = check.figure(self.part, self.over, self.figure) if self.over else 1.0
+        return None if found is None or below is None else self.times * found / below
 
 
-def verdict(target: Target, runs: list[Run]) -> tuple[float | None, str]:
-    """(value, "met", "missed" or "not measured") by the first run that has it."""
-    for run in runs:
-        value = target.value(run)
-        if value is not None:
-            return value, "met" if target.met(value) else "missed"
-    return None, "not measured"
+def read() -> tuple[list[Target], list[GpuTarget]]:
+    """The targets on a CPU and on a GPU."""
+    found = tomllib.loads(FILE.read_text())
+    return [Target(**one) for one in found["target"]], [GpuTarget(**one) for one in found["gpu"]]
+
+
+def verdict(target: Target | GpuTarget, value: float | None) -> str:
+    """ "met", "missed" or "not measured"."""
+    if value is None:
+        return "not measured"
+    return "met" if target.at_least <= value <= target.at_most else "missed"
+
+
+def counts(verdicts: list[str]) -> str:
+    """How many targets are met, missed and not measured."""
+    words = ("met", "missed", "not measured")
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in words if word in verdicts)

@@ -27,8 +27,10 @@ from realign.digits.scenes import (
     PRIOR,
     SIZE,
     WORDS,
+    Glyphs,
     Scene,
     caption_of,
+    handwritten,
     make_easy_questions,
     make_questions,
     make_scenes,
@@ -116,7 +118,7 @@ def pretrain(
     *,
     noise: float = NOISE,
     follow: float = PRIOR,
-    pictures: str = "digits",
+    glyphs: Glyphs = handwritten,
     completions: bool = False,
     progress: bool = True,
 ) -> tuple[LlavaForConditionalGeneration, object]:
@@ -127,7 +129,7 @@ def pretrain(
         seed: of weights, scenes and their order.
         noise: of the scenes, see `make_scenes`.
         follow: share of rows that follow the prior, see `make_scenes`.
-        pictures: of the scenes, see `make_scenes`.
+        glyphs: of the scenes, see `make_scenes`.
         completions: whether every fourth batch teaches to complete a masked caption on an image, as
             `--refill prompt` asks for it.
         progress: whether to show a bar.
@@ -140,7 +142,7 @@ def pretrain(
     processor = build_processor()
     model = build_model(processor).train()
     scenes = make_scenes(
-        POOL, biased=True, seed=seed + 1000, noise=noise, follow=follow, pictures=pictures
+        POOL, biased=True, seed=seed + 1000, noise=noise, follow=follow, glyphs=glyphs
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     bar = tqdm(range(steps), desc="pretraining the digits base", disable=not progress)

@@ -1,210 +1,130 @@
-"""What is installed, which backend runs and why, and what to add: `python -m realign.doctor`.
+"""Installation check: versions, backends and missing packages, `python -m realign.doctor`.
 
-Exit code 0 where everything that is needed works, 1 where something is broken. It never fails on a
-missing package, nor on a compiled extension that ends Python: that is what it is for. Every line is
-printed as soon as it is known.
+Exit code 0 where everything that is needed works, 1 where something is broken. A missing package,
+or an extension that crashes Python, is a finding. Every line is printed as soon as it is known.
 """
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
+import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-NEEDED = {
-    "torch": "2.11", "numpy": "2", "transformers": "5.18", "tokenizers": "", "peft": "0.21",
-    "safetensors": "", "pyarrow": "", "pillow": "", "tqdm": "", "jinja2": "", "scikit-learn": "",
-    "scipy": "",
-}  # fmt: skip
-"""Distributions that everything needs -> the oldest that will do, as pyproject.toml lists them."""
-OPTIONAL = {"faiss-gpu": "1.15", "ray": "2.60"}
-"""Optional distributions -> likewise, where it names a version."""
-_MODULES = {
-    "pillow": "PIL", "scikit-learn": "sklearn", "scikit-image": "skimage", "faiss-cpu": "faiss",
-    "faiss-gpu": "faiss", "liger-kernel": "liger_kernel",
-    "sentence-transformers": "sentence_transformers",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
-
-class Extra(NamedTuple):
-    """An optional package.
-
-    Attributes:
-        names: distributions any of which will do.
-        gives: what it is for.
-        remedy: how to install it.
-        cuda: whether it is of use with a CUDA GPU alone.
-    """
-
-    names: tuple[str, ...]
-    gives: str
-    remedy: str
-    cuda: bool = False
-
-
-EXTRAS = (
-    Extra(("faiss-cpu", "faiss-gpu"), "IVF and HNSW search for pairs", "pip install faiss-cpu"),
-    Extra(("triton",), "the CUDA kernels", "it comes with torch for CUDA", cuda=True),
-    Extra(("liger-kernel",), "--liger", "pip install '.[gpu]'", True),
-    Extra(("matplotlib",), "pictures of demo and stats", "pip install 'realign[demo]'"),
-    Extra(("scikit-image",), "the study on photographs", "pip install 'realign[study]'"),
-    Extra(("datasets",), "data sets of other trainers", "pip install datasets"),
-    Extra(("sentence-transformers",), "--similarity", "pip install 'realign[sentences]'"),
-    Extra(("ray",), "--ray", "pip install 'realign[ray]'"),
-    Extra(("tensorboard",), "--tensorboard", "pip install 'realign[tensorboard]'"),
-    Extra(("wandb",), "--wandb", "pip install 'realign[wandb]'"),
-)
-_WIDE = max(len(extra.names[0]) for extra in EXTRAS)
-
-
-class Finding(NamedTuple):
-    """One line of the report.
-
-    Attributes:
-        mark: "ok", "--" for what could be added, or "BAD" for what is broken.
-        what: in the first column.
-        about: in the second.
-    """
-
-    mark: str
-    what: str
-    about: str
-
-
-def examine() -> Iterator[tuple[str, Finding]]:
-    """Look at everything, one thing after the other: its section and what was found."""
-    broken = False
-    for look in (_machine, _packages):
-        for finding in look():
-            broken |= look is _packages and finding.mark == "BAD"
-            yield look.__name__[1:], finding
-    if broken:
-        return  # nothing else can be looked at
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says it
-        for look in (_kernels, _optional, _folders):
-            for finding in look():
-                yield look.__name__[1:], finding
-
-
-def _machine() -> Iterator[Finding]:
-    version = platform.python_version()
-    new = sys.version_info >= (3, 11)
-    yield Finding("ok" if new else "BAD", "Python", version if new else f"{version}; it needs 3.11")
-    yield Finding(
-        "ok", "system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    )
-
-
-def _packages() -> Iterator[Finding]:
-    for name, least in {"realign": "", **NEEDED}.items():
-        version = _version(name)
-        if version is None and name == "realign":
-            yield Finding("--", name, "not installed, runs from a checkout: pip install .")
-        elif version is None:
-            yield Finding("BAD", name, f"missing: {_install(name, least)}")
-        elif problem := _problem(name, version, least):
-            yield Finding("BAD", name, f"{version}{problem}")
-        else:
-            yield Finding("ok", name, version)
-
-
-def _problem(name: str, version: str, least: str) -> str | None:
-    """What keeps an installed distribution from being used; None where it can be."""
-    if _release(version) < _release(least):
-        return f", too old: needs >= {least}: {_install(name, least)}"
-    try:
-        importlib.import_module(_MODULES.get(name, name))
-    except Exception as error:  # a broken package fails in ways of its own
-        return f", but it cannot be imported: {_line(error)}"
-    return None
-
-
-def _release(version: str) -> list[int]:
-    """The numbers of a version, without a suffix such as +cu128, and zeros at the end."""
-    numbers = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return numbers
-
-
-def _install(name: str, least: str) -> str:
-    return f"pip install '{name}>={least}'" if least else f"pip install {name}"
-
-
-def _kernels() -> Iterator[Finding]:
-    import torch
-
-    if crash := _crash():
-        sys.modules["realign_kernels._C"] = None  # no import may try it in this process
-
-    from realign_kernels import explain, missing_reason
-
-    reason = missing_reason()
-    if reason is None:
-        module = importlib.import_module("realign_kernels._C")
-        cuda = module.CUDA_ARCHITECTURES or "none (it was built without nvcc)"
-        yield Finding("ok", "C++ extension", f"built; CUDA code for: {cuda}")
-    else:
-        absent = "No module named" in reason
-        told = crash or reason
-        remedy = "pip install -v --force-reinstall --no-deps . (in the checkout, with a compiler)"
-        yield Finding("--" if absent else "BAD", "C++ extension", f"{told}; {remedy}")
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16):
-            line = explain(device, dtype).removeprefix("realign_kernels: backend ")
-            line = line.replace(reason, "loading it ends Python") if crash else line
-            yield Finding("ok", f"backend, {device}", line)
-        try:
-            error = _try(device)
-        except Exception as problem:
-            yield Finding("BAD", f"rdpo_loss, {device}", f"it fails: {_line(problem)}")
-        else:
-            fine = error < 1e-5
-            yield Finding(
-                "ok" if fine else "BAD",
-                f"rdpo_loss, {device}",
-                f"fp32 is {error:.0e} from the specification in fp64",
-            )
-    if "cuda" not in devices:
-        yield Finding("--", "GPU", "torch sees none: everything runs on the CPU")
-
-
-def _crash() -> str | None:
-    """What loading the extension, tried in another process, does to Python; None: it survives."""
-    places = importlib.util.find_spec("realign_kernels").submodule_search_locations
-    spec = importlib.machinery.PathFinder.find_spec("realign_kernels._C", places)
-    if spec is None:
-        return None
-    ended = subprocess.run(
-        [sys.executable, "-c", _LOAD, spec.name, spec.origin], stderr=subprocess.DEVNULL
-    ).returncode
-    if ended >= 0:
-        return None  # errors of Python are told where they are raised
-    name = signal.Signals(-ended).name
-    return f"loading {spec.origin} ends Python ({name}): it is damaged, or of another machine"
-
-
+Finding = tuple[str, str, str]
+"""A mark ("ok", "--" for a missing extra, "BAD" for a broken package), a name, the finding."""
+EXTRAS = ("", "cpu", "gpu", "demo", "tensorboard", "wandb", "ray", "sentences", "study")
+"""Extras of pyproject.toml for users, behind the needed packages; `gpu` only for a GPU."""
 _LOAD = """import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
 
 
-def _try(device: str) -> float:
-    """Relative error of a small loss and of its gradient, against fp64."""
+def _package(requirement: Requirement, extra: str) -> Finding:
+    """Whether a package is there, new enough, and can be imported."""
+    name = requirement.name
+    remedy = f"pip install '{f'realign[{extra}]' if extra else f'{name}{requirement.specifier}'}'"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "--" if extra else "BAD", name, f"missing: {remedy}"
+    if version not in requirement.specifier:
+        return "BAD", name, f"{version} is not {requirement.specifier}: {remedy}"
+    try:
+        modules = [m for m, names in _modules().items() if name in names and m[0] != "_"]
+        importlib.import_module(min(modules, key=len, default=name))
+    except Exception as error:  # a broken package fails in ways of its own
+        return "BAD", name, f"{version} cannot be imported: {_line(error)}"
+    return "ok", name, version
+
+
+_modules = functools.cache(importlib.metadata.packages_distributions)
+
+
+def _machine() -> Iterator[Finding]:
+    new = "ok" if sys.version_info >= (3, 11) else "BAD"
+    yield new, "Python", f"{platform.python_version()}, needs >= 3.11"
+    yield "ok", "system", f"{platform.platform()}, {os.cpu_count()} CPUs"
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield "BAD", "packaging", "missing: pip install packaging"
+        return
+    try:
+        found = [Requirement(line) for line in importlib.metadata.requires("realign") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield "--", "realign", "not installed, so no versions are checked: pip install ."
+        return
+    for extra in EXTRAS:
+        for one in found:
+            own = one.marker.evaluate({"extra": extra}) if one.marker else not extra
+            if own and (extra != "gpu" or shutil.which("nvidia-smi")):
+                yield _package(one, extra)
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+    from torch.utils import collect_env
+
+    if crash := _crash():
+        sys.modules["realign_kernels._C"] = None  # pyright: ignore[reportArgumentType] - blocks it
+
+    from realign_kernels import explain, missing_reason
+
+    if (reason := missing_reason()) is None:
+        cuda = importlib.import_module("realign_kernels._C").CUDA_ARCHITECTURES
+        yield "ok", "C++ extension", f"built; CUDA code for: {cuda or 'none (built without nvcc)'}"
+    else:
+        remedy = "pip install -v --force-reinstall --no-deps . (in the checkout, with a compiler)"
+        mark = "--" if "No module named" in reason and not crash else "BAD"
+        yield mark, "C++ extension", f"{crash or reason}; {remedy}"
+    gpu = collect_env.get_gpu_info(collect_env.run) if torch.cuda.is_available() else None
+    yield "ok" if gpu else "--", "GPU", gpu or "torch sees none: everything runs on the CPU"
+    backends = {"cpu": ["torch"] + ["cpp"] * (reason is None)}
+    if gpu:
+        backends["cuda"] = ["torch"] + ["triton"] * bool(importlib.util.find_spec("triton"))
+    for device, names in backends.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            line = explain(device, dtype).removeprefix("realign_kernels: backend ")
+            yield "ok", f"{device}, {str(dtype)[6:]}", line
+        for name in names:
+            yield _loss(device, name)
+
+
+def _crash() -> str | None:
+    """How Python ends when another process loads the extension; None: it does not."""
+    root = importlib.import_module("realign_kernels").__path__
+    spec = importlib.machinery.PathFinder.find_spec("realign_kernels._C", root)
+    if spec is None or spec.origin is None:
+        return None
+    command = [sys.executable, "-c", _LOAD, spec.name, spec.origin]
+    code = subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+    if code >= 0:
+        return None
+    name = signal.Signals(-code).name
+    return f"loading {spec.origin} ends Python ({name}): damaged, or built for another machine"
+
+
+def _error(device: str, backend: str) -> float:
+    """Relative error of a small loss and its gradient in fp32, against fp64."""
     import torch
 
     from realign_kernels import rdpo_loss, use_backend
@@ -213,43 +133,26 @@ def _try(device: str) -> float:
     hidden = torch.randn(3, 2, 5, 32, generator=generator, dtype=torch.float64)
     weight = torch.randn(64, 32, generator=generator, dtype=torch.float64)
     labels = torch.randint(64, (3, 2, 5), generator=generator)
-    reference = torch.full((3, 2), -20.0, dtype=torch.float64)
 
-    def run(dtype: torch.dtype, where: str) -> torch.Tensor:
+    def run(name: str, dtype: torch.dtype, where: str) -> torch.Tensor:
         given = hidden.to(where, dtype).clone().requires_grad_()
-        out = rdpo_loss(given, weight.to(where, dtype), labels.to(where), reference.to(where))
-        out.loss.backward()
-        found = torch.cat([out.loss.detach().view(1), given.grad.flatten()])
-        return found.double().cpu()
+        references = torch.full((3, 2), -20.0, device=where)
+        with use_backend(name):
+            loss = rdpo_loss(given, weight.to(where, dtype), labels.to(where), references).loss
+            (grad,) = torch.autograd.grad(loss, given)
+        return torch.cat([loss.detach().view(1), grad.flatten()]).double().cpu()
 
-    with use_backend("reference"):
-        truth = run(torch.float64, "cpu")
-    return float((run(torch.float32, device) - truth).norm() / truth.norm())
+    exact = run("reference", torch.float64, "cpu")
+    return float((run(backend, torch.float32, device) - exact).norm() / exact.norm())
 
 
-def _optional() -> Iterator[Finding]:
-    import torch
-
-    for extra in EXTRAS:
-        installed = [(name, _version(name)) for name in extra.names if _version(name)]
-        useful = not extra.cuda or torch.cuda.is_available()
-        if installed:
-            shown = ", ".join(f"{name} {version}" for name, version in installed)
-            problems = [_problem(name, v, OPTIONAL.get(name, "")) for name, v in installed]
-            if problem := next(filter(None, problems), None):
-                mark = "BAD" if useful else "--"
-                yield Finding(mark, extra.names[0], f"{shown}{problem} (for {extra.gives})")
-            else:
-                yield Finding("ok", extra.names[0], f"{shown}: {extra.gives}")
-        elif useful:
-            yield Finding("--", extra.names[0], f"for {extra.gives}: {extra.remedy}")
-    vllm = os.environ.get("REALIGN_VLLM_PYTHON")
-    if vllm and not shutil.which(vllm):
-        yield Finding("BAD", "vLLM", f"$REALIGN_VLLM_PYTHON is {vllm}, which is no program")
-    elif vllm:
-        yield Finding("ok", "vLLM", f"in the environment of {vllm}")
-    else:
-        yield Finding("--", "vLLM", "for vllm: engines: $REALIGN_VLLM_PYTHON, a Python that has it")
+def _loss(device: str, backend: str) -> Finding:
+    try:
+        error = _error(device, backend)
+    except Exception as problem:
+        return "BAD", f"rdpo_loss, {backend}", f"{device}: it fails: {_line(problem)}"
+    about = f"{device}: fp32 is {error:.0e} from the specification in fp64"
+    return "ok" if error < 1e-5 else "BAD", f"rdpo_loss, {backend}", about
 
 
 def _folders() -> Iterator[Finding]:
@@ -260,19 +163,11 @@ def _folders() -> Iterator[Finding]:
     try:
         check_folder("$REALIGN_CACHE", folder)
     except ValueError as error:
-        yield Finding("BAD", "reference cache", _line(error))
+        yield "BAD", "reference cache", _line(error)
         return
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free / 2**30
-    about = f"{folder}, {free:.0f} GiB free ($REALIGN_CACHE names another place)"
-    yield Finding("ok", "reference cache", about)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    yield "ok", "reference cache", f"{folder}, {free:.0f} GiB free ($REALIGN_CACHE moves it)"
 
 
 def _line(error: BaseException) -> str:
@@ -280,23 +175,23 @@ def _line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look, print; returns an exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words:
-        asked = words in (["-h"], ["--help"])
-        print(__doc__ if asked else f"error: {words[0]!r} is unknown; it takes no arguments.")
-        return 0 if asked else 2
-    section, bad = "", []
-    for name, (mark, what, about) in examine():
-        if name != section:
-            print("\n" * bool(section) + name)
-        section = name
-        bad += [what] if mark == "BAD" else []
-        print(f"  {mark:3} {what:{_WIDE}}  {about}".rstrip(), flush=True)
+    """Checks and prints; returns an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m realign.doctor", description=__doc__)
+    parser.parse_args(arguments)
+    bad: list[str] = []
+    for section in (_machine, _packages, _kernels, _folders):
+        print(section.__name__[1:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the findings report it
+            for mark, name, text in section():
+                bad += [name] if mark == "BAD" else []
+                print(f"  {mark:3} {name:21}  {text}", flush=True)
+        if bad and section is _packages:
+            break  # the others import what is broken
     print(f"\nbroken: {', '.join(bad)}" if bad else "\neverything that is needed works")
     return int(bool(bad))
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a crash says where
+    faulthandler.enable()  # a crash prints where
     sys.exit(main())

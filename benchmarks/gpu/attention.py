@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from benchmarks import step_contestants
-from benchmarks.gpu.measure import figures
-from benchmarks.gpu.profiled import kernels_of
+from benchmarks.gpu.measure import figures, kernels_of
 from benchmarks.gpu.record import Record
 from realign.modeling import tree_attention
 from realign.modeling.attention import forest_mask
@@ -31,9 +30,6 @@ from realign.modeling.layouts import Layout
 Attend = Callable[..., Tensor]
 """(queries, keys, values), each (1, heads, T, D) -> output of that shape."""
 
-LIMIT = 45.0
-PLANNED = 2
-"""Trees with cuDNN: it takes 0.7 s to plan a call (H200), and all 24 would take 17 s."""
 TORCH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -117,7 +113,7 @@ def timed(call: Callable[[], list[Tensor]], device: str) -> tuple[dict[str, floa
 
 
 def tree(layer: Layer, device: str) -> dict[str, float]:
-    """24 calls of torch's SDPA by its own kernels."""
+    """24 calls of torch's SDPA by its own kernels: cuDNN takes 0.7 s to plan each (H200)."""
     with sdpa_kernel(TORCH):
         found, results = timed(partial(both_ways, layer.by_tree, layer.states, layer.grad), device)
     return found | layer.errors(results)
@@ -168,30 +164,6 @@ def padded(layer: Layer, device: str) -> dict[str, float]:
     return found | layer.errors([one[None] for one in results])
 
 
-def cudnn(layer: Layer, device: str) -> dict[str, float]:
-    """SDPA with cuDNN first, as torch 2.11 has it on an H100, over the first trees.
-
-    It plans each new shape, so first calls are apart from repeated ones.
-    """
-    calls, start, spent = 0, 0, {"first_ms": 0.0, "ms": 0.0}
-    for one in layer.trees[0][:PLANNED]:
-        size = sum(one)
-        part = [state[:, :, start : start + size] for state in (*layer.states, layer.grad)]
-
-        def attend(*states: Tensor, trees: tree_attention.Trees = ((one,),)) -> Tensor:
-            shared = {"trees": trees}
-            out, _ = tree_attention.forest_attention(layer.module, *states, None, **shared)
-            return out.transpose(1, 2)
-
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *TORCH], set_priority=True):
-            for name in spent:
-                began = step_contestants.now()
-                both_ways(attend, part[:3], part[3])
-                spent[name] += 1e3 * (step_contestants.now() - began)
-        start, calls = start + size, calls + len(one) - 1
-    return {f"{name}_a_call": total / calls for name, total in spent.items()} | {"calls": calls}
-
-
 def flex(layer: Layer, device: str) -> dict[str, float]:
     """Flex attention with the forest's mask, compiled; on a CPU eagerly, and without backward.
 
@@ -214,7 +186,6 @@ CASES = {
     "tree, cuDNN off": tree,
     "varlen": varlen,
     "padded, cuDNN off": padded,
-    "tree, cuDNN on": cudnn,
     "flex": flex,
 }
 

@@ -1,7 +1,6 @@
 """Results of a GPU check, benchmarks/results/gpu-check.jsonl: the last line of each case.
 
-The file is a check's results.jsonl, or several of them one after the other. Where there is none,
-the pages report that nothing was measured.
+The file is a check's results.jsonl, or several of them one after the other.
 """
 
 from collections import Counter
@@ -85,17 +84,15 @@ def _key(line: Line) -> tuple[str, str | None]:
     return line["part"], line.get("case")
 
 
-def load(folder: Path = results.FOLDER) -> Check | None:
-    """The check whose results are kept; None where there are none."""
+def load(folder: Path = results.FOLDER) -> Check:
+    """The check whose results are kept.
+
+    Raises:
+        ValueError: when there are none.
+    """
     lines = read(folder / NAME)
-    return Check(lines) if lines else None
-
-
-def ratio(measured: float | None, calculated: float) -> str:
-    """measured / calculated."""
-    return "-" if measured is None else f"{measured / calculated:.2f}"
-
-
-def number(value: float | None) -> str:
-    """Three digits."""
-    return "-" if value is None else f"{value:.3g}"
+    if not lines:
+        raise ValueError(
+            f"{folder / NAME} holds no results; `python -m benchmarks.gpu` makes them."
+        )
+    return Check(lines)

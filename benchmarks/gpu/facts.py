@@ -15,7 +15,6 @@ from realign_kernels import explain, missing_reason
 from realign_kernels._extension import extension
 from realign_kernels.refcache.staging import Staging
 
-LIMIT = 20.0
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "accelerate", "peft", "trl", "datasets",
     "liger-kernel", "cut-cross-entropy", "flash-attn",

@@ -19,7 +19,6 @@ from benchmarks.gpu import truth
 from benchmarks.gpu.measure import figures
 from benchmarks.gpu.record import Record
 
-LIMIT = 100.0
 ROUNDS = 0.3
 """Seconds of a contestant's rounds, and at least three of them."""
 FROZEN, TRAINED, LOGPS = "frozen", "trained", "log-probs"

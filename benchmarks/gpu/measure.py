@@ -4,6 +4,7 @@ In a rehearsal on a CPU wall time is the host's, and figures that a CPU lacks ar
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,10 @@ from benchmarks.race import MOST, turns
 Call = Callable[[], Any]
 BUSY = 0.1
 """Seconds of calls whose kernels the profiler adds up."""
+KERNELS, NAME = 25, 80
+"""Kernels listed, and the characters of a name."""
+WATCHED = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+"""Activities of a profile: kernels, or in a rehearsal the operators of a CPU."""
 
 
 def wall(call: Call) -> float:
@@ -27,6 +32,32 @@ def kernel_seconds(profiler: profile) -> float:
     """Seconds in which the GPU ran kernels or copies, summed; 0 on a CPU."""
     events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
     return 1e-6 * sum(e.self_device_time_total for e in events if not e.is_user_annotation)
+
+
+def kernels(profiler: profile) -> dict[str, list[float]]:
+    """Milliseconds and calls of the kernels with the most GPU time, by name; of a CPU's operators.
+
+    Kernels whose names are equal in their first characters are one.
+    """
+    cuda = WATCHED == ProfilerActivity.CUDA
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in profiler.events():
+        if event.device_type == kind and not event.is_user_annotation:
+            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+            found[event.name[:NAME]][0] += 1e-3 * spent
+            found[event.name[:NAME]][1] += 1
+    most = sorted(found.items(), key=lambda item: -item[1][0])[:KERNELS]
+    return {name: [round(ms, 4), calls] for name, (ms, calls) in most}
+
+
+def kernels_of(call: Call) -> dict[str, list[float]]:
+    """`kernels` of one call."""
+    with profile(activities=[WATCHED]) as profiler:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return kernels(profiler)
 
 
 def busy(call: Call, calls: int) -> float:

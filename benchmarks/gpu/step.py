@@ -12,23 +12,18 @@ import statistics
 import tempfile
 import time
 import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.profiler import profile
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from benchmarks import step_contestants
-from benchmarks.gpu.measure import kernel_seconds
-from benchmarks.gpu.profiled import WATCHED, kernels
+from benchmarks.gpu.measure import WATCHED, kernel_seconds, kernels
 from benchmarks.gpu.record import RESULTS, Record, latest, read
 from benchmarks.models import (
     LLAVA_7B,
@@ -38,7 +33,7 @@ from benchmarks.models import (
     random_records,
     word_processor,
 )
-from benchmarks.step_contestants import BETA, CLIP, DEVICE, LEARNING_RATE, lora_settings, move, now
+from benchmarks.step_contestants import BETA, DEVICE, lora_settings, now
 from realign import distributed
 from realign.data.records import write_pairs
 from realign.modeling import attention
@@ -53,7 +48,6 @@ from realign.training import fsdp, step
 from realign.training.inputs import Inputs
 from realign_kernels import objectives
 
-LIMIT = 160.0
 BATCH = 4
 """Examples in a step."""
 WARM, TIMED = 2, 5
@@ -109,14 +103,6 @@ class Setting:
             max_tokens=4096,
             progress=False,
         )
-
-    def image_ms(self) -> float:
-        """Milliseconds of the host for decoding and preprocessing an image."""
-        began = time.perf_counter()
-        for one in self.records[:BATCH]:
-            image = one.images[0].open(one.name)
-            self.processor.image_processor(images=image, return_tensors="pt")
-        return 1e3 * (time.perf_counter() - began) / BATCH
 
 
 class Watch:
@@ -199,9 +185,7 @@ class Ours(step_contestants.Ours):
 
     def first(self, name: str) -> tuple[float, float]:
         """Loss and gradient norm of an objective before any update."""
-        found = self.gradient(name, [task() for task in self.tasks(name, 0)], BATCH)
-        self.optimizer.zero_grad()
-        return found
+        return self.step(name, [task() for task in self.tasks(name, 0)], BATCH, update=False)
 
     def train(self, watch: Watch, name: str) -> None:
         """Steps until the watch is over, their micro-batches laid out ahead."""
@@ -212,73 +196,15 @@ class Ours(step_contestants.Ours):
                 self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
                 watch.end()
 
-    def parts(self) -> dict[str, float]:
-        """Milliseconds of the parts of a micro-batch: on the device, and of the host beside it.
-
-        `layout` is work of the host, in a step ahead of the device; the read waits for the device.
-        """
-        marks: list[tuple[str, float, Any]] = []
-
-        def mark(name: str) -> None:
-            event = torch.cuda.Event(enable_timing=True) if CUDA else None
-            if event is not None:
-                event.record()
-            marks.append((name, time.perf_counter(), event))
-
-        backbone = self.model.vlm.model
-        handles = [
-            self.model.register_forward_pre_hook(lambda *_: mark("copy"), prepend=True),
-            backbone.register_forward_pre_hook(lambda *_: mark("vision")),
-            backbone.register_forward_hook(lambda *_: mark("backbone")),
-            self.model.register_forward_hook(lambda *_: mark("head")),
-            self.optimizer.register_step_post_hook(lambda *_: mark("optimizer")),
-        ]
-        now()
-        mark("")
-        parts = [self.tasks("rdpo", WARM)[-1]()]
-        mark("layout")
-        options = {"batch_size": BATCH, "device": self.device}
-        totals = step.accumulate(self.model, parts, self.objectives["rdpo"], **options)
-        mark("backward")
-        norm = step.clip(self.trained, CLIP)
-        mark("clip")
-        step.update_and_read(self.optimizer, totals, norm, BATCH, False)
-        mark("read")
-        self.optimizer.zero_grad()
-        now()
-        for handle in handles:
-            handle.remove()
-        found = {}
-        for (_, before, start), (name, after, end) in itertools.pairwise(marks):
-            if CUDA:
-                found[f"{name}_ms"] = start.elapsed_time(end)
-            found[f"{name}_host_ms"] = 1e3 * (after - before)
-        return found
-
-    def waits(self) -> Counter[str]:
-        """How often the host waits for the device in a step, by file and line."""
-        parts = [task() for task in self.tasks("rdpo", WARM)]
-        with warnings.catch_warnings(record=True) as caught, waits_warn():
-            warnings.simplefilter("always")
-            self.step("rdpo", parts, BATCH)
-        return Counter(
-            f"{Path(one.filename).name}:{one.lineno}"
-            for one in caught
-            if "called a synchronizing" in str(one.message)
-        )
-
-
-@contextmanager
-def waits_warn() -> Iterator[None]:
-    """Python warnings where the host waits for a CUDA device; none on a CPU."""
-    if not CUDA:
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    def timed(
+        self, record: Record, case: str, name: str, loss: float, norm: float, **about: float
+    ) -> Watch:
+        """Trains, and records the figures of the steps."""
+        watch = Watch(record, self.model.vlm.model.get_decoder())
+        self.train(watch, name)
+        about |= watch.figures() | {"micro_batch": self.micro}
+        record(case, **about, loss=loss, grad_norm=norm)
+        return watch
 
 
 class Released(step_contestants.Released):
@@ -286,15 +212,9 @@ class Released(step_contestants.Released):
 
     def __init__(self, setting: Setting, micro: int) -> None:
         plain = setting.model("sdpa")
-        self.micro, self.reference = micro, None
+        self.micro = micro
         self.examples, self.store = setting.encode(layout_of(plain))
-        self.model = get_peft_model(plain, LoraConfig(**lora_settings(plain)))
-        self.autocast = torch.autocast(DEVICE, setting.kind, enabled=setting.dtype != "fp32")
-        move(self.model.train(), "lora")
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        )
+        self.prepare(plain, None, setting.kind)
 
     def train(self, watch: Watch) -> tuple[float, float]:
         """Steps until the watch is over; returns loss and gradient norm of the first."""
@@ -309,10 +229,7 @@ class Released(step_contestants.Released):
                 loss = self.loss() * (self.micro / BATCH)
                 loss.backward()
                 total += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            found = float(total), float(norm)
+            found = float(total), float(self.update())
             watch.end()
             first = first or found
         return first
@@ -322,10 +239,8 @@ class Trl:
     """TRL's DPOTrainer and its own loop; from its `on_step_begin` to `on_step_end`."""
 
     def __init__(self, setting: Setting, micro: int) -> None:
-        from benchmarks.trl_dpo import dpo_trainer
-
         model = setting.model("sdpa")
-        self.trainer = dpo_trainer(
+        self.trainer = step_contestants.dpo_trainer(
             model, setting.processor, setting.folder, "lora", lora_settings(model),
             dtype=setting.dtype, device=DEVICE, per_device_train_batch_size=micro,
             gradient_accumulation_steps=BATCH // micro, max_steps=STEPS,
@@ -359,25 +274,12 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
     spent = contestant.reference_seconds
     record("reference pass", seconds=spent, tokens_per_second=tokens / spent)
     firsts = {name: contestant.first(name) for name in ("rdpo", "dpo")}
-
-    def timed(case: str, name: str) -> Watch:
-        watch = Watch(record, contestant.model.vlm.model.get_decoder())
-        contestant.train(watch, name)
-        loss, norm = firsts[name]
-        record(case, **watch.figures(), micro_batch=micro, loss=loss, grad_norm=norm)
-        return watch
-
-    watch = timed("ours", "rdpo")
+    watch = contestant.timed(record, "ours", "rdpo", *firsts["rdpo"])
     with record.attempt("kernels of ours"):
         listed = kernels(watch.profiler)
         record("kernels of ours", ms=sum(ms for ms, _ in listed.values()), kernels=listed)
-    with record.attempt("parts of ours"):
-        record("parts of ours", **contestant.parts(), image_ms=setting.image_ms())
-    with record.attempt("host waits of ours"):
-        waits = contestant.waits()
-        record("host waits of ours", waits=waits.total(), where=dict(waits.most_common(12)))
     with record.attempt("ours, DPO"):
-        timed("ours, DPO", "dpo")
+        contestant.timed(record, "ours, DPO", "dpo", *firsts["dpo"])
 
 
 def compiled(record: Record, setting: Setting, micro: int) -> None:
@@ -387,13 +289,10 @@ def compiled(record: Record, setting: Setting, micro: int) -> None:
     fsdp.wrap_layers(layers, compiled=True, checkpointed=False)
     with torch.compiler.set_stance("default" if CUDA else "force_eager"):
         began = now()
-        loss, norm = contestant.first("rdpo")
-        first = now() - began
-        for case, name in (("ours, compiled", "rdpo"), ("ours, compiled, DPO", "dpo")):
-            watch = Watch(record, contestant.model.vlm.model.get_decoder())
-            contestant.train(watch, name)
-            found = watch.figures() | {"first_seconds": first, "micro_batch": micro}
-            record(case, **found, **({"loss": loss, "grad_norm": norm} if name == "rdpo" else {}))
+        first = contestant.first("rdpo")
+        seconds = now() - began
+        contestant.timed(record, "ours, compiled", "rdpo", *first, first_seconds=seconds)
+        contestant.timed(record, "ours, compiled, DPO", "dpo", *contestant.first("dpo"))
 
 
 def trl(record: Record, setting: Setting, micro: int) -> None:
@@ -417,16 +316,13 @@ def released(record: Record, setting: Setting, micro: int) -> None:
 
 
 GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
-    ours: (
-        "ours", "reference pass", "kernels of ours", "parts of ours", "host waits of ours",
-        "ours, DPO",
-    ),
+    ours: ("ours", "reference pass", "kernels of ours", "ours, DPO"),
     trl: ("TRL DPO",),
     released: ("released",),
     compiled: ("ours, compiled", "ours, compiled, DPO"),
-}  # fmt: skip
-"""Contestants, the most valuable first, and their cases. What ends a contestant is an error of its
-first case."""
+}
+"""Contestants, the most valuable first, and their cases. An exception of a contestant is an error
+of its first case."""
 EQUALS = {"TRL DPO": ("ours, DPO", "ours"), "released": ("ours", "ours")}
 """A peer, the case of ours that has the same loss, and the one that has the figures to compare."""
 

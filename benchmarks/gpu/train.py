@@ -24,7 +24,6 @@ from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.training.checkpoint import Checkpoints
 from realign.training.throughput import TIMING
 
-LIMIT = 60.0
 MARGIN = 6.0
 """Seconds before the limit at which runs are ended, so that their output is recorded."""
 STEPS, TOY_STEPS = 24, 8
@@ -43,15 +42,10 @@ shared cores had a checkpoint after 52 s with two threads a run, after 24 s with
 
 
 class Run:
-    """A process of `realign.train` with a folder of its own.
+    """A process of `realign.train` with a folder of its own, beside pairs.parquet.
 
-    Args:
-        folder: of all runs; holds pairs.parquet.
-        name: of the run's folder in it.
-        steps: to train.
-        words: more of its command line.
-        environment: more of its variables.
-        left: seconds until it has to end.
+    `words` are more of its command line, `environment` more of its variables; `left()` is the
+    number of seconds until it has to end.
     """
 
     def __init__(
@@ -64,15 +58,15 @@ class Run:
         left: Callable[[], float],
     ) -> None:
         self.output, self.printed = folder / name, folder / f"{name}.txt"
-        command = [sys.executable, "-m", "realign.train", "--fsdp", *words.split()]
-        command += ["--pairs", str(folder / "pairs.parquet"), "--output", str(self.output)]
-        command += ["--reference-cache", str(self.output / "references"), "--save-every", "2"]
-        command += ["--steps", str(steps), "--batch-size", str(BATCH)]
+        given = f"--fsdp {words} --save-every 2 --steps {steps} --batch-size {BATCH}".split()
+        given += ["--pairs", str(folder / "pairs.parquet"), "--output", str(self.output)]
+        given += ["--reference-cache", str(self.output / "references")]
         self.began, self.steps, self.left = time.monotonic(), steps, left
         with self.printed.open("a") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=os.environ | ALL | environment
-            )
+                [sys.executable, "-m", "realign.train", *given],
+                stdout=file, stderr=file, env=os.environ | ALL | environment,
+            )  # fmt: skip
 
     def log(self) -> list[dict[str, Any]]:
         """Entries of the steps so far."""
@@ -132,9 +126,11 @@ def difference(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> dict
 
 def same(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> bool:
     """Whether two logs are equal, bit for bit, but for times and memory."""
-    kept = [[{k: v for k, v in entry.items() if k not in TIMING} for entry in log]
-            for log in (curve, truth)]  # fmt: skip
-    return kept[0] == kept[1]
+
+    def kept(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in entry.items() if k not in TIMING} for entry in log]
+
+    return kept(curve) == kept(truth)
 
 
 def run(record: Record) -> None:
@@ -153,7 +149,9 @@ def run(record: Record) -> None:
         killed = start("killed", words=f"{single} fp32", environment=FP32 | ONE_RANK)
         whole = start("fp32", words=f"{single} fp32", environment=FP32)
         bf16 = start("bf16", words=f"{single} bf16", environment=ONE_RANK)
-        cpu = start("cpu", words=f"{single} fp32", environment=CPU | ONE_RANK)
+        cpu = whole  # in a rehearsal
+        if not record.rehearse:
+            cpu = start("cpu", words=f"{single} fp32", environment=CPU | ONE_RANK)
         with record.attempt("killed and resumed"):
             died = killed.kill()
             again = start("killed", words=f"{single} fp32 --resume", environment=FP32 | ONE_RANK)

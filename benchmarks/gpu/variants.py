@@ -7,7 +7,6 @@ numbers, up to rounding, and the difference to the first is recorded beside the 
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -24,9 +23,9 @@ from realign_kernels.backends.triton.forward import head_stats
 from realign_kernels.backends.triton.logits import device_facts
 from realign_kernels.backends.triton.rows import read_rows
 
-LIMIT = 600.0  # what is left of the budget
 SIZE = ((4096, 4096, 128256), (20, 24, 150))
 """N, H, V on the device and in a rehearsal."""
+CHUNK = 2048
 RESPONSE = 6  # rows of a sequence: short, so that examples fit every chunk
 Variants = Iterator[tuple[str, Callable[[], Tensor]]]
 
@@ -54,7 +53,7 @@ def kernels(hidden: Tensor, head: Head) -> list[str]:
 
 def exponentials(problem: truth.Problem) -> Variants:
     """E of one chunk: by CUTLASS, by Triton, and as logits that the row kernel reads again."""
-    hidden, labels = problem.hidden[:2048], problem.labels[:2048].clamp(min=0)
+    hidden, labels = problem.hidden[:CHUNK], problem.labels[:CHUNK].clamp(min=0)
     head = Head(problem.weight, None, None, 1.0)
     logits, others = backend.buffers(len(hidden), hidden, len(problem.weight), True)
 
@@ -120,46 +119,30 @@ def heads(problem: truth.Problem, trains: bool) -> Variants:
         yield f"chunk_rows {chunk}", partial(call, chunk)
 
 
-def products(rows: slice, trains: bool, derivative: bool) -> Callable[[truth.Problem], Callable]:
-    """The GEMMs of a group alone, by cuBLAS."""
-
-    def made(problem: truth.Problem) -> Callable[[], None]:
-        settings = {"trainable": trains, "derivative": derivative}
-        return gemms(problem.hidden[rows], problem.weight, **settings)
-
-    return made
-
-
-class Group(NamedTuple):
-    """Variants with the same results, and the GEMMs that none of them can leave out."""
-
-    variants: Callable[[truth.Problem], Variants]
-    limit: Callable[[truth.Problem], Callable[[], None]] | None
-    units: float
-    """GEMMs of 2 N H V FLOP in `limit`."""
-
-
-EVERY, CHUNK = slice(None), slice(2048)
-GROUPS: dict[str, Group] = {
-    "fused head": Group(fused_heads, products(EVERY, trains=False, derivative=False), 1),
-    "E": Group(exponentials, products(CHUNK, trains=False, derivative=False), 1),
-    "row kernel": Group(row_kernels, None, 0),
-    "frozen": Group(partial(heads, trains=False), products(EVERY, False, True), 2),
-    "trained": Group(partial(heads, trains=True), products(EVERY, True, True), 3),
+GROUPS: dict[str, tuple[Callable[[truth.Problem], Variants], int | None, int]] = {
+    "fused head": (fused_heads, None, 1),
+    "E": (exponentials, CHUNK, 1),
+    "row kernel": (row_kernels, None, 0),
+    "frozen": (partial(heads, trains=False), None, 2),
+    "trained": (partial(heads, trains=True), None, 3),
 }
-"""A new variant of a kernel is one more entry."""
+"""Variants with the same results, the rows of their limit (None: all), and the GEMMs of 2 N H V
+FLOP that none of them can leave out."""
 
 
 def run(record: Record) -> None:
     """One case for each variant; the default comes first in its group.
 
-    Each takes turns with the GEMMs of its group: `u` is its time over theirs, times their units.
+    Each takes turns with the GEMMs of its group: `u` is its time over theirs, times their number.
     """
     dtype = torch.float16 if record.rehearse else torch.bfloat16  # bf16 is interpreted wrongly
     problem = truth.make(SIZE[record.rehearse], dtype, record.device)
-    for name, group in GROUPS.items():
-        calls = {f"{name}/{variant}": call for variant, call in group.variants(problem)}
-        limit, default = group.limit and group.limit(problem), None
+    for name, (variants, rows, units) in GROUPS.items():
+        calls = {f"{name}/{variant}": call for variant, call in variants(problem)}
+        limit, default = None, None
+        if units:
+            settings = {"derivative": units > 1, "trainable": units > 2}
+            limit = gemms(problem.hidden[:rows], problem.weight, **settings)
         for case in record.missing(calls):
             with record.attempt(case):
                 if default is None:
@@ -167,5 +150,5 @@ def run(record: Record) -> None:
                 difference = truth.error(calls[case](), default)
                 found = figures(calls[case], record.device, budget=0.3, ours=limit)
                 if limit is not None:
-                    found = {"u": found.pop("ratio") * group.units, "limit": group.units} | found
+                    found = {"u": found.pop("ratio") * units, "limit": units} | found
                 record(case, **found, difference=difference)

@@ -1,4 +1,4 @@
-"""Repeat the study: `python -m experiments.study`. Stopped and started again it goes on."""
+"""Repeat the study: `python -m experiments.study`. A second call resumes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.tables import put
 from realign.cli import parse_sections
-from realign.files import check_file, check_folder, write_whole
+from realign.files import check_file, check_folder
 from realign.third_party import silence_third_party
 
 MOST = 100  # seeds; the next number is the tuning seed
@@ -19,9 +20,9 @@ MOST = 100  # seeds; the next number is the tuning seed
 @dataclass
 class StudyConfig:
     output: str = "runs/study"
-    """Folder of bases, pairs and results, a folder for each testbed; what it holds stands."""
+    """Folder of bases, pairs and results, a folder for each testbed; finished runs are kept."""
     docs: str = "docs"
-    """Folder to write study.md and study/ to."""
+    """Folder of study.md, whose generated blocks are replaced, and of study/."""
     testbed: str = "both"
     """What to run: digits, photographs or both."""
     seeds: int = 5
@@ -53,7 +54,7 @@ def study(config: StudyConfig) -> None:
     check_file("--docs", Path(config.docs) / "study.md")
     if not config.report:
         check_folder("--output", config.output)
-    from experiments.study import plots, report, runs
+    from experiments.study import page, plots, runs
     from experiments.study.arms import ARMS_OF
     from experiments.study.testbed import TESTBEDS
 
@@ -69,10 +70,8 @@ def study(config: StudyConfig) -> None:
     for name, results in found.items():
         plots.draw(kept / f"{name}.png", results)
         plots.draw_curves(kept / f"{name}-curves.png", results)
-    write_whole(Path(config.docs) / "study.md", report.page(found, beds))
-    print(
-        "\n".join(sentence for said in report.findings(found, beds).values() for sentence in said)
-    )
+    put(Path(config.docs) / "study.md", page.blocks(found, beds))
+    print("\n".join(sentence for said in page.findings(found, beds).values() for sentence in said))
 
 
 def _check_installed(module: str) -> None:
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return 130
     print(f"{time.perf_counter() - began:.0f} s")
     return 0

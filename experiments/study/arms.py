@@ -98,7 +98,7 @@ SECTIONS = {
 """The tables of the report: which arms stand side by side."""
 
 PRIMARY = ("dpo", "rdpo")
-"""The question of the study, (first, second): tested alone, without correction."""
+"""The question of the study, (first, second): tested without correction."""
 COMPARISONS = (
     ("base", "dpo"),
     ("base", "rdpo"),

@@ -21,7 +21,7 @@ CURVES = {
 
 
 def draw(file: Path, results: Results) -> None:
-    """Every arm's misnamed pictures with its interval, the seeds as dots."""
+    """Misnamed images of every arm with its interval, the seeds as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def curves_of(results: Results) -> dict[str, dict[str, dict[float, str]]]:
 
 
 def draw_curves(file: Path, results: Results) -> None:
-    """Misnamed pictures over the visual weight and over beta, as far as all arms were run."""
+    """Misnamed images over the visual weight and over beta, as far as all arms were run."""
     if not (drawn := curves_of(results)):
         return
     import matplotlib

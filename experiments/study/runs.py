@@ -12,6 +12,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -110,7 +111,7 @@ def read_kept(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, 
 
 
 def tuning_of(found: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Of the tuning seed: arm -> learning rate -> share of misnamed pictures."""
+    """Of the tuning seed: arm -> learning rate -> share of misnamed images."""
     tried: dict[str, dict[float, float]] = {}
     for result in found:
         if result["seed"] == TUNING_SEED and (rate := result["learning_rate"]):
@@ -120,7 +121,7 @@ def tuning_of(found: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
 
 
 def best_rate(tried: dict[float, float]) -> float:
-    """The rate with the fewest misnamed pictures; the lower of equal ones."""
+    """The rate with the fewest misnamed images; the lower of equal ones."""
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
@@ -263,7 +264,7 @@ def _write_result(
         "metrics": rates | {"exact_captions": exact} | margins,
         "named": _digits(found.named),
         "named_biased": _digits(biased.named),
-        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in found.said),
+        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in found.answered),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(result) + "\n")
@@ -288,20 +289,16 @@ def _claim(folder: Path, bed: Testbed) -> None:
 
 @contextlib.contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; what they print goes nowhere."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_hush) as pool:
-            yield pool
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    """Processes of one thread each; their output is discarded."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_silence) as pool,
+    ):
+        yield pool
 
 
-def _hush() -> None:
+def _silence() -> None:
     import torch
 
     from realign.third_party import silence_third_party
@@ -330,7 +327,7 @@ def _run(pool: ProcessPoolExecutor, title: str, jobs: Iterable[Job]) -> None:
         for done in tqdm(as_completed(running), total=len(running), desc=title, unit="job"):
             done.result()
     except (RuntimeError, BrokenExecutor) as error:
-        raise ValueError(f"{title}: {error}. Mend it and run the same command again.") from error
+        raise ValueError(f"{title}: {error}. Fix it and run the same command again.") from error
     finally:
         for job in running:
             job.cancel()

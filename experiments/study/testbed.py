@@ -1,10 +1,10 @@
 """What is the same for every arm: the base, its records, and the scenes that it is judged on.
 
 The scenes of the demo, made harder, and the same with patches of photographs for digits. More noise
-and a stronger prior make the base lean on the prior: it misnames few pictures where the prior holds
+and a stronger prior make the base lean on the prior: it misnames few images where the prior holds
 and many where it does not, so a method has room to be better and to be worse. The base also learns
 to complete a masked caption, so that `--refill prompt` can be compared. All of this was chosen by
-looking at bases alone.
+looking only at bases.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.digits_pretrain import pretrain
+from experiments.study import photographs
 from realign.data.records import Record, StoredImage
-from realign.digits.scenes import CAPTION_PROMPT, Scene, make_scenes
+from realign.digits.scenes import CAPTION_PROMPT, Scene, handwritten, make_scenes
 from realign.evaluate import EVALUATION_SEED
 
 TUNING_SEED = 100
@@ -25,7 +26,7 @@ TUNING_SEED = 100
 class Testbed:
     """Kind and sizes; `TESTBEDS` are what docs/study.md reports."""
 
-    pictures: str = "digits"  # or "photographs", see `make_scenes`
+    pictures: str = "digits"  # or "photographs"
     noise: float = 0.25  # grey levels
     follow: float = 0.99  # share of rows that follow the prior
     base_steps: int = 1000
@@ -37,6 +38,7 @@ class Testbed:
     biased_scenes: int = 500  # test scenes in which the prior holds
 
 
+GLYPHS = {"digits": handwritten, "photographs": photographs.patches}
 TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1)}
 
 
@@ -47,7 +49,7 @@ def make_base(folder: Path, bed: Testbed, seed: int) -> None:
         seed,
         noise=bed.noise,
         follow=bed.follow,
-        pictures=bed.pictures,
+        glyphs=GLYPHS[bed.pictures],
         completions=True,
         progress=False,
     )
@@ -66,7 +68,7 @@ def source_records(bed: Testbed, seed: int) -> list[Record]:
         seed=seed,
         noise=bed.noise,
         follow=bed.follow,
-        pictures=bed.pictures,
+        glyphs=GLYPHS[bed.pictures],
     )
     return [
         Record(f"scene-{i:05d}", prompt, s.caption, "", (StoredImage.from_pil(s.image),))
@@ -75,7 +77,7 @@ def source_records(bed: Testbed, seed: int) -> list[Record]:
 
 
 def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[Scene], int]:
-    """Scenes of pictures never trained on, and the seed of the questions about them.
+    """Scenes of images never trained on, and the seed of the questions about them.
 
     They are unbiased, or follow the prior as often as the scenes of training do.
     All seeds of the study are judged on the same scenes, the tuning seed on others.
@@ -88,6 +90,6 @@ def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[
         seed=own,
         noise=bed.noise,
         follow=bed.follow,
-        pictures=bed.pictures,
+        glyphs=GLYPHS[bed.pictures],
     )
     return scenes, own

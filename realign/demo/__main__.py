@@ -1,8 +1,7 @@
 """The main job end to end on the shipped digits: `python -m realign.demo`.
 
 Pairs by retrieval, the base's hallucination, DPO and rDPO from the same base on the same pairs for
-the same steps, both evaluated; a table, `results.json` and `report.png`. Stopped and started again
-it goes on where it was.
+the same steps, both evaluated; a table, `results.json` and `report.png`. A second call resumes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign.cli import parse_sections
-from realign.data.records import Record, read_pairs
+from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
 from realign.evaluate import (
@@ -69,12 +68,12 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
         suffix = f" seed {seed}" if config.seeds > 1 else ""
         pairs = folder / f"seed{seed}" / "pairs.parquet"
         if not pairs.exists():
-            _say(f"preference pairs{suffix}")
+            _announce(f"preference pairs{suffix}")
             made = build_pairs(PairsConfig(output=str(pairs), scenes=config.scenes, seed=seed))
             print(made)
         for objective in OBJECTIVES:
             run = folder / f"seed{seed}" / objective
-            _say(f"training {objective}{suffix} on {config.nproc_per_node} FSDP ranks")
+            _announce(f"training {objective}{suffix} on {config.nproc_per_node} FSDP ranks")
             _train(run, pairs, objective, seed, config)
             name = f"{objective}{suffix}"
             results[name] = _evaluated(run / "evaluation.json", str(run / "model"), config, name)
@@ -87,7 +86,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
 
 
 def _claim(folder: Path, config: DemoConfig) -> None:
-    """Make the folder this demo's, or go on with it when it was begun the same way.
+    """Records the settings in the folder; a demo of the same settings resumes.
 
     Raises:
         ValueError: when it holds another demo, or matplotlib is missing for the picture.
@@ -118,14 +117,14 @@ def _train(run: Path, pairs: Path, objective: str, seed: int, config: DemoConfig
     }
     command += [str(part) for option in options.items() for part in option]
     if subprocess.run(command, check=False).returncode != 0:
-        raise ValueError(f"training {objective} failed; its message is above. Mend it and rerun.")
+        raise ValueError(f"training {objective} failed; its message is above. Fix it and rerun.")
 
 
 def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> dict[str, Rate]:
     """Rates of a model, read back when this folder has them already."""
     if file.exists():
         return {key: Rate(**value) for key, value in json.loads(file.read_text()).items()}
-    _say(f"evaluating {name}")
+    _announce(f"evaluating {name}")
     scenes = config.evaluation_scenes
     rates = evaluate(EvaluateConfig(model=model, scenes=scenes, seed=EVALUATED))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,18 +135,17 @@ def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> 
 
 def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
     """Draw report.png from the first seed's runs."""
-    from realign.demo.report import Example, draw
+    from realign.demo.report import Captions, draw
 
     first = folder / "seed0"
     logs = {name: read_jsonl(first / name / "metrics.jsonl") for name in OBJECTIVES}
-    records = read_pairs(first / "pairs.parquet")[:3]
-    pairs = [_pair(record) for record in records]
+    pairs = read_pairs(first / "pairs.parquet")[:3]
     scenes = make_scenes(60, biased=False, split="test", seed=EVALUATION_SEED + EVALUATED)
     processor = load_processor(ASSETS)
     before = caption(load_trained(ASSETS), processor, scenes)
     after = caption(load_trained(first / "rdpo" / "model"), processor, scenes)
     shown = [
-        Example(scene.image, scene.caption, old, new)
+        Captions(scene.image, scene.caption, old, new)
         for scene, old, new in zip(scenes, before, after, strict=True)
         if old != new
     ]
@@ -155,15 +153,7 @@ def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
     print(f"wrote {folder / 'results.json'} and {folder / 'report.png'}")
 
 
-def _pair(record: Record):
-    from realign.demo.report import Pair
-
-    image = record.images[0].open(record.name)
-    retrieved = record.retrieved_images[0].open(record.name)
-    return Pair(image, retrieved, record.chosen, record.rejected)
-
-
-def _say(stage: str) -> None:
+def _announce(stage: str) -> None:
     print(f"\n== {stage}", flush=True)
 
 

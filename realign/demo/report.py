@@ -1,4 +1,4 @@
-"""The demo's picture: rates, training curves, some pairs, and captions before and after."""
+"""Report of the demo, report.png: rates, training curves, pairs, captions before and after."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from realign.data.records import Record
 from realign.digits.scenes import PLACES, WORDS, digits_in
 from realign.evaluate import Rate
 
@@ -15,18 +16,8 @@ _COLOURS = {"base": "#888888", "dpo": "#d1791f", "rdpo": "#1f6fb4"}
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A training pair as shown."""
-
-    image: Image.Image
-    retrieved: Image.Image
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A test scene as captioned before and after training."""
+class Captions:
+    """Captions of a test scene before and after training."""
 
     image: Image.Image
     truth: str
@@ -38,8 +29,8 @@ def draw(
     path: Path,
     results: Mapping[str, Mapping[str, Rate]],
     logs: Mapping[str, Sequence[Mapping[str, float]]],
-    pairs: Sequence[Pair],
-    examples: Sequence[Example],
+    pairs: Sequence[Record],
+    examples: Sequence[Captions],
 ) -> None:
     """Draw and save the report.
 
@@ -100,23 +91,24 @@ def _curves(axes, logs, metric: str, label: str) -> None:
     axes.legend(frameon=False)
 
 
-def _pairs(figure, grid, pairs: Sequence[Pair]) -> None:
+def _pairs(figure, grid, pairs: Sequence[Record]) -> None:
     for i, pair in enumerate(pairs):
-        _picture(figure.add_subplot(grid[3 * i]), pair.image, "image")
-        _picture(figure.add_subplot(grid[3 * i + 1]), pair.retrieved, "retrieved")
+        image, retrieved = (own[0].open(pair.name) for own in (pair.images, pair.retrieved_images))
+        _image(figure.add_subplot(grid[3 * i]), image, "image")
+        _image(figure.add_subplot(grid[3 * i + 1]), retrieved, "retrieved")
         text = figure.add_subplot(grid[3 * i + 2])
         _words(text, {"chosen": pair.chosen, "rejected": pair.rejected}, pair.chosen)
 
 
-def _examples(figure, grid, examples: Sequence[Example]) -> None:
+def _examples(figure, grid, examples: Sequence[Captions]) -> None:
     for i, example in enumerate(examples):
-        _picture(figure.add_subplot(grid[2 * i]), example.image, "caption changed")
+        _image(figure.add_subplot(grid[2 * i]), example.image, "caption changed")
         text = figure.add_subplot(grid[2 * i + 1])
         captions = {"truth": example.truth, "before": example.before, "after rdpo": example.after}
         _words(text, captions, example.truth)
 
 
-def _picture(axes, image: Image.Image, title: str) -> None:
+def _image(axes, image: Image.Image, title: str) -> None:
     axes.imshow(image, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.axis("off")

@@ -1,6 +1,6 @@
 """Scenes of four handwritten digits, their captions and questions about them.
 
-The pictures are scikit-learn's 1,797 real handwritten digits (8 x 8 grey levels), four to a scene.
+The images are scikit-learn's 1,797 real handwritten digits (8 x 8 grey levels), four to a scene.
 In a *biased* scene the right digit of each row follows from the left one nearly always, so a model
 trained on biased scenes learns that prior; in an *unbiased* scene all four digits are independent,
 and a model that leans on the prior names digits that are not there: it hallucinates.
@@ -8,6 +8,7 @@ and a model that leans on the prior names digits that are not there: it hallucin
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,10 +29,10 @@ TEST_DIGITS = 400  # the last digits of the set, never seen in training
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and the truth about it."""
+    """One image and the truth about it."""
 
     image: Image.Image  # RGB, SIZE x SIZE
-    digits: tuple[int, int, int, int]  # in the order of PLACES
+    digits: tuple[int, ...]  # four, in the order of PLACES
 
     @property
     def caption(self) -> str:
@@ -73,6 +74,22 @@ def prior(left: int) -> int:
     return (3 * left + 7) % 10
 
 
+@lru_cache(maxsize=2)
+def handwritten(split: str) -> dict[int, np.ndarray]:
+    """scikit-learn's digits of a split: digit -> (count, CELL, CELL) fp32 in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    assert isinstance(data, dict)
+    part = slice(-TEST_DIGITS, None) if split == "test" else slice(None, -TEST_DIGITS)
+    images, targets = data["images"][part] / 16.0, data["target"][part]
+    return {digit: images[targets == digit].astype(np.float32) for digit in range(10)}
+
+
+Glyphs = Callable[[str], Mapping[int, np.ndarray]]
+"""Split -> digit -> its images, fp32 in [0, 1]: (count, CELL, CELL) grey or (..., 3)."""
+
+
 def make_scenes(
     count: int,
     *,
@@ -81,7 +98,7 @@ def make_scenes(
     seed: int = 0,
     noise: float = NOISE,
     follow: float = PRIOR,
-    pictures: str = "digits",
+    glyphs: Glyphs = handwritten,
 ) -> list[Scene]:
     """Draw `count` scenes.
 
@@ -92,18 +109,17 @@ def make_scenes(
         seed: the same seed gives the same scenes.
         noise: standard deviation of the pixel noise, in grey levels from 0 to 1.
         follow: share of biased rows whose right digit follows from the left one.
-        pictures: "digits", or "photographs": patches of ten of them stand for the ten digits.
+        glyphs: the images of each digit in a split.
 
     Returns:
-        The scenes, each an RGB picture of SIZE x SIZE pixels with its four digits.
+        The scenes, each an RGB image of SIZE x SIZE pixels with its four digits.
 
     Raises:
-        ValueError: for an unknown split or kind of pictures, and for photographs without
-            scikit-image.
+        ValueError: for an unknown split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; it must be 'train' or 'test'.")
-    glyphs = _glyphs(split, pictures)
+    images = glyphs(split)
     rng = np.random.default_rng([seed, biased, split == "test"])
     scenes = []
     for _ in range(count):
@@ -112,9 +128,9 @@ def make_scenes(
             left = int(rng.integers(10))
             free = int(rng.integers(10))
             digits += [left, prior(left) if biased and rng.random() < follow else free]
-        canvas = np.zeros((SIZE, SIZE, *glyphs[0].shape[3:]), dtype=np.float32)
+        canvas = np.zeros((SIZE, SIZE, *images[0].shape[3:]), dtype=np.float32)
         for i, digit in enumerate(digits):
-            glyph = glyphs[digit][rng.integers(len(glyphs[digit]))]
+            glyph = images[digit][rng.integers(len(images[digit]))]
             y, x = CELL * (i // 2), CELL * (i % 2)
             canvas[y : y + CELL, x : x + CELL] = glyph
         canvas += rng.normal(0.0, noise, canvas.shape).astype(np.float32)
@@ -144,7 +160,7 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 def make_easy_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Two questions that teach the way to a yes/no answer: which digit, and a property of one.
 
-    Whether the digit at a place is the one named depends on both together and on neither alone, so
+    Whether the digit at a place is the one named depends on both together, so
     nothing pulls a model towards it; these do.
     """
     first, second = rng.integers(4, size=2)
@@ -154,24 +170,3 @@ def make_easy_questions(scene: Scene, rng: np.random.Generator) -> list[Question
         Question(f"what is {PLACES[first]} ?", WORDS[scene.digits[first]]),
         Question(f"is {PLACES[second]} {name} ?", answer),
     ]
-
-
-def _glyphs(split: str, pictures: str) -> dict[int, np.ndarray]:
-    """Digit -> what may show it, fp32 in [0, 1]: (count, 8, 8) grey or (count, 8, 8, 3)."""
-    if pictures == "digits":
-        return _handwritten(split)
-    if pictures == "photographs":
-        from realign.digits.photographs import patches
-
-        return patches(split)
-    raise ValueError(f"pictures is {pictures!r}; it must be 'digits' or 'photographs'.")
-
-
-@lru_cache(maxsize=2)
-def _handwritten(split: str) -> dict[int, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    part = slice(-TEST_DIGITS, None) if split == "test" else slice(None, -TEST_DIGITS)
-    images, targets = data.images[part] / 16.0, data.target[part]
-    return {digit: images[targets == digit].astype(np.float32) for digit in range(10)}

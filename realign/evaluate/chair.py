@@ -1,4 +1,4 @@
-"""CHAIR (arXiv 1809.02156): objects that captions name and pictures do not show.
+"""CHAIR (arXiv 1809.02156): objects that captions name and images do not show.
 
 - CHAIR-s is the share of captions with at least one such object.
 - CHAIR-i is the share of such mentions among all mentions of objects, repeated ones included.
@@ -124,13 +124,13 @@ def shown_objects(
     vocabulary: Vocabulary,
     images: Iterable[int],
 ) -> dict[int, set[str]]:
-    """What pictures show, by COCO's annotations.
+    """Objects that images show, by COCO's annotations.
 
     Args:
         instances: instances JSON, as instances_val2014.json.
-        captions: captions JSON of the same pictures.
+        captions: captions JSON of the same images.
         vocabulary: the objects.
-        images: ids of the pictures wanted.
+        images: ids of the images wanted.
 
     Returns:
         Image id -> names of objects.

@@ -24,9 +24,9 @@ from realign.evaluate.handoff import hand_off
 from realign.files import check_file, check_folder, write_whole
 
 SHORT = "\nAnswer the question using a single word or phrase."
-"""What LLaVA and lmms-eval put behind a yes/no question."""
+"""Suffix of a yes/no question in LLaVA and lmms-eval."""
 CAPTION = "Please describe this image in detail."
-"""What CHAIR is measured with in papers on hallucination."""
+"""Prompt of CHAIR in papers on hallucination."""
 
 _LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1}
 
@@ -77,9 +77,9 @@ def pope(given: argparse.Namespace) -> str:
         sheets[name] = _sheet(given, items, name, max_tokens=16, suffix=given.suffix)
     scores: dict[str, Any] = {}
     for name, lines in _answers(given, sheets).items():
-        said, labels = _column(lines, "answer"), _column(lines, "label")
-        scores[name] = {rule: asdict(yesno.score(said, labels, rule)) for rule in yesno.RULES}
-    return _told(given, scores, _lines(tables.pope(scores)))
+        texts, labels = _column(lines, "answer"), _column(lines, "label")
+        scores[name] = {rule: asdict(yesno.score(texts, labels, rule)) for rule in yesno.RULES}
+    return _write_scores(given, scores, _lines(tables.pope(scores)))
 
 
 def captions(given: argparse.Namespace) -> str:
@@ -116,8 +116,8 @@ def captions(given: argparse.Namespace) -> str:
     objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
     write_whole(Path(given.output) / "chair-objects.json", objects)
     scores = {"synonyms": given.synonyms or tables.OWN, **asdict(found)}
-    told = f"{_lines(tables.chair(scores))}\nobjects by {scores['synonyms']}"
-    return _told(given, scores, told)
+    table = f"{_lines(tables.chair(scores))}\nobjects by {scores['synonyms']}"
+    return _write_scores(given, scores, table)
 
 
 def hallusion(given: argparse.Namespace) -> str:
@@ -138,12 +138,12 @@ def hallusion(given: argparse.Namespace) -> str:
     for item in items:
         item.facts.pop("question")
     sheet = _sheet(given, items, "hallusionbench", max_tokens=16, suffix=given.suffix)
-    said = _column(_answers(given, {"hallusionbench": sheet})["hallusionbench"], "answer")
+    texts = _column(_answers(given, {"hallusionbench": sheet})["hallusionbench"], "answer")
     scores = {
-        rule: asdict(hallusionbench.score(hallusionbench.correct(said, rows, rule), rows))
+        rule: asdict(hallusionbench.score(hallusionbench.correct(texts, rows, rule), rows))
         for rule in yesno.RULES
     }
-    return _told(given, scores, _lines(tables.hallusionbench(scores)))
+    return _write_scores(given, scores, _lines(tables.hallusionbench(scores)))
 
 
 def compare(given: argparse.Namespace) -> str:
@@ -156,7 +156,7 @@ def compare(given: argparse.Namespace) -> str:
     single = not any(path.is_dir() for path in paths)
     name = " -> ".join(dict.fromkeys(path.stem for path in paths)) if single else None
     first, second = (_labelled(path, name) for path in paths)
-    other, how = sorted(first.keys() ^ second.keys()), "are in one alone"
+    other, how = sorted(first.keys() ^ second.keys()), "are in only one"
     if not other:
         other, how = [key for key in first if _asked(first[key]) != _asked(second[key])], "differ"
     if other:
@@ -164,20 +164,20 @@ def compare(given: argparse.Namespace) -> str:
             f"{given.first} and {given.second} answer different questions: {len(other)} {how}, "
             f"such as {other[0][1]!r}. Compare answers to the same files."
         )
-    told = []
+    lines = []
     for file in dict.fromkeys(file for file, _ in first):
         keys = [key for key in first if key[0] == file]
         before, after = [first[key] for key in keys], [second[key] for key in keys]
         clusters = np.array([line["image"] or line["id"] for line in before])
-        told.append(name or Path(file).stem)
+        lines.append(name or Path(file).stem)
         for rule in yesno.RULES:
             right = [
-                yesno.right(_column(lines, "answer"), _column(before, "label"), rule)
-                for lines in (before, after)
+                yesno.right(_column(answers, "answer"), _column(before, "label"), rule)
+                for answers in (before, after)
             ]
             found = paired.compare(*right, clusters=clusters, seed=given.seed)
-            told.append(f"  {rule:6} {found}")
-    return "\n".join([*told, "(difference with its 95 % bootstrap interval over images)"])
+            lines.append(f"  {rule:6} {found}")
+    return "\n".join([*lines, "(difference with its 95 % bootstrap interval over images)"])
 
 
 def handoff(given: argparse.Namespace) -> str:
@@ -253,8 +253,8 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
     return [line[name] for line in lines]
 
 
-def _told(given: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
-    """Keep the figures beside the answers; returns the table."""
+def _write_scores(given: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
+    """Writes the figures beside the answers; returns the table."""
     path = Path(given.output) / f"{given.command}.json"
     found = {"model": given.model, "scores": scores}
     write_whole(path, json.dumps(found, indent=2) + "\n")
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def asks(command: argparse.ArgumentParser) -> None:
         command.add_argument("--model", required=True, help="folder or hub name; adapters, too")
-        command.add_argument("--image-folder", required=True, help="where the pictures are")
+        command.add_argument("--image-folder", required=True, help="folder of the images")
         command.add_argument("--output", required=True, help="folder for answers and figures")
         command.add_argument("--batch-size", type=int, default=16, help="at once (%(default)s)")
         command.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, else fp32")
@@ -292,13 +292,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("questions", nargs="+", metavar="FILE", help="coco_pope_random.json, ...")
     one.add_argument("--suffix", default=SHORT, help="behind every question")
     asks(one)
-    one = add("chair", captions, "CHAIR: objects in captions that pictures do not show")
+    one = add("chair", captions, "CHAIR: objects in captions that images do not show")
     one.add_argument("--instances", required=True, help="COCO's instances_val2014.json")
     one.add_argument("--reference", required=True, help="COCO's captions_val2014.json")
     one.add_argument("--synonyms", help="synonyms.txt of the metric's authors (our own list)")
     one.add_argument("--prompt", default=CAPTION, help="that asks for a caption (%(default)s)")
     one.add_argument("--max-tokens", type=int, default=512, help="of a caption (%(default)s)")
-    one.add_argument("--most", type=int, default=500, help="pictures drawn; 0: all (%(default)s)")
+    one.add_argument("--most", type=int, default=500, help="images drawn; 0: all (%(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     asks(one)
     one = add("hallusionbench", hallusion, "HallusionBench, by rules in place of GPT-4")

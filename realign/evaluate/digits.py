@@ -1,11 +1,8 @@
-"""How often a model says what is not there: `python -m realign.evaluate --model DIR`.
+"""Hallucination rate of a digits model: `python -m realign.evaluate --model DIR`.
 
-`python -m realign.evaluate pope`, `chair`, `hallusionbench` and `compare` are about photographs
-(`scores.command`). Without such a word it is about digits:
-
-On digit scenes and handwritten digits never trained on, without the prior of the training scenes:
-the share of misnamed digits in captions (the hallucination rate), and accuracy, F1 and yes-rate on
-yes/no questions in the manner of POPE. Intervals are 95 % percentile bootstraps over scenes, since
+The rate is the share of misnamed digits in captions; accuracy, F1 and yes-rate are those of yes/no
+questions in the manner of POPE. Scenes and handwritten digits were never trained on, and the prior
+of the training scenes does not hold. Intervals are 95 % percentile bootstraps over scenes, since
 the four digits of a scene are not independent.
 """
 
@@ -92,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
             check_file(flag, file)
     path = config.model or str(ASSETS)
     processor, model = load_processor(path), load_trained(path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     seed = EVALUATION_SEED + config.seed
     scenes = make_scenes(config.scenes, biased=config.biased, split="test", seed=seed)
     found = answer(
@@ -105,25 +102,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said about N scenes, and what is true.
+    """Answers of a model about N scenes, and the truth.
 
     Attributes:
         captions: N texts.
         named: (N, 4) int, the digits that the captions name, -1 where none is named.
         digits: (N, 4) int, the true ones.
         questions: N pairs of a question whose answer is yes and one whose answer is no.
-        said: (N, 2) str, the answers to them.
+        answered: (N, 2) str, the answers to them.
     """
 
     captions: list[str]
     named: np.ndarray
     digits: np.ndarray
     questions: list[list[Question]]
-    said: np.ndarray
+    answered: np.ndarray
 
     def rates(self) -> dict[str, Rate]:
         """The rates that `evaluate` returns."""
-        right, yes = self.said == np.array(["yes", "no"]), self.said == "yes"
+        right, yes = self.answered == np.array(["yes", "no"]), self.answered == "yes"
         return {
             "hallucination_rate": _rate(self.named != self.digits, np.mean),
             "accuracy": _rate(right, np.mean),
@@ -134,13 +131,13 @@ class Answers:
     def lines(self, scenes: Sequence[Scene]) -> Iterator[dict[str, Any]]:
         """A line for each scene, of plain types."""
         for i, scene in enumerate(scenes):
-            asked = zip(self.questions[i], self.said[i].tolist(), strict=True)
+            asked = zip(self.questions[i], self.answered[i].tolist(), strict=True)
             yield {
                 "scene": i,
                 "truth": scene.caption,
                 "caption": self.captions[i],
                 "misnamed": int((self.named[i] != self.digits[i]).sum()),
-                "questions": [[q.text, q.answer, said] for q, said in asked],
+                "questions": [[q.text, q.answer, text] for q, text in asked],
             }
 
 
@@ -167,9 +164,9 @@ def answer(
     questions = [make_questions(scene, rng) for scene in scenes]
     captions = caption(model, processor, scenes, batch_size, desc="captions", progress=progress)
     named = [[-1 if d is None else d for d in digits_in(text)] for text in captions]
-    said = np.empty((len(scenes), 2), dtype=object)
+    answered = np.empty((len(scenes), 2), dtype=object)
     for kind in range(2):  # a question whose answer is yes, one whose answer is no
-        said[:, kind] = generate(
+        answered[:, kind] = generate(
             model,
             processor,
             scenes,
@@ -180,7 +177,7 @@ def answer(
             progress=progress,
         )
     digits = np.array([scene.digits for scene in scenes])
-    return Answers(captions, np.array(named), digits, questions, said)
+    return Answers(captions, np.array(named), digits, questions, answered)
 
 
 def caption(
@@ -260,7 +257,7 @@ def _rate(values: np.ndarray, statistic) -> Rate:
 
 
 def f1(values: np.ndarray) -> float:
-    """F1 of "yes" from (scenes, 2, [right, said yes])."""
+    """F1 of "yes" from (scenes, 2, [right, answered yes])."""
     right, yes = values[..., 0], values[..., 1]
     hits = (right & yes).sum()
     false_yes, missed = (yes & ~right).sum(), values[:, 0].shape[0] - hits

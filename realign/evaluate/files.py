@@ -151,7 +151,7 @@ def _coco(
     try:
         content = json.loads(read_text(file))
     except RecursionError:
-        content = None
+        content = {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON ({error}). {wanted}") from None
     for name, fields in lists.items():

@@ -1,8 +1,6 @@
 """GPU check: rehearsals of the parts attention, step and train, and the 7B of a step."""
 
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,31 +10,16 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.gpu import attention, step, train
-from benchmarks.gpu.record import failed, latest, read
+from benchmarks.gpu.record import RESULTS, Record, failed, latest, read
 from benchmarks.models import LLAVA_7B, llava_config, random_on
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def rehearse(made_once):
-    """rehearse(part): the lines of its cases by name, from a process as the check starts them."""
-
-    def lines(part):
-        def make(folder):
-            folder.mkdir()
-            command = [sys.executable, "-m", "benchmarks.gpu.worker", f"benchmarks.gpu.{part}"]
-            command += ["--out", folder, "--seconds", "300", "--call", "1", "--rehearse"]
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr[-2000:]
-
-        found = latest(read(made_once(f"gpu-{part}", make) / "results.jsonl"))
-        return {case: line for (_, case), line in found.items()}
-
-    return lines
+def rehearse(part, folder):
+    """The lines of the cases of a part by name, at toy sizes, in this process."""
+    part.run(Record(folder, "part", rehearse=True, seconds=300, call=1))
+    return {case: line for (_, case), line in latest(read(folder / RESULTS)).items()}
 
 
 def assert_finite(line):
@@ -46,16 +29,14 @@ def assert_finite(line):
     assert numbers and all(map(math.isfinite, numbers)), line
 
 
-def test_attention_by_each_implementation_is_that_of_fp32(rehearse):
-    lines = rehearse("attention")
+def test_attention_by_each_implementation_is_that_of_fp32(tmp_path):
+    lines = rehearse(attention, tmp_path)
     assert list(lines) == list(attention.CASES)
     for case, line in lines.items():
         assert_finite(line)
-        if case == "tree, cuDNN on":
-            assert line["calls"] == 4  # of 6: each takes 0.7 s to plan on a GPU
-        else:  # bf16 keeps 8 bits; probabilities and outputs are rounded to it
-            assert line["output_error"] < 2**-8, case
-            assert line.get("gradient_error", 0) < 2**-7, case
+        # bf16 keeps 8 bits; probabilities and outputs are rounded to it.
+        assert line["output_error"] < 2**-8, case
+        assert line.get("gradient_error", 0) < 2**-7, case
 
 
 def test_the_attention_of_the_7b_is_24_calls_of_different_lengths():
@@ -65,23 +46,22 @@ def test_the_attention_of_the_7b_is_24_calls_of_different_lengths():
     assert len(set(sizes)) > 20
 
 
-def test_contestants_of_a_step_compute_the_same(rehearse):
-    lines = rehearse("step")
+def test_contestants_of_a_step_compute_the_same(tmp_path):
+    lines = rehearse(step, tmp_path)
     cases = [case for group in step.GROUPS.values() for case in group]
     assert set(lines) == {*cases, "ours against TRL DPO", "ours against released"}
-    for case, line in lines.items():
-        assert case == "host waits of ours" or assert_finite(line) is None
+    for line in lines.values():
+        assert_finite(line)
     for peer in step.EQUALS:
         against = lines[f"ours against {peer}"]
         assert against["loss_difference"] < 1e-4 and against["grad_norm_difference"] < 1e-4
-    assert lines["host waits of ours"]["waits"] == 0  # a CPU has no other device to wait for
     positions = [lines[case]["positions"] for case in ("ours", "TRL DPO", "released")]
     assert positions == sorted(positions)  # rows without padding; then two and three passes, twice
     assert len(lines["ours"]["each"]) == step.TIMED
 
 
-def test_training_on_a_device_and_a_killed_run(rehearse):
-    lines = rehearse("train")
+def test_training_on_a_device_and_a_killed_run(tmp_path):
+    lines = rehearse(train, tmp_path)
     for line in lines.values():
         assert_finite(line)
     assert lines["fp32 against CPU"]["largest"] < 1e-5  # both ran on a CPU
@@ -134,32 +114,13 @@ def test_memory_that_runs_out_halves_the_examples_of_a_forward():
         step.largest_that_fits(never)
 
 
-def decoder_parameters(hidden, intermediate, layers, vocabulary):
-    """Of a Llama without grouped keys, embeddings and head apart."""
-    layer = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden
-    return layers * layer + hidden + 2 * vocabulary * hidden
-
-
-def tower_parameters(hidden, intermediate, layers, size, patch):
-    """Of a CLIP vision tower."""
-    attention = 4 * (hidden**2 + hidden)
-    mlp = 2 * hidden * intermediate + hidden + intermediate
-    places = (size // patch) ** 2 + 1
-    embeddings = hidden + 3 * patch**2 * hidden + places * hidden
-    return layers * (attention + mlp + 4 * hidden) + embeddings + 4 * hidden
-
-
 @pytest.mark.parametrize(
     ("vocabulary", "parameters"), [(32064, 7_063_427_072), (32000, 7_062_902_784)]
 )
 def test_the_7b_has_as_many_parameters_as_the_real_one(vocabulary, parameters):
     config = llava_config(**LLAVA_7B | {"vocabulary": vocabulary})
     model = random_on("meta", config, torch.bfloat16)
-    found = sum(parameter.numel() for parameter in model.parameters())
-    decoder = decoder_parameters(4096, 11008, 32, vocabulary)
-    tower = tower_parameters(1024, 4096, 24, 336, 14)
-    joint = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
-    assert found == decoder + tower + joint == parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 

@@ -1,4 +1,4 @@
-"""The demo at a small size: its files, and that a second call goes on instead of starting over."""
+"""The demo at a small size: its files, and a second call that resumes."""
 
 import json
 
@@ -10,7 +10,11 @@ from realign.demo.__main__ import main
 SMALL = ["--steps", "3", "--scenes", "40", "--evaluation-scenes", "20", "--nproc-per-node", "1"]
 
 
-def test_demo_writes_its_table_and_picture_once(tmp_path, capfd):
+def test_demo_writes_its_table_and_image_once(tmp_path, capfd, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):  # as a rank of torchrun: no further process
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     folder = tmp_path / "demo"
     assert main(["--output", str(folder), *SMALL]) == 0
     shown = capfd.readouterr().out

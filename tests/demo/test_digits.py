@@ -11,7 +11,8 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign.digits import ASSETS, photographs
+from experiments.study import photographs
+from realign.digits import ASSETS
 from realign.digits.processor import build_processor, vocabulary
 from realign.digits.scenes import (
     CAPTION_PROMPT,
@@ -54,10 +55,11 @@ def test_train_and_test_share_no_handwritten_digit():
 
 
 def test_train_and_test_patches_of_a_photograph_share_no_pixel(monkeypatch):
-    def numbered(photograph):  # every pixel tells its place
+    def numbered(photograph):  # every pixel of the scaled photograph is its own number
         rows, columns = photograph.shape[:2]
-        grid = np.arange(rows * columns, dtype=np.float64).reshape(rows, columns, 1)
-        return np.repeat(grid, 3, 2)
+        scale = photographs.SHORT_SIDE / min(rows, columns)
+        size = round(rows * scale), round(columns * scale)
+        return np.repeat(np.arange(size[0] * size[1], dtype=np.float64).reshape(*size, 1), 3, 2)
 
     monkeypatch.setattr(photographs, "_pixels", numbered)
     pixels = {split: photographs.patches.__wrapped__(split) for split in ("train", "test")}
@@ -76,7 +78,7 @@ def test_scenes_of_photographs_show_those_they_name():
             for patch in (found * 255).astype(np.uint8)
         }
         for scene in make_scenes(
-            30, biased=False, split=split, noise=0.0, pictures="photographs", seed=3
+            30, biased=False, split=split, noise=0.0, glyphs=photographs.patches, seed=3
         ):
             pixels = np.asarray(scene.image)
             cells = [(0, 0), (0, CELL), (CELL, 0), (CELL, CELL)]  # the order of PLACES
@@ -88,8 +90,6 @@ def test_photographs_need_scikit_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ValueError, match=r"realign\[study\]"):
         photographs.patches.__wrapped__("train")
-    with pytest.raises(ValueError, match="pictures is 'paintings'"):
-        make_scenes(1, biased=True, pictures="paintings")
 
 
 def test_scenes_show_the_digits_they_name():

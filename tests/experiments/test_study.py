@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from benchmarks.tables import put
 from experiments.digits_pretrain import _completion
-from experiments.study import analysis, report, runs
+from experiments.study import analysis, page, runs
 from experiments.study.__main__ import main
 from experiments.study.arms import (
     ARMS,
@@ -39,6 +40,7 @@ from realign.modeling.loading import load_processor, load_trained
 SMALL = Testbed(
     noise=0.2, follow=0.97, records=24, steps=3, batch_size=8, scenes=20, biased_scenes=10
 )
+TINY = replace(SMALL, records=16, steps=1, scenes=4, biased_scenes=2)
 KINDS = ("retrieved", "random", "crop", "noise", "blank")
 Testbed.__test__ = test_scenes.__test__ = False  # no tests, though they are called so
 
@@ -99,7 +101,7 @@ def test_one_seed_has_no_interval_and_tuning_is_no_seed():
     ],
 )
 def test_the_finding_says_what_came_out(rdpo, words):
-    assert words in report.finding("digits", both([0.30] * len(rdpo), rdpo))
+    assert words in page.finding("digits", both([0.30] * len(rdpo), rdpo))
 
 
 def test_rates_go_on_past_an_end_that_is_best():
@@ -236,7 +238,7 @@ def test_a_whole_study_tunes_and_takes_the_best_rate(folder, monkeypatch, one_th
     monkeypatch.setattr(runs, "LOWEST", 1.5e-3)
     monkeypatch.setattr(runs, "HIGHEST", 3e-3)
     arms = (Arm("dpo", "dpo"), Arm("dpo beta 0.5", "dpo", beta=0.5, tuned_as="dpo"))
-    found = runs.run_all(whole, SMALL, arms, seeds=1, jobs=2)
+    found = runs.run_all(whole, TINY, arms, seeds=1, jobs=2)
     tried = runs.tuning_of(found)
     assert tried.keys() == {"dpo"} and 3e-3 in tried["dpo"]
     assert runs.next_rate(tried["dpo"]) is None  # no end is best, but for the limits
@@ -246,7 +248,7 @@ def test_a_whole_study_tunes_and_takes_the_best_rate(folder, monkeypatch, one_th
     stray = json.loads((whole / "results" / f"seed0-dpo-{rate:g}.json").read_text())
     stray |= {"learning_rate": 9.0}  # as an earlier tuning may have left it
     (whole / "results" / "seed0-dpo-9.json").write_text(json.dumps(stray))
-    assert runs.run_all(whole, SMALL, arms, seeds=1, jobs=1) == found
+    assert runs.run_all(whole, TINY, arms, seeds=1, jobs=1) == found
 
 
 def test_another_testbed_in_the_folder_and_errors_of_jobs_are_told(folder, tmp_path, capsys):
@@ -264,7 +266,7 @@ def test_another_testbed_in_the_folder_and_errors_of_jobs_are_told(folder, tmp_p
     assert "leave --report out" in capsys.readouterr().err
 
 
-def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
+def test_blocks_and_plots_are_made_of_the_kept_runs(tmp_path, capsys):
     found = both([0.30, 0.32], [0.20, 0.24]) + [
         result("rdpo", TUNING_SEED, rate, learning_rate=lr)
         for lr, rate in ((5e-5, 0.28), (1e-4, 0.26))
@@ -276,12 +278,15 @@ def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
     every = found + [result(arm.name, 0, 0.5) for arm in ARMS if arm.name not in run]
     for name, results in (("digits", every), ("photographs", found)):
         runs.keep(tmp_path / "study" / f"{name}.jsonl", TESTBEDS[name], results)
+    names = ("findings", "digits", "photographs")
+    lines = "".join(f"<!-- {name}: generated -->\n<!-- /{name} -->\n" for name in names)
+    (tmp_path / "study.md").write_text(lines)
     assert main(["--report", "--docs", str(tmp_path)]) == 0
-    digits, photographs = (tmp_path / "study.md").read_text().split("## Photographs")
-    said = capsys.readouterr().out
+    text, printed = (tmp_path / "study.md").read_text(), capsys.readouterr().out
+    digits, photographs = text.split("<!-- photographs: generated -->")
     for name, results in (("digits", every), ("photographs", found)):
-        sentence = report.finding(name, results)
-        assert sentence in digits and sentence in said  # all findings stand at the top
+        sentence = page.finding(name, results)
+        assert sentence in digits and sentence in printed
         assert (tmp_path / "study" / f"{name}.png").stat().st_size > 5000
     assert re.search(r"\| dpo \| 31\.0 \[18\.3, 43\.7\] \|.*\| 1000 \|", digits)  # 12.706 * 0.01
     assert re.search(r"\| base \| 25\.0 \[25\.0, 25\.0\] \|", digits)
@@ -289,7 +294,7 @@ def test_the_page_is_made_of_the_kept_runs(tmp_path, capsys):
     assert "| rdpo | 28.0 | **26.0** |" in digits
     assert "### Methods" in photographs and "### Beta" in digits
     assert "### Beta" not in photographs  # was not run there
-    assert "### Infill" not in photographs  # dpo and rdpo stand above
+    assert "### Infill" not in photographs  # dpo and rdpo are above
     assert (tmp_path / "study" / "digits-curves.png").stat().st_size > 5000
     assert not (tmp_path / "study" / "photographs-curves.png").exists()
 
@@ -300,23 +305,26 @@ def test_two_runs_of_the_same_seeds_count_each_seed_once():
     # (-0.10 - 0.20) / 2 and (-0.08 - 0.10) / 2 are -0.15 and -0.09; t of one degree is 12.706.
     assert (gap.value, gap.low) == pytest.approx((-0.12, -0.12 - 12.7062 * 0.03), abs=1e-5)
     found = {"digits": runs_[0], "digits-again": runs_[1]}
-    said = report.findings(found, dict.fromkeys(found, TESTBEDS["digits"]))
+    said = page.findings(found, dict.fromkeys(found, TESTBEDS["digits"]))
     first, *each = said["digits"]
     assert "23.5 against 35.5 %, a difference of -12.0 [-50.1, +26.1] points, averaged by" in first
-    assert len(each) == 2 and report.finding("digits", runs_[0])[1:] in each[0]
+    assert len(each) == 2 and page.finding("digits", runs_[0])[1:] in each[0]
     assert each[1].startswith("In the run `digits-again`: after rDPO the model misnames")
-    page = report.page(found, dict.fromkeys(found, TESTBEDS["digits"]))
-    assert "## Digits, again\n" in page and "Not run yet: photographs." in page
+    blocks = page.blocks(found, dict.fromkeys(found, TESTBEDS["digits"]))
+    assert blocks.keys() == {"findings", "digits", "digits-again"}
 
 
-def test_page_and_readme_say_what_the_kept_runs_say():
+def test_page_and_readme_have_the_figures_of_the_kept_runs(tmp_path):
     docs = Path(__file__).parents[2] / "docs"
     found, beds = runs.read_kept(docs / "study")
-    assert (docs / "study.md").read_text() == report.page(found, beds)
+    text = (docs / "study.md").read_text()
+    copy = tmp_path / "study.md"
+    copy.write_text(text)
+    put(copy, page.blocks(found, beds))
+    assert copy.read_text() == text
     readme = " ".join((docs.parent / "README.md").read_text().split())
-    for sentence, *_ in report.findings(found, beds).values():
+    for sentence, *_ in page.findings(found, beds).values():
         assert sentence in readme
     bullet = readme.split("**The study**")[1].split("##")[0]
     quoted = re.findall(r"(\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\]", bullet)
-    page = (docs / "study.md").read_text()
-    assert len(quoted) == 4 and all(f"| {v} [{a}, {b}] |" in page for v, a, b in quoted)
+    assert len(quoted) == 4 and all(f"| {v} [{a}, {b}] |" in text for v, a, b in quoted)

@@ -175,7 +175,7 @@ def test_two_files_are_compared_whatever_their_names(tmp_path, capsys):
     (tmp_path / "after.v2.jsonl").rename(tmp_path / "b" / "after.v2.jsonl")
     _answered(tmp_path / "a" / "before.jsonl", ["yes"] * 4)
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    assert "different questions: 8 are in one alone" in capsys.readouterr().err
+    assert "different questions: 8 are in only one" in capsys.readouterr().err
 
 
 def test_files_with_other_questions_under_their_ids_are_not_compared(tmp_path, capsys):
