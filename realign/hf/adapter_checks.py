@@ -102,7 +102,7 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
                 "not keep when it loads one. Load it with PeftModel.from_pretrained."
             )
         if len(configs) > 1 and (tying or _changes_base(config)):
-            why = "PEFT ties the weights of the first adapter only"
+            why = "with ensure_weight_tying PEFT ties the weights of the first one only"
             if _changes_base(config):
                 initial = _option(config, "init_lora_weights")
                 why = f"its init_lora_weights={initial!r} changed the base"

@@ -69,7 +69,8 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
             f"processing_class is a {kind} without a chat template, so prompts cannot be rendered; "
             "set its chat_template."
         )
-    tokens, rows = len(processor.tokenizer), len(vlm.get_input_embeddings().get_parameter("weight"))
+    embeddings: Any = vlm.get_input_embeddings()
+    tokens, rows = len(processor.tokenizer), len(embeddings.weight)
     image = vlm.config.image_token_id
     # Gemma 3's processor has the token before an image; its tokenizer that of the features.
     given = {getattr(part, "image_token_id", image) for part in (processor, processor.tokenizer)}

@@ -174,18 +174,14 @@ def save_trained(base: Path, kind: str, folder: Path, *, seed: int = 0) -> PeftM
     return model
 
 
-def _from_pretrained(base: Path, folder: Path) -> PeftModel:
-    return PeftModel.from_pretrained(load_base(base), folder, is_trainable=True)
-
-
-def _named(base: Path, folder: Path) -> PeftModel:
+def _peft(base: Path, folder: Path, name: str = "default", learns: bool = True) -> PeftModel:
     return PeftModel.from_pretrained(
-        load_base(base), folder, adapter_name="mine", is_trainable=True
+        load_base(base), folder, adapter_name=name, is_trainable=learns
     )
 
 
 def _one_of_several(base: Path, folder: Path) -> PeftModel:
-    model = PeftModel.from_pretrained(load_base(base), folder, adapter_name="first")
+    model = _peft(base, folder, "first", learns=False)
     perturb(model)  # nothing of it learns, but its neighbour must not be mistaken for it
     model.load_adapter(str(folder), adapter_name="second", is_trainable=True)
     model.set_adapter("second")
@@ -198,16 +194,12 @@ def _load_adapter(base: Path, folder: Path) -> PreTrainedModel:
     return model
 
 
-def _auto_model(base: Path, folder: Path) -> PreTrainedModel:
-    return AutoModelForImageTextToText.from_pretrained(str(folder), dtype=torch.float32)
-
-
 WAYS: dict[str, Callable[[Path, Path], PeftModel | PreTrainedModel]] = {
-    "PeftModel.from_pretrained": _from_pretrained,
-    "by a name of its own": _named,
+    "PeftModel.from_pretrained": _peft,
+    "by a name of its own": lambda base, folder: _peft(base, folder, "mine"),
     "one of several": _one_of_several,
     "model.load_adapter": _load_adapter,
-    "AutoModel on the adapter's folder": _auto_model,
+    "AutoModel on the adapter's folder": lambda base, folder: load_base(folder),
 }
 """A saved adapter as a model, from (base, folder of the adapter); "get_peft_model" is `adapt`."""
 

@@ -24,7 +24,6 @@ from stress_rows import (
     Case,
     base,
     get,
-    message,
     pictures,
     put,
 )
@@ -246,8 +245,6 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
             parts["a thousand"] = ([{"type": "text", "text": t} for t in many], GOOD)
         for name, (value, verdict) in parts.items():
             faults.append(("parts", name, [*messages[:-1], last | {content: value}], verdict))
-    if where not in ("prompt", "messages") and content == "content" and case.format != "authors":
-        faults += _several_turns(case, where)
     _, name, value, verdicts = _pick(case, where, faults, rng)
     case.row[where] = value
     if name == "system first":
@@ -258,44 +255,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
             truth.prompt = [("user", joined)]
         else:
             setattr(truth, "chosen" if where == "messages" else where, joined)
-    if case.kind == "several turns":
-        _set_turns(case, where, name)
     return verdicts
-
-
-def _several_turns(case: Case, where: str) -> list[tuple[str, str, Any, dict[str, str]]]:
-    """Responses that hold a dialogue."""
-    prompt, answer = case.row["prompt"], case.row[where]
-    more = [message("assistant", "one ."), message("user", "and two ?")]
-    return [
-        ("several turns", "of its own", [*more, *answer], BAD),
-        ("several turns", "of its own behind the prompt", [*prompt, *more, *answer], BAD),
-        ("several turns", "the user's last", [*answer, message("user", "no ?")], BAD),
-        ("several turns", "two answers", [*answer, *answer], BAD),
-        ("several turns", "shared", "both", GOOD),
-        ("several turns", "shared behind the prompt", "both", GOOD),
-        ("several turns", "shared and without a prompt", "both", GOOD),
-        ("several turns", "the prompt again", "both", GOOD),
-    ]
-
-
-def _set_turns(case: Case, where: str, name: str) -> None:
-    """Rows in which both responses begin with the same turns."""
-    if case.row[where] != "both":
-        return
-    prompt = case.row["prompt"]
-    more = [message("assistant", "one ."), message("user", "and two ?")]
-    if case.format == "TRL, parts":
-        more = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in more]
-    begins = {"shared": more, "the prompt again": prompt}.get(name, prompt + more)
-    for column in ("chosen", "rejected"):
-        answer = getattr(case.truth, column)
-        content = [{"type": "text", "text": answer}] if case.format == "TRL, parts" else answer
-        case.row[column] = [*begins, message("assistant", content)]
-    if name == "shared and without a prompt":
-        del case.row["prompt"]
-    if name != "the prompt again":
-        case.truth.prompt = [*case.truth.prompt, ("assistant", "one ."), ("user", "and two ?")]
 
 
 def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str, str]:

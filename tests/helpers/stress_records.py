@@ -135,7 +135,7 @@ class Stress:
         if reader != name and verdict == "good" and case.kind != "none":
             verdict = "either"
         try:
-            with _time_limit(60), warnings.catch_warnings():
+            with _time_limit(300), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 record, message, neighbours = self.readers[reader](case)
         except NoEnd:

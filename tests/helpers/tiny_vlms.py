@@ -174,6 +174,13 @@ def _llava_onevision(processor) -> dict:
     }
 
 
+_TOWER_OF_QWEN = {"hidden_size": TOWER, "intermediate_size": 32, "out_hidden_size": WIDTH}
+
+
+def _mrope(*section: int, **more) -> dict:
+    return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [*section], **more}
+
+
 def _qwen(processor, vision: dict, **text) -> dict:
     vision = {
         "depth": 2,
@@ -196,56 +203,29 @@ def _qwen(processor, vision: dict, **text) -> dict:
 
 def _qwen2_vl(processor) -> dict:
     vision = {"embed_dim": TOWER, "hidden_size": WIDTH, "mlp_ratio": 2}
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    return _qwen(processor, vision, heads=2, rope_parameters=rope)
+    return _qwen(processor, vision, heads=2, rope_parameters=_mrope(2, 3, 3))
 
 
 def _qwen2_5_vl(processor) -> dict:
-    vision = {
-        "hidden_size": TOWER,
-        "intermediate_size": 32,
-        "out_hidden_size": WIDTH,
+    vision = _TOWER_OF_QWEN | {
         "window_size": 28,  # 2 x 2 image tokens, less than an image has
         "fullatt_block_indexes": [1],
         "tokens_per_second": 2,
     }
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    return _qwen(processor, vision, heads=2, rope_parameters=rope)
+    return _qwen(processor, vision, heads=2, rope_parameters=_mrope(2, 3, 3))
 
 
 def _qwen3_vl(processor) -> dict:
-    vision = {
-        "depth": 3,
-        "hidden_size": TOWER,
-        "intermediate_size": 32,
-        "out_hidden_size": WIDTH,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 5e6,
-        "mrope_section": [4, 2, 2],
-        "mrope_interleaved": True,
-    }
+    deeper = {"depth": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    vision = _TOWER_OF_QWEN | deeper
+    rope = _mrope(4, 2, 2, mrope_interleaved=True) | {"rope_theta": 5e6}
     config = _qwen(processor, vision, head_dim=16, rope_parameters=rope)
     return config | {"tie_word_embeddings": True}
 
 
 def _qwen3_5(processor) -> dict:
-    vision = {
-        "hidden_size": TOWER,
-        "intermediate_size": 32,
-        "out_hidden_size": WIDTH,
-        "num_position_embeddings": 16,
-    }
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [2, 1, 1],
-        "mrope_interleaved": True,
-    }
+    vision = _TOWER_OF_QWEN | {"num_position_embeddings": 16}
+    rope = _mrope(2, 1, 1, mrope_interleaved=True, partial_rotary_factor=0.5)
     return _qwen(
         processor,
         vision,
@@ -283,14 +263,17 @@ def _internvl(processor) -> dict:
     }
 
 
+_WINDOWED = {
+    "head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
 def _gemma3(processor) -> dict:
     tokenizer = processor.tokenizer
     text = _text(
         processor,
-        head_dim=8,
-        query_pre_attn_scalar=16,
-        sliding_window=12,
-        layer_types=["sliding_attention", "full_attention"],
+        **_WINDOWED,
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -310,10 +293,7 @@ def _paligemma(processor) -> dict:
     text = _text(
         processor,
         model_type="gemma2",
-        head_dim=8,
-        query_pre_attn_scalar=16,
-        sliding_window=12,
-        layer_types=["sliding_attention", "full_attention"],
+        **_WINDOWED,
         attn_logit_softcapping=4.0,
         final_logit_softcapping=6.0,
     )
@@ -347,18 +327,4 @@ def _janus(processor) -> dict:
     }
 
 
-_CONFIGS = {
-    "llava": _llava,
-    "llava_next": _llava_next,
-    "llava_onevision": _llava_onevision,
-    "qwen2_vl": _qwen2_vl,
-    "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl,
-    "idefics3": _idefics3,
-    "smolvlm": _smolvlm,
-    "internvl": _internvl,
-    "gemma3": _gemma3,
-    "paligemma": _paligemma,
-    "janus": _janus,
-    "qwen3_5": _qwen3_5,
-}
+_CONFIGS = {family: globals()[f"_{family}"] for family in (*FAMILIES, "qwen3_5")}

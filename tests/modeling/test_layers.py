@@ -61,6 +61,14 @@ def gradients(model, batch):
     return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_alike(found, expected):
+    """Log-probs, which are sums of up to 30 nats, and gradients agree up to rounding."""
+    (logps, grads), (truth, exact) = found, expected
+    assert (logps - truth).abs().max() < 1e-5
+    for name, value in exact.items():
+        assert (grads[name] - value).abs().max() <= CURVE_TOLERANCE * value.abs().max(), name
+
+
 def saved_bytes(model, batch):
     """Bytes that autograd keeps between forward and backward, parameters not counted."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -96,22 +104,15 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
 
 
 @torch._inductor.config.patch(compile_threads=1)  # no worker processes, which import torch
-@pytest.mark.parametrize(("kind", "backend"), [("sdpa", "aot_eager"), ("flash", "inductor")])
-def test_compiled_layers_change_nothing_beyond_rounding(digits, kind, backend, monkeypatch):
-    """AOT autograd changes the graph; inductor, which takes half a minute, its kernels too."""
+def test_compiled_layers_change_nothing_beyond_rounding(digits):
+    """By inductor, which compiles for half a minute, so one layer and one kind of attention."""
     examples, store, _ = digits
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
-    plain, compiled = (forest_model(attention=kind, layers=1) for _ in range(2))
+    plain, compiled = (forest_model(attention="flash", layers=1) for _ in range(2))
     layers = fsdp.trained_layers(compiled)
     fsdp.wrap_layers(layers, compiled=True, checkpointed=True)
     for part in (examples[:6], examples[6:9]):
         batch = build_batch(part, store, row_tokens=60)
-        (logps, grads), (truth, expected) = gradients(compiled, batch), gradients(plain, batch)
-        assert (logps - truth).abs().max() < 1e-5
-        for name in expected:
-            bound = CURVE_TOLERANCE * expected[name].abs().max()
-            assert (grads[name] - expected[name]).abs().max() <= bound, name
+        assert_alike(gradients(compiled, batch), gradients(plain, batch))
 
 
 def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
@@ -120,14 +121,14 @@ def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
     counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
-    model = forest_model("lora", "sdpa")
+    plain, model = (forest_model("lora", "sdpa", layers=2) for _ in range(2))
     fsdp.wrap_layers(fsdp.trained_layers(model), compiled=True, checkpointed=True)
     shapes = set()
-    for size in range(2, 12):
+    for size in (2, 5, 8, 11):
         batch = build_batch(examples[:size], store, row_tokens=50 + 7 * size)
         shapes.add(tuple(batch.input_ids.shape))
-        model(batch).sum().backward()
-    assert len(shapes) == 10
+        assert_alike(gradients(model, batch), gradients(plain, batch))
+    assert len(shapes) == 4
     assert counter.frame_count == 2
 
 
@@ -167,12 +168,8 @@ def test_every_attention_gives_what_that_by_tree_gives(digits, kind, monkeypatch
         )
     examples, store, _ = digits
     batch = build_batch(examples[:6], store, row_tokens=200)  # several trees in a row
-    logps, grads = gradients(forest_model(attention=kind), batch)
-    truth, expected = gradients(forest_model(), batch)
-    assert (logps - truth).abs().max() < 1e-5  # sums of up to 30 nats
-    for name in expected:
-        bound = CURVE_TOLERANCE * expected[name].abs().max()
-        assert (grads[name] - expected[name]).abs().max() <= bound, name
+    expected = gradients(forest_model(), batch)
+    assert_alike(gradients(forest_model(attention=kind), batch), expected)
 
 
 def test_the_block_mask_is_the_forests(digits):
@@ -282,11 +279,7 @@ def test_liger_takes_the_place_of_what_it_computes_alike(digits, ops):
     assert {getattr(m.forward, "__module__", "") for m in others} == {
         "realign.modeling.norms", LlamaMLP.__module__,
     }  # fmt: skip
-    (logps, grads), (truth, expected) = gradients(model, batch), gradients(plain, batch)
-    assert (logps - truth).abs().max() < 1e-5
-    for name in expected:
-        bound = CURVE_TOLERANCE * expected[name].abs().max()
-        assert (grads[name] - expected[name]).abs().max() <= bound, name
+    assert_alike(gradients(model, batch), gradients(plain, batch))
 
 
 def test_liger_leaves_what_it_computes_otherwise(ops):

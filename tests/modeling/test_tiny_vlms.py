@@ -1,12 +1,11 @@
-"""Tiny models of the VLM families: whole, sensitive to what they read, and scored repeatably."""
+"""Tiny models of the VLM families depend on every image and token, by masks and positions too."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_truth import encode, separate_logps, with_response
-from tiny_vlms import FAMILIES, make, random_images, random_record
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_vlms import FAMILIES, make, random_images
 
 from realign.modeling.encode import chat_prompt
 
@@ -29,48 +28,6 @@ def _prompt(processor, images, text=None):
 @torch.no_grad()
 def _logps(vlm, inputs, response=RESPONSE):
     return separate_logps(vlm, inputs, [response])[0]
-
-
-def _features(vlm, inputs):
-    """(N, H) features of the images of a prompt."""
-    known = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
-    given = {name: inputs[name] for name in known if name in inputs}
-    found = vlm.model.get_image_features(**given).pooler_output
-    return torch.cat([rows.flatten(0, -2) for rows in found])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_folder_loads_back_and_scores_the_same(made, family, tmp_path):
-    vlm, processor = made[family]
-    vlm.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    again = AutoProcessor.from_pretrained(tmp_path)
-    attention = "eager" if family == "paligemma" else "sdpa"
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=attention)
-    pictures = random_images(np.random.default_rng(0), 2)
-    inputs = encode(processor, pictures, _prompt(processor, 2))
-    same = encode(again, pictures, _prompt(again, 2))
-    assert type(again) is type(processor) and type(loaded) is type(vlm)
-    assert inputs.keys() == same.keys()
-    assert all(torch.equal(inputs[name], same[name]) for name in inputs)
-    if family != "paligemma":  # whose tower is now eager too
-        assert torch.equal(_logps(loaded.eval(), same), _logps(vlm, inputs))
-    torch.testing.assert_close(_logps(loaded.eval(), same), _logps(vlm, inputs), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_image_tokens_are_as_many_as_image_features(made, family):
-    vlm, processor = made[family]
-    pictures = random_images(np.random.default_rng(1), 3, SIZES)
-    counts = []
-    for shown in ([pictures[0]], [pictures[1]], pictures):
-        inputs = encode(processor, shown, _prompt(processor, len(shown)))
-        tokens = int((inputs["input_ids"] == vlm.config.image_token_id).sum())
-        assert tokens == len(_features(vlm, inputs))
-        assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
-        counts.append(tokens)
-    resized_to_one_size = {"llava", "gemma3", "paligemma", "janus"}
-    assert (counts[0] == counts[1]) == (family in resized_to_one_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,14 +105,3 @@ def test_gradients_reach_both_towers(made):
         found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
         moved = [name for name, g in zip(weights, found, strict=True) if g is not None and g.any()]
         assert "head" in moved and len(moved) > 0.6 * len(weights), family
-
-
-def test_random_records_differ_in_words_and_image_sizes(made):
-    rng = np.random.default_rng(7)
-    for family in FAMILIES:
-        records = [random_record(family, made[family][1], rng, 2, negatives=2) for _ in range(5)]
-        assert all(r.chosen != r.rejected and len(r.retrieved_images) == 4 for r in records)
-        pictures = [stored.open(r.name) for r in records for stored in r.images]
-        assert len({picture.size for picture in pictures}) > 2
-        assert len({picture.tobytes() for picture in pictures}) == 10
-        assert len({r.name for r in records} | {r.chosen for r in records}) > 5

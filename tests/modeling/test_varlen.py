@@ -271,7 +271,7 @@ def test_log_probs_by_the_operator_in_rows_with_padding():
 
 
 def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):
-    """Ten layouts, one graph for each kind of layer, whole: the operator hides who sees whom."""
+    """Four layouts, one graph for each kind of layer, whole: the operator hides who sees whom."""
     counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
 
@@ -283,18 +283,17 @@ def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):
     vlm, model, examples, store = with_lora("llava", "flash")
     fsdp.wrap_layers(fsdp.trained_layers(model), compiled=True, checkpointed=True)
     layouts = set()
-    for first in range(len(examples)):
-        for last in range(first + 1, len(examples) + 1):
-            batch = build_batch(examples[first:last], store, row_tokens=4096)
-            layouts.add(batch.trees)
-            for some in (vlm, plain[0]):
-                some.zero_grad()
-            (out, true) = model(batch), plain[1](batch)
-            assert (out - true).abs().max() < 1e-5
-            out.sum().backward()
-            true.sum().backward()
-            assert_same_gradients(gradients(vlm), gradients(plain[0]))
-    assert len(layouts) == 10
+    for first, last in ((0, 1), (0, 3), (2, 4), (0, 4)):
+        batch = build_batch(examples[first:last], store, row_tokens=4096)
+        layouts.add(batch.trees)
+        for some in (vlm, plain[0]):
+            some.zero_grad()
+        (out, true) = model(batch), plain[1](batch)
+        assert (out - true).abs().max() < 1e-5
+        out.sum().backward()
+        true.sum().backward()
+        assert_same_gradients(gradients(vlm), gradients(plain[0]))
+    assert len(layouts) == 4
     assert counter.frame_count == 2  # LoRA: the first layer's input has no gradient
 
 
