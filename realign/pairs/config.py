@@ -35,7 +35,7 @@ _RANGES = (  # names, least and largest value, message
 @dataclass
 class PairsConfig:
     output: str = "runs/pairs.parquet"
-    """Parquet file to write; rejected_records.parquet in --work lists what cannot be used."""
+    """Parquet file to write; rejected_records.parquet in --work lists invalid records."""
     data: str | None = None
     """File or folder of records with images, prompts and responses; digit scenes when absent."""
     format: str = "auto"
@@ -138,7 +138,7 @@ class PairsConfig:
             for flag, path in (("output", output), ("work", work)):
                 if path.resolve().is_relative_to(Path(self.data).resolve()):
                     raise ValueError(
-                        f"--{flag} {path} lies in the folder of --data, which a run would change; "
+                        f"--{flag} {path} is in the folder of --data, which a run would change; "
                         "name a place outside of it."
                     )
         if unknown := [name for name in self.categories if name not in CATEGORIES]:
@@ -190,7 +190,7 @@ class PairsConfig:
         if self.engine is not None and self.refill != "prompt":
             raise ValueError("engine would have no effect with infill; add --refill prompt.")
         if self.share is not None and self.segments != 1:
-            raise ValueError("share and segments both say how much to hide; give one of them.")
+            raise ValueError("share and segments both set how much to hide; give one of them.")
         by_engine = self.masker not in MASKERS
         if by_engine and (self.mask or self.segments != 1 or self.share is not None):
             raise ValueError(

@@ -49,7 +49,7 @@ _REMEDIES = {
     "visual margin not above 0": "Take a better --model, or leave out --margin.",
     "no verdict": "Take a --judge that answers yes or no.",
 }
-"""Reason of dropped records -> what to do when all are."""
+"""Reason of dropped records -> remedy when all are."""
 
 _DIGITS = "the shipped digits model fills the gaps, which knows no other images"
 

@@ -12,7 +12,7 @@ from realign.data.records import Record, RecordError, StoredImage, write_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, caption_of, make_scenes
 from realign.modeling import reference_logps
-from realign.modeling.loading import load_model, load_processor
+from realign.modeling.loading import DTYPES, load_model, load_processor
 from realign.pairs.filters import margin
 from realign.pairs.filters.margin import visual_margins
 from realign.training.inputs import load_inputs
@@ -55,11 +55,9 @@ def test_margins_are_those_of_plain_forwards(vlm, processor, tmp_path):
     records = [record(i) for i in range(10)]
     found = visual_margins(vlm, processor, records, cache=str(tmp_path))
     assert found.shape == (10,) and found.dtype == np.float64
-    for one, value, i in zip(records, found, range(10), strict=True):
-        own, other = (SCENES[j].image for j in (i, i + 1))
-        expected = plain_logp(vlm, processor, own, one.chosen)
-        expected -= plain_logp(vlm, processor, other, one.chosen)
-        assert value == pytest.approx(expected, abs=1e-4)
+    for i, one in enumerate(records):
+        own, other = (plain_logp(vlm, processor, SCENES[i + j].image, one.chosen) for j in (0, 1))
+        assert found[i] == pytest.approx(own - other, abs=1e-4)
     # The model reads digits: a true caption fits its own image better than another one.
     assert (found > 0).mean() >= 0.9 and found.mean() > 5
 
@@ -71,33 +69,25 @@ def test_a_response_that_fits_the_negative_better_is_told(vlm, processor, tmp_pa
     assert found[0] < -5 and found[1] == 0 and found[2] > 0
 
 
-class Counted:
-    """How many leaves the reference pass computes."""
-
-    def __init__(self, monkeypatch):
-        self.leaves = 0
-        inner = reference_logps.build_batch
-
-        def build(examples, store, **options):
-            self.leaves += sum(len(example.leaves) for example in examples)
-            return inner(examples, store, **options)
-
-        monkeypatch.setattr(reference_logps, "build_batch", build)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    counted, lines = Counted(monkeypatch), []
+    kind, counted, lines = DTYPES[dtype], [], []
+    build = reference_logps.build_batch
+
+    def counting(examples, store, **options):
+        counted.extend(leaf for example in examples for leaf in example.leaves)
+        return build(examples, store, **options)
+
+    monkeypatch.setattr(reference_logps, "build_batch", counting)
     records = [record(i) for i in range(6)]
     given = {"cache": str(tmp_path / "cache"), "say": lines.append}
     vlm, processor = load_model(ASSETS, kind).eval(), load_processor(ASSETS)
     first = visual_margins(vlm, processor, records, **given)
-    assert counted.leaves == 12
+    assert len(counted) == 12
     # A second pass computes nothing, in this process and with the model loaded anew.
     again = visual_margins(vlm, processor, records, **given)
     anew = visual_margins(load_model(ASSETS, kind).eval(), processor, records, **given)
-    assert counted.leaves == 12
+    assert len(counted) == 12
     assert np.array_equal(first, again) and np.array_equal(first, anew)
     assert lines[0].startswith("reference log-probs: 0 of 12 leaves known")
     assert lines[-1].startswith("reference log-probs: 12 of 12 leaves known")
@@ -133,7 +123,7 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
             progress=False,
             say=lambda line: None,
         )
-    assert counted.leaves <= 12 + 18  # it may compute known ones that share a batch
+    assert len(counted) <= 12 + 18  # it may compute known ones that share a batch
     assert np.array_equal((logps[0] - logps[2]).numpy(), first)
 
 

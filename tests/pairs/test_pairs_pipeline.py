@@ -174,16 +174,6 @@ def test_a_full_disk_loses_nothing(whole_run, tmp_path, monkeypatch, capsys):
     assert Path(config.output).read_bytes() == whole_run.bytes
 
 
-def test_a_real_full_disk_leaves_no_half_file(tmp_path):
-    """/dev/full takes nothing: the system's own error, through the code that writes shards."""
-    partial = tmp_path / "disk"
-    partial.symlink_to("/dev/full")
-    with pytest.raises(OSError) as caught, partial.open("wb") as file:
-        file.write(b"x")
-        file.flush()
-    assert shards.is_full(caught.value)
-
-
 def test_a_full_disk_at_the_end_keeps_the_old_output(whole_run, tmp_path, monkeypatch):
     config = copy_run(whole_run, tmp_path)
     Path(config.output).write_bytes(b"old")
@@ -203,7 +193,7 @@ def test_two_runs_in_one_folder_are_refused(whole_run, capsys):
     with sole_run(whole_run.work):
         assert main(flags) == 1
     assert "another run works in" in capsys.readouterr().err
-    with sole_run(whole_run.work):
+    with sole_run(whole_run.work):  # the lock was released
         pass
 
 
@@ -260,39 +250,37 @@ def sources():
 def test_invalid_records_are_listed_and_the_others_used(tmp_path, sources, capsys):
     torn = StoredImage(sources[3].images[0].data[:60])
     placed = ({"role": "user", "content": "name <image> as <image>"},)
-    bad = [
+    odd = replace(sources[7], name="odd", chosen="It is .")  # dropped, not invalid
+    invalid = [
         replace(sources[3], name="torn", images=(torn,)),
         replace(sources[4], name="gone", images=(StoredImage(path="nowhere.png"),)),
         replace(sources[5], name="token", prompt=placed),
         replace(sources[6], name="noimage", images=()),
-        replace(sources[7], name="odd", chosen="It is ."),
     ]
-    mixed = [*bad[:2], *sources[:20], *bad[2:], *sources[20:]]
-    flags = ["--data", _written(tmp_path, mixed), "--mask", "numbers", "--k", "4"]
-    flags += ["--shard", "8", "--output", str(tmp_path / "pairs.parquet"), "--max-bad", "0.2"]
-    assert main([*flags, "--quiet"]) == 0
-    found = rejected_in(tmp_path)
-    assert {(name, reason) for name, _, reason in found} == {
-        ("torn", "corrupt"),
-        ("gone", "missing"),
-        ("token", "image token"),
-        ("noimage", "no image"),
-    }
-    assert Counter(stage for _, stage, _ in found) == {"read": 3, "embed": 1}
-    report = capsys.readouterr().out
-    assert "; unusable 4 (1 corrupt, 1 image token, 1 missing, 1 no image)" in report
-    assert "nothing to mask" in report  # dropped, not unusable
-    good = tmp_path / "good"
-    good.mkdir()
-    data = _written(tmp_path, [*sources, bad[4]], "good.parquet")
-    clean = PairsConfig(
-        output=str(good / "pairs.parquet"), data=data, mask="numbers", k=4, quiet=True
-    )
-    build_pairs(clean)
-    assert not (good / "pairs.work" / "rejected_records.parquet").exists()
-    texts = {r.name: (r.rejected, r.provenance["neighbour"]) for r in read_pairs(clean.output)}
-    made = read_pairs(tmp_path / "pairs.parquet")
-    assert {r.name: (r.rejected, r.provenance["neighbour"]) for r in made} == texts
+    made = {}
+    for name, records in (
+        ("mixed", [*invalid[:2], *sources[:20], *invalid[2:], odd, *sources[20:]]),
+        ("good", [*sources, odd]),
+    ):
+        (folder := tmp_path / name).mkdir()
+        flags = ["--data", _written(tmp_path, records, f"{name}.parquet"), "--mask", "numbers"]
+        flags += ["--k", "4", "--shard", "8", "--max-bad", "0.2", "--quiet"]
+        assert main([*flags, "--output", str(folder / "pairs.parquet")]) == 0
+        made[name] = {
+            r.name: (r.rejected, r.provenance["neighbour"])
+            for r in read_pairs(folder / "pairs.parquet")
+        }
+        report = capsys.readouterr().out
+        assert "nothing to mask" in report
+        if name == "mixed":
+            found = rejected_in(folder)
+            expected = {"torn": "corrupt", "gone": "missing", "token": "image token"}
+            assert {n: r for n, _, r in found} == expected | {"noimage": "no image"}
+            assert Counter(stage for _, stage, _ in found) == {"read": 3, "embed": 1}
+            counts = "unusable 4 (1 corrupt, 1 image token, 1 missing, 1 no image)"
+            assert f"; {counts}" in report
+    assert not (tmp_path / "good" / "pairs.work" / "rejected_records.parquet").exists()
+    assert made["mixed"] == made["good"]
 
 
 def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(

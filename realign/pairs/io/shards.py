@@ -73,7 +73,7 @@ class Shards:
     def write(
         self, number: int, rows: list[Row], left_out: Iterable[InvalidRecord], inputs: str = ""
     ) -> None:
-        """Write a shard after the list of what it left out; `inputs` is the inputs digest."""
+        """Write a shard after the list of records it left out; `inputs` is the inputs digest."""
         self.file(number).unlink(missing_ok=True)  # never an old shard beside a new list
         self.write_left_out(number, left_out)
         table = pa.Table.from_pylist(rows, schema=self.schema)

@@ -1,8 +1,8 @@
-"""Segments of an English text that say what is in an image, found by rules without a model.
+"""Segments of an English text that describe an image, found by rules without a model.
 
-By the word lists of `words.py` and by where a word stands: a noun phrase is an optional determiner,
-any numbers, attributes and positions, and nouns; what may be hidden of it is one segment where it
-stands together. Anything else that may be hidden is a segment by itself: a number, an attribute,
+The rules use the word lists of `words.py` and the place of a word. A noun phrase is an optional
+determiner, any numbers, attributes and positions, and nouns; its adjacent words that may be hidden
+are one segment. Other words that may be hidden are segments by themselves: a number, an attribute,
 "to the left of".
 """
 
@@ -26,7 +26,7 @@ _WORD = re.compile(
 )
 _ING_ED = ("ing", "ed")
 
-# What a word is. Those of `_KINDS` may be hidden.
+# Kinds of word. Those of `_KINDS` may be hidden.
 _NUMBER, _ATTRIBUTE, _RELATION, _POSITION = "number", "attribute", "relation", "position"
 _NOUN, _DETERMINER, _VERB, _OTHER = "noun", "determiner", "verb", "other"
 _KINDS = {
@@ -73,7 +73,7 @@ class _Word:
 
 
 def _phrase_end(words: list[_Word], at: int) -> int:
-    """The index behind the noun phrase that begins at `at`; `at` where none does."""
+    """The index after the noun phrase that begins at `at`; `at` where none does."""
     end = at + (words[at].kind == _DETERMINER)
     seen = None
     while end < len(words) and (end == at or words[end].near):
@@ -163,7 +163,7 @@ _LONGEST = max(phrase.count(" ") + 1 for phrase in _PHRASES)
 
 
 def _kind_alone(word: _Word) -> str:
-    """What a word is by itself."""
+    """Kind of a word by itself."""
     text = word.text
     for kind, listed in _BY_LIST.items():
         if text in listed:
@@ -200,7 +200,7 @@ _BY_LIST = {
 
 
 def _kind_in_context(words: list[_Word], at: int) -> str:
-    """What a word is where it stands; kinds of the words before it are settled."""
+    """Kind of a word in its context; the kinds of the words before it are final."""
     word, before = words[at], words[at - 1]
     if at == 0 or not word.near:
         return word.kind
@@ -223,7 +223,7 @@ def _kind_in_context(words: list[_Word], at: int) -> str:
 
 
 def _verb_in_context(words: list[_Word], at: int, after: str) -> str:
-    """Whether what looks like a verb is one, or a thing, or a participle that modifies one."""
+    """Kind of a word with a verb's form: verb, noun, or a participle that modifies a noun."""
     word, before = words[at], words[at - 1]
     within = _determined(words, at, _MODIFIERS)
     placed = before.kind == _RELATION or before.text in ("of", "with", "for", "from", "by")
@@ -241,7 +241,7 @@ def _verb_in_context(words: list[_Word], at: int, after: str) -> str:
 
 
 def _determined(words: list[_Word], at: int, kinds: Sequence[str]) -> bool:
-    """Whether a determiner stands before the word at `at`, with words of those kinds between."""
+    """Whether a determiner precedes the word at `at`, with only words of those kinds between."""
     while at and words[at].near:
         at -= 1
         if words[at].kind not in kinds:

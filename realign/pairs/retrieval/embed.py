@@ -18,12 +18,8 @@ from realign.modeling.images import bundle_of, collate, features
 from realign.modeling.layouts import layout_of
 from realign.modeling.loading import DTYPES, load_model, load_processor
 
-Inputs = dict[str, Any]
-"""Inputs of an encoder for some images: tensors, or lists with an entry for each image."""
-Prepare = Callable[[list[Image.Image]], Inputs]
-Encode = Callable[[Inputs], torch.Tensor]
-Encoder = tuple[Prepare, Encode, int]
-"""Preparation of images, the encoder of their inputs, and threads that may prepare at once."""
+Encode = Callable[[list[Image.Image]], torch.Tensor]
+"""A batch of images -> (images, D)."""
 
 _SIDE = 448  # pixels; larger images are reduced for towers that take any size
 _LONGEST = 20  # times the shorter side; only the middle of longer images is embedded
@@ -63,7 +59,7 @@ class Embedder:
         default = "bf16" if self.device.type == "cuda" else "fp32"
         self.dtype = DTYPES[default if dtype == "auto" else dtype]
         self.name, self.vlm_name, self.batch_size = name, vlm_name, batch_size
-        self._encoder: Encoder | None = None
+        self._encode: Encode | None = None
 
     def open(self) -> None:
         """Load the encoder.
@@ -72,11 +68,11 @@ class Embedder:
             ValueError: when it is not found, has no image features, or its package is missing.
         """
         if self.name is None:
-            self._encoder = self._open_tower()
+            self._encode = self._open_tower()
         elif self.name.startswith(("st:", "sentence-transformers/")):
-            self._encoder = self._open_sentence_transformer(self.name.removeprefix("st:"))
+            self._encode = self._open_sentence_transformer(self.name.removeprefix("st:"))
         else:
-            self._encoder = self._open_encoder(self.name)
+            self._encode = self._open_encoder(self.name)
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Embed RGB images.
@@ -87,18 +83,15 @@ class Embedder:
         Raises:
             ValueError: when an embedding is not finite.
         """
-        if self._encoder is None:
+        if self._encode is None:
             self.open()
-        assert self._encoder is not None
-        prepare, encode, threads = self._encoder
+        assert self._encode is not None
         parts = [] if images else [np.empty((0, 0), dtype=np.float32)]
-        with ThreadPoolExecutor(threads) as pool, torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                batch = [_crop_strip(image) for image in images[start : start + self.batch_size]]
-                share = -(-len(batch) // threads)
-                shares = [batch[i : i + share] for i in range(0, len(batch), share)]
-                states = encode(_concatenate(list(pool.map(prepare, shares))))
-                parts.append(torch.nn.functional.normalize(states.float(), dim=-1).cpu().numpy())
+        for start in range(0, len(images), self.batch_size):
+            batch = [_crop_strip(image) for image in images[start : start + self.batch_size]]
+            with torch.inference_mode():
+                states = torch.nn.functional.normalize(self._encode(batch).float(), dim=-1)
+            parts.append(states.cpu().numpy())
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
             remedy = "take --dtype fp32" if self.dtype != torch.float32 else "check its weights"
@@ -108,13 +101,20 @@ class Embedder:
             )
         return vectors
 
-    def _on_device(self, inputs: Inputs) -> Inputs:
+    def _inputs(self, processor: Any, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Inputs of a batch, made in threads."""
+        share = -(-len(images) // _THREADS)
+        shares = [images[i : i + share] for i in range(0, len(images), share)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            made = pool.map(lambda part: processor(images=part, return_tensors="pt"), shares)
+            parts = list(map(bundle_of, made))
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
+            for name, value in joined.items()
         }
 
-    def _open_encoder(self, name: str) -> Encoder:
+    def _open_encoder(self, name: str) -> Encode:
         options = {"trust_remote_code": False}
         try:
             encoder = AutoModel.from_pretrained(
@@ -127,26 +127,25 @@ class Embedder:
                 f"no image encoder could be loaded from --embed-model {self.name} ({reason}). Pass "
                 "a folder or the hub name of a CLIP or SigLIP model, with its image processor."
             ) from error
-        prepare = _prepare_with(processor)
 
-        def encode(inputs: Inputs) -> torch.Tensor:
-            output = encoder.get_image_features(**self._on_device(inputs))
+        def encode(images: list[Image.Image]) -> torch.Tensor:
+            output = encoder.get_image_features(**self._inputs(processor, images))
             return output if isinstance(output, torch.Tensor) else output.pooler_output
 
         if hasattr(encoder, "get_image_features") and not hasattr(encoder, "language_model"):
             encoder.text_model = None  # not needed, and half of the weights
             encoder = encoder.eval().to(self.device)
             with torch.inference_mode():
-                probe = encode(prepare([Image.new("RGB", (32, 32))]))
+                probe = encode([Image.new("RGB", (32, 32))])
             if isinstance(probe, torch.Tensor) and probe.ndim == 2:
-                return prepare, encode, _THREADS
+                return encode
         raise ValueError(
             f"--embed-model {name} is a {encoder.config.model_type!r} model without one feature "
             "vector for an image; name a CLIP or SigLIP model, or leave it out to use the VLM's "
             "own tower."
         )
 
-    def _open_sentence_transformer(self, name: str) -> Encoder:
+    def _open_sentence_transformer(self, name: str) -> Encode:
         try:
             from sentence_transformers import (  # pyright: ignore[reportMissingImports]
                 SentenceTransformer,
@@ -160,24 +159,24 @@ class Embedder:
             encoder = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
             encoder = encoder.to(self.dtype)
 
-            def encode(inputs: Inputs) -> torch.Tensor:
+            def encode(images: list[Image.Image]) -> torch.Tensor:
                 return encoder.encode(
-                    inputs["images"],
+                    images,
                     batch_size=self.batch_size,
                     convert_to_tensor=True,
                     show_progress_bar=False,
                 )
 
-            encode({"images": [Image.new("RGB", (32, 32))]})
+            encode([Image.new("RGB", (32, 32))])
         except Exception as error:  # text models raise errors of many types on an image
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"--embed-model {self.name} gives no embedding of an image ({reason}). Name a CLIP "
                 "model of sentence-transformers, such as sentence-transformers/clip-ViT-L-14."
             ) from error
-        return lambda images: {"images": images}, encode, 1
+        return encode
 
-    def _open_tower(self) -> Encoder:
+    def _open_tower(self) -> Encode:
         base = self.vlm_name or str(ASSETS)
         processor = load_processor(base)
         vlm: Any = load_model(base, self.dtype).eval()
@@ -185,30 +184,24 @@ class Embedder:
         if _is_plain(processor):
             tower = tower.to(self.device)
 
-            def states(inputs: Inputs) -> torch.Tensor:
-                pixels = {"pixel_values": inputs["pixel_values"]}
-                return tower(**self._on_device(pixels)).last_hidden_state.float().mean(1)
+            def states(images: list[Image.Image]) -> torch.Tensor:
+                pixels = self._inputs(processor.image_processor, images)["pixel_values"]
+                return tower(pixel_values=pixels).last_hidden_state.float().mean(1)
 
-            return _prepare_with(processor.image_processor), states, _THREADS
+            return states
         image, decoder = layout_of(vlm).image_token_id, vlm.model.get_decoder()
         for part in [n for n, child in vlm.model.named_children() if child is decoder]:
             setattr(vlm.model, part, None)
         kept: Any = SimpleNamespace(model=vlm.model.to(self.device))
 
-        def prepare(images: list[Image.Image]) -> Inputs:
-            return {"bundles": [_bundle(processor, picture, image) for picture in images]}
-
-        def encode(inputs: Inputs) -> torch.Tensor:
-            bundles, tokens = zip(*inputs["bundles"], strict=True)
+        def encode(images: list[Image.Image]) -> torch.Tensor:
+            made = [_bundle(processor, picture, image) for picture in images]
+            bundles, tokens = zip(*made, strict=True)
             placed = collate(bundles, tokens).to(self.device, self.dtype)
             found = features(kept, placed)
             return torch.stack([next(iter(f.values())).float().mean(0) for f in found])
 
-        return prepare, encode, 1  # tokenizers take one thread
-
-
-def _prepare_with(processor: Any) -> Prepare:
-    return lambda images: bundle_of(processor(images=images, return_tensors="pt"))
+        return encode
 
 
 def _is_plain(processor: Any) -> bool:
@@ -218,22 +211,15 @@ def _is_plain(processor: Any) -> bool:
     return len(shapes) == 2 and len(set(shapes)) == 1 and len(shapes[0]) == 4 and shapes[0][0] == 1
 
 
-def _bundle(processor: Any, image: Image.Image, image_token: int) -> tuple[Inputs, int]:
+def _bundle(
+    processor: Any, image: Image.Image, image_token: int
+) -> tuple[dict[str, torch.Tensor], int]:
     """Image inputs of a prompt with one image, and the number of its tokens."""
     if max(image.size) > _SIDE:
         image = image.copy()
         image.thumbnail((_SIDE, _SIDE))
     made = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
     return bundle_of(made), int((made["input_ids"] == image_token).sum())
-
-
-def _concatenate(parts: list[Inputs]) -> Inputs:
-    """Inputs of the parts of a batch as inputs of the batch."""
-    joined = {}
-    for name, first in parts[0].items():
-        values = [part[name] for part in parts]
-        joined[name] = torch.cat(values) if isinstance(first, torch.Tensor) else sum(values, [])
-    return joined
 
 
 def _crop_strip(image: Image.Image) -> Image.Image:

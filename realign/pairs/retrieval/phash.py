@@ -1,10 +1,10 @@
-"""A perceptual hash: 64 bits that stay nearly the same when a picture is stored anew.
+"""Perceptual hash: 64 bits that change little when an image is stored again.
 
 The signs of a picture's 64 lowest frequencies (a 2-D DCT of its 32 x 32 grey levels, without the
-mean). Two copies differ in few bits, two unrelated pictures in 32 on average (standard deviation
-4). Measured on 240 generated pictures with the spectra of photographs:
+mean). Two copies differ in few bits, two unrelated images in 32 on average (standard deviation 4).
+Measured on 240 generated images with the spectra of photographs:
 
-| what is done to a copy | bits that differ, 95 % of copies | at most | found at 8 bits |
+| change of a copy | bits that differ, 95 % of copies | at most | found at 8 bits |
 |---|---|---|---|
 | resized to 1/2 or 1.7, JPEG of quality 60, brightness +- 10 % | 1 | 4 | 100 % |
 | 2 % of width and height cut off | 7 | 9 | 99.6 % |
@@ -12,7 +12,7 @@ mean). Two copies differ in few bits, two unrelated pictures in 32 on average (s
 | 4 % cut off | 11 | 16 | 78 % |
 
 and unrelated ones differ in 15 bits at least, of 28,680 pairs. On 38 photographs and parts of them
-each of the first three is found at 97 % and more (what is missed is a piece of white sky), and
+each of the first three is found at 97 % and more (the missed part is white sky), and
 unrelated parts differ in 17 bits at least. Scenes of four noisy digits on 16 x 16 pixels are the
 hard case on the other side: of 4.5 million pairs of different ones 18 are within 8 bits.
 """
@@ -30,7 +30,7 @@ IDENTICAL = 0.9999
 
 _FLOATS = 1 << 25  # gathered at once: 128 MB
 _SIDE = 32  # grey levels each way
-_NIL = 1e-6  # a frequency that a flat picture has from rounding alone
+_NIL = 1e-6  # rounding of the frequencies of a flat image
 
 
 def _cosines() -> np.ndarray:
@@ -51,7 +51,7 @@ _PLACES = _lowest()
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """The hash of a picture, 64 bits; a flat one has hash 0, whatever its colour.
+    """The hash of an image, 64 bits; that of a flat image of any colour is 0.
 
     Args:
         image: of any mode that Pillow turns to grey, and any size.

@@ -64,7 +64,7 @@ class Answer(ChatStage):
 
 
 def _fault_of(reply: Reply, text: str | None) -> tuple[str, str] | None:
-    """(reason, detail) why a reply gives no response; `text` is what it was parsed to."""
+    """(reason, detail) why a reply gives no response; `text` is its parsed text."""
     if reply.error:
         return NO_REPLY, reply.error
     if reply.cut:

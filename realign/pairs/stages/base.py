@@ -121,7 +121,7 @@ class ChatStage(Stage):
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether the engine computes here; one behind a URL computes elsewhere."""
+        """Whether the engine computes here; an endpoint computes elsewhere."""
         return self.engine_spec is not None and not is_endpoint(self.engine_spec)
 
     def open(self) -> None:
@@ -170,7 +170,7 @@ class ChatStage(Stage):
 
     @property
     def engine_name(self) -> str | None:
-        """The engine for provenance; of an endpoint the model only, whatever its address."""
+        """The engine for provenance; of an endpoint only the model, without the address."""
         spec = self.engine_spec
         return spec.partition("#")[2] if spec is not None and is_endpoint(spec) else spec
 

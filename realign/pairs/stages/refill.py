@@ -81,7 +81,7 @@ class Refill(ChatStage):
         return self.engine_spec is None or super().uses_gpu
 
     def settings(self) -> Row:
-        """The model, and what passes."""
+        """The model, and the settings that decide which attempts pass."""
         config = self.config
         if self.engine_spec is None:
             model = [config.base, files_digest(config.base), config.dtype]

@@ -226,7 +226,7 @@ class Runner:
         )
 
     def _list_invalid(self) -> None:
-        """List every invalid record in `rejected`, and count what was left out."""
+        """List every invalid record in `rejected`, and count all records left out."""
         entries = [e for *_, e in sorted(self._invalid.values(), key=lambda noted: noted[:2])]
         if entries:
             rows = [vars(entry) for entry in entries]
