@@ -182,13 +182,45 @@ def test_auto_is_exact_for_few_and_an_ivf_for_many(monkeypatch):
     vectors = _clustered(300, 8, 5)
     assert Index().build(vectors).describe() == "exact search by torch on the CPU"
     monkeypatch.setattr(index_module, "EXACT_UP_TO", 299)
-    assert Index().build(vectors).describe() == "FAISS ivf, 32 of 69 lists a query"
+    assert Index().build(vectors).describe() == "FAISS ivf on the CPU, 32 of 69 lists a query"
     assert Index("hnsw").build(vectors).describe() == "FAISS hnsw, 32 links, 128 candidates a query"
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "faiss" else find(n))
     assert Index().build(vectors).used == "exact"
     with pytest.raises(ValueError, match=r"realign\[cpu\]"):
         Index("hnsw")
+
+
+def test_an_ivf_is_searched_on_a_gpu_but_for_wide_searches(monkeypatch, tmp_path):
+    """Stands in for faiss-gpu: the same calls, answered by a copy on the CPU that counts."""
+    import faiss
+
+    sent = []
+
+    class OnGpu:
+        def __init__(self, index):
+            self.index, self.nprobe = index, 0
+
+        def search(self, queries, k):
+            sent.append(k)
+            self.index.nprobe = self.nprobe
+            return self.index.search(queries, k)
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *a: OnGpu(a[2]), raising=False)
+    monkeypatch.setattr(index_module, "_GPU_MOST", 40)
+    vectors = _clustered(400, 8, 4)
+    index = Index("ivf").build(vectors)
+    index.save(tmp_path / "saved")
+    for given in (index, Index("ivf").load(tmp_path / "saved", vectors)):
+        assert "on the GPU" in given.describe()
+        found = given.search(vectors[:5], 30)[1]
+        assert np.array_equal(found, np.argsort(-(vectors[:5] @ vectors.T), kind="stable")[:, :30])
+        assert sent == [30]
+        given.search(vectors[:5], 60)
+        assert sent == [30]
+        sent.clear()
 
 
 def test_bad_arguments_are_refused():

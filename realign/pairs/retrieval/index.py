@@ -24,6 +24,8 @@ EXACT_UP_TO = 200_000
 """Vectors up to which "auto" searches exactly."""
 BLOCK = 1 << 14
 """Vectors that are read, converted and sent to a GPU at once."""
+_GPU_MOST = 2048
+"""Results that FAISS on a GPU can return for a query."""
 _PROBED = 32  # lists of an ivf searched for each query
 _POINTS_PER_LIST = 64  # for k-means; FAISS warns below 39
 _LINKS, _EF_BUILD, _EF_SEARCH = 32, 80, 128  # of a vector in an hnsw; candidates kept
@@ -37,7 +39,7 @@ class Index:
     """Finds the nearest of many unit vectors.
 
     Exact search runs in torch, on a GPU where there is one with room for the vectors. The others
-    run in FAISS on the CPU and keep fp16 vectors. All give the same result every time.
+    run in FAISS and keep fp16 vectors: ivf on a GPU with faiss-gpu, hnsw on the CPU.
 
     Args:
         kind: "exact"; "ivf", an inverted file; "hnsw", a graph; or "auto", exact up to
@@ -62,6 +64,7 @@ class Index:
         self.kind = self.used = kind
         self.vectors = np.empty((0, 0), np.float32)
         self._faiss: Any = None  # the index of ivf and hnsw
+        self._faiss_gpu: tuple[Any, Any] | None = None  # its copy on a GPU, with its resources
         self._on_gpu: list[torch.Tensor] | None = None  # the vectors, for exact search
         self._first: tuple[np.ndarray, np.ndarray] | None = None  # hashes -> first_of_image
 
@@ -77,6 +80,7 @@ class Index:
         self._hold(vectors)
         if self.used == "ivf":
             self._faiss = _build_ivf(vectors)
+            self._faiss_gpu = _gpu_copy(self._faiss)
         elif self.used == "hnsw":
             self._faiss = _build_hnsw(vectors)
         return self
@@ -105,6 +109,8 @@ class Index:
                     f"{path} is an index of {have[0]} vectors of size {have[1]}, not of the "
                     f"{vectors.shape[0]} of size {vectors.shape[1]} given. Build it again."
                 )
+            if self.used == "ivf":
+                self._faiss_gpu = _gpu_copy(self._faiss)
         return self
 
     def search(
@@ -140,7 +146,8 @@ class Index:
         """The search in a few words."""
         if self.used == "ivf":
             lists = self._faiss.nlist
-            return f"FAISS ivf, {min(_PROBED, lists)} of {lists} lists a query"
+            where = "CPU" if self._faiss_gpu is None else "GPU"
+            return f"FAISS ivf on the {where}, {min(_PROBED, lists)} of {lists} lists a query"
         if self.used == "hnsw":
             return f"FAISS hnsw, {_LINKS} links, {_EF_SEARCH} candidates a query"
         return f"exact search by torch on the {'CPU' if self._on_gpu is None else 'GPU'}"
@@ -157,7 +164,7 @@ class Index:
                 f"an index takes a table of one vector a row, not one of shape {vectors.shape}."
             )
         self.vectors, self.used = vectors, self.kind
-        self._first = self._faiss = self._on_gpu = None
+        self._first = self._faiss = self._faiss_gpu = self._on_gpu = None
         if self.kind == "auto":
             self.used = "exact" if len(vectors) <= EXACT_UP_TO or not _has_faiss() else "ivf"
         if self.used == "exact" and torch.cuda.is_available():
@@ -167,13 +174,16 @@ class Index:
 
     def _candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
         """(Q, k) indices of the nearest vectors, in any order; -1 where the index finds none."""
+        index = self._faiss
         if self.used == "ivf":
-            self._faiss.nprobe = min(_PROBED, self._faiss.nlist)
+            if self._faiss_gpu is not None and k <= _GPU_MOST:
+                index, _ = self._faiss_gpu
+            index.nprobe = min(_PROBED, self._faiss.nlist)
         elif self.used == "hnsw":
-            self._faiss.hnsw.efSearch = max(_EF_SEARCH, k)
+            index.hnsw.efSearch = max(_EF_SEARCH, k)
         else:
             return self._brute_force(queries, k)
-        return self._faiss.search(queries, k)[1]
+        return index.search(queries, k)[1]
 
     def _brute_force(self, queries: np.ndarray, k: int) -> np.ndarray:
         """(Q, k) indices of the largest inner products, block by block."""
@@ -304,6 +314,16 @@ def _build_ivf(vectors: np.ndarray) -> Any:
     for block in _blocks(vectors):
         index.add(block)
     return index
+
+
+def _gpu_copy(index: Any) -> tuple[Any, Any] | None:
+    """A copy of an ivf on the first GPU and its resources; None without faiss-gpu or a GPU."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        return None
+    resources = faiss.StandardGpuResources()
+    return faiss.index_cpu_to_gpu(resources, 0, index), resources
 
 
 def _build_hnsw(vectors: np.ndarray) -> Any:
