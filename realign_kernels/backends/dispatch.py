@@ -1,9 +1,8 @@
-"""Which backend computes an operator.
+"""Backend choice per device and dtype: `choose`, `use_backend`, `explain`.
 
-One decision per (device, dtype), in this order: `use_backend`, the environment variable
-REALIGN_BACKEND, the fastest that can. Operators ask when they run, not when they are traced, so a
-choice never breaks a compiled graph and a compiled function obeys the `use_backend` it is called
-under.
+The order is `use_backend`, the environment variable REALIGN_BACKEND, the fastest that can compute.
+Operators ask when they run, not when they are traced, so a choice never breaks a compiled graph and
+a compiled function obeys the `use_backend` it is called under.
 """
 
 import contextlib
@@ -11,79 +10,27 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from realign_kernels._extension import extension, missing_reason
-from realign_kernels.backends.base import Head
-from realign_kernels.objectives import Objective
+from realign_kernels.backends.base import Backend
 
 MODULES = {
-    "reference": "realign_kernels.reference",
+    "reference": "realign_kernels.backends.reference",
     "torch": "realign_kernels.backends.torch",
     "cpp": "realign_kernels.backends.cpp",
     "triton": "realign_kernels.backends.triton.backend",
 }
-"""The backends. Each module has a function backend()."""
+"""Modules of the backends. Each has a function `backend() -> base.Backend`."""
 
 ENVIRONMENT = "REALIGN_BACKEND"
 
 _override: ContextVar[str] = ContextVar("realign_backend", default="")
-
-
-class Backend(Protocol):
-    """What a backend provides. Rows are compacted: no label is ignored, labels in [0, V)."""
-
-    def forward(
-        self,
-        hidden: Tensor,  # (n, H)
-        head: Head,
-        labels: Tensor,  # (n,) int64
-        rival: Tensor | None,  # (n,) bool: the target is the strongest token but the label
-        *,
-        chunk_rows: int | None,
-        keep_direction: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """logps (n,) and, if wanted, d logp_i / d hidden_i (n, H), both wide; targets (n,)."""
-
-    def backward(
-        self,
-        grad: Tensor,  # (n,) in the dtype of logps
-        hidden: Tensor,  # (n, H)
-        head: Head,
-        labels: Tensor,  # (n,) int64, the targets of forward
-        *,
-        chunk_rows: int | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of hidden, weight and bias in their dtypes; None where not wanted."""
-
-    def by_spans(
-        self,
-        hidden: Tensor,  # (n, H)
-        head: Head,
-        labels: Tensor,  # (n,) int64
-        rival: Tensor | None,  # (n,) bool
-        lengths: list[int],
-        slopes: Callable[[int, int, Tensor], Tensor],
-        *,
-        chunk_rows: int | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Both of them for a loss that is a sum over spans: see `chunked.ChunkedBackend`."""
-
-    def span_rows(self, hidden: Tensor, head: Head, rival: bool, chunk_rows: int | None) -> int:
-        """Rows that `by_spans` reads at once."""
-
-    def scale(self, values: Tensor, factor: Tensor) -> None:
-        """values *= factor, a scalar on the device; see `rows.Kernels.scale`."""
-
-    def fused_loss(self, objective: Objective) -> Callable | None:
-        """A kernel from tokens to the loss (`triton.loss.preference_sums`), None without one."""
 
 
 class Choice(NamedTuple):

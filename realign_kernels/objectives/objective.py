@@ -123,6 +123,7 @@ class Objective:
             policy = torch.stack([row.detach() if leaf.detached else row for leaf, row in rows])
         ratios = policy - reference_logps.to(logps.dtype)
         if self.average:
+            assert token_counts is not None
             ratios = ratios / token_counts
         rewards = self.beta * ratios
         # By name: Dynamo of torch 2.11 hashes an object that it calls, and a dataclass made in the

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from realign_kernels.backends.triton.configs import LOSS_BLOCK, LOSS_WARPS
+from realign_kernels.backends.triton.logits import launch
 from realign_kernels.objectives import AnchorSigmoid, Objective, PairSigmoid
 
 
@@ -80,12 +81,13 @@ def encode(objective: Objective) -> Table:
             f"objective {objective.name!r} has a term that the fused loss does not know: "
             "use preference_loss, or use_backend('torch')"
         )
-    rows = [
-        (term.positive, term.negative, float(term.weight), 0.0)
-        if type(term) is PairSigmoid
-        else (term.leaf, -1, float(term.weight), float(term.delta))
-        for term in objective.terms
-    ]
+    rows = []
+    for term in objective.terms:
+        if isinstance(term, PairSigmoid):
+            rows.append((term.positive, term.negative, float(term.weight), 0.0))
+        else:
+            assert isinstance(term, AnchorSigmoid)
+            rows.append((term.leaf, -1, float(term.weight), float(term.delta)))
     return Table(*zip(*rows, strict=True))
 
 
@@ -248,35 +250,36 @@ def preference_sums(
         loss.zero_()
         coefficients.zero_()
     else:
-        with torch.cuda.device_of(logps):
-            loss_kernel[(examples,)](
-                logps.contiguous(),
-                labels.contiguous(),
-                sequence_ids.contiguous(),
-                reference_logps.contiguous(),
-                coefficients,
-                sums,
-                counts,
-                rewards,
-                terms,
-                losses,
-                loss,
-                outside,
-                finished,
-                len(logps),
-                examples,
-                ignore_index,
-                objective.beta,
-                table.weights,
-                table.deltas,
-                POSITIVE=table.positive,
-                NEGATIVE=table.negative,
-                LEAVES=leaves,
-                PADDED=triton.next_power_of_2(leaves),
-                MEAN=reduction == "mean",
-                BLOCK=LOSS_BLOCK,
-                num_warps=LOSS_WARPS,
-            )
+        launch(
+            loss_kernel,
+            (examples,),
+            logps.contiguous(),
+            labels.contiguous(),
+            sequence_ids.contiguous(),
+            reference_logps.contiguous(),
+            coefficients,
+            sums,
+            counts,
+            rewards,
+            terms,
+            losses,
+            loss,
+            outside,
+            finished,
+            len(logps),
+            examples,
+            ignore_index,
+            objective.beta,
+            table.weights,
+            table.deltas,
+            POSITIVE=table.positive,
+            NEGATIVE=table.negative,
+            LEAVES=leaves,
+            PADDED=triton.next_power_of_2(leaves),
+            MEAN=reduction == "mean",
+            BLOCK=LOSS_BLOCK,
+            num_warps=LOSS_WARPS,
+        )
     return LossOutput(
         loss.view(()), coefficients, sums, counts, rewards, terms, losses.view(-1), outside
     )
