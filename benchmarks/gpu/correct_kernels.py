@@ -11,12 +11,13 @@ from torch import Tensor
 from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
 from realign_kernels import objectives
-from realign_kernels.backends.base import Head, RowStats
+from realign_kernels.backends.base import RowStats
 from realign_kernels.backends.triton import configs, exp_head
 from realign_kernels.backends.triton.forward import head_stats
 from realign_kernels.backends.triton.logits import assume_device
 from realign_kernels.backends.triton.loss import preference_sums
-from realign_kernels.backends.triton.rows import read_rows
+from realign_kernels.backends.triton.row_kernel import row_stats
+from realign_kernels.lm_head import Head
 
 ROWS = ((512, 32000), (5, 131))
 RAGGED_ROWS = ((33, 151937), (5, 97))
@@ -39,12 +40,12 @@ def _exact(z: Tensor, labels: Tensor, temperature: float, softcap: float | None)
     index = labels.clamp(min=0)[:, None]
     logit = z.gather(1, index).squeeze(1)
     others = z.scatter(1, index, torch.where(away, logit, -torch.inf)[:, None])
-    peak = others.amax(1)
-    slope = torch.full_like(logit, 1 / temperature)
+    max_logit = others.amax(1)
+    dz_dlogit = torch.full_like(logit, 1 / temperature)
     if softcap is not None:
-        slope *= 1 - (logit * temperature / softcap) ** 2
-    total = (others - peak[:, None]).exp().sum(1)
-    return RowStats(labels, logit, peak, total, slope.masked_fill(away, 0), total)
+        dz_dlogit *= 1 - (logit * temperature / softcap) ** 2
+    sum_exp = (others - max_logit[:, None]).exp().sum(1)
+    return RowStats(labels, logit, max_logit, sum_exp, dz_dlogit.masked_fill(away, 0), sum_exp)
 
 
 def _scaled(logits: Tensor, softcap: float | None, temperature: float) -> Tensor:
@@ -63,14 +64,15 @@ def _worst(stats: RowStats, exact: RowStats) -> dict[str, float]:
     return {name: truth.error(a, b) for name, (a, b) in found.items()}
 
 
-def _on_peak(stats: RowStats, exact: RowStats) -> tuple[RowStats, Tensor]:
-    """Statistics as if shifted by the peak, and the factor of E: a kernel may shift otherwise."""
-    factor = (stats.peak.double() - exact.peak).exp()
-    return stats._replace(peak=exact.peak, total=stats.total * factor), factor[:, None]
+def _shifted_by_max(stats: RowStats, exact: RowStats) -> tuple[RowStats, Tensor]:
+    """Statistics as if shifted by max_logit, and the factor of E: a kernel may shift differently."""
+    factor = (stats.max_logit.double() - exact.max_logit).exp()
+    shifted = stats._replace(max_logit=exact.max_logit, sum_exp=stats.sum_exp * factor)
+    return shifted, factor[:, None]
 
 
 def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | None, head: dict):
-    """`read_rows` of given logits: statistics, and E in the dtype `into` (None: not wanted)."""
+    """`row_stats` of given logits: statistics, and E in the dtype `into` (None: not needed)."""
     rows, vocabulary = size[record.rehearse]
     g = torch.Generator(record.device).manual_seed(0)
     kind = {"generator": g, "device": record.device}
@@ -81,22 +83,22 @@ def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | Non
     softcap, temperature = head.get("softcap"), head.get("temperature", 1.0)
     z = _scaled(logits.double(), softcap, temperature)
     exact = _exact(z, labels, temperature, softcap)
-    others = None
+    exp_logits = None
     if into is not None:
-        others = logits if into == dtype else torch.full_like(logits, torch.nan, dtype=into)
-    stats = read_rows(logits, labels, None, softcap, temperature, None, others)
-    stats, factor = _on_peak(stats, exact)
+        exp_logits = logits if into == dtype else torch.full_like(logits, torch.nan, dtype=into)
+    stats = row_stats(logits, labels, None, softcap, temperature, None, exp_logits)
+    stats, factor = _shifted_by_max(stats, exact)
     found = _worst(stats, exact)
     worst = max(found.values())
     assert worst <= STATS, f"statistics err by {found}, allowed {STATS}"
-    if others is not None:
+    if exp_logits is not None:
         slopes = 1 if softcap is None else 1 - (z * temperature / softcap) ** 2
-        e = (z - exact.peak[:, None]).exp() * slopes / temperature
+        e = (z - exact.max_logit[:, None]).exp() * slopes / temperature
         inside = (labels >= 0).nonzero().squeeze(1)
         e[inside, labels[inside]] = 0
-        found["others"] = truth.error(others * factor, e)
+        found["exp_logits"] = truth.error(exp_logits * factor, e)
         floor = truth.FLOOR[into] + STATS
-        assert found["others"] <= floor, f"E errs by {found['others']}, allowed {floor}"
+        assert found["exp_logits"] <= floor, f"E errs by {found['others']}, allowed {floor}"
     return {"error": worst} | found
 
 

@@ -141,7 +141,7 @@ def test_the_loss_with_examples_shorter_and_longer_than_a_chunk(setting, name, c
     w64 = weight.to(torch.float64, copy=True).requires_grad_(not frozen)
     logits = h64 @ w64.T
     rival = ids.new_tensor([leaf.rival for leaf in objective.leaves]).bool()[ids // examples]
-    target = torch.where(rival, reference.rivals(logits, labels), labels)
+    target = torch.where(rival, reference.runner_up(logits, labels), labels)
     tokens = torch.log_softmax(logits, 1).gather(1, target[:, None]).squeeze(1) * factors
     sums = tokens.new_zeros(12).index_add(0, ids, tokens).view(3, examples)
     loss = objective(sums, ref.double()).loss
@@ -185,7 +185,7 @@ def test_objectives_and_gradient_through_the_log_probs(setting, name, reduction)
     def plain(h):
         logits = h @ weight.double().T
         flags = labels.new_tensor([leaf.rival for leaf in objective.leaves]).bool()[:, None, None]
-        flat = reference.rivals(logits.flatten(0, 2), labels.flatten().clamp(min=0))
+        flat = reference.runner_up(logits.flatten(0, 2), labels.flatten().clamp(min=0))
         target = torch.where(flags, flat.view(labels.shape), labels.clamp(min=0))
         tokens = torch.log_softmax(logits, -1).gather(-1, target[..., None]).squeeze(-1)
         counts = (labels != -100).sum(-1)

@@ -207,7 +207,7 @@ def _recorded(architecture: int) -> Iterator[list[Launch]]:
     """Collects launches instead of running them."""
     launches: list[Launch] = []
 
-    def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def record(*, fn: Any, compile: Any, **_: Any) -> bool:
         kernel, (attributes,) = fn.jit_function, compile["configs"]
         source = ASTSource(kernel, compile["signature"], compile["constants"], attributes)
         launches.append(Launch(kernel, source, compile["num_warps"], compile["num_stages"]))
