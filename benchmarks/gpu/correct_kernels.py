@@ -65,7 +65,7 @@ def _worst(stats: RowStats, exact: RowStats) -> dict[str, float]:
 
 
 def _shifted_by_max(stats: RowStats, exact: RowStats) -> tuple[RowStats, Tensor]:
-    """Statistics as if shifted by max_logit, and the factor of E: a kernel may shift differently."""
+    """Statistics as if shifted by max_logit, and the factor of E: kernels differ in it."""
     factor = (stats.max_logit.double() - exact.max_logit).exp()
     shifted = stats._replace(max_logit=exact.max_logit, sum_exp=stats.sum_exp * factor)
     return shifted, factor[:, None]
@@ -98,7 +98,7 @@ def row_kernel(record: Record, size, dtype: torch.dtype, into: torch.dtype | Non
         e[inside, labels[inside]] = 0
         found["exp_logits"] = truth.error(exp_logits * factor, e)
         floor = truth.FLOOR[into] + STATS
-        assert found["exp_logits"] <= floor, f"E errs by {found['others']}, allowed {floor}"
+        assert found["exp_logits"] <= floor, f"E errs by {found['exp_logits']}, allowed {floor}"
     return {"error": worst} | found
 
 
@@ -138,25 +138,26 @@ def exponentials(record: Record, kernel: str, temperature: float) -> dict[str, f
     wide = problem.hidden.double() @ problem.weight.double().T / temperature
     labels[0] = wide[0].argmin()
     rows, vocabulary = wide.shape
-    others = torch.full_like(wide, torch.nan, dtype=dtype)
-    others = torch.cat([others, others[:, : -vocabulary % 8]], 1)[:, :vocabulary]
+    exp_logits = torch.full_like(wide, torch.nan, dtype=dtype)
+    padding = exp_logits[:, : -vocabulary % 8]
+    exp_logits = torch.cat([exp_logits, padding], 1)[:, :vocabulary]
     logit, shift, narrow = exp_head.label_logits(problem.hidden, labels, head)
     gemm = exp_head.cutlass_rows if kernel == "cutlass" else exp_head.exp_rows
     # An interpreter has no architecture.
     with assume_device(90, 1) if record.rehearse else contextlib.nullcontext():
-        sums = gemm(problem.hidden, head, narrow, shift, others)
-    logps, miss, total = exp_head.score_sums(sums, logit, temperature)
+        sums = gemm(problem.hidden, head, narrow, shift, exp_logits)
+    logps, one_minus_p, sum_exp = exp_head.score_sums(sums, logit, temperature)
     assert not logps[0].isfinite(), "an overflow has a finite log-prob"
     exact = F.log_softmax(wide, 1).gather(1, labels[:, None])
     e = (wide - wide.gather(1, labels[:, None])).exp().scatter(1, labels[:, None], 0) / temperature
     scale = 2.0**58 / e[1:].amax(1, keepdim=True)
     found = {
         "logps": float((logps[1:].double() - exact[1:, 0]).abs().max()),
-        "miss": truth.error(miss[1:], 1 - exact[1:, 0].exp()),
-        "others": truth.error(others[1:] * scale, e[1:] * scale / 2.0**58),
+        "one_minus_p": truth.error(one_minus_p[1:], 1 - exact[1:, 0].exp()),
+        "exp_logits": truth.error(exp_logits[1:] * scale, e[1:] * scale / 2.0**58),
     }
     # Logits err by the order of an fp32 GEMM's sums.
-    allowed = {"logps": 1e-4, "miss": 1e-4, "others": truth.FLOOR[dtype] + 1e-4}
+    allowed = {"logps": 1e-4, "one_minus_p": 1e-4, "exp_logits": truth.FLOOR[dtype] + 1e-4}
     over = [name for name in found if not found[name] <= allowed[name]]
     assert not over, f"{over} err by {found}, allowed {allowed}"
     return {"error": found["logps"]} | found

@@ -7,10 +7,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from hostile_cases import LAYOUTS, check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import FACTOR, FLOOR, make_case
+from kernel_cases import FACTOR, FLOOR, LAYOUTS, check, make_case
 
 import realign_kernels as rk
 from realign_kernels._extension import missing_reason
