@@ -28,7 +28,7 @@ from realign_kernels.autograd import (
     keeps_dlogp_dh,
     trains,
 )
-from realign_kernels.lm_head import Head, local_head, make_head
+from realign_kernels.lm_head import Head, HeadSettings, local_head
 from realign_kernels.nonfinite import (
     check_rows,
     check_sequences,
@@ -88,19 +88,9 @@ def linear_logprobs(
     validation.check_labels(labels, hidden)
     validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
     validation.check_rival(rival, hidden, labels, weight, group)
-    logps = _linear_logprobs(
-        hidden,
-        weight,
-        labels.reshape(-1).long(),
-        bias,
-        None if rival is None else rival.reshape(-1),
-        softcap,
-        temperature,
-        ignore_index,
-        chunk_rows,
-        group,
-    )
-    return logps.reshape(labels.shape)
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
+    flat, runner_up = labels.reshape(-1).long(), None if rival is None else rival.reshape(-1)
+    return _linear_logprobs(hidden, weight, flat, bias, runner_up, settings).reshape(labels.shape)
 
 
 def _linear_logprobs(
@@ -109,22 +99,17 @@ def _linear_logprobs(
     labels: Tensor,  # (N,) int64
     bias: Tensor | None,  # (V,)
     runner_up: Tensor | None,  # (N,) bool
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    chunk_rows: int | None,
-    group: ProcessGroup | None,
+    settings: HeadSettings,
 ) -> Tensor:  # (N,)
     """linear_logprobs of validated arguments."""
     if torch.compiler.is_compiling():
         # A graph cannot depend on the number of scored rows: the operator drops ignored rows.
         dense = hidden.reshape(len(labels), hidden.shape[-1])
-        settings = (softcap, temperature, ignore_index, chunk_rows, group)
-        return ops.logprobs(dense, weight, labels, bias, runner_up, *settings)
-    head = make_head(weight, bias, softcap, temperature, group)
+        return ops.logprobs(dense, weight, labels, bias, runner_up, settings)
+    head, ignore_index = settings.head(weight, bias), settings.ignore_index
     rows = row_plan.drop_ignored(labels, runner_up, hidden.device, head.vocabulary, ignore_index)
     keep = keeps_dlogp_dh(hidden, weight, bias)
-    logps, _ = LogProbs.apply(hidden, weight, bias, head, rows, chunk_rows, keep, True)
+    logps, _ = LogProbs.apply(hidden, weight, bias, head, rows, settings.chunk_rows, keep, True)
     if rows.index is None:
         return logps
     return logps.new_zeros(len(labels)).index_copy(0, rows.index, logps)
@@ -203,6 +188,7 @@ def linear_preference_loss(
     hidden, weight, bias = validation.check_head(hidden, *local_head(weight, bias, group))
     validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
     validation.check_labels(labels, hidden)
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
     leaves, examples = reference_logps.shape
     ids = None if sequence_ids is None else sequence_ids.long()
     if token_weights is not None:
@@ -213,13 +199,12 @@ def linear_preference_loss(
         flat, ids = labels.reshape(-1).long().to(hidden.device), ids.to(hidden.device)
         rivals = row_plan.scores_runner_ups(objective)
         runner_up = row_plan.runner_up_rows(objective, ids, examples) if rivals else None
-        settings = (softcap, temperature, ignore_index, chunk_rows, group)
-        logps = _linear_logprobs(hidden, weight, flat, bias, runner_up, *settings)
+        logps = _linear_logprobs(hidden, weight, flat, bias, runner_up, settings)
         if token_weights is not None:
             logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
         sums, counts = ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
         return objective.__call__(sums, reference_logps, reduction, counts)
-    head = make_head(weight, bias, softcap, temperature, group)
+    head = settings.head(weight, bias)
     shape = (leaves, examples)
     plan = row_plan.RowPlan(labels, ids, hidden.device, head.vocabulary, ignore_index, shape)
     loss = LossInputs(plan, token_weights, reference_logps, objective, reduction)

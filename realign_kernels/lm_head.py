@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Shard
 
@@ -49,17 +50,23 @@ class Head(NamedTuple):
         return None if final else self._replace(shift_by_max=True)
 
 
-def make_head(
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    temperature: float,
-    group: ProcessGroup | None,
-) -> Head:
-    """The head; with a process group, whose ranks each hold rows of it in turn."""
-    shard = None if group is None else shard_of(weight, group)
-    softcap = None if softcap is None else float(softcap)
-    return Head(weight, bias, softcap, float(temperature), shard)
+class HeadSettings(NamedTuple):
+    """Settings of a call, in the order of the operators' schemas."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+    ignore_index: int = -100
+    chunk_rows: int | None = None
+    group: Any = None  # ProcessGroup or, in an operator, its name; "" for none
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head; with a process group, whose ranks each hold rows of it in turn."""
+        group: Any = self.group or None
+        if type(group) is str:
+            group = _resolve_process_group(self.group)
+        shard = None if group is None else shard_of(weight, group)
+        softcap = None if self.softcap is None else float(self.softcap)
+        return Head(weight, bias, softcap, float(self.temperature), shard)
 
 
 def shard_of(weight: Tensor, group: ProcessGroup) -> VocabularyShard:

@@ -5,13 +5,11 @@ that depend on values are here: label range, sequence numbers, non-finite result
 rows, too, because the number of the others is no constant of a graph.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
 
 from realign_kernels.autograd import (
     keeps_dlogp_dh,
@@ -21,7 +19,7 @@ from realign_kernels.autograd import (
     sum_by_sequence,
 )
 from realign_kernels.backends.dispatch import backend_for, current_override
-from realign_kernels.lm_head import Head, make_head
+from realign_kernels.lm_head import HeadSettings
 from realign_kernels.nonfinite import check_tables, is_finite, sentinel
 from realign_kernels.reference import acc_dtype
 from realign_kernels.row_plan import (
@@ -37,20 +35,6 @@ from realign_kernels.row_plan import (
 
 IGNORED = -1
 """The target of an ignored row. ignore_index may be a token, which a runner-up row may score."""
-
-
-class _Settings(NamedTuple):
-    """Settings of the operators, in the order of their schemas."""
-
-    softcap: float | None
-    temperature: float
-    ignore_index: int
-    chunk_rows: int | None
-    group: Any  # str, torch's GroupName; empty for none
-
-    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
-        group = _resolve_process_group(self.group) if self.group else None
-        return make_head(weight, bias, self.softcap, self.temperature, group)
 
 
 @torch.library.custom_op("realign::linear_logprobs", mutates_args=())
@@ -76,7 +60,8 @@ def linear_logprobs(
         ValueError: a label is outside [0, V).
         NonFiniteError: a log-prob, or its derivative, is NaN or infinite.
     """
-    head = _Settings(softcap, temperature, ignore_index, chunk_rows, group).head(weight, bias)
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
+    head = settings.head(weight, bias)
     rows = drop_ignored(labels, runner_up, hidden.device, head.vocabulary, ignore_index)
     dense = take_rows(hidden, rows.index)
     _, logps, scored, dlogp_dh = score_rows(
@@ -95,19 +80,8 @@ def linear_logprobs(
 
 
 @linear_logprobs.register_fake
-def _(
-    hidden,
-    weight,
-    labels,
-    bias,
-    runner_up,
-    softcap,
-    temperature,
-    ignore_index,
-    chunk_rows,
-    group,
-    keep_dlogp_dh,
-):
+def _(hidden, weight, labels, bias, runner_up, *settings):
+    *_, keep_dlogp_dh = settings
     count = labels.shape[0]
     logps = hidden.new_empty(count, dtype=acc_dtype(hidden.dtype))
     dlogp_dh = logps.new_empty(hidden.shape[0] if keep_dlogp_dh else 0, hidden.shape[1])
@@ -134,7 +108,8 @@ def linear_logprobs_backward(
 
     Ignored rows get 0, and their grad is not read.
     """
-    head = _Settings(softcap, temperature, ignore_index, chunk_rows, group).head(weight, bias)
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
+    head = settings.head(weight, bias)
     rows = drop_ignored(labels, None, hidden.device, head.vocabulary, ignore_index)
     dense, (need_hidden, need_weight, need_bias) = take_rows(hidden, rows.index), needs_grad
     with no_autocast(hidden.device.type):
@@ -157,20 +132,8 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-def _(
-    grad,
-    hidden,
-    weight,
-    labels,
-    bias,
-    softcap,
-    temperature,
-    ignore_index,
-    chunk_rows,
-    group,
-    needs_grad,
-    backend,
-):
+def _(grad, hidden, weight, labels, bias, *settings):
+    *_, needs_grad, _ = settings
     inputs = zip((hidden, weight, bias), needs_grad, strict=True)
     return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in inputs)
 
@@ -180,7 +143,7 @@ def _setup_linear_logprobs(ctx: Any, inputs, output) -> None:
     _, dlogp_dh, targets = output
     ctx.mark_non_differentiable(dlogp_dh, targets)
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.settings = hidden.dtype, _Settings(*settings)
+    ctx.dtype, ctx.settings = hidden.dtype, HeadSettings(*settings)
     # Device threads of the autograd engine do not see use_backend; a trace must not bake it in.
     ctx.backend = "" if torch.compiler.is_compiling() else current_override()
     if runner_up is not None:
@@ -222,27 +185,17 @@ def logprobs(
     labels: Tensor,  # (N,) int64
     bias: Tensor | None,  # (V,)
     runner_up: Tensor | None,  # (N,) bool
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    chunk_rows: int | None,
-    group: dist.ProcessGroup | None,
+    settings: HeadSettings,
 ) -> Tensor:  # (N,) wide
     """The operator with public settings."""
-    logps, _, _ = linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        bias,
-        runner_up,
-        None if softcap is None else float(softcap),
-        float(temperature),
-        ignore_index,
-        chunk_rows,
-        "" if group is None else group.group_name,
-        keeps_dlogp_dh(hidden, weight, bias),
+    softcap, temperature, *_, group = settings
+    plain = settings._replace(
+        softcap=None if softcap is None else float(softcap),
+        temperature=float(temperature),
+        group="" if group is None else group.group_name,
     )
-    return logps
+    keep = keeps_dlogp_dh(hidden, weight, bias)
+    return linear_logprobs(hidden, weight, labels, bias, runner_up, *plain, keep)[0]
 
 
 @torch.library.custom_op("realign::sequence_sums", mutates_args=())

@@ -17,9 +17,8 @@ from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
 from realign.training import fsdp
 from realign_kernels import objectives, ops
+from realign_kernels.lm_head import HeadSettings
 from realign_kernels.refcache.staging import Staging, leaf_sums
-
-SETTINGS = {"softcap": None, "temperature": 1.0, "chunk_rows": None, "group": None}
 
 
 class _Calls(TorchDispatchMode):
@@ -47,7 +46,7 @@ def opcheck(record: Record) -> dict:
     with _Calls() as calls:
         for trains in (False, True):
             head = (weight.detach().requires_grad_(trains), labels.flatten(), None, None)
-            logps = ops.logprobs(hidden.flatten(0, 2), *head, ignore_index=-100, **SETTINGS)
+            logps = ops.logprobs(hidden.flatten(0, 2), *head, HeadSettings())
             ops.sequence_sums(logps, head[1], ids, table, -100)[0].sum().backward()
     for operator, args in calls.found.items():
         differentiable = "backward" not in str(operator)

@@ -1,4 +1,4 @@
-"""Protocols of a backend and of its kernels, and the statistics of a row.
+"""The protocol of a backend, and the statistics of a row.
 
 With z the logits of a row, t its target, and everything below about the *other* tokens (v != t):
 
@@ -50,94 +50,6 @@ class Scores(NamedTuple):
     dz_dlogit: Tensor  # (r,)
 
 
-class Kernels(Protocol):
-    """Kernels of the chunked backend. `backends.torch.TorchKernels` runs on any device."""
-
-    def buffers(
-        self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Memory for the logits of a chunk, and for exp_logits (hidden's dtype), may be shared.
-
-        They are the caller's until it calls `release`.
-        """
-        ...
-
-    def release(self, logits: Tensor) -> None:
-        """Return the memory of `buffers`."""
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a result, as torch.empty."""
-        ...
-
-    def gemm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-        """out = a @ b, or out += a @ b; out may be fp32 where a and b are half."""
-        ...
-
-    def row_stats(
-        self,
-        logits: Tensor,  # (r, V) hidden @ weight.T, is overwritten
-        labels: Tensor,  # (r,) int64; -1: on another shard
-        bias: Tensor | None,  # (V,)
-        softcap: float | None,
-        temperature: float,
-        runner_up: Tensor | None,  # (r,) bool: the target is the strongest token but the label
-        exp_logits: Tensor | None,  # (r, V), None: no derivative is needed
-    ) -> RowStats:
-        """The row kernel: statistics; exp_logits = E * dz / d(raw logit), 0 at the target.
-
-        A NaN in a row, or an infinite logit, must make logit_gap NaN or logit infinite.
-        """
-        ...
-
-    def head_stats(self, hidden: Tensor, labels: Tensor, head: Head) -> RowStats | None:
-        """`row_stats` from hidden states, without logits in memory; None without such a kernel."""
-
-    def fuses(self, hidden: Tensor, head: Head) -> bool:
-        """Whether `fused` can compute on these."""
-        return False
-
-    def fused(
-        self,
-        hidden: Tensor,  # (r, H)
-        labels: Tensor,  # (r,) int64 in [0, V)
-        head: Head,
-        exp_logits: Tensor,  # (r, V), written: E * dz / d(raw logit) up to a factor, 0 at the label
-    ) -> Scores:
-        """Scores from hidden states, where `fuses` allows it.
-
-        A row whose E overflows is not finite, in its log-prob or in exp_logits @ weight.
-        """
-        raise AssertionError("called where `fuses` is False")
-
-    def hidden_grad_epilogue(
-        self,
-        exp_w: Tensor,  # (r, H) exp_logits @ weight, wide
-        weight: Tensor,  # (V, H)
-        scores: Scores,
-        factor: Tensor,  # (r,) wide
-        out: Tensor,  # (r, H)
-    ) -> None:
-        """out = factor * (dz_dlogit * weight[target] - exp_w / sum_exp); target -1: no weight."""
-
-    def scale(
-        self,
-        values: Tensor,  # contiguous
-        factor: Tensor,  # () wide
-    ) -> None:
-        """values *= factor, without a pass over them where the factor is 1."""
-
-    def add_rows(
-        self,
-        total: Tensor,  # (V, H)
-        index: Tensor,  # (r,) int64 in [0, V), r > 0; -1: on another shard
-        rows: Tensor,  # (r, H) wide, 0 where index is -1
-    ) -> None:
-        """total[index] += rows, with wide sums also where total is half."""
-
-    def fused_loss(self, objective: Objective) -> Callable | None:
-        """A kernel from tokens to the loss (`triton.loss.preference_sums`), None without one."""
-
-
 class Backend(Protocol):
     """A backend. Rows are compacted: no label is ignored, all are in [0, V)."""
 
@@ -184,19 +96,26 @@ class Backend(Protocol):
         grad_logps_fn(first, last, logps) is d loss / d logp of the rows of examples [first, last).
         The gradient of hidden is wide: it can still be scaled before it is rounded.
         """
-        ...
+        logps, targets, _ = self.forward(
+            hidden, head, labels, runner_up, chunk_rows=chunk_rows, keep_dlogp_dh=False
+        )
+        grad = grad_logps_fn(0, len(lengths), logps)
+        settings = {"chunk_rows": chunk_rows, "needs_grad": needs_grad}
+        return logps, targets, self.backward(grad, hidden, head, targets, **settings)
 
     def example_rows(
         self, hidden: Tensor, head: Head, runner_up: bool, chunk_rows: int | None
     ) -> int:
         """Rows that `forward_backward_by_example` scores at once."""
-        ...
+        return len(hidden)
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
-        """See `Kernels.scale`."""
+        """values *= factor, a scalar on the device."""
+        values.mul_(factor)
 
     def fused_loss(self, objective: Objective) -> Callable | None:
-        """See `Kernels.fused_loss`."""
+        """A kernel from tokens to the loss (`triton.loss.preference_sums`), None without one."""
+        return None
 
 
 def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from realign_kernels.backends.base import (
+    Backend,
     Gradients,
-    Kernels,
     NeedsGrad,
     RowStats,
     Scores,
@@ -27,7 +27,9 @@ from realign_kernels.backends.chunk_plan import (
     even_step,
     kept_rows,
 )
+from realign_kernels.backends.torch import TorchKernels
 from realign_kernels.lm_head import Head
+from realign_kernels.objectives import Objective
 from realign_kernels.reference import acc_dtype
 
 
@@ -36,7 +38,7 @@ class _Chunks:
 
     def __init__(
         self,
-        kernels: Kernels,
+        kernels: TorchKernels,
         head: Head,
         rows: int,
         hidden: Tensor,
@@ -169,12 +171,17 @@ class _Sums:
         return self.hidden, weight, bias
 
 
-class ChunkedBackend:
-    """A backend (`base.Backend`) over `base.Kernels`."""
+class ChunkedBackend(Backend):
+    """The backend over kernels of torch, C++ or Triton."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: TorchKernels) -> None:
         self.kernels = kernels
-        self.fused_loss, self.scale = kernels.fused_loss, kernels.scale
+
+    def fused_loss(self, objective: Objective) -> Callable | None:
+        return self.kernels.fused_loss(objective)
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        self.kernels.scale(values, factor)
 
     def _fuses(self, hidden: Tensor, head: Head, runner_up: bool) -> bool:
         return not runner_up and not head.shift_by_max and self.kernels.fuses(hidden, head)

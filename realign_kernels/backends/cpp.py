@@ -14,7 +14,6 @@ from torch import Tensor
 
 from realign_kernels._extension import require_extension
 from realign_kernels.backends.base import RowStats, Scores
-from realign_kernels.backends.chunked import ChunkedBackend
 from realign_kernels.backends.torch import TorchKernels
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -218,8 +217,3 @@ class CppKernels(TorchKernels):
             *(t.data_ptr() for t in vectors),
             *(out.data_ptr(), _NAMES[out.dtype], torch.get_num_threads()),
         )
-
-
-def backend() -> ChunkedBackend:
-    """See `dispatch.MODULES`."""
-    return ChunkedBackend(CppKernels())

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from realign_kernels._extension import extension, missing_reason
 from realign_kernels.backends.base import Backend
+from realign_kernels.backends.chunked import ChunkedBackend
 
 MODULES = {
-    "reference": "realign_kernels.backends.reference",
-    "torch": "realign_kernels.backends.torch",
-    "cpp": "realign_kernels.backends.cpp",
-    "triton": "realign_kernels.backends.triton.backend",
+    "reference": ("realign_kernels.backends.reference", "ReferenceBackend"),
+    "torch": ("realign_kernels.backends.torch", "TorchKernels"),
+    "cpp": ("realign_kernels.backends.cpp", "CppKernels"),
+    "triton": ("realign_kernels.backends.triton.backend", "TritonKernels"),
 }
-"""Modules of the backends. Each has a function `backend() -> base.Backend`."""
+"""Module and class: kernels of the chunked backend, or a backend."""
 
 ENVIRONMENT = "REALIGN_BACKEND"
 
@@ -96,7 +97,7 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
             if name == "cpp":
                 extension()  # says once how to build it
         elif name == "cpp":
-            module = importlib.import_module(MODULES[name])
+            module = importlib.import_module(MODULES[name][0])
             return Choice(name, f"the fastest here: {module.describe()}")
         elif device == "cuda":
             return Choice(name, "written for it; docs/gpu.md has its speed")
@@ -119,7 +120,9 @@ def current_override() -> str:
 
 @functools.cache
 def _load(name: str) -> Backend:
-    return importlib.import_module(MODULES[name]).backend()
+    module, kind = MODULES[name]
+    made = getattr(importlib.import_module(module), kind)()
+    return made if name == "reference" else ChunkedBackend(made)
 
 
 def backend_for(tensor: Tensor, override: str = "") -> Backend:

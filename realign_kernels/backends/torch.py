@@ -1,33 +1,44 @@
 """Row kernel and GEMM in torch operations: on any device and in any dtype."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from realign_kernels.backends.base import Kernels, RowStats, Scores
-from realign_kernels.backends.chunked import ChunkedBackend
+from realign_kernels.backends.base import RowStats, Scores
+from realign_kernels.lm_head import Head
+from realign_kernels.objectives import Objective
 from realign_kernels.reference import acc_dtype
 
 
-class TorchKernels(Kernels):
-    """`base.Kernels` without a kernel of our own; the base of the other two."""
+class TorchKernels:
+    """The kernels of `chunked.ChunkedBackend`; `CppKernels` and `TritonKernels` override them."""
 
     def buffers(
         self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """fp32 logits on CUDA. The CPU of torch has no GEMM that widens, and rounds them."""
+        """Memory for the logits of a chunk, and for exp_logits (hidden's dtype), may be shared.
+
+        It is the caller's until `release`. Logits are fp32 on CUDA; the CPU of torch has no GEMM
+        that widens, and rounds them.
+        """
         acc = acc_dtype(hidden.dtype) if hidden.is_cuda else hidden.dtype
         logits = hidden.new_empty(rows, vocabulary, dtype=acc)
         if not derivative or acc == hidden.dtype:
             return logits, logits if derivative else None
         return logits, hidden.new_empty(rows, vocabulary)
 
+    def release(self, logits: Tensor) -> None:
+        """Return the memory of `buffers`."""
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a result."""
         return torch.empty(shape, dtype=dtype, device=device)
 
     def gemm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-        """out = a @ b, or out += a @ b.
+        """out = a @ b, or out += a @ b; out may be fp32 where a and b are half.
 
-        Where a, b are half and out is not, CUDA writes the fp32 accumulator; the CPU rounds the
+        There CUDA writes the fp32 accumulator; the CPU rounds the
         product before it widens. For bf16 logits of standard deviation 4 that costs 1e-2 in
         log-prob on average and 6e-2 at most, as in eager torch.
         """
@@ -42,14 +53,18 @@ class TorchKernels(Kernels):
 
     def row_stats(
         self,
-        logits: Tensor,  # (r, V)
-        labels: Tensor,  # (r,)
+        logits: Tensor,  # (r, V) hidden @ weight.T, is overwritten
+        labels: Tensor,  # (r,) int64; -1: on another shard
         bias: Tensor | None,  # (V,)
         softcap: float | None,
         temperature: float,
-        runner_up: Tensor | None,  # (r,) bool
-        exp_logits: Tensor | None,  # (r, V)
+        runner_up: Tensor | None,  # (r,) bool: the target is the strongest token but the label
+        exp_logits: Tensor | None,  # (r, V), written; None: no derivative is needed
     ) -> RowStats:
+        """The row kernel: statistics; exp_logits = E * dz / d(raw logit), 0 at the target.
+
+        A NaN in a row, or an infinite logit, must make logit_gap NaN or logit infinite.
+        """
         z = logits.to(acc_dtype(logits.dtype))
         if bias is not None:
             z.add_(bias)
@@ -83,34 +98,55 @@ class TorchKernels(Kernels):
             target, logit, max_logit, sum_exp, dz_dlogit.masked_fill(absent, 0), sum_exp
         )
 
+    def head_stats(self, hidden: Tensor, labels: Tensor, head: Head) -> RowStats | None:
+        """`row_stats` from hidden states, without logits in memory; None without such a kernel."""
+
+    def fuses(self, hidden: Tensor, head: Head) -> bool:
+        """Whether `fused` can compute on these."""
+        return False
+
+    def fused(
+        self,
+        hidden: Tensor,  # (r, H)
+        labels: Tensor,  # (r,) int64 in [0, V)
+        head: Head,
+        exp_logits: Tensor,  # (r, V), written: E * dz / d(raw logit) up to a factor, 0 at the label
+    ) -> Scores:
+        """Scores from hidden states, where `fuses` allows it.
+
+        A row whose E overflows is not finite, in its log-prob or in exp_logits @ weight.
+        """
+        raise NotImplementedError
+
     def hidden_grad_epilogue(
         self,
-        exp_w: Tensor,  # (r, H)
+        exp_w: Tensor,  # (r, H) exp_logits @ weight, wide
         weight: Tensor,  # (V, H)
         scores: Scores,
-        factor: Tensor,  # (r,)
+        factor: Tensor,  # (r,) wide
         out: Tensor,  # (r, H)
     ) -> None:
+        """out = factor * (dz_dlogit * weight[target] - exp_w / sum_exp); target -1: no weight."""
         # dz_dlogit is 0 where the target is on another shard.
         target_w = weight[scores.target.clamp(min=0)].to(exp_w.dtype) * scores.dz_dlogit[:, None]
         out.copy_((target_w - exp_w / scores.sum_exp[:, None]) * factor[:, None])
 
     def scale(
         self,
-        values: Tensor,
-        factor: Tensor,  # ()
+        values: Tensor,  # contiguous
+        factor: Tensor,  # () wide
     ) -> None:
-        """values *= factor. On the CPU the factor is read first, to save a pass over the values."""
+        """values *= factor, without a pass over them where the factor is 1."""
         if factor.is_cuda or factor.item() != 1:
             values.mul_(factor)
 
     def add_rows(
         self,
         total: Tensor,  # (V, H)
-        index: Tensor,  # (r,) int64, r > 0
-        rows: Tensor,  # (r, H)
+        index: Tensor,  # (r,) int64 in [0, V), r > 0; -1: on another shard
+        rows: Tensor,  # (r, H) wide, 0 where index is -1
     ) -> None:
-        """total[index] += rows.
+        """total[index] += rows, with wide sums also where total is half.
 
         Equal indices are summed first. Their number stays on the device, so there are r sums: those
         past the last distinct index repeat it, and write the same values again.
@@ -127,6 +163,9 @@ class TorchKernels(Kernels):
         distinct = torch.empty_like(ordered).index_copy_(0, place, ordered)[slots]
         total[distinct] = (total[distinct] + sums[slots]).to(total.dtype)
 
+    def fused_loss(self, objective: Objective) -> Callable | None:
+        """See `base.Backend.fused_loss`."""
+
 
 def _with_runner_up(
     z: Tensor,  # (r, V)
@@ -138,8 +177,3 @@ def _with_runner_up(
     # Where every other token is -inf, argmax may be the label itself.
     strongest = torch.where(strongest == labels, (labels == 0).long(), strongest)
     return torch.where(runner_up, strongest, labels)
-
-
-def backend() -> ChunkedBackend:
-    """See `dispatch.MODULES`."""
-    return ChunkedBackend(TorchKernels())

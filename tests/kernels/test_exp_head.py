@@ -11,7 +11,7 @@ import realign_kernels as rk
 from realign_kernels import ops
 from realign_kernels.backends.base import Scores
 from realign_kernels.backends.triton.logits import assume_device
-from realign_kernels.lm_head import Head
+from realign_kernels.lm_head import Head, HeadSettings
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -196,7 +196,7 @@ def test_the_operator_of_compiled_graphs_repeats_a_call_that_overflows(fused):
     labels[5] = (hidden[5] @ weight.T).argmin()
     exact, grad, _ = truth(hidden, weight, labels)
     leaf = hidden.clone().requires_grad_()
-    logps = ops.logprobs(leaf, weight, labels, None, None, None, 1.0, -100, None, None)
+    logps = ops.logprobs(leaf, weight, labels, None, None, HeadSettings())
     logps.sum().backward()
     assert fused == [37] and exact.min() < -150
     torch.testing.assert_close(logps.double(), exact, rtol=2e-6, atol=1e-5)

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from realign_kernels.backends.base import RowStats, Scores
-from realign_kernels.backends.chunked import ChunkedBackend
 from realign_kernels.backends.torch import TorchKernels
 from realign_kernels.backends.triton import (
     epilogue,
@@ -21,7 +20,7 @@ from realign_kernels.objectives import Objective
 
 
 class TritonKernels(TorchKernels):
-    """GEMMs and buffers of torch; the rest in Triton, with the arguments of `base.Kernels`."""
+    """GEMMs and buffers of torch; the rest in Triton, with the arguments of `TorchKernels`."""
 
     def row_stats(self, *args: Any) -> RowStats:
         return row_kernel.row_stats(*args)
@@ -47,8 +46,3 @@ class TritonKernels(TorchKernels):
 
     def fused_loss(self, objective: Objective) -> Callable | None:
         return loss.preference_sums if loss.supports(objective) else None
-
-
-def backend() -> ChunkedBackend:
-    """See `dispatch.MODULES`."""
-    return ChunkedBackend(TritonKernels())

@@ -52,7 +52,7 @@ def hidden_grad_epilogue(
     factor: Tensor,  # (r,) fp32
     out: Tensor,  # (r, H)
 ) -> None:
-    """See `base.Kernels.hidden_grad_epilogue`."""
+    """See `TorchKernels.hidden_grad_epilogue`."""
     for name, tensor in (("exp_w", exp_w), ("out", out)):
         check_unit_stride(name, tensor)
     count, width = out.shape
@@ -99,7 +99,7 @@ def scale(
     values: Tensor,  # contiguous, any shape
     factor: Tensor,  # () fp32
 ) -> None:
-    """See `base.Kernels.scale`."""
+    """See `TorchKernels.scale`."""
     assert values.is_contiguous()
     launch(
         scale_kernel,

@@ -296,7 +296,7 @@ def score_sums(
 
 
 def fused(hidden: Tensor, labels: Tensor, head: Head, exp_logits: Tensor) -> Scores:
-    """See `base.Kernels.fused`."""
+    """See `TorchKernels.fused`."""
     logit, shift, narrow = label_logits(hidden, labels, head)
     gemm = cutlass_rows if choice(hidden, head) == "cutlass" else exp_rows
     sums = gemm(hidden, head, narrow, shift, exp_logits)

@@ -163,7 +163,7 @@ def row_stats(
     runner_up: Tensor | None = None,  # (r,) bool
     exp_logits: Tensor | None = None,  # (r, V), written; may be logits
 ) -> RowStats:
-    """The row kernel in Triton. `base.Kernels.row_stats` is the contract."""
+    """The row kernel in Triton. `TorchKernels.row_stats` is the contract."""
     check_dtype("logits", logits)
     check_unit_stride("logits", logits)
     if exp_logits is not None:

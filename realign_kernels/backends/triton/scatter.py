@@ -50,7 +50,7 @@ def add_rows(
     index: Tensor,  # (r,) int64 in [0, V), or -1: not added
     rows: Tensor,  # (r, H) fp32
 ) -> None:
-    """The same sums in the same order in each call. See `base.Kernels.add_rows`."""
+    """The same sums in the same order in each call. See `TorchKernels.add_rows`."""
     check_unit_stride("total", total)
     rows = rows.contiguous()  # a product with hidden states has their layout
     count, width = rows.shape
