@@ -233,10 +233,7 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logps, ids, reference_logps, objective, reduction, kernel):
-        # No row is ignored, so ids serve as labels.
-        out = kernel(
-            *(logps, ids, ids, reference_logps, objective), reduction=reduction, ignore_index=-1
-        )
+        out = kernel(logps, ids, reference_logps, objective, reduction=reduction)
         ctx.save_for_backward(out.coefficients, ids)
         ctx.mark_non_differentiable(out.rewards, out.counts, out.term_losses)
         ctx.set_materialize_grads(False)
@@ -292,8 +289,7 @@ class _ExampleLosses:
         _, _, reference_logps, objective, reduction = self.loss
         if kernel := _loss_kernel(objective, reduction, logps):
             # Examples outside of the group get losses without meaning, which are not read.
-            args = (used, ids, ids, reference_logps, objective)
-            out = kernel(*args, reduction=reduction, ignore_index=-1)
+            out = kernel(used, ids, reference_logps, objective, reduction=reduction)
             grad = out.coefficients
             output = PreferenceOutput(out.loss, out.sums, out.rewards, out.counts, out.term_losses)
             self.output = output if whole else None

@@ -171,16 +171,14 @@ def loss_kernel(record: Record, name: str):
     g = torch.Generator(record.device).manual_seed(1)
     kind = {"generator": g, "device": record.device}
     ids = torch.randperm(rows, **kind) % (leaves * examples)
-    labels = torch.where(torch.rand(rows, **kind) < 0.3, truth.IGNORE, 1)
-    logps = (-6 * torch.rand(rows, **kind)).masked_fill(labels == truth.IGNORE, torch.nan)
-    scored = labels != truth.IGNORE
-    leaf = logps.double().nan_to_num().requires_grad_()
-    sums = leaf.new_zeros(leaves * examples).index_add(0, ids[scored], leaf[scored])
+    logps = -6 * torch.rand(rows, **kind)
+    leaf = logps.double().requires_grad_()
+    sums = leaf.new_zeros(leaves * examples).index_add(0, ids, leaf)
     sums = sums.view(leaves, examples)
     table = (sums.detach() + torch.randn(leaves, examples, **kind)).float()
     exact = objective(sums, table.double(), "mean")
     exact.loss.backward()
-    output = preference_sums(logps, labels, ids, table, objective)
+    output = preference_sums(logps, ids, table, objective)
     pairs = {
         "loss": (output.loss[None], exact.loss[None]),
         "coefficients": (output.coefficients, leaf.grad),
@@ -190,7 +188,7 @@ def loss_kernel(record: Record, name: str):
     found = {key: truth.error(value, true.detach()) for key, (value, true) in pairs.items()}
     worst = max(found.values())
     assert worst <= STATS, f"the loss kernel errs by {found}, allowed {STATS}"
-    again = preference_sums(logps, labels, ids, table, objective)
+    again = preference_sums(logps, ids, table, objective)
     assert all(map(torch.equal, output, again)), "a second call gives other bits"
     return {"error": worst} | found
 

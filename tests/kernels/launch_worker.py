@@ -339,18 +339,15 @@ def preference(objective, count, examples, reduction="mean"):
     """The loss kernel."""
     leaves, terms = len(objective.leaves), objective.terms
     logps = torch.zeros(count)
-    labels, ids = torch.zeros(2, count, dtype=torch.int64)
+    ids = torch.zeros(count, dtype=torch.int64)
     reference = torch.zeros(leaves, examples)
-    output = loss.preference_sums(
-        logps, labels, ids, reference, objective, reduction=reduction, ignore_index=-7
-    )
+    output = loss.preference_sums(logps, ids, reference, objective, reduction=reduction)
     finished = passed["finished"]
     assert finished.dtype == torch.int64 and finished.item() == 0
     assert all(finished.data_ptr() != field.data_ptr() for field in output)
     pairs = [isinstance(term, objectives.PairSigmoid) for term in terms]
     expected = {
         "logps": logps,
-        "labels": labels,
         "ids": ids,
         "reference": reference,
         "coefficients": output.coefficients,
@@ -358,13 +355,11 @@ def preference(objective, count, examples, reduction="mean"):
         "counts_out": output.counts,
         "rewards_out": output.rewards,
         "terms_out": output.term_losses,
-        "losses_out": output.losses,
+        "losses_out": passed["losses_out"],
         "loss_out": output.loss,
-        "outside_out": output.outside,
         "finished": finished,
         "rows": count,
         "examples": examples,
-        "ignore_index": -7,
         "beta": objective.beta,
         "weights": [float(term.weight) for term in terms],
         "deltas": [0.0 if p else float(t.delta) for p, t in zip(pairs, terms, strict=True)],

@@ -106,7 +106,7 @@ def _loss(name: str, count: int, examples: int):
     objective = objectives.get(name)
     logps = _empty(count, dtype=torch.float32)
     table = _empty(len(objective.leaves), examples, dtype=torch.float32)
-    loss.preference_sums(logps, _long(count), _long(count), table, objective)
+    loss.preference_sums(logps, _long(count), table, objective)
 
 
 def _scatter(count: int, width: int, dtype: torch.dtype = torch.float32):

@@ -16,7 +16,6 @@ from realign_kernels.backends.triton.configs import GemmConfig, choose_splits, g
 from realign_kernels.backends.triton.logits import (
     LOWEST,
     ceil_div,
-    check_dtype,
     check_unit_stride,
     device_facts,
     launch,
@@ -135,7 +134,6 @@ def head_stats(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        check_dtype(name, tensor)
         check_unit_stride(name, tensor)
     (count, width), vocabulary = hidden.shape, len(weight)
     architecture, processors = device_facts(hidden)

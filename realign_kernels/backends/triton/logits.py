@@ -82,19 +82,6 @@ def device_facts(tensor: Tensor) -> tuple[int, int]:
     return _device_facts(tensor.get_device()) if tensor.is_cuda else (0, 1)
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Check that the kernels compute in the dtype of a tensor.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"{name} is {tensor.dtype}, and the Triton kernels take float32, bfloat16 and float16: "
-            'cast it, or call under use_backend("torch")'
-        )
-
-
 def check_unit_stride(name: str, tensor: Tensor) -> None:
     """Check that the elements of a row are adjacent.
 
