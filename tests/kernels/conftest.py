@@ -74,10 +74,11 @@ MATRIX = [
 ]
 
 
-@pytest.fixture(params=MATRIX, ids=str)
+@pytest.fixture(params=[str(row) for row in MATRIX])
 def setting(request, monkeypatch):
     """A device and a dtype, under their backend."""
-    name = request.param.backend
+    (row,) = (row for row in MATRIX if str(row) == request.param)
+    name = row.backend
     if name == "cpp" and _extension.missing_reason():
         pytest.skip("the C++ extension is not built")
     with contextlib.ExitStack() as stack:
@@ -85,7 +86,7 @@ def setting(request, monkeypatch):
             pytest.importorskip("triton")
             cases = importlib.import_module("triton_cases")  # imports the kernels as it must
             stack.enter_context(cases.interpreted())
-            if request.param.device == "cpu":
+            if row.device == "cpu":
                 monkeypatch.setenv("TRITON_INTERPRET", "1")
         stack.enter_context(rk.use_backend(name))
-        yield request.param
+        yield row

@@ -116,34 +116,6 @@ def test_the_specification_is_log_softmax(head):
 # Memory and shapes
 
 
-@pytest.mark.parametrize("which", ["hidden", "weight", "both"])
-@pytest.mark.parametrize("layout", kc.LAYOUTS.values(), ids=kc.LAYOUTS)
-def test_any_layout(cpu_backend, which, layout):
-    shapes = ((7, 9, 21, 0.3), (5, 1, 4, 0.0), (1, 6, 3, 0.0))
-    for dtype, needs, shape in itertools.product(
-        (torch.float32, torch.bfloat16), ("h", "hwb"), shapes
-    ):
-        case = make_case(*shape[:3], dtype, bias=True, ignored=shape[3], seed=3)
-        case.labels[0] = 1
-        changed = ["hidden", "weight"] if which == "both" else [which]
-        case = case._replace(**{name: layout(getattr(case, name)) for name in changed})
-        check(case, needs, chunk_rows=3)
-
-
-@pytest.mark.parametrize("needs", ["", "h", "w", "b", "hw", "hwb"])
-@pytest.mark.parametrize(
-    "shape", [(4, 3, 1), (4, 1, 5), (1, 1, 1), (3, 65, 2), (2, 7, 129), (13, 3, 17)], ids=str
-)
-def test_small_and_odd_shapes(cpu_backend, shape, needs):
-    for dtype in (torch.float32, torch.bfloat16):
-        case = make_case(*shape, dtype, bias=True, ignored=0.2)
-        case.labels[0] = 0
-        for chunk_rows in (1, 3, None):
-            result = check(case, needs, chunk_rows=chunk_rows)
-            if shape[2] == 1:
-                assert all(t is None or t.abs().max() == 0 for t in result)
-
-
 def test_rows_of_no_width(cpu_backend):
     """H = 0: only the bias decides."""
     case = make_case(4, 1, 6, torch.float32, bias=True, ignored=0)
@@ -389,26 +361,6 @@ def test_bf16_errs_no_more_than_eager_bf16(spread, needs, cpu_backend):
 
 
 # Callers
-
-
-MIXED = {
-    "dtype": ({"weight": torch.zeros(3, 4).bfloat16()}, "weight is torch.bfloat16 and hidden"),
-    "complex": ({"hidden": torch.zeros(2, 4).cfloat()}, "hidden must be float32"),
-    "weight on meta": ({"weight": torch.zeros(3, 4, device="meta")}, "weight is on meta"),
-    "hidden on meta": ({"hidden": torch.zeros(2, 4, device="meta")}, "weight is on cpu: move"),
-    "bias on meta": ({"bias": torch.zeros(3, device="meta")}, "bias is on meta"),
-    "label V": ({"labels": torch.tensor([3, 0])}, r"labels: 1 outside \[0, 3\)"),
-    "no tokens": ({"weight": torch.zeros(0, 4)}, r"labels: 2 outside \[0, 0\)"),
-    "scalar": ({"hidden": torch.tensor(1.0)}, r"hidden \(\) must end in H"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), MIXED.values(), ids=MIXED)
-def test_mismatched_arguments(cpu_backend, change, message):
-    inputs = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(3, 4)}
-    inputs["labels"] = torch.tensor([1, 2])
-    with pytest.raises(ValueError, match=message):
-        rk.linear_logprobs(**{**inputs, **change})
 
 
 @pytest.mark.parametrize("trainable", [True, False])

@@ -7,11 +7,10 @@ import torch
 import realign_kernels as rk
 from realign_kernels import reference
 
-HEADS = [(None, 1.0), (5.0, 0.7)]
+HEADS = [(None, 1.0, 0.0), (5.0, 0.7, 0.3), (None, 0.7, 2.0)]
 
 
-@pytest.mark.parametrize(("softcap", "temperature"), HEADS)
-@pytest.mark.parametrize("ignored", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize(("softcap", "temperature", "ignored"), HEADS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("device", kc.DEVICES)
 def test_opcheck_linear_logprobs(device, frozen, ignored, softcap, temperature):
@@ -62,8 +61,11 @@ def losses(hidden, weight, labels, ref, bias):
     return out, tokens
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(
+    ("backend", "trainable"),
+    [("aot_eager", False), ("aot_eager", True), ("inductor", True)],
+    ids=["aot frozen", "aot trainable", "inductor trainable"],
+)
 @pytest.mark.parametrize("device", kc.DEVICES)
 def test_compiled_equals_eager_in_one_graph(device, trainable, backend):
     torch._dynamo.reset()

@@ -205,3 +205,9 @@ def test_tables_and_their_fallback():
     assert configs.gemm_config(90, torch.bfloat16, 64, 4096, 128256).rows == 64
     assert configs.row_config(90, 128256) == (1024, 8) and configs.row_config(80, 9000) == (4096, 8)
     assert configs.row_config(0, 97) == (128, 1) and configs.row_config(90, 1).block == 32
+
+
+def test_a_transposed_weight_is_refused():
+    hidden, weight, labels = problem()
+    with pytest.raises(ValueError, match="weight .* must have last stride 1: call contiguous"):
+        forward.head_stats(hidden, weight.T.contiguous().T, labels, None, None, 1.0)

@@ -82,19 +82,6 @@ def device_facts(tensor: Tensor) -> tuple[int, int]:
     return _device_facts(tensor.get_device()) if tensor.is_cuda else (0, 1)
 
 
-def check_unit_stride(name: str, tensor: Tensor) -> None:
-    """Check that the elements of a row are adjacent.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
-        raise ValueError(
-            f"{name} {tuple(tensor.shape)} with strides {tensor.stride()} must be two-dimensional "
-            "with last stride 1: call contiguous() on it"
-        )
-
-
 def takes_tma(tensor: Tensor) -> bool:
     """Whether the tensor memory accelerator can address it: everything in multiples of 16 bytes."""
     pitch = tensor.stride(0) * tensor.element_size()
