@@ -7,8 +7,8 @@ you can; that is for speed, not for correctness.
 
 Labels and sequence_ids may stay on the CPU while hidden is on a GPU, pinned if possible: they are
 planned on the host. A call then waits for the device once, at its end, for one number that shows
-whether its results are finite; with labels on the device it waits at its start, too, to learn how
-many rows count. A `group` adds a wait for the sizes of its shards.
+whether its results are finite; with labels on the device it also waits at its start, for the
+number of rows that count. A `group` adds a wait for the sizes of its shards.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def linear_logprobs(
     Row i of hidden predicts labels[i]: shift before you call.
 
     With u = one GEMM over the rows that are not ignored, it costs 1u without gradient, 2u with
-    gradient to hidden alone (backward is then free), 3u to weight alone, 4u to both.
+    gradient only to hidden (backward is then free), 3u only to weight, 4u to both.
 
     Args:
         hidden: fp32, fp64, bf16 or fp16; any strides.
@@ -75,7 +75,7 @@ def linear_logprobs(
         temperature: divides the logits.
         chunk_rows: rows that pass the head together; default by device and vocabulary.
         rival: rows that score, instead of the label, the strongest token that is not the label
-            (`objectives.released` says what for). Not with `group`.
+            (for `objectives.released`). Not with `group`.
         group: the head is split by vocabulary over the ranks of this process group, in their order:
             weight and bias are this rank's rows (a DTensor sharded on axis 0 is one, too); hidden
             and labels are the same on all ranks, and so are the results and hidden's gradient.

@@ -34,7 +34,7 @@ class Head(NamedTuple):
     temperature: float
     shard: VocabularyShard | None = None
     shift_by_max: bool = False
-    """Without `Kernels.fused`, for which labels may be too far below other tokens."""
+    """Without `TorchKernels.fused`, for which labels may be too far below other tokens."""
 
     @property
     def vocabulary(self) -> int:
@@ -142,7 +142,7 @@ def head_inputs(
 
     Args:
         lm_head: the module, V outputs of H inputs.
-        hidden: (..., H) what comes into it.
+        hidden: (..., H) its input.
 
     Returns:
         hidden (..., H'), weight (V, H') and bias (V,) or None, H' = H + the ranks of the adapters.
@@ -169,7 +169,7 @@ def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
     As `head_inputs`, for code that has no hidden states at hand: LoRA is merged, W + sum over
     active adapters of scaling * B A, as a function of A and B, so that gradients reach them. The
     merged weight is a copy of V x H, made by each call and rounded once to the dtype of W: in bf16
-    what is below 1/512 of an entry of W is lost.
+    a change below 1/512 of an entry of W is lost.
 
     Raises:
         ValueError: as head_inputs, and for LoRA dropout while training.

@@ -1,6 +1,6 @@
 """The specification: every operator in plain PyTorch, in fp32 (fp64 for fp64 inputs).
 
-These functions define what the operators compute and are what tests compare with. They build all
+These functions define the operators, and tests compare with them. They build all
 logits at once, so they are for small inputs. `backends.reference` makes them a backend
 (`use_backend("reference")`).
 """

@@ -7,7 +7,7 @@ With z the logits of a row, t its target, and everything below about the *other*
     logp = logsigmoid(logit_gap)      one_minus_p = 1 - p_t = sigmoid(-logit_gap)
     dlogp_dh = one_minus_p * (dz_dlogit * W[t] - (E W) / sum_exp)
 
-Leaving the target out before anything is rounded is what keeps confident tokens right: W[t] - p W
+The target is left out before anything is rounded, which keeps confident tokens right: W[t] - p W
 with p in bf16 has a relative error of 1 at 1 - p = 6e-4. The maximum over the other tokens keeps E
 in range for fp16, and logit_gap needs no guard for targets that are very unlikely.
 """

@@ -61,13 +61,13 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """From 8 MiB on it comes from a pool, in large pages (csrc: Block)."""
     size = math.prod(shape) * dtype.itemsize
     if size < 2**23:
-        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch.device is around
+        return torch.empty(shape, dtype=dtype, device="cpu")  # not that of a torch.device context
     memory = torch.frombuffer(require_extension().Block(size), dtype=torch.uint8, count=size)
     return memory.view(dtype).view(shape)
 
 
 def _reserve(size: int) -> Tensor:
-    """Bytes that are this call's alone: the kept buffer is taken away until `release`.
+    """Bytes that only this call uses: the kept buffer is taken away until `release`.
 
     A term of an objective, or a hook of autograd, may call the head inside the head.
     """

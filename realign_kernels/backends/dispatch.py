@@ -95,7 +95,7 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
         if reason := _missing(name):
             passed_over.append(f"no {name}: {reason}")
             if name == "cpp":
-                extension()  # says once how to build it
+                extension()  # warns once, with the way to build it
         elif name == "cpp":
             module = importlib.import_module(MODULES[name][0])
             return Choice(name, f"the fastest here: {module.describe()}")
@@ -108,7 +108,7 @@ _decided = functools.cache(_decide)
 
 
 def choose(device: torch.device, dtype: torch.dtype, override: str = "") -> Choice:
-    """The backend for tensors of this device and dtype. `override` stands for use_backend."""
+    """The backend for tensors of this device and dtype. `override` replaces use_backend."""
     asked = override or current_override()
     return _decided(device.type, dtype, asked, os.environ.get(ENVIRONMENT, ""))
 

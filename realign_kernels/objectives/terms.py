@@ -19,7 +19,7 @@ from torch import Tensor
 class Term:
     """One comparison of rewards. A pure function: rewards (L, B) -> loss (B,), unweighted.
 
-    Entry b of the loss may depend on column b of the rewards alone. The fused head turns an
+    Entry b of the loss may depend only on column b of the rewards. The fused head turns an
     example's log-probs into coefficients while other examples are not computed yet, so nothing
     that mixes examples, such as centering rewards over the batch, can be a term.
 

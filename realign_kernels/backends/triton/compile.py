@@ -3,7 +3,7 @@
     python -m realign_kernels.backends.triton.compile --arch 80 90 100
 
 The kernels are compiled as the launchers call them (argument types, alignments, tiles): the
-launchers run on tensors without memory, and what they would launch is compiled instead.
+launchers run on tensors without memory, and their launches are compiled instead.
 """
 
 import argparse

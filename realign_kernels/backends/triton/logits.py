@@ -49,7 +49,7 @@ _assumed: tuple[int, int] | None = None
 
 @contextlib.contextmanager
 def assume_device(architecture: int, processors: int) -> Iterator[None]:
-    """Launchers choose tiles for this device, whatever is there: for compiling and for tests."""
+    """Launchers choose tiles for this device, also without one: for compiling and for tests."""
     global _assumed
     before, _assumed = _assumed, (architecture, processors)
     try:

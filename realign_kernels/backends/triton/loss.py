@@ -129,7 +129,7 @@ def loss_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One example. fp64 throughout: it is little, and what is reported is then exact in fp32."""
+    """One example. fp64 throughout: the work is small, and results are then exact in fp32."""
     example = tl.program_id(0)
     leaves = tl.arange(0, PADDED)
     slot = leaves.to(tl.int64) * examples + example  # the ids of this example
