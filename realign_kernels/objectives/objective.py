@@ -153,7 +153,7 @@ def as_objective(terms: Objective | Sequence[Term], beta: float | None = None) -
     """An Objective as it is; a list of terms over unnamed leaves, as many as its highest index + 1.
 
     Raises:
-        ValueError: beta beside an Objective, which has its own; or an argument that is neither of the two.
+        ValueError: beta beside an Objective, which has its own; or an argument of another type.
     """
     if isinstance(terms, str) or (callable(terms) and not isinstance(terms, Objective | Term)):
         name = terms if isinstance(terms, str) else getattr(terms, "__name__", "rdpo")
