@@ -14,7 +14,7 @@ from realign_kernels import objectives
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-EXAMPLES, LENGTH, WIDTH, VOCABULARY = 4, 6, 16, 97
+EXAMPLES, LENGTH, WIDTH, VOCABULARY = 3, 5, 16, 61
 NAN = float("nan")
 TRAINS = pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
 
