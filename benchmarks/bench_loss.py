@@ -23,8 +23,8 @@ from torch import Tensor
 from benchmarks.contestants import BETA, DEVICE, OURS, from_sums
 from benchmarks.race import race
 from realign_kernels import objectives, preference_loss
+from realign_kernels.autograd import from_tokens
 from realign_kernels.nonfinite import is_finite, sentinel
-from realign_kernels.preference_ops import from_tokens
 
 ALLOWED = 1e-5
 """Relative error of ours at most; the others' is shown."""

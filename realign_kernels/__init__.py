@@ -1,10 +1,9 @@
 """Fused preference losses over a language-model head.
 
-Read in this order: `objectives` (what is computed), `reference` (the specification),
-`functional` (the public functions), `eager` and `fused_preference` (autograd), `ops` and
-`preference_ops` (operators for compiled graphs),
-`rows` and `chunked` (how it is computed), `dispatch` (which backend runs). docs/kernels.md tells it
-in one page.
+Read in this order: `objectives` (the losses), `reference` (the specification), `functional` (the
+public functions), `autograd` (eager mode) and `ops` (operators for compiled graphs), then
+`backends`: `base` (a row and its statistics), `chunked` (GEMM, row kernel, GEMM), the kernels of
+`torch`, `cpp` and `triton`, `dispatch` (the choice). docs/kernels.md is the same in one page.
 """
 
 from realign_kernels import objectives, refcache

@@ -1,15 +1,16 @@
-"""The compiled extension `realign_kernels._C`: looked for once, its absence told once.
+"""The compiled extension `realign_kernels._C`: probed once, its absence reported once.
 
-Code that has a Python fallback calls `extension()` and takes it when the answer is None.
+Code with a Python fallback calls `extension()`, code without one `require_extension()`.
 """
 
 import functools
 import importlib
 import warnings
 from types import ModuleType
+from typing import Any
 
 ABI = 4
-"""What the Python side expects of the extension: csrc/bindings/kernels.cpp."""
+"""The version that the Python side expects of csrc/bindings/kernels.cpp."""
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def missing_reason() -> str | None:
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """The extension, or None after one warning per process that says why and what to do."""
+    """The extension, or None after one warning per process with the reason and the remedy."""
     module, reason = _probe()
     if module is None:
         warnings.warn(
@@ -41,4 +42,11 @@ def extension() -> ModuleType | None:
             RuntimeWarning,
             stacklevel=3,
         )
+    return module
+
+
+def require_extension() -> Any:
+    """The extension where it is known to be built; its functions are untyped."""
+    module = extension()
+    assert module is not None
     return module

@@ -1,36 +1,44 @@
-"""The public functions: validate, then call operators.
+"""The public functions: arguments are validated here, and only here.
 
 L is the number of leaves of the objective, B of examples, T of positions, N of rows, H the width
 of hidden states, V the vocabulary. Rows whose label is ignore_index are dropped before the head:
-they cost nothing, get gradient 0, and may hold anything. Keep the rows of one example adjacent if
+they cost nothing, get gradient 0, and may hold any values. Keep the rows of one example adjacent if
 you can; that is for speed, not for correctness.
 
 Labels and sequence_ids may stay on the CPU while hidden is on a GPU, pinned if possible: they are
 planned on the host. A call then waits for the device once, at its end, for one number that shows
-whether its results are finite; with labels on the device it waits at its start, too, to learn how
-many rows count. A `group` adds a wait for the sizes of its shards.
+whether its results are finite; with labels on the device it also waits at its start, for the
+number of rows that count. A `group` adds a wait for the sizes of its shards.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from realign_kernels import objectives, ops, preference_ops, row_plan, validation
-from realign_kernels.eager import LogProbs, take_rows, trains, wants_direction
-from realign_kernels.fused_preference import FusedPreference
-from realign_kernels.lm_head import local_head
+from realign_kernels import objectives, ops, row_plan, validation
+from realign_kernels.autograd import (
+    FusedPreference,
+    LogProbs,
+    LossInputs,
+    from_tokens,
+    keeps_dlogp_dh,
+    trains,
+)
+from realign_kernels.lm_head import Head, HeadSettings, local_head
 from realign_kernels.nonfinite import (
     check_rows,
     check_sequences,
+    check_tables,
     finite_rows,
     is_finite,
     sentinel,
 )
 from realign_kernels.objectives import Objective, PreferenceOutput, RDPOOutput, Term
-from realign_kernels.reference import wide_dtype
+from realign_kernels.reference import acc_dtype
 
 _rdpo = lru_cache(objectives.rdpo)  # its checks take 17 us
 
@@ -55,7 +63,7 @@ def linear_logprobs(
     Row i of hidden predicts labels[i]: shift before you call.
 
     With u = one GEMM over the rows that are not ignored, it costs 1u without gradient, 2u with
-    gradient to hidden alone (backward is then free), 3u to weight alone, 4u to both.
+    gradient only to hidden (backward is then free), 3u only to weight, 4u to both.
 
     Args:
         hidden: fp32, fp64, bf16 or fp16; any strides.
@@ -67,7 +75,7 @@ def linear_logprobs(
         temperature: divides the logits.
         chunk_rows: rows that pass the head together; default by device and vocabulary.
         rival: rows that score, instead of the label, the strongest token that is not the label
-            (`objectives.released` says what for). Not with `group`.
+            (for `objectives.released`). Not with `group`.
         group: the head is split by vocabulary over the ranks of this process group, in their order:
             weight and bias are this rank's rows (a DTensor sharded on axis 0 is one, too); hidden
             and labels are the same on all ranks, and so are the results and hidden's gradient.
@@ -80,43 +88,31 @@ def linear_logprobs(
     validation.check_labels(labels, hidden)
     validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
     validation.check_rival(rival, hidden, labels, weight, group)
-    flat = labels.reshape(-1).long()
-    flags = None if rival is None else rival.reshape(-1)
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
+    flat, runner_up = labels.reshape(-1).long(), None if rival is None else rival.reshape(-1)
+    return _linear_logprobs(hidden, weight, flat, bias, runner_up, settings).reshape(labels.shape)
+
+
+def _linear_logprobs(
+    hidden: Tensor,  # (..., H), N rows
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    runner_up: Tensor | None,  # (N,) bool
+    settings: HeadSettings,
+) -> Tensor:  # (N,)
+    """linear_logprobs of validated arguments."""
     if torch.compiler.is_compiling():
-        # A graph cannot depend on the number of rows that count: the operator drops the others.
-        dense = hidden.reshape(len(flat), hidden.shape[-1])
-        logps = ops.logprobs(
-            dense,
-            weight,
-            flat,
-            bias,
-            flags,
-            ignore_index,
-            softcap=softcap,
-            temperature=temperature,
-            chunk_rows=chunk_rows,
-            group=group,
-        )
-        return logps.reshape(labels.shape)
-    (known,) = row_plan.host_values(flat)
-    head = ops.make_head(weight, bias, softcap, temperature, group)
-    scored, rows = row_plan.scored_rows(known, head.vocabulary, ignore_index)
-    scored, rows = row_plan.labels_on(hidden.device, flat, scored, rows)
-    if flags is not None:
-        flags = row_plan.to_device(flags, hidden.device)
-        flags = flags if rows is None else flags[rows]
-    keep = wants_direction(hidden, weight, bias)
-    args = (scored, rows, flags, chunk_rows, keep)
-    logps, direction = LogProbs.apply(hidden, weight, bias, head, *args)
-    finite = is_finite(sentinel(logps.detach(), direction))
-    if not finite and (again := head.again()):
-        logps, direction = LogProbs.apply(hidden, weight, bias, again, *args)
-        finite = is_finite(sentinel(logps.detach(), direction))
-    if not finite:
-        check_rows(finite_rows(logps, direction), rows, take_rows(hidden, None), head)
-    if rows is not None:
-        logps = logps.new_zeros(labels.numel()).index_copy(0, rows, logps)
-    return logps.reshape(labels.shape)
+        # A graph cannot depend on the number of scored rows: the operator drops ignored rows.
+        dense = hidden.reshape(len(labels), hidden.shape[-1])
+        return ops.logprobs(dense, weight, labels, bias, runner_up, settings)
+    head, ignore_index = settings.head(weight, bias), settings.ignore_index
+    rows = row_plan.drop_ignored(labels, runner_up, hidden.device, head.vocabulary, ignore_index)
+    keep = keeps_dlogp_dh(hidden, weight, bias)
+    logps, _ = LogProbs.apply(hidden, weight, bias, head, rows, settings.chunk_rows, keep, True)
+    if rows.index is None:
+        return logps
+    return logps.new_zeros(len(labels)).index_copy(0, rows.index, logps)
 
 
 def preference_loss(
@@ -144,20 +140,7 @@ def preference_loss(
     """
     objective = objectives.as_objective(terms, beta)
     validation.check_reference(reference_logps, objective, reduction)
-    if leaf_logps.shape != reference_logps.shape:
-        raise ValueError(
-            f"leaf_logps {tuple(leaf_logps.shape)} and reference_logps "
-            f"{tuple(reference_logps.shape)} must have one shape, (leaves, examples)"
-        )
-    validation.check_wide("leaf_logps", leaf_logps)
-    validation.check_device(leaf_logps, reference_logps=reference_logps, token_counts=token_counts)
-    if token_counts is not None:
-        validation.check_integer("token_counts", token_counts)
-        if token_counts.shape != leaf_logps.shape:
-            raise ValueError(
-                f"token_counts {tuple(token_counts.shape)} must have the shape of leaf_logps "
-                f"{tuple(leaf_logps.shape)}"
-            )
+    validation.check_leaf_logps(leaf_logps, reference_logps, token_counts)
     eager = not torch.compiler.is_compiling()
     if eager and not is_finite(sentinel(leaf_logps.detach() - reference_logps)):
         check_sequences("leaf_logps", leaf_logps)
@@ -201,70 +184,64 @@ def linear_preference_loss(
     """
     objective = objectives.as_objective(terms, beta)
     validation.check_reference(reference_logps, objective, reduction)
-    leaves, examples = reference_logps.shape
-    if sequence_ids is None:
-        names = ", ".join(f"{leaf.response} under {leaf.image}" for leaf in objective.leaves)
-        if hidden.dim() != 4 or hidden.shape[:2] != (leaves, examples):
-            raise ValueError(
-                f"hidden {tuple(hidden.shape)} must be (L, B, T, H) with (L, B) = "
-                f"({leaves}, {examples}): objective {objective.name!r} has {leaves} leaves "
-                f"({names}) and reference_logps has {examples} examples. "
-                "Packed rows (N, H) need sequence_ids"
-            )
-        ids = None
-    else:
-        if hidden.dim() != 2 or sequence_ids.shape != hidden.shape[:1]:
-            raise ValueError(
-                f"with sequence_ids {tuple(sequence_ids.shape)} hidden must be (N, H) and "
-                f"sequence_ids (N,), got hidden {tuple(hidden.shape)}"
-            )
-        validation.check_integer("sequence_ids", sequence_ids)
-        ids = sequence_ids.long()
-    validation.check_device(hidden, host=True, sequence_ids=ids)
-    validation.check_device(hidden, reference_logps=reference_logps, token_weights=token_weights)
-    if token_weights is not None:
-        if token_weights.shape != labels.shape or token_weights.requires_grad:
-            raise ValueError(
-                f"token_weights {tuple(token_weights.shape)} must have the shape of labels "
-                f"{tuple(labels.shape)} and be constants: detach() them"
-            )
-        token_weights = token_weights.reshape(-1).to(wide_dtype(hidden.dtype))
-    # Once, though two functions want it.
+    validation.check_batch(hidden, labels, reference_logps, objective, sequence_ids, token_weights)
     hidden, weight, bias = validation.check_head(hidden, *local_head(weight, bias, group))
     validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
     validation.check_labels(labels, hidden)
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
+    leaves, examples = reference_logps.shape
+    ids = None if sequence_ids is None else sequence_ids.long()
+    if token_weights is not None:
+        token_weights = token_weights.reshape(-1).to(acc_dtype(hidden.dtype))
     if torch.compiler.is_compiling():
         if ids is None:
             ids = torch.arange(leaves * examples, device="cpu").repeat_interleave(hidden.shape[2])
-        labels, ids = labels.to(hidden.device), ids.to(hidden.device)
-        rival = preference_ops.rival_rows(objective, ids, examples)
-        logps = linear_logprobs(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            softcap=softcap,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            chunk_rows=chunk_rows,
-            rival=None if rival is None else rival.reshape(labels.shape),
-            group=group,
-        ).reshape(-1)
-        flat = labels.reshape(-1).long()
+        flat, ids = labels.reshape(-1).long().to(hidden.device), ids.to(hidden.device)
+        rivals = row_plan.scores_runner_ups(objective)
+        runner_up = row_plan.runner_up_rows(objective, ids, examples) if rivals else None
+        logps = _linear_logprobs(hidden, weight, flat, bias, runner_up, settings)
         if token_weights is not None:
             logps = logps * token_weights.masked_fill(flat == ignore_index, 0)
-        sums, counts = preference_ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
+        sums, counts = ops.sequence_sums(logps, flat, ids, reference_logps, ignore_index)
         return objective.__call__(sums, reference_logps, reduction, counts)
-    head = ops.make_head(weight, bias, softcap, temperature, group)
+    head = settings.head(weight, bias)
     shape = (leaves, examples)
     plan = row_plan.RowPlan(labels, ids, hidden.device, head.vocabulary, ignore_index, shape)
-    inputs = (hidden, weight, bias, head, plan, token_weights, reference_logps)
+    loss = LossInputs(plan, token_weights, reference_logps, objective, reduction)
     # In fp16 gradients made in the forward would underflow before a loss scale reaches them.
     early = reduction != "none" and hidden.dtype != torch.float16
     if early and trains(weight, bias) and torch.is_grad_enabled():
-        inputs = (*inputs, objective, reduction, chunk_rows)
-        return PreferenceOutput(*FusedPreference.apply(*inputs))
-    return preference_ops.planned_preference(*inputs, objective, reduction, chunk_rows)
+        output = FusedPreference.apply(hidden, weight, bias, head, loss, chunk_rows)
+        return PreferenceOutput(*output)
+    return _preference_of_logprobs(hidden, head, loss, chunk_rows)
+
+
+def _preference_of_logprobs(
+    hidden: Tensor,  # (..., H), N rows
+    head: Head,
+    loss: LossInputs,
+    chunk_rows: int | None,
+) -> PreferenceOutput:
+    """The objective over log-probs of scored rows, for a head that does not train: 2 GEMMs.
+
+    Raises:
+        NonFiniteError: a log-prob, its derivative or a reference is NaN or infinite.
+    """
+    plan, token_weights, reference_logps, objective, reduction = loss
+    weight, bias, rows = head.weight, head.bias, plan.scored(objective)
+    keep = keeps_dlogp_dh(hidden, weight, bias)
+    logps, dlogp_dh = LogProbs.apply(hidden, weight, bias, head, rows, chunk_rows, keep, False)
+    used = logps if token_weights is None else logps * rows.of(token_weights)
+    sequences = plan.ids_on_device, plan.counts
+    output = from_tokens(used, *sequences, reference_logps, objective, reduction)
+    # One wait for the device, at the end.
+    if not is_finite(sentinel(output.logps.detach() - reference_logps, dlogp_dh)):
+        if retry := head.retry():
+            return _preference_of_logprobs(hidden, retry, loss, chunk_rows)
+        dense = row_plan.take_rows(hidden, rows.index)
+        check_rows(finite_rows(logps, dlogp_dh), rows.index, dense, head)
+        check_tables(used, rows.index, output.logps, reference_logps)
+    return output
 
 
 def rdpo_loss(
@@ -316,6 +293,7 @@ def rdpo_loss(
         token_weights=token_weights,
         group=group,
     )
+    assert output.token_counts is not None
     return RDPOOutput(output.loss, output.logps, output.rewards, output.token_counts)
 
 
@@ -341,7 +319,7 @@ class RDPOLoss(nn.Module):
         objectives.rdpo(beta, visual_weight)
         validation.check_settings(softcap, temperature, chunk_rows, ignore_index)
         objectives.check_reduction(reduction)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "beta": beta,
             "visual_weight": visual_weight,
             "softcap": softcap,
@@ -363,10 +341,18 @@ class RDPOLoss(nn.Module):
         token_weights: Tensor | None = None,  # of the shape of labels
         group: ProcessGroup | None = None,
     ) -> RDPOOutput:
-        """rdpo_loss with these settings; it says what it raises."""
-        others = {"bias": bias, "token_weights": token_weights, "group": group}
-        inputs = (hidden, weight, labels, reference_logps)
-        return rdpo_loss(*inputs, sequence_ids=sequence_ids, **others, **self.settings)
+        """rdpo_loss with these settings."""
+        return rdpo_loss(
+            hidden,
+            weight,
+            labels,
+            reference_logps,
+            sequence_ids=sequence_ids,
+            bias=bias,
+            token_weights=token_weights,
+            group=group,
+            **self.settings,
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())

@@ -1,15 +1,89 @@
-"""Heads that are not one plain matrix: sharded over ranks, or with LoRA beside it."""
+"""The language-model head: `Head`, vocabulary shards, and heads with LoRA or sharded weights."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from realign_kernels.reference import wide_dtype
+from realign_kernels.reference import acc_dtype
 from realign_kernels.validation import DTYPES
+
+
+class VocabularyShard(NamedTuple):
+    """The rows of the head that this rank holds."""
+
+    group: ProcessGroup
+    start: int
+    total: int
+    """Vocabulary over all ranks."""
+    largest: int
+    """Rows of the largest shard: all ranks size their chunks by it, so that they agree."""
+
+
+class Head(NamedTuple):
+    """z = cap(hidden @ weight.T + bias) / temperature, cap(x) = softcap * tanh(x / softcap)."""
+
+    weight: Tensor  # (V, H); with a shard, this rank's rows
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    temperature: float
+    shard: VocabularyShard | None = None
+    shift_by_max: bool = False
+    """Without `TorchKernels.fused`, for which labels may be too far below other tokens."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the whole head, over all shards."""
+        return len(self.weight) if self.shard is None else self.shard.total
+
+    def retry(self) -> "Head | None":
+        """The head for a second try where results are not finite; None if it changes nothing.
+
+        Shards never fuse, and their ranks must not differ in the kernels that they run.
+        """
+        final = self.shift_by_max or self.shard is not None
+        return None if final else self._replace(shift_by_max=True)
+
+
+class HeadSettings(NamedTuple):
+    """Settings of a call, in the order of the operators' schemas."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+    ignore_index: int = -100
+    chunk_rows: int | None = None
+    group: Any = None  # ProcessGroup or, in an operator, its name; "" for none
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head; with a process group, whose ranks each hold rows of it in turn."""
+        group: Any = self.group or None
+        if type(group) is str:
+            group = _resolve_process_group(self.group)
+        shard = None if group is None else shard_of(weight, group)
+        softcap = None if self.softcap is None else float(self.softcap)
+        return Head(weight, bias, softcap, float(self.temperature), shard)
+
+
+def shard_of(weight: Tensor, group: ProcessGroup) -> VocabularyShard:
+    """The rows of the whole head that `weight` is: shards are in the order of the ranks.
+
+    Raises:
+        ValueError: when a rank has no row.
+    """
+    size = torch.tensor([len(weight)], device=weight.device)
+    sizes = [torch.empty_like(size) for _ in range(group.size())]
+    dist.all_gather(sizes, size, group)
+    counts = torch.cat(sizes).tolist()
+    if min(counts) == 0:
+        raise ValueError(
+            f"weight has {counts} rows on the ranks of group: each needs one, use fewer ranks"
+        )
+    return VocabularyShard(group, sum(counts[: group.rank()]), sum(counts), max(counts))
 
 
 def local_head(
@@ -26,10 +100,11 @@ def local_head(
         raise ValueError(
             f"group is {group!r}, not a process group that this rank is in: call on its ranks only"
         )
-    return _local("weight", weight, group), _local("bias", bias, group)
+    bias = None if bias is None else _local("bias", bias, group)
+    return _local("weight", weight, group), bias
 
 
-def _local(name: str, tensor: Tensor | None, group: ProcessGroup | None) -> Tensor | None:
+def _local(name: str, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     mesh = tensor.device_mesh
@@ -53,7 +128,7 @@ def head_inputs(
     lm_head: nn.Module,
     hidden: Tensor,  # (..., H)
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # (..., H'), (V, H'), (V,)
-    """hidden, weight and bias whose product is what a language-model head really computes.
+    """hidden, weight and bias whose product is the output of a language-model head.
 
     nn.Linear gives its own weight and bias, with hidden as it came; so does the trained copy in
     PEFT's modules_to_save, and the weight with trainable tokens in it where the head shares the
@@ -67,7 +142,7 @@ def head_inputs(
 
     Args:
         lm_head: the module, V outputs of H inputs.
-        hidden: (..., H) what comes into it.
+        hidden: (..., H) its input.
 
     Returns:
         hidden (..., H'), weight (V, H') and bias (V,) or None, H' = H + the ranks of the adapters.
@@ -89,12 +164,12 @@ def head_inputs(
 
 
 def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight (V, H) and bias (V,) that a language-model head really multiplies by.
+    """The effective weight (V, H) and bias (V,) of a language-model head.
 
     As `head_inputs`, for code that has no hidden states at hand: LoRA is merged, W + sum over
     active adapters of scaling * B A, as a function of A and B, so that gradients reach them. The
     merged weight is a copy of V x H, made by each call and rounded once to the dtype of W: in bf16
-    what is below 1/512 of an entry of W is lost.
+    a change below 1/512 of an entry of W is lost.
 
     Raises:
         ValueError: as head_inputs, and for LoRA dropout while training.
@@ -103,7 +178,7 @@ def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
     if not adapters:
         return base.weight, base.bias
     kept, bias = base.weight.dtype, base.bias
-    wide = wide_dtype(kept)
+    wide = acc_dtype(kept)
     weight = base.weight.to(wide)
     for adapter in adapters:
         rate = getattr(adapter.dropout, "p", 0.0)
@@ -134,22 +209,33 @@ class _Adapter(NamedTuple):
 
 
 def _layers(lm_head: nn.Module) -> tuple[nn.Linear | SimpleNamespace, list[_Adapter]]:
-    """The linear layer that runs now, and the LoRA adapters that are added to it.
-
-    PEFT is recognised by its attributes, as this package does not import it.
-    """
-    if hasattr(lm_head, "modules_to_save") and hasattr(lm_head, "original_module"):
-        copies = lm_head.modules_to_save
-        names = () if lm_head.disable_adapters else lm_head.active_adapters
-        trained = len(names) > 0 and all(name in copies for name in names)
-        lm_head = copies[names[0]] if trained else lm_head.original_module
-    tokens = getattr(lm_head, "token_adapter", lm_head)
+    """The linear layer that runs now, and the LoRA adapters that are added to it."""
+    layer = _trained_copy(lm_head)
+    tokens = getattr(layer, "token_adapter", layer)
     if hasattr(tokens, "trainable_tokens_delta"):  # of a head that shares the embedding's weight
         names = () if tokens.disable_adapters else tokens.active_adapters
         base = _plain(tokens.base_layer)
         return SimpleNamespace(weight=tokens.get_merged_weights(names), bias=base.bias), []
-    if isinstance(lm_head, nn.Linear) and not hasattr(lm_head, "base_layer"):
-        return _plain(lm_head), []
+    if isinstance(layer, nn.Linear) and not hasattr(layer, "base_layer"):
+        return _plain(layer), []
+    return _lora_layers(layer)
+
+
+def _trained_copy(lm_head: Any) -> Any:
+    """The module that runs: with PEFT's modules_to_save the trained copy, if it is active.
+
+    PEFT is recognised by its attributes, as this package does not import it; they are untyped.
+    """
+    if not (hasattr(lm_head, "modules_to_save") and hasattr(lm_head, "original_module")):
+        return lm_head
+    copies: Any = lm_head.modules_to_save
+    names = [] if lm_head.disable_adapters else list(lm_head.active_adapters)
+    trained = len(names) > 0 and all(name in copies for name in names)
+    return copies[names[0]] if trained else lm_head.original_module
+
+
+def _lora_layers(lm_head: Any) -> tuple[nn.Linear, list[_Adapter]]:
+    """The base layer and the active adapters of a PEFT LoRA layer."""
     base = getattr(lm_head, "base_layer", None)
     if not isinstance(base, nn.Linear) or not hasattr(lm_head, "lora_A"):
         raise ValueError(

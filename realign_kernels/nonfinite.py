@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from realign_kernels.backends.base import Head
+from realign_kernels.lm_head import Head
 
 
 class NonFiniteError(ValueError):
@@ -34,10 +34,10 @@ def sentinel(*values: Tensor | None) -> Tensor:
     isfinite() is four launches on CUDA, a sum is one. A sum in a wider dtype would copy the values.
     Finite values may overflow in the sum; the detailed checks then find no fault.
     """
-    first, *others = [v.sum() for v in values if v is not None]
-    for other in others:
-        first = first + other
-    return first
+    total, *more = [v.sum() for v in values if v is not None]
+    for value in more:
+        total = total + value
+    return total
 
 
 def is_finite(scalar: Tensor) -> bool:
@@ -47,20 +47,20 @@ def is_finite(scalar: Tensor) -> bool:
 
 def finite_rows(
     logps: Tensor,  # (n,)
-    direction: Tensor | None,  # (n, H)
+    dlogp_dh: Tensor | None,  # (n, H)
 ) -> Tensor:  # (n,) bool
     """Which log-probs are finite, and d logp / d hidden with them."""
     finite = logps.isfinite()
-    if direction is not None:
-        # A weight of -inf may leave the log-prob finite, but not what it is a function of.
-        finite &= direction.sum(1, dtype=logps.dtype).isfinite()
+    if dlogp_dh is not None:
+        # A weight of -inf may leave the log-prob finite, but not its derivative.
+        finite &= dlogp_dh.sum(1, dtype=logps.dtype).isfinite()
     return finite
 
 
 def check_rows(
     finite: Tensor,  # (n,) bool
-    rows: Tensor | None,  # (n,) int64, flat positions of the n rows; None: their own
-    hidden: Tensor,  # (N, H)
+    index: Tensor | None,  # (n,) int64, flat positions of the n rows; None: their own
+    hidden: Tensor,  # (n, H)
     head: Head,
 ) -> None:
     """Check that log-probs are finite.
@@ -68,11 +68,10 @@ def check_rows(
     Raises:
         NonFiniteError: one is not; the message has the likely cause.
     """
-    places = _places(rows, ~finite)
-    if not len(places):
+    if finite.all():
         return
     causes = []
-    if not hidden[places].isfinite().all():
+    if not hidden[~finite].isfinite().all():
         causes.append("hidden holds NaN or inf in them")
     if not head.weight.isfinite().all():
         causes.append("weight holds NaN or inf")
@@ -83,13 +82,13 @@ def check_rows(
         f"hidden, weight and bias are finite{where}, so the logits overflow {hidden.dtype}: "
         "look for exploding activations, or use bfloat16"
     )
-    found = places.tolist()
-    raise NonFiniteError(f"log-probs are not finite in rows {first_few(found)}: {reason}", found)
+    rows = _places(index, ~finite)
+    raise NonFiniteError(f"log-probs are not finite in rows {first_few(rows)}: {reason}", rows)
 
 
 def check_tables(
     used: Tensor,  # (n,) log-probs times token weights
-    rows: Tensor | None,  # (n,) int64
+    index: Tensor | None,  # (n,) int64
     sums: Tensor,  # (L, B) of used
     reference_logps: Tensor,  # (L, B)
 ) -> None:
@@ -100,11 +99,11 @@ def check_tables(
     """
     check_sequences("reference_logps", reference_logps)
     if not sums.isfinite().all():
-        places = _places(rows, ~used.isfinite()).tolist()
+        rows = _places(index, ~used.isfinite())
         raise NonFiniteError(
-            f"token_weights make the log-probs of rows {first_few(places)} NaN or infinite: look "
+            f"token_weights make the log-probs of rows {first_few(rows)} NaN or infinite: look "
             "at their values there",
-            places,
+            rows,
         )
 
 
@@ -125,6 +124,6 @@ def check_sequences(name: str, values: Tensor) -> None:
     )
 
 
-def _places(rows: Tensor | None, bad: Tensor) -> Tensor:
-    found = bad.nonzero().squeeze(1)
-    return found if rows is None else rows[found]
+def _places(index: Tensor | None, bad: Tensor) -> list[int]:
+    rows = bad.nonzero().squeeze(1)
+    return (rows if index is None else index[rows]).tolist()

@@ -1,41 +1,40 @@
-"""The head as torch operators, for graphs of torch.compile: schema, fake implementation, autograd.
+"""Operators for graphs of torch.compile: schema, fake implementation, autograd.
 
-Eager calls take `eager`. An operator's body sees real values even under torch.compile, so what
-depends on values is checked here: label range, sequence numbers, non-finite results. Ignored rows
-are dropped here, as the number of the others is no constant of a graph.
+Eager calls take `autograd`. An operator's body sees real values even under torch.compile, so checks
+that depend on values are here: label range, sequence numbers, non-finite results. It drops ignored
+rows, too, because the number of the others is no constant of a graph.
 """
 
-from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-from realign_kernels.backends.base import Head, shard_of
+from realign_kernels.autograd import (
+    keeps_dlogp_dh,
+    no_autocast,
+    refuse_second_derivative,
+    score_rows,
+    sum_by_sequence,
+)
 from realign_kernels.backends.dispatch import backend_for, current_override
-from realign_kernels.eager import refuse_second_derivative, spread_rows, wants_direction
-from realign_kernels.nonfinite import check_rows, finite_rows, is_finite, sentinel
-from realign_kernels.reference import wide_dtype
-from realign_kernels.row_plan import host_values, indices_to_device, scored_rows, to_device
+from realign_kernels.lm_head import HeadSettings
+from realign_kernels.nonfinite import check_tables, is_finite, sentinel
+from realign_kernels.reference import acc_dtype
+from realign_kernels.row_plan import (
+    check_counts,
+    check_ids,
+    drop_ignored,
+    host_values,
+    indices_to_device,
+    spread_rows,
+    take_rows,
+    to_device,
+)
 
 IGNORED = -1
-"""The target of an ignored row. ignore_index may be a token, which a rival row may score."""
-
-
-def make_head(
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    temperature: float,
-    group: dist.ProcessGroup | str | None,
-) -> Head:
-    """The head; with a process group or its name, whose ranks each hold rows of it in turn."""
-    if isinstance(group, str):
-        group = _resolve_process_group(group) if group else None
-    shard = None if group is None else shard_of(weight, group)
-    softcap = None if softcap is None else float(softcap)
-    return Head(weight, bias, softcap, float(temperature), shard)
+"""The target of an ignored row. ignore_index may be a token, which a runner-up row may score."""
 
 
 @torch.library.custom_op("realign::linear_logprobs", mutates_args=())
@@ -44,75 +43,50 @@ def linear_logprobs(
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (N,) int64
     bias: Tensor | None,  # (V,)
-    rival: Tensor | None,  # (N,) bool
+    runner_up: Tensor | None,  # (N,) bool
     softcap: float | None,
     temperature: float,
     ignore_index: int,
     chunk_rows: int | None,
     group: str,
-    keep_direction: bool,
+    keep_dlogp_dh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, H) or (0, H), both wide; (N,) or (0,) int64
-    """Log-probs, and with keep_direction d logp_i / d hidden_i, from which backward is a scaling.
+    """Log-probs, and with keep_dlogp_dh d logp_i / d hidden_i, from which backward is a scaling.
 
-    The direction is wide, so that the gradient is rounded once. With `rival`, also the targets:
-    the tokens that were scored.
+    dlogp_dh is wide, so that the gradient is rounded once. With `runner_up`, also the targets: the
+    tokens that were scored.
 
     Raises:
         ValueError: a label is outside [0, V).
         NonFiniteError: a log-prob, or its derivative, is NaN or infinite.
     """
-    device = hidden.device
-    head = make_head(weight, bias, softcap, temperature, group)
-    (known,) = host_values(labels)
-    scored, rows = scored_rows(known, head.vocabulary, ignore_index)
-    scored, rows = indices_to_device(scored, rows, device=device)
-    dense = hidden if rows is None else hidden[rows]
-    flags = None if rival is None else to_device(rival, device)
-    flags = flags if flags is None or rows is None else flags[rows]
-    settings = {"chunk_rows": chunk_rows, "keep_direction": keep_direction}
-    compute = partial(backend_for(hidden).forward, dense, labels=scored, rival=flags, **settings)
-    # Under autocast a GEMM in the body would be cast again, behind the back of the backend.
-    with torch.autocast(device.type, enabled=False):
-        logps, scored, direction = compute(head=head)
-        finite = is_finite(sentinel(logps, direction))
-        if not finite and (again := head.again()):
-            logps, scored, direction = compute(head=again)
-            finite = is_finite(sentinel(logps, direction))
-    if not finite:
-        check_rows(finite_rows(logps, direction), rows, hidden, head)
-    if direction is None:
-        direction = logps.new_empty(0, hidden.shape[1])
-    if rows is None:
-        targets = scored.new_empty(0) if rival is None else scored.clone()
-        return logps, direction, targets
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
+    head = settings.head(weight, bias)
+    rows = drop_ignored(labels, runner_up, hidden.device, head.vocabulary, ignore_index)
+    dense = take_rows(hidden, rows.index)
+    _, logps, scored, dlogp_dh = score_rows(
+        dense, head, rows, chunk_rows, keep_dlogp_dh=keep_dlogp_dh, check=True
+    )
     targets = scored.new_empty(0)
-    if rival is not None:
-        targets = scored.new_full((len(labels),), IGNORED).index_copy_(0, rows, scored)
-    spread = logps.new_zeros(len(labels)).index_copy_(0, rows, logps)
-    if keep_direction:
-        direction = logps.new_zeros(hidden.shape).index_copy_(0, rows, direction)
-    return spread, direction, targets
+    if runner_up is not None:
+        targets = scored.clone()
+    if rows.index is not None:
+        logps = logps.new_zeros(len(labels)).index_copy_(0, rows.index, logps)
+        if runner_up is not None:
+            targets = scored.new_full((len(labels),), IGNORED).index_copy_(0, rows.index, scored)
+    if dlogp_dh is None:
+        return logps, logps.new_empty(0, hidden.shape[1]), targets
+    return logps, spread_rows(dlogp_dh, rows.index, hidden.shape), targets
 
 
 @linear_logprobs.register_fake
-def _(
-    hidden,
-    weight,
-    labels,
-    bias,
-    rival,
-    softcap,
-    temperature,
-    ignore_index,
-    chunk_rows,
-    group,
-    keep_direction,
-):
+def _(hidden, weight, labels, bias, runner_up, *settings):
+    *_, keep_dlogp_dh = settings
     count = labels.shape[0]
-    logps = hidden.new_empty(count, dtype=wide_dtype(hidden.dtype))
-    direction = logps.new_empty(hidden.shape[0] if keep_direction else 0, hidden.shape[1])
-    targets = hidden.new_empty(0 if rival is None else count, dtype=torch.int64)
-    return logps, direction, targets
+    logps = hidden.new_empty(count, dtype=acc_dtype(hidden.dtype))
+    dlogp_dh = logps.new_empty(hidden.shape[0] if keep_dlogp_dh else 0, hidden.shape[1])
+    targets = hidden.new_empty(0 if runner_up is None else count, dtype=torch.int64)
+    return logps, dlogp_dh, targets
 
 
 @torch.library.custom_op("realign::linear_logprobs_backward", mutates_args=())
@@ -127,84 +101,79 @@ def linear_logprobs_backward(
     ignore_index: int,
     chunk_rows: int | None,
     group: str,
-    wanted: list[bool],
+    needs_grad: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # (N, H), (V, H), (V,); empty where not wanted
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, H), (V, H), (V,); empty where not needed
     """Gradients of hidden, weight and bias by recomputing the logits.
 
     Ignored rows get 0, and their grad is not read.
     """
-    device = hidden.device
-    head = make_head(weight, bias, softcap, temperature, group)
-    (known,) = host_values(labels)
-    scored, rows = scored_rows(known, head.vocabulary, ignore_index)
-    scored, rows = indices_to_device(scored, rows, device=device)
-    dense = (grad, hidden) if rows is None else (grad[rows], hidden[rows])
-    with torch.autocast(device.type, enabled=False):
-        grads = backend_for(hidden, backend).backward(
-            *dense, head, scored, chunk_rows=chunk_rows, wanted=tuple(wanted)
+    settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
+    head = settings.head(weight, bias)
+    rows = drop_ignored(labels, None, hidden.device, head.vocabulary, ignore_index)
+    dense, (need_hidden, need_weight, need_bias) = take_rows(hidden, rows.index), needs_grad
+    with no_autocast(hidden.device.type):
+        for_hidden, for_weight, for_bias = backend_for(hidden, backend).backward(
+            rows.of(grad),
+            dense,
+            head,
+            rows.labels,
+            chunk_rows=chunk_rows,
+            needs_grad=(need_hidden, need_weight, need_bias),
         )
-    first, *of_head = grads
-    if first is not None:
-        first = spread_rows(first, rows, hidden.shape)
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in (first, *of_head))
+    if for_hidden is not None:
+        for_hidden = spread_rows(for_hidden, rows.index, hidden.shape)
+    empty = hidden.new_empty
+    return (
+        empty(0) if for_hidden is None else for_hidden,
+        empty(0) if for_weight is None else for_weight,
+        empty(0) if for_bias is None else for_bias,
+    )
 
 
 @linear_logprobs_backward.register_fake
-def _(
-    grad,
-    hidden,
-    weight,
-    labels,
-    bias,
-    softcap,
-    temperature,
-    ignore_index,
-    chunk_rows,
-    group,
-    wanted,
-    backend,
-):
-    inputs = zip((hidden, weight, bias), wanted, strict=True)
-    return tuple(t.new_empty(t.shape) if want else hidden.new_empty(0) for t, want in inputs)
+def _(grad, hidden, weight, labels, bias, *settings):
+    *_, needs_grad, _ = settings
+    inputs = zip((hidden, weight, bias), needs_grad, strict=True)
+    return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in inputs)
 
 
-def _setup_linear_logprobs(ctx, inputs, output) -> None:
-    hidden, weight, labels, bias, rival, *ctx.settings, ctx.keep_direction = inputs
-    _, direction, targets = output
-    ctx.mark_non_differentiable(direction, targets)
+def _setup_linear_logprobs(ctx: Any, inputs, output) -> None:
+    hidden, weight, labels, bias, runner_up, *settings, ctx.keep_dlogp_dh = inputs
+    _, dlogp_dh, targets = output
+    ctx.mark_non_differentiable(dlogp_dh, targets)
     ctx.set_materialize_grads(False)
-    ctx.dtype = hidden.dtype
+    ctx.dtype, ctx.settings = hidden.dtype, HeadSettings(*settings)
     # Device threads of the autograd engine do not see use_backend; a trace must not bake it in.
     ctx.backend = "" if torch.compiler.is_compiling() else current_override()
-    if rival is not None:
-        labels, ctx.settings[2] = targets, IGNORED
+    if runner_up is not None:
+        labels, ctx.settings = targets, ctx.settings._replace(ignore_index=IGNORED)
     ctx.save_for_backward(
-        *((labels, direction) if ctx.keep_direction else (hidden, weight, labels, bias))
+        *((labels, dlogp_dh) if ctx.keep_dlogp_dh else (hidden, weight, labels, bias))
     )
 
 
-def _linear_logprobs_grads(ctx, grad, *_):
+def _linear_logprobs_grads(ctx: Any, grad: Tensor | None, *_):
     refuse_second_derivative()
-    others = (None,) * 7
+    constants = (None,) * 7
     if grad is None:
-        return None, None, None, None, *others
-    want_hidden, want_weight, _, want_bias, *_ = ctx.needs_input_grad
-    wanted = [want_hidden, want_weight, want_bias]
-    if ctx.keep_direction:
-        assert not want_weight and not want_bias, "keep_direction is for a frozen head"
-        labels, direction = ctx.saved_tensors
-        ignored = to_device(labels == ctx.settings[2], grad.device)
+        return None, None, None, None, *constants
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    if ctx.keep_dlogp_dh:
+        assert not need_weight and not need_bias, "keep_dlogp_dh is for a frozen head"
+        labels, dlogp_dh = ctx.saved_tensors
+        ignored = to_device(labels == ctx.settings.ignore_index, grad.device)
         # An ignored row's log-prob is the constant 0, whatever (inf, NaN) comes back for it.
         factor = grad.masked_fill(ignored, 0)[:, None]
-        return (direction * factor).to(ctx.dtype), None, None, None, *others
+        return (dlogp_dh * factor).to(ctx.dtype), None, None, None, *constants
     hidden, weight, labels, bias = ctx.saved_tensors
-    args = (grad.contiguous(), hidden, weight, labels, bias, *ctx.settings)
-    grads = linear_logprobs_backward(*args, wanted, ctx.backend)
+    needs_grad = [need_hidden, need_weight, need_bias]
+    inputs = (grad.contiguous(), hidden, weight, labels, bias, *ctx.settings)
+    grads = linear_logprobs_backward(*inputs, needs_grad, ctx.backend)
     for_hidden, for_weight, for_bias = (
-        g if want else None for g, want in zip(grads, wanted, strict=True)
+        g if need else None for g, need in zip(grads, needs_grad, strict=True)
     )
-    return for_hidden, for_weight, None, for_bias, *others
+    return for_hidden, for_weight, None, for_bias, *constants
 
 
 linear_logprobs.register_autograd(_linear_logprobs_grads, setup_context=_setup_linear_logprobs)
@@ -215,26 +184,68 @@ def logprobs(
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (N,) int64
     bias: Tensor | None,  # (V,)
-    rival: Tensor | None,  # (N,) bool
-    ignore_index: int,
-    *,
-    softcap: float | None,
-    temperature: float,
-    chunk_rows: int | None,
-    group: dist.ProcessGroup | None,
+    runner_up: Tensor | None,  # (N,) bool
+    settings: HeadSettings,
 ) -> Tensor:  # (N,) wide
     """The operator with public settings."""
-    logps, _, _ = linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        bias,
-        rival,
-        None if softcap is None else float(softcap),
-        float(temperature),
-        ignore_index,
-        chunk_rows,
-        "" if group is None else group.group_name,
-        wants_direction(hidden, weight, bias),
+    softcap, temperature, *_, group = settings
+    plain = settings._replace(
+        softcap=None if softcap is None else float(softcap),
+        temperature=float(temperature),
+        group="" if group is None else group.group_name,
     )
-    return logps
+    keep = keeps_dlogp_dh(hidden, weight, bias)
+    return linear_logprobs(hidden, weight, labels, bias, runner_up, *plain, keep)[0]
+
+
+@torch.library.custom_op("realign::sequence_sums", mutates_args=())
+def sequence_sums(
+    logps: Tensor,  # (N,)
+    labels: Tensor,  # (N,) int64
+    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    reference_logps: Tensor,  # (L, B)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # (L, B) in the dtype of logps, (L, B) int64
+    """Log-prob and token count of each sequence.
+
+    reference_logps give the shape; their values are only checked.
+
+    Raises:
+        ValueError: a sequence number is out of range, or a sequence has no token.
+        NonFiniteError: a log-prob or reference is NaN or infinite.
+    """
+    leaves, examples = reference_logps.shape
+    known, every = host_values(labels, sequence_ids)
+    rows = (known != ignore_index).nonzero()[0]
+    check_ids(every[rows], rows, leaves, examples)
+    counts = np.bincount(every[rows], minlength=leaves * examples).reshape(leaves, examples)
+    check_counts(counts, ignore_index)
+    index, ids = indices_to_device(rows, every[rows], device=logps.device)
+    assert index is not None and ids is not None
+    used = logps[index]
+    sums = sum_by_sequence(used, ids, reference_logps.shape)
+    if not is_finite(sentinel(sums - reference_logps)):
+        check_tables(used, index, sums, reference_logps)
+    return sums, to_device(torch.from_numpy(counts), logps.device)
+
+
+@sequence_sums.register_fake
+def _(logps, labels, sequence_ids, reference_logps, ignore_index):
+    shape = reference_logps.shape
+    return logps.new_empty(shape), logps.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_sequence_sums(ctx: Any, inputs, output) -> None:
+    _, labels, sequence_ids, _, ctx.ignore_index = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(labels, sequence_ids)
+
+
+def _sequence_sums_grads(ctx: Any, grad: Tensor, _):
+    labels, sequence_ids = ctx.saved_tensors
+    ignored = labels == ctx.ignore_index
+    of_row = grad.flatten()[sequence_ids.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    return of_row, None, None, None, None
+
+
+sequence_sums.register_autograd(_sequence_sums_grads, setup_context=_setup_sequence_sums)

@@ -1,20 +1,16 @@
 """The specification: every operator in plain PyTorch, in fp32 (fp64 for fp64 inputs).
 
-These functions define what the operators compute and are what tests compare with. They build all
-logits at once, so they are for small inputs. `ReferenceBackend` makes them a backend
+These functions define the operators, and tests compare with them. They build all
+logits at once, so they are for small inputs. `backends.reference` makes them a backend
 (`use_backend("reference")`).
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from realign_kernels.backends.base import Head
 
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of log-probs and accumulators: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -27,7 +23,7 @@ def linear_logits(
     temperature: float,
 ) -> Tensor:  # (N, V), wide
     """The head caps (Gemma 2: cap * tanh(z / cap)), then sampling divides by the temperature."""
-    wide = wide_dtype(hidden.dtype)
+    wide = acc_dtype(hidden.dtype)
     logits = hidden.to(wide) @ weight.to(wide).T
     if bias is not None:
         logits = logits + bias.to(wide)
@@ -97,71 +93,9 @@ def rdpo_loss(
     return (text_loss + visual_weight * visual_loss).mean()
 
 
-def rivals(
+def runner_up(
     logits: Tensor,  # (N, V)
     labels: Tensor,  # (N,) int64
 ) -> Tensor:  # (N,) int64
-    """The strongest token that is not the label: what the authors' release scores (`released`)."""
+    """The strongest token that is not the label, which the authors' release scores (`released`)."""
     return logits.scatter(1, labels[:, None], float("-inf")).argmax(1)
-
-
-class ReferenceBackend:
-    """`dispatch.Backend` over the specification."""
-
-    def span_rows(self, hidden, head, rival, chunk_rows):
-        return len(hidden)
-
-    def scale(self, values, factor):
-        values.mul_(factor)
-
-    def fused_loss(self, objective):
-        return None
-
-    def forward(self, hidden, head, labels, rival, *, chunk_rows, keep_direction):
-        args = _arguments(head)
-        if rival is not None:
-            strongest = rivals(linear_logits(hidden, *args), labels)
-            labels = torch.where(rival, strongest, labels)
-        logps = linear_logprobs(hidden, args[0], labels, *args[1:], ignore_index=-1)
-        direction = None
-        if keep_direction:
-            ones = torch.ones_like(logps)
-            direction = linear_logprobs_backward(ones, hidden, args[0], labels, *args[1:])[0]
-        return logps, labels, direction
-
-    def backward(self, grad, hidden, head, labels, *, chunk_rows, wanted):
-        args = _arguments(head)
-        grads = linear_logprobs_backward(grad, hidden, args[0], labels, *args[1:])
-        inputs = zip(grads, (hidden, head.weight, head.bias), wanted, strict=True)
-        return tuple(g.to(tensor.dtype) if want else None for g, tensor, want in inputs)
-
-    def by_spans(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        rival: Tensor | None,
-        lengths: list[int],
-        slopes: Callable[[int, int, Tensor], Tensor],
-        *,
-        chunk_rows: int | None,
-        wanted: tuple[bool, bool, bool],
-    ):
-        settings = {"chunk_rows": chunk_rows}
-        logps, targets, _ = self.forward(
-            hidden, head, labels, rival, keep_direction=False, **settings
-        )
-        grad = slopes(0, len(lengths), logps)
-        grads = self.backward(grad, hidden, head, targets, wanted=wanted, **settings)
-        return logps, targets, grads
-
-
-def _arguments(head: Head) -> tuple[Tensor, Tensor | None, float | None, float]:
-    if head.shard is not None:
-        raise ValueError("the reference backend has no vocabulary-parallel head: use torch")
-    return head.weight, head.bias, head.softcap, head.temperature
-
-
-def backend() -> ReferenceBackend:
-    """See `dispatch.Backend`."""
-    return ReferenceBackend()

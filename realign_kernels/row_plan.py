@@ -1,15 +1,19 @@
-"""The rows that a call scores, planned on the host: their number is a shape.
+"""Scored rows, planned on the host: ignored rows are dropped here, and only here.
 
-Labels and sequence numbers that are on the CPU already cost no wait for the device.
+The number of scored rows is a shape. Labels and sequence numbers on the CPU cost no wait for the
+device.
 """
 
 import math
 from copy import copy
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from realign_kernels.objectives import Objective
 
 
 def host_values(*tensors: Tensor) -> list[np.ndarray]:
@@ -79,16 +83,95 @@ def _any_outside(values: np.ndarray, limit: int) -> bool:
     return len(values) > 0 and bool(values.view(np.uint64).max() >= limit)  # -1 is 2**64 - 1
 
 
-def labels_on(
+class ScoredRows(NamedTuple):
+    """The n rows that are not ignored, on the device of the head."""
+
+    labels: Tensor  # (n,) int64
+    index: Tensor | None  # (n,) int64, flat positions among N rows; None: all of them in order
+    runner_up: Tensor | None = None  # (n,) bool, rows that score the strongest other token
+
+    def of(self, values: Tensor) -> Tensor:
+        """Entries (n, ...) of values (N, ...)."""
+        return values if self.index is None else values[self.index]
+
+
+def drop_ignored(
+    labels: Tensor,  # (N,) int64, on the CPU or on `device`
+    runner_up: Tensor | None,  # (N,) bool
     device: torch.device,
+    vocabulary: int,
+    ignore_index: int,
+) -> ScoredRows:
+    """The rows of a call that are scored.
+
+    Raises:
+        ValueError: a label is outside [0, vocabulary).
+    """
+    (known,) = host_values(labels)
+    rows = _on_device(labels, *scored_rows(known, vocabulary, ignore_index), device)
+    if runner_up is None:
+        return rows
+    return rows._replace(runner_up=rows.of(to_device(runner_up, device)))
+
+
+def _on_device(
     given: Tensor,  # (N,) int64, on the CPU or on `device`
     labels: np.ndarray,  # (n,) int64, those of them that are scored
     rows: np.ndarray | None,  # (n,) int64
-) -> tuple[Tensor, Tensor | None]:
-    """Scored labels and their rows on `device`; labels that are there already are not copied."""
+    device: torch.device,
+) -> ScoredRows:
+    """Labels that are on the device already are not copied."""
     if rows is None and given.device == device:
-        return given, None
-    return tuple(indices_to_device(labels, rows, device=device))
+        return ScoredRows(given, None)
+    on_device, index = indices_to_device(labels, rows, device=device)
+    assert on_device is not None
+    return ScoredRows(on_device, index)
+
+
+def take_rows(
+    hidden: Tensor,  # (..., H)
+    index: Tensor | None,  # (n,) int64, of the flattened leading axes; None: all of them
+) -> Tensor:  # (n, H)
+    """Rows of hidden, without a copy of the others: hidden[:, :, :-1] has no flat view."""
+    if index is None:
+        return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    if hidden.is_contiguous():
+        return hidden.view(-1, hidden.shape[-1]).index_select(0, index)
+    places = []
+    for size in reversed(hidden.shape[:-1]):  # torch.unravel_index would copy the sizes to a GPU
+        places.append(index % size)
+        index = index // size
+    return hidden[tuple(reversed(places))]
+
+
+def spread_rows(
+    values: Tensor,  # (n, H)
+    index: Tensor | None,  # (n,) int64, distinct
+    shape: torch.Size,  # (..., H)
+) -> Tensor:  # (..., H)
+    """The inverse of `take_rows`, with 0 in the other rows."""
+    if index is None:
+        return values.view(shape)
+    full = len(index) == shape[:-1].numel()
+    every = values.new_empty(shape) if full else values.new_zeros(shape)
+    every.view(-1, shape[-1]).index_copy_(0, index, values)
+    return every
+
+
+def scores_runner_ups(objective: Objective) -> bool:
+    """Whether a leaf is scored by the strongest token that is not the label."""
+    return any(leaf.rival for leaf in objective.leaves)
+
+
+def runner_up_rows(
+    objective: Objective,
+    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    examples: int,
+) -> Tensor:  # (N,) bool
+    """The rows of leaves that are scored by the strongest other token; there is such a leaf."""
+    of_row = sequence_ids // max(examples, 1)
+    leaves = [index for index, leaf in enumerate(objective.leaves) if leaf.rival]
+    return torch.stack([of_row == leaf for leaf in leaves]).any(0)
 
 
 class RowPlan:
@@ -118,9 +201,13 @@ class RowPlan:
         known, *self._sequence_ids = host_values(*every)
         self.labels, self.rows = scored_rows(known, vocabulary, ignore_index)
 
-    def labels_on_device(self) -> tuple[Tensor, Tensor | None]:  # (n,), (n,)
-        """Labels, and the flat positions of their rows; None where all rows are scored in order."""
-        return labels_on(self.device, self._given, self.labels, self.rows)
+    def scored(self, objective: Objective) -> ScoredRows:
+        """The rows on the device; sequence numbers are not needed where no leaf is a rival."""
+        rows = _on_device(self._given, self.labels, self.rows, self.device)
+        if not scores_runner_ups(objective):
+            return rows
+        runner_up = runner_up_rows(objective, self.ids_on_device, self.shape[1])
+        return rows._replace(runner_up=runner_up)
 
     @cached_property
     def numbers(self) -> tuple[np.ndarray, np.ndarray]:  # (n,), (L, B) int64
@@ -144,7 +231,9 @@ class RowPlan:
     @cached_property
     def ids_on_device(self) -> Tensor:  # (n,) int64
         """The sequence numbers."""
-        return indices_to_device(self.numbers[0], device=self.device)[0]
+        (ids,) = indices_to_device(self.numbers[0], device=self.device)
+        assert ids is not None
+        return ids
 
     def by_example(self) -> "RowPlan":
         """The same rows in the order of examples; the rows of an example keep theirs."""

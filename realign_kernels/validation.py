@@ -1,4 +1,4 @@
-"""What the public functions refuse, and in which words."""
+"""Argument validation of the public functions: ValueError with the argument, value and remedy."""
 
 import math
 from numbers import Real
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from realign_kernels import objectives
 from realign_kernels.objectives import Objective
-from realign_kernels.reference import wide_dtype
+from realign_kernels.reference import acc_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -43,14 +43,13 @@ def check_head(
     if hidden.dtype not in DTYPES:
         raise ValueError(f"hidden must be float32, float64, bfloat16 or float16: {hidden.dtype}")
     check_device(hidden, weight=weight, bias=bias)
-    tensors = [hidden, weight, bias]
     device = hidden.device.type
     # Not torch.amp.is_autocast_available, which Dynamo of torch 2.11 cannot trace.
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    hidden, weight, bias = tensors
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(
@@ -84,7 +83,7 @@ def check_reference(reference_logps: Tensor, objective: Objective, reduction: st
             f"reference_logps {tuple(reference_logps.shape)} must be ({leaves}, B): objective "
             f"{objective.name!r} has {leaves} leaves"
         )
-    check_wide("reference_logps", reference_logps)
+    check_not_half("reference_logps", reference_logps)
     if reference_logps.requires_grad:
         raise ValueError("reference_logps requires grad, but is a constant: detach() it")
     objectives.check_reduction(reduction)
@@ -94,24 +93,81 @@ def check_reference(reference_logps: Tensor, objective: Objective, reduction: st
         )
 
 
-def check_wide(name: str, values: Tensor) -> None:
+def check_not_half(name: str, values: Tensor) -> None:
     """Refuses half precision."""
-    if values.dtype != wide_dtype(values.dtype):
+    if values.dtype != acc_dtype(values.dtype):
         raise ValueError(
             f"{name} must be float32 or float64, got {values.dtype}: a sum of log-probs near -200 "
             "is off by up to 0.5 in bfloat16"
         )
 
 
+def check_batch(
+    hidden: Tensor,
+    labels: Tensor,
+    reference_logps: Tensor,
+    objective: Objective,
+    sequence_ids: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    """Refuses rows that are not sequences of this objective, and weights that do not fit them."""
+    leaves, examples = reference_logps.shape
+    if sequence_ids is None:
+        names = ", ".join(f"{leaf.response} under {leaf.image}" for leaf in objective.leaves)
+        if hidden.dim() != 4 or hidden.shape[:2] != (leaves, examples):
+            raise ValueError(
+                f"hidden {tuple(hidden.shape)} must be (L, B, T, H) with (L, B) = "
+                f"({leaves}, {examples}): objective {objective.name!r} has {leaves} leaves "
+                f"({names}) and reference_logps has {examples} examples. "
+                "Packed rows (N, H) need sequence_ids"
+            )
+    else:
+        if hidden.dim() != 2 or sequence_ids.shape != hidden.shape[:1]:
+            raise ValueError(
+                f"with sequence_ids {tuple(sequence_ids.shape)} hidden must be (N, H) and "
+                f"sequence_ids (N,), got hidden {tuple(hidden.shape)}"
+            )
+        check_integer("sequence_ids", sequence_ids)
+    check_device(hidden, host=True, sequence_ids=sequence_ids)
+    check_device(hidden, reference_logps=reference_logps, token_weights=token_weights)
+    if token_weights is not None and (
+        token_weights.shape != labels.shape or token_weights.requires_grad
+    ):
+        raise ValueError(
+            f"token_weights {tuple(token_weights.shape)} must have the shape of labels "
+            f"{tuple(labels.shape)} and be constants: detach() them"
+        )
+
+
+def check_leaf_logps(
+    leaf_logps: Tensor, reference_logps: Tensor, token_counts: Tensor | None
+) -> None:
+    """Refuses log-probs and token counts that do not fit the references."""
+    if leaf_logps.shape != reference_logps.shape:
+        raise ValueError(
+            f"leaf_logps {tuple(leaf_logps.shape)} and reference_logps "
+            f"{tuple(reference_logps.shape)} must have one shape, (leaves, examples)"
+        )
+    check_not_half("leaf_logps", leaf_logps)
+    check_device(leaf_logps, reference_logps=reference_logps, token_counts=token_counts)
+    if token_counts is not None:
+        check_integer("token_counts", token_counts)
+        if token_counts.shape != leaf_logps.shape:
+            raise ValueError(
+                f"token_counts {tuple(token_counts.shape)} must have the shape of leaf_logps "
+                f"{tuple(leaf_logps.shape)}"
+            )
+
+
 def check_integer(name: str, values: Tensor) -> None:
-    """Refuses what cannot be labels or numbers of sequences."""
+    """Refuses dtypes that cannot be labels or numbers of sequences."""
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {values.dtype}: use .long()")
 
 
-def check_device(hidden: Tensor, *, host: bool = False, **others: Tensor | None) -> None:
+def check_device(hidden: Tensor, *, host: bool = False, **tensors: Tensor | None) -> None:
     """Refuses tensors on another device than hidden; with `host` the CPU is allowed, too."""
-    for name, tensor in others.items():
+    for name, tensor in tensors.items():
         if tensor is None or tensor.device == hidden.device:
             continue
         if not (host and tensor.device.type == "cpu"):
@@ -160,7 +216,7 @@ def check_rival(
     weight: Tensor,
     group: ProcessGroup | None,
 ) -> None:
-    """Refuses rival rows that are no mask over the labels, or that need more than there is."""
+    """Refuses rival rows that are no mask over the labels, or need more of the head."""
     if rival is None:
         return
     if rival.shape != labels.shape or rival.dtype != torch.bool:

@@ -15,9 +15,8 @@ from realign import distributed
 from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
 from realign.training import fsdp
-from realign_kernels import objectives, ops, preference_ops
-
-SETTINGS = {"softcap": None, "temperature": 1.0, "chunk_rows": None, "group": None}
+from realign_kernels import objectives, ops
+from realign_kernels.lm_head import HeadSettings
 
 
 class _Calls(TorchDispatchMode):
@@ -44,9 +43,9 @@ def opcheck(record: Record) -> dict:
     ids = torch.arange(6, device=record.device).repeat_interleave(4)
     with _Calls() as calls:
         for trains in (False, True):
-            head = (weight.detach().requires_grad_(trains), labels.flatten(), None, None, -100)
-            logps = ops.logprobs(hidden.flatten(0, 2), *head, **SETTINGS)
-            preference_ops.sequence_sums(logps, head[1], ids, table, -100)[0].sum().backward()
+            head = (weight.detach().requires_grad_(trains), labels.flatten(), None, None)
+            logps = ops.logprobs(hidden.flatten(0, 2), *head, HeadSettings())
+            ops.sequence_sums(logps, head[1], ids, table, -100)[0].sum().backward()
     for operator, args in calls.found.items():
         differentiable = "backward" not in str(operator)
         fresh = [

@@ -17,11 +17,13 @@ from benchmarks.gpu import truth
 from benchmarks.gpu.measure import figures
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss
-from realign_kernels.backends.base import Head, score
-from realign_kernels.backends.triton import backend, configs, exp_head
+from realign_kernels.backends.base import score
+from realign_kernels.backends.torch import TorchKernels
+from realign_kernels.backends.triton import configs, exp_head
 from realign_kernels.backends.triton.forward import head_stats
 from realign_kernels.backends.triton.logits import device_facts
-from realign_kernels.backends.triton.rows import read_rows
+from realign_kernels.backends.triton.row_kernel import row_stats
+from realign_kernels.lm_head import Head
 
 SIZE = ((4096, 4096, 128256), (20, 24, 150))
 """N, H, V on the device and in a rehearsal."""
@@ -41,13 +43,13 @@ def fused_heads(problem: truth.Problem) -> Variants:
         name = "x".join(map(str, config[:3])) + " warps {} stages {}".format(*config[3:5])
         name += " TMA" if config.descriptors else ""
         call = partial(head_stats, hidden, weight, labels, None, None, 1.0, config=config)
-        yield name, lambda call=call: call().total
+        yield name, lambda call=call: call().sum_exp
 
 
 def kernels(hidden: Tensor, head: Head) -> list[str]:
     """The kernels for E that can be asked for on this device."""
     with patch.dict(os.environ, {exp_head.ENVIRONMENT: "triton"}):
-        fused = ["triton"] if exp_head.fuses(hidden, head) else []
+        fused = ["triton"] if exp_head.choice(hidden, head) != "rows" else []
     return [*(["cutlass"] if fused and exp_head.built() else []), *fused, "rows"]
 
 
@@ -55,15 +57,16 @@ def exponentials(problem: truth.Problem) -> Variants:
     """E of one chunk: by CUTLASS, by Triton, and as logits that the row kernel reads again."""
     hidden, labels = problem.hidden[:CHUNK], problem.labels[:CHUNK].clamp(min=0)
     head = Head(problem.weight, None, None, 1.0)
-    logits, others = backend.buffers(len(hidden), hidden, len(problem.weight), True)
+    torch_kernels = TorchKernels()
+    logits, exp_logits = torch_kernels.buffers(len(hidden), hidden, len(problem.weight), True)
 
     def fused(gemm: Callable) -> Tensor:
         logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
-        return exp_head.score_sums(gemm(hidden, head, narrow, shift, others), logit, 1.0)[0]
+        return exp_head.score_sums(gemm(hidden, head, narrow, shift, exp_logits), logit, 1.0)[0]
 
     def rows() -> Tensor:
-        backend.gemm(hidden, problem.weight.T, out=logits)
-        return score(read_rows(logits, labels, None, None, 1.0, None, others), None).logps
+        torch_kernels.gemm(hidden, problem.weight.T, out=logits)
+        return score(row_stats(logits, labels, None, None, 1.0, None, exp_logits), None).logps
 
     calls = {
         "cutlass": partial(fused, exp_head.cutlass_rows),
@@ -80,7 +83,7 @@ def row_kernels(problem: truth.Problem) -> Variants:
     rows = problem.hidden[:1024]
     labels = problem.labels[:1024].clamp(min=0)
     logits = rows.float() @ problem.weight.float().T
-    others = torch.empty_like(logits, dtype=problem.hidden.dtype)
+    exp_logits = torch.empty_like(logits, dtype=problem.hidden.dtype)
     architecture = configs.listed(device_facts(rows)[0])
     default = configs.ROWS[architecture]
     sizes = [(1024, 4), (1024, 8), (2048, 8), (4096, 8), (4096, 16), (8192, 16)]
@@ -89,7 +92,7 @@ def row_kernels(problem: truth.Problem) -> Variants:
 
         def call(config=config) -> Tensor:
             with patch.dict(configs.ROWS, {architecture: config}):
-                return read_rows(logits, labels, None, None, 1.0, None, others).total
+                return row_stats(logits, labels, None, None, 1.0, None, exp_logits).sum_exp
 
         yield f"{block} warps {warps}", call
 

@@ -1,17 +1,18 @@
-"""The head, a chunk of rows at a time: what a row kernel takes and leaves behind.
+"""The protocol of a backend, and the statistics of a row.
 
 With z the logits of a row, t its target, and everything below about the *other* tokens (v != t):
 
-    peak = max z_v        E_v = exp(z_v - peak)        total = sum E_v
-    gap  = z_t - peak - log total            # the target's logit against all others
-    logp = logsigmoid(gap)      miss = 1 - p_t = sigmoid(-gap)
-    d logp / d hidden = miss * (W[t] - (E W) / total)
+    max_logit = max z_v      exp_logits_v = E_v = exp(z_v - max_logit)      sum_exp = sum E_v
+    logit_gap = z_t - max_logit - log sum_exp      # the target's logit against all others
+    logp = logsigmoid(logit_gap)      one_minus_p = 1 - p_t = sigmoid(-logit_gap)
+    dlogp_dh = one_minus_p * (dz_dlogit * W[t] - (E W) / sum_exp)
 
-Leaving the target out before anything is rounded is what keeps confident tokens right: W[t] - p W
-with p in bf16 has a relative error of 1 at miss = 6e-4. Taking the peak over the others alone
-keeps E in range for fp16, and gap needs no guard for targets that are very unlikely.
+The target is left out before anything is rounded, which keeps confident tokens right: W[t] - p W
+with p in bf16 has a relative error of 1 at 1 - p = 6e-4. The maximum over the other tokens keeps E
+in range for fp16, and logit_gap needs no guard for targets that are very unlikely.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,156 +20,122 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from realign_kernels.lm_head import Head, VocabularyShard
+from realign_kernels.objectives import Objective
 
-class VocabularyShard(NamedTuple):
-    """Which rows of the head this rank holds."""
-
-    group: dist.ProcessGroup
-    start: int
-    total: int
-    """Vocabulary over all ranks."""
-    largest: int
-    """Rows of the largest shard: what every rank sizes its chunks by, so that they agree."""
-
-
-class Head(NamedTuple):
-    """z = cap(hidden @ weight.T + bias) / temperature, cap(x) = softcap * tanh(x / softcap)."""
-
-    weight: Tensor  # (V, H); with a shard, this rank's rows
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    temperature: float
-    shard: VocabularyShard | None = None
-    peak: bool = False
-    """Without `Kernels.fused`, for which labels may be too far below other tokens."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens of the whole head, over all shards."""
-        return len(self.weight) if self.shard is None else self.shard.total
-
-    def again(self) -> "Head | None":
-        """The head for a second try where results are not finite; None if it would change nothing.
-
-        Shards never fuse, and their ranks must not differ in what they compute.
-        """
-        return None if self.peak or self.shard is not None else self._replace(peak=True)
+NeedsGrad = tuple[bool, bool, bool]
+"""Whether hidden, weight and bias need a gradient."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Those of hidden, weight and bias; None where not needed."""
 
 
 class RowStats(NamedTuple):
-    """What a row kernel returns, one entry per row. fp32; fp64 for fp64 logits."""
+    """Result of a row kernel, one entry per row. fp32; fp64 for fp64 logits."""
 
-    target: Tensor  # (r,) int64, the label or the rival; -1 where it is on another shard
+    target: Tensor  # (r,) int64, the label or the runner-up; -1 where it is on another shard
     logit: Tensor  # (r,) z[target], -inf where target is -1
-    peak: Tensor  # (r,) max over the others, clamped to finite: there may be none
-    total: Tensor  # (r,) sum over the others of exp(z - peak)
-    slope: Tensor  # (r,) dz / d(raw logit) at the target, 0 where it is -1
-    divisor: Tensor  # (r,) total, or the sum of E as it was rounded, by which E W is divided
-
-
-class Kernels(Protocol):
-    """What a chunked backend provides; a module that defines these functions."""
-
-    def buffers(
-        self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Memory for the logits of a chunk, and for `others` (hidden's dtype), which may share it.
-
-        They are the caller's until it calls `release`.
-        """
-
-    def release(self, logits: Tensor) -> None:
-        """Gives the memory of `buffers` back."""
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a result, as torch.empty."""
-
-    def gemm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-        """out = a @ b, or out += a @ b; out may be fp32 where a and b are half."""
-
-    def read_rows(
-        self,
-        logits: Tensor,  # (r, V) hidden @ weight.T, is overwritten
-        labels: Tensor,  # (r,) int64; -1: on another shard
-        bias: Tensor | None,  # (V,)
-        softcap: float | None,
-        temperature: float,
-        rival: Tensor | None,  # (r,) bool: the target is the strongest token but the label
-        others: Tensor | None,  # (r, V), None: no derivative is wanted
-    ) -> RowStats:
-        """The statistics of each row; others = E * dz / d(raw logit), 0 at the target.
-
-        A NaN in a row, or an infinite logit, must make gap NaN or logit infinite.
-        """
-
-    def fused(
-        self,
-        hidden: Tensor,  # (r, H)
-        labels: Tensor,  # (r,) int64 in [0, V)
-        head: Head,
-        others: Tensor,  # (r, V), written: E * dz / d(raw logit) up to a factor, 0 at the label
-    ) -> "Scores":
-        """Scores from hidden states, where `fuses` says so (both are optional in a module).
-
-        A row whose E overflows is not finite, in its log-prob or in others @ weight.
-        """
-
-    def fuses(self, hidden: Tensor, head: Head) -> bool:
-        """Whether `fused` can compute on these."""
-
-    def scale(
-        self,
-        values: Tensor,  # contiguous
-        factor: Tensor,  # () wide
-    ) -> None:
-        """values *= factor, without a pass over them where the factor is 1."""
-
-    def finish(
-        self,
-        pull: Tensor,  # (r, H) others @ weight, wide
-        weight: Tensor,  # (V, H)
-        scores: "Scores",
-        factor: Tensor,  # (r,) wide
-        out: Tensor,  # (r, H)
-    ) -> None:
-        """out = factor * (slope * weight[target] - pull / total); no weight where target is -1."""
-
-    def add_rows(
-        self,
-        total: Tensor,  # (V, H)
-        index: Tensor,  # (r,) int64 in [0, V), r > 0; -1: on another shard
-        rows: Tensor,  # (r, H) wide, 0 where index is -1
-    ) -> None:
-        """total[index] += rows, with wide sums also where total is half."""
+    max_logit: Tensor  # (r,) over the other tokens, clamped to finite: there may be none
+    sum_exp: Tensor  # (r,) sum over the other tokens of exp(z - max_logit)
+    dz_dlogit: Tensor  # (r,) dz / d(raw logit) at the target, 0 where it is -1
+    divisor: Tensor  # (r,) sum_exp, or the sum of E as it was rounded, by which E W is divided
 
 
 class Scores(NamedTuple):
     """RowStats made into log-probs, over all shards."""
 
     logps: Tensor  # (r,)
-    miss: Tensor  # (r,) 1 - p[target]
+    one_minus_p: Tensor  # (r,) 1 - p[target]
     target: Tensor  # (r,) in this shard, or -1
-    total: Tensor  # (r,) RowStats.divisor over all shards, on the scale of this shard's E
-    slope: Tensor  # (r,)
+    sum_exp: Tensor  # (r,) RowStats.divisor over all shards, on the scale of this shard's E
+    dz_dlogit: Tensor  # (r,)
+
+
+class Backend(Protocol):
+    """A backend. Rows are compacted: no label is ignored, all are in [0, V)."""
+
+    def forward(
+        self,
+        hidden: Tensor,  # (n, H)
+        head: Head,
+        labels: Tensor,  # (n,) int64
+        runner_up: Tensor | None,  # (n,) bool: the target is the strongest token but the label
+        *,
+        chunk_rows: int | None,
+        keep_dlogp_dh: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # (n,), (n,), (n, H)
+        """logps, targets and, if kept, d logp_i / d hidden_i; logps and dlogp_dh are wide."""
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,  # (n,) in the dtype of logps
+        hidden: Tensor,  # (n, H)
+        head: Head,
+        targets: Tensor,  # (n,) int64
+        *,
+        chunk_rows: int | None,
+        needs_grad: NeedsGrad,
+    ) -> Gradients:
+        """Gradients in the dtypes of hidden, weight and bias."""
+        ...
+
+    def forward_backward_by_example(
+        self,
+        hidden: Tensor,  # (n, H)
+        head: Head,
+        labels: Tensor,  # (n,) int64
+        runner_up: Tensor | None,  # (n,) bool
+        lengths: list[int],  # rows of each example, sum n
+        grad_logps_fn: Callable[[int, int, Tensor], Tensor],
+        *,
+        chunk_rows: int | None,
+        needs_grad: NeedsGrad,
+    ) -> tuple[Tensor, Tensor, Gradients]:  # (n,), (n,)
+        """logps, targets and gradients in one pass, for a loss that is a sum over examples.
+
+        grad_logps_fn(first, last, logps) is d loss / d logp of the rows of examples [first, last).
+        The gradient of hidden is wide: it can still be scaled before it is rounded.
+        """
+        logps, targets, _ = self.forward(
+            hidden, head, labels, runner_up, chunk_rows=chunk_rows, keep_dlogp_dh=False
+        )
+        grad = grad_logps_fn(0, len(lengths), logps)
+        settings = {"chunk_rows": chunk_rows, "needs_grad": needs_grad}
+        return logps, targets, self.backward(grad, hidden, head, targets, **settings)
+
+    def example_rows(
+        self, hidden: Tensor, head: Head, runner_up: bool, chunk_rows: int | None
+    ) -> int:
+        """Rows that `forward_backward_by_example` scores at once."""
+        return len(hidden)
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        """values *= factor, a scalar on the device."""
+        values.mul_(factor)
+
+    def fused_loss(self, objective: Objective) -> Callable | None:
+        """A kernel from tokens to the loss (`triton.loss.preference_sums`), None without one."""
+        return None
 
 
 def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
     """log p[target] and 1 - p[target]. With a shard: two reductions over its group."""
-    logit, peak, total, divisor = stats.logit, stats.peak, stats.total, stats.divisor
-    scale = torch.ones_like(total)
+    logit, max_logit, sum_exp, divisor = stats.logit, stats.max_logit, stats.sum_exp, stats.divisor
+    scale = torch.ones_like(sum_exp)
     if shard is not None:
-        highest = peak.clone()
+        highest = max_logit.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
-        scale = (peak - highest).exp()
+        scale = (max_logit - highest).exp()
         owned = logit.masked_fill(stats.target < 0, 0)  # -inf elsewhere would swallow it
-        sums = torch.stack([total * scale, divisor * scale, owned])
+        sums = torch.stack([sum_exp * scale, divisor * scale, owned])
         dist.all_reduce(sums, group=shard.group)
-        peak, (total, divisor, logit) = highest, sums
+        max_logit, (sum_exp, divisor, logit) = highest, sums
     # logit - logit is 0, but NaN where it is inf: an overflow must not read as certainty.
-    gap = logit - peak - total.log() + (logit - logit)
-    # It is 0 only if there are no others, and what it divides with it.
-    safe = divisor.clamp(min=torch.finfo(total.dtype).tiny) / scale
-    return Scores(F.logsigmoid(gap), torch.sigmoid(-gap), stats.target, safe, stats.slope)
+    logit_gap = logit - max_logit - sum_exp.log() + (logit - logit)
+    # It is 0 only if there are no other tokens; the product that it divides is 0, too.
+    safe = divisor.clamp(min=torch.finfo(sum_exp.dtype).tiny) / scale
+    logps, one_minus_p = F.logsigmoid(logit_gap), torch.sigmoid(-logit_gap)
+    return Scores(logps, one_minus_p, stats.target, safe, stats.dz_dlogit)
 
 
 def scaled(
@@ -179,20 +146,3 @@ def scaled(
     """values * factor, rounded once to dtype, in one pass over memory."""
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
     return torch.mul(values, factor.unsqueeze(-1), out=out)
-
-
-def shard_of(weight: Tensor, group: dist.ProcessGroup) -> VocabularyShard:
-    """Which rows of the whole head `weight` is: shards stand in the order of the ranks.
-
-    Raises:
-        ValueError: when a rank has no row.
-    """
-    mine = torch.tensor([len(weight)], device=weight.device)
-    sizes = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(sizes, mine, group)
-    counts = torch.cat(sizes).tolist()
-    if min(counts) == 0:
-        raise ValueError(
-            f"weight has {counts} rows on the ranks of group: each needs one, use fewer ranks"
-        )
-    return VocabularyShard(group, sum(counts[: group.rank()]), sum(counts), max(counts))

@@ -1,7 +1,7 @@
-"""The head by chunks: GEMM -> row kernel -> GEMM, over any backend's kernels.
+"""The chunked head: GEMM -> row kernel -> GEMM over the kernels of any backend.
 
-Rows go through the head a chunk at a time, so the largest thing alive is a chunk's logits. Read
-`rows` first: it says what happens to a row.
+Rows pass the head a chunk at a time, so the largest live tensor is the logits of one chunk. Read
+`base` first: it defines the statistics of a row.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from realign_kernels.backends.base import Head, Kernels, RowStats, Scores, scaled, score
+from realign_kernels.backends.base import (
+    Backend,
+    Gradients,
+    NeedsGrad,
+    RowStats,
+    Scores,
+    scaled,
+    score,
+)
 from realign_kernels.backends.chunk_plan import (
     LOGIT,
     E,
@@ -19,33 +27,38 @@ from realign_kernels.backends.chunk_plan import (
     even_step,
     kept_rows,
 )
+from realign_kernels.backends.torch import TorchKernels
+from realign_kernels.lm_head import Head
 from realign_kernels.objectives import Objective
-from realign_kernels.reference import wide_dtype
+from realign_kernels.reference import acc_dtype
 
 
 class _Chunks:
-    """Reads up to `kept` rows, at most `rows` at a time, with one set of buffers."""
+    """Scores up to `kept` rows, at most `rows` at a time, with one set of buffers."""
 
     def __init__(
         self,
-        kernels: Kernels,
+        kernels: TorchKernels,
         head: Head,
         rows: int,
         hidden: Tensor,
         *,
-        kept: int = 0,  # rows of E; 0: no derivative is wanted
+        kept: int = 0,  # rows of E; 0: no derivative is needed
         fused: bool = False,
     ) -> None:
         self.kernels, self.head, self.rows, self.fused = kernels, head, rows, fused
         vocabulary = len(head.weight)
-        if fused:  # rows of 16 bytes, as tensor maps want them
-            self.logits = None
-            self.others = hidden.new_empty(kept, -(-vocabulary // 8) * 8)[:, :vocabulary]
+        self.logits: Tensor | None = None
+        self.exp_logits: Tensor | None = None
+        if fused:  # rows of 16 bytes, for tensor maps
+            padded = hidden.new_empty(kept, -(-vocabulary // 8) * 8)
+            self.exp_logits = padded[:, :vocabulary]
             return
         apart = kept > rows
-        self.logits, self.others = kernels.buffers(rows, hidden, vocabulary, kept > 0 and not apart)
+        derivative = kept > 0 and not apart
+        self.logits, self.exp_logits = kernels.buffers(rows, hidden, vocabulary, derivative)
         if apart:
-            self.others = hidden.new_empty(kept, vocabulary)
+            self.exp_logits = hidden.new_empty(kept, vocabulary)
 
     def __enter__(self) -> "_Chunks":
         return self
@@ -54,122 +67,132 @@ class _Chunks:
         if self.logits is not None:
             self.kernels.release(self.logits)
 
-    def read(
-        self, hidden: Tensor, labels: Tensor, rival: Tensor | None
-    ) -> tuple[Scores, Tensor | None]:
-        """Scores of the rows and their `others`, which last to the next call."""
-        others = None if self.others is None else self.others[: len(hidden)]
+    def score(self, hidden: Tensor, labels: Tensor, runner_up: Tensor | None) -> Scores:
+        """Scores of the rows. Their E is in `exp_logits` until the next call."""
         if self.fused:
-            return self.kernels.fused(hidden, labels, self.head, others), others
+            assert self.exp_logits is not None
+            return self.kernels.fused(hidden, labels, self.head, self.exp_logits[: len(hidden)])
         labels = local_labels(labels, self.head)
         parts = _parts(0, len(hidden), even_step(len(hidden), self.rows))
-        found = [
-            self._read_rows(hidden[part], labels[part], _at(rival, part), _at(others, part))
+        stats = [
+            self._row_stats(
+                hidden[part], labels[part], _at(runner_up, part), _at(self.exp_logits, part)
+            )
             for part in parts
         ]
-        stats = found[0] if len(found) == 1 else RowStats(*map(torch.cat, zip(*found, strict=True)))
-        return score(stats, self.head.shard), others
+        whole = stats[0] if len(stats) == 1 else RowStats(*map(torch.cat, zip(*stats, strict=True)))
+        return score(whole, self.head.shard)
 
-    def _read_rows(
-        self, hidden: Tensor, labels: Tensor, rival: Tensor | None, others: Tensor | None
+    def _row_stats(
+        self, hidden: Tensor, labels: Tensor, runner_up: Tensor | None, exp_logits: Tensor | None
     ) -> RowStats:
         """One GEMM and the row kernel."""
+        assert self.logits is not None
         head, logits = self.head, self.logits[: len(hidden)]
         self.kernels.gemm(hidden, head.weight.T, out=logits)
         settings = (head.bias, head.softcap, head.temperature)
-        return self.kernels.read_rows(logits, labels, *settings, rival, others)
+        return self.kernels.row_stats(logits, labels, *settings, runner_up, exp_logits)
 
-    def hidden_gradient(self, scores: Scores, others: Tensor, factor: Tensor, out: Tensor) -> None:
-        """out = factor * (slope * W[target] - (others W) / total), in fp32 but for the inputs."""
+    def hidden_grad(self, scores: Scores, factor: Tensor, out: Tensor) -> None:
+        """Gradient of the hidden states that were scored last, in fp32 but for the inputs.
+
+        out = factor * (dz_dlogit * W[target] - (E W) / sum_exp)
+        """
         weight, shard = self.head.weight, self.head.shard
-        pull = factor.new_empty(out.shape)
-        self.kernels.gemm(others, weight, out=pull)
+        exp_w = factor.new_empty(out.shape)
+        self.kernels.gemm(self.exp_logits_of(scores), weight, out=exp_w)
         if shard is None:
-            self.kernels.finish(pull, weight, scores, factor, out)
+            self.kernels.hidden_grad_epilogue(exp_w, weight, scores, factor, out)
         else:
-            part = torch.empty_like(pull)
-            self.kernels.finish(pull, weight, scores, factor, part)
+            part = torch.empty_like(exp_w)
+            self.kernels.hidden_grad_epilogue(exp_w, weight, scores, factor, part)
             dist.all_reduce(part, group=shard.group)
             out.copy_(part)
 
+    def exp_logits_of(self, scores: Scores) -> Tensor:
+        """E of the rows that were scored last."""
+        assert self.exp_logits is not None
+        return self.exp_logits[: len(scores.logps)]
 
-class _Gradients:
+
+class _Sums:
     """Sums of the gradients over chunks, in fp32 or wider."""
 
     def __init__(
         self,
         chunks: _Chunks,
         hidden: Tensor,  # (n, H)
-        wanted: tuple[bool, bool, bool],
+        needs_grad: NeedsGrad,
         one_chunk: bool,
         hidden_dtype: torch.dtype,
     ) -> None:
-        weight, bias, wide = chunks.head.weight, chunks.head.bias, wide_dtype(hidden.dtype)
+        weight, bias, acc = chunks.head.weight, chunks.head.bias, acc_dtype(hidden.dtype)
         self.chunks, self.source, self.started = chunks, hidden, False
-        want_hidden, want_weight, want_bias = wanted
-        self.hidden = hidden.new_empty(hidden.shape, dtype=hidden_dtype) if want_hidden else None
+        self.hidden = hidden.new_empty(hidden.shape, dtype=hidden_dtype) if needs_grad[0] else None
         # A single product is rounded once, as its sum would be: no fp32 copy is needed.
-        dtype = weight.dtype if one_chunk else wide
+        dtype = weight.dtype if one_chunk else acc
         empty = chunks.kernels.empty
-        self.weight = empty(weight.shape, dtype, weight.device) if want_weight else None
-        self.bias = bias.new_zeros(len(bias), 2, dtype=wide) if want_bias else None
+        self.weight = empty(tuple(weight.shape), dtype, weight.device) if needs_grad[1] else None
+        self.bias: Tensor | None = None
+        if needs_grad[2]:
+            assert bias is not None
+            self.bias = bias.new_zeros(len(bias), 2, dtype=acc)
 
-    def add(self, part: slice, scores: Scores, others: Tensor, grad: Tensor) -> None:
-        """Adds what the rows `part` contribute; grad (r,) is d loss / d logp."""
-        rows, factor = self.source[part], grad * scores.miss
-        gemm, add_rows = self.chunks.kernels.gemm, self.chunks.kernels.add_rows
+    def add(self, part: slice, scores: Scores, grad_logps: Tensor) -> None:
+        """Add the gradients of the rows `part`, which were scored last."""
+        rows, factor = self.source[part], grad_logps * scores.one_minus_p
+        kernels, exp_logits = self.chunks.kernels, self.chunks.exp_logits_of(scores)
         if self.hidden is not None:
-            self.chunks.hidden_gradient(scores, others, factor, self.hidden[part])
-        here = (factor * scores.slope).masked_fill(scores.target < 0, 0)
-        target, away = scores.target, -factor / scores.total
+            self.chunks.hidden_grad(scores, factor, self.hidden[part])
+        here = (factor * scores.dz_dlogit).masked_fill(scores.target < 0, 0)
+        target, away = scores.target, -factor / scores.sum_exp
         if self.weight is not None:
             pushed = scaled(rows, away, rows.dtype)
-            gemm(others.T, pushed, out=self.weight, accumulate=self.started)
+            kernels.gemm(exp_logits.T, pushed, out=self.weight, accumulate=self.started)
             self.started = True
-            add_rows(self.weight, target, scaled(rows, here, factor.dtype))
+            kernels.add_rows(self.weight, target, scaled(rows, here, factor.dtype))
         if self.bias is not None:
-            add_rows(self.bias[:, :1], target, here[:, None])
+            kernels.add_rows(self.bias[:, :1], target, here[:, None])
             # Two columns, so that a half-precision factor keeps 16 bits instead of 8.
             high = away.to(rows.dtype)
             columns = torch.stack([high, (away - high).to(rows.dtype)], 1)
-            gemm(others.T, columns, out=self.bias, accumulate=True)
+            kernels.gemm(exp_logits.T, columns, out=self.bias, accumulate=True)
 
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In the dtypes of the inputs, but for hidden's; None where not wanted."""
-        head, weight = self.chunks.head, self.weight
+    def gradients(self) -> Gradients:
+        """In the dtypes of the inputs, but for hidden's."""
+        weight, dtype = self.weight, self.chunks.head.weight.dtype
         if weight is not None and not self.started:
             weight.zero_()
-        if weight is not None and weight.dtype != head.weight.dtype:
-            narrow = self.chunks.kernels.empty(weight.shape, head.weight.dtype, weight.device)
-            weight = narrow.copy_(weight)
-        bias = None if self.bias is None else self.bias.sum(1).to(head.bias.dtype)
+        if weight is not None and weight.dtype != dtype:
+            weight = self.chunks.kernels.empty(tuple(weight.shape), dtype, weight.device).copy_(
+                weight
+            )
+        bias = None if self.bias is None else self.bias.sum(1).to(dtype)
         return self.hidden, weight, bias
 
 
-class ChunkedBackend:
-    """A backend (`dispatch.Backend`) made of a module's kernels (`rows.Kernels`)."""
+class ChunkedBackend(Backend):
+    """The backend over kernels of torch, C++ or Triton."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: TorchKernels) -> None:
         self.kernels = kernels
 
     def fused_loss(self, objective: Objective) -> Callable | None:
-        """The kernel that computes this objective from tokens, if there is one."""
-        supports = getattr(self.kernels, "supports", None)
-        return self.kernels.preference_sums if supports and supports(objective) else None
+        return self.kernels.fused_loss(objective)
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
-        """See `rows.Kernels.scale`."""
         self.kernels.scale(values, factor)
 
-    def _fuses(self, hidden: Tensor, head: Head, rival: bool) -> bool:
-        fuses = getattr(self.kernels, "fuses", None)
-        return fuses is not None and not rival and not head.peak and fuses(hidden, head)
+    def _fuses(self, hidden: Tensor, head: Head, runner_up: bool) -> bool:
+        return not runner_up and not head.shift_by_max and self.kernels.fuses(hidden, head)
 
-    def span_rows(self, hidden: Tensor, head: Head, rival: bool, chunk_rows: int | None) -> int:
-        """Rows that `by_spans` reads at once; a span of more is computed twice."""
+    def example_rows(
+        self, hidden: Tensor, head: Head, runner_up: bool, chunk_rows: int | None
+    ) -> int:
+        """Rows scored at once by example; an example of more is scored twice."""
         if chunk_rows is not None:
             return chunk_rows
-        size = E if self._fuses(hidden, head, rival) else LOGIT + E
+        size = E if self._fuses(hidden, head, runner_up) else LOGIT + E
         return kept_rows(_limit(head, size), hidden.shape[1], hidden.device)
 
     def forward(
@@ -177,105 +200,94 @@ class ChunkedBackend:
         hidden: Tensor,  # (n, H)
         head: Head,
         labels: Tensor,  # (n,)
-        rival: Tensor | None,  # (n,) bool
+        runner_up: Tensor | None,  # (n,) bool
         *,
         chunk_rows: int | None,
-        keep_direction: bool,
+        keep_dlogp_dh: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # (n,), (n,), (n, H)
-        """1 GEMM, or 2 with the direction."""
-        if not keep_direction and rival is None and hasattr(self.kernels, "head_stats"):
-            local = local_labels(labels, head)
-            settings = (head.bias, head.softcap, head.temperature)
-            scores = score(
-                self.kernels.head_stats(hidden, head.weight, local, *settings), head.shard
-            )
-            return scores.logps, labels, None
-        fused = keep_direction and self._fuses(hidden, head, rival is not None)
+        """1 GEMM, or 2 with dlogp_dh."""
+        if not keep_dlogp_dh and runner_up is None:
+            stats = self.kernels.head_stats(hidden, local_labels(labels, head), head)
+            if stats is not None:
+                return score(stats, head.shard).logps, labels, None
+        fused = keep_dlogp_dh and self._fuses(hidden, head, runner_up is not None)
         limit = chunk_rows or _limit(head, E if fused else LOGIT + E)
         step = chunk_step(len(hidden), limit, hidden.shape[1], hidden.device)
-        parts = _parts(0, len(hidden), step)
-        logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
+        logps = hidden.new_empty(len(hidden), dtype=acc_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
-        direction = hidden.new_empty(hidden.shape, dtype=logps.dtype) if keep_direction else None
-        kept = step if keep_direction else 0
+        dlogp_dh = hidden.new_empty(hidden.shape, dtype=logps.dtype) if keep_dlogp_dh else None
+        kept = step if keep_dlogp_dh else 0
         with _Chunks(self.kernels, head, step, hidden, kept=kept, fused=fused) as chunks:
-            for part in parts:
-                scores, others = chunks.read(hidden[part], labels[part], _at(rival, part))
+            for part in _parts(0, len(hidden), step):
+                scores = chunks.score(hidden[part], labels[part], _at(runner_up, part))
                 logps[part], targets[part] = scores.logps, scores.target
-                if direction is not None:
-                    chunks.hidden_gradient(scores, others, scores.miss, direction[part])
-        return logps, targets, direction
+                if dlogp_dh is not None:
+                    chunks.hidden_grad(scores, scores.one_minus_p, dlogp_dh[part])
+        return logps, targets, dlogp_dh
 
     def backward(
         self,
         grad: Tensor,  # (n,)
         hidden: Tensor,  # (n, H)
         head: Head,
-        labels: Tensor,  # (n,) the targets
+        targets: Tensor,  # (n,)
         *,
         chunk_rows: int | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Recomputes the logits: 1 GEMM, and 1 each for hidden and weight."""
+        needs_grad: NeedsGrad,
+    ) -> Gradients:
+        """Recompute the logits: 1 GEMM, and 1 each for hidden and weight."""
         limit = chunk_rows or _limit(head, LOGIT + E)
         step = chunk_step(len(hidden), limit, hidden.shape[1], hidden.device)
         parts = _parts(0, len(hidden), step)
         with _Chunks(self.kernels, head, step, hidden, kept=step) as chunks:
-            gradients = _Gradients(chunks, hidden, wanted, len(parts) == 1, hidden.dtype)
+            sums = _Sums(chunks, hidden, needs_grad, len(parts) == 1, hidden.dtype)
             for part in parts:
-                scores, others = chunks.read(hidden[part], labels[part], None)
-                gradients.add(part, scores, others, grad[part])
-        return gradients.results()
+                scores = chunks.score(hidden[part], targets[part], None)
+                sums.add(part, scores, grad[part])
+        return sums.gradients()
 
-    def by_spans(
+    def forward_backward_by_example(
         self,
         hidden: Tensor,  # (n, H)
         head: Head,
         labels: Tensor,  # (n,)
-        rival: Tensor | None,  # (n,) bool
-        lengths: list[int],  # sum n
-        slopes: Callable[[int, int, Tensor], Tensor],
+        runner_up: Tensor | None,  # (n,) bool
+        lengths: list[int],  # rows of each example, sum n
+        grad_logps_fn: Callable[[int, int, Tensor], Tensor],
         *,
         chunk_rows: int | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Log-probs, targets and gradients in one go, for a loss that is a sum over spans of rows.
+        needs_grad: NeedsGrad,
+    ) -> tuple[Tensor, Tensor, Gradients]:  # (n,), (n,)
+        """Log-probs, targets and gradients in one pass: 3 GEMMs with hidden and weight.
 
-        slopes(first, last, logps) is d loss / d logp of the rows of the spans [first, last), from
-        their log-probs. The gradient of hidden is wide: it can still be scaled before it is
-        rounded. Spans share a chunk as long as they fit; their logits are then computed
-        once (3 GEMMs with hidden and weight), those of a longer span twice.
+        Examples share a chunk as long as they fit. An example longer than a chunk takes a second
+        GEMM for its logits.
         """
-        limit = self.span_rows(hidden, head, rival is not None, chunk_rows)
-        fused = self._fuses(hidden, head, rival is not None)
-        rows = limit if fused or hidden.device.type != "cuda" else _limit(head, LOGIT + E)
+        limit = self.example_rows(hidden, head, runner_up is not None, chunk_rows)
+        fused = self._fuses(hidden, head, runner_up is not None)
         groups = list(_groups(lengths, limit))
-        longest = max((min(stop - start, limit) for _, _, start, stop in groups), default=0)
-        logps = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
+        longest = max((min(rows.stop - rows.start, limit) for _, _, rows in groups), default=0)
+        step = limit if fused or hidden.device.type != "cuda" else _limit(head, LOGIT + E)
+        logps = hidden.new_empty(len(hidden), dtype=acc_dtype(hidden.dtype))
         targets = torch.empty_like(labels)
-        rows = min(rows, longest)
-        with _Chunks(self.kernels, head, rows, hidden, kept=longest, fused=fused) as chunks:
-            one_chunk = len(groups) == 1 and longest == len(hidden)
-            gradients = _Gradients(chunks, hidden, wanted, one_chunk, logps.dtype)
-
-            def read(part: slice) -> tuple[Scores, Tensor]:
-                scores, others = chunks.read(hidden[part], labels[part], _at(rival, part))
-                logps[part], targets[part] = scores.logps, scores.target
-                return scores, others
-
-            for first, last, start, stop in groups:
-                span = slice(start, stop)
-                if stop - start <= limit:
-                    scores, others = read(span)
-                    gradients.add(span, scores, others, slopes(first, last, logps[span]))
-                    continue
-                parts = _parts(start, stop, even_step(stop - start, limit))
+        one_chunk = len(groups) == 1 and longest == len(hidden)
+        with _Chunks(
+            self.kernels, head, min(step, longest), hidden, kept=longest, fused=fused
+        ) as chunks:
+            sums = _Sums(chunks, hidden, needs_grad, one_chunk, logps.dtype)
+            for first, last, rows in groups:
+                size = rows.stop - rows.start
+                parts = _parts(rows.start, rows.stop, even_step(size, limit))
                 for part in parts:
-                    read(part)
-                grad = slopes(first, last, logps[span])
+                    scores = chunks.score(hidden[part], labels[part], _at(runner_up, part))
+                    logps[part], targets[part] = scores.logps, scores.target
+                grad_logps = grad_logps_fn(first, last, logps[rows])
                 for part in parts:
-                    gradients.add(part, *read(part), grad[part.start - start : part.stop - start])
-        return logps, targets, gradients.results()
+                    if len(parts) > 1:  # the E of this part is gone
+                        scores = chunks.score(hidden[part], labels[part], _at(runner_up, part))
+                    here = slice(part.start - rows.start, part.stop - rows.start)
+                    sums.add(part, scores, grad_logps[here])
+        return logps, targets, sums.gradients()
 
 
 def local_labels(labels: Tensor, head: Head) -> Tensor:
@@ -299,16 +311,16 @@ def _parts(start: int, stop: int, step: int) -> list[slice]:
     return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
 
 
-def _groups(lengths: list[int], limit: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first span, last span, first row, last row), ends excluded: together at most `limit` rows.
+def _groups(lengths: list[int], limit: int) -> Iterator[tuple[int, int, slice]]:
+    """(first example, last example, rows), ends excluded: together at most `limit` rows.
 
-    A span that is longer stands alone.
+    A longer example is a group of its own.
     """
     first = start = stop = 0
     for index, length in enumerate(lengths):
         if stop > start and stop - start + length > limit:
-            yield first, index, start, stop
+            yield first, index, slice(start, stop)
             first, start = index, stop
         stop += length
     if stop > start:
-        yield first, len(lengths), start, stop
+        yield first, len(lengths), slice(start, stop)

@@ -12,23 +12,9 @@ import threading
 import torch
 from torch import Tensor
 
-from realign_kernels._extension import extension
-from realign_kernels.backends import torch as torch_backend
+from realign_kernels._extension import require_extension
 from realign_kernels.backends.base import RowStats, Scores
-from realign_kernels.backends.chunked import ChunkedBackend
-from realign_kernels.backends.torch import add_rows, scale
-
-__all__ = [
-    "add_rows",
-    "backend",
-    "buffers",
-    "empty",
-    "finish",
-    "gemm",
-    "read_rows",
-    "release",
-    "scale",
-]
+from realign_kernels.backends.torch import TorchKernels
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = tuple(_NAMES)
@@ -37,7 +23,7 @@ DTYPES = tuple(_NAMES)
 @functools.cache
 def _own_gemm(dtype: torch.dtype) -> bool:
     """Whether the extension multiplies."""
-    features = extension().cpu_features()
+    features = require_extension().cpu_features()
     return features["gemm_bf16"] if dtype == torch.bfloat16 else features["gemm_f32"]
 
 
@@ -48,8 +34,8 @@ def _widens(dtype: torch.dtype) -> bool:
 
 
 def describe() -> str:
-    """The instruction set, and who multiplies."""
-    features = extension().cpu_features()
+    """The instruction set, and the source of the GEMM."""
+    features = require_extension().cpu_features()
     own = [name for dtype, name in _NAMES.items() if _own_gemm(dtype)]
     amx = " (AMX)" if features["amx"] else ""
     return f"{features['level']} rows, GEMM " + (
@@ -68,19 +54,20 @@ class _Memory(threading.local):
 
 
 _memory = _Memory()
+_torch = TorchKernels()
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """See `rows.Kernels`. From 8 MiB on it comes from a pool, in large pages (csrc: Block)."""
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """From 8 MiB on it comes from a pool, in large pages (csrc: Block)."""
     size = math.prod(shape) * dtype.itemsize
     if size < 2**23:
-        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch.device is around
-    memory = torch.frombuffer(extension().Block(size), dtype=torch.uint8, count=size)
+        return torch.empty(shape, dtype=dtype, device="cpu")  # not that of a torch.device context
+    memory = torch.frombuffer(require_extension().Block(size), dtype=torch.uint8, count=size)
     return memory.view(dtype).view(shape)
 
 
 def _reserve(size: int) -> Tensor:
-    """Bytes that are this call's alone: the kept buffer is taken away until `release`.
+    """Bytes that only this call uses: the kept buffer is taken away until `release`.
 
     A term of an objective, or a hook of autograd, may call the head inside the head.
     """
@@ -89,48 +76,7 @@ def _reserve(size: int) -> Tensor:
         return kept
     del kept  # frees before it allocates
     with torch.inference_mode(False):  # else the buffer could not be written outside of it
-        return empty((size,), torch.uint8)
-
-
-def release(logits: Tensor) -> None:
-    """See `rows.Kernels`."""
-    memory = logits.untyped_storage()
-    if 0 < memory.nbytes() <= KEPT:
-        with torch.inference_mode(False):
-            _memory.buffer = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
-
-
-def buffers(
-    rows: int, hidden: Tensor, vocabulary: int, derivative: bool
-) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits; `others` of a row starts where its logits do.
-
-    A row kernel reads ahead of what it writes, so bf16 `others` fit into fp32 logits in place.
-    """
-    size = rows * vocabulary * 4
-    memory = _reserve(size)[:size].view(torch.float32).view(rows, vocabulary)
-    return memory, memory.view(hidden.dtype)[:, :vocabulary] if derivative else None
-
-
-def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b. See `rows.Kernels`."""
-    half_out = out.dtype == torch.bfloat16
-    if _widens(a.dtype):
-        return _gemm_in_fp32(a, b, out, accumulate)
-    if not _own_gemm(a.dtype) or (half_out and accumulate):
-        return torch_backend.gemm(a, b, out, accumulate)
-    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
-    (m, k), n = a.shape, b.shape[1]
-    matrices = (a.data_ptr(), *_strides(a), b.data_ptr(), *_strides(b))
-    extension().gemm(
-        _NAMES[a.dtype],
-        *(m, n, k),
-        *matrices,
-        *(out.data_ptr(), out.stride(0), _NAMES[out.dtype]),
-        accumulate,
-        torch.get_num_threads(),
-    )
-    return out
+        return _empty((size,), torch.uint8)
 
 
 BLOCK = 2**18
@@ -165,7 +111,7 @@ def _gemm_in_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor
 def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     """`gemm` of fp32 matrices into fp32 or half."""
     if out.dtype == torch.float32:
-        torch_backend.gemm(a, b, out, accumulate)
+        _torch.gemm(a, b, out, accumulate)
     elif accumulate:
         out.add_(torch.mm(a, b))
     else:
@@ -184,56 +130,90 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def read_rows(
-    logits: Tensor,  # (r, V)
-    labels: Tensor,  # (r,)
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    temperature: float,
-    rival: Tensor | None,  # (r,) bool
-    others: Tensor | None,  # (r, V)
-) -> RowStats:
-    """See `rows.Kernels`."""
-    rows, vocabulary = logits.shape
-    labels, bias, rival = (
-        None if t is None else t.contiguous()
-        for t in (labels, None if bias is None else bias.float(), rival)
-    )
-    target = torch.empty_like(labels)
-    logit, peak, total, slope = empty((4, rows), torch.float32).unbind()
-    written = logits if others is None else others
-    extension().read_rows(
-        *(logits.data_ptr(), _NAMES[logits.dtype], logits.stride(0)),
-        *(rows, vocabulary),
-        *(labels.data_ptr(), _address(bias), softcap or 0.0, temperature, _address(rival)),
-        *(_address(others), _NAMES[written.dtype], written.stride(0)),
-        *(t.data_ptr() for t in (target, logit, peak, total, slope)),
-        torch.get_num_threads(),
-    )
-    return RowStats(target, logit, peak, total, slope, total)
+class CppKernels(TorchKernels):
+    """GEMM and row kernel of the extension; the rest of torch."""
 
+    def buffers(
+        self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """fp32 logits; exp_logits of a row start where its logits do.
 
-def finish(
-    pull: Tensor,  # (r, H)
-    weight: Tensor,  # (V, H)
-    scores: Scores,
-    factor: Tensor,  # (r,)
-    out: Tensor,  # (r, H)
-) -> None:
-    """See `rows.Kernels`."""
-    if weight.stride(1) != 1 or not out.is_contiguous():
-        return torch_backend.finish(pull, weight, scores, factor, out)
-    vectors = [t.contiguous() for t in (scores.target, scores.slope, scores.total, factor)]
-    extension().finish_direction(
-        *pull.shape,
-        *(pull.data_ptr(), weight.data_ptr(), weight.stride(0), _NAMES[weight.dtype]),
-        *(t.data_ptr() for t in vectors),
-        *(out.data_ptr(), _NAMES[out.dtype], torch.get_num_threads()),
-    )
+        A row kernel reads ahead of its writes, so bf16 exp_logits fit into fp32 logits in place.
+        """
+        size = rows * vocabulary * 4
+        memory = _reserve(size)[:size].view(torch.float32).view(rows, vocabulary)
+        return memory, memory.view(hidden.dtype)[:, :vocabulary] if derivative else None
 
+    def release(self, logits: Tensor) -> None:
+        memory = logits.untyped_storage()
+        if 0 < memory.nbytes() <= KEPT:
+            with torch.inference_mode(False):
+                _memory.buffer = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
 
-def backend() -> ChunkedBackend:
-    """See `dispatch.Backend`."""
-    import realign_kernels.backends.cpp as kernels
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _empty(shape, dtype)
 
-    return ChunkedBackend(kernels)
+    def gemm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        half_out = out.dtype == torch.bfloat16
+        if _widens(a.dtype):
+            return _gemm_in_fp32(a, b, out, accumulate)
+        if not _own_gemm(a.dtype) or (half_out and accumulate):
+            return super().gemm(a, b, out, accumulate)
+        a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+        (m, k), n = a.shape, b.shape[1]
+        matrices = (a.data_ptr(), *_strides(a), b.data_ptr(), *_strides(b))
+        require_extension().gemm(
+            _NAMES[a.dtype],
+            *(m, n, k),
+            *matrices,
+            *(out.data_ptr(), out.stride(0), _NAMES[out.dtype]),
+            accumulate,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def row_stats(
+        self,
+        logits: Tensor,  # (r, V)
+        labels: Tensor,  # (r,)
+        bias: Tensor | None,  # (V,)
+        softcap: float | None,
+        temperature: float,
+        runner_up: Tensor | None,  # (r,) bool
+        exp_logits: Tensor | None,  # (r, V)
+    ) -> RowStats:
+        rows, vocabulary = logits.shape
+        labels = labels.contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        runner_up = None if runner_up is None else runner_up.contiguous()
+        target = torch.empty_like(labels)
+        logit, max_logit, sum_exp, dz_dlogit = _empty((4, rows), torch.float32).unbind()
+        written = logits if exp_logits is None else exp_logits
+        require_extension().read_rows(
+            *(logits.data_ptr(), _NAMES[logits.dtype], logits.stride(0)),
+            *(rows, vocabulary),
+            *(labels.data_ptr(), _address(bias), softcap or 0.0, temperature, _address(runner_up)),
+            *(_address(exp_logits), _NAMES[written.dtype], written.stride(0)),
+            *(t.data_ptr() for t in (target, logit, max_logit, sum_exp, dz_dlogit)),
+            torch.get_num_threads(),
+        )
+        return RowStats(target, logit, max_logit, sum_exp, dz_dlogit, sum_exp)
+
+    def hidden_grad_epilogue(
+        self,
+        exp_w: Tensor,  # (r, H)
+        weight: Tensor,  # (V, H)
+        scores: Scores,
+        factor: Tensor,  # (r,)
+        out: Tensor,  # (r, H)
+    ) -> None:
+        if weight.stride(1) != 1 or not out.is_contiguous():
+            return super().hidden_grad_epilogue(exp_w, weight, scores, factor, out)
+        vectors = (scores.target, scores.dz_dlogit, scores.sum_exp, factor)
+        vectors = [t.contiguous() for t in vectors]
+        require_extension().finish_direction(
+            *exp_w.shape,
+            *(exp_w.data_ptr(), weight.data_ptr(), weight.stride(0), _NAMES[weight.dtype]),
+            *(t.data_ptr() for t in vectors),
+            *(out.data_ptr(), _NAMES[out.dtype], torch.get_num_threads()),
+        )

@@ -1,9 +1,8 @@
-"""Which backend computes an operator.
+"""Backend choice per device and dtype: `choose`, `use_backend`, `explain`.
 
-One decision per (device, dtype), in this order: `use_backend`, the environment variable
-REALIGN_BACKEND, the fastest that can. Operators ask when they run, not when they are traced, so a
-choice never breaks a compiled graph and a compiled function obeys the `use_backend` it is called
-under.
+The order is `use_backend`, the environment variable REALIGN_BACKEND, the fastest that can compute.
+Operators ask when they run, not when they are traced, so a choice never breaks a compiled graph and
+a compiled function obeys the `use_backend` it is called under.
 """
 
 import contextlib
@@ -11,79 +10,28 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from realign_kernels._extension import extension, missing_reason
-from realign_kernels.backends.base import Head
-from realign_kernels.objectives import Objective
+from realign_kernels.backends.base import Backend
+from realign_kernels.backends.chunked import ChunkedBackend
 
 MODULES = {
-    "reference": "realign_kernels.reference",
-    "torch": "realign_kernels.backends.torch",
-    "cpp": "realign_kernels.backends.cpp",
-    "triton": "realign_kernels.backends.triton.backend",
+    "reference": ("realign_kernels.backends.reference", "ReferenceBackend"),
+    "torch": ("realign_kernels.backends.torch", "TorchKernels"),
+    "cpp": ("realign_kernels.backends.cpp", "CppKernels"),
+    "triton": ("realign_kernels.backends.triton.backend", "TritonKernels"),
 }
-"""The backends. Each module has a function backend()."""
+"""Module and class: kernels of the chunked backend, or a backend."""
 
 ENVIRONMENT = "REALIGN_BACKEND"
 
 _override: ContextVar[str] = ContextVar("realign_backend", default="")
-
-
-class Backend(Protocol):
-    """What a backend provides. Rows are compacted: no label is ignored, labels in [0, V)."""
-
-    def forward(
-        self,
-        hidden: Tensor,  # (n, H)
-        head: Head,
-        labels: Tensor,  # (n,) int64
-        rival: Tensor | None,  # (n,) bool: the target is the strongest token but the label
-        *,
-        chunk_rows: int | None,
-        keep_direction: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """logps (n,) and, if wanted, d logp_i / d hidden_i (n, H), both wide; targets (n,)."""
-
-    def backward(
-        self,
-        grad: Tensor,  # (n,) in the dtype of logps
-        hidden: Tensor,  # (n, H)
-        head: Head,
-        labels: Tensor,  # (n,) int64, the targets of forward
-        *,
-        chunk_rows: int | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of hidden, weight and bias in their dtypes; None where not wanted."""
-
-    def by_spans(
-        self,
-        hidden: Tensor,  # (n, H)
-        head: Head,
-        labels: Tensor,  # (n,) int64
-        rival: Tensor | None,  # (n,) bool
-        lengths: list[int],
-        slopes: Callable[[int, int, Tensor], Tensor],
-        *,
-        chunk_rows: int | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Both of them for a loss that is a sum over spans: see `chunked.ChunkedBackend`."""
-
-    def span_rows(self, hidden: Tensor, head: Head, rival: bool, chunk_rows: int | None) -> int:
-        """Rows that `by_spans` reads at once."""
-
-    def scale(self, values: Tensor, factor: Tensor) -> None:
-        """values *= factor, a scalar on the device; see `rows.Kernels.scale`."""
-
-    def fused_loss(self, objective: Objective) -> Callable | None:
-        """A kernel from tokens to the loss (`triton.loss.preference_sums`), None without one."""
 
 
 class Choice(NamedTuple):
@@ -147,9 +95,9 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
         if reason := _missing(name):
             passed_over.append(f"no {name}: {reason}")
             if name == "cpp":
-                extension()  # says once how to build it
+                extension()  # warns once, with the way to build it
         elif name == "cpp":
-            module = importlib.import_module(MODULES[name])
+            module = importlib.import_module(MODULES[name][0])
             return Choice(name, f"the fastest here: {module.describe()}")
         elif device == "cuda":
             return Choice(name, "written for it; docs/gpu.md has its speed")
@@ -160,7 +108,7 @@ _decided = functools.cache(_decide)
 
 
 def choose(device: torch.device, dtype: torch.dtype, override: str = "") -> Choice:
-    """The backend for tensors of this device and dtype. `override` stands for use_backend."""
+    """The backend for tensors of this device and dtype. `override` replaces use_backend."""
     asked = override or current_override()
     return _decided(device.type, dtype, asked, os.environ.get(ENVIRONMENT, ""))
 
@@ -172,7 +120,9 @@ def current_override() -> str:
 
 @functools.cache
 def _load(name: str) -> Backend:
-    return importlib.import_module(MODULES[name]).backend()
+    module, kind = MODULES[name]
+    made = getattr(importlib.import_module(module), kind)()
+    return made if name == "reference" else ChunkedBackend(made)
 
 
 def backend_for(tensor: Tensor, override: str = "") -> Backend:

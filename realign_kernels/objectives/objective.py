@@ -23,7 +23,7 @@ class Leaf(NamedTuple):
     """Its log-prob is a constant for the gradient (stop-gradient)."""
     rival: bool = False
     """Scored by the strongest token that is not the label, at each position of the response,
-    instead of the label itself. `objectives.released` says what that is for."""
+    instead of the label itself. For `objectives.released`."""
 
 
 CHOSEN = Leaf("chosen", "image")
@@ -54,8 +54,8 @@ class RDPOOutput(NamedTuple):
 class Objective:
     """A named list of terms over leaves. Equal ones hash alike, so they can be dictionary keys.
 
-    beta stands here and not in the terms: every method of this family has one beta, terms become
-    functions of rewards alone, and the rewards that are reported are the ones that were compared.
+    beta is here and not in the terms: every method of this family has one beta, terms become
+    functions of rewards only, and the reported rewards are the ones that were compared.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Objective:
         reduction: str = "mean",
         token_counts: Tensor | None = None,  # (L, B)
     ) -> PreferenceOutput:
-        """The loss and what is reported with it, in the dtype of logps. Inputs are not checked.
+        """The loss, rewards and term losses, in the dtype of logps. Inputs are not checked.
 
         Raises:
             ValueError: the objective averages and there are no token counts, or a term does not
@@ -123,6 +123,7 @@ class Objective:
             policy = torch.stack([row.detach() if leaf.detached else row for leaf, row in rows])
         ratios = policy - reference_logps.to(logps.dtype)
         if self.average:
+            assert token_counts is not None
             ratios = ratios / token_counts
         rewards = self.beta * ratios
         # By name: Dynamo of torch 2.11 hashes an object that it calls, and a dataclass made in the
@@ -143,7 +144,7 @@ class Objective:
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuses what is not in REDUCTIONS."""
+    """Refuses a name that is not in REDUCTIONS."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
@@ -152,7 +153,7 @@ def as_objective(terms: Objective | Sequence[Term], beta: float | None = None) -
     """An Objective as it is; a list of terms over unnamed leaves, as many as its highest index + 1.
 
     Raises:
-        ValueError: beta beside an Objective, which has its own; or what is neither of the two.
+        ValueError: beta beside an Objective, which has its own; or an argument of another type.
     """
     if isinstance(terms, str) or (callable(terms) and not isinstance(terms, Objective | Term)):
         name = terms if isinstance(terms, str) else getattr(terms, "__name__", "rdpo")

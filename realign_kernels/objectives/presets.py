@@ -240,7 +240,7 @@ def released(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
     Not the default, since it is not the paper's loss: the rejected response and the retrieved image
     never enter as such; pushing R down raises the label's own probability, to first order, where
     the paper's loss lowers it; and as policy and reference pick different tokens, R is no
-    log-ratio of anything, so margins say nothing.
+    log-ratio of anything, so margins mean nothing.
     """
     rivals = tuple(leaf._replace(rival=True) for leaf in (REJECTED, VISUAL))
     terms = (_text(), _visual(visual_weight))

@@ -7,7 +7,6 @@ log-sigmoid or a log-sum-exp relative to the largest, never an exp of a reward.
 
 import math
 import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 class Term:
     """One comparison of rewards. A pure function: rewards (L, B) -> loss (B,), unweighted.
 
-    Entry b of the loss may depend on column b of the rewards alone. The fused head turns an
+    Entry b of the loss may depend only on column b of the rewards. The fused head turns an
     example's log-probs into coefficients while other examples are not computed yet, so nothing
     that mixes examples, such as centering rewards over the batch, can be a term.
 
@@ -274,7 +273,7 @@ class LinearSigmoid(Term):
         return -F.logsigmoid(torch.stack(parts).sum(0))
 
 
-def _log_one_plus_exps(gaps: Sequence[Tensor]) -> Tensor:
+def _log_one_plus_exps(gaps: list[Tensor]) -> Tensor:
     """log(1 + sum_j exp(gaps[j])), right for gaps of any size.
 
     logsumexp has the gradient exp(gap - logsumexp), which at gaps of 2e4 in fp32 is off by up to
@@ -289,13 +288,17 @@ def _is_tuple(value: Any, least: int = 0) -> bool:
     return isinstance(value, tuple) and len(value) >= least
 
 
+def _is_finite(value: Any) -> bool:
+    return -math.inf < value < math.inf
+
+
 def _check_value(name: str, value: Any) -> None:
     """Finite numbers, strings, None, and tuples of them."""
     if isinstance(value, tuple):
         for entry in value:
             _check_value(name, entry)
     elif isinstance(value, numbers.Real):
-        if not -math.inf < value < math.inf:
+        if not _is_finite(value):
             raise ValueError(f"{name} must be finite, got {value!r}")
     elif not (value is None or isinstance(value, str)):
         raise ValueError(

@@ -24,10 +24,19 @@ from triton.backends.nvidia import driver
 
 import realign_kernels.backends.triton as package
 from realign_kernels import objectives
-from realign_kernels.backends.base import Head, Scores
-from realign_kernels.backends.triton import configs, exp_head, finish, forward, loss, rows, scatter
+from realign_kernels.backends.base import Scores
+from realign_kernels.backends.triton import (
+    configs,
+    epilogue,
+    exp_head,
+    forward,
+    loss,
+    row_kernel,
+    scatter,
+)
 from realign_kernels.backends.triton.compile import PROCESSORS
 from realign_kernels.backends.triton.logits import assume_device
+from realign_kernels.lm_head import Head
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MAP_TYPES = {FP16: 6, FP32: 7, BF16: 9}  # CUtensorMapDataType
@@ -77,7 +86,7 @@ def keep_arguments(launch):
     """Fills what the head combines, so that swapped results show: no kernel runs."""
     passed.clear()
     passed.update(launch.get()["arguments"])
-    for name, value in {"peak_out": 2.0, "total_out": 3.0}.items():
+    for name, value in {"max_logit_out": 2.0, "sum_exp_out": 3.0}.items():
         if name in passed and passed[name].dim() == 2:
             passed[name].fill_(value)
 
@@ -144,39 +153,39 @@ def write(name, kernel, grid, warps, expected):
 write.seen, write.launched = 0, set()
 
 
-def read(name, count, vocabulary, dtype, others=BF16, *, options=False, pitch=None):
-    """The row kernel. `options` are bias, softcap, temperature and rivals."""
+def read(name, count, vocabulary, dtype, exp_logits=BF16, *, options=False, pitch=None):
+    """The row kernel. `options` are bias, softcap, temperature and runner-ups."""
     logits = taken(count, vocabulary, dtype, pitch=pitch)
     target = None
-    if others is not None:
-        target = logits if others == "in place" else taken(count, vocabulary, others)
+    if exp_logits is not None:
+        target = logits if exp_logits == "in place" else taken(count, vocabulary, exp_logits)
     labels = torch.zeros(count, dtype=torch.int64)
     bias = torch.zeros(vocabulary, dtype=BF16) if options else None
-    rival = torch.zeros(count, dtype=torch.bool) if options else None
+    runner_up = torch.zeros(count, dtype=torch.bool) if options else None
     softcap, temperature = (30.0, 0.7) if options else (None, 1.0)
-    stats = rows.read_rows(logits, labels, bias, softcap, temperature, rival, target)
+    stats = row_kernel.row_stats(logits, labels, bias, softcap, temperature, runner_up, target)
     config = configs.row_config(90, vocabulary)
     expected = {
         "logits": logits,
         "labels": labels,
         "bias": bias,
-        "rival": rival,
-        "others": target,
+        "runner_up": runner_up,
+        "exp_logits": target,
         "target_out": stats.target,
         "logit_out": stats.logit,
-        "peak_out": stats.peak,
-        "total_out": stats.total,
-        "slope_out": stats.slope,
+        "max_logit_out": stats.max_logit,
+        "sum_exp_out": stats.sum_exp,
+        "dz_dlogit_out": stats.dz_dlogit,
         "divisor_out": stats.divisor,
         "vocabulary": vocabulary,
         "stride": logits.stride(0),
-        "others_stride": 0 if target is None else target.stride(0),
+        "exp_stride": 0 if target is None else target.stride(0),
         "softcap": softcap,
         "inverse_temperature": 1 / temperature,
-        "ONE_READ": others in (FP32, BF16) and not options,
+        "ONE_READ": exp_logits in (FP32, BF16) and not options,
         "BLOCK": config.block,
     }
-    write(name, rows.rows_kernel, (count,), config.warps, expected)
+    write(name, row_kernel.row_kernel, (count,), config.warps, expected)
 
 
 def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None, shift=0):
@@ -191,10 +200,10 @@ def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None
     tile = configs.GEMMS[architecture][bin]
     blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
     splits, per_split = configs.choose_splits(blocks, tiles, PROCESSORS[architecture])
-    peaks, totals = passed["peak_out"], passed["total_out"]
-    for parts in (peaks, totals):
+    max_logits, sums_exp = passed["max_logit_out"], passed["sum_exp_out"]
+    for parts in (max_logits, sums_exp):
         assert parts.shape == (splits, count) and parts.is_contiguous() and parts.dtype == FP32
-    assert (stats.peak == 2).all() and (stats.total == 3 * splits).all(), "swapped results"
+    assert (stats.max_logit == 2).all() and (stats.sum_exp == 3 * splits).all(), "swapped results"
     described = tile.descriptors
     expected = {
         "hidden": descriptor(hidden, [tile.rows, tile.depth]) if described else hidden,
@@ -202,8 +211,8 @@ def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None
         "labels": labels,
         "bias": bias,
         "logit_out": stats.logit,
-        "peak_out": peaks,
-        "total_out": totals,
+        "max_logit_out": max_logits,
+        "sum_exp_out": sums_exp,
         "count": count,
         "vocabulary": vocabulary,
         "width": width,
@@ -226,7 +235,7 @@ def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None
 def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
     """The label's logit, the GEMM with the exponential, and the scores, as `fused` calls them."""
     hidden, weight = taken(count, width, BF16, pitch=pitch), taken(vocabulary, width, BF16)
-    others = taken(count, vocabulary, BF16, pitch=-(-vocabulary // 8) * 8)
+    exp_logits = taken(count, vocabulary, BF16, pitch=-(-vocabulary // 8) * 8)
     end, labels = taken.end, torch.zeros(count, dtype=torch.int64)
     head = Head(weight, None, None, temperature)
     logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
@@ -247,14 +256,14 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
     taken.end = end
     architecture = triton.runtime.driver.active.architecture
     tile = configs.EXP_HEADS[architecture]
-    sums = exp_head.exp_rows(hidden, head, narrow, shift, others)
+    sums = exp_head.exp_rows(hidden, head, narrow, shift, exp_logits)
     blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
     assert sums.shape == (2, tiles, count) and sums.is_contiguous() and sums.dtype == FP32
     programs = min(PROCESSORS[architecture], blocks * tiles)
     expected = {
         "hidden": descriptor(hidden, [tile.rows, tile.depth]),
         "weight": descriptor(weight, [tile.columns, tile.depth]),
-        "others": descriptor(others, [tile.rows, tile.columns // 2]),
+        "exp_logits": descriptor(exp_logits, [tile.rows, tile.columns // 2]),
         "labels": narrow,
         "shift": shift,
         "sums_out": sums[0],
@@ -271,14 +280,14 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
         "PROGRAMS": programs,
     }
     write(name, exp_head.exp_kernel, (programs,), tile.warps, expected)
-    logps, miss, total = exp_head.score_sums(sums, logit, temperature)
+    logps, one_minus_p, sum_exp = exp_head.score_sums(sums, logit, temperature)
     expected = {
         "sums": sums[0],
         "rounded_sums": sums[1],
         "logit": logit,
         "logps_out": logps,
-        "miss_out": miss,
-        "divisor_out": total,
+        "one_minus_p_out": one_minus_p,
+        "divisor_out": sum_exp,
         "count": count,
         "tiles": tiles,
         "sums_stride": count,
@@ -291,55 +300,54 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
 
 def last_step(name, count, width, vocabulary, dtype):
     """The last step of the gradient of hidden, and the scaling of a gradient."""
-    pull, weight, out = (taken(*shape) for shape in (
+    exp_w, weight, out = (taken(*shape) for shape in (
         (count, width, FP32), (vocabulary, width, BF16), (count, width, dtype)))  # fmt: skip
     target = torch.zeros(count, dtype=torch.int64)
-    logps, miss, total, slope, factor = (torch.zeros(count) for _ in range(5))
-    finish.finish(pull, weight, Scores(logps, miss, target, total, slope), factor, out)
+    logps, one_minus_p, sum_exp, dz_dlogit, factor = (torch.zeros(count) for _ in range(5))
+    epilogue.hidden_grad_epilogue(
+        exp_w, weight, Scores(logps, one_minus_p, target, sum_exp, dz_dlogit), factor, out
+    )
     expected = {
-        "pull": pull,
+        "exp_w": exp_w,
         "weight": weight,
         "target": target,
-        "total": total,
-        "slope": slope,
+        "sum_exp": sum_exp,
+        "dz_dlogit": dz_dlogit,
         "factor": factor,
         "out": out,
         "width": width,
-        "pull_stride": width,
+        "exp_w_stride": width,
         "weight_stride": width,
         "column_stride": 1,
         "out_stride": width,
-        "BLOCK": finish.BLOCK,
+        "BLOCK": epilogue.BLOCK,
     }
-    write(name, finish.finish_kernel, (count, -(-width // finish.BLOCK)), 4, expected)
+    write(name, epilogue.hidden_grad_kernel, (count, -(-width // epilogue.BLOCK)), 4, expected)
     values, factor = taken(vocabulary, width, dtype), torch.zeros(())
-    finish.scale(values, factor)
+    epilogue.scale(values, factor)
     expected = {
         "values": values,
         "factor": factor,
         "count": vocabulary * width,
-        "PROGRAMS": finish.SCALE_PROGRAMS,
-        "BLOCK": finish.SCALE_BLOCK,
+        "PROGRAMS": epilogue.SCALE_PROGRAMS,
+        "BLOCK": epilogue.SCALE_BLOCK,
     }
-    write(name, finish.scale_kernel, (finish.SCALE_PROGRAMS,), 8, expected)
+    write(name, epilogue.scale_kernel, (epilogue.SCALE_PROGRAMS,), 8, expected)
 
 
 def preference(objective, count, examples, reduction="mean"):
     """The loss kernel."""
     leaves, terms = len(objective.leaves), objective.terms
     logps = torch.zeros(count)
-    labels, ids = torch.zeros(2, count, dtype=torch.int64)
+    ids = torch.zeros(count, dtype=torch.int64)
     reference = torch.zeros(leaves, examples)
-    output = loss.preference_sums(
-        logps, labels, ids, reference, objective, reduction=reduction, ignore_index=-7
-    )
+    output = loss.preference_sums(logps, ids, reference, objective, reduction=reduction)
     finished = passed["finished"]
     assert finished.dtype == torch.int64 and finished.item() == 0
     assert all(finished.data_ptr() != field.data_ptr() for field in output)
     pairs = [isinstance(term, objectives.PairSigmoid) for term in terms]
     expected = {
         "logps": logps,
-        "labels": labels,
         "ids": ids,
         "reference": reference,
         "coefficients": output.coefficients,
@@ -347,13 +355,11 @@ def preference(objective, count, examples, reduction="mean"):
         "counts_out": output.counts,
         "rewards_out": output.rewards,
         "terms_out": output.term_losses,
-        "losses_out": output.losses,
+        "losses_out": passed["losses_out"],
         "loss_out": output.loss,
-        "outside_out": output.outside,
         "finished": finished,
         "rows": count,
         "examples": examples,
-        "ignore_index": -7,
         "beta": objective.beta,
         "weights": [float(term.weight) for term in terms],
         "deltas": [0.0 if p else float(t.delta) for p, t in zip(pairs, terms, strict=True)],
@@ -452,12 +458,16 @@ def main():
     for architecture in map(int, sys.argv[2:]):
         triton.runtime.driver.set_active(Driver(architecture))
         with assume_device(architecture, PROCESSORS[architecture]):
-            launch_heads()
-            launch_exponentials()
-            if architecture == 90:  # the other kernels have one table for all architectures
+            if architecture == 90:
+                launch_heads()
+                launch_exponentials()
                 launch_rows()
                 launch_losses()
                 launch_scatters()
+            else:  # the tiles that differ; the other tables are one for both
+                head("wide", 4096, 4096, 32000)
+                exponentials("LLaVA-1.5-7B", 3072, 4096, 32000)
+                exponentials("V odd, T, padded", 4095, 4096, 32003, temperature=1.3, pitch=4104)
     missing = {*KERNELS, *configs.GEMMS[90]} - write.launched
     assert not missing, f"kernels or tiles without a launch: {missing}"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import realign_kernels as rk
-from realign_kernels import reference
 from realign_kernels.backends import dispatch
+from realign_kernels.backends.reference import ReferenceBackend
 
 
 def test_default_and_its_reason():
@@ -79,13 +79,13 @@ def test_an_unknown_backend(monkeypatch):
 def test_reference_computes_forward_and_backward(frozen, monkeypatch):
     calls = []
     for name in ("forward", "backward"):
-        original = getattr(reference.ReferenceBackend, name)
+        original = getattr(ReferenceBackend, name)
 
         def record(*args, _name=name, _original=original, **kwargs):
             calls.append(_name)
             return _original(*args, **kwargs)
 
-        monkeypatch.setattr(reference.ReferenceBackend, name, record)
+        monkeypatch.setattr(ReferenceBackend, name, record)
     case = kc.make_case(7, 5, 11, torch.float32)
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight.clone().requires_grad_(not frozen)

@@ -5,13 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 import triton_cases as tc
-from triton_cases import DEVICE, exp_head, finish, problem
+from triton_cases import DEVICE, epilogue, exp_head, problem
 
 import realign_kernels as rk
 from realign_kernels import ops
-from realign_kernels.backends.base import Head, Scores
-from realign_kernels.backends.triton import backend
+from realign_kernels.backends.base import Scores
 from realign_kernels.backends.triton.logits import assume_device
+from realign_kernels.lm_head import Head, HeadSettings
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -32,12 +32,12 @@ def small_tiles(monkeypatch):
 def run(hidden, weight, labels, temperature=1.0, dtype=None):
     """Scores and E by the Triton kernels; rows of E are padded to 16 bytes."""
     head, vocabulary = Head(weight, None, None, temperature), len(weight)
-    others = hidden.new_empty(len(hidden), -(-vocabulary // 8) * 8, dtype=dtype)[:, :vocabulary]
+    exp_logits = hidden.new_empty(len(hidden), -(-vocabulary // 8) * 8, dtype=dtype)[:, :vocabulary]
     logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
-    sums = exp_head.exp_rows(hidden, head, narrow, shift, others)
-    logps, miss, total = exp_head.score_sums(sums, logit, temperature)
-    slope = torch.full_like(logit, 1 / temperature)
-    return Scores(logps, miss, labels, total, slope), others
+    sums = exp_head.exp_rows(hidden, head, narrow, shift, exp_logits)
+    logps, one_minus_p, sum_exp = exp_head.score_sums(sums, logit, temperature)
+    dz_dlogit = torch.full_like(logit, 1 / temperature)
+    return Scores(logps, one_minus_p, labels, sum_exp, dz_dlogit), exp_logits
 
 
 def truth(hidden, weight, labels, temperature=1.0):
@@ -50,19 +50,20 @@ def truth(hidden, weight, labels, temperature=1.0):
     return logps.detach(), grad, e / temperature
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.7])
-@pytest.mark.parametrize("lift", [0, 14, 30, -30, -40])
-@pytest.mark.parametrize("spread", [1.0, 2.0, 4.0, 6.0])
+@pytest.mark.parametrize(
+    ("spread", "lift", "temperature"),
+    [(1, 0, 1), (6, 0, 1.7), (1, 30, 1.7), (2, 14, 1), (6, 14, 1), (2, -40, 1.7), (6, -30, 1)],
+)
 def test_scores_and_gradient_against_fp64(spread, lift, temperature):
     given = *problem(spread=spread, lift=lift), temperature
-    scores, others = run(*given)
+    scores, exp_logits = run(*given)
     logps, grad, e = truth(*given)
     torch.testing.assert_close(scores.logps.double(), logps, rtol=2e-6, atol=1e-5)
     confident = -torch.expm1(logps)
-    torch.testing.assert_close(scores.miss.double(), confident, rtol=1e-4, atol=1e-30)
-    torch.testing.assert_close(others.double() * BITS, e, rtol=1e-4, atol=float(e.max()) * 1e-8)
+    torch.testing.assert_close(scores.one_minus_p.double(), confident, rtol=1e-4, atol=1e-30)
+    torch.testing.assert_close(exp_logits.double() * BITS, e, rtol=1e-4, atol=float(e.max()) * 1e-8)
     out = torch.empty_like(given[0])
-    finish.finish(others @ given[1], given[1], scores, scores.miss, out)
+    epilogue.hidden_grad_epilogue(exp_logits @ given[1], given[1], scores, scores.one_minus_p, out)
     rows = (out.double() - grad).norm(dim=1) / grad.norm(dim=1)
     assert rows.max() < 1e-4, rows
 
@@ -72,11 +73,11 @@ def test_scores_and_gradient_against_fp64(spread, lift, temperature):
 )
 def test_shapes(rows, width, vocabulary):
     given = problem(rows, width, vocabulary)
-    scores, others = run(*given)
+    scores, exp_logits = run(*given)
     logps, _, e = truth(*given)
     torch.testing.assert_close(scores.logps.double(), logps, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(others.double() * BITS, e, rtol=1e-4, atol=1e-30)
-    assert scores.total.isfinite().all() and (scores.total > 0).all()
+    torch.testing.assert_close(exp_logits.double() * BITS, e, rtol=1e-4, atol=1e-30)
+    assert scores.sum_exp.isfinite().all() and (scores.sum_exp > 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
@@ -95,27 +96,26 @@ def test_rows_that_overflow_are_not_finite_and_others_are_right(value):
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_products_are_divided_by_the_sum_of_e_as_rounded(temperature):
     given = problem(spread=6.0)
-    scores, others = run(*given, temperature, dtype=torch.bfloat16)
-    exact = others.double().sum(1) * temperature
-    torch.testing.assert_close(scores.total.double(), exact, rtol=1e-6, atol=0)
+    scores, exp_logits = run(*given, temperature, dtype=torch.bfloat16)
+    exact = exp_logits.double().sum(1) * temperature
+    torch.testing.assert_close(scores.sum_exp.double(), exact, rtol=1e-6, atol=0)
     wide, _ = run(*given, temperature)
     assert torch.equal(scores.logps, wide.logps), "the log-prob is of the fp32 sum"
-    assert ((scores.total / wide.total - 1).abs() > 1e-4).any()
+    assert ((scores.sum_exp / wide.sum_exp - 1).abs() > 1e-4).any()
 
 
 @pytest.fixture
 def fused(monkeypatch):
     """The public functions take the fused kernels, as on Hopper; returns the rows of each call."""
-    calls = []
+    calls, plain = [], exp_head.fused
 
     def record(hidden, *rest):
         calls.append(len(hidden))
-        return exp_head.fused(hidden, *rest)
+        return plain(hidden, *rest)
 
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(backend, "fuses", lambda hidden, head: True)
-    monkeypatch.setattr(backend, "fused", record)
+    monkeypatch.setattr(exp_head, "fused", record)
     monkeypatch.setattr(exp_head, "choice", lambda hidden, head: "triton")
     with rk.use_backend("triton"):
         yield calls
@@ -196,10 +196,8 @@ def test_the_operator_of_compiled_graphs_repeats_a_call_that_overflows(fused):
     hidden[5] *= 40
     labels[5] = (hidden[5] @ weight.T).argmin()
     exact, grad, _ = truth(hidden, weight, labels)
-    leaf, settings = hidden.clone().requires_grad_(), {"softcap": None, "temperature": 1.0}
-    logps = ops.logprobs(
-        leaf, weight, labels, None, None, -100, chunk_rows=None, group=None, **settings
-    )
+    leaf = hidden.clone().requires_grad_()
+    logps = ops.logprobs(leaf, weight, labels, None, None, HeadSettings())
     logps.sum().backward()
     assert fused == [37] and exact.min() < -150
     torch.testing.assert_close(logps.double(), exact, rtol=2e-6, atol=1e-5)
@@ -239,8 +237,8 @@ def test_heads_that_take_the_fused_kernel(monkeypatch, name):
         assert (exp_head.choice(hidden, head) == "triton") == (name in takes)
         monkeypatch.setattr(exp_head, "built", lambda: True)
         monkeypatch.setenv("REALIGN_HEAD", "cutlass")
-        others = dict.fromkeys(("temperature", "odd vocabulary"), "triton")
-        wanted = ({"triton": "cutlass"} | others).get(name, "rows")
+        other = dict.fromkeys(("temperature", "odd vocabulary"), "triton")
+        wanted = ({"triton": "cutlass"} | other).get(name, "rows")
         assert exp_head.choice(hidden, head) == wanted
         with assume_device(100, 148):
             assert exp_head.choice(hidden, head) == ("rows" if wanted == "rows" else "triton")
@@ -264,18 +262,18 @@ def test_a_kernel_that_is_not_there(monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_finish_without_a_target_and_into_half(transposed):
     g = torch.Generator().manual_seed(0)
-    pull, weight = torch.randn(5, 70, generator=g), torch.randn(9, 70, generator=g)
+    exp_w, weight = torch.randn(5, 70, generator=g), torch.randn(9, 70, generator=g)
     weight = weight.T.contiguous().T if transposed else weight
     target = torch.tensor([8, -1, 0, 3, -1])
-    total, slope, factor = torch.rand(3, 5, generator=g) + 0.5
-    scores = Scores(total, total, target, total, slope)
-    given = [t.to(DEVICE) for t in (pull, weight)]
+    sum_exp, dz_dlogit, factor = torch.rand(3, 5, generator=g) + 0.5
+    scores = Scores(sum_exp, sum_exp, target, sum_exp, dz_dlogit)
+    given = [t.to(DEVICE) for t in (exp_w, weight)]
     scores = Scores(*(t.to(DEVICE) for t in scores))
-    w = weight[target.clamp(min=0)] * (target >= 0)[:, None] * slope[:, None]
-    exact = factor[:, None].double() * (w.double() - pull.double() / total[:, None].double())
+    w = weight[target.clamp(min=0)] * (target >= 0)[:, None] * dz_dlogit[:, None]
+    exact = factor[:, None].double() * (w.double() - exp_w.double() / sum_exp[:, None].double())
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
         out = torch.empty(5, 80, dtype=dtype, device=DEVICE)[:, :70]
-        finish.finish(*given, scores, factor.to(DEVICE), out)
+        epilogue.hidden_grad_epilogue(*given, scores, factor.to(DEVICE), out)
         torch.testing.assert_close(out.double().cpu(), exact, rtol=tolerance, atol=tolerance)
 
 
@@ -283,5 +281,5 @@ def test_finish_without_a_target_and_into_half(transposed):
 def test_scale(factor):
     values = torch.randn(3, 9001, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     exact = values * factor
-    finish.scale(values, torch.tensor(factor, device=DEVICE))
+    epilogue.scale(values, torch.tensor(factor, device=DEVICE))
     assert torch.equal(values.nan_to_num(), exact.nan_to_num())

@@ -7,8 +7,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import realign_kernels as rk
 from realign_kernels.backends import chunk_plan
-from realign_kernels.backends import torch as torch_backend
-from realign_kernels.backends.base import Head
 from realign_kernels.backends.chunk_plan import (
     default_chunk_rows,
     even_step,
@@ -16,6 +14,8 @@ from realign_kernels.backends.chunk_plan import (
     kept_rows,
 )
 from realign_kernels.backends.chunked import _Chunks
+from realign_kernels.backends.torch import TorchKernels
+from realign_kernels.lm_head import Head
 
 WIDTH, VOCABULARY, ROWS, CHUNK = 5, 97, 40, 8
 
@@ -150,13 +150,13 @@ def test_e_of_more_rows_than_a_chunk_of_logits():
     """12 rows, 5 logits at a time, as on CUDA: log-probs and E of all against fp64."""
     hidden, weight = torch.randn(12, 8), torch.randn(31, 8)
     labels = torch.randint(31, (12,))
-    with _Chunks(torch_backend, Head(weight, None, None, 1.0), 5, hidden, kept=12) as chunks:
-        scores, others = chunks.read(hidden, labels, None)
+    with _Chunks(TorchKernels(), Head(weight, None, None, 1.0), 5, hidden, kept=12) as chunks:
+        scores = chunks.score(hidden, labels, None)
     z = hidden.double() @ weight.double().T
     exact = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(scores.logps.double(), exact, rtol=1e-5, atol=1e-5)
     e = z.exp().scatter(1, labels[:, None], 0)
     exact = e / e.sum(1, keepdim=True)
     torch.testing.assert_close(
-        (others / scores.total[:, None]).double(), exact, rtol=1e-4, atol=1e-6
+        (chunks.exp_logits / scores.sum_exp[:, None]).double(), exact, rtol=1e-4, atol=1e-6
     )

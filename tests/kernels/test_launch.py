@@ -126,7 +126,7 @@ def cases(tmp_path_factory):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_launches_are_as_their_contracts(cases, architecture):
     ours = [case for case in cases if case["architecture"] == architecture]
-    assert len(ours) >= 12
+    assert len(ours) >= (12 if architecture == 90 else 3)
     found = [(case["kernel"], case["case"], problems(case)) for case in ours]
     assert not [wrong for wrong in found if wrong[2]]
 

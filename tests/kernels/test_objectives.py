@@ -1,15 +1,14 @@
 """Objectives: what they do with leaves and terms, and what they refuse. Formulas: test_presets."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import realign_kernels as rk
 from realign_kernels import objectives, reference
-from realign_kernels.objectives import AnchorSigmoid, Leaf, PairSigmoid, Term
+from realign_kernels.objectives import AnchorSigmoid, Leaf, PairSigmoid
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)
@@ -84,28 +83,6 @@ def test_a_list_of_terms_is_an_objective():
     out = rk.preference_loss(logps, ref, terms, beta=0.5)
     named = rk.Objective("mine", objectives.dpo().leaves, tuple(terms), beta=0.5)
     assert torch.equal(out.loss, rk.preference_loss(logps, ref, named).loss)
-
-
-def test_a_new_link_is_one_class():
-    @dataclass(frozen=True, kw_only=True)
-    class Exponential(Term):
-        positive: int
-        negative: int
-        rate: float = 1.0
-
-        @property
-        def leaves(self) -> tuple[int, ...]:
-            return (self.positive, self.negative)
-
-        def __call__(self, rewards: Tensor) -> Tensor:
-            return torch.exp(self.rate * (rewards[self.negative] - rewards[self.positive]))
-
-    logps = torch.tensor([[0.0, 2.0], [0.5, 0.0]])
-    term = Exponential(name="exponential", positive=0, negative=1)
-    out = rk.preference_loss(logps, torch.zeros(2, 2), [term], beta=1.0)
-    torch.testing.assert_close(out.term_losses, torch.tensor([[math.exp(0.5), math.exp(-2)]]))
-    with pytest.raises(ValueError, match="rate of term 'e' must be finite, got nan"):
-        Exponential(name="e", positive=0, negative=1, rate=math.nan)
 
 
 def test_settings_of_a_preset():

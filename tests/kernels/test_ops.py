@@ -1,4 +1,4 @@
-"""The operators: opcheck, torch.compile, and backends against each other."""
+"""The operators: opcheck, and torch.compile against eager mode."""
 
 import kernel_cases as kc
 import pytest
@@ -7,11 +7,10 @@ import torch
 import realign_kernels as rk
 from realign_kernels import reference
 
-HEADS = [(None, 1.0), (5.0, 0.7)]
+HEADS = [(None, 1.0, 0.0), (5.0, 0.7, 0.3), (None, 0.7, 2.0)]
 
 
-@pytest.mark.parametrize(("softcap", "temperature"), HEADS)
-@pytest.mark.parametrize("ignored", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize(("softcap", "temperature", "ignored"), HEADS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("device", kc.DEVICES)
 def test_opcheck_linear_logprobs(device, frozen, ignored, softcap, temperature):
@@ -56,25 +55,17 @@ def test_sequence_sums_is_the_specification():
     torch.testing.assert_close(logps.grad.double(), plain.grad)
 
 
-@pytest.mark.parametrize("dtype", kc.DTYPES, ids=str)
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize(("softcap", "temperature"), HEADS)
-def test_reference_backend_is_within_the_error_budget(softcap, temperature, frozen, dtype):
-    case = kc.make_case(33, 16, 97, dtype, bias=True)
-    settings = {"softcap": softcap, "temperature": temperature}
-    with rk.use_backend("reference"):
-        result = kc.ours(case, frozen=frozen, **settings)
-    kc.within_budget(result, kc.eager(case, dtype, **settings), kc.truth(case, **settings), dtype)
-
-
 def losses(hidden, weight, labels, ref, bias):
     out = rk.rdpo_loss(hidden, weight, labels, ref, bias=bias, temperature=0.9)
     tokens = rk.linear_logprobs(hidden, weight, labels, bias=bias, softcap=9.0)
     return out, tokens
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(
+    ("backend", "trainable"),
+    [("aot_eager", False), ("aot_eager", True), ("inductor", True)],
+    ids=["aot frozen", "aot trainable", "inductor trainable"],
+)
 @pytest.mark.parametrize("device", kc.DEVICES)
 def test_compiled_equals_eager_in_one_graph(device, trainable, backend):
     torch._dynamo.reset()
@@ -121,3 +112,17 @@ def test_compiled_code_still_checks_values_and_obeys_use_backend(monkeypatch):
     with rk.use_backend("reference"):
         compiled(hidden, weight, labels, ref)
     assert calls
+
+
+def test_compiled_with_symbolic_shapes_and_settings():
+    """dynamic=True makes numbers symbolic, which math.isfinite does not take."""
+    loss = rk.RDPOLoss(beta=0.3, temperature=0.7, softcap=9.0)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for examples in (2, 5):
+        hidden = torch.randn(3, examples, 4, 8, requires_grad=True)
+        labels = torch.randint(31, (3, examples, 4))
+        inputs = hidden, torch.randn(31, 8), labels, torch.zeros(3, examples)
+        found, plain = compiled(*inputs).loss, loss(*inputs).loss
+        torch.testing.assert_close(found, plain)
+        grads = (torch.autograd.grad(one, hidden)[0] for one in (found, plain))
+        torch.testing.assert_close(*grads)

@@ -7,9 +7,9 @@ pytest.importorskip("triton")
 import triton_cases as tc
 from triton_cases import DEVICE, scatter
 
-from realign_kernels.backends import torch as torch_backend
+from realign_kernels.backends.torch import TorchKernels
 
-ADDERS = {"triton": scatter.add_rows, "torch": torch_backend.add_rows}
+ADDERS = {"triton": scatter.add_rows, "torch": TorchKernels().add_rows}
 DTYPES = {"triton": (torch.float32, torch.float16), "torch": (torch.float32, torch.bfloat16)}
 CASES = [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes]
 if DEVICE == "cuda":  # the interpreter cuts when it writes bf16

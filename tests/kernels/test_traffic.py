@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 import triton_cases as tc
-from triton_cases import DEVICE, exp_head, finish, rows
+from triton_cases import DEVICE, epilogue, exp_head, row_kernel
 
 from benchmarks import roofline
-from realign_kernels.backends.base import Head, Scores
+from realign_kernels.backends.base import Scores
+from realign_kernels.lm_head import Head
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="counted by the interpreter, on a CPU")
 N, H, V = 16, 96, 1536
@@ -53,17 +54,19 @@ def near(found, expected):
 
 def test_the_row_kernel_reads_once(traffic):
     logits, labels = torch.randn(N, V), torch.arange(N)
-    rows.read_rows(logits, labels, None, None, 1.0, None, bf16(N, V))
+    row_kernel.row_stats(logits, labels, None, None, 1.0, None, bf16(N, V))
     near(sum(traffic.values()), roofline.ROW_BYTES * N * V)
     traffic.clear()
-    rows.read_rows(logits, labels, None, None, 1.0)
+    row_kernel.row_stats(logits, labels, None, None, 1.0)
     near(sum(traffic.values()), roofline.FP32 * N * V)
 
 
 def test_the_last_step(traffic):
     vectors = [torch.ones(N) for _ in range(4)]
     scores = Scores(*vectors[:2], torch.arange(N), *vectors[2:])
-    finish.finish(torch.randn(N, H), bf16(V, H), scores, vectors[0], torch.empty(N, H))
+    epilogue.hidden_grad_epilogue(
+        torch.randn(N, H), bf16(V, H), scores, vectors[0], torch.empty(N, H)
+    )
     found = sum(traffic.values())
     assert 0 <= found - roofline.FINISH * N * H <= N * 24  # five numbers of a row
 
@@ -76,8 +79,8 @@ def test_the_labels_logit(traffic):
 
 def test_the_scaling_by_one_moves_nothing(traffic):
     values = torch.ones(N, H)
-    finish.scale(values, torch.tensor(1.0))
-    assert sum(traffic.values()) == 4 * finish.SCALE_PROGRAMS  # the factor
+    epilogue.scale(values, torch.tensor(1.0))
+    assert sum(traffic.values()) == 4 * epilogue.SCALE_PROGRAMS  # the factor
     traffic.clear()
-    finish.scale(values, torch.tensor(2.0))
-    assert sum(traffic.values()) == 4 * finish.SCALE_PROGRAMS + 8 * N * H
+    epilogue.scale(values, torch.tensor(2.0))
+    assert sum(traffic.values()) == 4 * epilogue.SCALE_PROGRAMS + 8 * N * H

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton_cases as tc
-from triton_cases import DEVICE, TRITON_DTYPES, forward, gap, rows
+from triton_cases import DEVICE, TRITON_DTYPES, forward, logit_gap, row_kernel
 
 from realign_kernels import reference
 from realign_kernels.backends.triton import configs
@@ -48,16 +48,21 @@ def check(stats, hidden, weight, labels, bias, softcap, temperature):
     wide = (t if t is None else t.double() for t in (hidden, weight, bias))
     z = reference.linear_logits(*wide, softcap, temperature)
     columns = torch.arange(len(weight), device=DEVICE)
-    others = z.masked_fill(columns == labels[:, None], -INF)
-    peak = others.amax(1).clamp(min=torch.finfo(torch.float32).min)
-    total = (others - peak[:, None]).exp().sum(1)
+    exp_logits = z.masked_fill(columns == labels[:, None], -INF)
+    max_logit = exp_logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
+    sum_exp = (exp_logits - max_logit[:, None]).exp().sum(1)
     logit = z.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(labels < 0, -INF)
-    slope = torch.full_like(logit, 1 / temperature)
+    dz_dlogit = torch.full_like(logit, 1 / temperature)
     if softcap is not None:
-        slope *= 1 - (logit * temperature / softcap) ** 2
-    slope = slope.masked_fill(labels < 0, 0)
+        dz_dlogit *= 1 - (logit * temperature / softcap) ** 2
+    dz_dlogit = dz_dlogit.masked_fill(labels < 0, 0)
     assert torch.equal(stats.target, labels)
-    for name, exact in {"logit": logit, "peak": peak, "total": total, "slope": slope}.items():
+    for name, exact in {
+        "logit": logit,
+        "max_logit": max_logit,
+        "sum_exp": sum_exp,
+        "dz_dlogit": dz_dlogit,
+    }.items():
         value = getattr(stats, name)
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), exact, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
@@ -118,7 +123,7 @@ def test_against_the_row_kernel_over_shards_of_the_vocabulary():
         local = labels - start
         local = torch.where((local >= 0) & (local < len(shard)) & (labels >= 0), local, -1)
         fused = forward.head_stats(hidden, shard, local, None, None, 1.0, config=POINTERS)
-        read = rows.read_rows(hidden @ shard.T, local, None, None, 1.0)
+        read = row_kernel.row_stats(hidden @ shard.T, local, None, None, 1.0)
         for one, other in zip(fused, read, strict=True):
             torch.testing.assert_close(one, other, rtol=2 * TOLERANCE, atol=2 * TOLERANCE)
 
@@ -130,31 +135,35 @@ def test_non_finite_inputs_end_as_nan(config, softcap, value):
     hidden, weight, labels, _ = make(20, 32, 130, torch.float32)
     labels = labels.clamp(min=0)
     hidden[3, 5] = hidden[17, 31] = value
-    finite = gap(forward.head_stats(hidden, weight, labels, None, softcap, 1.0, config=config))
+    finite = logit_gap(
+        forward.head_stats(hidden, weight, labels, None, softcap, 1.0, config=config)
+    )
     bad = (~finite.isfinite()).nonzero().squeeze(1)
     assert bad.tolist() == [3, 17]
     hidden, weight, labels, _ = make(20, 32, 130, torch.float32)
     weight[129, 0] = value
     hidden[:, 0] = 1
     stats = forward.head_stats(hidden, weight, labels.clamp(min=0), None, softcap, 1.0)
-    assert gap(stats).isnan().all()
+    assert logit_gap(stats).isnan().all()
 
 
 def test_confident_tokens():
     hidden, weight, labels, _ = make(12, 16, 500, torch.float32)
     labels = torch.arange(12, device=DEVICE)
-    miss = torch.logspace(-2, -6, 12, dtype=torch.float64, device=DEVICE)
+    one_minus_p = torch.logspace(-2, -6, 12, dtype=torch.float64, device=DEVICE)
     rest = (hidden @ weight.T).double().scatter(1, labels[:, None], -INF).logsumexp(1)
     bias = torch.zeros(500, device=DEVICE)
     for row in range(12):
         own = (hidden[row] @ weight[row]).double()
-        bias[row] = (rest[row] + torch.log1p(-miss[row]) - miss[row].log() - own).float()
+        bias[row] = (
+            rest[row] + torch.log1p(-one_minus_p[row]) - one_minus_p[row].log() - own
+        ).float()
         stats = forward.head_stats(
             hidden[row : row + 1], weight, labels[row : row + 1], bias, None, 1.0, config=POINTERS
         )
         z = hidden[row].double() @ weight.double().T + bias.double()
         exact = 1 - z.softmax(0)[row]
-        relative = (torch.sigmoid(-gap(stats)).double() - exact).abs() / exact
+        relative = (torch.sigmoid(-logit_gap(stats)).double() - exact).abs() / exact
         assert relative < 1e-3, (row, relative)
         bias[row] = 0
 
@@ -196,3 +205,9 @@ def test_tables_and_their_fallback():
     assert configs.gemm_config(90, torch.bfloat16, 64, 4096, 128256).rows == 64
     assert configs.row_config(90, 128256) == (1024, 8) and configs.row_config(80, 9000) == (4096, 8)
     assert configs.row_config(0, 97) == (128, 1) and configs.row_config(90, 1).block == 32
+
+
+def test_a_transposed_weight_is_refused():
+    hidden, weight, labels = tc.problem()
+    with pytest.raises(ValueError, match="weight .* must have last stride 1: call contiguous"):
+        forward.head_stats(hidden, weight.T.contiguous().T, labels, None, None, 1.0)

@@ -29,7 +29,14 @@ _before = os.environ.get("TRITON_INTERPRET")
 if DEVICE == "cpu":
     _set_interpret("1")
 try:
-    from realign_kernels.backends.triton import exp_head, finish, forward, loss, rows, scatter
+    from realign_kernels.backends.triton import (
+        epilogue,
+        exp_head,
+        forward,
+        loss,
+        row_kernel,
+        scatter,
+    )
 finally:
     _set_interpret(_before)
 
@@ -37,12 +44,12 @@ __all__ = [
     "DEVICE",
     "TRITON_DTYPES",
     "exp_head",
-    "finish",
+    "epilogue",
     "forward",
     "interpreted",
     "loss",
     "problem",
-    "rows",
+    "row_kernel",
     "scatter",
 ]
 
@@ -63,7 +70,9 @@ def interpreted() -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    assert isinstance(rows.rows_kernel, InterpretedFunction), "the kernels were imported before"
+    assert isinstance(row_kernel.row_kernel, InterpretedFunction), (
+        "the kernels were imported before"
+    )
     with pytest.MonkeyPatch.context() as patch:
         for name, function in list(vars(tl.standard).items()):
             if isinstance(function, JITFunction):
@@ -74,9 +83,9 @@ def interpreted() -> Iterator[None]:
         yield
 
 
-def gap(stats) -> torch.Tensor:  # (r,)
-    """The label's logit against all others: logp = logsigmoid(gap). As the backends compute it."""
-    return stats.logit - stats.peak - stats.total.log() + (stats.logit - stats.logit)
+def logit_gap(stats) -> torch.Tensor:  # (r,)
+    """The label's logit against all others: logp = logsigmoid(logit_gap)."""
+    return stats.logit - stats.max_logit - stats.sum_exp.log() + (stats.logit - stats.logit)
 
 
 def problem(rows=37, width=40, vocabulary=203, spread=3.0, lift=0.0):

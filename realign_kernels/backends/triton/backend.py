@@ -1,34 +1,48 @@
-"""The chunked head with Triton row kernels, and the forward without logits where no gradient is."""
+"""Triton kernels of the chunked backend, and the forward without logits where no gradient is."""
 
-from realign_kernels.backends.chunked import ChunkedBackend
-from realign_kernels.backends.torch import buffers, empty, gemm, release
-from realign_kernels.backends.triton.exp_head import fused, fuses
-from realign_kernels.backends.triton.finish import finish, scale
-from realign_kernels.backends.triton.forward import head_stats
-from realign_kernels.backends.triton.loss import preference_sums, supports
-from realign_kernels.backends.triton.rows import read_rows
-from realign_kernels.backends.triton.scatter import add_rows
+from collections.abc import Callable
+from typing import Any
 
-__all__ = [
-    "add_rows",
-    "backend",
-    "buffers",
-    "empty",
-    "finish",
-    "fused",
-    "fuses",
-    "gemm",
-    "head_stats",
-    "preference_sums",
-    "read_rows",
-    "release",
-    "scale",
-    "supports",
-]
+from torch import Tensor
+
+from realign_kernels.backends.base import RowStats, Scores
+from realign_kernels.backends.torch import TorchKernels
+from realign_kernels.backends.triton import (
+    epilogue,
+    exp_head,
+    forward,
+    loss,
+    row_kernel,
+    scatter,
+)
+from realign_kernels.lm_head import Head
+from realign_kernels.objectives import Objective
 
 
-def backend() -> ChunkedBackend:
-    """See `dispatch.Backend`."""
-    import realign_kernels.backends.triton.backend as kernels
+class TritonKernels(TorchKernels):
+    """GEMMs and buffers of torch; the rest in Triton, with the arguments of `TorchKernels`."""
 
-    return ChunkedBackend(kernels)
+    def row_stats(self, *args: Any) -> RowStats:
+        return row_kernel.row_stats(*args)
+
+    def hidden_grad_epilogue(self, *args: Any) -> None:
+        epilogue.hidden_grad_epilogue(*args)
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        epilogue.scale(values, factor)
+
+    def add_rows(self, total: Tensor, index: Tensor, rows: Tensor) -> None:
+        scatter.add_rows(total, index, rows)
+
+    def fuses(self, hidden: Tensor, head: Head) -> bool:
+        return exp_head.choice(hidden, head) != "rows"
+
+    def fused(self, *args: Any) -> Scores:
+        return exp_head.fused(*args)
+
+    def head_stats(self, hidden: Tensor, labels: Tensor, head: Head) -> RowStats:
+        settings = (head.bias, head.softcap, head.temperature)
+        return forward.head_stats(hidden, head.weight, labels, *settings)
+
+    def fused_loss(self, objective: Objective) -> Callable | None:
+        return loss.preference_sums if loss.supports(objective) else None

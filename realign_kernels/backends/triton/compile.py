@@ -1,9 +1,9 @@
-"""Compiles every kernel ahead of time, without a GPU, and says what came out.
+"""Ahead-of-time compilation of every Triton kernel, without a GPU, and its report.
 
     python -m realign_kernels.backends.triton.compile --arch 80 90 100
 
 The kernels are compiled as the launchers call them (argument types, alignments, tiles): the
-launchers run on tensors without memory, and what they would launch is compiled instead.
+launchers run on tensors without memory, and their launches are compiled instead.
 """
 
 import argparse
@@ -23,13 +23,22 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from realign_kernels import objectives
-from realign_kernels.backends.base import Head, Scores
-from realign_kernels.backends.triton import exp_head, finish, forward, loss, rows, scatter
+from realign_kernels.backends.base import Scores
+from realign_kernels.backends.triton import (
+    epilogue,
+    exp_head,
+    forward,
+    loss,
+    row_kernel,
+    scatter,
+)
 from realign_kernels.backends.triton.logits import assume_device
+from realign_kernels.lm_head import Head
 
 PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
@@ -73,14 +82,14 @@ def _long(*shape: int) -> Tensor:
     return _empty(*shape, dtype=torch.int64)
 
 
-def _read(dtype: torch.dtype, vocabulary: int, *, options: bool = False, others: str = "bf16"):
-    """A launch of the row kernel; `options` are bias, softcap and rivals."""
+def _read(dtype: torch.dtype, vocabulary: int, *, options: bool = False, exp_logits: str = "bf16"):
+    """A launch of the row kernel; `options` are bias, softcap and runner-ups."""
     logits = _empty(4, vocabulary, dtype=dtype)
-    target = {"bf16": _empty(4, vocabulary), "in place": logits, "none": None}[others]
+    target = {"bf16": _empty(4, vocabulary), "in place": logits, "none": None}[exp_logits]
     bias = _empty(vocabulary) if options else None
-    rival = _empty(4, dtype=torch.bool) if options else None
+    runner_up = _empty(4, dtype=torch.bool) if options else None
     softcap, temperature = (30.0, 0.7) if options else (None, 1.0)
-    rows.read_rows(logits, _long(4), bias, softcap, temperature, rival, target)
+    row_kernel.row_stats(logits, _long(4), bias, softcap, temperature, runner_up, target)
 
 
 def _head(
@@ -97,7 +106,7 @@ def _loss(name: str, count: int, examples: int):
     objective = objectives.get(name)
     logps = _empty(count, dtype=torch.float32)
     table = _empty(len(objective.leaves), examples, dtype=torch.float32)
-    loss.preference_sums(logps, _long(count), _long(count), table, objective)
+    loss.preference_sums(logps, _long(count), table, objective)
 
 
 def _scatter(count: int, width: int, dtype: torch.dtype = torch.float32):
@@ -113,8 +122,8 @@ def _narrow(count: int) -> tuple[Tensor, Tensor]:
 def _exp(count: int, width: int, vocabulary: int):
     """A launch of the GEMM with the exponential."""
     head = Head(_empty(vocabulary, width), None, None, 1.3)
-    others = _empty(count, -(-vocabulary // 8) * 8)[:, :vocabulary]
-    exp_head.exp_rows(_empty(count, width), head, *_narrow(count), others)
+    exp_logits = _empty(count, -(-vocabulary // 8) * 8)[:, :vocabulary]
+    exp_head.exp_rows(_empty(count, width), head, *_narrow(count), exp_logits)
 
 
 def _label(count: int, width: int, vocabulary: int):
@@ -127,18 +136,20 @@ def _score(count: int, tiles: int):
     exp_head.score_sums(sums, logit, 1.3)
 
 
-def _finish(count: int, width: int):
-    wide = [_empty(count, dtype=torch.float32) for _ in range(5)]
-    scores = Scores(*wide[:2], _long(count), *wide[2:4])
-    pull, out = (_empty(count, width, dtype=torch.float32) for _ in range(2))
-    finish.finish(pull, _empty(32000, width), scores, wide[4], out)
+def _epilogue(count: int, width: int):
+    logps, one_minus_p, sum_exp, dz_dlogit, factor = (
+        _empty(count, dtype=torch.float32) for _ in range(5)
+    )
+    scores = Scores(logps, one_minus_p, _long(count), sum_exp, dz_dlogit)
+    exp_w, out = (_empty(count, width, dtype=torch.float32) for _ in range(2))
+    epilogue.hidden_grad_epilogue(exp_w, _empty(32000, width), scores, factor, out)
 
 
 CASES: dict[str, Callable[[], None]] = {
     "rows fp32 to bf16": lambda: _read(torch.float32, 151936),
     "rows fp32, all options": lambda: _read(torch.float32, 151936, options=True),
-    "rows bf16 in place": lambda: _read(torch.bfloat16, 151936, others="in place"),
-    "rows fp32, no derivative": lambda: _read(torch.float32, 151936, others="none"),
+    "rows bf16 in place": lambda: _read(torch.bfloat16, 151936, exp_logits="in place"),
+    "rows fp32, no derivative": lambda: _read(torch.float32, 151936, exp_logits="none"),
     "head wide": lambda: _head(4096, 4096, 151936, cap=False),
     "head wide, all options": lambda: _head(4096, 4096, 151936),
     "head narrow": lambda: _head(4096, 1024, 151936),
@@ -150,8 +161,8 @@ CASES: dict[str, Callable[[], None]] = {
     "E, V odd": lambda: _exp(4095, 4096, 32003),
     "label logits": lambda: _label(4096, 4096, 151936),
     "score": lambda: _score(4096, 594),
-    "finish": lambda: _finish(4096, 4096),
-    "scale": lambda: finish.scale(_empty(32000, 4096), _empty(dtype=torch.float32)),
+    "epilogue": lambda: _epilogue(4096, 4096),
+    "scale": lambda: epilogue.scale(_empty(32000, 4096), _empty(dtype=torch.float32)),
     "loss": lambda: _loss("mdpo", 4096, 32),
     "scatter fp32": lambda: _scatter(3072, 4096),
     "scatter bf16": lambda: _scatter(3072, 4096, torch.bfloat16),
@@ -167,8 +178,8 @@ ONES: dict[str, Callable[[], None]] = {
     "E of one": lambda: _exp(1, 8, 1),
     "label logits of one": lambda: _label(1, 1, 1),
     "score of one": lambda: _score(1, 1),
-    "finish of one": lambda: _finish(1, 1),
-    "scale of one": lambda: finish.scale(_empty(1), _empty(dtype=torch.float32)),
+    "epilogue of one": lambda: _epilogue(1, 1),
+    "scale of one": lambda: epilogue.scale(_empty(1), _empty(dtype=torch.float32)),
     "loss of one": lambda: _loss("dpo", 1, 1),
     "scatter of one": lambda: _scatter(1, 1),
 }
@@ -196,17 +207,17 @@ def _recorded(architecture: int) -> Iterator[list[Launch]]:
     """Collects launches instead of running them."""
     launches: list[Launch] = []
 
-    def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def record(*, fn: Any, compile: Any, **_: Any) -> bool:
         kernel, (attributes,) = fn.jit_function, compile["configs"]
         source = ASTSource(kernel, compile["signature"], compile["constants"], attributes)
         launches.append(Launch(kernel, source, compile["num_warps"], compile["num_stages"]))
         return True  # Triton then neither compiles nor launches
 
-    driver = triton.runtime.driver
+    driver: Any = triton.runtime.driver
     before = driver._active  # reset_active() would ask for a real driver
     processors = PROCESSORS.get(architecture, 132)
-    with triton.knobs.runtime.scope(), assume_device(architecture, processors):
-        triton.knobs.runtime.jit_cache_hook = record
+    with knobs.runtime.scope(), assume_device(architecture, processors):
+        knobs.runtime.jit_cache_hook = record
         driver.set_active(_Driver(architecture))
         try:
             yield launches
@@ -218,7 +229,7 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -226,12 +237,12 @@ def compile_launch(architecture: int, case: str, launch: Launch) -> Report:
     """Compiles one launch, past Triton's cache, which keeps no log of ptxas."""
     log = io.StringIO()
     with (
-        triton.knobs.nvidia.scope(),
-        triton.knobs.compilation.scope(),
+        knobs.nvidia.scope(),
+        knobs.compilation.scope(),
         contextlib.redirect_stdout(log),
     ):
-        triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
         kernel = triton.compile(
             launch.source,
             target=GPUTarget("cuda", architecture, 32),
@@ -282,7 +293,7 @@ def table(found: list[Report]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--ones", action="store_true", help="also with arguments that are 1")
     parser.add_argument("--json", action="store_true", help="a list of objects, no table")

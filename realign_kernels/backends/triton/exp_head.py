@@ -1,12 +1,12 @@
 """E of a chunk straight from hidden states: the exponential in the GEMM's epilogue, no logits.
 
-For rows whose derivative is wanted. Each row is shifted by its label's logit, which is known before
-the GEMM, and not by its peak, so nothing is read twice:
+For rows whose derivative is needed. Each row is shifted by its label's logit, which is known before
+the GEMM, and not by its maximum, so nothing is read twice:
 
     E_v = exp(z_v - z_label) / 2^MARGIN        logp = -log(1 + 2^MARGIN * sum E_v)
 
-Where the others are 109 nats above the label, E may overflow. The log-prob is then NaN, and the
-call is repeated with row kernels, which shift by the peak (`Head.again`).
+Where other tokens are 109 nats above the label, E may overflow. The log-prob is then NaN, and the
+call is repeated with row kernels, which shift by the maximum (`Head.retry`).
 """
 
 import math
@@ -18,10 +18,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from realign_kernels._extension import extension, missing_reason
-from realign_kernels.backends.base import Head, Scores
+from realign_kernels._extension import extension, require_extension
+from realign_kernels.backends.base import Scores
 from realign_kernels.backends.triton.configs import EXP_HEADS, listed
-from realign_kernels.backends.triton.logits import device_facts, load_wide, takes_tma
+from realign_kernels.backends.triton.logits import (
+    ceil_div,
+    device_facts,
+    launch,
+    load_wide,
+    takes_tma,
+)
+from realign_kernels.lm_head import Head
 
 MARGIN = tl.constexpr(58.0)
 """Bits, 40 nats. Tokens 47 nats below the label underflow instead: 1 - p is then below 1e-20."""
@@ -29,7 +36,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 ENVIRONMENT = "REALIGN_HEAD"
 CHOICES = ("cutlass", "triton", "rows")
 DEFAULT = "rows"
-"""The kernels of the others were the faster ones on an H200, but no whole call has run there."""
+"""The other kernels were faster on an H200, but no whole call has run there."""
 
 
 @triton.jit
@@ -63,7 +70,7 @@ def label_kernel(
 
 @triton.jit
 def exponentials(z, shift, label, columns, vocabulary, inverse_temperature):
-    """E, 0 at the label and past the vocabulary."""
+    """E; 0 at the label and past the vocabulary."""
     left_out = (columns[None, :] == label[:, None]) | (columns >= vocabulary)[None, :]
     exponent = z * (inverse_temperature * LOG2E) - shift[:, None]
     return tl.where(left_out, 0.0, tl.exp2(exponent))
@@ -73,11 +80,11 @@ def exponentials(z, shift, label, columns, vocabulary, inverse_temperature):
 def exp_kernel(
     hidden,  # (N, H), a descriptor of BLOCK_ROWS x BLOCK_DEPTH
     weight,  # (V, H), a descriptor of BLOCK_COLUMNS x BLOCK_DEPTH
-    others,  # (N, V), a descriptor of BLOCK_ROWS x BLOCK_COLUMNS / 2
+    exp_logits,  # (N, V), a descriptor of BLOCK_ROWS x BLOCK_COLUMNS / 2
     labels,  # (N,) int32
     shift,  # (N,) fp32, of log2 E
     sums_out,  # (tiles of columns, N) fp32
-    rounded_out,  # (tiles of columns, N) fp32, of others as they are written
+    rounded_out,  # (tiles of columns, N) fp32, of exp_logits as they are written
     count,
     vocabulary,
     width,
@@ -114,16 +121,16 @@ def exp_kernel(
         left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
         columns = first_column + tl.arange(0, HALF)
         e = exponentials(left, shifts, label, columns, vocabulary, inverse_temperature)
-        rounded = (e * inverse_temperature).to(others.dtype)
-        others.store([first_row, first_column], rounded)
-        total, rounded_total = tl.sum(e, 1), tl.sum(rounded.to(tl.float32), 1)
+        rounded = (e * inverse_temperature).to(exp_logits.dtype)
+        exp_logits.store([first_row, first_column], rounded)
+        sum_exp, rounded_total = tl.sum(e, 1), tl.sum(rounded.to(tl.float32), 1)
         e = exponentials(right, shifts, label, columns + HALF, vocabulary, inverse_temperature)
-        rounded = (e * inverse_temperature).to(others.dtype)
-        others.store([first_row, first_column + HALF], rounded)
-        total += tl.sum(e, 1)
+        rounded = (e * inverse_temperature).to(exp_logits.dtype)
+        exp_logits.store([first_row, first_column + HALF], rounded)
+        sum_exp += tl.sum(e, 1)
         rounded_total += tl.sum(rounded.to(tl.float32), 1)
         slot = block.to(tl.int64) * sums_stride + rows
-        tl.store(sums_out + slot, total, rows < count)
+        tl.store(sums_out + slot, sum_exp, rows < count)
         tl.store(rounded_out + slot, rounded_total, rows < count)
 
 
@@ -133,7 +140,7 @@ def score_kernel(
     rounded_sums,  # (tiles of columns, N) fp32
     logit,  # (N,) fp32
     logps_out,  # (N,) fp32
-    miss_out,  # (N,) fp32
+    one_minus_p_out,  # (N,) fp32
     divisor_out,  # (N,) fp32
     count,
     tiles,
@@ -152,104 +159,108 @@ def score_kernel(
         slots = tile[:, None] * sums_stride + rows[None, :]
         parts += tl.load(sums + slots, inside, other=0.0)
         rounded += tl.load(rounded_sums + slots, inside, other=0.0)
-    total = tl.sum(parts, 0)
+    sum_exp = tl.sum(parts, 0)
     z = tl.load(logit + rows, rows < count, other=0.0)
     # z - z is 0, but NaN where it is inf: an overflow must not read as certainty.
     # The product with 2^MARGIN is exact; where it would overflow its logarithm is a sum.
-    large = total > 1
-    log_total = tl.log(tl.where(large, total, total * tl.exp2(MARGIN)))
-    gap = z - z - tl.where(large, log_total + MARGIN / LOG2E, log_total)
+    large = sum_exp > 1
+    log_total = tl.log(tl.where(large, sum_exp, sum_exp * tl.exp2(MARGIN)))
+    logit_gap = z - z - tl.where(large, log_total + MARGIN / LOG2E, log_total)
     # Beyond that the product of E with the weight may overflow.
-    gap = tl.where(total < 1e30, gap, float("nan"))
-    e = tl.exp(-tl.abs(gap))
+    logit_gap = tl.where(sum_exp < 1e30, logit_gap, float("nan"))
+    e = tl.exp(-tl.abs(logit_gap))
     u = 1 + e
     # log1p(e) = e log(u) / (u - 1) for u = 1 + e as rounded: exact to a few ulp.
     log1p = tl.where(u == 1, e, e * tl.log(u) / tl.where(u == 1, 1.0, u - 1))
-    logps = tl.where(gap < 0, gap, 0.0) - tl.where(gap != gap, gap, log1p)
+    negative = tl.where(logit_gap < 0, logit_gap, 0.0)
+    logps = negative - tl.where(logit_gap != logit_gap, logit_gap, log1p)
     tl.store(logps_out + rows, logps, rows < count)
-    tl.store(miss_out + rows, tl.where(gap > 0, e / u, 1 / u), rows < count)
-    # 0 only if there are no others, and what it divides with it.
+    tl.store(one_minus_p_out + rows, tl.where(logit_gap > 0, e / u, 1 / u), rows < count)
+    # 0 only if there are no other tokens; the product that it divides is 0, too.
     divisor = tl.sum(rounded, 0) * temperature
     divisor = tl.where(divisor < 1e-37, 1e-37, divisor)
     tl.store(divisor_out + rows, divisor, rows < count)
 
 
-def label_logits(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, ...]:
+def label_logits(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Logit of the label and shift, fp32, and the label as int32, each (N,)."""
     count, width = hidden.shape
-    wide = [hidden.new_empty(count, dtype=torch.float32) for _ in range(2)]
+    logit, shift = (hidden.new_empty(count, dtype=torch.float32) for _ in range(2))
     narrow = hidden.new_empty(count, dtype=torch.int32)
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        label_kernel[(count,)](
-            hidden,
-            head.weight,
-            labels.contiguous(),
-            *wide,
-            narrow,
-            width,
-            hidden.stride(0),
-            head.weight.stride(0),
-            1 / head.temperature,
-            BLOCK=min(1024, triton.next_power_of_2(width)),
-            num_warps=4,
-        )
-    return *wide, narrow
+    launch(
+        label_kernel,
+        (count,),
+        hidden,
+        head.weight,
+        labels.contiguous(),
+        logit,
+        shift,
+        narrow,
+        width,
+        hidden.stride(0),
+        head.weight.stride(0),
+        1 / head.temperature,
+        BLOCK=min(1024, triton.next_power_of_2(width)),
+        num_warps=4,
+    )
+    return logit, shift, narrow
 
 
 def exp_rows(
-    hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, others: Tensor
+    hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, exp_logits: Tensor
 ) -> Tensor:  # (2, tiles, N)
-    """The GEMM in Triton: writes others, (N, V), and returns sums by tiles of columns.
+    """The GEMM in Triton: writes exp_logits, (N, V), and returns sums by tiles of columns.
 
-    First those of E in fp32, then those of others as they were rounded.
+    First those of E in fp32, then those of exp_logits as they were rounded.
     """
     (count, width), vocabulary = hidden.shape, len(head.weight)
     tile = EXP_HEADS[listed(device_facts(hidden)[0])]
-    tiles = triton.cdiv(vocabulary, tile.columns)
+    tiles = ceil_div(vocabulary, tile.columns)
     sums = hidden.new_empty(2, tiles, count, dtype=torch.float32)
-    programs = min(device_facts(hidden)[1], triton.cdiv(count, tile.rows) * tiles)
+    programs = min(device_facts(hidden)[1], ceil_div(count, tile.rows) * tiles)
     boxes = [[tile.rows, tile.depth], [tile.columns, tile.depth], [tile.rows, tile.columns // 2]]
-    with torch.cuda.device_of(hidden):
-        exp_kernel[(programs,)](
-            *map(TensorDescriptor.from_tensor, (hidden, head.weight, others), boxes),
-            narrow,
-            shift,
-            *sums,
-            count,
-            vocabulary,
-            width,
-            sums.stride(1),
-            1 / head.temperature,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            BLOCK_DEPTH=tile.depth,
-            GROUP=tile.group,
-            PROGRAMS=programs,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    launch(
+        exp_kernel,
+        (programs,),
+        *map(TensorDescriptor.from_tensor, (hidden, head.weight, exp_logits), boxes),
+        narrow,
+        shift,
+        *sums,
+        count,
+        vocabulary,
+        width,
+        sums.stride(1),
+        1 / head.temperature,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        BLOCK_DEPTH=tile.depth,
+        GROUP=tile.group,
+        PROGRAMS=programs,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return sums
 
 
 def cutlass_rows(
-    hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, others: Tensor
+    hidden: Tensor, head: Head, narrow: Tensor, shift: Tensor, exp_logits: Tensor
 ) -> Tensor:  # (2, tiles, N)
     """`exp_rows` by the extension's CUTLASS kernel."""
-    module = extension()
+    module = require_extension()
     count = len(hidden)
     rows, columns = module.EXP_HEAD_TILE
     # Its epilogue writes the sums of whole blocks of rows.
-    shape = 2, triton.cdiv(len(head.weight), columns), triton.cdiv(count, rows) * rows
+    shape = 2, ceil_div(len(head.weight), columns), ceil_div(count, rows) * rows
     sums = hidden.new_empty(shape, dtype=torch.float32)
     module.exp_head(
         hidden.data_ptr(),
         head.weight.data_ptr(),
-        others.data_ptr(),
+        exp_logits.data_ptr(),
         shift.data_ptr(),
         narrow.data_ptr(),
         *(part.data_ptr() for part in sums),
         (count, len(head.weight), hidden.shape[1]),
-        (hidden.stride(0), head.weight.stride(0), others.stride(0)),
+        (hidden.stride(0), head.weight.stride(0), exp_logits.stride(0)),
         hidden.get_device(),
         torch.cuda.current_stream(hidden.device).cuda_stream,
     )
@@ -262,33 +273,36 @@ def score_sums(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # each (N,) fp32
     """Log-probs, 1 - p and the divisor of E W, from the sums by tiles of columns."""
-    found = [torch.empty_like(logit) for _ in range(3)]
+    logps, one_minus_p, divisor = (torch.empty_like(logit) for _ in range(3))
     _, tiles, count = sums.shape
     block = 32
-    with torch.cuda.device_of(logit):
-        score_kernel[(triton.cdiv(count, block),)](
-            *sums,
-            logit,
-            *found,
-            count,
-            tiles,
-            sums.stride(1),
-            temperature,
-            BLOCK_ROWS=block,
-            BLOCK_TILES=32,
-            num_warps=4,
-        )
-    return tuple(found)
+    launch(
+        score_kernel,
+        (ceil_div(count, block),),
+        *sums,
+        logit,
+        logps,
+        one_minus_p,
+        divisor,
+        count,
+        tiles,
+        sums.stride(1),
+        temperature,
+        BLOCK_ROWS=block,
+        BLOCK_TILES=32,
+        num_warps=4,
+    )
+    return logps, one_minus_p, divisor
 
 
-def fused(hidden: Tensor, labels: Tensor, head: Head, others: Tensor) -> Scores:
-    """See `realign_kernels.backends.base.Kernels.fused`."""
+def fused(hidden: Tensor, labels: Tensor, head: Head, exp_logits: Tensor) -> Scores:
+    """See `TorchKernels.fused`."""
     logit, shift, narrow = label_logits(hidden, labels, head)
     gemm = cutlass_rows if choice(hidden, head) == "cutlass" else exp_rows
-    sums = gemm(hidden, head, narrow, shift, others)
-    logps, miss, divisor = score_sums(sums, logit, head.temperature)
-    slope = torch.full_like(logit, 1 / head.temperature)
-    return Scores(logps, miss, labels, divisor, slope)
+    sums = gemm(hidden, head, narrow, shift, exp_logits)
+    logps, one_minus_p, divisor = score_sums(sums, logit, head.temperature)
+    dz_dlogit = torch.full_like(logit, 1 / head.temperature)
+    return Scores(logps, one_minus_p, labels, divisor, dz_dlogit)
 
 
 def choice(hidden: Tensor, head: Head) -> str:
@@ -316,12 +330,7 @@ def choice(hidden: Tensor, head: Head) -> str:
 
 def built() -> bool:
     """Whether the extension has the CUTLASS kernel."""
-    return missing_reason() is None and hasattr(extension(), "exp_head")
-
-
-def fuses(hidden: Tensor, head: Head) -> bool:
-    """See `realign_kernels.backends.base.Kernels.fuses`."""
-    return choice(hidden, head) != "rows"
+    return hasattr(extension(), "exp_head")
 
 
 def _suits(hidden: Tensor, head: Head) -> bool:

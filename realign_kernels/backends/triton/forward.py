@@ -1,4 +1,4 @@
-"""Label logit, peak and sum of the others straight from hidden states: logits are never written.
+"""Row statistics (label logit, maximum, sum of exp) from hidden states: logits are never written.
 
 For passes without gradient: references, evaluation. A program holds one block of rows and walks
 its split of the vocabulary a tile at a time, GEMM and online sum together; the splits of a row
@@ -15,9 +15,9 @@ from realign_kernels.backends.base import RowStats
 from realign_kernels.backends.triton.configs import GemmConfig, choose_splits, gemm_config
 from realign_kernels.backends.triton.logits import (
     LOWEST,
-    check_dtype,
-    check_unit_stride,
+    ceil_div,
     device_facts,
+    launch,
     load_wide,
     scale_logits,
     takes_tma,
@@ -31,8 +31,8 @@ def head_kernel(
     labels,  # (N,) int64
     bias,  # (V,) or None
     logit_out,  # (N,) fp32, -inf where no program finds the label
-    peak_out,  # (splits, N) fp32
-    total_out,  # (splits, N) fp32
+    max_logit_out,  # (splits, N) fp32
+    sum_exp_out,  # (splits, N) fp32
     count,
     vocabulary,
     width,
@@ -64,8 +64,8 @@ def head_kernel(
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     depth = tl.arange(0, BLOCK_DEPTH)
     label = tl.load(labels + rows, rows < count, other=-1).to(tl.int32)
-    peak = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    max_logit = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
+    sum_exp = tl.zeros((BLOCK_ROWS,), tl.float32)
     tiles = tl.cdiv(vocabulary, BLOCK_COLUMNS)
     first_tile = split * tiles_per_split
     last_tile = first_tile + tiles_per_split
@@ -105,14 +105,14 @@ def head_kernel(
         tl.store(logit_out + rows, tl.sum(tl.where(is_label, z, 0.0), 1), found)
         z = tl.where(is_label | (columns >= vocabulary)[None, :], float("-inf"), z)
         top = tl.max(z, 1)
-        # A comparison, not maximum(): a NaN never becomes the peak, so the sum keeps it for sure.
-        higher = tl.where(top > peak, top, peak)
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
-        peak = higher
+        # A comparison, not maximum(): a NaN never becomes the maximum, so the sum keeps it.
+        higher = tl.where(top > max_logit, top, max_logit)
+        sum_exp = sum_exp * tl.exp(max_logit - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        max_logit = higher
 
     slot = split.to(tl.int64) * count + rows
-    tl.store(peak_out + slot, peak, rows < count)
-    tl.store(total_out + slot, total, rows < count)
+    tl.store(max_logit_out + slot, max_logit, rows < count)
+    tl.store(sum_exp_out + slot, sum_exp, rows < count)
 
 
 def head_stats(
@@ -125,64 +125,65 @@ def head_stats(
     *,
     config: GemmConfig | None = None,
 ) -> RowStats:
-    """`read_rows` of hidden @ weight.T, with the logits in fp32 and never in memory.
+    """`row_stats` of hidden @ weight.T; the logits are fp32 and never in memory.
 
     fp32 inputs are multiplied as three tf32 products, about as exact as fp32. Rows of hidden whose
     elements are not adjacent are copied.
     """
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        check_dtype(name, tensor)
-        check_unit_stride(name, tensor)
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} with strides {weight.stride()} must have last stride 1: "
+            "call contiguous() on it"
+        )
     (count, width), vocabulary = hidden.shape, len(weight)
     architecture, processors = device_facts(hidden)
     describable = takes_tma(hidden) and takes_tma(weight)
     if config is None:
         config = gemm_config(architecture, hidden.dtype, count, width, vocabulary, describable)
     described = config.descriptors and describable
-    row_blocks = triton.cdiv(count, config.rows)
-    splits, tiles_per_split = choose_splits(
-        row_blocks, triton.cdiv(vocabulary, config.columns), processors
-    )
+    row_blocks, tiles = ceil_div(count, config.rows), ceil_div(vocabulary, config.columns)
+    splits, tiles_per_split = choose_splits(row_blocks, tiles, processors)
     logit = hidden.new_full((count,), float("-inf"), dtype=torch.float32)
-    peaks, totals = hidden.new_empty(2, splits, count, dtype=torch.float32)
+    max_logits, sums_exp = hidden.new_empty(2, splits, count, dtype=torch.float32)
     if count:
         left, right = hidden, weight
         if described:
             left = TensorDescriptor.from_tensor(hidden, [config.rows, config.depth])
             right = TensorDescriptor.from_tensor(weight, [config.columns, config.depth])
-        with torch.cuda.device_of(hidden):
-            head_kernel[(row_blocks * splits,)](
-                left,
-                right,
-                labels.contiguous(),
-                bias,
-                logit,
-                peaks,
-                totals,
-                count,
-                vocabulary,
-                width,
-                hidden.stride(0),
-                weight.stride(0),
-                splits,
-                tiles_per_split,
-                softcap,
-                1 / temperature,
-                BLOCK_ROWS=config.rows,
-                BLOCK_COLUMNS=config.columns,
-                BLOCK_DEPTH=config.depth,
-                GROUP=config.group,
-                DESCRIPTORS=described,
-                EVEN_DEPTH=width % config.depth == 0,
-                num_warps=config.warps,
-                num_stages=config.stages,
-            )
-    peak = peaks.amax(0)
-    total = (totals * (peaks - peak).exp()).sum(0)
-    slope = torch.full_like(logit, 1 / temperature)
+        launch(
+            head_kernel,
+            (row_blocks * splits,),
+            left,
+            right,
+            labels.contiguous(),
+            bias,
+            logit,
+            max_logits,
+            sums_exp,
+            count,
+            vocabulary,
+            width,
+            hidden.stride(0),
+            weight.stride(0),
+            splits,
+            tiles_per_split,
+            softcap,
+            1 / temperature,
+            BLOCK_ROWS=config.rows,
+            BLOCK_COLUMNS=config.columns,
+            BLOCK_DEPTH=config.depth,
+            GROUP=config.group,
+            DESCRIPTORS=described,
+            EVEN_DEPTH=width % config.depth == 0,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    max_logit = max_logits.amax(0)
+    sum_exp = (sums_exp * (max_logits - max_logit).exp()).sum(0)
+    dz_dlogit = torch.full_like(logit, 1 / temperature)
     if softcap is not None:
-        slope *= 1 - (logit * (temperature / softcap)) ** 2
-    slope = slope.masked_fill(labels < 0, 0)
-    return RowStats(labels, logit, peak, total, slope, total)
+        dz_dlogit *= 1 - (logit * (temperature / softcap)) ** 2
+    dz_dlogit = dz_dlogit.masked_fill(labels < 0, 0)
+    return RowStats(labels, logit, max_logit, sum_exp, dz_dlogit, sum_exp)

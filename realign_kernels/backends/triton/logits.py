@@ -1,8 +1,9 @@
-"""What the row kernel and the fused head share: from a raw logit to z, and launch helpers."""
+"""Helpers of the Triton kernels: softcap and temperature of a logit, launches, argument checks."""
 
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-"""Peaks start here and not at -inf: -inf - -inf is NaN where a row has no other token."""
+"""Maxima start here and not at -inf: -inf - -inf is NaN where a row has no other token."""
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def scale_logits(logits, softcap, inverse_temperature):
 
 
 @triton.jit
-def logit_slope(logits, softcap, inverse_temperature):
+def logit_derivative(logits, softcap, inverse_temperature):
     """d z / d logits. 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x|) does not cancel."""
     if softcap is not None:
         e = tl.exp(tl.abs(logits) * (-2 / softcap))
@@ -48,7 +49,7 @@ _assumed: tuple[int, int] | None = None
 
 @contextlib.contextmanager
 def assume_device(architecture: int, processors: int) -> Iterator[None]:
-    """Launchers choose tiles for this device, whatever is there: for compiling and for tests."""
+    """Launchers choose tiles for this device, also without one: for compiling and for tests."""
     global _assumed
     before, _assumed = _assumed, (architecture, processors)
     try:
@@ -63,29 +64,22 @@ def _device_facts(index: int) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv for the host: that one is typed as a constexpr."""
+    return -(-a // b)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel on the device of its tensors: Triton launches on the current device."""
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        kernel[grid](*args, **options)
+
+
 def device_facts(tensor: Tensor) -> tuple[int, int]:
     """(architecture, multiprocessors) of the tensor's device; (0, 1) for the interpreter's CPU."""
     if _assumed is not None:
         return _assumed
     return _device_facts(tensor.get_device()) if tensor.is_cuda else (0, 1)
-
-
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Refuses what the kernels do not compute in."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"{name} is {tensor.dtype}, and the Triton kernels take float32, bfloat16 and float16: "
-            'cast it, or call under use_backend("torch")'
-        )
-
-
-def check_unit_stride(name: str, tensor: Tensor) -> None:
-    """Refuses rows whose elements are not adjacent."""
-    if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
-        raise ValueError(
-            f"{name} {tuple(tensor.shape)} with strides {tensor.stride()} must be two-dimensional "
-            "with last stride 1: call contiguous() on it"
-        )
 
 
 def takes_tma(tensor: Tensor) -> bool:

@@ -13,20 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from realign_kernels.backends.triton.configs import LOSS_BLOCK, LOSS_WARPS
+from realign_kernels.backends.triton.logits import launch
 from realign_kernels.objectives import AnchorSigmoid, Objective, PairSigmoid
 
 
 class LossOutput(NamedTuple):
-    """Everything about a batch. L leaves, B examples, K terms; all detached."""
+    """The loss of a batch. L leaves, B examples, K terms; all detached."""
 
     loss: Tensor  # () fp32, mean or sum over examples
-    coefficients: Tensor  # (N,) fp32, d loss / d logps[i]; 0 where ignored
+    coefficients: Tensor  # (N,) fp32, d loss / d logps[i]
     sums: Tensor  # (L, B) fp32
     counts: Tensor  # (L, B) int64
     rewards: Tensor  # (L, B) fp32
     term_losses: Tensor  # (K, B) fp32, unweighted
-    losses: Tensor  # (B,) fp32, before the mean or sum
-    outside: Tensor  # () int64, rows that are not ignored, with an id outside [0, L * B)
 
 
 class Table(NamedTuple):
@@ -70,22 +69,15 @@ def supports(objective: Objective) -> bool:
 
 
 def encode(objective: Objective) -> Table:
-    """The table of an objective that `supports` accepts.
-
-    Raises:
-        ValueError: for a term that the fused loss does not know.
-    """
-    if not supports(objective):
-        raise ValueError(
-            f"objective {objective.name!r} has a term that the fused loss does not know: "
-            "use preference_loss, or use_backend('torch')"
-        )
-    rows = [
-        (term.positive, term.negative, float(term.weight), 0.0)
-        if type(term) is PairSigmoid
-        else (term.leaf, -1, float(term.weight), float(term.delta))
-        for term in objective.terms
-    ]
+    """The table of an objective that `supports` accepts."""
+    assert supports(objective), objective.name
+    rows = []
+    for term in objective.terms:
+        if isinstance(term, PairSigmoid):
+            rows.append((term.positive, term.negative, float(term.weight), 0.0))
+        else:
+            assert isinstance(term, AnchorSigmoid)
+            rows.append((term.leaf, -1, float(term.weight), float(term.delta)))
     return Table(*zip(*rows, strict=True))
 
 
@@ -115,7 +107,6 @@ def sigmoid(x):
 @triton.jit
 def loss_kernel(
     logps,  # (N,) fp32
-    labels,  # (N,) int64
     ids,  # (N,) int64
     reference,  # (L, B)
     coefficients,  # (N,) fp32
@@ -125,11 +116,9 @@ def loss_kernel(
     terms_out,  # (K, B) fp32
     losses_out,  # (B,) fp32
     loss_out,  # () fp32
-    outside_out,  # () int64
     finished,  # () int64, 0
     rows,
     examples,
-    ignore_index,
     beta,
     weights,  # K floats
     deltas,  # K floats
@@ -140,22 +129,17 @@ def loss_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One example. fp64 throughout: it is little, and what is reported is then exact in fp32."""
+    """One example. fp64 throughout: the work is small, and results are then exact in fp32."""
     example = tl.program_id(0)
     leaves = tl.arange(0, PADDED)
     slot = leaves.to(tl.int64) * examples + example  # the ids of this example
     sums = tl.zeros((PADDED, BLOCK), tl.float64)
     counts = tl.zeros((PADDED, BLOCK), tl.int32)
-    outside = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, rows, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < rows
-        scored = inside & (tl.load(labels + at, inside, other=0) != ignore_index)
-        sequence = tl.load(ids + at, scored, other=-1)
-        lost = scored & ((sequence < 0) | (sequence >= LEAVES * examples))
-        outside += lost.to(tl.int64)
-        mine = (sequence[None, :] == slot[:, None]) & scored[None, :]
-        logp = tl.load(logps + at, scored, other=0.0).to(tl.float64)
+        mine = tl.load(ids + at, inside, other=-1)[None, :] == slot[:, None]
+        logp = tl.load(logps + at, inside, other=0.0).to(tl.float64)
         sums += tl.where(mine, logp[None, :], 0.0)
         counts += mine.to(tl.int32)
 
@@ -167,7 +151,7 @@ def loss_kernel(
     tl.store(rewards_out + slot, rewards.to(tl.float32), real)
 
     loss = tl.zeros((), tl.float64)
-    slopes = tl.zeros((PADDED,), tl.float64)
+    grads = tl.zeros((PADDED,), tl.float64)
     for term in tl.static_range(len(POSITIVE)):
         margin = pick(rewards, leaves, POSITIVE[term]) - deltas[term]
         if NEGATIVE[term] >= 0:
@@ -175,27 +159,22 @@ def loss_kernel(
         term_loss = softplus(-margin)
         tl.store(terms_out + term * examples + example, term_loss.to(tl.float32))
         loss += weights[term] * term_loss
-        slope = weights[term] * sigmoid(-margin)
-        slopes += tl.where(leaves == POSITIVE[term], -slope, 0.0)
+        grad = weights[term] * sigmoid(-margin)
+        grads += tl.where(leaves == POSITIVE[term], -grad, 0.0)
         if NEGATIVE[term] >= 0:
-            slopes += tl.where(leaves == NEGATIVE[term], slope, 0.0)
+            grads += tl.where(leaves == NEGATIVE[term], grad, 0.0)
     tl.store(losses_out + example, loss.to(tl.float32))
 
     scale = tl.full((), 1.0, tl.float64)
     if MEAN:
         scale /= examples
-    slopes = slopes * beta * scale
+    grads = grads * beta * scale
     for start in range(0, rows, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < rows
-        scored = inside & (tl.load(labels + at, inside, other=0) != ignore_index)
-        sequence = tl.load(ids + at, scored, other=-1)
-        belongs = scored & (sequence >= 0) & (sequence < LEAVES * examples)
-        mine = (sequence[None, :] == slot[:, None]) & belongs[None, :]
-        value = tl.sum(tl.where(mine, slopes[:, None], 0.0), 0)
-        # Rows that belong to no example are the first program's, which writes 0.
-        write = (tl.sum(mine.to(tl.int32), 0) > 0) | (inside & (belongs == 0) & (example == 0))
-        tl.store(coefficients + at, value.to(tl.float32), write)
+        mine = tl.load(ids + at, inside, other=-1)[None, :] == slot[:, None]
+        value = tl.sum(tl.where(mine, grads[:, None], 0.0), 0)
+        tl.store(coefficients + at, value.to(tl.float32), tl.sum(mine.to(tl.int32), 0) > 0)
 
     # The barrier orders the stores of all warps before the release; the acquire of whoever counts
     # to the end then orders the loads behind the stores of all programs. .cg reads them from L2.
@@ -209,29 +188,21 @@ def loss_kernel(
             part = tl.load(losses_out + at, at < examples, other=0.0, cache_modifier=".cg")
             parts += part.to(tl.float64)
         tl.store(loss_out, (tl.sum(parts, 0) * scale).to(tl.float32))
-        tl.store(outside_out, tl.sum(outside, 0))
 
 
 def preference_sums(
     logps: Tensor,  # (N,) fp32
-    labels: Tensor,  # (N,) int64
-    sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
+    sequence_ids: Tensor,  # (N,) int64, leaf * B + example in [0, L * B)
     reference_logps: Tensor,  # (L, B) fp32 or fp64
     objective: Objective,
     *,
     reduction: str = "mean",
-    ignore_index: int = -100,
 ) -> LossOutput:
     """Sums, rewards, terms, loss and d loss / d logps. See `objectives.Objective.__call__`.
 
     With reduction "none", `loss` is the sum, and coefficients are those of each example's own loss.
-    Ids out of range are counted in `outside` and otherwise skipped: the caller looks.
-
-    Raises:
-        ValueError: when logps are not float32.
     """
-    if logps.dtype != torch.float32:
-        raise ValueError(f"logps must be float32, got {logps.dtype}: use use_backend('torch')")
+    assert logps.dtype == torch.float32
     table = encode(objective)
     leaves, examples = reference_logps.shape
     wide = logps.new_empty((2 * leaves + len(table.weights) + 1) * examples + 1)
@@ -243,40 +214,35 @@ def preference_sums(
     counts = torch.empty(leaves, examples, dtype=torch.int64, device=logps.device)
     coefficients = torch.empty_like(logps)
     # Zeroed for each call: a counter that resets itself would not survive two streams.
-    outside, finished = torch.zeros(2, dtype=torch.int64, device=logps.device)
+    finished = torch.zeros((), dtype=torch.int64, device=logps.device)
     if examples == 0:
         loss.zero_()
-        coefficients.zero_()
     else:
-        with torch.cuda.device_of(logps):
-            loss_kernel[(examples,)](
-                logps.contiguous(),
-                labels.contiguous(),
-                sequence_ids.contiguous(),
-                reference_logps.contiguous(),
-                coefficients,
-                sums,
-                counts,
-                rewards,
-                terms,
-                losses,
-                loss,
-                outside,
-                finished,
-                len(logps),
-                examples,
-                ignore_index,
-                objective.beta,
-                table.weights,
-                table.deltas,
-                POSITIVE=table.positive,
-                NEGATIVE=table.negative,
-                LEAVES=leaves,
-                PADDED=triton.next_power_of_2(leaves),
-                MEAN=reduction == "mean",
-                BLOCK=LOSS_BLOCK,
-                num_warps=LOSS_WARPS,
-            )
-    return LossOutput(
-        loss.view(()), coefficients, sums, counts, rewards, terms, losses.view(-1), outside
-    )
+        launch(
+            loss_kernel,
+            (examples,),
+            logps.contiguous(),
+            sequence_ids.contiguous(),
+            reference_logps.contiguous(),
+            coefficients,
+            sums,
+            counts,
+            rewards,
+            terms,
+            losses,
+            loss,
+            finished,
+            len(logps),
+            examples,
+            objective.beta,
+            table.weights,
+            table.deltas,
+            POSITIVE=table.positive,
+            NEGATIVE=table.negative,
+            LEAVES=leaves,
+            PADDED=triton.next_power_of_2(leaves),
+            MEAN=reduction == "mean",
+            BLOCK=LOSS_BLOCK,
+            num_warps=LOSS_WARPS,
+        )
+    return LossOutput(loss.view(()), coefficients, sums, counts, rewards, terms)

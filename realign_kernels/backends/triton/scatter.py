@@ -4,12 +4,11 @@
 in which threads arrive, and training would not repeat to the bit.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from realign_kernels.backends.triton.logits import check_unit_stride
+from realign_kernels.backends.triton.logits import ceil_div, launch
 
 BLOCK = 1024
 """Columns of a program; 4 warps then load 16 bytes of fp32 a thread, twice."""
@@ -51,21 +50,22 @@ def add_rows(
     index: Tensor,  # (r,) int64 in [0, V), or -1: not added
     rows: Tensor,  # (r, H) fp32
 ) -> None:
-    """The same sums in the same order in each call. See `base.Kernels.add_rows`."""
-    check_unit_stride("total", total)
+    """The same sums in the same order in each call. See `TorchKernels.add_rows`."""
+    assert total.stride(1) == 1
     rows = rows.contiguous()  # a product with hidden states has their layout
     count, width = rows.shape
     ordered, order = index.sort(stable=True)
-    with torch.cuda.device_of(total):
-        add_rows_kernel[(count, triton.cdiv(width, BLOCK))](
-            total,
-            ordered,
-            order,
-            rows,
-            count,
-            width,
-            total.stride(0),
-            rows.stride(0),
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+    launch(
+        add_rows_kernel,
+        (count, ceil_div(width, BLOCK)),
+        total,
+        ordered,
+        order,
+        rows,
+        count,
+        width,
+        total.stride(0),
+        rows.stride(0),
+        BLOCK=BLOCK,
+        num_warps=4,
+    )

@@ -1,31 +1,32 @@
-"""Elementwise kernels: the last step of the gradient of hidden, and the scaling of gradients.
+"""Elementwise kernels: epilogue of the hidden gradient, and the scaling of gradients.
 
-As torch operations the last step moves 68 bytes for each element of hidden, here 10.
+As torch operations the epilogue moves 68 bytes for each element of hidden, here 10.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from realign_kernels.backends.base import Scores
-from realign_kernels.backends.triton.logits import check_unit_stride, load_wide
+from realign_kernels.backends.triton.logits import ceil_div, launch, load_wide
 
 BLOCK = 2048
 SCALE_BLOCK = 8192
+SCALE_PROGRAMS = 1024
+"""A few for each multiprocessor of any GPU."""
 
 
 @triton.jit
-def finish_kernel(
-    pull,  # (r, H) fp32
+def hidden_grad_kernel(
+    exp_w,  # (r, H) fp32
     weight,  # (V, H)
     target,  # (r,) int64, -1 for no target
-    total,  # (r,) fp32
-    slope,  # (r,) fp32
+    sum_exp,  # (r,) fp32
+    dz_dlogit,  # (r,) fp32
     factor,  # (r,) fp32
     out,  # (r, H)
     width,
-    pull_stride,
+    exp_w_stride,
     weight_stride,
     column_stride,  # of weight
     out_stride,
@@ -39,40 +40,40 @@ def finish_kernel(
     here = tl.load(factor + row)
     place = label * weight_stride + columns * column_stride
     w = load_wide(weight + place, inside & (label >= 0))
-    p = load_wide(pull + row * pull_stride + columns, inside)
-    value = here * (tl.load(slope + row) * w - p / tl.load(total + row))
+    p = load_wide(exp_w + row * exp_w_stride + columns, inside)
+    value = here * (tl.load(dz_dlogit + row) * w - p / tl.load(sum_exp + row))
     tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), inside)
 
 
-def finish(
-    pull: Tensor,  # (r, H) fp32
+def hidden_grad_epilogue(
+    exp_w: Tensor,  # (r, H) fp32
     weight: Tensor,  # (V, H)
     scores: Scores,
     factor: Tensor,  # (r,) fp32
     out: Tensor,  # (r, H)
 ) -> None:
-    """See `realign_kernels.backends.base.Kernels.finish`."""
-    for name, tensor in (("pull", pull), ("out", out)):
-        check_unit_stride(name, tensor)
+    """See `TorchKernels.hidden_grad_epilogue`."""
+    assert exp_w.stride(1) == 1 and out.stride(1) == 1
     count, width = out.shape
     if out.numel() == 0:
         return
-    with torch.cuda.device_of(out):  # Triton launches on the current device
-        finish_kernel[(count, triton.cdiv(width, BLOCK))](
-            pull,
-            weight,
-            scores.target.contiguous(),
-            scores.total,
-            scores.slope,
-            factor.contiguous(),
-            out,
-            width,
-            pull.stride(0),
-            *weight.stride(),
-            out.stride(0),
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+    launch(
+        hidden_grad_kernel,
+        (count, ceil_div(width, BLOCK)),
+        exp_w,
+        weight,
+        scores.target.contiguous(),
+        scores.sum_exp,
+        scores.dz_dlogit,
+        factor.contiguous(),
+        out,
+        width,
+        exp_w.stride(0),
+        *weight.stride(),
+        out.stride(0),
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
 
 
 @triton.jit
@@ -97,18 +98,15 @@ def scale(
     values: Tensor,  # contiguous, any shape
     factor: Tensor,  # () fp32
 ) -> None:
-    """See `realign_kernels.backends.base.Kernels.scale`."""
+    """See `TorchKernels.scale`."""
     assert values.is_contiguous()
-    with torch.cuda.device_of(values):
-        scale_kernel[(SCALE_PROGRAMS,)](
-            values,
-            factor,
-            values.numel(),
-            PROGRAMS=SCALE_PROGRAMS,
-            BLOCK=SCALE_BLOCK,
-            num_warps=8,
-        )
-
-
-SCALE_PROGRAMS = 1024
-"""A few for each multiprocessor of any GPU."""
+    launch(
+        scale_kernel,
+        (SCALE_PROGRAMS,),
+        values,
+        factor,
+        values.numel(),
+        PROGRAMS=SCALE_PROGRAMS,
+        BLOCK=SCALE_BLOCK,
+        num_warps=8,
+    )

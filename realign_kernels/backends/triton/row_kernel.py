@@ -1,8 +1,8 @@
-"""The row kernel: label logit, sum over the others and E of each row of logits.
+"""The row kernel: label logit, sum of exp over the other tokens, and E of each row of logits.
 
 One program computes one row. Where E is wanted it shifts by the label's logit and reads the row
-once. It reads the row twice, first for its peak, where the sum of E is out of range (the others are
-some 70 nats away), in fp16, in place, for the strongest other token, and where no E is wanted.
+once. It reads the row twice, first for its maximum, where the sum of E is out of range (the other
+tokens are some 70 nats away), in fp16, in place, for the runner-up, and where no E is needed.
 `realign_kernels.backends.base` defines the results.
 """
 
@@ -15,37 +15,36 @@ from realign_kernels.backends.base import RowStats
 from realign_kernels.backends.triton.configs import row_config
 from realign_kernels.backends.triton.logits import (
     LOWEST,
-    check_dtype,
-    check_unit_stride,
     device_facts,
+    launch,
     load_wide,
-    logit_slope,
+    logit_derivative,
     scale_logits,
 )
 
 
 @triton.jit
-def rows_kernel(
+def row_kernel(
     logits,  # (r, V)
     labels,  # (r,) int64
     bias,  # (V,) or None
-    rival,  # (r,) uint8 or None
-    others,  # (r, V) or None, possibly logits
+    runner_up,  # (r,) uint8 or None
+    exp_logits,  # (r, V) or None, possibly logits
     target_out,  # (r,) int64
     logit_out,  # (r,) fp32, and so the next four
-    peak_out,
-    total_out,
-    slope_out,
+    max_logit_out,
+    sum_exp_out,
+    dz_dlogit_out,
     divisor_out,
     vocabulary,
     stride,
-    others_stride,
+    exp_stride,
     softcap,
     inverse_temperature,
     ONE_READ: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row. `target` is left out of peak and total before anything is rounded."""
+    """One row. max_logit and sum_exp leave `target` out before anything is rounded."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     offsets = tl.arange(0, BLOCK)
@@ -54,7 +53,7 @@ def rows_kernel(
         shift = load_wide(logits + label, label >= 0)
         if bias is not None:
             shift += load_wide(bias + label, label >= 0)
-        slope = logit_slope(shift, softcap, inverse_temperature)
+        dz_dlogit = logit_derivative(shift, softcap, inverse_temperature)
         shift = scale_logits(shift, softcap, inverse_temperature)
         sums = tl.zeros((BLOCK,), tl.float32)
         rounding = tl.zeros((BLOCK,), tl.float32)
@@ -68,30 +67,30 @@ def rows_kernel(
             e = tl.exp(scale_logits(x, softcap, inverse_temperature) - shift)
             e = tl.where(inside & (columns != label), e, 0.0)
             sums += e
-            e *= logit_slope(x, softcap, inverse_temperature)
-            rounded = e.to(others.dtype.element_ty)
+            e *= logit_derivative(x, softcap, inverse_temperature)
+            rounded = e.to(exp_logits.dtype.element_ty)
             rounding += rounded.to(tl.float32) - e
-            tl.store(others + row * others_stride + columns, rounded, inside)
-        total = tl.sum(sums, 0)
+            tl.store(exp_logits + row * exp_stride + columns, rounded, inside)
+        sum_exp = tl.sum(sums, 0)
         # The limits leave room for the product with the weight. NaN and shards' -1 fail, too.
-        if (total > 1e-30) & (total < 1e30) & (label >= 0):
+        if (sum_exp > 1e-30) & (sum_exp < 1e30) & (label >= 0):
             tl.store(target_out + row, label.to(tl.int64))
             tl.store(logit_out + row, shift)
-            tl.store(peak_out + row, shift)
-            tl.store(total_out + row, total)
-            tl.store(slope_out + row, slope)
+            tl.store(max_logit_out + row, shift)
+            tl.store(sum_exp_out + row, sum_exp)
+            tl.store(dz_dlogit_out + row, dz_dlogit)
             # The largest entry of E is not 1 and is rounded: with the sum of what was rounded the
             # gradient errs half as much. With a softcap the largest entries have about this slope.
-            tl.store(divisor_out + row, total + tl.sum(rounding, 0) / inverse_temperature)
+            tl.store(divisor_out + row, sum_exp + tl.sum(rounding, 0) / inverse_temperature)
             return
     target = label
     # Before the first pass: its reductions are barriers, the second pass may overwrite the row.
     raw = load_wide(logits + target, target >= 0)
-    if rival is not None:
-        is_rival = tl.load(rival + row) != 0
-        target = tl.where(is_rival, -1, label)
+    if runner_up is not None:
+        by_runner_up = tl.load(runner_up + row) != 0
+        target = tl.where(by_runner_up, -1, label)
     best = tl.full((), float("-inf"), tl.float32)
-    peak = tl.full((), LOWEST, tl.float32)
+    max_logit = tl.full((), LOWEST, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
 
     for start in range(0, vocabulary, BLOCK):
@@ -103,43 +102,43 @@ def rows_kernel(
             x += load_wide(bias + columns, inside)
         z = tl.where(inside, scale_logits(x, softcap, inverse_temperature), float("-inf"))
         displaced = tl.full((), float("-inf"), tl.float32)
-        if rival is not None:
+        if runner_up is not None:
             # The target is the best so far but the label; the best that it displaces, and all
-            # else, are others. Strictly greater, from the left: the first index of the largest.
+            # else, are other tokens. Strictly greater, from the left: the first largest index.
             candidates = inside & (columns != label)
             leader = tl.max(tl.where(candidates, z, float("-inf")), 0)
             found = tl.min(tl.where(candidates & (z == leader), columns, vocabulary), 0)
-            better = is_rival & ((leader > best) | ((target < 0) & (found < vocabulary)))
+            better = by_runner_up & ((leader > best) | ((target < 0) & (found < vocabulary)))
             displaced = tl.where(better, best, displaced)
             best = tl.where(better, leader, best)
             target = tl.where(better, found, target)
         z = tl.where(columns == target, float("-inf"), z)
         top = tl.max(z, 0)
         top = tl.where(displaced > top, displaced, top)
-        # Comparisons, not maximum(): a NaN never becomes the peak, so the sum keeps it for sure.
-        higher = tl.where(top > peak, top, peak)
-        sums = sums * tl.exp(peak - higher) + tl.exp(z - higher)
+        # Comparisons, not maximum(): a NaN never becomes the maximum, so the sum keeps it.
+        higher = tl.where(top > max_logit, top, max_logit)
+        sums = sums * tl.exp(max_logit - higher) + tl.exp(z - higher)
         sums += tl.where(offsets == 0, tl.exp(displaced - higher), 0.0)
-        peak = higher
-    total = tl.sum(sums, 0)
+        max_logit = higher
+    sum_exp = tl.sum(sums, 0)
 
-    if rival is not None:
+    if runner_up is not None:
         raw = load_wide(logits + target, target >= 0)
         # The other warps may not write the row before this one has read it.
         tl.debug_barrier()
     if bias is not None:
         raw += load_wide(bias + target, target >= 0)
     logit = scale_logits(raw, softcap, inverse_temperature)
-    slope = logit_slope(raw, softcap, inverse_temperature)
+    dz_dlogit = logit_derivative(raw, softcap, inverse_temperature)
     tl.store(target_out + row, target.to(tl.int64))
     tl.store(logit_out + row, tl.where(target >= 0, logit, float("-inf")))
-    tl.store(peak_out + row, peak)
-    tl.store(total_out + row, total)
-    tl.store(divisor_out + row, total)
-    tl.store(slope_out + row, tl.where(target >= 0, slope, 0.0))
+    tl.store(max_logit_out + row, max_logit)
+    tl.store(sum_exp_out + row, sum_exp)
+    tl.store(divisor_out + row, sum_exp)
+    tl.store(dz_dlogit_out + row, tl.where(target >= 0, dz_dlogit, 0.0))
 
-    if others is not None:
-        others += row * others_stride
+    if exp_logits is not None:
+        exp_logits += row * exp_stride
         for start in range(0, vocabulary, BLOCK):
             columns = start + offsets
             inside = columns < vocabulary
@@ -148,50 +147,51 @@ def rows_kernel(
             if bias is not None:
                 x += load_wide(bias + columns, inside)
             z = scale_logits(x, softcap, inverse_temperature)
-            e = tl.exp(z - peak) * logit_slope(x, softcap, inverse_temperature)
+            e = tl.exp(z - max_logit) * logit_derivative(x, softcap, inverse_temperature)
             e = tl.where(columns == target, 0.0, e)
-            tl.store(others + columns, e.to(others.dtype.element_ty), inside)
+            tl.store(exp_logits + columns, e.to(exp_logits.dtype.element_ty), inside)
 
 
-def read_rows(
+def row_stats(
     logits: Tensor,  # (r, V) fp32, bf16 or fp16; may be overwritten
     labels: Tensor,  # (r,) int64 in [0, V), or -1: not in this shard of the vocabulary
     bias: Tensor | None,  # (V,)
     softcap: float | None,
     temperature: float,
-    rival: Tensor | None = None,  # (r,) bool
-    others: Tensor | None = None,  # (r, V), written; may be logits
+    runner_up: Tensor | None = None,  # (r,) bool
+    exp_logits: Tensor | None = None,  # (r, V), written; may be logits
 ) -> RowStats:
-    """The row kernel in Triton. `base.Kernels.read_rows` is the contract."""
-    check_dtype("logits", logits)
-    check_unit_stride("logits", logits)
-    if others is not None:
-        check_dtype("others", others)
-        check_unit_stride("others", others)
+    """The row kernel in Triton. `TorchKernels.row_stats` is the contract."""
+    assert logits.stride(1) == 1 and (exp_logits is None or exp_logits.stride(1) == 1)
     count, vocabulary = logits.shape
     wide = [logits.new_empty(count, dtype=torch.float32) for _ in range(5)]
     stats = RowStats(torch.empty_like(labels), *wide)
-    # fp16 holds E up to the peak only.
-    one_read = others is not None and rival is None and others.dtype != torch.float16
-    one_read = one_read and others.data_ptr() != logits.data_ptr()
+    # fp16 holds E only if it is shifted by the maximum.
+    one_read = (
+        exp_logits is not None
+        and runner_up is None
+        and exp_logits.dtype != torch.float16
+        and exp_logits.data_ptr() != logits.data_ptr()
+    )
     if count == 0:
         return stats
     config = row_config(device_facts(logits)[0], vocabulary)
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
-        rows_kernel[(count,)](
-            logits,
-            labels.contiguous(),
-            bias,
-            None if rival is None else rival.contiguous().view(torch.uint8),
-            others,
-            *stats,
-            vocabulary,
-            logits.stride(0),
-            0 if others is None else others.stride(0),
-            softcap,
-            1 / temperature,
-            ONE_READ=one_read,
-            BLOCK=config.block,
-            num_warps=config.warps,
-        )
+    launch(
+        row_kernel,
+        (count,),
+        logits,
+        labels.contiguous(),
+        bias,
+        None if runner_up is None else runner_up.contiguous().view(torch.uint8),
+        exp_logits,
+        *stats,
+        vocabulary,
+        logits.stride(0),
+        0 if exp_logits is None else exp_logits.stride(0),
+        softcap,
+        1 / temperature,
+        ONE_READ=one_read,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
     return stats
