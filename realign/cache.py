@@ -1,13 +1,13 @@
 """Reference log-probs ahead of training, and care of the tables that hold them.
 
-    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute what is missing
-    python -m realign.cache stats                                     # what there is
+    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute missing ones
+    python -m realign.cache stats                                     # list the tables
     python -m realign.cache verify                                    # read every record again
     python -m realign.cache compact                                   # merge logs, drop bad records
 
-`fill` is what `python -m realign.train` does by itself before its first step. Run it on its own to
-use other machines for it (under torchrun, or with --nproc-per-node, ranks share the work), or to
-let several runs find everything there. `COMMAND --help` lists the settings.
+`python -m realign.train` does `fill` by itself before its first step. Run it separately to use
+other machines for it (ranks share the work, under torchrun or with --nproc-per-node), or to prepare
+for several runs. `COMMAND --help` lists the settings.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from realign.modeling.attention import IMPLEMENTATIONS, choose
 from realign.modeling.loading import DTYPES
 from realign.third_party import silence_third_party
 from realign.training import fsdp
-from realign.training.inputs import load_inputs
-from realign_kernels import ReferenceCache, refcache
+from realign.training.setup import fill_references, load_inputs, shared_fingerprint
+from realign_kernels import refcache
 
 
 @dataclass
@@ -99,8 +99,8 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     check_folder("--reference-cache", tables.directory)
     dtype = DTYPES[config.dtype]
     device = distributed.start(alone=config.fsdp)
-    attends, why = choose(config.attention, device, dtype)
-    bars = not config.quiet and distributed.rank() == 0
+    attends, reason = choose(config.attention, device, dtype)
+    progress = not config.quiet and distributed.rank() == 0
     inputs = load_inputs(
         config.model or str(ASSETS),
         config.pairs,
@@ -111,38 +111,26 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         train_vision=False,
         meta=config.fsdp and distributed.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
-        progress=bars,
+        progress=progress,
     )
-    model, weights = inputs.model.eval(), None
-    if config.fsdp:
-        weights = distributed.broadcast_from_rank0(
-            lambda: reference_logps.weights_digest(model.vlm, dtype)
-        )
-    fingerprint = reference_logps.fingerprint(
-        model.vlm, inputs.processor, dtype, device, weights=weights
-    )
+    model = inputs.model.eval()
+    fingerprint = shared_fingerprint(inputs, device)
     if config.fsdp:
         fsdp.shard(model, device, dtype)
     else:
         model.to(device)
     distributed.ranks_part()
-    say = print if distributed.rank() == 0 else lambda _: None
-    if why:
-        say(why)
-    for line in model.check_forest(inputs.examples[0], inputs.store, device):
-        say(line)
-    with ReferenceCache.open(tables.directory, fingerprint) as cache:
-        reference_logps.fill(
-            cache,
-            model,
-            inputs.examples,
-            inputs.store,
-            row_tokens=config.row_tokens or inputs.longest_tree,
-            batch_rows=config.batch_rows,
-            device=device,
-            progress=bars,
-            say=say,
-        )
+    if reason:
+        distributed.log_rank0(reason)
+    fill_references(
+        tables.directory,
+        fingerprint,
+        inputs,
+        device,
+        row_tokens=config.row_tokens,
+        batch_rows=config.batch_rows,
+        progress=progress,
+    )
 
 
 def stats(tables: CacheConfig) -> int:

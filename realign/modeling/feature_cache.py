@@ -46,7 +46,7 @@ class FeatureCache:
 
     Args:
         directory: holds a folder for each fingerprint; made when needed.
-        fingerprint: everything that decides features besides the image (`reference.fingerprint`).
+        fingerprint: all that decides features besides the image (`reference_logps.fingerprint`).
     """
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, str]) -> None:
@@ -137,7 +137,7 @@ def keep(
     """Features of all images of a data set; every rank calls it.
 
     Args:
-        fingerprint: of `reference.fingerprint`.
+        fingerprint: of `reference_logps.fingerprint`.
         model: whose vision tower is frozen; sharded or not.
         store: the images.
         device: where the model computes.
@@ -150,7 +150,7 @@ def keep(
 
     def compute(images: Images) -> Sequence[Features]:
         with torch.no_grad():
-            return model(images.to(device, model.dtype))
+            return model.image_features(images.to(device, model.dtype))
 
     fill(cache, list(store.keys()), load, compute, device=device, **options)
     return cache
@@ -169,9 +169,9 @@ def fill(
     device: torch.device,
     batch_images: int,
     progress: bool = True,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = distributed.log_rank0,
 ) -> None:
-    """Compute what `cache` lacks; every rank calls it, each does its share.
+    """Compute the features that `cache` lacks; every rank calls it and computes a part of them.
 
     Args:
         cache: where features are kept; in a folder that all ranks see.
@@ -181,7 +181,7 @@ def fill(
         device: where they are computed.
         batch_images: images in one call.
         progress: whether to show a bar.
-        say: gets a line with the number of known images, and their folder.
+        log: gets a line with the number of known images, and their folder.
 
     Raises:
         ValueError: when the ranks do not see the same folder.
@@ -189,7 +189,7 @@ def fill(
     # One list for all: each rank may see another state of a folder that others write to.
     absent = distributed.broadcast_from_rank0(lambda: cache.missing(images))
     distinct = len(set(images))
-    say(f"image features: {distinct - len(absent):,} of {distinct:,} known in {cache.folder}")
+    log(f"image features: {distinct - len(absent):,} of {distinct:,} known in {cache.folder}")
     ranks, rank = distributed.world_size(), distributed.rank()
     calls = -(-len(absent) // (ranks * batch_images))
     pending: dict[str, Features] = {}
@@ -198,12 +198,12 @@ def fill(
         total=len(absent), desc="image features", unit="image", disable=not (progress and absent)
     )
     starts = [(call * ranks + rank) * batch_images for call in range(calls)]
-    shares = [absent[start : start + batch_images] for start in starts]
-    # Collectives need every rank: one without a share computes an image that another one keeps.
-    tasks = (partial(load, mine or absent[:1]) for mine in shares)
+    local = [absent[start : start + batch_images] for start in starts]
+    # Collectives need every rank: one without images computes an image that another one keeps.
+    tasks = (partial(load, some or absent[:1]) for some in local)
     with ahead(tasks, device) as loaded:
-        for call, (mine, inputs) in enumerate(zip(shares, loaded, strict=True)):
-            for image, features in zip(mine, compute(inputs), strict=False):
+        for call, (some, inputs) in enumerate(zip(local, loaded, strict=True)):
+            for image, features in zip(some, compute(inputs), strict=False):
                 pending[image] = {name: tensor.cpu() for name, tensor in features.items()}
                 size += sum(tensor.nbytes for tensor in features.values())
             if pending and (size > _FILE_BYTES or call == calls - 1):

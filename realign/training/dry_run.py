@@ -1,7 +1,7 @@
-"""The plan of a run, before any of it: `python -m realign.train --dry-run`.
+"""The plan of a run: `python -m realign.train --dry-run`.
 
-Settings and records are checked as training does, so their mistakes show here. No weights are read
-and nothing is written. Counts are exact; memory and time are estimates, and say so.
+Settings and records are checked as in training, so their mistakes show here. No weights are read
+and nothing is written. Counts are exact. Memory and time are estimates and marked as such.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,19 +19,18 @@ import torch
 
 from realign import distributed
 from realign.config import TrainConfig
-from realign.data.records import read_pairs
-from realign.export import kept_dtype
 from realign.modeling import attention, reference_logps
 from realign.modeling.attention import row_budget
-from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
-from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
+from realign.modeling.loading import DTYPES, add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.training import fsdp, memory
 from realign.training.checkpoint import Checkpoints
-from realign.training.run_dir import base_of, check_settings, prepare_pairs, steps_done
-from realign.training.schedule import batches, share_of_rank, total_steps
+from realign.training.export import kept_dtype
+from realign.training.run_dir import base_of, check_settings, steps_done
+from realign.training.schedule import batches, rank_slice, total_steps
+from realign.training.setup import load_inputs
 from realign.training.step import micro_batches
 from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
@@ -39,28 +38,26 @@ from realign_kernels import ReferenceCache, collect_leaves, refcache
 _SAMPLED = 64  # forwards that are laid out to know rows and padding
 
 
-def make(config: TrainConfig) -> str:
+def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> str:
     """The plan as lines of text.
+
+    Args:
+        config: the settings.
+        prepare_pairs: gives the pairs file of these settings.
 
     Raises:
         ValueError: for what training would refuse before its first step.
     """
     imports = process_memory("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = _pairs(config, Path(scratch))
-        plan = Plan(config, pairs)
-        rows = [*plan.what(), *plan.forest(), *plan.schedule()]
+        own = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
+        # The digit pairs that a run would build for itself are built elsewhere.
+        elsewhere = replace(config, run=replace(config.run, output=scratch))
+        plan = Plan(config, prepare_pairs(config if own.exists() else elsewhere))
+        rows = [*plan.model_rows(), *plan.forest(), *plan.schedule()]
         rows += [*plan.memory(imports), *plan.duration(), plan.disk()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
-
-
-def _pairs(config: TrainConfig, scratch: Path) -> Path:
-    """The pairs file; the digit pairs that a run would make for itself are made elsewhere."""
-    own = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
-    if config.data.pairs is None and config.model.model is None and own.exists():
-        return own
-    return prepare_pairs(replace(config, run=replace(config.run, output=str(scratch))))
 
 
 @dataclass
@@ -101,25 +98,25 @@ class Plan:
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
         if self.done:
             check_settings(config)
-        self.share = share_of_rank(config.optim.batch_size, 0, self.ranks)
+        self.local = rank_slice(config.optim.batch_size, 0, self.ranks)
 
-        self.processor = load_processor(self.base)
-        kept = self.dtype if self.lora else torch.float32
-        records = read_pairs(pairs)
-        self.objective = make_objective(config.loss, records)
-        self.vlm = load_model(self.base, kept, self.layout_attention, meta=True)
-        self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
-        self.examples, self.store = encode_records(
-            records,
-            self.processor,
-            self.objective,
-            layout=self.model.layout,
+        self.kept = self.dtype if self.lora else torch.float32
+        inputs = load_inputs(
+            self.base,
+            pairs,
+            config.loss,
+            dtype=self.dtype,
+            weights_dtype=self.kept,
+            attention=self.layout_attention,
+            meta=True,
+            train_vision=config.model.train_vision,
             max_response_tokens=config.data.max_response_tokens,
-            max_tokens=self.vlm.config.get_text_config().max_position_embeddings,
             progress=False,
         )
+        self.model, self.objective = inputs.model, inputs.objective
+        self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
         self.about = reference_logps.description(
-            self.vlm, self.processor, self.dtype, self.device, config.scale.kernels
+            self.vlm, inputs.processor, self.dtype, self.device, config.scale.kernels
         )
         self.per_image_token = self._per_image_token()
         self.forward_cost = cost_of(self.model, self.per_image_token, backward=False)
@@ -139,8 +136,7 @@ class Plan:
 
     def _per_image_token(self) -> float:
         """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
-        kept = self.dtype if self.lora else torch.float32
-        vlm = load_model(self.base, kept, self.layout_attention, meta=True)
+        vlm = load_model(self.base, self.kept, self.layout_attention, meta=True)
         model = ForestModel(vlm, dtype=self.dtype)
         cpu = torch.device("cpu")
         with memory.fake_tensors(cpu):
@@ -157,35 +153,36 @@ class Plan:
             len(self.examples), optim.batch_size, self.config.run.seed, first=0, last=self.total
         )
         for _, batch in steps:
-            parts += [part for part, _ in micro_batches(batch[self.share], optim.micro_batch_size)]
+            parts += [part for part, _ in micro_batches(batch[self.local], optim.micro_batch_size)]
             if len(parts) >= _SAMPLED:
                 break
         return parts
 
-    def _batch(self, chosen: Sequence[Example]) -> ForestBatch:
-        budget = self.config.data.row_tokens or row_budget(self.model.attention, chosen)
-        return build_batch(chosen, self.store, row_tokens=budget)
+    def _batch(self, microbatch: Sequence[Example]) -> ForestBatch:
+        budget = self.config.data.row_tokens or row_budget(self.model.attention, microbatch)
+        return build_batch(microbatch, self.store, row_tokens=budget)
 
     def _layouts(self) -> list[_Layout]:
-        found = []
+        layouts = []
         for part in self._parts():
-            chosen = [self.examples[i] for i in part]
-            batch = self._batch(chosen)
-            work = dict(zip(WORK, work_of(batch, chosen).tolist(), strict=True))
-            found.append(_Layout(*batch.input_ids.shape, work, chosen))
-        return found
+            microbatch = [self.examples[i] for i in part]
+            batch = self._batch(microbatch)
+            work = dict(zip(WORK, work_of(batch, microbatch).tolist(), strict=True))
+            rows, columns = batch.input_ids.shape
+            layouts.append(_Layout(rows, columns, work, microbatch))
+        return layouts
 
     @property
     def forwards(self) -> int:
         """Forwards of a rank in a step."""
-        return -(-(self.share.stop - self.share.start) // self.config.optim.micro_batch_size)
+        return -(-(self.local.stop - self.local.start) // self.config.optim.micro_batch_size)
 
     def _mean(self, name: str) -> float:
         """Work of a forward."""
         return float(np.mean([layout.work[f"work/{name}"] for layout in self.layouts]))
 
-    def what(self) -> list[tuple[str, str]]:
-        """Objective, model, and what of it learns."""
+    def model_rows(self) -> list[tuple[str, str]]:
+        """Objective, model, and the trained part of it."""
         settings, kind = self.config.model, self.vlm.config
         how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
         everything = sum(p.numel() for p in self.model.parameters())

@@ -20,11 +20,12 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.utils.checkpoint import checkpoint
 
-from realign.config import ScaleConfig
-from realign.distributed import broadcast_from_rank0, rank, world_size
+from realign.config import ScaleConfig, TrainConfig
+from realign.distributed import broadcast_from_rank0, log_rank0, rank, world_size
 from realign.modeling.model import ForestModel
 from realign.training import liger
 
@@ -47,6 +48,20 @@ def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
         )
     if scale.liger:
         liger.check(device)
+
+
+def place(
+    model: ForestModel, config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Wrap the trained layers as the settings ask for, and bring the model to `device`."""
+    scale, layers = config.scale, trained_layers(model)
+    if scale.liger:
+        log_rank0(liger.use(layers, device))
+    wrap_layers(layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing)
+    if config.sharded:
+        shard(model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload)
+    else:
+        model.to(device)
 
 
 def trained_layers(model: ForestModel) -> list[nn.Module]:
@@ -125,6 +140,8 @@ def shard(
         if unit is model or not whole.issuperset(unit.parameters()):
             fully_shard(unit, **options)
         done.update(modules)
+    for method in ("logps", "image_features"):  # they gather weights as `forward` does
+        register_fsdp_forward_method(model, method)
 
 
 def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> None:

@@ -36,8 +36,8 @@ def batches(
         yield step, np.array([orders[i // count][i % count] for i in wanted.tolist()])
 
 
-def share_of_rank(batch_size: int, rank: int, ranks: int) -> slice:
-    """Which part of every global batch a rank takes.
+def rank_slice(batch_size: int, rank: int, ranks: int) -> slice:
+    """The part of every global batch that a rank takes.
 
     Raises:
         ValueError: when the batch does not divide among the ranks.

@@ -133,7 +133,7 @@ def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> f
     first = next(iter(store.keys()))
     counter = FlopCounterMode(display=False)  # knows no attention kernels but plain products
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(store.batch([first]).to(device, model.dtype))
+        model.image_features(store.batch([first]).to(device, model.dtype))
     return counter.get_total_flops() / store.tokens(first)
 
 

@@ -1,7 +1,7 @@
-"""Where a run's metrics go: a line and a bar for people, JSONL always, TensorBoard and W&B.
+"""Trackers of a run's metrics: JSONL always, lines and a bar, TensorBoard, W&B.
 
 A tracker takes the entries of steps, one after another, and is closed at the end. A resumed run
-goes on in each of them: entries of steps that are run again replace those of the killed run.
+continues each of them: entries of steps that are run again replace those of the killed run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from realign.config import RunConfig, TrainConfig
+from realign.distributed import rank
 from realign.files import JsonlLog, write_whole
 from realign.training.metrics import step_line
 
@@ -34,14 +35,14 @@ class Tracker(Protocol):
 
 
 def check_packages(run: RunConfig) -> None:
-    """What the settings ask for must be installed; called before any work.
+    """Check that the packages of the chosen trackers are installed; called before any work.
 
     Raises:
         ValueError: names the package and how to install it.
     """
-    wanted = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
-    for package, asked in wanted.items():
-        if asked and package not in sys.modules and importlib.util.find_spec(package) is None:
+    asked = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
+    for package, wanted in asked.items():
+        if wanted and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"--{package} needs the package {package}, which is not installed: "
                 f"pip install 'realign[{package}]', or leave the flag out."
@@ -52,19 +53,17 @@ class Trackers:
     """All trackers of a run; none on ranks other than 0.
 
     Args:
-        config: the settings; `run` says which trackers there are.
-        name: what the bar is called.
+        config: the settings; `run` names the trackers.
+        name: of the bar.
         total: steps of the whole run.
         done: steps that are done already.
-        first_rank: whether this is rank 0.
     """
 
-    def __init__(
-        self, config: TrainConfig, name: str, *, total: int, done: int, first_rank: bool
-    ) -> None:
+    def __init__(self, config: TrainConfig, name: str, *, total: int, done: int) -> None:
         run, output = config.run, Path(config.run.output)
         self._all: list[Tracker] = []
-        if not first_rank:
+        self._stack = ExitStack()
+        if rank() > 0:
             return
         self._all.append(JsonlLog(output / "metrics.jsonl", keep_steps=done))
         if run.tensorboard:
@@ -75,10 +74,8 @@ class Trackers:
             self._all.append(Console(name, total=total, done=done, every=run.log_every))
 
     def __enter__(self) -> Trackers:
-        with ExitStack() as stack:
-            for tracker in self._all:
-                stack.enter_context(tracker)
-            self._stack = stack.pop_all()
+        for tracker in self._all:
+            self._stack.enter_context(tracker)
         return self
 
     def __exit__(self, *error) -> None:

@@ -43,10 +43,10 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny_vlms import make, random_record
 
-from realign.export import ExportConfig, export_whole
 from realign.hf import adapters
 from realign.modeling.loading import load_model, load_trained
 from realign.third_party import silence_third_party
+from realign.training.export import export_whole
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 BEGIN, END = "<!-- table: tests/helpers/adapter_matrix.py --write -->", "<!-- end of table -->"
@@ -99,9 +99,11 @@ class Attempts:
 
     def use(self) -> None:
         """Merge, export and evaluate the folder of an adapter."""
-        whole = ExportConfig(str(self.place), str(self.folder / "whole"))
         self._attempt("merge", lambda: self._off(load_model(self.place)))
-        self._attempt("export", lambda: self._off(load_base(export_whole(whole))))
+        self._attempt(
+            "export",
+            lambda: self._off(load_base(export_whole(str(self.place), self.folder / "whole"))),
+        )
         self._attempt("evaluate", lambda: self._off(load_trained(self.place)))
 
     def _attempt(self, column: str, measure: Callable[[], float]) -> bool:

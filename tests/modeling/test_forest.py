@@ -77,7 +77,7 @@ def test_log_probs_equal_separate_forwards(processor, name, row_tokens):
     examples, store = make_examples(processor, 6, objectives.get(name))
     with torch.no_grad():
         batch = build_batch(examples, store, row_tokens=row_tokens)
-        found = batch.leaf_sums(ForestModel(vlm)(batch))
+        found = batch.leaf_sums(ForestModel(vlm).logps(batch))
         truth = separate_logps(vlm, examples, store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
     if row_tokens == 4096:
@@ -121,7 +121,7 @@ def test_gradients_repeat_to_the_bit_where_many_leaves_share_a_root(processor):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = [torch.autograd.grad(model(batch), weight, upstream)[0] for _ in range(5)]
+        found = [torch.autograd.grad(model.logps(batch), weight, upstream)[0] for _ in range(5)]
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(other, found[0]) for other in found)
@@ -141,7 +141,7 @@ def test_images_and_roots_are_computed_once(processor):
     )
     batch = build_batch([first, second], store, row_tokens=4096)
     with torch.no_grad():
-        found = batch.leaf_sums(ForestModel(vlm)(batch))
+        found = batch.leaf_sums(ForestModel(vlm).logps(batch))
         assert seen == [3]  # v, v' and v of the second; its v' is the first's v
         truth = separate_logps(vlm, [first, second], store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
@@ -165,7 +165,7 @@ def test_several_images_in_a_prompt(processor):
     example = Example("two images", (root,), tuple(Leaf(0, x.ids) for x in examples[0].leaves))
     with torch.no_grad():
         batch = build_batch([example, examples[1]], store, row_tokens=200)
-        found = batch.leaf_sums(ForestModel(vlm)(batch))
+        found = batch.leaf_sums(ForestModel(vlm).logps(batch))
         truth = separate_logps(vlm, [example, examples[1]], store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
 

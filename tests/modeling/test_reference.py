@@ -44,7 +44,7 @@ def encoded(pairs, processor, **options):
 def fill(cache, model, examples, store, **options):
     options = {"row_tokens": 128, "batch_rows": 16, "device": CPU} | options
     return reference_logps.fill(
-        cache, model, examples, store, progress=False, say=lambda _: None, **options
+        cache, model, examples, store, progress=False, log=lambda _: None, **options
     )
 
 

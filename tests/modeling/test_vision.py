@@ -104,7 +104,7 @@ def test_the_file_limit_loses_nothing(cache, monkeypatch):
         device=CPU,
         batch_images=2,
         progress=False,
-        say=lambda _: None,
+        log=lambda _: None,
     )
     assert len(list(cache.folder.glob("*.safetensors"))) == 4
     assert all(same(cache.get(image), features(int(image))) for image in images)

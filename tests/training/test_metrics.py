@@ -207,7 +207,7 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = parse(["--wandb", "align", "--output", str(tmp_path), "--quiet"])
     for done in (0, 2):
-        with trackers.Trackers(config, "rdpo", total=4, done=done, first_rank=True) as log:
+        with trackers.Trackers(config, "rdpo", total=4, done=done) as log:
             log.write(entry(done + 1))
     first, second = wandb.runs
     assert first.settings["project"] == "align" and first.settings["id"] is None
@@ -225,7 +225,7 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
 
     wandb.init = refuse
     with pytest.raises(ValueError, match="--wandb align: no API key. Log in with `wandb login`"):
-        trackers.Trackers(config, "rdpo", total=4, done=0, first_rank=True)
+        trackers.Trackers(config, "rdpo", total=4, done=0)
 
 
 @pytest.mark.parametrize("flags", [["--tensorboard"], ["--wandb", "align"]])

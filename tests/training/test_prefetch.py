@@ -28,7 +28,7 @@ from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
 from realign.train import main
 from realign.training import step
-from realign.training.inputs import load_inputs
+from realign.training.setup import load_inputs
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).parent

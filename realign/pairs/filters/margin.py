@@ -90,7 +90,7 @@ def visual_margins(
                     batch_rows=batch_rows,
                     device=device,
                     progress=progress,
-                    say=say,
+                    log=say,
                 )
             margins[kept] = (logps[0] - logps[1]).numpy()
     finally:
