@@ -97,6 +97,7 @@ class FillConfig:
 def fill(tables: CacheConfig, config: FillConfig) -> None:
     """Compute the reference log-probs that a training run on these pairs will look up."""
     check_folder("--reference-cache", tables.directory)
+    assert config.pairs is not None  # checked in __post_init__
     dtype = DTYPES[config.dtype]
     device = distributed.start(alone=config.fsdp)
     attends, reason = choose(config.attention, device, dtype)

@@ -21,6 +21,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -77,7 +78,7 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     workers = workers or _default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = rank_environment(store.port, workers) | {_LAUNCHER: str(os.getpid())}
     ranks = range(workers)
     before = {number: signal.getsignal(number) for number in _FORWARDED}
@@ -97,13 +98,14 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     for number in _FORWARDED:
         signal.signal(number, forward)
     try:
-        failures = processes.wait(period=0.1).failures
+        ended = processes.wait(period=0.1)
+        assert ended is not None  # there is no time limit
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if failures:
-        print(_first_to_end(failures), file=sys.stderr)
-    return 1 if failures else 0
+    if ended.failures:
+        print(_first_to_end(ended.failures), file=sys.stderr)
+    return 1 if ended.failures else 0
 
 
 def _first_to_end(failures: dict[int, ProcessFailure]) -> str:
@@ -164,7 +166,7 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
         if under_launcher():
             dist.init_process_group(backend, timeout=_TIMEOUT)
         elif alone:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return torch.device(device)
 
 
@@ -214,7 +216,7 @@ def exit_rank(code: int) -> NoReturn:
     """
     if not under_launcher():
         sys.exit(code)
-    threading._shutdown()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as Python at its end
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -13,10 +13,10 @@ import os
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,8 +41,8 @@ def default_directory() -> Path:
     return Path(root) / "vision"
 
 
-class FeatureCache:
-    """Image features under one fingerprint.
+class FeatureCache(Mapping[str, Features]):
+    """Features by the digest of their image, under one fingerprint.
 
     Args:
         directory: holds a folder for each fingerprint; made when needed.
@@ -53,13 +53,16 @@ class FeatureCache:
         self.folder = Path(directory) / refcache.fingerprint_digest(fingerprint)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "about.json", json.dumps(dict(fingerprint), indent=2) + "\n")
-        self._files: dict[Path, safe_open] = {}
+        self._files: dict[Path, Any] = {}  # safe_open, which has no types
         self._places: dict[str, tuple[Path, dict[str, int]]] = {}  # image -> file, {name: crc}
         self._checked: set[str] = set()
         self.refresh()
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
 
     def refresh(self) -> None:
         """Find what other processes have written."""
@@ -106,7 +109,7 @@ class FeatureCache:
             ) from error
         self.refresh()
 
-    def get(self, image: str) -> dict[str, torch.Tensor]:
+    def __getitem__(self, image: str) -> Features:
         """The features of an image.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A batch is a forest: every prompt is computed once, whatever responses hang under it.
+"""Forest batches: every prompt is computed once, for all responses under it.
 
 An example has *roots*, (images, prompt), and *leaves*, a response under a root. In a batch each
 distinct root is laid out once in a row, followed by its leaves; a token sees the earlier tokens of
@@ -212,7 +212,7 @@ def build_batch(
             leaf_roots.append(index[root.key])
             leaf_ids.append(leaf.ids)
             rivals.append(leaf.rival)
-    root_lengths = np.array([len(root.ids) for root in roots])
+    root_lengths = np.array([len(root.ids) for root in roots], np.int64)
     leaf_lengths = np.array([len(ids) for ids in leaf_ids])
     whole = root_lengths[leaf_roots] + leaf_lengths
     if shared:
@@ -234,7 +234,7 @@ def build_batch(
         span = slice(start, start + root_lengths[root])
         ids[row, span] = roots[root].ids
         positions[:, row, span] = prompts[root]
-        depth[row, span] = np.arange(root_lengths[root])
+        depth[row, span] = np.arange(len(roots[root].ids))
         segment[row, span] = parent[row, span] = tree
         if layout.both_ways:
             block[row, span] = layout.blocks(roots[root].ids)
@@ -269,7 +269,7 @@ def build_batch(
         block=as_tensor(block) if layout.both_ways else None,
         shared=shared,
         images=store.batch(list(images)) if known is None else None,
-        features=None if known is None else tuple(dict(known.get(key)) for key in images),
+        features=None if known is None else tuple(dict(known[key]) for key in images),
         slots=tuple(images[key] for key in slots),
         grids={} if shared else store.grids(slots),
         rows=as_tensor(np.concatenate(predictors)),

@@ -192,7 +192,9 @@ class ForestModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # (N, H), (V, H), (V,)
         hidden = self._hidden(batch).to(self.dtype)
         # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
-        hidden, weight, bias = head_inputs(self.vlm.get_output_embeddings(), hidden)
+        head = self.vlm.get_output_embeddings()
+        assert head is not None  # `layout_of` has refused a model without one
+        hidden, weight, bias = head_inputs(head, hidden)
         return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
@@ -222,6 +224,7 @@ class ForestModel(nn.Module):
             if self.layout.both_ways == "image":
                 given["token_type_ids"] = image.long()
             elif self.layout.both_ways == "prompt":
+                assert batch.block is not None
                 given["token_type_ids"] = (batch.block < 0).long()
         decoder = self.vlm.model.get_decoder()
         with takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
@@ -268,10 +271,10 @@ def _not_a_number(
     reference_logps: torch.Tensor,  # (L, B)
 ) -> PreferenceOutput:
     """The output where log-probs are not finite: NaN, with a gradient for all that has one."""
-    inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     nan = torch.full_like(reference_logps, torch.nan)
+    inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     return PreferenceOutput(
-        loss=sum(t.float().sum() for t in inputs) * torch.nan,
+        loss=sum((t.float().sum() for t in inputs), torch.zeros_like(nan[0, 0])) * torch.nan,
         logps=nan,
         rewards=nan,
         token_counts=torch.zeros_like(nan, dtype=torch.int64),

@@ -74,7 +74,7 @@ def description(
 ) -> dict[str, str]:
     """The fingerprint without the weights, which need not be there."""
     parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
-    attention = {part.config._attn_implementation for part in parts}
+    attention = {str(part.config._attn_implementation) for part in parts}
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ",".join(sorted(attention)),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -167,7 +168,8 @@ class Plan:
         for part in self._parts():
             microbatch = [self.examples[i] for i in part]
             batch = self._batch(microbatch)
-            work = dict(zip(WORK, work_of(batch, microbatch).tolist(), strict=True))
+            counts = work_of(batch, microbatch).tolist()
+            work: dict[str, float] = dict(zip(WORK, counts, strict=True))
             rows, columns = batch.input_ids.shape
             layouts.append(_Layout(rows, columns, work, microbatch))
         return layouts
@@ -295,6 +297,7 @@ class Plan:
             gathered = (root + 2 * max(layers)) * self.dtype.itemsize
         largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
         batch = self._batch(largest.batch)
+        assert batch.images is not None
         sizes = [value.nbytes for value in batch.images.inputs.values()]
         image = sum(sizes) // len(batch.images.tokens)
         with memory.fake_tensors(self.device):
@@ -328,10 +331,10 @@ class Plan:
         """Time of the matrix products alone."""
         rate = _matmul_rate(self.device, self.dtype)
         machine = rate * (self.ranks if self.device.type == "cuda" else 1)
-        flop = np.mean([self.cost.of(layout.work) for layout in self.layouts])
-        forward = np.mean([self.forward_cost.of(layout.work) for layout in self.layouts])
+        flop = fmean(self.cost.of(layout.work) for layout in self.layouts)
+        forward = fmean(self.forward_cost.of(layout.work) for layout in self.layouts)
         step = flop * self.forwards * self.ranks
-        size = np.mean([len(layout.batch) for layout in self.layouts])
+        size = fmean(len(layout.batch) for layout in self.layouts)
         reference_pass = forward / size * len(self.examples) / machine
         seconds = step / machine
         left = seconds * (self.total - self.done)
@@ -371,7 +374,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     count, began = 0, None
     while began is None or time.perf_counter() - began < 0.33:
-        left @ right
+        torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize()
         if began is None:  # the first one sets things up

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,7 +24,9 @@ from realign.training.model_card import with_evaluation, without_adapter
 
 def kept_dtype(model: str) -> torch.dtype:
     """The dtype that a whole model, or the base of an adapter, is kept in."""
-    return AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
+    kept = AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
+    assert isinstance(kept, torch.dtype)
+    return kept
 
 
 def export_trained(
@@ -136,7 +139,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 def _save(
     folder: Path,
-    state: dict[str, torch.Tensor],
+    state: dict[str, Any],
     model: ForestModel,
     adapter: PeftModel | None,
     base: str | None,

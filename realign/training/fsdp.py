@@ -1,4 +1,4 @@
-"""A model over many ranks and in little memory: FSDP2 or HSDP, offload, its layers wrapped.
+"""FSDP2 and HSDP, offload, and wrapped layers: a model over many ranks and in little memory.
 
 Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts
 stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside what is compiled
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from realign.training import liger
 
 
 def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
-    """Refuse what these ranks cannot do; before a model is loaded.
+    """Refuse settings that these ranks cannot run; before a model is loaded.
 
     Raises:
         ValueError: names the setting and what to do.
@@ -136,7 +137,7 @@ def shard(
     done: set[nn.Module] = set()
     for unit in [*model.layers, model]:
         modules = [module for module in unit.modules() if module not in done]
-        _take_from_rank_0(modules, device)
+        _receive_from_rank0(modules, device)
         if unit is model or not whole.issuperset(unit.parameters()):
             fully_shard(unit, **options)
         done.update(modules)
@@ -144,7 +145,7 @@ def shard(
         register_fsdp_forward_method(model, method)
 
 
-def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> None:
+def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Replace the tensors that these modules themselves hold by those of rank 0, bit for bit.
 
     Among them are buffers that no state dict has, such as rotary frequencies. What rank 0 ties is
@@ -152,15 +153,17 @@ def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> Non
     """
     if world_size() == 1:
         return
-    tables = [table for m in modules for table in (m._parameters, m._buffers, vars(m))]
+    tables: list[dict[str, Any]] = [
+        table for m in modules for table in (m._parameters, m._buffers, vars(m))
+    ]
     slots = [(t, name) for t in tables for name in t if isinstance(t[name], torch.Tensor)]
     first: dict[torch.Tensor, int] = {}
-    mine = [
+    local = [
         (name, table[name].shape, table[name].dtype, first.setdefault(table[name], place))
         for place, (table, name) in enumerate(slots)
     ]
     replaced: dict[int, torch.Tensor] = {}
-    for (table, name), sent in zip(slots, broadcast_from_rank0(lambda: mine), strict=True):
+    for (table, name), sent in zip(slots, broadcast_from_rank0(lambda: local), strict=True):
         expected, shape, dtype, place = sent
         assert name == expected, f"rank {rank()} holds {name} where rank 0 holds {expected}"
         if place not in replaced:

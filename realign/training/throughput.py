@@ -1,4 +1,4 @@
-"""How fast a step is, and what it takes: tokens, model FLOP, MFU, peak memory.
+"""Throughput and cost of a step: tokens, model FLOP, MFU, peak memory.
 
 The *work* of a batch is counted from its layout and travels with the metrics' sums through their
 one all-reduce; the `Meter` turns it into rates. FLOP are those that the forest needs, with
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -148,8 +149,13 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
         per_image_token: of `image_flop`.
         backward: whether there is one.
     """
-    vlm, text = model.vlm, model.vlm.config.get_text_config()
-    head, learns = vlm.get_output_embeddings(), backward and _learns(vlm.model.get_encoder("image"))
+    vlm, text, head = (
+        model.vlm,
+        model.vlm.config.get_text_config(),
+        model.vlm.get_output_embeddings(),
+    )
+    assert head is not None
+    learns = backward and _learns(vlm.model.get_encoder("image"))
     width = text.num_attention_heads * head_width(text)
     return Cost(
         token=_linear(vlm.model.get_decoder(), backward),
@@ -169,7 +175,7 @@ def _linear(part: nn.Module, backward: bool) -> float:
     return total
 
 
-def _weights(head: nn.Module) -> int:
+def _weights(head: Any) -> int:
     return getattr(head, "base_layer", head).weight.numel()
 
 
@@ -198,15 +204,15 @@ class Meter:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._peak = peak_flops(name, dtype)
 
-    def read(self, found: dict[str, float], batch_size: int, seconds: float) -> dict[str, float]:
-        """The metrics of a step's speed; takes its work out of `found`.
+    def read(self, metrics: dict[str, float], batch_size: int, seconds: float) -> dict[str, float]:
+        """The metrics of a step's speed; removes its work from `metrics`.
 
         Args:
-            found: metrics as means over the examples of the global batch, the work among them.
-            batch_size: how many examples that were.
-            seconds: what the step took.
+            metrics: means over the examples of the global batch, the work among them.
+            batch_size: of the global batch.
+            seconds: duration of the step.
         """
-        work = {name: found.pop(name) * batch_size for name in WORK}
+        work = {name: metrics.pop(name) * batch_size for name in WORK}
         rates = {
             "tokens": work["work/tokens"],
             "tokens_saved": 1 - work["work/tokens"] / work["work/separate"],

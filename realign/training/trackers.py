@@ -137,7 +137,7 @@ class WandbLog:
     """
 
     def __init__(self, project: str, output: Path, config: dict[str, Any], done: int) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - optional
 
         kept = output / _RUN_ID
         known = kept.read_text().strip() if done and kept.exists() else None

@@ -14,13 +14,13 @@ from runs import arguments
 from realign import distributed, train
 from realign.modeling import model
 from realign.modeling.images import ImageStore
-from realign.training import step
+from realign.training import setup, step
 from realign.training.schedule import seed_step
 
 GOOD = {
     "bundle": ImageStore.bundle,
     "forward": model.ForestModel.forward,
-    "load": train.load_inputs,
+    "load": setup.load_inputs,
     "feed": step.Feed.__call__,
 }
 
@@ -57,14 +57,14 @@ def plant(what, record, first):
             out.loss.register_hook(lambda gradient: gradient * torch.nan)
         return out
 
-    train.load_inputs, train.seed_step = load, note
+    setup.load_inputs, step.seed_step = load, note
     ImageStore.bundle, model.ForestModel.forward = bundle, forward
     step.Feed.__call__ = feed
 
 
 def restore():
     """Undo `plant`."""
-    train.load_inputs, train.seed_step = GOOD["load"], seed_step
+    setup.load_inputs, step.seed_step = GOOD["load"], seed_step
     ImageStore.bundle, step.Feed.__call__ = GOOD["bundle"], GOOD["feed"]
     model.ForestModel.forward = GOOD["forward"]
 

@@ -291,13 +291,13 @@ def test_a_full_run_saves_and_exports_what_it_trained(bases, tmp_path, monkeypat
     base, inputs = bases["smolvlm"]
     save_trained(base, "LoRA, lm_head", tmp_path / "adapter")
     write_pairs(tmp_path / "pairs.parquet", made("smolvlm")[1])
-    kept, real = {}, train.export
+    kept, real = {}, train.export_trained
 
     def keep(folder, model, *args, **options):
         kept["truth"] = logps(model.vlm, inputs)
         return real(folder, model, *args, **options)
 
-    monkeypatch.setattr(train, "export", keep)
+    monkeypatch.setattr(train, "export_trained", keep)
     model, run = base if tied else tmp_path / "adapter", tmp_path / "run"
     words = ["--model", model, "--pairs", tmp_path / "pairs.parquet", "--output", run]
     words += ["--steps", 1, "--batch-size", 2, "--tune", "full", "--learning-rate", 1e-2, "--quiet"]

@@ -166,7 +166,7 @@ def test_a_step_takes_the_longer_of_preprocessing_and_computing(pairs_file, tmp_
     slowed(ForestModel, "forward", 0.3)
     timed(step.Feed, "__call__", "building", in_main=False)
     timed(Future, "result", "waiting", in_main=True)
-    monkeypatch.setattr(train, "seed_step", begin)
+    monkeypatch.setattr(step, "seed_step", begin)
     run(pairs_file, tmp_path, "--save-every", 0, steps=8)
     seconds = sum(e["seconds"] for e in read_jsonl(tmp_path / "metrics.jsonl")[1:])
     computing = seconds - spent["waiting"]
@@ -184,7 +184,7 @@ def plain(pairs_file, tmp_path_factory):
         yield (task() for task in tasks)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ahead", in_place)
+        patch.setattr(step, "ahead", in_place)
         run(pairs_file, output, *BATCHES)
     return output
 

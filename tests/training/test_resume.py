@@ -103,7 +103,7 @@ def test_sigterm_saves_and_exits_with_0(pairs_file, dropout, plain, tmp_path, mo
     Signalled(monkeypatch, 3, signal.SIGTERM)
     before = signal.getsignal(signal.SIGTERM)
     assert main(arguments(pairs_file, tmp_path, *dropout)) == 0
-    assert "stopped after step 4 of 6; the same with --resume goes on" in capsys.readouterr().out
+    assert "stopped after step 4 of 6; add --resume to continue" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
     assert steps_kept(tmp_path) == ["step-000002", "step-000004"]
     assert not (tmp_path / "model").exists()
@@ -143,7 +143,7 @@ def test_one_rank_then_two_then_one(pairs_file, tmp_path, monkeypatch):
     process.terminate()
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "resumed from step 3 of 12" in out and "--resume goes on" in out
+    assert "resumed from step 3 of 12" in out and "--resume to continue" in out
     stopped = int(out.split("stopped after step ")[1].split()[0])
     assert steps_kept(output)[-1] == f"step-{stopped:06d}"
     found = run(pairs_file, output, *EVERY_2, "--resume", steps=12)
