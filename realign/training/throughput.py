@@ -149,11 +149,8 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
         per_image_token: of `image_flop`.
         backward: whether there is one.
     """
-    vlm, text, head = (
-        model.vlm,
-        model.vlm.config.get_text_config(),
-        model.vlm.get_output_embeddings(),
-    )
+    vlm, text = model.vlm, model.vlm.config.get_text_config()
+    head = vlm.get_output_embeddings()
     assert head is not None
     learns = backward and _learns(vlm.model.get_encoder("image"))
     width = text.num_attention_heads * head_width(text)

@@ -11,7 +11,6 @@ from forked_ranks import run_command, run_ranks
 from safetensors import safe_open
 from test_forest import LOGP_TOLERANCE, separate_logps
 
-from realign import train as training
 from realign.config import parse
 from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.digits import ASSETS
@@ -78,7 +77,7 @@ class Trainer:
         else:
             self.capsys.readouterr()
             with self.monkeypatch.context() as patch, pytest.raises(Filled):
-                patch.setattr(training.reference_logps, "fill", self.fill_only)
+                patch.setattr(reference_logps, "fill", self.fill_only)
                 train(parse(given))
             shown = self.capsys.readouterr().out
         known, total = re.search(r"([\d,]+) of ([\d,]+) leaves known", shown).groups()
@@ -340,7 +339,7 @@ def test_training_with_the_cache_equals_training_with_a_live_reference(
                 return separate_logps(base, part, self.store).float()
 
     monkeypatch.setattr(
-        training.reference_logps,
+        reference_logps,
         "fill",
         lambda cache, model, examples, store, **_: Live(examples, store),
     )
@@ -368,11 +367,11 @@ def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(
             super().__init__()
             self.left = after
 
-        def forward(self, batch):
+        def logps(self, batch):
             self.left -= 1
             if self.left < 0:
                 raise Killed
-            return forest_model(batch)
+            return forest_model.logps(batch)
 
     for after in (1, 2, 4):
         folder = tmp_path / f"after {after}"

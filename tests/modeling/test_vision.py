@@ -7,9 +7,8 @@ import torch
 from runs import assert_same_curves, curve, run
 
 from realign.data.records import read_pairs
-from realign.modeling import feature_cache
+from realign.modeling import feature_cache, model
 from realign.modeling.feature_cache import FeatureCache, fill
-from realign.modeling.model import ForestModel
 
 CPU = torch.device("cpu")
 
@@ -84,7 +83,7 @@ def test_fill_computes_each_distinct_image_once(cache):
 
     told = []
     images = [str(i) for i in (5, 3, 5, 1, 4, 1, 9)]
-    options = {"batch_images": 2, "progress": False, "say": told.append, "device": CPU}
+    options = {"batch_images": 2, "progress": False, "log": told.append, "device": CPU}
     fill(cache, images, list, compute, **options)
     assert sorted(asked) == ["1", "3", "4", "5", "9"]
     assert all(same(cache.get(image), features(int(image))) for image in images)
@@ -117,13 +116,13 @@ def test_the_file_limit_loses_nothing(cache, monkeypatch):
 def towers(monkeypatch):
     """How many images each forward of a vision tower takes."""
     found = []
-    features = ForestModel.image_features
+    features = model.features
 
-    def counted(self, images):
+    def counted(vlm, images):
         found.append(len(images.tokens))
-        return features(self, images)
+        return features(vlm, images)
 
-    monkeypatch.setattr(ForestModel, "image_features", counted)
+    monkeypatch.setattr(model, "features", counted)
     return found
 
 

@@ -148,7 +148,7 @@ def test_training_outlives_a_full_disk(pairs_file, plain, tmp_path, monkeypatch,
     run(pairs_file, tmp_path, *EVERY_2)
     shown = capsys.readouterr().err
     assert "warning: the checkpoint of step 4 could not be written ([Errno 27]" in shown
-    assert "That of step 2 is kept. Training goes on" in shown
+    assert "That of step 2 is kept. Training continues" in shown
     assert shown.count("metrics.jsonl takes no more") == 1
     assert_same_run(tmp_path, plain)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -163,7 +163,7 @@ def test_a_full_disk_at_the_end_loses_no_checkpoint(
         assert main(arguments(pairs_file, tmp_path, *EVERY_2)) == 1
     shown = capsys.readouterr().err
     assert "error: the checkpoint of step 6 could not be written ([Errno 27]" in shown
-    assert "That of step 4 is kept. Make room, and go on with --resume." in shown
+    assert "That of step 4 is kept. Make room, and continue with --resume." in shown
     assert main(arguments(pairs_file, tmp_path, *EVERY_2, "--resume")) == 0
     assert_same_run(tmp_path, plain)
 

@@ -216,8 +216,9 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     step, values = second.logged[0]
     assert step == 3 and values["loss"] == 1.25 and "step" not in values
     assert second.logged[1:] == [0]
-    others = trackers.Trackers(config, "rdpo", total=4, done=0, first_rank=False)
-    others.write(entry(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, "rank", lambda: 1)
+        trackers.Trackers(config, "rdpo", total=4, done=0).write(entry(1))
     assert len(wandb.runs) == 2  # other ranks report nothing
 
     def refuse(**_):
