@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_ranks import Forked, run_ranks
+from forked_ranks import Forked, run_command, run_ranks
 from ranks_worker import plant, restore, run_all
 from runs import arguments, assert_same_run, run, wait_for_step
 
@@ -257,24 +257,32 @@ def test_all_ranks_stop_for_the_record_of_one(examples, two_ranks, what):
     if what == "pixels":
         guilty = sharing_an_image(examples, record, 4)
     assert named(error) == guilty and error.startswith("error: step 4: ")
-    assert sum(line.startswith("error") for line in errors) == 2  # rank 0 speaks for both
+    assert sum(line.startswith("error: step 4") for line in errors) == 2  # one for each run
     assert [p.name for p in (folder / what / "checkpoints").iterdir()] == ["step-000002"]
 
 
+def test_a_bad_image_of_one_rank_stops_both(two_ranks):
+    folder, shown = two_ranks
+    last = shown.split("gradient ends with 1")[1]
+    assert "error (rank 1): record 'scene-" in last and "is not what it was" in last
+    assert last.count("image ends with 1") == 2
+    steps = [entry["step"] for entry in read_jsonl(folder / "image" / "metrics.jsonl")]
+    assert steps == [1, 2]
+
+
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, tmp_path):
-    words = arguments(pairs_file, tmp_path, *EVERY_2, "--fsdp", "--nproc-per-node", 2, steps=8)
+    words = arguments(pairs_file, tmp_path, *EVERY_2, "--fsdp", "--nproc-per-node", 2)
     process = Forked(*words)
-    wait_for_step(process, tmp_path, random.randrange(5, 8))
+    wait_for_step(process, tmp_path, random.randrange(3, 6))
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
         os.kill(int(file.read().split()[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
-    process = Forked(*words, "--resume")
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert "resumed from step" in out
-    assert_same_run(tmp_path, two_ranks[0] / "whole", steps=8)
+    log = str(tmp_path / "resumed.txt")
+    shown = run_ranks(run_command, 2, log, "realign.train", [*words, "--resume"])
+    assert "resumed from step" in shown
+    assert_same_run(tmp_path, two_ranks[0] / "whole")
 
 
 def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch):
