@@ -27,8 +27,8 @@ from realign.modeling.attention import IMPLEMENTATIONS, choose
 from realign.modeling.loading import DTYPES
 from realign.third_party import silence_third_party
 from realign.training import fsdp
-from realign.training.setup import fill_references, load_inputs, shared_fingerprint
-from realign_kernels import refcache
+from realign.training.setup import load_inputs, shared_fingerprint
+from realign_kernels import ReferenceCache, refcache
 
 
 @dataclass
@@ -123,15 +123,19 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     distributed.ranks_part()
     if reason:
         distributed.log_rank0(reason)
-    fill_references(
-        tables.directory,
-        fingerprint,
-        inputs,
-        device,
-        row_tokens=config.row_tokens,
-        batch_rows=config.batch_rows,
-        progress=progress,
-    )
+    for line in model.check_forest(inputs.examples[0], inputs.store, device):
+        distributed.log_rank0(line)
+    with ReferenceCache.open(tables.directory, fingerprint) as cache:
+        reference_logps.fill(
+            cache,
+            model,
+            inputs.examples,
+            inputs.store,
+            row_tokens=config.row_tokens or inputs.longest_tree,
+            batch_rows=config.batch_rows,
+            device=device,
+            progress=progress,
+        )
 
 
 def stats(tables: CacheConfig) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import get_type_hints
 
 import torch
 
@@ -238,16 +239,8 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: for an unknown flag, with status 2.
         ValueError: for an unknown key in the file or a bad value.
     """
-    sections = {
-        "model": ModelConfig,
-        "data": DataConfig,
-        "loss": LossConfig,
-        "optim": OptimConfig,
-        "scale": ScaleConfig,
-        "run": RunConfig,
-    }
     found = parse_sections(
-        sections,
+        get_type_hints(TrainConfig),
         prog="python -m realign.train",
         description="Align a vision-language model with rDPO. Without --model and --pairs it runs "
         "on the shipped handwritten digits.",

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +29,6 @@ from realign.modeling.images import Features, Images, ImageStore
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
 from realign_kernels import refcache
-
-T = TypeVar("T")
 
 _FILE_BYTES = 256 << 20
 
@@ -130,47 +128,17 @@ class FeatureCache(Mapping[str, Features]):
         return found
 
 
-def keep(
-    fingerprint: Mapping[str, str],
-    model: ForestModel,
-    store: ImageStore,
-    device: torch.device,
-    **options,
-) -> FeatureCache:
-    """Features of all images of a data set; every rank calls it.
-
-    Args:
-        fingerprint: of `reference_logps.fingerprint`.
-        model: whose vision tower is frozen; sharded or not.
-        store: the images.
-        device: where the model computes.
-        options: of `fill`.
-    """
-    cache = FeatureCache(default_directory(), fingerprint)
-
-    def load(images: Sequence[str]) -> Images:
-        return pinned(store.batch(images), device)
-
-    def compute(images: Images) -> Sequence[Features]:
-        with torch.no_grad():
-            return model.image_features(images.to(device, model.dtype))
-
-    fill(cache, list(store.keys()), load, compute, device=device, **options)
-    return cache
-
-
 def _checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def fill(
     cache: FeatureCache,
-    images: Sequence[str],
-    load: Callable[[Sequence[str]], T],
-    compute: Callable[[T], Sequence[Features]],
-    *,
+    model: ForestModel,
+    store: ImageStore,
     device: torch.device,
     batch_images: int,
+    *,
     progress: bool = True,
     log: Callable[[str], None] = distributed.log_rank0,
 ) -> None:
@@ -178,21 +146,24 @@ def fill(
 
     Args:
         cache: where features are kept; in a folder that all ranks see.
-        images: digests of the data set's images.
-        load: reads some images; a thread calls it, ahead of `compute`.
-        compute: features of these, in order; every rank calls it equally often.
-        device: where they are computed.
-        batch_images: images in one call.
+        model: whose vision tower is frozen; sharded or not.
+        store: the images of the data set.
+        device: where the model computes.
+        batch_images: images in one forward.
         progress: whether to show a bar.
         log: gets a line with the number of known images, and their folder.
 
     Raises:
         ValueError: when the ranks do not see the same folder.
     """
+
+    def load(images: Sequence[str]) -> Images:
+        return pinned(store.batch(images), device)
+
+    images = list(store.keys())
     # One list for all: each rank may see another state of a folder that others write to.
     absent = distributed.broadcast_from_rank0(lambda: cache.missing(images))
-    distinct = len(set(images))
-    log(f"image features: {distinct - len(absent):,} of {distinct:,} known in {cache.folder}")
+    log(f"image features: {len(images) - len(absent):,} of {len(images):,} known in {cache.folder}")
     ranks, rank = distributed.world_size(), distributed.rank()
     calls = -(-len(absent) // (ranks * batch_images))
     pending: dict[str, Features] = {}
@@ -206,7 +177,9 @@ def fill(
     tasks = (partial(load, some or absent[:1]) for some in local)
     with ahead(tasks, device) as loaded:
         for call, (some, inputs) in enumerate(zip(local, loaded, strict=True)):
-            for image, features in zip(some, compute(inputs), strict=False):
+            with torch.no_grad():
+                computed = model.image_features(inputs.to(device, model.dtype))
+            for image, features in zip(some, computed, strict=False):
                 pending[image] = {name: tensor.cpu() for name, tensor in features.items()}
                 size += sum(tensor.nbytes for tensor in features.values())
             if pending and (size > _FILE_BYTES or call == calls - 1):

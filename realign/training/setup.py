@@ -17,6 +17,7 @@ from realign.config import LossConfig, TrainConfig
 from realign.data.records import read_pairs
 from realign.modeling import feature_cache, reference_logps
 from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.feature_cache import FeatureCache
 from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
 from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
@@ -25,7 +26,7 @@ from realign.modeling.reference_logps import digest_of
 from realign.training import fsdp
 from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings
-from realign.training.schedule import total_steps
+from realign.training.schedule import rank_slice, total_steps
 from realign.training.throughput import image_flop
 from realign_kernels import Objective, ReferenceCache
 
@@ -103,6 +104,7 @@ class Run:
     Attributes:
         config: its settings.
         device: of this rank.
+        local: this rank's part of every global batch.
         inputs: model, objective, examples and their images.
         adapter: the PEFT model around `inputs.model.vlm`; None where all weights learn.
         trained: the trained parameters.
@@ -117,6 +119,7 @@ class Run:
 
     config: TrainConfig
     device: torch.device
+    local: slice
     inputs: Inputs
     adapter: PeftModel | None
     trained: list[torch.nn.Parameter]
@@ -127,11 +130,6 @@ class Run:
     checkpoints: Checkpoints
     done: int
     progress: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the model computes."""
-        return DTYPES[self.config.model.dtype]
 
     @property
     def total(self) -> int:
@@ -164,6 +162,7 @@ def set_up(
     settings, dtype, rank = config.model, DTYPES[config.model.dtype], distributed.rank()
     progress = not config.run.quiet and rank == 0 and sys.stderr.isatty()
     lora = settings.tune == "lora"
+    local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
     inputs = load_inputs(
         base_of(config),
         pairs,
@@ -191,6 +190,7 @@ def set_up(
     return Run(
         config=config,
         device=device,
+        local=local,
         inputs=inputs,
         adapter=adapter,
         trained=trained,
@@ -221,66 +221,27 @@ def reference_pass(run: Run) -> torch.Tensor:
     config, inputs, optim = run.config, run.inputs, run.config.optim
     distributed.ranks_part()
     if config.run.cache_vision:
-        inputs.store.features = feature_cache.keep(
-            run.fingerprint,
-            inputs.model,
-            inputs.store,
-            run.device,
-            batch_images=optim.micro_batch_size,
-            progress=run.progress,
-        )
-    references = fill_references(
-        config.run.reference_cache,
-        run.fingerprint,
-        inputs,
-        run.device,
-        row_tokens=config.data.row_tokens,
-        batch_rows=optim.micro_batch_size * len(inputs.examples[0].roots),
-        progress=run.progress,
-    )
-    if isinstance(inputs.model, FSDPModule):
-        inputs.model.reshard()  # a forward without backward leaves the root gathered
-    return references.float()
-
-
-def fill_references(
-    directory: str | Path | None,
-    fingerprint: dict[str, str],
-    inputs: Inputs,
-    device: torch.device,
-    *,
-    row_tokens: int,
-    batch_rows: int,
-    progress: bool,
-) -> torch.Tensor:
-    """Check the forest on the first example, then compute what the cache lacks.
-
-    Args:
-        directory: of the cache; `reference_logps.default_directory` when absent.
-        fingerprint: of `reference_logps.fingerprint`.
-        inputs: the model, on `device`, and the examples.
-        device: where the model is.
-        row_tokens: most tokens in a row of the forest; 0 takes the longest tree.
-        batch_rows: rows in one forward.
-        progress: whether to show a bar.
-
-    Returns:
-        Reference log-probs of all leaves, (L, examples) fp64.
-    """
-    for line in inputs.model.check_forest(inputs.examples[0], inputs.store, device):
+        features = FeatureCache(feature_cache.default_directory(), run.fingerprint)
+        size, store = optim.micro_batch_size, inputs.store
+        feature_cache.fill(features, inputs.model, store, run.device, size, progress=run.progress)
+        inputs.store.features = features
+    for line in inputs.model.check_forest(inputs.examples[0], inputs.store, run.device):
         distributed.log_rank0(line)
-    directory = directory or reference_logps.default_directory()
-    with ReferenceCache.open(directory, fingerprint) as cache:
-        return reference_logps.fill(
+    directory = config.run.reference_cache or reference_logps.default_directory()
+    with ReferenceCache.open(directory, run.fingerprint) as cache:
+        references = reference_logps.fill(
             cache,
             inputs.model,
             inputs.examples,
             inputs.store,
-            row_tokens=row_tokens or inputs.longest_tree,
-            batch_rows=batch_rows,
-            device=device,
-            progress=progress,
+            row_tokens=config.data.row_tokens or inputs.longest_tree,
+            batch_rows=optim.micro_batch_size * len(inputs.examples[0].roots),
+            device=run.device,
+            progress=run.progress,
         )
+    if isinstance(inputs.model, FSDPModule):
+        inputs.model.reshard()  # a forward without backward leaves the root gathered
+    return references.float()
 
 
 def restore(run: Run) -> None:

@@ -24,7 +24,7 @@ from realign.modeling.prefetch import ahead, pinned
 from realign.training.fsdp import sync_gradients
 from realign.training.metrics import sums
 from realign.training.run_dir import StopSignal, write_identity
-from realign.training.schedule import batches, learning_rate, rank_slice, seed_step
+from realign.training.schedule import batches, learning_rate, seed_step
 from realign.training.setup import Run
 from realign.training.throughput import WORK, Meter, work_of
 from realign.training.trackers import Trackers
@@ -137,15 +137,14 @@ def train_steps(
         config.data.row_tokens,
         run.device,
     )
-    local = rank_slice(optim.batch_size, distributed.rank(), distributed.world_size())
     seed, count = config.run.seed, len(inputs.examples)
     order = partial(batches, count, optim.batch_size, seed, first=run.done, last=total)
     tasks = (
         partial(feed, *part)
         for _, indices in order()
-        for part in micro_batches(indices[local], optim.micro_batch_size)
+        for part in micro_batches(indices[run.local], optim.micro_batch_size)
     )
-    meter = Meter(inputs.model, run.device, run.dtype, run.image_flop)
+    meter = Meter(inputs.model, run.device, inputs.model.dtype, run.image_flop)
     trackers = Trackers(config, inputs.objective.name, total=total, done=run.done)
     if distributed.rank() == 0:
         write_identity(config, **run.digests)
@@ -159,7 +158,9 @@ def train_steps(
     ):
         for step, indices in order():
             began = time.perf_counter()
-            metrics, stopping = train_step(run, step, indices[local], feed, ready, bool(stop.name))
+            metrics, stopping = train_step(
+                run, step, indices[run.local], feed, ready, bool(stop.name)
+            )
             rates = meter.read(metrics, optim.batch_size, time.perf_counter() - began)
             epoch = step * optim.batch_size / count
             trackers.write({"step": step, "epoch": epoch, **metrics, **rates})
@@ -181,15 +182,7 @@ def train_step(
     ready: Iterator[MicroBatch],
     stop: bool,
 ) -> tuple[dict[str, float], bool]:
-    """One step: forwards and backwards, clipping, update.
-
-    Args:
-        run: the run.
-        step: its number, from 1.
-        local_indices: which examples this rank takes.
-        feed: lays them out again where one of them is not finite.
-        ready: their micro-batches.
-        stop: whether this rank is to stop.
+    """One step on the micro-batches of `local_indices`, which are the next of `ready`.
 
     Returns:
         Metrics as means over the global batch; and whether any rank is to stop.

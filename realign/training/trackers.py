@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,15 +23,11 @@ from realign.training.metrics import step_line
 _RUN_ID = "wandb-id.txt"
 
 
-class Tracker(Protocol):
-    """Takes metrics; used as a context, whose end writes what is not yet written."""
+class Tracker(AbstractContextManager, Protocol):
+    """Takes metrics; used as a context, whose end writes pending entries."""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Take the metrics of one step; `step` and `epoch` are among them."""
-
-    def __enter__(self) -> Tracker: ...
-
-    def __exit__(self, *_) -> None: ...
 
 
 def check_packages(run: RunConfig) -> None:
@@ -49,7 +45,7 @@ def check_packages(run: RunConfig) -> None:
             )
 
 
-class Trackers:
+class Trackers(ExitStack):
     """All trackers of a run; none on ranks other than 0.
 
     Args:
@@ -60,11 +56,11 @@ class Trackers:
     """
 
     def __init__(self, config: TrainConfig, name: str, *, total: int, done: int) -> None:
-        run, output = config.run, Path(config.run.output)
+        super().__init__()
         self._all: list[Tracker] = []
-        self._stack = ExitStack()
         if rank() > 0:
             return
+        run, output = config.run, Path(config.run.output)
         self._all.append(JsonlLog(output / "metrics.jsonl", keep_steps=done))
         if run.tensorboard:
             self._all.append(TensorBoardLog(output / "tensorboard", done))
@@ -72,14 +68,8 @@ class Trackers:
             self._all.append(WandbLog(run.wandb, output, config.to_dict(), done))
         if not run.quiet:
             self._all.append(Console(name, total=total, done=done, every=run.log_every))
-
-    def __enter__(self) -> Trackers:
         for tracker in self._all:
-            self._stack.enter_context(tracker)
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stack.__exit__(*error)
+            self.enter_context(tracker)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Give an entry to all."""
@@ -87,7 +77,7 @@ class Trackers:
             tracker.write(entry)
 
 
-class Console:
+class Console(Tracker):
     """A line on stdout for every step, or every `every`-th; on a terminal a bar below it."""
 
     def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
@@ -102,14 +92,11 @@ class Console:
             sys.stdout.flush()
         self._bar.update()
 
-    def __enter__(self) -> Console:
-        return self
-
     def __exit__(self, *_) -> None:
         self._bar.close()
 
 
-class TensorBoardLog:
+class TensorBoardLog(Tracker):
     """Event files that `tensorboard --logdir` reads; entries after step `done` are purged."""
 
     def __init__(self, folder: Path, done: int) -> None:
@@ -122,14 +109,11 @@ class TensorBoardLog:
             self._writer.add_scalar(name, value, entry["step"])
         self._writer.flush()
 
-    def __enter__(self) -> TensorBoardLog:
-        return self
-
     def __exit__(self, *_) -> None:
         self._writer.close()
 
 
-class WandbLog:
+class WandbLog(Tracker):
     """A run of Weights & Biases, under an id that is kept in the output folder.
 
     `WANDB_MODE=offline` needs no network; `wandb sync` uploads it later. W&B keeps the first values
@@ -158,9 +142,6 @@ class WandbLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         self._run.log(dict(_scalars(entry)), step=entry["step"])
-
-    def __enter__(self) -> WandbLog:
-        return self
 
     def __exit__(self, kind, *_) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)
