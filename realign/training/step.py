@@ -129,14 +129,8 @@ def train_steps(
         CheckpointError: when a checkpoint that is waited for cannot be written.
     """
     config, optim, inputs, total = run.config, run.config.optim, run.inputs, run.total
-    feed = Feed(
-        inputs.examples,
-        references,
-        inputs.store,
-        inputs.model.attention,
-        config.data.row_tokens,
-        run.device,
-    )
+    row_tokens, attention = config.data.row_tokens, inputs.model.attention
+    feed = Feed(inputs.examples, references, inputs.store, attention, row_tokens, run.device)
     seed, count = config.run.seed, len(inputs.examples)
     order = partial(batches, count, optim.batch_size, seed, first=run.done, last=total)
     tasks = (
@@ -158,9 +152,7 @@ def train_steps(
     ):
         for step, indices in order():
             began = time.perf_counter()
-            metrics, stopping = train_step(
-                run, step, indices[run.local], feed, ready, bool(stop.name)
-            )
+            metrics, stopping = train_step(run, step, indices[run.local], feed, ready, stop)
             rates = meter.read(metrics, optim.batch_size, time.perf_counter() - began)
             epoch = step * optim.batch_size / count
             trackers.write({"step": step, "epoch": epoch, **metrics, **rates})
@@ -180,7 +172,7 @@ def train_step(
     local_indices: np.ndarray,  # (n,) of this rank's examples
     feed: Feed,
     ready: Iterator[MicroBatch],
-    stop: bool,
+    stop: StopSignal,
 ) -> tuple[dict[str, float], bool]:
     """One step on the micro-batches of `local_indices`, which are the next of `ready`.
 
@@ -201,7 +193,7 @@ def train_step(
     forwards = -(-len(local_indices) // optim.micro_batch_size)
     totals = forward_backward(islice(ready, forwards))
     norm = clip(run.trained, optim.clip)
-    metrics, stopping = update_and_read(optimizer, totals, norm, optim.batch_size, stop)
+    metrics, stopping = update_and_read(optimizer, totals, norm, optim.batch_size, bool(stop.name))
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         bad = nonfinite_records(
             lambda part: forward_backward([feed(part)]), local_indices, run.trained
