@@ -76,7 +76,7 @@ class FillConfig:
     fsdp: bool = False
     """Shard the model over the ranks, where one GPU cannot hold it."""
     nproc_per_node: int = 0
-    """Workers to start on this machine; 0 is this process alone, unless torchrun started it."""
+    """Workers to start on this machine; 0 is this process only, unless torchrun started it."""
     quiet: bool = False
     """No progress bar."""
 
@@ -139,7 +139,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
 
 
 def stats(tables: CacheConfig) -> int:
-    """Print every table and what its logs hold; returns the number of unreadable records."""
+    """Print every table and the content of its logs; returns the number of unreadable records."""
     bad = 0
     for folder, parts in tables.tables().items():
         print(folder)
@@ -178,7 +178,7 @@ def compact(tables: CacheConfig) -> None:
             f"{done['bytes_after']:,} bytes, {done['bad_dropped']:,} unreadable records dropped"
         )
         if done["logs_in_use"]:
-            print(f"  {done['logs_in_use']} log(s) are being written and were left alone")
+            print(f"  {done['logs_in_use']} log(s) are being written and were skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

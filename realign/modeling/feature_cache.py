@@ -63,7 +63,7 @@ class FeatureCache(Mapping[str, Features]):
         return iter(self._places)
 
     def refresh(self) -> None:
-        """Find what other processes have written."""
+        """Find files of other processes."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in self._files:
                 continue
@@ -111,7 +111,7 @@ class FeatureCache(Mapping[str, Features]):
         """The features of an image.
 
         Raises:
-            ValueError: when they are not what was written.
+            ValueError: when the file is damaged.
         """
         path, checksums = self._places[image]
         found = {name: self._files[path].get_tensor(f"{image}/{name}") for name in checksums}

@@ -39,7 +39,7 @@ _UNUSED = ("vqmodel", "generation")
 """Parts that draw images (Janus); no forward here reaches them."""
 
 _GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Mean difference of a token's log-prob beyond which a forest is not what separate forwards are."""
+"""Mean difference of a token's log-prob beyond which a forest differs from separate forwards."""
 
 
 class NonFiniteRecords(ValueError):
@@ -127,7 +127,7 @@ class ForestModel(nn.Module):
             )
         except NonFiniteError:  # all ranks have a backward to run; then the step is refused
             return _not_a_number(hidden, weight, bias, objective, reference_logps)
-        return output._replace(logps=output.logps.detach())  # FSDP hooks what carries grad
+        return output._replace(logps=output.logps.detach())  # FSDP hooks tensors that carry grad
 
     def logps(self, batch: ForestBatch) -> torch.Tensor:
         """Compute the log-probs of the batch's response tokens, (N,) fp32.

@@ -90,7 +90,7 @@ def description(
 
 
 def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """128-bit digest of all parameters and buffers, what a state dict has of them cast to `dtype`.
+    """128-bit digest of all parameters and buffers; those of the state dict are cast to `dtype`.
 
     Without a `dtype` each is taken as it is kept.
 

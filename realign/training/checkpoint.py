@@ -9,8 +9,8 @@ torch.distributed.checkpoint, and any number of ranks can read them.
                             shard-00001-model-....safetensors   one for each rank
 
 Tensors are kept as safetensors and the rest as JSON, so nothing is ever unpickled and a planted
-file cannot run code. The digests show damage (a cut file, a flipped bit), not malice: who can write
-the folder can write a manifest. A checkpoint is written beside its final name and renamed when all
+file cannot run code. The digests show damage (a cut file, a flipped bit), not malice: a manifest
+can be written as well. A checkpoint is written beside its final name and renamed when all
 ranks have finished and every file is on the disk: one that has its name was whole.
 """
 
@@ -102,14 +102,14 @@ class Checkpoints:
         *,
         wait: bool = False,
     ) -> None:
-        """Copy to CPU memory, and write from there while training goes on.
+        """Copy to CPU memory, and write from there while training continues.
 
         At most one is in the making: the next waits for it. If one cannot be written, as on a full
         disk, that is reported at once, those before it stay, and the next is tried.
 
         Args:
             step: the step just finished.
-            model: what to save of: its trained parameters.
+            model: its trained parameters are saved.
             optimizer: its state is saved.
             wait: return when the checkpoint is on the disk.
 
@@ -135,7 +135,7 @@ class Checkpoints:
             )
 
     def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the checkpoint of a step in place, whatever number of ranks wrote it.
+        """Restore the checkpoint of a step in place, written by any number of ranks.
 
         Raises:
             CheckpointError: when it cannot be read.
@@ -184,7 +184,7 @@ class Checkpoints:
         return _problem(pending) if pending else ""
 
     def _clear(self, writer: _Writer, done: Future, *, warn: bool) -> None:
-        """Remove what could not be written; called by the thread that wrote."""
+        """Remove an unfinished checkpoint; called by the thread that wrote."""
         problem = ""
         with suppress(Exception):  # any other error is raised by the next call
             problem = _problem(done)
@@ -237,7 +237,7 @@ class _Writer(HuggingFaceStorageWriter):
         super().__init__(str(folder / f".{self.target.name}.partial"), save_distributed=True)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
-        """Remove what an earlier attempt left; all ranks pass here before any writes."""
+        """Remove files of an earlier attempt; all ranks pass here before any writes."""
         if is_coordinator:
             shutil.rmtree(self.path, ignore_errors=True)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
@@ -251,7 +251,7 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """On rank 0, when all ranks have written: manifest, rename, remove what is too old."""
+        """On rank 0, when all ranks have written: manifest, rename, remove old checkpoints."""
         partial, folder = Path(self.path), self.target.parent
         files = dict(pair for pairs in results for pair in pairs)
         if absent := [name for name in files if not (partial / name).exists()]:

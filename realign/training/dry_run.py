@@ -47,7 +47,7 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
         prepare_pairs: gives the pairs file of these settings.
 
     Raises:
-        ValueError: for what training would refuse before its first step.
+        ValueError: for settings and records that training would refuse before its first step.
     """
     imports = process_memory("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,7 +72,7 @@ class _Layout:
 
 
 class Plan:
-    """What a run will do, from its settings and records.
+    """The plan of a run, from its settings and records.
 
     Args:
         config: the settings.
@@ -204,7 +204,7 @@ class Plan:
         ]
 
     def forest(self) -> list[tuple[str, str]]:
-        """Records, tokens, and what sharing saves."""
+        """Records, tokens, and the saving by shared prompts."""
         leaves = collect_leaves(self.examples)
         distinct = len(set(leaves.keys.tolist()))
         image = self.model.layout.image_token_id
@@ -280,7 +280,7 @@ class Plan:
         return [(f"memory, {self.device.type}", summary), *rows]
 
     def memory_parts(self) -> dict[str, int]:
-        """Bytes of a rank at its largest moment, without what its imports take."""
+        """Bytes of a rank at its largest moment, without its imports."""
         stored = sum(
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
@@ -328,7 +328,7 @@ class Plan:
         return {name: size for name, size in parts.items() if size}
 
     def duration(self) -> list[tuple[str, str]]:
-        """Time of the matrix products alone."""
+        """Time of the matrix products only."""
         rate = _matmul_rate(self.device, self.dtype)
         machine = rate * (self.ranks if self.device.type == "cuda" else 1)
         flop = fmean(self.cost.of(layout.work) for layout in self.layouts)
@@ -348,7 +348,7 @@ class Plan:
         ]
 
     def disk(self) -> tuple[str, str]:
-        """What is written, and the room there is."""
+        """Size of the outputs, and free space."""
         whole = not self.lora or self.config.run.merge
         stored = kept_dtype(self.base).itemsize if self.lora else 4
         final = self.whole * stored if whole else self.learning * 4
@@ -364,7 +364,7 @@ class Plan:
 
 
 def _layout_attention(attends: str) -> str:
-    """What lays rows out alike where fake tensors cannot go (flex's own operator)."""
+    """An attention with the same rows, where fake tensors cannot run flex."""
     return "sdpa" if attends == "flex" else attends
 
 

@@ -1,8 +1,8 @@
 """FSDP2 and HSDP, offload, and wrapped layers: a model over many ranks and in little memory.
 
 Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts
-stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside what is compiled
-and what is computed twice.
+stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside of
+compiled and checkpointed code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
     """Refuse settings that these ranks cannot run; before a model is loaded.
 
     Raises:
-        ValueError: names the setting and what to do.
+        ValueError: names the setting and the remedy.
     """
     if ranks % scale.replicas:
         raise ValueError(
@@ -71,7 +71,7 @@ def trained_layers(model: ForestModel) -> list[nn.Module]:
 
 
 def wrap_layers(layers: Iterable[nn.Module], *, compiled: bool, checkpointed: bool) -> None:
-    """Compile layers, and compute them again in backward instead of keeping what they hold.
+    """Compile layers, and compute them again in backward instead of keeping activations.
 
     Sizes are dynamic from the first call on, so batches of other shapes do not compile again.
     """
@@ -114,13 +114,13 @@ def shard(
         device: where this rank computes.
         dtype: fp32 or bf16.
         replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
-        cpu_offload: keep what is sharded in host memory.
+        cpu_offload: keep sharded parameters in host memory.
     """
     shards = world_size() // replicas
     shape = {"replicate": replicas, "shard": shards} if replicas > 1 else {"shard": shards}
     mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     whole = left_whole(model, dtype, world_size(), cpu_offload)
-    for parameter in whole:  # FSDP2 moves what it manages
+    for parameter in whole:  # FSDP2 moves only those it manages
         parameter.data = parameter.data.to(device)
     options = {
         "mesh": mesh,

@@ -1,8 +1,8 @@
 """RMSNorm and SwiGLU of one model by liger-kernel; nothing outside this model changes.
 
 liger's own `apply_liger_kernel_to_*` also replaces functions and classes of transformers, for every
-model of the process. Here `forward` is set on instances, and only where liger's kernel gives what
-the module itself gives. Rotary embeddings stay as they are: they are a module-level function of
+model of the process. Here `forward` is set on instances, and only where liger's kernel and
+the module agree. Rotary embeddings stay as they are: they are a module-level function of
 transformers. The loss is this project's own.
 """
 

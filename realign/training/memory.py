@@ -2,7 +2,7 @@
 
 The model is built without storage and one real micro-batch goes through it, forward and backward,
 as fake tensors: torch computes shapes and dtypes only, for any architecture, LoRA or not. What
-would be alive is counted allocation by allocation. So nothing here knows what a layer keeps.
+would be alive is counted allocation by allocation. So no formula for a layer is needed.
 """
 
 from __future__ import annotations

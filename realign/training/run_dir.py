@@ -87,7 +87,7 @@ def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
     done, output = checkpoints.last(), Path(config.run.output)
     if done or (output / "metrics.jsonl").exists():
         raise ValueError(
-            f"{output} holds a run with a checkpoint at step {done}. Add --resume to go on with "
+            f"{output} holds a run with a checkpoint at step {done}. Add --resume to continue "
             "it, or name another --output."
         )
     return 0
@@ -130,7 +130,7 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
         began = {"run": {}} | old["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{output / 'run.json'}, which tells how the run began, cannot be read ({error!r}). "
+            f"{output / 'run.json'}, which holds the run's settings, cannot be read ({error!r}). "
             "Restore it, or name another --output."
         ) from error
     new = config.to_dict()

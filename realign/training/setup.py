@@ -245,7 +245,7 @@ def reference_pass(run: Run) -> torch.Tensor:
 
 
 def restore(run: Run) -> None:
-    """Load the checkpoint that the run resumes from, and print what the run will do."""
+    """Load the checkpoint that the run resumes from, and print a summary of the run."""
     config, inputs = run.config, run.inputs
     if run.done:
         run.checkpoints.load(run.done, inputs.model, run.optimizer)

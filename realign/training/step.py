@@ -42,11 +42,11 @@ class NonFiniteStep(distributed.CommonError):
         elif records:
             cause = f"It comes from record(s) {', '.join(records)}: look at image and text."
         else:
-            cause = "No record gives this alone; lower --learning-rate."
+            cause = "No record gives it by itself; lower --learning-rate."
         loss, norm = metrics["loss"], metrics["grad_norm"]
         super().__init__(
             f"step {step}: loss {loss}, gradient norm {norm}. {cause} Nothing was updated; "
-            "checkpoints are kept. Train what you change in another --output."
+            "checkpoints are kept. Train with other settings in another --output."
         )
 
 
@@ -81,7 +81,7 @@ class Feed:
         references: (L, examples) fp32 log-probs of the reference.
         store: the images.
         attention: transformers' name of the implementation.
-        row_tokens: most tokens in a row; 0 takes what suits the attention.
+        row_tokens: most tokens in a row; 0 takes the best for the attention.
         device: where the forward is; results are in pinned memory for CUDA.
     """
 

@@ -37,7 +37,7 @@ TIMING = (
 """Metrics that differ from run to run; all others are the same for the same settings."""
 
 WORK = ("work/tokens", "work/separate", "work/responses", "work/pairs", "work/images")
-"""Names of what `work_of` counts, in its order."""
+"""Names of the counts of `work_of`, in its order."""
 
 PEAK_TFLOPS = {
     "A100": (312, 156, 19.5),
@@ -72,7 +72,7 @@ def separate_tokens(example: Example) -> int:
 
 
 def work_of(batch: ForestBatch, examples: Sequence[Example]) -> torch.Tensor:
-    """What a batch takes, (5,) fp64 in the order of `WORK`, to be added up.
+    """Work of a batch, (5,) fp64 in the order of `WORK`, to be added up.
 
     `tokens` are those of its rows without padding, `separate` those of a sequence per leaf,
     `responses` the rows that meet the vocabulary, `pairs` the (query, key) pairs of its attention
@@ -81,7 +81,7 @@ def work_of(batch: ForestBatch, examples: Sequence[Example]) -> torch.Tensor:
 
     Args:
         batch: a batch on the CPU, as it was built.
-        examples: what it was built of.
+        examples: those in it.
     """
     real = batch.segment >= 0
     segment, parent = batch.segment[real], batch.parent[real]
@@ -109,7 +109,7 @@ class Cost:
     pair: float
     """A query and a key in the attention of all layers."""
     image: float
-    """What the tower takes for one image token."""
+    """An image token in the tower."""
 
     def of(self, work: dict[str, float]) -> float:
         """FLOP of a batch with this work."""
@@ -119,7 +119,7 @@ class Cost:
 
 
 def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> float:
-    """FLOP of the vision tower and what joins it for one image token, counted on the first image.
+    """FLOP of vision tower and projector for one image token, counted on the first image.
 
     It is one forward of the tower; under FSDP2 every rank calls it.
 
@@ -139,7 +139,7 @@ def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> f
 
 
 def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool = True) -> Cost:
-    """What a unit of work costs this model: in training, or with adapters off and no backward.
+    """FLOP of a unit of work: in training, or with adapters off and no backward.
 
     A product with n weights takes 2n FLOP forward, 2n for the gradient of its input and 2n for that
     of its weights if they learn; attention takes 4 x width for a pair and layer, and 8 backward.

@@ -282,7 +282,7 @@ def test_a_gradient_that_no_record_gives_alone(pairs_file, tmp_path, monkeypatch
         lambda p, limit: clip(p, limit) * (np.nan if len(steps) == 3 and limit < 2 else 1),
     )
     with pytest.raises(
-        distributed.CommonError, match=r"step 4: .*No record gives this alone; lower"
+        distributed.CommonError, match=r"step 4: .*No record gives it by itself; lower"
     ):
         run(pairs_file, tmp_path, *EVERY_2)
     assert steps == [True, True, True, False]
