@@ -40,6 +40,12 @@ def encoded(pairs, processor, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def data(pairs_file, processor):
+    """Examples and images of the pairs."""
+    return encoded(pairs_file, processor)
+
+
 def fill(cache, model, examples, store, **options):
     options = {"row_tokens": 128, "batch_rows": 16, "device": CPU} | options
     return reference_logps.fill(
@@ -198,8 +204,8 @@ def test_what_must_miss(trainer, pairs_file, tmp_path):
     assert trainer.known(pairs=tmp_path / "edited.parquet")[0] == total - missing
 
 
-def test_a_changed_chat_template_misses(pairs_file, processor):
-    examples, _ = encoded(pairs_file, processor)
+def test_a_changed_chat_template_misses(data, pairs_file):
+    examples, _ = data
     other = load_processor(ASSETS)
     text = other.chat_template
     other.chat_template = text.replace("{{", "{{ 'name' }}{{", 1)
@@ -254,8 +260,8 @@ def test_fingerprint(processor, vlm, monkeypatch):
 # --- the values ---
 
 
-def test_values_are_those_of_separate_live_forwards(pairs_file, processor, vlm, tmp_path):
-    examples, store = encoded(pairs_file, processor)
+def test_values_are_those_of_separate_live_forwards(data, vlm, tmp_path):
+    examples, store = data
     with ReferenceCache.open(tmp_path, {"weights": "digits"}) as cache, torch.no_grad():
         found = fill(cache, ForestModel(vlm).eval(), examples, store)
         truth = separate_logps(vlm, examples, store)
@@ -263,23 +269,25 @@ def test_values_are_those_of_separate_live_forwards(pairs_file, processor, vlm, 
     assert (found - truth).abs().max() < LOGP_TOLERANCE
 
 
-def test_bf16_values_err_no_more_than_separate_bf16_forwards(pairs_file, processor, vlm, tmp_path):
+def test_bf16_values_err_no_more_than_separate_bf16_forwards(data, vlm, tmp_path, monkeypatch):
     """Against fp32: the shipped weights are bf16, so both models have the same ones."""
-    examples, store = encoded(pairs_file, processor)
+    examples, store = data
     narrow = load_model(ASSETS, torch.bfloat16).eval()
     with ReferenceCache.open(tmp_path, {"weights": "digits"}) as cache, torch.no_grad():
         found = fill(cache, ForestModel(narrow, dtype=torch.bfloat16).eval(), examples, store)
         truth = separate_logps(vlm, examples, store)
         get = store.bundle
-        store.bundle = lambda key: {"pixel_values": get(key)["pixel_values"].bfloat16()}
+        monkeypatch.setattr(
+            store, "bundle", lambda key: {"pixel_values": get(key)["pixel_values"].bfloat16()}
+        )
         eager = separate_logps(narrow, examples, store)
     ours, theirs = ((a - truth).abs() for a in (found, eager))
     assert ours.mean() <= 1.2 * theirs.mean() and ours.max() <= 1.5 * theirs.max()
     assert 0.005 < ours.max() < 0.5  # 0.1 to 0.2 nats: bf16 has 8 bits, and logits reach 30
 
 
-def test_adapters_are_off_and_come_back(pairs_file, processor, vlm, tmp_path):
-    examples, store = encoded(pairs_file, processor)
+def test_adapters_are_off_and_come_back(data, vlm, tmp_path):
+    examples, store = data
     adapted = load_model(ASSETS)
     add_lora(adapted, 4, 8.0)
     for name, parameter in adapted.named_parameters():
@@ -341,10 +349,8 @@ def test_training_with_the_cache_equals_training_with_a_live_reference(
     assert cached[-1]["loss"] < cached[0]["loss"] - 0.01
 
 
-def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(
-    pairs_file, processor, forest_model, tmp_path
-):
-    examples, store = encoded(pairs_file, processor)
+def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(data, forest_model, tmp_path):
+    examples, store = data
     with ReferenceCache.open(tmp_path / "whole", {"weights": "x"}) as cache:
         truth = fill(cache, forest_model, examples, store, batch_rows=4)
 

@@ -28,48 +28,46 @@ def alone(pairs_file, tmp_path_factory):
     return root
 
 
-def list_runs(runs, pairs_file, root):
-    """The file of `scale_worker.py` that lists `runs`, {name: flags}, a folder each in `root`."""
-    root.mkdir(exist_ok=True)
-    listed = []
-    for name, flags in runs.items():
-        words = arguments(pairs_file, root / name, *flags, steps=2)
-        listed.append({"output": str(root / name), "arguments": words})
-    file = root / "runs.json"
-    file.write_text(json.dumps(listed))
-    return str(file)
+@pytest.fixture(scope="module")
+def runs_on(pairs_file, made_once):
+    """`runs_on(name, ranks, runs)`: a folder for each of `runs`, {name: flags}, and more files."""
+
+    def runs_on(name, ranks, runs, **options):
+        def make(root):
+            root.mkdir()
+            listed = []
+            for each, flags in runs.items():
+                words = arguments(pairs_file, root / each, *flags, steps=2)
+                listed.append({"output": str(root / each), "arguments": words})
+            (root / "runs.json").write_text(json.dumps(listed))
+            run_ranks(run_all, ranks, str(root / "log"), str(root / "runs.json"), **options)
+
+        return made_once(name, make)
+
+    return runs_on
 
 
 @pytest.fixture(scope="module")
-def two_nodes(pairs_file, made_once):
+def two_nodes(runs_on):
     """Runs on two nodes of one rank each."""
-    return made_once("nodes", lambda root: run_on_two_nodes(pairs_file, root))
-
-
-def run_on_two_nodes(pairs_file, root):
     runs = {
         "lora": ("--fsdp", "--micro-batch-size", 2),
         "once": ("--fsdp", "--micro-batch-size", 4),
         "full": ("--fsdp", "--micro-batch-size", 4, *FULL),
         "bf16": ("--fsdp", "--dtype", "bf16"),
     }
-    listed = list_runs(runs, pairs_file, root)
-    run_ranks(run_all, 2, str(root.with_suffix(".log")), listed, True, nodes=2)
+    return runs_on("nodes", 2, runs, nodes=2)
 
 
 @pytest.fixture(scope="module")
-def four_ranks(pairs_file, made_once):
+def four_ranks(runs_on):
     """Runs on four ranks of one node; one of them as two replicas of two shards."""
-    return made_once("four", lambda root: run_on_four_ranks(pairs_file, root))
-
-
-def run_on_four_ranks(pairs_file, root):
     checkpointed = ("--replicas", 2, "--activation-checkpointing", "--micro-batch-size", 1)
     runs = {
         "lora": ("--fsdp", "--micro-batch-size", 2),
         "full": ("--fsdp", *checkpointed, *FULL),
     }
-    run_ranks(run_all, 4, str(root.with_suffix(".log")), list_runs(runs, pairs_file, root))
+    return runs_on("four", 4, runs)
 
 
 # --- ranks, accumulation, nodes, replicas ---
