@@ -55,10 +55,10 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
         # The digit pairs that a run would build for itself are built elsewhere.
         elsewhere = replace(config, run=replace(config.run, output=scratch))
         plan = Plan(config, prepare_pairs(config if own.exists() else elsewhere))
-        rows = [*plan.model_rows(), *plan.forest(), *plan.schedule()]
-        rows += [*plan.memory(imports), *plan.duration(), plan.disk()]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+        rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
+        rows |= plan.memory(imports) | {"time": plan.duration(), "disk": plan.disk()}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows.items())
 
 
 @dataclass
@@ -93,7 +93,8 @@ class Plan:
         attends, _ = attention.choose(
             config.model.attention, self.device, self.dtype, compiled=config.scale.compile
         )
-        self.layout_attention = _layout_attention(attends)
+        # One with the same rows where fake tensors cannot run it.
+        self.layout_attention = "sdpa" if attends == "flex" else attends
         self.shards = self.ranks // config.scale.replicas
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
@@ -183,27 +184,21 @@ class Plan:
         """Work of a forward."""
         return float(np.mean([layout.work[f"work/{name}"] for layout in self.layouts]))
 
-    def model_rows(self) -> list[tuple[str, str]]:
+    def model_rows(self) -> dict[str, str]:
         """Objective, model, and the trained part of it."""
         settings, kind = self.config.model, self.vlm.config
         how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
         everything = sum(p.numel() for p in self.model.parameters())
         separate = self.model.layout.separate
         sharing = "prompts shared" if separate is None else f"a prompt per response: {separate}"
-        return [
-            ("objective", f"{self.objective.name}, {len(self.objective.leaves)} leaves"),
-            (
-                "model",
-                f"{self.base}: {kind.model_type}, {self.whole:,} parameters, {settings.dtype}, "
-                f"{self.model.attention} attention, {sharing}",
-            ),
-            (
-                "trains",
-                f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
-            ),
-        ]
+        return {
+            "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
+            "model": f"{self.base}: {kind.model_type}, {self.whole:,} parameters, "
+            f"{settings.dtype}, {self.model.attention} attention, {sharing}",
+            "trains": f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
+        }
 
-    def forest(self) -> list[tuple[str, str]]:
+    def forest(self) -> dict[str, str]:
         """Records, tokens, and the saving by shared prompts."""
         leaves = collect_leaves(self.examples)
         distinct = len(set(leaves.keys.tolist()))
@@ -215,29 +210,17 @@ class Plan:
         tokens, separate = self._mean("tokens"), self._mean("separate")
         cells = np.mean([layout.rows * layout.columns for layout in self.layouts])
         known, folder = self._known(leaves)
-        return [
-            ("records", f"{len(self.examples):,}, {len(self.store):,} distinct images"),
-            (
-                "tokens",
-                f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
-                f"{leaves.lengths.mean():.0f} in a response (mean; {leaves.lengths.max()} at "
-                f"most); longest tree {longest:,}",
-            ),
-            (
-                "forest",
-                f"{tokens:,.0f} tokens in a forward instead of {separate:,.0f} as separate "
-                f"sequences: {1 - tokens / separate:.1%} saved",
-            ),
-            (
-                "rows",
-                f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
-                f"{1 - tokens / cells:.1%} padding",
-            ),
-            (
-                "references",
-                f"{distinct:,} distinct leaves, {known:,} of them known{folder}",
-            ),
-        ]
+        return {
+            "records": f"{len(self.examples):,}, {len(self.store):,} distinct images",
+            "tokens": f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
+            f"{leaves.lengths.mean():.0f} in a response (mean; {leaves.lengths.max()} at most); "
+            f"longest tree {longest:,}",
+            "forest": f"{tokens:,.0f} tokens in a forward instead of {separate:,.0f} as separate "
+            f"sequences: {1 - tokens / separate:.1%} saved",
+            "rows": f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
+            f"{1 - tokens / cells:.1%} padding",
+            "references": f"{distinct:,} distinct leaves, {known:,} of them known{folder}",
+        }
 
     def _known(self, leaves) -> tuple[int, str]:
         """Leaves in the fullest table whose fingerprint fits but for the weights, not read here."""
@@ -252,20 +235,17 @@ class Plan:
                 best, where = count, f" in {folder} if its weights are these"
         return best, where
 
-    def schedule(self) -> list[tuple[str, str]]:
+    def schedule(self) -> str:
         """Steps, and how they are divided."""
         optim = self.config.optim
         epochs = self.total * optim.batch_size / len(self.examples)
         resumed = f", {self.done:,} of them done" if self.done else ""
-        return [
-            (
-                "steps",
-                f"{self.total:,} of {optim.batch_size} examples, {epochs:.2f} epochs{resumed}; "
-                f"{self.ranks} rank(s), {self.forwards} forward(s) of each in a step",
-            )
-        ]
+        return (
+            f"{self.total:,} of {optim.batch_size} examples, {epochs:.2f} epochs{resumed}; "
+            f"{self.ranks} rank(s), {self.forwards} forward(s) of each in a step"
+        )
 
-    def memory(self, imports: int) -> list[tuple[str, str]]:
+    def memory(self, imports: int) -> dict[str, str]:
         """The largest moment of a rank, by part."""
         parts = self.memory_parts()
         if self.device.type == "cpu":
@@ -274,10 +254,10 @@ class Plan:
         else:
             room = torch.cuda.get_device_properties(self.device).total_memory
         total = sum(parts.values())
-        rows = [(f"  {name}", _gib(size)) for name, size in parts.items()]
+        rows = {f"  {name}": _gib(size) for name, size in parts.items()}
         verdict = "" if total < room else "; it will NOT fit"
         summary = f"{_gib(total)} of {_gib(room)} for a rank, estimated{verdict}"
-        return [(f"memory, {self.device.type}", summary), *rows]
+        return {f"memory, {self.device.type}": summary} | rows
 
     def memory_parts(self) -> dict[str, int]:
         """Bytes of a rank at its largest moment, without its imports."""
@@ -327,7 +307,7 @@ class Plan:
             parts["process"] = memory.PROCESS
         return {name: size for name, size in parts.items() if size}
 
-    def duration(self) -> list[tuple[str, str]]:
+    def duration(self) -> str:
         """Time of the matrix products only."""
         rate = _matmul_rate(self.device, self.dtype)
         machine = rate * (self.ranks if self.device.type == "cuda" else 1)
@@ -338,16 +318,13 @@ class Plan:
         reference_pass = forward / size * len(self.examples) / machine
         seconds = step / machine
         left = seconds * (self.total - self.done)
-        return [
-            (
-                "time",
-                f"at least {_clock(left)} for steps of {seconds:.2g} s, and up to "
-                f"{_clock(reference_pass)} for references: {step / 1e12:,.3g} TFLOP a step at the "
-                f"{machine / 1e12:,.3g} TFLOP/s of bare matrix products, just measured",
-            )
-        ]
+        return (
+            f"at least {_clock(left)} for steps of {seconds:.2g} s, and up to "
+            f"{_clock(reference_pass)} for references: {step / 1e12:,.3g} TFLOP a step at the "
+            f"{machine / 1e12:,.3g} TFLOP/s of bare matrix products, just measured"
+        )
 
-    def disk(self) -> tuple[str, str]:
+    def disk(self) -> str:
         """Size of the outputs, and free space."""
         whole = not self.lora or self.config.run.merge
         stored = kept_dtype(self.base).itemsize if self.lora else 4
@@ -356,16 +333,9 @@ class Plan:
         while not place.exists():
             place = place.parent
         return (
-            "disk",
             f"{self.config.run.keep + 1} checkpoints of {_gib(12 * self.learning)} (one is being "
-            f"written), final model "
-            f"{_gib(final)}; {_gib(shutil.disk_usage(place).free)} free",
+            f"written), final model {_gib(final)}; {_gib(shutil.disk_usage(place).free)} free"
         )
-
-
-def _layout_attention(attends: str) -> str:
-    """An attention with the same rows, where fake tensors cannot run flex."""
-    return "sdpa" if attends == "flex" else attends
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
