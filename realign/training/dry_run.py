@@ -31,7 +31,7 @@ from realign.training.checkpoint import Checkpoints
 from realign.training.export import kept_dtype
 from realign.training.run_dir import base_of, check_settings, steps_done
 from realign.training.schedule import batches, rank_slice, total_steps
-from realign.training.setup import load_inputs
+from realign.training.setup import training_inputs
 from realign.training.step import micro_batches
 from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
@@ -102,19 +102,7 @@ class Plan:
             check_settings(config)
         self.local = rank_slice(config.optim.batch_size, 0, self.ranks)
 
-        self.kept = self.dtype if self.lora else torch.float32
-        inputs = load_inputs(
-            self.base,
-            pairs,
-            config.loss,
-            dtype=self.dtype,
-            weights_dtype=self.kept,
-            attention=self.layout_attention,
-            meta=True,
-            train_vision=config.model.train_vision,
-            max_response_tokens=config.data.max_response_tokens,
-            progress=False,
-        )
+        inputs = training_inputs(config, pairs, self.layout_attention, meta=True)
         self.model, self.objective = inputs.model, inputs.objective
         self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
         self.about = reference_logps.description(
@@ -138,7 +126,8 @@ class Plan:
 
     def _per_image_token(self) -> float:
         """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
-        vlm = load_model(self.base, self.kept, self.layout_attention, meta=True)
+        kept = self.dtype if self.lora else torch.float32
+        vlm = load_model(self.base, kept, self.layout_attention, meta=True)
         model = ForestModel(vlm, dtype=self.dtype)
         cpu = torch.device("cpu")
         with memory.fake_tensors(cpu):

@@ -51,16 +51,15 @@ def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
         liger.check(device)
 
 
-def place(
-    model: ForestModel, config: TrainConfig, device: torch.device, dtype: torch.dtype
-) -> None:
+def place(model: ForestModel, config: TrainConfig, device: torch.device) -> None:
     """Wrap the trained layers as the settings ask for, and bring the model to `device`."""
     scale, layers = config.scale, trained_layers(model)
     if scale.liger:
         log_rank0(liger.use(layers, device))
     wrap_layers(layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing)
     if config.sharded:
-        shard(model, device, dtype, replicas=scale.replicas, cpu_offload=scale.cpu_offload)
+        offload, replicas = scale.cpu_offload, scale.replicas
+        shard(model, device, model.dtype, replicas=replicas, cpu_offload=offload)
     else:
         model.to(device)
 

@@ -97,6 +97,25 @@ def load_inputs(
     return Inputs(str(base), processor, model, objective, examples, store)
 
 
+def training_inputs(
+    config: TrainConfig, pairs: Path, attention: str, *, meta: bool, progress: bool = False
+) -> Inputs:
+    """`load_inputs` with the settings of a run."""
+    dtype = DTYPES[config.model.dtype]
+    return load_inputs(
+        base_of(config),
+        pairs,
+        config.loss,
+        dtype=dtype,
+        weights_dtype=dtype if config.model.tune == "lora" else torch.float32,
+        attention=attention,
+        meta=meta,
+        train_vision=config.model.train_vision,
+        max_response_tokens=config.data.max_response_tokens,
+        progress=progress,
+    )
+
+
 @dataclass
 class Run:
     """State of a training run.
@@ -159,32 +178,21 @@ def set_up(
         ValueError: for a model or a record that cannot be trained on, and for settings that have
             changed since the run began.
     """
-    settings, dtype, rank = config.model, DTYPES[config.model.dtype], distributed.rank()
+    settings, rank = config.model, distributed.rank()
     progress = not config.run.quiet and rank == 0 and sys.stderr.isatty()
-    lora = settings.tune == "lora"
     local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
-    inputs = load_inputs(
-        base_of(config),
-        pairs,
-        config.loss,
-        dtype=dtype,
-        weights_dtype=dtype if lora else torch.float32,
-        attention=attention,
-        meta=rank > 0,  # weights come from rank 0
-        train_vision=settings.train_vision,
-        max_response_tokens=config.data.max_response_tokens,
-        progress=progress,
-    )
+    meta = rank > 0  # weights come from rank 0
+    inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
     model = inputs.model
     fingerprint = shared_fingerprint(inputs, device, config.scale.kernels)
     digests = {"base": fingerprint["weights"], "pairs": digest_of(inputs.examples)}
     if done:
         check_settings(config, **digests)
     adapter = None
-    if lora:
+    if settings.tune == "lora":
         torch.manual_seed(config.run.seed)
         adapter = add_lora(model.vlm, settings.lora_rank, settings.lora_alpha)
-    fsdp.place(model, config, device, dtype)
+    fsdp.place(model, config, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     rate, decay = config.optim.learning_rate, config.optim.weight_decay
     return Run(
