@@ -115,10 +115,11 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         progress=progress,
     )
     model = inputs.model.eval()
-    fingerprint = shared_fingerprint(inputs, device)
     if config.fsdp:
+        fingerprint = shared_fingerprint(inputs, device)
         fsdp.shard(model, device, dtype)
-    else:
+    else:  # each rank digests its own weights; `fill` compares the fingerprints
+        fingerprint = reference_logps.fingerprint(model.vlm, inputs.processor, dtype, device)
         model.to(device)
     distributed.ranks_part()
     if reason:

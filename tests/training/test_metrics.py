@@ -19,7 +19,7 @@ from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.forest import build_batch
 from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
-from realign.train import main, train
+from realign.train import main
 from realign.training import trackers
 from realign.training.metrics import step_line
 from realign.training.throughput import TIMING, WORK, cost_of, image_flop, peak_flops, work_of
@@ -178,11 +178,6 @@ def test_a_run_in_lines_json_and_tensorboard(pairs_file, tmp_path, capsys, monke
         assert [e.step for e in scalars] == [1, 2, 3, 4]
         truth = [e[name] for e in entries]
         assert np.allclose([e.value for e in scalars], truth, rtol=1e-6)
-
-
-def test_quiet_prints_no_steps(pairs_file, tmp_path, capsys):
-    train(parse(arguments(pairs_file, tmp_path, "--quiet", "--steps", 1)))
-    assert "tok/s" not in capsys.readouterr().out
 
 
 class FakeWandb(types.ModuleType):
