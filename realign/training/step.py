@@ -178,6 +178,9 @@ def train_step(
 
     Returns:
         Metrics as means over the global batch; and whether any rank is to stop.
+
+    Raises:
+        NonFiniteStep: when loss or gradient is not finite.
     """
     optim, model, optimizer = run.config.optim, run.inputs.model, run.optimizer
     seed_step(run.config.run.seed, step, distributed.rank())
