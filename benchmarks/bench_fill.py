@@ -88,7 +88,7 @@ def fill(setting):
             batch_rows=batch_rows,
             device=CPU,
             progress=False,
-            say=lambda _: None,
+            log=lambda _: None,
         )
 
 

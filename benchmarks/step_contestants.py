@@ -125,7 +125,7 @@ class Ours:
         from realign import distributed
         from realign.config import LossConfig
         from realign.modeling.loading import DTYPES
-        from realign.training.inputs import load_inputs
+        from realign.training.setup import load_inputs
 
         self.imported = memory()
         kind = DTYPES[dtype]
@@ -173,7 +173,7 @@ class Ours:
                 batch_rows=8,
                 device=device,
                 progress=False,
-                say=lambda _: None,
+                log=lambda _: None,
             ).float()
             self.reference_seconds = now() - began
         if sharded:

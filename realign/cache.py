@@ -1,13 +1,13 @@
 """Reference log-probs ahead of training, and care of the tables that hold them.
 
-    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute what is missing
-    python -m realign.cache stats                                     # what there is
+    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute missing ones
+    python -m realign.cache stats                                     # list the tables
     python -m realign.cache verify                                    # read every record again
     python -m realign.cache compact                                   # merge logs, drop bad records
 
-`fill` is what `python -m realign.train` does by itself before its first step. Run it on its own to
-use other machines for it (under torchrun, or with --nproc-per-node, ranks share the work), or to
-let several runs find everything there. `COMMAND --help` lists the settings.
+`python -m realign.train` does `fill` by itself before its first step. Run it separately to use
+other machines for it (ranks share the work, under torchrun or with --nproc-per-node), or to prepare
+for several runs. `COMMAND --help` lists the settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from realign.modeling.attention import IMPLEMENTATIONS, choose
 from realign.modeling.loading import DTYPES
 from realign.third_party import silence_third_party
 from realign.training import fsdp
-from realign.training.inputs import load_inputs
+from realign.training.setup import load_inputs, shared_fingerprint
 from realign_kernels import ReferenceCache, refcache
 
 
@@ -76,7 +76,7 @@ class FillConfig:
     fsdp: bool = False
     """Shard the model over the ranks, where one GPU cannot hold it."""
     nproc_per_node: int = 0
-    """Workers to start on this machine; 0 is this process alone, unless torchrun started it."""
+    """Workers to start on this machine; 0 is this process only, unless torchrun started it."""
     quiet: bool = False
     """No progress bar."""
 
@@ -97,10 +97,11 @@ class FillConfig:
 def fill(tables: CacheConfig, config: FillConfig) -> None:
     """Compute the reference log-probs that a training run on these pairs will look up."""
     check_folder("--reference-cache", tables.directory)
+    assert config.pairs is not None  # checked in __post_init__
     dtype = DTYPES[config.dtype]
     device = distributed.start(alone=config.fsdp)
-    attends, why = choose(config.attention, device, dtype)
-    bars = not config.quiet and distributed.rank() == 0
+    attends, reason = choose(config.attention, device, dtype)
+    progress = not config.quiet and distributed.rank() == 0
     inputs = load_inputs(
         config.model or str(ASSETS),
         config.pairs,
@@ -111,26 +112,20 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         train_vision=False,
         meta=config.fsdp and distributed.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
-        progress=bars,
+        progress=progress,
     )
-    model, weights = inputs.model.eval(), None
+    model = inputs.model.eval()
     if config.fsdp:
-        weights = distributed.broadcast_from_rank0(
-            lambda: reference_logps.weights_digest(model.vlm, dtype)
-        )
-    fingerprint = reference_logps.fingerprint(
-        model.vlm, inputs.processor, dtype, device, weights=weights
-    )
-    if config.fsdp:
+        fingerprint = shared_fingerprint(inputs, device)
         fsdp.shard(model, device, dtype)
-    else:
+    else:  # each rank digests its own weights; `fill` compares the fingerprints
+        fingerprint = reference_logps.fingerprint(model.vlm, inputs.processor, dtype, device)
         model.to(device)
     distributed.ranks_part()
-    say = print if distributed.rank() == 0 else lambda _: None
-    if why:
-        say(why)
+    if reason:
+        distributed.log_rank0(reason)
     for line in model.check_forest(inputs.examples[0], inputs.store, device):
-        say(line)
+        distributed.log_rank0(line)
     with ReferenceCache.open(tables.directory, fingerprint) as cache:
         reference_logps.fill(
             cache,
@@ -140,13 +135,12 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
             row_tokens=config.row_tokens or inputs.longest_tree,
             batch_rows=config.batch_rows,
             device=device,
-            progress=bars,
-            say=say,
+            progress=progress,
         )
 
 
 def stats(tables: CacheConfig) -> int:
-    """Print every table and what its logs hold; returns the number of unreadable records."""
+    """Print every table and the content of its logs; returns the number of unreadable records."""
     bad = 0
     for folder, parts in tables.tables().items():
         print(folder)
@@ -185,7 +179,7 @@ def compact(tables: CacheConfig) -> None:
             f"{done['bytes_after']:,} bytes, {done['bad_dropped']:,} unreadable records dropped"
         )
         if done["logs_in_use"]:
-            print(f"  {done['logs_in_use']} log(s) are being written and were left alone")
+            print(f"  {done['logs_in_use']} log(s) are being written and were skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

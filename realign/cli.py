@@ -28,7 +28,7 @@ def parse_sections(
     Args:
         sections: section name -> dataclass; field names are unique over all of them.
         prog: the command, for the help text.
-        description: what it does, for the help text.
+        description: of the command, for the help text.
         arguments: the command line; `sys.argv` when absent.
 
     Returns:
@@ -115,9 +115,11 @@ def _type_of(cls: type, name: str) -> type:
 
 def _field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        node.target.id: text.value.value
-        for node, text in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for node, text in zip(tree.body, tree.body[1:], strict=False):
+        match node, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=doc)):
+                docs[name] = str(doc)
+    return docs

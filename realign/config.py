@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import get_type_hints
 
 import torch
 
@@ -21,7 +22,7 @@ class ModelConfig:
     model: str | None = None
     """Folder or hub name of a vision-language model; the shipped digits model when absent."""
     tune: str = "lora"
-    """What learns: 'lora' (all linear layers of the language model) or 'full'."""
+    """Trained weights: 'lora' (all linear layers of the language model) or 'full'."""
     lora_rank: int = 128
     """Rank of the LoRA matrices (the paper: 128)."""
     lora_alpha: float = 256.0
@@ -29,14 +30,14 @@ class ModelConfig:
     train_vision: bool = False
     """With --tune full, train the vision tower too."""
     dtype: str = "auto"
-    """Compute in 'fp32' or 'bf16'; what is trained is kept in fp32 either way. 'auto' is 'bf16' on
+    """Compute in 'fp32' or 'bf16'; trained weights are kept in fp32 either way. 'auto' is 'bf16' on
     CUDA, 'fp32' on a CPU."""
     attention: str = "auto"
     """How the language model attends: 'tree' (each tree by itself, without a mask; models with
     windows, two-way blocks or dropout get 'sdpa', as does --compile without the flash kernel),
     'flash' ('tree' by torch's flash kernel in one call a layer, on CUDA in bf16, where 'tree' takes
-    it by itself), 'sdpa', 'eager', or on CUDA 'flex' (skips what a token may not see, so rows can
-    be long). 'auto' is 'tree'."""
+    it by itself), 'sdpa', 'eager', or on CUDA 'flex' (skips masked pairs, so rows can be
+    long). 'auto' is 'tree'."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
@@ -50,7 +51,7 @@ class ModelConfig:
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
         if self.tune == "lora" and self.train_vision:
-            _no_effect("train_vision", "LoRA trains the language model alone", "--tune full")
+            _no_effect("train_vision", "LoRA trains the language model only", "--tune full")
         if self.tune == "full" and (self.lora_rank, self.lora_alpha) != (128, 256.0):
             _no_effect("lora_rank or lora_alpha", "there is no LoRA", "--tune lora")
 
@@ -62,7 +63,7 @@ class DataConfig:
     max_response_tokens: int = 1024
     """Longest response; a longer one is an error that names its record, never cut."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest; 0 takes what suits the attention: all of a forward
+    """Most tokens in a row of the forest; 0 takes the best for the attention: all of a forward
     (tree), 8192 or more (flex), else the longest tree."""
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class DataConfig:
 class LossConfig:
     objective: str = "rdpo"
     """Preference objective: dpo, rdpo, mdpo, mfpo, svco, symmpo, ovip, adavip, mispdpo, lpoi, chip,
-    cdpo, ipo, hinge, or released (what Re-Align's code computes; to reproduce it only)."""
+    cdpo, ipo, hinge, or released (the loss of Re-Align's code; to reproduce it only)."""
     beta: float = 0.1
     """Strength of the tie to the reference model."""
     visual_weight: float = 1.0
@@ -125,7 +126,7 @@ class ScaleConfig:
     """Workers to start with --fsdp; 0 means one per GPU, or two on a CPU."""
     replicas: int = 1
     """Copies of the model that the ranks hold (HSDP): each is sharded over ranks / replicas ranks,
-    in order. With as many as there are nodes, weights are gathered within a node alone."""
+    in order. With as many as there are nodes, weights are gathered within a node only."""
     activation_checkpointing: bool = False
     """Keep only the input of each trained layer and compute the layer again in backward."""
     cpu_offload: bool = False
@@ -160,7 +161,7 @@ class RunConfig:
     """Folder of reference log-probs, shared by all runs; $REALIGN_CACHE/reference, or
     ~/.cache/realign/reference, when absent."""
     cache_vision: bool = False
-    """Keep what the frozen vision tower makes of each image, in $REALIGN_CACHE/vision or
+    """Keep the frozen vision tower's features of each image, in $REALIGN_CACHE/vision or
     ~/.cache/realign/vision; all runs share it."""
     seed: int = 0
     """Seeds the order of the examples and the LoRA initialisation."""
@@ -209,8 +210,8 @@ class TrainConfig:
             _no_effect("merge", "there is no adapter to merge", "--tune lora")
         if self.run.cache_vision and self.model.tune == "full":
             raise ValueError(
-                "cache_vision keeps image features as they are, and with --tune full what makes "
-                "them learns. Leave it out, or add --tune lora."
+                "cache_vision keeps image features as they are, and with --tune full their "
+                "tower learns. Leave it out, or add --tune lora."
             )
         if self.model.attention == "auto":
             self.model.attention = "tree"
@@ -238,16 +239,8 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: for an unknown flag, with status 2.
         ValueError: for an unknown key in the file or a bad value.
     """
-    sections = {
-        "model": ModelConfig,
-        "data": DataConfig,
-        "loss": LossConfig,
-        "optim": OptimConfig,
-        "scale": ScaleConfig,
-        "run": RunConfig,
-    }
     found = parse_sections(
-        sections,
+        get_type_hints(TrainConfig),
         prog="python -m realign.train",
         description="Align a vision-language model with rDPO. Without --model and --pairs it runs "
         "on the shipped handwritten digits.",

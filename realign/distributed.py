@@ -21,6 +21,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -28,10 +29,10 @@ T = TypeVar("T")
 
 _parted = False  # see ranks_part
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# Exit codes of ranks that ended by what befell them: a rank that misses another may abort, too.
+# Exit codes of ranks that the system killed; a rank that misses another may abort as well.
 _KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-# A rank that dies ends the job at once; this is how long the others wait for a slow one, as when
-# rank 0 writes a large model.
+# Limit for the ranks that wait for a slow one, as when rank 0 writes a large model. A rank that
+# dies ends the job at once.
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -43,7 +44,7 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class CommonError(ValueError):
-    """An error that every rank raises alike: rank 0 speaks for all."""
+    """An error that every rank raises; rank 0 reports it."""
 
 
 def under_launcher() -> bool:
@@ -71,13 +72,13 @@ def rank_environment(port: int, workers: int) -> dict[str, str]:
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code.
 
-    Signals are passed on to the ranks, which decide what to do: the exit code is 0 when theirs are.
-    When one ends with another code the rest is stopped at once, and after 30 seconds killed.
+    Signals are forwarded to the ranks. The exit code is 0 when theirs are. When one ends with
+    another code the rest is stopped at once, and killed after 30 seconds.
     """
     workers = workers or _default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = rank_environment(store.port, workers) | {_LAUNCHER: str(os.getpid())}
     ranks = range(workers)
     before = {number: signal.getsignal(number) for number in _FORWARDED}
@@ -97,20 +98,21 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     for number in _FORWARDED:
         signal.signal(number, forward)
     try:
-        failures = processes.wait(period=0.1).failures
+        ended = processes.wait(period=0.1)
+        assert ended is not None  # there is no time limit
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if failures:
-        print(_first_to_end(failures), file=sys.stderr)
-    return 1 if failures else 0
+    if ended.failures:
+        print(_first_to_end(ended.failures), file=sys.stderr)
+    return 1 if ended.failures else 0
 
 
 def _first_to_end(failures: dict[int, ProcessFailure]) -> str:
-    """How the rank ended whose end the others followed.
+    """A sentence about the rank that ended first, on its own.
 
-    A killed rank and one that missed it at once, and left with an error, are found together. Those
-    that had to be stopped come later, the stubborn by SIGKILL after 30 seconds.
+    A killed rank and one that ended with an error because of it have nearly the same time. Ranks
+    that the launcher stopped end later, by SIGKILL after 30 seconds.
     """
     first = min(failure.timestamp for failure in failures.values())
     rank, failure = min(
@@ -140,7 +142,7 @@ def _default_workers() -> int:
 def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     """Join the process group when there is one; returns this rank's device.
 
-    With `alone` a process that no launcher started becomes the only rank of a group of its own.
+    With `alone` a process without a launcher becomes the only rank of a group of its own.
 
     Raises:
         ValueError: without `fsdp`, when there are other ranks.
@@ -164,7 +166,7 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
         if under_launcher():
             dist.init_process_group(backend, timeout=_TIMEOUT)
         elif alone:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return torch.device(device)
 
 
@@ -214,7 +216,7 @@ def exit_rank(code: int) -> NoReturn:
     """
     if not under_launcher():
         sys.exit(code)
-    threading._shutdown()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as Python at its end
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -223,20 +225,26 @@ def exit_rank(code: int) -> NoReturn:
 
 
 def rank() -> int:
-    """This process among all; 0 when it is alone."""
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def report(error: Exception) -> bool:
-    """Print in one line the error that ends this process; False for a fault of the program.
+def log_rank0(line: str) -> None:
+    """Print a line on rank 0."""
+    if rank() == 0:
+        print(line)
 
-    Before `ranks_part` all ranks read the same records and settings and fail alike: rank 0 speaks
-    for all. After it any rank may fail alone, and speaks for itself.
+
+def report(error: Exception) -> bool:
+    """Print the error that ends this process in one line; False for a fault of the program.
+
+    Before `ranks_part` all ranks read the same records and settings and fail alike, so rank 0
+    reports. After it any rank may fail by itself, and reports its own error.
     """
     if isinstance(error, RuntimeError):
         if not _lost_a_rank(error):
@@ -272,14 +280,14 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, in place."""
+    """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def broadcast_from_rank0(decide: Callable[[], T]) -> T:
-    """What `decide` gives on rank 0, for all ranks; it is called there alone.
+    """Call `decide` on rank 0 and give its result to all ranks.
 
     Raises:
         CommonError: on all ranks, for a ValueError or OSError of `decide`.
@@ -303,6 +311,6 @@ def gather(items: Sequence[T]) -> list[T]:
     """The items of all ranks, in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return list(items)
-    found: list = [None] * world_size()
-    dist.all_gather_object(found, list(items))
-    return [item for part in found for item in part]
+    parts: list[list[T]] = [[]] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]

@@ -53,7 +53,7 @@ def check_folder(flag: str, path: str | Path) -> None:
 
 
 def _kind(flag: str, path: Path) -> int | None:
-    """The mode of what is at a path; None where there is nothing."""
+    """The mode of the file at a path; None where there is none."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -118,7 +118,7 @@ class JsonlLog:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Write what waits; that it cannot be written is an OSError, unless another error ends us.
+        """Write waiting lines; a failure raises OSError, unless another error ends the run.
 
         A resumed run writes the lines after its checkpoint anew.
         """

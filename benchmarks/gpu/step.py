@@ -45,7 +45,7 @@ from realign.modeling.loading import DTYPES
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead
 from realign.training import fsdp, step
-from realign.training.inputs import Inputs
+from realign.training.setup import Inputs
 from realign_kernels import objectives
 
 BATCH = 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from realign.export import ExportConfig, export_whole
 from realign.files import write_whole
+from realign.training.export import export_whole
 
 _LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it
     "llava": "llava_hf",
@@ -44,7 +44,7 @@ def hand_off(model: str, output: str | Path) -> str:
     Raises:
         ValueError: when `output` is not empty, or there is no model at `model`.
     """
-    output = export_whole(ExportConfig(model=model, output=str(output)))
+    output = export_whole(model, Path(output))
     config = AutoConfig.from_pretrained(output)
     kind, kept = config.model_type, config.dtype
     place = str(output.resolve())

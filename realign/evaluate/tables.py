@@ -18,7 +18,7 @@ class Table(NamedTuple):
     """Figures to show.
 
     Attributes:
-        title: what they are of.
+        title: what they are of; empty where the heads say it.
         heads: of the columns.
         rows: of as many cells.
     """
@@ -70,12 +70,11 @@ def table_of(scores: Mapping[str, Any]) -> Table:
     return pope(scores)
 
 
-def with_table(card: str, table: Table) -> str:
-    """A model card with a table of figures in it; as it is where it is not one of ours."""
+def markdown(table: Table) -> str:
+    """The table under its title, for a model card."""
     lines = [table.heads, ["---"] * len(table.heads), *table.rows]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    section = f"\n## Evaluation\n\n{table.title}:\n\n{shown}\n\n## Versions\n"
-    return card.replace("\n## Versions\n", section, 1)
+    return f"{table.title}:\n\n{shown}" if table.title else shown
 
 
 def _percent(share: float) -> str:

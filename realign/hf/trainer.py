@@ -228,7 +228,7 @@ class RDPOTrainer(Trainer):
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
                     progress=not args.disable_tqdm and args.process_index == 0,
-                    say=self._log_rank0,
+                    log=self._log_rank0,
                 ).float()
         module.train(training)
         self._feed = Feed(

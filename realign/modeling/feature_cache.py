@@ -13,10 +13,10 @@ import os
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,8 +30,6 @@ from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
 from realign_kernels import refcache
 
-T = TypeVar("T")
-
 _FILE_BYTES = 256 << 20
 
 
@@ -41,19 +39,19 @@ def default_directory() -> Path:
     return Path(root) / "vision"
 
 
-class FeatureCache:
-    """Image features under one fingerprint.
+class FeatureCache(Mapping[str, Features]):
+    """Features by the digest of their image, under one fingerprint.
 
     Args:
         directory: holds a folder for each fingerprint; made when needed.
-        fingerprint: everything that decides features besides the image (`reference.fingerprint`).
+        fingerprint: all that decides features besides the image (`reference_logps.fingerprint`).
     """
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, str]) -> None:
         self.folder = Path(directory) / refcache.fingerprint_digest(fingerprint)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "about.json", json.dumps(dict(fingerprint), indent=2) + "\n")
-        self._files: dict[Path, safe_open] = {}
+        self._files: dict[Path, Any] = {}  # safe_open, which has no types
         self._places: dict[str, tuple[Path, dict[str, int]]] = {}  # image -> file, {name: crc}
         self._checked: set[str] = set()
         self.refresh()
@@ -61,8 +59,11 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
     def refresh(self) -> None:
-        """Find what other processes have written."""
+        """Find files of other processes."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in self._files:
                 continue
@@ -106,11 +107,11 @@ class FeatureCache:
             ) from error
         self.refresh()
 
-    def get(self, image: str) -> dict[str, torch.Tensor]:
+    def __getitem__(self, image: str) -> Features:
         """The features of an image.
 
         Raises:
-            ValueError: when they are not what was written.
+            ValueError: when the file is damaged.
         """
         path, checksums = self._places[image]
         found = {name: self._files[path].get_tensor(f"{image}/{name}") for name in checksums}
@@ -127,69 +128,42 @@ class FeatureCache:
         return found
 
 
-def keep(
-    fingerprint: Mapping[str, str],
-    model: ForestModel,
-    store: ImageStore,
-    device: torch.device,
-    **options,
-) -> FeatureCache:
-    """Features of all images of a data set; every rank calls it.
-
-    Args:
-        fingerprint: of `reference.fingerprint`.
-        model: whose vision tower is frozen; sharded or not.
-        store: the images.
-        device: where the model computes.
-        options: of `fill`.
-    """
-    cache = FeatureCache(default_directory(), fingerprint)
-
-    def load(images: Sequence[str]) -> Images:
-        return pinned(store.batch(images), device)
-
-    def compute(images: Images) -> Sequence[Features]:
-        with torch.no_grad():
-            return model(images.to(device, model.dtype))
-
-    fill(cache, list(store.keys()), load, compute, device=device, **options)
-    return cache
-
-
 def _checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def fill(
     cache: FeatureCache,
-    images: Sequence[str],
-    load: Callable[[Sequence[str]], T],
-    compute: Callable[[T], Sequence[Features]],
-    *,
+    model: ForestModel,
+    store: ImageStore,
     device: torch.device,
     batch_images: int,
+    *,
     progress: bool = True,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = distributed.log_rank0,
 ) -> None:
-    """Compute what `cache` lacks; every rank calls it, each does its share.
+    """Compute the features that `cache` lacks; every rank calls it and computes a part of them.
 
     Args:
         cache: where features are kept; in a folder that all ranks see.
-        images: digests of the data set's images.
-        load: reads some images; a thread calls it, ahead of `compute`.
-        compute: features of these, in order; every rank calls it equally often.
-        device: where they are computed.
-        batch_images: images in one call.
+        model: whose vision tower is frozen; sharded or not.
+        store: the images of the data set.
+        device: where the model computes.
+        batch_images: images in one forward.
         progress: whether to show a bar.
-        say: gets a line with the number of known images, and their folder.
+        log: gets a line with the number of known images, and their folder.
 
     Raises:
         ValueError: when the ranks do not see the same folder.
     """
+
+    def load(images: Sequence[str]) -> Images:
+        return pinned(store.batch(images), device)
+
+    images = list(store.keys())
     # One list for all: each rank may see another state of a folder that others write to.
     absent = distributed.broadcast_from_rank0(lambda: cache.missing(images))
-    distinct = len(set(images))
-    say(f"image features: {distinct - len(absent):,} of {distinct:,} known in {cache.folder}")
+    log(f"image features: {len(images) - len(absent):,} of {len(images):,} known in {cache.folder}")
     ranks, rank = distributed.world_size(), distributed.rank()
     calls = -(-len(absent) // (ranks * batch_images))
     pending: dict[str, Features] = {}
@@ -198,12 +172,14 @@ def fill(
         total=len(absent), desc="image features", unit="image", disable=not (progress and absent)
     )
     starts = [(call * ranks + rank) * batch_images for call in range(calls)]
-    shares = [absent[start : start + batch_images] for start in starts]
-    # Collectives need every rank: one without a share computes an image that another one keeps.
-    tasks = (partial(load, mine or absent[:1]) for mine in shares)
+    local = [absent[start : start + batch_images] for start in starts]
+    # Collectives need every rank: one without images computes an image that another one keeps.
+    tasks = (partial(load, some or absent[:1]) for some in local)
     with ahead(tasks, device) as loaded:
-        for call, (mine, inputs) in enumerate(zip(shares, loaded, strict=True)):
-            for image, features in zip(mine, compute(inputs), strict=False):
+        for call, (some, inputs) in enumerate(zip(local, loaded, strict=True)):
+            with torch.no_grad():
+                computed = model.image_features(inputs.to(device, model.dtype))
+            for image, features in zip(some, computed, strict=False):
                 pending[image] = {name: tensor.cpu() for name, tensor in features.items()}
                 size += sum(tensor.nbytes for tensor in features.values())
             if pending and (size > _FILE_BYTES or call == calls - 1):

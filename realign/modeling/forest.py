@@ -1,9 +1,9 @@
-"""A batch is a forest: every prompt is computed once, whatever responses hang under it.
+"""Forest batches: every prompt is computed once, for all responses under it.
 
 An example has *roots*, (images, prompt), and *leaves*, a response under a root. In a batch each
 distinct root is laid out once in a row, followed by its leaves; a token sees the earlier tokens of
 its own segment and of its root, nothing else, and a leaf's positions continue from its root's last.
-So one forward over the rows gives every leaf the hidden states it would have alone, and each
+So one forward over the rows gives every leaf the hidden states of a forward of its own, and each
 distinct image passes the vision tower once. No token is repeated: the state of a root's last token
 predicts the first token of every leaf under it, so the head lists that row once per leaf.
 
@@ -81,9 +81,10 @@ class ForestBatch:
             None where all is causal.
         shared: whether leaves hang under one copy of their root; else a row is a root and a leaf.
         images: the distinct images preprocessed; None where `features` are known.
-        features: what the vision tower made of them.
+        features: of the vision tower for these images.
         slots: for each place of an image in the rows, in row-major order, which image is there.
-        grids: what positions depend on, by slot (`ImageStore.grids`); empty where leaves share.
+        grids: of the images, by slot, for their positions (`ImageStore.grids`); empty where leaves
+            share.
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens, on the CPU; rows of one example are adjacent.
         sequence_ids: (N,) int64, leaf * examples + example, on the CPU.
@@ -116,7 +117,7 @@ class ForestBatch:
     names: tuple[str, ...]
 
     def sees(self, window: int | None = None, blocks_ignore_window: bool = False) -> Callable:
-        """Who may attend to whom, as a function of row, head, and columns of query and key.
+        """Whether a query sees a key, as a function of row, head, and columns of query and key.
 
         Args:
             window: how far back a token sees, itself included, counted along its sequence.
@@ -139,7 +140,7 @@ class ForestBatch:
     def attention_mask(
         self, window: int | None = None, blocks_ignore_window: bool = False
     ) -> torch.Tensor:
-        """(R, 1, T, T) bool: who may attend to whom."""
+        """(R, 1, T, T) bool: whether a query sees a key."""
         rows, columns = (torch.arange(n, device=self.segment.device) for n in self.segment.shape)
         seen = self.sees(window, blocks_ignore_window)
         return seen(rows[:, None, None], None, columns[:, None], columns)[:, None]
@@ -189,12 +190,12 @@ def build_batch(
         store: their images, and the layout of the model.
         row_tokens: most tokens in a row. Raised to the longest root with one leaf if need be; a
             root whose leaves do not fit in one row is repeated. Where leaves do not share, a row is
-            a root with one leaf, whatever this says.
+            a root with one leaf, and this has no effect.
         pad_id: token id of unused columns.
         shared: whether leaves share their root; None: where the model can.
 
     Returns:
-        The batch. It depends on the examples, the layout and `row_tokens` alone.
+        The batch. It depends on the examples, the layout and `row_tokens` only.
     """
     layout = store.layout
     shared = layout.shares_prefix if shared is None else shared
@@ -212,7 +213,7 @@ def build_batch(
             leaf_roots.append(index[root.key])
             leaf_ids.append(leaf.ids)
             rivals.append(leaf.rival)
-    root_lengths = np.array([len(root.ids) for root in roots])
+    root_lengths = np.array([len(root.ids) for root in roots], np.int64)
     leaf_lengths = np.array([len(ids) for ids in leaf_ids])
     whole = root_lengths[leaf_roots] + leaf_lengths
     if shared:
@@ -234,7 +235,7 @@ def build_batch(
         span = slice(start, start + root_lengths[root])
         ids[row, span] = roots[root].ids
         positions[:, row, span] = prompts[root]
-        depth[row, span] = np.arange(root_lengths[root])
+        depth[row, span] = np.arange(len(roots[root].ids))
         segment[row, span] = parent[row, span] = tree
         if layout.both_ways:
             block[row, span] = layout.blocks(roots[root].ids)
@@ -269,7 +270,7 @@ def build_batch(
         block=as_tensor(block) if layout.both_ways else None,
         shared=shared,
         images=store.batch(list(images)) if known is None else None,
-        features=None if known is None else tuple(dict(known.get(key)) for key in images),
+        features=None if known is None else tuple(dict(known[key]) for key in images),
         slots=tuple(images[key] for key in slots),
         grids={} if shared else store.grids(slots),
         rows=as_tensor(np.concatenate(predictors)),

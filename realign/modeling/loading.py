@@ -64,7 +64,7 @@ def load_model(
         dtype: in which its weights are kept.
         attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
             a softcap, which sdpa has not, eager is taken for it.
-        meta: without weights, on the meta device (`sharding.shard` sends those of rank 0).
+        meta: without weights, on the meta device (`fsdp.shard` sends those of rank 0).
 
     Raises:
         ValueError: for a text-only model.

@@ -1,14 +1,15 @@
-"""One module that owns the vision-language model and turns a forest batch into log-probs or a loss.
+"""`ForestModel`: a vision-language model that turns a forest batch into a loss or log-probs.
 
-`ForestModel.forward` is the only forward of training and of the reference pass: the backbone runs
-once over the rows, the response positions are gathered, and only they meet the vocabulary. Being
-the root module it also is what FSDP2 wraps, so the head's weight is gathered with it.
+Training calls `forward`, the reference pass `logps`. In both the backbone runs once over the rows,
+the response positions are gathered, and only they meet the vocabulary. FSDP2 wraps this module as
+the root, so the head's weight is gathered with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ _UNUSED = ("vqmodel", "generation")
 """Parts that draw images (Janus); no forward here reaches them."""
 
 _GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Mean difference of a token's log-prob beyond which a forest is not what separate forwards are."""
+"""Mean difference of a token's log-prob beyond which a forest differs from separate forwards."""
 
 
 class NonFiniteRecords(ValueError):
@@ -46,14 +47,14 @@ class NonFiniteRecords(ValueError):
 
 
 class ForestModel(nn.Module):
-    """A vision-language model that takes forest batches.
+    """A vision-language model with a forest batch as its input.
 
     Args:
         vlm: the Hugging Face model, with or without LoRA layers in it.
         train_vision: whether the vision tower learns; frozen by default. What joins it to the
             language model learns either way.
         dtype: fp32 or bf16, in which the forward computes: that of `vlm`'s parameters, or what
-            FSDP2 casts them to (`sharding.shard`).
+            FSDP2 casts them to (`fsdp.shard`).
 
     Raises:
         ValueError: for a model that forests cannot be laid out for.
@@ -103,32 +104,16 @@ class ForestModel(nn.Module):
 
     def forward(
         self,
-        batch: ForestBatch | Images,
-        objective: Objective | None = None,
-        reference_logps: torch.Tensor | None = None,  # (L, B) fp32
-    ) -> torch.Tensor | PreferenceOutput | list[dict[str, torch.Tensor]]:
-        """Compute log-probs, or the loss when an objective is given; of images, their features.
+        batch: ForestBatch,
+        objective: Objective,
+        reference_logps: torch.Tensor,  # (L, B) fp32
+    ) -> PreferenceOutput:
+        """Compute the loss of a batch, the *sum* over its examples.
 
-        Returns:
-            Without an objective the log-probs of the batch's response tokens, (N,) fp32
-            (`ForestBatch.leaf_sums` adds them up). With one the `PreferenceOutput`, whose loss is
-            the *sum* over the batch's examples.
-
-        Raises:
-            NonFiniteRecords: when a log-prob is NaN or infinite. With an objective all results
-                are NaN instead.
+        Where a log-prob is NaN or infinite all results are NaN.
         """
-        if isinstance(batch, Images):  # through here, so that FSDP2 gathers the weights
-            return self.image_features(batch)
-        hidden = self._hidden(batch).to(self.dtype)
-        # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
-        hidden, weight, bias = head_inputs(self.vlm.get_output_embeddings(), hidden)
-        weight = weight.to(hidden.dtype)
-        bias = None if bias is None else bias.to(hidden.dtype)
-        shared = {"bias": bias, "softcap": self.softcap}
+        hidden, weight, bias = self._head_inputs(batch)
         try:
-            if objective is None:
-                return linear_logprobs(hidden, weight, batch.labels, rival=batch.rival, **shared)
             output = linear_preference_loss(
                 hidden,
                 weight,
@@ -137,28 +122,36 @@ class ForestModel(nn.Module):
                 objective,
                 sequence_ids=batch.sequence_ids,
                 reduction="sum",
-                **shared,
+                bias=bias,
+                softcap=self.softcap,
+            )
+        except NonFiniteError:  # all ranks have a backward to run; then the step is refused
+            return _not_a_number(hidden, weight, bias, objective, reference_logps)
+        return output._replace(logps=output.logps.detach())  # FSDP hooks tensors that carry grad
+
+    def logps(self, batch: ForestBatch) -> torch.Tensor:
+        """Compute the log-probs of the batch's response tokens, (N,) fp32.
+
+        `ForestBatch.leaf_sums` adds them up.
+
+        Raises:
+            NonFiniteRecords: when a log-prob is NaN or infinite.
+        """
+        hidden, weight, bias = self._head_inputs(batch)
+        try:
+            return linear_logprobs(
+                hidden, weight, batch.labels, rival=batch.rival, bias=bias, softcap=self.softcap
             )
         except NonFiniteError as error:
-            if objective is not None:  # all ranks have a backward to run; then the step is refused
-                return _not_a_number(hidden, weight, bias, objective, reference_logps)
             owners = batch.sequence_ids[error.rows] % batch.examples
             names = sorted({batch.names[i] for i in owners.tolist()})
             raise NonFiniteRecords(
                 f"record(s) {', '.join(names)}: {error}. Nothing was updated. If one record is "
                 "named, look at its image and text; if all are, at the model's weights."
             ) from error
-        return output._replace(logps=output.logps.detach())  # FSDP hooks what carries grad
-
-    def embed_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Mean-pooled image features of the model's own vision tower, (I, C, H, W) -> (I, D)."""
-        with torch.inference_mode():
-            tower = self.vlm.model.get_encoder("image")
-            states = tower(pixel_values.to(tower.device, tower.dtype)).last_hidden_state
-            return states.mean(1).float()
 
     def image_features(self, images: Images) -> list[Features]:
-        """What the vision tower makes of each image, in order (`images.features`)."""
+        """Compute the features of each image, in order (`images.features`)."""
         return features(self.vlm, images)
 
     def check_forest(
@@ -170,7 +163,7 @@ class ForestModel(nn.Module):
         forwards, with collectives, so every rank calls it.
 
         Yields:
-            Lines for the user: what is done otherwise than asked for, and why.
+            Lines for the user: each deviation from the settings, and its reason.
         """
         kind, layout = self.vlm.config.model_type, self.layout
         if self.attention == "eager" and has_softcap(self.vlm.config):
@@ -181,8 +174,9 @@ class ForestModel(nn.Module):
             shared = build_batch([example], store, row_tokens=example.longest_tree)
             apart = build_batch([example], store, row_tokens=0, shared=False)
             with torch.no_grad():
-                found = float((self(shared.to(device)) - self(apart.to(device))).abs().mean())
-            gap = broadcast_from_rank0(lambda: found)  # one decision for all
+                moved = self.logps(shared.to(device)) - self.logps(apart.to(device))
+            own_gap = float(moved.abs().mean())
+            gap = broadcast_from_rank0(lambda: own_gap)  # one decision for all
             if gap > _GAPS[self.dtype]:
                 layout.separate = f"under a shared one log-probs differ by {gap:.2g} a token"
             if kind not in TESTED:
@@ -193,14 +187,25 @@ class ForestModel(nn.Module):
         if not layout.shares_prefix:
             yield f"each response gets its own copy of the prompt: {layout.separate}"
 
+    def _head_inputs(
+        self, batch: ForestBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # (N, H), (V, H), (V,)
+        hidden = self._hidden(batch).to(self.dtype)
+        # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
+        head = self.vlm.get_output_embeddings()
+        assert head is not None  # `layout_of` has refused a model without one
+        hidden, weight, bias = head_inputs(head, hidden)
+        return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
         """Last hidden states at the batch's predicting positions, (N, H)."""
-        found = batch.features
-        if found is None:
-            found = self.image_features(batch.images.to(batch.input_ids.device, self.dtype))
-        given = {"input_ids": batch.input_ids, "use_cache": False}
+        given: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.slots:
-            given["mm_encoder_outputs"] = {"image": in_slots(found, batch.slots)}
+            known = batch.features
+            if known is None:
+                assert batch.images is not None
+                known = features(self.vlm, batch.images.to(batch.input_ids.device, self.dtype))
+            given["mm_encoder_outputs"] = {"image": in_slots(known, batch.slots)}
         masks: dict = {}
         if batch.shared:
             masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
@@ -219,6 +224,7 @@ class ForestModel(nn.Module):
             if self.layout.both_ways == "image":
                 given["token_type_ids"] = image.long()
             elif self.layout.both_ways == "prompt":
+                assert batch.block is not None
                 given["token_type_ids"] = (batch.block < 0).long()
         decoder = self.vlm.model.get_decoder()
         with takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
@@ -265,10 +271,10 @@ def _not_a_number(
     reference_logps: torch.Tensor,  # (L, B)
 ) -> PreferenceOutput:
     """The output where log-probs are not finite: NaN, with a gradient for all that has one."""
-    inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     nan = torch.full_like(reference_logps, torch.nan)
+    inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     return PreferenceOutput(
-        loss=sum(t.float().sum() for t in inputs) * torch.nan,
+        loss=sum((t.float().sum() for t in inputs), torch.zeros_like(nan[0, 0])) * torch.nan,
         logps=nan,
         rewards=nan,
         token_counts=torch.zeros_like(nan, dtype=torch.int64),

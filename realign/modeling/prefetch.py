@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,9 +33,12 @@ def builder(device: torch.device) -> Iterator[ThreadPoolExecutor]:
 
     On leaving, the task in progress ends first and the others are dropped.
     """
-    # The current device of a new thread is 0, whatever the rank.
-    first = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-    pool = ThreadPoolExecutor(1, "prefetch", *first)
+
+    def on_start() -> None:
+        if device.type == "cuda":  # a new thread is on device 0 in every rank
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(1, "prefetch", on_start)
     try:
         yield pool
     finally:
@@ -64,7 +67,7 @@ def ahead(
         yield results()
 
 
-def pinned(value: T, device: torch.device) -> T:
+def pinned(value: Any, device: torch.device) -> Any:
     """`value` with its tensors in pinned memory where `device` is a CUDA device.
 
     Args:
@@ -76,7 +79,7 @@ def pinned(value: T, device: torch.device) -> T:
         return value
     if isinstance(value, torch.Tensor):
         return value.pin_memory()
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         moved = {f.name: pinned(getattr(value, f.name), device) for f in fields(value)}
         return replace(value, **moved)
     if isinstance(value, dict):

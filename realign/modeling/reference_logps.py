@@ -1,7 +1,7 @@
-"""The reference pass: what decides a log-prob, and computing those that a cache lacks.
+"""The reference pass: the fingerprint of a log-prob, and the pass over leaves that a cache lacks.
 
 The reference is the model before its first step. Its log-probs are constants, so every distinct
-leaf is computed once, ever, and kept in a `ReferenceCache` that all runs share.
+leaf is computed once and kept in a `ReferenceCache` that all runs share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from realign.distributed import world_size
+from realign.distributed import log_rank0, world_size
 from realign.modeling.forest import Example, Leaf, build_batch
 from realign.modeling.loading import adapters_off
 from realign.modeling.model import ForestModel
@@ -57,9 +57,9 @@ def fingerprint(
         vlm: the reference, before LoRA is put on it.
         processor: its processor.
         dtype: in which the forward computes.
-        device: on which; its type counts, as bf16 rounds differently on a CPU.
+        device: of the forward; its type counts, as bf16 rounds differently on a CPU.
         kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
-        weights: their digest, where `vlm` is without them (`sharding.shard`).
+        weights: their digest, where `vlm` is without them (`fsdp.shard`).
     """
     about = description(vlm, processor, dtype, device, kernels)
     return about | {"weights": weights or weights_digest(vlm, dtype)}
@@ -74,7 +74,7 @@ def description(
 ) -> dict[str, str]:
     """The fingerprint without the weights, which need not be there."""
     parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
-    attention = {part.config._attn_implementation for part in parts}
+    attention = {str(part.config._attn_implementation) for part in parts}
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ",".join(sorted(attention)),
@@ -90,7 +90,7 @@ def description(
 
 
 def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """128-bit digest of all parameters and buffers, what a state dict has of them cast to `dtype`.
+    """128-bit digest of all parameters and buffers; those of the state dict are cast to `dtype`.
 
     Without a `dtype` each is taken as it is kept.
 
@@ -143,9 +143,9 @@ def fill(
     device: torch.device,
     adapters: bool = False,
     progress: bool = True,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = log_rank0,
 ) -> torch.Tensor:
-    """Compute what `cache` lacks; every rank calls it, each does its share.
+    """Compute the log-probs that `cache` lacks; every rank calls it and computes a part of them.
 
     Args:
         cache: where this model's log-probs are kept.
@@ -157,7 +157,7 @@ def fill(
         device: where the model is.
         adapters: whether adapters in the model are part of the reference; else they are skipped.
         progress: whether to show a bar.
-        say: gets a line with the number of known leaves, and their folder.
+        log: gets a line with the number of known leaves, and their folder.
 
     Returns:
         Reference log-probs of all leaves, (L, examples) fp64.
@@ -170,18 +170,18 @@ def fill(
 
     leaves = collect_leaves(examples)
     absent = cache.missing(leaves)
-    say(
+    log(
         f"reference log-probs: {len(absent) - absent.sum():,} of {len(absent):,} leaves known in "
         f"{cache.folder}{_nearest(cache)}"
     )
     distinct = len(set(leaves.keys[absent].tolist()))
-    share, tokens = -(-distinct // world_size()), 0
+    leaves_of_rank, tokens = -(-distinct // world_size()), 0
     bar = tqdm(
-        total=share,
+        total=leaves_of_rank,
         desc="reference log-probs",
         unit="leaf",
         unit_scale=True,
-        disable=not progress or share == 0,
+        disable=not progress or leaves_of_rank == 0,
     )
 
     def on_batch(leaves: int, computed: int) -> None:
@@ -193,7 +193,7 @@ def fill(
 
     with bar, nullcontext() if adapters else adapters_off(model):
         cache.fill(
-            model,
+            model.logps,
             leaves,
             build=build,
             row_tokens=row_tokens,

@@ -1,16 +1,16 @@
-"""Checkpoints: what is trained and the optimizer's state, written while training goes on.
+"""Checkpoints: trained parameters and the optimizer's state, written while training continues.
 
-A checkpoint holds trained parameters and optimizer state, and its name the step. All else follows
-from settings and step: the order of the data, the learning rate, the random numbers of a step. It
-is taken between two steps, so there is no half-accumulated gradient to keep. Every rank writes its
-shards through torch.distributed.checkpoint, and any number of ranks can read them.
+The name of a checkpoint holds the step. All else follows from settings and step: the order of the
+data, the learning rate, the random numbers of a step. It is taken between two steps, so there is no
+half-accumulated gradient to keep. Every rank writes its shards through
+torch.distributed.checkpoint, and any number of ranks can read them.
 
     checkpoints/step-000050/manifest.json                    size and digest of every file
                             shard-00001-model-....safetensors   one for each rank
 
 Tensors are kept as safetensors and the rest as JSON, so nothing is ever unpickled and a planted
-file cannot run code. The digests show damage (a cut file, a flipped bit), not malice: who can write
-the folder can write a manifest. A checkpoint is written beside its final name and renamed when all
+file cannot run code. The digests show damage (a cut file, a flipped bit), not malice: a manifest
+can be written as well. A checkpoint is written beside its final name and renamed when all
 ranks have finished and every file is on the disk: one that has its name was whole.
 """
 
@@ -23,22 +23,29 @@ import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from realign.distributed import CommonError, broadcast_from_rank0, rank
 
 _MANIFEST = "manifest.json"
-_TRAINED = {"ignore_frozen_params": True, "flatten_optimizer_state_dict": True}
+_TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
 
 
 class CheckpointError(CommonError):
@@ -51,7 +58,7 @@ class Checkpoints:
     Used as a context: at its end the one in the making is finished.
 
     Args:
-        folder: where they lie; on several machines, in a file system that all of them share.
+        folder: that holds them; on several machines, in a file system that all of them share.
         keep: how many to keep, the newest.
     """
 
@@ -60,7 +67,7 @@ class Checkpoints:
         self.keep = keep
         self._pending: Future | None = None
         # A thread of its own talks to the other ranks, so it needs a group of its own.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -95,14 +102,14 @@ class Checkpoints:
         *,
         wait: bool = False,
     ) -> None:
-        """Copy to CPU memory, and write from there while training goes on.
+        """Copy to CPU memory, and write from there while training continues.
 
         At most one is in the making: the next waits for it. If one cannot be written, as on a full
         disk, that is reported at once, those before it stay, and the next is tried.
 
         Args:
             step: the step just finished.
-            model: what to save of: its trained parameters.
+            model: its trained parameters are saved.
             optimizer: its state is saved.
             wait: return when the checkpoint is on the disk.
 
@@ -111,35 +118,33 @@ class Checkpoints:
         """
         self._settle()
         writer = _Writer(self.folder, step, self.keep)
-        model_state, optimizer_state = get_state_dict(
-            model, optimizer, options=StateDictOptions(**_TRAINED)
-        )
-        self._pending = dcp.async_save(
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
+        pending = async_save(
             _tensors(model_state, optimizer_state),
             storage_writer=writer,
             process_group=self._group,
             no_dist=self._group is None,
         )
-        self._pending.add_done_callback(lambda done: self._clear(writer, done, warn=not wait))
+        assert isinstance(pending, Future)
+        pending.add_done_callback(lambda done: self._clear(writer, done, warn=not wait))
+        self._pending = pending
         if wait and (problem := self._settle()):
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written ({problem}). "
-                f"{self._what_is_left()} Make room, and go on with --resume."
+                f"{self._what_is_left()} Make room, and continue with --resume."
             )
 
     def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the checkpoint of a step in place, whatever number of ranks wrote it.
+        """Restore the checkpoint of a step in place, written by any number of ranks.
 
         Raises:
             CheckpointError: when it cannot be read.
         """
-        model_state, optimizer_state = get_state_dict(
-            model, optimizer, options=StateDictOptions(**_TRAINED)
-        )
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         path = self.folder / _name(step)
-        reader = dcp.HuggingFaceStorageReader(str(path))
+        reader = HuggingFaceStorageReader(str(path))
         there = reader.read_metadata().state_dict_metadata.keys()
-        # What never had a gradient, as layers of a tower that no feature comes from, has no state.
+        # Parameters that never had a gradient, as those behind a tower's features, have no state.
         idle = {
             n: p for n, p in model.named_parameters() if f"optimizer.state.{n}.step" not in there
         }
@@ -150,7 +155,7 @@ class Checkpoints:
             if not name.startswith(states)
         }
         try:
-            dcp.load(
+            load(
                 saved,
                 storage_reader=reader,
                 process_group=self._group,
@@ -159,15 +164,16 @@ class Checkpoints:
         except CheckpointException as failed:
             error, _ = next(iter(failed.failures.values()))
             raise CheckpointError(f"{path} cannot be loaded: {error}.") from error
+        restored: dict[str, Any] = {
+            name: saved.get(f"optimizer.{name}", setting)
+            for name, setting in optimizer_state.items()
+        }
         set_state_dict(
             model,
             optimizer,
             model_state_dict={name: saved[f"model.{name}"] for name in model_state},
-            optim_state_dict={
-                name: saved.get(f"optimizer.{name}", setting)
-                for name, setting in optimizer_state.items()
-            },
-            options=StateDictOptions(**_TRAINED, strict=False),
+            optim_state_dict=restored,
+            options=replace(_TRAINED, strict=False),
         )
         for parameter in idle.values():
             optimizer.state.pop(parameter, None)
@@ -178,7 +184,7 @@ class Checkpoints:
         return _problem(pending) if pending else ""
 
     def _clear(self, writer: _Writer, done: Future, *, warn: bool) -> None:
-        """Remove what could not be written; called by the thread that wrote."""
+        """Remove an unfinished checkpoint; called by the thread that wrote."""
         problem = ""
         with suppress(Exception):  # any other error is raised by the next call
             problem = _problem(done)
@@ -188,7 +194,7 @@ class Checkpoints:
         if warn:
             print(
                 f"warning: the checkpoint of step {writer.step} could not be written ({problem}). "
-                f"{self._what_is_left()} Training goes on; make room before the next one is due.",
+                f"{self._what_is_left()} Training continues; make room before the next one is due.",
                 file=sys.stderr,
             )
 
@@ -221,7 +227,7 @@ class Checkpoints:
         return _step(found[len(damaged)]) if found else 0
 
 
-class _Writer(dcp.HuggingFaceStorageWriter):
+class _Writer(HuggingFaceStorageWriter):
     """One safetensors file for each rank; rank 0 makes them visible when all are written."""
 
     def __init__(self, folder: Path, step: int, keep: int) -> None:
@@ -231,7 +237,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         super().__init__(str(folder / f".{self.target.name}.partial"), save_distributed=True)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
-        """Remove what an earlier attempt left; all ranks pass here before any writes."""
+        """Remove files of an earlier attempt; all ranks pass here before any writes."""
         if is_coordinator:
             shutil.rmtree(self.path, ignore_errors=True)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
@@ -244,8 +250,8 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         done.set_result([(name, _digest(Path(self.path) / name)) for name in names])
         return done
 
-    def finish(self, metadata, results) -> None:
-        """On rank 0, when all ranks have written: manifest, rename, remove what is too old."""
+    def finish(self, metadata: Any, results: Any) -> None:
+        """On rank 0, when all ranks have written: manifest, rename, remove old checkpoints."""
         partial, folder = Path(self.path), self.target.parent
         files = dict(pair for pairs in results for pair in pairs)
         if absent := [name for name in files if not (partial / name).exists()]:
@@ -268,10 +274,10 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
 
 def _tensors(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
-    """All that is saved. The optimizer's other entries are settings, and these stay as they are."""
-    found = {f"model.{name}": value for name, value in model_state.items()}
-    found |= {f"optimizer.{name}": value for name, value in optimizer_state.items()}
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    """The saved tensors. Other entries of the optimizer are settings, which stay as they are."""
+    states = {f"model.{name}": value for name, value in model_state.items()}
+    states |= {f"optimizer.{name}": value for name, value in optimizer_state.items()}
+    return {name: value for name, value in states.items() if isinstance(value, torch.Tensor)}
 
 
 def _name(step: int) -> str:
@@ -283,9 +289,9 @@ def _step(path: Path) -> int:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Checkpoints in the order of their steps; what else lies there is left alone."""
-    found = (path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal())
-    return sorted(found, key=_step)
+    """Checkpoints in the order of their steps; other files are ignored."""
+    paths = (path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal())
+    return sorted(paths, key=_step)
 
 
 def _digest(path: Path) -> dict[str, int | str]:
@@ -295,7 +301,7 @@ def _digest(path: Path) -> dict[str, int | str]:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint, in a few words; "" when it is whole."""
+    """The damage of a checkpoint, in a few words; "" when it is whole."""
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
         present = {file.name for file in path.glob("*.safetensors")}

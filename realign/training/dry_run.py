@@ -1,7 +1,7 @@
-"""The plan of a run, before any of it: `python -m realign.train --dry-run`.
+"""The plan of a run: `python -m realign.train --dry-run`.
 
-Settings and records are checked as training does, so their mistakes show here. No weights are read
-and nothing is written. Counts are exact; memory and time are estimates, and say so.
+Settings and records are checked as in training, so their mistakes show here. No weights are read
+and nothing is written. Counts are exact. Memory and time are estimates and marked as such.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 
 from realign import distributed
 from realign.config import TrainConfig
-from realign.data.records import read_pairs
-from realign.export import kept_dtype
 from realign.modeling import attention, reference_logps
 from realign.modeling.attention import row_budget
-from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
-from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
+from realign.modeling.loading import DTYPES, add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.training import fsdp, memory
 from realign.training.checkpoint import Checkpoints
-from realign.training.run_dir import base_of, check_settings, prepare_pairs, steps_done
-from realign.training.schedule import batches, share_of_rank, total_steps
+from realign.training.export import kept_dtype
+from realign.training.run_dir import base_of, check_settings, steps_done
+from realign.training.schedule import batches, rank_slice, total_steps
+from realign.training.setup import training_inputs
 from realign.training.step import micro_batches
 from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
@@ -39,28 +39,26 @@ from realign_kernels import ReferenceCache, collect_leaves, refcache
 _SAMPLED = 64  # forwards that are laid out to know rows and padding
 
 
-def make(config: TrainConfig) -> str:
+def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> str:
     """The plan as lines of text.
 
+    Args:
+        config: the settings.
+        prepare_pairs: gives the pairs file of these settings.
+
     Raises:
-        ValueError: for what training would refuse before its first step.
+        ValueError: for settings and records that training would refuse before its first step.
     """
     imports = process_memory("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = _pairs(config, Path(scratch))
-        plan = Plan(config, pairs)
-        rows = [*plan.what(), *plan.forest(), *plan.schedule()]
-        rows += [*plan.memory(imports), *plan.duration(), plan.disk()]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
-
-
-def _pairs(config: TrainConfig, scratch: Path) -> Path:
-    """The pairs file; the digit pairs that a run would make for itself are made elsewhere."""
-    own = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
-    if config.data.pairs is None and config.model.model is None and own.exists():
-        return own
-    return prepare_pairs(replace(config, run=replace(config.run, output=str(scratch))))
+        own = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
+        # The digit pairs that a run would build for itself are built elsewhere.
+        elsewhere = replace(config, run=replace(config.run, output=scratch))
+        plan = Plan(config, prepare_pairs(config if own.exists() else elsewhere))
+        rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
+        rows |= plan.memory(imports) | {"time": plan.duration(), "disk": plan.disk()}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows.items())
 
 
 @dataclass
@@ -74,7 +72,7 @@ class _Layout:
 
 
 class Plan:
-    """What a run will do, from its settings and records.
+    """The plan of a run, from its settings and records.
 
     Args:
         config: the settings.
@@ -95,31 +93,20 @@ class Plan:
         attends, _ = attention.choose(
             config.model.attention, self.device, self.dtype, compiled=config.scale.compile
         )
-        self.layout_attention = _layout_attention(attends)
+        # One with the same rows where fake tensors cannot run it.
+        self.layout_attention = "sdpa" if attends == "flex" else attends
         self.shards = self.ranks // config.scale.replicas
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
         self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
         if self.done:
             check_settings(config)
-        self.share = share_of_rank(config.optim.batch_size, 0, self.ranks)
+        self.local = rank_slice(config.optim.batch_size, 0, self.ranks)
 
-        self.processor = load_processor(self.base)
-        kept = self.dtype if self.lora else torch.float32
-        records = read_pairs(pairs)
-        self.objective = make_objective(config.loss, records)
-        self.vlm = load_model(self.base, kept, self.layout_attention, meta=True)
-        self.model = ForestModel(self.vlm, train_vision=config.model.train_vision, dtype=self.dtype)
-        self.examples, self.store = encode_records(
-            records,
-            self.processor,
-            self.objective,
-            layout=self.model.layout,
-            max_response_tokens=config.data.max_response_tokens,
-            max_tokens=self.vlm.config.get_text_config().max_position_embeddings,
-            progress=False,
-        )
+        inputs = training_inputs(config, pairs, self.layout_attention, meta=True)
+        self.model, self.objective = inputs.model, inputs.objective
+        self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
         self.about = reference_logps.description(
-            self.vlm, self.processor, self.dtype, self.device, config.scale.kernels
+            self.vlm, inputs.processor, self.dtype, self.device, config.scale.kernels
         )
         self.per_image_token = self._per_image_token()
         self.forward_cost = cost_of(self.model, self.per_image_token, backward=False)
@@ -157,55 +144,51 @@ class Plan:
             len(self.examples), optim.batch_size, self.config.run.seed, first=0, last=self.total
         )
         for _, batch in steps:
-            parts += [part for part, _ in micro_batches(batch[self.share], optim.micro_batch_size)]
+            parts += [part for part, _ in micro_batches(batch[self.local], optim.micro_batch_size)]
             if len(parts) >= _SAMPLED:
                 break
         return parts
 
-    def _batch(self, chosen: Sequence[Example]) -> ForestBatch:
-        budget = self.config.data.row_tokens or row_budget(self.model.attention, chosen)
-        return build_batch(chosen, self.store, row_tokens=budget)
+    def _batch(self, microbatch: Sequence[Example]) -> ForestBatch:
+        budget = self.config.data.row_tokens or row_budget(self.model.attention, microbatch)
+        return build_batch(microbatch, self.store, row_tokens=budget)
 
     def _layouts(self) -> list[_Layout]:
-        found = []
+        layouts = []
         for part in self._parts():
-            chosen = [self.examples[i] for i in part]
-            batch = self._batch(chosen)
-            work = dict(zip(WORK, work_of(batch, chosen).tolist(), strict=True))
-            found.append(_Layout(*batch.input_ids.shape, work, chosen))
-        return found
+            microbatch = [self.examples[i] for i in part]
+            batch = self._batch(microbatch)
+            counts = work_of(batch, microbatch).tolist()
+            work: dict[str, float] = dict(zip(WORK, counts, strict=True))
+            rows, columns = batch.input_ids.shape
+            layouts.append(_Layout(rows, columns, work, microbatch))
+        return layouts
 
     @property
     def forwards(self) -> int:
         """Forwards of a rank in a step."""
-        return -(-(self.share.stop - self.share.start) // self.config.optim.micro_batch_size)
+        return -(-(self.local.stop - self.local.start) // self.config.optim.micro_batch_size)
 
     def _mean(self, name: str) -> float:
         """Work of a forward."""
         return float(np.mean([layout.work[f"work/{name}"] for layout in self.layouts]))
 
-    def what(self) -> list[tuple[str, str]]:
-        """Objective, model, and what of it learns."""
+    def model_rows(self) -> dict[str, str]:
+        """Objective, model, and the trained part of it."""
         settings, kind = self.config.model, self.vlm.config
         how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
         everything = sum(p.numel() for p in self.model.parameters())
         separate = self.model.layout.separate
         sharing = "prompts shared" if separate is None else f"a prompt per response: {separate}"
-        return [
-            ("objective", f"{self.objective.name}, {len(self.objective.leaves)} leaves"),
-            (
-                "model",
-                f"{self.base}: {kind.model_type}, {self.whole:,} parameters, {settings.dtype}, "
-                f"{self.model.attention} attention, {sharing}",
-            ),
-            (
-                "trains",
-                f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
-            ),
-        ]
+        return {
+            "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
+            "model": f"{self.base}: {kind.model_type}, {self.whole:,} parameters, "
+            f"{settings.dtype}, {self.model.attention} attention, {sharing}",
+            "trains": f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
+        }
 
-    def forest(self) -> list[tuple[str, str]]:
-        """Records, tokens, and what sharing saves."""
+    def forest(self) -> dict[str, str]:
+        """Records, tokens, and the saving by shared prompts."""
         leaves = collect_leaves(self.examples)
         distinct = len(set(leaves.keys.tolist()))
         image = self.model.layout.image_token_id
@@ -216,29 +199,17 @@ class Plan:
         tokens, separate = self._mean("tokens"), self._mean("separate")
         cells = np.mean([layout.rows * layout.columns for layout in self.layouts])
         known, folder = self._known(leaves)
-        return [
-            ("records", f"{len(self.examples):,}, {len(self.store):,} distinct images"),
-            (
-                "tokens",
-                f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
-                f"{leaves.lengths.mean():.0f} in a response (mean; {leaves.lengths.max()} at "
-                f"most); longest tree {longest:,}",
-            ),
-            (
-                "forest",
-                f"{tokens:,.0f} tokens in a forward instead of {separate:,.0f} as separate "
-                f"sequences: {1 - tokens / separate:.1%} saved",
-            ),
-            (
-                "rows",
-                f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
-                f"{1 - tokens / cells:.1%} padding",
-            ),
-            (
-                "references",
-                f"{distinct:,} distinct leaves, {known:,} of them known{folder}",
-            ),
-        ]
+        return {
+            "records": f"{len(self.examples):,}, {len(self.store):,} distinct images",
+            "tokens": f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
+            f"{leaves.lengths.mean():.0f} in a response (mean; {leaves.lengths.max()} at most); "
+            f"longest tree {longest:,}",
+            "forest": f"{tokens:,.0f} tokens in a forward instead of {separate:,.0f} as separate "
+            f"sequences: {1 - tokens / separate:.1%} saved",
+            "rows": f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
+            f"{1 - tokens / cells:.1%} padding",
+            "references": f"{distinct:,} distinct leaves, {known:,} of them known{folder}",
+        }
 
     def _known(self, leaves) -> tuple[int, str]:
         """Leaves in the fullest table whose fingerprint fits but for the weights, not read here."""
@@ -253,20 +224,17 @@ class Plan:
                 best, where = count, f" in {folder} if its weights are these"
         return best, where
 
-    def schedule(self) -> list[tuple[str, str]]:
+    def schedule(self) -> str:
         """Steps, and how they are divided."""
         optim = self.config.optim
         epochs = self.total * optim.batch_size / len(self.examples)
         resumed = f", {self.done:,} of them done" if self.done else ""
-        return [
-            (
-                "steps",
-                f"{self.total:,} of {optim.batch_size} examples, {epochs:.2f} epochs{resumed}; "
-                f"{self.ranks} rank(s), {self.forwards} forward(s) of each in a step",
-            )
-        ]
+        return (
+            f"{self.total:,} of {optim.batch_size} examples, {epochs:.2f} epochs{resumed}; "
+            f"{self.ranks} rank(s), {self.forwards} forward(s) of each in a step"
+        )
 
-    def memory(self, imports: int) -> list[tuple[str, str]]:
+    def memory(self, imports: int) -> dict[str, str]:
         """The largest moment of a rank, by part."""
         parts = self.memory_parts()
         if self.device.type == "cpu":
@@ -275,13 +243,13 @@ class Plan:
         else:
             room = torch.cuda.get_device_properties(self.device).total_memory
         total = sum(parts.values())
-        rows = [(f"  {name}", _gib(size)) for name, size in parts.items()]
+        rows = {f"  {name}": _gib(size) for name, size in parts.items()}
         verdict = "" if total < room else "; it will NOT fit"
         summary = f"{_gib(total)} of {_gib(room)} for a rank, estimated{verdict}"
-        return [(f"memory, {self.device.type}", summary), *rows]
+        return {f"memory, {self.device.type}": summary} | rows
 
     def memory_parts(self) -> dict[str, int]:
-        """Bytes of a rank at its largest moment, without what its imports take."""
+        """Bytes of a rank at its largest moment, without its imports."""
         stored = sum(
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
@@ -298,6 +266,7 @@ class Plan:
             gathered = (root + 2 * max(layers)) * self.dtype.itemsize
         largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
         batch = self._batch(largest.batch)
+        assert batch.images is not None
         sizes = [value.nbytes for value in batch.images.inputs.values()]
         image = sum(sizes) // len(batch.images.tokens)
         with memory.fake_tensors(self.device):
@@ -327,28 +296,25 @@ class Plan:
             parts["process"] = memory.PROCESS
         return {name: size for name, size in parts.items() if size}
 
-    def duration(self) -> list[tuple[str, str]]:
-        """Time of the matrix products alone."""
+    def duration(self) -> str:
+        """Time of the matrix products only."""
         rate = _matmul_rate(self.device, self.dtype)
         machine = rate * (self.ranks if self.device.type == "cuda" else 1)
-        flop = np.mean([self.cost.of(layout.work) for layout in self.layouts])
-        forward = np.mean([self.forward_cost.of(layout.work) for layout in self.layouts])
+        flop = fmean(self.cost.of(layout.work) for layout in self.layouts)
+        forward = fmean(self.forward_cost.of(layout.work) for layout in self.layouts)
         step = flop * self.forwards * self.ranks
-        size = np.mean([len(layout.batch) for layout in self.layouts])
+        size = fmean(len(layout.batch) for layout in self.layouts)
         reference_pass = forward / size * len(self.examples) / machine
         seconds = step / machine
         left = seconds * (self.total - self.done)
-        return [
-            (
-                "time",
-                f"at least {_clock(left)} for steps of {seconds:.2g} s, and up to "
-                f"{_clock(reference_pass)} for references: {step / 1e12:,.3g} TFLOP a step at the "
-                f"{machine / 1e12:,.3g} TFLOP/s of bare matrix products, just measured",
-            )
-        ]
+        return (
+            f"at least {_clock(left)} for steps of {seconds:.2g} s, and up to "
+            f"{_clock(reference_pass)} for references: {step / 1e12:,.3g} TFLOP a step at the "
+            f"{machine / 1e12:,.3g} TFLOP/s of bare matrix products, just measured"
+        )
 
-    def disk(self) -> tuple[str, str]:
-        """What is written, and the room there is."""
+    def disk(self) -> str:
+        """Size of the outputs, and free space."""
         whole = not self.lora or self.config.run.merge
         stored = kept_dtype(self.base).itemsize if self.lora else 4
         final = self.whole * stored if whole else self.learning * 4
@@ -356,16 +322,9 @@ class Plan:
         while not place.exists():
             place = place.parent
         return (
-            "disk",
             f"{self.config.run.keep + 1} checkpoints of {_gib(12 * self.learning)} (one is being "
-            f"written), final model "
-            f"{_gib(final)}; {_gib(shutil.disk_usage(place).free)} free",
+            f"written), final model {_gib(final)}; {_gib(shutil.disk_usage(place).free)} free"
         )
-
-
-def _layout_attention(attends: str) -> str:
-    """What lays rows out alike where fake tensors cannot go (flex's own operator)."""
-    return "sdpa" if attends == "flex" else attends
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -374,7 +333,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     count, began = 0, None
     while began is None or time.perf_counter() - began < 0.33:
-        left @ right
+        torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize()
         if began is None:  # the first one sets things up

@@ -1,14 +1,15 @@
-"""A model over many ranks and in little memory: FSDP2 or HSDP, offload, its layers wrapped.
+"""FSDP2 and HSDP, offload, and wrapped layers: a model over many ranks and in little memory.
 
 Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts
-stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside what is compiled
-and what is computed twice.
+stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside of
+compiled and checkpointed code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,20 +21,21 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.utils.checkpoint import checkpoint
 
-from realign.config import ScaleConfig
-from realign.distributed import broadcast_from_rank0, rank, world_size
+from realign.config import ScaleConfig, TrainConfig
+from realign.distributed import broadcast_from_rank0, log_rank0, rank, world_size
 from realign.modeling.model import ForestModel
 from realign.training import liger
 
 
 def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
-    """Refuse what these ranks cannot do; before a model is loaded.
+    """Refuse settings that these ranks cannot run; before a model is loaded.
 
     Raises:
-        ValueError: names the setting and what to do.
+        ValueError: names the setting and the remedy.
     """
     if ranks % scale.replicas:
         raise ValueError(
@@ -49,13 +51,26 @@ def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
         liger.check(device)
 
 
+def place(model: ForestModel, config: TrainConfig, device: torch.device) -> None:
+    """Wrap the trained layers as the settings ask for, and bring the model to `device`."""
+    scale, layers = config.scale, trained_layers(model)
+    if scale.liger:
+        log_rank0(liger.use(layers, device))
+    wrap_layers(layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing)
+    if config.sharded:
+        offload, replicas = scale.cpu_offload, scale.replicas
+        shard(model, device, model.dtype, replicas=replicas, cpu_offload=offload)
+    else:
+        model.to(device)
+
+
 def trained_layers(model: ForestModel) -> list[nn.Module]:
     """The layers with a trained parameter; those of a frozen tower keep nothing for backward."""
     return [m for m in model.layers if any(p.requires_grad for p in m.parameters())]
 
 
 def wrap_layers(layers: Iterable[nn.Module], *, compiled: bool, checkpointed: bool) -> None:
-    """Compile layers, and compute them again in backward instead of keeping what they hold.
+    """Compile layers, and compute them again in backward instead of keeping activations.
 
     Sizes are dynamic from the first call on, so batches of other shapes do not compile again.
     """
@@ -98,13 +113,13 @@ def shard(
         device: where this rank computes.
         dtype: fp32 or bf16.
         replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
-        cpu_offload: keep what is sharded in host memory.
+        cpu_offload: keep sharded parameters in host memory.
     """
     shards = world_size() // replicas
     shape = {"replicate": replicas, "shard": shards} if replicas > 1 else {"shard": shards}
     mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     whole = left_whole(model, dtype, world_size(), cpu_offload)
-    for parameter in whole:  # FSDP2 moves what it manages
+    for parameter in whole:  # FSDP2 moves only those it manages
         parameter.data = parameter.data.to(device)
     options = {
         "mesh": mesh,
@@ -121,13 +136,15 @@ def shard(
     done: set[nn.Module] = set()
     for unit in [*model.layers, model]:
         modules = [module for module in unit.modules() if module not in done]
-        _take_from_rank_0(modules, device)
+        _receive_from_rank0(modules, device)
         if unit is model or not whole.issuperset(unit.parameters()):
             fully_shard(unit, **options)
         done.update(modules)
+    for method in ("logps", "image_features"):  # they gather weights as `forward` does
+        register_fsdp_forward_method(model, method)
 
 
-def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> None:
+def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Replace the tensors that these modules themselves hold by those of rank 0, bit for bit.
 
     Among them are buffers that no state dict has, such as rotary frequencies. What rank 0 ties is
@@ -135,15 +152,17 @@ def _take_from_rank_0(modules: Iterable[nn.Module], device: torch.device) -> Non
     """
     if world_size() == 1:
         return
-    tables = [table for m in modules for table in (m._parameters, m._buffers, vars(m))]
+    tables: list[dict[str, Any]] = [
+        table for m in modules for table in (m._parameters, m._buffers, vars(m))
+    ]
     slots = [(t, name) for t in tables for name in t if isinstance(t[name], torch.Tensor)]
     first: dict[torch.Tensor, int] = {}
-    mine = [
+    local = [
         (name, table[name].shape, table[name].dtype, first.setdefault(table[name], place))
         for place, (table, name) in enumerate(slots)
     ]
     replaced: dict[int, torch.Tensor] = {}
-    for (table, name), sent in zip(slots, broadcast_from_rank0(lambda: mine), strict=True):
+    for (table, name), sent in zip(slots, broadcast_from_rank0(lambda: local), strict=True):
         expected, shape, dtype, place = sent
         assert name == expected, f"rank {rank()} holds {name} where rank 0 holds {expected}"
         if place not in replaced:

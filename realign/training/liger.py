@@ -1,8 +1,8 @@
 """RMSNorm and SwiGLU of one model by liger-kernel; nothing outside this model changes.
 
 liger's own `apply_liger_kernel_to_*` also replaces functions and classes of transformers, for every
-model of the process. Here `forward` is set on instances, and only where liger's kernel gives what
-the module itself gives. Rotary embeddings stay as they are: they are a module-level function of
+model of the process. Here `forward` is set on instances, and only where liger's kernel and
+the module agree. Rotary embeddings stay as they are: they are a module-level function of
 transformers. The loss is this project's own.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,13 +42,15 @@ def use(layers: Iterable[nn.Module], device: torch.device) -> str:
     Raises:
         ValueError: when there is no such module.
     """
-    chosen: dict[type, Callable | None] = {}
+    replacements: dict[type, Callable | None] = {}
     count: dict[str, int] = {}
     for module in (module for layer in layers for module in layer.modules()):
         kind = type(module)
-        if kind not in chosen:
-            chosen[kind] = next((f for f in _stand_ins(module) if _agrees(module, f, device)), None)
-        if (forward := chosen[kind]) is not None:
+        if kind not in replacements:
+            replacements[kind] = next(
+                (f for f in _candidates(module) if _agrees(module, f, device)), None
+            )
+        if (forward := replacements[kind]) is not None:
             module.forward = MethodType(forward, module)
             count[kind.__name__] = count.get(kind.__name__, 0) + 1
     if not count:
@@ -58,7 +61,7 @@ def use(layers: Iterable[nn.Module], device: torch.device) -> str:
     return "liger: " + ", ".join(f"{number} {name}" for name, number in sorted(count.items()))
 
 
-def _stand_ins(module: nn.Module) -> list[Callable]:
+def _candidates(module: nn.Module) -> list[Callable]:
     """Functions of (module, hidden) that may be its forward."""
     if hasattr(module, "weight") and type(module).__name__.endswith("RMSNorm"):
         llama = partial(_norm, offset=0.0, casting="llama")
@@ -68,35 +71,35 @@ def _stand_ins(module: nn.Module) -> list[Callable]:
     return []
 
 
-def _agrees(module: nn.Module, forward: Callable, device: torch.device) -> bool:
+def _agrees(module: Any, forward: Callable, device: torch.device) -> bool:
     """Whether a copy of the module with random weights gives the same both ways, in fp32."""
     tried = copy.deepcopy(module).to_empty(device=device).float()  # it may be on the meta device
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in tried.parameters():
             parameter.normal_(std=0.1, generator=generator)
-        width = tried.weight.shape[0] if hasattr(tried, "weight") else tried.gate_proj.in_features
+        width = (tried.weight if hasattr(tried, "weight") else tried.gate_proj.weight).shape[-1]
         hidden = torch.randn(4, 8, width, device=device, generator=generator)
         truth, found = tried(hidden), forward(tried, hidden)
     return bool((found - truth).abs().max() <= _TOLERANCE * truth.abs().max())
 
 
 def _norm(
-    norm: nn.Module,
+    norm: Any,
     hidden: torch.Tensor,  # (..., H)
     *,
     offset: float,
     casting: str,
 ) -> torch.Tensor:
-    from liger_kernel.ops import LigerRMSNormFunction
+    from liger_kernel.ops import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
 
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     # The last argument but one: whether backward may write into the gradient it is given.
     return LigerRMSNormFunction.apply(hidden, norm.weight, epsilon, offset, casting, False, None)
 
 
-def _swiglu(mlp: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.ops import LigerSiLUMulFunction
+def _swiglu(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
 
     gated = LigerSiLUMulFunction.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden), 1.0, 1.0)
     return mlp.down_proj(gated)

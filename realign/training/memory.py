@@ -2,7 +2,7 @@
 
 The model is built without storage and one real micro-batch goes through it, forward and backward,
 as fake tensors: torch computes shapes and dtypes only, for any architecture, LoRA or not. What
-would be alive is counted allocation by allocation. So nothing here knows what a layer keeps.
+would be alive is counted allocation by allocation. So no formula for a layer is needed.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ def measure(
 
 def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:
     """The same batch with features of its images, as lists: the tower is left out."""
+    assert batch.images is not None
     config = model.vlm.config
     width = config.get_text_config().hidden_size
     levels = getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
@@ -176,7 +177,9 @@ def _loss(model: ForestModel, batch: ForestBatch) -> tuple[torch.Tensor, torch.T
     fills a chunk of logits, and makes the gradient of a weight that learns in the forward.
     """
     hidden = model._hidden(batch)
-    weight = model.vlm.get_output_embeddings().weight
+    head = model.vlm.get_output_embeddings()
+    assert head is not None and isinstance(head.weight, torch.Tensor)
+    weight = head.weight
     size = workspace_bytes(
         len(hidden), weight.shape[1], len(weight), weight.device, trains=weight.requires_grad
     )

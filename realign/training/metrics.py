@@ -1,4 +1,4 @@
-"""What a step reports: TRL's names for the text side, the same words with `visual` for the other.
+"""Metrics of a step: TRL's names for the text side, the same words with `visual` for the other.
 
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
 examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
@@ -35,28 +35,28 @@ def _name(leaf: Leaf) -> str:
 
 
 def by_example(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
-    """Everything that is reported of a batch beside its loss, each (B,) fp64."""
+    """The metrics of a batch besides its loss, each (B,) fp64."""
     names = leaf_names(objective)
     rewards = dict(zip(names, output.rewards.double(), strict=True))
     logps = dict(zip(names, output.logps.detach().double(), strict=True))
-    found = {}
+    values: dict[str, torch.Tensor] = {}
     if len(objective.terms) > 1:
         parts = output.term_losses.detach().double()
-        found |= {f"loss/{t.name}": part for t, part in zip(objective.terms, parts, strict=True)}
-    found |= {f"rewards/{name}": value for name, value in rewards.items()}
+        values |= {f"loss/{t.name}": part for t, part in zip(objective.terms, parts, strict=True)}
+    values |= {f"rewards/{name}": value for name, value in rewards.items()}
     for other in names:
         if "chosen" in rewards and re.fullmatch(r"rejected|visual(_\d+)?", other):
             prefix = "" if other == "rejected" else f"{other}_"
             margin = rewards["chosen"] - rewards[other]
-            found[f"rewards/{prefix}accuracies"] = (margin > 0).double()
-            found[f"rewards/{prefix}margins"] = margin
-    return found | {f"logps/{name}": value for name, value in logps.items()}
+            values[f"rewards/{prefix}accuracies"] = (margin > 0).double()
+            values[f"rewards/{prefix}margins"] = margin
+    return values | {f"logps/{name}": value for name, value in logps.items()}
 
 
 def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
-    """Sums over a batch's examples of everything that is reported, as fp64 scalars."""
-    found = {name: value.sum() for name, value in by_example(output, objective).items()}
-    return {"loss": output.loss.detach().double()} | found
+    """Sums of all metrics over the examples of a batch, as fp64 scalars."""
+    added = {name: value.sum() for name, value in by_example(output, objective).items()}
+    return {"loss": output.loss.detach().double()} | added
 
 
 def step_line(entry: dict[str, Any], total: int) -> str:

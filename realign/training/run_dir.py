@@ -1,14 +1,14 @@
-"""A run and its folder: what it began with, how far it is, when to stop, the pairs it makes."""
+"""The output folder of a run: its lock, settings and progress; and the signals that stop a run."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from realign import distributed
 from realign.config import RunConfig, TrainConfig
@@ -24,49 +24,45 @@ _FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
-    """Hold the output folder on rank 0; whoever else tries meanwhile is refused.
+    """Lock the output folder on rank 0; another run that asks for it is refused.
 
-    The system lets go of it when the process ends, however that happens.
+    The system releases the lock when the process ends in any way.
 
     Raises:
         CommonError: when another run holds it.
     """
 
-    def take():
-        output.mkdir(parents=True, exist_ok=True)
-        file = (output / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise distributed.CommonError(
-                f"another run writes to {output}. Wait for its end, or name another --output."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        return file
+    with ExitStack() as held:
 
-    held: list = []
-    distributed.broadcast_from_rank0(lambda: held.append(take()))
-    try:
+        def lock() -> None:
+            output.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((output / ".lock").open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise distributed.CommonError(
+                    f"another run writes to {output}. Wait for its end, or name another --output."
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+
+        distributed.broadcast_from_rank0(lock)
         yield
-    finally:
-        for file in held:
-            file.close()
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C, so that the step in progress ends and is saved.
+    """Records SIGTERM and Ctrl-C, so that the step in progress ends and is saved.
 
     A second Ctrl-C acts at once. SIGTERM may come twice, from a scheduler and from a launcher.
     """
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal that came
+        self.name = ""  # of the signal
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -80,7 +76,7 @@ class StopSignal:
 
 
 def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
-    """Steps of the run in the output folder to go on from; an earlier run is never overwritten.
+    """Steps of the run in the output folder to resume from; an earlier run is never overwritten.
 
     Raises:
         ValueError: when the folder holds a run and `resume` is off.
@@ -91,14 +87,14 @@ def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
     done, output = checkpoints.last(), Path(config.run.output)
     if done or (output / "metrics.jsonl").exists():
         raise ValueError(
-            f"{output} holds a run with a checkpoint at step {done}. Add --resume to go on with "
+            f"{output} holds a run with a checkpoint at step {done}. Add --resume to continue "
             "it, or name another --output."
         )
     return 0
 
 
 def check_outputs(run: RunConfig) -> None:
-    """Check that a run can write all that it writes; called before any work.
+    """Check that a run can write its outputs; called before any work.
 
     Raises:
         ValueError: names the flag, the path and the reason.
@@ -123,10 +119,10 @@ def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
 
 
 def check_settings(config: TrainConfig, **digests: str) -> None:
-    """A run goes on only as it began: same settings, and same `digests` of `write_identity`.
+    """Refuse to resume a run with other settings or other `digests` of `write_identity`.
 
     Raises:
-        ValueError: names what has changed.
+        ValueError: names each change.
     """
     output = Path(config.run.output)
     try:
@@ -134,7 +130,7 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
         began = {"run": {}} | old["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{output / 'run.json'}, which tells how the run began, cannot be read ({error!r}). "
+            f"{output / 'run.json'}, which holds the run's settings, cannot be read ({error!r}). "
             "Restore it, or name another --output."
         ) from error
     new = config.to_dict()
@@ -167,26 +163,3 @@ def base_of(config: TrainConfig) -> str:
             " Add --merge, which writes whole weights, or --tune full."
         )
     return base
-
-
-def prepare_pairs(config: TrainConfig) -> Path:
-    """The pairs file to train on; builds the digits default once when none is named.
-
-    Raises:
-        ValueError: when a model is named and no pairs are.
-    """
-    if config.data.pairs is not None:
-        return Path(config.data.pairs)
-    if config.model.model is not None:
-        raise ValueError(
-            "--model is given without --pairs. Build pairs for it with `python -m realign.pairs` "
-            "and pass the file."
-        )
-    path = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
-    if not path.exists() and distributed.rank() == 0:
-        from realign.pairs.pipeline import PairsConfig, build_pairs
-
-        quiet = config.run.quiet or not sys.stderr.isatty()
-        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=quiet))
-    distributed.barrier()
-    return path

@@ -1,7 +1,7 @@
-"""What a step takes: which examples, which of them a rank, learning rate, random numbers.
+"""Schedule: examples of a step and of a rank, learning rate, random numbers.
 
-All of it follows from the settings and the step alone, so a run can go on at any step, on any
-number of ranks, without a state of its own.
+All of it follows from the settings and the step, so a run can resume at any step, on any number of
+ranks, without a state of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(step, example indices) of steps first+1 .. last: a fresh permutation for each epoch.
 
-    Batches run on from one epoch into the next, so all are full; they depend on the seed alone.
+    Batches run on from one epoch into the next, so all are full; they depend on the seed only.
     """
     for step in range(first + 1, last + 1):
         wanted = np.arange((step - 1) * batch_size, step * batch_size)
@@ -36,8 +36,8 @@ def batches(
         yield step, np.array([orders[i // count][i % count] for i in wanted.tolist()])
 
 
-def share_of_rank(batch_size: int, rank: int, ranks: int) -> slice:
-    """Which part of every global batch a rank takes.
+def rank_slice(batch_size: int, rank: int, ranks: int) -> slice:
+    """The part of every global batch that a rank takes.
 
     Raises:
         ValueError: when the batch does not divide among the ranks.
@@ -62,8 +62,8 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Begin a step with random numbers (dropout) of its own, on CPU and GPU.
 
-    A resumed run therefore draws what it would have drawn, without a saved state. On another number
-    of ranks examples lie elsewhere, and so do their masks.
+    A resumed run therefore draws the same numbers, without a saved state. Another number of ranks
+    divides the examples differently, so their dropout masks differ.
     """
     state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))

@@ -1,25 +1,33 @@
-"""One step: forward and backward over a rank's examples, the optimizer's, and its checks."""
+"""The steps of training: the loop, forward and backward of a step, its update and its checks."""
 
 from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from realign import distributed
 from realign.modeling.attention import row_budget
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
 from realign.modeling.model import ForestModel
-from realign.modeling.prefetch import pinned
-from realign.training import metrics
+from realign.modeling.prefetch import ahead, pinned
 from realign.training.fsdp import sync_gradients
-from realign.training.throughput import WORK, work_of
+from realign.training.metrics import sums
+from realign.training.run_dir import StopSignal, write_identity
+from realign.training.schedule import batches, learning_rate, seed_step
+from realign.training.setup import Run
+from realign.training.throughput import WORK, Meter, work_of
+from realign.training.trackers import Trackers
 from realign_kernels import Objective
 
 
@@ -27,17 +35,18 @@ class NonFiniteStep(distributed.CommonError):
     """Loss or gradient is not finite; raised on all ranks. The optimizer has updated nothing."""
 
     def __init__(
-        self, step: int, found: dict[str, float], culprits: Sequence[str], batch_size: int
+        self, step: int, metrics: dict[str, float], records: Sequence[str], batch_size: int
     ) -> None:
-        if len(culprits) == batch_size:
-            who = "Every record of the step gives it: lower --learning-rate."
-        elif culprits:
-            who = f"It comes from record(s) {', '.join(culprits)}: look at image and text."
+        if len(records) == batch_size:
+            cause = "Every record of the step gives it: lower --learning-rate."
+        elif records:
+            cause = f"It comes from record(s) {', '.join(records)}: look at image and text."
         else:
-            who = "No record gives this alone; lower --learning-rate."
+            cause = "No record gives it by itself; lower --learning-rate."
+        loss, norm = metrics["loss"], metrics["grad_norm"]
         super().__init__(
-            f"step {step}: loss {found['loss']}, gradient norm {found['grad_norm']}. {who} Nothing "
-            "was updated; checkpoints are kept. Train what you change in another --output."
+            f"step {step}: loss {loss}, gradient norm {norm}. {cause} Nothing was updated; "
+            "checkpoints are kept. Train with other settings in another --output."
         )
 
 
@@ -72,7 +81,7 @@ class Feed:
         references: (L, examples) fp32 log-probs of the reference.
         store: the images.
         attention: transformers' name of the implementation.
-        row_tokens: most tokens in a row; 0 takes what suits the attention.
+        row_tokens: most tokens in a row; 0 takes the best for the attention.
         device: where the forward is; results are in pinned memory for CUDA.
     """
 
@@ -93,20 +102,109 @@ class Feed:
         Raises:
             RecordError: when an image cannot be read again.
         """
-        chosen = [self.examples[i] for i in part]
-        budget = self.row_tokens or row_budget(self.attention, chosen)
-        batch = build_batch(chosen, self.store, row_tokens=budget)
-        found = MicroBatch(batch, self.references[:, part], work_of(batch, chosen), last)
-        return pinned(found, self.device)
+        examples = [self.examples[i] for i in part]
+        budget = self.row_tokens or row_budget(self.attention, examples)
+        batch = build_batch(examples, self.store, row_tokens=budget)
+        references = self.references[:, part]
+        return pinned(MicroBatch(batch, references, work_of(batch, examples), last), self.device)
 
 
 def micro_batches(
-    mine: np.ndarray,  # (n,) indices of this rank's examples of a step
+    local_indices: np.ndarray,  # (n,) of this rank's examples of a step
     size: int,
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Indices of the examples of each forward of a step, and whether it is the last forward."""
-    for start in range(0, len(mine), size):
-        yield mine[start : start + size], start + size >= len(mine)
+    for start in range(0, len(local_indices), size):
+        yield local_indices[start : start + size], start + size >= len(local_indices)
+
+
+def train_steps(
+    run: Run,
+    references: torch.Tensor,  # (L, examples) fp32
+) -> bool:
+    """Train to the last step; returns False where a signal stopped the run, after a checkpoint.
+
+    Raises:
+        NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
+        CheckpointError: when a checkpoint that is waited for cannot be written.
+    """
+    config, optim, inputs, total = run.config, run.config.optim, run.inputs, run.total
+    row_tokens, attention = config.data.row_tokens, inputs.model.attention
+    feed = Feed(inputs.examples, references, inputs.store, attention, row_tokens, run.device)
+    seed, count = config.run.seed, len(inputs.examples)
+    order = partial(batches, count, optim.batch_size, seed, first=run.done, last=total)
+    tasks = (
+        partial(feed, *part)
+        for _, indices in order()
+        for part in micro_batches(indices[run.local], optim.micro_batch_size)
+    )
+    meter = Meter(inputs.model, run.device, inputs.model.dtype, run.image_flop)
+    trackers = Trackers(config, inputs.objective.name, total=total, done=run.done)
+    if distributed.rank() == 0:
+        write_identity(config, **run.digests)
+    inputs.model.train()
+    with (
+        StopSignal() as stop,
+        run.checkpoints,
+        trackers,
+        heap_frozen(),
+        ahead(tasks, run.device) as ready,
+    ):
+        for step, indices in order():
+            began = time.perf_counter()
+            metrics, stopping = train_step(run, step, indices[run.local], feed, ready, stop)
+            rates = meter.read(metrics, optim.batch_size, time.perf_counter() - began)
+            epoch = step * optim.batch_size / count
+            trackers.write({"step": step, "epoch": epoch, **metrics, **rates})
+            end = stopping or step == total
+            if end or (config.run.save_every and step % config.run.save_every == 0):
+                run.checkpoints.save(step, inputs.model, run.optimizer, wait=end)
+            if stopping and step < total:
+                line = f"stopped after step {step} of {total}; add --resume to continue"
+                distributed.log_rank0(line)
+                return False
+    return True
+
+
+def train_step(
+    run: Run,
+    step: int,
+    local_indices: np.ndarray,  # (n,) of this rank's examples
+    feed: Feed,
+    ready: Iterator[MicroBatch],
+    stop: StopSignal,
+) -> tuple[dict[str, float], bool]:
+    """One step on the micro-batches of `local_indices`, which are the next of `ready`.
+
+    Returns:
+        Metrics as means over the global batch; and whether any rank is to stop.
+
+    Raises:
+        NonFiniteStep: when loss or gradient is not finite.
+    """
+    optim, model, optimizer = run.config.optim, run.inputs.model, run.optimizer
+    seed_step(run.config.run.seed, step, distributed.rank())
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step - 1, run.total, optim)
+    forward_backward = partial(
+        accumulate,
+        model,
+        objective=run.inputs.objective,
+        batch_size=optim.batch_size,
+        device=run.device,
+    )
+    forwards = -(-len(local_indices) // optim.micro_batch_size)
+    totals = forward_backward(islice(ready, forwards))
+    norm = clip(run.trained, optim.clip)
+    metrics, stopping = update_and_read(optimizer, totals, norm, optim.batch_size, bool(stop.name))
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        bad = nonfinite_records(
+            lambda part: forward_backward([feed(part)]), local_indices, run.trained
+        )
+        names = [run.inputs.examples[i].name for i in bad]
+        raise NonFiniteStep(step, metrics, names, optim.batch_size)
+    optimizer.zero_grad()
+    return metrics | {"learning_rate": optimizer.param_groups[0]["lr"]}, stopping
 
 
 @contextmanager
@@ -145,7 +243,7 @@ def accumulate(
         out = model(part.batch, objective, part.references)
         (out.loss * scale).backward()
         work = dict(zip(WORK, part.work.unbind(), strict=True))
-        for name, value in (metrics.sums(out, objective) | work).items():
+        for name, value in (sums(out, objective) | work).items():
             totals[name] = totals.get(name, 0) + value
     return totals
 
@@ -153,7 +251,7 @@ def accumulate(
 def clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> torch.Tensor:
     """Clip the gradient to norm `limit` (0: do not); returns its norm before, a scalar."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def update_and_read(
@@ -163,7 +261,7 @@ def update_and_read(
     batch_size: int,
     stop: bool,
 ) -> tuple[dict[str, float], bool]:
-    """Update parameters, then read the device once: metrics, and whether any rank is to stop.
+    """Update the parameters, reduce the metrics over ranks, and read the device once.
 
     The update is queued before the read, so that the device has work while the host waits. Where
     loss or norm is not finite the device leaves parameters and states as they are.
@@ -176,62 +274,60 @@ def update_and_read(
         stop: whether this rank is to stop.
 
     Returns:
-        Metrics as means over the global batch, with the norm; and whether to stop.
+        Metrics as means over the global batch, with the norm; and whether any rank is to stop.
     """
-    sums = torch.stack([*totals.values()])
-    sums = distributed.sum_over_ranks(torch.cat([sums, sums.new_full((1,), stop)]))
-    norm = norm.to(sums, non_blocking=True)
-    decisive = torch.stack([sums[[*totals].index("loss")], norm])
+    summed = torch.stack([*totals.values()])
+    summed = distributed.sum_over_ranks(torch.cat([summed, summed.new_full((1,), stop)]))
+    norm = norm.to(summed, non_blocking=True)
+    decisive = torch.stack([summed[[*totals].index("loss")], norm])
     # Offloaded parameters are on the CPU. The optimizer would copy the flag there without a wait.
     where = optimizer.param_groups[0]["params"][0].device
-    optimizer.found_inf = decisive.isfinite().all().logical_not().float().to(where)
+    found_inf = decisive.isfinite().all().logical_not().float().to(where)
+    optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue] - as GradScaler
     optimizer.step()
-    *sums, stopping, norm = torch.cat([sums, norm[None]]).tolist()
-    means = [value / batch_size for value in sums]
-    return dict(zip(totals, means, strict=True)) | {"grad_norm": norm}, stopping > 0
+    *values, stopping, grad_norm = torch.cat([summed, norm[None]]).tolist()
+    means = {name: value / batch_size for name, value in zip(totals, values, strict=True)}
+    return means | {"grad_norm": grad_norm}, stopping > 0
 
 
-def culprits(
-    take: Callable[[np.ndarray], dict[str, torch.Tensor]],
-    mine: np.ndarray,  # (n,) this rank's examples, as many on every rank
+def nonfinite_records(
+    forward_backward: Callable[[np.ndarray], dict[str, torch.Tensor]],
+    local_indices: np.ndarray,  # (n,) of this rank's examples, as many on every rank
     parameters: Sequence[torch.nn.Parameter],
 ) -> list[int]:
-    """Which examples of a step give a loss or gradient that is not finite, each on its own.
+    """Find the examples of a step whose own loss or gradient is not finite.
 
     Every rank runs the same forwards and backwards, one example at a time. A gradient is the sum
-    of all ranks', so where it is not finite each rank in turn repeats its example, beside examples
-    of other ranks that were in order; if none was, all remain suspects.
+    of all ranks', so where it is not finite each rank in turn repeats its example, beside finite
+    examples of other ranks. Where no example is finite, all remain suspects.
 
     Args:
-        take: runs forward and backward over examples and returns what `accumulate` does.
-        mine: the examples of this rank.
-        parameters: what is trained; their gradients are cleared.
+        forward_backward: runs one example and returns the result of `accumulate`.
+        local_indices: the examples of this rank.
+        parameters: the trained ones; their gradients are cleared.
 
     Returns:
-        Indices of these examples, of all ranks; empty when each alone is in order.
+        Indices of these examples, of all ranks; empty when each of them is finite.
     """
 
-    def run(index: int) -> tuple[bool, bool]:
-        """Whether the loss of one example, and the gradient of all ranks', is finite."""
+    def is_finite(index: int) -> tuple[bool, bool]:
+        """Of the loss of one example, and of the gradient of all ranks."""
         for parameter in parameters:
             parameter.grad = None
-        loss = take(np.array([index]))["loss"]
+        loss = forward_backward(np.array([index]))["loss"]
         return math.isfinite(loss), math.isfinite(clip(parameters, 0))
 
-    losses, gradients = zip(*(run(index) for index in mine), strict=True)
-    if found := distributed.gather(
-        [int(i) for i, fine in zip(mine, losses, strict=True) if not fine]
-    ):
-        return found
-    suspects = [int(i) for i, fine in zip(mine, gradients, strict=True) if not fine]
-    if not any(gradients) or distributed.world_size() == 1:
+    indices, rank, ranks = local_indices.tolist(), distributed.rank(), distributed.world_size()
+    losses, gradients = zip(*map(is_finite, indices), strict=True)
+    if bad := distributed.gather([i for i, ok in zip(indices, losses, strict=True) if not ok]):
+        return bad
+    suspects = [i for i, ok in zip(indices, gradients, strict=True) if not ok]
+    if not any(gradients) or ranks == 1:
         return distributed.gather(suspects)
-    good = mine[gradients.index(True)]
-    turns = [
-        (i, rank, run(i if rank == distributed.rank() else good)[1])
+    good = indices[gradients.index(True)]
+    repeated = [
+        (i, turn, is_finite(i if turn == rank else good)[1])
         for i in suspects
-        for rank in range(distributed.world_size())
+        for turn in range(ranks)
     ]
-    return distributed.gather(
-        [i for i, rank, fine in turns if rank == distributed.rank() and not fine]
-    )
+    return distributed.gather([i for i, turn, ok in repeated if turn == rank and not ok])

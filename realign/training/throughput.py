@@ -1,4 +1,4 @@
-"""How fast a step is, and what it takes: tokens, model FLOP, MFU, peak memory.
+"""Throughput and cost of a step: tokens, model FLOP, MFU, peak memory.
 
 The *work* of a batch is counted from its layout and travels with the metrics' sums through their
 one all-reduce; the `Meter` turns it into rates. FLOP are those that the forest needs, with
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ TIMING = (
 """Metrics that differ from run to run; all others are the same for the same settings."""
 
 WORK = ("work/tokens", "work/separate", "work/responses", "work/pairs", "work/images")
-"""Names of what `work_of` counts, in its order."""
+"""Names of the counts of `work_of`, in its order."""
 
 PEAK_TFLOPS = {
     "A100": (312, 156, 19.5),
@@ -71,7 +72,7 @@ def separate_tokens(example: Example) -> int:
 
 
 def work_of(batch: ForestBatch, examples: Sequence[Example]) -> torch.Tensor:
-    """What a batch takes, (5,) fp64 in the order of `WORK`, to be added up.
+    """Work of a batch, (5,) fp64 in the order of `WORK`, to be added up.
 
     `tokens` are those of its rows without padding, `separate` those of a sequence per leaf,
     `responses` the rows that meet the vocabulary, `pairs` the (query, key) pairs of its attention
@@ -80,7 +81,7 @@ def work_of(batch: ForestBatch, examples: Sequence[Example]) -> torch.Tensor:
 
     Args:
         batch: a batch on the CPU, as it was built.
-        examples: what it was built of.
+        examples: those in it.
     """
     real = batch.segment >= 0
     segment, parent = batch.segment[real], batch.parent[real]
@@ -108,7 +109,7 @@ class Cost:
     pair: float
     """A query and a key in the attention of all layers."""
     image: float
-    """What the tower takes for one image token."""
+    """An image token in the tower."""
 
     def of(self, work: dict[str, float]) -> float:
         """FLOP of a batch with this work."""
@@ -118,7 +119,7 @@ class Cost:
 
 
 def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> float:
-    """FLOP of the vision tower and what joins it for one image token, counted on the first image.
+    """FLOP of vision tower and projector for one image token, counted on the first image.
 
     It is one forward of the tower; under FSDP2 every rank calls it.
 
@@ -133,12 +134,12 @@ def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> f
     first = next(iter(store.keys()))
     counter = FlopCounterMode(display=False)  # knows no attention kernels but plain products
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(store.batch([first]).to(device, model.dtype))
+        model.image_features(store.batch([first]).to(device, model.dtype))
     return counter.get_total_flops() / store.tokens(first)
 
 
 def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool = True) -> Cost:
-    """What a unit of work costs this model: in training, or with adapters off and no backward.
+    """FLOP of a unit of work: in training, or with adapters off and no backward.
 
     A product with n weights takes 2n FLOP forward, 2n for the gradient of its input and 2n for that
     of its weights if they learn; attention takes 4 x width for a pair and layer, and 8 backward.
@@ -149,7 +150,9 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
         backward: whether there is one.
     """
     vlm, text = model.vlm, model.vlm.config.get_text_config()
-    head, learns = vlm.get_output_embeddings(), backward and _learns(vlm.model.get_encoder("image"))
+    head = vlm.get_output_embeddings()
+    assert head is not None
+    learns = backward and _learns(vlm.model.get_encoder("image"))
     width = text.num_attention_heads * head_width(text)
     return Cost(
         token=_linear(vlm.model.get_decoder(), backward),
@@ -169,7 +172,7 @@ def _linear(part: nn.Module, backward: bool) -> float:
     return total
 
 
-def _weights(head: nn.Module) -> int:
+def _weights(head: Any) -> int:
     return getattr(head, "base_layer", head).weight.numel()
 
 
@@ -198,15 +201,15 @@ class Meter:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._peak = peak_flops(name, dtype)
 
-    def read(self, found: dict[str, float], batch_size: int, seconds: float) -> dict[str, float]:
-        """The metrics of a step's speed; takes its work out of `found`.
+    def read(self, metrics: dict[str, float], batch_size: int, seconds: float) -> dict[str, float]:
+        """The metrics of a step's speed; removes its work from `metrics`.
 
         Args:
-            found: metrics as means over the examples of the global batch, the work among them.
-            batch_size: how many examples that were.
-            seconds: what the step took.
+            metrics: means over the examples of the global batch, the work among them.
+            batch_size: of the global batch.
+            seconds: duration of the step.
         """
-        work = {name: found.pop(name) * batch_size for name in WORK}
+        work = {name: metrics.pop(name) * batch_size for name in WORK}
         rates = {
             "tokens": work["work/tokens"],
             "tokens_saved": 1 - work["work/tokens"] / work["work/separate"],

@@ -1,7 +1,7 @@
-"""Where a run's metrics go: a line and a bar for people, JSONL always, TensorBoard and W&B.
+"""Trackers of a run's metrics: JSONL always, lines and a bar, TensorBoard, W&B.
 
 A tracker takes the entries of steps, one after another, and is closed at the end. A resumed run
-goes on in each of them: entries of steps that are run again replace those of the killed run.
+continues each of them: entries of steps that are run again replace those of the killed run.
 """
 
 from __future__ import annotations
@@ -9,63 +9,58 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from realign.config import RunConfig, TrainConfig
+from realign.distributed import rank
 from realign.files import JsonlLog, write_whole
 from realign.training.metrics import step_line
 
 _RUN_ID = "wandb-id.txt"
 
 
-class Tracker(Protocol):
-    """Takes metrics; used as a context, whose end writes what is not yet written."""
+class Tracker(AbstractContextManager, Protocol):
+    """Takes metrics; used as a context, whose end writes pending entries."""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Take the metrics of one step; `step` and `epoch` are among them."""
 
-    def __enter__(self) -> Tracker: ...
-
-    def __exit__(self, *_) -> None: ...
-
 
 def check_packages(run: RunConfig) -> None:
-    """What the settings ask for must be installed; called before any work.
+    """Check that the packages of the chosen trackers are installed; called before any work.
 
     Raises:
         ValueError: names the package and how to install it.
     """
-    wanted = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
-    for package, asked in wanted.items():
-        if asked and package not in sys.modules and importlib.util.find_spec(package) is None:
+    asked = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
+    for package, wanted in asked.items():
+        if wanted and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"--{package} needs the package {package}, which is not installed: "
                 f"pip install 'realign[{package}]', or leave the flag out."
             )
 
 
-class Trackers:
+class Trackers(ExitStack):
     """All trackers of a run; none on ranks other than 0.
 
     Args:
-        config: the settings; `run` says which trackers there are.
-        name: what the bar is called.
+        config: the settings; `run` names the trackers.
+        name: of the bar.
         total: steps of the whole run.
         done: steps that are done already.
-        first_rank: whether this is rank 0.
     """
 
-    def __init__(
-        self, config: TrainConfig, name: str, *, total: int, done: int, first_rank: bool
-    ) -> None:
-        run, output = config.run, Path(config.run.output)
+    def __init__(self, config: TrainConfig, name: str, *, total: int, done: int) -> None:
+        super().__init__()
         self._all: list[Tracker] = []
-        if not first_rank:
+        if rank() > 0:
             return
+        run, output = config.run, Path(config.run.output)
         self._all.append(JsonlLog(output / "metrics.jsonl", keep_steps=done))
         if run.tensorboard:
             self._all.append(TensorBoardLog(output / "tensorboard", done))
@@ -73,16 +68,8 @@ class Trackers:
             self._all.append(WandbLog(run.wandb, output, config.to_dict(), done))
         if not run.quiet:
             self._all.append(Console(name, total=total, done=done, every=run.log_every))
-
-    def __enter__(self) -> Trackers:
-        with ExitStack() as stack:
-            for tracker in self._all:
-                stack.enter_context(tracker)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stack.__exit__(*error)
+        for tracker in self._all:
+            self.enter_context(tracker)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Give an entry to all."""
@@ -90,7 +77,7 @@ class Trackers:
             tracker.write(entry)
 
 
-class Console:
+class Console(Tracker):
     """A line on stdout for every step, or every `every`-th; on a terminal a bar below it."""
 
     def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
@@ -105,14 +92,11 @@ class Console:
             sys.stdout.flush()
         self._bar.update()
 
-    def __enter__(self) -> Console:
-        return self
-
     def __exit__(self, *_) -> None:
         self._bar.close()
 
 
-class TensorBoardLog:
+class TensorBoardLog(Tracker):
     """Event files that `tensorboard --logdir` reads; entries after step `done` are purged."""
 
     def __init__(self, folder: Path, done: int) -> None:
@@ -125,14 +109,11 @@ class TensorBoardLog:
             self._writer.add_scalar(name, value, entry["step"])
         self._writer.flush()
 
-    def __enter__(self) -> TensorBoardLog:
-        return self
-
     def __exit__(self, *_) -> None:
         self._writer.close()
 
 
-class WandbLog:
+class WandbLog(Tracker):
     """A run of Weights & Biases, under an id that is kept in the output folder.
 
     `WANDB_MODE=offline` needs no network; `wandb sync` uploads it later. W&B keeps the first values
@@ -140,7 +121,7 @@ class WandbLog:
     """
 
     def __init__(self, project: str, output: Path, config: dict[str, Any], done: int) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - optional
 
         kept = output / _RUN_ID
         known = kept.read_text().strip() if done and kept.exists() else None
@@ -161,9 +142,6 @@ class WandbLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         self._run.log(dict(_scalars(entry)), step=entry["step"])
-
-    def __enter__(self) -> WandbLog:
-        return self
 
     def __exit__(self, kind, *_) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)

@@ -197,7 +197,8 @@ class ReferenceCache:
         for name, value in {"row_tokens": row_tokens, "batch_rows": batch_rows}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if isinstance(model, nn.Module) and model.training:
+        module = getattr(model, "__self__", model)  # of a method
+        if isinstance(module, nn.Module) and module.training:
             raise ValueError("model is in training mode, with dropout: call model.eval() first")
         leaves = collect_leaves(forests)
         done = reference_pass.fill(self, model, leaves, build, row_tokens, batch_rows, on_batch)

@@ -213,6 +213,7 @@ def _check_logps(logps: Any, count: int) -> None:
 
 def _is_whole(model: Callable[[Any], torch.Tensor]) -> bool:
     """Whether no part of it is sharded: gathered parameters would stay inference tensors."""
+    model = getattr(model, "__self__", model)  # of a method
     if not isinstance(model, torch.nn.Module):
         return False  # a function may call a sharded module
     return not any(isinstance(module, FSDPModule) for module in model.modules())

@@ -21,23 +21,30 @@ KEY = np.dtype("V16")
 class RootLike(Protocol):
     """Images and a prompt."""
 
-    images: Sequence[str]  # digests of the images as the model sees them
-    ids: NDArray[np.integer]  # (P,) prompt token ids
+    @property
+    def images(self) -> Sequence[str]: ...  # digests of the images as the model sees them
+    @property
+    def ids(self) -> NDArray[np.integer]: ...  # (P,) prompt token ids
 
 
 class LeafLike(Protocol):
     """A response under a root."""
 
-    root: int  # index into the forest's roots
-    ids: NDArray[np.integer]  # (R,) response token ids, R >= 1
-    rival: bool  # scored by the strongest other token at each position
+    @property
+    def root(self) -> int: ...  # index into the forest's roots
+    @property
+    def ids(self) -> NDArray[np.integer]: ...  # (R,) response token ids, R >= 1
+    @property
+    def rival(self) -> bool: ...  # scored by the strongest other token at each position
 
 
 class Forest(Protocol):
-    """What the cache has to know of an example: its roots, and the leaves under them."""
+    """The roots of an example, and the leaves under them."""
 
-    roots: Sequence[RootLike]
-    leaves: Sequence[LeafLike]
+    @property
+    def roots(self) -> Sequence[RootLike]: ...
+    @property
+    def leaves(self) -> Sequence[LeafLike]: ...
 
 
 @dataclass(frozen=True, eq=False)

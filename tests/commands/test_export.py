@@ -76,53 +76,40 @@ def test_a_merged_run_keeps_the_dtype_of_its_base(adapter, pairs_file, tmp_path,
             assert torch.allclose(value.float(), kept[name].float(), rtol=2**-7, atol=1e-6), name
 
 
-@pytest.mark.parametrize(
-    ("scores", "shown"),
-    [
-        (
-            {
-                file: {"word": {"rule": "word", "questions": 8, "unread": unread} | YES_NO}
-                for file, unread in (("coco_pope_random", 0.0), ("coco_pope_popular", 0.5))
-            },
-            [
-                "POPE, by each rule for reading yes and no:",
-                "| file | rule | questions | accuracy | F1 | precision | recall | yes | neither |",
-                "| coco_pope_random | word | 8 | 50.00 % | 40.00 % | 100.00 % | 25.00 % | 12.50 % "
-                "| 0.00 % |",
-                "| coco_pope_popular | word | 8 | 50.00 % | 40.00 % | 100.00 % | 25.00 % "
-                "| 12.50 % | 50.00 % |",
-            ],
-        ),
-        (
-            {"synonyms": "mine/synonyms.txt", "captions": 4, "mentions": 8}
-            | {"chair_s": 0.5, "chair_i": 0.125, "recall": 0.75},
-            [
-                "CHAIR, objects by synonyms.txt:",
-                "| captions | mentions | CHAIR-s | CHAIR-i | recall |",
-                "| 4 | 8 | 50.00 % | 12.50 % | 75.00 % |",
-            ],
-        ),
-        (
-            {"pope": HALLUSION, "exact": HALLUSION | {"easy": float("nan")}},
-            [
-                "HallusionBench, by rules in place of the leaderboard's judge:",
-                "| rule | question pair | figure | easy | hard | all questions |",
-                "| pope | 25.00 % | 50.00 % | 37.50 % | 100.00 % | 75.00 % |",
-                "| exact | 25.00 % | 50.00 % | nan % | 100.00 % | 75.00 % |",
-            ],
-        ),
-    ],
-    ids=["pope", "chair", "hallusionbench"],
-)
-def test_figures_of_photographs_are_in_the_card(adapter, tmp_path, scores, shown):
+FIGURES = [
+    (
+        {"coco_pope_random": {"word": {"rule": "word", "questions": 8, "unread": 0.5} | YES_NO}},
+        """POPE, by each rule for reading yes and no:
+
+| file | rule | questions | accuracy | F1 | precision | recall | yes | neither |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| coco_pope_random | word | 8 | 50.00 % | 40.00 % | 100.00 % | 25.00 % | 12.50 % | 50.00 % |""",
+    ),
+    (
+        {"synonyms": "mine/synonyms.txt", "captions": 4, "mentions": 8}
+        | {"chair_s": 0.5, "chair_i": 0.125, "recall": 0.75},
+        """CHAIR, objects by synonyms.txt:
+
+| captions | mentions | CHAIR-s | CHAIR-i | recall |
+| --- | --- | --- | --- | --- |
+| 4 | 8 | 50.00 % | 12.50 % | 75.00 % |""",
+    ),
+    (
+        {"exact": HALLUSION | {"easy": float("nan")}},
+        """HallusionBench, by rules in place of the leaderboard's judge:
+
+| rule | question pair | figure | easy | hard | all questions |
+| --- | --- | --- | --- | --- | --- |
+| exact | 25.00 % | 50.00 % | nan % | 100.00 % | 75.00 % |""",
+    ),
+]
+
+
+@pytest.mark.parametrize(("scores", "shown"), FIGURES, ids=["pope", "chair", "hallusionbench"])
+def test_figures_of_photographs_as_a_card_shows_them(tmp_path, scores, shown):
     file = tmp_path / "figures.json"
     file.write_text(json.dumps({"model": "runs/rdpo/model", "scores": scores}))
-    folder = tmp_path / "merged"
-    words = ["--model", str(adapter), "--output", str(folder), "--metrics", str(file)]
-    assert export.main(words) == 0
-    text = (folder / "README.md").read_text()
-    section = text.split("\n## Evaluation\n")[1].split("\n## Versions\n")[0]
-    assert [line for line in section.splitlines() if line and "---" not in line] == shown
+    assert export.evaluation_of(file) == shown
 
 
 def test_the_folder_that_one_is_in_is_not_replaced(adapter, tmp_path, monkeypatch, capsys):

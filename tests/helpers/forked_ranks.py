@@ -18,7 +18,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["realign.train", "realign.pairs.__main__"])
 
 
-def run_ranks(worker, count, log, *arguments) -> str:
+def run_ranks(worker, count, log, *arguments, nodes=1) -> str:
     """Run `worker(*arguments)` as the ranks of one group.
 
     Args:
@@ -26,6 +26,7 @@ def run_ranks(worker, count, log, *arguments) -> str:
         count: of ranks.
         log: file that takes what the ranks print.
         arguments: that can be pickled.
+        nodes: as many as the ranks seem to be on.
 
     Returns:
         The content of `log`.
@@ -33,7 +34,10 @@ def run_ranks(worker, count, log, *arguments) -> str:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = rank_environment(store.port, count)
     Path(log).write_text("")
-    ranks_of = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
+    shared["LOCAL_WORLD_SIZE"] = str(count // nodes)
+    ranks_of = [
+        shared | {"RANK": str(r), "LOCAL_RANK": str(r % (count // nodes))} for r in range(count)
+    ]
     ranks = [
         CONTEXT.Process(target=_rank, args=(worker, log, os.environ | given, *arguments))
         for given in ranks_of

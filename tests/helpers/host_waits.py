@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).parents[2]
 READS = (
     "item", "tolist", "cpu", "nonzero", "unique", "masked_select",
     "__bool__", "__int__", "__float__", "__index__", "__contains__",
@@ -22,7 +23,7 @@ masks wait too: a Python method of that name would leave every tensor a sequence
 
 @contextmanager
 def counted() -> Iterator[Counter]:
-    """Count the host waits of this thread inside the context, by "folder/file.py".
+    """Count the host waits of this thread inside the context, by file.
 
     On CUDA torch itself reports them. Elsewhere the methods that would wait are counted.
     `Tensor.numpy` is not: it refuses tensors on a GPU, so it reads host memory.
@@ -63,5 +64,8 @@ def counted() -> Iterator[Counter]:
 
 
 def _place(file: str) -> str:
+    """Below this repository where it is; else the last folder and the file."""
     path = Path(file)
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
     return f"{path.parent.name}/{path.name}"

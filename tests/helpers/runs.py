@@ -59,8 +59,9 @@ def without_timing(entries):
 
 
 def weights(output):
-    """The final adapter of a run."""
-    return load_file(output / "model" / "adapter_model.safetensors")
+    """The final adapter or model of a run."""
+    (file,) = (output / "model").glob("*.safetensors")
+    return load_file(file)
 
 
 def assert_same_run(output, truth, steps=6):

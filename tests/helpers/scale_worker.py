@@ -1,12 +1,12 @@
 """A rank that makes several runs of `realign.train` in one process group, and counts collectives.
 
-`torchrun ... scale_worker.py RUNS.json`, a file of [{"output": ..., "arguments": [...]}, ...]; the
-counts go to `collectives.json` in the output folder of each run. First the last rank, whose model
-has no weights of its own, compares what it is sent with what it can load (`weights.json`).
+`run_all(RUNS.json)` reads [{"output": ..., "arguments": [...]}, ...] and writes the counts to
+`collectives.json` in the output folder of each run. On two ranks the last one, whose model has no
+weights of its own, first compares the weights it receives with loaded ones (`weights.json`).
 """
 
 import json
-import sys
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -59,9 +59,10 @@ def received(dtype):
 def run_all(file):
     """Make the runs that a file lists, as one rank."""
     silence_third_party()
-    weights = {str(dtype): received(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    if distributed.rank() == distributed.world_size() - 1:
-        Path(file).with_name("weights.json").write_text(json.dumps(weights))
+    if os.environ["WORLD_SIZE"] == "2":
+        weights = {str(dtype): received(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        if distributed.rank() == distributed.world_size() - 1:
+            Path(file).with_name("weights.json").write_text(json.dumps(weights))
     counts = Counter()
     for name in COUNTED:
         count(name, counts)
@@ -71,7 +72,3 @@ def run_all(file):
         if distributed.rank() == 0:
             Path(run["output"], "collectives.json").write_text(json.dumps(counts))
     distributed.stop()
-
-
-if __name__ == "__main__":
-    run_all(sys.argv[1])

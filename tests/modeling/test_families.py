@@ -58,12 +58,12 @@ def log_probs_are_the_same(family, attention="sdpa"):
         true = truth(vlm, family, examples)
         for row_tokens in ROW_TOKENS:
             batch = build_batch(examples, store, row_tokens=row_tokens)
-            found = batch.leaf_sums(model(batch))
+            found = batch.leaf_sums(model.logps(batch))
             assert (found - true).abs().max() < LOGP_TOLERANCE, (row_tokens, found - true)
         assert len(batch.input_ids) == 1 or not model.layout.shares_prefix
         batch = build_batch(examples, store, row_tokens=1, shared=False)
         assert len(batch.input_ids) == 3 * len(examples)
-        assert (batch.leaf_sums(model(batch)) - true).abs().max() < LOGP_TOLERANCE
+        assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
     assert true.std() > 1
     return "yes" if model.layout.shares_prefix else "no"
 
@@ -92,7 +92,7 @@ def images_pass_the_tower_once(family):
         for shared in layouts:
             batch = build_batch(examples, store, row_tokens=4096, shared=shared)
             assert len(batch.slots) == (13 if shared else 14 + 7)  # roots; leaves
-            model(batch)
+            model.logps(batch)
     assert sizes == sizes[:1] * (1 + len(layouts))
     return "yes"
 
@@ -232,7 +232,7 @@ def test_one_image_twice_in_a_prompt():
         assert len(store) == 1 and batch.slots == (0, 0) * (1 if batch.shared else 2)
         with torch.no_grad():
             true = truth(vlm, family, examples, objectives.dpo(), [record])
-            assert (batch.leaf_sums(model(batch)) - true).abs().max() < LOGP_TOLERANCE
+            assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
 
 
 def test_known_features_take_the_place_of_the_tower(tmp_path):
@@ -242,13 +242,13 @@ def test_known_features_take_the_place_of_the_tower(tmp_path):
         examples, store = encoded(family, model)
         keys = list(store.keys())
         with torch.no_grad():
-            expected = model(build_batch(examples, store, row_tokens=150))
+            expected = model.logps(build_batch(examples, store, row_tokens=150))
             cache = FeatureCache(tmp_path, {"family": family})
             for some in (keys[:3], keys[3:4], keys[4:]):
                 cache.add(dict(zip(some, model.image_features(store.batch(some)), strict=True)))
             store.features = cache
             vlm.model.get_encoder("image").register_forward_hook(lambda *_: pytest.fail("ran"))
-            found = model(build_batch(examples, store, row_tokens=150).to(CPU))
+            found = model.logps(build_batch(examples, store, row_tokens=150).to(CPU))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -277,7 +277,7 @@ def test_a_forest_that_is_not_what_separate_forwards_are_is_not_used(monkeypatch
         batch = build_batch(examples, store, row_tokens=4096)
         assert len(batch.input_ids) == 3 * len(examples)
         true = truth(vlm, "qwen2_vl", examples)
-        assert (batch.leaf_sums(model(batch)) - true).abs().max() < LOGP_TOLERANCE
+        assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
 
 
 def test_what_is_done_otherwise_is_said(monkeypatch):
@@ -330,5 +330,5 @@ def test_training_ends_in_a_model_that_loads(family, tmp_path, capsys):
     examples, store = encoded(family, model)
     batch = build_batch(examples, store, row_tokens=1)
     with torch.no_grad():
-        moved = (trained(batch) - model(batch)).abs()
+        moved = (trained.logps(batch) - model.logps(batch)).abs()
     assert 1e-3 < moved.max() < 20

@@ -12,18 +12,13 @@ from realign.digits.scenes import make_scenes
 from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example, Leaf, Root, build_batch
 from realign.modeling.layouts import Layout
-from realign.modeling.loading import load_model, load_processor
+from realign.modeling.loading import load_model
 from realign.modeling.model import ForestModel
 from realign_kernels import objectives
 
 # fp32 rounding: log-probs are sums of up to 20 tokens of size up to 30.
 LOGP_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 2e-5  # relative to the largest entry of any gradient
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return load_processor(ASSETS)
 
 
 def make_examples(processor, count, objective, seed=0):
@@ -70,18 +65,16 @@ def separate_logps(vlm, examples, store):
     return torch.stack(table, 1)
 
 
-@pytest.mark.parametrize("row_tokens", [1, 64, 100, 4096])
 @pytest.mark.parametrize("name", ["dpo", "rdpo"])
-def test_log_probs_equal_separate_forwards(processor, name, row_tokens):
-    vlm = load_model(ASSETS).eval()
+def test_log_probs_equal_separate_forwards(processor, vlm, forest_model, name):
     examples, store = make_examples(processor, 6, objectives.get(name))
     with torch.no_grad():
-        batch = build_batch(examples, store, row_tokens=row_tokens)
-        found = batch.leaf_sums(ForestModel(vlm)(batch))
         truth = separate_logps(vlm, examples, store)
-    assert (found - truth).abs().max() < LOGP_TOLERANCE
-    if row_tokens == 4096:
-        assert batch.input_ids.shape[0] == 1  # all trees in one row see nothing of each other
+        for row_tokens in (1, 64, 100, 4096):
+            batch = build_batch(examples, store, row_tokens=row_tokens)
+            found = batch.leaf_sums(forest_model.logps(batch))
+            assert (found - truth).abs().max() < LOGP_TOLERANCE, row_tokens
+    assert batch.input_ids.shape[0] == 1  # all trees in one row see nothing of each other
 
 
 def test_gradients_equal_separate_forwards(processor):
@@ -121,7 +114,7 @@ def test_gradients_repeat_to_the_bit_where_many_leaves_share_a_root(processor):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = [torch.autograd.grad(model(batch), weight, upstream)[0] for _ in range(5)]
+        found = [torch.autograd.grad(model.logps(batch), weight, upstream)[0] for _ in range(5)]
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(other, found[0]) for other in found)
@@ -141,22 +134,17 @@ def test_images_and_roots_are_computed_once(processor):
     )
     batch = build_batch([first, second], store, row_tokens=4096)
     with torch.no_grad():
-        found = batch.leaf_sums(ForestModel(vlm)(batch))
+        found = batch.leaf_sums(ForestModel(vlm).logps(batch))
         assert seen == [3]  # v, v' and v of the second; its v' is the first's v
         truth = separate_logps(vlm, [first, second], store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
-    roots = {root.key for example in (first, second) for root in example.roots}
+    roots = {root.key: len(root.ids) for example in (first, second) for root in example.roots}
     leaves = sum(len(leaf.ids) for e in (first, second) for leaf in e.leaves)
-    expected = sum(len(dict(roots_of([first, second]))[key]) for key in roots) + leaves
-    assert int((batch.segment >= 0).sum()) == expected == batch.input_ids.shape[1]
+    assert int((batch.segment >= 0).sum()) == sum(roots.values()) + leaves
+    assert batch.input_ids.shape[1] == sum(roots.values()) + leaves
 
 
-def roots_of(examples):
-    return [(root.key, root.ids) for example in examples for root in example.roots]
-
-
-def test_several_images_in_a_prompt(processor):
-    vlm = load_model(ASSETS).eval()
+def test_several_images_in_a_prompt(processor, vlm, forest_model):
     examples, store = make_examples(processor, 2, objectives.dpo())
     both = examples[0].roots[0].images + examples[1].roots[0].images
     image, text = examples[0].roots[0].ids[:-4], examples[0].roots[0].ids[-4:]
@@ -165,50 +153,33 @@ def test_several_images_in_a_prompt(processor):
     example = Example("two images", (root,), tuple(Leaf(0, x.ids) for x in examples[0].leaves))
     with torch.no_grad():
         batch = build_batch([example, examples[1]], store, row_tokens=200)
-        found = batch.leaf_sums(ForestModel(vlm)(batch))
+        found = batch.leaf_sums(forest_model.logps(batch))
         truth = separate_logps(vlm, [example, examples[1]], store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
 
 
-def test_the_mask_by_its_definition(processor):
-    examples, store = make_examples(processor, 3, objectives.rdpo())
-    batch = build_batch(examples, store, row_tokens=90)
-    mask = batch.attention_mask()[:, 0]
-    segment, parent = batch.segment.numpy(), batch.parent.numpy()
-    rows, columns = segment.shape
-    for r in range(rows):
-        for q in range(columns):
-            for k in range(columns):
-                sees = k <= q and segment[r, k] in (segment[r, q], parent[r, q])
-                assert bool(mask[r, q, k]) == sees
-
-
-@pytest.mark.parametrize("both_ways", ["image", "prompt"])
-def test_windows_and_blocks_by_their_definition(processor, both_ways):
-    """Blocks see both ways: Gemma 3's within the window, PaliGemma's beyond it."""
+@pytest.mark.parametrize("both_ways", [None, "image", "prompt"])
+def test_the_mask_by_its_definition(processor, both_ways):
+    """Windows, and blocks that see both ways: Gemma 3's in the window, PaliGemma's beyond it."""
     examples, store = make_examples(processor, 3, objectives.rdpo())
     store.layout = Layout(4, both_ways=both_ways)
     batch = build_batch(examples, store, row_tokens=90)
-    beyond = both_ways == "prompt"
-    found = batch.attention_mask(12, beyond)
+    window, beyond = 12 if both_ways else None, both_ways == "prompt"
+    found = batch.attention_mask(window, beyond)
     assert batch.depth.max() > 24 and len(batch.depth) > 1
-    segment, parent, block, depth = (
-        t.numpy() for t in (batch.segment, batch.parent, batch.block, batch.depth)
-    )
+    segment, parent, depth = (t.numpy() for t in (batch.segment, batch.parent, batch.depth))
     rows, columns = segment.shape
-    for r in range(rows):
-        for q in range(columns):
-            for k in range(columns):
-                same = segment[r, k] == segment[r, q]
-                visible = k <= q and (same or segment[r, k] == parent[r, q])
-                near = depth[r, q] - depth[r, k] < 12
-                together = same and block[r, k] == block[r, q] != -1
-                sees = near and (visible or together)
-                sees = (near and visible) or together if beyond else sees
-                assert bool(found[r, 0, q, k]) == sees
-    roots = (batch.segment == batch.parent) & (batch.segment >= 0)
-    assert torch.equal(batch.block >= 0, roots if beyond else batch.input_ids == 4)
-    flex = create_mask(batch.sees(12, beyond), rows, 1, columns, columns, device="cpu")
+    same = segment[:, :, None] == segment[:, None]
+    visible = np.tri(columns, dtype=bool) & (same | (parent[:, :, None] == segment[:, None]))
+    if both_ways:
+        block = batch.block.numpy()
+        together = same & (block[:, :, None] == block[:, None]) & (block[:, :, None] != -1)
+        near = depth[:, :, None] - depth[:, None] < window
+        visible = (near & visible) | together if beyond else near & (visible | together)
+        roots = (batch.segment == batch.parent) & (batch.segment >= 0)
+        assert torch.equal(batch.block >= 0, roots if beyond else batch.input_ids == 4)
+    assert np.array_equal(found[:, 0].numpy(), visible)
+    flex = create_mask(batch.sees(window, beyond), rows, 1, columns, columns, device="cpu")
     assert torch.equal(flex, found)
 
 

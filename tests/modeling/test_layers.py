@@ -56,7 +56,7 @@ def forest_model(tune="full", attention="tree", layers=4):
 def gradients(model, batch):
     """Log-probs, and the gradient of their sum, by parameter."""
     model.zero_grad()
-    logps = model(batch)
+    logps = model.logps(batch)
     logps.sum().backward()
     return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -81,7 +81,7 @@ def saved_bytes(model, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = model(batch)
+        logps = model.logps(batch)
     logps.sum().backward()
     return sum(kept.values())
 
@@ -145,7 +145,7 @@ def test_offloaded_parameters_train_alike(digits):
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=1e-3)
             for _ in range(2):
-                model(batch).sum().backward()
+                model.logps(batch).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
             weights.append([p.full_tensor() for p in trained])

@@ -23,10 +23,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from realign import cache, export, train
 from realign.data.records import write_pairs
 from realign.evaluate import __main__ as evaluate
-from realign.export import ExportConfig, export_whole
 from realign.modeling import merging
 from realign.modeling.loading import load_model, load_processor, load_trained
 from realign.pairs.__main__ import main as pairs_main
+from realign.training.export import export_whole
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 ROUNDING = 1e-4  # nats; merging in fp32 gave at most 2e-5, changing a shared end twice 0.5 to 34
@@ -91,7 +91,7 @@ def test_a_kind_is_loaded_and_merged_as_peft_has_it(bases, tmp_path, kind, famil
 def test_an_export_has_two_ends_where_they_differ(bases, tmp_path, kind, tied, family):
     base, inputs = bases[family]
     truth = logps(save_trained(base, kind, tmp_path / "adapter"), inputs)
-    folder = export_whole(ExportConfig(str(tmp_path / "adapter"), str(tmp_path / "whole")))
+    folder = export_whole(str(tmp_path / "adapter"), tmp_path / "whole")
     loaded = load_base(folder)  # by plain transformers
     assert (logps(loaded, inputs) - truth).abs().max() < ROUNDING
     ends = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
@@ -289,19 +289,19 @@ def test_a_full_run_saves_and_exports_what_it_trained(bases, tmp_path, monkeypat
     base, inputs = bases["smolvlm"]
     save_trained(base, "LoRA, lm_head", tmp_path / "adapter")
     write_pairs(tmp_path / "pairs.parquet", made("smolvlm")[1])
-    kept, real = {}, train.export
+    kept, real = {}, train.export_trained
 
     def keep(folder, model, *args, **options):
         kept["truth"] = logps(model.vlm, inputs)
         return real(folder, model, *args, **options)
 
-    monkeypatch.setattr(train, "export", keep)
+    monkeypatch.setattr(train, "export_trained", keep)
     model, run = base if tied else tmp_path / "adapter", tmp_path / "run"
     words = ["--model", model, "--pairs", tmp_path / "pairs.parquet", "--output", run]
     words += ["--steps", 1, "--batch-size", 2, "--tune", "full", "--learning-rate", 1e-2, "--quiet"]
     assert train.main([str(word) for word in words]) == 0
     before = load_base(base)
-    export_whole(ExportConfig(str(run / "model"), str(tmp_path / "whole")))
+    export_whole(str(run / "model"), tmp_path / "whole")
     for folder in (run / "model", tmp_path / "whole"):
         loaded = load_base(folder)
         assert torch.equal(logps(loaded, inputs), kept["truth"])

@@ -1,17 +1,13 @@
 """Reference log-probs of real models: what misses, what hits, and that they are the right ones."""
 
-import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from forked_ranks import run_command, run_ranks
-from safetensors import safe_open
 from test_forest import LOGP_TOLERANCE, separate_logps
 
-from realign import train as training
 from realign.config import parse
 from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.digits import ASSETS
@@ -41,10 +37,16 @@ def encoded(pairs, processor, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def data(pairs_file, processor):
+    """Examples and images of the pairs."""
+    return encoded(pairs_file, processor)
+
+
 def fill(cache, model, examples, store, **options):
     options = {"row_tokens": 128, "batch_rows": 16, "device": CPU} | options
     return reference_logps.fill(
-        cache, model, examples, store, progress=False, say=lambda _: None, **options
+        cache, model, examples, store, progress=False, log=lambda _: None, **options
     )
 
 
@@ -78,7 +80,7 @@ class Trainer:
         else:
             self.capsys.readouterr()
             with self.monkeypatch.context() as patch, pytest.raises(Filled):
-                patch.setattr(training.reference_logps, "fill", self.fill_only)
+                patch.setattr(reference_logps, "fill", self.fill_only)
                 train(parse(given))
             shown = self.capsys.readouterr().out
         known, total = re.search(r"([\d,]+) of ([\d,]+) leaves known", shown).groups()
@@ -93,30 +95,19 @@ def trainer(tmp_path, pairs_file, capsys, monkeypatch):
 def test_what_must_hit(trainer, pairs_file, tmp_path):
     known, total, _ = trainer.known()
     assert known == 0 and total == 3 * len(read_pairs(pairs_file))
-    records = read_pairs(pairs_file)
-    write_pairs(tmp_path / "reversed.parquet", records[::-1])
+    settings = ["--learning-rate", "1e-3", "--batch-size", 4, "--micro-batch-size", 2, "--seed", 5]
+    settings += ["--row-tokens", 300, "--beta", 0.5, "--visual-weight", 0.3, "--lora-rank", 4]
+    settings += ["--output", tmp_path / "another folder", "--max-response-tokens", 100]
+    assert trainer.known(*settings)[0] == total
+    known, all_leaves, _ = trainer.known("--tune", "full", "--objective", "dpo")
+    assert known == all_leaves < total
     paths = []
-    for i, record in enumerate(records):  # the same pictures as files of other names and formats
-        path = tmp_path / f"renamed {i}.bmp"
+    for i, record in enumerate(read_pairs(pairs_file)[::-1]):  # in another order, and
+        path = tmp_path / f"renamed {i}.bmp"  # with images as files of other names and formats
         record.images[0].open("").save(path)
         paths.append(type(record)(**vars(record) | {"images": (StoredImage(path=str(path)),)}))
     write_pairs(tmp_path / "renamed.parquet", paths)
-    for options in (
-        ["--learning-rate", "1e-3"],
-        ["--output", tmp_path / "another folder"],
-        ["--batch-size", 4, "--micro-batch-size", 2],
-        ["--row-tokens", 300],
-        ["--seed", 5],
-        ["--beta", 0.5, "--visual-weight", 0.3],
-        ["--tune", "full"],
-        ["--lora-rank", 4],
-        ["--objective", "dpo"],
-        ["--max-response-tokens", 100],
-    ):
-        known, all_leaves, _ = trainer.known(*options)
-        assert known == all_leaves, options
-    for name in ("reversed", "renamed"):
-        assert trainer.known(pairs=tmp_path / f"{name}.parquet")[0] == total, name
+    assert trainer.known(pairs=tmp_path / "renamed.parquet")[0] == total
     assert trainer.known(ranks=2)[0] == total
 
 
@@ -135,32 +126,6 @@ def test_bf16_hits_whatever_the_ranks_and_whoever_filled(trainer, pairs_file, tm
     assert trainer.known()[0] == 0  # fp32
 
 
-def edited_model(folder, edit):
-    """A copy of the digits model, changed by `edit`."""
-    shutil.copytree(ASSETS, folder)
-    edit(folder)
-    return folder
-
-
-def flip_a_byte(folder):
-    """One bit of one byte in the middle of the weights."""
-    file = folder / "model.safetensors"
-    with safe_open(file, "np") as weights:
-        assert len(weights.keys()) > 50
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def edit_processor(folder):
-    """Another mean that pixels are normalised with."""
-    file = folder / "processor_config.json"
-    content = json.loads(file.read_text())
-    assert content["image_processor"]["image_mean"] != [0.4, 0.5, 0.5]
-    content["image_processor"]["image_mean"] = [0.4, 0.5, 0.5]
-    file.write_text(json.dumps(content))
-
-
 def adapter_on_the_base(folder, alpha=8.0):
     """A LoRA folder that changes what the base says; others differ in alpha alone."""
     vlm = load_model(ASSETS)
@@ -175,14 +140,8 @@ def adapter_on_the_base(folder, alpha=8.0):
 
 
 def test_what_must_miss(trainer, pairs_file, tmp_path):
+    """From the command line on; `test_fingerprint` has all parts of the fingerprint."""
     _, total, _ = trainer.known()
-    edits = {"weights": flip_a_byte, "processor": edit_processor}
-    for name, edit in edits.items():
-        model = edited_model(tmp_path / name, edit)
-        known, _, shown = trainer.known("--model", model)
-        assert known == 0, name
-        assert re.search(rf"not those in [0-9a-f]{{32}}: other {name}\n", shown), shown
-        assert trainer.known("--model", model)[0] == total
     for alpha in (8.0, 16.0):
         model = adapter_on_the_base(tmp_path / f"adapter {alpha}", alpha)
         assert trainer.known("--model", model, "--merge")[0] == 0
@@ -191,27 +150,27 @@ def test_what_must_miss(trainer, pairs_file, tmp_path):
     assert known == 0 and "dtype (float32, here bfloat16)" in shown
 
     records = read_pairs(pairs_file)
-    assert trainer.known()[0] == total
-
-    def changed(name, **changes):
-        first = type(records[0])(**vars(records[0]) | changes)
-        write_pairs(tmp_path / f"{name}.parquet", [first, *records[1:]])
-        return trainer.known(pairs=tmp_path / f"{name}.parquet")[0]
-
     picture = records[0].images[0].open("").copy()
     r, g, b = picture.getpixel((5, 5))
     picture.putpixel((5, 5), (r ^ 1, g, b))
-    assert changed("pixel", images=(StoredImage.from_pil(picture),)) == total - 2
-    assert changed("response", chosen=records[0].chosen + " seven") == total - 2
-    shorter = records[0].rejected.rsplit(" ", 1)[0]  # as truncation would leave it
-    assert changed("truncated", rejected=shorter) == total - 1
     prompt = ({"role": "user", "content": "name the digits ?"},)
     assert prompt != records[0].prompt
-    assert changed("prompt", prompt=prompt) == total - 3
+    shorter = records[2].rejected.rsplit(" ", 1)[0]  # as truncation would leave it
+    edits = [  # and the leaves that miss
+        ({"images": (StoredImage.from_pil(picture),)}, 2),
+        ({"chosen": records[1].chosen + " seven"}, 2),
+        ({"rejected": shorter}, 1),
+        ({"prompt": prompt}, 3),
+    ]
+    for i, (changes, _) in enumerate(edits):
+        records[i] = type(records[i])(**vars(records[i]) | changes)
+    write_pairs(tmp_path / "edited.parquet", records)
+    missing = sum(leaves for _, leaves in edits)
+    assert trainer.known(pairs=tmp_path / "edited.parquet")[0] == total - missing
 
 
-def test_a_changed_chat_template_misses(pairs_file, processor):
-    examples, _ = encoded(pairs_file, processor)
+def test_a_changed_chat_template_misses(data, pairs_file):
+    examples, _ = data
     other = load_processor(ASSETS)
     text = other.chat_template
     other.chat_template = text.replace("{{", "{{ 'name' }}{{", 1)
@@ -266,8 +225,8 @@ def test_fingerprint(processor, vlm, monkeypatch):
 # --- the values ---
 
 
-def test_values_are_those_of_separate_live_forwards(pairs_file, processor, vlm, tmp_path):
-    examples, store = encoded(pairs_file, processor)
+def test_values_are_those_of_separate_live_forwards(data, vlm, tmp_path):
+    examples, store = data
     with ReferenceCache.open(tmp_path, {"weights": "digits"}) as cache, torch.no_grad():
         found = fill(cache, ForestModel(vlm).eval(), examples, store)
         truth = separate_logps(vlm, examples, store)
@@ -275,23 +234,25 @@ def test_values_are_those_of_separate_live_forwards(pairs_file, processor, vlm, 
     assert (found - truth).abs().max() < LOGP_TOLERANCE
 
 
-def test_bf16_values_err_no_more_than_separate_bf16_forwards(pairs_file, processor, vlm, tmp_path):
+def test_bf16_values_err_no_more_than_separate_bf16_forwards(data, vlm, tmp_path, monkeypatch):
     """Against fp32: the shipped weights are bf16, so both models have the same ones."""
-    examples, store = encoded(pairs_file, processor)
+    examples, store = data
     narrow = load_model(ASSETS, torch.bfloat16).eval()
     with ReferenceCache.open(tmp_path, {"weights": "digits"}) as cache, torch.no_grad():
         found = fill(cache, ForestModel(narrow, dtype=torch.bfloat16).eval(), examples, store)
         truth = separate_logps(vlm, examples, store)
         get = store.bundle
-        store.bundle = lambda key: {"pixel_values": get(key)["pixel_values"].bfloat16()}
+        monkeypatch.setattr(
+            store, "bundle", lambda key: {"pixel_values": get(key)["pixel_values"].bfloat16()}
+        )
         eager = separate_logps(narrow, examples, store)
     ours, theirs = ((a - truth).abs() for a in (found, eager))
     assert ours.mean() <= 1.2 * theirs.mean() and ours.max() <= 1.5 * theirs.max()
     assert 0.005 < ours.max() < 0.5  # 0.1 to 0.2 nats: bf16 has 8 bits, and logits reach 30
 
 
-def test_adapters_are_off_and_come_back(pairs_file, processor, vlm, tmp_path):
-    examples, store = encoded(pairs_file, processor)
+def test_adapters_are_off_and_come_back(data, vlm, tmp_path):
+    examples, store = data
     adapted = load_model(ASSETS)
     add_lora(adapted, 4, 8.0)
     for name, parameter in adapted.named_parameters():
@@ -315,8 +276,8 @@ def test_adapters_are_off_and_come_back(pairs_file, processor, vlm, tmp_path):
 def test_training_with_the_cache_equals_training_with_a_live_reference(
     trainer, tmp_path, monkeypatch
 ):
-    """A second model, each leaf a sequence of its own, at each step; six steps of Adam."""
-    options = ["--pairs", trainer.pairs, "--steps", 6, "--batch-size", 8, "--quiet"]
+    """A second model, each leaf a sequence of its own, at each step; four steps of Adam."""
+    options = ["--pairs", trainer.pairs, "--steps", 4, "--batch-size", 8, "--quiet"]
     options += ["--learning-rate", "3e-4"]
 
     def curve(output):
@@ -340,12 +301,12 @@ def test_training_with_the_cache_equals_training_with_a_live_reference(
                 return separate_logps(base, part, self.store).float()
 
     monkeypatch.setattr(
-        training.reference_logps,
+        reference_logps,
         "fill",
         lambda cache, model, examples, store, **_: Live(examples, store),
     )
     followed = curve(tmp_path / "live")
-    assert sum(live) == 6 * 8
+    assert sum(live) == 4 * 8
     for name in ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins"):
         ours = np.array([entry[name] for entry in cached])
         theirs = np.array([entry[name] for entry in followed])
@@ -353,10 +314,8 @@ def test_training_with_the_cache_equals_training_with_a_live_reference(
     assert cached[-1]["loss"] < cached[0]["loss"] - 0.01
 
 
-def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(
-    pairs_file, processor, forest_model, tmp_path
-):
-    examples, store = encoded(pairs_file, processor)
+def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(data, forest_model, tmp_path):
+    examples, store = data
     with ReferenceCache.open(tmp_path / "whole", {"weights": "x"}) as cache:
         truth = fill(cache, forest_model, examples, store, batch_rows=4)
 
@@ -368,13 +327,13 @@ def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(
             super().__init__()
             self.left = after
 
-        def forward(self, batch):
+        def logps(self, batch):
             self.left -= 1
             if self.left < 0:
                 raise Killed
-            return forest_model(batch)
+            return forest_model.logps(batch)
 
-    for after in (1, 2, 4):
+    for after in (1, 4):
         folder = tmp_path / f"after {after}"
         with ReferenceCache.open(folder, {"weights": "x"}) as cache, pytest.raises(Killed):
             fill(cache, Dying(after).eval(), examples, store, batch_rows=4)

@@ -1,15 +1,15 @@
 """Kept features of a frozen tower: what was written comes back, damage is found, ranks share."""
 
 import errno
+from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import assert_same_curves, curve, run
 
 from realign.data.records import read_pairs
-from realign.modeling import feature_cache
+from realign.modeling import feature_cache, model
 from realign.modeling.feature_cache import FeatureCache, fill
-from realign.modeling.model import ForestModel
 
 CPU = torch.device("cpu")
 
@@ -75,39 +75,42 @@ def test_a_full_disk_says_so_and_leaves_no_part(cache, monkeypatch):
     assert [path.name for path in cache.folder.iterdir()] == ["about.json"]
 
 
-def test_fill_computes_each_distinct_image_once(cache):
-    asked = []
+class Fake:
+    """Model and store in one: a batch of images is their names."""
 
-    def compute(images):
-        asked.extend(images)
+    dtype = None
+
+    def __init__(self, *images):
+        self.images, self.asked = images, []
+
+    def keys(self):
+        return self.images
+
+    def batch(self, images):
+        return SimpleNamespace(to=lambda *_: images)
+
+    def image_features(self, images):
+        self.asked += images
         return [features(int(image)) for image in images]
 
+
+def test_fill_computes_each_image_once(cache):
     told = []
-    images = [str(i) for i in (5, 3, 5, 1, 4, 1, 9)]
-    options = {"batch_images": 2, "progress": False, "say": told.append, "device": CPU}
-    fill(cache, images, list, compute, **options)
-    assert sorted(asked) == ["1", "3", "4", "5", "9"]
-    assert all(same(cache.get(image), features(int(image))) for image in images)
-    fill(cache, [*images, "7"], list, compute, **options)
-    assert sorted(asked) == ["1", "3", "4", "5", "7", "9"]
+    options = {"progress": False, "log": told.append}
+    for images, asked in (("53149", "13459"), ("531497", "7")):
+        fake = Fake(*images)
+        fill(cache, fake, fake, CPU, 2, **options)
+        assert sorted(fake.asked) == list(asked)
+        assert all(same(cache.get(image), features(int(image))) for image in images)
     assert told[0].startswith("image features: 0 of 5 known") and "5 of 6 known" in told[1]
 
 
 def test_the_file_limit_loses_nothing(cache, monkeypatch):
     monkeypatch.setattr(feature_cache, "_FILE_BYTES", 100)
-    images = [str(i) for i in range(7)]
-    fill(
-        cache,
-        images,
-        list,
-        lambda names: [features(int(name)) for name in names],
-        device=CPU,
-        batch_images=2,
-        progress=False,
-        say=lambda _: None,
-    )
+    fake = Fake(*"0123456")
+    fill(cache, fake, fake, CPU, 2, progress=False, log=lambda _: None)
     assert len(list(cache.folder.glob("*.safetensors"))) == 4
-    assert all(same(cache.get(image), features(int(image))) for image in images)
+    assert all(same(cache.get(image), features(int(image))) for image in "0123456")
 
 
 # --- in training ---
@@ -117,24 +120,24 @@ def test_the_file_limit_loses_nothing(cache, monkeypatch):
 def towers(monkeypatch):
     """How many images each forward of a vision tower takes."""
     found = []
-    features = ForestModel.image_features
+    features = model.features
 
-    def counted(self, images):
+    def counted(vlm, images):
         found.append(len(images.tokens))
-        return features(self, images)
+        return features(vlm, images)
 
-    monkeypatch.setattr(ForestModel, "image_features", counted)
+    monkeypatch.setattr(model, "features", counted)
     return found
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_run_with_kept_features_is_that_without(pairs_file, tmp_path, monkeypatch, towers, dtype):
     monkeypatch.setenv("REALIGN_CACHE", str(tmp_path))
-    truth = run(pairs_file, tmp_path / "live", "--dtype", dtype, steps=4)
+    truth = run(pairs_file, tmp_path / "live", "--dtype", dtype, steps=2)
     images = len({image for r in read_pairs(pairs_file) for image in pixels(r)})
     del towers[:]
     for name, forwards in (("first", images), ("second", 0)):
-        entries = run(pairs_file, tmp_path / name, "--dtype", dtype, "--cache-vision", steps=4)
+        entries = run(pairs_file, tmp_path / name, "--dtype", dtype, "--cache-vision", steps=2)
         # One image tells the cost of the tower; then each is computed once, and never again.
         assert sum(towers) == 1 + forwards
         del towers[:]

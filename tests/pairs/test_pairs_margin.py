@@ -15,7 +15,7 @@ from realign.modeling import reference_logps
 from realign.modeling.loading import DTYPES, load_model, load_processor
 from realign.pairs.filters import margin
 from realign.pairs.filters.margin import visual_margins
-from realign.training.inputs import load_inputs
+from realign.training.setup import load_inputs
 from realign_kernels import ReferenceCache
 
 PROMPT = ({"role": "user", "content": CAPTION_PROMPT},)
@@ -121,7 +121,7 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
             batch_rows=8,
             device=torch.device("cpu"),
             progress=False,
-            say=lambda line: None,
+            log=lambda line: None,
         )
     assert len(counted) <= 12 + 18  # it may compute known ones that share a batch
     assert np.array_equal((logps[0] - logps[2]).numpy(), first)

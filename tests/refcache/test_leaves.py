@@ -101,7 +101,7 @@ def test_every_preset_computes_its_loss(rich, processor, forest_model, name):
     assert objective.beta == 0.2
     batch = build_batch(examples, store, row_tokens=200)
     with torch.no_grad():
-        logps = batch.leaf_sums(forest_model(batch))
+        logps = batch.leaf_sums(forest_model.logps(batch))
         out = forest_model(batch, objective, logps.float())
     assert logps.shape == (len(objective.leaves), 4)
     assert out.loss.item() / 4 == pytest.approx(AT_THE_REFERENCE[name], abs=2e-5)
@@ -263,7 +263,7 @@ def test_released_scores_the_strongest_other_token(rich, processor, vlm, forest_
     _, examples, store = encode(rich[:3], processor, "released")
     with torch.no_grad():
         batch = build_batch(examples, store, row_tokens=200)
-        found = batch.leaf_sums(forest_model(batch))
+        found = batch.leaf_sums(forest_model.logps(batch))
         for column, example in enumerate(examples):
             for row, leaf in enumerate(example.leaves):
                 root = example.roots[leaf.root]

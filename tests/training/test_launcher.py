@@ -17,11 +17,18 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
         "rank = int(os.environ['RANK'])\n"
         "if sys.argv[1] == 'kill' and rank: os.kill(os.getpid(), signal.SIGKILL)\n"
         "if sys.argv[1] == 'exit' and rank: sys.exit(3)\n"
+        "if sys.argv[1] == 'term':\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "    open(f'{sys.argv[2]}/{rank}.ready', 'w').close()\n"
+        "    while not os.path.exists(f'{sys.argv[2]}/1.ready'): time.sleep(0.01)\n"
+        "    if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\n"
+        "    time.sleep(60), sys.exit(5)\n"
         "time.sleep(60 * (sys.argv[1] != 'fine'))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)
     assert distributed.launch("ends", ["fine"], 2) == 0
+    assert distributed.launch("ends", ["term", str(tmp_path)], 2) == 0  # forwarded to both
     assert distributed.launch("ends", ["exit"], 2) == 1
     assert "rank 1 ended with exit code 3." in capsys.readouterr().err
     assert distributed.launch("ends", ["kill"], 2) == 1
@@ -59,7 +66,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
         "open(f'{sys.argv[1]}/{os.getpid()}.rank', 'w').close()\n"
         "time.sleep(60)\n"
     )
-    launch = f"from realign import parallel; distributed.launch('waits', [{str(tmp_path)!r}], 2)"
+    launch = f"from realign import distributed; distributed.launch('waits', [{str(tmp_path)!r}], 2)"
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, "-c", launch], env=os.environ | {"PYTHONPATH": path}

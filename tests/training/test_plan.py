@@ -1,10 +1,8 @@
 """The plan of a run: its counts, and its memory against that of real training processes."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from forked_ranks import CONTEXT
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -52,15 +50,13 @@ def llava(tmp_path_factory):
     return folder
 
 
-MEASURE = """
-import sys
-import realign.train
-import transformers.models.llava.modeling_llava
-from realign.training.throughput import process_memory
-before = process_memory("VmRSS")
-assert realign.train.main(sys.argv[1:]) == 0
-print(process_memory("VmHWM") - before)
-"""
+def measure(words, file):
+    """In a forked process: run a command, and write how many bytes it took at most."""
+    import transformers.models.llava.modeling_llava  # noqa: F401 - counts as imports
+
+    before = throughput.process_memory("VmRSS")
+    assert main(words) == 0
+    file.write_text(str(throughput.process_memory("VmHWM") - before))
 
 
 @pytest.mark.parametrize(
@@ -76,10 +72,11 @@ def test_memory_is_within_a_quarter_of_a_training_process(settings, pairs_file, 
     write_pairs(pairs, read_pairs(pairs_file)[:4])
     given = ["--pairs", pairs, "--output", tmp_path, "--steps", 2, *settings, "--model", llava]
     given = [str(word) for word in given]
-    command = [sys.executable, "-c", MEASURE, *given, "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    measured = int(done.stdout.split()[-1])
+    process = CONTEXT.Process(target=measure, args=([*given, "--quiet"], tmp_path / "measured"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    measured = int((tmp_path / "measured").read_text())
     given[3] = str(tmp_path / "planned")
     parts = Plan(parse(given), pairs).memory_parts()
     assert sum(parts.values()) == pytest.approx(measured, rel=0.25)
@@ -177,19 +174,6 @@ def test_a_merged_model_takes_what_its_base_does(pairs_file, llava, tmp_path, ca
     assert f"final model {size / 2**30:.2f} GiB" in disk
 
 
-def test_the_plan_names_a_bad_record_and_a_bad_setting(pairs_file, tmp_path, capsys):
-    given = ["--pairs", pairs_file, "--output", tmp_path / "run", "--dry-run"]
-    for more, message in [
-        (["--max-response-tokens", 5], "chosen response has 17 tokens; the limit is 5"),
-        (["--pairs", tmp_path / "none.parquet"], "there is nothing at"),
-        (["--model", tmp_path / "nowhere"], "no model could be loaded from"),
-        (["--fsdp", "--nproc-per-node", 3], "batch_size 32 does not divide among 3 ranks"),
-    ]:
-        assert main([str(word) for word in [*given, *more]]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-
-
 def test_peak_memory_is_that_of_this_process():
     block = torch.ones(200 * 2**20, dtype=torch.uint8)
     held = throughput.process_memory("VmRSS")
@@ -197,24 +181,6 @@ def test_peak_memory_is_that_of_this_process():
     assert held >= 200 * 2**20
     # Linux gathers pages by thread, so two looks differ by some of them.
     assert throughput.peak_memory(torch.device("cpu")) >= held - 2**22
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--fsdp", "--nproc-per-node", 2, "--replicas", 3],
-            "replicas is 3, which does not divide 2",
-        ),
-        (["--cpu-offload"], "cpu_offload would have no effect"),
-        (["--attention", "flex"], "attention is 'flex', whose kernels"),
-    ],
-)
-def test_the_plan_refuses_what_training_refuses(pairs_file, tmp_path, capsys, flags, message):
-    words = ["--pairs", pairs_file, "--output", tmp_path / "run", "--dry-run", *flags]
-    assert main([str(word) for word in words]) == 1
-    shown = capsys.readouterr().err
-    assert message in shown and shown.count("\n") == 1
 
 
 def test_a_plan_of_a_tower_that_never_learns_whole(pairs_file, tmp_path, capsys):

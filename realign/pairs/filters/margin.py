@@ -87,7 +87,7 @@ def visual_margins(
     records: Sequence[Record],
     *,
     cache: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     on_bad: Callable[[Record, RecordError], None] | None = None,
 ) -> np.ndarray:
     """Visual margins of records.
@@ -99,7 +99,7 @@ def visual_margins(
         records: with `retrieved_images`, of which the first as many as `images` count. A rejected
             response is not needed.
         cache: folder of reference log-probs; that which training uses by default, if absent.
-        say: called with the number of cached log-probs, and with settings that were replaced.
+        log: called with the number of cached log-probs, and with settings that were replaced.
         on_bad: called with invalid records and the reason; their margin is NaN.
 
     Returns:
@@ -133,7 +133,7 @@ def visual_margins(
     try:
         if not examples:
             return margins
-        fingerprint = _fingerprint(model, processor, examples[0], store, say)
+        fingerprint = _fingerprint(model, processor, examples[0], store, log)
         directory = cache or reference_logps.default_directory()
         with ReferenceCache.open(directory, fingerprint) as table:
             logps = reference_logps.fill(
@@ -145,7 +145,7 @@ def visual_margins(
                 batch_rows=32,
                 device=vlm.device,
                 progress=False,
-                say=say,
+                log=log,
             )
         margins[[id(record) not in invalid for record in records]] = (logps[0] - logps[1]).numpy()
     finally:
@@ -158,14 +158,14 @@ def _fingerprint(
     processor: Any,
     example: Example,
     store: ImageStore,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, str]:
     """The fingerprint that training computes for this model, with the same check of its layout."""
     vlm = model.vlm
     if vlm not in _fingerprints:
         fingerprint = reference_logps.fingerprint(vlm, processor, model.dtype, vlm.device)
         for line in model.check_forest(example, store, vlm.device):
-            say(line)
+            log(line)
         _fingerprints[vlm] = fingerprint, model.layout.separate
     fingerprint, model.layout.separate = _fingerprints[vlm]
     return fingerprint

@@ -1,0 +1,269 @@
+"""Set-up of a run: model and checked records, adapters, sharding, optimizer, references."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
+
+from realign import distributed
+from realign.config import LossConfig, TrainConfig
+from realign.data.records import read_pairs
+from realign.modeling import feature_cache, reference_logps
+from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.feature_cache import FeatureCache
+from realign.modeling.forest import Example
+from realign.modeling.images import ImageStore
+from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
+from realign.modeling.model import ForestModel
+from realign.modeling.reference_logps import digest_of
+from realign.training import fsdp
+from realign.training.checkpoint import Checkpoints
+from realign.training.run_dir import base_of, check_settings
+from realign.training.schedule import rank_slice, total_steps
+from realign.training.throughput import image_flop
+from realign_kernels import Objective, ReferenceCache
+
+
+@dataclass
+class Inputs:
+    """A model and the forests to train it on."""
+
+    base: str  # folder (absolute) or hub name of the model
+    processor: Any
+    model: ForestModel
+    objective: Objective
+    examples: Sequence[Example]
+    store: ImageStore
+
+    @property
+    def longest_tree(self) -> int:
+        """Tokens of the longest root with all its leaves."""
+        return max(example.longest_tree for example in self.examples)
+
+
+def load_inputs(
+    base: str | Path,
+    pairs: str | Path,
+    loss: LossConfig,
+    *,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+    attention: str = "tree",
+    meta: bool = False,
+    train_vision: bool,
+    max_response_tokens: int,
+    progress: bool,
+) -> Inputs:
+    """Load a model and encode the pairs for it.
+
+    Args:
+        base: folder or hub name of the model, or of an adapter.
+        pairs: Parquet file or folder.
+        loss: decides which responses under which images are needed.
+        dtype: in which the model computes.
+        weights_dtype: in which its weights are kept.
+        attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
+        meta: build the model without weights, which rank 0 will send.
+        train_vision: whether the vision tower learns.
+        max_response_tokens: a longer response is an error.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: for a model or a record that cannot be trained on, with the remedy.
+    """
+    if Path(base).is_dir():  # an adapter will name its base, to be found from anywhere
+        base = Path(base).resolve()
+    processor = load_processor(base)
+    records = read_pairs(pairs)
+    objective = make_objective(loss, records)
+    vlm = load_model(base, weights_dtype, attention, meta=meta)
+    model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
+    examples, store = encode_records(
+        records,
+        processor,
+        objective,
+        layout=model.layout,
+        max_response_tokens=max_response_tokens,
+        max_tokens=vlm.config.get_text_config().max_position_embeddings,
+        progress=progress,
+    )
+    return Inputs(str(base), processor, model, objective, examples, store)
+
+
+def training_inputs(
+    config: TrainConfig, pairs: Path, attention: str, *, meta: bool, progress: bool = False
+) -> Inputs:
+    """`load_inputs` with the settings of a run."""
+    dtype = DTYPES[config.model.dtype]
+    return load_inputs(
+        base_of(config),
+        pairs,
+        config.loss,
+        dtype=dtype,
+        weights_dtype=dtype if config.model.tune == "lora" else torch.float32,
+        attention=attention,
+        meta=meta,
+        train_vision=config.model.train_vision,
+        max_response_tokens=config.data.max_response_tokens,
+        progress=progress,
+    )
+
+
+@dataclass
+class Run:
+    """State of a training run.
+
+    Attributes:
+        config: its settings.
+        device: of this rank.
+        local: this rank's part of every global batch.
+        inputs: model, objective, examples and their images.
+        adapter: the PEFT model around `inputs.model.vlm`; None where all weights learn.
+        trained: the trained parameters.
+        optimizer: over these.
+        fingerprint: of the reference log-probs, from before adapters and sharding.
+        digests: of base weights and pairs, the same when the run is resumed.
+        image_flop: of the vision tower for an image token.
+        checkpoints: in its output folder.
+        done: step of the checkpoint to resume from, 0 for none.
+        progress: whether this rank shows bars.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    local: slice
+    inputs: Inputs
+    adapter: PeftModel | None
+    trained: list[torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    fingerprint: dict[str, str]
+    digests: dict[str, str]
+    image_flop: float
+    checkpoints: Checkpoints
+    done: int
+    progress: bool
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return total_steps(len(self.inputs.examples), self.config.optim)
+
+
+def set_up(
+    config: TrainConfig,
+    pairs: Path,
+    device: torch.device,
+    attention: str,
+    checkpoints: Checkpoints,
+    done: int,
+) -> Run:
+    """Load a model and its records, put adapters on it, shard it, and make the optimizer.
+
+    Args:
+        config: the settings.
+        pairs: the pairs to train on.
+        device: of this rank.
+        attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
+        checkpoints: in the run's output folder.
+        done: step of the checkpoint to resume from, 0 for none.
+
+    Raises:
+        ValueError: for a model or a record that cannot be trained on, and for settings that have
+            changed since the run began.
+    """
+    settings, rank = config.model, distributed.rank()
+    progress = not config.run.quiet and rank == 0 and sys.stderr.isatty()
+    local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
+    meta = rank > 0  # weights come from rank 0
+    inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
+    model = inputs.model
+    fingerprint = shared_fingerprint(inputs, device, config.scale.kernels)
+    digests = {"base": fingerprint["weights"], "pairs": digest_of(inputs.examples)}
+    if done:
+        check_settings(config, **digests)
+    adapter = None
+    if settings.tune == "lora":
+        torch.manual_seed(config.run.seed)
+        adapter = add_lora(model.vlm, settings.lora_rank, settings.lora_alpha)
+    fsdp.place(model, config, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rate, decay = config.optim.learning_rate, config.optim.weight_decay
+    return Run(
+        config=config,
+        device=device,
+        local=local,
+        inputs=inputs,
+        adapter=adapter,
+        trained=trained,
+        optimizer=torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=True),
+        fingerprint=fingerprint,
+        digests=digests,
+        image_flop=image_flop(model.eval(), inputs.store, device),
+        checkpoints=checkpoints,
+        done=done,
+        progress=progress,
+    )
+
+
+def shared_fingerprint(
+    inputs: Inputs, device: torch.device, kernels: str = "eager"
+) -> dict[str, str]:
+    """`reference_logps.fingerprint` on all ranks; rank 0 digests the weights."""
+    vlm, dtype = inputs.model.vlm, inputs.model.dtype
+    weights = distributed.broadcast_from_rank0(lambda: reference_logps.weights_digest(vlm, dtype))
+    return reference_logps.fingerprint(vlm, inputs.processor, dtype, device, kernels, weights)
+
+
+def reference_pass(run: Run) -> torch.Tensor:
+    """Compute or look up the reference log-probs of all examples, (L, examples) fp32.
+
+    The model is the reference: nothing is trained or restored yet, and adapters are off.
+    """
+    config, inputs, optim = run.config, run.inputs, run.config.optim
+    distributed.ranks_part()
+    if config.run.cache_vision:
+        features = FeatureCache(feature_cache.default_directory(), run.fingerprint)
+        size, store = optim.micro_batch_size, inputs.store
+        feature_cache.fill(features, inputs.model, store, run.device, size, progress=run.progress)
+        inputs.store.features = features
+    for line in inputs.model.check_forest(inputs.examples[0], inputs.store, run.device):
+        distributed.log_rank0(line)
+    directory = config.run.reference_cache or reference_logps.default_directory()
+    with ReferenceCache.open(directory, run.fingerprint) as cache:
+        references = reference_logps.fill(
+            cache,
+            inputs.model,
+            inputs.examples,
+            inputs.store,
+            row_tokens=config.data.row_tokens or inputs.longest_tree,
+            batch_rows=optim.micro_batch_size * len(inputs.examples[0].roots),
+            device=run.device,
+            progress=run.progress,
+        )
+    if isinstance(inputs.model, FSDPModule):
+        inputs.model.reshard()  # a forward without backward leaves the root gathered
+    return references.float()
+
+
+def restore(run: Run) -> None:
+    """Load the checkpoint that the run resumes from, and print a summary of the run."""
+    config, inputs = run.config, run.inputs
+    if run.done:
+        run.checkpoints.load(run.done, inputs.model, run.optimizer)
+        distributed.log_rank0(f"resumed from step {run.done} of {run.total}")
+    elif config.run.resume:
+        distributed.log_rank0(
+            f"there is no checkpoint in {config.run.output} yet: starting at the first step"
+        )
+    distributed.log_rank0(
+        f"{inputs.objective.name}: {len(inputs.examples)} records, {len(inputs.store)} distinct "
+        f"images, {sum(p.numel() for p in run.trained):,} trained parameters, {run.total} steps of "
+        f"{config.optim.batch_size} on {distributed.world_size()} rank(s), in {config.model.dtype}"
+    )
