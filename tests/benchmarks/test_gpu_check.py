@@ -246,7 +246,7 @@ class TestTruth:
         rows = (problem.labels != truth.IGNORE).nonzero().squeeze(1)
         labels = problem.labels[rows]
         if problem.rival is not None:
-            strongest = reference.rivals(hidden[rows] @ weight.T, labels)
+            strongest = reference.runner_up(hidden[rows] @ weight.T, labels)
             labels = torch.where(problem.rival[rows], strongest, labels)
         given = (hidden[rows], weight, labels, bias, *head)
         logps = reference.linear_logprobs(*given)

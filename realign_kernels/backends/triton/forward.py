@@ -129,6 +129,9 @@ def head_stats(
 
     fp32 inputs are multiplied as three tf32 products, about as exact as fp32. Rows of hidden whose
     elements are not adjacent are copied.
+
+    Raises:
+        ValueError: the last stride of weight is not 1.
     """
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
