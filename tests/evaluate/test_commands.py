@@ -85,9 +85,9 @@ def test_an_answer_with_unusual_line_ends_is_one_line(questions, tmp_path):
 
 def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
     _ask(Counting(), questions, tmp_path)
-    with pytest.raises(ValueError, match="asked for with another model; name another --output"):
+    with pytest.raises(ValueError, match="holds answers for another model; name another --output"):
         _ask(Counting(), questions, tmp_path, model="other")
-    with pytest.raises(ValueError, match="asked for with another suffix"):
+    with pytest.raises(ValueError, match="holds answers for another suffix"):
         _ask(Counting(), questions, tmp_path, suffix="!")
     changed = [answering.Question("0", "9 ?", "0.png"), *questions[1:]]
     with pytest.raises(ValueError, match="answers another question under the id '0'"):
