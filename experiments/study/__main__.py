@@ -43,7 +43,7 @@ class StudyConfig:
 
 
 def study(config: StudyConfig) -> None:
-    """Run what is missing and write the page.
+    """Run the missing jobs and write the page.
 
     Raises:
         ValueError: when the folder holds a study of another testbed, there is nothing to report, or

@@ -3,9 +3,9 @@
 - CHAIR-s is the share of captions with at least one such object.
 - CHAIR-i is the share of such mentions among all mentions of objects, repeated ones included.
 
-An object is a COCO category, named by itself or a synonym; a picture shows what COCO's instances
-*or* its reference captions name. Published figures use the list of synonyms of the metric's
-authors: pass that file as `synonyms` to compare with them. The list in this package is our
+An object is a COCO category, named by itself or a synonym; a picture shows the objects that COCO's
+instances *or* its reference captions name. Published figures use the list of synonyms of the
+metric's authors: pass that file as `synonyms` to compare with them. The list in this package is our
 own, and its figures compare two models only with each other. Both lists use the authors' rules:
 
 - Two words are one name if the list has them, or if a rule joins them: a baby bird is a bird.

@@ -48,23 +48,23 @@ def run(words: Sequence[str]) -> int:
         ValueError: for bad input, with the remedy.
         OSError: for missing files.
     """
-    given = _parser().parse_args(words)
+    args = _parser().parse_args(words)
     for name, minimum in _LEAST.items():
-        if (value := getattr(given, name, minimum)) < minimum:
+        if (value := getattr(args, name, minimum)) < minimum:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {value}; it must be {minimum} or more.")
-    print(given.run(given))
+    print(args.run(args))
     return 0
 
 
-def pope(given: argparse.Namespace) -> str:
+def pope(args: argparse.Namespace) -> str:
     """Ask POPE's questions, each file separately, and score them by every rule.
 
     Raises:
         ValueError: for two files of one name, whose answers would share a file.
     """
     sheets: dict[str, Sheet] = {}
-    for file in given.questions:
+    for file in args.questions:
         if (name := Path(file).stem) in sheets:
             raise ValueError(
                 f"two files are called {name}, so their answers would share one file. Rename one."
@@ -73,41 +73,39 @@ def pope(given: argparse.Namespace) -> str:
             Question(
                 str(item["question_id"]), item["text"], item["image"], {"label": item["label"]}
             )
-            for item in files.read_rows(file, _POPE, _POPE_FILE, given.limit)
+            for item in files.read_rows(file, _POPE, _POPE_FILE, args.limit)
         ]
-        sheets[name] = _sheet(given, items, name, max_tokens=16, suffix=given.suffix)
+        sheets[name] = _sheet(args, items, name, max_tokens=16, suffix=args.suffix)
     scores: dict[str, Any] = {}
-    for name, lines in _answers(given, sheets).items():
+    for name, lines in _answers(args, sheets).items():
         texts, labels = _column(lines, "answer"), _column(lines, "label")
         scores[name] = {rule: asdict(yesno.score(texts, labels, rule)) for rule in yesno.RULES}
-    return _write_scores(given, scores, _lines(tables.pope(scores)))
+    return _write_scores(args, scores, _lines(tables.pope(scores)))
 
 
-def captions(given: argparse.Namespace) -> str:
+def captions(args: argparse.Namespace) -> str:
     """Generate captions and score the objects they name.
 
     Raises:
         ValueError: for an image without a file name, or files of another kind.
     """
-    vocabulary = chair.Vocabulary(given.synonyms or chair.OWN_SYNONYMS)
+    vocabulary = chair.Vocabulary(args.synonyms or chair.OWN_SYNONYMS)
     names = {
         image["id"]: image.get("file_name")
-        for image in files.read_instances(given.instances)["images"]
+        for image in files.read_instances(args.instances)["images"]
     }
     images = sorted(names)
-    if given.most and given.most < len(images):
-        images = sorted(
-            np.random.default_rng(given.seed).permutation(images)[: given.most].tolist()
-        )
-    images = images[: given.limit] if given.limit else images
-    visible = chair.shown_objects(given.instances, given.reference, vocabulary, images)
+    if args.most and args.most < len(images):
+        images = sorted(np.random.default_rng(args.seed).permutation(images)[: args.most].tolist())
+    images = images[: args.limit] if args.limit else images
+    visible = chair.shown_objects(args.instances, args.reference, vocabulary, images)
     for image in images:
         if not files.is_text(names[image]):
-            raise ValueError(f"{given.instances}: image {image} has no file_name.")
-    items = [Question(str(image), given.prompt, names[image]) for image in images]
-    sheet = _sheet(given, items, "chair", max_tokens=given.max_tokens)
-    check_file("--output", Path(given.output) / "chair-objects.json")
-    lines = _answers(given, {"chair": sheet})["chair"]
+            raise ValueError(f"{args.instances}: image {image} has no file_name.")
+    items = [Question(str(image), args.prompt, names[image]) for image in images]
+    sheet = _sheet(args, items, "chair", max_tokens=args.max_tokens)
+    check_file("--output", Path(args.output) / "chair-objects.json")
+    lines = _answers(args, {"chair": sheet})["chair"]
     texts = {int(line["id"]): line["answer"] for line in lines}
     chair_figures = chair.score(texts, visible, vocabulary)
     details = [
@@ -115,45 +113,47 @@ def captions(given: argparse.Namespace) -> str:
         for line, (image, text) in zip(lines, texts.items(), strict=True)
     ]
     objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
-    write_whole(Path(given.output) / "chair-objects.json", objects)
-    scores = {"synonyms": given.synonyms or tables.OWN, **asdict(chair_figures)}
+    write_whole(Path(args.output) / "chair-objects.json", objects)
+    scores = {"synonyms": args.synonyms or tables.OWN, **asdict(chair_figures)}
     table = f"{_lines(tables.chair(scores))}\nobjects by {scores['synonyms']}"
-    return _write_scores(given, scores, table)
+    return _write_scores(args, scores, table)
 
 
-def hallusion(given: argparse.Namespace) -> str:
+def hallusion(args: argparse.Namespace) -> str:
     """Ask HallusionBench's questions and score them by every rule.
 
     Raises:
         ValueError: for a file name that is not text, or a file of another kind.
     """
-    rows = files.read_rows(given.questions, _HALLUSION, _HALLUSION_FILE, given.limit)
+    rows = files.read_rows(args.questions, _HALLUSION, _HALLUSION_FILE, args.limit)
     items = []
     for row in rows:
         names = [str(row[n]) for n in hallusionbench.NEEDED[:-1]]
         file = row.get("filename")
         if file is not None and not files.is_text(file):
-            raise ValueError(f"{given.questions}: filename is {short_repr(file)}, not text.")
-        seen = str(row.get("visual_input", "1")) != "0" and file
-        items.append(Question("_".join(names), row["question"], file if seen else None, dict(row)))
+            raise ValueError(f"{args.questions}: filename is {short_repr(file)}, not text.")
+        has_image = str(row.get("visual_input", "1")) != "0" and file
+        items.append(
+            Question("_".join(names), row["question"], file if has_image else None, dict(row))
+        )
     for item in items:
         item.facts.pop("question")
-    sheet = _sheet(given, items, "hallusionbench", max_tokens=16, suffix=given.suffix)
-    texts = _column(_answers(given, {"hallusionbench": sheet})["hallusionbench"], "answer")
+    sheet = _sheet(args, items, "hallusionbench", max_tokens=16, suffix=args.suffix)
+    texts = _column(_answers(args, {"hallusionbench": sheet})["hallusionbench"], "answer")
     scores = {
         rule: asdict(hallusionbench.score(hallusionbench.correct(texts, rows, rule), rows))
         for rule in yesno.RULES
     }
-    return _write_scores(given, scores, _lines(tables.hallusionbench(scores)))
+    return _write_scores(args, scores, _lines(tables.hallusionbench(scores)))
 
 
-def compare(given: argparse.Namespace) -> str:
+def compare(args: argparse.Namespace) -> str:
     """Two models' answers to the same questions; two files may have any names.
 
     Raises:
         ValueError: for answers to different questions, or answers without labels.
     """
-    paths = [Path(given.first), Path(given.second)]
+    paths = [Path(args.first), Path(args.second)]
     single = not any(path.is_dir() for path in paths)
     name = " -> ".join(dict.fromkeys(path.stem for path in paths)) if single else None
     first, second = (_labelled(path, name) for path in paths)
@@ -163,7 +163,7 @@ def compare(given: argparse.Namespace) -> str:
         difference = "differ"
     if unmatched:
         raise ValueError(
-            f"{given.first} and {given.second} answer different questions: "
+            f"{args.first} and {args.second} answer different questions: "
             f"{len(unmatched)} {difference}, such as {unmatched[0][1]!r}. "
             "Compare answers to the same files."
         )
@@ -178,14 +178,14 @@ def compare(given: argparse.Namespace) -> str:
                 yesno.right(_column(answers, "answer"), _column(before, "label"), rule)
                 for answers in (before, after)
             ]
-            comparison = paired.compare(*right, clusters=clusters, seed=given.seed)
+            comparison = paired.compare(*right, clusters=clusters, seed=args.seed)
             lines.append(f"  {rule:6} {comparison}")
     return "\n".join([*lines, "(difference with its 95 % bootstrap interval over images)"])
 
 
-def handoff(given: argparse.Namespace) -> str:
+def handoff(args: argparse.Namespace) -> str:
     """Write a folder for lmms-eval and VLMEvalKit."""
-    return hand_off(given.model, given.output)
+    return hand_off(args.model, args.output)
 
 
 def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, Any]]:
@@ -202,7 +202,7 @@ def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, A
                 raise ValueError(f"{path}: answer {line['id']!r} has no question, image or label.")
             labelled[name or line["file"], line["id"]] = line
     if not labelled:
-        raise ValueError(f"{path} has no labels; `compare` takes yes/no answers.")
+        raise ValueError(f"{path} has no labels; `compare` needs yes/no answers.")
     return labelled
 
 
@@ -211,7 +211,7 @@ def _asked(line: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def _sheet(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     items: Sequence[Question],
     name: str,
     *,
@@ -219,30 +219,28 @@ def _sheet(
     suffix: str = "",
 ) -> Sheet:
     """Check the questions and the output paths."""
-    check_folder("--output", given.output)
-    check_file("--output", Path(given.output) / f"{given.command}.json")
+    check_folder("--output", args.output)
+    check_file("--output", Path(args.output) / f"{args.command}.json")
     return prepare(
         items,
-        given.image_folder,
-        Path(given.output) / f"{name}.jsonl",
-        model=given.model,
+        args.image_folder,
+        Path(args.output) / f"{name}.jsonl",
+        model=args.model,
         max_tokens=max_tokens,
         suffix=suffix,
     )
 
 
 def _answers(
-    given: argparse.Namespace, sheets: Mapping[str, Sheet]
+    args: argparse.Namespace, sheets: Mapping[str, Sheet]
 ) -> dict[str, list[dict[str, Any]]]:
     """Answers to the questions of every sheet, by the name of the sheet."""
     from realign.pairs.engines import make_engine
 
-    engine = make_engine(
-        f"transformers:{given.model}", batch_size=given.batch_size, dtype=given.dtype
-    )
+    engine = make_engine(f"transformers:{args.model}", batch_size=args.batch_size, dtype=args.dtype)
     try:
         answers = {
-            name: answer(engine, sheet, progress=not given.quiet) for name, sheet in sheets.items()
+            name: answer(engine, sheet, progress=not args.quiet) for name, sheet in sheets.items()
         }
     finally:
         engine.close()
@@ -256,10 +254,10 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
     return [line[name] for line in lines]
 
 
-def _write_scores(given: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
+def _write_scores(args: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
     """Write the figures beside the answers; returns the table."""
-    path = Path(given.output) / f"{given.command}.json"
-    content = {"model": given.model, "scores": scores}
+    path = Path(args.output) / f"{args.command}.json"
+    content = {"model": args.model, "scores": scores}
     write_whole(path, json.dumps(content, indent=2) + "\n")
     return f"{table}\nwrote {path}"
 

@@ -62,7 +62,7 @@ def read_rows(
 
     Args:
         file: the file.
-        fields: name -> what it holds.
+        fields: name -> its `Field`.
         remedy: end of each error message: the file to give.
         limit: number of objects to read; 0 reads all.
 

@@ -36,7 +36,7 @@ def hand_off(model: str, output: str | Path) -> str:
 
     Args:
         model: folder or hub name; an adapter is merged into its base.
-        output: folder to write: the whole model with its processor, and vlmevalkit.json.
+        output: folder to write: the complete model with its processor, and vlmevalkit.json.
 
     Returns:
         The commands to run, in lines.

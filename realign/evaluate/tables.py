@@ -78,5 +78,5 @@ def markdown(table: Table) -> str:
     return f"{table.title}:\n\n{shown}" if table.title else shown
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2f} %"

@@ -30,7 +30,7 @@ from realign.pairs.io.pictures import load_picture
 from realign.pairs.stats import FACTS, changed_words, collect, difference, image_digest, pair_rows
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
-_SMALL = 128  # pixels; smaller pictures are kept as they are and shown with hard edges
+_SMALL = 128  # pixels; smaller pictures are not reduced, and are shown with hard edges
 
 
 def write_gallery(
@@ -227,13 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--side", type=int, default=320, help="longer side of a thumbnail (%(default)s pixels)"
     )
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        check_file("--output", given.output)
-        shown, total = write_gallery(given.pairs, given.output, most=given.most, side=given.side)
+        check_file("--output", args.output)
+        shown, total = write_gallery(args.pairs, args.output, most=args.most, side=args.side)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    size = Path(given.output).stat().st_size / 1e6
-    print(f"wrote {given.output}: {shown} of {total} pairs, {size:.1f} MB")
+    size = Path(args.output).stat().st_size / 1e6
+    print(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
     return 0

@@ -176,7 +176,7 @@ def parse_completion(reply: Reply | str, masked: Masked) -> str | None:
 def keeps_pieces(masked: Masked, text: str) -> bool:
     """Whether a completed text has every word outside the gaps, in order, and a few in each gap.
 
-    A gap takes one to eight words, or up to twice as many as were hidden. Case and punctuation are
+    A gap has one to eight words, or up to twice as many as were hidden. Case and punctuation are
     ignored, with two exceptions, which are remarks around the answer: new brackets and markup, and,
     where a gap begins or ends the text, more sentences, colons or lines.
     """

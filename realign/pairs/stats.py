@@ -203,8 +203,8 @@ def _left_out(work: Path, pairs: Path) -> tuple[Counter, Counter]:
     If the data set and its work folder were moved, the latest note of that name is used.
     """
     notes = sorted(work.glob(f"{pairs.name}.*.json"), key=lambda file: file.stat().st_mtime)
-    if (own := run_note(work, str(pairs))).exists():
-        notes.append(own)
+    if (note_file := run_note(work, str(pairs))).exists():
+        notes.append(note_file)
     if notes:
         note = json.loads(notes[-1].read_text())
         return Counter(note["dropped"]), Counter(note["bad"])
@@ -224,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
     parser.add_argument("--work", help="work folder of the run, with its drops (PAIRS.work)")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        print(collect(given.pairs, work=given.work))
+        print(collect(args.pairs, work=args.work))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

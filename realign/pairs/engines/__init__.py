@@ -1,7 +1,7 @@
 """Engines that answer chats about images: transformers in this process, or an endpoint by its URL.
 
 To add an engine, write a subclass of `Engine` in a module of this folder, and add it to `ENGINES`
-under the scheme of its specs. It takes the spec and the `EngineOptions`.
+under the scheme of its specs. Its arguments are the spec and the `EngineOptions`.
 """
 
 from __future__ import annotations

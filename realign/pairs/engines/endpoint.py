@@ -4,7 +4,7 @@ The client repeats a request after 408, 409, 429, 5xx, a time-out or a cut conne
 random waits or those of `Retry-After`. Answers are saved on disk, so a resumed run pays for each
 answer once.
 
-The key comes from the environment, goes into one header, and is taken out of every text that a
+The key comes from the environment, goes into one header, and is removed from every text that a
 server returns, because servers quote it. The client would also send an organization, a project and
 headers that other variables name (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS), so the engine sets all
 headers itself. A redirect is an error: the key and the images stay with the host that was named.
@@ -110,7 +110,7 @@ class EndpointEngine(Engine):
     def estimate(self, requests: Sequence[Chat], total: int | None = None) -> str:
         """Number and tokens of requests that are not answered yet, and their cost. See `Engine`.
 
-        Rough: a token is taken as four characters, an image as 1,000, an answer as long as allowed.
+        Rough: a token is four characters, an image 1,000 tokens, an answer as long as allowed.
         """
         unique: dict[str, Chat] = {}
         for request in requests:
@@ -184,7 +184,7 @@ class EndpointEngine(Engine):
             answer = client.post("/chat/completions", cast_to=httpx2.Response, content=body)
         except openai.APIStatusError as error:
             if error.status_code == 400 and "max_completion_tokens" in error.response.text:
-                self._renamed = True  # newer models take only max_completion_tokens
+                self._renamed = True  # newer models accept only max_completion_tokens
                 if not renamed:
                     return self._ask(client, request)
             return self._refused(error.response)

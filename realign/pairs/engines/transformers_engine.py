@@ -118,7 +118,7 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
-        """Answers to one batch; a batch that fails as a whole is tried in halves."""
+        """Answers to one batch; a batch that fails is tried again in halves."""
         try:
             encoded = self._encode(requests, texts)
         except torch.OutOfMemoryError:

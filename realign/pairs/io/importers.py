@@ -323,12 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-folder", help="that image paths are relative to (that of DATA)")
     parser.add_argument("--output", default="pairs.parquet", help="file to write (%(default)s)")
     parser.add_argument("--format", default="auto", help="realign or parquet (auto looks)")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        counts = import_pairs(given.data, given.image_folder, given.output, format=given.format)
+        counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
-    print(f"wrote {given.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
+    print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
     return 0

@@ -75,14 +75,14 @@ class _Word:
 def _phrase_end(words: list[_Word], at: int) -> int:
     """The index after the noun phrase that begins at `at`; `at` without one."""
     end = at + (words[at].kind == _DETERMINER)
-    seen = None
+    last_noun = None
     while end < len(words) and (end == at or words[end].near):
         if words[end].kind == _NOUN:
-            seen = end
-        elif words[end].kind not in _MODIFIERS or seen is not None:
+            last_noun = end
+        elif words[end].kind not in _MODIFIERS or last_noun is not None:
             break
         end += 1
-    return at if seen is None else seen + 1
+    return at if last_noun is None else last_noun + 1
 
 
 def _segments_of(phrase: list[_Word], categories: Sequence[str]) -> list[Span]:
