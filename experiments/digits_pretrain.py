@@ -1,10 +1,10 @@
-"""Make the base checkpoint of the digits default.
+"""Pretraining of the base checkpoint of the digits default.
 
     python -m experiments.digits_pretrain            # about ten minutes on two cores
 
 A real `LlavaForConditionalGeneration` of 1.1 M parameters learns captions and yes/no questions on
-biased scenes only, so it reads digits well and has learned the prior of the captions. The result is
-written beside this file as bf16 safetensors and shipped with the package.
+biased scenes only, so it reads digits well and has learned the prior of the captions. The result
+is written as bf16 safetensors to the assets of `realign.digits` and shipped with the package.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCH = 64
 POOL = 8192  # biased scenes drawn once
 TURNS = 2  # questions of each of three kinds in a dialogue
 LEARNING_RATE = 1e-3
-COMPLETIONS = 24  # rows in a batch of completions, whose prompts are long
+COMPLETIONS = 24  # rows in a batch of completions, which have long prompts
 
 
 def build_model(processor) -> LlavaForConditionalGeneration:
@@ -89,7 +89,7 @@ def build_model(processor) -> LlavaForConditionalGeneration:
 def encode(
     processor, scenes: list[Scene], dialogues: list[list[tuple[str, str]]]
 ) -> dict[str, torch.Tensor]:
-    """Tokenize (question, answer) turns about one scene each; labels cover the answers alone."""
+    """Tokenize (question, answer) turns about one scene each; labels cover only the answers."""
     tokenizer = processor.tokenizer
     openings = [turns[0][0] for turns in dialogues]
     prompts = [chat_prompt(processor, [{"role": "user", "content": q}], 1)[0] for q in openings]
@@ -98,11 +98,11 @@ def encode(
     for ids, turns in zip(encoded["input_ids"], dialogues, strict=True):
         labels = [-100] * len(ids)
         for i, (question, answer) in enumerate(turns):
-            asked = f"user : {question} assistant :" if i else ""
-            asked = tokenizer(asked, add_special_tokens=False)["input_ids"]
-            said = tokenizer(f"{answer} </s>", add_special_tokens=False)["input_ids"]
-            ids = [*ids, *asked, *said]
-            labels = [*labels, *[-100] * len(asked), *said]
+            turn = f"user : {question} assistant :" if i else ""
+            question_ids = tokenizer(turn, add_special_tokens=False)["input_ids"]
+            answer_ids = tokenizer(f"{answer} </s>", add_special_tokens=False)["input_ids"]
+            ids = [*ids, *question_ids, *answer_ids]
+            labels = [*labels, *[-100] * len(question_ids), *answer_ids]
         rows.append((torch.tensor(ids), torch.tensor(labels)))
     pad = torch.nn.utils.rnn.pad_sequence
     return {
@@ -130,8 +130,8 @@ def pretrain(
         noise: of the scenes, see `make_scenes`.
         follow: share of rows that follow the prior, see `make_scenes`.
         glyphs: of the scenes, see `make_scenes`.
-        completions: whether every fourth batch teaches to complete a masked caption on an image, as
-            `--refill prompt` asks for it.
+        completions: whether every fourth batch trains the completion of a masked caption on an
+            image, with the request of `--refill prompt`.
         progress: whether to show a bar.
 
     Returns:
@@ -147,62 +147,63 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     bar = tqdm(range(steps), desc="pretraining the digits base", disable=not progress)
     for step in bar:
-        warm, done = min(1.0, (step + 1) / 50), step / steps
-        rate = LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        warmup, fraction = min(1.0, (step + 1) / 50), step / steps
+        rate = LEARNING_RATE * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fraction)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         if completions and step % 4 == 3:
-            chosen = [scenes[i] for i in rng.integers(POOL, size=COMPLETIONS)]
-            others = [scenes[i] for i in rng.integers(POOL, size=COMPLETIONS)]
+            batch_scenes = [scenes[i] for i in rng.integers(POOL, size=COMPLETIONS)]
+            caption_scenes = [scenes[i] for i in rng.integers(POOL, size=COMPLETIONS)]
             dialogues = [
-                [_completion(other, seen, rng)] for other, seen in zip(others, chosen, strict=True)
+                [_completion(other, shown, rng)]
+                for other, shown in zip(caption_scenes, batch_scenes, strict=True)
             ]
         else:
-            chosen = [scenes[i] for i in rng.integers(POOL, size=BATCH)]
-            dialogues = [_dialogue(scene, i, rng) for i, scene in enumerate(chosen)]
-        batch = encode(processor, chosen, dialogues)
+            batch_scenes = [scenes[i] for i in rng.integers(POOL, size=BATCH)]
+            dialogues = [_dialogue(scene, i, rng) for i, scene in enumerate(batch_scenes)]
+        batch = encode(processor, batch_scenes, dialogues)
         labels = batch.pop("labels")
         logits = model(**batch).logits[:, :-1].float()
         targets = labels[:, 1:]
-        each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         # A mean per row, so that short answers weigh as much as captions.
-        each = each.sum(1) / (targets != -100).sum(1)
-        loss = each.mean()
+        losses = losses.sum(1) / (targets != -100).sum(1)
+        loss = losses.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if len(chosen) == BATCH:
-            captions, answers = each.detach().view(-1, 2).mean(0).tolist()
+        if len(batch_scenes) == BATCH:
+            captions, answers = losses.detach().view(-1, 2).mean(0).tolist()
             bar.set_postfix(captions=f"{captions:.3f}", answers=f"{answers:.3f}", refresh=False)
     return model.eval(), processor
 
 
 def _dialogue(scene: Scene, place: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions on the odd places of a batch, the caption on the others."""
+    """Questions at the odd places of a batch, the caption at the even places."""
     if not place % 2:
         return [(CAPTION_PROMPT, scene.caption)]
     # Many short turns: one answer in a batch row teaches too little.
-    asked = [make_questions(scene, rng)[rng.integers(2)] for _ in range(TURNS)]
+    questions = [make_questions(scene, rng)[rng.integers(2)] for _ in range(TURNS)]
     for _ in range(TURNS):
-        asked += make_easy_questions(scene, rng)
-    rng.shuffle(asked)
-    return [(question.text, question.answer) for question in asked]
+        questions += make_easy_questions(scene, rng)
+    rng.shuffle(questions)
+    return [(question.text, question.answer) for question in questions]
 
 
-def _completion(other: Scene, seen: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """One digit of another scene's caption is hidden; the answer names that of the scene seen."""
+def _completion(other: Scene, shown: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """(request, answer): the request hides a digit of `other`, the answer names that of `shown`."""
     place = int(rng.integers(4))
-    digits = [*other.digits[:place], seen.digits[place], *other.digits[place + 1 :]]
+    digits = [*other.digits[:place], shown.digits[place], *other.digits[place + 1 :]]
     hidden = WORDS[other.digits[place]]
-    # The place's own word may stand earlier in the caption, too; so it is cut by its place.
-    before = caption_of(other.digits).split(" , ")
-    name, _, rest = before[place].rpartition(f" {hidden}")
-    start = " , ".join([*before[:place], name + " "])
-    end = " , ".join([rest, *before[place + 1 :]])
+    # The same word may be earlier in the caption, so the split is by place, not by word.
+    places = caption_of(other.digits).split(" , ")
+    name, _, after = places[place].rpartition(f" {hidden}")
+    start = " , ".join([*places[:place], name + " "])
+    end = " , ".join([after, *places[place + 1 :]])
     masked = Masked((start, end), (hidden,))
-    asked = complete_chat(CAPTION_PROMPT, masked, seen.image).messages[0]["content"]
-    return asked, caption_of(tuple(digits))
+    request = complete_chat(CAPTION_PROMPT, masked, shown.image).messages[0]["content"]
+    return request, caption_of(tuple(digits))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Installation check: versions, backends and missing packages, `python -m realign.doctor`.
 
-Exit code 0 where everything that is needed works, 1 where something is broken. A missing package,
-or an extension that crashes Python, is a finding. Every line is printed as soon as it is known.
+The exit code is 0 if everything that is needed works, and 1 if something is broken. A missing
+package, or an extension that crashes Python, is a finding. Each line is printed immediately.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 Finding = tuple[str, str, str]
 """A mark ("ok", "--" for a missing extra, "BAD" for a broken package), a name, the finding."""
 EXTRAS = ("", "cpu", "gpu", "demo", "tensorboard", "wandb", "ray", "sentences", "study")
-"""Extras of pyproject.toml for users, behind the needed packages; `gpu` only for a GPU."""
+"""Extras of pyproject.toml for users, after the required packages; `gpu` only for a GPU."""
 _LOAD = """import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
 
 
 def _package(requirement: Requirement, extra: str) -> Finding:
-    """Whether a package is there, new enough, and can be imported."""
+    """Whether a package is installed, new enough, and importable."""
     name = requirement.name
     remedy = f"pip install '{f'realign[{extra}]' if extra else f'{name}{requirement.specifier}'}'"
     try:
@@ -48,7 +48,7 @@ def _package(requirement: Requirement, extra: str) -> Finding:
     try:
         modules = [m for m, names in _modules().items() if name in names and m[0] != "_"]
         importlib.import_module(min(modules, key=len, default=name))
-    except Exception as error:  # a broken package fails in ways of its own
+    except Exception as error:  # a broken package may raise any exception
         return "BAD", name, f"{version} cannot be imported: {_line(error)}"
     return "ok", name, version
 
@@ -69,15 +69,16 @@ def _packages() -> Iterator[Finding]:
         yield "BAD", "packaging", "missing: pip install packaging"
         return
     try:
-        found = [Requirement(line) for line in importlib.metadata.requires("realign") or ()]
+        requirements = [Requirement(line) for line in importlib.metadata.requires("realign") or ()]
     except importlib.metadata.PackageNotFoundError:
         yield "--", "realign", "not installed, so no versions are checked: pip install ."
         return
     for extra in EXTRAS:
-        for one in found:
-            own = one.marker.evaluate({"extra": extra}) if one.marker else not extra
-            if own and (extra != "gpu" or shutil.which("nvidia-smi")):
-                yield _package(one, extra)
+        for requirement in requirements:
+            marker = requirement.marker
+            applies = marker.evaluate({"extra": extra}) if marker else not extra
+            if applies and (extra != "gpu" or shutil.which("nvidia-smi")):
+                yield _package(requirement, extra)
 
 
 def _kernels() -> Iterator[Finding]:
@@ -110,7 +111,7 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _crash() -> str | None:
-    """How Python ends when another process loads the extension; None: it does not."""
+    """Description of the crash when a subprocess loads the extension; None without a crash."""
     root = importlib.import_module("realign_kernels").__path__
     spec = importlib.machinery.PathFinder.find_spec("realign_kernels._C", root)
     if spec is None or spec.origin is None:
@@ -134,12 +135,12 @@ def _error(device: str, backend: str) -> float:
     weight = torch.randn(64, 32, generator=generator, dtype=torch.float64)
     labels = torch.randint(64, (3, 2, 5), generator=generator)
 
-    def run(name: str, dtype: torch.dtype, where: str) -> torch.Tensor:
-        given = hidden.to(where, dtype).clone().requires_grad_()
-        references = torch.full((3, 2), -20.0, device=where)
+    def run(name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+        inputs = hidden.to(device, dtype).clone().requires_grad_()
+        references = torch.full((3, 2), -20.0, device=device)
         with use_backend(name):
-            loss = rdpo_loss(given, weight.to(where, dtype), labels.to(where), references).loss
-            (grad,) = torch.autograd.grad(loss, given)
+            loss = rdpo_loss(inputs, weight.to(device, dtype), labels.to(device), references).loss
+            (grad,) = torch.autograd.grad(loss, inputs)
         return torch.cat([loss.detach().view(1), grad.flatten()]).double().cpu()
 
     exact = run("reference", torch.float64, "cpu")
@@ -165,8 +166,8 @@ def _folders() -> Iterator[Finding]:
     except ValueError as error:
         yield "BAD", "reference cache", _line(error)
         return
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free / 2**30
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free / 2**30
     yield "ok", "reference cache", f"{folder}, {free:.0f} GiB free ($REALIGN_CACHE moves it)"
 
 
@@ -175,23 +176,23 @@ def _line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks and prints; returns an exit code."""
+    """Run all checks and print them; returns an exit code."""
     parser = argparse.ArgumentParser(prog="python -m realign.doctor", description=__doc__)
     parser.parse_args(arguments)
     bad: list[str] = []
     for section in (_machine, _packages, _kernels, _folders):
         print(section.__name__[1:])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the findings report it
+            warnings.simplefilter("ignore")  # the findings report the same
             for mark, name, text in section():
                 bad += [name] if mark == "BAD" else []
                 print(f"  {mark:3} {name:21}  {text}", flush=True)
         if bad and section is _packages:
-            break  # the others import what is broken
+            break  # the later sections import the broken packages
     print(f"\nbroken: {', '.join(bad)}" if bad else "\neverything that is needed works")
     return int(bool(bad))
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a crash prints where
+    faulthandler.enable()  # a crash prints its stack
     sys.exit(main())

@@ -1,5 +1,5 @@
-"""The study: what of rDPO helps, on digits that a language prior makes a model misname.
+"""Ablation study of rDPO, on digits that a model misnames because of a language prior.
 
-Read `testbed` (what is fixed), `arms` (what is compared), `runs` (how), `analysis` and `report`
-(what came out). `python -m experiments.study` repeats it.
+Read `testbed` (the fixed settings), `arms` (the compared methods), `runs` (the jobs), `analysis`
+and `page` (the results). `python -m experiments.study` repeats it.
 """

@@ -1,4 +1,4 @@
-"""Repeat the study: `python -m experiments.study`. A second call resumes."""
+"""Command of the study: `python -m experiments.study`. A second call resumes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StudyConfig:
 
 
 def study(config: StudyConfig) -> None:
-    """Run what is missing and write the page.
+    """Run the missing jobs and write the page.
 
     Raises:
         ValueError: when the folder holds a study of another testbed, there is nothing to report, or
@@ -58,20 +58,21 @@ def study(config: StudyConfig) -> None:
     from experiments.study.arms import ARMS_OF
     from experiments.study.testbed import TESTBEDS
 
-    kept = Path(config.docs) / "study"
-    wanted = TESTBEDS if config.testbed == "both" else {config.testbed: TESTBEDS[config.testbed]}
-    if "photographs" in wanted and not config.report:
+    archive = Path(config.docs) / "study"
+    testbeds = TESTBEDS if config.testbed == "both" else {config.testbed: TESTBEDS[config.testbed]}
+    if "photographs" in testbeds and not config.report:
         _check_installed("skimage")
-    for name, bed in {} if config.report else wanted.items():
+    for name, bed in {} if config.report else testbeds.items():
         folder = Path(config.output) / name
         results = runs.run_all(folder, bed, ARMS_OF[name], config.seeds, config.jobs)
-        runs.keep(kept / f"{name}.jsonl", bed, results)
-    found, beds = runs.read_kept(kept)
-    for name, results in found.items():
-        plots.draw(kept / f"{name}.png", results)
-        plots.draw_curves(kept / f"{name}-curves.png", results)
-    put(Path(config.docs) / "study.md", page.blocks(found, beds))
-    print("\n".join(sentence for said in page.findings(found, beds).values() for sentence in said))
+        runs.save_archive(archive / f"{name}.jsonl", bed, results)
+    results_of, beds = runs.read_archive(archive)
+    for name, results in results_of.items():
+        plots.draw(archive / f"{name}.png", results)
+        plots.draw_curves(archive / f"{name}-curves.png", results)
+    put(Path(config.docs) / "study.md", page.blocks(results_of, beds))
+    findings = page.findings(results_of, beds)
+    print("\n".join(sentence for sentences in findings.values() for sentence in sentences))
 
 
 def _check_installed(module: str) -> None:

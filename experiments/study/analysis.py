@@ -1,8 +1,8 @@
-"""What the runs say: means over seeds with intervals, and paired tests between arms.
+"""Statistics of the runs: means over seeds with intervals, and paired tests between arms.
 
-A seed has its own base, pairs and order of training, so seeds are the independent units; scenes are
-not (all models are judged on the same). Intervals and tests are Student's, over seeds: exact where
-the differences of seeds are normal, and honest about how few there are.
+A seed has its own base, pairs and order of training, so seeds are the independent units. Scenes are
+not, because all models are evaluated on the same ones. Intervals and tests are Student's, over
+seeds: exact if the differences of seeds are normal, and wide for few seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Results = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds with its 95 % interval; without one (nan) for a single seed."""
+    """A mean over seeds with its 95 % interval, which is nan for a single seed."""
 
     value: float
     low: float
@@ -36,7 +36,7 @@ class Difference:
         first, second: names of the arms.
         mean: of the differences, with its interval.
         p: of the paired t-test, two-sided; nan for a single seed.
-        adjusted: p after Holm's correction for all comparisons made together.
+        adjusted: p after Holm's correction over all comparisons of the table.
         seeds: how many.
     """
 
@@ -49,7 +49,7 @@ class Difference:
 
 
 def values(results: Results, arm: str, metric: str) -> dict[int, float]:
-    """seed -> the metric of an arm; tuning runs are left out."""
+    """seed -> the metric of an arm, without tuning runs."""
     return {
         r["seed"]: r["metrics"][metric]
         for r in results
@@ -68,13 +68,13 @@ def mean(numbers: Iterable[float]) -> Mean:
     Raises:
         ValueError: for no numbers.
     """
-    found = np.array(list(numbers), float)
-    if not len(found):
-        raise ValueError("there are no numbers to take a mean of; run the study first.")
-    value = float(found.mean())
-    if len(found) == 1:
+    samples = np.array(list(numbers), float)
+    if not len(samples):
+        raise ValueError("there are no numbers to average; run the study first.")
+    value = float(samples.mean())
+    if len(samples) == 1:
         return Mean(value, np.nan, np.nan)
-    half = stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+    half = stats.t.ppf(0.975, len(samples) - 1) * samples.std(ddof=1) / len(samples) ** 0.5
     return Mean(value, value - float(half), value + float(half))
 
 
@@ -82,25 +82,25 @@ def differences(
     results: Results, pairs: Iterable[tuple[str, str]], metric: str
 ) -> list[Difference]:
     """Compare arms on a metric, paired by seed; pairs without a common seed are left out."""
-    found = []
+    compared = []
     for first, second in pairs:
         a, b = values(results, first, metric), values(results, second, metric)
         if not (seeds := sorted(a.keys() & b.keys())):
             continue
         change = [b[s] - a[s] for s in seeds]
         p = _paired_p(change)
-        found.append(Difference(first, second, mean(change), p, np.nan, len(seeds)))
-    adjusted = holm([d.p for d in found])
+        compared.append(Difference(first, second, mean(change), p, np.nan, len(seeds)))
+    adjusted = holm([d.p for d in compared])
     return [
         Difference(d.first, d.second, d.mean, d.p, p, d.seeds)
-        for d, p in zip(found, adjusted, strict=True)
+        for d, p in zip(compared, adjusted, strict=True)
     ]
 
 
 def together(runs: Iterable[Results], pair: tuple[str, str], metric: str) -> Mean:
-    """How far the second arm lies above the first over several runs of the same seeds.
+    """The second arm minus the first over several runs of the same seeds.
 
-    Runs of one seed begin alike, so they are averaged and count once.
+    Runs of one seed have the same start, so they are averaged and count once.
     """
     by_seed: dict[int, list[float]] = {}
     for results in runs:
@@ -111,7 +111,7 @@ def together(runs: Iterable[Results], pair: tuple[str, str], metric: str) -> Mea
 
 
 def _paired_p(change: Sequence[float]) -> float:
-    """Of the test that the mean of the differences is 0; equal differences have no spread."""
+    """p of the test that the mean difference is 0; 1 or 0 where all differences are equal."""
     if len(change) < 2:
         return float("nan")
     if np.ptp(change) == 0:

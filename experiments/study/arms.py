@@ -1,17 +1,17 @@
-"""What is compared: for each arm how its pairs are made and how it is trained."""
+"""Arms of the study: the pairs and the training settings of each compared method."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-"""Tried first for every arm that is tuned; where the best is an end, so are rates beyond it."""
+"""Tried first for every tuned arm; if the best rate is an end, rates beyond it are tried."""
 LOWEST, HIGHEST = LEARNING_RATES[0] / 8, LEARNING_RATES[-1] * 4
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """How the preference pairs are made (`realign.pairs`)."""
+    """Settings of the preference pairs (`realign.pairs`)."""
 
     negative: str = "retrieved"
     refill: str = "infill"
@@ -31,10 +31,10 @@ class Arm:
     Attributes:
         name: unique.
         objective: of `realign.train`.
-        pairs: what it is trained on.
+        pairs: settings of its training data.
         beta: of the objective.
         visual_weight: of the visual term.
-        tuned_as: the arm whose learning rate it takes; its own when empty.
+        tuned_as: the arm that gives the learning rate; the arm itself when empty.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Arm:
 
     @property
     def tuned(self) -> bool:
-        """Whether its learning rate is chosen for itself."""
+        """Whether its learning rate is tuned for this arm."""
         return not self.tuned_as
 
 
 NEGATIVES = ("random", "crop", "noise", "blank")
-WEIGHTS = (0.0, 0.25, 0.5, 2.0)  # beside 1
-BETAS = (0.05, 0.5)  # beside 0.1
-NEIGHBOURS = (1, 50)  # beside 10
+WEIGHTS = (0.0, 0.25, 0.5, 2.0)  # in addition to 1
+BETAS = (0.05, 0.5)  # in addition to 0.1
+NEIGHBOURS = (1, 50)  # in addition to 10
 _METHODS = (
     Arm("dpo", "dpo"),
     Arm("rdpo", "rdpo"),
@@ -95,7 +95,7 @@ SECTIONS = {
     "Infill against prompt": ("dpo", "dpo prompt", "rdpo", "rdpo prompt"),
     "One masked segment against all": ("dpo", "dpo all segments", "rdpo", "rdpo all segments"),
 }  # fmt: skip
-"""The tables of the report: which arms stand side by side."""
+"""The tables of the report: title -> arms."""
 
 PRIMARY = ("dpo", "rdpo")
 """The question of the study, (first, second): tested without correction."""
@@ -110,4 +110,4 @@ COMPARISONS = (
     ("rdpo all segments", "rdpo"),
     ("rdpo prompt", "rdpo"),
 )
-"""Further pairs of arms that are tested, all of them tuned; chosen before any arm was run."""
+"""Further pairs of arms that are tested, all of them tuned; selected before any arm was run."""

@@ -32,71 +32,73 @@ _SHARES = ("hallucination_rate", "hallucination_rate_biased", "exact_captions", 
 
 
 def finding(pictures: str, results: Results) -> str:
-    """Finding of a testbed in one sentence, in words that follow from the numbers."""
-    (one,) = differences(results, [PRIMARY], "hallucination_rate")
+    """Finding of a testbed in one sentence; its words depend on the numbers."""
+    (difference,) = differences(results, [PRIMARY], "hallucination_rate")
     by_seed = [values(results, name, "hallucination_rate") for name in ("base", *PRIMARY)]
     base, dpo, rdpo = (mean(rates.values()) for rates in by_seed)
     fewer = sum(by_seed[2][s] < by_seed[1][s] for s in by_seed[2].keys() & by_seed[1].keys())
-    gap = one.mean
+    change = difference.mean
     return (
-        f"After rDPO the model misnames {_word(gap)} {pictures} than after DPO: "
+        f"After rDPO the model misnames {_word(change)} {pictures} than after DPO: "
         f"{_percent(rdpo.value)} against {_percent(dpo.value)} %, a difference of "
-        f"{_points(gap)} points over {one.seeds} seeds, fewer in {fewer} of them; the base "
-        f"misnames {_percent(base.value)} %."
+        f"{_points(change)} points over {difference.seeds} seeds, fewer in {fewer} of them; the "
+        f"base misnames {_percent(base.value)} %."
     )
 
 
-def findings(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> dict[str, list[str]]:
+def findings(
+    results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]
+) -> dict[str, list[str]]:
     """Findings for each kind of images: a sentence over all its runs, then of each run."""
-    said: dict[str, list[str]] = {}
+    sentences: dict[str, list[str]] = {}
     for pictures in dict.fromkeys(bed.pictures for bed in testbeds.values()):
-        runs = {name: found[name] for name, bed in testbeds.items() if bed.pictures == pictures}
-        of_one = [finding(pictures, results) for results in runs.values()]
+        runs = {n: results_of[n] for n, bed in testbeds.items() if bed.pictures == pictures}
+        by_run = [finding(pictures, results) for results in runs.values()]
         if len(runs) == 1:
-            said[pictures] = of_one
+            sentences[pictures] = by_run
             continue
-        gap = together(runs.values(), PRIMARY, "hallucination_rate")
+        change = together(runs.values(), PRIMARY, "hallucination_rate")
         dpo, rdpo = (
             mean(v for r in runs.values() for v in values(r, arm, "hallucination_rate").values())
             for arm in PRIMARY
         )
-        said[pictures] = [
-            f"Over {len(runs)} runs of the same seeds the model misnames {_word(gap)} {pictures} "
-            f"after rDPO than after DPO: {_percent(rdpo.value)} against {_percent(dpo.value)} %, a "
-            f"difference of {_points(gap)} points, averaged by seed.",
+        sentences[pictures] = [
+            f"Over {len(runs)} runs of the same seeds the model misnames {_word(change)} "
+            f"{pictures} after rDPO than after DPO: {_percent(rdpo.value)} against "
+            f"{_percent(dpo.value)} %, a difference of {_points(change)} points, averaged by seed.",
             *(
                 f"In the run `{n}`: {s[0].lower()}{s[1:]}"
-                for n, s in zip(runs, of_one, strict=True)
+                for n, s in zip(runs, by_run, strict=True)
             ),
         ]
-    return said
+    return sentences
 
 
-def _word(gap: Mean) -> str:
-    """How the second compares; without an interval nothing is clear."""
-    if gap.high < 0 or gap.low > 0:  # nan compares as False
-        return "fewer" if gap.value < 0 else "more"
+def _word(change: Mean) -> str:
+    """Comparison of the second with the first; nothing is clear without an interval."""
+    if change.high < 0 or change.low > 0:  # nan compares as False
+        return "fewer" if change.value < 0 else "more"
     return "neither clearly fewer nor clearly more"
 
 
-def blocks(found: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> dict[str, str]:
+def blocks(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> dict[str, str]:
     """Generated blocks of docs/study.md: the findings, and the tables of each run by its name.
 
     Args:
-        found: name of a run -> its results.
+        results_of: name of a run -> its results.
         testbeds: name of a run -> its testbed.
     """
-    sentences = [s for said in findings(found, testbeds).values() for s in said]
-    tables = {name: run_block(name, found[name], testbeds[name].pictures) for name in found}
+    sentences = [s for group in findings(results_of, testbeds).values() for s in group]
+    tables = {n: run_block(n, results_of[n], testbeds[n].pictures) for n in results_of}
     return {"findings": "\n".join(f"- {sentence}" for sentence in sentences)} | tables
 
 
 def run_block(name: str, results: Results, pictures: str) -> str:
-    """Plots, tables, paired tests and learning rates of a run, as far as its arms were run."""
+    """Plots, tables, paired tests and learning rates of a run, for the arms with results."""
     arms = [arm.name for arm in ARMS_OF[pictures]]
     parts = []
-    if lacking := [arm for arm in arms if not complete(results, [arm])]:
-        parts.append(f"Not run here: {', '.join(lacking)}.")
+    if missing := [arm for arm in arms if not complete(results, [arm])]:
+        parts.append(f"Not run here: {', '.join(missing)}.")
     parts.append(f"![every arm](study/{name}.png)")
     shown: set[str] = set()
     for title, names in SECTIONS.items():
@@ -117,15 +119,15 @@ def _table(results: Results, names: Sequence[str]) -> str:
     for name in names:
         cells = []
         for metric in COLUMNS:
-            found = values(results, name, metric)
-            cells.append(_shown(mean(found.values()), 100 if metric in _SHARES else 1)
-                         if found else "")  # fmt: skip
+            by_seed = values(results, name, metric)
+            cells.append(_shown(mean(by_seed.values()), 100 if metric in _SHARES else 1)
+                         if by_seed else "")  # fmt: skip
         lines.append([name, *cells, _pairs(results, name)])
     return table(["", *COLUMNS.values(), "pairs"], lines)
 
 
 def _pairs(results: Results, name: str) -> str:
-    """Of how many pairs an arm's runs are, on average over seeds."""
+    """Number of training pairs of an arm, on average over seeds."""
     used = [
         r["settings"]["pairs_used"]
         for r in results
@@ -149,28 +151,29 @@ def _tuning(results: Results) -> str:
     lines = []
     for name, tried in tuning.items():
         cells = [_percent(tried[rate]) if rate in tried else "" for rate in rates]
-        taken = rates.index(best_rate(tried))
-        cells[taken] = f"**{cells[taken]}**"
+        best = rates.index(best_rate(tried))
+        cells[best] = f"**{cells[best]}**"
         lines.append([name, *cells])
     ends = {}
     for name, tried in tuning.items():
         if (rate := best_rate(tried)) in (LOWEST, HIGHEST):
             ends.setdefault(rate, []).append(name)
-    said = [f"At {rate:g}, the last tried: {', '.join(ends[rate])}." for rate in sorted(ends)]
+    notes = [f"At {rate:g}, the last tried: {', '.join(ends[rate])}." for rate in sorted(ends)]
     columns = ["misnamed, %", *(f"{rate:g}" for rate in rates)]
-    return "\n\n".join([table(columns, lines), *said])
+    return "\n\n".join([table(columns, lines), *notes])
 
 
-def _shown(found: Mean, scale: float) -> str:
+def _shown(average: Mean, scale: float) -> str:
     digits = 1 if scale == 100 else 2
-    value, low, high = (f"{scale * x:.{digits}f}" for x in (found.value, found.low, found.high))
-    return value if math.isnan(found.low) else f"{value} [{low}, {high}]"
+    numbers = (average.value, average.low, average.high)
+    value, low, high = (f"{scale * x:.{digits}f}" for x in numbers)
+    return value if math.isnan(average.low) else f"{value} [{low}, {high}]"
 
 
-def _points(found: Mean) -> str:
-    value, low, high = (f"{100 * x:+.1f}" for x in (found.value, found.low, found.high))
-    return value if math.isnan(found.low) else f"{value} [{low}, {high}]"
+def _points(average: Mean) -> str:
+    value, low, high = (f"{100 * x:+.1f}" for x in (average.value, average.low, average.high))
+    return value if math.isnan(average.low) else f"{value} [{low}, {high}]"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}"

@@ -1,8 +1,7 @@
 """Ten photographs in place of the ten digits: scenes of another kind of real images.
 
-A quadrant then shows a patch of one of ten photographs of scikit-image, and each number word
-is the name of a photograph. The split is by place: the train patches of a photograph and its test
-patches share no pixel.
+A quadrant shows a patch of one of ten photographs of scikit-image, and each number word is the name
+of a photograph. The split is by place: train and test patches of a photograph have no common pixel.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ PHOTOGRAPHS = (
     "brick", "gravel", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina",
     "rocket", "moon", "cell",
 )  # fmt: skip
-"""Names in `skimage.data`, in the order of the number words; all lie in its wheel."""
+"""Names in `skimage.data`, in the order of the number words; all are in its wheel."""
 
 SHORT_SIDE = 192  # pixels of a photograph, 24 patches
 STRIPE = 2 * CELL  # every fourth stripe of columns is for testing
@@ -39,7 +38,7 @@ def patches(split: str) -> dict[int, np.ndarray]:
         from skimage import data
     except ImportError:
         raise ValueError(
-            "scenes of photographs take them from scikit-image: pip install 'realign[study]'."
+            "scenes of photographs need scikit-image: pip install 'realign[study]'."
         ) from None
     return {
         number: _cut(_pixels(getattr(data, name)()), split)

@@ -31,13 +31,13 @@ def draw(file: Path, results: Results) -> None:
     names = [name for name in names if values(results, name, "hallucination_rate")][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(names) + 1))
     for place, name in enumerate(names):
-        found = [100 * v for v in values(results, name, "hallucination_rate").values()]
-        middle = mean(found)
+        percentages = [100 * v for v in values(results, name, "hallucination_rate").values()]
+        average = mean(percentages)
         colour = "tab:orange" if name.startswith("rdpo") else "tab:blue"
-        if not math.isnan(middle.low):
-            axes.plot([middle.low, middle.high], [place, place], color=colour, lw=2)
-        axes.plot(found, [place] * len(found), ".", color=colour, alpha=0.4)
-        axes.plot([middle.value], [place], "o", color=colour)
+        if not math.isnan(average.low):
+            axes.plot([average.low, average.high], [place, place], color=colour, lw=2)
+        axes.plot(percentages, [place] * len(percentages), ".", color=colour, alpha=0.4)
+        axes.plot([average.value], [place], "o", color=colour)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("misnamed on unbiased scenes, %; bar: 95 % interval over seeds")
     axes.grid(axis="x", alpha=0.3)
@@ -48,7 +48,7 @@ def draw(file: Path, results: Results) -> None:
 
 
 def curves_of(results: Results) -> dict[str, dict[str, dict[float, str]]]:
-    """Those of `CURVES` of which every arm was run."""
+    """The entries of `CURVES` for which every arm was run."""
     return {
         axis: lines
         for axis, lines in CURVES.items()
@@ -57,7 +57,7 @@ def curves_of(results: Results) -> dict[str, dict[str, dict[float, str]]]:
 
 
 def draw_curves(file: Path, results: Results) -> None:
-    """Misnamed images over the visual weight and over beta, as far as all arms were run."""
+    """Misnamed images over the visual weight and over beta, for curves with all arms."""
     if not (drawn := curves_of(results)):
         return
     import matplotlib
@@ -69,20 +69,20 @@ def draw_curves(file: Path, results: Results) -> None:
     figure, panels = pyplot.subplots(1, len(drawn), figsize=size, sharey=True, squeeze=False)
     for axes, (axis, lines) in zip(panels[0], drawn.items(), strict=True):
         for name, arms in lines.items():
-            at = sorted(arms)
-            middles = [mean(values(results, arms[x], "hallucination_rate").values()) for x in at]
+            xs = sorted(arms)
+            means = [mean(values(results, arms[x], "hallucination_rate").values()) for x in xs]
             colour = "tab:orange" if name == "rdpo" else "tab:blue"
-            axes.plot(at, [100 * m.value for m in middles], "o-", color=colour, label=name)
+            axes.plot(xs, [100 * m.value for m in means], "o-", color=colour, label=name)
             axes.fill_between(
-                at,
-                [100 * m.low for m in middles],
-                [100 * m.high for m in middles],
+                xs,
+                [100 * m.low for m in means],
+                [100 * m.high for m in means],
                 color=colour,
                 alpha=0.2,
             )
         if axis == "beta":
             axes.set_xscale("log")
-            axes.set_xticks(at, [f"{x:g}" for x in at])
+            axes.set_xticks(xs, [f"{x:g}" for x in xs])
             axes.minorticks_off()
         axes.set_xlabel(axis)
         axes.grid(alpha=0.3)

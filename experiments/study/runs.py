@@ -1,4 +1,4 @@
-"""Running the study: bases, pairs, tuning, arms. A job writes a file whole, so all can resume."""
+"""Jobs of the study: bases, pairs, tuning, arms. A job writes its file atomically to resume."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ Job = tuple[Callable[..., None], tuple[Any, ...]]
 def run_all(
     folder: Path, bed: Testbed, arms: Sequence[Arm], seeds: int, jobs: int
 ) -> list[dict[str, Any]]:
-    """Run whatever has no result yet.
+    """Run every job without a result.
 
     Args:
-        folder: where bases, pairs, models and results lie.
+        folder: of bases, pairs, models and results.
         bed: the testbed.
         arms: to run on it.
         seeds: how many; each has a base, pairs and a training order of its own.
         jobs: processes at once, each with one thread.
 
     Returns:
-        The results (`run_arm`), by seed: of the tuning seed at all rates, of the others at the
-        rates chosen there.
+        The results (`run_arm`), by seed: the tuning seed at all rates, the other seeds at the
+        rates that were best there.
 
     Raises:
         ValueError: when the folder holds a study of another testbed.
@@ -61,9 +61,9 @@ def run_all(
         tuning = [(arm, rate) for arm in tuned for rate in LEARNING_RATES]
         while tuning:
             _run(pool, "tuning", [(run_arm, (folder, bed, a, TUNING_SEED, r)) for a, r in tuning])
-            found = tuning_of(results(folder))
-            tuning = [(arm, rate) for arm in tuned if (rate := next_rate(found[arm.name]))]
-        rates = {name: best_rate(tried) for name, tried in found.items()}
+            tried_rates = tuning_of(results(folder))
+            tuning = [(arm, rate) for arm in tuned if (rate := next_rate(tried_rates[arm.name]))]
+        rates = {name: best_rate(tried) for name, tried in tried_rates.items()}
         runs: list[Job] = [(run_base, (folder, bed, seed)) for seed in numbers]
         runs += [
             (run_arm, (folder, bed, arm, seed, rates[arm.tuned_as or arm.name]))
@@ -71,49 +71,52 @@ def run_all(
             for seed in range(seeds)
         ]
         _run(pool, "arms", runs)
-    wanted = {arm.name: rates[arm.tuned_as or arm.name] for arm in arms} | {"base": None}
+    rate_of_arm = {arm.name: rates[arm.tuned_as or arm.name] for arm in arms} | {"base": None}
     return [
-        result
-        for result in results(folder)
-        if result["seed"] == TUNING_SEED
-        or (result["seed"] in numbers and result["learning_rate"] == wanted.get(result["arm"], -1))
+        r
+        for r in results(folder)
+        if r["seed"] == TUNING_SEED
+        or (r["seed"] in numbers and r["learning_rate"] == rate_of_arm.get(r["arm"], -1))
     ]
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
     """Every result in a study's folder, by seed and name."""
-    found = [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*.json"))]
-    return sorted(found, key=lambda r: (r["seed"], r["arm"], r["learning_rate"] or 0))
+    files = sorted((folder / "results").glob("*.json"))
+    return sorted(
+        (json.loads(file.read_text()) for file in files),
+        key=lambda r: (r["seed"], r["arm"], r["learning_rate"] or 0),
+    )
 
 
-def keep(file: Path, bed: Testbed, found: Iterable[dict[str, Any]]) -> None:
-    """Write what the results were judged on, and the results, as JSON lines."""
+def save_archive(file: Path, bed: Testbed, results: Iterable[dict[str, Any]]) -> None:
+    """Write the testbed and the results as JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"testbed": asdict(bed)}, *found]
+    lines = [{"testbed": asdict(bed)}, *results]
     write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_kept(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Testbed]]:
-    """Name of a file -> its results, and -> what they were judged on.
+def read_archive(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Testbed]]:
+    """Name of a file -> its results, and name of a file -> its testbed.
 
     Files are named after testbeds; `digits-again.jsonl` is a second run of the digits.
 
     Raises:
-        ValueError: when the folder keeps no runs.
+        ValueError: when the folder has no runs.
     """
-    found, beds = {}, {}
+    results_of, beds = {}, {}
     for file in sorted(folder.glob("*.jsonl"), key=lambda file: file.stem):
-        bed, *found[file.stem] = [json.loads(line) for line in file.read_text().splitlines()]
+        bed, *results_of[file.stem] = [json.loads(line) for line in file.read_text().splitlines()]
         beds[file.stem] = Testbed(**bed["testbed"])
-    if not found:
-        raise ValueError(f"there are no runs in {folder} to report; leave --report out.")
-    return found, beds
+    if not results_of:
+        raise ValueError(f"there are no runs in {folder} to report; omit --report.")
+    return results_of, beds
 
 
-def tuning_of(found: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Of the tuning seed: arm -> learning rate -> share of misnamed images."""
+def tuning_of(results: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """Results of the tuning seed: arm -> learning rate -> share of misnamed images."""
     tried: dict[str, dict[float, float]] = {}
-    for result in found:
+    for result in results:
         if result["seed"] == TUNING_SEED and (rate := result["learning_rate"]):
             misnamed = result["metrics"]["hallucination_rate"]
             tried.setdefault(result["arm"], {})[rate] = misnamed
@@ -126,7 +129,7 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def next_rate(tried: dict[float, float]) -> float | None:
-    """A rate beyond the end that is best so far; None where the best lies inside, or at a limit."""
+    """A rate beyond the end that is best so far; None where the best is inside or at a limit."""
     best = best_rate(tried)
     if best == min(tried) and best / 2 >= LOWEST:
         return best / 2
@@ -136,7 +139,7 @@ def next_rate(tried: dict[float, float]) -> float | None:
 
 
 def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> None:
-    """A seed's base, source records and pairs of some kinds."""
+    """Make a seed's base, source records and pairs of the given kinds."""
     from realign.data.records import read_pairs, write_pairs
     from realign.pairs.pipeline import PairsConfig, build_pairs
 
@@ -176,26 +179,26 @@ def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> No
 
 
 def pairs_file(folder: Path, seed: int, pairs: Pairs) -> Path:
-    """Where a seed's pairs of one kind lie."""
+    """File of a seed's pairs of one kind."""
     return folder / f"seed{seed}" / f"pairs-{pairs.name}.parquet"
 
 
 def run_base(folder: Path, bed: Testbed, seed: int) -> None:
-    """Judge a seed's base."""
+    """Evaluate a seed's base."""
     file = folder / "results" / f"seed{seed}-base.json"
     if not file.exists():
         _write_result(file, bed, "base", seed, folder / f"seed{seed}" / "base", None, {}, {})
 
 
 def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: float) -> None:
-    """Train an arm on a seed's pairs and judge it; nothing when there is a result.
+    """Train an arm on a seed's pairs and evaluate it, unless there is a result.
 
     The result is an object with `arm`, `seed`, `learning_rate`, `settings`, `metrics` and, scene by
     scene, the digits `named` in captions (? where none is; `named_biased` where the prior holds)
     and the answers `said` (y, n, ?).
 
     Raises:
-        ValueError: when the result that is there is of an arm of other settings.
+        ValueError: when an existing result has other settings.
     """
     from realign.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
     from realign.config import TrainConfig as Config
@@ -228,11 +231,11 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
             quiet=True,
         ),
     )
-    shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped: half a minute's work
+    shutil.rmtree(output, ignore_errors=True)  # of an interrupted run, about half a minute
     train(config)
     last = read_jsonl(output / "metrics.jsonl")[-LAST:]
-    wanted = [key for key in last[-1] if key.startswith("rewards/") and "margins" in key]
-    margins = {key: float(np.mean([entry[key] for entry in last])) for key in wanted}
+    margin_keys = [key for key in last[-1] if key.startswith("rewards/") and "margins" in key]
+    margins = {key: float(np.mean([entry[key] for entry in last])) for key in margin_keys}
     _write_result(file, bed, arm.name, seed, output / "model", learning_rate, settings, margins)
     shutil.rmtree(output)
 
@@ -251,20 +254,20 @@ def _write_result(
     from realign.modeling.loading import load_processor, load_trained
 
     model, processor = load_trained(model_path), load_processor(model_path)
-    found = answer(model, processor, *test_scenes(bed, seed))
+    answers = answer(model, processor, *test_scenes(bed, seed))
     biased = answer(model, processor, *test_scenes(bed, seed, biased=True))
-    rates = {name: rate.value for name, rate in found.rates().items()}
+    rates = {name: rate.value for name, rate in answers.rates().items()}
     rates["hallucination_rate_biased"] = biased.rates()["hallucination_rate"].value
-    exact = float((found.named == found.digits).all(1).mean())
+    exact = float((answers.named == answers.digits).all(1).mean())
     result = {
         "arm": arm,
         "seed": seed,
         "learning_rate": learning_rate,
         "settings": settings,
         "metrics": rates | {"exact_captions": exact} | margins,
-        "named": _digits(found.named),
+        "named": _digits(answers.named),
         "named_biased": _digits(biased.named),
-        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in found.answered),
+        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in answers.answered),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(result) + "\n")
@@ -279,12 +282,12 @@ _LETTER = {"yes": "y", "no": "n"}
 
 def _claim(folder: Path, bed: Testbed) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    file, begun = folder / "testbed.json", asdict(bed)
-    if file.exists() and json.loads(file.read_text()) != begun:
+    file, settings = folder / "testbed.json", asdict(bed)
+    if file.exists() and json.loads(file.read_text()) != settings:
         raise ValueError(
             f"{folder} holds a study of another testbed. Remove it, or name another --output."
         )
-    write_whole(file, json.dumps(begun, indent=2) + "\n")
+    write_whole(file, json.dumps(settings, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -308,7 +311,7 @@ def _silence() -> None:
 
 
 def _call(job: Job) -> None:
-    """Run a job; errors leave the process as text, since not every exception can be pickled."""
+    """Run a job; errors become text, because some exceptions cannot be pickled."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             job[0](*job[1])
@@ -317,7 +320,7 @@ def _call(job: Job) -> None:
 
 
 def _run(pool: ProcessPoolExecutor, title: str, jobs: Iterable[Job]) -> None:
-    """Run jobs, with a bar; the first error or Ctrl-C ends it, and what was finished stays.
+    """Run jobs with a progress bar; the first error or Ctrl-C stops them; results stay.
 
     Raises:
         ValueError: when a job fails, or its process is killed.

@@ -1,10 +1,10 @@
-"""What is the same for every arm: the base, its records, and the scenes that it is judged on.
+"""Testbeds, equal for every arm: the base, its records, and the scenes of its evaluation.
 
-The scenes of the demo, made harder, and the same with patches of photographs for digits. More noise
-and a stronger prior make the base lean on the prior: it misnames few images where the prior holds
-and many where it does not, so a method has room to be better and to be worse. The base also learns
-to complete a masked caption, so that `--refill prompt` can be compared. All of this was chosen by
-looking only at bases.
+The scenes are those of the demo with more noise and a stronger prior, or the same with patches of
+photographs in place of digits. The base then depends on the prior: it misnames few images where the
+prior holds and many where it does not, so a method can be better or worse. The base also learns to
+complete a masked caption, so that `--refill prompt` can be compared. These settings were selected
+only by results of bases.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from realign.digits.scenes import CAPTION_PROMPT, Scene, handwritten, make_scene
 from realign.evaluate import EVALUATION_SEED
 
 TUNING_SEED = 100
-"""The seed on which learning rates are chosen; none of its scenes is used again."""
+"""The seed for tuning of learning rates; none of its scenes is used again."""
 
 
 @dataclass(frozen=True)
 class Testbed:
-    """Kind and sizes; `TESTBEDS` are what docs/study.md reports."""
+    """Kind and sizes; docs/study.md reports `TESTBEDS`."""
 
     pictures: str = "digits"  # or "photographs"
     noise: float = 0.25  # grey levels
     follow: float = 0.99  # share of rows that follow the prior
     base_steps: int = 1000
-    records: int = 1024  # scenes that pairs are made of
+    records: int = 1024  # scenes that the pairs come from
     steps: int = 80  # of training
     batch_size: int = 32
     lora_rank: int = 16
@@ -43,7 +43,7 @@ TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1
 
 
 def make_base(folder: Path, bed: Testbed, seed: int) -> None:
-    """Pretrain a seed's base and write it to `folder`, whole or not at all."""
+    """Pretrain a seed's base and write it to `folder` atomically."""
     model, processor = pretrain(
         bed.base_steps,
         seed,
@@ -60,7 +60,7 @@ def make_base(folder: Path, bed: Testbed, seed: int) -> None:
 
 
 def source_records(bed: Testbed, seed: int) -> list[Record]:
-    """What pairs are made of: biased scenes with their true captions, no rejected response."""
+    """Source records of the pairs: biased scenes with true captions, without rejected responses."""
     prompt = ({"role": "user", "content": CAPTION_PROMPT},)
     scenes = make_scenes(
         bed.records,
@@ -80,16 +80,16 @@ def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[
     """Scenes of images never trained on, and the seed of the questions about them.
 
     They are unbiased, or follow the prior as often as the scenes of training do.
-    All seeds of the study are judged on the same scenes, the tuning seed on others.
+    All seeds of the study have the same test scenes; the tuning seed has others.
     """
-    own = EVALUATION_SEED + 1000 + (seed == TUNING_SEED)
+    scene_seed = EVALUATION_SEED + 1000 + (seed == TUNING_SEED)
     scenes = make_scenes(
         bed.biased_scenes if biased else bed.scenes,
         biased=biased,
         split="test",
-        seed=own,
+        seed=scene_seed,
         noise=bed.noise,
         follow=bed.follow,
         glyphs=GLYPHS[bed.pictures],
     )
-    return scenes, own
+    return scenes, scene_seed

@@ -1,7 +1,8 @@
 """The main job end to end on the shipped digits: `python -m realign.demo`.
 
-Pairs by retrieval, the base's hallucination, DPO and rDPO from the same base on the same pairs for
-the same steps, both evaluated; a table, `results.json` and `report.png`. A second call resumes.
+It makes pairs by retrieval, trains DPO and rDPO from the same base on the same pairs for the same
+steps, and evaluates the base and both models. It writes a table, `results.json` and `report.png`.
+A second call resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.third_party import silence_third_party
 
 OBJECTIVES = ("dpo", "rdpo")
-EVALUATED = 1  # settings were chosen on scenes of evaluation seed 0, so these are others
+EVALUATED = 1  # evaluation seed; the settings were selected on the scenes of seed 0
 
 
 @dataclass
@@ -69,8 +70,8 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
         pairs = folder / f"seed{seed}" / "pairs.parquet"
         if not pairs.exists():
             _announce(f"preference pairs{suffix}")
-            made = build_pairs(PairsConfig(output=str(pairs), scenes=config.scenes, seed=seed))
-            print(made)
+            report = build_pairs(PairsConfig(output=str(pairs), scenes=config.scenes, seed=seed))
+            print(report)
         for objective in OBJECTIVES:
             run = folder / f"seed{seed}" / objective
             _announce(f"training {objective}{suffix} on {config.nproc_per_node} FSDP ranks")
@@ -86,23 +87,23 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
 
 
 def _claim(folder: Path, config: DemoConfig) -> None:
-    """Records the settings in the folder; a demo of the same settings resumes.
+    """Record the settings in the folder; a demo of the same settings resumes.
 
     Raises:
-        ValueError: when it holds another demo, or matplotlib is missing for the picture.
+        ValueError: when the folder holds another demo, or matplotlib is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the report needs matplotlib: pip install 'realign[demo]'.")
     base = hashlib.blake2b((ASSETS / "model.safetensors").read_bytes(), digest_size=16)
-    begun = vars(config) | {"output": None, "base": base.hexdigest()}
+    settings = vars(config) | {"output": None, "base": base.hexdigest()}
     file = folder / "demo.json"
-    if file.exists() and json.loads(file.read_text()) != begun:
+    if file.exists() and json.loads(file.read_text()) != settings:
         raise ValueError(
             f"{folder} holds a demo with other settings or another base. Remove it, or name "
             "another --output."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(begun, indent=2) + "\n")
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _train(run: Path, pairs: Path, objective: str, seed: int, config: DemoConfig) -> None:
@@ -121,7 +122,7 @@ def _train(run: Path, pairs: Path, objective: str, seed: int, config: DemoConfig
 
 
 def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> dict[str, Rate]:
-    """Rates of a model, read back when this folder has them already."""
+    """Rates of a model, read from `file` when it exists."""
     if file.exists():
         return {key: Rate(**value) for key, value in json.loads(file.read_text()).items()}
     _announce(f"evaluating {name}")

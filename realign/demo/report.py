@@ -93,7 +93,8 @@ def _curves(axes, logs, metric: str, label: str) -> None:
 
 def _pairs(figure, grid, pairs: Sequence[Record]) -> None:
     for i, pair in enumerate(pairs):
-        image, retrieved = (own[0].open(pair.name) for own in (pair.images, pair.retrieved_images))
+        groups = (pair.images, pair.retrieved_images)
+        image, retrieved = (group[0].open(pair.name) for group in groups)
         _image(figure.add_subplot(grid[3 * i]), image, "image")
         _image(figure.add_subplot(grid[3 * i + 1]), retrieved, "retrieved")
         text = figure.add_subplot(grid[3 * i + 2])
@@ -115,7 +116,7 @@ def _image(axes, image: Image.Image, title: str) -> None:
 
 
 def _words(axes, captions: Mapping[str, str], truth: str) -> None:
-    """A table of the digits that captions name, place by place; red where they are not there."""
+    """Draw the digits that captions name, one line for each place; wrong digits are red."""
     axes.axis("off")
     columns = {"": PLACES} | {
         name: ["?" if digit is None else WORDS[digit] for digit in digits_in(text)]

@@ -55,18 +55,18 @@ def caption_of(digits: tuple[int, ...]) -> str:
 
 
 def digits_in(caption: str) -> list[int | None]:
-    """Read the four named digits back out of a caption; None where a place names no digit."""
+    """Read the four digits in a caption; None where a place names no digit."""
     words = caption.lower().replace(",", " ").replace(".", " ").split()
-    found: list[int | None] = []
+    digits: list[int | None] = []
     for place in PLACES:
         first, second = place.split()
-        named = None
+        digit = None
         for i in range(len(words) - 2):
             if words[i] == first and words[i + 1] == second and words[i + 2] in WORDS:
-                named = WORDS.index(words[i + 2])
+                digit = WORDS.index(words[i + 2])
                 break
-        found.append(named)
-    return found
+        digits.append(digit)
+    return digits
 
 
 def prior(left: int) -> int:
@@ -143,7 +143,7 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Two yes/no questions about one place of a scene, the first true and the second not.
 
     As in POPE's adversarial setting, the digit that is not there is often one that the prior makes
-    likely: at right-hand places half of the time the one a biased row would show.
+    likely: at right-hand places, half of the time, it is the digit that a biased row would show.
     """
     place = int(rng.integers(4))
     true = scene.digits[place]
@@ -158,10 +158,10 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def make_easy_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Two questions that teach the way to a yes/no answer: which digit, and a property of one.
+    """Two easier questions, a curriculum for yes/no answers: which digit, and a property of one.
 
-    Whether the digit at a place is the one named depends on both together, so
-    nothing pulls a model towards it; these do.
+    The answer to "is PLACE DIGIT ?" depends on both together, so neither the place nor the digit
+    helps a model to learn it. These questions have simpler answers.
     """
     first, second = rng.integers(4, size=2)
     name = sorted(PROPERTIES)[rng.integers(len(PROPERTIES))]

@@ -1,7 +1,7 @@
-"""Answers of a model to a list of questions, written as they come, so that a stopped run resumes.
+"""Answers of a model to a list of questions, saved after each batch, so a stopped run resumes.
 
 One JSON object per line: the question's own fields, `answer`, and `error` where there is none. The
-first line holds the model and the settings, so that answers of two models are never mixed.
+first line holds the model and the settings, so answers of two models are never mixed.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def prepare(
 
     Args:
         questions: to ask.
-        images: folder of the images, which no name may leave.
+        images: folder of the images; a name outside of it is an error.
         output: JSON-lines file of the answers.
-        model: folder or name of the model; a folder is identified by its files, too.
+        model: folder or name of the model; a folder is also identified by its files.
         max_tokens: of an answer.
         suffix: appended to every question.
 
@@ -92,8 +92,8 @@ def prepare(
     asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
     sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
     for question in questions:
-        known = sheet.done.get(question.id)
-        if known is not None and (known["question"], known["image"]) != (
+        earlier = sheet.done.get(question.id)
+        if earlier is not None and (earlier["question"], earlier["image"]) != (
             question.text,
             question.image,
         ):
@@ -112,10 +112,10 @@ def answer(
     batch: int = 64,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Answer the questions of a sheet greedily, but for those that its file already holds.
+    """Answer the questions of a sheet greedily, except those that its file already answers.
 
     Args:
-        engine: opened here if a question has no answer yet.
+        engine: is opened if a question has no answer yet.
         sheet: of `prepare`.
         batch: questions between two writes to the disk.
         progress: whether to show a bar.
@@ -173,7 +173,7 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Answers by id. A last line that a crash cut short is removed, so that the next is whole."""
+    """Answers by id. An incomplete last line, left by a crash, is removed from the file."""
     if not output.exists():
         return {}
     head, *lines = _lines(output)
@@ -192,27 +192,29 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     try:
         lines = read_jsonl(file)
     except ValueError as error:
-        raise ValueError(f"{file} is no file of answers ({error}).") from error
+        raise ValueError(f"{file} is not a file of answers ({error}).") from error
     if not lines or not all(isinstance(line, dict) for line in lines) or "asked" not in lines[0]:
-        raise ValueError(f"{file} is no file of answers: its first line does not name a model.")
+        raise ValueError(f"{file} is not a file of answers: its first line does not name a model.")
     for number, line in enumerate(lines[1:], 2):
         if not (isinstance(line.get("id"), str) and isinstance(line.get("answer"), str)):
-            raise ValueError(f"{file} is no file of answers: line {number} has no id or no answer.")
+            raise ValueError(f"{file}: line {number} has no id or no answer.")
     return lines
 
 
 def _check_images(sheet: Sheet) -> None:
-    """Check that the image of every question to be asked is a file in the folder.
+    """Check that the image of every unanswered question is a file in the folder.
 
     Raises:
-        ValueError: for missing images; names the first question and file, and counts the others.
+        ValueError: for missing images; names the first question and file, and the number of images.
     """
     images: dict[str, Question] = {}
     for question in sheet.missing:
         if question.image is not None:
             images.setdefault(question.image, question)
     if images and not sheet.folder.is_dir():
-        raise ValueError(f"--image-folder {sheet.folder} is no folder; name that of the images.")
+        raise ValueError(
+            f"--image-folder {sheet.folder} is not a folder; name the folder of the images."
+        )
     places = {name: _place(sheet.folder, question) for name, question in images.items()}
     absent = [name for name, place in places.items() if not Path(place).is_file()]
     if absent:

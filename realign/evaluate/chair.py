@@ -3,16 +3,16 @@
 - CHAIR-s is the share of captions with at least one such object.
 - CHAIR-i is the share of such mentions among all mentions of objects, repeated ones included.
 
-An object is a COCO category, named by itself or a synonym; a picture shows what COCO's instances
-*or* its reference captions name. Published figures come of the list of synonyms that the metric's
-authors give out: pass that file as `synonyms` for figures to set beside others. The list here is
-our own and gives figures to compare two models by. The authors' rules hold with either list:
+An object is a COCO category, named by itself or a synonym; a picture shows the objects that COCO's
+instances *or* its reference captions name. Published figures use the list of synonyms of the
+metric's authors: pass that file as `synonyms` to compare with them. The list in this package is our
+own, and its figures compare two models only with each other. Both lists use the authors' rules:
 
-- Two words are one name where the list has them, or read as one word: a baby bird is a bird.
-- Train tracks are no train, and home plate is nothing.
-- Where the words "toilet" and "seat" both stand in a text, no "seat" counts.
+- Two words are one name if the list has them, or if a rule joins them: a baby bird is a bird.
+- Train tracks are not a train, and home plate is no object.
+- If a text has both words "toilet" and "seat", no "seat" counts.
 
-What a word and its singular are, two natural-language packages say there, and short rules here.
+The authors split words and find singulars with two language packages; this module has short rules.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Chair:
     Attributes:
         captions: how many.
         mentions: of objects, in all of them.
-        chair_s: share of captions that name an object which is not there.
+        chair_s: share of captions that name an object which the image does not show.
         chair_i: share of mentions that are of such objects; 0 where no object is mentioned.
         recall: share of the objects shown that captions name.
     """
@@ -130,7 +130,7 @@ def shown_objects(
         instances: instances JSON, as instances_val2014.json.
         captions: captions JSON of the same images.
         vocabulary: the objects.
-        images: ids of the images wanted.
+        images: ids of the images.
 
     Returns:
         Image id -> names of objects.
@@ -142,15 +142,15 @@ def shown_objects(
     """
     shown: dict[int, set[str]] = {image: set() for image in images}
     content = read_instances(instances)
-    known = {image["id"] for image in content["images"]}
-    if absent := sorted(set(shown) - known):
+    annotated = {image["id"] for image in content["images"]}
+    if absent := sorted(set(shown) - annotated):
         raise ValueError(f"{instances} has no image {absent[0]}, of which there is a caption.")
     names = {}
     for category in content["categories"]:
-        found = vocabulary.objects(category["name"])
-        if len(found) != 1:
+        objects = vocabulary.objects(category["name"])
+        if len(objects) != 1:
             raise ValueError(f"the list of synonyms has no object {category['name']!r}.")
-        names[category["id"]] = found[0]
+        names[category["id"]] = objects[0]
     for annotation in content["annotations"]:
         if annotation["image_id"] in shown:
             shown[annotation["image_id"]].add(names[annotation["category_id"]])
@@ -161,7 +161,7 @@ def shown_objects(
 
 
 def hallucinated(mentioned: Sequence[str], shown: set[str]) -> list[str]:
-    """Those of the mentioned objects that are not there."""
+    """The mentioned objects that the image does not show."""
     return [name for name in mentioned if name not in shown]
 
 
@@ -176,23 +176,23 @@ def score(
         vocabulary: the objects.
 
     Raises:
-        ValueError: where there are no captions.
+        ValueError: for no captions.
     """
     if not captions:
         raise ValueError("there are no captions.")
-    mentions = wrong = bad = named = there = 0
+    mentions = wrong_mentions = bad_captions = recalled = present = 0
     for image, text in captions.items():
         mentioned = vocabulary.objects(text)
-        false = hallucinated(mentioned, shown[image])
+        absent = hallucinated(mentioned, shown[image])
         mentions += len(mentioned)
-        wrong += len(false)
-        bad += bool(false)
-        named += len(set(mentioned) & shown[image])
-        there += len(shown[image])
+        wrong_mentions += len(absent)
+        bad_captions += bool(absent)
+        recalled += len(set(mentioned) & shown[image])
+        present += len(shown[image])
     return Chair(
         captions=len(captions),
         mentions=mentions,
-        chair_s=bad / len(captions),
-        chair_i=wrong / mentions if mentions else 0.0,
-        recall=named / there if there else 0.0,
+        chair_s=bad_captions / len(captions),
+        chair_i=wrong_mentions / mentions if mentions else 0.0,
+        recall=recalled / present if present else 0.0,
     )

@@ -1,9 +1,8 @@
 """Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|...`.
 
-The first three ask a model the questions of a benchmark's own files, keep every answer in a file of
-JSON lines (`answering`), so that a stopped run resumes, and print the figures. `compare` puts two
-such files, or folders of them, side by side; `handoff` prepares a model for lmms-eval and
-VLMEvalKit.
+The first three ask a model the questions in a benchmark's files and print the figures. They save
+every answer in a JSON-lines file (`answering`), so a stopped run resumes. `compare` compares two
+such files, or folders of them. `handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -47,122 +46,126 @@ def run(words: Sequence[str]) -> int:
 
     Raises:
         ValueError: for bad input, with the remedy.
-        OSError: for files that are not there.
+        OSError: for missing files.
     """
-    given = _parser().parse_args(words)
-    for name, least in _LEAST.items():
-        if (value := getattr(given, name, least)) < least:
+    args = _parser().parse_args(words)
+    for name, minimum in _LEAST.items():
+        if (value := getattr(args, name, minimum)) < minimum:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {value}; it must be {least} or more.")
-    print(given.run(given))
+            raise ValueError(f"{flag} is {value}; it must be {minimum} or more.")
+    print(args.run(args))
     return 0
 
 
-def pope(given: argparse.Namespace) -> str:
-    """Ask POPE's questions, of each file apart, and score them by every rule.
+def pope(args: argparse.Namespace) -> str:
+    """Ask POPE's questions, each file separately, and score them by every rule.
 
     Raises:
         ValueError: for two files of one name, whose answers would share a file.
     """
     sheets: dict[str, Sheet] = {}
-    for file in given.questions:
+    for file in args.questions:
         if (name := Path(file).stem) in sheets:
-            raise ValueError(f"two files are called {name}, as their answers would be; rename one.")
+            raise ValueError(
+                f"two files are called {name}, so their answers would share one file. Rename one."
+            )
         items = [
             Question(
                 str(item["question_id"]), item["text"], item["image"], {"label": item["label"]}
             )
-            for item in files.read_rows(file, _POPE, _POPE_FILE, given.limit)
+            for item in files.read_rows(file, _POPE, _POPE_FILE, args.limit)
         ]
-        sheets[name] = _sheet(given, items, name, max_tokens=16, suffix=given.suffix)
+        sheets[name] = _sheet(args, items, name, max_tokens=16, suffix=args.suffix)
     scores: dict[str, Any] = {}
-    for name, lines in _answers(given, sheets).items():
+    for name, lines in _answers(args, sheets).items():
         texts, labels = _column(lines, "answer"), _column(lines, "label")
         scores[name] = {rule: asdict(yesno.score(texts, labels, rule)) for rule in yesno.RULES}
-    return _write_scores(given, scores, _lines(tables.pope(scores)))
+    return _write_scores(args, scores, _lines(tables.pope(scores)))
 
 
-def captions(given: argparse.Namespace) -> str:
+def captions(args: argparse.Namespace) -> str:
     """Generate captions and score the objects they name.
 
     Raises:
         ValueError: for an image without a file name, or files of another kind.
     """
-    vocabulary = chair.Vocabulary(given.synonyms or chair.OWN_SYNONYMS)
+    vocabulary = chair.Vocabulary(args.synonyms or chair.OWN_SYNONYMS)
     names = {
         image["id"]: image.get("file_name")
-        for image in files.read_instances(given.instances)["images"]
+        for image in files.read_instances(args.instances)["images"]
     }
-    picked = sorted(names)
-    if given.most and given.most < len(picked):
-        picked = sorted(
-            np.random.default_rng(given.seed).permutation(picked)[: given.most].tolist()
-        )
-    picked = picked[: given.limit] if given.limit else picked
-    visible = chair.shown_objects(given.instances, given.reference, vocabulary, picked)
-    for image in picked:
+    images = sorted(names)
+    if args.most and args.most < len(images):
+        images = sorted(np.random.default_rng(args.seed).permutation(images)[: args.most].tolist())
+    images = images[: args.limit] if args.limit else images
+    visible = chair.shown_objects(args.instances, args.reference, vocabulary, images)
+    for image in images:
         if not files.is_text(names[image]):
-            raise ValueError(f"{given.instances}: image {image} has no file_name.")
-    items = [Question(str(image), given.prompt, names[image]) for image in picked]
-    sheet = _sheet(given, items, "chair", max_tokens=given.max_tokens)
-    check_file("--output", Path(given.output) / "chair-objects.json")
-    lines = _answers(given, {"chair": sheet})["chair"]
+            raise ValueError(f"{args.instances}: image {image} has no file_name.")
+    items = [Question(str(image), args.prompt, names[image]) for image in images]
+    sheet = _sheet(args, items, "chair", max_tokens=args.max_tokens)
+    check_file("--output", Path(args.output) / "chair-objects.json")
+    lines = _answers(args, {"chair": sheet})["chair"]
     texts = {int(line["id"]): line["answer"] for line in lines}
-    found = chair.score(texts, visible, vocabulary)
+    chair_figures = chair.score(texts, visible, vocabulary)
     details = [
         line | {"hallucinated": chair.hallucinated(vocabulary.objects(text), visible[image])}
         for line, (image, text) in zip(lines, texts.items(), strict=True)
     ]
     objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
-    write_whole(Path(given.output) / "chair-objects.json", objects)
-    scores = {"synonyms": given.synonyms or tables.OWN, **asdict(found)}
+    write_whole(Path(args.output) / "chair-objects.json", objects)
+    scores = {"synonyms": args.synonyms or tables.OWN, **asdict(chair_figures)}
     table = f"{_lines(tables.chair(scores))}\nobjects by {scores['synonyms']}"
-    return _write_scores(given, scores, table)
+    return _write_scores(args, scores, table)
 
 
-def hallusion(given: argparse.Namespace) -> str:
+def hallusion(args: argparse.Namespace) -> str:
     """Ask HallusionBench's questions and score them by every rule.
 
     Raises:
         ValueError: for a file name that is not text, or a file of another kind.
     """
-    rows = files.read_rows(given.questions, _HALLUSION, _HALLUSION_FILE, given.limit)
+    rows = files.read_rows(args.questions, _HALLUSION, _HALLUSION_FILE, args.limit)
     items = []
     for row in rows:
         names = [str(row[n]) for n in hallusionbench.NEEDED[:-1]]
         file = row.get("filename")
         if file is not None and not files.is_text(file):
-            raise ValueError(f"{given.questions}: filename is {short_repr(file)}, not text.")
-        seen = str(row.get("visual_input", "1")) != "0" and file
-        items.append(Question("_".join(names), row["question"], file if seen else None, dict(row)))
+            raise ValueError(f"{args.questions}: filename is {short_repr(file)}, not text.")
+        has_image = str(row.get("visual_input", "1")) != "0" and file
+        items.append(
+            Question("_".join(names), row["question"], file if has_image else None, dict(row))
+        )
     for item in items:
         item.facts.pop("question")
-    sheet = _sheet(given, items, "hallusionbench", max_tokens=16, suffix=given.suffix)
-    texts = _column(_answers(given, {"hallusionbench": sheet})["hallusionbench"], "answer")
+    sheet = _sheet(args, items, "hallusionbench", max_tokens=16, suffix=args.suffix)
+    texts = _column(_answers(args, {"hallusionbench": sheet})["hallusionbench"], "answer")
     scores = {
         rule: asdict(hallusionbench.score(hallusionbench.correct(texts, rows, rule), rows))
         for rule in yesno.RULES
     }
-    return _write_scores(given, scores, _lines(tables.hallusionbench(scores)))
+    return _write_scores(args, scores, _lines(tables.hallusionbench(scores)))
 
 
-def compare(given: argparse.Namespace) -> str:
+def compare(args: argparse.Namespace) -> str:
     """Two models' answers to the same questions; two files may have any names.
 
     Raises:
-        ValueError: for answers to other questions, or without labels.
+        ValueError: for answers to different questions, or answers without labels.
     """
-    paths = [Path(given.first), Path(given.second)]
+    paths = [Path(args.first), Path(args.second)]
     single = not any(path.is_dir() for path in paths)
     name = " -> ".join(dict.fromkeys(path.stem for path in paths)) if single else None
     first, second = (_labelled(path, name) for path in paths)
-    other, how = sorted(first.keys() ^ second.keys()), "are in only one"
-    if not other:
-        other, how = [key for key in first if _asked(first[key]) != _asked(second[key])], "differ"
-    if other:
+    unmatched, difference = sorted(first.keys() ^ second.keys()), "are in only one"
+    if not unmatched:
+        unmatched = [key for key in first if _asked(first[key]) != _asked(second[key])]
+        difference = "differ"
+    if unmatched:
         raise ValueError(
-            f"{given.first} and {given.second} answer different questions: {len(other)} {how}, "
-            f"such as {other[0][1]!r}. Compare answers to the same files."
+            f"{args.first} and {args.second} answer different questions: "
+            f"{len(unmatched)} {difference}, such as {unmatched[0][1]!r}. "
+            "Compare answers to the same files."
         )
     lines = []
     for file in dict.fromkeys(file for file, _ in first):
@@ -175,32 +178,32 @@ def compare(given: argparse.Namespace) -> str:
                 yesno.right(_column(answers, "answer"), _column(before, "label"), rule)
                 for answers in (before, after)
             ]
-            found = paired.compare(*right, clusters=clusters, seed=given.seed)
-            lines.append(f"  {rule:6} {found}")
+            comparison = paired.compare(*right, clusters=clusters, seed=args.seed)
+            lines.append(f"  {rule:6} {comparison}")
     return "\n".join([*lines, "(difference with its 95 % bootstrap interval over images)"])
 
 
-def handoff(given: argparse.Namespace) -> str:
-    """Write a folder that other kits evaluate."""
-    return hand_off(given.model, given.output)
+def handoff(args: argparse.Namespace) -> str:
+    """Write a folder for lmms-eval and VLMEvalKit."""
+    return hand_off(args.model, args.output)
 
 
 def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, Any]]:
     """(file, id) -> answer with its label, of the yes/no questions; captions are skipped.
 
-    `name` stands for that of the file, where it does not matter.
+    `name` replaces the file's name, where two single files are compared.
     """
-    found = {}
+    labelled = {}
     for line in read_answers(path):
         if "label" not in line and "gt_answer" in line:
             line["label"] = "yes" if str(line["gt_answer"]) == "1" else "no"
         if "label" in line:
             if not {"question", "image"} <= line.keys() or not _POPE["label"][0](line["label"]):
                 raise ValueError(f"{path}: answer {line['id']!r} has no question, image or label.")
-            found[name or line["file"], line["id"]] = line
-    if not found:
-        raise ValueError(f"{path} has no labels; `compare` takes yes/no answers.")
-    return found
+            labelled[name or line["file"], line["id"]] = line
+    if not labelled:
+        raise ValueError(f"{path} has no labels; `compare` needs yes/no answers.")
+    return labelled
 
 
 def _asked(line: dict[str, Any]) -> tuple[str, str | None]:
@@ -208,56 +211,54 @@ def _asked(line: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def _sheet(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     items: Sequence[Question],
     name: str,
     *,
     max_tokens: int,
     suffix: str = "",
 ) -> Sheet:
-    """Questions checked, with the file that will hold the figures."""
-    check_folder("--output", given.output)
-    check_file("--output", Path(given.output) / f"{given.command}.json")
+    """Check the questions and the output paths."""
+    check_folder("--output", args.output)
+    check_file("--output", Path(args.output) / f"{args.command}.json")
     return prepare(
         items,
-        given.image_folder,
-        Path(given.output) / f"{name}.jsonl",
-        model=given.model,
+        args.image_folder,
+        Path(args.output) / f"{name}.jsonl",
+        model=args.model,
         max_tokens=max_tokens,
         suffix=suffix,
     )
 
 
 def _answers(
-    given: argparse.Namespace, sheets: Mapping[str, Sheet]
+    args: argparse.Namespace, sheets: Mapping[str, Sheet]
 ) -> dict[str, list[dict[str, Any]]]:
     """Answers to the questions of every sheet, by the name of the sheet."""
     from realign.pairs.engines import make_engine
 
-    engine = make_engine(
-        f"transformers:{given.model}", batch_size=given.batch_size, dtype=given.dtype
-    )
+    engine = make_engine(f"transformers:{args.model}", batch_size=args.batch_size, dtype=args.dtype)
     try:
-        found = {
-            name: answer(engine, sheet, progress=not given.quiet) for name, sheet in sheets.items()
+        answers = {
+            name: answer(engine, sheet, progress=not args.quiet) for name, sheet in sheets.items()
         }
     finally:
         engine.close()
-    for lines in found.values():
+    for lines in answers.values():
         if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
             print(f"{len(failed)} of {len(lines)} have no answer ({failed[0]['error']})")
-    return found
+    return answers
 
 
 def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
     return [line[name] for line in lines]
 
 
-def _write_scores(given: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
-    """Writes the figures beside the answers; returns the table."""
-    path = Path(given.output) / f"{given.command}.json"
-    found = {"model": given.model, "scores": scores}
-    write_whole(path, json.dumps(found, indent=2) + "\n")
+def _write_scores(args: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
+    """Write the figures beside the answers; returns the table."""
+    path = Path(args.output) / f"{args.command}.json"
+    content = {"model": args.model, "scores": scores}
+    write_whole(path, json.dumps(content, indent=2) + "\n")
     return f"{table}\nwrote {path}"
 
 
@@ -288,30 +289,30 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--limit", type=int, default=0, help="the first so many; 0: all")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    one = add("pope", pope, "POPE: yes/no questions about objects, by three rules")
-    one.add_argument("questions", nargs="+", metavar="FILE", help="coco_pope_random.json, ...")
-    one.add_argument("--suffix", default=SHORT, help="behind every question")
-    asks(one)
-    one = add("chair", captions, "CHAIR: objects in captions that images do not show")
-    one.add_argument("--instances", required=True, help="COCO's instances_val2014.json")
-    one.add_argument("--reference", required=True, help="COCO's captions_val2014.json")
-    one.add_argument("--synonyms", help="synonyms.txt of the metric's authors (our own list)")
-    one.add_argument("--prompt", default=CAPTION, help="that asks for a caption (%(default)s)")
-    one.add_argument("--max-tokens", type=int, default=512, help="of a caption (%(default)s)")
-    one.add_argument("--most", type=int, default=500, help="images drawn; 0: all (%(default)s)")
-    one.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    asks(one)
-    one = add("hallusionbench", hallusion, "HallusionBench, by rules in place of GPT-4")
-    one.add_argument("questions", metavar="FILE", help="HallusionBench.json")
-    one.add_argument("--suffix", default=SHORT, help="behind every question")
-    asks(one)
-    one = add("compare", compare, "two models on the same questions: McNemar and bootstrap")
-    one.add_argument("first", help="answers (JSON lines, or a folder of them)")
-    one.add_argument("second", help="of the other model")
-    one.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
-    one = add("handoff", handoff, "a merged folder for lmms-eval and VLMEvalKit")
-    one.add_argument("--model", required=True, help="folder or hub name; an adapter is merged")
-    one.add_argument("--output", required=True, help="folder to write")
+    command = add("pope", pope, "POPE: yes/no questions about objects, by three rules")
+    command.add_argument("questions", nargs="+", metavar="FILE", help="coco_pope_random.json, ...")
+    command.add_argument("--suffix", default=SHORT, help="behind every question")
+    asks(command)
+    command = add("chair", captions, "CHAIR: objects in captions that images do not show")
+    command.add_argument("--instances", required=True, help="COCO's instances_val2014.json")
+    command.add_argument("--reference", required=True, help="COCO's captions_val2014.json")
+    command.add_argument("--synonyms", help="synonyms.txt of the metric's authors (our own list)")
+    command.add_argument("--prompt", default=CAPTION, help="that asks for a caption (%(default)s)")
+    command.add_argument("--max-tokens", type=int, default=512, help="of a caption (%(default)s)")
+    command.add_argument("--most", type=int, default=500, help="images drawn; 0: all (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    asks(command)
+    command = add("hallusionbench", hallusion, "HallusionBench, by rules in place of GPT-4")
+    command.add_argument("questions", metavar="FILE", help="HallusionBench.json")
+    command.add_argument("--suffix", default=SHORT, help="behind every question")
+    asks(command)
+    command = add("compare", compare, "two models on the same questions: McNemar and bootstrap")
+    command.add_argument("first", help="answers (JSON lines, or a folder of them)")
+    command.add_argument("second", help="of the other model")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    command = add("handoff", handoff, "a merged folder for lmms-eval and VLMEvalKit")
+    command.add_argument("--model", required=True, help="folder or hub name; an adapter is merged")
+    command.add_argument("--output", required=True, help="folder to write")
     return parser
 
 

@@ -1,8 +1,8 @@
 """Hallucination rate of a digits model: `python -m realign.evaluate --model DIR`.
 
 The rate is the share of misnamed digits in captions; accuracy, F1 and yes-rate are those of yes/no
-questions in the manner of POPE. Scenes and handwritten digits were never trained on, and the prior
-of the training scenes does not hold. Intervals are 95 % percentile bootstraps over scenes, since
+questions as in POPE. No scene or handwritten digit was used in training, and the prior of the
+training scenes does not hold. Intervals are 95 % percentile bootstraps over scenes, since
 the four digits of a scene are not independent.
 """
 
@@ -50,14 +50,14 @@ class EvaluateConfig:
     biased: bool = False
     """Use scenes that follow the prior of the training captions instead."""
     seed: int = 0
-    """Another seed evaluates on other scenes."""
+    """Seed of the evaluation scenes."""
     quiet: bool = False
     """No progress bars."""
 
     def __post_init__(self) -> None:
-        for name, least in (("scenes", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name, minimum in (("scenes", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
         if self.output and self.output == self.answers:
             raise ValueError(f"--output and --answers both name {self.output}; name two files.")
 
@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
         and `yes_rate` of the answers; an answer other than yes or no counts as wrong.
 
     Raises:
-        ValueError: for no model, or a file that cannot be written; before a model is loaded.
+        ValueError: for a missing model, or a file that cannot be written; before a model is loaded.
     """
     for flag, file in (("--output", config.output), ("--answers", config.answers)):
         if file:
@@ -92,12 +92,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     seed = EVALUATION_SEED + config.seed
     scenes = make_scenes(config.scenes, biased=config.biased, split="test", seed=seed)
-    found = answer(
+    answers = answer(
         model, processor, scenes, seed, batch_size=config.batch_size, progress=not config.quiet
     )
     if config.answers:
-        save(config.answers, "".join(json.dumps(line) + "\n" for line in found.lines(scenes)))
-    return found.rates()
+        save(config.answers, "".join(json.dumps(line) + "\n" for line in answers.lines(scenes)))
+    return answers.rates()
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def generate(
     """Greedy responses to one prompt per scene."""
     template = ChatTemplate(processor)
     texts = [template.prompt([{"role": "user", "content": p}], 1).text for p in prompts]
-    found: list[str] = []
+    responses: list[str] = []
     starts = range(0, len(scenes), batch_size)
     for start in tqdm(starts, desc=desc, unit="batch", disable=not progress):
         part = slice(start, start + batch_size)
@@ -230,10 +230,10 @@ def generate(
             padding_side="left",
         ).to(model.device)
         out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
-        written = out[:, encoded["input_ids"].shape[1] :]
-        texts_out = processor.batch_decode(written, skip_special_tokens=True)
-        found += [text.strip() for text in texts_out]
-    return found
+        new_ids = out[:, encoded["input_ids"].shape[1] :]
+        new_texts = processor.batch_decode(new_ids, skip_special_tokens=True)
+        responses += [text.strip() for text in new_texts]
+    return responses
 
 
 def table(results: dict[str, dict[str, Rate]]) -> str:
@@ -259,9 +259,9 @@ def _rate(values: np.ndarray, statistic) -> Rate:
 def f1(values: np.ndarray) -> float:
     """F1 of "yes" from (scenes, 2, [right, answered yes])."""
     right, yes = values[..., 0], values[..., 1]
-    hits = (right & yes).sum()
-    false_yes, missed = (yes & ~right).sum(), values[:, 0].shape[0] - hits
-    return float(2 * hits / (2 * hits + false_yes + missed))
+    true_yes = (right & yes).sum()
+    false_yes, false_no = (yes & ~right).sum(), values[:, 0].shape[0] - true_yes
+    return float(2 * true_yes / (2 * true_yes + false_yes + false_no))
 
 
 def save(file: str, text: str) -> None:

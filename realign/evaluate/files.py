@@ -1,7 +1,7 @@
 """Benchmark files: questions, COCO annotations and synonyms, checked before a model is loaded.
 
 Files are UTF-8, with or without a byte order mark. Every error names the file, the item and the
-file to give in its place.
+file to give instead.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from realign.data.errors import short_repr
 
 Field = tuple[Callable[[Any], bool], str]
-"""Whether a value will do, and the word for those that do."""
+"""Predicate of a valid value, and the description of valid values for the error."""
 
 _MARKUP = set('{}[]":')  # in no name of an object
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text that a tokenizer takes: not empty, no half of a surrogate pair."""
+    """Whether a value is text that a tokenizer accepts: not empty, no half of a surrogate pair."""
     return isinstance(value, str) and bool(value.strip()) and not any(map(_surrogate, value))
 
 
@@ -56,40 +56,40 @@ def read_text(file: str | Path) -> str:
 
 
 def read_rows(
-    file: str | Path, fields: Mapping[str, Field], wanted: str, limit: int = 0
+    file: str | Path, fields: Mapping[str, Field], remedy: str, limit: int = 0
 ) -> list[dict[str, Any]]:
     """The objects of a JSON array or of JSON lines, each with `fields`.
 
     Args:
         file: the file.
-        fields: name -> what it holds.
-        wanted: the file to give, for the message.
-        limit: the first so many; 0 takes all.
+        fields: name -> its `Field`.
+        remedy: end of each error message: the file to give.
+        limit: number of objects to read; 0 reads all.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: for a file that holds none, or an object without a field, or with a bad one.
+        ValueError: for a file without objects, or an object with a missing or invalid field.
     """
     text = read_text(file)
     try:
         if text.lstrip()[0] == "[":
-            found = json.loads(text)
+            items = json.loads(text)
         else:
-            found = [json.loads(line) for line in text.split("\n") if line.strip()]
+            items = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is neither JSON nor JSON lines ({error}). {wanted}") from None
-    for number, item in enumerate(found, 1):
+        raise ValueError(f"{file} is neither JSON nor JSON lines ({error}). {remedy}") from None
+    for number, item in enumerate(items, 1):
         place = f"question {number} of {file}"
         if not isinstance(item, dict):
-            raise ValueError(f"{place} is {short_repr(item)}, not an object. {wanted}")
-        if lacking := [name for name in fields if name not in item]:
-            raise ValueError(f"{place} has no {', '.join(lacking)}. {wanted}")
+            raise ValueError(f"{place} is {short_repr(item)}, not an object. {remedy}")
+        if missing := [name for name in fields if name not in item]:
+            raise ValueError(f"{place} has no {', '.join(missing)}. {remedy}")
         for name, (is_good, kind) in fields.items():
             if not is_good(item[name]):
                 raise ValueError(f"{place}: {name} is {short_repr(item[name])}; it must be {kind}.")
-    if not found:
-        raise ValueError(f"{file} holds no questions. {wanted}")
-    return found[:limit] if limit else found
+    if not items:
+        raise ValueError(f"{file} holds no questions. {remedy}")
+    return items[:limit] if limit else items
 
 
 def read_instances(file: str | Path) -> dict[str, list[dict[str, Any]]]:
@@ -108,9 +108,9 @@ def read_instances(file: str | Path) -> dict[str, list[dict[str, Any]]]:
         },
         "Give COCO's instances, as instances_val2014.json, to --instances.",
     )
-    known = {category["id"] for category in content["categories"]}
+    category_ids = {category["id"] for category in content["categories"]}
     for note in content["annotations"]:
-        if note["category_id"] not in known:
+        if note["category_id"] not in category_ids:
             raise ValueError(f"{file} has no category {note['category_id']} of an annotation.")
     return content
 
@@ -122,9 +122,9 @@ def read_captions(file: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: when there is no such file.
         ValueError: for another file, such as COCO's instances.
     """
-    wanted = "Give COCO's captions, as captions_val2014.json, to --reference."
+    remedy = "Give COCO's captions, as captions_val2014.json, to --reference."
     fields = {"annotations": {"image_id": _is_int, "caption": lambda v: isinstance(v, str)}}
-    return _coco(file, fields, wanted)["annotations"]
+    return _coco(file, fields, remedy)["annotations"]
 
 
 def read_synonyms(file: str | Path) -> list[list[str]]:
@@ -138,7 +138,7 @@ def read_synonyms(file: str | Path) -> list[list[str]]:
     for number, line in enumerate(lines, 1):
         if _MARKUP & set(line):
             raise ValueError(
-                f"{file} is no list of synonyms: line {number} is {short_repr(line)}. Give a "
+                f"{file} is not a list of synonyms: line {number} is {short_repr(line)}. Give a "
                 "line for each object, its name and synonyms with commas between, to --synonyms."
             )
     named = ([name.strip().lower() for name in line.split(",") if name.strip()] for line in lines)
@@ -146,25 +146,25 @@ def read_synonyms(file: str | Path) -> list[list[str]]:
 
 
 def _coco(
-    file: str | Path, lists: Mapping[str, Mapping[str, Callable[[Any], bool]]], wanted: str
+    file: str | Path, schema: Mapping[str, Mapping[str, Callable[[Any], bool]]], remedy: str
 ) -> dict[str, list[dict[str, Any]]]:
     try:
         content = json.loads(read_text(file))
     except RecursionError:
         content = {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}). {wanted}") from None
-    for name, fields in lists.items():
+        raise ValueError(f"{file} is not JSON ({error}). {remedy}") from None
+    for name, fields in schema.items():
         items = content.get(name) if isinstance(content, dict) else None
         if not isinstance(items, list):
-            raise ValueError(f"{file} has no list `{name}`. {wanted}")
+            raise ValueError(f"{file} has no list `{name}`. {remedy}")
         for item in items:
             if not isinstance(item, dict) or not all(
                 is_good(item.get(field)) for field, is_good in fields.items()
             ):
                 raise ValueError(
                     f"{file} has {short_repr(item)} in `{name}`, which lacks {', '.join(fields)}. "
-                    f"{wanted}"
+                    f"{remedy}"
                 )
     return content
 

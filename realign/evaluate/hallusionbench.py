@@ -36,42 +36,42 @@ class Hallusion:
 
 
 def correct(answers: Sequence[str], rows: Sequence[Mapping[str, Any]], rule: str) -> list[bool]:
-    """Which answers are right: yes where `gt_answer` is 1, no where it is 0.
+    """Whether each answer is right: yes where `gt_answer` is 1, no where it is 0.
 
     The leaderboard has GPT-4 compare an answer with a reference text. A rule of `yesno.RULES` needs
     no model, and its figures are not those of the leaderboard.
 
     Raises:
-        ValueError: for a row that lacks a field, or another number of answers.
+        ValueError: for a row that lacks a field, or for a wrong number of answers.
     """
     if len(answers) != len(rows):
         raise ValueError(f"there are {len(answers)} answers to {len(rows)} questions.")
     for row in rows:
-        if lacking := [name for name in NEEDED if name not in row]:
-            raise ValueError(f"a question has no {', '.join(lacking)}; give HallusionBench.json.")
+        if missing := [name for name in NEEDED if name not in row]:
+            raise ValueError(f"a question has no {', '.join(missing)}; give HallusionBench.json.")
     labels = ["yes" if str(row["gt_answer"]) == "1" else "no" for row in rows]
     return [RULES[rule](a) == label for a, label in zip(answers, labels, strict=True)]
 
 
 def score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> Hallusion:
-    """The figures.
+    """Score answers.
 
     Args:
-        right: whether the answer to each question is.
-        rows: the questions, as HallusionBench.json has them.
+        right: whether the answer to each question is right.
+        rows: the questions of HallusionBench.json.
 
     Raises:
-        ValueError: where there are none.
+        ValueError: for no questions.
     """
     if not rows:
         raise ValueError("there are no questions.")
 
     def all_right(key: Callable, keep: Callable = lambda row: True) -> float:
         groups: dict[tuple, bool] = {}
-        for fine, row in zip(right, rows, strict=True):
+        for is_right, row in zip(right, rows, strict=True):
             if keep(row):
                 name = (row["category"], row["subcategory"], str(row["set_id"]), str(key(row)))
-                groups[name] = groups.get(name, True) and bool(fine)
+                groups[name] = groups.get(name, True) and bool(is_right)
         return sum(groups.values()) / len(groups) if groups else float("nan")
 
     def question(row: Mapping) -> Any:

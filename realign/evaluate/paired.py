@@ -19,10 +19,10 @@ class Comparison:
         first, second: shares of right answers.
         difference: second - first.
         low, high: its 95 % percentile bootstrap interval, over questions or clusters of them.
-        gained: questions that only the second answered right.
-        lost: those that only the first did.
-        p: McNemar's exact p-value, two-sided: the binomial test of gained against lost. It takes
-            questions as independent.
+        gained: questions that only the second model answered right.
+        lost: questions that only the first model answered right.
+        p: McNemar's exact p-value, two-sided: the binomial test of gained against lost. It assumes
+            independent questions.
     """
 
     questions: int
@@ -50,17 +50,17 @@ def compare(
     clusters: np.ndarray | None = None,  # (questions,)
     seed: int = 0,
 ) -> Comparison:
-    """Compare which answers of two models are right.
+    """Compare the right answers of two models.
 
     Args:
         first: of the first model.
         second: of the second, to the same questions in the same order.
-        clusters: what each question belongs to, such as its image: questions about one image are
-            not independent, so the bootstrap draws images. None draws questions.
+        clusters: group of each question, such as its image. Questions about one image are not
+            independent, so the bootstrap draws images. None draws questions.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: for no questions, or another number of answers.
+        ValueError: for no questions, or different numbers of answers.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 1 or not len(first):

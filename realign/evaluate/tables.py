@@ -18,9 +18,9 @@ class Table(NamedTuple):
     """Figures to show.
 
     Attributes:
-        title: what they are of; empty where the heads say it.
+        title: name of the benchmark and rule; empty where the heads are enough.
         heads: of the columns.
-        rows: of as many cells.
+        rows: each with one cell for each head.
     """
 
     title: str
@@ -44,7 +44,7 @@ def chair(scores: Mapping[str, Any]) -> Table:
     f = Chair(**{name: value for name, value in scores.items() if name != "synonyms"})
     shares = map(_percent, (f.chair_s, f.chair_i, f.recall))
     heads = ("captions", "mentions", "CHAIR-s", "CHAIR-i", "recall")
-    title = f"CHAIR, objects by {Path(scores['synonyms']).name}"  # without the file's place
+    title = f"CHAIR, objects by {Path(scores['synonyms']).name}"  # no folder: it is private
     return Table(title, heads, [(str(f.captions), str(f.mentions), *shares)])
 
 
@@ -59,9 +59,10 @@ def hallusionbench(scores: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def table_of(scores: Mapping[str, Any]) -> Table:
-    """The table of what pope.json, chair.json or hallusionbench.json has under "scores".
+    """The table of the "scores" in pope.json, chair.json or hallusionbench.json.
 
-    Raises as the dataclasses of the figures do: TypeError for other ones.
+    Raises:
+        TypeError: for fields that the dataclasses of the figures do not have.
     """
     if "chair_s" in scores:
         return chair(scores)
@@ -77,5 +78,5 @@ def markdown(table: Table) -> str:
     return f"{table.title}:\n\n{shown}" if table.title else shown
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2f} %"

@@ -1,14 +1,15 @@
-"""Yes/no questions in the manner of POPE (arXiv 2305.10355).
+"""Yes/no questions as in POPE (arXiv 2305.10355).
 
-Three rules are in use to read yes or no from an answer, and they give the same answers different
-figures, so every figure here carries the name of its rule:
+Three rules read yes or no from an answer. They give different figures for the same answers, so
+every figure carries the name of its rule:
 
-- `pope`: that of POPE's authors, which LLaVA took over. No where the first sentence has the word
-  "No", "no" or "not", else yes: an answer that says neither is yes.
-- `exact`: that of lmms-eval. The whole answer must be yes or no; another one is wrong.
-- `word`: that of VLMEvalKit (without its judge). Yes where "yes" is among the words and "no" is
-  not, and the other way round; another one is wrong, and no yes. Words are what white space parts
-  when some marks are gone (`_word`): "*", ":" and "'" stay, so that "*No*" is neither.
+- `pope`: the rule of POPE's authors and of LLaVA. No if the first sentence has the word "No", "no"
+  or "not", else yes: an answer that has neither is yes.
+- `exact`: the rule of lmms-eval. The complete answer must be yes or no; any other answer is wrong.
+- `word`: the rule of VLMEvalKit (without its judge). Yes if "yes" is among the words and "no" is
+  not, no in the opposite case; any other answer is wrong and does not count as yes. White space
+  separates words after some marks are removed (`_word`). The marks "*", ":" and "'" stay, so "*No*"
+  is neither.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ def _pope(answer: str) -> str:
 
 
 def _exact(answer: str) -> str | None:
-    said = answer.strip().lower()
-    return said if said in ("yes", "no") else None
+    verdict = answer.strip().lower()
+    return verdict if verdict in ("yes", "no") else None
 
 
 def _word(answer: str) -> str | None:
-    """A mark that has a space beside it somewhere goes, another one parts words; all go where a
-    number has a comma. Of the periods that no digit follows, the first 32 go."""
+    """Rule `word`: marks are removed or become spaces, then the words are searched for yes and no.
+
+    A mark beside a space is removed everywhere; any other mark becomes a space. If a number has a
+    comma, all marks are removed. The first 32 periods without a following digit are removed.
+    """
     text = answer.lower()
     number = re.search(r"\d,\d", text)
-    gone = {m: "" if number or f"{m} " in text or f" {m}" in text else " " for m in _MARKS}
-    words = re.sub(r"\.(?!\d)", "", text.translate(str.maketrans(gone)), count=32).split()
-    said = {"yes", "no"} & set(words)
-    return said.pop() if len(said) == 1 else None
+    replaced = {m: "" if number or f"{m} " in text or f" {m}" in text else " " for m in _MARKS}
+    words = re.sub(r"\.(?!\d)", "", text.translate(str.maketrans(replaced)), count=32).split()
+    verdicts = {"yes", "no"} & set(words)
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 RULES: dict[str, Callable[[str], str | None]] = {"pope": _pope, "exact": _exact, "word": _word}
@@ -55,9 +59,10 @@ class YesNo:
         rule: one of `RULES`.
         questions: how many.
         accuracy: right answers; one that is neither yes nor no is wrong.
-        precision: of yes; 0 where none was said.
+        precision: of yes; 0 where no answer is yes.
         recall: of yes: 1 - share of "no" among answers to questions whose answer is yes. An answer
-            that is neither counts as missed by rule `word`, and not at all by `exact`, as there.
+            that is neither counts as missed by rule `word`, and does not count by `exact`, as in
+            the originals.
         f1: of precision and recall, 0 where both are.
         yes_rate: share of answers that are yes.
         unread: share of answers that are neither.
@@ -77,44 +82,44 @@ def score(answers: Sequence[str], labels: Sequence[str], rule: str) -> YesNo:
     """Score answers to yes/no questions.
 
     Args:
-        answers: what the model said.
+        answers: of the model.
         labels: "yes" or "no" for each, in any case.
         rule: one of `RULES`.
 
     Raises:
-        ValueError: for another rule or label, no questions, or another number of labels.
+        ValueError: for an unknown rule or label, no questions, or a wrong number of labels.
     """
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}.")
     if len(answers) != len(labels) or not labels:
         raise ValueError(f"there are {len(answers)} answers to {len(labels)} questions.")
     true = np.array([_label(label) for label in labels])
-    said = np.array([RULES[rule](answer) or "" for answer in answers])
-    yes, wanted = said == "yes", true == "yes"
-    hits = int((yes & wanted).sum())
-    missed = wanted & (said == "no" if rule == "exact" else ~yes)
-    precision = hits / max(1, int(yes.sum()))
-    recall = hits / max(1, hits + int(missed.sum()))
-    both = precision + recall
+    verdicts = np.array([RULES[rule](answer) or "" for answer in answers])
+    yes, positive = verdicts == "yes", true == "yes"
+    true_yes = int((yes & positive).sum())
+    false_no = positive & (verdicts == "no" if rule == "exact" else ~yes)
+    precision = true_yes / max(1, int(yes.sum()))
+    recall = true_yes / max(1, true_yes + int(false_no.sum()))
+    total = precision + recall
     return YesNo(
         rule=rule,
         questions=len(true),
-        accuracy=float((said == true).mean()),
+        accuracy=float((verdicts == true).mean()),
         precision=precision,
         recall=recall,
-        f1=2 * precision * recall / both if both else 0.0,
+        f1=2 * precision * recall / total if total else 0.0,
         yes_rate=float(yes.mean()),
-        unread=float((said == "").mean()),
+        unread=float((verdicts == "").mean()),
     )
 
 
 def right(answers: Sequence[str], labels: Sequence[str], rule: str) -> np.ndarray:
-    """Which answers are right, (questions,) bool, for a paired comparison."""
+    """Whether each answer is right, (questions,) bool, for a paired comparison."""
     read = RULES[rule]
     return np.array([read(a) == _label(b) for a, b in zip(answers, labels, strict=True)])
 
 
 def _label(label: str) -> str:
-    if (found := str(label).strip().lower()) not in ("yes", "no"):
+    if (normalized := str(label).strip().lower()) not in ("yes", "no"):
         raise ValueError(f"a label is {label!r}; it must be yes or no.")
-    return found
+    return normalized

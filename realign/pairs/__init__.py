@@ -1,1 +1,1 @@
-"""From images with true responses to dual-preference pairs: `python -m realign.pairs`."""
+"""Pipeline from images with true responses to dual-preference pairs: `python -m realign.pairs`."""

@@ -3,8 +3,8 @@
     python -m realign.pairs --data records.parquet --output pairs.parquet
     python -m realign.pairs embed --data records.parquet --output pairs.parquet
 
-The second runs up to one stage. `gallery` shows finished pairs, `stats` prints their figures, and
-`import` writes the pairs that a data set already has.
+The second form runs up to one stage. `gallery` shows finished pairs, `stats` prints their figures,
+and `import` writes the pairs that a data set already has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from realign.pairs.io import importers
 from realign.pairs.pipeline import STAGES, build_pairs, run_stages
 from realign.third_party import silence_third_party
 
-_LAST = STAGES[1:]  # stages that may be named as the last; reading is the first of each run
+_LAST = STAGES[1:]  # stages that a command may name; every run begins with reading
 _COMMANDS = {"import": importers.main, "gallery": gallery.main, "stats": stats.main}
 
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command resumes here", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

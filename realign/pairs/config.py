@@ -133,23 +133,25 @@ class PairsConfig:
             raise ValueError(f"output {self.output} is a folder; name the Parquet file to write.")
         work = self.work_folder
         if work == output:
-            raise ValueError(f"output {self.output} is the work folder's name; take .parquet.")
+            raise ValueError(
+                f"output {self.output} is the work folder's name; use the suffix .parquet."
+            )
         if self.data is not None and Path(self.data).is_dir():
             for flag, path in (("output", output), ("work", work)):
                 if path.resolve().is_relative_to(Path(self.data).resolve()):
                     raise ValueError(
                         f"--{flag} {path} is in the folder of --data, which a run would change; "
-                        "name a place outside of it."
+                        "name a path outside of it."
                     )
         if unknown := [name for name in self.categories if name not in CATEGORIES]:
             raise ValueError(
                 f"mask names {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
             )
         choices = {"refill": REFILLS, "negative": negatives.KINDS, "index": INDICES}
-        for name, known in (choices | {"dtype": tuple(DTYPES)}).items():
-            if getattr(self, name) not in known:
+        for name, valid in (choices | {"dtype": tuple(DTYPES)}).items():
+            if getattr(self, name) not in valid:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(valid)}."
                 )
         if self.ray is not None and not _RAY.fullmatch(self.ray):
             raise ValueError(
@@ -158,7 +160,7 @@ class PairsConfig:
         for name, spec in self._engines().items():
             try:
                 engines.make_engine(spec, **self.engine_options)
-            except ValueError as error:  # without `spec`: somebody may have written a key into it
+            except ValueError as error:  # without `spec`, which may contain a key
                 raise ValueError(f"--{name}: {error}") from error
 
     def _check_numbers(self) -> None:
@@ -176,7 +178,7 @@ class PairsConfig:
             )
 
     def _check_effects(self) -> None:
-        """Refuse settings without an effect."""
+        """Check that every setting has an effect."""
         if self.model is not None and self.data is None:
             raise ValueError("--model is given without --data; pass the records to make pairs of.")
         if self.data is not None and self.scenes != 1024:
@@ -197,27 +199,27 @@ class PairsConfig:
                 "mask, segments and share are settings of the rules and would have no effect with "
                 "an engine as --masker; drop them."
             )
-        chooses = self.judge is not None or self.margin or self.similarity != "lexical"
-        if self.candidates > 1 and not chooses:
+        needs_candidates = self.judge is not None or self.margin or self.similarity != "lexical"
+        if self.candidates > 1 and not needs_candidates:
             raise ValueError(
-                f"candidates is {self.candidates} and would have no effect: nothing chooses among "
-                "them. Add --similarity, --margin or --judge."
+                f"candidates is {self.candidates} and would have no effect: no filter selects "
+                "among them. Add --similarity, --margin or --judge."
             )
         if self.candidates > self.k:
             raise ValueError(
                 f"candidates is {self.candidates} of {self.k} neighbours; give at most k."
             )
-        used = self.embed_model is None or self.refill == "infill" or self.margin
-        if self.model is not None and not used and self.engine is not None:
+        model_is_used = self.embed_model is None or self.refill == "infill" or self.margin
+        if self.model is not None and not model_is_used and self.engine is not None:
             raise ValueError(
                 f"model is {self.model!r} and would have no effect: --embed-model embeds, and "
                 "--engine refills. Drop it."
             )
         if not any(map(is_endpoint, self._engines().values())):
             for name in _OF_ENDPOINTS:
-                if (given := getattr(self, name)) not in (None, type(self).__dict__[name]):
+                if (value := getattr(self, name)) not in (None, type(self).__dict__[name]):
                     raise ValueError(
-                        f"{name} is {given} and would have no effect: no engine is an endpoint. "
+                        f"{name} is {value} and would have no effect: no engine is an endpoint. "
                         "Drop it, or name a URL for --answer, --masker, --engine or --judge."
                     )
 

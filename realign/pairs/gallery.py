@@ -30,7 +30,7 @@ from realign.pairs.io.pictures import load_picture
 from realign.pairs.stats import FACTS, changed_words, collect, difference, image_digest, pair_rows
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
-_SMALL = 128  # pixels; smaller pictures are kept as they are and shown with hard edges
+_SMALL = 128  # pixels; smaller pictures are not reduced, and are shown with hard edges
 
 
 def write_gallery(
@@ -45,7 +45,7 @@ def write_gallery(
         side: pixels of the longer side of a thumbnail.
 
     Returns:
-        How many pairs are shown, and how many there are.
+        The number of pairs shown, and the number of pairs.
 
     Raises:
         FileNotFoundError: when there is nothing at `pairs`.
@@ -95,7 +95,7 @@ def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dic
     facts = [(key.replace("_", " "), str(row[key])) for key in FACTS if row.get(key) is not None]
     negative = row.get("negative") or "retrieved"
     similarity = _finite(row.get("similarity"))
-    # The similarity is that of the neighbour, which is not shown where it is no negative.
+    # The similarity is that of the neighbour, which is shown only if it is the negative.
     if negative != "retrieved" and similarity is not None:
         name = "completed on a neighbour"
         verdicts.insert(0, {"name": name, "value": f"{similarity:.3f}", "tone": ""})
@@ -117,7 +117,7 @@ def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dic
 
 
 def _verdicts(row: dict, same: bool) -> tuple[list[dict], list[str]]:
-    """Results of the filters: (to show, labels to choose by)."""
+    """Results of the filters: (verdicts to show, labels for the page's filter)."""
     results: list[tuple[str, str, str, str | None]] = []  # name, value, tone, label
     if (value := _finite(row.get("text_similarity"))) is not None:
         results.append(("text similarity", f"{value:.2f}", "", None))
@@ -126,9 +126,9 @@ def _verdicts(row: dict, same: bool) -> tuple[list[dict], list[str]]:
         label = f"visual margin {'above' if value > 0 else 'not above'} 0"
         results.append(("visual margin", f"{value:+.2f}", tone, label))
     if row.get("judge"):
-        for what, verdict in _judged(row["judge"]).items():
+        for subject, verdict in _judged(row["judge"]).items():
             tone = {"false": "good", "true": "bad"}.get(verdict, "")
-            results.append((f"judge: {what}", verdict, tone, f"judge: {what} {verdict}"))
+            results.append((f"judge: {subject}", verdict, tone, f"judge: {subject} {verdict}"))
     if same:
         results.append(("both pictures", "the same", "bad", "both pictures the same"))
     verdicts = [{"name": n, "value": v, "tone": tone} for n, v, tone, _ in results]
@@ -150,7 +150,7 @@ def _judged(text: str) -> dict[str, str]:
 
 
 class _Album:
-    """Thumbnails as data URIs; equal pictures have one."""
+    """Thumbnails as data URIs; equal pictures share one."""
 
     def __init__(self, side: int) -> None:
         self._side = side
@@ -158,7 +158,7 @@ class _Album:
         self.pictures: list[dict[str, Any]] = []
 
     def place_of(self, image: StoredImage, folder: Path) -> int:
-        """The number of an image of a row; paths are relative to the `folder` of its file."""
+        """The index of an image in `pictures`; its path is relative to `folder`."""
         key = image_digest(image, folder)
         if key not in self._places:
             self._places[key] = len(self.pictures)
@@ -183,7 +183,7 @@ class _Album:
 
 
 def _page(name: str, data: dict[str, Any]) -> str:
-    """The template with the data in it and a policy of its own script and style."""
+    """The template with the data, and a policy that allows only its own script and style."""
     page = _TEMPLATE.read_text(encoding="utf-8")
     hashes = {}
     for tag in ("style", "script"):
@@ -195,7 +195,7 @@ def _page(name: str, data: dict[str, Any]) -> str:
         f"script-src {hashes['script']}; base-uri 'none'; form-action 'none'"
     )
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Without `<` nothing in the block can end it, or begin a tag or comment in it.
+    # Without `<`, no text in the block can end it or begin a tag or comment.
     text = text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
     title = html.escape(f"Preference pairs: {name}")
     parts = {"%POLICY%": policy, "%TITLE%": title, "%DATA%": text}
@@ -209,7 +209,7 @@ def _text(content: str | list[dict]) -> str:
 
 
 def _finite(value: Any) -> float | None:
-    """A number that JSON has."""
+    """The number, or None where JSON has no form of it."""
     return float(value) if value is not None and np.isfinite(value) else None
 
 
@@ -227,13 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--side", type=int, default=320, help="longer side of a thumbnail (%(default)s pixels)"
     )
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        check_file("--output", given.output)
-        shown, total = write_gallery(given.pairs, given.output, most=given.most, side=given.side)
+        check_file("--output", args.output)
+        shown, total = write_gallery(args.pairs, args.output, most=args.most, side=args.side)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    size = Path(given.output).stat().st_size / 1e6
-    print(f"wrote {given.output}: {shown} of {total} pairs, {size:.1f} MB")
+    size = Path(args.output).stat().st_size / 1e6
+    print(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
     return 0

@@ -1,15 +1,15 @@
-"""Visual negatives made of a record's own picture: crop, noise, blank; baselines for retrieval.
+"""Visual negatives from a record's own picture: crop, noise, blank; baselines for retrieval.
 
-- `crop` is mDPO's (arXiv 2406.11839), a crop of "0-20 %". We take that as the share that is
-  *kept*, as others do: a window of 1 to 20 % of the picture's area, drawn evenly, with sides in a
-  ratio of 3/4 to 4/3 of the picture's own, resized to the picture's size.
+- `crop` is mDPO's (arXiv 2406.11839), a crop of "0-20 %". We read this as the share that is
+  *kept*, as other projects do: a window of 1 to 20 % of the picture's area, drawn evenly, with
+  sides in a ratio of 3/4 to 4/3 of the picture's own, resized to the picture's size.
 - `noise` is the diffusion noise of VCD (arXiv 2311.16922): `sqrt(a) x + sqrt(1 - a) e` with e
-  standard normal for each pixel and colour, and a = 0.74 at step 500 of its schedule of 1000. Ours
-  takes x in [-1, 1] and rounds to 8 bits, because it makes a picture. VCD takes the output of a
-  processor, whose contrast is about twice that, so the same step is stronger here.
+  standard normal for each pixel and colour, and a = 0.74 at step 500 of its schedule of 1000. Our x
+  is in [-1, 1], and the result is rounded to 8 bits, because it is a picture. VCD's x is the
+  output of a processor with about twice that contrast, so the same step is stronger in ours.
 - `blank` is one grey, 128.
 
-`retrieved` and `random` are other records' pictures, which the pipeline chooses.
+`retrieved` and `random` are other records' pictures, which the pipeline selects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 DERIVED = ("crop", "noise", "blank")
-"""Made of the record's own picture."""
+"""Kinds made from the record's own picture."""
 KINDS = ("retrieved", "random", *DERIVED)
 STEPS = 1000
 """Steps of the noise schedule."""
@@ -59,8 +59,8 @@ def visual_negative(
         return Image.new("RGB", image.size, (GREY, GREY, GREY))
     if kind in KINDS:
         raise ValueError(
-            f"a {kind!r} negative is another record's picture; choose the record, or take crop, "
-            "noise or blank, which are made of the picture itself."
+            f"a {kind!r} negative is another record's picture; choose the record, or use crop, "
+            "noise or blank, which are made from the picture itself."
         )
     raise ValueError(f"negative is {kind!r}; it must be one of {', '.join(KINDS)}.")
 
@@ -78,10 +78,10 @@ def _crop(image: Image.Image, rng: np.random.Generator, shares: tuple[float, flo
     low, high = shares
     if not 0 < low <= high <= 1:
         raise ValueError(f"crop is {shares}; give the least and the largest share, in (0, 1].")
-    share, stretch = rng.uniform(low, high), _RATIO ** rng.uniform(-1, 1)
+    area, stretch = rng.uniform(low, high), _RATIO ** rng.uniform(-1, 1)
     width, height = (
-        min(side, max(1, round(side * (share * by) ** 0.5)))
-        for side, by in zip(image.size, (stretch, 1 / stretch), strict=True)
+        min(side, max(1, round(side * (area * ratio) ** 0.5)))
+        for side, ratio in zip(image.size, (stretch, 1 / stretch), strict=True)
     )
     left = int(rng.integers(image.width - width + 1))
     top = int(rng.integers(image.height - height + 1))
@@ -92,8 +92,8 @@ def _crop(image: Image.Image, rng: np.random.Generator, shares: tuple[float, flo
 def _noise(image: Image.Image, rng: np.random.Generator, step: int) -> Image.Image:
     if not 0 <= step < STEPS:
         raise ValueError(f"noise_step is {step}; it must be from 0 to {STEPS - 1}.")
-    kept = kept_at(step)
+    variance = kept_at(step)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 127.5 - 1
     noise = rng.standard_normal(pixels.shape, dtype=np.float32)
-    mixed = kept**0.5 * pixels + (1 - kept) ** 0.5 * noise
+    mixed = variance**0.5 * pixels + (1 - variance) ** 0.5 * noise
     return Image.fromarray(np.clip((mixed + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8))

@@ -1,8 +1,8 @@
 """Pairs pipeline: read, answer, embed, retrieve, mask, refill on the neighbour, filter, write.
 
-It follows the paper. Neighbours are tried from the nearest on; the first with a completion that
-passes the filters gives the rejected response and is the visual negative. A record without one
-among k neighbours is dropped, and counted by reason. Every stage resumes after an interruption.
+It follows the paper. Neighbours are tried in order, nearest first. The first one with a completion
+that passes the filters gives the rejected response and is the visual negative. A record without
+such a neighbour among k is dropped and counted by reason. Every stage resumes when interrupted.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ STAGES = tuple(stage.name for stage in _ORDER)
 
 _REMEDIES = {
     "nothing to mask": "Name other kinds of word with --mask, or a model with --masker.",
-    "gap not closed": "Hide other kinds of word with --mask; the model finds no end to these.",
+    "gap not closed": "Hide other kinds of word with --mask; the model does not end these gaps.",
     "no neighbour": "Give more images, or lower --floor or --hash-distance.",
     "same as chosen": "Hide more with --segments 0, raise --k, or give more images.",
     "too similar": "Raise --tau, or hide more with --segments 0.",
-    "other words changed": "Take --refill infill, or an --engine that follows instructions.",
-    "not completed": "Take --refill infill, or an --engine that follows instructions.",
-    "visual margin not above 0": "Take a better --model, or leave out --margin.",
-    "no verdict": "Take a --judge that answers yes or no.",
+    "other words changed": "Use --refill infill, or an --engine that follows instructions.",
+    "not completed": "Use --refill infill, or an --engine that follows instructions.",
+    "visual margin not above 0": "Use a better --model, or omit --margin.",
+    "no verdict": "Use a --judge that answers yes or no.",
 }
-"""Reason of dropped records -> remedy when all are."""
+"""Reason of dropped records -> remedy when all records are dropped."""
 
-_DIGITS = "the shipped digits model fills the gaps, which knows no other images"
+_DIGITS = "the shipped digits model fills the gaps, and it was trained only on digits"
 
 
 @dataclass
@@ -75,7 +75,7 @@ class PairsReport:
 def build_pairs(config: PairsConfig) -> PairsReport:
     """Make preference pairs and write them; the same configuration gives the same file.
 
-    Shards of an earlier run with the same work folder are used again.
+    Shards of an earlier run in the same work folder are reused.
 
     Raises:
         ValueError: for an empty data set, bad settings, too many invalid records, or when no pair
@@ -91,8 +91,8 @@ def build_pairs(config: PairsConfig) -> PairsReport:
         pairs = assembler.pairs()
         first = next(pairs, None)
         if first is None:
-            small = config.data is not None and config.model is None
-            raise ValueError(_no_pair(outcome) + f" There is no --model: {_DIGITS}." * small)
+            digits_only = config.data is not None and config.model is None
+            raise ValueError(_no_pair(outcome) + f" There is no --model: {_DIGITS}." * digits_only)
         try:
             written = write_pairs(config.output, chain([first], pairs), typed=assembler.typed())
         except OSError as error:
@@ -123,26 +123,28 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
     if last == "answer" and config.answer is None:
         raise ValueError("there is no stage answer without an engine; add --answer.")
     if last == Derive.name and config.negative not in DERIVED:
-        raise ValueError(f"{config.negative} negatives are not made; add --negative crop, noise...")
+        raise ValueError(
+            f"{config.negative} negatives have no stage; add --negative crop, noise or blank."
+        )
     by_name = {stage.name: stage for stage in _ORDER}
-    wanted, pending = set(), [last]
+    selected, pending = set(), [last]
     while pending:
         name = pending.pop()
-        wanted.add(name)
+        selected.add(name)
         pending += by_name[name](config).needs
     check_folder("--work", config.work_folder)
     with sole_run(config.work_folder):
-        return _run(config, [stage for stage in _ORDER if stage.name in wanted])
+        return _run(config, [stage for stage in _ORDER if stage.name in selected])
 
 
 def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
     if config.model is not None:
-        load_processor(config.model)  # a wrong name raises before anything is read
+        load_processor(config.model)  # a wrong name raises before any record is read
     absent = {Answer: config.answer is None, Derive: config.negative not in DERIVED}
-    made = [stage(config) for stage in stages if not absent.get(stage)]
+    enabled = [stage(config) for stage in stages if not absent.get(stage)]
     runner = Runner(
         config.work_folder,
-        made,
+        enabled,
         max_bad=config.max_bad,
         rejected=config.work_folder / "rejected_records.parquet",
         quiet=config.quiet,
@@ -157,7 +159,7 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
             raise ValueError("--answer would have no effect: every record has a response. Drop it.")
         if config.answer is None and missing > config.max_bad * records:
             raise ValueError(
-                f"{missing} of {records} records have no response. Have them written by an engine: "
+                f"{missing} of {records} records have no response. Let an engine write them: "
                 "--answer transformers:MODEL or a URL."
             )
 

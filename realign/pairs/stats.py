@@ -42,7 +42,7 @@ _DUPLICATES = (
     "the same image", "the same prompt and chosen", "the same image, prompt and chosen",
 )  # fmt: skip
 _COLUMNS = (*FACTS, *_NUMBERS, "judge", "negative")  # beside those of all preference rows
-_COMPARED = 16_000_000  # tokens of one times tokens of the other; some seconds
+_COMPARED = 16_000_000  # limit of the product of token counts; the comparison takes seconds
 # A word; a letter of a script written without spaces; white space; any other character.
 _TOKENS = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+|\s+|.", re.DOTALL)
 
@@ -58,11 +58,11 @@ class PairStats:
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """Title of a measure -> (pairs that have it,)."""
     duplicates: dict[str, int] = field(default_factory=dict)
-    """What a pair shares with an earlier one -> pairs."""
+    """Property that a pair has in common with an earlier pair -> number of pairs."""
     dropped: Counter = field(default_factory=Counter)
-    """Reason -> sound records of which no pair was made."""
+    """Reason -> valid records that gave no pair."""
     bad: Counter = field(default_factory=Counter)
-    """Reason -> records that could not be used."""
+    """Reason -> invalid records."""
 
     def __str__(self) -> str:
         heads = ("mean", "least", "10 %", "median", "90 %", "most")
@@ -95,7 +95,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
         ValueError: for a file without pairs.
     """
     if work is not None and not Path(work).is_dir():
-        raise FileNotFoundError(f"work is {str(work)!r}, which is no folder.")
+        raise FileNotFoundError(f"work is {str(work)!r}, which is not a folder.")
     values: dict[str, list[float]] = {name: [] for name in (*_NUMBERS.values(), *_TEXT)}
     duplicates = dict.fromkeys([*_DUPLICATES, "its own image as the negative"], 0)
     seen: set[tuple[str, bytes]] = set()
@@ -153,7 +153,7 @@ def difference(chosen: str, rejected: str) -> tuple[Segments, Segments]:
     """Both responses in segments, marked where the other response has other words.
 
     Joined, the segments are the responses again. Neighbouring changed words make one segment.
-    Responses of some thousand words are not compared; all of their words count as changed.
+    Responses of several thousand words are not compared; all of their words count as changed.
     """
     a, b = _TOKENS.findall(chosen), _TOKENS.findall(rejected)
     if len(a) * len(b) > _COMPARED:
@@ -172,7 +172,7 @@ def count_words(text: str) -> int:
 
 
 def changed_words(segments: Segments) -> int:
-    """Number of words of a response that the other one does not share."""
+    """Number of words in the changed segments of a response."""
     return sum(count_words(text) for text, changed in segments if changed)
 
 
@@ -200,16 +200,16 @@ def image_digest(image: StoredImage, folder: Path) -> bytes:
 def _left_out(work: Path, pairs: Path) -> tuple[Counter, Counter]:
     """(dropped, unusable) records by reason, from the note of the run that wrote the pairs.
 
-    A data set and its work folder may have been moved: then the latest note of that name counts.
+    If the data set and its work folder were moved, the latest note of that name is used.
     """
     notes = sorted(work.glob(f"{pairs.name}.*.json"), key=lambda file: file.stat().st_mtime)
-    if (own := run_note(work, str(pairs))).exists():
-        notes.append(own)
+    if (note_file := run_note(work, str(pairs))).exists():
+        notes.append(note_file)
     if notes:
         note = json.loads(notes[-1].read_text())
         return Counter(note["dropped"]), Counter(note["bad"])
-    listed = work / "rejected_records.parquet"  # `import` writes only this
-    reasons = pq.read_table(listed)["reason"].to_pylist() if listed.exists() else []
+    rejected_file = work / "rejected_records.parquet"  # `import` writes only this file
+    reasons = pq.read_table(rejected_file)["reason"].to_pylist() if rejected_file.exists() else []
     return Counter(), Counter(reasons)
 
 
@@ -224,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
     parser.add_argument("--work", help="work folder of the run, with its drops (PAIRS.work)")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        print(collect(given.pairs, work=given.work))
+        print(collect(args.pairs, work=args.work))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

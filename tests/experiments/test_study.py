@@ -263,7 +263,7 @@ def test_another_testbed_in_the_folder_and_errors_of_jobs_are_told(folder, tmp_p
     ):
         runs._run(pool, "arms", [(runs.run_base, (tmp_path, SMALL, 3))])
     assert main(["--report", "--docs", str(tmp_path)]) == 1
-    assert "leave --report out" in capsys.readouterr().err
+    assert "omit --report" in capsys.readouterr().err
 
 
 def test_blocks_and_plots_are_made_of_the_kept_runs(tmp_path, capsys):
@@ -277,7 +277,7 @@ def test_blocks_and_plots_are_made_of_the_kept_runs(tmp_path, capsys):
     run = {r["arm"] for r in found}
     every = found + [result(arm.name, 0, 0.5) for arm in ARMS if arm.name not in run]
     for name, results in (("digits", every), ("photographs", found)):
-        runs.keep(tmp_path / "study" / f"{name}.jsonl", TESTBEDS[name], results)
+        runs.save_archive(tmp_path / "study" / f"{name}.jsonl", TESTBEDS[name], results)
     names = ("findings", "digits", "photographs")
     lines = "".join(f"<!-- {name}: generated -->\n<!-- /{name} -->\n" for name in names)
     (tmp_path / "study.md").write_text(lines)
@@ -316,7 +316,7 @@ def test_two_runs_of_the_same_seeds_count_each_seed_once():
 
 def test_page_and_readme_have_the_figures_of_the_kept_runs(tmp_path):
     docs = Path(__file__).parents[2] / "docs"
-    found, beds = runs.read_kept(docs / "study")
+    found, beds = runs.read_archive(docs / "study")
     text = (docs / "study.md").read_text()
     copy = tmp_path / "study.md"
     copy.write_text(text)

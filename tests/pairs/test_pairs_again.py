@@ -212,7 +212,7 @@ def test_derived_negatives_are_a_stage(whole_run, tmp_path, kind):
     assert shard_times(folder) == before and len(before) == SHARDS
     pairs = read_pairs(config.output)
     assert {r.name: r.retrieved_images[0].data for r in pairs} == made
-    with pytest.raises(ValueError, match="retrieved negatives are not made"):
+    with pytest.raises(ValueError, match="retrieved negatives have no stage"):
         run_stages(config_in(tmp_path / "other"), "negative")
 
 

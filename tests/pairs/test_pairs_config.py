@@ -42,9 +42,9 @@ LOCAL = "transformers:m"
         ({"dtype": "fp16"}, "dtype is 'fp16'; it must be one of fp32, bf16"),
         (
             {"judge": "gpt"},
-            "--judge: the engine is of no kind that is known; give transformers:MODEL",
+            "--judge: the kind of engine is unknown; give transformers:MODEL",
         ),
-        ({"masker": "llm"}, "--masker: the engine is of no kind that is known; give"),
+        ({"masker": "llm"}, "--masker: the kind of engine is unknown; give"),
         ({"data": "x", "answer": "http://host/v1"}, "--answer: the endpoint"),
         ({"ray": "here"}, "ray is 'here'; give local, local:N, auto"),
         ({"ray": "local:0"}, "ray is 'local:0'"),

@@ -124,7 +124,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, processor):
     encoder.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not finite; check its weights"):
         Embedder(str(tmp_path), None, dtype="fp32")([Image.new("RGB", (16, 16))])
-    with pytest.raises(ValueError, match="take --dtype fp32"):
+    with pytest.raises(ValueError, match="use --dtype fp32"):
         Embedder(str(tmp_path), None, dtype="bf16")([Image.new("RGB", (16, 16))])
 
 

@@ -75,9 +75,9 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
     [
         ({"conversations": []}, "conversations is .*, no text or messages"),
         ({"id": "r", "conversations": LLAVA["conversations"][1:]}, "do not alternate"),
-        ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "no dialogue"),
-        (LLAVA | {"rejected": "A dog."}, "it has rejected, which LLaVA's format has not"),
-        (LLAVA | {"system": "Be brief."}, "it has system, which LLaVA's format has not"),
+        ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "not a dialogue"),
+        (LLAVA | {"rejected": "A dog."}, "it has rejected, which LLaVA's format does not have"),
+        (LLAVA | {"system": "Be brief."}, "it has system, which LLaVA's format does not have"),
         (REALIGN | {"retrieved_image": None}, "retrieved_image is missing"),
         (REALIGN | {"rejected": None}, "rejected is missing"),
         (REALIGN | {"chosen": "A cat."}, "it has no prompt"),
@@ -156,19 +156,19 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     refused(pictures, "format is 'csv'; use one of auto, llava, llava:all, realign", format="csv")
     refused(pictures, "holds 0 JSON-lines files and no Parquet file")
     (tmp_path / "broken.json").write_text('[{"id": 1,')
-    refused(tmp_path / "broken.json", "broken.json is no JSON file .*Name a file of JSON lines")
+    refused(tmp_path / "broken.json", "broken.json is not a JSON file .*Name a file of JSON lines")
     refused(write_json(tmp_path, {"a": 1}), "without `images`")
     for content in (3, "a", None):
-        refused(write_json(tmp_path, content), "no list of records")
+        refused(write_json(tmp_path, content), "not a list of records")
     (tmp_path / "saved").mkdir()
     write_json(tmp_path / "saved", {}, "state.json")
-    refused(tmp_path / "saved", "saved is no data set that `datasets` saved")
+    refused(tmp_path / "saved", "saved is not a data set that `datasets` saved")
     refused(write_json(tmp_path, [{"a": 1}, 3]), "no record of a known format.* keys .'a'.")
-    refused(write_json(tmp_path, COCO | {"annotations": 5}), "`annotations` that are no list: 5")
+    refused(write_json(tmp_path, COCO | {"annotations": 5}), "`annotations` is not a list: 5")
     boxes = COCO | {"annotations": [{"bbox": []}]}
-    refused(write_json(tmp_path, boxes), "no caption of an image. COCO's captions are in")
+    refused(write_json(tmp_path, boxes), "not a caption of an image. COCO's captions are in")
     data = write_json(tmp_path, [LLAVA])
-    refused(data, "--image-folder nowhere is no folder", images="nowhere")
+    refused(data, "--image-folder nowhere is not a folder", images="nowhere")
     for name in ("coco", "coco:all"):
         refused(data, f"format is '{name}', but .* looks like 'llava'", format=name)
     pq.write_table(pa.Table.from_pylist([{"text": "x"}]), tmp_path / "other.parquet")

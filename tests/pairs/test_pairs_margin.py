@@ -80,7 +80,7 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
 
     monkeypatch.setattr(reference_logps, "build_batch", counting)
     records = [record(i) for i in range(6)]
-    given = {"cache": str(tmp_path / "cache"), "say": lines.append}
+    given = {"cache": str(tmp_path / "cache"), "log": lines.append}
     vlm, processor = load_model(ASSETS, kind).eval(), load_processor(ASSETS)
     first = visual_margins(vlm, processor, records, **given)
     assert len(counted) == 12

@@ -67,7 +67,7 @@ def test_a_lookup_finds_rows_at_random(tmp_path):
         names = [f"{number}-{i}" for i in range(6)]
         rows = [{"id": n, "images": [{"bytes": n.encode() * 99_999, "path": None}]} for n in names]
         written.write(number, rows, [])
-    lookup = shards.RowLookup(tmp_path, kept=2)
+    lookup = shards.RowLookup(tmp_path, max_groups=2)
     wanted = [(2, "2-5"), (0, "0-0"), (1, "1-3"), (2, "2-0"), (0, "0-5")]
     for _ in range(2):
         found = lookup.rows(wanted)

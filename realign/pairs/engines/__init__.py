@@ -1,7 +1,7 @@
 """Engines that answer chats about images: transformers in this process, or an endpoint by its URL.
 
 To add an engine, write a subclass of `Engine` in a module of this folder, and add it to `ENGINES`
-under the scheme of its specs. It takes the spec and the `EngineOptions`.
+under the scheme of its specs. Its arguments are the spec and the `EngineOptions`.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def make_engine(spec: str, **options: Any) -> Engine:
 
     Args:
         spec: "transformers:MODEL", or the URL of an OpenAI-compatible endpoint with the model
-            behind a `#`: "https://host/v1#MODEL".
+            after a `#`: "https://host/v1#MODEL".
         options: fields of `EngineOptions`.
 
     Raises:
         ValueError: for another spec, an option out of range, or a key that would go over plain
-            HTTP. The message does not show the spec, into which somebody may have written a key.
+            HTTP. The message does not show the spec, which may contain a key.
     """
-    scheme, _, rest = spec.partition(":")
-    if scheme not in ENGINES or not rest:
+    scheme, _, address = spec.partition(":")
+    if scheme not in ENGINES or not address:
         raise ValueError(
-            "the engine is of no kind that is known; give transformers:MODEL, or the URL of an "
+            "the kind of engine is unknown; give transformers:MODEL, or the URL of an "
             "OpenAI-compatible endpoint with its model, such as http://127.0.0.1:8000/v1#MODEL."
         )
     return ENGINES[scheme](spec, EngineOptions(**options))

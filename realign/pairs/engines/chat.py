@@ -36,7 +36,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer; with an `error` there is none, and the record is invalid."""
+    """One answer, or an `error`, which makes the record invalid."""
 
     text: str
     error: str = ""
@@ -45,10 +45,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of all engines; each reads those that concern it."""
+    """Options of all engines; each engine reads its own."""
 
     folder: str | Path | None = None
-    """Where an endpoint's answers are kept, one file each, so that nothing is asked twice."""
+    """Folder of an endpoint's saved answers, one file each, so that no request is sent twice."""
     batch_size: int = 8
     """Of transformers: greedy answers written at once; sampled ones are written one by one."""
     dtype: str | None = None
@@ -84,7 +84,7 @@ class Engine:
     Attributes:
         name: of the model, for the records' provenance.
 
-    An engine is made without cost: `open` or the first `chat` loads the model.
+    The constructor is cheap: `open` or the first `chat` loads the model.
     """
 
     name: str
@@ -108,8 +108,8 @@ class Engine:
         Raises:
             ValueError: when no request can be answered: a wrong key, a model
                 that does not load.
-            ConnectionError: when an endpoint is gone. Its earlier answers are kept, so that a later
-                run resumes; its requests are no bad records.
+            ConnectionError: when an endpoint does not answer. Its earlier answers are kept, so that
+                a later run resumes; no record becomes invalid.
         """
         raise NotImplementedError
 
@@ -136,9 +136,9 @@ def typed_messages(chat: Chat) -> list[dict[str, Any]]:
 
 
 def request_digest(chat: Chat, *engine: str) -> str:
-    """Digest of all that decides an answer, in 32 hexadecimal digits.
+    """Digest of all inputs that decide an answer, in 32 hexadecimal digits.
 
-    The seed is part of it where it is read: greedy requests that differ only in it are equal.
+    The seed is part of it only for sampling: greedy requests with different seeds are equal.
 
     Args:
         chat: the request.
@@ -156,7 +156,7 @@ def request_digest(chat: Chat, *engine: str) -> str:
         "seed": chat.seed if sampled else None,
         "images": [image_digest(image) for image in chat.images],
     }
-    # ASCII, so that a text with a lone surrogate has a digest, too.
+    # ASCII, so that a text with a lone surrogate also has a digest.
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

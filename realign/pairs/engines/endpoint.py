@@ -1,10 +1,10 @@
 """Endpoint engine: chats answered by an OpenAI-compatible server, through the `openai` client.
 
 The client repeats a request after 408, 409, 429, 5xx, a time-out or a cut connection, with growing
-random waits or those of `Retry-After`. Answers are kept on disk, so a resumed run pays for none
-twice.
+random waits or those of `Retry-After`. Answers are saved on disk, so a resumed run pays for each
+answer once.
 
-The key comes from the environment, goes into one header, and is taken out of every text that a
+The key comes from the environment, goes into one header, and is removed from every text that a
 server returns, because servers quote it. The client would also send an organization, a project and
 headers that other variables name (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS), so the engine sets all
 headers itself. A redirect is an error: the key and the images stay with the host that was named.
@@ -43,8 +43,8 @@ from realign.pairs.engines.chat import (
 
 KEYS = ("REALIGN_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
 IMAGE_TOKENS = 1000  # of one image, for the estimate: 765 to 1105 where prices are published
-LONGEST_SIDE = 2048  # pixels of an image that is sent; servers make larger ones smaller
-GIVE_UP = 8  # requests in a row without an answer; then the run stops
+LONGEST_SIDE = 2048  # pixels of an image that is sent; servers reduce larger ones
+GIVE_UP = 8  # requests in a row without an answer, after which the run stops
 _LOSSLESS = 256 * 256  # pixels; larger images go as JPEG, a tenth of the bytes
 _MOST_BYTES = 16 * 2**20  # of an answer
 _HEADERS = ("host", "connection", "content-length", "accept-encoding")  # of the HTTP library
@@ -52,7 +52,9 @@ _REMEDIES = {
     401: "it refuses the key; set $REALIGN_API_KEY or $OPENAI_API_KEY to a valid one",
     404: "it has no such path or model; check the URL and the model behind the #",
 }
-_LOCK = threading.Lock()  # of the pace of all engines; an engine without locks can be pickled
+_LOCK = (
+    threading.Lock()
+)  # for the request rate of all engines; an engine without locks can be pickled
 
 
 class EndpointEngine(Engine):
@@ -74,7 +76,7 @@ class EndpointEngine(Engine):
         self._options = options or EngineOptions()
         self._check_key()
         self._next_start = 0.0  # of a request, in the process's monotonic time
-        self._renamed = False  # the server wants max_completion_tokens
+        self._renamed = False  # the server requires max_completion_tokens
         self._failures = 0  # requests in a row without an answer
 
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
@@ -88,7 +90,7 @@ class EndpointEngine(Engine):
         pool = ThreadPoolExecutor(self._options.concurrency, thread_name_prefix="endpoint")
         client = self._client(stop)
         try:
-            asked: dict[str, Future[Reply]] = {}
+            futures: dict[str, Future[Reply]] = {}
             replies: list[Reply | Future[Reply]] = []
             for request in requests:
                 try:
@@ -96,9 +98,9 @@ class EndpointEngine(Engine):
                 except Malformed as error:
                     replies.append(Reply("", str(error)))
                     continue
-                if key not in asked:
-                    asked[key] = pool.submit(self._answer, client, request, key)
-                replies.append(asked[key])
+                if key not in futures:
+                    futures[key] = pool.submit(self._answer, client, request, key)
+                replies.append(futures[key])
             return [reply if isinstance(reply, Reply) else reply.result() for reply in replies]
         finally:
             stop.set()  # after an error no thread sends a further request
@@ -108,21 +110,21 @@ class EndpointEngine(Engine):
     def estimate(self, requests: Sequence[Chat], total: int | None = None) -> str:
         """Number and tokens of requests that are not answered yet, and their cost. See `Engine`.
 
-        Rough: a token is taken as four characters, an image as 1,000, an answer as long as allowed.
+        Rough: a token is four characters, an image 1,000 tokens, an answer as long as allowed.
         """
         unique: dict[str, Chat] = {}
         for request in requests:
             with suppress(Malformed):
                 unique[self._key(request)] = request
-        new = [request for key, request in unique.items() if self._kept(key) is None]
+        unanswered = [request for key, request in unique.items() if self._kept(key) is None]
         scale = total / len(requests) if total is not None and requests else 1
-        sent, kept = round(scale * len(new)), round(scale * (len(unique) - len(new)))
-        tokens = (_characters(r) // 4 + IMAGE_TOKENS * len(r.images) for r in new)
+        sent, saved = round(scale * len(unanswered)), round(scale * (len(unique) - len(unanswered)))
+        tokens = (_characters(r) // 4 + IMAGE_TOKENS * len(r.images) for r in unanswered)
         tokens_in = round(scale * sum(tokens))
-        tokens_out = round(scale * sum(request.max_tokens for request in new))
+        tokens_out = round(scale * sum(request.max_tokens for request in unanswered))
         about = "" if total in (None, len(requests)) else "about "
         line = (
-            f"{self.name}: {about}{sent} requests to send ({kept} answered before), "
+            f"{self.name}: {about}{sent} requests to send ({saved} answered before), "
             f"about {tokens_in} tokens in and at most {tokens_out} out"
         )
         price_in, price_out = self._options.price_in, self._options.price_out
@@ -135,7 +137,7 @@ class EndpointEngine(Engine):
         )
 
     def _client(self, stop: threading.Event) -> openai.OpenAI:
-        def before(request: httpx2.Request) -> None:
+        def prepare(request: httpx2.Request) -> None:
             self._wait_for_turn(stop)
             for name in set(request.headers) - set(_HEADERS):
                 del request.headers[name]
@@ -151,13 +153,13 @@ class EndpointEngine(Engine):
             max_retries=self._options.tries - 1,
             http_client=openai.DefaultHttpxClient(
                 follow_redirects=False,
-                trust_env=not self._loopback,  # no proxy sees what is meant for this machine
-                event_hooks={"request": [before], "response": [_read_bounded]},
+                trust_env=not self._loopback,  # requests to this machine use no proxy
+                event_hooks={"request": [prepare], "response": [_read_bounded]},
             ),
         )
 
     def _wait_for_turn(self, stop: threading.Event) -> None:
-        """Space out the starts of requests, repeated ones included, over all threads."""
+        """Limit the rate of requests, repeated ones included, over all threads."""
         per_minute = self._options.requests_per_minute
         with _LOCK:
             start = max(self._next_start, time.monotonic())
@@ -166,13 +168,13 @@ class EndpointEngine(Engine):
             raise ConnectionError("stopped")
 
     def _answer(self, client: openai.OpenAI, request: Chat, key: str) -> Reply:
-        if (kept := self._kept(key)) is not None:
-            return kept
+        if (saved := self._kept(key)) is not None:
+            return saved
         reply = self._ask(client, request)
         if (file := self._file(key)) is not None and not reply.error:
-            kept_fields = {"text": reply.text, "cut": reply.cut, "model": self._model}
+            content = {"text": reply.text, "cut": reply.cut, "model": self._model}
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(kept_fields))
+            write_whole(file, json.dumps(content))
         return reply
 
     def _ask(self, client: openai.OpenAI, request: Chat) -> Reply:
@@ -182,7 +184,7 @@ class EndpointEngine(Engine):
             answer = client.post("/chat/completions", cast_to=httpx2.Response, content=body)
         except openai.APIStatusError as error:
             if error.status_code == 400 and "max_completion_tokens" in error.response.text:
-                self._renamed = True  # newer models take only max_completion_tokens
+                self._renamed = True  # newer models accept only max_completion_tokens
                 if not renamed:
                     return self._ask(client, request)
             return self._refused(error.response)
@@ -251,9 +253,9 @@ class EndpointEngine(Engine):
         if (file := self._file(key)) is None:
             return None
         try:
-            kept = json.loads(file.read_bytes())
-            return Reply(str(kept["text"]), cut=bool(kept["cut"]))
-        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+            content = json.loads(file.read_bytes())
+            return Reply(str(content["text"]), cut=bool(content["cut"]))
+        except (OSError, ValueError, KeyError, TypeError):  # absent or damaged
             return None
 
 
@@ -286,7 +288,7 @@ def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
             for part in message["content"]
         ]
         only_text = len(parts) == 1 and parts[0]["type"] == "text"
-        # Servers of text-only models want a plain string.
+        # Servers of text-only models require a plain string.
         content = parts[0]["text"] if only_text else parts
         messages.append({"role": message["role"], "content": content})
     body: dict[str, Any] = {"model": model, "messages": messages}
@@ -309,7 +311,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def parse_answer(body: bytes) -> Reply:
-    """The reply in the body of an answer; an error where it is no chat completion."""
+    """The reply in the body of an answer; an error where it is not a chat completion."""
     try:
         choice = json.loads(body)["choices"][0]
         message = choice["message"]
@@ -319,23 +321,23 @@ def parse_answer(body: bytes) -> Reply:
         if not content and message.get("refusal"):
             return Reply("", scrub(f"the model refuses: {message['refusal']}"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        start = scrub(body.decode(errors="replace"))[:100]  # in this order: no half a key
+        start = scrub(body.decode(errors="replace"))[:100]  # scrub first: the cut may halve a key
         return Reply("", f"the answer is no chat completion: {start!r}")
     if not isinstance(content, str) or not content.strip():
         return Reply("", NO_TEXT)
     try:
         content.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates, which no file can hold
+    except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot encode
         return Reply("", "the answer holds half a character")
     return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
 
 
 class _TooLong(Exception):
-    """An answer is longer than any should be."""
+    """An answer exceeds the limit of bytes."""
 
 
 def _read_bounded(response: httpx2.Response) -> None:
-    """Read a body within its bounds: the library's time limit holds for each read, not for all."""
+    """Read a body within limits: the library's time limit is for each read, not for their sum."""
     assert isinstance(response.stream, httpx2.SyncByteStream)
     data = bytearray()
     for part in response.stream:
@@ -357,8 +359,8 @@ def _parse(spec: str) -> tuple[str, str, bool]:
     """URL without trailing slash, model, and whether the host is this machine.
 
     Raises:
-        ValueError: for a URL without host or model, or one with a user, a password or a query,
-            where keys hide. The message does not show it.
+        ValueError: for a URL without host or model, or a URL with a user, a password or a query,
+            which may contain keys. The message does not show the URL.
     """
     text, _, model = spec.partition("#")
     if "@" in text or "?" in text:

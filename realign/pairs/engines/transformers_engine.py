@@ -1,8 +1,8 @@
 """Transformers engine: chats answered by `generate` in this process.
 
 Greedy answers are written in batches. Padding of shorter prompts may change a close decision in
-bf16. Sampled answers are written one by one, each from its own seed, so that none depends on the
-rest of its batch.
+bf16. Sampled answers are written one by one, each from its own seed, so no answer depends on the
+batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TransformersEngine(Engine):
     """A vision-language model, or a language model for requests without images."""
 
     def __init__(self, model: str, *, batch_size: int = 8, dtype: str | None = None) -> None:
-        """Name a model; it is loaded by `open`.
+        """Set the model; `open` loads it.
 
         Args:
             model: folder or hub name; an adapter brings its base.
@@ -53,8 +53,8 @@ class TransformersEngine(Engine):
         dtype = DTYPES[self._dtype or ("bf16" if device == "cuda" else "fp32")]
         disable_cudnn_attention()
         model: Any  # transformers annotates `to` as a function, not as a method
-        self._sees = _has_vision(self._path)
-        if self._sees:
+        self._is_multimodal = _has_vision(self._path)
+        if self._is_multimodal:
             self._processor = load_processor(self._path)
             self._tokenizer = self._processor.tokenizer
             model = load_trained(self._path, dtype)
@@ -64,7 +64,7 @@ class TransformersEngine(Engine):
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._template = ChatTemplate(self._processor)
-        self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         end = model.generation_config.eos_token_id
         self._ends = {end} if isinstance(end, int) else set(end or ())
         self._model = model.to(device)
@@ -79,7 +79,7 @@ class TransformersEngine(Engine):
         """Answer requests; see `Engine.chat`.
 
         A request has an error when its text holds one of the model's special tokens, which
-        would act as one, or when prompt and answer are longer than the model takes.
+        would act as one, or when prompt and answer exceed the model's maximum length.
         """
         self.open()
         replies: dict[int, Reply] = {}
@@ -95,14 +95,14 @@ class TransformersEngine(Engine):
         return [replies[i] for i in range(len(requests))]
 
     def _batches(self, requests: Sequence[Chat], places: list[int]) -> list[list[int]]:
-        """Places of requests of one batch: greedy, of one `max_tokens`, all with images or none."""
+        """Indices of requests by batch: greedy, of one `max_tokens`, all with images or none."""
         batches: list[list[int]] = []
         open_: dict[tuple[bool, int], list[int]] = {}
         for i in places:
             if requests[i].temperature > 0:
                 batches.append([i])
                 continue
-            # Processors take images for every text or for none.
+            # Processors accept images for every text or for no text.
             kind = (bool(requests[i].images), requests[i].max_tokens)
             batch = open_.get(kind, [])
             if not batch or len(batch) == self._batch_size:
@@ -112,29 +112,29 @@ class TransformersEngine(Engine):
         return batches
 
     def _render(self, request: Chat) -> str:
-        if request.images and not self._sees:
+        if request.images and not self._is_multimodal:
             raise Malformed(f"it has images, and {self._path} is a text-only model.")
         return self._template.prompt(request.messages, len(request.images)).text
 
     @torch.inference_mode()
     def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
-        """Answers to one batch; a batch that fails as a whole is tried in halves."""
+        """Answers to one batch; a batch that fails is tried again in halves."""
         try:
             encoded = self._encode(requests, texts)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # each family's processor raises errors of its own
+        except Exception as error:  # each family's processor raises other errors
             if len(requests) == 1:
                 return [Reply("", f"the model's processor refuses it: {short_error(error)}")]
             return self._halves(requests, texts)
-        length, most = encoded["input_ids"].shape[1], requests[0].max_tokens
-        if self._room is not None and length + most > self._room:
+        length, max_tokens = encoded["input_ids"].shape[1], requests[0].max_tokens
+        if self._max_length is not None and length + max_tokens > self._max_length:
             if len(requests) == 1:
                 return [
                     Reply(
                         "",
-                        f"its prompt takes {length} tokens and its answer up to {most}; the model "
-                        f"takes {self._room}. Shorten the text.",
+                        f"its prompt takes {length} tokens and its answer up to {max_tokens}; "
+                        f"the model takes {self._max_length}. Shorten the text.",
                     )
                 ]
             return self._halves(requests, texts)
@@ -159,11 +159,11 @@ class TransformersEngine(Engine):
             "padding": True,
             "padding_side": "left",
         }
-        if not self._sees:
+        if not self._is_multimodal:
             return self._tokenizer(**options).to(self._model.device)
         images = [list(request.images) for request in requests] if requests[0].images else None
         encoded = self._processor(images=images, **options)
-        return encoded.to(self._model.device, self._model.dtype)  # only pixels take the dtype
+        return encoded.to(self._model.device, self._model.dtype)  # only pixels get the dtype
 
     def _generate(self, encoded, request: Chat) -> torch.Tensor:
         options = {
@@ -175,7 +175,7 @@ class TransformersEngine(Engine):
         device = self._model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(request.seed)
-            # The whole distribution: the model's own settings may cut it.
+            # All of the distribution: the model's own settings may truncate it.
             return self._model.generate(
                 **encoded,
                 **options,
@@ -209,7 +209,7 @@ def _load_tokenizer(path: str | Path):
         raise ValueError(f"no tokenizer could be loaded from {path} ({reason}).") from error
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer of {path} has no chat template, so it takes no chats. Name an "
+            f"the tokenizer of {path} has no chat template, so it cannot answer chats. Name an "
             "instruction-tuned model."
         )
     return tokenizer

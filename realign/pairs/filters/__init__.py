@@ -1,6 +1,6 @@
-"""Filters: which completions may become rejected responses.
+"""Filters: the completions that may become rejected responses.
 
-To add a filter, write a subclass of `PairFilter` in a module of this folder and name it in
+To add a filter, write a subclass of `PairFilter` in a module of this folder and add it to
 `FILTERS`. Its flags are fields of `PairsConfig`, its columns belong to the schema of
 `stages/filter.py`.
 """
@@ -25,4 +25,4 @@ FILTERS: dict[str, type[PairFilter]] = {
 
 def make_filters(config: PairsConfig) -> list[PairFilter]:
     """The filters that the settings ask for; no model is loaded."""
-    return [kind(config) for kind in FILTERS.values() if kind.wanted(config)]
+    return [kind(config) for kind in FILTERS.values() if kind.enabled(config)]

@@ -13,15 +13,15 @@ from realign.pairs.engines import Chat, Reply
 
 @dataclass
 class Candidate:
-    """A completion that the filters look at.
+    """A completion that the filters check.
 
     Attributes:
         name: of its record.
         chosen: the record's chosen response.
         rejected: the completion.
         record: the pair with its visual negative, where a filter `needs_record`.
-        columns: values that filters computed, by column of the filter stage.
-        reason: of a filter that dropped it, "" while it passes.
+        columns: values from the filters, by column of the filter stage.
+        reason: of the filter that dropped it, "" while it passes.
         invalid: (reason, detail) where the record cannot be used at all.
     """
 
@@ -35,7 +35,7 @@ class Candidate:
 
     @property
     def passes(self) -> bool:
-        """Whether no filter has refused it."""
+        """Whether no filter has dropped it."""
         return not self.reason and self.invalid is None
 
     @property
@@ -60,12 +60,12 @@ class PairFilter:
         self.config = config
 
     @classmethod
-    def wanted(cls, config: PairsConfig) -> bool:
+    def enabled(cls, config: PairsConfig) -> bool:
         """Whether the settings ask for it."""
         return True
 
     def settings(self) -> dict[str, Any]:
-        """What its verdicts depend on, as JSON values."""
+        """The settings that its verdicts depend on, as JSON values."""
         return {}
 
     def open(self) -> None:
@@ -79,7 +79,7 @@ class PairFilter:
         return []
 
     def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
-        """PairFilter candidates.
+        """Set the results of candidates.
 
         Args:
             candidates: one for each record, those of `requests`.

@@ -15,12 +15,12 @@ from realign.pairs.prompts import judge_chat, parse_verdict
 
 
 class Judge(PairFilter):
-    """Keeps a rejected response false of the image with a chosen one false of the negative."""
+    """Keeps pairs whose rejected response is false of the image, and chosen of the negative."""
 
     needs_record = True
 
     @classmethod
-    def wanted(cls, config: PairsConfig) -> bool:
+    def enabled(cls, config: PairsConfig) -> bool:
         """Whether `--judge` names an engine."""
         return config.judge is not None
 
@@ -31,10 +31,10 @@ class Judge(PairFilter):
 
     def requests(self, candidates: Sequence[Candidate]) -> list[Chat]:
         """Two requests for each candidate whose images can be read."""
-        own = load_in_threads(chat_images, [c.pair.images for c in candidates])
-        other = load_in_threads(chat_images, [c.pair.retrieved_images for c in candidates])
+        images = load_in_threads(chat_images, [c.pair.images for c in candidates])
+        negatives = load_in_threads(chat_images, [c.pair.retrieved_images for c in candidates])
         requests = []
-        for candidate, image, negative in zip(candidates, own, other, strict=True):
+        for candidate, image, negative in zip(candidates, images, negatives, strict=True):
             pair = candidate.pair
             if isinstance(image, PictureError):
                 candidate.invalid = image.reason, image.detail
@@ -47,8 +47,8 @@ class Judge(PairFilter):
 
     def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
         """Read the verdicts."""
-        asked = [candidate for candidate in candidates if candidate.passes]
-        for candidate, *pair in zip(asked, replies[::2], replies[1::2], strict=True):
+        judged = [candidate for candidate in candidates if candidate.passes]
+        for candidate, *pair in zip(judged, replies[::2], replies[1::2], strict=True):
             if error := pair[0].error or pair[1].error:
                 candidate.invalid = NO_REPLY, error
                 continue

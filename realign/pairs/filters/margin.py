@@ -1,9 +1,9 @@
 """Visual margin: whether the chosen response fits its own image better than the visual negative.
 
 It is log p(w | v) - log p(w | v') of the reference model, w the chosen response, v its image and v'
-the visual negative. Where it is not above 0 the response is as true of the negative, so the visual
-term would teach the wrong thing. Both log-probs are leaves of the training objectives: they are
-kept in the reference cache under the keys and the fingerprint of training, which hits them.
+the visual negative. Where it is not above 0, the response is as likely on the negative, so the
+visual term would train the wrong preference. Both log-probs are leaves of the training objectives.
+The reference cache keeps them under the keys and the fingerprint of training, which hits them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class VisualMargin(PairFilter):
     _model: tuple[PreTrainedModel, Any] | None = None  # with its processor
 
     @classmethod
-    def wanted(cls, config: PairsConfig) -> bool:
+    def enabled(cls, config: PairsConfig) -> bool:
         """Whether `--margin` is given."""
         return config.margin
 
@@ -62,7 +62,7 @@ class VisualMargin(PairFilter):
         self._model = load_vlm(self.config.base, self.config.dtype)
 
     def close(self) -> None:
-        """Release it."""
+        """Release the reference model."""
         self._model = None
 
     def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
@@ -70,10 +70,10 @@ class VisualMargin(PairFilter):
         assert self._model is not None
         by_name = {candidate.name: candidate for candidate in candidates}
 
-        def note(record: Record, error: RecordError) -> None:
+        def mark_invalid(record: Record, error: RecordError) -> None:
             by_name[record.name].invalid = "no margin", str(error)
 
-        margins = visual_margins(*self._model, [c.pair for c in candidates], on_bad=note)
+        margins = visual_margins(*self._model, [c.pair for c in candidates], on_bad=mark_invalid)
         for candidate, margin in zip(candidates, margins.tolist(), strict=True):
             if candidate.invalid is None:
                 candidate.columns["visual_margin"] = margin
@@ -96,9 +96,9 @@ def visual_margins(
         vlm: the reference, as `loading.load_model` gives it for training, in the dtype of training
             and on its device. Its weights must not change between calls.
         processor: its processor.
-        records: with `retrieved_images`, of which the first as many as `images` count. A rejected
-            response is not needed.
-        cache: folder of reference log-probs; that which training uses by default, if absent.
+        records: with `retrieved_images`; only the first ones, as many as `images`, are used. A
+            rejected response is not needed.
+        cache: folder of reference log-probs; the default folder of training if absent.
         log: called with the number of cached log-probs, and with settings that were replaced.
         on_bad: called with invalid records and the reason; their margin is NaN.
 
@@ -113,7 +113,7 @@ def visual_margins(
     model = ForestModel(vlm, dtype=vlm.dtype).eval()
     invalid: set[int] = set()
 
-    def leave_out(record: Record, error: RecordError) -> None:
+    def exclude(record: Record, error: RecordError) -> None:
         if on_bad is None:
             raise error
         invalid.add(id(record))
@@ -127,7 +127,7 @@ def visual_margins(
         max_response_tokens=1024,
         max_tokens=vlm.config.get_text_config().max_position_embeddings,
         progress=False,
-        on_bad=leave_out,
+        on_bad=exclude,
     )
     margins = np.full(len(records), np.nan)
     try:

@@ -26,7 +26,7 @@ _SPELLED = {str(i): word for i, word in enumerate(_DIGITS.split())}
 def same_response(a: str, b: str) -> bool:
     """Whether two responses are equal after normalisation.
 
-    Case, punctuation, articles and the spelling of numbers up to twelve do not count: "The 2 dogs."
+    Case, punctuation, articles and the spelling of numbers up to twelve are ignored: "The 2 dogs."
     equals "two dogs".
     """
     return _normal(a) == _normal(b)
@@ -63,8 +63,8 @@ def reason_to_drop(chosen: str, completion: str, tau: float) -> str | None:
 class Similarity(PairFilter):
     """Text similarity of chosen and rejected; with a sentence model, the limit `tau` on it.
 
-    The limit on the lexical similarity is part of refill (`reason_to_drop`), which tries the next
-    neighbour then.
+    The limit on the lexical similarity is part of refill (`reason_to_drop`), which then tries the
+    next neighbour.
     """
 
     _measure: Callable[[Sequence[tuple[str, str]]], Any] | None = None
@@ -120,10 +120,10 @@ class SentenceSimilarity:
         except ImportError as error:
             raise ValueError(
                 f"similarity by {name} needs the package sentence-transformers, which is not "
-                "installed. Run pip install 'realign[sentences]', or leave the name out to compare "
+                "installed. Run pip install 'realign[sentences]', or omit the name to compare "
                 "words."
             ) from error
-        try:  # only safetensors weights, and no code that comes with a model
+        try:  # only safetensors weights, and no code of a model
             self._model = SentenceTransformer(
                 name, trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )
@@ -138,16 +138,16 @@ class SentenceSimilarity:
         """Cosine of each pair's texts, (pairs,) fp32; each distinct text is embedded once."""
         if not len(pairs):
             return np.zeros(0, np.float32)
-        places: dict[str, int] = {}
+        indices: dict[str, int] = {}
         for text in (text for pair in pairs for text in pair):
-            places.setdefault(text, len(places))
+            indices.setdefault(text, len(indices))
         vectors = self._model.encode(
-            list(places),
+            list(indices),
             batch_size=64,
             convert_to_numpy=True,
             normalize_embeddings=True,
             show_progress_bar=False,
         )
         vectors = np.asarray(vectors, np.float32)
-        first, second = (vectors[[places[pair[i]] for pair in pairs]] for i in (0, 1))
+        first, second = (vectors[[indices[pair[i]] for pair in pairs]] for i in (0, 1))
         return np.einsum("ij,ij->i", first, second)

@@ -1,1 +1,1 @@
-"""Infill: masked responses completed on another image, with the rest forced."""
+"""Infill: masked responses completed on another image, with the unmasked tokens forced."""

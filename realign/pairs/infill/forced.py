@@ -23,18 +23,18 @@ class Forced:
     """The tokens around the gaps of a response."""
 
     masked: Masked
-    pieces: tuple[list[int], ...]  # one more than there are gaps; the last is never read
+    pieces: tuple[list[int], ...]  # one more than the gaps; the last is never read
     hidden: tuple[int, ...]  # for each gap, the number of tokens of the hidden text
     stops: tuple[frozenset[int], ...]  # for each gap, tokens that end it
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of the whole response."""
+        """Number of tokens of the complete response."""
         return sum(map(len, self.pieces)) + sum(self.hidden)
 
 
 class ResponseFramer:
-    """The frame of a response: text before it, and tokens after it.
+    """Chat template around a response: the text before it, and the tokens after it.
 
     Args:
         processor: with a chat template.
@@ -50,8 +50,8 @@ class ResponseFramer:
         self._template = ChatTemplate(processor)
         frame = self._template.prompt([{"role": "user", "content": "word"}], 0)
         self.lead = frame.lead
-        own = getattr(getattr(vlm, "generation_config", None), "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, Sequence) else [own])}
+        eos = getattr(getattr(vlm, "generation_config", None), "eos_token_id", None)
+        ends = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, Sequence) else [eos])}
         first = self._ids(frame.close.strip())[:1]
         special = self.tokenizer.added_tokens_decoder
         ends |= {token for token in first if token in special and special[token].special}
@@ -73,12 +73,12 @@ class ResponseFramer:
         """
         response = masked.fill(masked.hidden)
         self._template.check_answer(response)
-        whole = self.lead + response
-        made, first, shift = tokens_behind(
-            self.tokenizer, prompt, whole, return_offsets_mapping=True
+        text = self.lead + response
+        encoded, first, shift = tokens_behind(
+            self.tokenizer, prompt, text, return_offsets_mapping=True
         )
-        ids = made["input_ids"][first:]
-        offsets = [(max(0, a - shift), b - shift) for a, b in made["offset_mapping"][first:]]
+        ids = encoded["input_ids"][first:]
+        offsets = [(max(0, a - shift), b - shift) for a, b in encoded["offset_mapping"][first:]]
         spans, end = [], len(self.lead)
         for piece, hidden in zip(masked.pieces, masked.hidden, strict=False):
             spans.append((end + len(piece), end + len(piece) + len(hidden)))
@@ -94,29 +94,29 @@ class ResponseFramer:
                 continue
             counts[len(pieces) - 1] += len(tokens)
             for a, b in crossed:
-                pieces[-1] += self._alone(whole[start:a].rstrip())
+                pieces[-1] += self._fragment_ids(text[start:a].rstrip())
                 if stop > b:
                     pieces.append([])
                 start = b
-            pieces[-1] += self._alone(whole[start:stop])
+            pieces[-1] += self._fragment_ids(text[start:stop])
         pieces += [[] for _ in range(len(spans) + 1 - len(pieces))]
         stops = [frozenset(piece[:1]) for piece in pieces[1:]]
         if spans and not masked.pieces[-1].strip():
             stops[-1] |= self.ends
         return Forced(masked, tuple(pieces), tuple(counts), tuple(stops))
 
-    def _alone(self, fragment: str) -> list[int]:
+    def _fragment_ids(self, fragment: str) -> list[int]:
         """Tokens of part of a word."""
         if not fragment:
             return []
         # After a line break, because some tokenizers put a space at the start of a text.
-        made = self.tokenizer(
+        encoded = self.tokenizer(
             "\n" + fragment, add_special_tokens=False, return_offsets_mapping=True
         )
-        placed = list(zip(made["input_ids"], made["offset_mapping"], strict=True))
-        if any(start < 1 < stop for _, (start, stop) in placed):
+        tokens_at = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        if any(start < 1 < stop for _, (start, stop) in tokens_at):
             return self._ids(fragment)
-        return [token for token, (start, _) in placed if start >= 1]
+        return [token for token, (start, _) in tokens_at if start >= 1]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

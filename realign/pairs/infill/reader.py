@@ -1,9 +1,9 @@
-"""Batched reading of unequal sequences with a language model, a block of each at a time.
+"""Batched forwards over sequences of unequal length, a block of tokens of each at a time.
 
 transformers' caches give all rows of a batch the same length. A row with fewer tokens would have
-padding in its middle, which windows and positions count. Here column c of a row holds keys and
-values of the c-th token of that row's sequence. Padding is after a row's tokens, invisible to them,
-and overwritten by the next block; so the mask is "column <= own position" in every model.
+padding in its middle, which windows and positions count. In this cache, column c of a row holds
+keys and values of the c-th token of that row's sequence. Padding is after a row's tokens, invisible
+to them, and overwritten by the next block; so the mask is "column <= own position" in every model.
 """
 
 from __future__ import annotations
@@ -48,49 +48,51 @@ class RowReader:
         Args:
             inputs: output of the processor for the prompts, padded on the right.
             images: number of images of each prompt.
-            blocks: tokens of each, possibly none.
-            room: most tokens after a prompt.
+            blocks: response tokens of each row, possibly none.
+            room: maximum number of tokens after a prompt.
 
         Returns:
             (B, V) scores of the next token of each row.
         """
         device, layout = self.vlm.device, self.layout
-        whole = inputs["attention_mask"].bool().cpu()
+        unpadded = inputs["attention_mask"].bool().cpu()
         prompts = [
-            ids[kept].numpy() for ids, kept in zip(inputs["input_ids"].cpu(), whole, strict=True)
+            ids[mask].numpy() for ids, mask in zip(inputs["input_ids"].cpu(), unpadded, strict=True)
         ]
         sizes = [len(prompt) for prompt in prompts]
         pieces = {n: inputs[n].cpu().split(list(images)) for n in layout.grids if n in inputs}
-        grids = [{name: part[i] for name, part in pieces.items()} for i in range(len(prompts))]
+        grids = [{name: parts[i] for name, parts in pieces.items()} for i in range(len(prompts))]
         lengths = [size + len(block) for size, block in zip(sizes, blocks, strict=True)]
         width = max(lengths)
         ids = np.zeros((len(prompts), width), np.int64)
         block = np.full(ids.shape, -1, np.int64)
         # After its prompt a token's position is its column plus this, on all axes.
-        ahead: list[int] = []
+        offsets: list[int] = []
         positions = []
-        for row, (prompt, behind) in enumerate(zip(prompts, blocks, strict=True)):
-            ids[row, : lengths[row]] = [*prompt, *behind]
+        for row, (prompt, response) in enumerate(zip(prompts, blocks, strict=True)):
+            ids[row, : lengths[row]] = [*prompt, *response]
             block[row, : sizes[row]] = layout.blocks(prompt) if layout.both_ways else -1
-            own = layout.positions(prompt, grids[row])
-            ahead.append(int(own.max()) + 1 - sizes[row])
-            after = np.tile(ahead[-1] + np.arange(sizes[row], width), (len(own), 1))
-            positions.append(np.concatenate([own, after], 1))
-        placed = np.stack(positions, 1)  # (axes, B, width)
+            prompt_axes = layout.positions(prompt, grids[row])
+            offsets.append(int(prompt_axes.max()) + 1 - sizes[row])
+            later = offsets[-1] + np.arange(sizes[row], width)
+            positions.append(
+                np.concatenate([prompt_axes, np.tile(later, (len(prompt_axes), 1))], 1)
+            )
+        axes = np.stack(positions, 1)  # (axes, B, width)
         self._cache = RowCache(max(sizes) + room)
-        self._ahead = torch.tensor(ahead, device=device)
+        self._offsets = torch.tensor(offsets, device=device)
         self._lengths = torch.tensor(lengths, device=device)
-        self._axes = len(placed)
+        self._axes = len(axes)
         columns = self._cache.place(torch.zeros_like(self._lengths), width, width)
-        given = {
+        kwargs = {
             "input_ids": torch.from_numpy(ids).to(device),
-            "position_ids": torch.from_numpy(placed if len(placed) > 1 else placed[0]).to(device),
+            "position_ids": torch.from_numpy(axes if len(axes) > 1 else axes[0]).to(device),
             **bundle_of(inputs),
         }
         masks = {}
         if not layout.causal:
             masks = self._masks(columns, torch.from_numpy(block).to(device))
-        return self._scores(given, masks, self._lengths - 1)
+        return self._scores(kwargs, masks, self._lengths - 1)
 
     def more(self, blocks: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read more tokens of each row, possibly none.
@@ -104,29 +106,29 @@ class RowReader:
         ids = torch.tensor([[*block, *[0] * (width - len(block))] for block in blocks])
         starts, self._lengths = self._lengths, self._lengths + sizes
         columns = self._cache.place(starts, width, int(self._lengths.max()))
-        positions = columns + self._ahead[:, None]
+        positions = columns + self._offsets[:, None]
         if self._axes > 1:
             positions = positions.expand(self._axes, -1, -1)
-        given = {"input_ids": ids.to(device), "position_ids": positions}
-        return self._scores(given, self._masks(columns), (sizes - 1).clamp(min=0))
+        kwargs = {"input_ids": ids.to(device), "position_ids": positions}
+        return self._scores(kwargs, self._masks(columns), (sizes - 1).clamp(min=0))
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Continue with only those rows."""
-        picked = torch.tensor(rows, device=self.vlm.device)
-        self._cache.keep_rows(picked)
-        self._ahead, self._lengths = self._ahead[picked], self._lengths[picked]
+        """Keep only these rows."""
+        indices = torch.tensor(rows, device=self.vlm.device)
+        self._cache.keep_rows(indices)
+        self._offsets, self._lengths = self._offsets[indices], self._lengths[indices]
 
     def _scores(
         self,
-        given: dict,
+        kwargs: dict,
         masks: dict[str, torch.Tensor],
         last: torch.Tensor,  # (B,) index of each row's last token in the forward
     ) -> torch.Tensor:
         if masks:
-            given["attention_mask"] = masks[self.layout.kinds[0]]
+            kwargs["attention_mask"] = masks[self.layout.kinds[0]]
         with takes_masks(self._decoder, masks) if len(masks) > 1 else nullcontext():
             states = self.vlm.model(
-                **given, past_key_values=self._cache, use_cache=True
+                **kwargs, past_key_values=self._cache, use_cache=True
             ).last_hidden_state
         states = states[torch.arange(len(last), device=last.device), last]
         scores = self.vlm.get_output_embeddings()(states).float()
@@ -142,29 +144,29 @@ class RowReader:
         """(B, 1, W, K) attention mask for each kind of layer, as the implementation reads it."""
         keys = torch.arange(self._cache.length, device=queries.device)
         distance = queries[:, :, None] - keys
-        found = {}
+        masks = {}
         for kind in self.layout.kinds:
             window = self.layout.window if kind == SLIDING else None
-            seen, near = distance >= 0, distance < (1 << 30 if window is None else window)
+            mask, local = distance >= 0, distance < (1 << 30 if window is None else window)
             if block is not None and self.layout.both_ways:
-                together = (block[:, :, None] == block[:, None]) & (block[:, :, None] >= 0)
+                same_block = (block[:, :, None] == block[:, None]) & (block[:, :, None] >= 0)
                 if self.layout.both_ways == "prompt":  # the window does not limit the prompt
-                    seen, near = seen & near | together, near | together
+                    mask, local = mask & local | same_block, local | same_block
                 else:
-                    seen = seen | together
-            seen = (seen & near)[:, None]
+                    mask = mask | same_block
+            mask = (mask & local)[:, None]
             if self._eager:
                 hidden = torch.finfo(self.vlm.dtype).min
-                seen = torch.zeros_like(seen, dtype=self.vlm.dtype).masked_fill(~seen, hidden)
-            found[kind] = seen
-        return found
+                mask = torch.zeros_like(mask, dtype=self.vlm.dtype).masked_fill(~mask, hidden)
+            masks[kind] = mask
+        return masks
 
 
 class RowCache(Cache):
     """A cache for the layers of a language model.
 
     Args:
-        capacity: most tokens of a row.
+        capacity: maximum number of tokens of a row.
 
     Attributes:
         length: columns that attention reads; `place` sets it before a forward.
@@ -186,7 +188,7 @@ class RowCache(Cache):
         """Set the columns that the next forward writes: of row b from starts[b] on.
 
         Args:
-            starts: as above.
+            starts: tokens of each row so far.
             width: tokens of the forward in each row, padding included.
             length: columns that hold a token afterwards, in the longest row.
 
@@ -194,7 +196,7 @@ class RowCache(Cache):
             (B, width) int64: the position of every token in its sequence.
         """
         positions = starts[:, None] + torch.arange(width, device=starts.device)
-        # Padding may exceed the capacity; the spare column takes it.
+        # Padding may exceed the capacity; it goes to the spare column.
         self._columns = positions.clamp(max=self.capacity)
         self.length = length
         return positions
@@ -209,27 +211,27 @@ class RowCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a forward's keys and values; returns those of `length` columns, (B, ..., D)."""
         if layer_idx not in self._states:
-            self._states[layer_idx] = self._room(key_states), self._room(value_states)
+            self._states[layer_idx] = self._allocate(key_states), self._allocate(value_states)
         rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-        kept = self._states[layer_idx]
-        for held, new in zip(kept, (key_states, value_states), strict=True):
-            held[rows, :, self._columns] = new.transpose(1, 2)
-        return kept[0][:, :, : self.length], kept[1][:, :, : self.length]
+        states = self._states[layer_idx]
+        for state, new in zip(states, (key_states, value_states), strict=True):
+            state[rows, :, self._columns] = new.transpose(1, 2)
+        return states[0][:, :, : self.length], states[1][:, :, : self.length]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Keep only those rows, in that order."""
+        """Keep only these rows, in this order."""
         self._states = {
-            at: (keys[rows], values[rows]) for at, (keys, values) in self._states.items()
+            layer: (keys[rows], values[rows]) for layer, (keys, values) in self._states.items()
         }
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: every forward but the first, which starts there, gets positions and masks."""
+        """0: the first forward starts at 0, and later ones get explicit positions and masks."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes for a forward without a mask, the first."""
         return query_length, 0
 
-    def _room(self, states: torch.Tensor) -> torch.Tensor:
-        rows, groups, _, wide = states.shape
-        return states.new_zeros(rows, groups, self.capacity + 1, wide)
+    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+        rows, groups, _, head_dim = states.shape
+        return states.new_zeros(rows, groups, self.capacity + 1, head_dim)

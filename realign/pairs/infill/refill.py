@@ -7,7 +7,7 @@ next forced token.
 
 `infill_plain` is the specification, a token at a time. `infill` computes the same in batches: the
 text before the first gap is read at once, forced text between gaps in one block. Each row has its
-keys and values at the places of its own sequence (`reader.py`), and finished rows leave the batch.
+keys and values at the positions of its own sequence (`reader.py`). Finished rows leave the batch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from realign.pairs.infill.reader import RowReader
 from realign.pairs.masking.mask import Masked
 
 _FORWARD = 128
-"""Tokens whose computation takes as long as the fixed cost of a forward. It decides how much of a
+"""Number of tokens that cost as much time as the fixed part of a forward. It decides how much of a
 forced piece is read while other rows write a token. 128 is between a small model on a CPU and a
 large one on a GPU; it changes no result."""
 
 _DROP = 0.75
-"""Share of unfinished rows at which the finished ones leave; copying the others then costs less."""
+"""Share of unfinished rows at which finished ones leave; above it, copying the rest costs more."""
 
 
 def load_vlm(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
-    """The model that infills and is the reference of margins, and its processor."""
+    """The model for infill and reference margins, and its processor."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm = load_model(name, DTYPES[dtype]).eval()
     vlm.to(device=device)  # type: ignore[call-arg]
@@ -50,7 +50,7 @@ class Completion(NamedTuple):
     """A filled-in response."""
 
     text: str
-    closed: bool  # every gap was filled with text and led back to the forced text
+    closed: bool  # every gap has text and was ended by the model
 
 
 def infill(
@@ -109,7 +109,7 @@ def infill_plain(
 ) -> list[Completion]:
     """The specification of `infill`, with its arguments: no batch, no cache.
 
-    Every token is chosen after a forward of everything before it, with the model's own positions
+    Every token is selected after a forward of all tokens before it, with the model's own positions
     and masks.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
@@ -118,22 +118,22 @@ def infill_plain(
         for row in rows:
             inputs = _encode(vlm, processor, [row])
             while not row.done:
-                inputs = _longer(vlm, inputs, row.take())
+                inputs = _longer(vlm, inputs, row.next_block())
                 choose([row], vlm(**inputs, use_cache=False).logits[:, -1])
     return [row.completion(processor) for row in rows]
 
 
 def reason_for_single(vlm: Any, processor: Any) -> str | None:
-    """Reason why this model completes records one by one; None where it takes batches."""
+    """Reason why this model completes records one by one; None where it supports batches."""
     try:
         layout = layout_of(vlm)
     except ValueError as error:
         return str(error)
-    if others := sorted(set(layout.kinds) - {FULL, SLIDING}):
-        return f"its {', '.join(others)} layers keep a state that cannot be padded"
+    if unsupported := sorted(set(layout.kinds) - {FULL, SLIDING}):
+        return f"its {', '.join(unsupported)} layers keep a state that cannot be padded"
     attention = vlm.model.get_decoder().config._attn_implementation
     if attention not in (*tree_attention.NAMES, "sdpa", "eager"):
-        return f"{attention} takes no mask for rows of unequal length"
+        return f"{attention} supports no mask for rows of unequal length"
     if processor.tokenizer.pad_token is None:
         return "its tokenizer has no padding token"
     return None
@@ -148,13 +148,13 @@ class _Row:
         self.gaps: list[list[int]] = []
         self.closed = True  # every gap so far was ended by the model
         self.done = False
-        self.most = [max(most, 2 * hid) for hid in forced.hidden]  # tokens of each gap
+        self.max_tokens = [max(most, 2 * count) for count in forced.hidden]  # tokens of each gap
         self._writer = self._write()
-        self.feed = next(self._writer)  # tokens to read before the next is chosen
+        self.feed = next(self._writer)  # tokens to read before the next is selected
 
-    def take(self, most: int | None = None) -> list[int]:
-        """The next tokens to read, `most` of them at most."""
-        part = self.feed[:most]
+    def next_block(self, size: int | None = None) -> list[int]:
+        """The next tokens to read, at most `size` of them."""
+        part = self.feed[:size]
         self.feed = self.feed[len(part) :]
         return part
 
@@ -169,7 +169,7 @@ class _Row:
         """Write the gaps: yields tokens to read, is sent (the model's pick, its best token)."""
         pieces, stops = self.forced.pieces, self.forced.stops
         pick, best = yield pieces[0]
-        for i, most in enumerate(self.most):
+        for i, most in enumerate(self.max_tokens):
             gap: list[int] = []
             self.gaps.append(gap)
             while not (gap and best in stops[i]):
@@ -178,15 +178,15 @@ class _Row:
                     break
                 gap.append(pick)
                 pick, best = yield [pick]
-            if pieces[i + 1] and i + 1 < len(self.most):
+            if pieces[i + 1] and i + 1 < len(self.max_tokens):
                 pick, best = yield pieces[i + 1]
 
     def completion(self, processor: Any) -> Completion:
         """The response with its gaps filled."""
-        as_it_is = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        texts = [processor.tokenizer.decode(gap, **as_it_is).strip() for gap in self.gaps]
-        whole = all(text and "\ufffd" not in text for text in texts)
-        return Completion(self.forced.masked.fill(tuple(texts)), self.closed and whole)
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = [processor.tokenizer.decode(gap, **options).strip() for gap in self.gaps]
+        complete = all(text and "\ufffd" not in text for text in texts)
+        return Completion(self.forced.masked.fill(tuple(texts)), self.closed and complete)
 
 
 _Choose = Callable[[Sequence[_Row], torch.Tensor], None]
@@ -209,9 +209,9 @@ def _begin(
     if temperature and seeds is None:
         raise ValueError("seeds is None; sampling (temperature above 0) needs one for each record.")
     framer = ResponseFramer(processor, vlm)
-    given = zip(prompts, images, masked, seeds or [0] * len(masked), strict=True)
+    records = zip(prompts, images, masked, seeds or [0] * len(masked), strict=True)
     rows = []
-    for prompt, pictures, response, seed in given:
+    for prompt, pictures, response, seed in records:
         text = framer.prompt(prompt, len(pictures))
         rows.append(_Row(text, list(pictures), framer.force(text, response), most, seed))
     return rows
@@ -260,10 +260,10 @@ def _encode(vlm: Any, processor: Any, rows: Sequence[_Row]) -> dict[str, torch.T
     padding = {"padding": True, "padding_side": "right"} if len(rows) > 1 else {}
     inputs = text_inputs(processor, [row.prompt for row in rows]) | padding
     try:
-        made = processor(images=[row.images for row in rows], return_tensors="pt", **inputs)
-    except Exception as error:  # each family's processor raises errors of its own
+        encoded = processor(images=[row.images for row in rows], return_tensors="pt", **inputs)
+    except Exception as error:  # each family's processor raises other errors
         raise ValueError(f"the processor refuses it ({short_error(error)}).") from error
-    tensors = {n: t for n, t in made.items() if isinstance(t, torch.Tensor) and n != "labels"}
+    tensors = {n: t for n, t in encoded.items() if isinstance(t, torch.Tensor) and n != "labels"}
     moved = {n: t.to(vlm.device) for n, t in tensors.items()}
     return {n: t.to(vlm.dtype) if t.is_floating_point() else t for n, t in moved.items()}
 
@@ -289,14 +289,14 @@ def _complete_batch(vlm: Any, processor: Any, rows: Sequence[_Row], choose: _Cho
     reader, active = RowReader(vlm, layout_of(vlm)), list(rows)
     counts = [len(row.images) for row in rows]
     inputs = _encode(vlm, processor, rows)
-    room = max(row.forced.tokens + sum(row.most) for row in rows)
-    choose(active, reader.first(inputs, counts, [row.take() for row in rows], room))
-    while kept := [i for i, row in enumerate(active) if not row.done]:
-        if len(kept) <= _DROP * len(active):
-            reader.keep(kept)
-            active = [active[i] for i in kept]
+    room = max(row.forced.tokens + sum(row.max_tokens) for row in rows)
+    choose(active, reader.first(inputs, counts, [row.next_block() for row in rows], room))
+    while unfinished := [i for i, row in enumerate(active) if not row.done]:
+        if len(unfinished) <= _DROP * len(active):
+            reader.keep(unfinished)
+            active = [active[i] for i in unfinished]
         width = _width([len(row.feed) for row in active])
-        blocks = [row.take(width) for row in active]
+        blocks = [row.next_block(width) for row in active]
         scores = reader.more(blocks)
         ready = [i for i, row in enumerate(active) if blocks[i] and not row.feed]
         choose([active[i] for i in ready], scores[ready])
@@ -305,8 +305,8 @@ def _complete_batch(vlm: Any, processor: Any, rows: Sequence[_Row], choose: _Cho
 def _width(waiting: Sequence[int]) -> int:
     """Width of a forward: the tokens it reads of each row, from the tokens that wait in each.
 
-    A row that writes has one, a row whose gap has closed a whole piece. All rows of a forward are
-    as wide as the widest, so the width with the most tokens read per cost is best.
+    A row in a gap has one token, a row after its gap a complete piece. All rows of a forward are
+    padded to the widest, so the best width reads the most tokens per cost.
     """
     widths = sorted(set(waiting) - {0})
     gain = {w: sum(min(w, n) for n in waiting) / (_FORWARD + w * len(waiting)) for w in widths}
@@ -315,11 +315,11 @@ def _width(waiting: Sequence[int]) -> int:
 
 def _complete_single(vlm: Any, processor: Any, row: _Row, choose: _Choose) -> None:
     """Complete one record with the model's own cache and positions."""
-    inputs = _longer(vlm, _encode(vlm, processor, [row]), row.take())
+    inputs = _longer(vlm, _encode(vlm, processor, [row]), row.next_block())
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
     while True:
         out = vlm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         choose([row], out.logits[:, -1])
         if row.done:
             return
-        inputs = {"input_ids": torch.tensor([row.take()], device=vlm.device)}
+        inputs = {"input_ids": torch.tensor([row.next_block()], device=vlm.device)}

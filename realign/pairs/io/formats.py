@@ -1,9 +1,9 @@
-"""Formats of records: the registry `FORMATS`, and how a file's format is recognized.
+"""Formats of records: the registry `FORMATS`, and the detection of a file's format.
 
 To add a format, write a function from one item (an object of a JSON file, a line, a row) to
 entries, which hold messages, responses and images as the file has them. Add it to `FORMATS`, and
-let `format_of` recognize its items. A fault of an item is a `Malformed`. Nothing is looked up on
-disk.
+let `format_of` recognize its items. It raises `Malformed` for an invalid item. It reads no other
+file.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ def of_llava(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
     Raises:
         Malformed: for a dialogue without text, one whose sides do not alternate, or a preference.
     """
-    if held := [key for key in (*_PREFERENCES, "system") if item.get(key)]:
+    if unsupported := [key for key in (*_PREFERENCES, "system") if item.get(key)]:
         raise Malformed(
-            f"it has {', '.join(held)}, which LLaVA's format has not.", "Pass --format parquet."
+            f"it has {', '.join(unsupported)}, which LLaVA's format does not have.",
+            "Pass --format parquet.",
         )
     dialogue = messages_of(item.get("conversations"), "conversations")
     opening = dialogue[: dialogue[0]["role"] == "system"]
     turns = dialogue[len(opening) :]
     if not turns or not all(isinstance(m["content"], str) for m in dialogue):
-        raise Malformed("its conversations are no dialogue in text.", "Give a human's question.")
+        raise Malformed("its conversations are not a dialogue in text.", "Give a human's question.")
     for turn, message in enumerate(turns):
         if message["role"] != ("user", "assistant")[turn % 2]:
             raise Malformed(
@@ -102,13 +103,13 @@ def of_coco(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
     The caption with the lowest id is the response; with `every` each caption makes an entry.
 
     Raises:
-        Malformed: without a file name, or with a caption that is no text.
+        Malformed: without a file name, or with a caption that is not text.
     """
     image, captions = item["image"], item["captions"]
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
         raise Malformed(f"its image {short_repr(image)} has no file_name.", "Give one.")
     if not all(isinstance(c["caption"], str) and isinstance(c.get("id"), int) for c in captions):
-        raise Malformed("one of its captions is no text, or has no id.", "Give both.")
+        raise Malformed("one of its captions is not text, or has no id.", "Give both.")
     texts = [c["caption"] for c in sorted(captions, key=lambda c: c["id"])]
     row = {"id": image.get("id"), "prompt": CAPTION_PROMPT, "image": image["file_name"]}
     if not every or not texts:
@@ -121,9 +122,9 @@ def of_coco(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
 
 
 def _answered(row: Mapping[str, Any], answer: Any) -> Entry:
-    """A row with an answer. An empty one is a fault here; in a table it is an absent one."""
+    """A row with an answer. An empty answer is invalid; in a table it means an absent one."""
     if answer == []:
-        raise Malformed("its answer is an empty list.", "Give text, or leave the key out.")
+        raise Malformed("its answer is an empty list.", "Give text, or omit the key.")
     entry = entry_of({**row, "chosen": answer})
     return replace(entry, chosen="") if answer == "" else entry
 
@@ -137,7 +138,7 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], list[Entry]]] = {
     "coco": of_coco,
     "coco:all": partial(of_coco, every=True),
 }
-"""Name, as `--format` takes it -> function from an item to its entries."""
+"""Name, as in `--format` -> function from an item to its entries."""
 
 
 def format_of(item: Any) -> str | None:
@@ -159,19 +160,19 @@ def coco_items(content: Any, file: Path) -> list[dict]:
     """The pictures of a COCO captions file, each with its captions.
 
     Raises:
-        ValueError: for a file that is none of COCO's captions.
+        ValueError: for a file that does not hold COCO's captions.
     """
     captions = defaultdict(list)
-    notes = content.get("annotations") or []
-    if not isinstance(notes, list):
-        raise ValueError(f"{file} has `annotations` that are no list: {short_repr(notes)}.")
-    for note in notes:
-        if not isinstance(note, dict) or not {"caption", "image_id"} <= set(note):
+    annotations = content.get("annotations") or []
+    if not isinstance(annotations, list):
+        raise ValueError(f"{file}: `annotations` is not a list: {short_repr(annotations)}.")
+    for annotation in annotations:
+        if not isinstance(annotation, dict) or not {"caption", "image_id"} <= set(annotation):
             raise ValueError(
-                f"{file} has the annotation {short_repr(note)}, no caption of an image. COCO's "
-                "captions are in captions_train2014.json and the like."
+                f"{file} has the annotation {short_repr(annotation)}, not a caption of an image. "
+                "COCO's captions are in files such as captions_train2014.json."
             )
-        captions[str(note["image_id"])].append(note)
+        captions[str(annotation["image_id"])].append(annotation)
     return [
         {"image": i, "captions": captions[str(i.get("id"))] if isinstance(i, dict) else []}
         for i in content["images"]
@@ -180,16 +181,16 @@ def coco_items(content: Any, file: Path) -> list[dict]:
 
 def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
     """An object of a JSON file; a `Malformed` where a key comes twice, since Python keeps one."""
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    content = dict(pairs)
+    if len(content) == len(pairs):
+        return content
     names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    return Malformed(f"it has the key {short_repr(twice)} twice.", "Keep one of them.")
+    repeated = next(name for name in names if names.count(name) > 1)
+    return Malformed(f"it has the key {short_repr(repeated)} twice.", "Keep one of them.")
 
 
 def json_lines(file: Path) -> Iterator[Any]:
-    """The objects of a JSON-lines file, or a `Malformed` where a line is none."""
+    """The objects of a JSON-lines file, or a `Malformed` where a line is invalid."""
     with file.open("rb") as lines:
         for line in lines:
             if not line.strip():

@@ -1,4 +1,4 @@
-"""Reader of records in any format, and the command `import`, which writes pairs of a data set.
+"""Reader of records in any format, and the command `import`, which writes a data set's pairs.
 
     for record in read_any("llava_instruct_150k.json", images="train2014"): ...
 
@@ -50,8 +50,8 @@ def read_any(
             JSON; coco: COCO's captions JSON; folder: a folder of pictures with one JSON-lines file.
         format: a key of `FORMATS`; "auto" looks at the data. "llava:all" and "coco:all" make a
             record of each answer of a dialogue, and of each caption of a picture.
-        images: the folder that picture paths are relative to and may not leave; that of the data
-            when absent.
+        images: the folder that contains the pictures and that their paths are relative to; the
+            folder of the data when absent.
 
     Returns:
         For each record a `Record`, `chosen` and `rejected` empty where the data has none, or an
@@ -70,14 +70,14 @@ def read_any(
     format, items = _open(path, format)
     folder = Path(images) if images is not None else path if path.is_dir() else path.parent
     if not folder.is_dir():
-        raise ValueError(f"--image-folder {images} is no folder; name the one of the pictures.")
+        raise ValueError(f"--image-folder {images} is not a folder; name the pictures' folder.")
     return _read(items, format, folder)
 
 
 def import_pairs(
     data: str, images: str | None, output: str, *, format: str = "auto"
 ) -> dict[str, int]:
-    """Write the pairs that a data set already has, every picture of them decoded once.
+    """Write the pairs that a data set already has, and decode each of their pictures once.
 
     Pictures in the output are paths, or bytes where the data has bytes or a picture had to be
     converted (`plain_picture`). Records that cannot be used are listed in
@@ -95,15 +95,15 @@ def import_pairs(
     Raises:
         ValueError: when no pair is left; see also `read_any`.
     """
-    listed = Path(output).with_suffix(".work") / "rejected_records.parquet"
+    rejected = Path(output).with_suffix(".work") / "rejected_records.parquet"
     check_file("--output", output, device=False)
-    check_file("--output", listed)
+    check_file("--output", rejected)
     invalid: list[InvalidRecord] = []
-    plain_file = functools.cache(_plain)
+    cached_plain = functools.cache(_plain)
 
     def pairs() -> Iterator[Record]:
         for entry in read_any(data, format=format, images=images):
-            result = _complete(entry, plain_file) if isinstance(entry, Record) else entry
+            result = _complete(entry, cached_plain) if isinstance(entry, Record) else entry
             if isinstance(result, Record):
                 yield result
             else:
@@ -119,10 +119,10 @@ def import_pairs(
     written = 0
     if first:
         written = write_pairs(output, chain([first], records), typed=typed, preferred=preferred)
-    write_table(listed, pa.Table.from_pylist([vars(record) for record in invalid], LEFT_OUT))
+    write_table(rejected, pa.Table.from_pylist([vars(record) for record in invalid], LEFT_OUT))
     counts = Counter(record.reason for record in invalid)
     if not written:
-        raise ValueError(f"{data} gave no pair ({dict(counts)}); {listed} lists every record.")
+        raise ValueError(f"{data} gave no pair ({dict(counts)}); {rejected} lists every record.")
     return {"pairs": written, **dict(sorted(counts.items()))}
 
 
@@ -134,20 +134,20 @@ def _plain(stored: StoredImage) -> StoredImage | PictureError:
 
 
 def _complete(
-    record: Record, plain_file: Callable[[StoredImage], StoredImage | PictureError]
+    record: Record, cached_plain: Callable[[StoredImage], StoredImage | PictureError]
 ) -> Record | InvalidRecord:
-    """A record with both responses and plain pictures; those that are files are kept in a cache."""
+    """A record with both responses and plain pictures; `cached_plain` reads files."""
     for name in ("chosen", "rejected"):
         if not getattr(record, name):
             return InvalidRecord(record.name, "read", "no response", f"it has no {name} response")
     pictures: list[StoredImage] = []
     for stored in (*record.images, *record.retrieved_images):
-        picture = plain_file(stored) if stored.data is None else _plain(stored)
+        picture = cached_plain(stored) if stored.data is None else _plain(stored)
         if isinstance(picture, PictureError):
             return InvalidRecord(record.name, "read", picture.reason, picture.detail)
         pictures.append(picture)
-    own = len(record.images)
-    return replace(record, images=tuple(pictures[:own]), retrieved_images=tuple(pictures[own:]))
+    count = len(record.images)
+    return replace(record, images=tuple(pictures[:count]), retrieved_images=tuple(pictures[count:]))
 
 
 def _open(path: Path, format: str) -> tuple[str, Items]:
@@ -172,32 +172,32 @@ def _open(path: Path, format: str) -> tuple[str, Items]:
                 content = json.load(file, object_pairs_hook=json_object)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} is no JSON file ({error}). Name a file of JSON lines *.jsonl."
+                f"{path} is not a JSON file ({error}). Name a file of JSON lines *.jsonl."
             ) from error
     if isinstance(content, dict):
         if not isinstance(content.get("images"), list):
-            raise ValueError(f"{path} is a JSON object without `images`; it is no COCO file.")
+            raise ValueError(f"{path} is a JSON object without `images`; it is not a COCO file.")
         pictures = coco_items(content, path)
         return _agree(format, "coco", path), _numbered(path, iter(pictures))
     if path.suffix != ".jsonl" and not isinstance(content, list):
-        raise ValueError(f"{path} holds {short_repr(content)}, no list of records.")
+        raise ValueError(f"{path} holds {short_repr(content)}, not a list of records.")
     items = iter(content)
-    seen = []
+    checked = []
     for item in items:  # up to the first that has a format
-        seen.append(item)
+        checked.append(item)
         if recognized := format_of(item):
-            return _agree(format, recognized, path), _numbered(path, chain(seen, items))
+            return _agree(format, recognized, path), _numbered(path, chain(checked, items))
     if format == "auto":
-        keys = sorted({str(key) for item in seen if isinstance(item, dict) for key in item})
+        keys = sorted({str(key) for item in checked if isinstance(item, dict) for key in item})
         raise ValueError(
             f"{path} holds no record of a known format; pass --format. Its records have the keys "
             f"{short_repr(keys)}; docs/pairs.md lists those that are read."
         )
-    return format, _numbered(path, iter(seen))
+    return format, _numbered(path, iter(checked))
 
 
 def _agree(format: str, recognized: str, path: Path) -> str:
-    """The format asked for, unless the file is of another kind altogether."""
+    """The requested format, unless the file is of another kind."""
     tables = {"parquet", "coco"} & {format.removesuffix(":all"), recognized}
     if tables and format.removesuffix(":all") not in ("auto", recognized):
         raise ValueError(f"format is {format!r}, but {path} looks like {recognized!r}.")
@@ -212,11 +212,11 @@ def _saved(folder: Path) -> list[Path]:
             return [file for split in splits for file in _saved(folder / split)]
         if not (folder / "state.json").exists():
             return []
-        listed = json.loads((folder / "state.json").read_text())["_data_files"]
-        return [folder / entry["filename"] for entry in listed]
+        data_files = json.loads((folder / "state.json").read_text())["_data_files"]
+        return [folder / entry["filename"] for entry in data_files]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is no data set that `datasets` saved ({type(error).__name__}: {error}). "
+            f"{folder} is not a data set that `datasets` saved ({type(error).__name__}: {error}). "
             "Save it again with save_to_disk."
         ) from error
 
@@ -235,7 +235,7 @@ def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidR
                 raise item
             if not isinstance(item, dict):
                 raise Malformed(
-                    f"it is {short_repr(item)}, no object.", "Write one object a record."
+                    f"it is {short_repr(item)}, not an object.", "Write one object a record."
                 )
             name = name_of(item) or place
             entries = FORMATS[format](item)
@@ -290,7 +290,7 @@ def _located(image: StoredImage, folder: Path) -> StoredImage:
         return image
     file = inside(folder, image.path)
     if not os.path.isfile(file):
-        # LLaVA names pictures as COCO 2017 does; 2014 puts the split before the number.
+        # LLaVA has the file names of COCO 2017; those of 2014 begin with the split.
         name = f"COCO_{folder.name}_{Path(image.path).name}"
         file = inside(folder, str(Path(image.path).parent / name))
     if not os.path.isfile(file):
@@ -303,7 +303,7 @@ def _located(image: StoredImage, folder: Path) -> StoredImage:
 
 
 def _digest(record: Record) -> bytes:
-    """Digest of all but the name."""
+    """Digest of all fields except the name."""
     digest = hashlib.blake2b(digest_size=16)
     for stored in (*record.images, StoredImage(), *record.retrieved_images):
         data = stored.data or (stored.path or "").encode()
@@ -323,12 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-folder", help="that image paths are relative to (that of DATA)")
     parser.add_argument("--output", default="pairs.parquet", help="file to write (%(default)s)")
     parser.add_argument("--format", default="auto", help="realign or parquet (auto looks)")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        counts = import_pairs(given.data, given.image_folder, given.output, format=given.format)
+        counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
-    print(f"wrote {given.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
+    print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
     return 0

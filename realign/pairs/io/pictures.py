@@ -1,4 +1,4 @@
-"""Images of a data set: paths in the image folder, and images that all programs read alike."""
+"""Images of a data set: paths in the image folder, and images that all readers decode alike."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from realign.data.pictures import MAX_PIXELS, PictureError, StoredImage
 
 
 def inside(folder: Path, path: str) -> str:
-    """The absolute path of a file named in a data set, which must lie in the image folder.
+    """The absolute path of a file named in a data set, which must be in the image folder.
 
     Symbolic links are followed first. An absolute path is accepted if it is in the folder.
 
     Raises:
-        PictureError: "outside the folder" where it is not.
+        PictureError: "outside the folder" for a file in another folder.
     """
     root = os.path.realpath(folder)
     try:
         file = os.path.realpath(os.path.join(root, path))
     except ValueError:  # a null byte
-        raise PictureError("missing", f"{path!r} is no file name") from None
+        raise PictureError("missing", f"{path!r} is not a file name") from None
     if os.path.commonpath([root, file]) != root:
         raise PictureError("outside the folder", f"{path!r} is not in {root}")
     return file
@@ -40,7 +40,7 @@ def load_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.
 def plain_picture(stored: StoredImage) -> StoredImage:
     """An image that every reader decodes to the same pixels as `load_picture`.
 
-    An upright 8-bit RGB or grey image with one frame stays as it is stored; others become PNG.
+    An upright 8-bit RGB or grey image with one frame is not changed; others become PNG.
 
     Raises:
         PictureError: for an image that cannot be used.

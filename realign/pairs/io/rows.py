@@ -18,7 +18,7 @@ from realign.pairs.io.pictures import PictureError, load_picture
 
 Row = dict[str, Any]
 NO_REPLY = "no reply"
-"""Reason of a record that a model did not answer; the next run asks again."""
+"""Reason of a record without a reply from a model; the next run asks again."""
 
 _Item = TypeVar("_Item")
 _Loaded = TypeVar("_Loaded")
@@ -60,7 +60,7 @@ def decode_images(images: Iterable[StoredImage]) -> list[Image.Image]:
     """Stored images as RGB images.
 
     Raises:
-        PictureError: when one cannot be read.
+        PictureError: when an image cannot be read.
     """
     return [load_picture(stored) for stored in images]
 
@@ -69,13 +69,13 @@ def chat_images(images: Iterable[StoredImage]) -> list[Image.Image]:
     """Stored images for a chat, reduced to 1536 pixels where they are larger.
 
     Raises:
-        PictureError: when one cannot be read, or there is none.
+        PictureError: when an image cannot be read, or there are no images.
     """
     decoded = decode_images(images)
     if not decoded:
         raise PictureError("no image")
     for image in decoded:
-        image.thumbnail((_CHAT_SIDE, _CHAT_SIDE))  # keeps smaller ones as they are
+        image.thumbnail((_CHAT_SIDE, _CHAT_SIDE))  # does not enlarge smaller ones
     return decoded
 
 

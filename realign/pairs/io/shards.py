@@ -1,11 +1,11 @@
-"""Shards on disk: the folder of Parquet files of a stage, each file whole or absent.
+"""Shards on disk: the folder of Parquet files of a stage, each file complete or absent.
 
 A shard is written to a temporary name, synced and renamed, so a killed run loses only the shard in
 progress. The records that a shard left out are listed in files beside it, which are written first.
 
 The footer of a shard holds a digest of its rows and a digest of its inputs. A shard is made again
-when its inputs digest is not that of the current shards before it, as `make` compares times. Where
-the new rows equal the old ones, later shards stay.
+when its inputs digest is not that of the current shards before it, as `make` compares times. If
+the new rows equal the old ones, later shards stay valid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from realign.pairs.io.rows import FilteredRecord, InvalidRecord, Row
 
 LEFT_OUT = pa.schema([(n, pa.string()) for n in ("record", "stage", "reason", "detail")])
 ROWS_KEY, INPUTS_KEY = b"realign.rows", b"realign.made_of"  # of the digests in the footer
-_GROUP_BYTES = 1 << 20  # of a row group, the least that is read for one row
+_GROUP_BYTES = 1 << 20  # of a row group, the minimum that is read for one row
 _KINDS = {"bad": InvalidRecord, "dropped": FilteredRecord}  # suffix of the file -> entries
 
 
@@ -74,7 +74,7 @@ class Shards:
         self, number: int, rows: list[Row], left_out: Iterable[InvalidRecord], inputs: str = ""
     ) -> None:
         """Write a shard after the list of records it left out; `inputs` is the inputs digest."""
-        self.file(number).unlink(missing_ok=True)  # never an old shard beside a new list
+        self.file(number).unlink(missing_ok=True)  # an old shard must not stay beside a new list
         self.write_left_out(number, left_out)
         table = pa.Table.from_pylist(rows, schema=self.schema)
         digests = {ROWS_KEY: _table_digest(table), INPUTS_KEY: inputs}
@@ -120,22 +120,22 @@ class RowLookup:
 
     Args:
         folder: of the read stage.
-        kept: row groups kept in memory, about a MiB each at most.
+        max_groups: row groups kept in memory, about a MiB each at most.
     """
 
-    def __init__(self, folder: Path, kept: int = 64) -> None:
+    def __init__(self, folder: Path, max_groups: int = 64) -> None:
         self._shards = Shards(folder)
-        self._group = lru_cache(kept)(self._read_group)
+        self._group = lru_cache(max_groups)(self._read_group)
         self._places = lru_cache(4096)(self._read_places)
 
     def rows(self, keys: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Row]:
         """The rows of (shard, id) keys."""
-        found = {}
+        rows = {}
         for shard, name in sorted(set(keys)):  # by shard, so that cached groups are used
             starts, places = self._places(shard)
             group = bisect_right(starts, places[name]) - 1
-            found[shard, name] = self._group(shard, group)[places[name] - starts[group]]
-        return found
+            rows[shard, name] = self._group(shard, group)[places[name] - starts[group]]
+        return rows
 
     def _read_places(self, shard: int) -> tuple[list[int], dict[str, int]]:
         """The first row of each row group of a shard, and the row of each id."""
@@ -151,7 +151,7 @@ class RowLookup:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file whole or not at all; the same table gives the same bytes."""
+    """Write a Parquet file atomically; the same table gives the same bytes."""
     rows = max(1, len(table))
     group = max(1, rows * _GROUP_BYTES // max(_GROUP_BYTES, table.nbytes))
     sink = pa.BufferOutputStream()
@@ -199,19 +199,19 @@ def _table_digest(table: pa.Table) -> str:
 def save_array(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[Any]) -> None:
     """Write arrays, concatenated, as one `.npy` file of `shape`; only one part is in memory."""
     header = io.BytesIO()
-    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)
+    header_fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, header_fields)
     arrays = (np.ascontiguousarray(part, dtype) for part in parts)
     write_bytes(path, header.getvalue(), arrays)
 
 
-def write_bytes(path: Path, data: bytes | pa.Buffer, rest: Iterable[Any] = ()) -> None:
-    """Write a file whole or not at all, `data` and then `rest`, and sync it."""
+def write_bytes(path: Path, data: bytes | pa.Buffer, more: Iterable[Any] = ()) -> None:
+    """Write a file atomically, `data` and then `more`, and sync it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # others may write it, too
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # processes may race
     try:
         with partial.open("wb") as file:
-            for part in chain([data], rest):
+            for part in chain([data], more):
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())

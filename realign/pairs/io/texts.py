@@ -1,4 +1,4 @@
-"""Checks of a record's texts, and image tags as places of images."""
+"""Checks of a record's texts, and image tags in prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def problem_of(text: str) -> tuple[str, str] | None:
-    """(reason, detail) of a text that cannot be used; None for others."""
+    """(reason, detail) for an invalid text; None for a valid one."""
     quoted = short_repr(text)
     if _CONTROL.search(text):
         return "control characters", quoted
@@ -34,14 +34,14 @@ def printable(text: str) -> str:
 def placed(prompt: list[dict], count: int) -> list[dict]:
     """A prompt with typed parts for the image tags of its user messages.
 
-    A prompt in text stays in text where all images are in front of it, their default place.
+    A prompt in text stays in text if all images are before it, their default place.
 
     Args:
         prompt: messages.
         count: images of the record.
 
     Raises:
-        Malformed: where tags and parts do not place as many images as there are.
+        Malformed: if the number of tags and image parts is not `count`.
     """
     typed = place_images(prompt, count)
     first = next(message for message in typed if message["role"] == "user")

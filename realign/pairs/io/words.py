@@ -11,7 +11,7 @@ _SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # kana, Ha
 def words_of(text: str) -> list[str]:
     """Words in one case, composed by Unicode's NFKC, without punctuation.
 
-    Chinese and Japanese put no space between words, so each of their characters is one.
+    Chinese and Japanese put no space between words, so each of their characters is a word.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     spaced = _SPACELESS.sub(r" \g<0> ", folded)

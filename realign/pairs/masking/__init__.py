@@ -1,8 +1,8 @@
 """Masking: the segments of a response that infill replaces.
 
 To add a masker, write a function with the arguments of `mask_response` in a module of this folder
-and name it in `MASKERS`. `--masker NAME` then selects it. Any other name of `--masker` is that of
-an engine, which lists the segments itself.
+and add it to `MASKERS`. `--masker NAME` then selects it. Any other name is an engine, which lists
+the segments.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def mask_response(
         text: the response, English.
         categories: kinds of word to hide, of CATEGORIES.
         segments: number of segments to hide, drawn at random; 0 hides all of them.
-        rng: draws them.
+        rng: draws the segments.
         share: hide this share of the segments, in (0, 1], rounded, and at least `segments` (and
             one) of them; None hides `segments`.
 
@@ -75,17 +75,17 @@ def mask_response(
     if share is not None:
         count = max(segments, 1, math.floor(share * len(spans) + 0.5))
     if count < len(spans):
-        picked = rng.choice(len(spans), size=count, replace=False)
-        spans = [spans[i] for i in sorted(picked.tolist())]
+        indices = rng.choice(len(spans), size=count, replace=False)
+        spans = [spans[i] for i in sorted(indices.tolist())]
     return _hide(text, spans)
 
 
 def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
     """Hide the segments that a language model lists.
 
-    Each is searched after the one before it, then from the start of the text, as whole words, first
-    in its own case and then in any; quotes and punctuation around it do not count. A segment that
-    is not found, or overlaps an earlier one, is skipped.
+    Each segment is searched after the previous one, then from the start of the text. It must match
+    complete words, first in the same case and then in any case; quotes and punctuation around it
+    are ignored. A segment that is not found, or overlaps an earlier one, is skipped.
 
     Args:
         text: the response.
@@ -94,7 +94,7 @@ def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
     Returns:
         The masked response, or None when no segment is in the text.
     """
-    found: list[Span] = []
+    accepted: list[Span] = []
     after = 0
     for segment in spans:
         words = segment.strip(_EDGES).split()
@@ -103,17 +103,17 @@ def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
         pattern = r"\s+".join(map(re.escape, words))
         before = r"(?<![^\W_])" if words[0][0].isalnum() else ""
         behind = r"(?![^\W_])" if words[-1][-1].isalnum() else ""
-        places = [
+        matches = [
             match.span()
             for flags in (0, re.IGNORECASE)
             for start in (after, 0)
             for match in re.compile(before + pattern + behind, flags).finditer(text, start)
         ]
-        free = (p for p in places if all(p[1] <= a or b <= p[0] for a, b in found))
-        if (place := next(free, None)) is not None:
-            found.append(place)
-            after = place[1]
-    return _hide(text, sorted(found))
+        non_overlapping = (p for p in matches if all(p[1] <= a or b <= p[0] for a, b in accepted))
+        if (match_span := next(non_overlapping, None)) is not None:
+            accepted.append(match_span)
+            after = match_span[1]
+    return _hide(text, sorted(accepted))
 
 
 def _hide(text: str, spans: Sequence[Span]) -> Masked | None:

@@ -40,26 +40,26 @@ _MODIFIERS = (_NUMBER, _ATTRIBUTE, _POSITION)
 
 
 def find_segments(text: str, categories: Sequence[str] = CATEGORIES) -> list[Span]:
-    """Where the segments of those kinds are, (start, stop) each, in order."""
+    """The (start, stop) of each segment of those kinds, in order."""
     words = _words_of(text)
-    found: list[Span] = []
+    segments: list[Span] = []
     at = 0
     while at < len(words):
         stop = _phrase_end(words, at)
         if stop > at:
-            found += _segments_of(words[at:stop], categories)
+            segments += _segments_of(words[at:stop], categories)
             at = stop
             continue
         word = words[at]
         if _KINDS.get(word.kind) in categories:
             # Words of one kind in a row are one segment: "top left".
-            same = found and words[at - 1].kind == word.kind and word.near
-            if same and found[-1][1] == words[at - 1].stop:
-                found[-1] = (found[-1][0], word.stop)
+            same = segments and words[at - 1].kind == word.kind and word.near
+            if same and segments[-1][1] == words[at - 1].stop:
+                segments[-1] = (segments[-1][0], word.stop)
             else:
-                found.append((word.start, word.stop))
+                segments.append((word.start, word.stop))
         at += 1
-    return found
+    return segments
 
 
 @dataclass
@@ -67,40 +67,40 @@ class _Word:
     text: str  # lower case; of a phrase that counts as one word, its words with a space between
     start: int
     stop: int
-    near: bool  # nothing but white space between it and the word before
+    near: bool  # only white space between it and the previous word
     kind: str = ""
     written: str = ""
 
 
 def _phrase_end(words: list[_Word], at: int) -> int:
-    """The index after the noun phrase that begins at `at`; `at` where none does."""
+    """The index after the noun phrase that begins at `at`; `at` without one."""
     end = at + (words[at].kind == _DETERMINER)
-    seen = None
+    last_noun = None
     while end < len(words) and (end == at or words[end].near):
         if words[end].kind == _NOUN:
-            seen = end
-        elif words[end].kind not in _MODIFIERS or seen is not None:
+            last_noun = end
+        elif words[end].kind not in _MODIFIERS or last_noun is not None:
             break
         end += 1
-    return at if seen is None else seen + 1
+    return at if last_noun is None else last_noun + 1
 
 
 def _segments_of(phrase: list[_Word], categories: Sequence[str]) -> list[Span]:
     """The segments of a noun phrase: runs of words that may be hidden.
 
-    A determiner goes with what follows it, so that "a dog" may become "an apple" or "two cats",
-    where that is all of the phrase.
+    A determiner is hidden if all words after it in the phrase are, so that "a dog" may become "an
+    apple" or "two cats".
     """
     hidden = [_KINDS.get(word.kind) in categories for word in phrase]
     if phrase[0].kind == _DETERMINER:
         hidden[0] = all(hidden[1:]) and "objects" in categories
-    found: list[Span] = []
+    segments: list[Span] = []
     for i, word in enumerate(phrase):
         if hidden[i] and i and hidden[i - 1]:
-            found[-1] = (found[-1][0], word.stop)
+            segments[-1] = (segments[-1][0], word.stop)
         elif hidden[i]:
-            found.append((word.start, word.stop))
-    return found
+            segments.append((word.start, word.stop))
+    return segments
 
 
 def _words_of(text: str) -> list[_Word]:
@@ -117,7 +117,7 @@ def _words_of(text: str) -> list[_Word]:
         length, kind = _listed_phrase(raw, at)
         first, last = raw[at], raw[at + length - 1]
         if length == 1:
-            first.kind = _kind_alone(first)
+            first.kind = _kind_of_word(first)
         else:
             first.kind, first.stop = kind, last.stop
             first.text = " ".join(word.text for word in raw[at : at + length])
@@ -130,21 +130,21 @@ def _words_of(text: str) -> list[_Word]:
 
 
 def _paired(words: list[_Word]) -> list[_Word]:
-    """The same with "black and white" as one attribute."""
-    found: list[_Word] = []
+    """The words, with phrases such as "black and white" joined into one attribute."""
+    paired: list[_Word] = []
     for word in words:
-        both = [before.kind for before in found[-2:]] == [_ATTRIBUTE, _OTHER]
-        both = both and word.kind == _ATTRIBUTE and word.near and found[-1].near
-        if both and found[-1].text in ("and", "or"):
-            found.pop()
-            found[-1].stop = word.stop
+        is_pair = [before.kind for before in paired[-2:]] == [_ATTRIBUTE, _OTHER]
+        is_pair = is_pair and word.kind == _ATTRIBUTE and word.near and paired[-1].near
+        if is_pair and paired[-1].text in ("and", "or"):
+            paired.pop()
+            paired[-1].stop = word.stop
             continue
-        found.append(word)
-    return found
+        paired.append(word)
+    return paired
 
 
 def _listed_phrase(raw: list[_Word], at: int) -> tuple[int, str]:
-    """How many words the longest listed phrase has that begins at `at` (1 for none), its kind."""
+    """Length in words and kind of the longest listed phrase at `at`; a length of 1 without one."""
     for length in range(min(_LONGEST, len(raw) - at), 1, -1):
         part = raw[at : at + length]
         if all(word.near for word in part[1:]):
@@ -162,8 +162,8 @@ _PHRASES = {
 _LONGEST = max(phrase.count(" ") + 1 for phrase in _PHRASES)
 
 
-def _kind_alone(word: _Word) -> str:
-    """Kind of a word by itself."""
+def _kind_of_word(word: _Word) -> str:
+    """Kind of a word without its context."""
     text = word.text
     for kind, listed in _BY_LIST.items():
         if text in listed:
@@ -173,7 +173,7 @@ def _kind_alone(word: _Word) -> str:
     if len(text) == 1:
         return _OTHER
     if "-" in text:
-        parts = {_kind_alone(_Word(part, 0, 0, False, written=part)) for part in text.split("-")}
+        parts = {_kind_of_word(_Word(part, 0, 0, False, written=part)) for part in text.split("-")}
         if parts == {_NUMBER}:
             return _NUMBER
         return _ATTRIBUTE if parts & {_NUMBER, _ATTRIBUTE, _VERB} else _NOUN
@@ -194,7 +194,7 @@ _BY_LIST = {
     _ATTRIBUTE: lists.ATTRIBUTES,
     _POSITION: lists.POSITIONS,
     _RELATION: lists.PREPOSITIONS,
-    _OTHER: lists.OTHERS,
+    _OTHER: lists.OTHER_WORDS,
     _NOUN: lists.NO_VERBS,
 }
 
@@ -211,10 +211,10 @@ def _kind_in_context(words: list[_Word], at: int) -> str:
         if after == _VERB and behind[0].text.endswith(_ING_ED):  # "the old parked car"
             modifies = [w.kind for w in behind[1:]] == [_NOUN]
         listed = word.text in lists.ATTRIBUTES_OR_NOUNS
-        thing = _determined(words, at, _MODIFIERS) or (
+        is_noun = _determined(words, at, _MODIFIERS) or (
             listed and before.kind in (_NUMBER, _ATTRIBUTE, _NOUN)
         )
-        return _NOUN if thing and not modifies else _ATTRIBUTE
+        return _NOUN if is_noun and not modifies else _ATTRIBUTE
     if word.kind == _NOUN and before.kind == _NOUN:
         # "The woman scolds the dog": two nouns and a determiner in a row are not.
         acts = word.text.endswith("s") and after == _DETERMINER
@@ -225,19 +225,19 @@ def _kind_in_context(words: list[_Word], at: int) -> str:
 def _verb_in_context(words: list[_Word], at: int, after: str) -> str:
     """Kind of a word with a verb's form: verb, noun, or a participle that modifies a noun."""
     word, before = words[at], words[at - 1]
-    within = _determined(words, at, _MODIFIERS)
-    placed = before.kind == _RELATION or before.text in ("of", "with", "for", "from", "by")
+    in_phrase = _determined(words, at, _MODIFIERS)
+    after_prep = before.kind == _RELATION or before.text in ("of", "with", "for", "from", "by")
     if word.text.endswith(_ING_ED):
-        modifies = within or before.kind in (_NUMBER, _ATTRIBUTE)
-        modifies |= word.text.endswith("ed") and (placed or before.text == "and")
+        modifies = in_phrase or before.kind in (_NUMBER, _ATTRIBUTE)
+        modifies |= word.text.endswith("ed") and (after_prep or before.text == "and")
         if modifies and after in (_NOUN, _ATTRIBUTE):  # "a smiling woman", "near parked cars"
             return _ATTRIBUTE
         return _NOUN if before.kind == _DETERMINER else _VERB
     if before.kind == _NOUN:  # "a coffee shop", but "the people stand" and "a man holds"
-        many = before.text.endswith("s") or before.text in ("people", "men", "women", "children")
-        one = not many and _determined(words, at, (*_MODIFIERS, _NOUN))
-        return _NOUN if one and not word.text.endswith("s") else _VERB
-    return _NOUN if within or placed else _VERB
+        plural = before.text.endswith("s") or before.text in ("people", "men", "women", "children")
+        compound = not plural and _determined(words, at, (*_MODIFIERS, _NOUN))
+        return _NOUN if compound and not word.text.endswith("s") else _VERB
+    return _NOUN if in_phrase or after_prep else _VERB
 
 
 def _determined(words: list[_Word], at: int, kinds: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
-"""English word lists of the rule-based masker: what captions and answers about images are made of.
+"""English word lists of the rule-based masker, for captions and answers about images.
 
-`segments.py` says how they are used. Words are lower case; a phrase is words with a space between.
+`segments.py` uses them. Words are lower case; a phrase has spaces between its words.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ATTRIBUTES = _set(
 ATTRIBUTES_OR_NOUNS = _set(
     "light orange gold silver square glass metal wood brick stone plastic leather paper adult"
 )
-"""Attributes that are things where no thing follows: "an orange on a plate"."""
+"""Attributes that are nouns if no noun follows: "an orange on a plate"."""
 
 PREPOSITIONS = _set(
     "above across against along alongside amid among around atop behind below beneath beside "
@@ -66,7 +66,7 @@ POSITIONS = _set(
     "left right top bottom front back rear upper lower middle center centre central leftmost "
     "rightmost background foreground"
 )
-"""Where in the image or on a thing; before a noun they belong to its phrase: "the top shelf"."""
+"""Positions in the image or on an object; part of a noun phrase before a noun: "the top shelf"."""
 
 _SIDES = _set("left right left-hand right-hand other far near opposite front back")
 _PARTS = _set(
@@ -103,10 +103,10 @@ IMAGE_PHRASES = tuple(
     for the in ("the", "this", "an", "each", "that")
     for image in ("image", "picture", "photo", "photograph", "scene", "frame", "shot", "view")
 )
-"""Said of the image itself; nothing to mask."""
+"""Phrases about the image itself; they are not masked."""
 
-OTHERS = _set(
-    # pronouns and words that stand for things
+OTHER_WORDS = _set(
+    # pronouns
     "i you he she it we they me him us them himself herself itself themselves one's oneself "
     "someone somebody something anyone anything everyone everything nobody nothing none others "
     "other both all some any most more less much enough such own "
@@ -114,7 +114,7 @@ OTHERS = _set(
     "am is are was were be been being has have had having do does did done can could will would "
     "shall should may might must isn't aren't wasn't weren't don't doesn't didn't can't cannot "
     "couldn't won't there's it's that's he's she's they're "
-    # conjunctions, prepositions that say no place, adverbs
+    # conjunctions, prepositions without a place, adverbs
     "and or but nor so yet if then than because since while when where who whom whose which what "
     "why how although though as at by for from of to with without about after before during until "
     "like unlike via per except up down out away not no yes just only also too very quite rather "
@@ -158,7 +158,7 @@ _THINGS_ING = _set(
 _PLACES_ING = _set("living dining swimming cutting parking washing skating baking shopping sewing")
 _THINGS_ED = _set("bed beds red shed sled seed weed breed speed steed feed reed moped")
 NO_VERBS = _PLACES_ING | _THINGS_ED | _THINGS_ING | {word + "s" for word in _THINGS_ING}
-"""Things for all that they end in -ing or -ed; the places stand before one: "dining table"."""
+"""Nouns in -ing or -ed, and words in -ing before a noun: "dining table"."""
 NO_ADVERBS = _set(
     "family fly belly jelly butterfly lily assembly ally dragonfly italy july friendly"
 )

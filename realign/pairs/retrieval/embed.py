@@ -21,7 +21,7 @@ from realign.modeling.loading import DTYPES, load_model, load_processor
 Encode = Callable[[list[Image.Image]], torch.Tensor]
 """A batch of images -> (images, D)."""
 
-_SIDE = 448  # pixels; larger images are reduced for towers that take any size
+_SIDE = 448  # pixels; larger images are reduced for towers that accept any size
 _LONGEST = 20  # times the shorter side; only the middle of longer images is embedded
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -31,7 +31,7 @@ class Embedder:
 
     Args:
         name: folder or hub name of a CLIP or SigLIP model; "st:NAME" or "sentence-transformers/..."
-            for a model of that package; None takes the VLM's own tower: its last states averaged
+            for a model of that package; None uses the VLM's own tower: its last states averaged
             over the patches or, in families with tiles or images of any size, the averaged features
             that the language model sees, of images reduced to 448 pixels.
         vlm_name: folder or hub name of the VLM; the shipped digits model when None. Its language
@@ -94,7 +94,7 @@ class Embedder:
             parts.append(states.cpu().numpy())
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
-            remedy = "take --dtype fp32" if self.dtype != torch.float32 else "check its weights"
+            remedy = "use --dtype fp32" if self.dtype != torch.float32 else "check its weights"
             raise ValueError(
                 f"embeddings by {self.name or self.vlm_name or 'the digits model'} are not finite; "
                 f"{remedy}."
@@ -103,15 +103,15 @@ class Embedder:
 
     def _inputs(self, processor: Any, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Inputs of a batch, made in threads."""
-        share = -(-len(images) // _THREADS)
-        shares = [images[i : i + share] for i in range(0, len(images), share)]
+        size = -(-len(images) // _THREADS)
+        chunks = [images[i : i + size] for i in range(0, len(images), size)]
         with ThreadPoolExecutor(_THREADS) as pool:
-            made = pool.map(lambda part: processor(images=part, return_tensors="pt"), shares)
-            parts = list(map(bundle_of, made))
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            encoded = pool.map(lambda part: processor(images=part, return_tensors="pt"), chunks)
+            parts = list(map(bundle_of, encoded))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in joined.items()
+            for name, value in tensors.items()
         }
 
     def _open_encoder(self, name: str) -> Encode:
@@ -141,8 +141,8 @@ class Embedder:
                 return encode
         raise ValueError(
             f"--embed-model {name} is a {encoder.config.model_type!r} model without one feature "
-            "vector for an image; name a CLIP or SigLIP model, or leave it out to use the VLM's "
-            "own tower."
+            "vector for an image; name a CLIP or SigLIP model, or omit --embed-model to "
+            "use the VLM's own tower."
         )
 
     def _open_sentence_transformer(self, name: str) -> Encode:
@@ -189,25 +189,25 @@ class Embedder:
                 return tower(pixel_values=pixels).last_hidden_state.float().mean(1)
 
             return states
-        image, decoder = layout_of(vlm).image_token_id, vlm.model.get_decoder()
+        image_token, decoder = layout_of(vlm).image_token_id, vlm.model.get_decoder()
         for part in [n for n, child in vlm.model.named_children() if child is decoder]:
             setattr(vlm.model, part, None)
-        kept: Any = SimpleNamespace(model=vlm.model.to(self.device))
+        encoder: Any = SimpleNamespace(model=vlm.model.to(self.device))
 
         def encode(images: list[Image.Image]) -> torch.Tensor:
-            made = [_bundle(processor, picture, image) for picture in images]
-            bundles, tokens = zip(*made, strict=True)
-            placed = collate(bundles, tokens).to(self.device, self.dtype)
-            found = features(kept, placed)
-            return torch.stack([next(iter(f.values())).float().mean(0) for f in found])
+            encoded = [_bundle(processor, image, image_token) for image in images]
+            bundles, tokens = zip(*encoded, strict=True)
+            batch = collate(bundles, tokens).to(self.device, self.dtype)
+            by_image = features(encoder, batch)
+            return torch.stack([next(iter(f.values())).float().mean(0) for f in by_image])
 
         return encode
 
 
 def _is_plain(processor: Any) -> bool:
-    """Whether a processor makes one tensor of one size of every image, and nothing else."""
-    made = [_bundle(processor, Image.new("RGB", size), 0)[0] for size in ((64, 64), (440, 110))]
-    shapes = [tuple(one["pixel_values"].shape) for one in made if set(one) == {"pixel_values"}]
+    """Whether a processor returns only `pixel_values`, of one size for every image."""
+    bundles = [_bundle(processor, Image.new("RGB", size), 0)[0] for size in ((64, 64), (440, 110))]
+    shapes = [tuple(b["pixel_values"].shape) for b in bundles if set(b) == {"pixel_values"}]
     return len(shapes) == 2 and len(set(shapes)) == 1 and len(shapes[0]) == 4 and shapes[0][0] == 1
 
 
@@ -218,12 +218,12 @@ def _bundle(
     if max(image.size) > _SIDE:
         image = image.copy()
         image.thumbnail((_SIDE, _SIDE))
-    made = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
-    return bundle_of(made), int((made["input_ids"] == image_token).sum())
+    encoded = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
+    return bundle_of(encoded), int((encoded["input_ids"] == image_token).sum())
 
 
 def _crop_strip(image: Image.Image) -> Image.Image:
-    """The middle of a strip, which a processor would enlarge by its shorter side to gigabytes."""
+    """The middle of a strip, which a processor would enlarge to gigabytes."""
     longest = _LONGEST * min(image.size)
     if max(image.size) <= longest:
         return image

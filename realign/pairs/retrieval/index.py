@@ -1,8 +1,8 @@
-"""Nearest neighbours by cosine among up to millions of images, near-duplicates left out.
+"""Nearest neighbours by cosine among up to millions of images, without near-duplicates.
 
 An `Index` finds candidates. The similarities it returns are always the exact fp32 inner products
-with its vectors, so all kinds agree on similarities, ties and duplicates. `neighbours` leaves out
-the images that are no neighbours.
+with its vectors, so all kinds agree on similarities, ties and duplicates. `neighbours` excludes
+duplicates and images outside of the similarity limits.
 
 Recall, time and memory: docs/pairs.md, Search.
 """
@@ -38,7 +38,7 @@ _QUERIES = 4096  # in a block of queries
 class Index:
     """Finds the nearest of many unit vectors.
 
-    Exact search runs in torch, on a GPU where there is one with room for the vectors. The others
+    Exact search runs in torch, on a GPU if its memory holds the vectors. The other kinds
     run in FAISS and keep fp16 vectors: ivf on a GPU with faiss-gpu, hnsw on the CPU.
 
     Args:
@@ -59,7 +59,7 @@ class Index:
         if kind in ("ivf", "hnsw") and not _has_faiss():
             raise ValueError(
                 f"index {kind!r} needs FAISS, which is not installed: pip install 'realign[cpu]', "
-                "or 'realign[gpu]' on a CUDA machine; or take the exact index."
+                "or 'realign[gpu]' on a CUDA machine; or use the exact index."
             )
         self.kind = self.used = kind
         self.vectors = np.empty((0, 0), np.float32)
@@ -75,7 +75,7 @@ class Index:
             vectors: (N, D) unit vectors, fp32 or fp16.
 
         Raises:
-            ValueError: for anything but a table of at least one vector.
+            ValueError: for an empty array, or one that is not two-dimensional.
         """
         self._hold(vectors)
         if self.used == "ivf":
@@ -93,7 +93,7 @@ class Index:
             faiss.write_index(self._faiss, str(path))
 
     def load(self, path: str | Path, vectors: np.ndarray) -> Index:
-        """As `build`, from a file that `save` wrote for the same vectors.
+        """Index the vectors with a file that `save` wrote for them.
 
         Raises:
             ValueError: when the file holds another number or size of vectors.
@@ -103,10 +103,10 @@ class Index:
             import faiss
 
             self._faiss = faiss.read_index(str(path))
-            have = (self._faiss.ntotal, self._faiss.d)
-            if have != vectors.shape:
+            shape = (self._faiss.ntotal, self._faiss.d)
+            if shape != vectors.shape:
                 raise ValueError(
-                    f"{path} is an index of {have[0]} vectors of size {have[1]}, not of the "
+                    f"{path} is an index of {shape[0]} vectors of size {shape[1]}, not of the "
                     f"{vectors.shape[0]} of size {vectors.shape[1]} given. Build it again."
                 )
             if self.used == "ivf":
@@ -131,15 +131,15 @@ class Index:
             raise ValueError("the index is empty; give it vectors with build().")
         similarities = np.full((len(queries), k), -np.inf, dtype=np.float32)
         indices = np.full((len(queries), k), -1, dtype=np.int64)
-        most = min(k, len(self.vectors))
+        width = min(k, len(self.vectors))
         for start in range(0, len(queries), _QUERIES):
-            part = slice(start, start + _QUERIES)
-            block = np.array(queries[part], dtype=np.float32, order="C")
-            found = self._candidates(block, most)
-            exact = self._similarities(block, found)
-            order = np.lexsort((found, -exact), axis=-1)
-            similarities[part, :most] = np.take_along_axis(exact, order, 1)
-            indices[part, :most] = np.take_along_axis(found, order, 1)
+            rows = slice(start, start + _QUERIES)
+            block = np.array(queries[rows], dtype=np.float32, order="C")
+            candidates = self._candidates(block, width)
+            exact = self._similarities(block, candidates)
+            order = np.lexsort((candidates, -exact), axis=-1)
+            similarities[rows, :width] = np.take_along_axis(exact, order, 1)
+            indices[rows, :width] = np.take_along_axis(candidates, order, 1)
         return similarities, indices
 
     def describe(self) -> str:
@@ -161,7 +161,7 @@ class Index:
     def _hold(self, vectors: np.ndarray) -> None:
         if vectors.ndim != 2 or not len(vectors):
             raise ValueError(
-                f"an index takes a table of one vector a row, not one of shape {vectors.shape}."
+                f"an index needs one vector in each row of a table, not the shape {vectors.shape}."
             )
         self.vectors, self.used = vectors, self.kind
         self._first = self._faiss = self._faiss_gpu = self._on_gpu = None
@@ -188,28 +188,28 @@ class Index:
     def _brute_force(self, queries: np.ndarray, k: int) -> np.ndarray:
         """(Q, k) indices of the largest inner products, block by block."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        rows = torch.from_numpy(queries).to(device)
-        best = torch.empty(len(queries), 0, device=device)
-        places = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+        query_rows = torch.from_numpy(queries).to(device)
+        best_values = torch.empty(len(queries), 0, device=device)
+        best_indices = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
         blocks = self._on_gpu or map(torch.from_numpy, _blocks(self.vectors))
         for i, block in enumerate(blocks):
-            values, found = (rows @ block.to(device).T).topk(min(k, len(block)))
-            values = torch.cat([best, values], 1)
-            found = torch.cat([places, found + BLOCK * i], 1)
-            best, order = values.topk(min(k, values.shape[1]))
-            places = found.gather(1, order)
-        return places.cpu().numpy()
+            values, block_indices = (query_rows @ block.to(device).T).topk(min(k, len(block)))
+            values = torch.cat([best_values, values], 1)
+            block_indices = torch.cat([best_indices, block_indices + BLOCK * i], 1)
+            best_values, order = values.topk(min(k, values.shape[1]))
+            best_indices = block_indices.gather(1, order)
+        return best_indices.cpu().numpy()
 
-    def _similarities(self, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """(Q, k) exact inner products; -inf where `found` is -1."""
-        exact = np.empty(found.shape, dtype=np.float32)
-        step = max(1, _FLOATS // max(1, found.shape[1] * queries.shape[1]))
+    def _similarities(self, queries: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """(Q, k) exact inner products; -inf where `indices` is -1."""
+        exact = np.empty(indices.shape, dtype=np.float32)
+        step = max(1, _FLOATS // max(1, indices.shape[1] * queries.shape[1]))
         for start in range(0, len(queries), step):
-            part = slice(start, start + step)
-            near = self.vectors[found[part]].astype(np.float32, copy=False)
+            rows = slice(start, start + step)
+            candidates = self.vectors[indices[rows]].astype(np.float32, copy=False)
             # Not a matrix product: BLAS rounds equal vectors at other places differently.
-            exact[part] = np.einsum("qd,qkd->qk", queries[part], near)
-        exact[found < 0] = -np.inf
+            exact[rows] = np.einsum("qd,qkd->qk", queries[rows], candidates)
+        exact[indices < 0] = -np.inf
         return exact
 
 
@@ -234,7 +234,7 @@ def neighbours(
         floor: images less similar than this are no neighbours.
         hash_distance: images whose hashes differ in at most this many bits are near-duplicates; -1
             compares no hashes.
-        index: built here on `vectors` if it was not.
+        index: is built on `vectors` if it was not.
         queries: the rows to find neighbours of; all by default.
 
     Returns:
@@ -254,33 +254,33 @@ def neighbours(
     if index.vectors is not vectors:
         index.build(vectors)
     first = index.first_of_image(hashes)
-    images, back = np.unique(first[queries], return_inverse=True)
+    images, inverse = np.unique(first[queries], return_inverse=True)
     indices = np.full((len(images), k), -1, dtype=np.int64)
     similarities = np.full((len(images), k), -np.inf, dtype=np.float32)
-    open_, wanted = np.arange(len(images)), min(len(vectors), k + _SPARE)
-    # Duplicates take places, and a tie with the last candidate may continue after it: search wider
-    # for the images that have fewer than k usable ones above the last.
-    while len(open_):
-        step, left = max(1, _FLOATS // wanted), []
-        for start in range(0, len(open_), min(step, _QUERIES)):
-            rows = open_[start : start + min(step, _QUERIES)]
-            own = images[rows]
-            values, found = index.search(vectors[own], wanted)
-            usable = (found >= 0) & (first[found] == found) & (found != own[:, None])
+    pending, width = np.arange(len(images)), min(len(vectors), k + _SPARE)
+    # Duplicates use up candidates, and ties with the last one may continue after it. So the search
+    # is repeated with more candidates for images with fewer than k usable ones above the last.
+    while len(pending):
+        step, unfinished = max(1, _FLOATS // width), []
+        for start in range(0, len(pending), min(step, _QUERIES)):
+            rows = pending[start : start + min(step, _QUERIES)]
+            query_rows = images[rows]
+            values, candidates = index.search(vectors[query_rows], width)
+            usable = (candidates >= 0) & (first[candidates] == candidates)
+            usable &= candidates != query_rows[:, None]
             usable &= (values < ceiling) & (values >= floor)
             if hash_distance >= 0:
-                usable &= hamming(hashes[own][:, None], hashes[found]) > hash_distance
+                usable &= hamming(hashes[query_rows][:, None], hashes[candidates]) > hash_distance
             last = values[:, -1:]
             enough = (usable & (values > last + _ROUNDING)).sum(1) >= k
-            seen_all = (found[:, -1] < 0) | (last[:, 0] < floor) | (wanted == len(vectors))
-            left.append(rows[~(enough | seen_all)])
-            kept = np.argsort(~usable, axis=1, kind="stable")[:, :k]
-            width = kept.shape[1]
-            found, values = np.where(usable, found, -1), np.where(usable, values, -np.inf)
-            indices[rows, :width] = np.take_along_axis(found, kept, 1)
-            similarities[rows, :width] = np.take_along_axis(values, kept, 1)
-        open_, wanted = np.concatenate(left), min(len(vectors), 4 * wanted)
-    return indices[back], similarities[back]
+            seen_all = (candidates[:, -1] < 0) | (last[:, 0] < floor) | (width == len(vectors))
+            unfinished.append(rows[~(enough | seen_all)])
+            nearest = np.argsort(~usable, axis=1, kind="stable")[:, :k]
+            candidates, values = np.where(usable, candidates, -1), np.where(usable, values, -np.inf)
+            indices[rows, : nearest.shape[1]] = np.take_along_axis(candidates, nearest, 1)
+            similarities[rows, : nearest.shape[1]] = np.take_along_axis(values, nearest, 1)
+        pending, width = np.concatenate(unfinished), min(len(vectors), 4 * width)
+    return indices[inverse], similarities[inverse]
 
 
 def _has_faiss() -> bool:
@@ -294,7 +294,7 @@ def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _build_ivf(vectors: np.ndarray) -> Any:
-    """An inverted file of FAISS with 4 lists for the square root of the number of vectors."""
+    """An inverted file of FAISS with 4 sqrt(N) lists for N vectors."""
     import faiss
 
     count, size = vectors.shape
@@ -305,7 +305,7 @@ def _build_ivf(vectors: np.ndarray) -> Any:
         lists,
         faiss.ScalarQuantizer.QT_fp16,
         faiss.METRIC_INNER_PRODUCT,
-        False,  # whole vectors, not their difference from the centre: fp16 has the bits for both
+        False,  # complete vectors, not residuals: fp16 is accurate enough for both
     )
     index.cp.min_points_per_centroid = 1  # no warning on standard output for small sets
     sample = min(count, _POINTS_PER_LIST * lists)
@@ -327,7 +327,7 @@ def _gpu_copy(index: Any) -> tuple[Any, Any] | None:
 
 
 def _build_hnsw(vectors: np.ndarray) -> Any:
-    """A graph of FAISS, built on one thread: several would build another graph in each run."""
+    """A graph of FAISS, built on one thread: several threads would vary it."""
     import faiss
 
     # Of unit vectors the nearest by distance are the nearest by cosine.

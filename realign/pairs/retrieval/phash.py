@@ -1,4 +1,4 @@
-"""Perceptual hash: 64 bits that change little when an image is stored again.
+"""Perceptual hash: 64 bits that change little when an image is encoded again.
 
 The signs of a picture's 64 lowest frequencies (a 2-D DCT of its 32 x 32 grey levels, without the
 mean). Two copies differ in few bits, two unrelated images in 32 on average (standard deviation 4).
@@ -8,13 +8,13 @@ Measured on 240 generated images with the spectra of photographs:
 |---|---|---|---|
 | resized to 1/2 or 1.7, JPEG of quality 60, brightness +- 10 % | 1 | 4 | 100 % |
 | 2 % of width and height cut off | 7 | 9 | 99.6 % |
-| that, halved and stored as JPEG of quality 60 | 7 | 9 | 99.2 % |
+| the same, then resized to 1/2 and JPEG of quality 60 | 7 | 9 | 99.2 % |
 | 4 % cut off | 11 | 16 | 78 % |
 
-and unrelated ones differ in 15 bits at least, of 28,680 pairs. On 38 photographs and parts of them
-each of the first three is found at 97 % and more (the missed part is white sky), and
-unrelated parts differ in 17 bits at least. Scenes of four noisy digits on 16 x 16 pixels are the
-hard case on the other side: of 4.5 million pairs of different ones 18 are within 8 bits.
+Unrelated images differ in at least 15 bits, in 28,680 pairs. On 38 photographs and crops of them,
+97 % or more of each of the first three changes are found (the missed crop is white sky), and
+unrelated crops differ in at least 17 bits. Scenes of four noisy digits on 16 x 16 pixels are the
+hard case for false matches: 18 of 4.5 million pairs of different scenes are within 8 bits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _cosines() -> np.ndarray:
 
 
 def _lowest() -> tuple[np.ndarray, np.ndarray]:
-    """The 64 lowest frequencies but the mean, (down, across), along the anti-diagonals."""
+    """The 64 lowest frequencies except the mean, (down, across), along the anti-diagonals."""
     pairs = [(down, sum_ - down) for sum_ in range(1, 16) for down in range(sum_ + 1)][:64]
     down, across = np.array(pairs).T
     return down, across
@@ -51,10 +51,10 @@ _PLACES = _lowest()
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """The hash of an image, 64 bits; that of a flat image of any colour is 0.
+    """The hash of an image, 64 bits; 0 for a flat image of any colour.
 
     Args:
-        image: of any mode that Pillow turns to grey, and any size.
+        image: of any size, and any mode that Pillow converts to grey.
     """
     grey = image.convert("L")
     small = grey.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -64,7 +64,7 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """In how many bits hashes differ; uint64 arrays that broadcast, int64 of their common shape."""
+    """Number of different bits; uint64 arrays that broadcast, int64 of their common shape."""
     return np.bitwise_count(np.bitwise_xor(a, b)).astype(np.int64)
 
 
@@ -77,20 +77,20 @@ def first_of_image(
     Rows show the same image when their hashes are equal and their cosine is at least `IDENTICAL`.
     """
     first = np.arange(len(hashes))
-    open_ = np.argsort(hashes, kind="stable")
-    while len(open_):
-        sorted_ = hashes[open_]
-        leads = np.concatenate([[True], sorted_[1:] != sorted_[:-1]])
-        lead = open_[np.maximum.accumulate(np.where(leads, np.arange(len(open_)), 0))]
-        rest, step = [], max(1, _FLOATS // vectors.shape[1])
-        follow, lead = open_[~leads], lead[~leads]
+    pending = np.argsort(hashes, kind="stable")
+    while len(pending):
+        sorted_hashes = hashes[pending]
+        leads = np.concatenate([[True], sorted_hashes[1:] != sorted_hashes[:-1]])
+        lead = pending[np.maximum.accumulate(np.where(leads, np.arange(len(pending)), 0))]
+        unmatched, step = [], max(1, _FLOATS // vectors.shape[1])
+        follow, lead = pending[~leads], lead[~leads]
         for start in range(0, len(follow), step):
-            rows, theirs = follow[start : start + step], lead[start : start + step]
+            rows, leaders = follow[start : start + step], lead[start : start + step]
             cosine = np.einsum(
-                "nd,nd->n", vectors[rows], vectors[theirs], dtype=np.float32, casting="same_kind"
+                "nd,nd->n", vectors[rows], vectors[leaders], dtype=np.float32, casting="same_kind"
             )
             same = cosine >= IDENTICAL
-            first[rows[same]] = theirs[same]
-            rest.append(rows[~same])
-        open_ = np.concatenate([np.empty(0, dtype=np.int64), *rest])
+            first[rows[same]] = leaders[same]
+            unmatched.append(rows[~same])
+        pending = np.concatenate([np.empty(0, dtype=np.int64), *unmatched])
     return first

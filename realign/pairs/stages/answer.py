@@ -40,31 +40,31 @@ class Answer(ChatStage):
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
         """Ask for the missing responses."""
         left_out = []
-        asked, requests = [], []
-        without = [row for row in inputs["read"] if not row["chosen"]]
-        images = load_in_threads(chat_images, map(images_of, without))
-        for row, loaded in zip(without, images, strict=True):
+        asked_ids, requests = [], []
+        unanswered = [row for row in inputs["read"] if not row["chosen"]]
+        images = load_in_threads(chat_images, map(images_of, unanswered))
+        for row, loaded in zip(unanswered, images, strict=True):
             if isinstance(loaded, PictureError):
                 left_out.append(self.invalid(row["id"], loaded.reason, loaded.detail))
             else:
-                asked.append(row["id"])
+                asked_ids.append(row["id"])
                 requests.append(answer_chat(record_of(row), loaded))
-        replies = dict(zip(asked, (yield requests), strict=True))
+        replies = dict(zip(asked_ids, (yield requests), strict=True))
         rows = []
         for row in inputs["read"]:
             name, chosen, model = row["id"], row["chosen"], None
             if (reply := replies.get(name)) is not None:
                 chosen, model = parse_answer(reply), self.engine_name
-                if fault := _fault_of(reply, chosen):
-                    left_out.append(self.invalid(name, *fault))
+                if problem := _problem_of(reply, chosen):
+                    left_out.append(self.invalid(name, *problem))
                     continue
             if chosen:
                 rows.append({"id": name, "chosen": chosen, "answer_model": model})
         return rows, left_out
 
 
-def _fault_of(reply: Reply, text: str | None) -> tuple[str, str] | None:
-    """(reason, detail) why a reply gives no response; `text` is its parsed text."""
+def _problem_of(reply: Reply, text: str | None) -> tuple[str, str] | None:
+    """(reason, detail) of an invalid reply, else None; `text` is its parsed text."""
     if reply.error:
         return NO_REPLY, reply.error
     if reply.cut:

@@ -1,4 +1,4 @@
-"""Assemble: rows of all stages to preference records, with a visual negative of the asked kind.
+"""Assemble: rows of all stages to preference records, with the requested visual negative.
 
 The rejected response is always completed on the retrieved neighbour. The visual negative is that
 neighbour's image or, for comparisons, the image of a random record or the record's own image
@@ -25,25 +25,25 @@ from realign.pairs.masking.mask import Masked
 from realign.pairs.negatives import DERIVED, visual_negative
 from realign.pairs.stages.base import IMAGES, Result, Stage, rng_of
 
-_DRAWS = 100  # random records that are looked at before the neighbour is used
+_DRAWS = 100  # random records that are tried before the neighbour is used
 
 
 def derived_negatives(config: PairsConfig, row: Row) -> tuple[StoredImage, ...]:
-    """Visual negatives made of the images of a row of read.
+    """Visual negatives from the images of a row of read.
 
     Raises:
-        PictureError: when one cannot be read.
+        PictureError: when an image cannot be read.
     """
-    made = []
+    negatives = []
     for i, stored in enumerate(images_of(row)):
         rng = rng_of(config.seed, row["id"], f"negative {i}")
         image = visual_negative(config.negative, load_picture(stored), rng)
-        made.append(StoredImage.from_pil(image))
-    return tuple(made)
+        negatives.append(StoredImage.from_pil(image))
+    return tuple(negatives)
 
 
 class Derive(Stage):
-    """Visual negatives of the finished pairs, where they are made of the records' own images."""
+    """Visual negatives of the finished pairs, of a kind made from the records' own images."""
 
     name = "negative"
     needs = ("read", "filter")
@@ -59,8 +59,8 @@ class Derive(Stage):
         accepted = by_id(inputs["filter"])
         sources = [row for row in inputs["read"] if row["id"] in accepted]
         rows, left_out = [], []
-        made = load_in_threads(lambda row: derived_negatives(self.config, row), sources)
-        for row, images in zip(sources, made, strict=True):
+        negatives = load_in_threads(lambda row: derived_negatives(self.config, row), sources)
+        for row, images in zip(sources, negatives, strict=True):
             if isinstance(images, PictureError):  # it was readable before
                 left_out.append(self.invalid(row["id"], images.reason, images.detail))
             else:
@@ -85,8 +85,8 @@ class Assembler:
         self._hashes = np.load(folders["retrieve"] / "hashes.npy")
         self._places = lru_cache(1)(self._places_of)
         # Ids of records with an image that other readers decode differently: usually few.
-        odd = [i for i, plain in enumerate(self._all["plain"].to_pylist()) if not all(plain)]
-        self._odd = set(self._all["id"].take(pa.array(odd, pa.int64())).to_pylist())
+        not_plain = [i for i, plain in enumerate(self._all["plain"].to_pylist()) if not all(plain)]
+        self._not_plain = set(self._all["id"].take(pa.array(not_plain, pa.int64())).to_pylist())
 
     def pairs(self) -> Iterator[Record]:
         """The finished pairs, in the order of the data; one shard is in memory at a time."""
@@ -101,7 +101,7 @@ class Assembler:
             yield from self.records(inputs, number, accepted)
 
     def typed(self) -> bool:
-        """Whether the prompt of some record is in typed parts."""
+        """Whether any record has a prompt in typed parts."""
         read = Shards(self._folders["read"])
         prompts = (read.table(number, ["prompt"])["prompt"].to_pylist() for number in read.done())
         return any(has_parts(json.loads(prompt)) for part in prompts for prompt in part)
@@ -112,12 +112,12 @@ class Assembler:
         """Records of one shard.
 
         Args:
-            inputs: rows of the stages before filter, by name, and derived negatives if there are.
+            inputs: rows of the stages before filter, by name, and derived negatives if any.
             number: of the shard.
             accepted: id -> a row of filter, or its columns so far: rank and rejected.
 
         Returns:
-            Those records, in the order of the data.
+            The accepted records, in the order of the data.
         """
         config = self._config
         near = {row["id"]: row["neighbours"] for row in inputs["retrieve"]}
@@ -163,7 +163,7 @@ class Assembler:
         neighbours: Mapping[str, Row],
         derived: Mapping[str, tuple[StoredImage, ...]],
     ) -> dict[str, tuple[str | None, tuple[StoredImage, ...]]]:
-        """Record -> visual negative: the record of its images, None for derived ones; and these."""
+        """Record -> (id of the record of the negative, None for a derived one; its images)."""
         config = self._config
         if config.negative in DERIVED:
             return {
@@ -173,20 +173,21 @@ class Assembler:
         keys = {name: (near["shard"], near["id"]) for name, near in neighbours.items()}
         if config.negative == "random":
             keys = {row["id"]: self._random(row, number, keys[row["id"]]) for row in rows}
-        found = self._lookup.rows(keys.values())
+        rows_of = self._lookup.rows(keys.values())
         return {
-            name: (key[1], self._plain(key[1], images_of(found[key]))) for name, key in keys.items()
+            name: (key[1], self._plain(key[1], images_of(rows_of[key])))
+            for name, key in keys.items()
         }
 
     def _random(self, row: Row, number: int, neighbour: tuple[int, str]) -> tuple[int, str]:
         """(shard, id) of a random record with another image and as many of them, or `neighbour`."""
         shards, names = self._all["shard"], self._all["id"]
         rng = rng_of(self._config.seed, row["id"], "random negative")
-        own = self._hashes[self._places(number)[row["id"]]]
-        for place in rng.integers(len(names), size=_DRAWS).tolist():
-            alike = len(self._all["plain"][place]) == len(row["images"])
-            if alike and self._hashes[place] != own:
-                return shards[place].as_py(), names[place].as_py()
+        own_hash = self._hashes[self._places(number)[row["id"]]]
+        for index in rng.integers(len(names), size=_DRAWS).tolist():
+            same_count = len(self._all["plain"][index]) == len(row["images"])
+            if same_count and self._hashes[index] != own_hash:
+                return shards[index].as_py(), names[index].as_py()
         return neighbour
 
     def _places_of(self, number: int) -> dict[str, int]:
@@ -198,4 +199,4 @@ class Assembler:
 
     def _plain(self, name: str, images: tuple[StoredImage, ...]) -> tuple[StoredImage, ...]:
         """Images as every reader decodes them."""
-        return tuple(map(plain_picture, images)) if name in self._odd else images
+        return tuple(map(plain_picture, images)) if name in self._not_plain else images

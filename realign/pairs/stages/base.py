@@ -31,7 +31,7 @@ IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 class Stage:
-    """One step. Subclasses set the names and write `settings` and `run`.
+    """One step. Subclasses set the names and define `settings` and `run`.
 
     Args:
         config: of the run.
@@ -39,10 +39,10 @@ class Stage:
     Attributes:
         name: of the stage, and of its folder.
         needs: the stages whose rows `run` receives.
-        columns: of a stage in `needs`, the columns that `run` receives; all if it is not listed.
+        columns: stage in `needs` -> the columns that `run` receives; all without an entry.
         version: of the code; raise it when the same settings give other rows.
         schema: of the rows; every stage has a column `id`.
-        folder: of its shards; set before `prepare`, as the next one.
+        folder: of its shards; the runner sets it and `folders` before `prepare`.
         folders: of the stages before it, by name.
         shared: set by `prepare`: digest of the inputs that all shards have in common.
         tick: called with a number of finished records, for the progress bar.
@@ -63,15 +63,15 @@ class Stage:
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether a worker of Ray needs a GPU for it, where there are any."""
+        """Whether a worker of Ray needs a GPU for it, if the cluster has any."""
         return False
 
     def settings(self) -> Row:
-        """What the rows depend on besides the stages needed, as JSON values."""
+        """The settings that the rows depend on, besides the stages in `needs`, as JSON values."""
         return {}
 
     def prepare(self) -> None:
-        """Make files that all shards share, in the stage's folder, if absent; in every run."""
+        """Make absent files that all shards share, in the stage's folder; every run calls it."""
 
     def open(self) -> None:
         """Load models; once in a process, before the first shard."""
@@ -104,13 +104,13 @@ class Stage:
 
 
 class ChatStage(Stage):
-    """A stage that may ask a chat model: subclasses write `script`, not `run`.
+    """A stage that may ask a chat model: subclasses define `script`, not `run`.
 
     Attributes:
-        engine_spec: name of the engine, for `make_engine`; None asks none.
+        engine_spec: name of the engine, for `make_engine`; None for no engine.
         report: prints the estimated cost before the first requests are sent; None prints nothing.
         records: number of records of all shards to make, for the estimate.
-        rounds: most repetitions of the first requests with other images.
+        rounds: maximum number of rounds of requests, each with other images.
     """
 
     engine_spec: str | None = None
@@ -121,7 +121,7 @@ class ChatStage(Stage):
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether the engine computes here; an endpoint computes elsewhere."""
+        """Whether the engine runs in this process; an endpoint runs on a server."""
         return self.engine_spec is not None and not is_endpoint(self.engine_spec)
 
     def open(self) -> None:
@@ -161,11 +161,11 @@ class ChatStage(Stage):
         if self.report is None or not requests:
             return
         assert self.engine is not None
-        here = max(map(len, inputs.values()))
-        total = max(1, round(len(requests) * self.records / here))
+        shard_records = max(map(len, inputs.values()))
+        total = max(1, round(len(requests) * self.records / shard_records))
         if cost := self.engine.estimate(requests, total):
-            further = f"; up to {self.rounds} times that, as a record may take as many tries"
-            self.report(f"{self.name}: {cost}{further if self.rounds > 1 else ''}")
+            repeated = f"; up to {self.rounds} times that, as a record may take as many tries"
+            self.report(f"{self.name}: {cost}{repeated if self.rounds > 1 else ''}")
         self.report = None
 
     @property

@@ -14,7 +14,7 @@ from realign.pairs.retrieval.embed import Embedder
 from realign.pairs.retrieval.phash import perceptual_hash
 from realign.pairs.stages.base import Result, Stage
 
-_SIDE = 1024  # pixels of the longer side; a batch of full-size photographs takes gigabytes
+_SIDE = 1024  # pixels of the longer side; a batch of full-size photographs needs gigabytes
 
 
 class Embed(Stage):
@@ -28,7 +28,7 @@ class Embed(Stage):
             "embedding": pa.list_(pa.float32()),
             "phash": pa.uint64(),
             "size": pa.list_(pa.int32()),
-            "plain": pa.list_(pa.bool_()),  # of each image: every reader decodes it alike
+            "plain": pa.list_(pa.bool_()),  # for each image: whether every reader decodes it alike
         }
     )
 
@@ -36,7 +36,7 @@ class Embed(Stage):
 
     @property
     def uses_gpu(self) -> bool:
-        """The encoder does."""
+        """The encoder runs on a GPU."""
         return True
 
     def settings(self) -> Row:
@@ -65,10 +65,10 @@ class Embed(Stage):
         sources, size = inputs["read"], self.config.batch_size
         batches = [sources[i : i + size] for i in range(0, len(sources), size)]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            ahead = [pool.submit(self._decode, row) for row in (batches or [[]])[0]]
+            pending = [pool.submit(self._decode, row) for row in (batches or [[]])[0]]
             for following in [*batches[1:], []]:
-                decoded = [future.result() for future in ahead]
-                ahead = [pool.submit(self._decode, row) for row in following]
+                decoded = [future.result() for future in pending]
+                pending = [pool.submit(self._decode, row) for row in following]
                 left_out += [entry for entry in decoded if isinstance(entry, InvalidRecord)]
                 readable = [entry for entry in decoded if not isinstance(entry, InvalidRecord)]
                 self.tick(len(decoded))
@@ -78,7 +78,7 @@ class Embed(Stage):
         return rows, left_out
 
     def _decode(self, row: Row) -> tuple[Image.Image, Row] | InvalidRecord:
-        """The first image, reduced, and the columns but the embedding."""
+        """The first image, reduced, and the columns except the embedding."""
         try:
             decoded = [stored.decode() for stored in images_of(row)]
             if not decoded:

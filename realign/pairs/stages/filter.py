@@ -1,4 +1,4 @@
-"""Filter: the attempt of each record, if any, that becomes its rejected response."""
+"""Filter: selects the attempt of each record that becomes its rejected response."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Filter(ChatStage):
     def __init__(self, config: PairsConfig) -> None:
         super().__init__(config)
         self._filters = make_filters(config)
-        self._needs_records = any(one.needs_record for one in self._filters)
+        self._needs_records = any(f.needs_record for f in self._filters)
         stages = ("read", config.response_stage, "retrieve", "mask", "refill")
         self.needs = tuple(dict.fromkeys(stages))
         self.engine_spec = config.judge
@@ -42,14 +42,14 @@ class Filter(ChatStage):
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether a filter or the engine computes here."""
-        return any(one.uses_gpu for one in self._filters) or super().uses_gpu
+        """Whether a filter or the engine runs in this process."""
+        return any(f.uses_gpu for f in self._filters) or super().uses_gpu
 
     def settings(self) -> Row:
-        """The settings of all filters, and of the visual negative where one looks at it."""
+        """The settings of all filters, and of the visual negative if a filter uses it."""
         settings: Row = {}
-        for one in self._filters:
-            settings |= one.settings()
+        for pair_filter in self._filters:
+            settings |= pair_filter.settings()
         if self._needs_records:
             settings |= {"negative": self.config.negative, "seed": self.config.seed}
         return settings
@@ -57,45 +57,45 @@ class Filter(ChatStage):
     def open(self) -> None:
         """Load the models of the filters."""
         super().open()
-        for one in self._filters:
-            one.open()
+        for pair_filter in self._filters:
+            pair_filter.open()
         if self._needs_records:
             self._assembler = Assembler(self.config, self.folders)
 
     def close(self) -> None:
-        """Release them."""
+        """Release the models of the filters."""
         super().close()
-        for one in self._filters:
-            one.close()
+        for pair_filter in self._filters:
+            pair_filter.close()
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
         """Filter the attempts that passed refill, one of each record at a time."""
         attempts = {row["id"]: row["attempts"] for row in inputs["refill"]}
-        passed = {name: [a for a in tried if not a["reason"]] for name, tried in attempts.items()}
+        passed = {n: [a for a in tries if not a["reason"]] for n, tries in attempts.items()}
         chosen = {row["id"]: row["chosen"] for row in inputs[self.config.response_stage]}
         last: dict[str, Candidate] = {}  # the latest candidate of each record
         for place in range(max(map(len, passed.values()), default=0)):
-            tried = []
-            for name, texts in passed.items():
-                filtered = name not in last or last[name].reason
-                if filtered and place < len(texts):
-                    row = {"rank": texts[place]["rank"], "rejected": texts[place]["text"]}
+            candidates = []
+            for name, options in passed.items():
+                needs_candidate = name not in last or last[name].reason
+                if needs_candidate and place < len(options):
+                    row = {"rank": options[place]["rank"], "rejected": options[place]["text"]}
                     last[name] = Candidate(name, chosen[name], row["rejected"], columns=row)
-                    tried.append(last[name])
-            for one in self._filters:
-                tried = [candidate for candidate in tried if candidate.passes]
-                if one.needs_record and any(candidate.record is None for candidate in tried):
-                    rows = {candidate.name: candidate.columns for candidate in tried}
+                    candidates.append(last[name])
+            for pair_filter in self._filters:
+                candidates = [candidate for candidate in candidates if candidate.passes]
+                if pair_filter.needs_record and any(c.record is None for c in candidates):
+                    rows = {candidate.name: candidate.columns for candidate in candidates}
                     records = self._assembler.records(inputs, number, rows)
-                    for candidate, record in zip(tried, records, strict=True):
+                    for candidate, record in zip(candidates, records, strict=True):
                         candidate.record = record
-                requests = one.requests(tried)
-                one.check(tried, (yield requests) if requests else [])
+                requests = pair_filter.requests(candidates)
+                pair_filter.check(candidates, (yield requests) if requests else [])
         rows, left_out = [], []
-        for name, tries in attempts.items():
+        for name, record_attempts in attempts.items():
             candidate = last.get(name)
             if candidate is None:  # none passed refill
-                reason = tries[-1]["reason"] if tries else "no neighbour"
+                reason = record_attempts[-1]["reason"] if record_attempts else "no neighbour"
                 left_out.append(self.filtered(name, reason))
             elif candidate.invalid is not None:
                 left_out.append(self.invalid(name, *candidate.invalid))

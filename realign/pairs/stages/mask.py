@@ -38,7 +38,7 @@ class Mask(ChatStage):
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
         """Mask the responses; records without anything to mask are dropped."""
-        detail = "give one, or have it written by --answer"
+        detail = "give one, or let --answer write it"
         rows, left_out = [], []
         sources = []
         for row in inputs[self.needs[0]]:
@@ -48,7 +48,7 @@ class Mask(ChatStage):
                 left_out.append(self.invalid(row["id"], "no response", detail))
         masks: list[Masked | None | str]  # a str is the error of a reply
         if self.engine_spec is None:
-            masks = [self._by_name(row) for row in sources]
+            masks = [self._masked(row) for row in sources]
         else:
             replies = yield [mask_chat(row["chosen"]) for row in sources]
             masks = [
@@ -66,7 +66,7 @@ class Mask(ChatStage):
                 rows.append({"id": name, "masker": self.config.masker, **columns})
         return rows, left_out
 
-    def _by_name(self, row: Row) -> Masked | None:
+    def _masked(self, row: Row) -> Masked | None:
         config, rng = self.config, rng_of(self.config.seed, row["id"], "mask")
         mask = MASKERS[config.masker]
         return mask(row["chosen"], config.categories, config.segments, rng, share=config.share)

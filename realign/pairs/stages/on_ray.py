@@ -1,7 +1,7 @@
-"""Stages on Ray Data: a worker makes a shard as the plain runner does, and writes it itself.
+"""Stages on Ray Data: a worker makes a shard as the plain runner does, and writes it.
 
-Only numbers of shards and their results pass through Ray, so a worker that dies costs its shard in
-progress: Ray starts another worker and repeats the task.
+Only numbers of shards and their results pass through Ray, so a crash of a worker loses only its
+shard in progress: Ray starts another worker and repeats the task.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ def make_shards(
         compute = ray.data.TaskPoolStrategy(size)
         options |= {"fn_args": arguments}
         worker = _make
-    # A block for each shard makes each a task of its own. Ray Data repeats the task of a worker
-    # that died, without limit.
+    # One block for each shard makes each shard a task. Ray Data repeats the task of a worker that
+    # died, without limit.
     rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
     for row in rows.map_batches(worker, compute=compute, **options).iter_rows():
         yield ShardResult(**row)
 
 
 def _report_cost(stage: ChatStage, number: int) -> None:
-    """Report the estimated cost of an endpoint's requests, from those of one shard."""
-    if not is_endpoint(stage.engine_spec) or stage.uses_gpu:  # the model is not loaded here
+    """Report the estimated cost of an endpoint's requests, from the requests of one shard."""
+    if not is_endpoint(stage.engine_spec) or stage.uses_gpu:  # the driver loads no model
         return
     inputs = read_inputs(stage, number)
     stage.open()
@@ -94,7 +94,7 @@ _open_stages: list[Stage] = []  # at most one: the stage that is open in this pr
 
 
 def _opened(stage: Stage) -> Stage:
-    """The stage as it is open in this process; another one is closed."""
+    """The stage, open in this process; any other open stage is closed."""
     if not _open_stages or _open_stages[0].folder != stage.folder:
         silence_third_party()
         while _open_stages:
@@ -120,7 +120,7 @@ def _make(
 
 
 def _start(address: str) -> Any:
-    """Ray, connected: started once in a process, and ended with it."""
+    """Connect to Ray: it starts once in a process and ends with it."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:

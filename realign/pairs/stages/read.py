@@ -35,7 +35,7 @@ def digit_sources(config: PairsConfig) -> list[Record]:
 
 
 class Read(Stage):
-    """Records and the places of their images. Sequential: a shard is the next `shard` records."""
+    """Records and the paths of their images. Sequential: a shard is the next `shard` records."""
 
     name = "read"
     version = 2
@@ -50,7 +50,7 @@ class Read(Stage):
     )
 
     def settings(self) -> Row:
-        """The data set as it is now, or the scenes."""
+        """The current state of the data set, or the settings of the scenes."""
         config = self.config
         if config.data is None:
             return {"scenes": config.scenes, "seed": config.seed, "shard": config.shard}
@@ -90,7 +90,7 @@ class Read(Stage):
         numbers = Shards(self.folder).done()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             changed = pool.map(self._has_changed, numbers)
-            return {number for number, again in zip(numbers, changed, strict=True) if again}
+            return {n for n, has_changed in zip(numbers, changed, strict=True) if has_changed}
 
     def _has_changed(self, number: int) -> bool:
         shards = Shards(self.folder, self.schema)
@@ -111,12 +111,12 @@ class Read(Stage):
 def _stamp(path: str) -> str:
     """Size, time and readability of an image file, which change with its content.
 
-    Links were resolved when the record was read (`inside`), so a link here is a new one.
+    Links were resolved when the record was read (`inside`), so a link is a later change.
     """
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return "gone"
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         return "a link"
-    return f"{found.st_size} {found.st_mtime_ns} {int(os.access(path, os.R_OK))}"
+    return f"{status.st_size} {status.st_mtime_ns} {int(os.access(path, os.R_OK))}"

@@ -51,7 +51,7 @@ class _Task:
     attempts: list[Row] = field(default_factory=list)
     invalid: InvalidRecord | None = None
 
-    def wants(self, place: int, candidates: int) -> bool:
+    def needs_attempt(self, place: int, candidates: int) -> bool:
         """Whether the neighbour at `place` is tried."""
         passed = sum(not attempt["reason"] for attempt in self.attempts)
         return self.invalid is None and place < len(self.neighbours) and passed < candidates
@@ -60,7 +60,7 @@ class _Task:
 class Refill(ChatStage):
     """Completions of the masked responses on the neighbours, nearest first.
 
-    By infill the unmasked tokens are forced; by prompt an engine is asked to complete the text.
+    Infill forces the unmasked tokens; a prompt asks an engine to complete the text.
     """
 
     name = "refill"
@@ -77,7 +77,7 @@ class Refill(ChatStage):
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether a model computes here."""
+        """Whether a model runs in this process."""
         return self.engine_spec is None or super().uses_gpu
 
     def settings(self) -> Row:
@@ -109,17 +109,17 @@ class Refill(ChatStage):
         self._vlm = None
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
-        """Try the neighbours in turn until `candidates` completions passed or none is left."""
+        """Try the neighbours in order until `candidates` completions pass or none is left."""
         tasks, config = self._tasks(inputs), self.config
         for place in range(max((len(task.neighbours) for task in tasks), default=0)):
-            open_ = [task for task in tasks if task.wants(place, config.candidates)]
-            near = [task.neighbours[place] for task in open_]
-            keys = [(neighbour["shard"], neighbour["id"]) for neighbour in near]
+            active = [task for task in tasks if task.needs_attempt(place, config.candidates)]
+            neighbours = [task.neighbours[place] for task in active]
+            keys = [(neighbour["shard"], neighbour["id"]) for neighbour in neighbours]
             rows = self._lookup.rows(keys)
-            # A prompt places as many images as its record has, so a neighbour must have as many.
+            # A prompt has places for all images of its record, so a neighbour needs as many.
             pairs = [
                 (task, rows[key])
-                for task, key in zip(open_, keys, strict=True)
+                for task, key in zip(active, keys, strict=True)
                 if len(rows[key]["images"]) == len(task.record.images)
             ]
             if self.engine_spec is None:
@@ -129,12 +129,12 @@ class Refill(ChatStage):
             else:
                 yield from self._ask_for(pairs, place)
         model = self.engine_name or config.model or "digits"
-        rows_ = [
+        completed = [
             {"id": task.record.name, "attempts": task.attempts, "refill_model": model}
             for task in tasks
             if task.invalid is None
         ]
-        return rows_, [task.invalid for task in tasks if task.invalid is not None]
+        return completed, [task.invalid for task in tasks if task.invalid is not None]
 
     def _tasks(self, inputs: dict[str, list[Row]]) -> list[_Task]:
         masks, near = by_id(inputs["mask"]), by_id(inputs["retrieve"])
@@ -157,7 +157,7 @@ class Refill(ChatStage):
     def _infill(self, pairs: Sequence[tuple[_Task, Row]], place: int) -> None:
         """Complete a batch in place; a batch that fails is tried again in halves."""
         loaded = load_in_threads(decode_images, [images_of(row) for _, row in pairs])
-        # A neighbour was readable before; if it no longer is, the next one is tried.
+        # A neighbour was readable before; if it is not now, the next one is tried.
         readable = [
             (pair, images)
             for pair, images in zip(pairs, loaded, strict=True)
@@ -178,8 +178,8 @@ class Refill(ChatStage):
             )
         except (torch.OutOfMemoryError, ValueError) as error:  # ValueError: of a processor
             if len(tasks) == 1:
-                memory = isinstance(error, torch.OutOfMemoryError)
-                reason = "out of memory" if memory else "refused by the model"
+                no_memory = isinstance(error, torch.OutOfMemoryError)
+                reason = "out of memory" if no_memory else "refused by the model"
                 tasks[0].invalid = self.invalid(tasks[0].record.name, reason, str(error))
                 return
         else:
@@ -196,13 +196,13 @@ class Refill(ChatStage):
     def _ask_for(
         self, pairs: Sequence[tuple[_Task, Row]], place: int
     ) -> Generator[list[Chat], list[Reply], None]:
-        """Have an engine complete the responses."""
-        asked, requests = [], []
+        """Ask an engine to complete the responses."""
+        asked_tasks, requests = [], []
         loaded = load_in_threads(chat_images, [images_of(row) for _, row in pairs])
         for (task, _), images in zip(pairs, loaded, strict=True):
             if isinstance(images, PictureError):  # see `_infill`
                 continue
-            asked.append(task)
+            asked_tasks.append(task)
             requests.append(
                 complete_chat(
                     task.record.prompt,
@@ -213,7 +213,7 @@ class Refill(ChatStage):
                     seed=self._seed(task, place) if self.config.temperature else 0,
                 )
             )
-        for task, reply in zip(asked, (yield requests), strict=True):
+        for task, reply in zip(asked_tasks, (yield requests), strict=True):
             if reply.error:
                 task.invalid = self.invalid(task.record.name, NO_REPLY, reply.error)
                 continue
@@ -235,7 +235,7 @@ class Refill(ChatStage):
         tau = self.config.tau if lexical else float("inf")
         reason = reason or reason_to_drop(task.record.chosen, text, tau) or ""
         task.attempts.append({"rank": place, "text": text, "closed": closed, "reason": reason})
-        if not reason and not task.wants(place, self.config.candidates):
+        if not reason and not task.needs_attempt(place, self.config.candidates):
             self.tick(1)
 
     def _seed(self, task: _Task, place: int) -> int:

@@ -1,4 +1,4 @@
-"""Retrieve: the nearest other images of every image, among those of all shards."""
+"""Retrieve: the nearest other images of every image, among the images of all shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ARRAYS = ("vectors.npy", "hashes.npy")
 
 
 class _Group(NamedTuple):
-    """Records with the same number of images: only these are neighbours."""
+    """Records with the same number of images; neighbours have equal numbers."""
 
     images: int
     rows: np.ndarray  # (n,) places among all rows
@@ -61,7 +61,7 @@ class Retrieve(Stage):
         complete = all((folder / name).exists() for name in _ARRAYS)
         if complete and footer(file).get(INPUTS_KEY) == self.shared.encode():
             return
-        file.unlink(missing_ok=True)  # it marks the arrays beside it as complete
+        file.unlink(missing_ok=True)  # its existence marks the arrays as complete
         counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
         numbers = [n for n, count in counts.items() if count]
         if not numbers:
@@ -70,11 +70,11 @@ class Retrieve(Stage):
         def column(name: str) -> Iterator[pa.ChunkedArray]:
             return (embedded.table(n, [name])[name] for n in numbers)
 
-        wide = len(embedded.read(numbers[0], ["embedding"])[0]["embedding"])
+        dim = len(embedded.read(numbers[0], ["embedding"])[0]["embedding"])
         total = sum(counts.values())
         vectors = map(_matrix, column("embedding"))
         hashes = (part.to_numpy() for part in column("phash"))
-        save_array(folder / "vectors.npy", (total, wide), np.float32, vectors)
+        save_array(folder / "vectors.npy", (total, dim), np.float32, vectors)
         save_array(folder / "hashes.npy", (total,), np.uint64, hashes)
         rows = pa.concat_tables([embedded.table(n, ["id", "plain"]) for n in numbers])
         shard = pa.array(np.repeat(numbers, [counts[n] for n in numbers]), pa.int32())
@@ -83,7 +83,7 @@ class Retrieve(Stage):
         write_table(file, rows.replace_schema_metadata({INPUTS_KEY: self.shared}))
 
     def _save_index(self, rows: pa.Table) -> None:
-        """Build indices that are not exact once, for every process to load."""
+        """Build the indices of approximate search once, for every process to load."""
         for group in self._groups(rows):
             path = self._index_file(group)
             partial = path.with_name(f".{path.name}.partial")
@@ -124,7 +124,7 @@ class Retrieve(Stage):
         self._indices = []
 
     def run(self, inputs: dict[str, list[Row]], number: int) -> Result:
-        """Search for one shard's images among all."""
+        """Search for the neighbours of one shard's images among all images."""
         start, stop = np.searchsorted(self._shards, [number, number + 1]).tolist()
         near: list[list[Row]] = [[] for _ in range(start, stop)]
         config = self.config
@@ -142,19 +142,19 @@ class Retrieve(Stage):
                 index=index,
                 queries=slice(first, last),
             )
-            for row, *found in zip(group.rows[first:last], places, similarities, strict=True):
-                near[row - start] = self._neighbours(group, *found)
+            for row, *result in zip(group.rows[first:last], places, similarities, strict=True):
+                near[row - start] = self._neighbours(group, *result)
         ids = (row["id"] for row in inputs["embed"])
-        return [{"id": i, "neighbours": found} for i, found in zip(ids, near, strict=True)], []
+        return [{"id": i, "neighbours": rows} for i, rows in zip(ids, near, strict=True)], []
 
     def _neighbours(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
         """The neighbours of one image as the column holds them."""
         rows = group.rows[places[places >= 0]].tolist()
-        found = []
+        neighbour_rows = []
         for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=False)):
-            place = {"id": self._ids[row].as_py(), "shard": int(self._shards[row])}
-            found.append({**place, "rank": rank, "similarity": similarity})
-        return found
+            location = {"id": self._ids[row].as_py(), "shard": int(self._shards[row])}
+            neighbour_rows.append({**location, "rank": rank, "similarity": similarity})
+        return neighbour_rows
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # (rows, D)

@@ -27,7 +27,7 @@ from realign.pairs.stages.shard import InvalidLimit, ShardResult, is_current, ma
 
 
 class RunError(ValueError):
-    """Why a run stopped. Its shards stay, and the same command resumes from them."""
+    """A run stopped. Its shards stay, and the same command resumes from them."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Runner:
         work: the folder.
         stages: in order; the first is `Read`.
         max_bad: share of the records that may be invalid.
-        rejected: file that lists these records at the end, also of a run that fails.
+        rejected: file that lists these records at the end, even of a run that fails.
         quiet: no lines and no bars.
         ray: address for Ray; None runs in this process.
     """
@@ -82,7 +82,7 @@ class Runner:
 
         Raises:
             RunError: for a full disk, too many invalid records, or a failing engine or data set.
-            ValueError: when a setting does not fit the data.
+            ValueError: when a setting contradicts the data.
         """
         digests: dict[str, str] = {}
         for stage in self.stages:
@@ -112,13 +112,13 @@ class Runner:
         """Write the missing shards of records; returns the number of all shards."""
         shards, file = Shards(stage.folder, stage.schema), stage.folder / "read.json"
         current, counts = set(shards.done()) - stage.changed(), {}
-        with suppress(FileNotFoundError, ValueError):  # ValueError: it is cut off
+        with suppress(FileNotFoundError, ValueError):  # ValueError: it is incomplete
             counts = json.loads(file.read_text())
         began, records = time.perf_counter(), 0
         if counts.get("shards") != len(current):
             skip = next(number for number in count() if number not in current)
             parts = stage.shards(skip)
-            first = next(parts, None)  # a faulty data set raises here, before a bar is drawn
+            first = next(parts, None)  # an invalid data set raises before a bar is drawn
             with tqdm(desc="read", unit="record", disable=self.quiet) as bar:
                 for number, part in enumerate(chain([first] if first else [], parts), skip):
                     if number not in current:
@@ -143,7 +143,7 @@ class Runner:
         stage.prepare()
         current = {number for number in shards.done() if is_current(stage, number)}
         missing = [number for number in range(total) if number not in current]
-        began, made = time.perf_counter(), 0
+        began, records_done = time.perf_counter(), 0
         self._note_invalid(stage, sorted(current))
         if missing:
             if current:
@@ -162,11 +162,11 @@ class Runner:
                 start = bar.n
                 stage.tick = bar.update
                 for result in self._results(stage, missing):
-                    made += result.records
-                    bar.update(max(0, start + made - bar.n))  # less the stage's own ticks
+                    records_done += result.records
+                    bar.update(max(0, start + records_done - bar.n))  # minus the stage's ticks
                     self._check(stage, result)
             shards.clear_partial()  # of a worker of Ray that died
-        self._report(stage, total, made, began)
+        self._report(stage, total, records_done, began)
 
     def _results(self, stage: Stage, missing: list[int]) -> Iterator[ShardResult]:
         limit = InvalidLimit(self._most_invalid() - len(self._invalid), set(self._invalid))
@@ -227,7 +227,7 @@ class Runner:
 
     def _list_invalid(self) -> None:
         """List every invalid record in `rejected`, and count all records left out."""
-        entries = [e for *_, e in sorted(self._invalid.values(), key=lambda noted: noted[:2])]
+        entries = [e for *_, e in sorted(self._invalid.values(), key=lambda item: item[:2])]
         if entries:
             rows = [vars(entry) for entry in entries]
             write_table(self.rejected, pa.Table.from_pylist(rows, schema=LEFT_OUT))
@@ -238,11 +238,11 @@ class Runner:
         self.outcome.dropped = Counter(entry.reason for entry in chain.from_iterable(dropped))
 
     def _full(self) -> str:
-        written = sum(len(Shards(stage.folder).done()) for stage in self.stages)
+        shard_count = sum(len(Shards(stage.folder).done()) for stage in self.stages)
         return (
-            f"no room is left on the disk of {self.work} or {self.rejected.parent}. The {written} "
-            "shards written so far are complete and stay. Make room and run the same command "
-            "again, which resumes from them."
+            f"no room is left on the disk of {self.work} or {self.rejected.parent}. The "
+            f"{shard_count} shards written so far are complete and stay. Make room and run "
+            "the same command again, which resumes from them."
         )
 
     def _report(self, stage: Stage, total: int, records: int, began: float) -> None:
@@ -262,9 +262,9 @@ def note_run(work: Path, output: str, outcome: Outcome) -> None:
 
 
 def run_note(work: Path, output: str) -> Path:
-    """File of these counts; outputs may share the work folder, and their name."""
-    place = Path(output).resolve()
-    return work / f"{place.name}.{digest_of(str(place))[:8]}.json"
+    """File of these counts; outputs in other folders may have the same work folder and name."""
+    path = Path(output).resolve()
+    return work / f"{path.name}.{digest_of(str(path))[:8]}.json"
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def sole_run(work: Path) -> Iterator[None]:
 
 
 def _count(shards: Shards) -> dict[str, int]:
-    """Numbers of shards, of records with invalid ones, and of records without a response."""
+    """Numbers of shards, of records including invalid ones, and of records without a response."""
     numbers, records, unanswered = shards.done(), 0, 0
     for number in numbers:
         chosen = shards.table(number, ["chosen"])["chosen"].to_pylist()

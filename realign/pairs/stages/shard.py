@@ -1,4 +1,4 @@
-"""One shard: whether it is current, its inputs, and making it in this process."""
+"""One shard: its inputs, its state on disk, and its computation in this process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ShardResult:
     Attributes:
         number: of the shard.
         records: of its inputs.
-        invalid: number of records that this stage found invalid and no earlier one.
-        error: why it was not written, "" when it was; "full" for a full disk, "invalid" for more
+        invalid: number of invalid records that no earlier stage has listed.
+        error: reason why it was not written, or ""; "full" for a full disk, "invalid" for more
             invalid records than the limit.
     """
 
@@ -29,15 +29,15 @@ class ShardResult:
 
 @dataclass
 class InvalidLimit:
-    """How many records of a shard may be invalid.
+    """Limit on the invalid records of a shard.
 
     Attributes:
-        allowed: number of further ones.
-        known: records that another stage has listed already.
+        allowed: number of further invalid records.
+        listed: invalid records that an earlier stage has listed.
     """
 
     allowed: int
-    known: set[str]
+    listed: set[str]
 
 
 def inputs_digest(stage: Stage, number: int) -> str:
@@ -64,8 +64,8 @@ def read_inputs(stage: Stage, number: int) -> dict[str, list[Row]]:
 def make_shard(stage: Stage, number: int, limit: InvalidLimit) -> ShardResult:
     """Make and write one shard of an open stage.
 
-    With more invalid records than the limit allows only their list is written, not the shard, so
-    that it is made again after they are fixed.
+    With more invalid records than the limit allows, only their list is written. The next run makes
+    the shard again, after they are fixed.
     """
     shards = Shards(stage.folder, stage.schema)
     try:
@@ -73,13 +73,13 @@ def make_shard(stage: Stage, number: int, limit: InvalidLimit) -> ShardResult:
         inputs = read_inputs(stage, number)
         records = max(map(len, inputs.values()))
         rows, left_out = stage.run(inputs, number)
-        invalid = sum(type(e) is InvalidRecord and e.record not in limit.known for e in left_out)
+        invalid = sum(type(e) is InvalidRecord and e.record not in limit.listed for e in left_out)
         if invalid > limit.allowed:
             shards.file(number).unlink(missing_ok=True)  # of an earlier run, whose list is replaced
             shards.write_left_out(number, left_out)
             return ShardResult(number, records, invalid, "invalid")
         shards.write(number, rows, left_out, digest)
-    except (OSError, ValueError) as error:  # ValueError: an engine or a model cannot be used at all
+    except (OSError, ValueError) as error:  # ValueError: an engine or a model is unusable
         return failed(number, error)
     return ShardResult(number, records, invalid)
 
