@@ -146,12 +146,11 @@ def test_reference_pass(benchmark, setting, error, name):
     race(
         benchmark,
         f"cache, fill, {setting[0]}",
-        suite="cache",
         case={"what": f"fill {setting[0]}"},
         contestant=name,
         role="limit" if name == "bare forward" else None,
         call=CONTESTANTS[name](setting),
-        ours=None if name == OURS else CONTESTANTS[OURS](setting),
+        ours=CONTESTANTS[OURS](setting),
         budget=8.0,
         error={"log-prob": error} if name == OURS else None,
     )

@@ -227,11 +227,10 @@ def test_head(benchmark, case_of, memory, shape, name):
     race(
         benchmark,
         shape.group,
-        suite="head",
         case=shape.case,
         contestant=name,
         role="limit" if name == LIMIT else None,
         call=case.gemms() if loss is None else lambda: case.step(loss),
-        ours=None if name == OURS else lambda: case.step(mine),
+        ours=lambda: case.step(mine),
         error=error,
     )

@@ -122,11 +122,10 @@ def test_loss(benchmark, kind, examples, name):
     race(
         benchmark,
         f"loss, {kind}, {examples} examples",
-        suite="loss",
         case=case.case,
         contestant=name,
         call=lambda: case.step(loss),
-        ours=None if name == OURS else lambda: case.step(mine),
+        ours=lambda: case.step(mine),
         budget=1.0,
         most=ROUNDS,
         error=error,

@@ -45,7 +45,6 @@ def test_memory(benchmark, peak_of, head, dtype, tokens, name):
     describe(
         benchmark,
         f"memory, {head}, {dtype}, {tokens} image tokens",
-        suite="memory",
         case=CASE | {"head": head, "dtype": dtype, "image_tokens": tokens},
         contestant=name,
         role="ours" if name == OURS else "peer",

@@ -110,11 +110,10 @@ def test_scaling(benchmark, fit, peak_of, axis, value, name):
     race(
         benchmark,
         f"scaling, {axis} = {value}",
-        suite="scaling",
         case=shape.case | {"T": case.labels.shape[-1], "axis": axis, "value": value},
         contestant=name,
         call=lambda: case.step(loss),
-        ours=None if name == OURS else lambda: case.step(mine),
+        ours=lambda: case.step(mine),
         budget=0.6,
         error=error,
         bytes=peak_of(name, shape),
@@ -219,7 +218,6 @@ def test_ranks(benchmark, fit, ranks, kind, head, size):
     race(
         benchmark,
         f"scaling, ranks = {size}, {kind}, {head}",
-        suite="scaling",
         case=replace(SPLIT, head=head).case | {"T": RESPONSE, "axis": "ranks", "value": size},
         contestant=f"ours, {kind}",
         role="ours",

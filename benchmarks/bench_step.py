@@ -123,11 +123,10 @@ def test_step(benchmark, setting, contestant):
     race(
         benchmark,
         "step, {tune}, {dtype}, {examples} example(s)".format(**setting.case),
-        suite="step",
         case=setting.case,
         contestant=contestant,
         call=setting.process(name).timed(*words),
-        ours=None if contestant == OURS else ours.timed(),
+        ours=ours.timed(),
         bytes=taken,
         budget=10.0,
     )

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import device, head, record, table, truth
+from benchmarks.gpu import head, record, table, truth
 from realign_kernels import reference
 
 ROOT = Path(__file__).parents[2]
@@ -138,11 +138,11 @@ def test_the_device_is_what_nvidia_smi_prints(tmp_path, monkeypatch):
     fake.write_text(f'#!/bin/sh\ntest "$1" = {fields} && echo "{printed}"\n')
     fake.chmod(0o755)
     found = {"name": "Fast Card", "driver": "1.2", "power_limit": "700.00 W"}
-    assert device.device(rehearse=False) == found | {"max_clock": "1980 MHz"}
+    assert record.device(rehearse=False) == found | {"max_clock": "1980 MHz"}
     fake.write_text("#!/bin/sh\necho no driver\nexit 9\n")
-    assert device.device(rehearse=False) == {"name": "unknown", "smi": "no driver"}
+    assert record.device(rehearse=False) == {"name": "unknown", "smi": "no driver"}
     fake.unlink()
-    assert "nvidia-smi" in device.device(rehearse=False)["smi"]
+    assert "nvidia-smi" in record.device(rehearse=False)["smi"]
 
 
 def test_what_cannot_start_is_named(capsys, tmp_path):
