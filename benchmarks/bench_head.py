@@ -18,12 +18,13 @@ extra `peers`.
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import contestants
-from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums
+from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums, relative
 from benchmarks.race import race
 from benchmarks.step_contestants import allocate
 
@@ -148,26 +149,17 @@ class Case:
 
     def step(self, loss):
         """One forward and backward: the loss and both gradients."""
-        hidden = self.hidden.detach().requires_grad_()
-        weight = self.weight.detach().requires_grad_(self.trainable)
-        value = loss(hidden, weight, self.labels)
-        value.backward()
-        return value.detach(), hidden.grad, weight.grad
+        inputs = self.hidden, self.weight, self.labels
+        return contestants.forward_backward(loss, *inputs, trainable=self.trainable)
 
     def error(self, loss) -> dict[str, float]:
         """Relative errors of the loss and, in norm, of the gradients; the larger of the two."""
         value, hidden, weight = self.step(loss)
         true, *truths = self.truth
-        found = [hidden[self.labels != -100], weight]
-        off = [
-            (a.double() - b).norm() / b.norm()
-            for a, b in zip(found, truths, strict=True)
-            if b is not None
-        ]
-        elsewhere = hidden[self.labels == -100]
-        assert not elsewhere.any(), "rows without a label have a gradient"
-        loss = float((value.double() - true).abs() / true.abs())
-        return {"loss": loss, "gradient": float(torch.stack(off).max())}  # keeps NaN
+        assert not hidden[self.labels == -100].any(), "rows without a label have a gradient"
+        pairs = zip((hidden[self.labels != -100], weight), truths, strict=True)
+        off = [relative(a, b) for a, b in pairs if b is not None]
+        return {"loss": relative(value, true), "gradient": float(np.max(off))}  # keeps NaN
 
     def gemms(self):
         """Only the products, of the rows with a label."""

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from benchmarks import contestants
 from benchmarks.bench_head import ALLOWED, PROMPT, RESPONSE, Case, Shape, make
-from benchmarks.contestants import BETA, DEVICE, EAGER, OURS, TRL
+from benchmarks.contestants import BETA, DEVICE, EAGER, OURS, TRL, relative
 from benchmarks.memory_worker import Worker, workers
 from benchmarks.race import race
 from realign_kernels import rdpo_loss
@@ -162,7 +162,7 @@ class Share:
             dist.all_reduce(loss)
             loss, hidden = loss / self.size, hidden / self.size
         pairs = zip((loss, hidden, weight), self.truth, strict=True)
-        off = [float((a.double() - b).norm() / b.norm()) for a, b in pairs if b is not None]
+        off = [relative(a, b) for a, b in pairs if b is not None]
         return {"loss": off[0], "gradient": max(off[1:])}
 
     def seconds(self) -> float:
