@@ -32,8 +32,8 @@ import torch.distributed as dist
 from benchmarks import contestants
 from benchmarks.bench_head import ALLOWED, PROMPT, RESPONSE, Case, Shape, make
 from benchmarks.contestants import BETA, DEVICE, EAGER, OURS, TRL, relative
-from benchmarks.memory_worker import Worker, workers
 from benchmarks.race import race
+from benchmarks.step_contestants import Worker
 from realign_kernels import rdpo_loss
 
 NAMES = (OURS, EAGER, TRL)
@@ -65,12 +65,6 @@ def points():
 
 
 case_of = functools.lru_cache(maxsize=1)(Case)
-
-
-@pytest.fixture(scope="module")
-def peak_of():
-    with workers() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,15 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross
 _STATE = pytest.StashKey[dict]()
 
 
+@pytest.fixture(scope="module")
+def peak_of():
+    """peak_of(contestant, shape): its peak memory in bytes."""
+    from benchmarks.memory_worker import workers
+
+    with workers() as found:
+        yield found
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Slow ones only with `-m`; everything is `full`; durations come from `benchmarks.race`."""

@@ -158,24 +158,20 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
         f"linear_logprobs {NAMES[dtype]}/{name}": partial(head, record, dtype, *rest, options)
         for dtype, *rest, name, options in HEADS
     }
+    kinds = {"frozen": False, "trained": True}
     losses = {
-        f"rdpo_loss {NAMES[dtype]}/{'trained' if trains else 'frozen'}": partial(
-            preference, record, dtype, trains
-        )
+        f"rdpo_loss {NAMES[dtype]}/{kind}": partial(preference, record, dtype, trains)
         for dtype in NAMES
-        for trains in (False, True)
+        for kind, trains in kinds.items()
     }
     equal = {
-        f"repeats/{trains}": partial(repeats, record, trains)
-        for trains in ("hidden", "all", "nothing")
+        f"repeats/{kind}": partial(repeats, record, kind) for kind in ("hidden", "all", "nothing")
     }
     kernels = [name for name in exp_head.CHOICES if name != "cutlass" or exp_head.built()]
     by_name = {
-        f"E by {kernel}/{'trained' if trains else 'frozen'}": partial(
-            by_kernel, record, kernel, trains
-        )
+        f"E by {kernel}/{kind}": partial(by_kernel, record, kernel, trains)
         for kernel in kernels
-        for trains in (False, True)
+        for kind, trains in kinds.items()
     } | {f"E by {kernel}/far label": partial(far_label, record, kernel) for kernel in kernels}
     first = dict(list(heads.items())[:6] + list(losses.items())[:2])
     return {
