@@ -21,6 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, ALPHA = 128, 256.0  # the paper's, and the defaults of realign.train
+LORA = {
+    "r": RANK, "lora_alpha": ALPHA, "target_modules": r".*language_model\..*_proj",
+    "task_type": "CAUSAL_LM",
+}  # fmt: skip
+"""PEFT's configuration as `realign.modeling.loading.add_lora` makes it for LLaMA."""
 
 
 class Worker:
@@ -97,16 +102,6 @@ def move(model, tune):
             local.copy_(0.01 * noise)
         else:
             local.add_((0.002 * noise).to(local))
-
-
-def lora_settings(model):
-    """PEFT's configuration as `realign.modeling.model.add_lora` makes it."""
-    from torch import nn
-
-    language = model.model.language_model
-    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
-    pattern = rf".*language_model\..*\.({'|'.join(sorted(names))})"
-    return {"r": RANK, "lora_alpha": ALPHA, "target_modules": pattern, "task_type": "CAUSAL_LM"}
 
 
 def adamw(model):
@@ -261,7 +256,7 @@ class Released:
 
         model.model.vision_tower.requires_grad_(False)
         if reference is None:
-            model = get_peft_model(model, LoraConfig(**lora_settings(model)))
+            model = get_peft_model(model, LoraConfig(**LORA))
         move(model.train(), "lora" if reference is None else "full")
         self.model, self.reference = model, reference
         self.autocast = torch.autocast(DEVICE, kind, enabled=kind != torch.float32)
@@ -332,7 +327,7 @@ class Released:
             watch.report(float(total), float(norm))
 
 
-def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **options):
+def dpo_trainer(model, processor, folder, tune, *, dtype, **options):
     """TRL's `DPOTrainer` on the pairs of `folder`, in their order.
 
     Args:
@@ -340,9 +335,7 @@ def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **op
         processor: its processor.
         folder: holds pairs.parquet, and gets what the trainer writes.
         tune: "lora" or "full".
-        settings: of LoRA (`lora_settings`).
         dtype: "bf16" for autocast, or "fp32".
-        device: "cuda" or "cpu".
         options: of `DPOConfig`, besides those that all contestants share.
     """
     import datasets
@@ -357,7 +350,7 @@ def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **op
         model=model,
         processing_class=processor,
         train_dataset=rows,
-        peft_config=LoraConfig(**settings) if tune == "lora" else None,
+        peft_config=LoraConfig(**LORA) if tune == "lora" else None,
         args=DPOConfig(
             output_dir=str(folder / "trl"),
             learning_rate=LEARNING_RATE,
@@ -367,7 +360,7 @@ def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **op
             max_length=None,
             gradient_checkpointing=False,
             bf16=dtype == "bf16",
-            use_cpu=device == "cpu",
+            use_cpu=DEVICE == "cpu",
             train_sampling_strategy="sequential",
             save_strategy="no",
             report_to="none",
@@ -425,21 +418,16 @@ class Trl:
         import datasets  # noqa: F401 - counts as imports
         import peft  # noqa: F401
         from pyarrow.parquet import read_metadata
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401
         from trl import DPOConfig, DPOTrainer  # noqa: F401
 
         self.imported = memory()
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder / "model")
-            settings = lora_settings(AutoModelForImageTextToText.from_config(config))
         self.trainer = dpo_trainer(
             str(folder / "model"),
             AutoProcessor.from_pretrained(folder / "model"),
             folder,
             tune,
-            settings,
             dtype=dtype,
-            device=DEVICE,
             per_device_train_batch_size=read_metadata(folder / "pairs.parquet").num_rows,
             max_steps=1000,
         )

@@ -33,7 +33,7 @@ from benchmarks.models import (
     random_records,
     word_processor,
 )
-from benchmarks.step_contestants import BETA, DEVICE, lora_settings, now
+from benchmarks.step_contestants import BETA, DEVICE, now
 from realign import distributed
 from realign.data.records import write_pairs
 from realign.modeling import attention
@@ -254,10 +254,9 @@ def compiled(record: Record, setting: Setting, micro: int) -> None:
 
 def trl(record: Record, setting: Setting, micro: int) -> None:
     """TRL's DPO, two sequences an example."""
-    model = setting.model("sdpa")
     trainer = step_contestants.dpo_trainer(
-        model, setting.processor, setting.folder, "lora", lora_settings(model),
-        dtype=setting.dtype, device=DEVICE, per_device_train_batch_size=micro,
+        setting.model("sdpa"), setting.processor, setting.folder, "lora",
+        dtype=setting.dtype, per_device_train_batch_size=micro,
         gradient_accumulation_steps=BATCH // micro, max_steps=STEPS,
     )  # fmt: skip
     watch = Watch(record, trainer.model.get_base_model().model.get_decoder(), micro)

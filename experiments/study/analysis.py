@@ -8,7 +8,7 @@ the differences of seeds are normal, and honest about how few there are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,13 +88,9 @@ def differences(
         if not (seeds := sorted(a.keys() & b.keys())):
             continue
         change = [b[s] - a[s] for s in seeds]
-        p = _paired_p(change)
-        found.append(Difference(first, second, mean(change), p, np.nan, len(seeds)))
+        found.append(Difference(first, second, mean(change), _paired_p(change), np.nan, len(seeds)))
     adjusted = holm([d.p for d in found])
-    return [
-        Difference(d.first, d.second, d.mean, d.p, p, d.seeds)
-        for d, p in zip(found, adjusted, strict=True)
-    ]
+    return [replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 def together(runs: Iterable[Results], pair: tuple[str, str], metric: str) -> Mean:
