@@ -137,15 +137,13 @@ class Case:
     def truth(self):
         """Loss and gradients of the labelled rows in fp64."""
         rows = self.labels != -100
-        hidden = self.hidden[rows].double().requires_grad_()
-        weight = self.weight.double().requires_grad_(self.trainable)
-        logits = F.log_softmax(hidden @ weight.T, -1)
-        sums = (
-            logits.gather(-1, self.labels[rows][:, None]).view(3, self.shape.examples, -1).sum(-1)
-        )
-        loss = from_sums(sums)
-        loss.backward()
-        return loss.detach(), hidden.grad, weight.grad
+
+        def exact(hidden, weight, labels):
+            logps = F.log_softmax(hidden @ weight.T, -1).gather(-1, labels[:, None])
+            return from_sums(logps.view(3, self.shape.examples, -1).sum(-1))
+
+        inputs = self.hidden[rows].double(), self.weight.double(), self.labels[rows]
+        return contestants.forward_backward(exact, *inputs, trainable=self.trainable)
 
     def step(self, loss):
         """One forward and backward: the loss and both gradients."""

@@ -9,9 +9,10 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.contestants import CONTESTANTS
+from benchmarks.contestants import CONTESTANTS, forward_backward
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import head, record, table, truth
+from realign_kernels import reference
 
 ROOT = Path(__file__).parents[2]
 PROBES = {
@@ -226,6 +227,47 @@ def test_a_resumed_head_has_its_truth_also_where_log_probs_come_first():
     with torch.no_grad():
         exact = head.truth_of(head.TOYS[1], "cpu")
     assert all(t is not None for t in exact)
+
+
+OPTIONS = {
+    "plain": {},
+    "capped": {"bias": True, "softcap": 4.0, "temperature": 1.3},
+    "rival": {"rival": True},
+}
+
+
+# A wrong truth widens the budget: the cases of a rehearsal cannot catch it.
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_plain_torch_agrees_with_the_specification(options):
+    case, head = truth.make((9, 8, 23), torch.float32, "cpu", **options)
+    value, kept = truth.eager(case, torch.float64, block=4, **head), case.labels != truth.IGNORE
+    hidden, weight, labels = case.hidden[kept].double(), case.weight.double(), case.labels[kept]
+    if "rival" in head:
+        strongest = reference.rivals(hidden @ weight.T, labels)
+        labels = torch.where(head["rival"][kept], strongest, labels)
+    bias = None if case.bias is None else case.bias.double()
+    given = hidden, weight, labels, bias, head.get("softcap"), head.get("temperature", 1.0)
+    grads = reference.linear_logprobs_backward(case.upstream[kept].double(), *given)
+    found = value.logps[kept], value.hidden[kept], value.weight, value.bias
+    for mine, true in zip(found, (reference.linear_logprobs(*given), *grads), strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine, true)
+    assert not value.logps[~kept].any()
+
+
+def test_the_truth_of_the_loss_and_its_gradients():
+    batch = truth.preference(2, 5, 8, 23, torch.float32, "cpu")
+    loss, answer = truth.preference_truth(batch)
+
+    def exact(hidden, weight, labels):
+        logps = torch.log_softmax(hidden @ weight.T, -1).gather(-1, labels[..., None])
+        return reference.rdpo_loss(logps[..., 0].sum(-1), torch.zeros(3, 2))
+
+    inputs = batch.hidden.double(), batch.weight.double(), batch.labels
+    value, hidden, weight = forward_backward(exact, *inputs, trainable=True)
+    torch.testing.assert_close(loss, value)
+    torch.testing.assert_close(answer.hidden.view_as(hidden), hidden)
+    torch.testing.assert_close(answer.weight, weight)
 
 
 def test_an_error_over_its_budget_is_refused():
