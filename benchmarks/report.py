@@ -91,6 +91,8 @@ def targets_block(runs: list[Run], measured: bool = False) -> str:
         shown = "-" if value is None else quantity(value)
         rows.append((target.name, target.bound, shown, f"**{verdicts[-1]}**", target.reason))
     columns = ("target", "bound", "measured", "", "why this bound")
+    if not rows:
+        return "No target was measured."
     return f"{targets.counts(verdicts)}.\n\n{table(columns, rows)}"
 
 
