@@ -18,6 +18,7 @@ page cache. Before a store is timed all its answers are checked.
 import shutil
 import tempfile
 import time
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -163,8 +164,7 @@ class Lmdb(Store):
 
 
 class LmdbNosync(Lmdb):
-    name = "LMDB, no sync"
-    options = {"sync": False}
+    name, options = "LMDB, no sync", {"sync": False}
 
 
 def stores(*kinds):
@@ -177,24 +177,15 @@ def stores(*kinds):
 
 def timed(benchmark, group, contestant, call, ours=None, things=None, **info):
     """Races `call` with ours; a call that needs a store made ready returns its own seconds."""
-    race(
-        benchmark,
-        f"cache, {group}",
-        suite="cache",
-        case={"what": group, "count": things and things[0]},
-        contestant=contestant,
-        call=call,
-        ours=ours,
-        things=things,
-        **info,
-    )
+    case = {"what": group, "count": things and things[0]}
+    given = {"contestant": contestant, "call": call, "ours": ours, "things": things}
+    race(benchmark, f"cache, {group}", case=case, **given, **info)
 
 
-def clocked(call, *arguments):
-    """Seconds of a call."""
-    began = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - began
+def timed_store(benchmark, group, kind, make, things):
+    """Races `make(kind)`, a call, with that of ours."""
+    ours = None if kind is Ours else make(Ours)
+    timed(benchmark, group, kind.name, make(kind), ours, things)
 
 
 def check(store, records):
@@ -215,11 +206,10 @@ def million():
         def folder_of(kind):
             if kind not in made:
                 made[kind] = Path(parent) / kind.__name__
-                store = kind(made[kind])
-                for part in records.split(100_000):
-                    store.insert(store.batch(part))
-                store.finish()
-                store.close()
+                with closing(kind(made[kind])) as store:
+                    for part in records.split(100_000):
+                        store.insert(store.batch(part))
+                    store.finish()
             return made[kind]
 
         yield records, folder_of
@@ -230,57 +220,46 @@ def test_lookup(benchmark, million, kind):
     records, folder_of = million
     picks = np.random.default_rng(0).integers(0, STORED, STORED)
     wanted = Records(*(part[picks] for part in records))
-    opened = []
+    with ExitStack() as stack:
 
-    def lookups(kind):
-        store = kind(folder_of(kind))
-        opened.append(store)
-        check(store, wanted)
-        batches = [store.batch(part)[0] for part in wanted.split(BATCH)]
+        def lookups(kind):
+            store = stack.enter_context(closing(kind(folder_of(kind))))
+            check(store, wanted)
+            batches = [store.batch(part)[0] for part in wanted.split(BATCH)]
 
-        def lookup():
-            for keys in batches:
-                store.lookup(keys)
+            def lookup():
+                for keys in batches:
+                    store.lookup(keys)
 
-        return lookup
+            return lookup
 
-    ours = None if kind is Ours else lookups(Ours)
-    timed(benchmark, "lookup, 1M keys", kind.name, lookups(kind), ours, (STORED, "keys"))
-    for store in opened:
-        store.close()
-
-
-def inserts(kind, records, insert, folder):
-    """A call that fills an empty store and returns the seconds of `insert` and `finish`."""
-
-    def call():
-        shutil.rmtree(folder, ignore_errors=True)
-        store = kind(folder)
-        batches = [store.batch(part) for part in records.split(BATCH)]
-
-        def fill():
-            for batch in batches:
-                getattr(store, insert)(batch)
-            store.finish()
-
-        seconds = clocked(fill)
-        store.close()
-        return seconds
-
-    call()
-    store = kind(folder)
-    check(store, records)
-    store.close()
-    return call
+        timed_store(benchmark, "lookup, 1M keys", kind, lookups, (STORED, "keys"))
 
 
 def timed_insert(benchmark, group, kind, count, insert):
     """The method `insert` of every batch into an empty store, and `finish`."""
     records = Records.random(count)
     with tempfile.TemporaryDirectory() as parent:
-        call = inserts(kind, records, insert, Path(parent) / "theirs")
-        ours = None if kind is Ours else inserts(Ours, records, insert, Path(parent) / "ours")
-        timed(benchmark, group, kind.name, call, ours, (count, "records"))
+
+        def inserts(kind):
+            folder = Path(parent) / kind.__name__
+
+            def call():
+                shutil.rmtree(folder, ignore_errors=True)
+                with closing(kind(folder)) as store:
+                    batches = [store.batch(part) for part in records.split(BATCH)]
+                    began = time.perf_counter()
+                    for batch in batches:
+                        getattr(store, insert)(batch)
+                    store.finish()
+                    return time.perf_counter() - began
+
+            call()
+            with closing(kind(folder)) as store:
+                check(store, records)
+            return call
+
+        timed_store(benchmark, group, kind, inserts, (count, "records"))
 
 
 @stores(Ours, Dict, LmdbNosync)
@@ -293,15 +272,14 @@ def test_insert_and_fsync(benchmark, kind):
     timed_insert(benchmark, "insert, fsync, 20k", kind, SYNCED, "insert_and_sync")
 
 
-def opens(kind, folder):
+def opens(kind, folder_of):
     """A call that opens a store, returns the seconds, and closes it."""
+    folder = folder_of(kind)
 
     def call():
         began = time.perf_counter()
-        store = kind(folder)
-        seconds = time.perf_counter() - began
-        store.close()
-        return seconds
+        with closing(kind(folder)):
+            return time.perf_counter() - began
 
     return call
 
@@ -309,13 +287,10 @@ def opens(kind, folder):
 @stores(Ours, Dict, LmdbNosync)
 def test_open(benchmark, million, kind):
     records, folder_of = million
-    store = kind(folder_of(kind))
-    check(store, records)
-    store.close()
+    with closing(kind(folder_of(kind))) as store:
+        check(store, records)
     things = None if issubclass(kind, Lmdb) else (STORED, "records")
-    ours = None if kind is Ours else opens(Ours, folder_of(Ours))
-    call = opens(kind, folder_of(kind))
-    timed(benchmark, "open, 1M records", kind.name, call, ours, things)
+    timed_store(benchmark, "open, 1M records", kind, partial(opens, folder_of=folder_of), things)
 
 
 @pytest.mark.slow
@@ -324,13 +299,12 @@ def test_open_ours_with_10m(benchmark):
     records = Records.random(LARGE)
     with tempfile.TemporaryDirectory() as folder:
         for todo in (Ours.insert, check):
-            store = Ours(folder)
-            for part in records.split(1_000_000):
-                todo(store, part)
-            store.close()
+            with closing(Ours(folder)) as store:
+                for part in records.split(1_000_000):
+                    todo(store, part)
         del store, records, part
         things = LARGE, "records"
-        timed(benchmark, "open, 10M records", OURS, opens(Ours, folder), things=things)
+        timed(benchmark, "open, 10M records", OURS, opens(Ours, lambda _: folder), things=things)
 
 
 def llava_like(trees):
@@ -372,20 +346,15 @@ def filled(rows, lengths, budget):
 def test_pack_20k_trees(benchmark, contestant, budget):
     forest, lengths = llava_like(20_000)
     ours = partial(pack_forest, *forest, budget)
-    if contestant == OURS:
-        rows, call, ours = our_rows(forest, budget), ours, None
-    else:
-        call = partial(first_fit_decreasing, lengths, budget)
-        rows = call()
-    share = filled(rows, lengths, budget)
-    things = 40_000, "leaves"
+    call = ours if contestant == OURS else partial(first_fit_decreasing, lengths, budget)
+    rows = our_rows(forest, budget) if contestant == OURS else call()
+    share, things = filled(rows, lengths, budget), (40_000, "leaves")
     timed(benchmark, f"pack, 20k trees, {budget}", contestant, call, ours, things, filled=share)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_pack_1m_leaves(benchmark, budget):
     forest, lengths = llava_like(500_000)
-    share = filled(our_rows(forest, budget), lengths, budget)
+    share, things = filled(our_rows(forest, budget), lengths, budget), (1_000_000, "leaves")
     call = partial(pack_forest, *forest, budget)
-    things = 1_000_000, "leaves"
     timed(benchmark, f"pack, 1M leaves, {budget}", OURS, call, things=things, filled=share)

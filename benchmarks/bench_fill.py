@@ -13,6 +13,7 @@ the machine has. Contestants, each computing the same log-probs (compared before
 
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,14 +26,11 @@ from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.modeling import reference_logps
 from realign.modeling.encode import encode_records
-from realign.modeling.forest import build_batch
 from realign.modeling.layouts import Layout
 from realign.modeling.loading import load_model, load_processor
 from realign.modeling.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign_kernels import ReferenceCache, objectives
-from realign_kernels.refcache.fill import plan
-from realign_kernels.refcache.keys import collect_leaves
 
 CPU, OURS = torch.device("cpu"), "ours"
 
@@ -92,23 +90,17 @@ def fill(setting):
         )
 
 
-def forest_batches(setting):
-    """The batches that `fill` runs, built."""
-    _, _, examples, store, batch_rows = setting
-    row_tokens = max(example.longest_tree for example in examples)
-    leaves = collect_leaves(examples)
-    made = []
-    for batch in plan(leaves, np.ones(len(leaves.keys), bool), row_tokens, batch_rows):
-        single = [
-            reference_logps._alone(examples[i], j) for i, j in leaves.pairs[batch.leaves].tolist()
-        ]
-        made.append(build_batch(single, store, row_tokens=row_tokens))
-    return made
-
-
 def bare(setting):
-    """The forwards of `fill` and the logits of their response rows; batches are built before."""
-    model, head, batches = ForestModel(setting[1]), setting[1].lm_head, forest_batches(setting)
+    """The forwards of `fill` over its own batches, and the logits of their response rows."""
+    model, head, batches = ForestModel(setting[1]), setting[1].lm_head, []
+    hidden = ForestModel._hidden
+
+    def keep(model, batch):
+        batches.append(batch)
+        return hidden(model, batch)
+
+    with patch.object(ForestModel, "_hidden", keep):
+        fill(setting)
 
     @torch.inference_mode()
     def call():
@@ -146,12 +138,11 @@ def test_reference_pass(benchmark, setting, error, name):
     race(
         benchmark,
         f"cache, fill, {setting[0]}",
-        suite="cache",
         case={"what": f"fill {setting[0]}"},
         contestant=name,
         role="limit" if name == "bare forward" else None,
         call=CONTESTANTS[name](setting),
-        ours=None if name == OURS else CONTESTANTS[OURS](setting),
+        ours=CONTESTANTS[OURS](setting),
         budget=8.0,
         error={"log-prob": error} if name == OURS else None,
     )

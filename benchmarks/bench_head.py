@@ -18,12 +18,13 @@ extra `peers`.
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import contestants
-from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums
+from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums, relative
 from benchmarks.race import race
 from benchmarks.step_contestants import allocate
 
@@ -136,38 +137,27 @@ class Case:
     def truth(self):
         """Loss and gradients of the labelled rows in fp64."""
         rows = self.labels != -100
-        hidden = self.hidden[rows].double().requires_grad_()
-        weight = self.weight.double().requires_grad_(self.trainable)
-        logits = F.log_softmax(hidden @ weight.T, -1)
-        sums = (
-            logits.gather(-1, self.labels[rows][:, None]).view(3, self.shape.examples, -1).sum(-1)
-        )
-        loss = from_sums(sums)
-        loss.backward()
-        return loss.detach(), hidden.grad, weight.grad
+
+        def exact(hidden, weight, labels):
+            logps = F.log_softmax(hidden @ weight.T, -1).gather(-1, labels[:, None])
+            return from_sums(logps.view(3, self.shape.examples, -1).sum(-1))
+
+        inputs = self.hidden[rows].double(), self.weight.double(), self.labels[rows]
+        return contestants.forward_backward(exact, *inputs, trainable=self.trainable)
 
     def step(self, loss):
         """One forward and backward: the loss and both gradients."""
-        hidden = self.hidden.detach().requires_grad_()
-        weight = self.weight.detach().requires_grad_(self.trainable)
-        value = loss(hidden, weight, self.labels)
-        value.backward()
-        return value.detach(), hidden.grad, weight.grad
+        inputs = self.hidden, self.weight, self.labels
+        return contestants.forward_backward(loss, *inputs, trainable=self.trainable)
 
     def error(self, loss) -> dict[str, float]:
         """Relative errors of the loss and, in norm, of the gradients; the larger of the two."""
         value, hidden, weight = self.step(loss)
         true, *truths = self.truth
-        found = [hidden[self.labels != -100], weight]
-        off = [
-            (a.double() - b).norm() / b.norm()
-            for a, b in zip(found, truths, strict=True)
-            if b is not None
-        ]
-        elsewhere = hidden[self.labels == -100]
-        assert not elsewhere.any(), "rows without a label have a gradient"
-        loss = float((value.double() - true).abs() / true.abs())
-        return {"loss": loss, "gradient": float(torch.stack(off).max())}  # keeps NaN
+        assert not hidden[self.labels == -100].any(), "rows without a label have a gradient"
+        pairs = zip((hidden[self.labels != -100], weight), truths, strict=True)
+        off = [relative(a, b) for a, b in pairs if b is not None]
+        return {"loss": relative(value, true), "gradient": float(np.max(off))}  # keeps NaN
 
     def gemms(self):
         """Only the products, of the rows with a label."""
@@ -227,11 +217,10 @@ def test_head(benchmark, case_of, memory, shape, name):
     race(
         benchmark,
         shape.group,
-        suite="head",
         case=shape.case,
         contestant=name,
         role="limit" if name == LIMIT else None,
         call=case.gemms() if loss is None else lambda: case.step(loss),
-        ours=None if name == OURS else lambda: case.step(mine),
+        ours=lambda: case.step(mine),
         error=error,
     )

@@ -14,13 +14,14 @@ a trainer and its model. Nor has Liger, whose loss is a part of its fused head.
 Before a contestant is timed its loss and its gradient are compared with fp64.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import BETA, DEVICE, OURS, from_sums
+from benchmarks.contestants import BETA, DEVICE, OURS, from_sums, relative
 from benchmarks.race import race
 from realign_kernels import objectives, preference_loss
 from realign_kernels.autograd import from_tokens
@@ -64,8 +65,8 @@ class Case:
 
     def error(self, loss) -> dict[str, float]:
         """Relative errors of the loss and, in norm, of the gradient."""
-        pairs = zip(("loss", "gradient"), self.step(loss), self.truth, strict=True)
-        return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}
+        off = map(relative, self.step(loss), self.truth)
+        return dict(zip(("loss", "gradient"), off, strict=True))
 
 
 def our_leaves(case: Case, logps: Tensor, references: Tensor) -> Tensor:
@@ -82,24 +83,21 @@ def eager_leaves(case: Case, logps: Tensor, references: Tensor) -> Tensor:
     return from_sums(logps - references)
 
 
-def eager_index_add(case: Case, logps: Tensor, references: Tensor) -> Tensor:
-    sums = logps.new_zeros(references.numel()).index_add(0, case.ids, logps)
+def eager_tokens(
+    case: Case, logps: Tensor, references: Tensor, add: Callable[..., Tensor] = torch.index_add
+) -> Tensor:
+    sums = add(logps.new_zeros(references.numel()), 0, case.ids, logps)
     return from_sums(sums.view_as(references) - references)
 
 
-def eager_scatter_add(case: Case, logps: Tensor, references: Tensor) -> Tensor:
-    sums = logps.new_zeros(references.numel()).scatter_add(0, case.ids, logps)
-    return from_sums(sums.view_as(references) - references)
-
-
-FORMULA = {"leaves": eager_leaves, "tokens": eager_index_add}
+FORMULA = {"leaves": eager_leaves, "tokens": eager_tokens}
 """What is the truth in fp64."""
 CONTESTANTS = {
     "leaves": {OURS: our_leaves, "eager torch": eager_leaves},
     "tokens": {
         OURS: our_tokens,
-        "eager torch, index_add": eager_index_add,
-        "eager torch, scatter_add": eager_scatter_add,
+        "eager torch, index_add": eager_tokens,
+        "eager torch, scatter_add": partial(eager_tokens, add=torch.scatter_add),
     },
 }
 case_of = lru_cache(maxsize=1)(Case)
@@ -122,11 +120,10 @@ def test_loss(benchmark, kind, examples, name):
     race(
         benchmark,
         f"loss, {kind}, {examples} examples",
-        suite="loss",
         case=case.case,
         contestant=name,
         call=lambda: case.step(loss),
-        ours=None if name == OURS else lambda: case.step(mine),
+        ours=lambda: case.step(mine),
         budget=1.0,
         most=ROUNDS,
         error=error,

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.bench_head import PROMPT, RESPONSE, Shape, make
 from benchmarks.contestants import CONTESTANTS, OURS
-from benchmarks.memory_worker import MEASURED, workers
+from benchmarks.memory_worker import MEASURED
 from benchmarks.race import REPLAY, describe
 
 CONTEXTS = (576, 1152, 2304, 4608, 8192)
@@ -19,12 +19,6 @@ SETTINGS = (("frozen", "bf16"), ("frozen", "fp32"), ("trainable", "bf16"))
 CASE = {"H": 256, "V": 8192, "examples": 1, "prompt": PROMPT, "response": RESPONSE}
 
 pytestmark = pytest.mark.skipif(not MEASURED, reason="reads peaks from Linux's /proc")
-
-
-@pytest.fixture(scope="module")
-def peak_of():
-    with workers() as found:
-        yield found
 
 
 @pytest.mark.parametrize(
@@ -45,7 +39,6 @@ def test_memory(benchmark, peak_of, head, dtype, tokens, name):
     describe(
         benchmark,
         f"memory, {head}, {dtype}, {tokens} image tokens",
-        suite="memory",
         case=CASE | {"head": head, "dtype": dtype, "image_tokens": tokens},
         contestant=name,
         role="ours" if name == OURS else "peer",

@@ -95,17 +95,10 @@ def search(count: int):
 
 def timed(benchmark, what, count, unit, contestant, call, ours=None, **case):
     """Races `call`, which handles `count` things of `unit`, with ours."""
-    race(
-        benchmark,
-        f"pairs, {what}, {count} {unit}",
-        suite="pairs",
-        case={"what": what, "count": count} | case,
-        contestant=contestant,
-        call=call,
-        ours=ours,
-        things=(count, unit),
-        budget=2.0,
-    )
+    given = {"call": call, "ours": ours, "things": (count, unit), "budget": 2.0}
+    case = {"what": what, "count": count} | case
+    group = f"pairs, {what}, {count} {unit}"
+    race(benchmark, group, case=case, contestant=contestant, **given)
 
 
 @pytest.mark.parametrize("name", [OURS, "one image at a time"])
@@ -114,8 +107,7 @@ def test_embed(benchmark, digits, name):
     ours = partial(Embedder(None, batch_size=BATCH, dtype="fp32"), images)
     each = partial(embed_each, model, processor, images)
     np.testing.assert_allclose(ours(), each(), atol=1e-5)
-    calls = (ours, None) if name == OURS else (each, ours)
-    timed(benchmark, "embed", BATCH, "images", name, *calls)
+    timed(benchmark, "embed", BATCH, "images", name, ours if name == OURS else each, ours)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -132,7 +124,7 @@ def test_retrieve(benchmark, count, name):
     listed = np.sort(np.c_[indices, np.arange(QUERIES)])  # with itself, which must not be there
     assert (np.diff(listed) > 0).all()
     case = {"H": WIDTH, "k": NEAREST, "among": count}
-    what, ours = f"retrieve among {count:,}", None if name == OURS else ours
+    what = f"retrieve among {count:,}"
     timed(benchmark, what, QUERIES, "queries", name, call, ours, **case)
 
 
@@ -148,5 +140,4 @@ def test_infill(benchmark, digits, name):
         few()
         return BATCH / LOOPED * (time.perf_counter() - began)
 
-    calls = (ours, None) if name == OURS else (each, ours)
-    timed(benchmark, "infill", BATCH, "records", name, *calls)
+    timed(benchmark, "infill", BATCH, "records", name, ours if name == OURS else each, ours)

@@ -31,9 +31,9 @@ import torch.distributed as dist
 
 from benchmarks import contestants
 from benchmarks.bench_head import ALLOWED, PROMPT, RESPONSE, Case, Shape, make
-from benchmarks.contestants import BETA, DEVICE, EAGER, OURS, TRL
-from benchmarks.memory_worker import Worker, workers
+from benchmarks.contestants import BETA, DEVICE, EAGER, OURS, TRL, relative
 from benchmarks.race import race
+from benchmarks.step_contestants import Worker
 from realign_kernels import rdpo_loss
 
 NAMES = (OURS, EAGER, TRL)
@@ -65,12 +65,6 @@ def points():
 
 
 case_of = functools.lru_cache(maxsize=1)(Case)
-
-
-@pytest.fixture(scope="module")
-def peak_of():
-    with workers() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +104,10 @@ def test_scaling(benchmark, fit, peak_of, axis, value, name):
     race(
         benchmark,
         f"scaling, {axis} = {value}",
-        suite="scaling",
         case=shape.case | {"T": case.labels.shape[-1], "axis": axis, "value": value},
         contestant=name,
         call=lambda: case.step(loss),
-        ours=None if name == OURS else lambda: case.step(mine),
+        ours=lambda: case.step(mine),
         budget=0.6,
         error=error,
         bytes=peak_of(name, shape),
@@ -163,7 +156,7 @@ class Share:
             dist.all_reduce(loss)
             loss, hidden = loss / self.size, hidden / self.size
         pairs = zip((loss, hidden, weight), self.truth, strict=True)
-        off = [float((a.double() - b).norm() / b.norm()) for a, b in pairs if b is not None]
+        off = [relative(a, b) for a, b in pairs if b is not None]
         return {"loss": off[0], "gradient": max(off[1:])}
 
     def seconds(self) -> float:
@@ -219,7 +212,6 @@ def test_ranks(benchmark, fit, ranks, kind, head, size):
     race(
         benchmark,
         f"scaling, ranks = {size}, {kind}, {head}",
-        suite="scaling",
         case=replace(SPLIT, head=head).case | {"T": RESPONSE, "axis": "ranks", "value": size},
         contestant=f"ours, {kind}",
         role="ours",

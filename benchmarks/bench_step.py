@@ -48,18 +48,14 @@ class Contestant:
     def __init__(self, *arguments):
         self.worker = Worker(step_contestants.serve, *arguments, silence=None)
         self.imported = self.worker.read()["imported"]
-        self.kept = False
 
     def step(self, *words):
         self.worker.pipe.send(words)
         return self.worker.read()
 
     def timed(self, *words):
-        """A call for `race`: the seconds that the process counts."""
-        if not self.kept:  # from now on freed blocks stay with the process
-            self.step("keep", *words)
-            self.kept = True
-        return lambda: self.step(*words)["seconds"]
+        """A call for `race`: the seconds that the process counts; freed blocks stay with it."""
+        return lambda: self.step("keep", *words)["seconds"]
 
 
 class Setting:
@@ -115,19 +111,17 @@ def test_step(benchmark, setting, contestant):
         pytest.skip("on CUDA TRL projects labelled rows anyway: see TRL DPO")
     if name == "trl" and not words and step_contestants.DEVICE == "cpu":
         # Labelled rows first: a process's peak only grows.
-        labelled = "TRL DPO, labelled rows"
-        setting.peak(name, labelled, ("labelled",), like)
+        setting.peak(name, "TRL DPO, labelled rows", ("labelled",), like)
     ours = setting.running["ours"]
     setting.peak("ours", OURS, (), ())
     taken = setting.peak(name, contestant, words, like)
     race(
         benchmark,
         "step, {tune}, {dtype}, {examples} example(s)".format(**setting.case),
-        suite="step",
         case=setting.case,
         contestant=contestant,
         call=setting.process(name).timed(*words),
-        ours=None if contestant == OURS else ours.timed(),
+        ours=ours.timed(),
         bytes=taken,
         budget=10.0,
     )

@@ -9,19 +9,27 @@ The file is pytest-benchmark's JSON, with the skipped benchmarks and their reaso
 import json
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import results, targets
+from benchmarks import report, results
 from benchmarks.race import REPLAY
-from benchmarks.tables import factor, quantity
+from benchmarks.results import version_of
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "lmdb",
             "faiss-cpu", "numpy")  # fmt: skip
 _STATE = pytest.StashKey[dict]()
+
+
+@pytest.fixture(scope="module")
+def peak_of():
+    """peak_of(contestant, shape): its peak memory in bytes."""
+    from benchmarks.memory_worker import workers
+
+    with workers() as found:
+        yield found
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -84,15 +92,8 @@ def pytest_benchmark_generate_machine_info(config):
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
-
-
-def _version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 @pytest.hookimpl(trylast=True)
@@ -122,37 +123,12 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """A line for each contestant, theirs over ours, and the targets that this run measured."""
-    write, path = terminalreporter.write_line, config.stash.get(_STATE, {}).get("path")
+    """Tables of what this run measured, and its targets."""
+    path = config.stash.get(_STATE, {}).get("path")
     if path is None:
         return
     run = results.read(path)
-    groups: dict[str, list[results.Entry]] = {}
-    for entry in run.entries:
-        groups.setdefault(entry.group, []).append(entry)
-    for name, entries in groups.items():
-        write(f"\n{name}")
-        for entry in entries:
-            # The time of a memory benchmark is that of a process's start.
-            time = f"{1e3 * entry.median:10.2f} ms" if entry.suite != "memory" else ""
-            ratio = factor(entry.ratio) if entry.ratio else ""
-            write(f"  {time:13} {ratio:24} {entry.contestant}   {'   '.join(_notes(entry))}")
-    measured = [(t, value) for t in targets.read()[0] if (value := t.value([run])) is not None]
-    if measured:
-        write(f"\ntargets: {targets.counts([targets.verdict(*one) for one in measured])}")
-    for target, value in measured:
-        verdict = targets.verdict(target, value)
-        write(f"  {verdict:6} {quantity(value):>10}  {target.bound:20}  {target.name}")
-    write(f"\nresults: {path.relative_to(config.rootpath)}")
-
-
-def _notes(entry):
-    """Other figures of an entry."""
-    if entry.error:
-        yield "error " + ", ".join(f"{k} {v:.1e}" for k, v in entry.error.items())
-    if entry.bytes is not None:
-        yield f"{entry.bytes / 2**20:,.1f} MiB"
-    if "rate" in entry.extra:
-        yield f"{quantity(entry.extra['rate'])} {entry.extra['unit']}/s"
-    if "filled" in entry.extra:
-        yield f"{100 * entry.extra['filled']:.2f} % filled"
+    found = {suite: results.groups_of([run], suite) for suite in report.SUITES}
+    text = [report.tables_of(suite, groups) for suite, groups in found.items() if groups]
+    text += [report.targets_block([run], measured=True), f"results: {path.name}", ""]
+    terminalreporter.write("\n".join(["", *text]))

@@ -30,6 +30,29 @@ def from_sums(logps: Tensor) -> Tensor:
     return -(F.logsigmoid(chosen - rejected) + F.logsigmoid(chosen - visual)).mean()
 
 
+def relative(value: Tensor, exact: Tensor) -> float:
+    """Error in norm over the norm of the truth."""
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+def forward_backward(
+    loss: Loss,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    trainable: bool,
+    derivative: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and, with `derivative`, the gradients of hidden and of a trainable weight."""
+    hidden = hidden.detach().requires_grad_(derivative)
+    weight = weight.detach().requires_grad_(trainable)
+    value = loss(hidden, weight, labels)
+    if derivative:
+        value.backward()
+    return value.detach(), hidden.grad, weight.grad
+
+
 def ours(backend: str | None = None) -> Loss:
     """What `from realign_kernels import rdpo_loss` gives; None: the backend it picks itself."""
 

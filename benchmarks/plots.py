@@ -1,5 +1,7 @@
 """Pictures of docs/benchmarks.md."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.results import Groups, Quartiles, over_limit
@@ -41,10 +44,20 @@ Points = dict[str, list[tuple[float, float]]]
 """Points (x, y) of each contestant."""
 
 
-def save(figure, path: Path) -> None:
-    """Writes a picture; the same run gives the same bytes."""
-    figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    plt.close(figure)
+@contextlib.contextmanager
+def drawn(count: int, height: float, path: Path, columns: int = 2) -> Iterator[tuple[Figure, list]]:
+    """(figure, axes) of `count` panels, then written; the same run gives the same bytes."""
+    with plt.rc_context(STYLE):
+        lines = -(-count // columns)
+        size = (5.2 * columns, height * lines)
+        figure, axes = plt.subplots(
+            lines, columns, figsize=size, squeeze=False, layout="constrained"
+        )
+        for ax in axes.flat[count:]:
+            ax.axis("off")
+        yield figure, axes.flat[:count]
+        figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+        plt.close(figure)
 
 
 def plain(axis, locator=None) -> None:
@@ -56,15 +69,9 @@ def plain(axis, locator=None) -> None:
 
 def rankings(panels: dict[str, dict[str, Quartiles]], label: str, path: Path) -> None:
     """Factor of each contestant with its quartiles, least first, on a logarithmic axis."""
-    with plt.rc_context(STYLE):
-        height = 0.8 + 0.27 * max(map(len, panels.values()))
-        lines = -(-len(panels) // 2)
-        figure, axes = plt.subplots(
-            lines, 2, figsize=(10.4, lines * height), squeeze=False, layout="constrained"
-        )
-        for ax in axes.flat[len(panels) :]:
-            ax.axis("off")
-        for ax, (title, rows) in zip(axes.flat, panels.items(), strict=False):
+    height = 0.8 + 0.27 * max(map(len, panels.values()))
+    with drawn(len(panels), height, path) as (_, axes):
+        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
             rows = sorted(rows.items(), key=lambda row: -row[1][1])
             for place, (name, (low, middle, high)) in enumerate(rows):
                 colour = COLOURS.get(name, QUIET)
@@ -82,21 +89,15 @@ def rankings(panels: dict[str, dict[str, Quartiles]], label: str, path: Path) ->
             ax.grid(axis="y", visible=False)
             ax.set_title(title)
             ax.set_xlabel(label)
-        save(figure, path)
 
 
 def curves(
     panels: dict[str, Points], x: str | None, y: str, path: Path, line: str = "-", columns: int = 2
 ) -> None:
     """Points of each contestant over a logarithmic plane; x None: the panel's title."""
-    with plt.rc_context(STYLE):
-        lines = -(-len(panels) // columns)
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(5.2 * columns, 3.8 * lines), squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
+    with drawn(len(panels), 3.8, path, columns) as (figure, axes):
         handles = {}
-        for ax, (title, points) in zip(axes.flat, panels.items(), strict=False):
+        for ax, (title, points) in zip(axes, panels.items(), strict=True):
             for place, (name, found) in enumerate(points.items()):
                 ours = name.startswith("ours")
                 (handles[name],) = ax.plot(
@@ -113,10 +114,7 @@ def curves(
             ax.set_title(title)
             ax.set_xlabel(x or title)
             ax.set_ylabel(y)
-        for ax in axes.flat[len(panels) :]:
-            ax.axis("off")
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-        save(figure, path)
 
 
 def _panels(groups: Groups, title, point) -> dict[str, Points]:

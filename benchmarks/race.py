@@ -89,7 +89,6 @@ def race(
     benchmark,
     group: str,
     *,
-    suite: str,
     case: dict,
     contestant: str,
     call: Callable[[], object],
@@ -97,24 +96,26 @@ def race(
     role: str | None = None,
     things: tuple[int, str] | None = None,
     budget: float = 3.0,
-    least: int = LEAST,
     most: int = MOST,
     **info,
 ) -> None:
     """Times `call` in turns with `ours` (None: it is ours) and reports it to pytest-benchmark.
 
     Args:
+        group: begins with the name of the suite.
+        contestant: its name; `ours` is not called where it is "ours".
         role: "ours" without `ours` and else "peer", or "limit".
         things: their number in a call, and their unit, for a rate.
-        budget: Seconds for the rounds, apart from the `least` rounds that are run in any case.
+        budget: Seconds for the rounds; LEAST rounds are run in any case.
         info: More for `extra_info`, as the head of this file lists.
     """
     if not benchmark.enabled:
         benchmark(call)
         return
-    theirs, mine = turns(call, ours, budget, least, most)
+    ours = None if contestant == "ours" else ours
+    theirs, mine = turns(call, ours, budget, most=most)
     role = role or ("ours" if ours is None else "peer")
-    describe(benchmark, group, suite=suite, case=case, contestant=contestant, role=role, **info)
+    describe(benchmark, group, case=case, contestant=contestant, role=role, **info)
     if things is not None:
         count, unit = things
         benchmark.extra_info.update(rate=count / float(np.median(theirs)), unit=unit)
@@ -127,5 +128,5 @@ def race(
 
 def describe(benchmark, group: str, **info) -> None:
     """Sets a benchmark's group and `extra_info`."""
-    benchmark.group = group
-    benchmark.extra_info.update({k: v for k, v in info.items() if v is not None})
+    benchmark.group, suite = group, group.partition(",")[0]
+    benchmark.extra_info.update({"suite": suite} | {k: v for k, v in info.items() if v is not None})

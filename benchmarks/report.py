@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from benchmarks import compare, plots, results, targets
+from benchmarks import compare, results, targets
 from benchmarks.gpu import pages as gpu_pages
 from benchmarks.gpu.check import load
 from benchmarks.results import Entry, Groups, Run, groups_of, over_limit
@@ -43,7 +43,7 @@ def blocks(runs: list[Run], earlier: Run | None = None, gpu: Run | None = None) 
         earlier: the default run once more, at another time, to compare two runs of one machine.
         gpu: the run on a GPU, if there is one.
     """
-    found = {"machines": _machines([*runs, gpu] if gpu else runs), "targets": _targets(runs)}
+    found = {"machines": _machines([*runs, gpu] if gpu else runs), "targets": targets_block(runs)}
     if earlier is not None:
         found["again"] = f"```text\n{compare.report(earlier, runs[-1])[0]}\n```"
     for suite in SUITES:
@@ -57,10 +57,13 @@ def blocks(runs: list[Run], earlier: Run | None = None, gpu: Run | None = None) 
 
 def suite_block(suite: str, groups: Groups) -> str:
     """Sentences and tables of a suite."""
-    tables = {"memory": _memory_table, "scaling": _scaling_table}.get(suite, _group_tables)
-    return "\n\n".join(
-        [*SENTENCES.get(suite, lambda _: [])(groups), _losses(groups), tables(groups)]
-    )
+    sentences = SENTENCES.get(suite, lambda _: [])(groups)
+    return "\n\n".join([*sentences, _losses(groups), tables_of(suite, groups)])
+
+
+def tables_of(suite: str, groups: Groups) -> str:
+    """Tables of a suite."""
+    return {"memory": _memory_table, "scaling": _scaling_table}.get(suite, _group_tables)(groups)
 
 
 def _machines(runs: list[Run]) -> str:
@@ -78,14 +81,18 @@ def _machines(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def _targets(runs: list[Run]) -> str:
+def targets_block(runs: list[Run], measured: bool = False) -> str:
+    """Table of all targets, or of the measured ones."""
     rows, verdicts = [], []
     for target in targets.read()[0]:
-        value = target.value(runs)
+        if (value := target.value(runs)) is None and measured:
+            continue
         verdicts.append(targets.verdict(target, value))
         shown = "-" if value is None else quantity(value)
         rows.append((target.name, target.bound, shown, f"**{verdicts[-1]}**", target.reason))
     columns = ("target", "bound", "measured", "", "why this bound")
+    if not rows:
+        return "No target was measured."
     return f"{targets.counts(verdicts)}.\n\n{table(columns, rows)}"
 
 
@@ -314,6 +321,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    from benchmarks import plots  # matplotlib, which a run of the benchmarks does not need
+
     runs = read_runs()
     for suite, draw in plots.DRAW.items():
         if groups := groups_of(runs, suite):

@@ -5,6 +5,7 @@
 
 import json
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ class Entry:
 
 
 Groups = dict[str, list[Entry]]
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 A message is an optimizer step, a tuple of the words `keep`, `labelled` and `dpo`. All start from
 one policy, moved from the reference by noise of the name. Timed: forward, backward, clipping,
-optimizer; no preprocessing.
+optimizer; no preprocessing. A contestant trains under a watch (`Requests`, or `Watch` of the GPU
+check), which times steps and keeps their losses.
 """
 
 import ctypes
+import itertools
 import multiprocessing
 import os
 import time
@@ -19,6 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, ALPHA = 128, 256.0  # the paper's, and the defaults of realign.train
+LORA = {
+    "r": RANK, "lora_alpha": ALPHA, "target_modules": r".*language_model\..*_proj",
+    "task_type": "CAUSAL_LM",
+}  # fmt: skip
+"""PEFT's configuration as `realign.modeling.loading.add_lora` makes it for LLaMA."""
 
 
 class Worker:
@@ -95,16 +102,6 @@ def move(model, tune):
             local.copy_(0.01 * noise)
         else:
             local.add_((0.002 * noise).to(local))
-
-
-def lora_settings(model):
-    """PEFT's configuration as `realign.modeling.model.add_lora` makes it."""
-    from torch import nn
-
-    language = model.model.language_model
-    names = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
-    pattern = rf".*language_model\..*\.({'|'.join(sorted(names))})"
-    return {"r": RANK, "lora_alpha": ALPHA, "target_modules": pattern, "task_type": "CAUSAL_LM"}
 
 
 def adamw(model):
@@ -201,16 +198,16 @@ class Ours:
         self.optimizer.zero_grad()
         return found["loss"], found["grad_norm"]
 
-    def serve(self, commands, answer):
-        for words in commands:
-            if "keep" in words:
-                allocate("keep")
-            name = "dpo" if "dpo" in words else "rdpo"
+    def train(self, watch):
+        """Steps until the watch is over."""
+        while not watch.over:
+            watch.begin()
+            name = "dpo" if "dpo" in watch.words else "rdpo"
             feed = self.feeds[name]
             count = len(feed.examples)
-            began = now()
-            loss, norm = self.step(name, [feed(range(count))], count, update=name == "rdpo")
-            answer(now() - began, loss, norm)
+            figures = self.step(name, [feed(range(count))], count, update=name == "rdpo")
+            watch.end()
+            watch.report(*figures)
 
 
 class Released:
@@ -223,6 +220,7 @@ class Released:
     """
 
     def __init__(self, folder, tune, dtype):
+        import peft  # noqa: F401 - counts as imports
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from realign.data.records import read_pairs
@@ -250,7 +248,7 @@ class Released:
             max_tokens=2048,
             progress=False,
         )
-        self.batches = [self.collate(examples, store, leaf) for leaf in range(3)]
+        self.steps = itertools.repeat([self.collate(examples, store)])
 
     def prepare(self, model, reference, kind):
         """Policy and optimizer; without a reference model the policy gets LoRA."""
@@ -258,7 +256,7 @@ class Released:
 
         model.model.vision_tower.requires_grad_(False)
         if reference is None:
-            model = get_peft_model(model, LoraConfig(**lora_settings(model)))
+            model = get_peft_model(model, LoraConfig(**LORA))
         move(model.train(), "lora" if reference is None else "full")
         self.model, self.reference = model, reference
         self.autocast = torch.autocast(DEVICE, kind, enabled=kind != torch.float32)
@@ -272,21 +270,24 @@ class Released:
         return norm
 
     @staticmethod
-    def collate(examples, store, leaf):
-        """One sequence for each example, padded to the longest."""
-        roots = [e.roots[e.leaves[leaf].root] for e in examples]
-        prompts = [torch.from_numpy(root.ids) for root in roots]
-        responses = [torch.from_numpy(e.leaves[leaf].ids) for e in examples]
-        pairs = [*zip(prompts, responses, strict=True)]
-        ids = pad_sequence([torch.cat(pair) for pair in pairs], True)
-        mask = pad_sequence(
-            [torch.ones(len(p) + len(r), dtype=torch.int64) for p, r in pairs], True
-        )
-        masked = [torch.cat([torch.full_like(p, -100), r]) for p, r in pairs]
-        labels = pad_sequence(masked, True, -100)
-        pixels = torch.cat([store.bundle(root.images[0])["pixel_values"] for root in roots])
-        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
-        return labels.to(DEVICE), {name: value.to(DEVICE) for name, value in inputs.items()}
+    def collate(examples, store):
+        """(labels, inputs) of each leaf: one sequence an example, padded to the longest."""
+        batches = []
+        for leaf in range(3):
+            roots = [e.roots[e.leaves[leaf].root] for e in examples]
+            prompts = [torch.from_numpy(root.ids) for root in roots]
+            responses = [torch.from_numpy(e.leaves[leaf].ids) for e in examples]
+            pairs = [*zip(prompts, responses, strict=True)]
+            masked = [torch.cat([torch.full_like(p, -100), r]) for p, r in pairs]
+            pixels = [store.bundle(root.images[0])["pixel_values"] for root in roots]
+            inputs = {
+                "input_ids": pad_sequence([torch.cat(pair) for pair in pairs], True),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in masked], True),
+                "pixel_values": torch.cat(pixels),
+            }
+            labels = pad_sequence(masked, True, -100).to(DEVICE)
+            batches.append((labels, {name: value.to(DEVICE) for name, value in inputs.items()}))
+        return batches
 
     def logps(self, model, labels, inputs):
         with self.autocast:
@@ -296,33 +297,37 @@ class Released:
         found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         return (found * mask).sum(-1)
 
-    def references(self):
+    def references(self, batches):
         with torch.no_grad():
             if self.reference is not None:
-                return [self.logps(self.reference, *batch) for batch in self.batches]
+                return [self.logps(self.reference, *batch) for batch in batches]
             with self.model.disable_adapter():
-                return [self.logps(self.model, *batch) for batch in self.batches]
+                return [self.logps(self.model, *batch) for batch in batches]
 
-    def loss(self):
-        """The mean over the examples of `self.batches`."""
-        constants = self.references()
-        policy = [self.logps(self.model, *batch) for batch in self.batches]
+    def loss(self, batches):
+        """The mean over the examples of a batch for each leaf."""
+        constants = self.references(batches)
+        policy = [self.logps(self.model, *batch) for batch in batches]
         chosen, rejected, visual = (BETA * (a - b) for a, b in zip(policy, constants, strict=True))
         sigmoid = torch.nn.functional.logsigmoid
         return -(sigmoid(chosen - rejected) + sigmoid(chosen - visual)).mean()
 
-    def serve(self, commands, answer):
-        for words in commands:
-            if "keep" in words:
-                allocate("keep")
-            began = now()
-            loss = self.loss()
-            loss.backward()
+    def train(self, watch):
+        """Steps of micro-batches, which are collated, until the watch is over."""
+        steps = iter(self.steps)
+        while not watch.over:
+            parts, total = next(steps), 0.0
+            watch.begin()
+            for batches in parts:
+                loss = self.loss(batches) / len(parts)
+                loss.backward()
+                total += loss.detach()
             norm = self.update()
-            answer(now() - began, loss.item(), norm.item())
+            watch.end()
+            watch.report(float(total), float(norm))
 
 
-def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **options):
+def dpo_trainer(model, processor, folder, tune, *, dtype, **options):
     """TRL's `DPOTrainer` on the pairs of `folder`, in their order.
 
     Args:
@@ -330,9 +335,7 @@ def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **op
         processor: its processor.
         folder: holds pairs.parquet, and gets what the trainer writes.
         tune: "lora" or "full".
-        settings: of LoRA (`lora_settings`).
         dtype: "bf16" for autocast, or "fp32".
-        device: "cuda" or "cpu".
         options: of `DPOConfig`, besides those that all contestants share.
     """
     import datasets
@@ -347,7 +350,7 @@ def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **op
         model=model,
         processing_class=processor,
         train_dataset=rows,
-        peft_config=LoraConfig(**settings) if tune == "lora" else None,
+        peft_config=LoraConfig(**LORA) if tune == "lora" else None,
         args=DPOConfig(
             output_dir=str(folder / "trl"),
             learning_rate=LEARNING_RATE,
@@ -357,7 +360,7 @@ def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **op
             max_length=None,
             gradient_checkpointing=False,
             bf16=dtype == "bf16",
-            use_cpu=device == "cpu",
+            use_cpu=DEVICE == "cpu",
             train_sampling_strategy="sequential",
             save_strategy="no",
             report_to="none",
@@ -374,82 +377,95 @@ def dpo_trainer(model, processor, folder, tune, settings, *, dtype, device, **op
     return trainer
 
 
+def train_trl(trainer, watch):
+    """`DPOTrainer.train`, its own loop, until the watch is over.
+
+    With the word `labelled` the head of a CPU projects only labelled rows, as TRL does on CUDA.
+    """
+    from transformers import TrainerCallback
+    from trl.trainer import utils
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            watch.begin()
+            if DEVICE == "cpu":
+                # The switch inside `add_fused_lm_head`; the kernel itself keeps its torch path.
+                utils._use_triton = lambda device: "labelled" in watch.words
+
+        def on_step_end(self, args, state, control, **_):
+            watch.end()
+            control.should_training_stop |= watch.over
+            if state.global_step > 1:
+                watch.report(None, None)
+
+        def on_log(self, args, state, control, logs, **_):
+            if state.global_step == 1:
+                watch.report(logs["loss"], logs["grad_norm"])
+
+    trainer.add_callback(Clock())
+    trainer.train()
+
+
 class Trl:
-    """TRL's `DPOTrainer.train`, its own loop, on its vision path and its own collator.
+    """TRL's `DPOTrainer` on its vision path and its own collator.
 
     TRL's defaults but for gradient checkpointing, which is off (it would cost time), and what all
     contestants share: learning rate, LoRA, frozen tower. bf16 is TRL's default, too: autocast over
-    fp32 weights. Timed: from its `on_step_begin` to `on_step_end`, so without collation. With
-    the word `labelled` the head projects only labelled rows in that step, as TRL does on CUDA.
+    fp32 weights. Timed: from its `on_step_begin` to `on_step_end`, so without collation.
     """
 
     def __init__(self, folder, tune, dtype):
+        import datasets  # noqa: F401 - counts as imports
+        import peft  # noqa: F401
         from pyarrow.parquet import read_metadata
-        from transformers import (
-            AutoConfig,
-            AutoModelForImageTextToText,
-            AutoProcessor,
-            TrainerCallback,
-        )
+        from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401
+        from trl import DPOConfig, DPOTrainer  # noqa: F401
 
         self.imported = memory()
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder / "model")
-            settings = lora_settings(AutoModelForImageTextToText.from_config(config))
         self.trainer = dpo_trainer(
             str(folder / "model"),
             AutoProcessor.from_pretrained(folder / "model"),
             folder,
             tune,
-            settings,
             dtype=dtype,
-            device=DEVICE,
             per_device_train_batch_size=read_metadata(folder / "pairs.parquet").num_rows,
             max_steps=1000,
         )
-        self.callback = TrainerCallback
 
-    def serve(self, commands, answer):
-        from trl.trainer import utils
+    def train(self, watch):
+        train_trl(self.trainer, watch)
 
-        commands, trainer = iter(commands), self.trainer
 
-        class Clock(self.callback):
-            def on_step_begin(self, args, state, control, **_):
-                words = next(commands, None)
-                if words is None:
-                    os._exit(0)  # there is nothing to save
-                if "keep" in words:
-                    allocate("keep")
-                if DEVICE == "cpu":
-                    # The switch inside `add_fused_lm_head`; the kernel itself keeps its torch path.
-                    utils._use_triton = lambda device: "labelled" in words
-                self.began = now()
+class Requests:
+    """Times the steps that the other end of a pipe asks for, and answers each."""
 
-            def on_step_end(self, args, state, control, **_):
-                self.seconds = now() - self.began
-                if state.global_step > 1:
-                    answer(self.seconds, None, None)
+    over = False  # the other end kills this process
 
-            def on_log(self, args, state, control, logs, **_):
-                if state.global_step == 1:
-                    answer(self.seconds, logs["loss"], logs["grad_norm"])
+    def __init__(self, pipe):
+        self.pipe = pipe
 
-        trainer.add_callback(Clock)
-        trainer.train()
+    def begin(self):
+        """Waits for the words of the next step."""
+        self.words = self.pipe.recv()
+        if "keep" in self.words:
+            allocate("keep")
+        self.began = now()
+
+    def end(self):
+        self.seconds = now() - self.began
+
+    def report(self, loss, norm):
+        """Answers with seconds, loss, gradient norm and the memory so far."""
+        self.pipe.send({"seconds": self.seconds, "loss": loss, "norm": norm} | memory())
 
 
 CONTESTANTS = {"ours": Ours, "trl": Trl, "released": Released}
 
 
 def serve(name, folder, tune, dtype, pipe):
-    """Answers each tuple of words with a step: seconds, loss, gradient norm, memory so far."""
+    """Sends the memory of the imports, then answers each tuple of words with a step."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     allocate("return")
     contestant = CONTESTANTS[name](Path(folder), tune, dtype)
     pipe.send({"imported": contestant.imported["VmRSS"]})
-
-    def answer(*found):
-        pipe.send(dict(zip(("seconds", "loss", "norm"), found, strict=True)) | memory())
-
-    contestant.serve(iter(pipe.recv, None), answer)
+    contestant.train(Requests(pipe))

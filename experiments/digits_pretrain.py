@@ -23,14 +23,10 @@ from realign.digits import ASSETS
 from realign.digits.processor import PATCH, build_processor
 from realign.digits.scenes import (
     CAPTION_PROMPT,
-    NOISE,
-    PRIOR,
     SIZE,
     WORDS,
-    Glyphs,
     Scene,
     caption_of,
-    handwritten,
     make_easy_questions,
     make_questions,
     make_scenes,
@@ -43,31 +39,24 @@ BATCH = 64
 POOL = 8192  # biased scenes drawn once
 TURNS = 2  # questions of each of three kinds in a dialogue
 LEARNING_RATE = 1e-3
-COMPLETIONS = 24  # rows in a batch of completions, which have long prompts
+SPECIAL = ("bos", "eos", "pad")
+COMPLETIONS = 24  # rows in a batch of completions, whose prompts are long
 
 
 def build_model(processor) -> LlavaForConditionalGeneration:
     """A LLaVA of 1.1 M parameters: three CLIP layers, a projector, four Llama layers."""
     tokenizer = processor.tokenizer
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in SPECIAL}
     vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=128,
+        **sizes, num_hidden_layers=3, image_size=SIZE, patch_size=PATCH, projection_dim=128
     )
     text = LlamaConfig(
+        **sizes,
+        **special,
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
         num_hidden_layers=4,
-        num_attention_heads=4,
         max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
     config = LlavaConfig(
@@ -80,9 +69,7 @@ def build_model(processor) -> LlavaForConditionalGeneration:
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.update(**special)
     return model
 
 
@@ -116,23 +103,19 @@ def pretrain(
     steps: int,
     seed: int,
     *,
-    noise: float = NOISE,
-    follow: float = PRIOR,
-    glyphs: Glyphs = handwritten,
     completions: bool = False,
     progress: bool = True,
+    **pictures,
 ) -> tuple[LlavaForConditionalGeneration, object]:
     """Train a base from scratch.
 
     Args:
         steps: batches of BATCH.
         seed: of weights, scenes and their order.
-        noise: of the scenes, see `make_scenes`.
-        follow: share of rows that follow the prior, see `make_scenes`.
-        glyphs: of the scenes, see `make_scenes`.
-        completions: whether every fourth batch trains the completion of a masked caption on an
-            image, with the request of `--refill prompt`.
+        completions: whether every fourth batch teaches to complete a masked caption on an image, as
+            `--refill prompt` asks for it.
         progress: whether to show a bar.
+        pictures: noise, follow and glyphs of the scenes, see `make_scenes`.
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -141,9 +124,7 @@ def pretrain(
     rng = np.random.default_rng(seed)
     processor = build_processor()
     model = build_model(processor).train()
-    scenes = make_scenes(
-        POOL, biased=True, seed=seed + 1000, noise=noise, follow=follow, glyphs=glyphs
-    )
+    scenes = make_scenes(POOL, biased=True, seed=seed + 1000, **pictures)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     bar = tqdm(range(steps), desc="pretraining the digits base", disable=not progress)
     for step in bar:

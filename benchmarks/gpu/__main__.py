@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.gpu.device import device
 from benchmarks.gpu.record import (
     DEVICE,
     LOST,
     RESULTS,
     append,
+    device,
     failed,
     latest,
     read,

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from benchmarks import step_contestants
+from benchmarks.contestants import relative
 from benchmarks.gpu.measure import figures, kernels_of
 from benchmarks.gpu.record import Record
 from realign.modeling import tree_attention
@@ -90,10 +91,7 @@ class Layer:
 
     def errors(self, found: Sequence[Tensor]) -> dict[str, float]:
         """Relative errors of the output and, where there are gradients, of the worst of them."""
-        error, *others = (
-            float((one.float() - true).norm() / true.norm())
-            for one, true in zip(found, self.truth, strict=False)
-        )
+        error, *others = map(relative, found, self.truth)
         return {"output_error": error} | ({"gradient_error": max(others)} if others else {})
 
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.contestants import both_terms, eager
+from benchmarks.contestants import both_terms, eager, forward_backward
 from benchmarks.gpu import correct_systems, truth
 from benchmarks.gpu.record import Record
 from realign_kernels import rdpo_loss, use_backend
@@ -92,8 +92,7 @@ def head(record: Record, dtype: torch.dtype, size: str, trains: str, options: di
     poison(record.device)
     with backend(record.device, dtype):
         value = truth.ours(problem, trains)
-    exact = truth.plain(problem, torch.float64, truth.BLOCK)
-    return truth.within_budget(value, truth.plain(problem, dtype), exact, dtype)
+    return truth.check(problem, value)
 
 
 def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
@@ -102,12 +101,9 @@ def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
     batch = truth.preference(*size, dtype, record.device)
     exact_loss, exact = truth.preference_truth(batch)
 
-    def run(loss: Callable) -> truth.Answer:
-        hidden = batch.hidden.detach().requires_grad_()
-        weight = batch.weight.detach().requires_grad_(trains)
-        value = loss(hidden, weight, batch.labels)
-        value.backward()
-        return truth.Answer(value.detach()[None], hidden.grad.flatten(0, -2), weight.grad)
+    def run(loss: Callable) -> truth.Result:
+        value, hidden, weight = forward_backward(loss, *batch, trainable=trains)
+        return truth.Result(value[None], hidden.flatten(0, -2), weight, None)
 
     zeros = torch.zeros(batch.labels.shape[:2], device=record.device)
     poison(record.device)
@@ -126,14 +122,14 @@ def by_kernel(record: Record, kernel: str, trains: bool) -> dict:
 def far_label(record: Record, kernel: str) -> dict:
     """`linear_logprobs` where a label is 200 nats below another token, beyond the range of E."""
     problem = truth.make(SIZES["usual"][record.rehearse], BF16, record.device)
-    wide = problem.hidden.double() @ problem.weight.double().T
-    row = int((problem.labels != truth.IGNORE).nonzero()[0])
-    problem.hidden[row] *= 200 / (wide[row].max() - wide[row].min())
-    problem.labels[row] = wide[row].argmin()
+    hidden, weight, _, labels, _ = problem.case
+    row = int((labels != truth.IGNORE).nonzero()[0])
+    logits = weight.double() @ hidden[row].double()
+    hidden[row] *= 200 / (logits.max() - logits.min())
+    labels[row] = logits.argmin()
     with patch.dict(os.environ, {exp_head.ENVIRONMENT: kernel}), backend(record.device, BF16):
         value = truth.ours(problem, "hidden")
-    exact = truth.plain(problem, torch.float64, truth.BLOCK)
-    return truth.within_budget(value, truth.plain(problem, BF16), exact, BF16)
+    return truth.check(problem, value)
 
 
 def repeats(record: Record, trains: str) -> dict:
@@ -142,7 +138,7 @@ def repeats(record: Record, trains: str) -> dict:
     first, different = truth.ours(problem, trains), set()
     times = 2 if record.rehearse else REPEATS
     for _ in range(times):
-        again = zip(truth.Answer._fields, first, truth.ours(problem, trains), strict=True)
+        again = zip(truth.Result._fields, first, truth.ours(problem, trains), strict=True)
         different |= {name for name, a, b in again if a is not None and not torch.equal(a, b)}
     assert not different, f"{sorted(different)} differ between {times} calls on the same inputs"
     return {"equal": times}
@@ -153,8 +149,7 @@ def second_device(record: Record) -> dict:
     if record.rehearse or torch.cuda.device_count() < 2:
         return {"devices": 1}
     problem = truth.make(SIZES["ragged"][0], BF16, "cuda:1")
-    exact, near = truth.plain(problem, torch.float64), truth.plain(problem, BF16)
-    return truth.within_budget(truth.ours(problem, "all"), near, exact, BF16)
+    return truth.check(problem, truth.ours(problem, "all"))
 
 
 def cases(record: Record) -> dict[str, Callable[[], dict]]:
@@ -163,24 +158,20 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
         f"linear_logprobs {NAMES[dtype]}/{name}": partial(head, record, dtype, *rest, options)
         for dtype, *rest, name, options in HEADS
     }
+    kinds = {"frozen": False, "trained": True}
     losses = {
-        f"rdpo_loss {NAMES[dtype]}/{'trained' if trains else 'frozen'}": partial(
-            preference, record, dtype, trains
-        )
+        f"rdpo_loss {NAMES[dtype]}/{kind}": partial(preference, record, dtype, trains)
         for dtype in NAMES
-        for trains in (False, True)
+        for kind, trains in kinds.items()
     }
     equal = {
-        f"repeats/{trains}": partial(repeats, record, trains)
-        for trains in ("hidden", "all", "nothing")
+        f"repeats/{kind}": partial(repeats, record, kind) for kind in ("hidden", "all", "nothing")
     }
     kernels = [name for name in exp_head.CHOICES if name != "cutlass" or exp_head.built()]
     by_name = {
-        f"E by {kernel}/{'trained' if trains else 'frozen'}": partial(
-            by_kernel, record, kernel, trains
-        )
+        f"E by {kernel}/{kind}": partial(by_kernel, record, kernel, trains)
         for kernel in kernels
-        for trains in (False, True)
+        for kind, trains in kinds.items()
     } | {f"E by {kernel}/far label": partial(far_label, record, kernel) for kernel in kernels}
     first = dict(list(heads.items())[:6] + list(losses.items())[:2])
     return {

@@ -4,13 +4,12 @@ import importlib.util
 import os
 import platform
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from benchmarks.gpu.device import smi
 from benchmarks.gpu.measure import COPY_SIZE, GEMM_SIZE, copy_rate, gemm_rate
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.record import Record, smi
+from benchmarks.results import version_of
 from realign_kernels import explain, missing_reason
 from realign_kernels._extension import extension
 from realign_kernels.refcache.staging import Staging
@@ -22,13 +21,8 @@ PACKAGES = (
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    versions = {package: version_of(package) or "absent" for package in PACKAGES}
+    return {"python": platform.python_version()} | versions
 
 
 def _properties(device: str) -> dict[str, str | int | float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import roofline
-from benchmarks.contestants import CONTESTANTS, EAGER, OURS, Loss, gemms
+from benchmarks.contestants import CONTESTANTS, EAGER, OURS, forward_backward, gemms, relative
 from benchmarks.contestants import LIMIT as GEMMS
 from benchmarks.gpu import truth
 from benchmarks.gpu.measure import figures
@@ -80,46 +80,27 @@ def batch_of(shape: Shape, device: str) -> truth.Preference:
 
 @cache
 @torch.enable_grad()  # a case of log-probs may be the first to ask
-def truth_of(shape: Shape, device: str) -> tuple[Tensor, truth.Answer]:
+def truth_of(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients of a shape in fp64, kept in fp32 since ours and peers ask: 12 GB for all.
 
     Gradients in bf16 err 1.6e-3, their truth in fp32 6e-8.
     """
-    loss, exact = truth.preference_truth(batch_of(shape, device))
-    return loss, truth.Answer(*(None if t is None else t.float() for t in exact))
-
-
-def step(batch: truth.Preference, loss: Loss, kind: str) -> truth.Answer:
-    """One forward and, but for log-probs, backward."""
-    hidden = batch.hidden.detach().requires_grad_(kind != LOGPS)
-    weight = batch.weight.detach().requires_grad_(kind == TRAINED)
-    value = loss(hidden, weight, batch.labels)
-    if kind != LOGPS:
-        value.backward()
-    return truth.Answer(value.detach(), hidden.grad, weight.grad)
-
-
-def errors(value: truth.Answer, exact_loss: Tensor, exact: truth.Answer) -> dict[str, float]:
-    """Relative errors of the loss and, in norm, of the gradients."""
-    found = {"loss_error": float((value.logps.double() - exact_loss).abs() / exact_loss.abs())}
-    for name in ("hidden", "weight"):
-        if (grad := getattr(value, name)) is not None:
-            true = getattr(exact, name).view(grad.shape)
-            found[f"{name}_error"] = float((grad.double() - true).norm() / true.norm())
-    return found
+    batch = batch_of(shape, device)
+    loss, exact = truth.preference_truth(batch)
+    return loss, exact.hidden.float().view(batch.hidden.shape), exact.weight.float()
 
 
 def measure(device: str, shape: Shape, kind: str, name: str) -> dict[str, float]:
     """Milliseconds, memory and errors of one contestant."""
     batch = batch_of(shape, device)
-    ours = partial(step, batch, CONTESTANTS[OURS](), kind)
+    settings = {"trainable": kind == TRAINED, "derivative": kind != LOGPS}
+    ours = partial(forward_backward, CONTESTANTS[OURS](), *batch, **settings)
     if name == GEMMS:
-        rows = batch.hidden.flatten(0, -2)
-        settings = {"trainable": kind == TRAINED, "derivative": kind != LOGPS}
-        call, found = gemms(rows, batch.weight, **settings), {}
+        call, found = gemms(batch.hidden.flatten(0, -2), batch.weight, **settings), {}
     else:
-        call = partial(step, batch, CONTESTANTS[name](), kind)
-        found = errors(call(), *truth_of(shape, device))
+        call = partial(forward_backward, CONTESTANTS[name](), *batch, **settings)
+        pairs = zip(("loss", "hidden", "weight"), call(), truth_of(shape, device), strict=True)
+        found = {f"{what}_error": relative(a, b) for what, a, b in pairs if a is not None}
     return figures(call, device, ROUNDS, None if name == OURS else ours) | found
 
 

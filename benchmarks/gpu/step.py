@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.profiler import profile
-from transformers import LlavaForConditionalGeneration, TrainerCallback
+from transformers import LlavaForConditionalGeneration
 
 from benchmarks import step_contestants
 from benchmarks.gpu.measure import WATCHED, kernel_seconds, kernels
@@ -33,7 +33,7 @@ from benchmarks.models import (
     random_records,
     word_processor,
 )
-from benchmarks.step_contestants import BETA, DEVICE, lora_settings, now
+from benchmarks.step_contestants import BETA, DEVICE, now
 from realign import distributed
 from realign.data.records import write_pairs
 from realign.modeling import attention
@@ -111,8 +111,11 @@ class Watch:
     It also counts the positions that pass the language model, padding and reference included.
     """
 
-    def __init__(self, record: Record, decoder: torch.nn.Module) -> None:
-        self.left = record.left
+    words = ()  # all steps are the contestant's own
+
+    def __init__(self, record: Record, decoder: torch.nn.Module, micro: int) -> None:
+        self.left, self.micro = record.left, micro
+        self.first: tuple[float, float] | None = None
         self.seconds: list[float] = []
         self.positions = 0
         self.busy: float | None = None
@@ -149,8 +152,12 @@ class Watch:
             self.profiler.stop()
             self.busy = kernel_seconds(self.profiler)
 
+    def report(self, loss: float, norm: float) -> None:
+        """Keeps loss and gradient norm of the first step."""
+        self.first = self.first or (loss, norm)
+
     def figures(self) -> dict[str, Any]:
-        """Median seconds of the timed steps; GPU-busy time and peak memory on CUDA."""
+        """Median seconds of the timed steps, the first loss; busy time and peak memory on CUDA."""
         timed = self.seconds[WARM : WARM + TIMED]
         median = statistics.median(timed)
         found = {"seconds": median, "examples_per_second": BATCH / median}
@@ -159,7 +166,8 @@ class Watch:
             found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if self.busy is not None:
                 found |= {"busy_seconds": self.busy, "busy_share": self.busy / median}
-        return found
+        loss, norm = self.first
+        return found | {"micro_batch": self.micro, "loss": loss, "grad_norm": norm}
 
 
 class Ours(step_contestants.Ours):
@@ -187,23 +195,19 @@ class Ours(step_contestants.Ours):
         """Loss and gradient norm of an objective before any update."""
         return self.step(name, [task() for task in self.tasks(name, 0)], BATCH, update=False)
 
-    def train(self, watch: Watch, name: str) -> None:
-        """Steps until the watch is over, their micro-batches laid out ahead."""
+    def timed(
+        self, record: Record, case: str, name: str, first: tuple[float, float], **about: float
+    ) -> Watch:
+        """Steps with micro-batches laid out ahead; records their figures."""
+        watch = Watch(record, self.model.vlm.model.get_decoder(), self.micro)
+        watch.report(*first)
         tasks = [self.tasks(name, number) for number in range(STEPS)]
         with step.heap_frozen(), ahead(itertools.chain(*tasks), self.device) as ready:
             while not watch.over:
                 watch.begin()
                 self.step(name, itertools.islice(ready, BATCH // self.micro), BATCH)
                 watch.end()
-
-    def timed(
-        self, record: Record, case: str, name: str, loss: float, norm: float, **about: float
-    ) -> Watch:
-        """Trains, and records the figures of the steps."""
-        watch = Watch(record, self.model.vlm.model.get_decoder())
-        self.train(watch, name)
-        about |= watch.figures() | {"micro_batch": self.micro}
-        record(case, **about, loss=loss, grad_norm=norm)
+        record(case, **about, **watch.figures())
         return watch
 
 
@@ -212,59 +216,12 @@ class Released(step_contestants.Released):
 
     def __init__(self, setting: Setting, micro: int) -> None:
         plain = setting.model("sdpa")
-        self.micro = micro
-        self.examples, self.store = setting.encode(layout_of(plain))
+        examples, store = setting.encode(layout_of(plain))
+        parts = (
+            self.collate(examples[i : i + micro], store) for i in range(0, len(examples), micro)
+        )
+        self.steps = zip(*[parts] * (BATCH // micro), strict=True)
         self.prepare(plain, None, setting.kind)
-
-    def train(self, watch: Watch) -> tuple[float, float]:
-        """Steps until the watch is over; returns loss and gradient norm of the first."""
-        first = None
-        while not watch.over:
-            chosen = self.examples[watch.step * BATCH :][:BATCH]
-            parts = [chosen[i : i + self.micro] for i in range(0, BATCH, self.micro)]
-            collated = [[self.collate(p, self.store, leaf) for leaf in range(3)] for p in parts]
-            watch.begin()
-            total = 0.0
-            for self.batches in collated:
-                loss = self.loss() * (self.micro / BATCH)
-                loss.backward()
-                total += loss.detach()
-            found = float(total), float(self.update())
-            watch.end()
-            first = first or found
-        return first
-
-
-class Trl:
-    """TRL's DPOTrainer and its own loop; from its `on_step_begin` to `on_step_end`."""
-
-    def __init__(self, setting: Setting, micro: int) -> None:
-        model = setting.model("sdpa")
-        self.trainer = step_contestants.dpo_trainer(
-            model, setting.processor, setting.folder, "lora", lora_settings(model),
-            dtype=setting.dtype, device=DEVICE, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=BATCH // micro, max_steps=STEPS,
-        )  # fmt: skip
-
-    def train(self, watch: Watch) -> tuple[float, float]:
-        """Steps until the watch is over; returns loss and gradient norm of the first."""
-        first = []
-
-        class Clock(TrainerCallback):
-            def on_step_begin(self, args, state, control, **_):
-                watch.begin()
-
-            def on_step_end(self, args, state, control, **_):
-                watch.end()
-                control.should_training_stop |= watch.over
-
-            def on_log(self, args, state, control, logs, **_):
-                if state.global_step == 1:
-                    first.append((logs["loss"], logs["grad_norm"]))
-
-        self.trainer.add_callback(Clock())
-        self.trainer.train()
-        return first[0]
 
 
 def ours(record: Record, setting: Setting, micro: int) -> None:
@@ -274,12 +231,12 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
     spent = contestant.reference_seconds
     record("reference pass", seconds=spent, tokens_per_second=tokens / spent)
     firsts = {name: contestant.first(name) for name in ("rdpo", "dpo")}
-    watch = contestant.timed(record, "ours", "rdpo", *firsts["rdpo"])
+    watch = contestant.timed(record, "ours", "rdpo", firsts["rdpo"])
     with record.attempt("kernels of ours"):
         listed = kernels(watch.profiler)
         record("kernels of ours", ms=sum(ms for ms, _ in listed.values()), kernels=listed)
     with record.attempt("ours, DPO"):
-        contestant.timed(record, "ours, DPO", "dpo", *firsts["dpo"])
+        contestant.timed(record, "ours, DPO", "dpo", firsts["dpo"])
 
 
 def compiled(record: Record, setting: Setting, micro: int) -> None:
@@ -291,28 +248,31 @@ def compiled(record: Record, setting: Setting, micro: int) -> None:
         began = now()
         first = contestant.first("rdpo")
         seconds = now() - began
-        contestant.timed(record, "ours, compiled", "rdpo", *first, first_seconds=seconds)
-        contestant.timed(record, "ours, compiled, DPO", "dpo", *contestant.first("dpo"))
+        contestant.timed(record, "ours, compiled", "rdpo", first, first_seconds=seconds)
+        contestant.timed(record, "ours, compiled, DPO", "dpo", contestant.first("dpo"))
 
 
 def trl(record: Record, setting: Setting, micro: int) -> None:
     """TRL's DPO, two sequences an example."""
-    contestant = Trl(setting, micro)
-    watch = Watch(record, contestant.trainer.model.get_base_model().model.get_decoder())
-    loss, norm = contestant.train(watch)
-    rows = [contestant.trainer.train_dataset[i] for i in range(BATCH)]
+    trainer = step_contestants.dpo_trainer(
+        setting.model("sdpa"), setting.processor, setting.folder, "lora",
+        dtype=setting.dtype, per_device_train_batch_size=micro,
+        gradient_accumulation_steps=BATCH // micro, max_steps=STEPS,
+    )  # fmt: skip
+    watch = Watch(record, trainer.model.get_base_model().model.get_decoder(), micro)
+    step_contestants.train_trl(trainer, watch)
+    rows = [trainer.train_dataset[i] for i in range(BATCH)]
     began = time.perf_counter()
-    contestant.trainer.data_collator(rows)
-    about = {"collate_ms": 1e3 * (time.perf_counter() - began), "micro_batch": micro}
-    record("TRL DPO", **watch.figures(), **about, loss=loss, grad_norm=norm)
+    trainer.data_collator(rows)
+    record("TRL DPO", **watch.figures(), collate_ms=1e3 * (time.perf_counter() - began))
 
 
 def released(record: Record, setting: Setting, micro: int) -> None:
     """rDPO as the release computes it, three sequences an example."""
     contestant = Released(setting, micro)
-    watch = Watch(record, contestant.model.get_base_model().model.get_decoder())
-    loss, norm = contestant.train(watch)
-    record("released", **watch.figures(), micro_batch=micro, loss=loss, grad_norm=norm)
+    watch = Watch(record, contestant.model.get_base_model().model.get_decoder(), micro)
+    contestant.train(watch)
+    record("released", **watch.figures())
 
 
 GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {

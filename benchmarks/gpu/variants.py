@@ -32,7 +32,7 @@ RESPONSE = 6  # rows of a sequence: short, so that examples fit every chunk
 Variants = Iterator[tuple[str, Callable[[], Tensor]]]
 
 
-def fused_heads(problem: truth.Problem) -> Variants:
+def fused_heads(problem: truth.Case) -> Variants:
     """Every tile of the tables up to this architecture; one that does not fit is an error."""
     hidden, weight, labels = problem.hidden, problem.weight, problem.labels.clamp(min=0)
     architecture = configs.listed(device_facts(hidden)[0])
@@ -53,7 +53,7 @@ def kernels(hidden: Tensor, head: Head) -> list[str]:
     return [*(["cutlass"] if fused and exp_head.built() else []), *fused, "rows"]
 
 
-def exponentials(problem: truth.Problem) -> Variants:
+def exponentials(problem: truth.Case) -> Variants:
     """E of one chunk: by CUTLASS, by Triton, and as logits that the row kernel reads again."""
     hidden, labels = problem.hidden[:CHUNK], problem.labels[:CHUNK].clamp(min=0)
     head = Head(problem.weight, None, None, 1.0)
@@ -78,7 +78,7 @@ def exponentials(problem: truth.Problem) -> Variants:
     yield "rows", rows
 
 
-def row_kernels(problem: truth.Problem) -> Variants:
+def row_kernels(problem: truth.Case) -> Variants:
     """Elements a step and warps of the row kernel, over the logits of one chunk."""
     rows = problem.hidden[:1024]
     labels = problem.labels[:1024].clamp(min=0)
@@ -97,7 +97,7 @@ def row_kernels(problem: truth.Problem) -> Variants:
         yield f"{block} warps {warps}", call
 
 
-def heads(problem: truth.Problem, trains: bool) -> Variants:
+def heads(problem: truth.Case, trains: bool) -> Variants:
     """`rdpo_loss` on examples of three sequences: kernels for E, and rows that pass together."""
     examples = len(problem.labels) // (3 * RESPONSE)
     rows = 3 * examples * RESPONSE
@@ -122,7 +122,7 @@ def heads(problem: truth.Problem, trains: bool) -> Variants:
         yield f"chunk_rows {chunk}", partial(call, chunk)
 
 
-GROUPS: dict[str, tuple[Callable[[truth.Problem], Variants], int | None, int]] = {
+GROUPS: dict[str, tuple[Callable[[truth.Case], Variants], int | None, int]] = {
     "fused head": (fused_heads, None, 1),
     "E": (exponentials, CHUNK, 1),
     "row kernel": (row_kernels, None, 0),
@@ -139,7 +139,7 @@ def run(record: Record) -> None:
     Each takes turns with the GEMMs of its group: `u` is its time over theirs, times their number.
     """
     dtype = torch.float16 if record.rehearse else torch.bfloat16  # bf16 is interpreted wrongly
-    problem = truth.make(SIZE[record.rehearse], dtype, record.device)
+    problem = truth.make(SIZE[record.rehearse], dtype, record.device).case
     for name, (variants, rows, units) in GROUPS.items():
         calls = {f"{name}/{variant}": call for variant, call in variants(problem)}
         limit, default = None, None

@@ -8,7 +8,7 @@ seeds: exact if the differences of seeds are normal, and wide for few seeds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,7 @@ def differences(
         p = _paired_p(change)
         compared.append(Difference(first, second, mean(change), p, np.nan, len(seeds)))
     adjusted = holm([d.p for d in compared])
-    return [
-        Difference(d.first, d.second, d.mean, d.p, p, d.seeds)
-        for d, p in zip(compared, adjusted, strict=True)
-    ]
+    return [replace(one, adjusted=p) for one, p in zip(compared, adjusted, strict=True)]
 
 
 def together(runs: Iterable[Results], pair: tuple[str, str], metric: str) -> Mean:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
 from experiments.study.analysis import Results, complete, mean, values
 from experiments.study.arms import BETAS, SECTIONS, WEIGHTS
 
@@ -20,13 +26,14 @@ CURVES = {
 """Axis -> line -> place on the axis -> arm."""
 
 
+def _save(figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+
+
 def draw(file: Path, results: Results) -> None:
     """Misnamed images of every arm with its interval, the seeds as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(name for group in SECTIONS.values() for name in group))
     names = [name for name in names if values(results, name, "hallucination_rate")][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(names) + 1))
@@ -42,9 +49,7 @@ def draw(file: Path, results: Results) -> None:
     axes.set_xlabel("misnamed on unbiased scenes, %; bar: 95 % interval over seeds")
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlim(left=0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def curves_of(results: Results) -> dict[str, dict[str, dict[float, str]]]:
@@ -60,11 +65,6 @@ def draw_curves(file: Path, results: Results) -> None:
     """Misnamed images over the visual weight and over beta, for curves with all arms."""
     if not (drawn := curves_of(results)):
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     size = (4 * len(drawn), 3)
     figure, panels = pyplot.subplots(1, len(drawn), figsize=size, sharey=True, squeeze=False)
     for axes, (axis, lines) in zip(panels[0], drawn.items(), strict=True):
@@ -88,5 +88,4 @@ def draw_curves(file: Path, results: Results) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     panels[0, 0].set_ylabel("misnamed, %")
-    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(figure)
+    _save(figure, file)

@@ -187,7 +187,8 @@ def run_base(folder: Path, bed: Testbed, seed: int) -> None:
     """Evaluate a seed's base."""
     file = folder / "results" / f"seed{seed}-base.json"
     if not file.exists():
-        _write_result(file, bed, "base", seed, folder / f"seed{seed}" / "base", None, {}, {})
+        about = {"arm": "base", "seed": seed, "learning_rate": None, "settings": {}}
+        _write_result(file, **about, **_judge(bed, seed, folder / f"seed{seed}" / "base"))
 
 
 def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: float) -> None:
@@ -234,22 +235,17 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
     shutil.rmtree(output, ignore_errors=True)  # of an interrupted run, about half a minute
     train(config)
     last = read_jsonl(output / "metrics.jsonl")[-LAST:]
-    margin_keys = [key for key in last[-1] if key.startswith("rewards/") and "margins" in key]
-    margins = {key: float(np.mean([entry[key] for entry in last])) for key in margin_keys}
-    _write_result(file, bed, arm.name, seed, output / "model", learning_rate, settings, margins)
+    wanted = [key for key in last[-1] if key.startswith("rewards/") and "margins" in key]
+    margins = {key: float(np.mean([entry[key] for entry in last])) for key in wanted}
+    result = _judge(bed, seed, output / "model")
+    result["metrics"] |= margins
+    about = {"arm": arm.name, "seed": seed, "learning_rate": learning_rate, "settings": settings}
+    _write_result(file, **about, **result)
     shutil.rmtree(output)
 
 
-def _write_result(
-    file: Path,
-    bed: Testbed,
-    arm: str,
-    seed: int,
-    model_path: Path,
-    learning_rate: float | None,
-    settings: dict[str, Any],
-    margins: dict[str, float],
-) -> None:
+def _judge(bed: Testbed, seed: int, model_path: Path) -> dict[str, Any]:
+    """Metrics of a model on its test scenes, the digits that it named, and its answers."""
     from realign.evaluate import answer
     from realign.modeling.loading import load_processor, load_trained
 
@@ -258,17 +254,13 @@ def _write_result(
     biased = answer(model, processor, *test_scenes(bed, seed, biased=True))
     rates = {name: rate.value for name, rate in answers.rates().items()}
     rates["hallucination_rate_biased"] = biased.rates()["hallucination_rate"].value
-    exact = float((answers.named == answers.digits).all(1).mean())
-    result = {
-        "arm": arm,
-        "seed": seed,
-        "learning_rate": learning_rate,
-        "settings": settings,
-        "metrics": rates | {"exact_captions": exact} | margins,
-        "named": _digits(answers.named),
-        "named_biased": _digits(biased.named),
-        "said": " ".join("".join(_LETTER.get(a, "?") for a in row) for row in answers.answered),
-    }
+    rates["exact_captions"] = float((answers.named == answers.digits).all(1).mean())
+    said = " ".join("".join(_LETTER.get(a, "?") for a in row) for row in answers.answered)
+    named = {"named": _digits(answers.named), "named_biased": _digits(biased.named)}
+    return {"metrics": rates} | named | {"said": said}
+
+
+def _write_result(file: Path, **result: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(result) + "\n")
 

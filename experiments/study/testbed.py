@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.digits_pretrain import pretrain
 from experiments.study import photographs
@@ -37,22 +38,19 @@ class Testbed:
     scenes: int = 1500  # unbiased test scenes
     biased_scenes: int = 500  # test scenes in which the prior holds
 
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """Options of `make_scenes`."""
+        return {"noise": self.noise, "follow": self.follow, "glyphs": GLYPHS[self.pictures]}
+
 
 GLYPHS = {"digits": handwritten, "photographs": photographs.patches}
 TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1)}
 
 
 def make_base(folder: Path, bed: Testbed, seed: int) -> None:
-    """Pretrain a seed's base and write it to `folder` atomically."""
-    model, processor = pretrain(
-        bed.base_steps,
-        seed,
-        noise=bed.noise,
-        follow=bed.follow,
-        glyphs=GLYPHS[bed.pictures],
-        completions=True,
-        progress=False,
-    )
+    """Pretrain a seed's base and write it to `folder`, whole or not at all."""
+    model, processor = pretrain(bed.base_steps, seed, completions=True, progress=False, **bed.drawn)
     partial = folder.with_name(f".{folder.name}.partial")
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
@@ -62,14 +60,7 @@ def make_base(folder: Path, bed: Testbed, seed: int) -> None:
 def source_records(bed: Testbed, seed: int) -> list[Record]:
     """Source records of the pairs: biased scenes with true captions, without rejected responses."""
     prompt = ({"role": "user", "content": CAPTION_PROMPT},)
-    scenes = make_scenes(
-        bed.records,
-        biased=True,
-        seed=seed,
-        noise=bed.noise,
-        follow=bed.follow,
-        glyphs=GLYPHS[bed.pictures],
-    )
+    scenes = make_scenes(bed.records, biased=True, seed=seed, **bed.drawn)
     return [
         Record(f"scene-{i:05d}", prompt, s.caption, "", (StoredImage.from_pil(s.image),))
         for i, s in enumerate(scenes)
@@ -82,14 +73,6 @@ def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[
     They are unbiased, or follow the prior as often as the scenes of training do.
     All seeds of the study have the same test scenes; the tuning seed has others.
     """
-    scene_seed = EVALUATION_SEED + 1000 + (seed == TUNING_SEED)
-    scenes = make_scenes(
-        bed.biased_scenes if biased else bed.scenes,
-        biased=biased,
-        split="test",
-        seed=scene_seed,
-        noise=bed.noise,
-        follow=bed.follow,
-        glyphs=GLYPHS[bed.pictures],
-    )
-    return scenes, scene_seed
+    own = EVALUATION_SEED + 1000 + (seed == TUNING_SEED)
+    count = bed.biased_scenes if biased else bed.scenes
+    return make_scenes(count, biased=biased, split="test", seed=own, **bed.drawn), own

@@ -61,19 +61,32 @@ def make_case(
     return Case(*head, labels.to(device), upstream.to(device))
 
 
-def eager(case: Case, dtype: torch.dtype, softcap=None, temperature=1.0) -> Result:
-    """All logits at once, GEMM in `dtype`, the rest in fp32: what a trainer writes by hand."""
-    leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in case[:3]]
-    hidden, weight, bias = leaves
-    rows = (case.labels != -100).nonzero().squeeze(1)
-    logits = F.linear(hidden[rows], weight, bias)
-    logits = logits if dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    picked = F.log_softmax(logits / temperature, 1).gather(1, case.labels[rows, None]).squeeze(1)
-    logps = picked.new_zeros(len(case.labels)).index_put((rows,), picked)
-    (logps * case.upstream.to(logps.dtype)).sum().backward()
-    return Result(logps.detach(), *(None if t is None else t.grad for t in leaves))
+def eager(
+    case: Case, dtype: torch.dtype, softcap=None, temperature=1.0, rival=None, block=None
+) -> Result:
+    """GEMM in `dtype`, the rest in fp32: what a trainer writes by hand.
+
+    `block` rows of logits are alive at a time (None: all). `rival` (N,) marks rows that score the
+    strongest other token instead of their label.
+    """
+    leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in case[1:3]]
+    weight, bias = leaves
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logps = torch.zeros(len(case.labels), dtype=wide, device=case.labels.device)
+    grad = torch.zeros_like(case.hidden, dtype=dtype)
+    for rows in (case.labels != -100).nonzero().squeeze(1).split(block or max(len(logps), 1)):
+        hidden, target = case.hidden[rows].to(dtype).requires_grad_(), case.labels[rows, None]
+        logits = F.linear(hidden, weight, bias).to(wide)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits / temperature
+        if rival is not None:
+            strongest = logits.detach().scatter(1, target, -torch.inf).argmax(1, keepdim=True)
+            target = torch.where(rival[rows, None], strongest, target)
+        picked = F.log_softmax(logits, 1).gather(1, target).squeeze(1)
+        (picked * case.upstream[rows].to(wide)).sum().backward()
+        logps[rows], grad[rows] = picked.detach(), hidden.grad
+    return Result(logps, grad, *(None if t is None else t.grad for t in leaves))
 
 
 def truth(case: Case, **head) -> Result:
