@@ -149,7 +149,7 @@ class ScaleConfig:
 
     @property
     def kernels(self) -> str:
-        """Who computes a layer; log-probs of different kernels differ by rounding."""
+        """Kernels of the layers; log-probs of different kernels differ by rounding."""
         return "compiled" if self.compile else "liger" if self.liger else "eager"
 
 
@@ -170,7 +170,7 @@ class RunConfig:
     keep: int = 2
     """Checkpoints to keep, the newest."""
     resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
+    """Resume from the last checkpoint in the output folder."""
     merge: bool = False
     """Write the final model with the LoRA adapter merged in, in the base's dtype, instead of the
     adapter."""
@@ -239,14 +239,14 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: for an unknown flag, with status 2.
         ValueError: for an unknown key in the file or a bad value.
     """
-    found = parse_sections(
+    sections = parse_sections(
         get_type_hints(TrainConfig),
         prog="python -m realign.train",
         description="Align a vision-language model with rDPO. Without --model and --pairs it runs "
         "on the shipped handwritten digits.",
         arguments=arguments,
     )
-    return TrainConfig(**found)
+    return TrainConfig(**sections)
 
 
 def resolve_dtype(dtype: str) -> str:
