@@ -56,7 +56,7 @@ def linear_logprobs(
     rival: Tensor | None = None,  # (...) bool
     group: ProcessGroup | None = None,
 ) -> Tensor:  # (...) fp32; fp64 for fp64 inputs
-    """Log-prob of each label under a linear head, without ever holding all logits.
+    """Log-prob of each label under a linear head, without holding all logits.
 
     log softmax(cap(hidden @ weight.T + bias) / temperature)[label], cap(z) = softcap *
     tanh(z / softcap). Differentiable once, in hidden, weight and bias, for any loss on top.

@@ -163,7 +163,7 @@ def _linear_logprobs_grads(ctx: Any, grad: Tensor | None, *_):
         assert not need_weight and not need_bias, "keep_dlogp_dh is for a frozen head"
         labels, dlogp_dh = ctx.saved_tensors
         ignored = to_device(labels == ctx.settings.ignore_index, grad.device)
-        # An ignored row's log-prob is the constant 0, whatever (inf, NaN) comes back for it.
+        # An ignored row's log-prob is the constant 0, also where its gradient is inf or NaN.
         factor = grad.masked_fill(ignored, 0)[:, None]
         return (dlogp_dh * factor).to(ctx.dtype), None, None, None, *constants
     hidden, weight, labels, bias = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""Links: how the rewards of a few leaves become one loss.
+"""Terms: losses of the rewards of a few leaves.
 
 Each is a frozen dataclass, a pure function of rewards (L, B) that returns (B,). Values and
 gradients are finite and right for far rewards (1e4 in fp32): differences of rewards first, then a

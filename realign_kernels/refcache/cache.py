@@ -185,7 +185,7 @@ class ReferenceCache:
             row_tokens: most tokens in a row of the forest; raised to the longest root with one leaf
                 if need be.
             batch_rows: rows in one forward.
-            on_batch: told (leaves, tokens of their roots and responses) after each batch.
+            on_batch: called with (leaves, tokens of their roots and responses) after each batch.
 
         Raises:
             ValueError: a setting is below 1, the model returned another number of
@@ -240,7 +240,7 @@ class ReferenceCache:
         return self._table.insert(keys, logps, counts)
 
     def prepare(self) -> None:
-        """Make the folder ready to be written, or raise; says in it what the fingerprint is of.
+        """Prepare the folder for writing, or raise; write the parts of the fingerprint into it.
 
         Raises:
             ValueError: when the cache was closed.
@@ -364,7 +364,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def compact(folder: str | os.PathLike[str]) -> dict[str, int]:
     """Merge the logs of one table (a folder of `tables`) without duplicates and bad records.
 
-    Safe beside readers and writers: logs being written are left alone.
+    Safe beside readers and writers: logs being written are skipped.
 
     Returns:
         Counts: records, bytes_before, bytes_after, logs_merged, logs_in_use, bad_dropped,

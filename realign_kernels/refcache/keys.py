@@ -63,7 +63,7 @@ def collect_leaves(forests: Sequence[Forest] | Leaves) -> Leaves:
 
     A key is blake2b-128 over the root's digest, whether the leaf is a rival, and the response ids;
     a root's digest is over its images' digests and its prompt ids. Token ids count as int64,
-    whatever their dtype. About 5 us per leaf.
+    independent of dtype. About 5 us per leaf.
 
     Raises:
         ValueError: an image is no digest, or ids are no flat array of integers.

@@ -71,7 +71,7 @@ class Table(Protocol):
             ValueError: an argument is not as described (nothing was written then), or the table is
                 closed or read-only.
             OSError: the system refused, or another process writes the log of this name. The message
-                says how many records were written; those are kept.
+                gives the number of records that were written; those are kept.
         """
         ...
 
@@ -101,7 +101,7 @@ class Table(Protocol):
         """What is in the table, and what was wrong with it.
 
         `records` (keys), `logs`, `bytes`; `bad` (records and headers that failed their check, in
-        the logs as they are now), `torn_bytes` (behind the last whole record of a log); `writer`.
+        the logs as they are now), `torn_bytes` (after the last complete record of a log); `writer`.
         Of all records read by this object: `duplicates` (the key was known, as it is for every
         record of a log that is read again, such as the result of a compaction), of these
         `conflicts` (with another value: two writers disagree), and the `largest_difference` of
@@ -125,7 +125,7 @@ def open_table(
 
     Args:
         folder: the table; any number of processes may have it open.
-        fingerprint: 16 bytes that say what the values are of (model, data, settings). A table with
+        fingerprint: 16 bytes that identify model, data and settings of the values. A table with
             another one is refused.
         writer: name of this process's log (letters, digits, '.', '_', '-'). Without it, the lowest
             number that no live process writes. The database has no logs and refuses a name.
@@ -160,7 +160,7 @@ def compact_table(folder: str | os.PathLike[str], fingerprint: bytes) -> dict[st
 
     Returns:
         `records` in the logs that were looked at, their `bytes_before` and `bytes_after`;
-        `logs_merged` (0 where there was nothing to do) and `logs_in_use` (left alone);
+        `logs_merged` (0 where there was nothing to do) and `logs_in_use` (skipped);
         `bad_dropped`, `torn_bytes` and `duplicates_dropped`.
 
     Raises:
@@ -182,7 +182,7 @@ def _check(folder: str | os.PathLike[str], fingerprint: bytes) -> tuple[str, byt
     if not isinstance(fingerprint, bytes) or len(fingerprint) != 16:
         raise ValueError(
             f"fingerprint must be 16 bytes, got {fingerprint!r}; hash what the values depend on, "
-            "say with hashlib.blake2b(..., digest_size=16).digest()"
+            "for example hashlib.blake2b(..., digest_size=16).digest()"
         )
     return name, fingerprint
 
