@@ -66,7 +66,7 @@ class FillConfig:
     dtype: str = "auto"
     """Compute in 'fp32' or 'bf16', as training will. 'auto' is 'bf16' on CUDA, 'fp32' on a CPU."""
     attention: str = "tree"
-    """How the language model attends, as training will (its 'auto' is 'tree')."""
+    """Attention of the language model, the same as in training (its 'auto' is 'tree')."""
     max_response_tokens: int = 1024
     """Longest response; a longer one is an error that names its record, never cut."""
     row_tokens: int = 0

@@ -28,7 +28,7 @@ def parse_sections(
     Args:
         sections: section name -> dataclass; field names are unique over all of them.
         prog: the command, for the help text.
-        description: of the command, for the help text.
+        description: description of the command, for the help text.
         arguments: the command line; `sys.argv` when absent.
 
     Returns:

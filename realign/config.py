@@ -33,7 +33,7 @@ class ModelConfig:
     """Compute in 'fp32' or 'bf16'; trained weights are kept in fp32 either way. 'auto' is 'bf16' on
     CUDA, 'fp32' on a CPU."""
     attention: str = "auto"
-    """How the language model attends: 'tree' (each tree by itself, without a mask; models with
+    """Attention of the language model: 'tree' (each tree by itself, without a mask; models with
     windows, two-way blocks or dropout get 'sdpa', as does --compile without the flash kernel),
     'flash' ('tree' by torch's flash kernel in one call a layer, on CUDA in bf16, where 'tree' takes
     it by itself), 'sdpa', 'eager', or on CUDA 'flex' (skips masked pairs, so rows can be
@@ -103,7 +103,7 @@ class OptimConfig:
     batch_size: int = 32
     """Examples in a step, over all ranks."""
     micro_batch_size: int = 16
-    """Examples in one forward of one rank; the rest of the batch is accumulated."""
+    """Examples in one forward of one rank; a larger batch is accumulated."""
     epochs: float = 1.0
     """Passes over the pairs."""
     steps: int = 0
@@ -222,7 +222,7 @@ class TrainConfig:
     def sharded(self) -> bool:
         """Whether the model is under FSDP2.
 
-        One rank needs it to cast a base that learns, or to offload. LoRA layers cast themselves.
+        One rank needs it to cast a trained base, or to offload. LoRA layers cast themselves.
         """
         casts = self.model.tune == "full" and self.model.dtype != "fp32"
         return self.scale.fsdp or self.scale.cpu_offload or casts

@@ -57,7 +57,7 @@ def rank_environment(port: int, workers: int) -> dict[str, str]:
     """Environment variables that all ranks on this machine share; their launcher holds the store.
 
     Args:
-        port: of the store.
+        port: port of the store.
         workers: number of ranks.
     """
     return {

@@ -15,5 +15,5 @@ def silence_third_party() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # A checkpoint of a process without a group is intended.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    # The launcher reports a failed rank with a table of its own; we print one line.
+    # The launcher would print a table for a failed rank; `launch` prints one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

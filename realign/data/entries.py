@@ -32,7 +32,7 @@ _DIALOGUES = ("conversations", "messages")
 _OTHER_DIALOGUES = ("rejected_conversations", "rejected_messages")
 _UNREAD = ("tools", "chat_template_kwargs", "history", "rejected_image", "rejected_images")
 _UNREAD += ("video", "videos", "audio", "audios")
-SOURCES = {  # what a row needs -> the columns that can hold it
+SOURCES = {  # field of a row -> the columns that can hold it
     "prompt": ("prompt", "question", *_DIALOGUES, "text", "chosen"),
     "chosen": ("chosen", *_DIALOGUES, "text"),
     "rejected": ("rejected", "rejected_response", *_OTHER_DIALOGUES, "text"),
@@ -146,7 +146,7 @@ def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
     """The images of the only filled column among several; an empty list where all are empty.
 
     Raises:
-        Malformed: for a value that is no image, or two columns with images.
+        Malformed: for a value that is not an image, or two columns with images.
     """
     filled = [name for name in columns if not _is_empty(row.get(name))]
     if len(filled) > 1:
@@ -281,7 +281,7 @@ def dialogue_of(
     return messages, texts
 
 
-def messages_of(value: Any, what: str) -> list[Message]:
+def messages_of(value: Any, column: str) -> list[Message]:
     """The messages of a column, with keys `role` and `content`, or `from` and `value`.
 
     One message may come without a list, and several may come as a struct of lists.
@@ -292,10 +292,10 @@ def messages_of(value: Any, what: str) -> list[Message]:
     value = _listed(value) if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value:
         raise Malformed(
-            f"its {what} is {short_repr(value)}, no text or messages.",
+            f"its {column} is {short_repr(value)}, no text or messages.",
             "Give text, or messages with a role and content.",
         )
-    return [_message(message, what) for message in value]
+    return [_message(message, column) for message in value]
 
 
 def _listed(value: Mapping[str, Any]) -> list[Any]:
@@ -313,7 +313,7 @@ def with_system(prompt: list[Message], system: Any) -> list[Message]:
     """The prompt with a system message at its beginning.
 
     Raises:
-        Malformed: where it has one, or for another type than text.
+        Malformed: where it has a system message, or for another type than text.
     """
     if not isinstance(system, str):
         raise Malformed(f"its system is {short_repr(system)}.", "Give text.")
@@ -322,26 +322,28 @@ def with_system(prompt: list[Message], system: Any) -> list[Message]:
     return [{"role": "system", "content": _readable(system, "system")}, *prompt]
 
 
-def _response(value: Any, what: str) -> tuple[str, list[Message]]:
+def _response(value: Any, column: str) -> tuple[str, list[Message]]:
     """The text of a response, and the messages before it."""
     if isinstance(value, str):
-        return _readable(value, what), []
-    *turns, last = messages_of(value, what)
+        return _readable(value, column), []
+    *turns, last = messages_of(value, column)
     if last["role"] != "assistant":
         raise Malformed(
-            f"its {what} does not end with the assistant.", "Put the assistant's response last."
+            f"its {column} does not end with the assistant.", "Put the assistant's response last."
         )
     parts = last["content"]
     if isinstance(parts, str):
         return parts, turns
     if any(part["type"] == "image" for part in parts):
-        raise Malformed(f"its {what} holds an image.", "A response is text.")
+        raise Malformed(f"its {column} holds an image.", "A response is text.")
     return "".join(part["text"] for part in parts), turns
 
 
-def _message(message: Any, what: str) -> Message:
+def _message(message: Any, column: str) -> Message:
     def malformed(why: str) -> Malformed:
-        return Malformed(f"its {what} has the message {short_repr(message)}: {why}.", _GIVE_MESSAGE)
+        return Malformed(
+            f"its {column} has the message {short_repr(message)}: {why}.", _GIVE_MESSAGE
+        )
 
     if not isinstance(message, Mapping):
         raise malformed("it is no object")
@@ -352,7 +354,7 @@ def _message(message: Any, what: str) -> Message:
         raise malformed(f"{foreign} would be lost")
     content = _either(message, "content", "value")
     if isinstance(content, str):
-        return {"role": _ROLES[role], "content": _readable(content, what)}
+        return {"role": _ROLES[role], "content": _readable(content, column)}
     content = [content] if isinstance(content, Mapping) else content
     if not isinstance(content, list | tuple):
         raise malformed(f"its content is {short_repr(content)}")
@@ -367,24 +369,24 @@ def _message(message: Any, what: str) -> Message:
         if kind == "text" and not isinstance(part.get("text"), str):
             raise malformed(f"the part {short_repr(part)} has no text")
         parts.append(
-            text_part(_readable(part["text"], what)) if kind == "text" else {"type": "image"}
+            text_part(_readable(part["text"], column)) if kind == "text" else {"type": "image"}
         )
     return {"role": _ROLES[role], "content": parts}
 
 
-def _readable(text: str, what: str) -> str:
+def _readable(text: str, column: str) -> str:
     """The text; raises where no tokenizer can read it as intended."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise Malformed(
-            f"its {what} holds half of a surrogate pair.", "Write it as UTF-8.", "not Unicode"
+            f"its {column} holds half of a surrogate pair.", "Write it as UTF-8.", "not Unicode"
         ) from None
     if "\0" in text:
-        raise Malformed(f"its {what} holds a null character.", "Remove it.", "control characters")
+        raise Malformed(f"its {column} holds a null character.", "Remove it.", "control characters")
     if _JSON_MESSAGES.match(text):
         raise Malformed(
-            f"its {what} is the text {short_repr(text)}, which holds messages as JSON.",
+            f"its {column} is the text {short_repr(text)}, which holds messages as JSON.",
             "Decode it with json.loads.",
         )
     return str(text)

@@ -182,7 +182,7 @@ def records_in(
 
     Args:
         rows: (place, row).
-        folder: of relative image paths.
+        folder: folder of relative image paths.
 
     Raises:
         RecordError: for the first row that is not a record; it counts the later ones.

@@ -156,7 +156,7 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
 
 
 def _changes_base(config: PeftConfig) -> bool:
-    """Whether LoRA changed its base when it was made, as PiSSA does."""
+    """Whether LoRA changed its base at initialisation, as PiSSA does."""
     return _option(config, "init_lora_weights") in _CHANGES_BASE
 
 

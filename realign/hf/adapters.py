@@ -66,7 +66,7 @@ def active_adapters(holder: nn.Module) -> list[str]:
 
 
 def changes_nothing(vlm: nn.Module) -> bool:
-    """Whether a model computes what its base computes, bit for bit.
+    """Whether a model has the outputs of its base, bit for bit.
 
     True only for plain LoRA whose product has a zero factor. DoRA rounds, and copies of modules
     have their own weights.
@@ -178,7 +178,7 @@ def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None 
 
     Args:
         holder: the adapters' holder, sharded or not.
-        folder: where to write.
+        folder: folder to write.
         gathered: whole tensors of the model of transformers by name, where it is sharded.
     """
     prefix = "base_model.model." if isinstance(holder, PeftModel) else ""

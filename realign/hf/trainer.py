@@ -56,7 +56,7 @@ class RDPOTrainer(Trainer):
         eval_dataset: preference records for `evaluate`, or several sets by name.
         processing_class: the processor; that of the model's folder when absent.
         peft_config: a fresh adapter to train, for a model that has none; without adapters all
-            weights but the vision tower's learn.
+            weights but the vision tower's are trained.
         kwargs: callbacks, optimizers and other arguments of `Trainer`.
 
     Raises:
@@ -178,7 +178,7 @@ class RDPOTrainer(Trainer):
         """As `Trainer.evaluate`: loss, rewards, accuracies and margins under `eval_`.
 
         Raises:
-            ValueError: for other data than the trainer was made with, or one of its sets by name.
+            ValueError: for data other than the trainer's own `eval_dataset` or one of its sets.
         """
         if not isinstance(eval_dataset, str | range | None):
             raise ValueError(

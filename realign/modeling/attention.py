@@ -32,8 +32,8 @@ def choose(
 
     Args:
         attention: a key of `IMPLEMENTATIONS`.
-        device: where the model computes.
-        dtype: in which it computes.
+        device: device of the model.
+        dtype: compute dtype.
         compiled: whether its layers are compiled.
 
     Returns:
@@ -85,8 +85,8 @@ def forest_mask(
 
     Args:
         batch: a batch whose leaves share roots.
-        implementation: of transformers.
-        dtype: in which the model computes.
+        implementation: transformers' name of the implementation.
+        dtype: compute dtype.
         window: window of sliding layers (`ForestBatch.sees`).
         blocks_ignore_window: see `ForestBatch.sees`.
 

@@ -163,10 +163,10 @@ class ChatTemplate:
             )
         self._refuse_special(answer, f"its {name}")
 
-    def _refuse_special(self, text: str, what: str) -> None:
+    def _refuse_special(self, text: str, where: str) -> None:
         if token := self._special.search(text):
             raise Malformed(
-                f"{what} holds {token[0]!r}, which the model reads as a special token.",
+                f"{where} holds {token[0]!r}, which the model reads as a special token.",
                 "Remove it from the text.",
             )
 
@@ -247,7 +247,7 @@ class ChatTemplate:
         return _ANSWER in text and not re.search("['\"]type['\"]", text)
 
     def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
-        """Typed parts as one string; an image is its token on a line of its own, as LLaVA's."""
+        """Typed parts as one string; an image is its token on a separate line, as LLaVA's."""
         text, last = "", None
         for part in parts:
             line = last is not None and "image" in (last, part["type"])

@@ -25,7 +25,7 @@ from realign_kernels import Objective, objectives
 
 
 def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
-    """The preset of that name; where it takes `negatives`, as many as the records hold.
+    """The preset of a loss; its `negatives`, if any, is the records' number of visual negatives.
 
     Raises:
         RecordError: when records hold one visual negative, or unequal numbers of them, where the

@@ -103,7 +103,7 @@ class FeatureCache(Mapping[str, Features]):
             partial.unlink(missing_ok=True)
             raise OSError(
                 f"image features could not be written to {self.folder} ({error}). Free some space "
-                "or train without --cache-vision; what was written before is kept."
+                "or train without --cache-vision; files written before are kept."
             ) from error
         self.refresh()
 
@@ -146,9 +146,9 @@ def fill(
 
     Args:
         cache: the cache to fill; in a folder that all ranks see.
-        model: whose vision tower is frozen; sharded or not.
+        model: model with a frozen vision tower; sharded or not.
         store: the images of the data set.
-        device: where the model computes.
+        device: device of the model.
         batch_images: images in one forward.
         progress: whether to show a bar.
         log: gets a line with the number of cached images, and their folder.

@@ -3,7 +3,7 @@
 An example has *roots*, (images, prompt), and *leaves*, a response under a root. In a batch each
 distinct root is laid out once in a row, followed by its leaves; a token sees the earlier tokens of
 its own segment and of its root, nothing else, and a leaf's positions continue from its root's last.
-So one forward over the rows gives every leaf the hidden states of a forward of its own, and each
+So one forward over the rows gives every leaf the hidden states of a separate forward, and each
 distinct image passes the vision tower once. No token is repeated: the state of a root's last token
 predicts the first token of every leaf under it, so the head lists that row once per leaf.
 
@@ -81,9 +81,9 @@ class ForestBatch:
             None where all is causal.
         shared: whether leaves hang under one copy of their root; else a row is a root and a leaf.
         images: the distinct images preprocessed; None where `features` are given.
-        features: of the vision tower for these images.
-        slots: for each place of an image in the rows, in row-major order, which image is there.
-        grids: of the images, by slot, for their positions (`ImageStore.grids`); empty where leaves
+        features: outputs of the vision tower for these images.
+        slots: index of the image at each place in the rows, in row-major order.
+        grids: grids of the images by slot, for positions (`ImageStore.grids`); empty where leaves
             share.
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens, on the CPU; rows of one example are adjacent.
@@ -120,7 +120,7 @@ class ForestBatch:
         """Whether a query sees a key, as a function of row, head, and columns of query and key.
 
         Args:
-            window: how far back a token sees, itself included, counted along its sequence.
+            window: tokens that a token sees, itself included, counted back along its sequence.
             blocks_ignore_window: whether blocks see both ways beyond the window as well.
         """
         segment, parent, depth, block = self.segment, self.parent, self.depth, self.block

@@ -99,8 +99,8 @@ def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
 def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
     """Features of each image from the vision tower, in order: tensors of (tokens, H).
 
-    They are named "list" or "tensor", as the model takes back features of several images, and
-    "deepstack.0", ... for the layers of the language model that take some as well.
+    They are named "list" or "tensor", the form in which the model takes features of several images,
+    and "deepstack.0", ... for layers of the language model that take features as well.
 
     Raises:
         ValueError: when the numbers of an image's features and of its tokens in a prompt differ.
@@ -272,7 +272,7 @@ def processed(
     """
     try:
         return processor(images=[[*images]], return_tensors="pt", **inputs)
-    except Exception as error:  # each family's image processor raises errors of its own
+    except Exception as error:  # each family's image processor raises other errors
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise RecordError(
             record,

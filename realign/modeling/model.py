@@ -80,7 +80,7 @@ class ForestModel(nn.Module):
                 attends, self.instead = "sdpa", "not every token sees all before it, and no other"
             elif getattr(decoder.config, "attention_dropout", 0):
                 attends, self.instead = "sdpa", "it has dropout"
-            elif attends == tree_attention.VARLEN and not varlen_attention.takes(width):
+            elif attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
                 attends, self.instead = tree_attention.CALLS, f"its heads are {width} wide"
         self.attention = decoder.config._attn_implementation = attends
         if self.attention not in IMPLEMENTATIONS.values():

@@ -57,7 +57,7 @@ def fingerprint(
         vlm: the reference, before LoRA is put on it.
         processor: its processor.
         dtype: compute dtype of the forward.
-        device: of the forward; its type counts, as bf16 rounds differently on a CPU.
+        device: device of the forward; its type counts, as bf16 rounds differently on a CPU.
         kernels: kernels of its layers, which round differently as well (`ScaleConfig.kernels`).
         weights: their digest, where `vlm` has no weights (`fsdp.shard`).
     """
@@ -154,7 +154,7 @@ def fill(
         store: the images of the data set.
         row_tokens: most tokens in a row of the forest.
         batch_rows: rows in one forward.
-        device: where the model is.
+        device: device of the model.
         adapters: whether adapters in the model are part of the reference; else they are skipped.
         progress: whether to show a bar.
         log: gets a line with the number of cached leaves, and their folder.

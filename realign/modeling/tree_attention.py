@@ -53,7 +53,7 @@ def forest_attention(
         (R, T, heads, D), and None where other implementations give weights.
 
     Raises:
-        RuntimeError: when the model's layers were given trees and did not pass them on.
+        RuntimeError: when the model's layers got trees and did not pass them on.
     """
     if sequences is not None:
         # Under autocast RoPE leaves query and key in fp32; the value is directly a product.

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch import index_select as take
+from torch import Tensor, index_select
 
 
 class Sequences(NamedTuple):
@@ -241,7 +240,7 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float16, torch.bfloat16) else f"dtype is {dtype}"
 
 
-def takes(width: int) -> bool:
+def supports_width(width: int) -> bool:
     """Whether the flash kernel computes heads of this width."""
     return width <= 256 and width % 8 == 0
 
@@ -271,9 +270,9 @@ def forest_attention(
     out, lse = forward(q, k, v, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        states = take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
+        states = index_select(q, 0, more), index_select(k, 0, roots), index_select(v, 0, roots)
         root_out, root_lse = forward(*states, spans, scale, False)
-        own_out, own_lse = take(out, 0, more), take(lse, 1, more)
+        own_out, own_lse = index_select(out, 0, more), index_select(lse, 1, more)
         own_weight = (own_lse - root_lse).sigmoid().t()[..., None]  # of a leaf's own keys
         merged = root_out.to(own_weight.dtype).lerp_(own_out.to(own_weight.dtype), own_weight)
         out.index_copy_(0, more, merged.to(out.dtype))
@@ -309,8 +308,13 @@ def forest_attention_backward(
     grads = backward(g, q, k, v, o, lse, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        states = take(g, 0, more), take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
-        merged = take(o, 0, more), take(lse, 1, more)
+        states = (
+            index_select(g, 0, more),
+            index_select(q, 0, more),
+            index_select(k, 0, roots),
+            index_select(v, 0, roots),
+        )
+        merged = index_select(o, 0, more), index_select(lse, 1, more)
         added = backward(*states, *merged, spans, scale, False)
         # Every row is listed once, so the order of CUDA's atomic additions has no effect.
         for total, rows, part in zip(grads, (more, roots, roots), added, strict=True):

@@ -8,11 +8,10 @@ torch.distributed.checkpoint, and any number of ranks can read them.
     checkpoints/step-000050/manifest.json                    size and digest of every file
                             shard-00001-model-....safetensors   one for each rank
 
-Tensors are kept as safetensors and the rest as JSON, so nothing is ever unpickled and a planted
-file cannot run code. The digests show damage (a cut file, a flipped bit), not malice: a manifest
-can be written as well. A checkpoint is written under a temporary name and renamed
-when all ranks have finished and every file is on the disk, so a checkpoint with its final name was
-complete.
+Tensors are kept as safetensors and metadata as JSON, so nothing is unpickled and a planted file
+cannot run code. The digests show damage (a cut file, a flipped bit), not malice: a manifest can be
+written as well. A checkpoint is written under a temporary name. It is renamed when all ranks have
+finished and every file is on the disk, so a checkpoint with its final name was complete.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def export_trained(
     Every rank calls it; rank 0 writes.
 
     Args:
-        folder: where to write.
+        folder: folder to write.
         model: the trained module, sharded or not.
         adapter: the PEFT model around `model.vlm` when LoRA was trained, else None.
         processor: saved beside the weights.
@@ -89,7 +89,7 @@ def export_whole(
 
     Args:
         model: folder of an adapter or a whole model, or a name on the hub.
-        folder: where to write.
+        folder: folder to write.
         dtype: dtype of the weights; that of the base when absent.
         evaluation: Markdown for the section "Evaluation" of the card.
 

@@ -102,7 +102,7 @@ def shard(
     replicas: int = 1,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard in place with FSDP2 and move to `device`: layer by layer, then the rest, with the head.
+    """Shard a model in place with FSDP2 on `device`: each layer, then all other parts.
 
     Parameters are gathered and computed in `dtype`; gradients are reduced in fp32, to their mean
     over all ranks. Every rank gets the parameters and buffers of rank 0, so only rank 0 needs them.
@@ -110,7 +110,7 @@ def shard(
     Args:
         model: on rank 0 the whole model, in host memory; on other ranks it may be on the meta
             device. At most one layer is unsharded on a `device` at a time.
-        device: where this rank computes.
+        device: device of this rank.
         dtype: fp32 or bf16.
         replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
         cpu_offload: keep sharded parameters in host memory.

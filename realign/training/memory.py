@@ -30,7 +30,7 @@ from realign.modeling.model import ForestModel
 from realign_kernels import workspace_bytes
 
 READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-"""Raised where a model needs the values of tensors, which fake ones do not have."""
+"""Errors where a model reads the values of tensors, which fake tensors lack."""
 
 HEAP = 1.5
 """Bytes that a CPU's process holds for a byte of live tensors in a step: glibc 2.36 keeps holes

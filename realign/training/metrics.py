@@ -2,7 +2,7 @@
 
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
 examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
-the losses of an objective's terms before they are weighted. Leaves without a name of their own are
+the losses of an objective's terms before they are weighted. Leaves without their own name are
 called `{response}_under_{image}`.
 """
 

@@ -77,7 +77,7 @@ def model_card(
         adapter: whether the folder holds an adapter, not a whole model.
         records: preference records.
         images: distinct images in them.
-        digests: of the base's weights and of the records, by the names to show.
+        digests: digests of the base's weights and of the records, by the names to show.
         last: the last step's line of metrics.jsonl; empty where there is none.
     """
     local = bool(base) and Path(base).is_dir()

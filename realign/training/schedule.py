@@ -1,7 +1,7 @@
 """Schedule: examples of a step and of a rank, learning rate, random numbers.
 
 All of it follows from the settings and the step, so a run can resume at any step, on any number of
-ranks, without a state of its own.
+ranks, without saved state.
 """
 
 from __future__ import annotations

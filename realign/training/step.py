@@ -82,7 +82,7 @@ class Feed:
         store: the images.
         attention: transformers' name of the implementation.
         row_tokens: most tokens in a row; 0 takes the best for the attention.
-        device: where the forward is; results are in pinned memory for CUDA.
+        device: device of the forward; results are in pinned memory for CUDA.
     """
 
     examples: Sequence[Example]
@@ -267,9 +267,9 @@ def update_and_read(
     loss or norm is not finite the device leaves parameters and states as they are.
 
     Args:
-        optimizer: a fused one, which takes `found_inf` as from torch's GradScaler.
-        totals: sums of this rank, of `accumulate`.
-        norm: of the gradient of all ranks, of `clip`.
+        optimizer: a fused optimizer, which reads `found_inf` as from torch's GradScaler.
+        totals: sums of this rank, from `accumulate`.
+        norm: norm of the gradient of all ranks, from `clip`.
         batch_size: examples of all ranks.
         stop: whether this rank is to stop.
 
@@ -304,7 +304,7 @@ def nonfinite_records(
     Args:
         forward_backward: runs one example and returns the result of `accumulate`.
         local_indices: the examples of this rank.
-        parameters: the trained ones; their gradients are cleared.
+        parameters: trained parameters; their gradients are cleared.
 
     Returns:
         Indices of these examples, of all ranks; empty when each of them is finite.

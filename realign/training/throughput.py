@@ -67,7 +67,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def separate_tokens(example: Example) -> int:
-    """Tokens of an example whose every leaf is a sequence of its own."""
+    """Tokens of an example in which every leaf is a separate sequence."""
     return sum(len(example.roots[leaf.root].ids) + len(leaf.ids) for leaf in example.leaves)
 
 
@@ -126,7 +126,7 @@ def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> f
     Args:
         model: on `device`, sharded or not.
         store: the images.
-        device: where the model computes.
+        device: device of the model.
 
     Raises:
         ValueError: when the processor does not belong to the model.
@@ -146,7 +146,7 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
 
     Args:
         model: whole or sharded.
-        per_image_token: of `image_flop`.
+        per_image_token: result of `image_flop`.
         backward: whether to count the backward pass.
     """
     vlm, text = model.vlm, model.vlm.config.get_text_config()
@@ -187,7 +187,7 @@ class Meter:
         model: the trained model.
         device: device of this rank; other ranks have the same kind.
         dtype: compute dtype.
-        per_image_token: of `image_flop`.
+        per_image_token: result of `image_flop`.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Meter:
 
         Args:
             metrics: means over the examples of the global batch, the work among them.
-            batch_size: of the global batch.
+            batch_size: size of the global batch.
             seconds: duration of the step.
         """
         work = {name: metrics.pop(name) * batch_size for name in WORK}
