@@ -166,7 +166,7 @@ def head_inputs(
 def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The effective weight (V, H) and bias (V,) of a language-model head.
 
-    As `head_inputs`, for code that has no hidden states at hand: LoRA is merged, W + sum over
+    As `head_inputs`, for code without hidden states: LoRA is merged, W + sum over
     active adapters of scaling * B A, as a function of A and B, so that gradients reach them. The
     merged weight is a copy of V x H, made by each call and rounded once to the dtype of W: in bf16
     a change below 1/512 of an entry of W is lost.

@@ -166,7 +166,7 @@ def check_integer(name: str, values: Tensor) -> None:
 
 
 def check_device(hidden: Tensor, *, host: bool = False, **tensors: Tensor | None) -> None:
-    """Refuses tensors on another device than hidden; with `host` the CPU is allowed, too."""
+    """Refuses tensors on another device than hidden; with `host` the CPU is allowed as well."""
     for name, tensor in tensors.items():
         if tensor is None or tensor.device == hidden.device:
             continue

@@ -98,9 +98,9 @@ def workspace_bytes(
 
     Args:
         rows: response rows.
-        width: of the head.
-        vocabulary: of the head; with a process group, that of a rank.
-        device: of the tensors.
+        width: width of the head.
+        vocabulary: rows of the head; with a process group, those of a rank.
+        device: device of the tensors.
         trains: whether the head trains.
     """
     device = torch.device(device)

@@ -32,7 +32,7 @@ VISUAL = Leaf("chosen", "retrieved_image")
 
 
 class PreferenceOutput(NamedTuple):
-    """Result of an objective. loss and logps carry gradient, the rest is detached."""
+    """Result of an objective. loss and logps carry gradient, other fields are detached."""
 
     loss: Tensor  # (), or (B,) with reduction="none"
     logps: Tensor  # (L, B), summed over tokens

@@ -24,7 +24,7 @@ class Term:
     that mixes examples, such as centering rewards over the batch, can be a term.
 
     Fields are numbers, strings or tuples of them, so that terms can be compared and hashed. A
-    subclass with checks of its own calls super().__post_init__() in them.
+    subclass with further checks calls super().__post_init__() in them.
     """
 
     name: str

@@ -123,7 +123,7 @@ def fill(
     batch_rows: int,
     on_batch: Callable[[int, int], None] | None,
 ) -> Filled:
-    """Compute and keep what `store` lacks; see `ReferenceCache.fill`.
+    """Compute and store the log-probs that `store` lacks; see `ReferenceCache.fill`.
 
     Raises:
         ValueError: when a log-prob is not finite; names leaf and forest.
@@ -187,7 +187,7 @@ def _built(
     leaves: Leaves,
     build: Callable[[Sequence[tuple[int, int]]], Any],
 ) -> Iterator[tuple[Batch, Any, bool]]:
-    """(batch, model input, spare); a thread builds the next one meanwhile."""
+    """(batch, model input, spare); a thread builds the next one during a forward."""
     with ThreadPoolExecutor(1) as pool:
         ahead: deque[tuple[Batch, Any, bool]] = deque()
         for batch, spare in batches:
@@ -256,7 +256,7 @@ def _anywhere(known: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _exchange(store: Store, leaves: Leaves) -> None:
-    """Give every rank what it cannot read from its own folder."""
+    """Give every rank the log-probs that it cannot read from its own folder."""
     if not _distributed():
         return
     dist.barrier()
@@ -266,10 +266,8 @@ def _exchange(store: Store, leaves: Leaves) -> None:
         return
     logps = _reduce_max(torch.from_numpy(np.where(counts > 0, logps, -np.inf))).numpy()
     if np.isneginf(logps).any():
-        raise ValueError(
-            "a log-prob that was computed is nowhere to be found; was the folder removed?"
-        )
-    # Ranks of one machine share a folder: one of them writes, the others read it then.
+        raise ValueError("a computed log-prob is missing; was the folder removed?")
+    # Ranks of one machine share a folder: one of them writes, then the others read.
     for turn in (True, False):
         if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
             absent = store.find(leaves.keys)[1] == 0

@@ -1,6 +1,6 @@
 """Per-token log-probs of a forward to the host, as one fp64 sum per leaf, without a wait.
 
-`Staging` is a ring: push enqueues and returns, so the device goes on with the next forward, and pop
+`Staging` is a ring: push enqueues and returns, so the device starts the next forward, and pop
 waits for the oldest sums only. csrc/staging/staging.h does it on the CPU and, in a CUDA build, on
 the GPU; elsewhere `_TorchRing` does. All add up in the order of `leaf_sums`, bit for bit.
 """
@@ -85,8 +85,8 @@ class Staging:
 
     Args:
         device: where the values will be.
-        slots: how many pushes may be pending; with 2 the device computes one forward while the host
-            reads the sums of the one before.
+        slots: number of pushes that may be pending; with 2 the device computes one forward while
+            the host reads the sums of the previous one.
     """
 
     def __init__(self, device: torch.device, slots: int = 2) -> None:
@@ -98,9 +98,9 @@ class Staging:
         self.slots = slots
         # `backend` names the implementation of the sums, and the reason, in a line.
         self._ring, self.backend = _make_ring(extension(), device, slots)
-        # A tensor that its owner drops goes back to torch's allocator, which knows nothing of this
-        # ring. Where it was made on another stream than the one it is read on, that other stream
-        # could be given the memory before the sums are taken from it.
+        # A tensor that its owner drops returns to torch's allocator, which does not know this ring.
+        # If it was made on another stream than the one that reads it, that other stream could get
+        # the memory before the sums are computed.
         self._alive: deque[Tensor] = deque()
 
     def push(
