@@ -183,7 +183,7 @@ class RunConfig:
     wandb: str | None = None
     """Project of Weights & Biases to report to; WANDB_MODE=offline keeps it on this machine."""
     quiet: bool = False
-    """Neither lines nor progress bars for the steps."""
+    """No lines and no progress bars for the steps."""
 
     def __post_init__(self) -> None:
         _positive("log_every", self.log_every)

@@ -2,7 +2,7 @@
 
 Eager calls take `autograd`. An operator's body sees real values even under torch.compile, so checks
 that depend on values are here: label range, sequence numbers, non-finite results. It drops ignored
-rows, too, because the number of the others is no constant of a graph.
+rows as well, since the number of scored rows is not a constant of a graph.
 """
 
 from typing import Any

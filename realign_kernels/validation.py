@@ -216,7 +216,7 @@ def check_rival(
     weight: Tensor,
     group: ProcessGroup | None,
 ) -> None:
-    """Refuses rival rows that are no mask over the labels, or need more of the head."""
+    """Refuses rival rows that are not a mask over the labels, or need more of the head."""
     if rival is None:
         return
     if rival.shape != labels.shape or rival.dtype != torch.bool:

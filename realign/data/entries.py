@@ -178,7 +178,7 @@ def _stored(image: Any, column: str) -> StoredImage:
     elif isinstance(image, str | Path):
         data, path = None, str(image)
     if path is not None and not isinstance(path, str):
-        raise malformed(", whose path is no text")
+        raise malformed(", whose path is not text")
     if data is not None:
         if isinstance(data, bytes) and data:
             return StoredImage(data, path)
@@ -233,7 +233,8 @@ def _json_object(text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise Malformed(
-            f"its text {short_repr(text)} is no JSON object.", "Give prompt, chosen and rejected."
+            f"its text {short_repr(text)} is not a JSON object.",
+            "Give prompt, chosen and rejected.",
         )
     return value
 
@@ -292,7 +293,7 @@ def messages_of(value: Any, column: str) -> list[Message]:
     value = _listed(value) if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value:
         raise Malformed(
-            f"its {column} is {short_repr(value)}, no text or messages.",
+            f"its {column} is {short_repr(value)}, neither text nor messages.",
             "Give text, or messages with a role and content.",
         )
     return [_message(message, column) for message in value]
@@ -346,10 +347,10 @@ def _message(message: Any, column: str) -> Message:
         )
 
     if not isinstance(message, Mapping):
-        raise malformed("it is no object")
+        raise malformed("it is not an object")
     role = _either(message, "role", "from")
     if not isinstance(role, str) or role not in _ROLES:
-        raise malformed(f"the role {short_repr(role)} is none of {', '.join(_ROLES)}")
+        raise malformed(f"the role {short_repr(role)} is not one of {', '.join(_ROLES)}")
     if foreign := _foreign(message, _MESSAGE_KEYS):
         raise malformed(f"{foreign} would be lost")
     content = _either(message, "content", "value")

@@ -22,7 +22,7 @@ class Malformed(ValueError):
     """A row, message or chat that is not in its format or cannot be rendered.
 
     Attributes:
-        problem: a sentence about the row, as "its prompt is 3, no text or messages."
+        problem: a sentence about the row, as "its prompt is 3, neither text nor messages."
         remedy: the next step, as a sentence.
         reason: one or two words, under which `realign.pairs` counts the row.
     """

@@ -98,7 +98,7 @@ class StoredImage:
         if source is None:
             raise PictureError("no image", "neither bytes nor a path")
         if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
-            state = "is no file" if os.path.exists(source) else "does not exist"
+            state = "is not a file" if os.path.exists(source) else "does not exist"
             raise PictureError("missing", f"{shorten(source)} {state}")
         with _picture_errors(), Image.open(source, formats=_formats()) as image:
             return _to_rgb(image, max_pixels)

@@ -197,7 +197,7 @@ def records_in(
                 raise row
             if not isinstance(row, Mapping):
                 raise Malformed(
-                    f"it is {short_repr(row)}, no dictionary.", "Give columns and values."
+                    f"it is {short_repr(row)}, not a dictionary.", "Give columns and values."
                 )
             name = names.unique(name_of(row) or place)
             records.append(_record(name, row, folder))

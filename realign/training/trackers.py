@@ -86,7 +86,7 @@ class Console(Tracker):
 
     def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
         self._total, self._every = total, every
-        # disable=None: no bar, and so no carriage return, where stderr is no terminal
+        # disable=None: no bar, hence no carriage return, where stderr is not a terminal
         self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from realign_kernels.refcache.store import compact_table, open_table
 
 _ABOUT = "table.json"
 _ROUNDING = 1e-3
-"""A sum of log-probs above 0 by more than this is no log-prob, in nats."""
+"""Largest value above 0 that rounding may give a sum of log-probs, in nats."""
 
 
 class References(NamedTuple):
@@ -257,7 +257,7 @@ class ReferenceCache:
                 str(self.folder),
             )
         if not about.exists():
-            # Threads and machines may do this at once: a process number is no name of one's own.
+            # Threads and machines may do this at once: a process id is not a unique name.
             partial = about.with_name(f".{_ABOUT}.{uuid.uuid4().hex}")
             partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
             partial.replace(about)
