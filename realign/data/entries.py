@@ -205,12 +205,7 @@ def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
         return row
     dialogue = messages_of(row[dialogues[0]], dialogues[0])
     rejected_keys = [key for key in ("rejected_response", *_OTHER_DIALOGUES) if key in row]
-    if (
-        "prompt" in row
-        or len(dialogues) > 1
-        or len(rejected_keys) > 1
-        or (rejected_keys and "chosen" in row)
-    ):
+    if "prompt" in row or dialogues[1:] or rejected_keys[1:] or (rejected_keys and "chosen" in row):
         raise Malformed(
             f"it has {', '.join(k for k in (*dialogues, *rejected_keys, 'prompt') if k in row)}.",
             "Keep one form of prompt, chosen and rejected (docs/data.md).",

@@ -66,19 +66,17 @@ def _kind(file: Path) -> str:
 def _batches(file: Path, needed: Sequence[str], readable: set[str]) -> Iterator[pa.RecordBatch]:
     if _kind(file) == "Arrow":
         with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-            columns = _columns_of(stream.schema.names, file, needed, readable)
+            columns = _columns(stream.schema.names, file, needed, readable)
             for batch in stream:
                 for start in range(0, batch.num_rows, _BATCH):
                     yield batch.select(columns).slice(start, _BATCH)
     else:
         with pq.ParquetFile(file) as parquet:
-            columns = _columns_of(parquet.schema_arrow.names, file, needed, readable)
+            columns = _columns(parquet.schema_arrow.names, file, needed, readable)
             yield from parquet.iter_batches(_BATCH, columns=columns)
 
 
-def _columns_of(
-    names: list[str], file: Path, needed: Sequence[str], readable: set[str]
-) -> list[str]:
+def _columns(names: list[str], file: Path, needed: Sequence[str], readable: set[str]) -> list[str]:
     if missing := [column for column in needed if not set(SOURCES[column]) & set(names)]:
         raise ValueError(
             f"{file} lacks the column(s) {', '.join(missing)}. Columns are those of TRL's vision "

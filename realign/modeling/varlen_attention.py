@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, index_select
+from torch import Tensor
+from torch import index_select as select
 
 
 class Sequences(NamedTuple):
@@ -270,9 +271,9 @@ def forest_attention(
     out, lse = forward(q, k, v, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        states = index_select(q, 0, more), index_select(k, 0, roots), index_select(v, 0, roots)
+        states = select(q, 0, more), select(k, 0, roots), select(v, 0, roots)
         root_out, root_lse = forward(*states, spans, scale, False)
-        own_out, own_lse = index_select(out, 0, more), index_select(lse, 1, more)
+        own_out, own_lse = select(out, 0, more), select(lse, 1, more)
         own_weight = (own_lse - root_lse).sigmoid().t()[..., None]  # of a leaf's own keys
         merged = root_out.to(own_weight.dtype).lerp_(own_out.to(own_weight.dtype), own_weight)
         out.index_copy_(0, more, merged.to(out.dtype))
@@ -308,13 +309,8 @@ def forest_attention_backward(
     grads = backward(g, q, k, v, o, lse, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        states = (
-            index_select(g, 0, more),
-            index_select(q, 0, more),
-            index_select(k, 0, roots),
-            index_select(v, 0, roots),
-        )
-        merged = index_select(o, 0, more), index_select(lse, 1, more)
+        states = select(g, 0, more), select(q, 0, more), select(k, 0, roots), select(v, 0, roots)
+        merged = select(o, 0, more), select(lse, 1, more)
         added = backward(*states, *merged, spans, scale, False)
         # Every row is listed once, so the order of CUDA's atomic additions has no effect.
         for total, rows, part in zip(grads, (more, roots, roots), added, strict=True):

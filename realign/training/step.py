@@ -319,10 +319,8 @@ def nonfinite_records(
 
     indices, rank, ranks = local_indices.tolist(), distributed.rank(), distributed.world_size()
     losses, gradients = zip(*map(is_finite, indices), strict=True)
-    if nonfinite := distributed.gather(
-        [i for i, ok in zip(indices, losses, strict=True) if not ok]
-    ):
-        return nonfinite
+    if bad := distributed.gather([i for i, ok in zip(indices, losses, strict=True) if not ok]):
+        return bad
     suspects = [i for i, ok in zip(indices, gradients, strict=True) if not ok]
     if not any(gradients) or ranks == 1:
         return distributed.gather(suspects)

@@ -37,12 +37,8 @@ def check_packages(run: RunConfig) -> None:
         ValueError: names the package and how to install it.
     """
     requested = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
-    for package, is_requested in requested.items():
-        if (
-            is_requested
-            and package not in sys.modules
-            and importlib.util.find_spec(package) is None
-        ):
+    for package, is_set in requested.items():
+        if is_set and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"--{package} needs the package {package}, which is not installed: "
                 f"pip install 'realign[{package}]', or leave the flag out."
