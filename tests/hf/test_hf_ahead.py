@@ -122,5 +122,5 @@ def test_a_step_waits_once_outside_its_forwards(pairs_file, tmp_path):
     trainer._fill_references()
     with counted() as waits:
         trainer.train()
-    assert waits["hf/parts.py"] == 4
+    assert waits["realign/hf/parts.py"] == 4
     assert waits["transformers/trainer.py"] <= 1  # the whole run's loss
