@@ -1,4 +1,4 @@
-"""Reference log-probs ahead of training, and care of the tables that hold them.
+"""Commands of the reference cache: log-probs ahead of training, and upkeep of their tables.
 
     python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute missing ones
     python -m realign.cache stats                                     # list the tables
@@ -38,21 +38,21 @@ class CacheConfig:
 
     @property
     def directory(self) -> Path:
-        """The folder."""
+        """Folder of the tables, by the setting or by default."""
         return Path(self.reference_cache or reference_logps.default_directory())
 
     def tables(self) -> dict[Path, dict[str, str]]:
-        """The tables in it.
+        """Folder and fingerprint of each table in the folder.
 
         Raises:
-            ValueError: when the folder is not there.
+            ValueError: when the folder does not exist.
         """
         if self.reference_cache and not self.directory.is_dir():
             raise ValueError(f"there is no folder {self.directory}; check --reference-cache.")
-        found = refcache.tables(self.directory)
-        if not found:
+        tables = refcache.tables(self.directory)
+        if not tables:
             print(f"no tables in {self.directory}")
-        return found
+        return tables
 
 
 @dataclass
@@ -66,7 +66,7 @@ class FillConfig:
     dtype: str = "auto"
     """Compute in 'fp32' or 'bf16', as training will. 'auto' is 'bf16' on CUDA, 'fp32' on a CPU."""
     attention: str = "tree"
-    """How the language model attends, as training will (its 'auto' is 'tree')."""
+    """Attention of the language model, the same as in training (its 'auto' is 'tree')."""
     max_response_tokens: int = 1024
     """Longest response; a longer one is an error that names its record, never cut."""
     row_tokens: int = 0
@@ -121,7 +121,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     else:  # each rank digests its own weights; `fill` compares the fingerprints
         fingerprint = reference_logps.fingerprint(model.vlm, inputs.processor, dtype, device)
         model.to(device)
-    distributed.ranks_part()
+    distributed.mark_ranks_diverged()
     if reason:
         distributed.log_rank0(reason)
     for line in model.check_forest(inputs.examples[0], inputs.store, device):
@@ -141,51 +141,53 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
 
 def stats(tables: CacheConfig) -> int:
     """Print every table and the content of its logs; returns the number of unreadable records."""
-    bad = 0
+    unreadable = 0
     for folder, parts in tables.tables().items():
         print(folder)
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
-        print(f"  {shown or 'its description is lost; the next run that adds to it writes it'}")
+        parts_text = ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
+        print(
+            f"  {parts_text or 'its description is lost; the next run that adds to it writes it'}"
+        )
         try:
-            held = refcache.inspect(folder)
+            counts = refcache.inspect(folder)
         except (ValueError, OSError) as error:
             print(f"  cannot be read: {error}")
-            bad += 1
+            unreadable += 1
             continue
         print(
-            f"  {held['records']:,} log-probs in {held['logs']} log(s), {held['bytes']:,} bytes; "
-            f"{held['duplicates']:,} written twice"
+            f"  {counts['records']:,} log-probs in {counts['logs']} log(s), "
+            f"{counts['bytes']:,} bytes; {counts['duplicates']:,} written twice"
         )
-        if held["conflicts"]:
+        if counts["conflicts"]:
             print(
-                f"  {held['conflicts']:,} of these differ, by {held['largest_difference']:.2g} at "
-                "most; the log with the lowest name counts"
+                f"  {counts['conflicts']:,} of these differ, by {counts['largest_difference']:.2g} "
+                "at most; the log with the lowest name counts"
             )
-        if held["bad"] or held["torn_bytes"]:
+        if counts["bad"] or counts["torn_bytes"]:
             print(
-                f"  {held['bad']:,} unreadable records and {held['torn_bytes']} bytes of "
-                "unfinished ones are passed over"
+                f"  {counts['bad']:,} unreadable records and {counts['torn_bytes']} bytes of "
+                "unfinished ones are skipped"
             )
-        bad += held["bad"]
-    return bad
+        unreadable += counts["bad"]
+    return unreadable
 
 
 def compact(tables: CacheConfig) -> None:
     """Merge the logs of every table, without duplicates and unreadable records."""
     for folder in tables.tables():
-        done = refcache.compact(folder)
+        counts = refcache.compact(folder)
         print(
-            f"{folder}: {done['logs_merged']} log(s) merged, {done['bytes_before']:,} -> "
-            f"{done['bytes_after']:,} bytes, {done['bad_dropped']:,} unreadable records dropped"
+            f"{folder}: {counts['logs_merged']} log(s) merged, {counts['bytes_before']:,} -> "
+            f"{counts['bytes_after']:,} bytes, {counts['bad_dropped']:,} unreadable records dropped"
         )
-        if done["logs_in_use"]:
-            print(f"  {done['logs_in_use']} log(s) are being written and were skipped")
+        if counts["logs_in_use"]:
+            print(f"  {counts['logs_in_use']} log(s) are being written and were skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of fill, stats, verify, compact; returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    command, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -195,20 +197,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_third_party()
     sections = {"cache": CacheConfig} | ({"fill": FillConfig} if command == "fill" else {})
     try:
-        found = parse_sections(
+        settings = parse_sections(
             sections,
             prog=f"python -m realign.cache {command}",
             description="Reference log-probs.",
-            arguments=rest,
+            arguments=flags,
         )
         if command == "fill":
-            workers = found["fill"].nproc_per_node
+            workers = settings["fill"].nproc_per_node
             if workers and not distributed.under_launcher():
                 return distributed.launch("realign.cache", arguments, workers)
-            fill(found["cache"], found["fill"])
+            fill(settings["cache"], settings["fill"])
         elif command == "compact":
-            compact(found["cache"])
-        elif stats(found["cache"]) and command == "verify":
+            compact(settings["cache"])
+        elif stats(settings["cache"]) and command == "verify":
             print(
                 "error: there are unreadable records. The next run computes these log-probs again; "
                 "`python -m realign.cache compact` removes the records.",
@@ -225,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _short(value: str) -> str:
-    """A digest by its first digits; other values whole."""
+    """The first 8 digits of a digest; other values in full."""
     is_digest = len(value) == 32 and not set(value) - set("0123456789abcdef")
     return value[:8] if is_digest else value
 

@@ -28,7 +28,7 @@ def parse_sections(
     Args:
         sections: section name -> dataclass; field names are unique over all of them.
         prog: the command, for the help text.
-        description: of the command, for the help text.
+        description: description of the command, for the help text.
         arguments: the command line; `sys.argv` when absent.
 
     Returns:
@@ -42,11 +42,11 @@ def parse_sections(
     parser.add_argument("--config", type=Path, help="TOML file with the sections shown here")
     for section, cls in sections.items():
         _add_flags(parser.add_argument_group(f"[{section}]"), section, cls)
-    given = vars(parser.parse_args(arguments))
+    flags = vars(parser.parse_args(arguments))
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
-    if (file := given.pop("config")) is not None:
+    if (file := flags.pop("config")) is not None:
         _read_toml(file, sections, values)
-    for key, value in given.items():
+    for key, value in flags.items():
         section, name = key.split(".")
         values[section][name] = value
     return {name: cls(**values[name]) for name, cls in sections.items()}
@@ -56,9 +56,9 @@ def _add_flags(group: Any, section: str, cls: type) -> None:
     docs = _field_docs(cls)
     for f in fields(cls):
         kind = _type_of(cls, f.name)
-        how: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
+        options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+            options = {"action": argparse.BooleanOptionalAction}
         group.add_argument(
             "--" + f.name.replace("_", "-"),
             dest=f"{section}.{f.name}",
@@ -66,7 +66,7 @@ def _add_flags(group: Any, section: str, cls: type) -> None:
             help=(
                 docs[f.name] + ("" if f.default in (None, "") else f" (default: {f.default})")
             ).replace("%", "%%"),
-            **how,
+            **options,
         )
 
 
@@ -87,11 +87,11 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
                 f"{file}: {section} is {repr(table)}, not a section; write [{section}]."
             )
         cls = sections[section]
-        known = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls)]
         for name, value in table.items():
-            if name not in known:
+            if name not in names:
                 raise ValueError(
-                    f"{file}: unknown key {name!r} in [{section}]; it has {', '.join(known)}."
+                    f"{file}: unknown key {name!r} in [{section}]; it has {', '.join(names)}."
                 )
             kind = _type_of(cls, name)
             if type(value) is int and abs(value) >= 2**63:

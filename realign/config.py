@@ -33,7 +33,7 @@ class ModelConfig:
     """Compute in 'fp32' or 'bf16'; trained weights are kept in fp32 either way. 'auto' is 'bf16' on
     CUDA, 'fp32' on a CPU."""
     attention: str = "auto"
-    """How the language model attends: 'tree' (each tree by itself, without a mask; models with
+    """Attention of the language model: 'tree' (each tree by itself, without a mask; models with
     windows, two-way blocks or dropout get 'sdpa', as does --compile without the flash kernel),
     'flash' ('tree' by torch's flash kernel in one call a layer, on CUDA in bf16, where 'tree' takes
     it by itself), 'sdpa', 'eager', or on CUDA 'flex' (skips masked pairs, so rows can be
@@ -103,7 +103,7 @@ class OptimConfig:
     batch_size: int = 32
     """Examples in a step, over all ranks."""
     micro_batch_size: int = 16
-    """Examples in one forward of one rank; the rest of the batch is accumulated."""
+    """Examples in one forward of one rank; a larger batch is accumulated."""
     epochs: float = 1.0
     """Passes over the pairs."""
     steps: int = 0
@@ -149,7 +149,7 @@ class ScaleConfig:
 
     @property
     def kernels(self) -> str:
-        """Who computes a layer; log-probs of different kernels differ by rounding."""
+        """Kernels of the layers; log-probs of different kernels differ by rounding."""
         return "compiled" if self.compile else "liger" if self.liger else "eager"
 
 
@@ -170,7 +170,7 @@ class RunConfig:
     keep: int = 2
     """Checkpoints to keep, the newest."""
     resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
+    """Resume from the last checkpoint in the output folder."""
     merge: bool = False
     """Write the final model with the LoRA adapter merged in, in the base's dtype, instead of the
     adapter."""
@@ -183,7 +183,7 @@ class RunConfig:
     wandb: str | None = None
     """Project of Weights & Biases to report to; WANDB_MODE=offline keeps it on this machine."""
     quiet: bool = False
-    """Neither lines nor progress bars for the steps."""
+    """No lines and no progress bars for the steps."""
 
     def __post_init__(self) -> None:
         _positive("log_every", self.log_every)
@@ -222,7 +222,7 @@ class TrainConfig:
     def sharded(self) -> bool:
         """Whether the model is under FSDP2.
 
-        One rank needs it to cast a base that learns, or to offload. LoRA layers cast themselves.
+        One rank needs it to cast a trained base, or to offload. LoRA layers cast themselves.
         """
         casts = self.model.tune == "full" and self.model.dtype != "fp32"
         return self.scale.fsdp or self.scale.cpu_offload or casts
@@ -239,14 +239,14 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: for an unknown flag, with status 2.
         ValueError: for an unknown key in the file or a bad value.
     """
-    found = parse_sections(
+    sections = parse_sections(
         get_type_hints(TrainConfig),
         prog="python -m realign.train",
         description="Align a vision-language model with rDPO. Without --model and --pairs it runs "
         "on the shipped handwritten digits.",
         arguments=arguments,
     )
-    return TrainConfig(**found)
+    return TrainConfig(**sections)
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -1,9 +1,10 @@
-"""Ranks: starting them, waiting for them, and summing over them.
+"""Ranks: launch, process group, collectives and errors.
 
 A run without `--fsdp` is one process. With it every GPU gets a worker (two workers on a CPU),
-started here through torch's launcher unless torchrun started us. FSDP2 keeps trained parameters in
-fp32 and computes in bf16. With `--tune full` in bf16 one process is therefore a mesh of one; LoRA
-layers cast their adapters themselves, with the same bits (tests/training/test_one_rank.py).
+started here through torch's launcher unless torchrun started this process. FSDP2 keeps trained
+parameters in fp32 and computes in bf16. With `--tune full` in bf16 one process is therefore a mesh
+of one; LoRA layers cast their adapters themselves, with the same bits
+(tests/training/test_one_rank.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 T = TypeVar("T")
 
-_parted = False  # see ranks_part
+_diverged = False  # see mark_ranks_diverged
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # Exit codes of ranks that the system killed; a rank that misses another may abort as well.
 _KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
@@ -39,7 +40,7 @@ _TIMEOUT = timedelta(minutes=30)
 _ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 """Settings of CUDA's caching allocator, by their new and their old name."""
 
-_LAUNCHER = "REALIGN_LAUNCHER"  # its process, in the environment of the ranks it starts
+_LAUNCHER = "REALIGN_LAUNCHER"  # process id of `launch`, in the environment of its ranks
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -56,7 +57,7 @@ def rank_environment(port: int, workers: int) -> dict[str, str]:
     """Environment variables that all ranks on this machine share; their launcher holds the store.
 
     Args:
-        port: of the store.
+        port: port of the store.
         workers: number of ranks.
     """
     return {
@@ -72,8 +73,8 @@ def rank_environment(port: int, workers: int) -> dict[str, str]:
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code.
 
-    Signals are forwarded to the ranks. The exit code is 0 when theirs are. When one ends with
-    another code the rest is stopped at once, and killed after 30 seconds.
+    Signals are forwarded to the ranks. The exit code is 0 when all of theirs are 0. When one rank
+    ends with another code, the other ranks are stopped at once, and killed after 30 seconds.
     """
     workers = workers or _default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -81,7 +82,7 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = rank_environment(store.port, workers) | {_LAUNCHER: str(os.getpid())}
     ranks = range(workers)
-    before = {number: signal.getsignal(number) for number in _FORWARDED}
+    old_handlers = {number: signal.getsignal(number) for number in _FORWARDED}
     processes = start_processes(
         "ranks",
         sys.executable,
@@ -98,33 +99,33 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
     for number in _FORWARDED:
         signal.signal(number, forward)
     try:
-        ended = processes.wait(period=0.1)
-        assert ended is not None  # there is no time limit
+        result = processes.wait(period=0.1)
+        assert result is not None  # there is no time limit
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-    if ended.failures:
-        print(_first_to_end(ended.failures), file=sys.stderr)
-    return 1 if ended.failures else 0
+    if result.failures:
+        print(_first_failure(result.failures), file=sys.stderr)
+    return 1 if result.failures else 0
 
 
-def _first_to_end(failures: dict[int, ProcessFailure]) -> str:
-    """A sentence about the rank that ended first, on its own.
+def _first_failure(failures: dict[int, ProcessFailure]) -> str:
+    """A sentence about the rank that failed first.
 
-    A killed rank and one that ended with an error because of it have nearly the same time. Ranks
-    that the launcher stopped end later, by SIGKILL after 30 seconds.
+    A killed rank and a rank that failed because of it end at nearly the same time. Ranks that the
+    launcher stopped end later, by SIGKILL after 30 seconds.
     """
     first = min(failure.timestamp for failure in failures.values())
     rank, failure = min(
         failures.items(),
         key=lambda item: (item[1].timestamp > first + 5, item[1].exitcode not in _KILLED),
     )
-    how = f"ended with exit code {failure.exitcode}"
+    ending = f"ended with exit code {failure.exitcode}"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        how = f"was killed by {name}"
-        how += " (by hand, or because memory ran out)" if name == "SIGKILL" else ""
-    return f"rank {rank} {how}."
+        ending = f"was killed by {name}"
+        ending += " (by hand, or because memory ran out)" if name == "SIGKILL" else ""
+    return f"rank {rank} {ending}."
 
 
 def planned_ranks(fsdp: bool, workers: int) -> int:
@@ -142,7 +143,7 @@ def _default_workers() -> int:
 def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     """Join the process group when there is one; returns this rank's device.
 
-    With `alone` a process without a launcher becomes the only rank of a group of its own.
+    With `alone` a process without a launcher becomes the only rank of its own group.
 
     Raises:
         ValueError: without `fsdp`, when there are other ranks.
@@ -173,9 +174,9 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
 def extend_segments() -> None:
     """Let CUDA's caching allocator extend its segments, unless the user has configured it.
 
-    Each batch has lengths of its own. In segments of fixed size a batch that is longer than all
-    before it fits no free block, and each of its tensors costs a cudaMalloc: on an H200 two of five
-    steps took 1.5 and 1.9 times as long as the others. torch reads the variable at the first
+    Each batch has other lengths. In segments of fixed size a batch that is longer than all before
+    it fits no free block, and each of its tensors costs a cudaMalloc. On an H200 two of five steps
+    took 1.5 and 1.9 times as long as the others. torch reads the variable at the first
     allocation.
     """
     if not any(name in os.environ for name in _ALLOCATOR):
@@ -186,13 +187,13 @@ def disable_cudnn_attention() -> None:
     """Keep `scaled_dot_product_attention` of this process off cuDNN.
 
     torch 2.11 prefers cuDNN on compute capability 9.0. cuDNN builds a plan for each shape, which
-    took 0.70 s on an H200, and each tree, prompt or batch has a length of its own.
+    took 0.70 s on an H200, and each tree, prompt or batch has another length.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _end_with(launcher: int) -> None:
-    """Have the system send SIGTERM when the launcher dies, so that no rank is left behind."""
+    """Have the system send SIGTERM when the launcher dies, so that no rank outlives it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != launcher:
@@ -201,8 +202,8 @@ def _end_with(launcher: int) -> None:
 
 def stop() -> None:
     """Leave the process group."""
-    global _parted
-    _parted = False
+    global _diverged
+    _diverged = False
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -210,9 +211,9 @@ def stop() -> None:
 def exit_rank(code: int) -> NoReturn:
     """End this process with an exit code; a rank does so without finalizing its interpreter.
 
-    FSDP2 holds its process group to the end, and a gloo thread that lets go of a gathered tensor
-    while the interpreter is finalized aborts the process (torch 2.13), though all work is done.
-    Threads that are no daemons are waited for, and exit handlers run.
+    FSDP2 holds its process group to the end. A gloo thread that frees a gathered tensor while the
+    interpreter is finalized aborts the process (torch 2.13), though all work is done. Non-daemon
+    threads are joined, and exit handlers run.
     """
     if not under_launcher():
         sys.exit(code)
@@ -243,34 +244,34 @@ def log_rank0(line: str) -> None:
 def report(error: Exception) -> bool:
     """Print the error that ends this process in one line; False for a fault of the program.
 
-    Before `ranks_part` all ranks read the same records and settings and fail alike, so rank 0
-    reports. After it any rank may fail by itself, and reports its own error.
+    Before `mark_ranks_diverged` all ranks read the same records and settings and fail alike, so
+    rank 0 reports. After it any rank may fail by itself, and reports its own error.
     """
     if isinstance(error, RuntimeError):
         if not _lost_a_rank(error):
             return False
-        print("error: another rank has ended; its own message, if any, says why", file=sys.stderr)
+        print("error: another rank has ended; see its own message, if any", file=sys.stderr)
     elif isinstance(error, CommonError):
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         with suppress(RuntimeError):
-            barrier()  # the first rank to end takes the others with it
-    elif rank() == 0 or _parted:
-        which = f" (rank {rank()})" if world_size() > 1 and _parted else ""
-        print(f"error{which}: {error}", file=sys.stderr)
+            barrier()  # the launcher stops all ranks when the first one ends
+    elif rank() == 0 or _diverged:
+        place = f" (rank {rank()})" if world_size() > 1 and _diverged else ""
+        print(f"error{place}: {error}", file=sys.stderr)
     return True
 
 
-def ranks_part() -> None:
-    """From here on ranks do different work."""
-    global _parted
-    _parted = True
+def mark_ranks_diverged() -> None:
+    """Note that ranks do different work from here on, so any of them may fail by itself."""
+    global _diverged
+    _diverged = True
 
 
 def _lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended."""
     text = str(error)
-    return world_size() > 1 and any(word in text for word in ("gloo", "Gloo", "NCCL", "by peer"))
+    return world_size() > 1 and any(name in text for name in ("gloo", "Gloo", "NCCL", "by peer"))
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""A trained model as one folder with its card: `python -m realign.export --help`.
+"""Export of a trained model as one folder with its card: `python -m realign.export --help`.
 
 python -m realign.export --model runs/rdpo/model --output merged
 """
@@ -38,7 +38,7 @@ class ExportConfig:
                 raise ValueError(f"--{name} is missing; give {needed}.")
         if Path(str(self.output)).resolve() == Path.cwd():
             raise ValueError(
-                f"--output is {self.output!r}, the folder that you are in, and it is replaced when "
+                f"--output is {self.output!r}, the current folder, and it is replaced when "
                 "the new one is complete; name another, such as ./merged."
             )
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -52,13 +52,13 @@ def evaluation_of(file: Path) -> str:
         ValueError: when there is no such file, or it holds other figures.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not found.get("scores", found):
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        if not scores.get("scores", scores):
             raise ValueError("it is empty")
-        if "scores" in found:
-            return markdown(table_of(found["scores"]))
+        if "scores" in scores:
+            return markdown(table_of(scores["scores"]))
         rows = []
-        for name, rate in found.items():
+        for name, rate in scores.items():
             value, low, high = (100 * float(rate[key]) for key in ("value", "low", "high"))
             rows.append((name.replace("_", " "), f"{value:.1f} % [{low:.1f}, {high:.1f}]"))
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def evaluation_of(file: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, export; returns an exit code."""
+    """Run the command; returns an exit code."""
     silence_third_party()
     try:
         config = parse_sections(

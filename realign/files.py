@@ -1,4 +1,4 @@
-"""Files of a command: output paths checked before a model is loaded, files written whole, JSONL."""
+"""Files of a command: output paths checked before a model is loaded, atomic writes, JSONL."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 
 
 def check_file(flag: str, path: str | Path, *, device: bool = True) -> None:
-    """Check that a file can be written, by an empty one beside it that is removed again.
+    """Check that a file can be written, with an empty file beside it that is removed again.
 
-    Missing folders are not made, so that a command that fails later leaves nothing behind.
+    Missing folders are not created, so a command that fails later leaves no folders.
 
     Args:
-        flag: that names the file, for the message.
+        flag: the flag that names the file, for the message.
         path: the file.
-        device: whether a device or a pipe will do. It does not for a file that a finished one
-            replaces: the superuser would replace `/dev/null`.
+        device: whether a device or a pipe is accepted. Where a finished file replaces the old one
+            it is not: the superuser would replace `/dev/null`.
 
     Raises:
-        ValueError: when it is a folder, lies below a file, or cannot be written.
+        ValueError: when it is a folder, is below a file, or cannot be written.
     """
     path = Path(path)
     kind = _kind(flag, path)
@@ -40,10 +40,10 @@ def check_file(flag: str, path: str | Path, *, device: bool = True) -> None:
 
 
 def check_folder(flag: str, path: str | Path) -> None:
-    """Check that a folder can be made or written to; see `check_file`.
+    """Check that a folder can be created or written to; see `check_file`.
 
     Raises:
-        ValueError: when it is a file, lies below a file, or cannot be written.
+        ValueError: when it is a file, is below a file, or cannot be written.
     """
     path = Path(path)
     kind = _kind(flag, path)
@@ -65,17 +65,17 @@ def _kind(flag: str, path: Path) -> int | None:
 def _create_in(folder: Path, flag: str, path: Path) -> None:
     """Create and remove a file in the nearest folder that exists.
 
-    Its name is longer than that of `path` by the suffix that files being written have.
+    Its name has the suffix of files being written, so it is longer than the name of `path`.
     """
     folder = folder.absolute()
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     try:
         with tempfile.NamedTemporaryFile(
-            dir=there, prefix=f".{path.name}.", suffix=f"{'x' * 24}.partial"
+            dir=existing, prefix=f".{path.name}.", suffix=f"{'x' * 24}.partial"
         ):
             pass
     except OSError as error:
-        raise _refused(flag, path, error, f"{there}: ") from error
+        raise _refused(flag, path, error, f"{existing}: ") from error
 
 
 def _refused(flag: str, path: Path, error: Exception, where: str = "") -> ValueError:
@@ -84,19 +84,19 @@ def _refused(flag: str, path: Path, error: Exception, where: str = "") -> ValueE
 
 
 class JsonlLog:
-    """One JSON object per line, on the disk as soon as it takes it.
+    """A JSONL file: one JSON object per line, written at once.
 
-    While the disk is full entries wait in memory, which is said once; no line is torn for good.
+    While the disk is full, entries wait in memory and one warning reports it. Lines stay complete.
 
     Args:
-        path: the file; made with its folder.
-        keep_steps: lines of later steps are dropped first, as a resumed run writes them anew.
+        path: the file; created with its folder.
+        keep_steps: lines of later steps are dropped first, since a resumed run writes them again.
     """
 
     def __init__(self, path: Path, keep_steps: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [e for e in read_jsonl(path) if e["step"] <= keep_steps] if path.exists() else []
-        write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        entries = [e for e in read_jsonl(path) if e["step"] <= keep_steps] if path.exists() else []
+        write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
         self._warned = False
@@ -108,8 +108,8 @@ class JsonlLog:
         except OSError as error:
             if not self._warned:
                 print(
-                    f"warning: {self._file.name} takes no more ({error}); its next lines wait in "
-                    "memory. Make room.",
+                    f"warning: {self._file.name} cannot be written ({error}); its next lines wait "
+                    "in memory. Make room.",
                     file=sys.stderr,
                 )
             self._warned = True
@@ -120,24 +120,25 @@ class JsonlLog:
     def __exit__(self, kind, *_) -> None:
         """Write waiting lines; a failure raises OSError, unless another error ends the run.
 
-        A resumed run writes the lines after its checkpoint anew.
+        A resumed run writes the lines after its checkpoint again.
         """
         with self._file, nullcontext() if kind is None else suppress(OSError):
             self._flush()
 
     def _flush(self) -> None:
-        while self._waiting:  # a disk may take a part
+        while self._waiting:  # the disk may accept a part
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # others may write it, too
+    """Write a file atomically: in full or not at all."""
+    # Several processes may write the file at once.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log; a last line cut short by a crash is left out."""
+    """The entries of a log; a last line that a crash cut short is skipped."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

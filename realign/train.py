@@ -33,17 +33,17 @@ from realign.training.trackers import check_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, start workers if asked to, train; returns an exit code."""
+    """Run the command, with its own workers under --fsdp; returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     silence_third_party()
     try:
         config = parse(arguments)
         check_packages(config.run)
-        first = os.environ.get("RANK", "0") == "0"  # it writes
-        if first:
+        is_rank0 = os.environ.get("RANK", "0") == "0"  # only rank 0 writes
+        if is_rank0:
             check_outputs(config.run)
         if config.run.dry_run:
-            if first:
+            if is_rank0:
                 print(dry_run.make(config, prepare_pairs))
             return 0
         if config.scale.fsdp and not distributed.under_launcher():
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> Path | None:
     Raises:
         ValueError: for settings, records or a model that cannot be trained on; before any step.
         NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
-        CheckpointError: when no checkpoint is whole, or the last one cannot be written.
+        CheckpointError: when no checkpoint is intact, or the last one cannot be written.
     """
     scale, output = config.scale, Path(config.run.output)
     device = distributed.start(alone=config.sharded, fsdp=scale.fsdp)
@@ -87,10 +87,10 @@ def train(config: TrainConfig) -> Path | None:
 
 
 def prepare_pairs(config: TrainConfig) -> Path:
-    """The pairs file to train on; builds the digits default once when none is named.
+    """The pairs file to train on; builds the default digit pairs once when none is given.
 
     Raises:
-        ValueError: when a model is named and no pairs are.
+        ValueError: when a model is given without pairs.
     """
     if config.data.pairs is not None:
         return Path(config.data.pairs)

@@ -47,7 +47,7 @@ def refuse_second_derivative() -> None:
 
 
 def trains(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the head learns."""
+    """Whether the head is trained."""
     return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 

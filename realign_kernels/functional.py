@@ -56,7 +56,7 @@ def linear_logprobs(
     rival: Tensor | None = None,  # (...) bool
     group: ProcessGroup | None = None,
 ) -> Tensor:  # (...) fp32; fp64 for fp64 inputs
-    """Log-prob of each label under a linear head, without ever holding all logits.
+    """Log-prob of each label under a linear head, without holding all logits.
 
     log softmax(cap(hidden @ weight.T + bias) / temperature)[label], cap(z) = softcap *
     tanh(z / softcap). Differentiable once, in hidden, weight and bias, for any loss on top.
@@ -77,7 +77,7 @@ def linear_logprobs(
         rival: rows that score, instead of the label, the strongest token that is not the label
             (for `objectives.released`). Not with `group`.
         group: the head is split by vocabulary over the ranks of this process group, in their order:
-            weight and bias are this rank's rows (a DTensor sharded on axis 0 is one, too); hidden
+            weight and bias are this rank's rows (a DTensor sharded on axis 0 works as well); hidden
             and labels are the same on all ranks, and so are the results and hidden's gradient.
 
     Raises:
@@ -179,8 +179,8 @@ def linear_preference_loss(
             number of tokens, not by the sum of their weights.
 
     Raises:
-        ValueError: as there; also if a sequence has no label to score.
-        NonFiniteError: as there.
+        ValueError: as these functions; also if a sequence has no label to score.
+        NonFiniteError: as these functions.
     """
     objective = objectives.as_objective(terms, beta)
     validation.check_reference(reference_logps, objective, reduction)

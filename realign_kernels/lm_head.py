@@ -148,7 +148,7 @@ def head_inputs(
         hidden (..., H'), weight (V, H') and bias (V,) or None, H' = H + the ranks of the adapters.
 
     Raises:
-        ValueError: the module is none of these, or an active adapter is another kind than LoRA.
+        ValueError: the module is of another kind, or an active adapter is not LoRA.
     """
     base, adapters = _layers(lm_head)
     if not adapters:
@@ -166,7 +166,7 @@ def head_inputs(
 def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The effective weight (V, H) and bias (V,) of a language-model head.
 
-    As `head_inputs`, for code that has no hidden states at hand: LoRA is merged, W + sum over
+    As `head_inputs`, for code without hidden states: LoRA is merged, W + sum over
     active adapters of scaling * B A, as a function of A and B, so that gradients reach them. The
     merged weight is a copy of V x H, made by each call and rounded once to the dtype of W: in bf16
     a change below 1/512 of an entry of W is lost.
@@ -201,7 +201,7 @@ class _Adapter(NamedTuple):
     dropout: nn.Module
 
     def add_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """With PEFT's lora_bias B has one, which is scaled, too."""
+        """With PEFT's lora_bias B has a bias, which is scaled as well."""
         if self.up.bias is None:
             return bias
         extra = self.scaling * self.up.bias
@@ -263,7 +263,7 @@ def _lora_layers(lm_head: Any) -> tuple[nn.Linear, list[_Adapter]]:
 
 
 def _plain(linear: nn.Linear) -> nn.Linear:
-    """Quantized layers are nn.Linear, too, with a weight that means nothing without its scales."""
+    """Quantized layers also are nn.Linear, and their weight has no meaning without its scales."""
     weight = linear.weight
     if weight.dtype not in DTYPES:
         raise ValueError(

@@ -23,7 +23,7 @@ class NonFiniteError(ValueError):
 
 
 def first_few(values: list[int], limit: int = 8) -> str:
-    """The first of them, and how many more there are."""
+    """The first of them, and the number of the others."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return f"{values[:limit]}{more}"
 

@@ -2,7 +2,7 @@
 
 Eager calls take `autograd`. An operator's body sees real values even under torch.compile, so checks
 that depend on values are here: label range, sequence numbers, non-finite results. It drops ignored
-rows, too, because the number of the others is no constant of a graph.
+rows as well, since the number of scored rows is not a constant of a graph.
 """
 
 from typing import Any
@@ -163,7 +163,7 @@ def _linear_logprobs_grads(ctx: Any, grad: Tensor | None, *_):
         assert not need_weight and not need_bias, "keep_dlogp_dh is for a frozen head"
         labels, dlogp_dh = ctx.saved_tensors
         ignored = to_device(labels == ctx.settings.ignore_index, grad.device)
-        # An ignored row's log-prob is the constant 0, whatever (inf, NaN) comes back for it.
+        # An ignored row's log-prob is the constant 0, also where its gradient is inf or NaN.
         factor = grad.masked_fill(ignored, 0)[:, None]
         return (dlogp_dh * factor).to(ctx.dtype), None, None, None, *constants
     hidden, weight, labels, bias = ctx.saved_tensors

@@ -74,7 +74,7 @@ def sequence_sums(
     sequences: int,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:  # (sequences,) in the dtype of logps, (sequences,) int64
-    """Sum of the log-probs of each sequence, and how many of its labels are not ignored."""
+    """Sum of the log-probs of each sequence, and the number of its labels that are not ignored."""
     of_sequence = sequence_ids == torch.arange(sequences, device=labels.device)[:, None]
     of_sequence = of_sequence & (labels != ignore_index)
     return of_sequence.double().mv(logps.double()).to(logps.dtype), of_sequence.sum(1)

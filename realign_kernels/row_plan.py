@@ -132,7 +132,7 @@ def take_rows(
     hidden: Tensor,  # (..., H)
     index: Tensor | None,  # (n,) int64, of the flattened leading axes; None: all of them
 ) -> Tensor:  # (n, H)
-    """Rows of hidden, without a copy of the others: hidden[:, :, :-1] has no flat view."""
+    """Rows of hidden, without a copy of other rows: hidden[:, :, :-1] has no flat view."""
     if index is None:
         return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     if hidden.is_contiguous():

@@ -166,7 +166,7 @@ def check_integer(name: str, values: Tensor) -> None:
 
 
 def check_device(hidden: Tensor, *, host: bool = False, **tensors: Tensor | None) -> None:
-    """Refuses tensors on another device than hidden; with `host` the CPU is allowed, too."""
+    """Refuses tensors on another device than hidden; with `host` the CPU is allowed as well."""
     for name, tensor in tensors.items():
         if tensor is None or tensor.device == hidden.device:
             continue
@@ -216,7 +216,7 @@ def check_rival(
     weight: Tensor,
     group: ProcessGroup | None,
 ) -> None:
-    """Refuses rival rows that are no mask over the labels, or need more of the head."""
+    """Refuses rival rows that are not a mask over the labels, or need more of the head."""
     if rival is None:
         return
     if rival.shape != labels.shape or rival.dtype != torch.bool:

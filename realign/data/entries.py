@@ -1,4 +1,4 @@
-"""Rows of preference data, one parser for all readers: TRL's columns, and others' keys for them.
+"""Parser of preference rows for all readers: TRL's columns, and other projects' keys for them.
 
 `realign.train`, `RDPOTrainer` and `realign.pairs` read a row with `entry_of`. It accepts TRL's
 vision preference columns, plain or conversational, with an implicit prompt too, and the keys of
@@ -32,7 +32,7 @@ _DIALOGUES = ("conversations", "messages")
 _OTHER_DIALOGUES = ("rejected_conversations", "rejected_messages")
 _UNREAD = ("tools", "chat_template_kwargs", "history", "rejected_image", "rejected_images")
 _UNREAD += ("video", "videos", "audio", "audios")
-SOURCES = {  # what a row needs -> the columns that can hold it
+SOURCES = {  # field of a row -> the columns that can hold it
     "prompt": ("prompt", "question", *_DIALOGUES, "text", "chosen"),
     "chosen": ("chosen", *_DIALOGUES, "text"),
     "rejected": ("rejected", "rejected_response", *_OTHER_DIALOGUES, "text"),
@@ -63,7 +63,7 @@ class Entry:
 
     name: str | None
     prompt: list[Message]
-    chosen: str | None  # None where there is none yet
+    chosen: str | None  # None before it is written
     rejected: str | None
     images: list[StoredImage]  # paths as they are written
     retrieved: list[StoredImage]
@@ -84,7 +84,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
             )
     has_system = not _is_empty(row.get("system"))
     if has_system and all(_is_empty(row.get(key)) for key in _DIALOGUES):
-        # TRL ignores the column; others read it. Neither is what every user means.
+        # TRL ignores the column and other projects read it, so its meaning is not certain.
         raise Malformed(
             f"its system {short_repr(row['system'])} would be lost.",
             "Put it into `prompt`, as a message of the system.",
@@ -126,7 +126,7 @@ def name_of(row: Any) -> str | None:
 
 
 class Names:
-    """Names that are given once: a number stands behind one that is taken."""
+    """Unique names: a number is added to a name that is in use."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -143,10 +143,10 @@ class Names:
 
 
 def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
-    """The images of the one of some columns that is not empty; none where all are.
+    """The images of the only filled column among several; an empty list where all are empty.
 
     Raises:
-        Malformed: for a value that is no image, or two columns with images.
+        Malformed: for a value that is not an image, or two columns with images.
     """
     filled = [name for name in columns if not _is_empty(row.get(name))]
     if len(filled) > 1:
@@ -178,7 +178,7 @@ def _stored(image: Any, column: str) -> StoredImage:
     elif isinstance(image, str | Path):
         data, path = None, str(image)
     if path is not None and not isinstance(path, str):
-        raise malformed(", whose path is no text")
+        raise malformed(", whose path is not text")
     if data is not None:
         if isinstance(data, bytes) and data:
             return StoredImage(data, path)
@@ -200,21 +200,21 @@ def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
         row |= _json_object(text)  # RLHF-V: question, chosen and rejected
     if "question" in row:
         row.setdefault("prompt", row["question"])
-    held = [key for key in _DIALOGUES if key in row]
-    if not held:
+    dialogues = [key for key in _DIALOGUES if key in row]
+    if not dialogues:
         return row
-    dialogue = messages_of(row[held[0]], held[0])
-    others = [key for key in ("rejected_response", *_OTHER_DIALOGUES) if key in row]
-    if "prompt" in row or len(held) > 1 or len(others) > 1 or (others and "chosen" in row):
+    dialogue = messages_of(row[dialogues[0]], dialogues[0])
+    rejected_keys = [key for key in ("rejected_response", *_OTHER_DIALOGUES) if key in row]
+    if "prompt" in row or dialogues[1:] or rejected_keys[1:] or (rejected_keys and "chosen" in row):
         raise Malformed(
-            f"it has {', '.join(key for key in (*held, *others, 'prompt') if key in row)}.",
+            f"it has {', '.join(k for k in (*dialogues, *rejected_keys, 'prompt') if k in row)}.",
             "Keep one form of prompt, chosen and rejected (docs/data.md).",
         )
-    if not others:  # LLaMA-Factory, or a dialogue that ends with the only response
+    if not rejected_keys:  # LLaMA-Factory, or a dialogue that ends with the only response
         answered = dialogue[-1]["role"] == "assistant" and not {"chosen", "rejected"} & row.keys()
         return row | {"chosen" if answered else "prompt": dialogue}
-    rejected = row[others[0]]
-    if others == ["rejected_response"]:  # ms-swift
+    rejected = row[rejected_keys[0]]
+    if rejected_keys == ["rejected_response"]:  # ms-swift
         if isinstance(rejected, str):
             rejected = [{"role": "assistant", "content": rejected}]
         rejected = [*dialogue[:-1], *messages_of(rejected, "rejected_response")]
@@ -228,7 +228,8 @@ def _json_object(text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise Malformed(
-            f"its text {short_repr(text)} is no JSON object.", "Give prompt, chosen and rejected."
+            f"its text {short_repr(text)} is not a JSON object.",
+            "Give prompt, chosen and rejected.",
         )
     return value
 
@@ -239,36 +240,36 @@ def dialogue_of(
     """Read a prompt and the responses to it.
 
     Args:
-        prompt: text, messages, or None where it is what the responses share.
+        prompt: text, messages, or None where it is the part that the responses share.
         responses: by column: text, messages of which the last is the response, or None.
 
     Returns:
         The messages of the prompt, and the text of each response, None where there is none.
 
     Raises:
-        Malformed: for values that are no messages, and for responses whose messages before the last
-            differ, or neither repeat nor continue the prompt.
+        Malformed: for values that are not messages, and for responses whose messages before the
+            last differ, or neither repeat nor continue the prompt.
     """
-    asked: list[Message] = []
+    opening: list[Message] = []
     if isinstance(prompt, str) and prompt:
-        asked = [{"role": "user", "content": _readable(prompt, "prompt")}]
+        opening = [{"role": "user", "content": _readable(prompt, "prompt")}]
     elif not _is_empty(prompt):
-        asked = messages_of(prompt, "prompt")
+        opening = messages_of(prompt, "prompt")
     texts: dict[str, str | None] = dict.fromkeys(responses)
-    turns: dict[str, list[Message]] = {}  # of each response, behind the prompt and before its text
+    turns_of: dict[str, list[Message]] = {}  # by response: after the prompt, before its text
     for name, value in responses.items():
         if not _is_empty(value):
             texts[name], before = _response(value, name)
-            asked, turns[name] = _without_prompt(asked, before)
-    (first, shared), *others = turns.items() or [("", [])]
-    for name, own in others:
-        if list(map(_role_and_parts, own)) != list(map(_role_and_parts, shared)):
+            opening, turns_of[name] = _without_prompt(opening, before)
+    (first, shared), *further = turns_of.items() or [("", [])]
+    for name, turns_before in further:
+        if list(map(_role_and_parts, turns_before)) != list(map(_role_and_parts, shared)):
             raise Malformed(
                 f"its {first} and {name} differ before their last message, and TRL scores all of "
                 "them.",
                 "Give responses of one message each, with the messages before it in `prompt`.",
             )
-    if not (messages := [*asked, *shared]):
+    if not (messages := [*opening, *shared]):
         raise Malformed("it has no prompt.", "Add one or remove the record.")
     _check_order(messages, first, len(messages) - len(shared))
     if not any(_text(message).strip() for message in messages):
@@ -276,10 +277,10 @@ def dialogue_of(
     return messages, texts
 
 
-def messages_of(value: Any, what: str) -> list[Message]:
+def messages_of(value: Any, column: str) -> list[Message]:
     """The messages of a column, with keys `role` and `content`, or `from` and `value`.
 
-    One message may be without its list, and several may be a struct of lists.
+    One message may come without a list, and several may come as a struct of lists.
 
     Raises:
         Malformed: for another value, role, key or part.
@@ -287,10 +288,10 @@ def messages_of(value: Any, what: str) -> list[Message]:
     value = _listed(value) if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value:
         raise Malformed(
-            f"its {what} is {short_repr(value)}, no text or messages.",
+            f"its {column} is {short_repr(value)}, neither text nor messages.",
             "Give text, or messages with a role and content.",
         )
-    return [_message(message, what) for message in value]
+    return [_message(message, column) for message in value]
 
 
 def _listed(value: Mapping[str, Any]) -> list[Any]:
@@ -305,10 +306,10 @@ def _listed(value: Mapping[str, Any]) -> list[Any]:
 
 
 def with_system(prompt: list[Message], system: Any) -> list[Message]:
-    """A prompt with a system message at its beginning.
+    """The prompt with a system message at its beginning.
 
     Raises:
-        Malformed: where it has one, or for another type than text.
+        Malformed: where it has a system message, or for another type than text.
     """
     if not isinstance(system, str):
         raise Malformed(f"its system is {short_repr(system)}.", "Give text.")
@@ -317,37 +318,39 @@ def with_system(prompt: list[Message], system: Any) -> list[Message]:
     return [{"role": "system", "content": _readable(system, "system")}, *prompt]
 
 
-def _response(value: Any, what: str) -> tuple[str, list[Message]]:
+def _response(value: Any, column: str) -> tuple[str, list[Message]]:
     """The text of a response, and the messages before it."""
     if isinstance(value, str):
-        return _readable(value, what), []
-    *turns, last = messages_of(value, what)
+        return _readable(value, column), []
+    *turns, last = messages_of(value, column)
     if last["role"] != "assistant":
         raise Malformed(
-            f"its {what} does not end with the assistant.", "Put the assistant's response last."
+            f"its {column} does not end with the assistant.", "Put the assistant's response last."
         )
     parts = last["content"]
     if isinstance(parts, str):
         return parts, turns
     if any(part["type"] == "image" for part in parts):
-        raise Malformed(f"its {what} holds an image.", "A response is text.")
+        raise Malformed(f"its {column} holds an image.", "A response is text.")
     return "".join(part["text"] for part in parts), turns
 
 
-def _message(message: Any, what: str) -> Message:
+def _message(message: Any, column: str) -> Message:
     def malformed(why: str) -> Malformed:
-        return Malformed(f"its {what} has the message {short_repr(message)}: {why}.", _GIVE_MESSAGE)
+        return Malformed(
+            f"its {column} has the message {short_repr(message)}: {why}.", _GIVE_MESSAGE
+        )
 
     if not isinstance(message, Mapping):
-        raise malformed("it is no object")
+        raise malformed("it is not an object")
     role = _either(message, "role", "from")
     if not isinstance(role, str) or role not in _ROLES:
-        raise malformed(f"the role {short_repr(role)} is none of {', '.join(_ROLES)}")
+        raise malformed(f"the role {short_repr(role)} is not one of {', '.join(_ROLES)}")
     if foreign := _foreign(message, _MESSAGE_KEYS):
         raise malformed(f"{foreign} would be lost")
     content = _either(message, "content", "value")
     if isinstance(content, str):
-        return {"role": _ROLES[role], "content": _readable(content, what)}
+        return {"role": _ROLES[role], "content": _readable(content, column)}
     content = [content] if isinstance(content, Mapping) else content
     if not isinstance(content, list | tuple):
         raise malformed(f"its content is {short_repr(content)}")
@@ -362,24 +365,24 @@ def _message(message: Any, what: str) -> Message:
         if kind == "text" and not isinstance(part.get("text"), str):
             raise malformed(f"the part {short_repr(part)} has no text")
         parts.append(
-            text_part(_readable(part["text"], what)) if kind == "text" else {"type": "image"}
+            text_part(_readable(part["text"], column)) if kind == "text" else {"type": "image"}
         )
     return {"role": _ROLES[role], "content": parts}
 
 
-def _readable(text: str, what: str) -> str:
-    """The text, unless no tokenizer can read it as it is meant."""
+def _readable(text: str, column: str) -> str:
+    """The text; raises where no tokenizer can read it as intended."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise Malformed(
-            f"its {what} holds half of a surrogate pair.", "Write it as UTF-8.", "not Unicode"
+            f"its {column} holds half of a surrogate pair.", "Write it as UTF-8.", "not Unicode"
         ) from None
     if "\0" in text:
-        raise Malformed(f"its {what} holds a null character.", "Remove it.", "control characters")
+        raise Malformed(f"its {column} holds a null character.", "Remove it.", "control characters")
     if _JSON_MESSAGES.match(text):
         raise Malformed(
-            f"its {what} is the text {short_repr(text)}, which holds messages as JSON.",
+            f"its {column} is the text {short_repr(text)}, which holds messages as JSON.",
             "Decode it with json.loads.",
         )
     return str(text)
@@ -388,21 +391,21 @@ def _readable(text: str, what: str) -> str:
 def _without_prompt(
     prompt: list[Message], turns: list[Message]
 ) -> tuple[list[Message], list[Message]]:
-    """The prompt, and the messages of a response behind it, where these may repeat the prompt."""
+    """The prompt and the messages of a response after it; those may repeat the prompt."""
     if not prompt or not turns:
         return prompt, turns
-    (system, asked), (own_system, own) = _split(prompt), _split(turns)
-    repeated = own[: len(asked)]
-    same = len(repeated) == len(asked) and all(map(_asks_the_same, asked, repeated))
-    if not same or (system and own_system and system != own_system):
+    (system, opening), (turns_system, later_turns) = _split(prompt), _split(turns)
+    repeated = later_turns[: len(opening)]
+    same = len(repeated) == len(opening) and all(map(_asks_the_same, opening, repeated))
+    if not same or (system and turns_system and system != turns_system):
         return prompt, turns
     # One of the two may place the image, or hold the system message.
-    kept = [max(pair, key=_image_count) for pair in zip(asked, repeated, strict=True)]
-    return [*(system or own_system), *kept], own[len(asked) :]
+    merged = [max(pair, key=_image_count) for pair in zip(opening, repeated, strict=True)]
+    return [*(system or turns_system), *merged], later_turns[len(opening) :]
 
 
 def _check_order(messages: Sequence[Message], response: str, start: int) -> None:
-    """Whether the messages from `start` on, moved out of a response, continue the prompt."""
+    """Check that the messages from `start` on, moved out of a response, continue the prompt."""
     for last, message in zip(
         messages[max(start - 1, 0) :], messages[max(start, 1) :], strict=False
     ):
@@ -447,7 +450,7 @@ def _image_count(message: Message) -> int:
 
 
 def _asks_the_same(one: Message, other: Message) -> bool:
-    """Whether two messages ask the same, where one of them may leave out the image's place."""
+    """Whether two messages ask the same; one of them may omit the image's place."""
     if one["role"] != other["role"] or _text(one) != _text(other):
         return False
     return 0 in (_image_count(one), _image_count(other)) or _parts(one) == _parts(other)
@@ -462,7 +465,7 @@ def _either(item: Mapping[str, Any], *names: str) -> Any:
     return next((item[name] for name in names if item.get(name) is not None), None)
 
 
-def _foreign(item: Mapping[str, Any], known: Sequence[str]) -> str:
-    """The keys beside those known that hold something, for a message."""
-    keys = [key for key, value in item.items() if key not in known and not _is_empty(value)]
+def _foreign(item: Mapping[str, Any], allowed: Sequence[str]) -> str:
+    """The filled keys other than the allowed ones, for a message."""
+    keys = [key for key, value in item.items() if key not in allowed and not _is_empty(value)]
     return ", ".join(map(short_repr, keys))

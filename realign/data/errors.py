@@ -19,12 +19,12 @@ class RecordError(ValueError):
 
 
 class Malformed(ValueError):
-    """A row, message or chat that is not of its format or cannot be rendered.
+    """A row, message or chat that is not in its format or cannot be rendered.
 
     Attributes:
-        problem: a sentence about the row, as "its prompt is 3, no text or messages."
+        problem: a sentence about the row, as "its prompt is 3, neither text nor messages."
         remedy: the next step, as a sentence.
-        reason: a word or two, by which `realign.pairs` counts.
+        reason: one or two words, under which `realign.pairs` counts the row.
     """
 
     def __init__(self, problem: str, remedy: str = "", reason: str = "malformed") -> None:
@@ -65,10 +65,10 @@ def shorten(text: str) -> str:
 
 
 def one_of(errors: Sequence[RecordError]) -> RecordError:
-    """The first of several errors, which also counts and names the others."""
-    first, *others = errors
-    if others:
-        names = ", ".join(short_repr(error.record) for error in others[:_NAMED])
-        more = ", ..." if len(others) > _NAMED else ""
-        first.args = (f"{first} {len(others)} more record(s) have errors: {names}{more}.",)
+    """The first of several errors; its message counts and names the later ones."""
+    first, *later = errors
+    if later:
+        names = ", ".join(short_repr(error.record) for error in later[:_NAMED])
+        more = ", ..." if len(later) > _NAMED else ""
+        first.args = (f"{first} {len(later)} more record(s) have errors: {names}{more}.",)
     return first

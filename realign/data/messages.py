@@ -12,7 +12,7 @@ from typing import Any
 
 from realign.data.errors import Malformed, short_repr
 
-_KNOWN = (
+_FAMILY_TAGS = (
     r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>"  # Qwen
     r"|<img>(?:<IMG_CONTEXT>)+</img>"  # InternVL
     r"|<img>[^<>\n]{1,1024}</img>"  # Qwen-VL, around a path
@@ -33,7 +33,7 @@ _KNOWN = (
     r"|<IMG_CONTEXT>|<image_soft_token>"
     r"|<imgpad>|<im_patch>|\[IMG\]|<\|img\|>|<\|IMG_PATCH\|>|<\|patch\|>|<\|image@placeholder\|>"
 )
-TAGS = re.compile(_KNOWN)
+TAGS = re.compile(_FAMILY_TAGS)
 """The image tags of all known families."""
 
 
@@ -42,12 +42,12 @@ def tags_with(image: str, start: str | None = None, end: str | None = None) -> r
 
     Args:
         image: the token.
-        start: written in front of a run of them.
-        end: written behind it.
+        start: text in front of a run of image tokens.
+        end: text after it.
     """
-    own = re.escape(image)
-    framed = f"{re.escape(start)}(?:{own})+{re.escape(end)}|" if start and end else ""
-    return re.compile(f"{framed}{_KNOWN}|{own}")
+    token = re.escape(image)
+    framed_tag = f"{re.escape(start)}(?:{token})+{re.escape(end)}|" if start and end else ""
+    return re.compile(f"{framed_tag}{_FAMILY_TAGS}|{token}")
 
 
 def split_at_tags(text: str, tags: re.Pattern[str] = TAGS) -> list[dict[str, str]]:
@@ -82,7 +82,7 @@ def place_images(
 
     Args:
         messages: role, and content as text or parts of type text and image.
-        images: how many.
+        images: number of images of the prompt.
         tags: regular expression of an image tag.
 
     Raises:
@@ -96,17 +96,17 @@ def place_images(
     for message in typed:
         tag = next(filter(None, map(tags.search, texts_of(message))), None)
         if tag and (parts or message["role"] != "user"):
-            beside = "beside image parts" if parts else f"in a message of the {message['role']}"
+            where = "beside image parts" if parts else f"in a message of the {message['role']}"
             raise Malformed(
-                f"its prompt holds the image tag {tag[0]!r} {beside}.",
+                f"its prompt holds the image tag {tag[0]!r} {where}.",
                 "Place images by parts of type image, or by tags in user messages.",
             )
     in_text = [tag for m in users for text in texts_of(m) for tag in tags.finditer(text)]
     places = parts or len(in_text)
     if places and places != images:
-        how = f"image tags such as {in_text[0][0]!r}" if in_text else "parts"
+        form = f"image tags such as {in_text[0][0]!r}" if in_text else "parts"
         raise Malformed(
-            f"its messages place {places} image(s), by {how}, and {images} are given.",
+            f"its messages place {places} image(s), by {form}, and {images} are given.",
             "Give as many images as the prompt has places.",
         )
     for number, tag in enumerate(in_text, 1):
@@ -117,7 +117,7 @@ def place_images(
             )
     for message in users if in_text else ():
         message["content"] = [
-            part for given in message["content"] for part in split_at_tags(given["text"], tags)
+            piece for part in message["content"] for piece in split_at_tags(part["text"], tags)
         ]
     if not places:
         users[0]["content"] = [{"type": "image"} for _ in range(images)] + users[0]["content"]

@@ -2,7 +2,7 @@
 
 Training, pairs, evaluation and `RDPOTrainer` see the same pixels, because all of them decode here.
 The header is read first, so an image that is too large is refused before any pixel is decoded. Only
-common image formats are opened: Pillow knows others that start programs or hold further files.
+common image formats are opened: Pillow has further ones that start programs or hold other files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PictureError(ValueError):
 
     Attributes:
         reason: "missing", "corrupt", "too large", "outside the folder", "no image" or "malformed".
-        detail: the finding, for a reader of the message.
+        detail: the cause, for a reader of the message.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -72,7 +72,7 @@ class StoredImage:
         return cls(buffer.getvalue(), path)
 
     def absolute(self, folder: str | Path) -> StoredImage:
-        """With an absolute path, valid in a file elsewhere; a relative path is of `folder`."""
+        """The image with an absolute path, from one relative to `folder`; valid in any file."""
         if self.data is not None or self.path is None:
             return self
         return StoredImage(path=str((Path(folder) / self.path).absolute()))
@@ -98,7 +98,7 @@ class StoredImage:
         if source is None:
             raise PictureError("no image", "neither bytes nor a path")
         if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
-            state = "is no file" if os.path.exists(source) else "does not exist"
+            state = "is not a file" if os.path.exists(source) else "does not exist"
             raise PictureError("missing", f"{shorten(source)} {state}")
         with _picture_errors(), Image.open(source, formats=_formats()) as image:
             return _to_rgb(image, max_pixels)
@@ -135,13 +135,13 @@ def _picture_errors() -> Iterator[None]:
         raise PictureError("too large", str(error)) from error
     except UnidentifiedImageError as error:
         raise PictureError("corrupt", f"none of the formats {', '.join(_formats())}") from error
-    except Exception as error:  # damaged files end in IndexError, struct.error, KeyError, ...
+    except Exception as error:  # damaged files raise IndexError, struct.error, KeyError, ...
         raise PictureError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of our formats that this Pillow was built with."""
+    """The formats among `_FORMATS` that this Pillow was built with."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -153,18 +153,18 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
         raise PictureError("too large", f"{width} x {height} is more than {max_pixels} pixels")
     if width * height == 0:
         raise PictureError("corrupt", f"{width} x {height} pixels")
-    # The further pictures of an MPO, a phone's JPEG, are no animation.
+    # The further images of an MPO, a phone's JPEG, are not an animation.
     still = not getattr(image, "is_animated", False) or image.format == "MPO"
     transparent = _transparent_colour(image)
     image.load()
     plain = still and image.mode in ("RGB", "L") and "transparency" not in image.info
     flat = _flatten(image, transparent)
     try:
-        turned = image.getexif().get(0x0112, 1)
-    except Exception:  # broken EXIF leaves the pixels as they are, but stops other readers
-        turned, plain = 1, False
-    if turned in _UPRIGHT:
-        flat, plain = flat.transpose(_UPRIGHT[turned]), False
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # broken EXIF leaves the pixels as they are, but other readers fail
+        orientation, plain = 1, False
+    if orientation in _UPRIGHT:
+        flat, plain = flat.transpose(_UPRIGHT[orientation]), False
     return flat, plain
 
 
@@ -183,10 +183,10 @@ def _flatten(image: Image.Image, transparent: Any) -> Image.Image:
     """Any mode to RGB, without metadata."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         # Pillow would clip at 255. 255 * 257 = 65535, so the upper byte is the same grey.
-        deep = np.asarray(image)
-        grey = (deep >> 8).astype(np.uint8)
+        samples = np.asarray(image)
+        grey = (samples >> 8).astype(np.uint8)
         if transparent is not None:
-            grey[deep == transparent] = BACKGROUND[0]
+            grey[samples == transparent] = BACKGROUND[0]
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise PictureError("corrupt", "32 bits per pixel have no defined white; save it with 8")
@@ -197,8 +197,8 @@ def _flatten(image: Image.Image, transparent: Any) -> Image.Image:
         # Pillow converts premultiplied grey (La) only to LA.
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        image = Image.alpha_composite(ground, image)
+        background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(background, image)
     flat = image.convert("RGB")  # a copy, also of RGB
     flat.info = {}
     return flat

@@ -1,4 +1,4 @@
-"""Preference records: what one is, how they are stored, and the errors they can hold.
+"""Preference records: their fields, their Parquet format, and their errors.
 
 A record is a prompt about an image, a chosen and a rejected response, and for objectives with a
 visual term the retrieved image. On disk it is a row of Parquet with TRL's vision preference columns
@@ -45,14 +45,14 @@ _PROVENANCE = {
     "masked": pa.string(),  # the chosen response with its masked segments as [MASK]
     "masker": pa.string(),  # rules, or the engine that chose the segments
     "neighbour": pa.string(),  # id of the record on whose image the rejected response was completed
-    "neighbour_rank": pa.int64(),  # 0 is the nearest image; that of the first that passed
+    "neighbour_rank": pa.int64(),  # 0 is the nearest image; rank of the first that passed
     "similarity": pa.float64(),  # cosine of the two images' embeddings
     "text_similarity": pa.float64(),  # of chosen and rejected, as --similarity measures it
     "visual_margin": pa.float64(),  # log-prob of chosen on its image less that on the negative
     "judge": pa.string(),  # verdicts: whether rejected is true of the image, chosen of the negative
     "negative": pa.string(),  # kind of the visual negative: retrieved, random, crop, noise, blank
-    "negative_record": pa.string(),  # id of the record whose image it is, if it is one's
-    "answer_model": pa.string(),  # engine that wrote the chosen response, if one did
+    "negative_record": pa.string(),  # id of the record whose image it is, if any
+    "answer_model": pa.string(),  # engine that wrote the chosen response, if any
     "embed_model": pa.string(),
     "refill_model": pa.string(),
     "seed": pa.int64(),
@@ -85,7 +85,7 @@ def read_pairs(path: str | Path) -> list[Record]:
         The records, in file order. Images are not decoded yet.
 
     Raises:
-        FileNotFoundError: when there is nothing at `path`.
+        FileNotFoundError: when `path` does not exist.
         ValueError: for an empty set or a missing column.
         RecordError: for a record without a response or an image.
     """
@@ -114,15 +114,15 @@ def write_pairs(
     typed: bool | None = None,
     preferred: bool = False,
 ) -> int:
-    """Write records to one Parquet file, whole or not at all; returns how many.
+    """Write records to one Parquet file, atomically; returns their number.
 
     The file carries `datasets` metadata, so image columns load as images there.
 
     Args:
         path: the file.
-        records: what to write.
-        typed: whether some prompt is in typed parts, where that is known: then `records` is
-            written as it comes and never held as a whole.
+        records: preference records.
+        typed: whether some prompt is in typed parts, where that is known. Then `records` is
+            written as it comes and never held in memory at once.
         preferred: whether some record has `retrieved_chosen`; read only where `typed` is known.
     """
     path = Path(path)
@@ -139,10 +139,10 @@ def write_pairs(
     partial, count, remaining = path.with_name(f".{path.name}.partial"), 0, iter(records)
     try:
         with pq.ParquetWriter(partial, schema) as writer:
-            while part := list(islice(remaining, _ROW_GROUP)):
-                rows = [_to_row(record, typed) for record in part]
+            while group := list(islice(remaining, _ROW_GROUP)):
+                rows = [_to_row(record, typed) for record in group]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                count += len(part)
+                count += len(group)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -182,10 +182,10 @@ def records_in(
 
     Args:
         rows: (place, row).
-        folder: of relative image paths.
+        folder: folder of relative image paths.
 
     Raises:
-        RecordError: for a row that is no record; it counts the others.
+        RecordError: for the first row that is not a record; it counts the later ones.
     """
     names = Names()
     records: list[Record] = []
@@ -197,7 +197,7 @@ def records_in(
                 raise row
             if not isinstance(row, Mapping):
                 raise Malformed(
-                    f"it is {short_repr(row)}, no dictionary.", "Give columns and values."
+                    f"it is {short_repr(row)}, not a dictionary.", "Give columns and values."
                 )
             name = names.unique(name_of(row) or place)
             records.append(_record(name, row, folder))
@@ -230,7 +230,7 @@ def _record(name: str, row: Mapping[str, Any], folder: str | Path) -> Record:
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:
-    """How `datasets` writes a column's type in Parquet metadata, so that images decode."""
+    """A column's type as `datasets` writes it in Parquet metadata, so that images decode."""
     if kind == _IMAGES:
         return {"feature": {"_type": "Image"}, "_type": "List"}
     if pa.types.is_list(kind):

@@ -21,9 +21,9 @@ def rows_of(
     """(place, row) of every row, with the columns that `entry_of` reads.
 
     Args:
-        files: `.arrow` files, and others, which are Parquet.
+        files: `.arrow` files; all other files are Parquet.
         needed: keys of `SOURCES`; a file must have a column for each.
-        more: further columns to read where they are.
+        more: further columns, read where a file has them.
 
     Returns:
         The rows, as file name and number, and objects. A row that Python cannot hold is a
@@ -63,27 +63,27 @@ def _kind(file: Path) -> str:
     return "Arrow" if file.suffix == ".arrow" else "Parquet"
 
 
-def _batches(file: Path, needed: Sequence[str], wanted: set[str]) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, needed: Sequence[str], readable: set[str]) -> Iterator[pa.RecordBatch]:
     if _kind(file) == "Arrow":
         with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-            columns = _known(stream.schema.names, file, needed, wanted)
+            columns = _columns(stream.schema.names, file, needed, readable)
             for batch in stream:
                 for start in range(0, batch.num_rows, _BATCH):
                     yield batch.select(columns).slice(start, _BATCH)
     else:
         with pq.ParquetFile(file) as parquet:
-            columns = _known(parquet.schema_arrow.names, file, needed, wanted)
+            columns = _columns(parquet.schema_arrow.names, file, needed, readable)
             yield from parquet.iter_batches(_BATCH, columns=columns)
 
 
-def _known(names: list[str], file: Path, needed: Sequence[str], wanted: set[str]) -> list[str]:
+def _columns(names: list[str], file: Path, needed: Sequence[str], readable: set[str]) -> list[str]:
     if missing := [column for column in needed if not set(SOURCES[column]) & set(names)]:
         raise ValueError(
             f"{file} lacks the column(s) {', '.join(missing)}. Columns are those of TRL's vision "
             "preference format (prompt, chosen, rejected, images), and retrieved_images for "
             f"objectives with a visual term. The file has {', '.join(names)}."
         )
-    known = [name for name in names if name in wanted]
-    if twice := sorted({name for name in known if known.count(name) > 1}):
-        raise ValueError(f"{file} has {twice[0]!r} as two columns. Keep one of them.")
-    return known
+    columns = [name for name in names if name in readable]
+    if duplicates := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"{file} has {duplicates[0]!r} as two columns. Keep one of them.")
+    return columns

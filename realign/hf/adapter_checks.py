@@ -1,4 +1,4 @@
-"""Adapters that RDPOTrainer refuses: kinds, options and states that it could not train or save."""
+"""Checks of adapters for RDPOTrainer: kinds, options and states that it cannot train or save."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _REASONS = {
     "PVERA": "it draws random weights in each step, so no reference is the policy's",
 }
 _REFUSED_OPTIONS = {
-    "arrow_config": "it routes among adapters that do not train",
+    "arrow_config": "it routes among adapters that are not trained",
     "monteclora_config": "it needs a loss of its own",
     "kasa_config": "it needs a loss of its own",
     "use_asa": "it needs a call in each step",
@@ -82,8 +82,8 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
     """Refuse adapters whose training could not be saved, or that do not compute.
 
     Args:
-        holder: of the adapters, as `adapters.split` finds it.
-        report: gets a line with the weights that are frozen here.
+        holder: holder of the adapters, from `adapters.split`.
+        report: gets a line with the weights that this function freezes.
 
     Raises:
         ValueError: names the adapter, the fault and the remedy.
@@ -156,7 +156,7 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
 
 
 def _changes_base(config: PeftConfig) -> bool:
-    """Whether LoRA changed its base when it was made, as PiSSA does."""
+    """Whether LoRA changed its base at initialisation, as PiSSA does."""
     return _option(config, "init_lora_weights") in _CHANGES_BASE
 
 
@@ -164,8 +164,9 @@ def _check_base(vlm: PreTrainedModel, adapted: Mapping[str, set[int]]) -> None:
     """Refuse weights other than those of the base that a saved adapter names.
 
     `merge_and_unload()` leaves no other mark: a new adapter reloaded on the unmerged base was off
-    by 5.9 nats in a tiny model. The first row of each weight is compared with the base's files, but
-    for biases that are saved with an adapter. Both are rounded to bf16, as either may have been.
+    by 5.9 nats in a tiny model. The first row of each weight is compared with the base's files,
+    except for biases that are saved with an adapter. Both are rounded to bf16, since either may
+    have been.
     """
     owned = set().union(*adapted.values())
     state = {n: v for n, v in adapters.base_state(vlm).items() if v.data_ptr() not in owned}
@@ -183,7 +184,7 @@ def _check_base(vlm: PreTrainedModel, adapted: Mapping[str, set[int]]) -> None:
 def _saved_rows(
     vlm: PreTrainedModel, state: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, list[int], torch.Tensor]]:
-    """Name, shape and first row of the weights in a model's files; no request is made."""
+    """Name, shape and first row of the weights in a model's files, without network requests."""
     renamings = [r for r in get_model_conversion_mapping(vlm) if isinstance(r, WeightRenaming)]
     for file in _weight_files(vlm):
         with safe_open(file, "pt") as saved:
@@ -223,28 +224,28 @@ def _check_head(vlm: PreTrainedModel) -> None:
     except ValueError as error:
         raise ValueError(
             "the adapter on the output layer is neither plain LoRA nor a copy in modules_to_save, "
-            "which are all that the loss computes there. Leave lm_head out of target_modules."
+            "the only forms that the loss supports there. Leave lm_head out of target_modules."
         ) from error
 
 
 def _check_scaling(place: str, layer: LoraLayer | LycorisLayer | ShiraLayer) -> None:
     for name, scaling in layer.scaling.items():
-        loaded = 1.0  # of SHiRA
+        configured = 1.0  # of SHiRA
         if isinstance(layer, LoraLayer):
             root = 0.5 if layer.use_rslora.get(name) else 1
-            loaded = layer.lora_alpha[name] / layer.r[name] ** root
+            configured = layer.lora_alpha[name] / layer.r[name] ** root
         elif isinstance(layer, LycorisLayer):
-            loaded = layer.alpha[name] / layer.r[name]
-        if abs(scaling - loaded) > 1e-6 * abs(loaded):
+            configured = layer.alpha[name] / layer.r[name]
+        if abs(scaling - configured) > 1e-6 * abs(configured):
             raise ValueError(
-                f"{place} scales adapter {name!r} by {scaling:g}, not by {loaded:g} as its "
+                f"{place} scales adapter {name!r} by {scaling:g}, not by {configured:g} as its "
                 "configuration does, and no saved adapter holds that. Undo set_scale or "
                 "scale_layer, or merge it."
             )
 
 
 def _check_magnitudes(place: str, layer: LoraLayer) -> None:
-    """Refuse DoRA of which transformers has loaded the factors and not the magnitudes (5.23)."""
+    """Refuse DoRA whose factors transformers has loaded without its magnitudes (5.23)."""
     for name, dora in layer.lora_magnitude_vector.items():
         weight = layer.get_base_layer().get_parameter("weight").detach()
         fresh = weight.norm(dim=1 if name in layer.lora_B else 0)
@@ -257,17 +258,17 @@ def _check_magnitudes(place: str, layer: LoraLayer) -> None:
 
 
 def _check_learning(holder: nn.Module, saved: Mapping[str, set[int]]) -> None:
-    """What learns must be saved, and something of an active adapter must learn."""
-    learns = {n: p.data_ptr() for n, p in holder.named_parameters() if p.requires_grad}
-    known = set().union(*saved.values())
-    if lost := [name for name, pointer in learns.items() if pointer not in known]:
+    """Check that trained weights are saved, and that an active adapter has trained weights."""
+    trained = {n: p.data_ptr() for n, p in holder.named_parameters() if p.requires_grad}
+    saved_pointers = set().union(*saved.values())
+    if unsaved := [name for name, pointer in trained.items() if pointer not in saved_pointers]:
         raise ValueError(
-            f"{', '.join(lost[:3])}{', ...' * (len(lost) > 3)} would learn and is part of no "
+            f"{', '.join(unsaved[:3])}{', ...' * (len(unsaved) > 3)} would learn and is part of no "
             "adapter, so it would not be saved. Name it in modules_to_save, or freeze it "
             "(requires_grad_(False))."
         )
     active = adapters.active_adapters(holder)
-    if not set().union(*(saved[name] for name in active)) & set(learns.values()):
+    if not set().union(*(saved[name] for name in active)) & set(trained.values()):
         raise ValueError(
             f"no weight of the model learns: of its adapter(s) {', '.join(saved)}, the active one "
             f"is {', '.join(active) or 'none'}. Load it with is_trainable=True, or choose another "
@@ -276,9 +277,9 @@ def _check_learning(holder: nn.Module, saved: Mapping[str, set[int]]) -> None:
 
 
 def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
-    """Freeze the weights that adapters in a model of transformers replace; returns names of those.
+    """Freeze the weights that adapters in a model of transformers replace; returns their names.
 
-    Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it to learn.
+    Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it trainable.
     """
     names = {id(p): name for name, p in vlm.named_parameters() if p.requires_grad}
     frozen = []

@@ -1,6 +1,6 @@
 """PEFT adapters in a model: their holder, digest, saving and loading.
 
-An adapter is found by its modules in any holder: a PeftModel, or a model of transformers that
+Adapters are recognized by their modules in any holder: a PeftModel, or a model of transformers that
 `load_adapter`, `AutoModel` on an adapter's folder or `inject_adapter_in_model` changed.
 """
 
@@ -66,10 +66,10 @@ def active_adapters(holder: nn.Module) -> list[str]:
 
 
 def changes_nothing(vlm: nn.Module) -> bool:
-    """Whether a model computes what its base computes, bit for bit.
+    """Whether a model has the outputs of its base, bit for bit.
 
-    Shown only for plain LoRA: a product that has a zero factor adds zero. DoRA rounds, and copies
-    of modules are weights of their own.
+    True only for plain LoRA whose product has a zero factor. DoRA rounds, and copies of modules
+    have their own weights.
     """
     for module in vlm.modules():
         if isinstance(module, LoraLayer):
@@ -119,13 +119,13 @@ class _Base(nn.Module):
         return base_state(self._vlm)
 
     def named_buffers(self) -> list[tuple[str, Tensor]]:
-        """Buffers of modules that PEFT has not replaced; a state dict may lack them."""
+        """Buffers outside of PEFT's modules; a state dict may lack them."""
         inside = tuple(f"{name}." for name, m in self._vlm.named_modules() if _is_of_peft(m))
         return [item for item in self._vlm.named_buffers() if not item[0].startswith(inside)]
 
 
-def whole_digest(vlm: nn.Module) -> str:
-    """Digest of everything that decides what a model with adapters computes.
+def model_digest(vlm: nn.Module) -> str:
+    """Digest of everything that decides the output of a model with adapters.
 
     Besides weights: configurations, and the state of each layer, such as the names of its active
     and merged adapters and their scaling.
@@ -137,19 +137,19 @@ def whole_digest(vlm: nn.Module) -> str:
 
 
 def settings(config: PeftConfig) -> dict[str, Any]:
-    """A configuration without its fields that name a place or a use, as JSON has it."""
+    """A configuration as JSON values, without the fields that name a place or a use."""
     return _plain({k: v for k, v in config.to_dict().items() if k not in _OF_HOLDER})
 
 
 def _plain(value: Any) -> Any:
-    """The part of a value that JSON can hold, in one order; tensors are digested as weights."""
+    """The part of a value that JSON can hold, sorted; tensors are in the digest of the weights."""
     if isinstance(value, Mapping):
-        given = {str(k): _plain(v) for k, v in value.items() if k != "training"}
-        return {k: given[k] for k in sorted(given) if given[k] is not None}
+        fields = {str(k): _plain(v) for k, v in value.items() if k != "training"}
+        return {k: fields[k] for k in sorted(fields) if fields[k] is not None}
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value if isinstance(value, bool | int | float | str) else None
 
 
@@ -162,10 +162,10 @@ def state_of(
 
 
 def place_of(holder: nn.Module, folder: str | Path, name: str | None = None) -> Path:
-    """Where an adapter is saved, the active one without a name.
+    """The folder of a saved adapter; of the active one without a name.
 
-    PEFT writes "default" to the folder and others to folders of their names; for a model of
-    transformers the active one goes to the folder, as transformers does.
+    PEFT writes "default" to the folder and other adapters to folders of their names. For a model of
+    transformers the active adapter goes to the folder, as in transformers.
     """
     active = active_adapters(holder)[0]
     name = active if name is None else name
@@ -178,7 +178,7 @@ def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None 
 
     Args:
         holder: the adapters' holder, sharded or not.
-        folder: where to write.
+        folder: folder to write.
         gathered: whole tensors of the model of transformers by name, where it is sharded.
     """
     prefix = "base_model.model." if isinstance(holder, PeftModel) else ""
@@ -202,7 +202,7 @@ def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None 
 
 
 def load(holder: nn.Module, folder: Path) -> None:
-    """Load all adapters that `save` wrote into a holder of the same ones.
+    """Load all adapters that `save` wrote into a holder of the same adapters.
 
     Raises:
         ValueError: when one is missing, or has other settings or weights; names it.
@@ -214,11 +214,11 @@ def load(holder: nn.Module, folder: Path) -> None:
             raise ValueError(
                 f"{place} holds no {SAFETENSORS_WEIGHTS_NAME} to resume adapter {name!r} from."
             )
-        own, saved = settings(config), settings(PeftConfig.from_pretrained(str(place)))
-        if other := sorted(k for k in own | saved if own.get(k) != saved.get(k)):
+        new, old = settings(config), settings(PeftConfig.from_pretrained(str(place)))
+        if changed := sorted(k for k in new | old if new.get(k) != old.get(k)):
             raise ValueError(
                 f"adapter {name!r} has other settings than its checkpoint in {place}: "
-                + "; ".join(f"{k} is {own.get(k)!r:.60}, was {saved.get(k)!r:.60}" for k in other)
+                + "; ".join(f"{k} is {new.get(k)!r:.60}, was {old.get(k)!r:.60}" for k in changed)
                 + ". Resume with the settings of the checkpoint."
             )
         weights = load_file(file)

@@ -1,7 +1,7 @@
 """Checks of `RDPOTrainer`: arguments, processor, and weights in a dtype that trains.
 
 AdamW on bf16 weights loses most updates: near 1 a step of 1e-5 is 400 times less than the spacing
-of bf16. So weights that learn are in fp32, and bf16 is for frozen weights and for computing.
+of bf16. So trained weights are in fp32, and bf16 is for frozen weights and for computing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from realign.hf.config import RDPOConfig
 from realign.modeling.loading import load_processor
 
 _REPLACED = ("compute_loss_func", "compute_metrics", "data_collator", "model_init")
-_KEPT = (torch.float32, torch.bfloat16)
+_TRAINABLE_DTYPES = (torch.float32, torch.bfloat16)
 _REMEDY = "Load it with dtype=torch.float32, and set bf16=True to compute in bf16."
 
 
-def check_arguments(args: Any, given: dict[str, Any]) -> None:
+def check_arguments(args: Any, arguments: dict[str, Any]) -> None:
     """Refuse arguments of `RDPOTrainer` that would have no effect, or that it does not support.
 
     Raises:
@@ -35,10 +35,10 @@ def check_arguments(args: Any, given: dict[str, Any]) -> None:
     """
     if not isinstance(args, RDPOConfig):
         raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
-    if given["train_dataset"] is None:
+    if arguments["train_dataset"] is None:
         raise ValueError("train_dataset is None; give the preference records to train on.")
     for name in _REPLACED:
-        if given.get(name) is not None:
+        if arguments.get(name) is not None:
             raise ValueError(f"{name} would have no effect here; leave it out.")
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp_config, version 2).")
@@ -50,10 +50,10 @@ def check_arguments(args: Any, given: dict[str, Any]) -> None:
 
 
 def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) -> Any:
-    """The processor given, or that of the model's folder when it is None.
+    """The given processor, or that of the model's folder when it is None.
 
     Raises:
-        ValueError: when it is no processor of images and text, or one of another model.
+        ValueError: when it is not a processor of images and text, or is that of another model.
     """
     remedy = "give the model's processor, as AutoProcessor.from_pretrained(...) returns it."
     if processor is None:
@@ -73,17 +73,17 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
     tokens, rows = len(processor.tokenizer), len(embeddings.weight)
     image = vlm.config.image_token_id
     # Gemma 3's processor has the token before an image; its tokenizer that of the features.
-    given = {getattr(part, "image_token_id", image) for part in (processor, processor.tokenizer)}
-    if tokens > rows or image not in given:
+    ids = {getattr(part, "image_token_id", image) for part in (processor, processor.tokenizer)}
+    if tokens > rows or image not in ids:
         raise ValueError(
             f"processing_class is of another model: {kind} has {tokens} tokens, image token "
-            f"{min(given)}, and the model ({vlm.config.model_type}) {rows}, {image}; {remedy}"
+            f"{min(ids)}, and the model ({vlm.config.model_type}) {rows}, {image}; {remedy}"
         )
     return processor
 
 
-def check_whole(vlm: PreTrainedModel) -> None:
-    """Refuse a model without adapters that learns nothing, or that could not be saved.
+def check_full_model(vlm: PreTrainedModel) -> None:
+    """Refuse a model without adapters that has no trained weights, or that could not be saved.
 
     Raises:
         ValueError: with the remedy.
@@ -102,14 +102,14 @@ def check_whole(vlm: PreTrainedModel) -> None:
 
 
 def agreed(fingerprint: dict[str, str]) -> dict[str, str]:
-    """The fingerprint of a reference that all processes have; every one calls it.
+    """Check that all processes have one fingerprint, and return it; every process calls it.
 
     Raises:
-        ValueError: when they were handed different weights, as random adapters without a seed.
+        ValueError: when their weights differ, as with random adapters without a seed.
     """
     if len(set(gather_object([fingerprint["weights"]]))) > 1:
         raise ValueError(
-            "the processes were handed models with different weights. Call set_seed before "
+            "the models of the processes have different weights. Call set_seed before "
             "get_peft_model, or give a peft_config."
         )
     return fingerprint
@@ -119,8 +119,8 @@ def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> Non
     """Refuse weights of a model without adapters that cannot be trained as asked.
 
     Args:
-        vlm: the model; adapters in it are left out.
-        adapted: whether adapters learn, not its own weights.
+        vlm: the model; adapters in it are not checked.
+        adapted: whether adapters are trained, not its own weights.
         autocast: whether the forward computes in bf16, for weights of any dtype.
 
     Raises:
@@ -146,7 +146,7 @@ def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> Non
         if value.data_ptr() in weights:
             parts.setdefault(value.dtype, name)
     for dtype, name in parts.items():
-        if dtype not in _KEPT:
+        if dtype not in _TRAINABLE_DTYPES:
             raise ValueError(
                 f"weight {name} of the model is in {_name(dtype)}, which does not train. {_REMEDY}"
             )
@@ -164,7 +164,7 @@ def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> Non
 
 
 def widen(holder: nn.Module, *, autocast: bool, log: Callable[[str], None]) -> None:
-    """Keep what learns of adapters in fp32; PEFT does so only where it makes them."""
+    """Widen trained weights of adapters to fp32; PEFT does so only for adapters that it makes."""
     narrow = [p for p in holder.parameters() if p.requires_grad and p.dtype != torch.float32]
     for parameter in narrow:
         parameter.data = parameter.data.float()

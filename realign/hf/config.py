@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from realign.config import LossConfig
 
-_REFUSED = {  # settings of the Trainer that another loss than ours would read
+_REFUSED = {  # settings of Trainer that this loss does not read
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
     "use_liger_kernel": False,
@@ -28,13 +28,13 @@ class RDPOConfig(TrainingArguments):
         beta: strength of the tie to the reference model.
         visual_weight: weight of the visual term, for objectives that have one.
         max_response_tokens: longest response; a longer one is an error, never cut.
-        row_tokens: most tokens in a row of the forest; 0 takes what suits the attention.
+        row_tokens: most tokens in a row of the forest; 0 takes the best for the attention.
         reference_cache: folder of reference log-probs; $REALIGN_CACHE/reference, or
             ~/.cache/realign/reference, when absent.
         learning_rate: peak, 1e-5 as in the paper.
         logging_nan_inf_filter: false: it reads two values from the device in each micro-batch, and
             a loss that is not finite is an error here.
-        use_cpu: true where there is no GPU, so that several processes meet there, too.
+        use_cpu: true where there is no GPU, so that several processes also work on a CPU.
     """
 
     learning_rate: float = 1e-5
@@ -48,12 +48,12 @@ class RDPOConfig(TrainingArguments):
 
     @property
     def autocast(self) -> bool:
-        """Whether the forward computes in bf16: bf16=True, or so launched by accelerate."""
+        """Whether the forward computes in bf16: by bf16=True, or by accelerate's launcher."""
         return self.mixed_precision == "bf16"
 
     @property
     def kernels(self) -> str:
-        """How layers compute, for a reference's fingerprint.
+        """Kernels of the layers, for a reference's fingerprint.
 
         References named "autocast" were computed without it, by earlier versions.
         """
@@ -61,7 +61,7 @@ class RDPOConfig(TrainingArguments):
 
     @property
     def laid_out_late(self) -> bool:
-        """Whether batches are laid out in their forward: worker processes or rank 0 collate."""
+        """Whether batches are laid out in their forward, since workers or rank 0 collate."""
         assert isinstance(self.accelerator_config, AcceleratorConfig)
         return bool(self.dataloader_num_workers or self.accelerator_config.dispatch_batches)
 
@@ -76,7 +76,7 @@ class RDPOConfig(TrainingArguments):
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):
                 raise ValueError(f"{name} would have no effect on rDPO's loss here; leave it out.")
-        for name in _PRECISION:  # the last two would cast the weights that learn
+        for name in _PRECISION:  # the last two would cast trained weights
             if getattr(self, name):
                 raise ValueError(
                     f"{name} is not supported. Set bf16=True, or leave it out for fp32."

@@ -18,7 +18,7 @@ from realign_kernels import leaf_keys
 
 
 class Module(ForestModel):
-    """A ForestModel with the attributes and methods that Trainer asks for."""
+    """A ForestModel with the attributes and methods that Trainer needs."""
 
     @property
     def config(self) -> Any:
@@ -52,7 +52,7 @@ def check_finite(losses: Sequence[tuple[torch.Tensor, tuple[str, ...]]]) -> None
 
 
 def reporter(args: TrainingArguments) -> Callable[[str], None]:
-    """Prints a line for the user, on the first process only, and never with disable_tqdm."""
+    """A function that prints a line on the first process, unless disable_tqdm is set."""
     return print if args.process_index == 0 and not args.disable_tqdm else lambda line: None
 
 
@@ -71,28 +71,28 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
 _FILE = "reference.json"
 _COMPARED = 8  # examples of a checkpoint whose references are kept
 _ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
-"""Mean difference of a token's log-prob, up to which two references are one that is rounded."""
+"""Mean difference of a token's log-prob up to which two references differ only by rounding."""
 
 
-class KeptReference:
-    """The reference of a run, kept beside its checkpoints: a digest, and a few log-probs.
+class RunReference:
+    """The reference of a run, saved with its checkpoints: a digest, and a few log-probs.
 
-    Adapters that begin with random numbers compute the same under many digests, so where digests
+    Adapters that begin with random numbers have many digests for one output, so where digests
     differ log-probs decide.
 
     Args:
-        fingerprint: of `reference.fingerprint`.
-        examples: of the run.
+        fingerprint: the fingerprint of the references.
+        examples: examples of the run.
         references: their log-probs, (L, examples).
     """
 
     def __init__(
         self, fingerprint: dict[str, str], examples: Sequence[Example], references: torch.Tensor
     ) -> None:
-        few = examples[:_COMPARED]
-        values = references[:, : len(few)].T.flatten().tolist()
-        keys = [bytes(key).hex() for key in leaf_keys(few)]
-        self._tokens = sum(len(leaf.ids) for example in few for leaf in example.leaves)
+        compared = examples[:_COMPARED]
+        values = references[:, : len(compared)].T.flatten().tolist()
+        keys = [bytes(key).hex() for key in leaf_keys(compared)]
+        self._tokens = sum(len(leaf.ids) for example in compared for leaf in example.leaves)
         self._about = {"weights": fingerprint["weights"], "dtype": fingerprint["dtype"]}
         self._logps = dict(zip(keys, values, strict=True))
 
@@ -105,13 +105,13 @@ class KeptReference:
         """Compare with the reference of a checkpoint.
 
         Raises:
-            ValueError: when it is another one, or there is none.
+            ValueError: when the reference differs, or the checkpoint has none.
         """
         file = folder / _FILE
         if not file.exists():
             raise ValueError(
                 f"{folder} holds no {_FILE}, so its reference is not known: another trainer wrote "
-                "it, or an earlier version of this one. Resume it with that, or begin a new run."
+                "it, or an earlier version of this one. Resume with that one, or begin a new run."
             )
         saved = json.loads(file.read_text(encoding="utf-8"))
         if saved["weights"] == self._about["weights"]:

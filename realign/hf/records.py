@@ -1,4 +1,4 @@
-"""Preference records from data sets as other trainers take them."""
+"""Preference records from data sets in the forms that trainers accept."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def records_of(rows: Records) -> list[Record]:
     Encoded images are not decoded here.
 
     Raises:
-        RecordError: for a row that is no record, with its id or place.
-        FileNotFoundError: when there is nothing at a path.
+        RecordError: for a row that is not a record, with its id or place.
+        FileNotFoundError: when a path does not exist.
         ValueError: for an empty data set, a streaming one, several splits, or another type.
     """
     if isinstance(rows, str | Path):

@@ -1,4 +1,4 @@
-"""rDPO on transformers' own Trainer.
+"""`RDPOTrainer`: rDPO on transformers' Trainer.
 
     trainer = RDPOTrainer(
         "llava-hf/llava-1.5-7b-hf",
@@ -8,10 +8,10 @@
     )
     trainer.train()
 
-Its callbacks, schedulers, checkpoints and accelerate are theirs; records, forest, loss and cached
-references are those of `realign.train`, so a step costs what it costs there. A batch is indices
-of examples, which samplers, dispatch and resuming see, and a micro-batch that a thread lays out
-while the forward before it runs.
+Callbacks, schedulers, checkpoints and accelerate are those of Trainer. Records, forest, loss and
+cached references are those of `realign.train`, so a step costs the same. A batch is indices of
+examples, for samplers, dispatch and resuming, and a micro-batch that a thread lays out during the
+forward before it.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ class RDPOTrainer(Trainer):
     Args:
         model: folder or hub name, a model of transformers, or one with PEFT adapters, trained
             before or not, in a PeftModel or put in by transformers. The reference is the model as
-            it is handed over.
+            it is passed in.
         args: settings.
         train_dataset: preference records; TRL's vision columns `prompt` (or implicit), `chosen`,
             `rejected`, `images`, and `retrieved_images` for objectives with a visual term.
-        eval_dataset: more of them, for `evaluate`; or several sets by name.
+        eval_dataset: preference records for `evaluate`, or several sets by name.
         processing_class: the processor; that of the model's folder when absent.
         peft_config: a fresh adapter to train, for a model that has none; without adapters all
-            weights but the vision tower's learn.
+            weights but the vision tower's are trained.
         kwargs: callbacks, optimizers and other arguments of `Trainer`.
 
     Raises:
-        ValueError: for a model that forests cannot be laid out for or of which nothing learns,
+        ValueError: for a model whose forests cannot be laid out or that has no trained weights,
             adapters that could not be trained and saved (`adapter_checks`), weights in fp16,
             quantized or to be trained in bf16, a missing processor or that of another model,
             arguments without effect, DeepSpeed, or several GPUs without a launcher.
-        RecordError: for a record that cannot be trained on; it is named.
+        RecordError: for a record that cannot be trained on; names it.
     """
 
     args: RDPOConfig
@@ -90,18 +90,18 @@ class RDPOTrainer(Trainer):
         adapted = peft_config is not None or self.adapter is not None
         checks.check_weights(vlm, adapted=adapted, autocast=args.autocast)
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
-        # PEFT chose what learns of a model with adapters; fresh ones come after the tower freezes.
+        # PEFT decides what trains of given adapters; new ones are added after the tower is frozen.
         module = parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
-        self._base, self._digest = str(path), ""  # that of the base, once references are known
+        self._base, self._digest = str(path), ""  # digest of the base, set with the references
         self._about = reference_logps.description(vlm, processor, dtype, args.device, args.kernels)
-        set_seed(args.seed)  # adapters draw their weights, on every rank the same
+        set_seed(args.seed)  # adapters draw the same weights on every rank
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
         if self.adapter is not None:
             adapter_checks.check(self.adapter, self._log_rank0)
             checks.widen(self.adapter, autocast=args.autocast, log=self._log_rank0)
         else:
-            checks.check_whole(vlm)
+            checks.check_full_model(vlm)
         records = records_of(train_dataset)
         # Data sets are ranges of examples: those to train on, then those to evaluate on.
         indices: Any = range(len(records))
@@ -122,8 +122,8 @@ class RDPOTrainer(Trainer):
         )
         self._trained = len(indices)
         self.references: torch.Tensor | None = None  # (L, examples) fp32
-        self._feed: Feed | None = None  # once the references are known
-        self._pool: ThreadPoolExecutor | None = None  # lays batches out, while a loop runs
+        self._feed: Feed | None = None  # set with the references
+        self._pool: ThreadPoolExecutor | None = None  # lays out batches while a loop runs
         self._losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []  # not read yet
         # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
         # (B, 1 + metrics) for each batch, index and metrics of an example.
@@ -148,7 +148,7 @@ class RDPOTrainer(Trainer):
         args: RDPOConfig,
         peft_config: PeftConfig | None,
     ) -> PreTrainedModel | PeftModel:
-        """The model as handed over; `peft_config` must be one that can be put on it."""
+        """The model as passed in, after a check that `peft_config` can be put on it."""
         if peft_config is not None:
             adapter_checks.check_config(peft_config)
         if not isinstance(model, str | Path):
@@ -163,13 +163,13 @@ class RDPOTrainer(Trainer):
                 f"{model} is an adapter itself. Merge it first (python -m realign.export), or give "
                 "it as a PeftModel with is_trainable=True and leave out peft_config."
             )
-        computes = torch.bfloat16 if args.autocast else torch.float32
-        attends, _ = choose("tree", args.device, computes)
-        kept = computes if peft_config is not None else torch.float32
-        return load_model(model, kept, attends)
+        dtype = torch.bfloat16 if args.autocast else torch.float32
+        attends, _ = choose("tree", args.device, dtype)
+        weights_dtype = dtype if peft_config is not None else torch.float32
+        return load_model(model, weights_dtype, attends)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; reference log-probs that no run has computed before come first."""
+        """As `Trainer.train`, after the reference log-probs that the cache lacks are computed."""
         self._fill_references()
         with self._building():
             return super().train(*args, **kwargs)
@@ -178,7 +178,7 @@ class RDPOTrainer(Trainer):
         """As `Trainer.evaluate`: loss, rewards, accuracies and margins under `eval_`.
 
         Raises:
-            ValueError: for other data than the trainer was made with, or one of its sets by name.
+            ValueError: for data other than the trainer's own `eval_dataset` or one of its sets.
         """
         if not isinstance(eval_dataset, str | range | None):
             raise ValueError(
@@ -191,7 +191,7 @@ class RDPOTrainer(Trainer):
             return super().evaluate(data, *args, **kwargs)
 
     def predict(self, *_: Any, **__: Any) -> Any:
-        """There are no logits to give.
+        """Not supported: there are no logits.
 
         Raises:
             ValueError: always.
@@ -199,7 +199,7 @@ class RDPOTrainer(Trainer):
         raise ValueError("predict has no logits to give; evaluate() gives rewards and margins.")
 
     def _fill_references(self) -> None:
-        """References of all examples. Nothing is wrapped and no step is made yet."""
+        """Compute or look up the references of all examples, before wrapping and the first step."""
         if self.references is not None:
             return
         args, device = self.args, self.args.device
@@ -207,13 +207,13 @@ class RDPOTrainer(Trainer):
         module.to(device)
         training = module.training
         module.eval()
-        count = not adapters.changes_nothing(module.vlm)
-        self._digest = adapters.base_digest(module.vlm)  # another trainer may have changed it
-        weights = adapters.whole_digest(module.vlm) if count else self._digest
+        has_effect = not adapters.changes_nothing(module.vlm)
+        self._digest = adapters.base_digest(module.vlm)  # another trainer may have changed the base
+        weights = adapters.model_digest(module.vlm) if has_effect else self._digest
         self._fingerprint = self._about | {"weights": weights}
         directory = args.reference_cache or reference_logps.default_directory()
         longest = max(example.longest_tree for example in self.examples)
-        # Trainer's contexts are empty: accelerate puts autocast on the forward that it prepares.
+        # Trainer's contexts are empty: accelerate adds autocast to the forward that it prepares.
         with self.accelerator.autocast():
             for line in module.check_forest(self.examples[0], self.store, device):
                 self._log_rank0(line)
@@ -223,7 +223,7 @@ class RDPOTrainer(Trainer):
                     module,
                     self.examples,
                     self.store,
-                    adapters=count,
+                    adapters=has_effect,
                     row_tokens=args.row_tokens or longest,
                     batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
                     device=device,
@@ -237,10 +237,10 @@ class RDPOTrainer(Trainer):
 
     @contextmanager
     def _building(self) -> Iterator[None]:
-        """A thread lays batches out inside; evaluation between steps shares that of training.
+        """A thread lays out batches inside; evaluation between steps shares the thread of training.
 
-        Not where the batches of a rank are known to rank 0 first (dispatch_batches), nor where
-        processes collate (dataloader_num_workers): there each is laid out in its forward.
+        There is no thread where rank 0 collates for all ranks (dispatch_batches) or worker
+        processes collate (dataloader_num_workers): there a batch is laid out in its forward.
         """
         if self._pool is not None or self.args.laid_out_late:
             yield
@@ -252,9 +252,9 @@ class RDPOTrainer(Trainer):
             self._pool = None
 
     def _collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor | Future]:
-        """A batch of example indices; a thread lays the micro-batch of these out.
+        """A batch of example indices; a thread lays out their micro-batch.
 
-        accelerate's loader collates a batch before it gives out the one before.
+        accelerate's loader collates a batch before it returns the previous one.
         """
         batch: dict[str, Any] = parts.batch_of(indices)
         if self._pool is not None:
@@ -306,12 +306,12 @@ class RDPOTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Only the loss; there are no logits."""
+        """The loss only; there are no logits."""
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Metrics of the evaluation, apart from those of the steps around it."""
+        """As `Trainer.evaluation_loop`; metrics are separate from those of the steps around it."""
         self._eval_rows = []
         try:
             output = super().evaluation_loop(*args, **kwargs)
@@ -322,7 +322,7 @@ class RDPOTrainer(Trainer):
         assert rows is not None and output.metrics is not None
         prefix = kwargs.get("metric_key_prefix", "eval")
         rows = self._gathered(torch.cat(rows))
-        # Records that fill the last batch up have been there before.
+        # Records that pad the last batch are duplicates.
         rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
         means = dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
@@ -337,11 +337,11 @@ class RDPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _gathered(self, rows: torch.Tensor) -> np.ndarray:
-        """The rows of all ranks, on each of them."""
+        """The rows of all ranks, on every rank."""
         rows = rows.to(self.args.device)
         padded: Any = self.accelerator.pad_across_processes(rows, pad_index=-1)
-        every: Any = self.accelerator.gather(padded)
-        return every[every[:, 0] >= 0].cpu().numpy()
+        gathered: Any = self.accelerator.gather(padded)
+        return gathered[gathered[:, 0] >= 0].cpu().numpy()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model or its adapters as transformers and PEFT load them, with the processor."""
@@ -349,7 +349,7 @@ class RDPOTrainer(Trainer):
             return
         folder = Path(output_dir or self._output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        gathered = None  # where it is sharded: whole, on this rank only
+        gathered = None  # unsharded tensors, on this rank only, where the model is sharded
         if state_dict is not None:
             gathered = {name.removeprefix("vlm."): value for name, value in state_dict.items()}
         if self.adapter is None:
@@ -358,7 +358,7 @@ class RDPOTrainer(Trainer):
             adapters.save(self.adapter, folder, gathered)
         self.processing_class.save_pretrained(folder)
         if self.references is not None:
-            self._kept_reference().save(folder)
+            self._run_reference().save(folder)
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
@@ -367,12 +367,12 @@ class RDPOTrainer(Trainer):
         assert self.args.output_dir is not None
         return Path(self.args.output_dir)
 
-    def _kept_reference(self) -> parts.KeptReference:
+    def _run_reference(self) -> parts.RunReference:
         assert self.references is not None
-        return parts.KeptReference(self._fingerprint, self.examples, self.references)
+        return parts.RunReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Our card in `output_dir`, for `push_to_hub`, in place of Trainer's."""
+        """Write our card to `output_dir`, for `push_to_hub`, in place of Trainer's."""
         if self.is_world_process_zero():
             (self._output_dir / "README.md").write_text(self._card(), encoding="utf-8")
 
@@ -404,7 +404,7 @@ class RDPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self._kept_reference().check(folder)
+        self._run_reference().check(folder)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.adapter is not None:

@@ -22,7 +22,7 @@ IMPLEMENTATIONS = {
 }
 """transformers' names of the implementations, by those of `--attention`."""
 
-_FLEX_ROW = 8192  # tokens; a longer row costs flex nothing, since it skips what is not seen
+_FLEX_ROW = 8192  # tokens; a longer row costs flex nothing, since it skips masked pairs
 
 
 def choose(
@@ -32,8 +32,8 @@ def choose(
 
     Args:
         attention: a key of `IMPLEMENTATIONS`.
-        device: where the model computes.
-        dtype: in which it computes.
+        device: device of the model.
+        dtype: compute dtype.
         compiled: whether its layers are compiled.
 
     Returns:
@@ -58,7 +58,7 @@ def choose(
     if not missing:
         reason = f"attention by tree is one operator a layer: {dtype} on CUDA"
         return "flash", reason if attention == "tree" else None
-    if compiled:  # a call for each tree would compile again for every other layout
+    if compiled:  # a call for each tree would compile again for every layout
         return "sdpa", f"attention by tree is sdpa under --compile: {missing}"
     return "tree", None
 
@@ -66,7 +66,7 @@ def choose(
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:
     """Most tokens in a row of a forward over these examples, where `--row-tokens` is 0.
 
-    A row costs attention its length squared, unless the implementation skips what is not seen.
+    A row costs attention its length squared, unless the implementation skips masked pairs.
     """
     longest = max(example.longest_tree for example in examples)
     if implementation in tree_attention.NAMES:  # one row, without padding
@@ -81,14 +81,14 @@ def forest_mask(
     window: int | None = None,
     blocks_ignore_window: bool = False,
 ) -> torch.Tensor | BlockMask:
-    """Who may attend to whom, as transformers' `implementation` reads it.
+    """The attention mask of a batch, as transformers' `implementation` reads it.
 
     Args:
         batch: a batch whose leaves share roots.
-        implementation: of transformers.
-        dtype: in which the model computes.
-        window: of sliding layers (`ForestBatch.sees`).
-        blocks_ignore_window: as there.
+        implementation: transformers' name of the implementation.
+        dtype: compute dtype.
+        window: window of sliding layers (`ForestBatch.sees`).
+        blocks_ignore_window: see `ForestBatch.sees`.
 
     Returns:
         By tree a placeholder, as `batch.trees` and `batch.sequences` replace the mask. For "sdpa"

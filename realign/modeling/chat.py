@@ -1,6 +1,6 @@
-"""Chat templates: the prompt, and the text of a response that is scored, as the template writes it.
+"""Chat templates: a prompt and the scored text of a response, as the template writes them.
 
-Training, pairs and evaluation render here. Marks in the place of texts show how a template frames
+Training, pairs and evaluation render here. Marks in place of texts show how a template frames
 messages. A template that drops, changes or repeats a text is therefore an error, never silent.
 """
 
@@ -22,7 +22,7 @@ _MARK = re.compile(r"Kq(\d+|Answer)Vx")
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _STARTS = ("boi_token", "image_start_token", "start_image_token", "vision_start_token")
 _ENDS = ("eoi_token", "image_end_token", "end_image_token", "vision_end_token")
-_FRAMES = {  # what the families' templates, not their processors, write around an image token
+_FRAMES = {  # text around an image token that families' templates write, not their processors
     "<|image_pad|>": ("<|vision_start|>", "<|vision_end|>"),
     "<|image|>": ("<|begin_of_image|>", "<|end_of_image|>"),
 }
@@ -39,7 +39,7 @@ class Prompt:
         text: up to the scored text, the same for every response.
         messages: in typed parts, every image in its place.
         lead: scored text in front of a response.
-        close: scored text behind a response.
+        close: scored text after a response.
     """
 
     text: str
@@ -79,7 +79,7 @@ class ChatTemplate:
 
         Args:
             messages: role, and content as text or typed parts; see `place_images`.
-            images: of the prompt.
+            images: number of images of the prompt.
 
         Raises:
             Malformed: when messages and images do not fit, a text holds a special token, or the
@@ -111,37 +111,37 @@ class ChatTemplate:
         return Prompt(text, tuple(typed), lead, close)
 
     def scored(self, prompt: Prompt, answer: str, name: str = "response") -> str:
-        """The text behind a prompt that is scored for a response: the template's own.
+        """The text after a prompt that is scored for a response, as the template writes it.
 
-        Where the template writes nothing behind a response, the tokenizer's end token follows it.
+        Where the template writes nothing after a response, the tokenizer's end token follows it.
 
         Args:
-            prompt: of `prompt`.
+            prompt: output of `prompt`.
             answer: the response.
-            name: of it, for messages.
+            name: its name in error messages.
 
         Raises:
             Malformed: when the response holds an image tag or a special token, or the template
-                does not write it whole, once, behind the prompt.
+                does not write it in full, once, after the prompt.
         """
         self.check_answer(answer, name)
-        whole, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
-        if not whole.startswith(prompt.text):
+        rendered, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
+        if not rendered.startswith(prompt.text):
             raise Malformed(
                 f"the chat template writes another prompt in front of its {name}.", _FIX_TEMPLATE
             )
-        body = whole[len(prompt.text) :]
+        body = rendered[len(prompt.text) :]
         parts = [*_around(body, text)]
-        if prompt.text.rstrip().endswith("<think>"):  # the response's own thoughts may begin there
+        if prompt.text.rstrip().endswith("<think>"):  # the thoughts of the response may begin there
             parts += _around(body, text.removeprefix("<think>").strip())
-        fits = (p for p in parts if _within(p[0], prompt.lead) and _within(p[1], prompt.close))
-        if (around := next(fits, None)) is None:
+        frames = (p for p in parts if _within(p[0], prompt.lead) and _within(p[1], prompt.close))
+        if (frame := next(frames, None)) is None:
             raise Malformed(
                 f"the chat template does not write its {name} {short_repr(text)} whole and once, "
                 f"but {short_repr(body)}.",
                 _FIX_TEMPLATE,
             )
-        if around[1].strip():
+        if frame[1].strip():
             return body
         if not self.tokenizer.eos_token:
             self._warn(
@@ -152,7 +152,7 @@ class ChatTemplate:
         return body.rstrip() + self.tokenizer.eos_token  # as LLaVA-1.5 is trained
 
     def check_answer(self, answer: str, name: str = "response") -> None:
-        """Check a response for tokens that a model would not read as text.
+        """Check that a response holds no token that a model would not read as text.
 
         Raises:
             Malformed: when it holds an image tag or a special token.
@@ -163,10 +163,10 @@ class ChatTemplate:
             )
         self._refuse_special(answer, f"its {name}")
 
-    def _refuse_special(self, text: str, what: str) -> None:
+    def _refuse_special(self, text: str, where: str) -> None:
         if token := self._special.search(text):
             raise Malformed(
-                f"{what} holds {token[0]!r}, which the model reads as a special token.",
+                f"{where} holds {token[0]!r}, which the model reads as a special token.",
                 "Remove it from the text.",
             )
 
@@ -209,20 +209,20 @@ class ChatTemplate:
         return self._frames[key]
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        laid = [{"role": m["role"], "content": self._content(m)} for m in messages]
-        return self._apply(laid, **options)
+        laid_out = [{"role": m["role"], "content": self._content(m)} for m in messages]
+        return self._apply(laid_out, **options)
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             return self._processor.apply_chat_template(messages, **self._options, **options)
-        except Exception as error:  # Jinja raises its own, an expression any other
+        except Exception as error:  # Jinja's errors, and any error of an expression
             raise Malformed(
                 f"the chat template refuses it ({short_error(error)}).",
                 "Change the roles or the order of its messages, or the processor's chat template.",
             ) from error
 
     def _content(self, message: dict[str, Any]) -> Any:
-        """The content as the template takes it: text as a string, images as typed parts."""
+        """The content in the form that the template takes: a string, or typed parts."""
         role, parts = message["role"], message["content"]
         images = any(part["type"] == "image" for part in parts)
         if (role, images) not in self._strings:
@@ -236,8 +236,8 @@ class ChatTemplate:
         """Whether the template writes the text, and an image token, of such a content."""
         turns = [{"role": role, "content": content}]
         if role != "user":
-            asked = self._content({"role": "user", "content": [text_part("word")]})
-            turns.insert(role != "assistant", {"role": "user", "content": asked})
+            question = self._content({"role": "user", "content": [text_part("word")]})
+            turns.insert(role != "assistant", {"role": "user", "content": question})
         try:
             text = self._apply(turns)
         except Malformed:
@@ -247,7 +247,7 @@ class ChatTemplate:
         return _ANSWER in text and not re.search("['\"]type['\"]", text)
 
     def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
-        """Typed parts as one string; an image is its token on a line of its own, as LLaVA's."""
+        """Typed parts as one string; an image is its token on a separate line, as LLaVA's."""
         text, last = "", None
         for part in parts:
             line = last is not None and "image" in (last, part["type"])
@@ -283,10 +283,10 @@ def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[Any, int, int]:
-    """Tokenize a text behind a prompt, since a text may begin differently on its own.
+    """Tokenize a text after a prompt, since its first token may differ without the prompt.
 
     Returns:
-        An encoding, how many of its tokens precede the text, and how many of its characters.
+        An encoding, and the numbers of its tokens and of its characters that precede the text.
 
     Raises:
         Malformed: when no tokens of the text can follow those of the prompt.
@@ -295,22 +295,23 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
     def encoding(of: str) -> Any:
         try:
             return tokenizer(of, add_special_tokens=False, **options)
-        except Exception as error:  # of half a character, say
+        except Exception as error:  # for half a character, for example
             raise Malformed(
                 f"the tokenizer refuses {short_repr(text)} ({short_error(error)}).",
                 "Correct the text.",
             ) from error
 
-    begun, whole = encoding(prompt)["input_ids"], encoding(prompt + text)
-    if whole["input_ids"][: len(begun)] == begun:
-        return whole, len(begun), len(prompt)
-    # A token holds the end of the prompt and the start of the text: these are split.
-    expected = tokenizer.decode(whole["input_ids"])
+    prompt_ids, joint = encoding(prompt)["input_ids"], encoding(prompt + text)
+    if joint["input_ids"][: len(prompt_ids)] == prompt_ids:
+        return joint, len(prompt_ids), len(prompt)
+    # One token holds the end of the prompt and the start of the text: split it.
+    expected = tokenizer.decode(joint["input_ids"])
     for before in ("", "\n"):  # some tokenizers put a space in front of a text's first word
-        first, whole = encoding(before)["input_ids"], encoding(before + text)
-        rest = whole["input_ids"][len(first) :]
-        if first + rest == whole["input_ids"] and tokenizer.decode(begun + rest) == expected:
-            return whole, len(first), len(before)
+        before_ids, joint = encoding(before)["input_ids"], encoding(before + text)
+        tail = joint["input_ids"][len(before_ids) :]
+        same = before_ids + tail == joint["input_ids"]
+        if same and tokenizer.decode(prompt_ids + tail) == expected:
+            return joint, len(before_ids), len(before)
     end = f"...{prompt[-40:]}"
     raise Malformed(
         f"the tokenizer cannot split {short_repr(text)} from the prompt {end!r}.",
@@ -333,8 +334,8 @@ def _check_marks(marks: Sequence[str], roles: Sequence[str]) -> None:
                 "Take that message out of the prompt, or use a chat template that writes it.",
             )
     if (times := marks.count("Answer")) != 1:
-        how = "drops or changes" if times == 0 else "repeats"
-        raise Malformed(f"the chat template {how} responses.", _FIX_TEMPLATE)
+        change = "drops or changes" if times == 0 else "repeats"
+        raise Malformed(f"the chat template {change} responses.", _FIX_TEMPLATE)
     # A system message may be written later, as Pixtral's template writes it.
     order = [int(n) for n in dict.fromkeys(marks) if n != "Answer" and roles[int(n)] in _TURNS]
     if order != sorted(order) or marks[-1] != "Answer":
@@ -342,7 +343,7 @@ def _check_marks(marks: Sequence[str], roles: Sequence[str]) -> None:
 
 
 def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
-    """Whether a text consists of what is expected in turn, white space between aside."""
+    """Whether a text consists of the expected parts in turn, up to white space between them."""
     at = 0
     for alternatives in expected:
         at += len(text) - at - len(text[at:].lstrip())
@@ -354,7 +355,7 @@ def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
 
 
 def _around(body: str, text: str) -> Iterator[tuple[str, str]]:
-    """The text in front of each occurrence of a text, and behind it."""
+    """The text before and after each occurrence of a text."""
     at = body.find(text)
     while at >= 0:
         yield body[:at], body[at + len(text) :]
@@ -362,7 +363,7 @@ def _around(body: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _within(part: str, frame: str) -> bool:
-    """Whether a part is the frame or less of it, as where a response brings its own thoughts."""
+    """Whether a part is the frame, or a part of it where a response has its own thoughts."""
     part, frame = part.strip(), frame.strip()
     return frame.startswith(part) or frame.endswith(part)
 
@@ -376,13 +377,13 @@ def _is_blank(part: Mapping[str, str]) -> bool:
 
 
 def _first(processor, tokenizer, names: Sequence[str]) -> str | None:
-    """The first of some attributes that processor or tokenizer has."""
+    """The first text among these attributes of processor or tokenizer."""
     values = (getattr(owner, name, None) for name in names for owner in (processor, tokenizer))
     return next((value for value in values if isinstance(value, str)), None)
 
 
 def _frozen_date(template: Any) -> dict[str, str]:
-    """A template with the date of now for calls of the clock, so that renderings agree."""
+    """A template with calls of the clock replaced by the current date, so that renderings agree."""
     template = template.get("default") if isinstance(template, Mapping) else template
     if not isinstance(template, str) or "strftime_now" not in template:
         return {}

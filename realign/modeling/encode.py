@@ -1,4 +1,4 @@
-"""From records to token ids: the forest of every record, checked before anything is trained.
+"""Encoding of records: token ids and forest of every record, checked before training.
 
 All records are tokenized and all images decoded once, up front. A record that cannot be trained on
 is therefore named before the first step, and lengths are known for packing.
@@ -25,7 +25,7 @@ from realign_kernels import Objective, objectives
 
 
 def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
-    """The preset of that name; where it takes `negatives`, as many as the records hold.
+    """The preset of a loss; its `negatives`, if any, is the records' number of visual negatives.
 
     Raises:
         RecordError: when records hold one visual negative, or unequal numbers of them, where the
@@ -41,7 +41,7 @@ def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
 
 
 def _visual_negatives(name: str, records: Sequence[Record]) -> int:
-    """How many visual negatives every record has."""
+    """Number of visual negatives, the same in every record."""
     first = len(records[0].retrieved_images) // len(records[0].images)
     for record in records:
         count = len(record.retrieved_images) // len(record.images)
@@ -79,12 +79,12 @@ def encode_records(
         records: preference records.
         processor: the model's processor; it must have a chat template.
         objective: decides which (response, image) leaves an example has.
-        layout: of the model.
+        layout: layout of the model.
         max_response_tokens: a longer response is an error, never cut.
         max_tokens: longest prompt plus response the model can take; longer is an error, since
             cutting a prompt would cut image tokens.
         progress: whether to show a bar.
-        on_bad: called with each record that cannot be used and the reason; it is left out.
+        on_bad: called with each record that cannot be used and the reason; the record is skipped.
 
     Returns:
         One example per record, and the store of their distinct images.
@@ -124,7 +124,7 @@ class _Encoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = ChatTemplate(processor)
-        self._rendered: tuple[Record, Prompt] | None = None  # of the record at hand
+        self._rendered: tuple[Record, Prompt] | None = None  # of the current record
         self.image_ids = {layout.image_token_id}
         self.image_ids.add(self.tokenizer.convert_tokens_to_ids(processor.image_token))
         self.layout = layout
@@ -179,7 +179,7 @@ class _Encoder:
         return texts[response]
 
     def _images(self, record: Record, image: str, objective: str) -> tuple[StoredImage, ...]:
-        """The images a leaf's image name stands for, as many as the record's prompt places."""
+        """The images of a leaf's image name, as many as the record's prompt places."""
         count, retrieved = len(record.images), len(record.retrieved_images)
         if image == "image":
             return record.images
@@ -200,9 +200,9 @@ class _Encoder:
             )
         place = int(numbered[1] or 1)
         if retrieved < place * count:
-            some = "none" if retrieved == 0 else f"{retrieved // count} retrieved image(s)"
+            available = "none" if retrieved == 0 else f"{retrieved // count} retrieved image(s)"
             raise Malformed(
-                f"the objective {objective!r} needs {image!r} but the record has {some}.",
+                f"the objective {objective!r} needs {image!r} but the record has {available}.",
                 "Add `retrieved_images` (python -m realign.pairs writes them) or train with "
                 "--objective dpo.",
             )
@@ -215,9 +215,9 @@ class _Encoder:
 
     def _root(self, record: Record, image: str, objective: str) -> Root:
         stored = self._images(record, image, objective)
-        pictures = [s.open(record.name) for s in stored]
+        images = [s.open(record.name) for s in stored]
         inputs = text_inputs(self.processor, [self._prompt(record).text])
-        outputs = processed(self.processor, record.name, pictures, **inputs)
+        outputs = processed(self.processor, record.name, images, **inputs)
         ids = outputs["input_ids"][0].numpy()
         start = np.flatnonzero(ids == self.tokenizer.bos_token_id)[:1]
         if start.size and (ids[start[0] + 1 :][:1] == ids[start]).any():

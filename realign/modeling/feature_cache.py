@@ -1,9 +1,9 @@
-"""Features of a frozen vision tower, kept on disk: `--cache-vision`.
+"""Cache of the features of a frozen vision tower, on disk: `--cache-vision`.
 
 A frozen tower gives an image the same features in every epoch and every run, so they are computed
-once. Each image's tensors lie in safetensors files of some hundred images, with a checksum for
-every tensor in the file's metadata; files are written whole, under a name of their own, so any
-number of processes may add to a folder. The memory that holds them is the system's page cache.
+once. Each image's tensors are in safetensors files of some hundred images, with a checksum for
+every tensor in the file's metadata. Files are written atomically, under unique names, so any
+number of processes may add to a folder. The system's page cache keeps them in memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FeatureCache(Mapping[str, Features]):
     """Features by the digest of their image, under one fingerprint.
 
     Args:
-        directory: holds a folder for each fingerprint; made when needed.
+        directory: holds a folder for each fingerprint; created when needed.
         fingerprint: all that decides features besides the image (`reference_logps.fingerprint`).
     """
 
@@ -63,7 +63,7 @@ class FeatureCache(Mapping[str, Features]):
         return iter(self._places)
 
     def refresh(self) -> None:
-        """Find files of other processes."""
+        """Open files that other processes have added."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in self._files:
                 continue
@@ -90,20 +90,20 @@ class FeatureCache(Mapping[str, Features]):
         """
         tensors, index = {}, {}
         for image, named in features.items():
-            kept = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-            tensors |= {f"{image}/{name}": tensor for name, tensor in kept.items()}
-            index[image] = {name: _checksum(tensor) for name, tensor in kept.items()}
+            on_cpu = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+            tensors |= {f"{image}/{name}": tensor for name, tensor in on_cpu.items()}
+            index[image] = {name: _checksum(tensor) for name, tensor in on_cpu.items()}
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         partial = path.with_suffix(".partial")
         try:
             save_file(tensors, partial, metadata={"images": json.dumps(index)})
-            partial.chmod(0o644)  # others may read it
+            partial.chmod(0o644)  # other users may read it
             partial.replace(path)
         except (SafetensorError, OSError) as error:
             partial.unlink(missing_ok=True)
             raise OSError(
                 f"image features could not be written to {self.folder} ({error}). Free some space "
-                "or train without --cache-vision; what was written before is kept."
+                "or train without --cache-vision; files written before are kept."
             ) from error
         self.refresh()
 
@@ -114,18 +114,18 @@ class FeatureCache(Mapping[str, Features]):
             ValueError: when the file is damaged.
         """
         path, checksums = self._places[image]
-        found = {name: self._files[path].get_tensor(f"{image}/{name}") for name in checksums}
+        features = {name: self._files[path].get_tensor(f"{image}/{name}") for name in checksums}
         if image not in self._checked:
-            for name, tensor in found.items():
+            for name, tensor in features.items():
                 if _checksum(tensor) != checksums[name]:
                     path.rename(path.with_suffix(".damaged"))
                     raise ValueError(
-                        f"{path} is damaged: features of image {image} are not what was written. "
+                        f"{path} is damaged: features of image {image} have changed on the disk. "
                         "It was renamed; start again, with --resume if there are checkpoints, and "
                         "its images are computed again."
                     )
             self._checked.add(image)
-        return found
+        return features
 
 
 def _checksum(tensor: torch.Tensor) -> int:
@@ -145,13 +145,13 @@ def fill(
     """Compute the features that `cache` lacks; every rank calls it and computes a part of them.
 
     Args:
-        cache: where features are kept; in a folder that all ranks see.
-        model: whose vision tower is frozen; sharded or not.
+        cache: the cache to fill; in a folder that all ranks see.
+        model: model with a frozen vision tower; sharded or not.
         store: the images of the data set.
-        device: where the model computes.
+        device: device of the model.
         batch_images: images in one forward.
         progress: whether to show a bar.
-        log: gets a line with the number of known images, and their folder.
+        log: gets a line with the number of cached images, and their folder.
 
     Raises:
         ValueError: when the ranks do not see the same folder.
@@ -161,7 +161,7 @@ def fill(
         return pinned(store.batch(images), device)
 
     images = list(store.keys())
-    # One list for all: each rank may see another state of a folder that others write to.
+    # One list for all ranks: each may see another state of a folder that other processes write to.
     absent = distributed.broadcast_from_rank0(lambda: cache.missing(images))
     log(f"image features: {len(images) - len(absent):,} of {len(images):,} known in {cache.folder}")
     ranks, rank = distributed.world_size(), distributed.rank()
@@ -173,13 +173,13 @@ def fill(
     )
     starts = [(call * ranks + rank) * batch_images for call in range(calls)]
     local = [absent[start : start + batch_images] for start in starts]
-    # Collectives need every rank: one without images computes an image that another one keeps.
-    tasks = (partial(load, some or absent[:1]) for some in local)
+    # Collectives need every rank: a rank without images repeats an image of another rank.
+    tasks = (partial(load, names or absent[:1]) for names in local)
     with ahead(tasks, device) as loaded:
-        for call, (some, inputs) in enumerate(zip(local, loaded, strict=True)):
+        for call, (names, inputs) in enumerate(zip(local, loaded, strict=True)):
             with torch.no_grad():
                 computed = model.image_features(inputs.to(device, model.dtype))
-            for image, features in zip(some, computed, strict=False):
+            for image, features in zip(names, computed, strict=False):
                 pending[image] = {name: tensor.cpu() for name, tensor in features.items()}
                 size += sum(tensor.nbytes for tensor in features.values())
             if pending and (size > _FILE_BYTES or call == calls - 1):
@@ -189,8 +189,8 @@ def fill(
     bar.close()
     distributed.barrier()
     cache.refresh()
-    if lost := cache.missing(images):
+    if missing := cache.missing(images):
         raise ValueError(
-            f"{len(lost)} images have no features in {cache.folder} after all ranks computed their "
-            "share. Name a folder that all ranks see, in $REALIGN_CACHE."
+            f"{len(missing)} images have no features in {cache.folder} after all ranks computed "
+            "their part. Name a folder that all ranks see, in $REALIGN_CACHE."
         )

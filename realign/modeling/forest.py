@@ -3,11 +3,11 @@
 An example has *roots*, (images, prompt), and *leaves*, a response under a root. In a batch each
 distinct root is laid out once in a row, followed by its leaves; a token sees the earlier tokens of
 its own segment and of its root, nothing else, and a leaf's positions continue from its root's last.
-So one forward over the rows gives every leaf the hidden states of a forward of its own, and each
+So one forward over the rows gives every leaf the hidden states of a separate forward, and each
 distinct image passes the vision tower once. No token is repeated: the state of a root's last token
 predicts the first token of every leaf under it, so the head lists that row once per leaf.
 
-Where a model cannot share (`layouts.Layout.separate`), each leaf has a row and a copy of its root.
+Without sharing (`layouts.Layout.separate`) each leaf has a row with its own copy of its root.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class ForestBatch:
         block: (R, T) int64, blocks of a root whose tokens see each other both ways, -1 for none;
             None where all is causal.
         shared: whether leaves hang under one copy of their root; else a row is a root and a leaf.
-        images: the distinct images preprocessed; None where `features` are known.
-        features: of the vision tower for these images.
-        slots: for each place of an image in the rows, in row-major order, which image is there.
-        grids: of the images, by slot, for their positions (`ImageStore.grids`); empty where leaves
+        images: the distinct images preprocessed; None where `features` are given.
+        features: outputs of the vision tower for these images.
+        slots: index of the image at each place in the rows, in row-major order.
+        grids: grids of the images by slot, for positions (`ImageStore.grids`); empty where leaves
             share.
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens, on the CPU; rows of one example are adjacent.
@@ -120,20 +120,20 @@ class ForestBatch:
         """Whether a query sees a key, as a function of row, head, and columns of query and key.
 
         Args:
-            window: how far back a token sees, itself included, counted along its sequence.
+            window: tokens that a token sees, itself included, counted back along its sequence.
             blocks_ignore_window: whether blocks see both ways beyond the window as well.
         """
         segment, parent, depth, block = self.segment, self.parent, self.depth, self.block
 
         def seen(row, head, query, key):
-            own = segment[row, query] == segment[row, key]
-            root = parent[row, query] == segment[row, key]
-            found = (query >= key) & (own | root)
+            same = segment[row, query] == segment[row, key]
+            in_root = parent[row, query] == segment[row, key]
+            causal = (query >= key) & (same | in_root)
             near = window is None or depth[row, query] - depth[row, key] < window
             if block is None:
-                return found & near
-            together = own & (block[row, query] == block[row, key]) & (block[row, query] >= 0)
-            return (found & near) | together if blocks_ignore_window else (found | together) & near
+                return causal & near
+            two_way = same & (block[row, query] == block[row, key]) & (block[row, query] >= 0)
+            return (causal & near) | two_way if blocks_ignore_window else (causal | two_way) & near
 
         return seen
 
@@ -215,11 +215,12 @@ def build_batch(
             rivals.append(leaf.rival)
     root_lengths = np.array([len(root.ids) for root in roots], np.int64)
     leaf_lengths = np.array([len(ids) for ids in leaf_ids])
-    whole = root_lengths[leaf_roots] + leaf_lengths
+    sequence_lengths = root_lengths[leaf_roots] + leaf_lengths
     if shared:
-        packing = pack_forest(root_lengths, leaf_lengths, leaf_roots, max(row_tokens, whole.max()))
+        budget = max(row_tokens, sequence_lengths.max())
+        packing = pack_forest(root_lengths, leaf_lengths, leaf_roots, budget)
     else:
-        packing = _apart(root_lengths, whole, leaf_roots)
+        packing = _pack_separately(root_lengths, sequence_lengths, leaf_roots)
 
     shape = (packing.num_rows, int(packing.row_lengths.max()))
     prompts = [layout.positions(root.ids, store.grids(root.images)) for root in roots]
@@ -259,7 +260,7 @@ def build_batch(
     owner = np.arange(len(leaf_ids))
     sequence = owner % leaves * len(examples) + owner // leaves
     as_tensor = torch.from_numpy
-    known = store.features
+    features = store.features
     trees = _trees(packing, root_lengths, leaf_lengths)
     return ForestBatch(
         input_ids=as_tensor(ids),
@@ -269,8 +270,8 @@ def build_batch(
         parent=as_tensor(parent),
         block=as_tensor(block) if layout.both_ways else None,
         shared=shared,
-        images=store.batch(list(images)) if known is None else None,
-        features=None if known is None else tuple(dict(known[key]) for key in images),
+        images=store.batch(list(images)) if features is None else None,
+        features=None if features is None else tuple(dict(features[key]) for key in images),
         slots=tuple(images[key] for key in slots),
         grids={} if shared else store.grids(slots),
         rows=as_tensor(np.concatenate(predictors)),
@@ -296,15 +297,17 @@ def _trees(
     return tuple(map(tuple, rows))
 
 
-def _apart(root_lengths: np.ndarray, whole: np.ndarray, leaf_roots: Sequence[int]) -> ForestPacking:
-    """A row for each leaf, behind its own copy of its root."""
-    roots, each, zeros = np.array(leaf_roots), np.arange(len(whole)), np.zeros(len(whole), np.int64)
+def _pack_separately(
+    root_lengths: np.ndarray, sequence_lengths: np.ndarray, leaf_roots: Sequence[int]
+) -> ForestPacking:
+    """A row for each leaf, after its own copy of its root."""
+    roots, leaves = np.array(leaf_roots), np.arange(len(leaf_roots))
     return ForestPacking(
         tree_root=roots,
-        tree_row=each,
-        tree_start=zeros,
-        leaf_tree=each,
+        tree_row=leaves,
+        tree_start=np.zeros_like(leaves),
+        leaf_tree=leaves,
         leaf_start=root_lengths[roots],
-        row_lengths=whole,
-        budget=int(whole.max()),
+        row_lengths=sequence_lengths,
+        budget=int(sequence_lengths.max()),
     )

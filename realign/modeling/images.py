@@ -26,7 +26,7 @@ from realign.modeling.layouts import Layout
 from realign_kernels import array_digest
 
 Bundle = dict[str, torch.Tensor]
-"""Output of the processor for one image, by the names `get_image_features` takes."""
+"""Output of the processor for one image, by the argument names of `get_image_features`."""
 
 Features = dict[str, torch.Tensor]
 """Output of the vision tower for one image, by name (`features`)."""
@@ -40,9 +40,9 @@ class Images:
     """The I distinct images of a batch.
 
     Attributes:
-        inputs: what `get_image_features` takes.
+        inputs: arguments of `get_image_features`.
         rows: rows of `pixel_values` that each output comes from.
-        order: which output is each image's.
+        order: for each image, the index of its output.
         tokens: tokens that each image has in a prompt.
     """
 
@@ -61,9 +61,9 @@ class Images:
 
 
 def collate(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
-    """Put bundles together along the first axis; other axes are padded with zeros to the largest.
+    """Concatenate bundles along the first axis; other axes are padded with zeros to the largest.
 
-    Images without tiles come last, and two at least: the model knows them by a count (`_SEVERAL`).
+    Images without tiles come last, two or more: the model identifies them by `_SEVERAL`.
     """
     several = [_of_several(bundle) for bundle in bundles]
     placed = sorted(range(len(bundles)), key=several.__getitem__)
@@ -75,9 +75,9 @@ def collate(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
     ordered = [bundles[image] for image in placed]
     inputs = {name: _stack([bundle[name] for bundle in ordered]) for name in ordered[0]}
     if _SEVERAL in inputs:
-        single = [1] * (len(several) - sum(several))
-        rest = [len(ordered) - len(single)] if any(several) else []
-        inputs[_SEVERAL] = torch.tensor(single + rest)
+        without_tiles = [1] * (len(several) - sum(several))
+        with_tiles = [len(ordered) - len(without_tiles)] if any(several) else []
+        inputs[_SEVERAL] = torch.tensor(without_tiles + with_tiles)
     rows = tuple(len(bundle["pixel_values"]) for bundle in ordered)
     return Images(inputs, rows, tuple(order), tuple(tokens))
 
@@ -90,8 +90,8 @@ def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
     largest = [max(sizes) for sizes in zip(*(v.shape[1:] for v in values), strict=True)]
 
     def padded(value: torch.Tensor) -> torch.Tensor:
-        room = [(0, size - have) for size, have in zip(largest, value.shape[1:], strict=True)]
-        return F.pad(value, [n for pair in reversed(room) for n in pair])
+        padding = [(0, size - n) for size, n in zip(largest, value.shape[1:], strict=True)]
+        return F.pad(value, [n for pair in reversed(padding) for n in pair])
 
     return torch.cat([padded(value) for value in values])
 
@@ -99,11 +99,11 @@ def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
 def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
     """Features of each image from the vision tower, in order: tensors of (tokens, H).
 
-    They are named "list" or "tensor", as the model takes back features of several images, and
-    "deepstack.0", ... for the layers of the language model that take some as well.
+    They are named "list" or "tensor", the form in which the model takes features of several images,
+    and "deepstack.0", ... for layers of the language model that take features as well.
 
     Raises:
-        ValueError: when an image has not as many features as tokens in the prompt.
+        ValueError: when the numbers of an image's features and of its tokens in a prompt differ.
     """
     output = vlm.model.get_image_features(**images.inputs)
     kind = "tensor" if isinstance(output.pooler_output, torch.Tensor) else "list"
@@ -144,13 +144,13 @@ class ImageStore:
 
     Args:
         processor: a Hugging Face processor.
-        layout: of the model whose processor it is.
-        cache_bytes: how much preprocessed memory to keep; the least recently used goes first, and
-            is made again when needed.
+        layout: layout of the processor's model.
+        cache_bytes: size of the cache of preprocessed images. The least recently used image is
+            dropped first, and preprocessed again when needed.
 
     Attributes:
-        features: outputs of the vision tower by key, which batches take in place of pixels. None
-            computes all in every forward.
+        features: outputs of the vision tower by key, which batches take in place of pixels. With
+            None every forward computes them.
     """
 
     CACHE_BYTES = 1 << 30
@@ -170,14 +170,14 @@ class ImageStore:
         return len(self._sources)
 
     def keys(self) -> Iterable[str]:
-        """Of all images, in the order of their first use."""
+        """Keys of all images, in the order of their first use."""
         return self._sources.keys()
 
     def add(self, record: str, stored: StoredImage, several: bool = False) -> str:
         """Add an image; returns the digest of its bundle.
 
         Args:
-            record: whose image it is, for messages.
+            record: name of its record, for messages.
             stored: the image.
             several: whether it shares its prompt with other images.
         """
@@ -212,15 +212,15 @@ class ImageStore:
         return self._tokens[key]
 
     def grids(self, keys: Sequence[str]) -> Bundle:
-        """What positions depend on, of images in a row; empty with most families."""
+        """The inputs that positions depend on, for images in a row; empty for most families."""
         grids = [self._grids[key] for key in keys]
         return {name: torch.cat([grid[name] for grid in grids]) for name in (grids or [{}])[0]}
 
     def bundle(self, key: str) -> Bundle:
-        """The preprocessed image; any thread may ask.
+        """The preprocessed image; safe in any thread.
 
         Raises:
-            RecordError: when its file is gone or has changed.
+            RecordError: when its file is missing or has changed.
         """
         with self._lock:
             if key not in self._bundles:
@@ -229,20 +229,19 @@ class ImageStore:
                 if digest(bundle) != key:
                     raise RecordError(
                         record,
-                        f"its image {stored.path} is not what it was when the records were "
-                        "checked.",
-                        "Let no image file change during a run.",
+                        f"its image {stored.path} has changed since the records were checked.",
+                        "Do not change image files during a run.",
                     )
                 self._hold(key, bundle)
             self._bundles.move_to_end(key)
             return self._bundles[key]
 
     def batch(self, keys: Sequence[str]) -> Images:
-        """Distinct images put together."""
+        """A batch of distinct images."""
         return collate([self.bundle(key) for key in keys], [self._tokens[key] for key in keys])
 
     def _make(self, record: str, stored: StoredImage, several: bool) -> tuple[Bundle, int]:
-        """The bundle of an image and its tokens in a prompt, from a prompt of nothing else."""
+        """The bundle of an image and its tokens in a prompt, from a prompt of that image only."""
         count = 2 if several else 1
         text = self._processor.image_token * count
         outputs = processed(self._processor, record, [stored.open(record)] * count, text=[text])
@@ -264,7 +263,7 @@ class ImageStore:
 
 
 def processed(
-    processor, record: str, pictures: Sequence[Image.Image], **inputs: Any
+    processor, record: str, images: Sequence[Image.Image], **inputs: Any
 ) -> Mapping[str, torch.Tensor]:
     """Call a processor on the images of one prompt.
 
@@ -272,9 +271,9 @@ def processed(
         RecordError: when the processor raises anything; names `record`.
     """
     try:
-        return processor(images=[[*pictures]], return_tensors="pt", **inputs)
-    except Exception as error:  # each family's image processor raises errors of its own
-        sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+        return processor(images=[[*images]], return_tensors="pt", **inputs)
+    except Exception as error:  # each family's image processor raises other errors
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise RecordError(
             record,
             f"the processor refuses its prompt with image(s) of {sizes} pixels "

@@ -39,11 +39,11 @@ _BOTH_WAYS = {"gemma3": "image", "paligemma": "prompt"}
 
 @dataclass
 class Layout:
-    """What the rows of a batch depend on besides the examples.
+    """Properties of a model family that decide the rows of a batch.
 
     Attributes:
         image_token_id: the token that image features replace.
-        first_position: of a prompt.
+        first_position: first position of a prompt.
         rope_index: gives positions on several axes (M-RoPE); None for one axis.
         grids: names of the image inputs that `rope_index` takes.
         both_ways: "image" or "prompt" where tokens of one image, or of the prompt, see each other
@@ -73,7 +73,7 @@ class Layout:
         return self.both_ways is None and self.kinds == (FULL,)
 
     def positions(self, ids: np.ndarray, grids: dict[str, torch.Tensor]) -> np.ndarray:
-        """Positions of a prompt, (axes, P) int64; its responses go on from the largest."""
+        """Positions of a prompt, (axes, P) int64; its responses continue from the largest."""
         if self.rope_index is None or not grids:
             axes = 1 if self.rope_index is None else 3
             return np.tile(self.first_position + np.arange(len(ids)), (axes, 1))
@@ -83,7 +83,7 @@ class Layout:
         return positions[:, 0].numpy()
 
     def blocks(self, ids: np.ndarray) -> np.ndarray:
-        """(P,) int64: which block a prompt's token belongs to, -1 for none."""
+        """(P,) int64: index of the block of each token of a prompt, -1 for none."""
         if self.both_ways == "prompt":
             return np.zeros(len(ids), np.int64)
         image = ids == self.image_token_id
@@ -95,16 +95,16 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
     """The layout of a model.
 
     Raises:
-        ValueError: for a model that forests cannot be laid out for, with the reason.
+        ValueError: for a model whose forests cannot be laid out, with the reason.
     """
     kind = vlm.config.model_type
-    takes = inspect.signature(vlm.model.forward).parameters
-    if not hasattr(vlm.model, "get_image_features") or "mm_encoder_outputs" not in takes:
+    accepted = inspect.signature(vlm.model.forward).parameters
+    if not hasattr(vlm.model, "get_image_features") or "mm_encoder_outputs" not in accepted:
         raise ValueError(
             f"models of type {kind!r} do not take image features in place of pixels, so an image "
             f"cannot be encoded once for many prompts. Known types: {', '.join(sorted(TESTED))}."
         )
-    if "token_type_ids" in takes and kind not in _BOTH_WAYS:
+    if "token_type_ids" in accepted and kind not in _BOTH_WAYS:
         raise ValueError(
             f"models of type {kind!r} have token types whose meaning is not known here. Known "
             f"types: {', '.join(sorted(TESTED))}."
@@ -144,6 +144,6 @@ def head_width(text: PreTrainedConfig) -> int:
 
 def _separate(kinds: list[str]) -> str | None:
     """Why responses to one prompt need a copy of it each."""
-    if others := sorted(set(kinds) - {FULL, SLIDING}):
-        return f"in its {', '.join(others)} layers no mask hides one response from another"
+    if unmasked := sorted(set(kinds) - {FULL, SLIDING}):
+        return f"in its {', '.join(unmasked)} layers no mask hides one response from another"
     return None

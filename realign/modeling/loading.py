@@ -1,4 +1,4 @@
-"""Models and processors from folders and hub names, and LoRA on them.
+"""Loading of models and processors from folders and hub names, and LoRA on them.
 
 Weights are read only from safetensors, and no code that comes with a model is run.
 """
@@ -26,7 +26,7 @@ from realign.modeling.layouts import has_softcap
 from realign.modeling.merging import adapter_base, cast, find_file, merge, put_on
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What a model may compute in, by the names of the settings."""
+"""Compute dtypes by their names in the settings."""
 
 _LINEAR = (nn.Linear, Conv1D)
 _OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
@@ -40,7 +40,7 @@ def load_processor(path: str | Path):
     """
     _vision_config(path)
     if (base := adapter_base(path)) and not any(find_file(path, name) for name in _OF_PROCESSOR):
-        path = base  # PEFT saves none, some trainers the tokenizer only
+        path = base  # PEFT saves no processor, some trainers only the tokenizer
     processor = _from_pretrained(AutoProcessor, path)
     if not processor.chat_template:
         raise ValueError(
@@ -61,10 +61,10 @@ def load_model(
 
     Args:
         path: the folder or name.
-        dtype: in which its weights are kept.
+        dtype: dtype of its weights.
         attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
-            a softcap, which sdpa has not, eager is taken for it.
-        meta: without weights, on the meta device (`fsdp.shard` sends those of rank 0).
+            a softcap, which sdpa lacks, eager replaces it.
+        meta: without weights, on the meta device (`fsdp.shard` sends the weights of rank 0).
 
     Raises:
         ValueError: for a text-only model.
@@ -91,7 +91,7 @@ def load_trained(
 
     Args:
         path: folder or hub name.
-        dtype: in which it computes; an adapter's weights stay fp32, as PEFT keeps them.
+        dtype: compute dtype; an adapter's weights stay fp32, as PEFT keeps them.
         auto: the class of transformers that loads it.
 
     Raises:
@@ -120,10 +120,10 @@ def _vision_config(path: str | Path):
 def _from_pretrained(
     auto_class: type, path: str | Path, *, adapter: str | Path | None = None, **options: Any
 ) -> Any:
-    """`auto_class.from_pretrained`, with one line where there is no model.
+    """`auto_class.from_pretrained`, with an error of one line where there is no model.
 
     Args:
-        auto_class: of transformers.
+        auto_class: an auto class of transformers.
         path: folder or hub name.
         adapter: the adapter whose base it is.
         options: further arguments.
@@ -137,7 +137,7 @@ def _from_pretrained(
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{path} brings code of its own, which is never run here. Take a model whose class is "
+            f"{path} brings its own code, which is never run here. Use a model whose class is "
             "in transformers."
         ) from error
     except OSError as error:
@@ -157,10 +157,10 @@ def _from_pretrained(
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     """Put LoRA on every linear layer of the language model, and freeze everything else."""
     language = model.model.get_decoder()
-    (place,) = (name for name, module in model.named_modules() if module is language)
-    inside = {name: m for name, m in model.named_modules() if name.startswith(f"{place}.")}
+    (prefix,) = (name for name, module in model.named_modules() if module is language)
+    inside = {name: m for name, m in model.named_modules() if name.startswith(f"{prefix}.")}
     names = {name.rsplit(".", 1)[-1] for name, m in inside.items() if isinstance(m, _LINEAR)}
-    pattern = rf"{re.escape(place)}\..*\.({'|'.join(sorted(map(re.escape, names)))})"
+    pattern = rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(map(re.escape, names)))})"
     other = [name for name, m in inside.items() if not isinstance(m, _LINEAR)]
     namesakes = [name for name in other if re.fullmatch(pattern, name)]
     config = LoraConfig(
@@ -177,7 +177,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model, exactly: every LoRA layer in `model` passes on what its base layer gives.
+    """Disable all adapters in `model`: every LoRA layer returns the output of its base layer.
 
     PEFT's own `disable_adapter` also toggles `requires_grad`, which FSDP2 reads when it sets its
     groups up, so that LoRA would not train afterwards.

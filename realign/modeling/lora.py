@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 def use(model: nn.Module) -> None:
-    """Let every LoRA layer in `model` on an `nn.Linear` compute by `AdaptedLinear`."""
+    """Let every LoRA layer in `model` on an `nn.Linear` compute with `AdaptedLinear`."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
             layer.forward = MethodType(forward, layer)
@@ -34,9 +34,9 @@ def forward(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # (..., O)
-    """`Linear.forward`; PEFT computes what is not plain.
+    """`Linear.forward` by `AdaptedLinear`; PEFT computes layers that are not plain.
 
-    Its name is that of the method: a pickled model finds PEFT's.
+    It has the name of the method, so a pickled model finds PEFT's.
     """
     if args or kwargs or not _is_plain(layer, x):
         return Linear.forward(layer, x, *args, **kwargs)
@@ -49,7 +49,7 @@ def forward(
 def _is_plain(layer: Linear, x: Tensor) -> bool:
     """Whether the layer adds the product of one adapter to a frozen base, in one dtype.
 
-    Variants (DoRA), biases that learn, dropout, autocast and hooks are not plain.
+    Variants (DoRA), trained biases, dropout, autocast and hooks are not plain.
     """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -68,7 +68,7 @@ def _is_plain(layer: Linear, x: Tensor) -> bool:
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """`x W' + bias + scaling x A' B'`, for a W and a bias that do not learn."""
+    """`x W' + bias + scaling x A' B'`, with W and bias frozen."""
 
     @staticmethod
     def forward(
@@ -91,14 +91,14 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, down = ctx.saved_tensors
         shape, grad = grad.shape, grad.flatten(0, -2)
-        of_down = grad.mm(b)
-        of_x = None
+        down_grad = grad.mm(b)
+        x_grad = None
         if ctx.needs_input_grad[0]:
-            of_x = grad.mm(weight).addmm_(of_down, a, alpha=ctx.scaling)
-            of_x = of_x.view(*shape[:-1], rows.shape[1])
+            x_grad = grad.mm(weight).addmm_(down_grad, a, alpha=ctx.scaling)
+            x_grad = x_grad.view(*shape[:-1], rows.shape[1])
         # With beta=0 the factor adds nothing: the product is scaled as it is written.
-        of_a, of_b = (
+        a_grad, b_grad = (
             factor.addmm(left.t(), right, beta=0, alpha=ctx.scaling)
-            for factor, left, right in ((a, of_down, rows), (b, grad, down))
+            for factor, left, right in ((a, down_grad, rows), (b, grad, down))
         )
-        return of_x, None, None, of_a, of_b, None
+        return x_grad, None, None, a_grad, b_grad, None

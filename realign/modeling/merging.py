@@ -1,8 +1,8 @@
-"""Adapter folders: the base they name, the two together as PEFT has them, and merged.
+"""Adapter folders: their base, adapters loaded by PEFT, and merging into the base.
 
-PEFT loads an adapter, since transformers' own loading leaves parts of DoRA and of tied ends out.
-Merging one into a model with tied embeddings gives each end a weight of its own where the adapter
-moves the two apart: PEFT would add both changes to the one weight that they share.
+PEFT loads an adapter, since transformers' own loading omits parts of DoRA and of tied ends. Merging
+into a model with tied embeddings gives each end its own weight where the adapter changes the two
+differently: PEFT would add both changes to the one weight that they share.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _MERGED_TOLERANCE = 1e-2
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The base model that an adapter's folder or hub name gives; None for a whole model.
+    """The base model of an adapter's folder or hub name; None for a whole model.
 
     Raises:
         ValueError: for a folder whose models are in folders below it, an adapter of a kind that
-            acts outside of the base's modules, and a base that is missing or an adapter itself.
+            acts outside of the base's modules, and a base that is missing or is an adapter.
     """
     check_folder(path)
     if (file := find_file(path, _CONFIGS[1])) is None:
@@ -71,23 +71,23 @@ def adapter_base(path: str | Path) -> str | None:
 
 
 def _read_config(file: Path) -> PeftConfig:
-    """Read an adapter's configuration; PEFT warns of fields that it does not know, and drops them.
+    """Read an adapter's configuration; PEFT warns of unknown fields and drops them.
 
     Raises:
-        ValueError: for a file that this version of PEFT does not read, all of it.
+        ValueError: for a file that this version of PEFT does not read in full.
     """
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
         with warnings.catch_warnings(action="ignore"):
             config = PeftConfig.from_pretrained(str(file.parent))
         if config.peft_type is None:
             raise ValueError("no peft_type")
-        if lost := sorted(name for name in given if given[name] and not hasattr(config, name)):
+        if lost := sorted(name for name in fields if fields[name] and not hasattr(config, name)):
             raise ValueError(f"unknown: {', '.join(lost)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is no configuration that PEFT {peft.__version__} reads ({error!r}). Save the "
-            "adapter again, or install the version of PEFT that it was saved with."
+            f"{file} is not a configuration that PEFT {peft.__version__} reads ({error!r}). Save "
+            "the adapter again, or install the version of PEFT that it was saved with."
         ) from error
     return config
 
@@ -140,13 +140,12 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
     """Put the adapter at `path` on its base, frozen, as `PeftModel.from_pretrained` does.
 
     Raises:
-        ValueError: for an adapter in another format, or with other weights than the base has
-            places for.
+        ValueError: for an adapter in another format, or with weights that do not fit the base.
     """
     if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(
             f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
-            "adapter again with a present version of PEFT."
+            "adapter again with a current version of PEFT."
         )
     _check_rows(model, path)
     try:
@@ -158,13 +157,13 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
             f"the adapter {path} does not fit its base {model.name_or_path}: {reason}. Pass it "
-            "with the base that it was trained on, or save it again with a present version of PEFT."
+            "with the base that it was trained on, or save it again with a current version of PEFT."
         ) from error
     return adapted
 
 
 def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
-    """Refuse the adapter of a base that was resized after loading: PEFT does not save its rows."""
+    """Refuse the adapter of a base resized after loading, since PEFT does not save its rows."""
     if (file := find_file(path, "tokenizer.json")) is None:
         return
     tokens = Tokenizer.from_file(file).get_vocab_size()
@@ -180,7 +179,7 @@ def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
 def _check_keys(adapted: PeftModel, missing: list[str], unknown: list[str]) -> None:
     """Refuse weights without a place, and places without weights; PEFT warns of the latter only.
 
-    A tensor that layers share has several names, and a file may have it under one of them.
+    A shared tensor has several names, and a file may hold it under one of them.
     """
     state = adapted.state_dict(keep_vars=True)
     loaded = {value.data_ptr() for name, value in state.items() if name not in missing}
@@ -193,7 +192,7 @@ def _check_keys(adapted: PeftModel, missing: list[str], unknown: list[str]) -> N
 
 
 def check_kind(config: PeftConfig, name: str) -> None:
-    """Refuse a kind that acts in the forward of `PeftModel`: here models are called without it.
+    """Refuse a kind that acts in the forward of `PeftModel`, which is not called here.
 
     Raises:
         ValueError: names the adapter and its kind.
@@ -201,9 +200,9 @@ def check_kind(config: PeftConfig, name: str) -> None:
     kind = PeftType(config.peft_type)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     # AdaLoRA's forward adds a penalty to the loss, and log-probs are those of its modules.
-    own = getattr(tuner, "forward", None) is not BaseTuner.forward and kind != PeftType.ADALORA
+    acts = getattr(tuner, "forward", None) is not BaseTuner.forward and kind != PeftType.ADALORA
     activated = getattr(config, "alora_invocation_tokens", None)
-    if own or activated:
+    if acts or activated:
         value = kind.value + " with alora_invocation_tokens" * bool(activated)
         raise ValueError(
             f"{name} is an adapter of PEFT's kind {value}, which acts outside of the model's own "
@@ -215,11 +214,11 @@ def check_kind(config: PeftConfig, name: str) -> None:
 def merge(adapted: PeftModel) -> PreTrainedModel:
     """Merge an fp32 adapter into its fp32 base, and compare log-probs before and after.
 
-    Ends that were tied stay so where the adapter leaves them equal. Else each has its own weight,
-    and the configuration says so, for `from_pretrained` to read both.
+    Tied ends stay tied where the adapter leaves them equal. Else each has its own weight, and the
+    configuration records that, so `from_pretrained` reads both.
 
     Raises:
-        ValueError: for a kind that cannot be merged, or not rightly.
+        ValueError: for a kind that cannot be merged, or that changes log-probs when merged.
     """
     model = adapted.get_base_model()
     assert isinstance(model, PreTrainedModel)
@@ -228,21 +227,21 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     tied = _split_ends(model)
     try:
         with _ignored_warnings():
-            whole = adapted.merge_and_unload()
+            merged = adapted.merge_and_unload()
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"an adapter of PEFT's kind {kind} cannot be merged into this base ({error}). Keep it "
-            "as an adapter: realign.evaluate takes it as it is."
+            "as an adapter: realign.evaluate accepts it."
         ) from error
     if tied:
-        _tie_again(whole)
-    worst = (_probe(whole) - before).abs().amax(-1).median().item()
+        _tie_again(merged)
+    worst = (_probe(merged) - before).abs().amax(-1).median().item()
     if not worst < _MERGED_TOLERANCE:
         raise ValueError(
             f"merged, an adapter of PEFT's kind {kind} moves log-probs by {worst:.2g} nats, so the "
             "merged model is another one. Keep the adapter as it is."
         )
-    return whole.requires_grad_(True)  # PEFT froze them
+    return merged.requires_grad_(True)  # PEFT froze them
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -259,9 +258,10 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _split_ends(model: nn.Module) -> bool:
-    """Give every module its own copy of a weight that an embedding shares; whether there was one.
+    """Give every module its own copy of a weight shared with an embedding; True if there was one.
 
-    After adapters are on: PEFT ties adapters by the weights' identity. Before they are merged.
+    Call it after adapters are put on, since PEFT ties adapters by the weights' identity, and before
+    they are merged.
     """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
@@ -286,7 +286,7 @@ def _tie_again(model: PreTrainedModel) -> None:
     embedding = model.get_input_embeddings().get_parameter("weight")
     rounding = 1e-6 * embedding.abs().max().item()
     tied = torch.allclose(embedding, head.get_parameter("weight"), rtol=1e-6, atol=rounding)
-    model.config.tie_word_embeddings = tied  # PEFT cleared it when it saw two weights
+    model.config.tie_word_embeddings = tied  # PEFT cleared it for two weights
     if tied:
         head.weight = embedding
     else:  # families read it in different places
@@ -300,15 +300,15 @@ def _tie_again(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> torch.Tensor:
     """Log-probs after each token of a short text without images, (T, V)."""
-    taken = {value for value in model.config.to_dict().values() if isinstance(value, int)}
+    special_ids = {value for value in model.config.to_dict().values() if isinstance(value, int)}
     size = model.config.get_text_config().vocab_size
-    ids = [i for i in range(1, size, max(1, size // _PROBED)) if i not in taken][:_PROBED]
+    ids = [i for i in range(1, size, max(1, size // _PROBED)) if i not in special_ids][:_PROBED]
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
 
 
 @contextmanager
 def _ignored_warnings() -> Iterator[None]:
-    """Without PEFT's warnings of tied ends, which `merge` takes care of."""
+    """Ignore PEFT's warnings of tied ends, which `merge` handles."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model (with|has) `tie_word_embeddings")
         warnings.filterwarnings("ignore", "Input and output embeddings are no")

@@ -1,8 +1,8 @@
-"""`ForestModel`: a vision-language model that turns a forest batch into a loss or log-probs.
+"""`ForestModel`: the loss or the log-probs of a forest batch, by a vision-language model.
 
 Training calls `forward`, the reference pass `logps`. In both the backbone runs once over the rows,
-the response positions are gathered, and only they meet the vocabulary. FSDP2 wraps this module as
-the root, so the head's weight is gathered with it.
+and only the gathered response positions are multiplied with the vocabulary. FSDP2 wraps this module
+as the root, so the head's weight is gathered with it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from realign_kernels import (
 )
 
 _JOIN = "merger"
-"""In the names of a tower's layers that join it to the language model (Qwen)."""
+"""Part of the names of a tower's layers that project to the language model (Qwen)."""
 
 _UNUSED = ("vqmodel", "generation")
 """Parts that draw images (Janus); no forward here reaches them."""
@@ -51,13 +51,13 @@ class ForestModel(nn.Module):
 
     Args:
         vlm: the Hugging Face model, with or without LoRA layers in it.
-        train_vision: whether the vision tower learns; frozen by default. What joins it to the
-            language model learns either way.
-        dtype: fp32 or bf16, in which the forward computes: that of `vlm`'s parameters, or what
-            FSDP2 casts them to (`fsdp.shard`).
+        train_vision: whether the vision tower is trained; frozen by default. The projector between
+            tower and language model stays trainable either way.
+        dtype: compute dtype, fp32 or bf16: that of `vlm`'s parameters, or the dtype that FSDP2
+            casts them to (`fsdp.shard`).
 
     Raises:
-        ValueError: for a model that forests cannot be laid out for.
+        ValueError: for a model whose forests cannot be laid out.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class ForestModel(nn.Module):
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
         norms.use(decoder)
-        self.instead: str | None = None  # why attention is another than asked for
+        self.instead: str | None = None  # why the attention differs from the setting
         attends, width = decoder.config._attn_implementation, head_width(decoder.config)
         if attends in tree_attention.NAMES:
             if not self.layout.causal:
                 attends, self.instead = "sdpa", "not every token sees all before it, and no other"
             elif getattr(decoder.config, "attention_dropout", 0):
                 attends, self.instead = "sdpa", "it has dropout"
-            elif attends == tree_attention.VARLEN and not varlen_attention.takes(width):
+            elif attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
                 attends, self.instead = tree_attention.CALLS, f"its heads are {width} wide"
         self.attention = decoder.config._attn_implementation = attends
         if self.attention not in IMPLEMENTATIONS.values():
             raise ValueError(
-                f"the model attends by {self.attention!r}, which takes no forest. Load it with "
+                f"the model attends by {self.attention!r}, which supports no forests. Load it with "
                 f"attn_implementation= one of {', '.join(IMPLEMENTATIONS.values())}."
             )
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
@@ -110,7 +110,7 @@ class ForestModel(nn.Module):
     ) -> PreferenceOutput:
         """Compute the loss of a batch, the *sum* over its examples.
 
-        Where a log-prob is NaN or infinite all results are NaN.
+        Where a log-prob is NaN or infinite, all results are NaN.
         """
         hidden, weight, bias = self._head_inputs(batch)
         try:
@@ -125,9 +125,9 @@ class ForestModel(nn.Module):
                 bias=bias,
                 softcap=self.softcap,
             )
-        except NonFiniteError:  # all ranks have a backward to run; then the step is refused
+        except NonFiniteError:  # every rank must run a backward before the step is refused
             return _not_a_number(hidden, weight, bias, objective, reference_logps)
-        return output._replace(logps=output.logps.detach())  # FSDP hooks tensors that carry grad
+        return output._replace(logps=output.logps.detach())  # FSDP hooks tensors that require grad
 
     def logps(self, batch: ForestBatch) -> torch.Tensor:
         """Compute the log-probs of the batch's response tokens, (N,) fp32.
@@ -157,26 +157,26 @@ class ForestModel(nn.Module):
     def check_forest(
         self, example: Example, store: ImageStore, device: torch.device
     ) -> Iterator[str]:
-        """Compare one forest with separate forwards, positions and masks of the model's own.
+        """Compare one forest with separate forwards that use the model's own positions and masks.
 
-        Where they differ, each response gets its own copy of the prompt from now on. It takes two
-        forwards, with collectives, so every rank calls it.
+        Where they differ, each response gets its own copy of the prompt from now on. Every rank
+        calls it, since its two forwards have collectives.
 
         Yields:
             Lines for the user: each deviation from the settings, and its reason.
         """
         kind, layout = self.vlm.config.model_type, self.layout
         if self.attention == "eager" and has_softcap(self.vlm.config):
-            yield "attention is eager: it has a softcap here, which sdpa has not"
+            yield "attention is eager: the model has a softcap, which sdpa lacks"
         if self.instead:
             yield f"attention is {self.attention}: {self.instead}"
         if layout.shares_prefix:
             shared = build_batch([example], store, row_tokens=example.longest_tree)
-            apart = build_batch([example], store, row_tokens=0, shared=False)
+            separate = build_batch([example], store, row_tokens=0, shared=False)
             with torch.no_grad():
-                moved = self.logps(shared.to(device)) - self.logps(apart.to(device))
-            own_gap = float(moved.abs().mean())
-            gap = broadcast_from_rank0(lambda: own_gap)  # one decision for all
+                change = self.logps(shared.to(device)) - self.logps(separate.to(device))
+            local_gap = float(change.abs().mean())
+            gap = broadcast_from_rank0(lambda: local_gap)  # one decision for all
             if gap > _GAPS[self.dtype]:
                 layout.separate = f"under a shared one log-probs differ by {gap:.2g} a token"
             if kind not in TESTED:
@@ -199,36 +199,36 @@ class ForestModel(nn.Module):
 
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
         """Last hidden states at the batch's predicting positions, (N, H)."""
-        given: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.slots:
-            known = batch.features
-            if known is None:
+            by_image = batch.features
+            if by_image is None:
                 assert batch.images is not None
-                known = features(self.vlm, batch.images.to(batch.input_ids.device, self.dtype))
-            given["mm_encoder_outputs"] = {"image": in_slots(known, batch.slots)}
+                by_image = features(self.vlm, batch.images.to(batch.input_ids.device, self.dtype))
+            inputs["mm_encoder_outputs"] = {"image": in_slots(by_image, batch.slots)}
         masks: dict = {}
         if batch.shared:
             masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
-            given["attention_mask"] = masks[self.layout.kinds[0]]
-            given["position_ids"] = batch.position_ids
+            inputs["attention_mask"] = masks[self.layout.kinds[0]]
+            inputs["position_ids"] = batch.position_ids
             if self.attention == tree_attention.CALLS:
-                given["trees"] = batch.trees
+                inputs["trees"] = batch.trees
             elif self.attention == tree_attention.VARLEN:
-                given["sequences"] = batch.sequences
+                inputs["sequences"] = batch.sequences
         else:
-            given["attention_mask"] = (batch.segment >= 0).long()
-            given |= batch.grids
+            inputs["attention_mask"] = (batch.segment >= 0).long()
+            inputs |= batch.grids
             image = batch.input_ids == self.layout.image_token_id
             if self.layout.rope_index:
-                given["mm_token_type_ids"] = image.int()
+                inputs["mm_token_type_ids"] = image.int()
             if self.layout.both_ways == "image":
-                given["token_type_ids"] = image.long()
+                inputs["token_type_ids"] = image.long()
             elif self.layout.both_ways == "prompt":
                 assert batch.block is not None
-                given["token_type_ids"] = (batch.block < 0).long()
+                inputs["token_type_ids"] = (batch.block < 0).long()
         decoder = self.vlm.model.get_decoder()
         with takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
-            states = self.vlm.model(**given).last_hidden_state
+            states = self.vlm.model(**inputs).last_hidden_state
         # The last row of a root is listed for each leaf. The backward of an index adds their
         # gradients in any order (CPU threads; index_select on CUDA), that of an embedding in one.
         return F.embedding(batch.rows, states.flatten(0, 1))
@@ -240,7 +240,7 @@ class ForestModel(nn.Module):
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    """The members of its outermost lists of modules."""
+    """The members of a module's outermost `ModuleList`s."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in _repeated(child)]
@@ -250,7 +250,7 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
 def takes_masks(decoder: nn.Module, masks: Mapping) -> Iterator[None]:
     """Hand the language model a mask for each kind of its layers.
 
-    It takes them itself; PaliGemma, around it, passes on one mask only.
+    The language model accepts them; PaliGemma, around it, passes only one mask.
     """
 
     def replace(module, args, kwargs):
@@ -270,7 +270,7 @@ def _not_a_number(
     objective: Objective,
     reference_logps: torch.Tensor,  # (L, B)
 ) -> PreferenceOutput:
-    """The output where log-probs are not finite: NaN, with a gradient for all that has one."""
+    """The output for log-probs that are not finite: NaN, with a gradient for every input."""
     nan = torch.full_like(reference_logps, torch.nan)
     inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     return PreferenceOutput(

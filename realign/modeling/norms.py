@@ -2,7 +2,7 @@
 
 transformers computes RMSNorm in six operators forward and about twelve backward, most of them in
 fp32: 42 ms of a step of a 7B model on an H200 (calculated: 160 GB). `F.rms_norm` is one kernel each
-way on CUDA (5 ms, calculated). It rounds once, where transformers rounds before the weight, too.
+way on CUDA (5 ms, calculated). It rounds once, where transformers also rounds before the weight.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _TOLERANCE = 1e-5  # relative, fp32; a norm that adds 1 to its weight is off by 
 
 
 def use(model: nn.Module) -> None:
-    """Let `F.rms_norm` compute the RMSNorm modules of `model` that are plain ones.
+    """Let `F.rms_norm` compute the plain RMSNorm modules of `model`.
 
-    The first module of every class is tried on a random input; a class that gives anything else,
-    as one that adds 1 to its weight, keeps its own forward.
+    The first module of every class is tried on a random input; a class with another result, as one
+    that adds 1 to its weight, keeps its own forward.
     """
     plain: dict[type, bool] = {}
     for module in model.modules():
@@ -41,8 +41,8 @@ def forward(
     norm: Any,  # a module with weight (H,), and variance_epsilon or eps
     hidden: Tensor,  # (..., H)
 ) -> Tensor:
-    """`F.rms_norm` of one dtype. Its name is that of the method: a pickled model finds its own."""
-    # Autocast passes a weight in fp32, by which transformers widens the output.
+    """`F.rms_norm` in one dtype. The name is the method's, so a pickled model finds its own."""
+    # Autocast passes an fp32 weight, and transformers widens the output by it.
     if hidden.dtype != norm.weight.dtype:
         return type(norm).forward(norm, hidden)
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
@@ -50,7 +50,7 @@ def forward(
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a copy of the module with random weights gives what `forward` gives, in fp32."""
+    """Whether a copy of the module with random weights agrees with `forward`, in fp32."""
     tried = copy.deepcopy(module).to_empty(device="cpu").float()  # it may be on the meta device
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -29,9 +29,9 @@ _DEPTH = 2
 
 @contextmanager
 def builder(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """One background thread for batches of `device`; it has ended when the context is left.
+    """One background thread for batches of `device`; leaving the context ends it.
 
-    On leaving, the task in progress ends first and the others are dropped.
+    The task in progress is finished first, and waiting tasks are dropped.
     """
 
     def on_start() -> None:
@@ -71,8 +71,8 @@ def pinned(value: Any, device: torch.device) -> Any:
     """`value` with its tensors in pinned memory where `device` is a CUDA device.
 
     Args:
-        value: a tensor, or dataclasses, dictionaries, tuples and named tuples of such; the rest
-            stays as it is.
+        value: a tensor, or dataclasses, dictionaries, tuples and named tuples of tensors; other
+            values stay as they are.
         device: where the tensors will be copied.
     """
     if device.type != "cuda":
@@ -83,8 +83,8 @@ def pinned(value: Any, device: torch.device) -> Any:
         moved = {f.name: pinned(getattr(value, f.name), device) for f in fields(value)}
         return replace(value, **moved)
     if isinstance(value, dict):
-        return {name: pinned(one, device) for name, one in value.items()}
+        return {name: pinned(item, device) for name, item in value.items()}
     if isinstance(value, tuple):
-        parts = (pinned(one, device) for one in value)
+        parts = (pinned(item, device) for item in value)
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value

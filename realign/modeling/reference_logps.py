@@ -1,4 +1,4 @@
-"""The reference pass: the fingerprint of a log-prob, and the pass over leaves that a cache lacks.
+"""The reference pass: the fingerprint of log-probs, and forwards of leaves that a cache lacks.
 
 The reference is the model before its first step. Its log-probs are constants, so every distinct
 leaf is computed once and kept in a `ReferenceCache` that all runs share.
@@ -48,18 +48,18 @@ def fingerprint(
     kernels: str = "eager",
     weights: str | None = None,
 ) -> dict[str, str]:
-    """Everything that decides a log-prob besides the leaf itself, by name.
+    """Everything besides the leaf that decides its log-prob, by name.
 
-    Weights are taken as the forward sees them, in `dtype`, so it does not matter whether they were
-    loaded in fp32 or bf16. Preprocessing and the chat template show in the leaf's key as well.
+    Weights are digested in `dtype`, as the forward uses them, so it does not matter whether they
+    were loaded in fp32 or bf16. Preprocessing and the chat template show in the leaf's key as well.
 
     Args:
         vlm: the reference, before LoRA is put on it.
         processor: its processor.
-        dtype: in which the forward computes.
-        device: of the forward; its type counts, as bf16 rounds differently on a CPU.
-        kernels: of its layers, which round differently, too (`ScaleConfig.kernels`).
-        weights: their digest, where `vlm` is without them (`fsdp.shard`).
+        dtype: compute dtype of the forward.
+        device: device of the forward; its type counts, as bf16 rounds differently on a CPU.
+        kernels: kernels of its layers, which round differently as well (`ScaleConfig.kernels`).
+        weights: their digest, where `vlm` has no weights (`fsdp.shard`).
     """
     about = description(vlm, processor, dtype, device, kernels)
     return about | {"weights": weights or weights_digest(vlm, dtype)}
@@ -72,7 +72,7 @@ def description(
     device: torch.device,
     kernels: str = "eager",
 ) -> dict[str, str]:
-    """The fingerprint without the weights, which need not be there."""
+    """The fingerprint without the weights, which need not be loaded."""
     parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
     attention = {str(part.config._attn_implementation) for part in parts}
     return {
@@ -92,39 +92,39 @@ def description(
 def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """128-bit digest of all parameters and buffers; those of the state dict are cast to `dtype`.
 
-    Without a `dtype` each is taken as it is kept.
+    Without a `dtype` each tensor is digested in its own dtype.
 
     Tensors are hashed by threads (hashlib releases the GIL): about 1 GB/s for each core.
     """
 
-    def one(item: tuple[str, torch.Tensor]) -> bytes:
+    def digest_of_tensor(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
-        kept = name in saved and tensor.is_floating_point()
-        tensor = tensor.detach().to("cpu", dtype if kept else None)
-        shown = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        digest = hashlib.blake2b(shown, digest_size=16)
+        cast = name in saved and tensor.is_floating_point()
+        tensor = tensor.detach().to("cpu", dtype if cast else None)
+        header = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        digest = hashlib.blake2b(header, digest_size=16)
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 
     saved = model.state_dict()
     tensors = dict(model.named_buffers()) | saved  # rotary frequencies are in no state dict
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(one, sorted(tensors.items()))
+        digests = pool.map(digest_of_tensor, sorted(tensors.items()))
         return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
 def _logits_are_rounded(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the head rounds logits to bf16 here, which moves a log-prob by up to 0.1 nats.
 
-    It depends on CPU, extension and backend; so it is tried on a small head, by the definition.
+    It depends on CPU, extension and backend, so a small head is compared with the definition.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 64, generator=generator).to(dtype)
     weight = torch.randn(256, 64, generator=generator).to(dtype)
     labels = torch.arange(64)
-    found = linear_logprobs(hidden.to(device), weight.to(device), labels.to(device))
+    logps = linear_logprobs(hidden.to(device), weight.to(device), labels.to(device))
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)[labels, labels]
-    return bool((found.cpu().double() - exact).abs().max() > 1e-3)  # 1e-5 and 6e-2
+    return bool((logps.cpu().double() - exact).abs().max() > 1e-3)  # 1e-5 and 6e-2
 
 
 def digest_of(examples: Sequence[Example]) -> str:
@@ -148,16 +148,16 @@ def fill(
     """Compute the log-probs that `cache` lacks; every rank calls it and computes a part of them.
 
     Args:
-        cache: where this model's log-probs are kept.
+        cache: the cache of this model's log-probs.
         model: the reference, on `device`.
         examples: the forests of the data set.
-        store: gives the pixels of an image key.
+        store: the images of the data set.
         row_tokens: most tokens in a row of the forest.
         batch_rows: rows in one forward.
-        device: where the model is.
+        device: device of the model.
         adapters: whether adapters in the model are part of the reference; else they are skipped.
         progress: whether to show a bar.
-        log: gets a line with the number of known leaves, and their folder.
+        log: gets a line with the number of cached leaves, and their folder.
 
     Returns:
         Reference log-probs of all leaves, (L, examples) fp64.
@@ -165,7 +165,7 @@ def fill(
 
     def build(pairs: Sequence[tuple[int, int]]):
         """A batch on `device`; `cache.fill` calls it in a thread, ahead of the forward."""
-        single = [_alone(examples[i], leaf) for i, leaf in pairs]
+        single = [_single_leaf(examples[i], leaf) for i, leaf in pairs]
         return pinned(build_batch(single, store, row_tokens=row_tokens), device).to(device)
 
     leaves = collect_leaves(examples)
@@ -205,17 +205,17 @@ def fill(
 
 
 def _nearest(cache: ReferenceCache) -> str:
-    """Why an empty table is empty, where another one nearly fits."""
+    """A note for an empty table: the differences from another one that nearly fits."""
     if len(cache) or (nearest := cache.nearest()) is None:
         return ""
     folder, differences = nearest
     return f"; not those in {folder.name}: other {', '.join(differences)}"
 
 
-def _alone(example: Example, leaf: int) -> Example:
+def _single_leaf(example: Example, index: int) -> Example:
     """One leaf of an example under its root; a batch merges equal roots again."""
-    one = example.leaves[leaf]
-    return Example(example.name, (example.roots[one.root],), (Leaf(0, one.ids, one.rival),))
+    leaf = example.leaves[index]
+    return Example(example.name, (example.roots[leaf.root],), (Leaf(0, leaf.ids, leaf.rival),))
 
 
 def _without(tree, names: set[str]):

@@ -1,11 +1,11 @@
-"""Attention over a forest: every tree by itself, without a mask over the whole row.
+"""Attention over a forest, tree by tree, without a mask over the whole row.
 
-The mask of `ForestBatch.attention_mask` costs attention over a row squared, whatever it hides, and
-rows that are padded. Here a root with its first leaf is one causal sequence, every further leaf
-attends to its root and to itself, and trees follow one another in a row without padding: only
-scores that the mask lets through are computed. The function is registered with transformers under
-two names: `tree` calls SDPA for each leaf, `tree_varlen` is one operator for all trees
-(`varlen_attention`). Layers take it by their configuration, and nothing is patched.
+With the mask of `ForestBatch.attention_mask` attention costs a row's length squared, even where the
+mask hides all, and rows are padded. Here a root with its first leaf is one causal sequence, every
+further leaf attends to its root and to itself, and trees follow one another in a row without
+padding: only scores that the mask lets through are computed. The function is registered with
+transformers under two names: `tree` calls SDPA for each leaf, `tree_varlen` is one operator for all
+trees (`varlen_attention`). Layers take it by their configuration, and nothing is patched.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from realign.modeling import varlen_attention
 from realign.modeling.varlen_attention import Sequences
 
 CALLS, VARLEN = NAMES = "tree", "tree_varlen"
-"""What a model's `_attn_implementation` is when it attends by tree: in several calls, or in one."""
+"""Values of `_attn_implementation` for attention by tree: in several calls, or in one."""
 
 Trees = tuple[tuple[tuple[int, ...], ...], ...]
 """For each row its trees in order, each the lengths of its root and leaves."""
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
-    """What to pass as attention mask: four axes, so that transformers makes none of its own."""
+    """A placeholder mask: its four axes keep transformers from making its own."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
@@ -44,7 +44,7 @@ def forest_attention(
     scaling: float | None = None,
     **options,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each tree of each row, whatever the mask; padding gives zeros.
+    """Attend within each tree of each row, without reading the mask; padding gives zeros.
 
     Given `trees` it makes SDPA calls, given `sequences` the varlen operator. Without either, in a
     forward over plain sequences, it is transformers' `sdpa`.
@@ -53,10 +53,10 @@ def forest_attention(
         (R, T, heads, D), and None where other implementations give weights.
 
     Raises:
-        RuntimeError: when the model's layers were given trees and did not pass them on.
+        RuntimeError: when the model's layers got trees and did not pass them on.
     """
     if sequences is not None:
-        # Under autocast RoPE leaves query and key in fp32; the value comes right from its product.
+        # Under autocast RoPE leaves query and key in fp32; the value is directly a product.
         rows = [
             states.to(value.dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)
         ]
@@ -66,7 +66,7 @@ def forest_attention(
     if trees is None:
         if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
             raise RuntimeError(
-                f"{type(module).__name__} does not pass on who sees whom; use --attention sdpa."
+                f"{type(module).__name__} does not pass trees to attention; use --attention sdpa."
             )
         options |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

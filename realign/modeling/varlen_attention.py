@@ -2,8 +2,8 @@
 
 The first call is causal: a root with its first leaf is a sequence, and so is every further leaf.
 In the second call the further leaves of a tree are queries of its root, all of which they see. The
-two results of a further leaf are merged by their log-sum-exps. So each token is a key once, where
-it is, and no copy of a root is made for its further leaves. `Sequences` holds the rows of both
+two results of a further leaf are merged by their log-sum-exps. So each token is a key once, in
+place, and no copy of a root is made for its further leaves. `Sequences` holds the rows of both
 calls. It is made with the batch, on the host, so that no layer waits for the device.
 
 `realign::forest_attention` is the operator. On CUDA the flash kernel of torch computes it, in fp16
@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch import index_select as take
+from torch import index_select as select
 
 
 class Sequences(NamedTuple):
     """Sequences of a batch for varlen attention: S of them over Q real tokens in T rows.
 
-    Further leaves are those behind the first one of their tree: M tokens, under roots of K tokens.
+    Further leaves follow the first leaf of their tree: M tokens, under roots of K tokens.
 
     Attributes:
         real: (Q,) int64, rows that are not padding, in order; None where all rows are real.
@@ -66,15 +66,15 @@ def sequences(trees: Sequence[Sequence[Sequence[int]]], columns: int) -> Sequenc
         columns: tokens in a row, padding at its end included.
     """
     real, causal, more, roots, start = [], [], [], [], 0
-    for row, inside in enumerate(trees):
-        real.append(row * columns + np.arange(sum(map(sum, inside))))
-        for root, first, *others in inside:
-            causal += [root + first, *others]
-            behind = start + root + first
-            if others:
+    for row, row_trees in enumerate(trees):
+        real.append(row * columns + np.arange(sum(map(sum, row_trees))))
+        for root, first, *further in row_trees:
+            causal += [root + first, *further]
+            leaf_start = start + root + first
+            if further:
                 roots.append(np.arange(start, start + root))
-                more.append(np.arange(behind, behind + sum(others)))
-            start = behind + sum(others)
+                more.append(np.arange(leaf_start, leaf_start + sum(further)))
+            start = leaf_start + sum(further)
     padded = start < len(trees) * columns
     return Sequences(
         real=_joined(real) if padded else None,
@@ -201,7 +201,7 @@ def flash_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `flash`, in an order that repeats: a resumed run gives the same bits.
+    """Backward of `flash`, deterministic: a resumed run gives the same bits.
 
     By default the kernel adds up the gradient of the query with atomics.
     """
@@ -214,16 +214,16 @@ def flash_backward(
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """torch's deterministic mode, process-wide, without its filling of fresh memory."""
+    """torch's deterministic mode, process-wide, without its filling of new memory."""
     settings: Any = torch.utils.deterministic
-    before = torch.get_deterministic_debug_mode()
-    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    old_mode = torch.get_deterministic_debug_mode()
+    old_fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
-        settings.fill_uninitialized_memory = filled
+        torch.set_deterministic_debug_mode(old_mode)
+        settings.fill_uninitialized_memory = old_fill
 
 
 KERNELS = {"cpu": (reference, reference_backward), "cuda": (flash, flash_backward)}
@@ -241,7 +241,7 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float16, torch.bfloat16) else f"dtype is {dtype}"
 
 
-def takes(width: int) -> bool:
+def supports_width(width: int) -> bool:
     """Whether the flash kernel computes heads of this width."""
     return width <= 256 and width % 8 == 0
 
@@ -271,13 +271,13 @@ def forest_attention(
     out, lse = forward(q, k, v, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        states = take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
-        of_root, lse_root = forward(*states, spans, scale, False)
-        own, lse_own = take(out, 0, more), take(lse, 1, more)
-        share = (lse_own - lse_root).sigmoid().t()[..., None]  # of a leaf's own keys
-        merged = of_root.to(share.dtype).lerp_(own.to(share.dtype), share)
+        states = select(q, 0, more), select(k, 0, roots), select(v, 0, roots)
+        root_out, root_lse = forward(*states, spans, scale, False)
+        own_out, own_lse = select(out, 0, more), select(lse, 1, more)
+        own_weight = (own_lse - root_lse).sigmoid().t()[..., None]  # of a leaf's own keys
+        merged = root_out.to(own_weight.dtype).lerp_(own_out.to(own_weight.dtype), own_weight)
         out.index_copy_(0, more, merged.to(out.dtype))
-        lse.index_copy_(1, more, torch.logaddexp(lse_own, lse_root))
+        lse.index_copy_(1, more, torch.logaddexp(own_lse, root_lse))
     return _with_padding(out, real, query), lse
 
 
@@ -309,13 +309,13 @@ def forest_attention_backward(
     grads = backward(g, q, k, v, o, lse, Spans(ends, ends, longest, longest), scale, True)
     if len(more):
         spans = Spans(more_ends, root_ends, longest_more, longest_root)
-        states = take(g, 0, more), take(q, 0, more), take(k, 0, roots), take(v, 0, roots)
-        merged = take(o, 0, more), take(lse, 1, more)
+        states = select(g, 0, more), select(q, 0, more), select(k, 0, roots), select(v, 0, roots)
+        merged = select(o, 0, more), select(lse, 1, more)
         added = backward(*states, *merged, spans, scale, False)
-        # Every row is listed once: no order of additions shows, whatever CUDA's atomics do.
-        for whole, rows, part in zip(grads, (more, roots, roots), added, strict=True):
-            whole.index_add_(0, rows, part)
-    dq, dk, dv = (_with_padding(whole, real, query) for whole in grads)
+        # Every row is listed once, so the order of CUDA's atomic additions has no effect.
+        for total, rows, part in zip(grads, (more, roots, roots), added, strict=True):
+            total.index_add_(0, rows, part)
+    dq, dk, dv = (_with_padding(total, real, query) for total in grads)
     return dq, dk, dv
 
 

@@ -1,17 +1,17 @@
 """Checkpoints: trained parameters and the optimizer's state, written while training continues.
 
 The name of a checkpoint holds the step. All else follows from settings and step: the order of the
-data, the learning rate, the random numbers of a step. It is taken between two steps, so there is no
-half-accumulated gradient to keep. Every rank writes its shards through
+data, the learning rate, the random numbers of a step. It is written between two steps, so no
+half-accumulated gradient has to be kept. Every rank writes its shards through
 torch.distributed.checkpoint, and any number of ranks can read them.
 
     checkpoints/step-000050/manifest.json                    size and digest of every file
                             shard-00001-model-....safetensors   one for each rank
 
-Tensors are kept as safetensors and the rest as JSON, so nothing is ever unpickled and a planted
-file cannot run code. The digests show damage (a cut file, a flipped bit), not malice: a manifest
-can be written as well. A checkpoint is written beside its final name and renamed when all
-ranks have finished and every file is on the disk: one that has its name was whole.
+Tensors are kept as safetensors and metadata as JSON, so nothing is unpickled and a planted file
+cannot run code. The digests show damage (a cut file, a flipped bit), not malice: a manifest can be
+written as well. A checkpoint is written under a temporary name. It is renamed when all ranks have
+finished and every file is on the disk, so a checkpoint with its final name was complete.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class CheckpointError(CommonError):
 class Checkpoints:
     """The checkpoints of a run; every rank makes the same calls.
 
-    Used as a context: at its end the one in the making is finished.
+    As a context it finishes the pending checkpoint at its end.
 
     Args:
-        folder: that holds them; on several machines, in a file system that all of them share.
-        keep: how many to keep, the newest.
+        folder: folder of the checkpoints; several machines need a file system that all share.
+        keep: number of checkpoints to keep, the newest.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
         self._pending: Future | None = None
-        # A thread of its own talks to the other ranks, so it needs a group of its own.
+        # The writer thread communicates with other ranks, so it needs its own group.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def __enter__(self) -> Checkpoints:
@@ -83,14 +83,14 @@ class Checkpoints:
         """The step of the newest checkpoint, 0 when there is none."""
         return max(map(_step, _steps(self.folder)), default=0)
 
-    def last_whole(self) -> int:
-        """The step of the newest checkpoint that is whole, 0 when there is none at all.
+    def last_intact(self) -> int:
+        """The step of the newest intact checkpoint, 0 when there is no checkpoint.
 
         Rank 0 reads all files and compares them with their digests. Damaged checkpoints that are
         newer are reported and renamed to `damaged-step-NNNNNN`.
 
         Raises:
-            CheckpointError: when there are checkpoints and none is whole.
+            CheckpointError: when there are checkpoints and none is intact.
         """
         return broadcast_from_rank0(self._choose)
 
@@ -102,10 +102,10 @@ class Checkpoints:
         *,
         wait: bool = False,
     ) -> None:
-        """Copy to CPU memory, and write from there while training continues.
+        """Copy a checkpoint to CPU memory, and write it from there while training continues.
 
-        At most one is in the making: the next waits for it. If one cannot be written, as on a full
-        disk, that is reported at once, those before it stay, and the next is tried.
+        At most one checkpoint is pending: the next waits for it. If one cannot be written, as on a
+        full disk, a warning reports it at once, earlier ones stay, and the next is tried.
 
         Args:
             step: the step just finished.
@@ -131,7 +131,7 @@ class Checkpoints:
         if wait and (problem := self._settle()):
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written ({problem}). "
-                f"{self._what_is_left()} Make room, and continue with --resume."
+                f"{self._newest_kept()} Make room, and continue with --resume."
             )
 
     def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -143,12 +143,12 @@ class Checkpoints:
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         path = self.folder / _name(step)
         reader = HuggingFaceStorageReader(str(path))
-        there = reader.read_metadata().state_dict_metadata.keys()
-        # Parameters that never had a gradient, as those behind a tower's features, have no state.
-        idle = {
-            n: p for n, p in model.named_parameters() if f"optimizer.state.{n}.step" not in there
+        keys = reader.read_metadata().state_dict_metadata.keys()
+        # Parameters that never had a gradient, as those after a tower's features, have no state.
+        stateless = {
+            n: p for n, p in model.named_parameters() if f"optimizer.state.{n}.step" not in keys
         }
-        states = tuple(f"optimizer.state.{name}." for name in idle)
+        states = tuple(f"optimizer.state.{name}." for name in stateless)
         saved = {
             name: value
             for name, value in _tensors(model_state, optimizer_state).items()
@@ -175,11 +175,11 @@ class Checkpoints:
             optim_state_dict=restored,
             options=replace(_TRAINED, strict=False),
         )
-        for parameter in idle.values():
+        for parameter in stateless.values():
             optimizer.state.pop(parameter, None)
 
     def _settle(self) -> str:
-        """Wait for the one in the making; returns why it could not be written, or ""."""
+        """Wait for the pending checkpoint; returns why it could not be written, or ""."""
         pending, self._pending = self._pending, None
         return _problem(pending) if pending else ""
 
@@ -194,26 +194,26 @@ class Checkpoints:
         if warn:
             print(
                 f"warning: the checkpoint of step {writer.step} could not be written ({problem}). "
-                f"{self._what_is_left()} Training continues; make room before the next one is due.",
+                f"{self._newest_kept()} Training continues; make room before the next one is due.",
                 file=sys.stderr,
             )
 
-    def _what_is_left(self) -> str:
+    def _newest_kept(self) -> str:
         last = self.last()
         return f"That of step {last} is kept." if last else "There is none before it."
 
     def _choose(self) -> int:
-        found = _steps(self.folder)[::-1]
+        paths = _steps(self.folder)[::-1]
         damaged = []
-        for path in found:
+        for path in paths:
             if not (problem := _damage(path)):
                 break
             damaged.append((path, problem))
-        if found and len(damaged) == len(found):
+        if paths and len(damaged) == len(paths):
             reasons = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole ({reasons}). Restore the files, or move "
-                "the folder away to begin anew."
+                "the folder away to begin a new run."
             )
         for path, problem in damaged:
             aside = path.with_name(f"damaged-{path.name}")
@@ -221,14 +221,14 @@ class Checkpoints:
             path.rename(aside)
             print(
                 f"warning: {path} is damaged ({problem}) and was renamed to {aside.name}; going "
-                f"back to {found[len(damaged)].name}.",
+                f"back to {paths[len(damaged)].name}.",
                 file=sys.stderr,
             )
-        return _step(found[len(damaged)]) if found else 0
+        return _step(paths[len(damaged)]) if paths else 0
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """One safetensors file for each rank; rank 0 makes them visible when all are written."""
+    """Writer of one safetensors file per rank; rank 0 renames their folder when all are written."""
 
     def __init__(self, folder: Path, step: int, keep: int) -> None:
         self.step = step
@@ -237,13 +237,13 @@ class _Writer(HuggingFaceStorageWriter):
         super().__init__(str(folder / f".{self.target.name}.partial"), save_distributed=True)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
-        """Remove files of an earlier attempt; all ranks pass here before any writes."""
+        """Remove files of an earlier attempt; all ranks call it before any of them writes."""
         if is_coordinator:
             shutil.rmtree(self.path, ignore_errors=True)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
     def write_data(self, plan, planner) -> torch.futures.Future:
-        """Write this rank's file; gives [(name, digest)] for `finish`."""
+        """Write this rank's file; returns [(name, digest)] for `finish`."""
         results = super().write_data(plan, planner).wait()
         names = sorted({result.storage_data.relative_path for result in results})
         done = torch.futures.Future()
@@ -256,7 +256,7 @@ class _Writer(HuggingFaceStorageWriter):
         files = dict(pair for pairs in results for pair in pairs)
         if absent := [name for name in files if not (partial / name).exists()]:
             raise OSError(
-                f"rank 0 does not see {absent[0]} of another rank; --output must lie in a file "
+                f"rank 0 does not see {absent[0]} of another rank; --output must be in a file "
                 "system that all machines share"
             )
         manifest = json.dumps({"step": self.step, "files": files}, indent=2)
@@ -274,7 +274,7 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def _tensors(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
-    """The saved tensors. Other entries of the optimizer are settings, which stay as they are."""
+    """The tensors to save. Other entries of the optimizer are settings, which stay unchanged."""
     states = {f"model.{name}": value for name, value in model_state.items()}
     states |= {f"optimizer.{name}": value for name, value in optimizer_state.items()}
     return {name: value for name, value in states.items() if isinstance(value, torch.Tensor)}
@@ -301,7 +301,7 @@ def _digest(path: Path) -> dict[str, int | str]:
 
 
 def _damage(path: Path) -> str:
-    """The damage of a checkpoint, in a few words; "" when it is whole."""
+    """The damage of a checkpoint, in a few words; "" when it is intact."""
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
         present = {file.name for file in path.glob("*.safetensors")}
@@ -309,10 +309,10 @@ def _damage(path: Path) -> str:
             return f"{_MANIFEST} lists no files"
         if absent := sorted(files.keys() - present):
             return f"{absent[0]} is missing"
-        if strange := sorted(present - files.keys()):
-            return f"{strange[0]} does not belong to it"
+        if unlisted := sorted(present - files.keys()):
+            return f"{unlisted[0]} does not belong to it"
         with ThreadPoolExecutor() as pool:
-            found = dict(
+            digests = dict(
                 zip(files, pool.map(_digest, [path / name for name in files]), strict=True)
             )
     except OSError as error:
@@ -320,15 +320,15 @@ def _damage(path: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{_MANIFEST} cannot be read: {error}"
     for name, expected in files.items():
-        if found[name]["bytes"] != expected["bytes"]:
-            return f"{name} has {found[name]['bytes']} bytes of {expected['bytes']}"
-        if found[name] != expected:
+        if digests[name]["bytes"] != expected["bytes"]:
+            return f"{name} has {digests[name]['bytes']} bytes of {expected['bytes']}"
+        if digests[name] != expected:
             return f"the content of {name} has changed"
     return ""
 
 
 def _problem(done: Future) -> str:
-    """Why the disk did not take a checkpoint, "" when it did; any other error is raised."""
+    """The disk error of a checkpoint, "" when it was written; any other error is raised."""
     try:
         done.result()
     except CheckpointException as failed:
@@ -341,7 +341,7 @@ def _problem(done: Future) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's names to the disk, as fsync does for a file's content."""
+    """fsync of a folder, which brings the names in it to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

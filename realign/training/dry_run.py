@@ -28,7 +28,7 @@ from realign.modeling.loading import DTYPES, add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.training import fsdp, memory
 from realign.training.checkpoint import Checkpoints
-from realign.training.export import kept_dtype
+from realign.training.export import stored_dtype
 from realign.training.run_dir import base_of, check_settings, steps_done
 from realign.training.schedule import batches, rank_slice, total_steps
 from realign.training.setup import training_inputs
@@ -36,7 +36,7 @@ from realign.training.step import micro_batches
 from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, collect_leaves, refcache
 
-_SAMPLED = 64  # forwards that are laid out to know rows and padding
+_SAMPLED = 64  # forwards laid out to estimate rows and padding
 
 
 def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> str:
@@ -51,10 +51,10 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
     """
     imports = process_memory("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
-        own = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
-        # The digit pairs that a run would build for itself are built elsewhere.
-        elsewhere = replace(config, run=replace(config.run, output=scratch))
-        plan = Plan(config, prepare_pairs(config if own.exists() else elsewhere))
+        pairs_of_run = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
+        # Digit pairs that the run would build in its output folder are built elsewhere.
+        scratch_config = replace(config, run=replace(config.run, output=scratch))
+        plan = Plan(config, prepare_pairs(config if pairs_of_run.exists() else scratch_config))
         rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
         rows |= plan.memory(imports) | {"time": plan.duration(), "disk": plan.disk()}
     width = max(map(len, rows))
@@ -93,7 +93,7 @@ class Plan:
         attends, _ = attention.choose(
             config.model.attention, self.device, self.dtype, compiled=config.scale.compile
         )
-        # One with the same rows where fake tensors cannot run it.
+        # Fake tensors cannot run flex; sdpa has the same rows.
         self.layout_attention = "sdpa" if attends == "flex" else attends
         self.shards = self.ranks // config.scale.replicas
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
@@ -105,17 +105,17 @@ class Plan:
         inputs = training_inputs(config, pairs, self.layout_attention, meta=True)
         self.model, self.objective = inputs.model, inputs.objective
         self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
-        self.about = reference_logps.description(
+        self.description = reference_logps.description(
             self.vlm, inputs.processor, self.dtype, self.device, config.scale.kernels
         )
         self.per_image_token = self._per_image_token()
         self.forward_cost = cost_of(self.model, self.per_image_token, backward=False)
-        self.whole = sum(p.numel() for p in self.vlm.parameters())
+        self.parameters = sum(p.numel() for p in self.vlm.parameters())
         if self.lora:
             add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
         fsdp.wrap_layers(
             fsdp.trained_layers(self.model),
-            compiled=False,  # the same is kept
+            compiled=False,  # compiling keeps the same tensors
             checkpointed=config.scale.activation_checkpointing,
         )
         self.cost = cost_of(self.model, self.per_image_token)
@@ -125,9 +125,9 @@ class Plan:
         self.layouts = self._layouts()
 
     def _per_image_token(self) -> float:
-        """FLOP of the tower; 0 where it reads values, which are not there (Qwen's grids)."""
-        kept = self.dtype if self.lora else torch.float32
-        vlm = load_model(self.base, kept, self.layout_attention, meta=True)
+        """FLOP of the tower; 0 where it reads values, which fake tensors lack (Qwen's grids)."""
+        weights_dtype = self.dtype if self.lora else torch.float32
+        vlm = load_model(self.base, weights_dtype, self.layout_attention, meta=True)
         model = ForestModel(vlm, dtype=self.dtype)
         cpu = torch.device("cpu")
         with memory.fake_tensors(cpu):
@@ -138,7 +138,7 @@ class Plan:
                 return 0.0
 
     def _parts(self) -> list[np.ndarray]:
-        """Example indices of the forwards of rank 0, in the steps that are left, or the first."""
+        """Example indices of the first forwards of rank 0."""
         optim, parts = self.config.optim, []
         steps = batches(
             len(self.examples), optim.batch_size, self.config.run.seed, first=0, last=self.total
@@ -174,7 +174,7 @@ class Plan:
         return float(np.mean([layout.work[f"work/{name}"] for layout in self.layouts]))
 
     def model_rows(self) -> dict[str, str]:
-        """Objective, model, and the trained part of it."""
+        """Objective, model, and its trained part."""
         settings, kind = self.config.model, self.vlm.config
         how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
         everything = sum(p.numel() for p in self.model.parameters())
@@ -182,7 +182,7 @@ class Plan:
         sharing = "prompts shared" if separate is None else f"a prompt per response: {separate}"
         return {
             "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
-            "model": f"{self.base}: {kind.model_type}, {self.whole:,} parameters, "
+            "model": f"{self.base}: {kind.model_type}, {self.parameters:,} parameters, "
             f"{settings.dtype}, {self.model.attention} attention, {sharing}",
             "trains": f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
         }
@@ -198,7 +198,7 @@ class Plan:
         longest = max(example.longest_tree for example in self.examples)
         tokens, separate = self._mean("tokens"), self._mean("separate")
         cells = np.mean([layout.rows * layout.columns for layout in self.layouts])
-        known, folder = self._known(leaves)
+        cached, folder = self._cached_leaves(leaves)
         return {
             "records": f"{len(self.examples):,}, {len(self.store):,} distinct images",
             "tokens": f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
@@ -208,21 +208,21 @@ class Plan:
             f"sequences: {1 - tokens / separate:.1%} saved",
             "rows": f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
             f"{1 - tokens / cells:.1%} padding",
-            "references": f"{distinct:,} distinct leaves, {known:,} of them known{folder}",
+            "references": f"{distinct:,} distinct leaves, {cached:,} of them known{folder}",
         }
 
-    def _known(self, leaves) -> tuple[int, str]:
-        """Leaves in the fullest table whose fingerprint fits but for the weights, not read here."""
+    def _cached_leaves(self, leaves) -> tuple[int, str]:
+        """Leaves in the fullest table whose fingerprint fits; weights are not compared."""
         directory = Path(self.config.run.reference_cache or reference_logps.default_directory())
-        best, where = 0, ""
+        most, where = 0, ""
         for folder, parts in (refcache.tables(directory) if directory.is_dir() else {}).items():
-            if {k: v for k, v in parts.items() if k != "weights"} != self.about:
+            if {k: v for k, v in parts.items() if k != "weights"} != self.description:
                 continue
             with ReferenceCache.open(directory, parts, read_only=True) as cache:
                 present = leaves.keys[~cache.missing(leaves)]
-            if (count := len(set(present.tolist()))) > best:
-                best, where = count, f" in {folder} if its weights are these"
-        return best, where
+            if (count := len(set(present.tolist()))) > most:
+                most, where = count, f" in {folder} if its weights are these"
+        return most, where
 
     def schedule(self) -> str:
         """Steps, and how they are divided."""
@@ -235,7 +235,7 @@ class Plan:
         )
 
     def memory(self, imports: int) -> dict[str, str]:
-        """The largest moment of a rank, by part."""
+        """Peak memory of a rank, by part."""
         parts = self.memory_parts()
         if self.device.type == "cpu":
             parts["imported libraries"] = imports
@@ -249,17 +249,17 @@ class Plan:
         return {f"memory, {self.device.type}": summary} | rows
 
     def memory_parts(self) -> dict[str, int]:
-        """Bytes of a rank at its largest moment, without its imports."""
+        """Peak bytes of a rank by part, without its imports."""
         stored = sum(
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
         gathered = 0
         if self.config.sharded:
-            whole = fsdp.left_whole(
+            unsharded = fsdp.unsharded_parameters(
                 self.model, self.dtype, self.ranks, self.config.scale.cpu_offload
             )
             everything, *layers = (
-                sum(p.numel() for p in part.parameters() if p not in whole)
+                sum(p.numel() for p in part.parameters() if p not in unsharded)
                 for part in (self.model, *self.model.layers)
             )
             root = everything - sum(layers)
@@ -288,7 +288,7 @@ class Plan:
             "AdamW": 8 * shard,
             "activations, gradients": max(in_step, step.gradients),
         }
-        if self.config.scale.cpu_offload:  # these are in host memory
+        if self.config.scale.cpu_offload:  # weights and AdamW are in host memory
             parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
         if cpu:
             parts["checkpoint being written"] = 12 * shard
@@ -306,18 +306,18 @@ class Plan:
         size = fmean(len(layout.batch) for layout in self.layouts)
         reference_pass = forward / size * len(self.examples) / machine
         seconds = step / machine
-        left = seconds * (self.total - self.done)
+        remaining = seconds * (self.total - self.done)
         return (
-            f"at least {_clock(left)} for steps of {seconds:.2g} s, and up to "
+            f"at least {_clock(remaining)} for steps of {seconds:.2g} s, and up to "
             f"{_clock(reference_pass)} for references: {step / 1e12:,.3g} TFLOP a step at the "
             f"{machine / 1e12:,.3g} TFLOP/s of bare matrix products, just measured"
         )
 
     def disk(self) -> str:
         """Size of the outputs, and free space."""
-        whole = not self.lora or self.config.run.merge
-        stored = kept_dtype(self.base).itemsize if self.lora else 4
-        final = self.whole * stored if whole else self.learning * 4
+        writes_model = not self.lora or self.config.run.merge
+        stored = stored_dtype(self.base).itemsize if self.lora else 4
+        final = self.parameters * stored if writes_model else self.learning * 4
         place = Path(self.config.run.output).absolute()
         while not place.exists():
             place = place.parent
@@ -336,7 +336,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if began is None:  # the first one sets things up
+        if began is None:  # the first call initializes
             began = time.perf_counter()
         else:
             count += 1

@@ -22,11 +22,11 @@ from realign.modeling.model import ForestModel
 from realign.training.model_card import with_evaluation, without_adapter
 
 
-def kept_dtype(model: str) -> torch.dtype:
-    """The dtype that a whole model, or the base of an adapter, is kept in."""
-    kept = AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
-    assert isinstance(kept, torch.dtype)
-    return kept
+def stored_dtype(model: str) -> torch.dtype:
+    """The dtype in which a whole model, or the base of an adapter, is stored."""
+    dtype = AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def export_trained(
@@ -44,7 +44,7 @@ def export_trained(
     Every rank calls it; rank 0 writes.
 
     Args:
-        folder: where to write.
+        folder: folder to write.
         model: the trained module, sharded or not.
         adapter: the PEFT model around `model.vlm` when LoRA was trained, else None.
         processor: saved beside the weights.
@@ -89,8 +89,8 @@ def export_whole(
 
     Args:
         model: folder of an adapter or a whole model, or a name on the hub.
-        folder: where to write.
-        dtype: of the weights; that of the base when absent.
+        folder: folder to write.
+        dtype: dtype of the weights; that of the base when absent.
         evaluation: Markdown for the section "Evaluation" of the card.
 
     Returns:
@@ -98,26 +98,26 @@ def export_whole(
 
     Raises:
         ValueError: when the folder exists already, or there is no model or no card.
-        OSError: when it cannot be written; then nothing is left.
+        OSError: when it cannot be written; then no file remains.
     """
     check_folder("--output", folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there already and not empty; name another --output.")
     processor = load_processor(model)
     with _replaced(folder) as partial:
-        cast(load_model(model), dtype or kept_dtype(model)).save_pretrained(partial)
+        cast(load_model(model), dtype or stored_dtype(model)).save_pretrained(partial)
         processor.save_pretrained(partial)
         card = None
-        if (old := Path(model) / "README.md").exists():
-            card = old.read_text(encoding="utf-8")
+        if (old_card := Path(model) / "README.md").exists():
+            card = old_card.read_text(encoding="utf-8")
             card = without_adapter(card) if adapter_base(model) else card
         if evaluation is not None:
-            shown = with_evaluation(card, evaluation) if card else None
-            if shown == card:
+            evaluated = with_evaluation(card, evaluation) if card else None
+            if evaluated == card:
                 raise ValueError(
                     f"{model} has no model card of ours to show metrics in; leave out --metrics."
                 )
-            card = shown
+            card = evaluated
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -125,7 +125,7 @@ def export_whole(
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that replaces it at the end; after an error nothing is left."""
+    """A new folder beside `folder` that replaces it at the end; an error removes the new folder."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -144,7 +144,7 @@ def _save(
     adapter: PeftModel | None,
     base: str | None,
 ) -> None:
-    """Save weights, or the adapter, or with `base` the weights that it is merged into in fp32."""
+    """Save weights, or the adapter, or with `base` the base with the adapter merged in fp32."""
     weights = {name.removeprefix("vlm."): value for name, value in state.items()}
     if adapter is None:
         model.vlm.save_pretrained(folder, state_dict=weights)
@@ -153,6 +153,6 @@ def _save(
     adapter.save_pretrained(str(folder), state_dict=prefixed)
     if base is not None:
         merged = merge(put_on(load_model(base), folder))
-        cast(merged, kept_dtype(base)).save_pretrained(folder)
+        cast(merged, stored_dtype(base)).save_pretrained(folder)
         for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
             (folder / name).unlink(missing_ok=True)

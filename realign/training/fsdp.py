@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP, offload, and wrapped layers: a model over many ranks and in little memory.
+"""FSDP2, HSDP, CPU offload, and layers wrapped for compiling and checkpointing.
 
 Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts
 stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside of
@@ -81,13 +81,13 @@ def wrap_layers(layers: Iterable[nn.Module], *, compiled: bool, checkpointed: bo
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def left_whole(
+def unsharded_parameters(
     model: nn.Module, dtype: torch.dtype, ranks: int, cpu_offload: bool
 ) -> set[nn.Parameter]:
-    """Frozen parameters in their compute `dtype`, where one rank has them all on its device.
+    """Frozen parameters in their compute `dtype` that FSDP2 ignores, with one rank on its device.
 
-    There is nothing to gather, cast or reduce. FSDP2 would still copy each at every unshard, 27 GB
-    in forward and backward of a 7B model in bf16 (torch 2.11 and 2.13).
+    They need no gather, cast or reduction. FSDP2 would still copy each at every unshard, 27 GB in
+    forward and backward of a 7B model in bf16 (torch 2.11 and 2.13).
     """
     if ranks > 1 or cpu_offload:
         return set()
@@ -102,15 +102,15 @@ def shard(
     replicas: int = 1,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard in place with FSDP2 and move to `device`: layer by layer, then the rest, with the head.
+    """Shard a model in place with FSDP2 on `device`: each layer, then all other parts.
 
     Parameters are gathered and computed in `dtype`; gradients are reduced in fp32, to their mean
     over all ranks. Every rank gets the parameters and buffers of rank 0, so only rank 0 needs them.
 
     Args:
-        model: on rank 0 the whole model, in host memory; elsewhere it may be without weights, on
-            the meta device. No more than one layer is whole on a `device` at a time.
-        device: where this rank computes.
+        model: on rank 0 the whole model, in host memory; on other ranks it may be on the meta
+            device. At most one layer is unsharded on a `device` at a time.
+        device: device of this rank.
         dtype: fp32 or bf16.
         replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
         cpu_offload: keep sharded parameters in host memory.
@@ -118,12 +118,12 @@ def shard(
     shards = world_size() // replicas
     shape = {"replicate": replicas, "shard": shards} if replicas > 1 else {"shard": shards}
     mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-    whole = left_whole(model, dtype, world_size(), cpu_offload)
-    for parameter in whole:  # FSDP2 moves only those it manages
+    unsharded = unsharded_parameters(model, dtype, world_size(), cpu_offload)
+    for parameter in unsharded:  # FSDP2 moves only parameters that it manages
         parameter.data = parameter.data.to(device)
     options = {
         "mesh": mesh,
-        "ignored_params": whole,
+        "ignored_params": unsharded,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype if dtype != torch.float32 else None,
             reduce_dtype=torch.float32,
@@ -137,7 +137,7 @@ def shard(
     for unit in [*model.layers, model]:
         modules = [module for module in unit.modules() if module not in done]
         _receive_from_rank0(modules, device)
-        if unit is model or not whole.issuperset(unit.parameters()):
+        if unit is model or not unsharded.issuperset(unit.parameters()):
             fully_shard(unit, **options)
         done.update(modules)
     for method in ("logps", "image_features"):  # they gather weights as `forward` does
@@ -147,8 +147,8 @@ def shard(
 def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Replace the tensors that these modules themselves hold by those of rank 0, bit for bit.
 
-    Among them are buffers that no state dict has, such as rotary frequencies. What rank 0 ties is
-    tied everywhere: merging an adapter may untie there ends that the base's configuration ties.
+    Among them are buffers that no state dict has, such as rotary frequencies. All ranks tie what
+    rank 0 ties: merging an adapter there may untie ends that the configuration ties.
     """
     if world_size() == 1:
         return
@@ -162,8 +162,8 @@ def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> N
         for place, (table, name) in enumerate(slots)
     ]
     replaced: dict[int, torch.Tensor] = {}
-    for (table, name), sent in zip(slots, broadcast_from_rank0(lambda: local), strict=True):
-        expected, shape, dtype, place = sent
+    for (table, name), entry in zip(slots, broadcast_from_rank0(lambda: local), strict=True):
+        expected, shape, dtype, place = entry
         assert name == expected, f"rank {rank()} holds {name} where rank 0 holds {expected}"
         if place not in replaced:
             old = table[name]
@@ -172,7 +172,7 @@ def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> N
                 if rank() == 0
                 else torch.empty(shape, dtype=dtype, device=device)
             )
-            dist.broadcast(new.view(-1).view(torch.uint8), src=0)  # gloo knows few dtypes
+            dist.broadcast(new.view(-1).view(torch.uint8), src=0)  # gloo supports few dtypes
             replaced[place] = (
                 nn.Parameter(new, requires_grad=old.requires_grad)
                 if isinstance(old, nn.Parameter)
@@ -181,7 +181,7 @@ def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> N
         table[name] = replaced[place]
 
 
-def sync_gradients(model: nn.Module, wanted: bool) -> None:
-    """Reduce gradients in the next backward, or leave them, whole, to a later micro-batch."""
+def sync_gradients(model: nn.Module, reduce: bool) -> None:
+    """Reduce gradients in the next backward, or accumulate them unreduced for a later one."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(reduce)

@@ -22,7 +22,7 @@ _TOLERANCE = 1e-4  # relative, fp32; a norm with another offset or an MLP with G
 
 
 def check(device: torch.device) -> None:
-    """Refuse where liger's kernels cannot run.
+    """Check that liger's kernels can run.
 
     Raises:
         ValueError: without CUDA, or without liger-kernel.
@@ -34,10 +34,10 @@ def check(device: torch.device) -> None:
 
 
 def use(layers: Iterable[nn.Module], device: torch.device) -> str:
-    """Let liger compute the RMSNorm and SwiGLU modules in `layers`; returns a line that says which.
+    """Let liger compute the RMSNorm and SwiGLU modules in `layers`; returns their counts.
 
-    The first module of every class is tried on a random input, on `device`; a class for which
-    liger gives something else keeps its own forward.
+    The first module of every class is tried on a random input, on `device`; a class with
+    another result by liger keeps its own forward.
 
     Raises:
         ValueError: when there is no such module.
@@ -72,7 +72,7 @@ def _candidates(module: nn.Module) -> list[Callable]:
 
 
 def _agrees(module: Any, forward: Callable, device: torch.device) -> bool:
-    """Whether a copy of the module with random weights gives the same both ways, in fp32."""
+    """Whether a copy of the module with random weights agrees with `forward`, in fp32."""
     tried = copy.deepcopy(module).to_empty(device=device).float()  # it may be on the meta device
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -80,8 +80,8 @@ def _agrees(module: Any, forward: Callable, device: torch.device) -> bool:
             parameter.normal_(std=0.1, generator=generator)
         width = (tried.weight if hasattr(tried, "weight") else tried.gate_proj.weight).shape[-1]
         hidden = torch.randn(4, 8, width, device=device, generator=generator)
-        truth, found = tried(hidden), forward(tried, hidden)
-    return bool((found - truth).abs().max() <= _TOLERANCE * truth.abs().max())
+        expected, output = tried(hidden), forward(tried, hidden)
+    return bool((output - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 def _norm(
@@ -94,7 +94,7 @@ def _norm(
     from liger_kernel.ops import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
 
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    # The last argument but one: whether backward may write into the gradient it is given.
+    # The last argument but one: whether backward may overwrite its incoming gradient.
     return LigerRMSNormFunction.apply(hidden, norm.weight, epsilon, offset, casting, False, None)
 
 

@@ -1,8 +1,8 @@
-"""How much memory a run will take, found out without taking it.
+"""Estimate of the memory of a run, by fake tensors without storage.
 
-The model is built without storage and one real micro-batch goes through it, forward and backward,
-as fake tensors: torch computes shapes and dtypes only, for any architecture, LoRA or not. What
-would be alive is counted allocation by allocation. So no formula for a layer is needed.
+The model is built without storage, and one real micro-batch runs forward and backward through it as
+fake tensors: torch computes shapes and dtypes only, for any architecture, with LoRA or without.
+Live bytes are counted allocation by allocation, so no formula for a layer is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from realign.modeling.model import ForestModel
 from realign_kernels import workspace_bytes
 
 READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-"""Raised where a model needs the values of tensors, which fake ones do not have."""
+"""Errors where a model reads the values of tensors, which fake tensors lack."""
 
 HEAP = 1.5
 """Bytes that a CPU's process holds for a byte of live tensors in a step: glibc 2.36 keeps holes
@@ -41,12 +41,12 @@ PROCESS = 80 * 2**20
 
 
 class Trace(TorchDispatchMode):
-    """Records when tensors' memory is taken and given back inside the context."""
+    """Records allocations and frees of tensors inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[tuple[int, int]] = []  # (block, bytes), negative bytes when it ends
-        self._known = WeakIdKeyDictionary()
+        self.events: list[tuple[int, int]] = []  # (block, bytes), negative bytes for a free
+        self._blocks = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -56,38 +56,38 @@ class Trace(TorchDispatchMode):
         return out
 
     def _add(self, storage) -> None:
-        if storage in self._known or storage.nbytes() == 0:
+        if storage in self._blocks or storage.nbytes() == 0:
             return
         block = len(self.events)
-        self._known[storage] = block
+        self._blocks[storage] = block
         self.events.append((block, storage.nbytes()))
         weakref.finalize(storage, self.events.append, (block, -storage.nbytes()))
 
 
 def live_peak(events: Sequence[tuple[int, int]]) -> int:
     """Most bytes alive at one time."""
-    now = peak = 0
+    live = peak = 0
     for _, size in events:
-        now += size
-        peak = max(peak, now)
+        live += size
+        peak = max(peak, live)
     return peak
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Most bytes of one rank beyond weights and optimizer, by the moment."""
+    """Peak bytes of one rank beyond weights and optimizer, by phase."""
 
     training: int
     """Activations and gradients in forward and backward."""
     gradients: int
-    """Those among them that are gradients, when all are there."""
+    """Gradients among them, when all exist."""
     reference: int
     """A forward of the reference pass."""
 
 
 @contextmanager
 def fake_tensors(device: torch.device) -> Iterator[None]:
-    """Tensors made inside have no storage; checks that read values are off in transformers."""
+    """Create fake tensors inside; transformers' checks that read values are off."""
     with (
         mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -120,27 +120,27 @@ def measure(
     """Send a micro-batch through a model of fake tensors; call inside `fake_tensors`.
 
     Args:
-        model: with `give_fake_storage`, in the dtype it computes in.
+        model: after `give_fake_storage`, in its compute dtype.
         batch: the micro-batch, on the CPU.
-        device: whose memory is asked for.
-        forwards: micro-batches in a step of one rank: from the second on gradients are there.
-        ranks: over which gradients are sharded.
-        sharded: whether gradients are reduced to fp32 shards as they come.
+        device: the device whose memory is measured.
+        forwards: micro-batches in a step of one rank; from the second on gradients exist.
+        ranks: number of ranks that gradients are sharded over.
+        sharded: whether gradients are reduced to fp32 shards as they are computed.
     """
     batch = batch.to(device)
     with Trace() as trace, torch.no_grad():
         try:
             _loss(model, batch)
-        except READS_VALUES:  # the tower does, its grids or masks
+        except READS_VALUES:  # the tower reads its grids or masks
             batch = _with_features(model, batch)
             trace.events.clear()
             _loss(model, batch)
     reference = live_peak(trace.events)
-    kept: list[torch.Tensor] = []
+    shards: list[torch.Tensor] = []
 
     def reduce(parameter: nn.Parameter) -> None:
-        if len(kept) < len(trained):
-            kept.append(torch.empty(-(-parameter.numel() // ranks), dtype=torch.float32))
+        if len(shards) < len(trained):
+            shards.append(torch.empty(-(-parameter.numel() // ranks), dtype=torch.float32))
         parameter.grad = None
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -152,12 +152,12 @@ def measure(
             loss, workspace = _loss(model, batch)
             loss.backward()
             del loss, workspace
-    gradients = kept or [p.grad for p in trained if p.grad is not None]
+    gradients = shards or [p.grad for p in trained if p.grad is not None]
     return StepMemory(live_peak(trace.events), sum(g.nbytes for g in gradients), reference)
 
 
 def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:
-    """The same batch with features of its images, as lists: the tower is left out."""
+    """The same batch with features of its images, as lists, so the tower is skipped."""
     assert batch.images is not None
     config = model.vlm.config
     width = config.get_text_config().hidden_size
@@ -173,8 +173,8 @@ def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:
 def _loss(model: ForestModel, batch: ForestBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """A stand-in for the loss that holds as much as the head does, and the head's workspace.
 
-    The head reads its input's values, which are not there. It keeps a direction (N, H) in fp32,
-    fills a chunk of logits, and makes the gradient of a weight that learns in the forward.
+    The head reads its input's values, which fake tensors lack. It keeps a direction (N, H) in fp32,
+    fills a chunk of logits, and computes the gradient of a trained weight in the forward.
     """
     hidden = model._hidden(batch)
     head = model.vlm.get_output_embeddings()

@@ -2,7 +2,7 @@
 
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
 examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
-the losses of an objective's terms before they are weighted. Leaves without a name of their own are
+the losses of an objective's terms before they are weighted. Leaves without their own name are
 called `{response}_under_{image}`.
 """
 
@@ -22,7 +22,7 @@ def leaf_names(objective: Objective) -> list[str]:
     """The metric name of each leaf of an objective.
 
     The chosen response under the retrieved images is visual, visual_2, ... A rival leaf's name
-    says so, and it has no margins: its rewards are of other tokens than the response's.
+    ends with _rival, and it has no margins: its rewards are not those of the response's tokens.
     """
     return [_name(leaf) for leaf in objective.leaves]
 

@@ -19,8 +19,8 @@ _SHOWN = {
     "rewards/visual_accuracies": "share with the higher reward on the own image",
     "rewards/visual_margins": "mean margin of rewards, own image over retrieved",
 }
-_OURS = "preference-alignment"  # a tag
-_WHOLE = """from transformers import AutoModelForImageTextToText, AutoProcessor
+_TAG = "preference-alignment"  # marks cards of this project
+_FULL_MODEL = """from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
 processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
@@ -72,12 +72,12 @@ def model_card(
 
     Args:
         objective: its name.
-        settings: further ones, to be shown as they are.
-        base: folder or hub name of the model that was trained; a folder is named without its place.
+        settings: further settings, shown as they are.
+        base: folder or hub name of the model that was trained; a folder is shown by its name only.
         adapter: whether the folder holds an adapter, not a whole model.
         records: preference records.
         images: distinct images in them.
-        digests: of the base's weights and of the records, by the names to show.
+        digests: digests of the base's weights and of the records, by the names to show.
         last: the last step's line of metrics.jsonl; empty where there is none.
     """
     local = bool(base) and Path(base).is_dir()
@@ -86,14 +86,14 @@ def model_card(
         library_name="peft" if adapter else "transformers",
         base_model=base if base and not local else None,
         pipeline_tag="image-text-to-text",
-        tags=list(dict.fromkeys((_OURS, "vision-language", "dpo", objective))),
+        tags=list(dict.fromkeys((_TAG, "vision-language", "dpo", objective))),
     )
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_suffix(".md")),
         name=name,
         objective=objective,
-        code=(_ADAPTER if adapter else _WHOLE).replace("BASE", name),
+        code=(_ADAPTER if adapter else _FULL_MODEL).replace("BASE", name),
         records=records,
         images=images,
         digests=digests,
@@ -110,15 +110,15 @@ def without_adapter(card: str) -> str | None:
 
     None for a card of another trainer, which would still describe an adapter.
     """
-    if f"- {_OURS}\n" not in card or "```python\n" not in card:
+    if f"- {_TAG}\n" not in card or "```python\n" not in card:
         return None
     front, code = card.split("```python\n", 1)
     front = front.replace("library_name: peft", "library_name: transformers", 1)
-    return f"{front}```python\n{_WHOLE}\n```" + code.split("\n```", 1)[1]
+    return f"{front}```python\n{_FULL_MODEL}\n```" + code.split("\n```", 1)[1]
 
 
 def with_evaluation(card: str, section: str) -> str:
-    """The card with a section "Evaluation"; unchanged where it is no card of this module."""
+    """The card with a section "Evaluation"; unchanged where the card is not of this module."""
     return card.replace("\n## Versions\n", f"\n## Evaluation\n\n{section}\n\n## Versions\n", 1)
 
 

@@ -24,19 +24,19 @@ _FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
-    """Lock the output folder on rank 0; another run that asks for it is refused.
+    """Lock the output folder on rank 0; another run in it is refused.
 
-    The system releases the lock when the process ends in any way.
+    The system releases the lock when the process ends for any reason.
 
     Raises:
         CommonError: when another run holds it.
     """
 
-    with ExitStack() as held:
+    with ExitStack() as stack:
 
         def lock() -> None:
             output.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((output / ".lock").open("w"))
+            file = stack.enter_context((output / ".lock").open("w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -80,10 +80,10 @@ def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
 
     Raises:
         ValueError: when the folder holds a run and `resume` is off.
-        CheckpointError: when it holds checkpoints and none is whole.
+        CheckpointError: when it holds checkpoints and none is intact.
     """
     if config.run.resume:
-        return checkpoints.last_whole()
+        return checkpoints.last_intact()
     done, output = checkpoints.last(), Path(config.run.output)
     if done or (output / "metrics.jsonl").exists():
         raise ValueError(
@@ -126,23 +126,23 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     """
     output = Path(config.run.output)
     try:
-        old = json.loads((output / "run.json").read_text())
-        began = {"run": {}} | old["config"]
+        identity = json.loads((output / "run.json").read_text())
+        old_sections = {"run": {}} | identity["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{output / 'run.json'}, which holds the run's settings, cannot be read ({error!r}). "
             "Restore it, or name another --output."
         ) from error
-    new = config.to_dict()
-    sections = {name: new[name] for name in ("model", "data", "loss", "optim")}
-    sections["run"] = {"seed": new["run"]["seed"]}
+    settings = config.to_dict()
+    sections = {name: settings[name] for name in ("model", "data", "loss", "optim")}
+    sections["run"] = {"seed": settings["run"]["seed"]}
     changed = [
-        f"{name} ({began.get(section, {}).get(name)!r} -> {value!r})"
+        f"{name} ({old_sections.get(section, {}).get(name)!r} -> {value!r})"
         for section, values in sections.items()
         for name, value in values.items()
-        if name not in _FREE and began.get(section, {}).get(name) != value
+        if name not in _FREE and old_sections.get(section, {}).get(name) != value
     ]
-    changed += [f"the {name}" for name, digest in digests.items() if old.get(name) != digest]
+    changed += [f"the {name}" for name, digest in digests.items() if identity.get(name) != digest]
     if changed:
         raise ValueError(
             f"{output} began with other settings; changed since: {', '.join(changed)}. Resume with "

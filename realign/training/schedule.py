@@ -1,7 +1,7 @@
 """Schedule: examples of a step and of a rank, learning rate, random numbers.
 
 All of it follows from the settings and the step, so a run can resume at any step, on any number of
-ranks, without a state of its own.
+ranks, without saved state.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(step, example indices) of steps first+1 .. last: a fresh permutation for each epoch.
 
-    Batches run on from one epoch into the next, so all are full; they depend on the seed only.
+    Batches continue from one epoch into the next, so all are full; they depend only on the seed.
     """
     for step in range(first + 1, last + 1):
-        wanted = np.arange((step - 1) * batch_size, step * batch_size)
+        positions = np.arange((step - 1) * batch_size, step * batch_size)
         orders = {
             epoch: np.random.default_rng([seed, epoch]).permutation(count)
-            for epoch in set((wanted // count).tolist())
+            for epoch in set((positions // count).tolist())
         }
-        yield step, np.array([orders[i // count][i % count] for i in wanted.tolist()])
+        yield step, np.array([orders[i // count][i % count] for i in positions.tolist()])
 
 
 def rank_slice(batch_size: int, rank: int, ranks: int) -> slice:
-    """The part of every global batch that a rank takes.
+    """The slice of every global batch that a rank computes.
 
     Raises:
         ValueError: when the batch does not divide among the ranks.
@@ -60,7 +60,7 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Begin a step with random numbers (dropout) of its own, on CPU and GPU.
+    """Seed the random numbers (dropout) of a step, on CPU and GPU.
 
     A resumed run therefore draws the same numbers, without a saved state. Another number of ranks
     divides the examples differently, so their dropout masks differ.

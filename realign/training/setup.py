@@ -67,11 +67,11 @@ def load_inputs(
         base: folder or hub name of the model, or of an adapter.
         pairs: Parquet file or folder.
         loss: decides which responses under which images are needed.
-        dtype: in which the model computes.
-        weights_dtype: in which its weights are kept.
-        attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
+        dtype: compute dtype.
+        weights_dtype: dtype of the weights.
+        attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`.
         meta: build the model without weights, which rank 0 will send.
-        train_vision: whether the vision tower learns.
+        train_vision: whether the vision tower is trained.
         max_response_tokens: a longer response is an error.
         progress: whether to show a bar.
 
@@ -122,16 +122,16 @@ class Run:
 
     Attributes:
         config: its settings.
-        device: of this rank.
+        device: device of this rank.
         local: this rank's part of every global batch.
         inputs: model, objective, examples and their images.
-        adapter: the PEFT model around `inputs.model.vlm`; None where all weights learn.
+        adapter: the PEFT model around `inputs.model.vlm`; None where all weights are trained.
         trained: the trained parameters.
-        optimizer: over these.
-        fingerprint: of the reference log-probs, from before adapters and sharding.
-        digests: of base weights and pairs, the same when the run is resumed.
-        image_flop: of the vision tower for an image token.
-        checkpoints: in its output folder.
+        optimizer: optimizer of the trained parameters.
+        fingerprint: fingerprint of the reference log-probs, before adapters and sharding.
+        digests: digests of base weights and pairs, the same when the run is resumed.
+        image_flop: FLOP of the vision tower for an image token.
+        checkpoints: checkpoints in its output folder.
         done: step of the checkpoint to resume from, 0 for none.
         progress: whether this rank shows bars.
     """
@@ -169,9 +169,9 @@ def set_up(
     Args:
         config: the settings.
         pairs: the pairs to train on.
-        device: of this rank.
-        attention: of the language model, a key of `attention.IMPLEMENTATIONS`.
-        checkpoints: in the run's output folder.
+        device: device of this rank.
+        attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`.
+        checkpoints: checkpoints in the run's output folder.
         done: step of the checkpoint to resume from, 0 for none.
 
     Raises:
@@ -227,7 +227,7 @@ def reference_pass(run: Run) -> torch.Tensor:
     The model is the reference: nothing is trained or restored yet, and adapters are off.
     """
     config, inputs, optim = run.config, run.inputs, run.config.optim
-    distributed.ranks_part()
+    distributed.mark_ranks_diverged()
     if config.run.cache_vision:
         features = FeatureCache(feature_cache.default_directory(), run.fingerprint)
         size, store = optim.micro_batch_size, inputs.store

@@ -58,7 +58,7 @@ class MicroBatch:
         batch: their forest.
         references: (L, B) fp32 log-probs of the reference.
         work: (5,) fp64, `throughput.work_of`.
-        last: whether it is the last one of a step.
+        last: whether it is the last micro-batch of a step.
     """
 
     batch: ForestBatch
@@ -77,12 +77,12 @@ class Feed:
     """Lays out micro-batches on the host, in any thread.
 
     Attributes:
-        examples: those of the data set.
+        examples: all examples of the data set.
         references: (L, examples) fp32 log-probs of the reference.
         store: the images.
         attention: transformers' name of the implementation.
         row_tokens: most tokens in a row; 0 takes the best for the attention.
-        device: where the forward is; results are in pinned memory for CUDA.
+        device: device of the forward; results are in pinned memory for CUDA.
     """
 
     examples: Sequence[Example]
@@ -198,10 +198,10 @@ def train_step(
     norm = clip(run.trained, optim.clip)
     metrics, stopping = update_and_read(optimizer, totals, norm, optim.batch_size, bool(stop.name))
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        bad = nonfinite_records(
+        nonfinite = nonfinite_records(
             lambda part: forward_backward([feed(part)]), local_indices, run.trained
         )
-        names = [run.inputs.examples[i].name for i in bad]
+        names = [run.inputs.examples[i].name for i in nonfinite]
         raise NonFiniteStep(step, metrics, names, optim.batch_size)
     optimizer.zero_grad()
     return metrics | {"learning_rate": optimizer.param_groups[0]["lr"]}, stopping
@@ -267,9 +267,9 @@ def update_and_read(
     loss or norm is not finite the device leaves parameters and states as they are.
 
     Args:
-        optimizer: a fused one, which takes `found_inf` as from torch's GradScaler.
-        totals: sums of this rank, of `accumulate`.
-        norm: of the gradient of all ranks, of `clip`.
+        optimizer: a fused optimizer, which reads `found_inf` as from torch's GradScaler.
+        totals: sums of this rank, from `accumulate`.
+        norm: norm of the gradient of all ranks, from `clip`.
         batch_size: examples of all ranks.
         stop: whether this rank is to stop.
 
@@ -279,10 +279,10 @@ def update_and_read(
     summed = torch.stack([*totals.values()])
     summed = distributed.sum_over_ranks(torch.cat([summed, summed.new_full((1,), stop)]))
     norm = norm.to(summed, non_blocking=True)
-    decisive = torch.stack([summed[[*totals].index("loss")], norm])
+    checked = torch.stack([summed[[*totals].index("loss")], norm])
     # Offloaded parameters are on the CPU. The optimizer would copy the flag there without a wait.
-    where = optimizer.param_groups[0]["params"][0].device
-    found_inf = decisive.isfinite().all().logical_not().float().to(where)
+    parameter_device = optimizer.param_groups[0]["params"][0].device
+    found_inf = checked.isfinite().all().logical_not().float().to(parameter_device)
     optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue] - as GradScaler
     optimizer.step()
     *values, stopping, grad_norm = torch.cat([summed, norm[None]]).tolist()
@@ -299,19 +299,19 @@ def nonfinite_records(
 
     Every rank runs the same forwards and backwards, one example at a time. A gradient is the sum
     of all ranks', so where it is not finite each rank in turn repeats its example, beside finite
-    examples of other ranks. Where no example is finite, all remain suspects.
+    examples of other ranks. Where no example is finite, all stay suspects.
 
     Args:
         forward_backward: runs one example and returns the result of `accumulate`.
         local_indices: the examples of this rank.
-        parameters: the trained ones; their gradients are cleared.
+        parameters: trained parameters; their gradients are cleared.
 
     Returns:
         Indices of these examples, of all ranks; empty when each of them is finite.
     """
 
     def is_finite(index: int) -> tuple[bool, bool]:
-        """Of the loss of one example, and of the gradient of all ranks."""
+        """Whether the loss of one example is finite, and the gradient of all ranks."""
         for parameter in parameters:
             parameter.grad = None
         loss = forward_backward(np.array([index]))["loss"]
@@ -324,9 +324,9 @@ def nonfinite_records(
     suspects = [i for i, ok in zip(indices, gradients, strict=True) if not ok]
     if not any(gradients) or ranks == 1:
         return distributed.gather(suspects)
-    good = indices[gradients.index(True)]
+    finite = indices[gradients.index(True)]
     repeated = [
-        (i, turn, is_finite(i if turn == rank else good)[1])
+        (i, turn, is_finite(i if turn == rank else finite)[1])
         for i in suspects
         for turn in range(ranks)
     ]

@@ -49,14 +49,14 @@ PEAK_TFLOPS = {
     "L40S": (362, 183, 91.6),
     "L4": (121, 60, 30.3),
 }
-"""Dense bf16, TF32 and fp32 peaks by a part of the device's name, the first that fits. From
+"""Dense bf16, TF32 and fp32 peaks by a part of the device's name; the first match counts. From
 NVIDIA's data sheets of these products, whose figures with sparsity are halved."""
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s that a device's matrix products cannot exceed; None where it is not known.
+    """Peak FLOP/s of a device's matrix products; None for an unknown device.
 
-    fp32 products run as TF32 where `torch.set_float32_matmul_precision` lets them.
+    fp32 products run as TF32 where `torch.set_float32_matmul_precision` allows it.
     """
     words = device_name.replace("-", " ").split()
     for name, (bf16, tf32, fp32) in PEAK_TFLOPS.items():
@@ -67,7 +67,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def separate_tokens(example: Example) -> int:
-    """Tokens of an example whose every leaf is a sequence of its own."""
+    """Tokens of an example in which every leaf is a separate sequence."""
     return sum(len(example.roots[leaf.root].ids) + len(leaf.ids) for leaf in example.leaves)
 
 
@@ -75,8 +75,8 @@ def work_of(batch: ForestBatch, examples: Sequence[Example]) -> torch.Tensor:
     """Work of a batch, (5,) fp64 in the order of `WORK`, to be added up.
 
     `tokens` are those of its rows without padding, `separate` those of a sequence per leaf,
-    `responses` the rows that meet the vocabulary, `pairs` the (query, key) pairs of its attention
-    mask, windows and two-way blocks aside, `images` the tokens of its distinct images, 0 where
+    `responses` the rows of the head, `pairs` the (query, key) pairs of its attention mask without
+    windows and two-way blocks, `images` the tokens of its distinct images, 0 where
     their features are kept.
 
     Args:
@@ -126,13 +126,13 @@ def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> f
     Args:
         model: on `device`, sharded or not.
         store: the images.
-        device: where the model computes.
+        device: device of the model.
 
     Raises:
         ValueError: when the processor does not belong to the model.
     """
     first = next(iter(store.keys()))
-    counter = FlopCounterMode(display=False)  # knows no attention kernels but plain products
+    counter = FlopCounterMode(display=False)  # counts matrix products, not attention kernels
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model.image_features(store.batch([first]).to(device, model.dtype))
     return counter.get_total_flops() / store.tokens(first)
@@ -142,33 +142,33 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
     """FLOP of a unit of work: in training, or with adapters off and no backward.
 
     A product with n weights takes 2n FLOP forward, 2n for the gradient of its input and 2n for that
-    of its weights if they learn; attention takes 4 x width for a pair and layer, and 8 backward.
+    of trained weights; attention takes 4 x width for a pair and layer, and 8 backward.
 
     Args:
         model: whole or sharded.
-        per_image_token: of `image_flop`.
-        backward: whether there is one.
+        per_image_token: result of `image_flop`.
+        backward: whether to count the backward pass.
     """
     vlm, text = model.vlm, model.vlm.config.get_text_config()
     head = vlm.get_output_embeddings()
     assert head is not None
-    learns = backward and _learns(vlm.model.get_encoder("image"))
+    trains_tower = backward and _is_trained(vlm.model.get_encoder("image"))
     width = text.num_attention_heads * head_width(text)
     return Cost(
         token=_linear(vlm.model.get_decoder(), backward),
-        response=2 * _weights(head) * (1 + backward + (backward and _learns(head))),
+        response=2 * _weights(head) * (1 + backward + (backward and _is_trained(head))),
         pair=4 * width * text.num_hidden_layers * (3 if backward else 1),
-        image=per_image_token * (3 if learns else 1),
+        image=per_image_token * (3 if trains_tower else 1),
     )
 
 
 def _linear(part: nn.Module, backward: bool) -> float:
     """FLOP of one position through every matrix of a part."""
-    total, learns = 0, backward and _learns(part)
+    total, trained = 0, backward and _is_trained(part)
     for name, layer in part.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and (backward or "lora_" not in name):
             weights = layer.weight.numel()
-            total += 2 * weights * (1 + learns + (learns and layer.weight.requires_grad))
+            total += 2 * weights * (1 + trained + (trained and layer.weight.requires_grad))
     return total
 
 
@@ -176,7 +176,7 @@ def _weights(head: Any) -> int:
     return getattr(head, "base_layer", head).weight.numel()
 
 
-def _learns(part: nn.Module) -> bool:
+def _is_trained(part: nn.Module) -> bool:
     return any(p.requires_grad for p in part.parameters())
 
 
@@ -184,10 +184,10 @@ class Meter:
     """Rates of the steps of a run.
 
     Args:
-        model: the model as it is trained.
-        device: of this rank; the other ranks have the same.
-        dtype: in which it computes.
-        per_image_token: of `image_flop`.
+        model: the trained model.
+        device: device of this rank; other ranks have the same kind.
+        dtype: compute dtype.
+        per_image_token: result of `image_flop`.
     """
 
     def __init__(
@@ -199,14 +199,14 @@ class Meter:
     ) -> None:
         self._cost, self._device = cost_of(model, per_image_token), device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._peak = peak_flops(name, dtype)
+        self._peak_flops = peak_flops(name, dtype)
 
     def read(self, metrics: dict[str, float], batch_size: int, seconds: float) -> dict[str, float]:
         """The metrics of a step's speed; removes its work from `metrics`.
 
         Args:
             metrics: means over the examples of the global batch, the work among them.
-            batch_size: of the global batch.
+            batch_size: size of the global batch.
             seconds: duration of the step.
         """
         work = {name: metrics.pop(name) * batch_size for name in WORK}
@@ -218,28 +218,28 @@ class Meter:
             "response_tokens_per_second": work["work/responses"] / seconds,
             "peak_memory_gib": peak_memory(self._device) / 2**30,
         }
-        if self._peak:
-            limit = self._peak * distributed.world_size()
+        if self._peak_flops:
+            limit = self._peak_flops * distributed.world_size()
             rates["mfu"] = self._cost.of(work) / seconds / limit
         return rates
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of tensors on CUDA, of this whole process on a CPU."""
+    """Peak bytes so far: of tensors on CUDA, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_memory("VmHWM")
 
 
 def process_memory(field: str) -> int:
-    """Resident bytes of this process: now (VmRSS), or the most so far (VmHWM).
+    """Resident bytes of this process: now (VmRSS), or their peak (VmHWM).
 
-    From Linux's own account; `getrusage` gives the most so far elsewhere, and on Linux would count
-    the process that started this one.
+    Read from /proc on Linux, where `getrusage` would include the process that started this one.
+    Other systems use `getrusage`, which gives the peak.
     """
     status = Path("/proc/self/status")
     if status.exists():
         line = next(e for e in status.read_text().splitlines() if e.startswith(field))
         return int(line.split()[1]) * 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""Trackers of a run's metrics: JSONL always, lines and a bar, TensorBoard, W&B.
+"""Trackers of a run's metrics: JSONL, console, TensorBoard, W&B.
 
 A tracker takes the entries of steps, one after another, and is closed at the end. A resumed run
 continues each of them: entries of steps that are run again replace those of the killed run.
@@ -27,18 +27,18 @@ class Tracker(AbstractContextManager, Protocol):
     """Takes metrics; used as a context, whose end writes pending entries."""
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Take the metrics of one step; `step` and `epoch` are among them."""
+        """Write the metrics of one step; `step` and `epoch` are among them."""
 
 
 def check_packages(run: RunConfig) -> None:
-    """Check that the packages of the chosen trackers are installed; called before any work.
+    """Check that the packages of the requested trackers are installed; called before any work.
 
     Raises:
         ValueError: names the package and how to install it.
     """
-    asked = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
-    for package, wanted in asked.items():
-        if wanted and package not in sys.modules and importlib.util.find_spec(package) is None:
+    requested = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
+    for package, is_set in requested.items():
+        if is_set and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"--{package} needs the package {package}, which is not installed: "
                 f"pip install 'realign[{package}]', or leave the flag out."
@@ -50,30 +50,30 @@ class Trackers(ExitStack):
 
     Args:
         config: the settings; `run` names the trackers.
-        name: of the bar.
+        name: title of the bar.
         total: steps of the whole run.
-        done: steps that are done already.
+        done: steps already done.
     """
 
     def __init__(self, config: TrainConfig, name: str, *, total: int, done: int) -> None:
         super().__init__()
-        self._all: list[Tracker] = []
+        self._trackers: list[Tracker] = []
         if rank() > 0:
             return
         run, output = config.run, Path(config.run.output)
-        self._all.append(JsonlLog(output / "metrics.jsonl", keep_steps=done))
+        self._trackers.append(JsonlLog(output / "metrics.jsonl", keep_steps=done))
         if run.tensorboard:
-            self._all.append(TensorBoardLog(output / "tensorboard", done))
+            self._trackers.append(TensorBoardLog(output / "tensorboard", done))
         if run.wandb is not None:
-            self._all.append(WandbLog(run.wandb, output, config.to_dict(), done))
+            self._trackers.append(WandbLog(run.wandb, output, config.to_dict(), done))
         if not run.quiet:
-            self._all.append(Console(name, total=total, done=done, every=run.log_every))
-        for tracker in self._all:
+            self._trackers.append(Console(name, total=total, done=done, every=run.log_every))
+        for tracker in self._trackers:
             self.enter_context(tracker)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Give an entry to all."""
-        for tracker in self._all:
+        """Write an entry to all trackers."""
+        for tracker in self._trackers:
             tracker.write(entry)
 
 
@@ -82,7 +82,7 @@ class Console(Tracker):
 
     def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
         self._total, self._every = total, every
-        # disable=None: no bar, and so no carriage return, where stderr is no terminal
+        # disable=None: no bar, hence no carriage return, where stderr is not a terminal
         self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -117,19 +117,19 @@ class WandbLog(Tracker):
     """A run of Weights & Biases, under an id that is kept in the output folder.
 
     `WANDB_MODE=offline` needs no network; `wandb sync` uploads it later. W&B keeps the first values
-    of a step, which are those of the repeated step, too.
+    of a step, and a repeated step gives the same values.
     """
 
     def __init__(self, project: str, output: Path, config: dict[str, Any], done: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports] - optional
 
-        kept = output / _RUN_ID
-        known = kept.read_text().strip() if done and kept.exists() else None
+        id_file = output / _RUN_ID
+        run_id = id_file.read_text().strip() if done and id_file.exists() else None
         try:
             self._run = wandb.init(
                 project=project,
-                id=known,
-                resume="allow" if known else None,
+                id=run_id,
+                resume="allow" if run_id else None,
                 dir=str(output),
                 name=output.name,
                 config=config,
@@ -138,7 +138,7 @@ class WandbLog(Tracker):
             raise ValueError(
                 f"--wandb {project}: {error}. Log in with `wandb login`, or set WANDB_MODE=offline."
             ) from error
-        write_whole(kept, self._run.id + "\n")
+        write_whole(id_file, self._run.id + "\n")
 
     def write(self, entry: dict[str, Any]) -> None:
         self._run.log(dict(_scalars(entry)), step=entry["step"])

@@ -132,7 +132,7 @@ def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
         max_logit, (sum_exp, divisor, logit) = highest, sums
     # logit - logit is 0, but NaN where it is inf: an overflow must not read as certainty.
     logit_gap = logit - max_logit - sum_exp.log() + (logit - logit)
-    # It is 0 only if there are no other tokens; the product that it divides is 0, too.
+    # It is 0 only if there are no other tokens; then the product that it divides is also 0.
     safe = divisor.clamp(min=torch.finfo(sum_exp.dtype).tiny) / scale
     logps, one_minus_p = F.logsigmoid(logit_gap), torch.sigmoid(-logit_gap)
     return Scores(logps, one_minus_p, stats.target, safe, stats.dz_dlogit)

@@ -84,7 +84,7 @@ def chunk_step(rows: int, limit: int, width: int, device: torch.device) -> int:
 def kept_rows(chunk: int, width: int, device: torch.device) -> int:
     """Rows whose E is kept until one product gives the gradient of a weight (V, width).
 
-    Twice a chunk, so that few examples fall apart. On CUDA at least 2 * width rows: their E is as
+    Twice a chunk, so that few examples are split. On CUDA at least 2 * width rows: their E is as
     large as the fp32 sum of several such gradients, which is then not needed. On the CPU E
     overwrites its logits.
     """
@@ -98,9 +98,9 @@ def workspace_bytes(
 
     Args:
         rows: response rows.
-        width: of the head.
-        vocabulary: of the head; with a process group, that of a rank.
-        device: of the tensors.
+        width: width of the head.
+        vocabulary: rows of the head; with a process group, those of a rank.
+        device: device of the tensors.
         trains: whether the head trains.
     """
     device = torch.device(device)

@@ -94,7 +94,7 @@ class _Chunks:
         return self.kernels.row_stats(logits, labels, *settings, runner_up, exp_logits)
 
     def hidden_grad(self, scores: Scores, factor: Tensor, out: Tensor) -> None:
-        """Gradient of the hidden states that were scored last, in fp32 but for the inputs.
+        """Gradient of the hidden states that were scored last, in fp32 except for its inputs.
 
         out = factor * (dz_dlogit * W[target] - (E W) / sum_exp)
         """
@@ -159,7 +159,7 @@ class _Sums:
             kernels.gemm(exp_logits.T, columns, out=self.bias, accumulate=True)
 
     def gradients(self) -> Gradients:
-        """In the dtypes of the inputs, but for hidden's."""
+        """Gradients in the dtypes of the inputs, except that of hidden."""
         weight, dtype = self.weight, self.chunks.head.weight.dtype
         if weight is not None and not self.started:
             weight.zero_()

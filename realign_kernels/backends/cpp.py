@@ -131,7 +131,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 class CppKernels(TorchKernels):
-    """GEMM and row kernel of the extension; the rest of torch."""
+    """GEMM and row kernel of the extension; torch for everything else."""
 
     def buffers(
         self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool

@@ -114,7 +114,7 @@ def choose(device: torch.device, dtype: torch.dtype, override: str = "") -> Choi
 
 
 def current_override() -> str:
-    """What `use_backend` asks for here; empty outside of it."""
+    """The setting of `use_backend`; empty outside of it."""
     return _override.get()
 
 

@@ -1,4 +1,4 @@
-"""What an objective is: named leaves, the terms that compare their rewards, and beta."""
+"""`Objective`: named leaves, the terms that compare their rewards, and beta."""
 
 import math
 import numbers
@@ -15,7 +15,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Leaf(NamedTuple):
-    """Which response is read under which image: two field names of a preference record."""
+    """A response under an image: two field names of a preference record."""
 
     response: str
     image: str
@@ -32,7 +32,7 @@ VISUAL = Leaf("chosen", "retrieved_image")
 
 
 class PreferenceOutput(NamedTuple):
-    """Result of an objective. loss and logps carry gradient, the rest is detached."""
+    """Result of an objective. loss and logps carry gradient, other fields are detached."""
 
     loss: Tensor  # (), or (B,) with reduction="none"
     logps: Tensor  # (L, B), summed over tokens

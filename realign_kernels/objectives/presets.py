@@ -1,4 +1,4 @@
-"""The methods of the family, a few lines each.
+"""Presets: the published objectives, a few lines each.
 
 In the formulas r(y, u) is the reward of response y under image u, beta times its log-ratio of
 policy and reference; w, l the chosen and the rejected response, v the image, v' the retrieved one
@@ -231,7 +231,7 @@ def chip(beta: float = 0.1) -> Objective:
 
 
 def released(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
-    """What the code released with Re-Align (arXiv 2502.13146) computes. To reproduce it only.
+    """The loss of the code released with Re-Align (arXiv 2502.13146), only to reproduce it.
 
     l(r(w,v) - R(l,v)) + visual_weight l(r(w,v) - R(w,v')), where R sums, over the positions of the
     response, the log-prob of the strongest token that is *not* the label (top-1, or top-2 where

@@ -1,4 +1,4 @@
-"""Links: how the rewards of a few leaves become one loss.
+"""Terms: losses of the rewards of a few leaves.
 
 Each is a frozen dataclass, a pure function of rewards (L, B) that returns (B,). Values and
 gradients are finite and right for far rewards (1e4 in fp32): differences of rewards first, then a
@@ -24,7 +24,7 @@ class Term:
     that mixes examples, such as centering rewards over the batch, can be a term.
 
     Fields are numbers, strings or tuples of them, so that terms can be compared and hashed. A
-    subclass with checks of its own calls super().__post_init__() in them.
+    subclass with further checks calls super().__post_init__() in them.
     """
 
     name: str

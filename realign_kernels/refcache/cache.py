@@ -8,7 +8,7 @@ Every method takes forests or, to hash a large data set once only, `collect_leav
 
 A leaf's key is a digest of its images, prompt and response (`keys.py`), so the learning rate, the
 batch size and the order of records do not change it. Everything else that decides a log-prob is in
-the fingerprint; each fingerprint has a table of its own, in a folder of its own. `store.py` has the
+the fingerprint; each fingerprint has its own table, in its own folder. `store.py` has the
 table, which is append-only and survives kill -9; `fill.py` has the pass over the model.
 """
 
@@ -33,7 +33,7 @@ from realign_kernels.refcache.store import compact_table, open_table
 
 _ABOUT = "table.json"
 _ROUNDING = 1e-3
-"""A sum of log-probs above 0 by more than this is no log-prob, in nats."""
+"""Largest value above 0 that rounding may give a sum of log-probs, in nats."""
 
 
 class References(NamedTuple):
@@ -103,7 +103,7 @@ class ReferenceCache:
         return cls(directory, fingerprint, **options)
 
     def missing(self, forests: Sequence[Forest] | Leaves) -> NDArray[np.bool_]:
-        """Which leaves have no log-prob here yet, (leaves,), written by others included."""
+        """Mask of the leaves without a log-prob here, (leaves,); other processes' writes count."""
         return self.find(collect_leaves(forests).keys)[1] == 0
 
     def lookup(self, forests: Sequence[Forest] | Leaves) -> References:
@@ -116,7 +116,7 @@ class ReferenceCache:
         leaves = collect_leaves(forests)
         keys, lengths = leaves.keys, leaves.lengths
         logps, counts = self._table.lookup(keys)
-        if not counts.all():  # perhaps another process has written them meanwhile
+        if not counts.all():  # another process may have written them
             logps, counts = self.find(keys)
         if not counts.all():
             absent = np.flatnonzero(counts == 0)
@@ -138,13 +138,13 @@ class ReferenceCache:
         forests: Sequence[Forest] | Leaves,
         logps: ArrayLike,  # (leaves,) summed over response tokens
     ) -> int:
-        """Keep log-probs computed elsewhere; returns how many were new.
+        """Store log-probs computed elsewhere; returns the number of new ones.
 
         Of a leaf that is known the value stays that is there.
 
         Raises:
             ValueError: another number of log-probs than leaves, or one that is not finite.
-            OSError: they could not be written; what was written before is kept.
+            OSError: they could not be written; log-probs written before are kept.
         """
         leaves = collect_leaves(forests)
         values = np.ascontiguousarray(logps, dtype=np.float64)
@@ -164,7 +164,7 @@ class ReferenceCache:
         batch_rows: int = 8,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> reference_pass.Filled:
-        """Compute what is missing, each distinct leaf once, and write it batch by batch.
+        """Compute missing log-probs, each distinct leaf once, and write them batch by batch.
 
         `pack_forest` lays out all leaves of all forests, longest trees first, known or not. So a
         pass that was killed resumes with the same batches, and its values are the same bits. Where
@@ -174,7 +174,7 @@ class ReferenceCache:
         a part; afterwards all ranks can look everything up, with a shared folder or without.
 
         Args:
-            model: takes what `build` returns; gives per-token log-probs, (N,) fp32 on any device,
+            model: takes the output of `build`; gives per-token log-probs, (N,) fp32 on any device,
                 leaf after leaf in the order given. It runs without gradients: a module under
                 torch.inference_mode; one with FSDP2 in it (whose gathered parameters would stay
                 inference tensors) and any other callable under no_grad. All ranks call it equally
@@ -185,7 +185,7 @@ class ReferenceCache:
             row_tokens: most tokens in a row of the forest; raised to the longest root with one leaf
                 if need be.
             batch_rows: rows in one forward.
-            on_batch: told (leaves, tokens of their roots and responses) after each batch.
+            on_batch: called with (leaves, tokens of their roots and responses) after each batch.
 
         Raises:
             ValueError: a setting is below 1, the model returned another number of
@@ -221,7 +221,7 @@ class ReferenceCache:
         logps: NDArray[np.float64],  # (n,)
         counts: NDArray[np.int32],  # (n,)
     ) -> int:
-        """Append what is not known yet; returns how many that were. Raises as `insert` does.
+        """Append new log-probs; returns their number. Raises as `insert` does.
 
         Raises:
             ValueError: for a positive log-prob; nothing is written then.
@@ -236,11 +236,11 @@ class ReferenceCache:
         if not len(keys):
             return 0
         self.prepare()
-        self._table.refresh()  # what others wrote meanwhile stays
+        self._table.refresh()  # other writers' records stay
         return self._table.insert(keys, logps, counts)
 
     def prepare(self) -> None:
-        """Make the folder ready to be written, or raise; says in it what the fingerprint is of.
+        """Prepare the folder for writing, or raise; write the parts of the fingerprint into it.
 
         Raises:
             ValueError: when the cache was closed.
@@ -257,13 +257,13 @@ class ReferenceCache:
                 str(self.folder),
             )
         if not about.exists():
-            # Threads and machines may do this at once: a process number is no name of one's own.
+            # Threads and machines may do this at once: a process id is not a unique name.
             partial = about.with_name(f".{_ABOUT}.{uuid.uuid4().hex}")
             partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
             partial.replace(about)
 
     def refresh(self) -> int:
-        """Read what other processes wrote since; returns the number of new leaves."""
+        """Read new records of other processes; returns the number of new leaves."""
         return self._table.refresh()
 
     def stats(self) -> dict[str, Any]:
@@ -297,7 +297,7 @@ class ReferenceCache:
         self._table.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its path: the other process opens it anew, with a log of its own."""
+        """Pickled as its path: the other process opens it again, with its own log."""
         return _reopen, (self.directory, self.fingerprint, self.read_only)
 
     def __enter__(self) -> ReferenceCache:
@@ -314,7 +314,7 @@ class ReferenceCache:
             raise ValueError(f"{what} needs a cache that was not opened with read_only=True")
 
     def _ensure_folder(self) -> None:
-        """Somebody may have removed it meanwhile; what was read is still in memory."""
+        """Create a folder that another process removed; records read before are in memory."""
         if not self.read_only and not self._closed:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -347,7 +347,7 @@ def tables(directory: str | os.PathLike[str]) -> dict[Path, dict[str, str]]:
 
 
 def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read all logs of one table (a folder of `tables`) and count what is in them.
+    """Read all logs of one table (a folder of `tables`) and count their records.
 
     Returns:
         records (distinct leaves), logs, bytes, bad (unreadable records), torn_bytes (of records cut
@@ -364,7 +364,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def compact(folder: str | os.PathLike[str]) -> dict[str, int]:
     """Merge the logs of one table (a folder of `tables`) without duplicates and bad records.
 
-    Safe beside readers and writers: logs being written are left alone.
+    Safe beside readers and writers: logs being written are skipped.
 
     Returns:
         Counts: records, bytes_before, bytes_after, logs_merged, logs_in_use, bad_dropped,

@@ -31,7 +31,7 @@ class Filled(NamedTuple):
     leaves: int  # log-probs that were missing
     tokens: int  # of the rows that were computed, prompts once for all leaves under them
     batches: int
-    recomputed: int  # leaves that were known, but share a batch with missing ones
+    recomputed: int  # cached leaves that share a batch with missing ones
     seconds: float
 
 
@@ -66,7 +66,7 @@ def plan(
     """Distinct wanted leaves packed into rows, and rows into batches, the longest first.
 
     row_tokens is raised to the longest root with one leaf if need be, as training does. A batch is
-    whole rows of one packing, so packing its leaves alone gives the same rows again.
+    whole rows of one packing, so packing only its leaves gives the same rows again.
     """
     selected = np.flatnonzero(wanted)
     longest = int((leaves.root_lengths[leaves.roots] + leaves.lengths).max(initial=0))
@@ -123,7 +123,7 @@ def fill(
     batch_rows: int,
     on_batch: Callable[[int, int], None] | None,
 ) -> Filled:
-    """Compute and keep what `store` lacks; see `ReferenceCache.fill`.
+    """Compute and store the log-probs that `store` lacks; see `ReferenceCache.fill`.
 
     Raises:
         ValueError: when a log-prob is not finite; names leaf and forest.
@@ -187,7 +187,7 @@ def _built(
     leaves: Leaves,
     build: Callable[[Sequence[tuple[int, int]]], Any],
 ) -> Iterator[tuple[Batch, Any, bool]]:
-    """(batch, model input, spare); a thread builds the next one meanwhile."""
+    """(batch, model input, spare); a thread builds the next one during a forward."""
     with ThreadPoolExecutor(1) as pool:
         ahead: deque[tuple[Batch, Any, bool]] = deque()
         for batch, spare in batches:
@@ -212,7 +212,7 @@ def _check_logps(logps: Any, count: int) -> None:
 
 
 def _is_whole(model: Callable[[Any], torch.Tensor]) -> bool:
-    """Whether no part of it is sharded: gathered parameters would stay inference tensors."""
+    """Whether no part is sharded: gathered parameters would stay inference tensors."""
     model = getattr(model, "__self__", model)  # of a method
     if not isinstance(model, torch.nn.Module):
         return False  # a function may call a sharded module
@@ -220,7 +220,7 @@ def _is_whole(model: Callable[[Any], torch.Tensor]) -> bool:
 
 
 def _check_ranks_agree(store: Store, leaves: Leaves, row_tokens: int, batch_rows: int) -> None:
-    """Ranks divide and exchange leaves by index, so all must have the same ones."""
+    """Check that all ranks have the same leaves, since they exchange leaves by index."""
     if not _distributed():
         return
     here = {
@@ -240,7 +240,7 @@ def _check_ranks_agree(store: Store, leaves: Leaves, row_tokens: int, batch_rows
 
 
 def _rank_slice(batches: list[Batch]) -> list[tuple[Batch, bool]]:
-    """This rank's batches; all get as many, for collectives: the last one may be a spare."""
+    """This rank's batches, as many as on every rank, for collectives: the last may be a spare."""
     ranks, rank = _ranks()
     own = [(batch, False) for batch in batches[rank::ranks]]
     if len(own) < -(-len(batches) // ranks):
@@ -249,14 +249,14 @@ def _rank_slice(batches: list[Batch]) -> list[tuple[Batch, bool]]:
 
 
 def _anywhere(known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Known on any rank: ranks of other machines may have folders of their own."""
+    """Leaves cached on any rank: ranks of other machines may have their own folders."""
     if not _distributed():
         return known
     return _reduce_max(torch.from_numpy(known.astype(np.uint8))).numpy().astype(bool)
 
 
 def _exchange(store: Store, leaves: Leaves) -> None:
-    """Give every rank what it cannot read from its own folder."""
+    """Give every rank the log-probs that it cannot read from its own folder."""
     if not _distributed():
         return
     dist.barrier()
@@ -266,10 +266,8 @@ def _exchange(store: Store, leaves: Leaves) -> None:
         return
     logps = _reduce_max(torch.from_numpy(np.where(counts > 0, logps, -np.inf))).numpy()
     if np.isneginf(logps).any():
-        raise ValueError(
-            "a log-prob that was computed is nowhere to be found; was the folder removed?"
-        )
-    # Ranks of one machine share a folder: one of them writes, the others read it then.
+        raise ValueError("a computed log-prob is missing; was the folder removed?")
+    # Ranks of one machine share a folder: one of them writes, then the others read.
     for turn in (True, False):
         if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
             absent = store.find(leaves.keys)[1] == 0
@@ -278,7 +276,7 @@ def _exchange(store: Store, leaves: Leaves) -> None:
 
 
 def _ranks() -> tuple[int, int]:
-    """How many processes share the work, and which of them this is."""
+    """The number of processes that share the work, and the index of this one."""
     return (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
 
 

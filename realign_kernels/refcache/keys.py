@@ -1,4 +1,4 @@
-"""What a reference log-prob belongs to: leaves, their keys and their lengths.
+"""Keys and lengths of leaves, which identify reference log-probs.
 
 A leaf is a response under a root, (images, prompt). Its key is a digest of the three and of nothing
 else: a change of one token or one pixel is another key, and nothing about a run is in it.
@@ -59,14 +59,14 @@ class Leaves:
 
 
 def collect_leaves(forests: Sequence[Forest] | Leaves) -> Leaves:
-    """Keys, lengths and roots of all leaves of all forests; what is collected already comes back.
+    """Keys, lengths and roots of all leaves of all forests; `Leaves` are returned unchanged.
 
     A key is blake2b-128 over the root's digest, whether the leaf is a rival, and the response ids;
     a root's digest is over its images' digests and its prompt ids. Token ids count as int64,
-    whatever their dtype. About 5 us per leaf.
+    independent of dtype. About 5 us per leaf.
 
     Raises:
-        ValueError: an image is no digest, or ids are no flat array of integers.
+        ValueError: an image is not a digest, or ids are not a flat array of integers.
     """
     if isinstance(forests, Leaves):
         return forests

@@ -20,7 +20,7 @@ _INT64_MAX = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, eq=False)
 class ForestPacking:
-    """Where every tree and every leaf stands. Trees are in row-major order: row, then column.
+    """The places of all trees and leaves. Trees are in row-major order: row, then column.
 
     A root that was split over several trees appears in each of them. All arrays are int64.
     """
@@ -59,7 +59,7 @@ def pack_forest(
     room that still holds them (ties: smallest row). A tree that fits into a row is never split. One
     that does not becomes several trees that repeat the root; its leaves are spread over them by the
     same rule. Inside a tree the root comes first, then its leaves in index order. The result
-    depends on the arguments alone, not on platform, threads or whether the extension was built.
+    depends only on the arguments, not on platform, threads or whether the extension was built.
 
     A million leaves take 0.1 to 0.3 s on one core (6 s in pure Python). Whole trees leave gaps that
     shrink as rows grow: trees of about 880 tokens (two responses under 576 image tokens and a

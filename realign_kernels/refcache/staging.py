@@ -1,6 +1,6 @@
 """Per-token log-probs of a forward to the host, as one fp64 sum per leaf, without a wait.
 
-`Staging` is a ring: push enqueues and returns, so the device goes on with the next forward, and pop
+`Staging` is a ring: push enqueues and returns, so the device starts the next forward, and pop
 waits for the oldest sums only. csrc/staging/staging.h does it on the CPU and, in a CUDA build, on
 the GPU; elsewhere `_TorchRing` does. All add up in the order of `leaf_sums`, bit for bit.
 """
@@ -59,14 +59,14 @@ class _ExtensionRing:
 
 
 class _TorchRing:
-    """Takes the tokens to the host and adds there: a few tens of KB, and any device can do it."""
+    """Copies tokens to the host and adds them there: a few tens of KB, from any device."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._taken: deque[tuple[Tensor, NDArray[np.int64], Any]] = deque()
 
     def push(self, values: Tensor, offsets: NDArray[np.int64]) -> None:
-        # Only into pinned memory does a copy not wait. Other devices wait here, as .cpu() does.
+        # Only a copy into pinned memory does not wait. Other devices wait here, as .cpu() does.
         host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=self._cuda)
         host.copy_(values, non_blocking=self._cuda)
         done = torch.cuda.current_stream(values.device).record_event() if self._cuda else None
@@ -81,12 +81,12 @@ class _TorchRing:
 
 
 class Staging:
-    """A ring of `slots` forwards whose sums are on their way to the host.
+    """A ring of `slots` forwards whose sums are being copied to the host.
 
     Args:
         device: where the values will be.
-        slots: how many pushes may be pending; with 2 the device computes one forward while the host
-            reads the sums of the one before.
+        slots: number of pushes that may be pending; with 2 the device computes one forward while
+            the host reads the sums of the previous one.
     """
 
     def __init__(self, device: torch.device, slots: int = 2) -> None:
@@ -96,11 +96,11 @@ class Staging:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.slots = slots
-        # `backend` says in a line who adds up, and why.
+        # `backend` names the implementation of the sums, and the reason, in a line.
         self._ring, self.backend = _make_ring(extension(), device, slots)
-        # A tensor that its owner drops goes back to torch's allocator, which knows nothing of this
-        # ring. Where it was made on another stream than the one it is read on, that other stream
-        # could be given the memory before the sums are taken from it.
+        # A tensor that its owner drops returns to torch's allocator, which does not know this ring.
+        # If it was made on another stream than the one that reads it, that other stream could get
+        # the memory before the sums are computed.
         self._alive: deque[Tensor] = deque()
 
     def push(

@@ -1,6 +1,6 @@
 """Reference log-probs by key, kept across runs and shared by processes: `open_table`.
 
-A table is a folder. With the C++ extension every writer appends to a log of its own in it, and
+A table is a folder. With the C++ extension every writer appends to its own log in it, and
 every opener reads all logs into memory (csrc/refcache/table_log.h has the format). Without the
 extension the folder holds one SQLite database (`DatabaseTable`). A record carries a checksum that
 includes the table's fingerprint, so damaged bytes and bytes of another table are never served: a
@@ -34,7 +34,7 @@ _VALUE = np.dtype([("logp", "f8"), ("tokens", "i4")])
 
 
 class Table(Protocol):
-    """An open table. Threads may share it; a forked child that inserts gets a log of its own."""
+    """An open table. Threads may share it; a forked child that inserts gets its own log."""
 
     @property
     def writer(self) -> str | None:
@@ -62,7 +62,7 @@ class Table(Protocol):
         logps: NDArray[np.float64],  # (n,) finite
         tokens: NDArray[np.int32],  # (n,) at least 1
     ) -> int:
-        """Appends the records whose key is not known, in one write; returns how many.
+        """Appends the records with new keys, in one write; returns their number.
 
         A key keeps its first value. The records survive a crash of this process from here on, one
         of the machine from `sync` on.
@@ -71,12 +71,12 @@ class Table(Protocol):
             ValueError: an argument is not as described (nothing was written then), or the table is
                 closed or read-only.
             OSError: the system refused, or another process writes the log of this name. The message
-                says how many records were written; those are kept.
+                gives the number of records that were written; those are kept.
         """
         ...
 
     def refresh(self) -> int:
-        """Reads what other writers have appended since; returns the number of new keys.
+        """Reads new records of other writers; returns the number of new keys.
 
         Raises:
             ValueError: a log of another table was put into the folder.
@@ -85,10 +85,10 @@ class Table(Protocol):
         ...
 
     def sync(self) -> None:
-        """Makes what was inserted survive a crash of the machine.
+        """Flushes inserted records to the disk, so that they survive a crash of the machine.
 
         Raises:
-            OSError: the disk failed; what was inserted since the last sync may be lost.
+            OSError: the disk failed; records inserted since the last sync may be lost.
             ValueError: the table is closed.
         """
         ...
@@ -98,10 +98,10 @@ class Table(Protocol):
         ...
 
     def stats(self) -> dict[str, object]:
-        """What is in the table, and what was wrong with it.
+        """Counts of the table's records and of its faults.
 
         `records` (keys), `logs`, `bytes`; `bad` (records and headers that failed their check, in
-        the logs as they are now), `torn_bytes` (behind the last whole record of a log); `writer`.
+        the logs as they are now), `torn_bytes` (after the last complete record of a log); `writer`.
         Of all records read by this object: `duplicates` (the key was known, as it is for every
         record of a log that is read again, such as the result of a compaction), of these
         `conflicts` (with another value: two writers disagree), and the `largest_difference` of
@@ -125,7 +125,7 @@ def open_table(
 
     Args:
         folder: the table; any number of processes may have it open.
-        fingerprint: 16 bytes that say what the values are of (model, data, settings). A table with
+        fingerprint: 16 bytes that identify model, data and settings of the values. A table with
             another one is refused.
         writer: name of this process's log (letters, digits, '.', '_', '-'). Without it, the lowest
             number that no live process writes. The database has no logs and refuses a name.
@@ -160,7 +160,7 @@ def compact_table(folder: str | os.PathLike[str], fingerprint: bytes) -> dict[st
 
     Returns:
         `records` in the logs that were looked at, their `bytes_before` and `bytes_after`;
-        `logs_merged` (0 where there was nothing to do) and `logs_in_use` (left alone);
+        `logs_merged` (0 where there was nothing to do) and `logs_in_use` (skipped);
         `bad_dropped`, `torn_bytes` and `duplicates_dropped`.
 
     Raises:
@@ -182,7 +182,7 @@ def _check(folder: str | os.PathLike[str], fingerprint: bytes) -> tuple[str, byt
     if not isinstance(fingerprint, bytes) or len(fingerprint) != 16:
         raise ValueError(
             f"fingerprint must be 16 bytes, got {fingerprint!r}; hash what the values depend on, "
-            "say with hashlib.blake2b(..., digest_size=16).digest()"
+            "for example hashlib.blake2b(..., digest_size=16).digest()"
         )
     return name, fingerprint
 
@@ -236,7 +236,7 @@ class DatabaseTable:
     def insert(
         self, keys: NDArray[np.void], logps: NDArray[np.float64], tokens: NDArray[np.int32]
     ) -> int:
-        """Appends what is not known, in one transaction. Raises as `Table.insert` does."""
+        """Appends records with new keys, in one transaction. Raises as `Table.insert` does."""
         if self._refusal:
             raise ValueError(f"{self._path} {self._refusal}: open the table anew to insert")
         if wrong := np.flatnonzero(~np.isfinite(logps) | (tokens < 1)).tolist():
@@ -256,7 +256,7 @@ class DatabaseTable:
             if not database.execute("SELECT 1 FROM about").fetchone():
                 about = (self._fingerprint, os.urandom(16))
                 database.execute("INSERT INTO about VALUES (?, ?)", about)
-            self._read(database)  # what others wrote meanwhile stays
+            self._read(database)  # other writers' records stay
             fresh: dict[bytes, tuple[bytes]] = {}
             for key, *value in zip(keys.tolist(), logps.tolist(), tokens.tolist(), strict=True):
                 if key not in self._known:
@@ -266,7 +266,7 @@ class DatabaseTable:
         return len(fresh)
 
     def refresh(self) -> int:
-        """Reads what other writers have appended since; returns the number of new keys."""
+        """Reads new records of other writers; returns the number of new keys."""
         before = len(self._known)
         if os.path.exists(self._path):
             with self._lock, self._transaction("rw") as database:

@@ -85,13 +85,13 @@ def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
     assert distributed.report(full)
     assert distributed.report(distributed.CommonError("all ranks have it"))
     assert capsys.readouterr().err == ""  # rank 0 reports it
-    monkeypatch.setattr(distributed, "_parted", True)
+    monkeypatch.setattr(distributed, "_diverged", True)
     assert distributed.report(full)
     shown = capsys.readouterr().err
     assert shown.startswith("error (rank 1): ") and "No space left on device" in shown
     assert distributed.report(RuntimeError("[gloo/x.cc:1] Connection closed by peer"))
     assert capsys.readouterr().err == (
-        "error: another rank has ended; its own message, if any, says why\n"
+        "error: another rank has ended; see its own message, if any\n"
     )
     assert not distributed.report(RuntimeError("a fault of ours"))
 

@@ -117,7 +117,7 @@ def test_the_folder_that_one_is_in_is_not_replaced(adapter, tmp_path, monkeypatc
     for output in (".", "", str(tmp_path)):
         assert export.main(["--model", str(adapter), "--output", output]) == 1
         told = capsys.readouterr().err
-        assert told.startswith(f"error: --output is {output!r}, the folder that you are in")
+        assert told.startswith(f"error: --output is {output!r}, the current folder")
         assert "./merged" in told
     assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*partial"))
 

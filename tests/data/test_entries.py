@@ -198,21 +198,21 @@ BAD = {  # problem: (columns, what the message says)
                     "its system is ['Be brief.']"),
     "a struct of lists of several lengths": (
         {"prompt": {"role": ["user"], "content": ["a", "b"]}, "chosen": "a", "rejected": "b"},
-        "the role ['user'] is none of human",
+        "the role ['user'] is not one of human",
     ),
     "no prompt": ({"chosen": "a", "rejected": "b", "instruction": "What?"},
                   "it has no prompt. Its keys ['instruction'] are not known|it has no prompt"),
     "prompt of white space": (PLAIN | {"prompt": " \n"}, "prompt is empty"),
     "prompt of tags": (PLAIN | {"prompt": "<image>\n"}, "prompt is empty"),
-    "number": (PLAIN | {"chosen": 3}, "its chosen is 3, no text or messages"),
+    "number": (PLAIN | {"chosen": 3}, "its chosen is 3, neither text nor messages"),
     "NaN": (PLAIN | {"rejected": math.nan}, "its rejected is nan"),
     "bool": (PLAIN | {"prompt": True}, "its prompt is True"),
     "bytes": (PLAIN | {"chosen": b"An apple."}, "its chosen is 9 bytes"),
-    "texts": (PLAIN | {"chosen": ["An apple."]}, "it is no object"),
-    "nested": (PLAIN | {"prompt": [[["a"]]]}, "the message [['a']]: it is no object"),
-    "array": (PLAIN | {"prompt": np.array([1, 2])}, "no text or messages|it is no object"),
-    "null message": (PLAIN | {"prompt": [*ONE, None]}, "it is no object"),
-    "no role": (PLAIN | {"prompt": [{"content": "What?"}]}, "the role None is none of human"),
+    "texts": (PLAIN | {"chosen": ["An apple."]}, "it is not an object"),
+    "nested": (PLAIN | {"prompt": [[["a"]]]}, "the message [['a']]: it is not an object"),
+    "array": (PLAIN | {"prompt": np.array([1, 2])}, "neither text nor messages|not an object"),
+    "null message": (PLAIN | {"prompt": [*ONE, None]}, "it is not an object"),
+    "no role": (PLAIN | {"prompt": [{"content": "What?"}]}, "the role None is not one of human"),
     "role": (PLAIN | {"prompt": [*ONE, {"role": "tool", "content": "x"}]}, "the role 'tool'"),
     "null content": (PLAIN | {"chosen": [assistant(None)]}, "its content is None"),
     "numbers": (PLAIN | {"prompt": [user(5)]}, "its content is 5"),
@@ -234,7 +234,7 @@ BAD = {  # problem: (columns, what the message says)
     "null character": (PLAIN | {"chosen": "a\0b"}, "null character"),
     "messages as JSON": (PLAIN | {"prompt": json.dumps(ASKED)}, "json.loads"),
     "messages as Python": (PLAIN | {"chosen": str([A])}, "json.loads"),
-    "text of no JSON": ({"text": "What is it?"}, "is no JSON object"),
+    "text of no JSON": ({"text": "What is it?"}, "is not a JSON object"),
     "two dialogues": ({"conversations": _from("a"), "messages": ASKED, "chosen": "a",
                        "rejected": "b"}, "Keep one form"),
     "two prompts": ({"prompt": "a", "messages": [*ASKED, A], "rejected_response": "b"},
@@ -331,7 +331,7 @@ def test_a_data_set_of_another_type_is_named(rows, message):
 
 def test_forms_of_a_data_set():
     row = _row(**PLAIN)
-    with pytest.raises(RecordError, match="'row 1': it is 3, no dictionary"):
+    with pytest.raises(RecordError, match="'row 1': it is 3, not a dictionary"):
         records_of([row, 3])
     features = datasets.Features(
         {name: datasets.Value("string") for name in ("id", *PLAIN)} | {"images": [datasets.Image()]}

@@ -82,7 +82,7 @@ def test_an_image_that_changes_is_named(pairs_file, tmp_path, monkeypatch):
         return feed(self, part)
 
     monkeypatch.setattr(Feed, "__call__", spoil)
-    with pytest.raises(RecordError, match="record 'scene-.* is not what it was"):
+    with pytest.raises(RecordError, match="record 'scene-.* has changed since"):
         trainer.train()
     assert trainer.state.global_step == 2
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
@@ -122,5 +122,5 @@ def test_a_step_waits_once_outside_its_forwards(pairs_file, tmp_path):
     trainer._fill_references()
     with counted() as waits:
         trainer.train()
-    assert waits["hf/parts.py"] == 4
+    assert waits["realign/hf/parts.py"] == 4
     assert waits["transformers/trainer.py"] <= 1  # the whole run's loss

@@ -168,10 +168,10 @@ def test_a_fresh_adapter_goes_on_a_model_without_one_only(adapted, records, tmp_
 
 
 def test_two_models_that_compute_differently_have_two_digests(adapted):
-    digests = {adapters.whole_digest(adapted.get_base_model())}
+    digests = {adapters.model_digest(adapted.get_base_model())}
 
     def changed():
-        digests.add(adapters.whole_digest(adapted.get_base_model()))
+        digests.add(adapters.model_digest(adapted.get_base_model()))
         return len(digests)
 
     assert changed() == 1
@@ -206,8 +206,8 @@ def test_a_digest_does_not_depend_on_the_holder(adapted, tmp_path):
     by_peft = PeftModel.from_pretrained(load_model(ASSETS), tmp_path, is_trainable=True)
     by_transformers = load_model(ASSETS)
     by_transformers.load_adapter(str(tmp_path), is_trainable=True)
-    digests = {adapters.whole_digest(by_peft.get_base_model()),
-               adapters.whole_digest(by_transformers)}  # fmt: skip
+    digests = {adapters.model_digest(by_peft.get_base_model()),
+               adapters.model_digest(by_transformers)}  # fmt: skip
     assert len(digests) == 1
     assert adapters.base_digest(by_transformers) == adapters.base_digest(load_model(ASSETS))
 
@@ -275,7 +275,7 @@ def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_p
 def test_processes_with_other_weights_are_named(adapted, records, tmp_path, monkeypatch):
     monkeypatch.setattr("realign.hf.checks.gather_object", lambda own: [*own, "of rank 1"])
     trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=1), records)
-    with pytest.raises(ValueError, match="handed models with different weights.*set_seed"):
+    with pytest.raises(ValueError, match="processes have different weights.*set_seed"):
         trainer.train()
 
 

@@ -395,5 +395,5 @@ def test_images_that_vanish_or_change_after_the_check_are_named(tmp_path, proces
     with pytest.raises(RecordError, match="'scene-5': its image .*a.png does not exist"):
         pixels(store, key)
     scenes[2].image.save(path)
-    with pytest.raises(RecordError, match="'scene-5': its image .*a.png is not what it was when"):
+    with pytest.raises(RecordError, match="'scene-5': its image .*a.png has changed since"):
         pixels(store, key)

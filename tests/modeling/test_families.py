@@ -282,7 +282,7 @@ def test_a_forest_that_is_not_what_separate_forwards_are_is_not_used(monkeypatch
 
 def test_what_is_done_otherwise_is_said(monkeypatch):
     for family, expected in {
-        "paligemma": "attention is eager: it has a softcap",
+        "paligemma": "attention is eager: the model has a softcap",
         "qwen3_5": "own copy of the prompt: in its linear_attention layers no mask hides one",
         "idefics3": "type 'idefics3' are not among the tested ones; .* differs .* by [1-9]e-0[5-9]",
     }.items():

@@ -271,7 +271,7 @@ def test_log_probs_by_the_operator_in_rows_with_padding():
 
 
 def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):
-    """Four layouts, one graph for each kind of layer, whole: the operator hides who sees whom."""
+    """Four layouts, one graph for each kind of layer, whole: the operator hides the mask."""
     counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
 
@@ -366,7 +366,7 @@ def test_queries_that_autocast_left_in_fp32_get_the_dtype_of_values(monkeypatch)
 def test_a_layer_that_drops_the_sequences_is_refused():
     mask = tree_attention.no_mask(CPU)
     states = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(RuntimeError, match="does not pass on who sees whom"):
+    with pytest.raises(RuntimeError, match="does not pass trees to attention"):
         tree_attention.forest_attention(torch.nn.Identity(), states, states, states, mask)
 
 

@@ -73,7 +73,7 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("item", "problem"),
     [
-        ({"conversations": []}, "conversations is .*, no text or messages"),
+        ({"conversations": []}, "conversations is .*, neither text nor messages"),
         ({"id": "r", "conversations": LLAVA["conversations"][1:]}, "do not alternate"),
         ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "not a dialogue"),
         (LLAVA | {"rejected": "A dog."}, "it has rejected, which LLaVA's format does not have"),

@@ -131,7 +131,7 @@ def test_training_outlives_a_full_disk(pairs_file, plain, tmp_path, monkeypatch,
     shown = capsys.readouterr().err
     assert "warning: the checkpoint of step 4 could not be written ([Errno 27]" in shown
     assert "That of step 2 is kept. Training continues" in shown
-    assert shown.count("metrics.jsonl takes no more") == 1
+    assert shown.count("metrics.jsonl cannot be written") == 1
     assert_same_run(tmp_path, plain)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-000002", "step-000006"]
@@ -232,7 +232,7 @@ def test_all_ranks_stop_for_the_record_of_one(examples, two_ranks, what):
 def test_a_bad_image_of_one_rank_stops_both(two_ranks):
     folder, shown = two_ranks
     last = shown.split("gradient ends with 1")[1]
-    assert "error (rank 1): record 'scene-" in last and "is not what it was" in last
+    assert "error (rank 1): record 'scene-" in last and "has changed since" in last
     assert last.count("image ends with 1") == 2
     steps = [entry["step"] for entry in read_jsonl(folder / "image" / "metrics.jsonl")]
     assert steps == [1, 2]

@@ -37,9 +37,9 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     # 1 and 4 missed 0; 2 and 3 were stopped.
     ends = [(1, 1, 100), (0, -9, 100), (4, -6, 100), (2, -15, 100), (3, -9, 131)]
     found = {rank: SimpleNamespace(exitcode=c, timestamp=t) for rank, c, t in ends}
-    assert distributed._first_to_end(found).startswith("rank 0 was killed by SIGKILL")
+    assert distributed._first_failure(found).startswith("rank 0 was killed by SIGKILL")
     found.pop(0)
-    assert distributed._first_to_end(found) == "rank 1 ended with exit code 1."
+    assert distributed._first_failure(found) == "rank 1 ended with exit code 1."
 
 
 def test_a_rank_ends_without_finalizing_its_interpreter():

@@ -33,7 +33,7 @@ def test_fsdp2_on_one_rank_changes_no_bit(way, pairs_file, tmp_path, monkeypatch
     if way == ("--fsdp",):
         run(pairs_file, tmp_path / "plain", *BITS, steps=2)
         assert_same_run(tmp_path / "plain", tmp_path / "whole", steps=2)
-    monkeypatch.setattr(fsdp, "left_whole", lambda *_: set())
+    monkeypatch.setattr(fsdp, "unsharded_parameters", lambda *_: set())
     run(pairs_file, tmp_path / "sharded", *BITS, *way, steps=2)
     assert_same_run(tmp_path / "sharded", tmp_path / "whole", steps=2)
 
@@ -81,8 +81,8 @@ def test_frozen_weights_are_not_copied(pairs_file):
 )
 def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtype):
     model = ForestModel(load_model(ASSETS, BF16, meta=True), dtype=dtype)
-    assert fsdp.left_whole(model, dtype, ranks, offload) == set()
-    whole = fsdp.left_whole(model, BF16, 1, False)
+    assert fsdp.unsharded_parameters(model, dtype, ranks, offload) == set()
+    whole = fsdp.unsharded_parameters(model, BF16, 1, False)
     assert whole == {p for p in model.parameters() if not p.requires_grad}  # the tower
 
 

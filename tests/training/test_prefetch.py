@@ -197,7 +197,7 @@ def test_an_image_that_changes_is_named_where_it_is_needed(
     monkeypatch.setattr(step.Feed, "__call__", spoil)
     assert main(arguments(pairs_file, tmp_path)) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("error: record 'scene-") and "is not what it was" in shown
+    assert shown.startswith("error: record 'scene-") and "has changed since" in shown
     assert [entry["step"] for entry in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert not threads()
 

@@ -20,7 +20,7 @@ from realign_kernels.objectives import Objective
 
 
 class TritonKernels(TorchKernels):
-    """GEMMs and buffers of torch; the rest in Triton, with the arguments of `TorchKernels`."""
+    """GEMMs and buffers of torch, all else in Triton, with the arguments of `TorchKernels`."""
 
     def row_stats(self, *args: Any) -> RowStats:
         return row_kernel.row_stats(*args)

@@ -66,7 +66,7 @@ class Report(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a launcher asked Triton to run."""
+    """A kernel launch, as a launcher requested it from Triton."""
 
     kernel: Any
     source: ASTSource

@@ -51,7 +51,7 @@ ROWS = dict.fromkeys((80, 100, 120), RowConfig(4096, 8)) | {90: RowConfig(1024, 
 # Bins. Hidden states up to 1024 wide spend a larger share of a tile outside the GEMM: 4 warps per
 # tile let two tiles share a multiprocessor, one multiplying while the other exponentiates. A
 # vocabulary below 16384 has too few tiles of 256 columns to go round. "pointers" is for tensors
-# whose rows are not aligned to 16 bytes (an H that is no multiple of 8): neither descriptors nor
+# whose rows are not aligned to 16 bytes (an H that is not a multiple of 8): neither descriptors nor
 # wide loads can address them, and narrow ones cost registers.
 _AMPERE = {
     "wide": GemmConfig(128, 128, 64, 8, 3, 16, False),
