@@ -74,6 +74,14 @@ class Record:
     retrieved_chosen: str = ""  # preferred for the retrieved image; "" where there is none
 
 
+_IMPORT = "Convert its pairs with `python -m realign.pairs import {} --output pairs.parquet`."
+_CONVERSIONS = {
+    ".json": _IMPORT,
+    ".jsonl": _IMPORT,
+    ".csv": "Write JSON lines, and convert them with `python -m realign.pairs import`.",
+}
+
+
 def read_pairs(path: str | Path) -> list[Record]:
     """Read the preference records of a Parquet file, or of every Parquet file in a folder.
 
@@ -95,6 +103,8 @@ def read_pairs(path: str | Path) -> list[Record]:
             f"there is nothing at {short_repr(str(path))}. Name an existing Parquet file or a "
             "folder of them; `python -m realign.pairs` writes preference pairs."
         )
+    if path.is_file() and (remedy := _CONVERSIONS.get(path.suffix)):
+        raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     folder = path if path.is_dir() else path.parent
     needed = ("prompt", "chosen", "rejected", "images")

@@ -42,8 +42,8 @@ def rows_of(
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file} is not a readable {_kind(file)} file ({error}). Pass Parquet files, as "
-                "`python -m realign.pairs` writes them, and its `import` from JSON; or a folder "
-                "that `datasets` saved with save_to_disk."
+                "`python -m realign.pairs` writes them, or a folder that `datasets` saved with "
+                "save_to_disk."
             ) from error
 
 

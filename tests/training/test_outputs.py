@@ -84,7 +84,6 @@ def _run(main, words, capsys):
         (pairs.main, ["import", "pope.json", "--output", "file/x.parquet"]),
         (pairs.main, ["import", "pope.json", "--output", "folder"]),
         (pairs.main, ["gallery", "pope.json", "--output", "file/x.html"]),
-        (pairs.main, ["stats", "pope.json", "--output", "folder"]),
         (evaluate.main, ["--output", "file/x.json"]),
         (evaluate.main, ["--answers", "file/x.jsonl"]),
         (evaluate.main, ["--answers", "folder"]),
@@ -155,7 +154,7 @@ COCO = '{"annotations": [{"image_id": 1, "caption": "A dog."}]}'
         ([*POPE[:2], "b/pope.json", *POPE[2:]], "b/pope.json", LINE.encode(), "two files are"),
         ([*POPE[:2], "gone.json", *POPE[2:]], "x", b"", "there is no file gone.json"),
         ([*POPE[:2], "images", *POPE[2:]], "x", b"", "images is a folder"),
-        ([*POPE, "--image-folder", "file"], "x", b"", "--image-folder file is no folder"),
+        ([*POPE, "--image-folder", "file"], "x", b"", "--image-folder file is not a folder"),
         ([*POPE, "--limit", "-1"], "x", b"", "--limit is -1; it must be 0 or more"),
         ([*POPE, "--batch-size", "0"], "x", b"", "--batch-size is 0; it must be 1 or more"),
         ([*CHAIR, "--most", "-1"], "x", b"", "--most is -1"),
@@ -166,7 +165,7 @@ COCO = '{"annotations": [{"image_id": 1, "caption": "A dog."}]}'
         (CHAIR, "captions.json", b'{"annotations": [{"image_id": 1, "category_id": 1}]}',
          "Give COCO's captions, as captions_val2014.json, to --reference"),
         (CHAIR, "captions.json", b'{"annotations": [7]}', "has 7 in `annotations`"),
-        ([*CHAIR, "--synonyms", "captions.json"], "x", b"", "is no list of synonyms: line 1"),
+        ([*CHAIR, "--synonyms", "captions.json"], "x", b"", "is not a list of synonyms: line 1"),
         ([*CHAIR, "--synonyms", "s.txt"], "s.txt", b"cat, kitten", "has no object 'dog'"),
         (HALLUSION, "hallusion.json", LINE.encode(), "has no question, category, subcategory"),
         (HALLUSION, "hallusion.json", b"[null]", "question 1 of hallusion.json is None"),
@@ -218,7 +217,7 @@ def test_settings_in_another_encoding_are_one_error(place, capsys):
 def test_answers_that_were_edited_are_named(place, capsys):
     for text in ("7\n", "[]\n", '{"asked": {}}\n7\n', '{"asked": {}}\n{"id": 3, "answer": "x"}\n'):
         (place / "a.jsonl").write_text(text)
-        assert "is no file of answers" in _run(evaluate.main, ["compare"] + ["a.jsonl"] * 2, capsys)
+        assert "is not a file of answers" in _run(evaluate.main, ["compare"] + ["a.jsonl"] * 2, capsys)
     (place / "a.jsonl").write_text('{"asked": {}}\n{"id": "3", "answer": "x", "label": "yes"}\n')
     assert "answer '3' has no question" in _run(
         evaluate.main, ["compare"] + ["a.jsonl"] * 2, capsys
