@@ -215,10 +215,13 @@ def test_settings_in_another_encoding_are_one_error(place, capsys):
 
 
 def test_answers_that_were_edited_are_named(place, capsys):
-    for text in ("7\n", "[]\n", '{"asked": {}}\n7\n', '{"asked": {}}\n{"id": 3, "answer": "x"}\n'):
+    compare = ["compare", "a.jsonl", "a.jsonl"]
+    for text, fault in (
+        ("7\n", "is not a file of answers"),
+        ("[]\n", "is not a file of answers"),
+        ('{"asked": {}}\n7\n', "line 2 has no id or no answer"),
+        ('{"asked": {}}\n{"id": 3, "answer": "x"}\n', "line 2 has no id or no answer"),
+        ('{"asked": {}}\n{"id": "3", "answer": "x", "label": "y"}\n', "answer '3' has no question"),
+    ):
         (place / "a.jsonl").write_text(text)
-        assert "is not a file of answers" in _run(evaluate.main, ["compare"] + ["a.jsonl"] * 2, capsys)
-    (place / "a.jsonl").write_text('{"asked": {}}\n{"id": "3", "answer": "x", "label": "yes"}\n')
-    assert "answer '3' has no question" in _run(
-        evaluate.main, ["compare"] + ["a.jsonl"] * 2, capsys
-    )
+        assert fault in _run(evaluate.main, compare, capsys)
