@@ -219,7 +219,7 @@ def test_answers_that_were_edited_are_named(place, capsys):
     for text, fault in (
         ("7\n", "is not a file of answers"),
         ("[]\n", "is not a file of answers"),
-        ('{"asked": {}}\n7\n', "line 2 has no id or no answer"),
+        ('{"asked": {}}\n7\n', "is not a file of answers"),
         ('{"asked": {}}\n{"id": 3, "answer": "x"}\n', "line 2 has no id or no answer"),
         ('{"asked": {}}\n{"id": "3", "answer": "x", "label": "y"}\n', "answer '3' has no question"),
     ):
