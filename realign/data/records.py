@@ -41,7 +41,7 @@ _COLUMNS = {
     "retrieved_images": _IMAGES,
 }
 _OPTIONAL = {"retrieved_chosen": _MESSAGES}  # written if a record has it
-_PROVENANCE = {
+PROVENANCE = {
     "masked": pa.string(),  # the chosen response with its masked segments as [MASK]
     "masker": pa.string(),  # rules, or the engine that chose the segments
     "neighbour": pa.string(),  # id of the record on whose image the rejected response was completed
@@ -108,7 +108,7 @@ def read_pairs(path: str | Path) -> list[Record]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     folder = path if path.is_dir() else path.parent
     needed = ("prompt", "chosen", "rejected", "images")
-    records = records_in(rows_of(files, needed, tuple(_PROVENANCE)), folder)
+    records = records_in(rows_of(files, needed, tuple(PROVENANCE)), folder)
     if not records:
         raise ValueError(
             f"{path} holds no records. Pass a Parquet file with records, or a folder of such files;"
@@ -140,7 +140,7 @@ def write_pairs(
         records = list(records)
         typed = any(has_parts(record.prompt) for record in records)
         preferred = any(record.retrieved_chosen for record in records)
-    columns = _COLUMNS | (_OPTIONAL if preferred else {}) | _PROVENANCE
+    columns = _COLUMNS | (_OPTIONAL if preferred else {}) | PROVENANCE
     columns |= {"prompt": _TYPED_MESSAGES if typed else _MESSAGES}
     features = {name: _feature(kind) for name, kind in columns.items()}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -182,7 +182,7 @@ def _to_row(record: Record, typed: bool) -> dict[str, Any]:
     }
     if record.retrieved_chosen:
         row["retrieved_chosen"] = [{"role": "assistant", "content": record.retrieved_chosen}]
-    return row | {name: record.provenance.get(name) for name in _PROVENANCE}
+    return row | {name: record.provenance.get(name) for name in PROVENANCE}
 
 
 def records_in(
@@ -234,7 +234,7 @@ def _record(name: str, row: Mapping[str, Any], folder: str | Path) -> Record:
         rejected,
         tuple(image.absolute(folder) for image in entry.images),
         tuple(image.absolute(folder) for image in entry.retrieved),
-        {key: row[key] for key in _PROVENANCE if row.get(key) is not None},
+        {key: row[key] for key in PROVENANCE if row.get(key) is not None},
         preferred,
     )
 

@@ -1,8 +1,8 @@
 """Filters: the completions that may become rejected responses.
 
 To add a filter, write a subclass of `PairFilter` in a module of this folder and add it to
-`FILTERS`. Its flags are fields of `PairsConfig`, its columns belong to the schema of
-`stages/filter.py`.
+`FILTERS`. Its flags are fields of `PairsConfig`. A value that it adds to the pairs is a column with
+a type in `data.records.PROVENANCE`, named in `PairFilter.columns`.
 """
 
 from __future__ import annotations

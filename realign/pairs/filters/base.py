@@ -49,10 +49,12 @@ class PairFilter:
     """One filter. `check` sets `reason`, `invalid` and `columns` of candidates.
 
     Attributes:
+        columns: columns of the pairs that it computes, each a key of `data.records.PROVENANCE`.
         needs_record: whether it reads `Candidate.pair`.
         uses_gpu: whether it computes on a GPU where there is one.
     """
 
+    columns: tuple[str, ...] = ()
     needs_record: bool = False
     uses_gpu: bool = False
 

@@ -17,6 +17,7 @@ from realign.pairs.prompts import judge_chat, parse_verdict
 class Judge(PairFilter):
     """Keeps pairs whose rejected response is false of the image, and chosen of the negative."""
 
+    columns = ("judge",)
     needs_record = True
 
     @classmethod

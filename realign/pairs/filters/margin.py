@@ -42,6 +42,7 @@ _fingerprints: WeakKeyDictionary = WeakKeyDictionary()
 class VisualMargin(PairFilter):
     """Keeps pairs whose chosen response the reference model finds likelier on its own image."""
 
+    columns = ("visual_margin",)
     needs_record = True
     uses_gpu = True
 

@@ -67,6 +67,8 @@ class Similarity(PairFilter):
     next neighbour.
     """
 
+    columns = ("text_similarity",)
+
     _measure: Callable[[Sequence[tuple[str, str]]], Any] | None = None
 
     def __init__(self, config: PairsConfig) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.data.records import Record, StoredImage, has_parts
+from realign.data.records import PROVENANCE, Record, StoredImage, has_parts
 from realign.pairs.config import PairsConfig
 from realign.pairs.io.pictures import PictureError, load_picture, plain_picture
 from realign.pairs.io.rows import Row, by_id, images_of, load_in_threads, record_of
@@ -139,9 +139,7 @@ class Assembler:
                 "neighbour": neighbour["id"],
                 "neighbour_rank": columns["rank"],
                 "similarity": neighbour["similarity"],
-                "text_similarity": columns.get("text_similarity"),
-                "visual_margin": columns.get("visual_margin"),
-                "judge": columns.get("judge"),
+                **{name: value for name, value in columns.items() if name in PROVENANCE},
                 "negative": config.negative,
                 "negative_record": negative_record,
                 "answer_model": chosen[name].get("answer_model"),

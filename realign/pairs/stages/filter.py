@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from realign.data.records import PROVENANCE
 from realign.pairs.config import PairsConfig
-from realign.pairs.filters import Candidate, make_filters
+from realign.pairs.filters import FILTERS, Candidate, make_filters
 from realign.pairs.io.rows import Row
 from realign.pairs.stages.assemble import Assembler
 from realign.pairs.stages.base import ChatStage, Script
@@ -20,10 +21,8 @@ class Filter(ChatStage):
             "id": pa.string(),
             "rank": pa.int32(),
             "rejected": pa.string(),
-            "text_similarity": pa.float64(),
-            "visual_margin": pa.float64(),
-            "judge": pa.string(),
         }
+        | {column: PROVENANCE[column] for kind in FILTERS.values() for column in kind.columns}
     )
 
     def __init__(self, config: PairsConfig) -> None:
@@ -102,5 +101,7 @@ class Filter(ChatStage):
             elif candidate.reason:
                 left_out.append(self.filtered(name, candidate.reason))
             else:
+                unknown = candidate.columns.keys() - set(self.schema.names)
+                assert not unknown, f"name {unknown} in the `columns` of their filter"
                 rows.append({"id": name, **candidate.columns})
         return rows, left_out
