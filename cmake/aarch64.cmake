@@ -1,5 +1,5 @@
 # Toolchain for aarch64 on another Linux: Debian's g++-aarch64-linux-gnu. qemu-user-static runs the
-# tests (tests/test_aarch64.py). A wheel for the version of the Python that builds it:
+# tests (tests/csrc/test_aarch64.py). A wheel for the version of the Python that builds it:
 #
 #   export CMAKE_TOOLCHAIN_FILE=$PWD/cmake/aarch64.cmake REALIGN_CUDA=off
 #   export SETUPTOOLS_EXT_SUFFIX=.cpython-311-aarch64-linux-gnu.so

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Finding = tuple[str, str, str]
 """A mark ("ok", "--" for a missing extra, "BAD" for a broken package), a name, the finding."""
-EXTRAS = ("", "cpu", "gpu", "demo", "tensorboard", "wandb", "ray", "sentences", "study")
+EXTRAS = ("", "cpu", "gpu", "demo", "tensorboard", "wandb", "ray", "sentences", "endpoint")
 """Extras of pyproject.toml for users, after the required packages; `gpu` only for a GPU."""
 _LOAD = """import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:])

@@ -3,7 +3,9 @@
 `rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
 examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
 the losses of an objective's terms before they are weighted. Leaves without their own name are
-called `{response}_under_{image}`.
+called `{response}_under_{image}`. For rDPO these are `rewards/accuracies`, `rewards/margins`,
+`rewards/visual_accuracies`, `rewards/visual_margins`, and `rewards/` and `logps/` with `chosen`,
+`rejected` and `visual`; `grad_norm` and `learning_rate` come from `step.py`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,16 @@ LAYERS = (
     "train cache export doctor demo",
 )
 """Rooms of `realign/`, each above those that it may import. The last layer holds entry points."""
+KERNEL_LAYERS = (
+    "_extension objectives reference",
+    "refcache row_plan validation",
+    "lm_head",
+    "backends nonfinite",
+    "autograd",
+    "ops",
+    "functional",
+)
+"""Rooms of `realign_kernels/`: kernels know no autograd, autograd no public function."""
 GROUND, ENTRIES = LAYERS[0].split(), LAYERS[-1].split()
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 MOST_LINES = 600  # of a file, where a split would make twins
@@ -39,9 +49,12 @@ def _imported(file: Path) -> list[tuple[str, str]]:
 
 
 def test_kernels_know_nothing_of_realign_which_takes_their_public_names():
+    outside = {"experiments", "benchmarks", "examples", "tests", "csrc"}
+    outside |= {file.stem for file in (ROOT / "tests" / "helpers").glob("*.py")}
     for name, file in FILES.items():
         for module, imported in _imported(file):
             top = module.split(".")[0]
+            assert top not in outside, f"{file} imports {module}, which the wheel lacks"
             if name.split(".")[0] == "realign_kernels":
                 assert top not in ("realign", "transformers", "peft", "datasets"), file
             elif top == "realign_kernels":
@@ -56,6 +69,16 @@ def test_rooms_import_lower_layers_only():
         for below in (other.partition(".")[2] for other in others):
             both_ground = above in GROUND and below in GROUND
             assert both_ground or LEVEL[above] > LEVEL[below], f"{above} imports {below}"
+
+
+def test_rooms_of_the_kernels_import_lower_layers_only():
+    graph = rooms(imports(ROOT, "realign_kernels"))
+    level = {name: at for at, names in enumerate(KERNEL_LAYERS) for name in names.split()}
+    for name, others in graph.items():
+        if name != "realign_kernels":
+            above = name.partition(".")[2]
+            for below in (other.partition(".")[2] for other in others):
+                assert level[above] > level[below], f"{above} imports {below}"
 
 
 def test_nothing_imports_an_entry_point():

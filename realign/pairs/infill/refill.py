@@ -42,7 +42,7 @@ def load_vlm(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     """The model for infill and reference margins, and its processor."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm = load_model(name, DTYPES[dtype]).eval()
-    vlm.to(device=device)  # type: ignore[call-arg]
+    vlm.to(device=device)  # pyright: ignore[reportCallIssue]
     return vlm, load_processor(name)
 
 

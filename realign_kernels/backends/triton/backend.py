@@ -22,11 +22,23 @@ from realign_kernels.objectives import Objective
 class TritonKernels(TorchKernels):
     """GEMMs and buffers of torch, all else in Triton, with the arguments of `TorchKernels`."""
 
-    def row_stats(self, *args: Any) -> RowStats:
-        return row_kernel.row_stats(*args)
+    def row_stats(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        temperature: float,
+        runner_up: Tensor | None,
+        exp_logits: Tensor | None,
+    ) -> RowStats:
+        head = (bias, softcap, temperature)
+        return row_kernel.row_stats(logits, labels, *head, runner_up, exp_logits)
 
-    def hidden_grad_epilogue(self, *args: Any) -> None:
-        epilogue.hidden_grad_epilogue(*args)
+    def hidden_grad_epilogue(
+        self, exp_w: Tensor, weight: Tensor, scores: Scores, factor: Tensor, out: Tensor
+    ) -> None:
+        epilogue.hidden_grad_epilogue(exp_w, weight, scores, factor, out)
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         epilogue.scale(values, factor)
