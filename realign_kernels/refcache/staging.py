@@ -24,7 +24,7 @@ def leaf_sums(
     values: NDArray[np.float32],  # (N,)
     offsets: NDArray[np.int64],  # (L + 1,)
 ) -> NDArray[np.float64]:  # (L,)
-    """The definition: leaf i is values[offsets[i]:offsets[i + 1]]. Order: csrc/staging/segments.h."""
+    """The definition: leaf i is values[offsets[i]:offsets[i + 1]] (csrc/staging/segments.h)."""
     begin, end = offsets[:-1, None], offsets[1:, None]
     lanes = np.zeros((len(begin), _LANES))
     for first in range(0, int((end - begin).max(initial=0)), _LANES):
