@@ -154,8 +154,10 @@ def stats(tables: CacheConfig) -> int:
             print(f"  cannot be read: {error}")
             unreadable += 1
             continue
+        database = not counts["logs"] and counts["bytes"]
+        where = "a database" if database else f"{counts['logs']} log(s)"
         print(
-            f"  {counts['records']:,} log-probs in {counts['logs']} log(s), "
+            f"  {counts['records']:,} log-probs in {where}, "
             f"{counts['bytes']:,} bytes; {counts['duplicates']:,} written twice"
         )
         if counts["conflicts"]:

@@ -4,7 +4,9 @@ A table is a folder. With the C++ extension every writer appends to its own log 
 every opener reads all logs into memory (csrc/refcache/table_log.h has the format). Without the
 extension the folder holds one SQLite database (`DatabaseTable`). A record carries a checksum that
 includes the table's fingerprint, so damaged bytes and bytes of another table are never served: a
-wrong value is worse than a missing one. Lost records are counted and may be inserted again.
+wrong value is worse than a missing one. Lost records of a log are counted and may be inserted
+again.
+A database that SQLite cannot read is set aside as a whole, and a new one begins.
 
 Logs and database may share a folder. A process reads and writes its own kind only, and warns in one
 line that it does not read the other.
@@ -140,7 +142,8 @@ def open_table(
         raise ValueError(f"writer must be a string or None, got {writer!r}")
     if writer is not None and read_only:
         raise ValueError(f"writer is {writer!r} and read_only is set; drop one of them")
-    _warn_of_other_kind(name)
+    if not read_only:
+        _warn_of_other_kind(name)
     compiled = extension()
     if compiled is not None:
         return compiled.Table(name, fingerprint, writer, read_only)
@@ -168,7 +171,6 @@ def compact_table(folder: str | os.PathLike[str], fingerprint: bytes) -> dict[st
         OSError: the system refused, or another compaction is running.
     """
     name, fingerprint = _check(folder, fingerprint)
-    _warn_of_other_kind(name)
     compiled = extension()
     if compiled is not None:
         return compiled.compact_table(name, fingerprint)
@@ -191,14 +193,16 @@ def _warn_of_other_kind(folder: str) -> None:
     """One line where the folder holds a table that this process does not read."""
     without = extension() is None
     if found := sorted(Path(folder).glob("*.log" if without else DATABASE)):
-        how = "with" if without else "without"
+        owner = "processes with the C++ extension" if without else "processes without it"
         warnings.warn(
-            f"{found[0]} was written {how} the C++ extension, and this process runs "
-            f"{'without' if without else 'with'} it: the log-probs in it are not read, and missing "
-            "ones are computed again",
+            f"{found[0]} is read by {owner} only: this process computes again what it lacks",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+class _Damaged(OSError):
+    """SQLite cannot read a database."""
 
 
 class DatabaseTable:
@@ -221,15 +225,20 @@ class DatabaseTable:
         self._known: dict[bytes, tuple[float, int]] = {}
         self._bad: list[int] = []  # ids of rows that failed their check
         self._origin, self._last_id, self._lock = b"", 0, threading.Lock()
-        self.refresh()
+        try:
+            self.refresh()
+        except _Damaged as error:
+            if read_only:
+                raise
+            self._set_aside(error)
 
     def __len__(self) -> int:
         return len(self._known)
 
     def lookup(self, keys: NDArray[np.void]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
         """NaN and 0 tokens where a key is absent. Raises as `Table.lookup` does."""
-        if keys.ndim != 1 or keys.dtype != "V16":
-            raise ValueError(f"keys must be a 1-D array of V16, got {keys.dtype}")
+        if not isinstance(keys, np.ndarray) or keys.ndim != 1 or keys.dtype != "V16":
+            raise ValueError(f"keys must be a 1-D array of V16, got {keys!r:.80}")
         values = np.array([self._known.get(key, (math.nan, 0)) for key in keys.tolist()], _VALUE)
         return values["logp"].copy(), values["tokens"].copy()
 
@@ -239,12 +248,19 @@ class DatabaseTable:
         """Appends records with new keys, in one transaction. Raises as `Table.insert` does."""
         if self._refusal:
             raise ValueError(f"{self._path} {self._refusal}: open the table anew to insert")
+        known = self.lookup(keys)[1] > 0
+        if np.shape(logps) != keys.shape or np.shape(tokens) != keys.shape:
+            raise ValueError(
+                f"keys {keys.shape}, logps {np.shape(logps)} and tokens {np.shape(tokens)} must "
+                "have one shape; nothing was written"
+            )
         if wrong := np.flatnonzero(~np.isfinite(logps) | (tokens < 1)).tolist():
             raise ValueError(
                 f"logps[{wrong[0]}] is {logps[wrong[0]]} of {tokens[wrong[0]]} tokens; log-probs "
                 "must be finite, of at least 1 token; nothing was written"
             )
-        if self.lookup(keys)[1].all():
+        removed = not os.path.exists(self._path)
+        if not len(keys) or (known.all() and not removed):
             return 0
         with self._lock, self._transaction("rwc") as database:
             database.execute("CREATE TABLE IF NOT EXISTS about (fingerprint BLOB, origin BLOB)")
@@ -253,15 +269,17 @@ class DatabaseTable:
                 "CREATE TABLE IF NOT EXISTS records "
                 "(id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB)"
             )
+            fresh: dict[bytes, tuple[float, int]] = {}
             if not database.execute("SELECT 1 FROM about").fetchone():
+                fresh |= self._known  # the file was removed: write again what is in memory
                 about = (self._fingerprint, os.urandom(16))
                 database.execute("INSERT INTO about VALUES (?, ?)", about)
             self._read(database)  # other writers' records stay
-            fresh: dict[bytes, tuple[bytes]] = {}
             for key, *value in zip(keys.tolist(), logps.tolist(), tokens.tolist(), strict=True):
                 if key not in self._known:
-                    fresh.setdefault(key, (self._seal(_RECORD.pack(key, *value)),))
-            database.executemany("INSERT INTO records (record) VALUES (?)", fresh.values())
+                    fresh.setdefault(key, (value[0], value[1]))
+            rows = [(self._seal(_RECORD.pack(key, *value)),) for key, value in fresh.items()]
+            database.executemany("INSERT INTO records (record) VALUES (?)", rows)
         self.refresh()
         return len(fresh)
 
@@ -274,16 +292,22 @@ class DatabaseTable:
         return len(self._known) - before
 
     def sync(self) -> None:
-        """SQLite syncs every transaction."""
+        """SQLite syncs every transaction.
+
+        Raises:
+            ValueError: the table is closed.
+        """
+        if self._refusal == "was closed":
+            raise ValueError(f"{self._path} was closed")
 
     def close(self) -> None:
         """Lookups continue, inserts raise ValueError."""
         self._refusal = "was closed"
 
     def stats(self) -> dict[str, object]:
-        """Counts as of a table with one log; no key is in a database twice."""
+        """Counts as of a table without logs; no key is in a database twice."""
         size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
-        counts = {"records": len(self), "logs": int(size > 0), "bytes": size, "bad": len(self._bad)}
+        counts = {"records": len(self), "logs": 0, "bytes": size, "bad": len(self._bad)}
         never = {"torn_bytes": 0, "duplicates": 0, "conflicts": 0, "largest_difference": 0.0}
         return {**counts, **never, "writer": None}
 
@@ -309,16 +333,39 @@ class DatabaseTable:
                 yield database
                 database.execute("COMMIT")
         except sqlite3.Error as error:
+            if type(error) is sqlite3.DatabaseError:
+                raise _Damaged(errno.EIO, f"{error}; remove the file", self._path) from error
             what = f"{error}; make room, check permissions, or remove the file"
             raise OSError(errno.EIO, what, self._path) from error
+
+    def _set_aside(self, error: OSError) -> None:
+        """Rename a damaged database and begin a new one."""
+        aside = f"{self._path}.damaged-{os.urandom(4).hex()}"
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            os.replace(self._path, aside)
+        warnings.warn(
+            f"{self._path} is damaged ({error.strerror}). It is now {aside}; its log-probs are "
+            "computed again",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self._known.clear()
+        self._bad.clear()
+        self._origin, self._last_id = b"", 0
+        self.refresh()
 
     def _seal(self, record: bytes) -> bytes:
         return record + zlib.crc32(self._fingerprint + record).to_bytes(4, "little")
 
     def _read(self, database: sqlite3.Connection) -> None:
         """Reads the rows behind the last one; the first sound record of a key stays."""
-        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+        names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+        if not names:
             return
+        if not {"about", "records"} <= names:
+            raise ValueError(
+                f"{self._path} is not a table of reference log-probs; use another folder"
+            )
         fingerprint, origin = database.execute("SELECT fingerprint, origin FROM about").fetchone()
         if fingerprint != self._fingerprint:
             raise ValueError(

@@ -4,10 +4,12 @@ csrc/tests/table_tests.cpp has the faults of single logs: 500 damaged ones, full
 calls that fail, compactions that stop half-way.
 """
 
+import contextlib
 import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -56,7 +58,14 @@ def test_an_inserted_record_is_found_and_never_changes(kind, folder):
     table.sync()
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     assert table.stats() == {
-        **{"records": 102, "logs": 1, "bytes": size, "bad": 0, "torn_bytes": 0, "duplicates": 0},
+        **{
+            "records": 102,
+            "logs": int(kind == "logs"),
+            "bytes": size,
+            "bad": 0,
+            "torn_bytes": 0,
+            "duplicates": 0,
+        },
         **{"conflicts": 0, "largest_difference": 0.0},
         "writer": "00000" if kind == "logs" else None,
     }
@@ -145,7 +154,7 @@ def test_acknowledged_records_survive_kill_9_of_their_writer(kind, tmp_path):
         table = open_table(folder, FINGERPRINT, read_only=True)
         assert find(table, number * SPAN + np.arange(done)).all(), "an acknowledged record is lost"
         stats = table.stats()
-        assert stats["logs"] == 1 and stats["bad"] == stats["duplicates"] == 0, stats
+        assert stats["logs"] == (kind == "logs") and stats["bad"] == stats["duplicates"] == 0, stats
     assert total > 100 * rounds
 
 
@@ -188,12 +197,16 @@ def test_the_other_kind_of_table_is_named_and_not_read(folder, monkeypatch, recw
     assert not recwarn.list
     with monkeypatch.context() as patch:
         patch.setattr(store, "extension", lambda: None)
-        with pytest.warns(RuntimeWarning, match=r"00000.log was written with the C\+\+ extension"):
+        with pytest.warns(
+            RuntimeWarning, match=r"00000.log is read by processes with the C\+\+ extension only"
+        ):
             table = open_table(folder, FINGERPRINT)
         assert len(table) == 0 and table.insert(keys[:5], logps[:5] - 1, tokens[:5]) == 5
         with pytest.raises(ValueError, match="writer is 'mine', the name of a log"):
             open_table(folder, FINGERPRINT, writer="mine")
-    with pytest.warns(RuntimeWarning, match=f"{DATABASE} was written without the C") as warned:
+    with pytest.warns(
+        RuntimeWarning, match=f"{DATABASE} is read by processes without it only"
+    ) as warned:
         table = open_table(folder, FINGERPRINT)
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
     assert find(table, range(10)).all()
@@ -205,14 +218,37 @@ def test_a_database_that_is_damaged_or_removed(folder, monkeypatch):
     table.insert(*make(range(5)))
     path = Path(folder, DATABASE)
     path.unlink()
-    assert table.refresh() == 0 and table.insert(*make(range(8))) == 3  # the first are in memory
+    assert table.refresh() == 0 and table.insert(*make(range(8))) == 8  # with those in memory
     other = open_table(folder, FINGERPRINT)
-    assert find(other, range(8)).tolist() == [False] * 5 + [True] * 3
+    assert find(other, range(8)).all()
     assert other.insert(*make(range(20, 25))) == table.refresh() == 5
     path.write_bytes(b"no database" * 100)
-    with pytest.raises(OSError, match="not a database; .*remove the file") as caught:
-        open_table(folder, FINGERPRINT)
+    with pytest.raises(OSError, match="not a database; remove the file") as caught:
+        open_table(folder, FINGERPRINT, read_only=True)
     assert caught.value.filename == str(path)
+    with pytest.warns(RuntimeWarning, match="is damaged .*computed again"):
+        fresh = open_table(folder, FINGERPRINT)
+    assert len(fresh) == 0 and fresh.insert(*make(range(4))) == 4
+    assert len(open_table(folder, FINGERPRINT)) == 4
+    (aside,) = Path(folder).glob(f"{DATABASE}.damaged-*")
+    assert aside.read_bytes().startswith(b"no database")
+
+
+def test_a_foreign_database_and_wrong_arrays_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(store, "extension", lambda: None)
+    table = open_table(folder, FINGERPRINT)
+    keys, logps, tokens = make(range(3))
+    with pytest.raises(ValueError, match="must have one shape; nothing was written"):
+        table.insert(keys, logps[:2], tokens)
+    with pytest.raises(ValueError, match="keys must be a 1-D array of V16"):
+        table.lookup(keys.tolist())
+    table.close()
+    with pytest.raises(ValueError, match="was closed"):
+        table.sync()
+    with contextlib.closing(sqlite3.connect(Path(folder, DATABASE))) as other:
+        other.execute("CREATE TABLE somebody (x)")
+    with pytest.raises(ValueError, match="is not a table of reference log-probs; use another"):
+        open_table(folder, FINGERPRINT)
 
 
 @needs_extension
