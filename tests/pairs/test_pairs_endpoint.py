@@ -1,6 +1,7 @@
 """Endpoint engine: its requests, its replies, and faults of servers and networks."""
 
 import base64
+import gzip
 import io
 import json
 import sys
@@ -121,6 +122,17 @@ def test_an_answer_without_bounds_is_not_read_to_its_end(monkeypatch):
         (reply,) = engine_at(server).chat([say("a")])
         assert reply.error == "the answer is longer than 10000 bytes"
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_a_compressed_answer_is_not_expanded(status):
+    body = gzip.compress(b" " * 20 * 2**20)  # 20 kB, 20 MiB when expanded
+    headers = {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
+    with Endpoint((status, headers, lambda _: iter([body]))) as server:
+        (reply,) = engine_at(server).chat([say("a")])
+    words = {200: "the answer has the Content-Encoding 'gzip'; it is not read"}
+    assert reply == Reply("", words.get(status, f"HTTP status {status}"))
+    assert len(server.requests) == 1 and server.requests[0][1]["Accept-Encoding"] == "identity"
 
 
 def test_an_answer_cut_off_on_its_way_is_asked_again():

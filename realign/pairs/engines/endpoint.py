@@ -47,7 +47,7 @@ LONGEST_SIDE = 2048  # pixels of an image that is sent; servers reduce larger on
 GIVE_UP = 8  # requests in a row without an answer, after which the run stops
 _LOSSLESS = 256 * 256  # pixels; larger images go as JPEG, a tenth of the bytes
 _MOST_BYTES = 16 * 2**20  # of an answer
-_HEADERS = ("host", "connection", "content-length", "accept-encoding")  # of the HTTP library
+_HEADERS = ("host", "connection", "content-length")  # of the HTTP library
 _REMEDIES = {
     401: "it refuses the key; set $REALIGN_API_KEY or $OPENAI_API_KEY to a valid one",
     404: "it has no such path or model; check the URL and the model behind the #",
@@ -142,6 +142,7 @@ class EndpointEngine(Engine):
             for name in set(request.headers) - set(_HEADERS):
                 del request.headers[name]
             request.headers["Content-Type"] = request.headers["Accept"] = "application/json"
+            request.headers["Accept-Encoding"] = "identity"  # the limit of bytes is of the text
             if key := self._check_key():
                 request.headers["Authorization"] = f"Bearer {key}"
             request.extensions["deadline"] = time.monotonic() + self._options.timeout
@@ -192,7 +193,7 @@ class EndpointEngine(Engine):
             return self._unanswered(f"no answer within {self._options.timeout:g} s")
         except openai.APIConnectionError as error:
             return self._unanswered(scrub(repr(error.__cause__)))
-        except _TooLong as error:
+        except _Unreadable as error:
             return Reply("", str(error))
         self._failures = 0
         return parse_answer(answer.content)
@@ -332,20 +333,29 @@ def parse_answer(body: bytes) -> Reply:
     return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
 
 
-class _TooLong(Exception):
-    """An answer exceeds the limit of bytes."""
+class _Unreadable(Exception):
+    """An answer is compressed or exceeds the limit of bytes."""
 
 
 def _read_bounded(response: httpx2.Response) -> None:
     """Read a body within limits: the library's time limit is for each read, not for their sum."""
     assert isinstance(response.stream, httpx2.SyncByteStream)
+    encoding = response.headers.pop("content-encoding", "identity")  # so that none is decoded
+    if encoding.lower() != "identity":
+        if response.is_success:
+            raise _Unreadable(
+                f"the answer has the Content-Encoding {scrub(encoding)!r}; it is not read"
+            )
+        response.stream.close()
+        response.stream = httpx2.ByteStream(b"")  # the status decides
+        return
     data = bytearray()
     for part in response.stream:
         data += part
         if time.monotonic() > response.request.extensions["deadline"]:
             raise httpx2.ReadTimeout("the answer takes too long", request=response.request)
         if len(data) > _MOST_BYTES:
-            raise _TooLong(f"the answer is longer than {_MOST_BYTES} bytes")
+            raise _Unreadable(f"the answer is longer than {_MOST_BYTES} bytes")
     response.stream.close()
     response.stream = httpx2.ByteStream(bytes(data))
 
