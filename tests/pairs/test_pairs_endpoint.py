@@ -222,6 +222,13 @@ def test_the_rate_limit_spaces_requests_out_repeated_ones_included():
     assert len(gaps) == 4 and gaps.min() > 0.08  # 0.1 s, less the way to the server
 
 
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_out_of_range_is_refused(port):
+    with pytest.raises(ValueError, match=f"port of the endpoint's URL is {port};"):
+        make_engine(f"https://host.example:{port}/v1#m")
+    make_engine("https://host.example:65535/v1#m")
+
+
 def test_a_missing_client_and_vllm_in_this_process_name_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="`vllm serve MODEL.*http://127.0.0.1:8000/v1#MODEL"):
         make_engine("vllm:m")

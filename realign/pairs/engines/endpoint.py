@@ -369,7 +369,7 @@ def _parse(spec: str) -> tuple[str, str, bool]:
     """URL without trailing slash, model, and whether the host is this machine.
 
     Raises:
-        ValueError: for a URL without host or model, or a URL with a user, a password or a query,
+        ValueError: for a URL without host or model, a port out of range, or a URL with a user, a password or a query,
             which may contain keys. The message does not show the URL.
     """
     text, _, model = spec.partition("#")
@@ -387,6 +387,8 @@ def _parse(spec: str) -> tuple[str, str, bool]:
             "the endpoint is no http or https URL with the model behind a #, "
             "such as https://host/v1#MODEL."
         )
+    if url.port is not None and not 1 <= url.port <= 65535:  # a socket takes it modulo 65536
+        raise ValueError(f"the port of the endpoint's URL is {url.port}; give one of 1 to 65535.")
     with suppress(ValueError):
         return text.rstrip("/"), model, ipaddress.ip_address(url.host).is_loopback
     return text.rstrip("/"), model, url.host == "localhost"
