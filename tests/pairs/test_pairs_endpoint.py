@@ -4,8 +4,10 @@ import base64
 import gzip
 import io
 import json
+import re
 import sys
 import time
+from email.utils import formatdate
 
 import numpy as np
 import pytest
@@ -96,9 +98,21 @@ def test_a_failure_for_ever_is_an_error_of_the_reply():
         (reply,) = engine_at(server, tries=3).chat([say("a")])
         expected = "no answer in up to 3 tries; the last: HTTP status 500: out of order"
         assert reply == Reply("", expected) and len(server.requests) == 3
-    with Endpoint((429, {"Retry-After": "86400"}, "quota")) as server:
-        (reply,) = engine_at(server).chat([say("a")])  # a wait of a day is not waited for
-        assert reply.error.endswith("429: quota") and len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "86400"}, "86400"),
+        ({"Retry-After": "1", "Retry-After-Ms": "121000"}, "121"),
+        ({"Retry-After": formatdate(time.time() + 86400, usegmt=True)}, r"863\d\d(\.\d)?"),
+    ],
+)
+def test_a_wait_longer_than_two_minutes_is_named_and_not_waited_for(headers, seconds):
+    with Endpoint((429, headers, "quota")) as server:
+        (reply,) = engine_at(server).chat([say("a")])
+    expected = f"the server asks to wait {seconds} s, more than the 120 s .*HTTP status 429: quota"
+    assert re.fullmatch(expected, reply.error) and len(server.requests) == 1
 
 
 def test_silence_and_an_endless_answer_end_at_the_time_limit():

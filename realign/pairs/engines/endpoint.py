@@ -16,12 +16,14 @@ import base64
 import io
 import ipaddress
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ IMAGE_TOKENS = 1000  # of one image, for the estimate: 765 to 1105 where prices 
 LONGEST_SIDE = 2048  # pixels of an image that is sent; servers reduce larger ones
 GIVE_UP = 8  # requests in a row without an answer, after which the run stops
 _LOSSLESS = 256 * 256  # pixels; larger images go as JPEG, a tenth of the bytes
+_LONGEST_WAIT = 120  # seconds of `Retry-After`, after which the client sends no further try
 _MOST_BYTES = 16 * 2**20  # of an answer
 _HEADERS = ("host", "connection", "content-length")  # of the HTTP library
 _REMEDIES = {
@@ -209,17 +212,25 @@ class EndpointEngine(Engine):
                 f"{self._url} redirects to {target}, which is not followed; give that URL."
             )
         if status in (408, 409, 429) or status >= 500:
-            return self._unanswered(problem)
+            if (wait := _asked_wait(response)) <= _LONGEST_WAIT:
+                return self._unanswered(problem)
+            problem = (
+                f"the server asks to wait {wait:g} s, more than the {_LONGEST_WAIT} s that are "
+                f"waited for; {problem}"
+            )
+            return self._unanswered(problem, repeated=False)
         self._failures = 0
         return Reply("", problem)
 
-    def _unanswered(self, problem: str) -> Reply:
+    def _unanswered(self, problem: str, repeated: bool = True) -> Reply:
         self._failures += 1
         if self._failures >= GIVE_UP:
             raise ConnectionError(
                 f"{self._url} has not answered {GIVE_UP} requests in a row (the last: {problem}). "
                 "Earlier answers are kept: run again when it is up."
             )
+        if not repeated:
+            return Reply("", problem)
         tries = self._options.tries
         return Reply("", f"no answer in up to {tries} tries; the last: {problem}")
 
@@ -358,6 +369,19 @@ def _read_bounded(response: httpx2.Response) -> None:
             raise _Unreadable(f"the answer is longer than {_MOST_BYTES} bytes")
     response.stream.close()
     response.stream = httpx2.ByteStream(bytes(data))
+
+
+def _asked_wait(response: httpx2.Response) -> float:
+    """Seconds of `Retry-After`, read as the client reads them; 0 where the server names none."""
+    for name, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with suppress(ValueError):
+            seconds = float(response.headers.get(name, "")) / divisor
+            return seconds if math.isfinite(seconds) else 0.0
+    with suppress(ValueError):
+        return (
+            parsedate_to_datetime(response.headers.get("retry-after", "")).timestamp() - time.time()
+        )
+    return 0.0
 
 
 def _characters(request: Chat) -> int:
