@@ -14,7 +14,7 @@ import pytest
 from fake_endpoint import KEY, Endpoint, completion, engine_at, good, picture, say
 from PIL import Image
 
-from realign.pairs.engines import Chat, Reply, endpoint, make_engine
+from realign.pairs.engines import ENGINES, Chat, Reply, endpoint, make_engine
 from realign.pairs.engines.endpoint import data_url, parse_answer
 
 
@@ -246,6 +246,7 @@ def test_a_port_out_of_range_is_refused(port):
 def test_a_missing_client_and_vllm_in_this_process_name_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="`vllm serve MODEL.*http://127.0.0.1:8000/v1#MODEL"):
         make_engine("vllm:m")
+    assert set(ENGINES) == {"transformers", "http", "https"}
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.delitem(sys.modules, "realign.pairs.engines.endpoint")
     with pytest.raises(ValueError, match=r"pip install 'realign\[endpoint\]'"):
