@@ -393,8 +393,8 @@ def _parse(spec: str) -> tuple[str, str, bool]:
     """URL without trailing slash, model, and whether the host is this machine.
 
     Raises:
-        ValueError: for a URL without host or model, a port out of range, or a URL with a user, a password or a query,
-            which may contain keys. The message does not show the URL.
+        ValueError: for a URL without host or model, a port out of range, or a URL with a user, a
+            password or a query, which may contain keys. The message does not show the URL.
     """
     text, _, model = spec.partition("#")
     if "@" in text or "?" in text:
