@@ -1,17 +1,20 @@
 """Endpoint engine: its requests, its replies, and faults of servers and networks."""
 
 import base64
+import gzip
 import io
 import json
+import re
 import sys
 import time
+from email.utils import formatdate
 
 import numpy as np
 import pytest
 from fake_endpoint import KEY, Endpoint, completion, engine_at, good, picture, say
 from PIL import Image
 
-from realign.pairs.engines import Chat, Reply, endpoint, make_engine
+from realign.pairs.engines import ENGINES, Chat, Reply, endpoint, make_engine
 from realign.pairs.engines.endpoint import data_url, parse_answer
 
 
@@ -95,9 +98,21 @@ def test_a_failure_for_ever_is_an_error_of_the_reply():
         (reply,) = engine_at(server, tries=3).chat([say("a")])
         expected = "no answer in up to 3 tries; the last: HTTP status 500: out of order"
         assert reply == Reply("", expected) and len(server.requests) == 3
-    with Endpoint((429, {"Retry-After": "86400"}, "quota")) as server:
-        (reply,) = engine_at(server).chat([say("a")])  # a wait of a day is not waited for
-        assert reply.error.endswith("429: quota") and len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "86400"}, "86400"),
+        ({"Retry-After": "1", "Retry-After-Ms": "121000"}, "121"),
+        ({"Retry-After": formatdate(time.time() + 86400, usegmt=True)}, r"863\d\d(\.\d)?"),
+    ],
+)
+def test_a_wait_longer_than_two_minutes_is_named_and_not_waited_for(headers, seconds):
+    with Endpoint((429, headers, "quota")) as server:
+        (reply,) = engine_at(server).chat([say("a")])
+    expected = f"the server asks to wait {seconds} s, more than the 120 s .*HTTP status 429: quota"
+    assert re.fullmatch(expected, reply.error) and len(server.requests) == 1
 
 
 def test_silence_and_an_endless_answer_end_at_the_time_limit():
@@ -121,6 +136,17 @@ def test_an_answer_without_bounds_is_not_read_to_its_end(monkeypatch):
         (reply,) = engine_at(server).chat([say("a")])
         assert reply.error == "the answer is longer than 10000 bytes"
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_a_compressed_answer_is_not_expanded(status):
+    body = gzip.compress(b" " * 20 * 2**20)  # 20 kB, 20 MiB when expanded
+    headers = {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
+    with Endpoint((status, headers, lambda _: iter([body]))) as server:
+        (reply,) = engine_at(server).chat([say("a")])
+    words = {200: "the answer has the Content-Encoding 'gzip'; it is not read"}
+    assert reply == Reply("", words.get(status, f"HTTP status {status}"))
+    assert len(server.requests) == 1 and server.requests[0][1]["Accept-Encoding"] == "identity"
 
 
 def test_an_answer_cut_off_on_its_way_is_asked_again():
@@ -210,9 +236,17 @@ def test_the_rate_limit_spaces_requests_out_repeated_ones_included():
     assert len(gaps) == 4 and gaps.min() > 0.08  # 0.1 s, less the way to the server
 
 
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_out_of_range_is_refused(port):
+    with pytest.raises(ValueError, match=f"port of the endpoint's URL is {port};"):
+        make_engine(f"https://host.example:{port}/v1#m")
+    make_engine("https://host.example:65535/v1#m")
+
+
 def test_a_missing_client_and_vllm_in_this_process_name_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="`vllm serve MODEL.*http://127.0.0.1:8000/v1#MODEL"):
         make_engine("vllm:m")
+    assert set(ENGINES) == {"transformers", "http", "https"}
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.delitem(sys.modules, "realign.pairs.engines.endpoint")
     with pytest.raises(ValueError, match=r"pip install 'realign\[endpoint\]'"):

@@ -33,18 +33,10 @@ def _endpoint(spec: str, options: EngineOptions) -> Engine:
     return EndpointEngine(spec, options)
 
 
-def _vllm(spec: str, options: EngineOptions) -> Engine:
-    raise ValueError(
-        "vLLM is asked as a server. Start it with `vllm serve MODEL --port 8000`, and name "
-        "http://127.0.0.1:8000/v1#MODEL as the engine (docs/pairs.md, Engines)."
-    )
-
-
 ENGINES: dict[str, Callable[[str, EngineOptions], Engine]] = {
     "transformers": _transformers,
     "http": _endpoint,
     "https": _endpoint,
-    "vllm": _vllm,
 }
 """Scheme of a spec -> engine. A model's or a client's library is imported when it is named."""
 
@@ -67,6 +59,11 @@ def make_engine(spec: str, **options: Any) -> Engine:
             HTTP. The message does not show the spec, which may contain a key.
     """
     scheme, _, address = spec.partition(":")
+    if scheme == "vllm":
+        raise ValueError(
+            "vLLM is asked as a server. Start it with `vllm serve MODEL --port 8000`, and name "
+            "http://127.0.0.1:8000/v1#MODEL as the engine (docs/pairs.md, Engines)."
+        )
     if scheme not in ENGINES or not address:
         raise ValueError(
             "the kind of engine is unknown; give transformers:MODEL, or the URL of an "

@@ -16,12 +16,14 @@ import base64
 import io
 import ipaddress
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,9 @@ IMAGE_TOKENS = 1000  # of one image, for the estimate: 765 to 1105 where prices 
 LONGEST_SIDE = 2048  # pixels of an image that is sent; servers reduce larger ones
 GIVE_UP = 8  # requests in a row without an answer, after which the run stops
 _LOSSLESS = 256 * 256  # pixels; larger images go as JPEG, a tenth of the bytes
+_LONGEST_WAIT = 120  # seconds of `Retry-After`, after which the client sends no further try
 _MOST_BYTES = 16 * 2**20  # of an answer
-_HEADERS = ("host", "connection", "content-length", "accept-encoding")  # of the HTTP library
+_HEADERS = ("host", "connection", "content-length")  # of the HTTP library
 _REMEDIES = {
     401: "it refuses the key; set $REALIGN_API_KEY or $OPENAI_API_KEY to a valid one",
     404: "it has no such path or model; check the URL and the model behind the #",
@@ -142,6 +145,7 @@ class EndpointEngine(Engine):
             for name in set(request.headers) - set(_HEADERS):
                 del request.headers[name]
             request.headers["Content-Type"] = request.headers["Accept"] = "application/json"
+            request.headers["Accept-Encoding"] = "identity"  # the limit of bytes is of the text
             if key := self._check_key():
                 request.headers["Authorization"] = f"Bearer {key}"
             request.extensions["deadline"] = time.monotonic() + self._options.timeout
@@ -192,7 +196,7 @@ class EndpointEngine(Engine):
             return self._unanswered(f"no answer within {self._options.timeout:g} s")
         except openai.APIConnectionError as error:
             return self._unanswered(scrub(repr(error.__cause__)))
-        except _TooLong as error:
+        except _Unreadable as error:
             return Reply("", str(error))
         self._failures = 0
         return parse_answer(answer.content)
@@ -208,17 +212,25 @@ class EndpointEngine(Engine):
                 f"{self._url} redirects to {target}, which is not followed; give that URL."
             )
         if status in (408, 409, 429) or status >= 500:
-            return self._unanswered(problem)
+            if (wait := _asked_wait(response)) <= _LONGEST_WAIT:
+                return self._unanswered(problem)
+            problem = (
+                f"the server asks to wait {wait:g} s, more than the {_LONGEST_WAIT} s that are "
+                f"waited for; {problem}"
+            )
+            return self._unanswered(problem, repeated=False)
         self._failures = 0
         return Reply("", problem)
 
-    def _unanswered(self, problem: str) -> Reply:
+    def _unanswered(self, problem: str, repeated: bool = True) -> Reply:
         self._failures += 1
         if self._failures >= GIVE_UP:
             raise ConnectionError(
                 f"{self._url} has not answered {GIVE_UP} requests in a row (the last: {problem}). "
                 "Earlier answers are kept: run again when it is up."
             )
+        if not repeated:
+            return Reply("", problem)
         tries = self._options.tries
         return Reply("", f"no answer in up to {tries} tries; the last: {problem}")
 
@@ -332,22 +344,44 @@ def parse_answer(body: bytes) -> Reply:
     return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
 
 
-class _TooLong(Exception):
-    """An answer exceeds the limit of bytes."""
+class _Unreadable(Exception):
+    """An answer is compressed or exceeds the limit of bytes."""
 
 
 def _read_bounded(response: httpx2.Response) -> None:
     """Read a body within limits: the library's time limit is for each read, not for their sum."""
     assert isinstance(response.stream, httpx2.SyncByteStream)
+    encoding = response.headers.pop("content-encoding", "identity")  # so that none is decoded
+    if encoding.lower() != "identity":
+        if response.is_success:
+            raise _Unreadable(
+                f"the answer has the Content-Encoding {scrub(encoding)!r}; it is not read"
+            )
+        response.stream.close()
+        response.stream = httpx2.ByteStream(b"")  # the status decides
+        return
     data = bytearray()
     for part in response.stream:
         data += part
         if time.monotonic() > response.request.extensions["deadline"]:
             raise httpx2.ReadTimeout("the answer takes too long", request=response.request)
         if len(data) > _MOST_BYTES:
-            raise _TooLong(f"the answer is longer than {_MOST_BYTES} bytes")
+            raise _Unreadable(f"the answer is longer than {_MOST_BYTES} bytes")
     response.stream.close()
     response.stream = httpx2.ByteStream(bytes(data))
+
+
+def _asked_wait(response: httpx2.Response) -> float:
+    """Seconds of `Retry-After`, read as the client reads them; 0 where the server names none."""
+    for name, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with suppress(ValueError):
+            seconds = float(response.headers.get(name, "")) / divisor
+            return seconds if math.isfinite(seconds) else 0.0
+    with suppress(ValueError):
+        return (
+            parsedate_to_datetime(response.headers.get("retry-after", "")).timestamp() - time.time()
+        )
+    return 0.0
 
 
 def _characters(request: Chat) -> int:
@@ -359,8 +393,8 @@ def _parse(spec: str) -> tuple[str, str, bool]:
     """URL without trailing slash, model, and whether the host is this machine.
 
     Raises:
-        ValueError: for a URL without host or model, or a URL with a user, a password or a query,
-            which may contain keys. The message does not show the URL.
+        ValueError: for a URL without host or model, a port out of range, or a URL with a user, a
+            password or a query, which may contain keys. The message does not show the URL.
     """
     text, _, model = spec.partition("#")
     if "@" in text or "?" in text:
@@ -377,6 +411,8 @@ def _parse(spec: str) -> tuple[str, str, bool]:
             "the endpoint is no http or https URL with the model behind a #, "
             "such as https://host/v1#MODEL."
         )
+    if url.port is not None and not 1 <= url.port <= 65535:  # a socket takes it modulo 65536
+        raise ValueError(f"the port of the endpoint's URL is {url.port}; give one of 1 to 65535.")
     with suppress(ValueError):
         return text.rstrip("/"), model, ipaddress.ip_address(url.host).is_loopback
     return text.rstrip("/"), model, url.host == "localhost"
