@@ -57,7 +57,7 @@ def test_values_and_gradients(setting, needs, head):
 def test_rival_rows_score_the_strongest_other_token(setting, needs):
     """Against plain PyTorch; one-hot hidden states make the logits, and so the choice, exact."""
     g = torch.Generator().manual_seed(0)
-    width, vocabulary = 9, 61
+    width, vocabulary = 9, 97
     weight = torch.randn(vocabulary, width, generator=g, dtype=torch.float64)
     weight = weight.to(setting.device, setting.dtype)
     hidden = torch.eye(width, dtype=setting.dtype, device=setting.device)

@@ -1,0 +1,49 @@
+"""A model's folder in the digests of the pairs pipeline."""
+
+from dataclasses import replace
+
+import pytest
+
+from realign.data.records import write_pairs
+from realign.pairs.io.rows import files_digest
+from realign.pairs.pipeline import PairsConfig, digit_sources, run_stages
+
+FILES = ("config.json", "model.safetensors", "chat_template.jinja", "additional/tool.jinja")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with files of a model's names, for an engine that reads none of them."""
+    for name in FILES:
+        file = tmp_path / "model" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("once")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_file_of_a_model_changes_its_digest(model, file):
+    before = files_digest(str(model))
+    assert files_digest(str(model)) == before
+    (model / file).write_text("another")
+    assert files_digest(str(model)) != before
+
+
+def test_a_model_whose_chat_template_changes_answers_again(tmp_path, model, engine):
+    fake = engine(lambda _: "top left one , top right two .")
+    sources = digit_sources(PairsConfig(scenes=4))
+    write_pairs(tmp_path / "data.parquet", [replace(s, chosen="") for s in sources])
+    config = PairsConfig(
+        output=str(tmp_path / "pairs.parquet"),
+        data=str(tmp_path / "data.parquet"),
+        answer=f"transformers:{model}",
+        mask="numbers",
+        quiet=True,
+    )
+    first = run_stages(config, "mask").folders
+    assert run_stages(config, "mask").folders == first and len(fake.asked) == 4
+    (model / "chat_template.jinja").write_text("another")
+    again = run_stages(config, "mask").folders
+    assert len(fake.asked) == 8
+    assert again["read"] == first["read"]
+    assert again["answer"] != first["answer"] and again["mask"] != first["mask"]
