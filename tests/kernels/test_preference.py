@@ -14,7 +14,8 @@ from realign_kernels import objectives
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-EXAMPLES, LENGTH, WIDTH, VOCABULARY = 3, 5, 16, 97  # a row of AVX-512 has four chains from 64 columns on
+EXAMPLES, LENGTH, WIDTH = 3, 5, 16
+VOCABULARY = 97  # the AVX-512 row kernel has four chains from 64 columns on
 NAN = float("nan")
 TRAINS = pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
 
