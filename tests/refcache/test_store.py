@@ -4,10 +4,12 @@ csrc/tests/table_tests.cpp has the faults of single logs: 500 damaged ones, full
 calls that fail, compactions that stop half-way.
 """
 
+import contextlib
 import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -64,8 +66,9 @@ def test_an_inserted_record_is_found_and_never_changes(kind, folder):
     table.close()
     table.close()
     assert table.writer is None and find(table, range(102)).all()
-    with pytest.raises(ValueError, match="was closed: open"):
-        table.insert(*make([200]))
+    for call in (table.sync, lambda: table.insert(*make([200]))):
+        with pytest.raises(ValueError, match="was closed: open"):
+            call()
     table = open_table(folder, FINGERPRINT, read_only=True)
     assert find(table, range(102)).all() and len(table) == 102
     with pytest.raises(ValueError, match="read_only=True: open"):
@@ -161,8 +164,20 @@ def test_mistakes_are_named(kind, folder, tmp_path):
     assert len(table) == 0 and not os.listdir(folder)
     with pytest.raises(ValueError, match="array of V16"):
         table.lookup(keys.view(np.int64))
-    with pytest.raises(ValueError):
-        table.insert(keys, make(range(3))[1], tokens)
+    logps = make(range(4))[1]
+    for name, wrong in (
+        ("keys", (keys[::2], logps[:2], tokens[:2])),
+        ("logps", (keys, logps[:3], tokens)),
+        ("logps", (keys, logps.astype(np.float32), tokens)),
+        ("tokens", (keys, logps, tokens[:3])),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*"):
+            table.insert(*wrong)
+    if kind == "database":
+        with pytest.raises(ValueError, match="keys must be a .* for each key, got list"):
+            table.lookup(keys.tolist())
+        with pytest.raises(ValueError, match="logps must be a .* for each key, got list"):
+            table.insert(keys, logps.tolist(), tokens)
     with pytest.raises(ValueError, match="fingerprint must be 16 bytes, got b'short'; hash"):
         open_table(folder, b"short")
     with pytest.raises(ValueError, match="folder must be a path, got ''"):
@@ -188,31 +203,82 @@ def test_the_other_kind_of_table_is_named_and_not_read(folder, monkeypatch, recw
     assert not recwarn.list
     with monkeypatch.context() as patch:
         patch.setattr(store, "extension", lambda: None)
-        with pytest.warns(RuntimeWarning, match=r"00000.log was written with the C\+\+ extension"):
+        with pytest.warns(RuntimeWarning, match=r"0.log has the format of the C\+\+ ext") as warned:
             table = open_table(folder, FINGERPRINT)
+        assert warned[0].filename == "sys"  # no line of the package
         assert len(table) == 0 and table.insert(keys[:5], logps[:5] - 1, tokens[:5]) == 5
         with pytest.raises(ValueError, match="writer is 'mine', the name of a log"):
             open_table(folder, FINGERPRINT, writer="mine")
-    with pytest.warns(RuntimeWarning, match=f"{DATABASE} was written without the C") as warned:
+    with pytest.warns(RuntimeWarning, match=f"{DATABASE} has the format of installs wit") as warned:
+        open_table(folder, FINGERPRINT, read_only=True)
+        compact_table(folder, FINGERPRINT)
         table = open_table(folder, FINGERPRINT)
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
     assert find(table, range(10)).all()
 
 
-def test_a_database_that_is_damaged_or_removed(folder, monkeypatch):
+@pytest.fixture
+def database(folder, monkeypatch):
+    """A table without the extension, with five records; its file is second."""
     monkeypatch.setattr(store, "extension", lambda: None)
     table = open_table(folder, FINGERPRINT)
     table.insert(*make(range(5)))
-    path = Path(folder, DATABASE)
+    return table, Path(folder, DATABASE)
+
+
+def test_a_removed_database_is_written_again(database, folder):
+    """Lookups of what was in memory continue; an insert of it writes it again."""
+    table, path = database
     path.unlink()
-    assert table.refresh() == 0 and table.insert(*make(range(8))) == 3  # the first are in memory
+    assert table.insert(*make(range(3))) == 3
+    path.unlink()
+    assert table.refresh() == 0 and find(table, range(5)).all() and len(table) == 5
     other = open_table(folder, FINGERPRINT)
-    assert find(other, range(8)).tolist() == [False] * 5 + [True] * 3
-    assert other.insert(*make(range(20, 25))) == table.refresh() == 5
-    path.write_bytes(b"no database" * 100)
-    with pytest.raises(OSError, match="not a database; .*remove the file") as caught:
-        open_table(folder, FINGERPRINT)
-    assert caught.value.filename == str(path)
+    assert other.insert(*make(range(20, 25))) == table.refresh() == 5  # a file made anew
+    assert table.insert(*make([*range(2), 20])) == 2 == other.refresh()
+    assert find(open_table(folder, FINGERPRINT), range(5)).tolist() == [True] * 2 + [False] * 3
+
+
+def test_a_damaged_database_is_set_aside(database, folder):
+    path = database[1]
+    whole = path.read_bytes()
+    malformed = whole[:4096] + bytes(len(whole) - 4096)
+    for number, damaged in enumerate((b"no database" * 100, malformed)):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match=r"damaged \(.*a run that writes") as caught:
+            open_table(folder, FINGERPRINT, read_only=True)
+        assert caught.value.filename == str(path)
+        aside = f"{path}.damaged{'-1' * number}"
+        with pytest.warns(RuntimeWarning, match=f"was renamed to {aside}: ") as warned:
+            table = open_table(folder, FINGERPRINT)
+        assert len(warned) == 1 and Path(aside).read_bytes() == damaged
+        assert len(table) == 0 and table.insert(*make(range(5))) == 5
+        assert find(open_table(folder, FINGERPRINT), range(5)).all()
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE theirs (x)"],
+        ["CREATE TABLE about (x)"],
+        ["CREATE TABLE about (fingerprint, origin)", "CREATE TABLE records (id, record)"],
+    ],
+)
+def test_a_database_of_something_else_is_refused_and_kept(database, folder, statements):
+    table, path = database
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as foreign:
+        for statement in statements:
+            foreign.execute(statement)
+    foreign = path.read_bytes()
+    for call in (
+        lambda: open_table(folder, FINGERPRINT),
+        lambda: compact_table(folder, FINGERPRINT),
+        lambda: table.insert(*make(range(9))),
+    ):
+        with pytest.raises(ValueError, match="is no table of reference log-probs: use another fol"):
+            call()
+    assert path.read_bytes() == foreign and os.listdir(folder) == [DATABASE]
 
 
 @needs_extension
