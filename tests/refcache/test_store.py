@@ -219,7 +219,7 @@ def test_the_other_kind_of_table_is_named_and_not_read(folder, monkeypatch, recw
 
 @pytest.fixture
 def database(folder, monkeypatch):
-    """A table without the extension, with five records; its file is second."""
+    """A table without the extension, with five records, and its file."""
     monkeypatch.setattr(store, "extension", lambda: None)
     table = open_table(folder, FINGERPRINT)
     table.insert(*make(range(5)))
@@ -239,10 +239,19 @@ def test_a_removed_database_is_written_again(database, folder):
     assert find(open_table(folder, FINGERPRINT), range(5)).tolist() == [True] * 2 + [False] * 3
 
 
+def test_a_record_of_another_type_is_damaged(database, folder):
+    with contextlib.closing(sqlite3.connect(database[1])) as opened, opened:
+        opened.execute("UPDATE records SET record = 7 WHERE id = 2")
+        opened.execute("UPDATE records SET record = NULL WHERE id = 3")
+    table = open_table(folder, FINGERPRINT)
+    assert table.stats()["bad"] == 2
+    assert find(table, range(5)).tolist() == [True, False, False, True, True]
+
+
 def test_a_damaged_database_is_set_aside(database, folder):
-    path = database[1]
-    whole = path.read_bytes()
-    malformed = whole[:4096] + bytes(len(whole) - 4096)
+    table, path = database
+    table.insert(*make(range(1000)))
+    malformed = path.read_bytes()[:-4096] + bytes(4096)  # SQLite reads the first records
     for number, damaged in enumerate((b"no database" * 100, malformed)):
         path.write_bytes(damaged)
         with pytest.raises(OSError, match=r"damaged \(.*a run that writes") as caught:
