@@ -310,7 +310,11 @@ class DatabaseTable:
         return len(self._known) - before
 
     def sync(self) -> None:
-        """SQLite syncs every transaction. Raises ValueError where the table was closed."""
+        """SQLite syncs every transaction.
+
+        Raises:
+            ValueError: the table is closed.
+        """
         if self._closed:
             raise ValueError(f"{self._path} was closed: open the table anew")
 
