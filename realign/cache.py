@@ -28,7 +28,7 @@ from realign.modeling.loading import DTYPES
 from realign.third_party import silence_third_party
 from realign.training import fsdp
 from realign.training.setup import load_inputs, shared_fingerprint
-from realign_kernels import ReferenceCache, refcache
+from realign_kernels import ReferenceCache, missing_reason, refcache
 
 
 @dataclass
@@ -154,10 +154,8 @@ def stats(tables: CacheConfig) -> int:
             print(f"  cannot be read: {error}")
             unreadable += 1
             continue
-        database = not counts["logs"] and counts["bytes"]
-        where = "a database" if database else f"{counts['logs']} log(s)"
         print(
-            f"  {counts['records']:,} log-probs in {where}, "
+            f"  {counts['records']:,} log-probs in {_files(counts['logs'])}, "
             f"{counts['bytes']:,} bytes; {counts['duplicates']:,} written twice"
         )
         if counts["conflicts"]:
@@ -178,8 +176,11 @@ def compact(tables: CacheConfig) -> None:
     """Merge the logs of every table, without duplicates and unreadable records."""
     for folder in tables.tables():
         counts = refcache.compact(folder)
+        what = f"{counts['logs_merged']} log(s) merged"
+        if missing_reason():  # without the extension, hence without logs
+            what = _files(int(counts["bytes_before"] > 0))
         print(
-            f"{folder}: {counts['logs_merged']} log(s) merged, {counts['bytes_before']:,} -> "
+            f"{folder}: {what}, {counts['bytes_before']:,} -> "
             f"{counts['bytes_after']:,} bytes, {counts['bad_dropped']:,} unreadable records dropped"
         )
         if counts["logs_in_use"]:
@@ -226,6 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         distributed.stop()
     return 0
+
+
+def _files(count: int) -> str:
+    """The number of a table's files by their kind."""
+    if missing_reason() is None:
+        return f"{count} log(s)"
+    return f"{count or 'no'} database"
 
 
 def _short(value: str) -> str:

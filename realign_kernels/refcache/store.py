@@ -4,16 +4,18 @@ A table is a folder. With the C++ extension every writer appends to its own log 
 every opener reads all logs into memory (csrc/refcache/table_log.h has the format). Without the
 extension the folder holds one SQLite database (`DatabaseTable`). A record carries a checksum that
 includes the table's fingerprint, so damaged bytes and bytes of another table are never served: a
-wrong value is worse than a missing one. Lost records of a log are counted and may be inserted
-again.
-A database that SQLite cannot read is set aside as a whole, and a new one begins.
+wrong value is worse than a missing one. Lost records are counted and may be inserted again.
 
-Logs and database may share a folder. A process reads and writes its own kind only, and warns in one
-line that it does not read the other.
+Damage to a log costs single records. Damage to a database may cost all: if SQLite cannot read the
+file, a writer that opens it renames it to `records.sqlite.damaged` and begins an empty one.
+
+Logs and database may share a folder. A process reads and writes its own kind only. A writer warns
+in one line that it does not read the other.
 """
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 import sqlite3
@@ -23,7 +25,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,8 +124,8 @@ def open_table(
 ) -> Table:
     """Opens the table in `folder`, which is made if need be, and reads all of it.
 
-    10M records (320 MB) open in 0.6 s and take 427 MB of memory. A warning names the table of the
-    other kind where the folder holds one (see the module).
+    10M records (320 MB) open in 0.6 s and take 427 MB of memory. Where the folder holds a table of
+    the other kind (see the module), a writer's warning names it.
 
     Args:
         folder: the table; any number of processes may have it open.
@@ -135,7 +137,8 @@ def open_table(
 
     Raises:
         ValueError: an argument is not as described, or the folder holds another table.
-        OSError: the system refused, or another process writes the log of this name.
+        OSError: the system refused, another process writes the log of this name, or `read_only` is
+            set and the database is damaged.
     """
     name, fingerprint = _check(folder, fingerprint)
     if writer is not None and not isinstance(writer, str):
@@ -193,16 +196,34 @@ def _warn_of_other_kind(folder: str) -> None:
     """One line where the folder holds a table that this process does not read."""
     without = extension() is None
     if found := sorted(Path(folder).glob("*.log" if without else DATABASE)):
-        owner = "processes with the C++ extension" if without else "processes without it"
-        warnings.warn(
-            f"{found[0]} is read by {owner} only: this process computes again what it lacks",
-            RuntimeWarning,
-            stacklevel=3,
+        _warn(
+            f"{found[0]} has the format of {'' if without else 'installs without '}the C++ "
+            f"extension, and this process runs {'without' if without else 'with'} it: log-probs in "
+            "the file are not read, and missing ones are computed again"
         )
 
 
-class _Damaged(OSError):
-    """SQLite cannot read a database."""
+def _warn(message: str) -> None:
+    """A RuntimeWarning that blames no line: its cause is a file."""
+    warnings.warn(message, RuntimeWarning, stacklevel=1_000_000)  # beyond the first frame
+
+
+def _check_column(name: str, column: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `column` is a contiguous array of this dtype and shape."""
+    if not isinstance(column, np.ndarray):
+        got = type(column).__name__
+    elif column.dtype != dtype or column.shape != shape or not column.flags.c_contiguous:
+        order = "" if column.flags.c_contiguous else ", not contiguous"
+        got = f"{column.dtype} of shape {column.shape}{order}"
+    else:
+        return
+    raise ValueError(
+        f"{name} must be a contiguous 1-D array of {dtype}, one for each key, got {got}"
+    )
+
+
+class _DamagedError(OSError):
+    """SQLite cannot read the file as a database."""
 
 
 class DatabaseTable:
@@ -222,23 +243,24 @@ class DatabaseTable:
             raise FileNotFoundError(errno.ENOENT, what, folder)
         self._path, self._fingerprint = f"{folder}/{DATABASE}", fingerprint
         self._refusal = "was opened with read_only=True" if read_only else ""
+        self._closed = False
         self._known: dict[bytes, tuple[float, int]] = {}
-        self._bad: list[int] = []  # ids of rows that failed their check
-        self._origin, self._last_id, self._lock = b"", 0, threading.Lock()
+        self._lost: set[bytes] = set()  # keys in memory that a removed file held
+        self._lock = threading.Lock()
+        self._start_over(b"")
         try:
             self.refresh()
-        except _Damaged as error:
+        except _DamagedError as damage:
             if read_only:
                 raise
-            self._set_aside(error)
+            self._set_aside(damage)
 
     def __len__(self) -> int:
         return len(self._known)
 
     def lookup(self, keys: NDArray[np.void]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
         """NaN and 0 tokens where a key is absent. Raises as `Table.lookup` does."""
-        if not isinstance(keys, np.ndarray) or keys.ndim != 1 or keys.dtype != "V16":
-            raise ValueError(f"keys must be a 1-D array of V16, got {keys!r:.80}")
+        _check_column("keys", keys, "V16", (np.size(keys),))
         values = np.array([self._known.get(key, (math.nan, 0)) for key in keys.tolist()], _VALUE)
         return values["logp"].copy(), values["tokens"].copy()
 
@@ -248,38 +270,32 @@ class DatabaseTable:
         """Appends records with new keys, in one transaction. Raises as `Table.insert` does."""
         if self._refusal:
             raise ValueError(f"{self._path} {self._refusal}: open the table anew to insert")
-        known = self.lookup(keys)[1] > 0
-        if np.shape(logps) != keys.shape or np.shape(tokens) != keys.shape:
-            raise ValueError(
-                f"keys {keys.shape}, logps {np.shape(logps)} and tokens {np.shape(tokens)} must "
-                "have one shape; nothing was written"
-            )
+        _check_column("keys", keys, "V16", (np.size(keys),))
+        _check_column("logps", logps, "float64", keys.shape)
+        _check_column("tokens", tokens, "int32", keys.shape)
         if wrong := np.flatnonzero(~np.isfinite(logps) | (tokens < 1)).tolist():
             raise ValueError(
                 f"logps[{wrong[0]}] is {logps[wrong[0]]} of {tokens[wrong[0]]} tokens; log-probs "
                 "must be finite, of at least 1 token; nothing was written"
             )
-        removed = not os.path.exists(self._path)
-        if not len(keys) or (known.all() and not removed):
+        self.refresh()  # the file may have been removed
+        if self._lost.isdisjoint(keys.tolist()) and self.lookup(keys)[1].all():
             return 0
         with self._lock, self._transaction("rwc") as database:
-            database.execute("CREATE TABLE IF NOT EXISTS about (fingerprint BLOB, origin BLOB)")
-            # AUTOINCREMENT: the id of a row that a compaction deleted is not given to another.
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS records "
-                "(id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB)"
-            )
-            fresh: dict[bytes, tuple[float, int]] = {}
-            if not database.execute("SELECT 1 FROM about").fetchone():
-                fresh |= self._known  # the file was removed: write again what is in memory
+            self._read(database)  # other writers' records stay
+            if not self._origin:
+                database.execute("CREATE TABLE about (fingerprint BLOB, origin BLOB)")
+                # AUTOINCREMENT: the id of a row that a compaction deleted is not given to another.
+                database.execute(
+                    "CREATE TABLE records (id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB)"
+                )
                 about = (self._fingerprint, os.urandom(16))
                 database.execute("INSERT INTO about VALUES (?, ?)", about)
-            self._read(database)  # other writers' records stay
+            fresh: dict[bytes, tuple[bytes]] = {}
             for key, *value in zip(keys.tolist(), logps.tolist(), tokens.tolist(), strict=True):
-                if key not in self._known:
-                    fresh.setdefault(key, (value[0], value[1]))
-            rows = [(self._seal(_RECORD.pack(key, *value)),) for key, value in fresh.items()]
-            database.executemany("INSERT INTO records (record) VALUES (?)", rows)
+                if self._is_new(key):
+                    fresh.setdefault(key, (self._seal(_RECORD.pack(key, *value)),))
+            database.executemany("INSERT INTO records (record) VALUES (?)", fresh.values())
         self.refresh()
         return len(fresh)
 
@@ -289,6 +305,8 @@ class DatabaseTable:
         if os.path.exists(self._path):
             with self._lock, self._transaction("rw") as database:
                 self._read(database)
+        else:
+            self._start_over(b"")
         return len(self._known) - before
 
     def sync(self) -> None:
@@ -297,17 +315,17 @@ class DatabaseTable:
         Raises:
             ValueError: the table is closed.
         """
-        if self._refusal == "was closed":
-            raise ValueError(f"{self._path} was closed")
+        if self._closed:
+            raise ValueError(f"{self._path} was closed: open the table anew")
 
     def close(self) -> None:
         """Lookups continue, inserts raise ValueError."""
-        self._refusal = "was closed"
+        self._refusal, self._closed = "was closed", True
 
     def stats(self) -> dict[str, object]:
-        """Counts as of a table without logs; no key is in a database twice."""
+        """Counts as of a table with one log; no key is in a database twice."""
         size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
-        counts = {"records": len(self), "logs": 0, "bytes": size, "bad": len(self._bad)}
+        counts = {"records": len(self), "logs": int(size > 0), "bytes": size, "bad": len(self._bad)}
         never = {"torn_bytes": 0, "duplicates": 0, "conflicts": 0, "largest_difference": 0.0}
         return {**counts, **never, "writer": None}
 
@@ -333,40 +351,55 @@ class DatabaseTable:
                 yield database
                 database.execute("COMMIT")
         except sqlite3.Error as error:
-            if type(error) is sqlite3.DatabaseError:
-                raise _Damaged(errno.EIO, f"{error}; remove the file", self._path) from error
+            code = error.sqlite_errorcode & 0xFF  # without the details of extended codes
+            if code == sqlite3.SQLITE_ERROR:  # no such table or column
+                raise self._foreign() from error
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                what = f"the database is damaged ({error}); a run that writes replaces it"
+                raise _DamagedError(errno.EIO, what, self._path) from error
             what = f"{error}; make room, check permissions, or remove the file"
             raise OSError(errno.EIO, what, self._path) from error
 
-    def _set_aside(self, error: OSError) -> None:
-        """Rename a damaged database and begin a new one."""
-        aside = f"{self._path}.damaged-{os.urandom(4).hex()}"
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            os.replace(self._path, aside)
-        warnings.warn(
-            f"{self._path} is damaged ({error.strerror}). It is now {aside}; its log-probs are "
-            "computed again",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    def _foreign(self) -> ValueError:
+        return ValueError(f"{self._path} is no table of reference log-probs: use another folder")
+
+    def _set_aside(self, damage: OSError) -> None:
+        """Renames the damaged database and starts empty, with one warning."""
+        names = (f"{self._path}.damaged{f'-{n}' if n else ''}" for n in itertools.count())
+        name = next(name for name in names if not os.path.exists(name))
         self._known.clear()
-        self._bad.clear()
-        self._origin, self._last_id = b"", 0
-        self.refresh()
+        self._start_over(b"")
+        try:
+            os.rename(self._path, name)
+        except FileNotFoundError:  # another process was first
+            return
+        _warn(
+            f"{self._path} is damaged ({damage.__cause__}) and was renamed to {name}: its "
+            "log-probs are computed again"
+        )
+
+    def _start_over(self, origin: bytes) -> None:
+        """The file is another one than before, or none; lookups of known keys continue."""
+        self._lost = set(self._known)
+        self._origin, self._last_id = origin, 0
+        self._bad: list[int] = []  # ids of rows that failed their check
+
+    def _is_new(self, key: bytes) -> bool:
+        return key not in self._known or key in self._lost
 
     def _seal(self, record: bytes) -> bytes:
         return record + zlib.crc32(self._fingerprint + record).to_bytes(4, "little")
 
     def _read(self, database: sqlite3.Connection) -> None:
         """Reads the rows behind the last one; the first sound record of a key stays."""
-        names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-        if not names:
+        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            self._start_over(b"")
             return
-        if not {"about", "records"} <= names:
-            raise ValueError(
-                f"{self._path} is not a table of reference log-probs; use another folder"
-            )
-        fingerprint, origin = database.execute("SELECT fingerprint, origin FROM about").fetchone()
+        # Damage may change the type of a value, hence the casts.
+        about = "SELECT CAST(fingerprint AS BLOB), CAST(origin AS BLOB) FROM about"
+        fingerprint, origin = database.execute(about).fetchone() or (None, None)
+        if not fingerprint or not origin:
+            raise self._foreign()
         if fingerprint != self._fingerprint:
             raise ValueError(
                 f"{self._path} belongs to the table with fingerprint {fingerprint.hex()}, not "
@@ -374,11 +407,16 @@ class DatabaseTable:
                 "folder, or delete this one"
             )
         if origin != self._origin:  # the first read, or the file was removed and made anew
-            self._origin, self._last_id, self._bad = origin, 0, []
-        rows = database.execute("SELECT id, record FROM records WHERE id > ?", (self._last_id,))
+            self._start_over(origin)
+        rows = database.execute(
+            "SELECT id, IFNULL(CAST(record AS BLOB), x'') FROM records WHERE id > ?",
+            (self._last_id,),
+        )
         for self._last_id, record in rows:
             if record == self._seal(record[: _RECORD.size]):
                 key, *value = _RECORD.unpack_from(record)
-                self._known.setdefault(key, tuple(value))
+                if self._is_new(key):
+                    self._known[key] = tuple(value)
+                    self._lost.discard(key)
             else:
                 self._bad.append(self._last_id)

@@ -13,6 +13,8 @@ import pytest
 from realign import cache, distributed
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
+from realign_kernels import ReferenceCache
+from realign_kernels.refcache import store
 
 
 def test_the_commands(pairs_file, tmp_path, capsys):
@@ -54,6 +56,23 @@ def test_the_commands(pairs_file, tmp_path, capsys):
     code, shown = run("verify")
     assert code == 1 and "belongs to the table with fingerprint" in shown.out
     assert "its description is lost" in shown.out and f"{total:,} log-probs" in shown.out
+
+
+def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
+    """Without the extension the commands count databases, and leave a damaged one."""
+    monkeypatch.setattr(store, "extension", lambda: None)
+    monkeypatch.setattr(cache, "missing_reason", lambda: "not built")
+    place = ["--reference-cache", str(tmp_path)]
+    with ReferenceCache.open(tmp_path, {"weights": "v1"}) as table:
+        table.keep(np.zeros(1, "V16"), -np.ones(1), np.ones(1, np.int32))
+    assert cache.main(["stats", *place]) == cache.main(["compact", *place]) == 0
+    shown = capsys.readouterr().out
+    assert "1 log-probs in 1 database, " in shown and ": 1 database, " in shown
+    assert "log(s)" not in shown
+    (path,) = tmp_path.glob("*/records.sqlite")
+    path.write_bytes(b"damaged")
+    assert cache.main(["verify", *place]) == cache.main(["compact", *place]) == 1
+    assert "cannot be read: " in capsys.readouterr().out and path.read_bytes() == b"damaged"
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,7 @@ def test_an_inserted_record_is_found_and_never_changes(kind, folder):
     table.sync()
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     assert table.stats() == {
-        **{
-            "records": 102,
-            "logs": int(kind == "logs"),
-            "bytes": size,
-            "bad": 0,
-            "torn_bytes": 0,
-            "duplicates": 0,
-        },
+        **{"records": 102, "logs": 1, "bytes": size, "bad": 0, "torn_bytes": 0, "duplicates": 0},
         **{"conflicts": 0, "largest_difference": 0.0},
         "writer": "00000" if kind == "logs" else None,
     }
@@ -73,8 +66,9 @@ def test_an_inserted_record_is_found_and_never_changes(kind, folder):
     table.close()
     table.close()
     assert table.writer is None and find(table, range(102)).all()
-    with pytest.raises(ValueError, match="was closed: open"):
-        table.insert(*make([200]))
+    for call in (table.sync, lambda: table.insert(*make([200]))):
+        with pytest.raises(ValueError, match="was closed: open"):
+            call()
     table = open_table(folder, FINGERPRINT, read_only=True)
     assert find(table, range(102)).all() and len(table) == 102
     with pytest.raises(ValueError, match="read_only=True: open"):
@@ -154,7 +148,7 @@ def test_acknowledged_records_survive_kill_9_of_their_writer(kind, tmp_path):
         table = open_table(folder, FINGERPRINT, read_only=True)
         assert find(table, number * SPAN + np.arange(done)).all(), "an acknowledged record is lost"
         stats = table.stats()
-        assert stats["logs"] == (kind == "logs") and stats["bad"] == stats["duplicates"] == 0, stats
+        assert stats["logs"] == 1 and stats["bad"] == stats["duplicates"] == 0, stats
     assert total > 100 * rounds
 
 
@@ -170,8 +164,20 @@ def test_mistakes_are_named(kind, folder, tmp_path):
     assert len(table) == 0 and not os.listdir(folder)
     with pytest.raises(ValueError, match="array of V16"):
         table.lookup(keys.view(np.int64))
-    with pytest.raises(ValueError):
-        table.insert(keys, make(range(3))[1], tokens)
+    logps = make(range(4))[1]
+    for name, wrong in (
+        ("keys", (keys[::2], logps[:2], tokens[:2])),
+        ("logps", (keys, logps[:3], tokens)),
+        ("logps", (keys, logps.astype(np.float32), tokens)),
+        ("tokens", (keys, logps, tokens[:3])),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*"):
+            table.insert(*wrong)
+    if kind == "database":
+        with pytest.raises(ValueError, match="keys must be a .* for each key, got list"):
+            table.lookup(keys.tolist())
+        with pytest.raises(ValueError, match="logps must be a .* for each key, got list"):
+            table.insert(keys, logps.tolist(), tokens)
     with pytest.raises(ValueError, match="fingerprint must be 16 bytes, got b'short'; hash"):
         open_table(folder, b"short")
     with pytest.raises(ValueError, match="folder must be a path, got ''"):
@@ -197,58 +203,91 @@ def test_the_other_kind_of_table_is_named_and_not_read(folder, monkeypatch, recw
     assert not recwarn.list
     with monkeypatch.context() as patch:
         patch.setattr(store, "extension", lambda: None)
-        with pytest.warns(
-            RuntimeWarning, match=r"00000.log is read by processes with the C\+\+ extension only"
-        ):
+        with pytest.warns(RuntimeWarning, match=r"0.log has the format of the C\+\+ ext") as warned:
             table = open_table(folder, FINGERPRINT)
+        assert warned[0].filename == "sys"  # no line of the package
         assert len(table) == 0 and table.insert(keys[:5], logps[:5] - 1, tokens[:5]) == 5
         with pytest.raises(ValueError, match="writer is 'mine', the name of a log"):
             open_table(folder, FINGERPRINT, writer="mine")
-    with pytest.warns(
-        RuntimeWarning, match=f"{DATABASE} is read by processes without it only"
-    ) as warned:
+    with pytest.warns(RuntimeWarning, match=f"{DATABASE} has the format of installs wit") as warned:
+        open_table(folder, FINGERPRINT, read_only=True)
+        compact_table(folder, FINGERPRINT)
         table = open_table(folder, FINGERPRINT)
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
     assert find(table, range(10)).all()
 
 
-def test_a_database_that_is_damaged_or_removed(folder, monkeypatch):
+@pytest.fixture
+def database(folder, monkeypatch):
+    """A table without the extension, with five records, and its file."""
     monkeypatch.setattr(store, "extension", lambda: None)
     table = open_table(folder, FINGERPRINT)
     table.insert(*make(range(5)))
-    path = Path(folder, DATABASE)
+    return table, Path(folder, DATABASE)
+
+
+def test_a_removed_database_is_written_again(database, folder):
+    """Lookups of what was in memory continue; an insert of it writes it again."""
+    table, path = database
     path.unlink()
-    assert table.refresh() == 0 and table.insert(*make(range(8))) == 8  # with those in memory
+    assert table.insert(*make(range(3))) == 3
+    path.unlink()
+    assert table.refresh() == 0 and find(table, range(5)).all() and len(table) == 5
     other = open_table(folder, FINGERPRINT)
-    assert find(other, range(8)).all()
-    assert other.insert(*make(range(20, 25))) == table.refresh() == 5
-    path.write_bytes(b"no database" * 100)
-    with pytest.raises(OSError, match="not a database; remove the file") as caught:
-        open_table(folder, FINGERPRINT, read_only=True)
-    assert caught.value.filename == str(path)
-    with pytest.warns(RuntimeWarning, match="is damaged .*computed again"):
-        fresh = open_table(folder, FINGERPRINT)
-    assert len(fresh) == 0 and fresh.insert(*make(range(4))) == 4
-    assert len(open_table(folder, FINGERPRINT)) == 4
-    (aside,) = Path(folder).glob(f"{DATABASE}.damaged-*")
-    assert aside.read_bytes().startswith(b"no database")
+    assert other.insert(*make(range(20, 25))) == table.refresh() == 5  # a file made anew
+    assert table.insert(*make([*range(2), 20])) == 2 == other.refresh()
+    assert find(open_table(folder, FINGERPRINT), range(5)).tolist() == [True] * 2 + [False] * 3
 
 
-def test_a_foreign_database_and_wrong_arrays_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(store, "extension", lambda: None)
+def test_a_record_of_another_type_is_damaged(database, folder):
+    with contextlib.closing(sqlite3.connect(database[1])) as opened, opened:
+        opened.execute("UPDATE records SET record = 7 WHERE id = 2")
+        opened.execute("UPDATE records SET record = NULL WHERE id = 3")
     table = open_table(folder, FINGERPRINT)
-    keys, logps, tokens = make(range(3))
-    with pytest.raises(ValueError, match="must have one shape; nothing was written"):
-        table.insert(keys, logps[:2], tokens)
-    with pytest.raises(ValueError, match="keys must be a 1-D array of V16"):
-        table.lookup(keys.tolist())
-    table.close()
-    with pytest.raises(ValueError, match="was closed"):
-        table.sync()
-    with contextlib.closing(sqlite3.connect(Path(folder, DATABASE))) as other:
-        other.execute("CREATE TABLE somebody (x)")
-    with pytest.raises(ValueError, match="is not a table of reference log-probs; use another"):
-        open_table(folder, FINGERPRINT)
+    assert table.stats()["bad"] == 2
+    assert find(table, range(5)).tolist() == [True, False, False, True, True]
+
+
+def test_a_damaged_database_is_set_aside(database, folder):
+    table, path = database
+    table.insert(*make(range(1000)))
+    malformed = path.read_bytes()[:-4096] + bytes(4096)  # SQLite reads the first records
+    for number, damaged in enumerate((b"no database" * 100, malformed)):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match=r"damaged \(.*a run that writes") as caught:
+            open_table(folder, FINGERPRINT, read_only=True)
+        assert caught.value.filename == str(path)
+        aside = f"{path}.damaged{'-1' * number}"
+        with pytest.warns(RuntimeWarning, match=f"was renamed to {aside}: ") as warned:
+            table = open_table(folder, FINGERPRINT)
+        assert len(warned) == 1 and Path(aside).read_bytes() == damaged
+        assert len(table) == 0 and table.insert(*make(range(5))) == 5
+        assert find(open_table(folder, FINGERPRINT), range(5)).all()
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE theirs (x)"],
+        ["CREATE TABLE about (x)"],
+        ["CREATE TABLE about (fingerprint, origin)", "CREATE TABLE records (id, record)"],
+    ],
+)
+def test_a_database_of_something_else_is_refused_and_kept(database, folder, statements):
+    table, path = database
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as foreign:
+        for statement in statements:
+            foreign.execute(statement)
+    foreign = path.read_bytes()
+    for call in (
+        lambda: open_table(folder, FINGERPRINT),
+        lambda: compact_table(folder, FINGERPRINT),
+        lambda: table.insert(*make(range(9))),
+    ):
+        with pytest.raises(ValueError, match="is no table of reference log-probs: use another fol"):
+            call()
+    assert path.read_bytes() == foreign and os.listdir(folder) == [DATABASE]
 
 
 @needs_extension
