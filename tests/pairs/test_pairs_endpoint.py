@@ -105,10 +105,12 @@ def test_a_failure_for_ever_is_an_error_of_the_reply():
     [
         ({"Retry-After": "86400"}, "86400"),
         ({"Retry-After": "1", "Retry-After-Ms": "121000"}, "121"),
-        ({"Retry-After": formatdate(time.time() + 86400, usegmt=True)}, r"863\d\d(\.\d)?"),
+        ({"Retry-After": "in a day"}, r"86[34]\d\d(\.\d)?"),
     ],
 )
 def test_a_wait_longer_than_two_minutes_is_named_and_not_waited_for(headers, seconds):
+    if headers["Retry-After"] == "in a day":  # as a date, which the test's own time makes
+        headers = {"Retry-After": formatdate(time.time() + 86400, usegmt=True)}
     with Endpoint((429, headers, "quota")) as server:
         (reply,) = engine_at(server).chat([say("a")])
     expected = f"the server asks to wait {seconds} s, more than the 120 s .*HTTP status 429: quota"
