@@ -212,7 +212,11 @@ def heap_frozen() -> Iterator[None]:
     """Keep Python's garbage collector off the objects that exist now: modules, model, records.
 
     A full collection visits all of them and stops every thread; no step makes them garbage.
+    `gc.unfreeze` would undo a caller's freeze as well, so where there is one it is left as it is.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

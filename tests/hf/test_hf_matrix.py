@@ -1,7 +1,5 @@
 """Every kind of PEFT adapter under RDPOTrainer, and every way of loading one."""
 
-import gc
-
 import adapter_kinds
 import hf_matrix
 import numpy as np
@@ -14,15 +12,6 @@ from peft import PeftType
 from tiny_vlms import make, random_record
 
 from realign.hf import adapter_checks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """Trainer collects garbage twice a run, 0.25 s each time over all that tests have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,10 @@ def test_two_workers_make_the_same_bytes_though_one_is_killed(
         return run(inputs, number)
 
     _replace(monkeypatch, "refill", die_once)
-    config = copy_run(whole_run, tmp_path, ORDER[:4], ray=two_workers)
+    done = [stage for stage in ORDER if stage != "refill"]
+    config = copy_run(whole_run, tmp_path, done, ray=two_workers)
+    # The shard that is left to filter is a task; refill has actors. A worker takes 7 s to import.
+    (stage_folder(config.work_folder, "filter") / "00003.parquet").unlink()
     report = build_pairs(config)
     assert int(marker.read_text()) != os.getpid()
     assert (tmp_path / "pairs.parquet").read_bytes() == whole_run.bytes
