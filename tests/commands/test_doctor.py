@@ -147,8 +147,9 @@ def test_an_extension_that_ends_python(tmp_path):
     shutil.copytree(ROOT / "realign_kernels", tmp_path / "realign_kernels")
     (file,) = (tmp_path / "realign_kernels").glob("_C*.so")
     os.truncate(file, file.stat().st_size // 2)
+    alone = "from realign import doctor; doctor.EXTRAS = (); raise SystemExit(doctor.main([]))"
     done = subprocess.run(
-        [sys.executable, "-m", "realign.doctor"],
+        [sys.executable, "-c", alone],  # not the packages, which take 15 s to import
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip

@@ -1,11 +1,14 @@
 """The demo at a small size: its files, and a second call that resumes."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-from realign.demo.__main__ import main
+from realign import train
+from realign.demo import __main__ as demo
 
 SMALL = ["--steps", "3", "--scenes", "40", "--evaluation-scenes", "20", "--nproc-per-node", "1"]
 
@@ -15,8 +18,14 @@ def test_demo_writes_its_table_and_image_once(tmp_path, capfd, monkeypatch):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+    def run(command, check):  # in this process, which has the libraries
+        assert command[:3] == [sys.executable, "-m", "realign.train"] and not check
+        return SimpleNamespace(returncode=train.main(command[3:]))
+
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run))
     folder = tmp_path / "demo"
-    assert main(["--output", str(folder), *SMALL]) == 0
+    assert demo.main(["--output", str(folder), *SMALL]) == 0
     shown = capfd.readouterr().out
     lines = [line.split("|")[0].strip() for line in shown.splitlines() if "%" in line]
     assert lines[-3:] == ["base", "dpo", "rdpo"]
@@ -30,8 +39,8 @@ def test_demo_writes_its_table_and_image_once(tmp_path, capfd, monkeypatch):
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
     curves = [(folder / "seed0" / name / "metrics.jsonl") for name in ("dpo", "rdpo")]
     before = [curve.read_bytes() for curve in curves]
-    assert main(["--output", str(folder), *SMALL]) == 0
+    assert demo.main(["--output", str(folder), *SMALL]) == 0
     assert "evaluating" not in capfd.readouterr().out
     assert [curve.read_bytes() for curve in curves] == before
-    assert main(["--output", str(folder), *SMALL, "--seeds", "2"]) == 1
+    assert demo.main(["--output", str(folder), *SMALL, "--seeds", "2"]) == 1
     assert "holds a demo with other settings" in capfd.readouterr().err

@@ -6,12 +6,14 @@ import re
 import runpy
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_command, run_ranks
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign import cache, export, train
+from realign import cache, distributed, export, train
 from realign.data.records import write_pairs
 from realign.demo import __main__ as demo
 from realign.digits import ASSETS
@@ -19,6 +21,7 @@ from realign.digits.scenes import CAPTION_PROMPT, digits_in, make_scenes
 from realign.evaluate import __main__ as evaluate
 from realign.evaluate.command import COMMANDS
 from realign.pairs import __main__ as pairs
+from realign.pairs import pipeline
 from realign.pairs.pipeline import PairsConfig, digit_sources
 
 ROOT = Path(__file__).parents[2]
@@ -40,47 +43,63 @@ def test_the_python_block_runs(capsys):
     assert "tensor" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def test_make_and_pip_lines_are_those_of_the_checks():
+    makefile, checks = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    for program, *words in commands():
+        if program == "make":
+            assert f"\n{words[0]}:" in makefile
+        elif program == "pip":
+            assert " ".join(words[1:]) in checks.replace("'", "")
+        else:
+            assert (program, words[0]) == ("python", "-m")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
     """A folder with what the README's commands name: records, and the LLaVA of that name."""
-    folder = tmp_path_factory.mktemp("readme")
-    sources = digit_sources(PairsConfig(scenes=40))
-    write_pairs(folder / "records.parquet", sources)
-    (folder / "llava-hf").mkdir()
-    (folder / "llava-hf" / "llava-1.5-7b-hf").symlink_to(ASSETS)
-    return folder
-
-
-def test_every_command_runs_as_written(workplace, monkeypatch, capfd):
-    """In order, in one folder; `make` and `pip` lines are what CI itself runs.
-
-    `python -m` happens in this process, which has loaded its libraries; ranks have their own.
-    """
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    elsewhere = {"make demo", "make test", "make bench", "make lint"}
-    ran = []
-    for command in commands():
-        if command[0] == "make":
-            assert " ".join(command) in elsewhere
-            assert f"{command[1]}:" in (ROOT / "Makefile").read_text()
+    write_pairs("records.parquet", digit_sources(PairsConfig(scenes=40)))
+    Path("llava-hf").mkdir()
+    Path("llava-hf/llava-1.5-7b-hf").symlink_to(ASSETS)
+
+
+@pytest.mark.parametrize(
+    ("model", "modules"),
+    [("digits", {"train", "evaluate"}), ("llava", {"pairs", "cache", "train"})],
+)
+def test_every_command_runs_as_written(
+    model, modules, workplace, tmp_path, monkeypatch, capfd
+):
+    """In order, in this process, which has loaded its libraries, on an eighth of the scenes.
+
+    The ranks of digits are forked; those of LLaVA are started as a user's.
+    """
+    if model == "digits":
+        monkeypatch.setattr(pipeline, "PairsConfig", partial(PairsConfig, scenes=128))
+        monkeypatch.setattr(distributed, "launch", partial(_forked, tmp_path / "log"))
+    ran = set()
+    for program, *words in commands():
+        if program != "python" or (model == "llava") != ("llava" in str(words)):
             continue
-        if command[0] == "pip":
-            assert " ".join(command[2:]) in (ROOT / ".ci" / "run").read_text().replace("'", "")
-            continue
-        assert command[:2] == ["python", "-m"], command
-        monkeypatch.setattr(sys, "argv", command[2:])
+        words.remove("-m")
+        monkeypatch.setattr(sys, "argv", ["125" if word == "1000" else word for word in words])
         with pytest.raises(SystemExit) as end:
-            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         shown = capfd.readouterr()
-        assert end.value.code == 0, (command, shown)
-        ran.append(command[2])
-        if "runs/llava" in command:  # on two ranks, with what one process computed
+        assert end.value.code == 0, (words, shown)
+        ran.add(words[0])
+        if "runs/llava" in words:  # on two ranks, with what one process computed
             assert re.search(r"(\d+) of \1 leaves known", shown.out), shown.out
-        if command[2:] == ["realign.train", "--fsdp"]:
+        if words == ["realign.train", "--fsdp"]:
             assert "on 2 rank(s)" in shown.out
-            _captions_in_plain_transformers(workplace / "runs" / "rdpo")
-    assert set(ran) == {"realign.train", "realign.pairs", "realign.cache", "realign.evaluate"}
+            _captions_in_plain_transformers(tmp_path / "runs" / "rdpo")
+    assert ran == {f"realign.{name}" for name in modules}
+
+
+def _forked(log, module, arguments, workers):
+    print(run_ranks(run_command, workers or 2, log, module, arguments))
+    return 0
 
 
 def _captions_in_plain_transformers(folder):
