@@ -1,18 +1,19 @@
 """`python -m realign.cache`: its commands, its mistakes, what ranks say, and the page about it."""
 
 import errno
+import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_ranks import run_ranks
 
 from realign import cache, distributed
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
+from realign.modeling import encode
 from realign_kernels import ReferenceCache
 from realign_kernels.refcache import store
 
@@ -115,27 +116,23 @@ def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
     assert not distributed.report(RuntimeError("a fault of ours"))
 
 
-FAILS_ALONE = """
-import os, sys
-from realign import cache
-from realign.modeling import encode
-if os.environ["RANK"] == "1":
+def fails_alone(*words):
+    """`realign.cache` as one of two ranks, of which rank 1 meets a damaged image."""
+
     def changed(self, key):
         raise encode.RecordError("scene-1", "its image is not what it was.", "Let it be.")
-    encode.ImageStore.bundle = changed
-sys.exit(cache.main(sys.argv[1:]))
-"""
+
+    if os.environ["RANK"] == "1":
+        encode.ImageStore.bundle = changed
+    assert cache.main(words) == 1
 
 
 def test_what_one_rank_alone_runs_into_is_told_by_it(pairs_file, tmp_path):
-    (tmp_path / "script.py").write_text(FAILS_ALONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [tmp_path / "script.py", "fill", "--pairs", pairs_file, "--quiet"]
-    command += ["--reference-cache", tmp_path / "cache", "--batch-rows", 4]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "error (rank 1): record 'scene-1': its image is not what it was." in done.stderr
-    assert "error (rank 0)" not in done.stderr
+    words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "cache"]
+    words = [*map(str, words), "--batch-rows", "4"]
+    said = run_ranks(fails_alone, 2, tmp_path / "log", *words)
+    assert "error (rank 1): record 'scene-1': its image is not what it was." in said
+    assert "error: another rank has ended" in said and "error (rank 0)" not in said
 
 
 def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):

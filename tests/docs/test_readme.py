@@ -68,9 +68,7 @@ def workplace(tmp_path, monkeypatch):
     ("model", "modules"),
     [("digits", {"train", "evaluate"}), ("llava", {"pairs", "cache", "train"})],
 )
-def test_every_command_runs_as_written(
-    model, modules, workplace, tmp_path, monkeypatch, capfd
-):
+def test_every_command_runs_as_written(model, modules, workplace, tmp_path, monkeypatch, capfd):
     """In order, in this process, which has loaded its libraries, on an eighth of the scenes.
 
     The ranks of digits are forked; those of LLaVA are started as a user's.

@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import accelerate
@@ -94,3 +96,9 @@ def launched_rank(folder: str, data: str, fsdp: bool) -> None:
         Path(folder, "found.json").write_text(found)
     trainer.accelerator.end_training()
     os._exit(0)
+
+
+def run_script(file: str, *words: str) -> None:
+    """`python file words`, as one of the ranks."""
+    sys.argv, sys.path[:0] = [file, *words], [str(Path(file).parent)]
+    runpy.run_path(file, run_name="__main__")

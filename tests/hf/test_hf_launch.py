@@ -1,22 +1,20 @@
 """RDPOTrainer and the examples as they are launched: two processes compute what one computes."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+import torch.distributed.run
+from accelerate.commands import launch
 from forked_ranks import run_ranks
-from hf_runs import history, launched, launched_rank
+from hf_runs import history, launched, launched_rank, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +65,23 @@ def test_two_processes_of_accelerate_take_the_steps_of_the_plain_loop(
 ):
     """The launch of docs/trainers.md.
 
-    accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU. Port 0 takes
-    a free one: launches that begin together would both find the default port free.
+    accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU.
     """
     plain = losses(run_example("plain_loop", pairs_file, tmp_path / "plain", monkeypatch, capsys))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    command += ["--num_processes", "2", "--multi_gpu", "--mixed_precision", "no"]
-    command += ["--main_process_port", "0", "--dynamo_backend", "no"]
+    said = []
+
+    def run(args):  # of torchrun, on processes that have the libraries
+        words = [args.training_script, *args.training_script_args]
+        said.append(run_ranks(run_script, int(args.nproc_per_node), tmp_path / "log", *words))
+
+    monkeypatch.setattr(torch.distributed.run, "run", run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["--num_machines", "1", "--num_processes", "2", "--multi_gpu"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(EXAMPLES / "accelerate_loop.py"), "--steps", "3", "--batch-size", "4"]
     command += ["--pairs", str(pairs_file), "--output", str(tmp_path / "two")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(plain) == 3 and losses(done.stdout) == pytest.approx(plain, rel=1e-5)
+    launch.launch_command(launch.launch_command_parser().parse_args(command))
+    assert len(plain) == 3 and losses(said[0]) == pytest.approx(plain, rel=1e-5)
     assert plain[0] == pytest.approx(2 * 0.693147, rel=1e-5) and plain[2] < plain[0]
     for folder in ("plain", "two"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / folder / "model")
