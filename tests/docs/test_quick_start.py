@@ -1,4 +1,4 @@
-"""docs/quick-start.md, followed to the letter with fifty made photographs and a small model."""
+"""docs/quick-start.md, followed to the letter with thirty made photographs and a small model."""
 
 import json
 import re
@@ -21,11 +21,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "quick-start.md").read_text()
 
 
 def _photographs(folder: Path) -> None:
-    """Fifty JPEGs of 320 x 240 with noise, of digits that the small model knows, and questions."""
+    """Thirty JPEGs of 320 x 240 with noise, of digits that the small model knows, and questions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     lines = []
-    for i, scene in enumerate(make_scenes(50, biased=True, split="train", seed=4)):
+    for i, scene in enumerate(make_scenes(30, biased=True, split="train", seed=4)):
         large = np.asarray(scene.image.resize((320, 240), Image.Resampling.BICUBIC), np.float32)
         noisy = np.clip(large + rng.normal(0, 4, large.shape), 0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{i:03d}.jpg", quality=90)
@@ -34,7 +34,7 @@ def _photographs(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_fifty_pictures_of_ones_own(tmp_path, monkeypatch, capfd):
+def test_thirty_pictures_of_ones_own(tmp_path, monkeypatch, capfd):
     shown = json.loads(re.search(r"```json\n(.*)\n```", PAGE)[1])
     assert shown.keys() == {"image", "question", "answer"}
     _photographs(tmp_path / "my-images")
@@ -51,7 +51,7 @@ def test_fifty_pictures_of_ones_own(tmp_path, monkeypatch, capfd):
         words = [str(ASSETS) if word == "MODEL" else word for word in words[2:]]
         assert MAINS[words[0]](words[1:]) == 0, (words, capfd.readouterr())
     pairs = read_pairs(tmp_path / "pairs.parquet")
-    assert len(pairs) >= 25
+    assert len(pairs) >= 15
     assert all(pair.chosen != pair.rejected for pair in pairs)
     assert "<!doctype html>" in (tmp_path / "gallery.html").read_text()[:50].lower()
     log = read_jsonl(tmp_path / "run" / "metrics.jsonl")
