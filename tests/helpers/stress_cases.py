@@ -24,7 +24,6 @@ from stress_rows import (
     Case,
     base,
     get,
-    pictures,
     put,
 )
 
@@ -32,8 +31,6 @@ _PARTS = {
     "none": 0.06, "text": 0.38, "messages": 0.18, "image": 0.2, "id": 0.04, "encoding": 0.06,
     "row": 0.05, "columns": 0.03,
 }  # fmt: skip
-
-BIG = 1_000_000  # characters of a huge text
 
 _TYPES = {
     "a number": 7,
@@ -70,8 +67,6 @@ def _texts(where: str) -> list[Fault]:
     ]
     faults += [("wrong type", name, lambda t, v=v: v, _same, BAD) for name, v in _TYPES.items()]
     faults += [
-        ("huge", "a million characters", lambda t: f"{t} " * (BIG // len(t)),
-         lambda t: f"{t} " * (BIG // len(t)), _TRAIN_BAD),
         ("Unicode", "half of a surrogate pair", lambda t: f"{t} \ud83d b", _same, BAD),
         ("Unicode", "the other half first", lambda t: f"\ude00{t}", _same, BAD),
         ("Unicode", "null character", lambda t: f"{t}\0b", _same, BAD),
@@ -259,30 +254,12 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
 
 
 def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str, str]:
-    """A fault of an image column, or an image of another kind."""
+    """A fault of an image column; `test_pictures` has the images of other kinds."""
     columns = [name for name in ("images", "retrieved_images", "image", "retrieved_image")
                if name in case.row]  # fmt: skip
     where = str(rng.choice(columns))
     listed = isinstance(case.row[where], list)
     of = case.truth.images if where.startswith("image") else case.truth.retrieved
-    if rng.random() < 0.62:
-        picture_of = pictures(folder)
-        name = str(rng.choice(list(picture_of)))
-        picture, file = picture_of[name]
-        in_bytes = rng.random() < 0.5 and case.format not in (
-            "authors",
-            "ShareGPT",
-            "LLaVA",
-            "folder",
-        )
-        value: Any = {"bytes": picture.data, "path": None} if in_bytes else file.name
-        case.kind, case.fault = "images", f"{where}: {name}{', bytes' if in_bytes else ''}"
-        case.row[where] = [value] if listed else value
-        of[:] = [picture]
-        if READERS[case.format] == ("sources",):
-            return GOOD  # nothing is decoded there
-        small = EITHER if name in ("1x1", "3000x1") else {"*": picture.verdict}
-        return small | {"pairs": picture.verdict}
     bad: dict[str, Any] = {
         "a number": 7,
         "a bool": True,
@@ -335,7 +312,7 @@ def _id_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         "white space": (" \t", GOOD),
         "lines": ("a\nb\x85c", GOOD),
         "emoji": ("\U0001f642", GOOD),
-        "a million characters": ("a" * BIG, GOOD),
+        "a million characters": ("a" * 1_000_000, GOOD),
         "half of a surrogate pair": ("a\ud83d", EITHER),
         "an object": ({"a": 1}, EITHER),
         "a list": ([1, 2], EITHER),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from stress_pictures import Picture, colours, encode, make_pictures
+from stress_pictures import Picture, colours, encode
 
 from realign.digits.scenes import PLACES, WORDS
 
@@ -179,21 +177,6 @@ PATHS = {
     "folder": {"prompt": ("question",), "chosen": ("answer",)},
 }
 """Format -> field -> where its text is in a row."""
-
-
-@cache
-def pictures(folder: Path) -> dict[str, tuple[Picture, Path]]:
-    """Images of all kinds, with a file of each; and a folder, and a pipe that nobody writes to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pictures").mkdir(exist_ok=True)
-    if not (folder / "pipe").exists():
-        os.mkfifo(folder / "pipe")
-    found = {}
-    for number, (name, picture) in enumerate(make_pictures().items()):
-        file = folder / f"picture-{number}.bin"
-        file.write_bytes(picture.data)
-        found[name] = (picture, file)
-    return found
 
 
 def message(role: str, content: Any) -> dict[str, Any]:
