@@ -16,7 +16,6 @@ from PIL import Image
 from stress_pictures import Picture, colours
 from stress_rows import (
     JSON,
-    MAYBE,
     MISSING,
     OTHERS,
     PATHS,
@@ -119,8 +118,7 @@ def _texts(where: str) -> list[Fault]:
 def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
     """A record of a random format with a random fault in a random field."""
     part = rng.choice(list(_PARTS), p=list(_PARTS.values()))
-    weights = np.array([1.0 if name in MAYBE else 2.0 for name in READERS])
-    format = str(rng.choice(list(READERS), p=weights / weights.sum()))
+    format = str(rng.choice(list(READERS)))
     row, truth = base(format, number, folder)
     case = Case(number, format, "none", "none", row, truth, {}, "")
     case.neighbours = [base(format, number + far, folder)[0] for far in (100_000, 200_000)]
@@ -136,7 +134,7 @@ def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
     }[str(part)]()
     for reader in READERS[format]:
         verdict = verdicts.get(reader, verdicts["*"])
-        if verdict == "good" and (format in MAYBE or (reader != "pairs" and format in OTHERS)):
+        if verdict == "good" and reader != "pairs" and format in OTHERS:
             verdict = "either"
         if reader in ("train", "hf") and verdict == "good" and not truth.retrieved:
             verdict = "bad"  # rdpo needs a retrieved image
@@ -156,16 +154,11 @@ def _pick(case: Case, where: str, faults: list[Any], rng: np.random.Generator) -
 def _text_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     where = str(rng.choice(list(PATHS[case.format])))
     kind, name, change, reads, verdicts = _pick(case, where, _texts(where), rng)
-    if where == "text":
-        text = case.row["text"]
-    else:
-        text = case.truth.prompt[0][1] if where == "prompt" else getattr(case.truth, where)
+    text = case.truth.prompt[0][1] if where == "prompt" else getattr(case.truth, where)
     value = change(text)
     if "<image>" in str(get(case.row, PATHS[case.format][where])) and isinstance(value, str):
         value = value if "<i" in value or "<|" in value else f"<image>\n{value}"
     put(case.row, PATHS[case.format][where], value)
-    if where == "text":
-        return EITHER if name == "around" else BAD  # the text is no JSON any more
     if where == "prompt":
         case.truth.prompt = [("user", reads(text))]
     else:
@@ -186,8 +179,6 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         "TRL, parts": ("prompt", "chosen", "rejected"),
         "authors": ("chosen", "rejected"),
         "LLaVA": ("conversations",),
-        "POVID": ("conversations", "rejected_conversations"),
-        "ms-swift": ("messages",),
         "ShareGPT": ("conversations",),
     }.get(case.format)
     if lists is None:
@@ -249,7 +240,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         if where == "prompt":
             truth.prompt = [("user", joined)]
         else:
-            setattr(truth, "chosen" if where == "messages" else where, joined)
+            setattr(truth, where, joined)
     return verdicts
 
 

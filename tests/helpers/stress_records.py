@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from stress_rows import JSON, MAYBE, OTHERS, Case, Truth
+from stress_rows import JSON, OTHERS, Case, Truth
 from tiny_tokenizers import byte_level
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -144,7 +144,7 @@ class Stress:
         own = [f"{case.name!r}", "row 1", f"{case.id!r}", "data.jsonl:1", "data.json:1"]
         own.append(".arrow:1")
         others = [f"{row['id']!r}" for row in case.neighbours]
-        if case.format in MAYBE or (case.format in OTHERS and reader != "pairs"):
+        if case.format in OTHERS and reader != "pairs":
             own += [*others, "row 0"]  # rows of the format are refused
         if case.encoding:
             own += others  # a file is at fault
@@ -236,7 +236,6 @@ class Stress:
         if case.id in others:  # only one of the two has this name
             kept, rest = found[:1] + found[2:], found[1:2]
         there = alone or len(kept) == len(others) or case.encoding in WHOLE
-        there = there or (case.format in MAYBE and not found)
         if rest:
             return (rest[0], "", there and len(rest) == 1)
         said = next((line for line in bad if self._names(case, line, "pairs")), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,13 @@ READERS = {
     "RLAIF-V": ("pairs", "train", "hf"),
     "authors": ("pairs", "hf"),
     "ShareGPT": ("pairs", "hf"),
-    "ms-swift": ("pairs", "hf"),
-    "MMPR": ("pairs", "hf"),
-    "RLHF-V": ("pairs", "train", "hf"),
-    "POVID": ("pairs", "hf"),
     "LLaVA": ("sources",),
     "folder": ("sources",),
 }
 """Format -> who reads it: `realign.pairs import`, `read_any`, `realign.train`, `RDPOTrainer`."""
 
 OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # of these only realign.pairs must read
-MAYBE = ("ms-swift", "MMPR", "RLHF-V", "POVID")  # read right, or refused, by all
-JSON = ("authors", "ShareGPT", "ms-swift", "MMPR", "POVID", "LLaVA")
+JSON = ("authors", "ShareGPT", "LLaVA")
 MISSING = object()
 
 
@@ -109,9 +103,6 @@ def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]
         row |= {"chosen": {"from": "gpt", "value": chosen}}
         row |= {"rejected": {"from": "gpt", "value": rejected}}
         truth.retrieved = []
-    elif format in MAYBE:
-        truth.retrieved = []
-        row |= _other(format, prompt, chosen, rejected, _file(folder, images[0]), first)
     else:
         truth.rejected, truth.retrieved = "", []
         row |= {"image": _file(folder, images[0])}
@@ -123,27 +114,6 @@ def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]
         else:
             row |= {"question": prompt, "answer": chosen}
     return copy.deepcopy(row), truth
-
-
-def _other(
-    format: str, prompt: str, chosen: str, rejected: str, file: str, stored: dict[str, Any]
-) -> dict[str, Any]:
-    """Columns of formats that a reader may take or refuse."""
-    asked = [message("user", f"<image>{prompt}")]
-    if format == "ms-swift":
-        answered = [*asked, message("assistant", chosen)]
-        return {"messages": answered, "rejected_response": rejected, "images": [file]}
-    if format == "MMPR":
-        question = f"<image>\n{prompt}"
-        return {"image": file, "question": question, "chosen": chosen, "rejected": rejected}
-    if format == "RLHF-V":
-        text = json.dumps({"question": prompt, "chosen": chosen, "rejected": rejected})
-        return {"image": stored, "text": text}
-    says = lambda text: [  # noqa: E731
-        {"from": "human", "value": f"<image>\n{prompt}"},
-        {"from": "gpt", "value": text},
-    ]
-    return {"image": file, "conversations": says(chosen), "rejected_conversations": says(rejected)}
 
 
 PATHS = {
@@ -161,17 +131,6 @@ PATHS = {
         "prompt": ("conversations", 0, "value"),
         "chosen": ("chosen", "value"),
         "rejected": ("rejected", "value"),
-    },
-    "ms-swift": {
-        "prompt": ("messages", 0, "content"),
-        "chosen": ("messages", 1, "content"),
-        "rejected": ("rejected_response",),
-    },
-    "MMPR": {"prompt": ("question",), "chosen": ("chosen",), "rejected": ("rejected",)},
-    "RLHF-V": {"text": ("text",)},
-    "POVID": {
-        "chosen": ("conversations", 1, "value"),
-        "rejected": ("rejected_conversations", 1, "value"),
     },
     "LLaVA": {"prompt": ("conversations", 0, "value"), "chosen": ("conversations", 1, "value")},
     "folder": {"prompt": ("question",), "chosen": ("answer",)},

@@ -72,6 +72,7 @@ def _made_again(before, after) -> dict[str, set[int]]:
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt"])
 def test_repaired_pictures_are_read_again(pictures, tmp_path, fault):
+    """A run that dies while it replaces the shard, with its list of bad records, loses none."""
     spoiled = tmp_path / "pictures" / "5.png"  # of the second shard
     data = spoiled.read_bytes()
     spoiled.unlink()
@@ -82,6 +83,10 @@ def test_repaired_pictures_are_read_again(pictures, tmp_path, fault):
     assert rejected_in(tmp_path / "out") == [("scene-00005", stage, fault)]
     before = _times(pictures)
     spoiled.write_bytes(data)
+    if fault == "missing":
+        flags = ["--data", pictures.data, "--image-folder", pictures.image_folder, "--k", "4"]
+        flags += ["--mask", "numbers", "--shard", "4", "--max-bad", "0.2", "--quiet"]
+        assert exit_code(before_a_shard, "--output", pictures.output, *flags) == -signal.SIGKILL
     assert not build_pairs(pictures).bad
     assert not (pictures.work_folder / "rejected_records.parquet").exists()
     again = _made_again(before, _times(pictures))
@@ -138,19 +143,6 @@ def test_a_record_without_reply_is_asked_again(whole_run, tmp_path, engine):
     assert len(fake.asked) == 8  # of its shard
     assert not (config.work_folder / "rejected_records.parquet").exists()
     _assert_as_fresh(config, tmp_path)
-
-
-def test_a_run_killed_while_it_replaces_a_shard_loses_no_record(pictures, tmp_path):
-    spoiled = tmp_path / "pictures" / "5.png"
-    data = spoiled.read_bytes()
-    spoiled.unlink()
-    build_pairs(pictures)
-    spoiled.write_bytes(data)
-    flags = ["--data", pictures.data, "--image-folder", pictures.image_folder, "--k", "4"]
-    flags += ["--mask", "numbers", "--shard", "4", "--max-bad", "0.2", "--quiet"]
-    assert exit_code(before_a_shard, "--output", pictures.output, *flags) == -signal.SIGKILL
-    assert not build_pairs(pictures).bad
-    _assert_as_fresh(pictures, tmp_path)
 
 
 def test_arrays_of_a_killed_run_are_not_used_with_other_rows(pictures, tmp_path, monkeypatch):

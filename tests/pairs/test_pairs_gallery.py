@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stress_pictures import encode
 
 from realign.pairs.gallery import main, write_gallery
 from realign.pairs.stats import changed_words, collect, difference
@@ -26,10 +27,8 @@ TAGS = ["html", "head", "meta", "title", "style", "body", "header", "div", "h1",
 TAGS += ["select", "main", "details", "summary", "pre", "nav", "kbd", "noscript", "script"]
 
 
-def _bytes(shade, size=(16, 16), form="PNG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (shade, 2, 3)).save(buffer, form)
-    return buffer.getvalue()
+def _png(shade):
+    return encode(Image.new("RGB", (16, 16), (shade, 2, 3)))
 
 
 def _user(text):
@@ -42,8 +41,8 @@ def _row(number=0, **changes):
         "prompt": [_user("What is it?")],
         "chosen": f"A red cat, number {number}.",
         "rejected": f"A blue dog, number {number}.",
-        "images": [{"bytes": _bytes(number % 200), "path": None}],
-        "retrieved_images": [{"bytes": _bytes(number % 200 + 1), "path": None}],
+        "images": [{"bytes": _png(number % 200), "path": None}],
+        "retrieved_images": [{"bytes": _png(number % 200 + 1), "path": None}],
         "masked": "A [MASK], number.",
         "neighbour_rank": number % 5,
         "similarity": 0.5 + number / 1000,
@@ -181,11 +180,9 @@ def test_pictures(tmp_path):
     Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "pictures" / "wide.jpg")
     rows = [
         _row(0, images=[{"bytes": None, "path": "pictures/wide.jpg"}]),
-        _row(1, images=[{"bytes": _bytes(1), "path": "kept.png"}]),  # is what was retrieved for 0
-        _row(
-            2, images=[{"bytes": b"no picture", "path": None}, {"bytes": _bytes(9), "path": None}]
-        ),
-        _row(3, images=[{"bytes": _bytes(4), "path": None}]),  # is its own negative
+        _row(1, images=[{"bytes": _png(1), "path": "kept.png"}]),  # is what was retrieved for 0
+        _row(2, images=[{"bytes": b"no picture", "path": None}, {"bytes": _png(9), "path": None}]),
+        _row(3, images=[{"bytes": _png(4), "path": None}]),  # is its own negative
         _row(4, retrieved_images=[]),
     ]
     data = _page(tmp_path, *rows, side=200).data
@@ -196,7 +193,7 @@ def test_pictures(tmp_path):
     assert not data["pictures"][0]["small"]
     head, image = _opened(data["pictures"][1])
     assert head == "data:image/png;base64" and data["pictures"][1]["small"]
-    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(_bytes(1)))))
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(_png(1)))))
     assert data["pictures"][3] == {"problem": "corrupt"}
     assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both pictures the same"], []]
 
@@ -218,7 +215,7 @@ def test_many_pairs_are_sampled_evenly(tmp_path):
 
 
 def test_trls_sets_are_shown_too(tmp_path):
-    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": [_bytes(1)]}
+    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": [_png(1)]}
     (pair,) = _page(tmp_path, row).data["pairs"]
     assert pair["id"] == "pairs.parquet:0" and pair["prompt"] == [["user", "What?"]]
     assert (pair["retrieved"], pair["similarity"], pair["rank"]) == ([], None, None)

@@ -1,6 +1,5 @@
 """Every format gives the records it holds."""
 
-import io
 import json
 
 import datasets
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
+from stress_pictures import encode
 
 from realign.data.records import Record, StoredImage, read_pairs, write_pairs
 from realign.pairs.io.importers import import_pairs, main
@@ -124,12 +124,7 @@ def test_a_folder_with_a_list(pictures):
         assert bad == {"list.jsonl:3": "malformed", "list.jsonl:4": "malformed"}
 
 
-def _bytes(shade):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade,) * 3).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
+PNG = encode(Image.new("RGB", (8, 8)))
 TRL = {
     "prompt": [user("What is it?")],
     "chosen": [assistant("A cat.")],
@@ -140,18 +135,18 @@ TRL = {
 @pytest.mark.parametrize("column", ["images", "image"])
 def test_trls_sets(tmp_path, column):
     """Other forms of rows are those of `entry_of`, which has tests of its own."""
-    image = {"bytes": _bytes(1), "path": "x.png"}
+    image = {"bytes": PNG, "path": "x.png"}
     row = TRL | {column: [image] if column == "images" else image, "note": "of no interest"}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set.parquet")
     for data in (tmp_path, tmp_path / "set.parquet"):
         records, bad = read_all(data)
         expected = ("set.parquet:0", (user("What is it?"),), "A cat.", "A dog.")
-        assert records["set.parquet:0"] == Record(*expected, (StoredImage(_bytes(1), "x.png"),))
+        assert records["set.parquet:0"] == Record(*expected, (StoredImage(PNG, "x.png"),))
         assert bad == {}
 
 
 def test_what_write_pairs_wrote_without_responses(tmp_path):
-    record = Record("a", (user("What?"),), "", "", (StoredImage(_bytes(1)),))
+    record = Record("a", (user("What?"),), "", "", (StoredImage(PNG),))
     write_pairs(tmp_path / "sources.parquet", [record])
     assert read_all(str(tmp_path / "sources.parquet")) == ({"a": record}, {})
 

@@ -1,21 +1,19 @@
 """Figures of pairs, against ones worked out by hand."""
 
-import io
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from stress_pictures import encode
 
 from realign.pairs.stages.runner import run_note
 from realign.pairs.stats import collect, main
 
 
 def _picture(shade):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, 0, 0)).save(buffer, "PNG")
-    return [{"bytes": buffer.getvalue(), "path": None}]
+    return [{"bytes": encode(Image.new("RGB", (8, 8), (shade, 0, 0))), "path": None}]
 
 
 def _row(shade, rejected, **changes):
