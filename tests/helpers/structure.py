@@ -1,23 +1,10 @@
-"""The structure of the code: lines and modules per folder, layers and import circles.
-
-    python tests/helpers/structure.py            # this checkout
-    python tests/helpers/structure.py OTHER      # another one
-
-`rooms` are the folders of `realign/` and the modules at its root. A layer is the number of rooms
-below on the longest path of imports; imports inside functions count.
-"""
+"""The import graph of a package, from its sources, without importing it."""
 
 from __future__ import annotations
 
 import ast
-import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-PRODUCT = ("realign", "realign_kernels", "csrc", "benchmarks")
-OTHERS = ("experiments", "examples", "tests")
-CODE = {".py", ".cpp", ".h", ".cu"}
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
@@ -45,34 +32,6 @@ def imports(root: Path, package: str) -> dict[str, set[str]]:
     return graph
 
 
-def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other (Tarjan's strongly connected components)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        index[node] = low[node] = len(index)
-        stack.append(node)
-        for other in sorted(graph.get(node, ())):
-            if other not in index:
-                visit(other)
-                low[node] = min(low[node], low[other])
-            elif other in stack:
-                low[node] = min(low[node], index[other])
-        if low[node] == index[node]:
-            at = stack.index(node)
-            if len(group := stack[at:]) > 1:
-                found.append(sorted(group))
-            del stack[at:]
-
-    for node in graph:
-        if node not in index:
-            visit(node)
-    return found
-
-
 def room(module: str) -> str:
     """The folder of `realign/` that a module is in, or the module itself at the root."""
     return ".".join(module.split(".")[:2])
@@ -84,56 +43,3 @@ def rooms(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
     for module, others in graph.items():
         found.setdefault(room(module), set()).update(map(room, others))
     return {name: others - {name} for name, others in found.items()}
-
-
-def layers(graph: Mapping[str, set[str]]) -> dict[str, int]:
-    """Node -> length of the longest path below it. The graph has no circle."""
-    found: dict[str, int] = {}
-
-    def depth(node: str) -> int:
-        if node not in found:
-            found[node] = 1 + max((depth(other) for other in graph.get(node, ())), default=-1)
-        return found[node]
-
-    for node in graph:
-        depth(node)
-    return found
-
-
-def lines(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """(folder of the first two levels, lines) of every source file."""
-    for file in (root / folder).rglob("*"):
-        if file.suffix in CODE and "__pycache__" not in file.parts:
-            inner = file.relative_to(root).parent.parts[:2]
-            yield "/".join(inner), len(file.read_text(encoding="utf-8").splitlines())
-
-
-def report(root: Path) -> str:
-    """The structure as text."""
-    out = []
-    for title, folders in (("product", PRODUCT), ("beside it", OTHERS)):
-        counts: Counter[str] = Counter()
-        files: Counter[str] = Counter()
-        for folder in folders:
-            for place, count in lines(root, folder):
-                counts[place] += count
-                files[place] += 1
-        out.append(f"{title}: {sum(counts.values()):,} lines in {sum(files.values())} files")
-        out += [f"  {place:32} {counts[place]:7,} {files[place]:4}" for place in sorted(counts)]
-    for package in ("realign", "realign_kernels"):
-        graph = imports(root, package)
-        arrows = sum(map(len, graph.values()))
-        out.append(f"{package}: {len(graph)} modules, {arrows} imports, {circles(graph)} circles")
-        graph = rooms(graph)
-        inner = circles(graph)
-        out.append(f"  {len(graph)} rooms, {sum(map(len, graph.values()))} arrows, {inner} circles")
-        if not inner:
-            depth = layers(graph)
-            for layer in range(max(depth.values()) + 1):
-                names = sorted(n.partition(".")[2] or n for n, at in depth.items() if at == layer)
-                out.append(f"  layer {layer}: {' '.join(names)}")
-    return "\n".join(out)
-
-
-if __name__ == "__main__":
-    print(report(Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()))
