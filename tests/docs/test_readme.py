@@ -96,7 +96,7 @@ def test_every_command_runs_as_written(model, modules, workplace, tmp_path, monk
 
 
 def _forked(log, module, arguments, workers):
-    print(run_ranks(run_command, workers or 2, log, module, arguments))
+    print(run_ranks(run_command, workers or distributed._default_workers(), log, module, arguments))
     return 0
 
 
