@@ -39,6 +39,9 @@ def test_demo_writes_its_table_and_image_once(tmp_path, capfd, monkeypatch):
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
     curves = [(folder / "seed0" / name / "metrics.jsonl") for name in ("dpo", "rdpo")]
     before = [curve.read_bytes() for curve in curves]
+    for name in ("dpo", "rdpo"):
+        about = json.loads((folder / "seed0" / name / "run.json").read_text())
+        assert about["config"]["loss"]["objective"] == name
     assert demo.main(["--output", str(folder), *SMALL]) == 0
     assert "evaluating" not in capfd.readouterr().out
     assert [curve.read_bytes() for curve in curves] == before
