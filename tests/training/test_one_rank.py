@@ -130,10 +130,16 @@ def test_the_collector_skips_what_exists_before_the_steps():
     def visited():
         return any(one is older for one in gc.get_objects())  # those of a full collection
 
+    gc.unfreeze()  # what tests/conftest.py froze
     assert visited()
     with heap_frozen():
         assert not visited()
     assert visited()
+    gc.collect()
+    gc.freeze()
+    with heap_frozen():
+        assert not visited()
+    assert not visited()  # a caller's own freeze stays
 
 
 def test_the_towers_flop_are_counted_on_a_sharded_model(pairs_file):
