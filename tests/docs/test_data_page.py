@@ -54,7 +54,12 @@ def test_the_table_of_columns_is_complete():
     assert rows == [*records._COLUMNS, *records._OPTIONAL]
 
 
-def test_a_retrieved_image_for_each_image_is_needed(made):
+def test_what_cannot_be_trained_on_is_refused_by_name(made):
     (record,) = read_pairs("pairs.parquet")
-    with pytest.raises(RecordError, match="'kitchen-1'.*1 retrieved images for 2 image"):
-        _encode(replace(record, images=record.images * 2))
+    for problem, change in {
+        "1 retrieved images for 2 image": {"images": record.images * 2},
+        "Raise --max-response-tokens": {"rejected": "one " * 80},
+        "the model takes 512": {"prompt": ({"role": "user", "content": "name " * 600},)},
+    }.items():
+        with pytest.raises(RecordError, match=f"'kitchen-1'.*{problem}"):
+            _encode(replace(record, **change))

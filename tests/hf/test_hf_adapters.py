@@ -8,6 +8,7 @@ import torch
 from hf_runs import LORA, config, history
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
@@ -49,6 +50,13 @@ def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, records, 
     assert len({path.name for path in (tmp_path / "cache").iterdir()} - shared) == 1
     difference = (trainer.references - base.references).abs().mean()
     assert difference > 0.1  # nats; a rounding error is 1e-5
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(ASSETS), str(tmp_path / "saved")
+    )
+    trained = {n.removeprefix("vlm."): p for n, p in trainer.model.state_dict().items()}
+    for name, value in loaded.base_model.model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
 
 
 def test_adapters_that_begin_as_the_base_share_its_references(records, tmp_path):

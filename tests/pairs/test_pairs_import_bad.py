@@ -7,9 +7,13 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
 
+from realign.data.errors import Malformed
+from realign.pairs.io.formats import FORMATS
 from realign.pairs.io.importers import read_any
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.texts import placed, problem_of
@@ -106,6 +110,32 @@ def test_tags_are_places_of_images():
     assert placed([user(" as it is\n")], 3) == [user(" as it is\n")]
 
 
+ROLES = ("system", "user", "assistant")
+KEYS = ["role", "content", "from", "value", "type", "text", "id", "image", "caption", "file_name"]
+COLUMNS = "conversations image images chosen rejected prompt question answer id retrieved_image"
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(ROLES),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(item=st.dictionaries(st.sampled_from(COLUMNS.split()), JSON))
+def test_any_json_is_a_record_or_malformed(item):
+    for name in FORMATS.keys() - {"coco", "coco:all"}:
+        try:
+            entries = FORMATS[name](item)
+        except Malformed as error:
+            assert str(error)
+            continue
+        for entry in entries:
+            assert entry.prompt and all(m["role"] in ROLES for m in entry.prompt)
+            assert isinstance(entry.chosen, str | None) and isinstance(entry.rejected, str | None)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_is_read(tmp_path, pictures, encoding):
     data = tmp_path / "data.json"
@@ -147,6 +177,14 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     refused(tmp_path / "cut.parquet", "cut.parquet is not a readable Parquet file")
 
 
+def test_bytes_that_are_none_are_a_bad_record(tmp_path):
+    for data, reason in ((b"", "corrupt"), ("aGk=", "malformed")):
+        row = {"prompt": "What?", "chosen": "A", "rejected": "B", "images": [{"bytes": data}]}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "pairs.parquet")
+        (bad,) = read_any(str(tmp_path / "pairs.parquet"))
+        assert isinstance(bad, InvalidRecord) and bad.reason == reason
+
+
 def test_a_key_that_comes_twice_is_malformed(tmp_path, pictures):
     """Python's reader would keep the last; neighbours and keys that are not read do not matter."""
     begin = '{"image": "a.jpg", "question": '
@@ -159,3 +197,10 @@ def test_a_key_that_comes_twice_is_malformed(tmp_path, pictures):
         assert first.detail == "it has the key 'chosen' twice. Keep one of them."
         assert "it has the key 'content' twice" in second.detail
         assert third.chosen == "a b"
+
+
+def test_a_line_nested_too_deep_is_malformed(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text("[" * 200_000 + "\n" + json.dumps(LLAVA) + "\n")
+    first, _ = read_any(str(file))
+    assert isinstance(first, InvalidRecord) and first.reason == "malformed"

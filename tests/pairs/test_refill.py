@@ -9,7 +9,7 @@ from tiny_tokenizers import SPECIAL
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from experiments.digits_pretrain import build_model
-from realign.digits.scenes import CAPTION_PROMPT
+from realign.digits.scenes import CAPTION_PROMPT, caption_of, digits_in, make_scenes
 from realign.pairs.infill.refill import Completion, infill, infill_plain
 from realign.pairs.masking.mask import CATEGORIES, Masked, mask_response
 
@@ -131,6 +131,41 @@ def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
     assert written(end, "top ", "") == ("top two", True)
     not_due = " ".join(["two"] * 8) + " right"
     assert written(end, "", " right") == (not_due, False)
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(babbler, processor, scenes):
+    texts = ("is top left two ?", CAPTION_PROMPT, "name")
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    given = prompts, [[scene.image] for scene in scenes[:3]], GAPS[:3]
+    batch = infill(babbler, processor, *given)
+    for i in range(3):
+        one = (part[i : i + 1] for part in given)
+        assert infill(babbler, processor, *one) == [batch[i]]
+
+
+def test_pairs_of_digits_differ_only_in_the_gaps(vlm, processor):
+    """Seen from outside: the text around the gaps is there, word by word, at its place."""
+    scenes, rng = make_scenes(240, biased=True, seed=11), np.random.default_rng(0)
+    masked = []
+    for i in range(240):
+        caption = caption_of(tuple(int(d) for d in rng.integers(10, size=4)))
+        kinds = ("numbers",) if i % 4 else CATEGORIES
+        masked.append(mask_response(caption, kinds, (1, 2, 0)[i % 3], rng))
+    completions = _infill(vlm, processor, [scene.image for scene in scenes], masked)
+    different = 0
+    for (text, _), mask in zip(completions, masked, strict=True):
+        assert re.fullmatch("[a-z,. ]+".join(map(re.escape, mask.pieces)), text)
+        assert text.split()[: len(mask.pieces[0].split())] == mask.pieces[0].split()
+        different += text != mask.fill(mask.hidden)
+    assert different > 160
+    # All four masked: the model reads the picture and writes its digits, not those of the caption.
+    every = [i for i in range(240) if i % 3 == 2 and i % 4]
+    read = [
+        sum(a == b for a, b in zip(digits_in(completions[i].text), scenes[i].digits, strict=True))
+        for i in every
+    ]
+    assert np.mean(read) / 4 > 0.6
+    assert all(completions[i].closed for i in every)
 
 
 def test_sampling_follows_the_seed_of_each_record(babbler, processor, scenes):
