@@ -72,10 +72,6 @@ def eager_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
 
 
-def eager() -> Tokens:
-    return eager_tokens
-
-
 def torch_fused() -> Tokens:
     """torch's own F.linear_cross_entropy, with its defaults, which on the CPU do not chunk."""
     fused = F.linear_cross_entropy  # absent before torch 2.13
@@ -181,7 +177,7 @@ OURS, LIMIT, EAGER, TRL = "ours", "GEMMs alone", "eager logits", "TRL chunked lo
 CONTESTANTS: dict[str, Callable[[], Loss]] = {
     OURS: ours,
     "ours, torch backend": lambda: ours("torch"),
-    EAGER: both_terms(eager),
+    EAGER: both_terms(lambda: eager_tokens),
     "F.linear_cross_entropy": both_terms(torch_fused, ignores=True),
     TRL: both_terms(trl, compacts=DEVICE == "cuda"),
     "Liger DPO, two calls": liger,

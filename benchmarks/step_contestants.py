@@ -223,10 +223,9 @@ class Released:
         import peft  # noqa: F401 - counts as imports
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        from benchmarks.models import encode
         from realign.data.records import read_pairs
-        from realign.modeling.encode import encode_records
         from realign.modeling.layouts import layout_of
-        from realign_kernels import objectives
 
         self.imported = memory()
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -239,16 +238,8 @@ class Released:
         model = load()
         layout = layout_of(model)
         self.prepare(model, None if tune == "lora" else load().requires_grad_(False), kind)
-        examples, store = encode_records(
-            read_pairs(folder / "pairs.parquet"),
-            processor,
-            objectives.rdpo(),
-            layout=layout,
-            max_response_tokens=1024,
-            max_tokens=2048,
-            progress=False,
-        )
-        self.steps = itertools.repeat([self.collate(examples, store)])
+        forests = encode(read_pairs(folder / "pairs.parquet"), processor, layout)
+        self.steps = itertools.repeat([self.collate(*forests)])
 
     def prepare(self, model, reference, kind):
         """Policy and optimizer; without a reference model the policy gets LoRA."""

@@ -20,7 +20,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from benchmarks import step_contestants
 from benchmarks.contestants import relative
-from benchmarks.gpu.measure import figures, kernels_of
+from benchmarks.gpu.measure import figures, kernels, profiled
 from benchmarks.gpu.record import Record
 from realign.modeling import tree_attention
 from realign.modeling.attention import forest_mask
@@ -131,7 +131,7 @@ def varlen(layer: Layer, device: str) -> dict[str, float]:
 
     call = partial(both_ways, attend, given[:3], given[3])
     found, results = timed(call, device)
-    return found | layer.errors(results) | {"kernels": kernels_of(call)}
+    return found | layer.errors(results) | {"kernels": kernels(profiled(call))}
 
 
 def padded(layer: Layer, device: str) -> dict[str, float]:
@@ -191,6 +191,4 @@ CASES = {
 def run(record: Record) -> None:
     """All implementations on the same tensors."""
     layer = Layer(TOY if record.rehearse else LLAVA, record.device)
-    for case in record.missing(CASES):
-        with record.attempt(case):
-            record(case, **CASES[case](layer, record.device))
+    record.each({case: partial(call, layer, record.device) for case, call in CASES.items()})

@@ -4,9 +4,7 @@ A part calls its cases like this, and everything else (skipping what an earlier 
 tracebacks, freed memory) follows:
 
     def run(record: Record) -> None:
-        for case in record.missing(CASES):
-            with record.attempt(case):
-                record(case, ms=..., error=...)
+        record.each({"a": lambda: {"ms": ..., "error": ...}})
 
 A case named "group/name" shares a line of the table with the others of its group; its first figure
 is shown there. Other cases have a line of their own.
@@ -22,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +134,18 @@ class Record:
         """Seconds until this process is killed."""
         return self._end - time.monotonic()
 
-    def done(self, case: str) -> bool:
-        """Whether this or an earlier call recorded the case without an error."""
-        line = self._line(case)
-        return line is not None and not failed(line)
-
     def missing(self, cases: Iterable[str]) -> Iterator[str]:
         """The cases to run: neither done, nor failed in this call before a restart."""
         for case in cases:
-            line = self._line(case)
+            line = latest(read(self.folder / RESULTS)).get((self.part, case))
             if line is None or (failed(line) and line["call"] != self.call):
                 yield case
 
-    def _line(self, case: str) -> Line | None:
-        return latest(read(self.folder / RESULTS)).get((self.part, case))
+    def each(self, cases: Mapping[str, Callable[[], Line]]) -> None:
+        """Records the figures that the missing cases return; see `attempt`."""
+        for case in self.missing(cases):
+            with self.attempt(case):
+                self(case, **cases[case]())
 
     @contextlib.contextmanager
     def attempt(self, case: str) -> Iterator[None]:

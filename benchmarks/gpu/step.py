@@ -28,6 +28,7 @@ from benchmarks.gpu.record import RESULTS, Record, latest, read
 from benchmarks.models import (
     LLAVA_7B,
     TEMPLATE_TOKENS,
+    encode,
     llava_config,
     random_on,
     random_records,
@@ -37,7 +38,6 @@ from benchmarks.step_contestants import BETA, DEVICE, now
 from realign import distributed
 from realign.data.records import write_pairs
 from realign.modeling import attention
-from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
 from realign.modeling.layouts import Layout, layout_of
@@ -94,15 +94,7 @@ class Setting:
 
     def encode(self, layout: Layout) -> tuple[list[Example], ImageStore]:
         """The forests of all records, their images preprocessed."""
-        return encode_records(
-            self.records,
-            self.processor,
-            objectives.rdpo(),
-            layout=layout,
-            max_response_tokens=1024,
-            max_tokens=4096,
-            progress=False,
-        )
+        return encode(self.records, self.processor, layout)
 
 
 class Watch:
