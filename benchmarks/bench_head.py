@@ -118,7 +118,7 @@ class Case:
     """Hidden states, head and labels of a shape; logits of standard deviation 2."""
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+        self.shape, self.trainable = shape, shape.head == "trainable"
         g = torch.Generator().manual_seed(0)
         before = PROMPT + shape.image_tokens if shape.image_tokens else 0
         size = (3, shape.examples, before + RESPONSE)
@@ -128,10 +128,6 @@ class Case:
         self.weight = weight.to(**kind)
         self.labels = torch.randint(shape.V, size, generator=g).to(DEVICE)
         self.labels[..., :before] = -100
-
-    @property
-    def trainable(self) -> bool:
-        return self.shape.head == "trainable"
 
     @cached_property
     def truth(self):
@@ -179,20 +175,6 @@ def case_of():
     return of
 
 
-@pytest.fixture(scope="module")
-def memory():
-    """memory(mode): how malloc treats freed blocks; as usual in the end."""
-    now = ["usual"]
-
-    def to(mode):
-        if mode != now[0]:
-            allocate(mode)
-            now[0] = mode
-
-    yield to
-    to("usual")
-
-
 def make(name, dtype):
     """A contestant, or a skip that says what is missing."""
     if name == CCE and DEVICE == "cuda" and dtype == "fp32":
@@ -204,8 +186,10 @@ def make(name, dtype):
 
 
 @pytest.mark.parametrize(("shape", "name"), list(cases()))
-def test_head(benchmark, case_of, memory, shape, name):
-    memory("keep" if shape.kept else "usual")
+def test_head(benchmark, case_of, request, shape, name):
+    if shape.kept:
+        allocate("keep")
+        request.addfinalizer(lambda: allocate("usual"))
     loss = None if name == LIMIT else make(name, shape.dtype)
     case = case_of(shape)
     mine = contestants.ours()

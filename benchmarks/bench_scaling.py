@@ -17,12 +17,9 @@ memory: the exponent of a power of the axis, fitted to all its points. Losses an
 compared with fp64 first.
 """
 
-import contextlib
 import functools
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,17 +120,15 @@ class Share:
         self.size, self.vocabulary = size, kind == "vocabulary-parallel"
         whole = case_of(replace(SPLIT, head=head))
         loss, of_hidden, of_weight = (None if t is None else t.cpu() for t in whole.truth)
-        inputs = [t.cpu() for t in (whole.hidden, whole.weight, whole.labels)]
-        self.hidden, self.weight, self.labels = inputs
-        of_hidden = of_hidden.view(self.hidden.shape)
+        examples, words = slice(rank, None, size), slice(None)
         if self.vocabulary:
-            self.weight = self.weight.chunk(size)[rank].clone()
-            of_weight = None if of_weight is None else of_weight.chunk(size)[rank]
-        else:
-            mine = slice(rank, None, size)
-            self.hidden, self.labels = self.hidden[:, mine].clone(), self.labels[:, mine].clone()
-            of_hidden = of_hidden[:, mine]
-        self.trainable, self.truth = whole.trainable, (loss, of_hidden, of_weight)
+            share = SPLIT.V // size
+            examples, words = slice(None), slice(rank * share, (rank + 1) * share)
+        self.hidden, self.labels = (t.cpu()[:, examples] for t in (whole.hidden, whole.labels))
+        self.hidden, self.labels = self.hidden.contiguous(), self.labels.contiguous()
+        self.weight, self.trainable = whole.weight.cpu()[words].contiguous(), whole.trainable
+        of_hidden = of_hidden.view(whole.hidden.shape)[:, examples]
+        self.truth = loss, of_hidden, None if of_weight is None else of_weight[words]
         self.references = torch.zeros(self.labels.shape[:2])
 
     def step(self):
@@ -179,20 +174,19 @@ def serve_rank(rank: int, store: str, pipe) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def ranks(tmp_path_factory):
     """ranks(method, kind, head, size): the answers of `size` ranks."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        store = str(Path(folder) / "store")
-        workers = [Worker(serve_rank, rank, store) for rank in range(max(RANKS))]
-        for worker in workers:
-            stack.callback(worker.close)
+    store = str(tmp_path_factory.mktemp("ranks") / "store")
+    workers = [Worker(serve_rank, rank, store) for rank in range(max(RANKS))]
 
-        def call(*message):
-            for worker in workers[: message[-1]]:
-                worker.pipe.send(message)
-            return [worker.read() for worker in workers[: message[-1]]]
+    def call(*message):
+        for worker in workers[: message[-1]]:
+            worker.pipe.send(message)
+        return [worker.read() for worker in workers[: message[-1]]]
 
-        yield call
+    yield call
+    for worker in workers:
+        worker.close()
 
 
 @pytest.mark.parametrize(

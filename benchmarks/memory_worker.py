@@ -6,10 +6,7 @@ fork of a process that has imported code and run nothing. malloc gives blocks ov
 they are freed, so the peak is that of live tensors. On CUDA the device's allocator counts.
 """
 
-import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,25 +14,20 @@ import torch
 
 from benchmarks.bench_head import Case, Shape
 from benchmarks.contestants import CONTESTANTS, DEVICE
-from benchmarks.step_contestants import Worker, allocate, memory
+from benchmarks.step_contestants import allocate, memory
 
 MEASURED = DEVICE == "cuda" or Path("/proc/self/clear_refs").exists()
 """Whether peaks can be read: on a CPU they come from Linux's /proc."""
 
 
-def start() -> int:
-    """Begins a peak; returns the bytes that are there."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # starts from what is resident now
-    return memory()["VmRSS"]
-
-
 def step(case: Case, loss) -> int:
     """Bytes of a forward and backward."""
     inputs = case.hidden.requires_grad_(), case.weight.requires_grad_(case.trainable)
-    before = start()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
+    before = memory()["VmRSS"]
     value = loss(*inputs, case.labels)
     forward = memory()["VmHWM"] - before
     value.backward()
@@ -67,23 +59,3 @@ def serve(name: str, pipe) -> None:
             os._exit(0)
         elif os.waitpid(child, 0)[1]:
             raise RuntimeError(f"no peak of {name} at {shape}")
-
-
-@contextlib.contextmanager
-def workers() -> Iterator[Callable[[str, Shape], int | None]]:
-    """peak_of(contestant, shape): bytes, None where they cannot be read."""
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def worker(name: str) -> Worker:
-            made = Worker(serve, name)
-            stack.callback(made.close)
-            return made
-
-        def peak_of(name: str, shape: Shape) -> int | None:
-            if not MEASURED:
-                return None
-            worker(name).pipe.send(shape)
-            return worker(name).read()
-
-        yield peak_of

@@ -40,6 +40,11 @@ class Worker:
         self.process.start()
         there.close()  # or its end would not be seen here
 
+    def ask(self, message):
+        """The answer to a message."""
+        self.pipe.send(message)
+        return self.read()
+
     def read(self):
         if not self.pipe.poll(self.silence):
             raise TimeoutError(f"a process of the benchmark was silent for {self.silence} s")
