@@ -6,6 +6,7 @@ optimizer; no preprocessing. A contestant trains under a watch (`Requests`, or `
 check), which times steps and keeps their losses.
 """
 
+import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -258,13 +259,6 @@ class Released:
         self.autocast = torch.autocast(DEVICE, kind, enabled=kind != torch.float32)
         self.trained, self.optimizer = adamw(model)
 
-    def update(self):
-        """Clipping and an optimizer step; returns the gradient norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
     @staticmethod
     def collate(examples, store):
         """(labels, inputs) of each leaf: one sequence an example, padded to the longest."""
@@ -293,16 +287,11 @@ class Released:
         found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         return (found * mask).sum(-1)
 
-    def references(self, batches):
-        with torch.no_grad():
-            if self.reference is not None:
-                return [self.logps(self.reference, *batch) for batch in batches]
-            with self.model.disable_adapter():
-                return [self.logps(self.model, *batch) for batch in batches]
-
     def loss(self, batches):
         """The mean over the examples of a batch for each leaf."""
-        constants = self.references(batches)
+        off = contextlib.nullcontext() if self.reference else self.model.disable_adapter()
+        with torch.no_grad(), off:
+            constants = [self.logps(self.reference or self.model, *batch) for batch in batches]
         policy = [self.logps(self.model, *batch) for batch in batches]
         chosen, rejected, visual = (BETA * (a - b) for a, b in zip(policy, constants, strict=True))
         sigmoid = torch.nn.functional.logsigmoid
@@ -318,7 +307,9 @@ class Released:
                 loss = self.loss(batches) / len(parts)
                 loss.backward()
                 total += loss.detach()
-            norm = self.update()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             watch.end()
             watch.report(float(total), float(norm))
 
