@@ -1,18 +1,8 @@
 """The head, forward and backward: ours, other libraries, and the GEMMs alone, which are the limit.
 
 Shapes are named after models. H / 4 is what a CPU finishes in time; the models' own sizes run with
-`-m full`, and on CUDA always. Two kinds of rows:
-
-- equal: every contestant gets only the response rows.
-- as called: image and prompt rows are given too, with labels of -100, and each library does with
-  them what it does for its users.
-
-"Blocks kept": with the usual malloc of glibc every large tensor is fresh memory, whose pages the
-system clears, and ours, which keeps its buffers, wins by that too. There malloc keeps freed blocks,
-as caching allocators do.
-
-Before a contestant is timed its loss and its gradients are compared with fp64. Peers come with the
-extra `peers`.
+`-m full`, and on CUDA always. docs/benchmarks.md says which rows a contestant gets, and what
+"blocks kept" means. Before a contestant is timed its loss and gradients are compared with fp64.
 """
 
 from dataclasses import asdict, dataclass, replace

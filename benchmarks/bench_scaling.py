@@ -11,7 +11,7 @@ CUDA. An axis changes one number; `case` says which, and holds the others:
   those inside the slower process. `speedup` is one process, without collectives, over the ranks, in
   turns: lower quartile, median and upper quartile.
 
-`bytes` are counted as `memory_worker.py` does, for each point in a process of its own. The last
+`bytes` are counted as `bench_memory.py` does, for each point in a process of its own. The last
 point of an axis holds `slope`, of time (the fastest round of each, least disturbed) and of
 memory: the exponent of a power of the axis, fitted to all its points. Losses and gradients are
 compared with fp64 first.

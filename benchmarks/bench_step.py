@@ -1,14 +1,8 @@
 """A training step of a LLaVA of 60M parameters: rDPO on the forest, TRL's DPO, plain rDPO.
 
-Hidden 512, 8 layers, V = 32000, 576 image tokens, prompts of 64, responses of 128; a frozen tower;
-LoRA (rank 128) and full fine-tuning, fp32 and bf16; 4 examples with `-m full` (about 24 GB), else
-LoRA and one example. Contestants, each a process that lives through its setting
-(`step_contestants.py` says what each one runs and what is timed):
-
-- ours: rDPO, three sequences, reference log-probs from the cache.
-- TRL DPO: `DPOTrainer` 1.16, two sequences, live reference; on the CPU it projects every row.
-- TRL DPO, labelled rows: the same, made to project only labelled rows, as it does on CUDA.
-- released, three sequences: rDPO over three plain sequences, full logits, live reference.
+Hidden 512, 8 layers, V = 32000; LoRA (rank 128) and full fine-tuning, fp32 and bf16; 4 examples
+with `-m full` (about 24 GB), else LoRA and one example. docs/benchmarks.md lists the contestants.
+Each is a process that lives through its setting (`step_contestants.py` says what is timed).
 
 Losses and gradient norms are compared first. Then peak memory, of live tensors, over that of
 imports: a step of which freed blocks are returned to the system. Then time, in turns with ours.

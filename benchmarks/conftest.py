@@ -27,7 +27,7 @@ _STATE = pytest.StashKey[dict]()
 @pytest.fixture(scope="module")
 def peak_of():
     """peak_of(contestant, shape): its peak memory in bytes, None where it cannot be read."""
-    from benchmarks.memory_worker import MEASURED, serve
+    from benchmarks.bench_memory import MEASURED, serve
 
     workers = {}
 
