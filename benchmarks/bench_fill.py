@@ -20,18 +20,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import models
 from benchmarks.models import LLAVA_60M, encode, random_forests, random_llava
 from benchmarks.race import race
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.modeling import reference_logps
 from realign.modeling.layouts import Layout
 from realign.modeling.loading import load_model, load_processor
 from realign.modeling.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign_kernels import ReferenceCache
 
-CPU, OURS = torch.device("cpu"), "ours"
+OURS = "ours"
 
 
 def digits():
@@ -63,22 +62,10 @@ def error(setting):
 
 
 def fill(setting):
-    _, vlm, examples, store, batch_rows = setting
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ReferenceCache.open(folder, {"weights": "x"}) as cache,
-    ):
-        return reference_logps.fill(
-            cache,
-            ForestModel(vlm).eval(),
-            examples,
-            store,
-            row_tokens=max(example.longest_tree for example in examples),
-            batch_rows=batch_rows,
-            device=CPU,
-            progress=False,
-            log=lambda _: None,
-        )
+    _, vlm, *forests, batch_rows = setting
+    with tempfile.TemporaryDirectory() as folder:
+        given = folder, {"weights": "x"}, ForestModel(vlm), *forests
+        return models.fill(*given, batch_rows=batch_rows, device=torch.device("cpu"))
 
 
 def bare(setting):

@@ -8,6 +8,7 @@ installed raises ImportError when its contestant is made.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,7 @@ def ours(backend: str | None = None) -> Loss:
 
     def loss(hidden, weight, labels):
         zeros = torch.zeros(labels.shape[:2], device=labels.device)
-        if backend is None:
-            return rdpo_loss(hidden, weight, labels, zeros, beta=BETA).loss
-        with use_backend(backend):
+        with use_backend(backend) if backend else nullcontext():
             return rdpo_loss(hidden, weight, labels, zeros, beta=BETA).loss
 
     return loss

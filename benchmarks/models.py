@@ -20,10 +20,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from realign.data.records import Record, StoredImage, write_pairs
 from realign.digits.processor import CHAT_TEMPLATE
+from realign.modeling import reference_logps
 from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.encode import encode_records
 from realign.modeling.layouts import Layout
-from realign_kernels import objectives
+from realign_kernels import ReferenceCache, objectives
 
 VOCABULARY, IMAGE_TOKENS = 32000, 576
 IMAGE_ID = VOCABULARY - 1
@@ -152,6 +153,15 @@ def encode(records, processor, layout):
         records, processor, objectives.rdpo(), layout=layout, max_response_tokens=1024,
         max_tokens=4096, progress=False,
     )  # fmt: skip
+
+
+def fill(folder, fingerprint, model, examples, store, *, batch_rows, device):
+    """(L, B) reference log-probs, by `reference_logps.fill` into the cache in `folder`."""
+    with ReferenceCache.open(folder, fingerprint) as cache:
+        return reference_logps.fill(
+            cache, model.eval(), examples, store, batch_rows=batch_rows, device=device,
+            row_tokens=max(e.longest_tree for e in examples), progress=False, log=lambda _: None,
+        )  # fmt: skip
 
 
 def random_forests(count, *, prompt, response):

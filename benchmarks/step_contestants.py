@@ -124,6 +124,7 @@ class Ours:
     """
 
     def __init__(self, folder, tune, dtype):
+        import benchmarks.models  # noqa: F401
         import realign.train  # noqa: F401 - all of it counts as imports
         from realign import distributed
         from realign.config import LossConfig
@@ -148,12 +149,13 @@ class Ours:
 
     def prepare(self, inputs, cache, tune, dtype, device, *, sharded, weights=None):
         """Everything of `realign.train` from the loaded model to its first step."""
+        from benchmarks.models import fill
         from realign.modeling import reference_logps
         from realign.modeling.forest import Example
         from realign.modeling.loading import add_lora
         from realign.training import fsdp
         from realign.training.step import Feed
-        from realign_kernels import ReferenceCache, objectives
+        from realign_kernels import objectives
 
         model, examples, store = inputs.model, inputs.examples, inputs.store
         described = (model.vlm, inputs.processor, dtype, device)
@@ -165,20 +167,9 @@ class Ours:
             fsdp.shard(model, device, dtype)
         else:
             model.to(device)
-        with ReferenceCache.open(cache, fingerprint) as opened:
-            began = now()
-            references = reference_logps.fill(
-                opened,
-                model.eval(),
-                examples,
-                store,
-                row_tokens=inputs.longest_tree,
-                batch_rows=8,
-                device=device,
-                progress=False,
-                log=lambda _: None,
-            ).float()
-            self.reference_seconds = now() - began
+        began, forests = now(), (examples, store)
+        found = fill(cache, fingerprint, model, *forests, batch_rows=8, device=device)
+        self.reference_seconds, references = now() - began, found.float()
         if sharded:
             model.reshard()
         move(model, tune)
