@@ -35,26 +35,19 @@ from realign_kernels import rdpo_loss
 
 NAMES = (OURS, EAGER, TRL)
 BASE = Shape("random", 256, 8192, 1, dtype="bf16" if DEVICE == "cuda" else "fp32")
-AXES = {  # the values of `-m full` come last
-    **dict.fromkeys("NT", ([192, 384, 768], [1536, 3072])),
-    "V": ([4096, 8192, 16384], [65536, 262144]),
+AXES = {  # the shape at a value, and values, of which those of `-m full` come last
+    "N": (lambda n: {"examples": n // (3 * RESPONSE)}, [192, 384, 768], [1536, 3072]),
+    "T": (lambda t: {"image_tokens": t - PROMPT - RESPONSE}, [192, 384, 768], [1536, 3072]),
+    "V": (lambda v: {"V": v}, [4096, 8192, 16384], [65536, 262144]),
 }
 SPLIT = replace(BASE, examples=4, dtype="fp32")
 """The batch that ranks share."""
 RANKS, HEADS, KINDS = (1, 2), ("trainable", "frozen"), ("vocabulary-parallel", "data-parallel")
 
 
-def shape_at(axis: str, value: int) -> Shape:
-    if axis == "N":
-        return replace(BASE, examples=value // (3 * RESPONSE))
-    if axis == "T":
-        return replace(BASE, image_tokens=value - PROMPT - RESPONSE)
-    return replace(BASE, V=value)
-
-
 def points():
     """(axis, value, contestant) of every benchmark but those of ranks."""
-    for axis, (small, large) in AXES.items():
+    for axis, (_, small, large) in AXES.items():
         for value in (*small, *large):
             slow = () if value in small or DEVICE == "cuda" else pytest.mark.slow
             for name in NAMES:
@@ -92,7 +85,7 @@ def fit():
 
 @pytest.mark.parametrize(("axis", "value", "name"), list(points()))
 def test_scaling(benchmark, fit, peak_of, axis, value, name):
-    shape = shape_at(axis, value)
+    shape = replace(BASE, **AXES[axis][0](value))
     loss, mine = make(name, shape.dtype), contestants.ours()
     case = case_of(shape)
     error = case.error(loss)

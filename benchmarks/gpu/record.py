@@ -102,11 +102,6 @@ def device(rehearse: bool) -> dict[str, str]:
 class Record:
     """What a part gets: where it runs, how long it may, and where its results go."""
 
-    device: str
-    """"cuda", or "cpu" in a rehearsal."""
-    rehearse: bool
-    """Whether to run at toy sizes."""
-
     def __init__(self, folder: Path, part: str, *, rehearse: bool, seconds: float, call: int):
         """
         Args:
@@ -118,8 +113,7 @@ class Record:
         """
         self.folder, self.part, self.rehearse, self.call = folder, part, rehearse, call
         self.device = "cpu" if rehearse else "cuda"
-        self._began = time.monotonic()
-        self._end = self._began + seconds
+        self._began, self._seconds = time.monotonic(), seconds
 
     def __call__(self, case: str, **figures: Any) -> None:
         """Appends the figures of a case: numbers, strings, or lists of them.
@@ -132,7 +126,7 @@ class Record:
 
     def left(self) -> float:
         """Seconds until this process is killed."""
-        return self._end - time.monotonic()
+        return self._began + self._seconds - time.monotonic()
 
     def missing(self, cases: Iterable[str]) -> Iterator[str]:
         """The cases to run: neither done, nor failed in this call before a restart."""
@@ -161,17 +155,19 @@ class Record:
             text = without_folders("".join(traceback.format_exception(error)).strip())
             self(case, error=text[-TRACEBACK:])
             traceback.clear_frames(error.__traceback__)
-            self._free()
+            free()
 
-    def _free(self) -> None:
-        import torch
 
-        gc.collect()
-        if not torch.cuda.is_initialized():
-            return
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            print(f"the CUDA context is dead: {error}", file=sys.stderr, flush=True)
-            sys.exit(LOST)
+def free() -> None:
+    """Frees CUDA memory that nothing holds; exits with LOST where the context is dead."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        print(f"the CUDA context is dead: {error}", file=sys.stderr, flush=True)
+        sys.exit(LOST)

@@ -6,7 +6,6 @@ noise, and keep activations. Where a forward over all examples runs out of memor
 gets half of them at a time. Contestants and what their seconds hold: `step_contestants.py`.
 """
 
-import gc
 import itertools
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks import step_contestants
 from benchmarks.gpu.measure import WATCHED, kernel_seconds, kernels
-from benchmarks.gpu.record import RESULTS, Record, latest, read
+from benchmarks.gpu.record import RESULTS, Record, free, latest, read
 from benchmarks.models import (
     LLAVA_7B,
     TEMPLATE_TOKENS,
@@ -288,15 +287,13 @@ def largest_that_fits(call: Callable[[int], None]) -> None:
             if micro == 1:
                 raise
             traceback.clear_frames(error.__traceback__)
-        free()
+        give_back()
 
 
-def free() -> None:
+def give_back() -> None:
     """Give back what the last contestant held."""
     distributed.stop()
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
+    free()
 
 
 def compare(record: Record) -> None:
@@ -326,5 +323,5 @@ def run(record: Record) -> None:
             if any(record.missing(cases)):
                 with record.attempt(cases[0]):
                     largest_that_fits(partial(contestant, record, setting))
-                free()
+                give_back()
     compare(record)
