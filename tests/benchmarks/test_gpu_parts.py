@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import Forked
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.gpu import attention, step, train
@@ -60,7 +61,11 @@ def test_contestants_of_a_step_compute_the_same(tmp_path):
     assert len(lines["ours"]["each"]) == step.TIMED
 
 
-def test_training_on_a_device_and_a_killed_run(tmp_path):
+def test_training_on_a_device_and_a_killed_run(tmp_path, monkeypatch):
+    def forked(command, *, env, **_):  # without the imports
+        return Forked(*command[3:], environment=env)
+
+    monkeypatch.setattr(train.subprocess, "Popen", forked)
     lines = rehearse(train, tmp_path)
     for line in lines.values():
         assert_finite(line)
