@@ -274,12 +274,6 @@ def _changed(record, **changes) -> Record:
             {},
             "prompt holds the image tag '.IMG.' beside image parts. Place images by",
         ),
-        (
-            {"prompt": ({"role": "system", "content": "<image>"}, *_messages("name"))},
-            {},
-            "prompt holds the image tag '<image>' in a message of the system",
-        ),
-        ({"prompt": ({"role": "system", "content": "name"},)}, {}, "has no user message. Give"),
         ({"prompt": tuple(_messages("name </s>"))}, {}, "prompt holds '</s>', which the model"),
         (
             {"chosen": "one <image> ."},

@@ -14,18 +14,16 @@ import pytest
 import torch
 from forked_ranks import Forked, run_command, run_ranks
 from ranks_worker import plant, restore, run_all
-from runs import arguments, assert_same_run, run, wait_for_step
+from runs import arguments, assert_same_run, encoded, run, wait_for_step
 
 from realign import distributed
 from realign.data.records import RecordError, read_pairs
 from realign.files import JsonlLog, read_jsonl
-from realign.modeling.encode import encode_records
 from realign.modeling.images import ImageStore
 from realign.train import main
 from realign.training.checkpoint import CheckpointError, Checkpoints
 from realign.training.run_dir import sole_writer
 from realign.training.schedule import batches
-from realign_kernels import objectives
 
 EVERY_2 = ("--save-every", 2)
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -170,17 +168,9 @@ def test_an_export_without_room_is_made_later(pairs_file, plain, copy, capsys):
 
 
 @pytest.fixture(scope="module")
-def examples(pairs_file, processor, forest_model):
+def examples(pairs_file):
     """The examples of the pairs, as training sees them."""
-    return encode_records(
-        read_pairs(pairs_file),
-        processor,
-        objectives.get("rdpo"),
-        layout=forest_model.layout,
-        max_response_tokens=100,
-        max_tokens=1000,
-        progress=False,
-    )[0]
+    return encoded(pairs_file)[0]
 
 
 def order(examples):
