@@ -101,8 +101,9 @@ def test_a_difference_of_curves_is_relative_to_the_largest_value():
     assert not train.same(curve, truth)
 
 
-def test_memory_that_runs_out_halves_the_examples_of_a_forward():
-    tried = []
+def test_memory_that_runs_out_halves_the_examples_of_a_forward(monkeypatch):
+    tried, freed = [], []
+    monkeypatch.setattr(step, "give_back", lambda: freed.append(tried[-1]))
 
     def call(micro):
         tried.append(micro)
@@ -110,7 +111,7 @@ def test_memory_that_runs_out_halves_the_examples_of_a_forward():
             raise torch.OutOfMemoryError("no room")
 
     step.largest_that_fits(call)
-    assert tried == [4, 2, 1]
+    assert tried == [4, 2, 1] and freed == [4, 2]
 
     def never(micro):
         raise torch.OutOfMemoryError(f"no room for {micro}")
