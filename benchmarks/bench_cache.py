@@ -175,17 +175,17 @@ def stores(*kinds):
     return pytest.mark.parametrize("kind", marked, ids=lambda kind: kind.__name__.lower())
 
 
-def timed(benchmark, group, contestant, call, ours=None, things=None, **info):
-    """Races `call` with ours; a call that needs a store made ready returns its own seconds."""
+def timed(benchmark, group, contestant, call, things, **info):
+    """Races `call`; one that needs a store made ready returns its own seconds."""
     case = {"what": group, "count": things and things[0]}
-    given = {"contestant": contestant, "call": call, "ours": ours, "things": things}
+    given = {"contestant": contestant, "call": call, "things": things}
     race(benchmark, f"cache, {group}", case=case, **given, **info)
 
 
 def timed_store(benchmark, group, kind, make, things):
     """Races `make(kind)`, a call, with that of ours."""
     ours = None if kind is Ours else make(Ours)
-    timed(benchmark, group, kind.name, make(kind), ours, things)
+    timed(benchmark, group, kind.name, make(kind), things, ours=ours)
 
 
 def check(store, records):
@@ -272,16 +272,11 @@ def test_insert_and_fsync(benchmark, kind):
     timed_insert(benchmark, "insert, fsync, 20k", kind, SYNCED, "insert_and_sync")
 
 
-def opens(kind, folder_of):
-    """A call that opens a store, returns the seconds, and closes it."""
-    folder = folder_of(kind)
-
-    def call():
-        began = time.perf_counter()
-        with closing(kind(folder)):
-            return time.perf_counter() - began
-
-    return call
+def opened(kind, folder):
+    """Opens a store, and closes it; the seconds of the former."""
+    began = time.perf_counter()
+    with closing(kind(folder)):
+        return time.perf_counter() - began
 
 
 @stores(Ours, Dict, LmdbNosync)
@@ -290,7 +285,9 @@ def test_open(benchmark, million, kind):
     with closing(kind(folder_of(kind))) as store:
         check(store, records)
     things = None if issubclass(kind, Lmdb) else (STORED, "records")
-    timed_store(benchmark, "open, 1M records", kind, partial(opens, folder_of=folder_of), things)
+    timed_store(
+        benchmark, "open, 1M records", kind, lambda k: partial(opened, k, folder_of(k)), things
+    )
 
 
 @pytest.mark.slow
@@ -303,8 +300,8 @@ def test_open_ours_with_10m(benchmark):
                 for part in records.split(1_000_000):
                     todo(store, part)
         del store, records, part
-        things = LARGE, "records"
-        timed(benchmark, "open, 10M records", OURS, opens(Ours, lambda _: folder), things=things)
+        call = partial(opened, Ours, folder)
+        timed(benchmark, "open, 10M records", OURS, call, (LARGE, "records"))
 
 
 def llava_like(trees):
@@ -324,9 +321,8 @@ def first_fit_decreasing(lengths, budget):
     return rows
 
 
-def our_rows(forest, budget):
-    """(R,): the same of `pack_forest`."""
-    packed = pack_forest(*forest, budget)
+def our_rows(forest, packed):
+    """(R,): the same of what `pack_forest` has made of the forest."""
     rows = np.empty(len(forest[0]), np.int64)
     rows[packed.tree_root] = packed.tree_row
     assert np.array_equal(np.sort(packed.tree_root), np.arange(len(rows)))  # each once
@@ -341,20 +337,22 @@ def filled(rows, lengths, budget):
     return float(held.sum() / (len(held) * budget))
 
 
+def timed_pack(benchmark, trees, group, contestant, budget):
+    """Races a contestant with ours, which `filled` checks."""
+    forest, lengths = llava_like(trees)
+    ours = partial(pack_forest, *forest, budget)
+    call = ours if contestant == OURS else partial(first_fit_decreasing, lengths, budget)
+    rows = our_rows(forest, call()) if contestant == OURS else call()
+    share, things = filled(rows, lengths, budget), (2 * trees, "leaves")
+    timed(benchmark, f"pack, {group}, {budget}", contestant, call, things, ours=ours, filled=share)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("contestant", [OURS, "first fit decreasing"])
 def test_pack_20k_trees(benchmark, contestant, budget):
-    forest, lengths = llava_like(20_000)
-    ours = partial(pack_forest, *forest, budget)
-    call = ours if contestant == OURS else partial(first_fit_decreasing, lengths, budget)
-    rows = our_rows(forest, budget) if contestant == OURS else call()
-    share, things = filled(rows, lengths, budget), (40_000, "leaves")
-    timed(benchmark, f"pack, 20k trees, {budget}", contestant, call, ours, things, filled=share)
+    timed_pack(benchmark, 20_000, "20k trees", contestant, budget)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_pack_1m_leaves(benchmark, budget):
-    forest, lengths = llava_like(500_000)
-    share, things = filled(our_rows(forest, budget), lengths, budget), (1_000_000, "leaves")
-    call = partial(pack_forest, *forest, budget)
-    timed(benchmark, f"pack, 1M leaves, {budget}", OURS, call, things=things, filled=share)
+    timed_pack(benchmark, 500_000, "1M leaves", OURS, budget)

@@ -20,19 +20,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.models import LLAVA_60M, random_llava, random_pairs
+from benchmarks import models
+from benchmarks.models import LLAVA_60M, encode, random_forests, random_llava
 from benchmarks.race import race
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.modeling import reference_logps
-from realign.modeling.encode import encode_records
 from realign.modeling.layouts import Layout
 from realign.modeling.loading import load_model, load_processor
 from realign.modeling.model import ForestModel
 from realign.pairs.pipeline import PairsConfig, build_pairs
-from realign_kernels import ReferenceCache, objectives
 
-CPU, OURS = torch.device("cpu"), "ours"
+OURS = "ours"
 
 
 def digits():
@@ -40,22 +38,14 @@ def digits():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.parquet"
         build_pairs(PairsConfig(output=str(path), scenes=96, quiet=True))
-        examples, store = encode_records(
-            read_pairs(path),
-            load_processor(ASSETS),
-            objectives.rdpo(),
-            layout=Layout(4),
-            max_response_tokens=64,
-            max_tokens=512,
-            progress=False,
-        )
+        examples, store = encode(read_pairs(path), load_processor(ASSETS), Layout(4))
     return load_model(ASSETS).eval(), examples, store, 32
 
 
 def llava_60m():
     """A random LLaVA and pairs of the usual lengths."""
     vlm = random_llava(*LLAVA_60M).eval()
-    return vlm, *random_pairs(2, prompt=64, response=128), 2
+    return vlm, *random_forests(2, prompt=64, response=128), 2
 
 
 @pytest.fixture(scope="module", params=["digits", "llava-60m"])
@@ -72,22 +62,10 @@ def error(setting):
 
 
 def fill(setting):
-    _, vlm, examples, store, batch_rows = setting
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ReferenceCache.open(folder, {"weights": "x"}) as cache,
-    ):
-        return reference_logps.fill(
-            cache,
-            ForestModel(vlm).eval(),
-            examples,
-            store,
-            row_tokens=max(example.longest_tree for example in examples),
-            batch_rows=batch_rows,
-            device=CPU,
-            progress=False,
-            log=lambda _: None,
-        )
+    _, vlm, *forests, batch_rows = setting
+    with tempfile.TemporaryDirectory() as folder:
+        given = folder, {"weights": "x"}, ForestModel(vlm), *forests
+        return models.fill(*given, batch_rows=batch_rows, device=torch.device("cpu"))
 
 
 def bare(setting):

@@ -1,18 +1,8 @@
 """The head, forward and backward: ours, other libraries, and the GEMMs alone, which are the limit.
 
 Shapes are named after models. H / 4 is what a CPU finishes in time; the models' own sizes run with
-`-m full`, and on CUDA always. Two kinds of rows:
-
-- equal: every contestant gets only the response rows.
-- as called: image and prompt rows are given too, with labels of -100, and each library does with
-  them what it does for its users.
-
-"Blocks kept": with the usual malloc of glibc every large tensor is fresh memory, whose pages the
-system clears, and ours, which keeps its buffers, wins by that too. There malloc keeps freed blocks,
-as caching allocators do.
-
-Before a contestant is timed its loss and its gradients are compared with fp64. Peers come with the
-extra `peers`.
+`-m full`, and on CUDA always. docs/benchmarks.md says which rows a contestant gets, and what
+"blocks kept" means. Before a contestant is timed its loss and gradients are compared with fp64.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -118,7 +108,7 @@ class Case:
     """Hidden states, head and labels of a shape; logits of standard deviation 2."""
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+        self.shape, self.trainable = shape, shape.head == "trainable"
         g = torch.Generator().manual_seed(0)
         before = PROMPT + shape.image_tokens if shape.image_tokens else 0
         size = (3, shape.examples, before + RESPONSE)
@@ -128,10 +118,6 @@ class Case:
         self.weight = weight.to(**kind)
         self.labels = torch.randint(shape.V, size, generator=g).to(DEVICE)
         self.labels[..., :before] = -100
-
-    @property
-    def trainable(self) -> bool:
-        return self.shape.head == "trainable"
 
     @cached_property
     def truth(self):
@@ -179,20 +165,6 @@ def case_of():
     return of
 
 
-@pytest.fixture(scope="module")
-def memory():
-    """memory(mode): how malloc treats freed blocks; as usual in the end."""
-    now = ["usual"]
-
-    def to(mode):
-        if mode != now[0]:
-            allocate(mode)
-            now[0] = mode
-
-    yield to
-    to("usual")
-
-
 def make(name, dtype):
     """A contestant, or a skip that says what is missing."""
     if name == CCE and DEVICE == "cuda" and dtype == "fp32":
@@ -204,8 +176,10 @@ def make(name, dtype):
 
 
 @pytest.mark.parametrize(("shape", "name"), list(cases()))
-def test_head(benchmark, case_of, memory, shape, name):
-    memory("keep" if shape.kept else "usual")
+def test_head(benchmark, case_of, request, shape, name):
+    if shape.kept:
+        allocate("keep")
+        request.addfinalizer(lambda: allocate("usual"))
     loss = None if name == LIMIT else make(name, shape.dtype)
     case = case_of(shape)
     mine = contestants.ours()

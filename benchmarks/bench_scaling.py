@@ -11,18 +11,15 @@ CUDA. An axis changes one number; `case` says which, and holds the others:
   those inside the slower process. `speedup` is one process, without collectives, over the ranks, in
   turns: lower quartile, median and upper quartile.
 
-`bytes` are counted as `memory_worker.py` does, for each point in a process of its own. The last
+`bytes` are counted as `bench_memory.py` does, for each point in a process of its own. The last
 point of an axis holds `slope`, of time (the fastest round of each, least disturbed) and of
 memory: the exponent of a power of the axis, fitted to all its points. Losses and gradients are
 compared with fp64 first.
 """
 
-import contextlib
 import functools
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,26 +35,19 @@ from realign_kernels import rdpo_loss
 
 NAMES = (OURS, EAGER, TRL)
 BASE = Shape("random", 256, 8192, 1, dtype="bf16" if DEVICE == "cuda" else "fp32")
-AXES = {  # the values of `-m full` come last
-    **dict.fromkeys("NT", ([192, 384, 768], [1536, 3072])),
-    "V": ([4096, 8192, 16384], [65536, 262144]),
+AXES = {  # the shape at a value, and values, of which those of `-m full` come last
+    "N": (lambda n: {"examples": n // (3 * RESPONSE)}, [192, 384, 768], [1536, 3072]),
+    "T": (lambda t: {"image_tokens": t - PROMPT - RESPONSE}, [192, 384, 768], [1536, 3072]),
+    "V": (lambda v: {"V": v}, [4096, 8192, 16384], [65536, 262144]),
 }
 SPLIT = replace(BASE, examples=4, dtype="fp32")
 """The batch that ranks share."""
 RANKS, HEADS, KINDS = (1, 2), ("trainable", "frozen"), ("vocabulary-parallel", "data-parallel")
 
 
-def shape_at(axis: str, value: int) -> Shape:
-    if axis == "N":
-        return replace(BASE, examples=value // (3 * RESPONSE))
-    if axis == "T":
-        return replace(BASE, image_tokens=value - PROMPT - RESPONSE)
-    return replace(BASE, V=value)
-
-
 def points():
     """(axis, value, contestant) of every benchmark but those of ranks."""
-    for axis, (small, large) in AXES.items():
+    for axis, (_, small, large) in AXES.items():
         for value in (*small, *large):
             slow = () if value in small or DEVICE == "cuda" else pytest.mark.slow
             for name in NAMES:
@@ -95,7 +85,7 @@ def fit():
 
 @pytest.mark.parametrize(("axis", "value", "name"), list(points()))
 def test_scaling(benchmark, fit, peak_of, axis, value, name):
-    shape = shape_at(axis, value)
+    shape = replace(BASE, **AXES[axis][0](value))
     loss, mine = make(name, shape.dtype), contestants.ours()
     case = case_of(shape)
     error = case.error(loss)
@@ -123,17 +113,15 @@ class Share:
         self.size, self.vocabulary = size, kind == "vocabulary-parallel"
         whole = case_of(replace(SPLIT, head=head))
         loss, of_hidden, of_weight = (None if t is None else t.cpu() for t in whole.truth)
-        inputs = [t.cpu() for t in (whole.hidden, whole.weight, whole.labels)]
-        self.hidden, self.weight, self.labels = inputs
-        of_hidden = of_hidden.view(self.hidden.shape)
+        examples, words = slice(rank, None, size), slice(None)
         if self.vocabulary:
-            self.weight = self.weight.chunk(size)[rank].clone()
-            of_weight = None if of_weight is None else of_weight.chunk(size)[rank]
-        else:
-            mine = slice(rank, None, size)
-            self.hidden, self.labels = self.hidden[:, mine].clone(), self.labels[:, mine].clone()
-            of_hidden = of_hidden[:, mine]
-        self.trainable, self.truth = whole.trainable, (loss, of_hidden, of_weight)
+            share = SPLIT.V // size
+            examples, words = slice(None), slice(rank * share, (rank + 1) * share)
+        self.hidden, self.labels = (t.cpu()[:, examples] for t in (whole.hidden, whole.labels))
+        self.hidden, self.labels = self.hidden.contiguous(), self.labels.contiguous()
+        self.weight, self.trainable = whole.weight.cpu()[words].contiguous(), whole.trainable
+        of_hidden = of_hidden.view(whole.hidden.shape)[:, examples]
+        self.truth = loss, of_hidden, None if of_weight is None else of_weight[words]
         self.references = torch.zeros(self.labels.shape[:2])
 
     def step(self):
@@ -179,20 +167,19 @@ def serve_rank(rank: int, store: str, pipe) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def ranks(tmp_path_factory):
     """ranks(method, kind, head, size): the answers of `size` ranks."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        store = str(Path(folder) / "store")
-        workers = [Worker(serve_rank, rank, store) for rank in range(max(RANKS))]
-        for worker in workers:
-            stack.callback(worker.close)
+    store = str(tmp_path_factory.mktemp("ranks") / "store")
+    workers = [Worker(serve_rank, rank, store) for rank in range(max(RANKS))]
 
-        def call(*message):
-            for worker in workers[: message[-1]]:
-                worker.pipe.send(message)
-            return [worker.read() for worker in workers[: message[-1]]]
+    def call(*message):
+        for worker in workers[: message[-1]]:
+            worker.pipe.send(message)
+        return [worker.read() for worker in workers[: message[-1]]]
 
-        yield call
+    yield call
+    for worker in workers:
+        worker.close()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,8 @@
 """A training step of a LLaVA of 60M parameters: rDPO on the forest, TRL's DPO, plain rDPO.
 
-Hidden 512, 8 layers, V = 32000, 576 image tokens, prompts of 64, responses of 128; a frozen tower;
-LoRA (rank 128) and full fine-tuning, fp32 and bf16; 4 examples with `-m full` (about 24 GB), else
-LoRA and one example. Contestants, each a process that lives through its setting
-(`step_contestants.py` says what each one runs and what is timed):
-
-- ours: rDPO, three sequences, reference log-probs from the cache.
-- TRL DPO: `DPOTrainer` 1.16, two sequences, live reference; on the CPU it projects every row.
-- TRL DPO, labelled rows: the same, made to project only labelled rows, as it does on CUDA.
-- released, three sequences: rDPO over three plain sequences, full logits, live reference.
+Hidden 512, 8 layers, V = 32000; LoRA (rank 128) and full fine-tuning, fp32 and bf16; 4 examples
+with `-m full` (about 24 GB), else LoRA and one example. docs/benchmarks.md lists the contestants.
+Each is a process that lives through its setting (`step_contestants.py` says what is timed).
 
 Losses and gradient norms are compared first. Then peak memory, of live tensors, over that of
 imports: a step of which freed blocks are returned to the system. Then time, in turns with ours.
@@ -42,22 +36,6 @@ SETTINGS = [
 ]
 
 
-class Contestant:
-    """A process of `step_contestants.py`."""
-
-    def __init__(self, *arguments):
-        self.worker = Worker(step_contestants.serve, *arguments, silence=None)
-        self.imported = self.worker.read()["imported"]
-
-    def step(self, *words):
-        self.worker.pipe.send(words)
-        return self.worker.read()
-
-    def timed(self, *words):
-        """A call for `race`: the seconds that the process counts; freed blocks stay with it."""
-        return lambda: self.step("keep", *words)["seconds"]
-
-
 class Setting:
     """The processes of a setting: ours to its end, of the others one at a time."""
 
@@ -65,32 +43,38 @@ class Setting:
         write_setting(folder, examples, prompt=64, response=128)
         self.where = (folder, tune, dtype)
         self.case = {"tune": tune, "dtype": dtype, "examples": examples}
-        self.running = {"ours": Contestant("ours", *self.where)}
-        self.truth = {words: self.running["ours"].step(*words) for words in (("dpo",), ())}
-        self.peaks = {}
+        self.running, self.imported, self.peaks = {}, {}, {}
+        self.truth = {words: self.process("ours").ask(words) for words in (("dpo",), ())}
 
     def process(self, name):
+        """A process of `step_contestants.py`, which answers the words of a step."""
         if name not in self.running:
             for other in [one for one in self.running if one != "ours"]:
-                self.running.pop(other).worker.close()
-            self.running[name] = Contestant(name, *self.where)
+                self.running.pop(other).close()
+            self.running[name] = Worker(step_contestants.serve, name, *self.where, silence=None)
+            self.imported[name] = self.running[name].read()["imported"]
         return self.running[name]
+
+    def timed(self, name, words=()):
+        """A call for `race`: the seconds that the process counts; freed blocks stay with it."""
+        process = self.process(name)
+        return lambda: process.ask(("keep", *words))["seconds"]
 
     def peak(self, name, contestant, words, like):
         """Bytes over imports; before, that the first step is the step it should be."""
         if contestant not in self.peaks:
             process = self.process(name)
-            first = process.step(*words)
+            first = process.ask(words)
             if first["loss"] is not None and name != "ours":
                 for what in ("loss", "norm"):
                     close = pytest.approx(self.truth[like][what], rel=TOLERANCE[self.case["dtype"]])
                     assert first[what] == close, (contestant, what)
-            self.peaks[contestant] = process.step(*words)["VmHWM"] - process.imported
+            self.peaks[contestant] = process.ask(words)["VmHWM"] - self.imported[name]
         return self.peaks[contestant]
 
     def close(self):
         while self.running:
-            self.running.popitem()[1].worker.close()
+            self.running.popitem()[1].close()
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -112,7 +96,6 @@ def test_step(benchmark, setting, contestant):
     if name == "trl" and not words and step_contestants.DEVICE == "cpu":
         # Labelled rows first: a process's peak only grows.
         setting.peak(name, "TRL DPO, labelled rows", ("labelled",), like)
-    ours = setting.running["ours"]
     setting.peak("ours", OURS, (), ())
     taken = setting.peak(name, contestant, words, like)
     race(
@@ -120,8 +103,8 @@ def test_step(benchmark, setting, contestant):
         "step, {tune}, {dtype}, {examples} example(s)".format(**setting.case),
         case=setting.case,
         contestant=contestant,
-        call=setting.process(name).timed(*words),
-        ours=ours.timed(),
+        call=setting.timed(name, words),
+        ours=setting.timed("ours"),
         bytes=taken,
         budget=10.0,
     )

@@ -88,7 +88,7 @@ def report(old: Run, new: Run, threshold: float = THRESHOLD) -> tuple[str, bool]
     """(the text, whether something is flagged)."""
     lines = [
         f"{run.name}: {run.date}, commit {run.commit}, {run.machine['cpu']}, load "
-        + ("unknown" if run.load is None else f"{run.load:.1f}")
+        + (f"{run.machine['load']:.1f}" if "load" in run.machine else "unknown")
         for run in (old, new)
     ]
     found = list(changes(old, new, threshold))

@@ -17,6 +17,7 @@ import torch
 from benchmarks import report, results
 from benchmarks.race import REPLAY
 from benchmarks.results import version_of
+from benchmarks.step_contestants import Worker
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "lmdb",
             "faiss-cpu", "numpy")  # fmt: skip
@@ -25,11 +26,21 @@ _STATE = pytest.StashKey[dict]()
 
 @pytest.fixture(scope="module")
 def peak_of():
-    """peak_of(contestant, shape): its peak memory in bytes."""
-    from benchmarks.memory_worker import workers
+    """peak_of(contestant, shape): its peak memory in bytes, None where it cannot be read."""
+    from benchmarks.bench_memory import MEASURED, serve
 
-    with workers() as found:
-        yield found
+    workers = {}
+
+    def of(name, shape):
+        if not MEASURED:
+            return None
+        if name not in workers:
+            workers[name] = Worker(serve, name)
+        return workers[name].ask(shape)
+
+    yield of
+    for worker in workers.values():
+        worker.close()
 
 
 @pytest.hookimpl(tryfirst=True)

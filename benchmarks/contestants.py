@@ -8,6 +8,7 @@ installed raises ImportError when its contestant is made.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,7 @@ def ours(backend: str | None = None) -> Loss:
 
     def loss(hidden, weight, labels):
         zeros = torch.zeros(labels.shape[:2], device=labels.device)
-        if backend is None:
-            return rdpo_loss(hidden, weight, labels, zeros, beta=BETA).loss
-        with use_backend(backend):
+        with use_backend(backend) if backend else nullcontext():
             return rdpo_loss(hidden, weight, labels, zeros, beta=BETA).loss
 
     return loss
@@ -70,10 +69,6 @@ def eager_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """All logits at once, as the authors' release and most scripts do."""
     logits = (hidden @ weight.T).float()
     return F.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
-
-
-def eager() -> Tokens:
-    return eager_tokens
 
 
 def torch_fused() -> Tokens:
@@ -181,7 +176,7 @@ OURS, LIMIT, EAGER, TRL = "ours", "GEMMs alone", "eager logits", "TRL chunked lo
 CONTESTANTS: dict[str, Callable[[], Loss]] = {
     OURS: ours,
     "ours, torch backend": lambda: ours("torch"),
-    EAGER: both_terms(eager),
+    EAGER: both_terms(lambda: eager_tokens),
     "F.linear_cross_entropy": both_terms(torch_fused, ignores=True),
     TRL: both_terms(trl, compacts=DEVICE == "cuda"),
     "Liger DPO, two calls": liger,

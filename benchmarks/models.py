@@ -20,10 +20,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from realign.data.records import Record, StoredImage, write_pairs
 from realign.digits.processor import CHAT_TEMPLATE
+from realign.modeling import reference_logps
 from realign.modeling.attention import IMPLEMENTATIONS
-from realign.modeling.forest import Example, Leaf, Root
-from realign.modeling.images import ImageStore
+from realign.modeling.encode import encode_records
 from realign.modeling.layouts import Layout
+from realign_kernels import ReferenceCache, objectives
 
 VOCABULARY, IMAGE_TOKENS = 32000, 576
 IMAGE_ID = VOCABULARY - 1
@@ -97,23 +98,6 @@ def random_on(
         return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation=kinds)
 
 
-def random_pairs(count, *, prompt, response):
-    """rDPO's three leaves under two images, and the store of the images."""
-    rng = np.random.default_rng(0)
-    store, examples = ImageStore(None, Layout(IMAGE_ID), cache_bytes=1 << 40), []
-    for i in range(count):
-        words = rng.integers(10, IMAGE_ID, prompt)
-        chosen, rejected = rng.integers(10, IMAGE_ID, (2, response))
-        roots = []
-        for name in (f"v{i}", f"w{i}"):
-            bundle = {"pixel_values": torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)}
-            key = store.keep(name, None, bundle, IMAGE_TOKENS)
-            roots.append(Root((key,), np.concatenate([[IMAGE_ID] * IMAGE_TOKENS, words])))
-        leaves = (Leaf(0, chosen), Leaf(0, rejected), Leaf(1, chosen))
-        examples.append(Example(str(i), tuple(roots), leaves))
-    return examples, store
-
-
 def word_processor(image_id=IMAGE_ID, size=IMAGE_SIZE):
     """A processor of as many words as are below `image_id`, a token each, for the models above."""
     words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), image_id)), "<image>"]
@@ -161,6 +145,29 @@ def random_records(lengths, image_id=IMAGE_ID, size=IMAGE_SIZE):
         )
         for i, (prompt, chosen, rejected) in enumerate(lengths)
     ]
+
+
+def encode(records, processor, layout):
+    """(examples, store): rDPO's forests of the records."""
+    return encode_records(
+        records, processor, objectives.rdpo(), layout=layout, max_response_tokens=1024,
+        max_tokens=4096, progress=False,
+    )  # fmt: skip
+
+
+def fill(folder, fingerprint, model, examples, store, *, batch_rows, device):
+    """(L, B) reference log-probs, by `reference_logps.fill` into the cache in `folder`."""
+    with ReferenceCache.open(folder, fingerprint) as cache:
+        return reference_logps.fill(
+            cache, model.eval(), examples, store, batch_rows=batch_rows, device=device,
+            row_tokens=max(e.longest_tree for e in examples), progress=False, log=lambda _: None,
+        )  # fmt: skip
+
+
+def random_forests(count, *, prompt, response):
+    """(examples, store) of `count` random records; lengths as in `write_setting`."""
+    records = random_records([(prompt, response, response)] * count)
+    return encode(records, word_processor(), Layout(IMAGE_ID))
 
 
 def write_setting(folder, count, *, prompt, response):

@@ -8,6 +8,7 @@ README are between `<!-- NAME: generated -->` and `<!-- /NAME -->`; the prose ar
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import compare, results, targets
@@ -63,7 +64,9 @@ def suite_block(suite: str, groups: Groups) -> str:
 
 def tables_of(suite: str, groups: Groups) -> str:
     """Tables of a suite."""
-    return {"memory": _memory_table, "scaling": _scaling_table}.get(suite, _group_tables)(groups)
+    if of_suite := {"memory": _memory_table, "scaling": _scaling_table}.get(suite):
+        return of_suite(groups)
+    return "\n\n".join(_group_table(name, entries) for name, entries in groups.items())
 
 
 def _machines(runs: list[Run]) -> str:
@@ -71,7 +74,7 @@ def _machines(runs: list[Run]) -> str:
     for run in runs:
         machine = run.machine
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
-        load = "" if run.load is None else f", load {run.load:.1f} when it began"
+        load = f", load {machine['load']:.1f} when it began" if "load" in machine else ""
         device = machine["gpu"] or (
             f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of "
             f"{machine['cores']} cores{load}, no GPU"
@@ -138,10 +141,6 @@ def _bold(entry: Entry) -> str:
     return f"**{entry.contestant}**" if entry.role == "ours" else entry.contestant
 
 
-def _group_tables(groups: Groups) -> str:
-    return "\n\n".join(_group_table(name, entries) for name, entries in groups.items())
-
-
 def _group_table(name: str, entries: list[Entry]) -> str:
     """One group: a row a contestant, columns as it has them."""
     limits = over_limit(entries)
@@ -171,20 +170,20 @@ def _group_table(name: str, entries: list[Entry]) -> str:
     return f"**{name}**{size}\n\n{table(columns, cells)}"
 
 
-def _pivot(groups: Groups, title, key) -> dict[str, dict[str, dict[int, Entry]]]:
-    """Entries by title, contestant as shown, and value of `key` in the case."""
+def _pivot(groups: Groups, title, key) -> Iterator[tuple[str, list[int], dict[str, dict]]]:
+    """Title, values of `key` in the cases, and entries by contestant as shown and that value."""
     found: dict[str, dict[str, dict[int, Entry]]] = {}
     for entry in (entry for entries in groups.values() for entry in entries):
         part = found.setdefault(title(entry), {}).setdefault(_bold(entry), {})
         part[entry.case[key]] = entry
-    return found
+    for name, rows in found.items():
+        yield name, sorted({value for row in rows.values() for value in row}), rows
 
 
 def _memory_table(groups: Groups) -> str:
     tables = []
     parts = _pivot(groups, lambda e: "{head}, {dtype}".format(**e.case), "image_tokens")
-    for title, rows in parts.items():
-        tokens = sorted({value for row in rows.values() for value in row})
+    for title, tokens, rows in parts:
         cells = [
             (name, *(f"{row[t].bytes / 2**20:,.1f}" if t in row else "-" for t in tokens))
             for name, row in rows.items()
@@ -200,8 +199,7 @@ def _scaling_table(groups: Groups) -> str:
         return f"{axis}, head {entry.case['head']}" if axis == "ranks" else axis
 
     tables = []
-    for name, rows in _pivot(groups, title, "value").items():
-        values = sorted({value for row in rows.values() for value in row})
+    for name, values, rows in _pivot(groups, title, "value"):
         ranks = name.startswith("ranks")
         tail = ("speed-up",) if ranks else ("slope of memory", "peak memory")
         columns = (name, *(f"{v:,}" for v in values), "slope of time", *tail)

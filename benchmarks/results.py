@@ -79,11 +79,6 @@ class Run:
     entries: tuple[Entry, ...]
     skipped: tuple[dict[str, str], ...]  # suite, name, reason
 
-    @property
-    def load(self) -> float | None:
-        """Load average at the start; about 0 on a quiet machine."""
-        return self.machine.get("load")
-
     def find(self, group: str, contestant: str) -> Entry | None:
         """The entry of that name, or None."""
         return {entry.key: entry for entry in self.entries}.get((group, contestant))

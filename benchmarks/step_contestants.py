@@ -6,6 +6,7 @@ optimizer; no preprocessing. A contestant trains under a watch (`Requests`, or `
 check), which times steps and keeps their losses.
 """
 
+import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -39,6 +40,11 @@ class Worker:
         self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
         self.process.start()
         there.close()  # or its end would not be seen here
+
+    def ask(self, message):
+        """The answer to a message."""
+        self.pipe.send(message)
+        return self.read()
 
     def read(self):
         if not self.pipe.poll(self.silence):
@@ -118,6 +124,7 @@ class Ours:
     """
 
     def __init__(self, folder, tune, dtype):
+        import benchmarks.models  # noqa: F401
         import realign.train  # noqa: F401 - all of it counts as imports
         from realign import distributed
         from realign.config import LossConfig
@@ -142,12 +149,13 @@ class Ours:
 
     def prepare(self, inputs, cache, tune, dtype, device, *, sharded, weights=None):
         """Everything of `realign.train` from the loaded model to its first step."""
+        from benchmarks.models import fill
         from realign.modeling import reference_logps
         from realign.modeling.forest import Example
         from realign.modeling.loading import add_lora
         from realign.training import fsdp
         from realign.training.step import Feed
-        from realign_kernels import ReferenceCache, objectives
+        from realign_kernels import objectives
 
         model, examples, store = inputs.model, inputs.examples, inputs.store
         described = (model.vlm, inputs.processor, dtype, device)
@@ -159,20 +167,9 @@ class Ours:
             fsdp.shard(model, device, dtype)
         else:
             model.to(device)
-        with ReferenceCache.open(cache, fingerprint) as opened:
-            began = now()
-            references = reference_logps.fill(
-                opened,
-                model.eval(),
-                examples,
-                store,
-                row_tokens=inputs.longest_tree,
-                batch_rows=8,
-                device=device,
-                progress=False,
-                log=lambda _: None,
-            ).float()
-            self.reference_seconds = now() - began
+        began, forests = now(), (examples, store)
+        found = fill(cache, fingerprint, model, *forests, batch_rows=8, device=device)
+        self.reference_seconds, references = now() - began, found.float()
         if sharded:
             model.reshard()
         move(model, tune)
@@ -223,10 +220,9 @@ class Released:
         import peft  # noqa: F401 - counts as imports
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        from benchmarks.models import encode
         from realign.data.records import read_pairs
-        from realign.modeling.encode import encode_records
         from realign.modeling.layouts import layout_of
-        from realign_kernels import objectives
 
         self.imported = memory()
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -239,16 +235,8 @@ class Released:
         model = load()
         layout = layout_of(model)
         self.prepare(model, None if tune == "lora" else load().requires_grad_(False), kind)
-        examples, store = encode_records(
-            read_pairs(folder / "pairs.parquet"),
-            processor,
-            objectives.rdpo(),
-            layout=layout,
-            max_response_tokens=1024,
-            max_tokens=2048,
-            progress=False,
-        )
-        self.steps = itertools.repeat([self.collate(examples, store)])
+        forests = encode(read_pairs(folder / "pairs.parquet"), processor, layout)
+        self.steps = itertools.repeat([self.collate(*forests)])
 
     def prepare(self, model, reference, kind):
         """Policy and optimizer; without a reference model the policy gets LoRA."""
@@ -261,13 +249,6 @@ class Released:
         self.model, self.reference = model, reference
         self.autocast = torch.autocast(DEVICE, kind, enabled=kind != torch.float32)
         self.trained, self.optimizer = adamw(model)
-
-    def update(self):
-        """Clipping and an optimizer step; returns the gradient norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
 
     @staticmethod
     def collate(examples, store):
@@ -297,16 +278,11 @@ class Released:
         found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         return (found * mask).sum(-1)
 
-    def references(self, batches):
-        with torch.no_grad():
-            if self.reference is not None:
-                return [self.logps(self.reference, *batch) for batch in batches]
-            with self.model.disable_adapter():
-                return [self.logps(self.model, *batch) for batch in batches]
-
     def loss(self, batches):
         """The mean over the examples of a batch for each leaf."""
-        constants = self.references(batches)
+        off = contextlib.nullcontext() if self.reference else self.model.disable_adapter()
+        with torch.no_grad(), off:
+            constants = [self.logps(self.reference or self.model, *batch) for batch in batches]
         policy = [self.logps(self.model, *batch) for batch in batches]
         chosen, rejected, visual = (BETA * (a - b) for a, b in zip(policy, constants, strict=True))
         sigmoid = torch.nn.functional.logsigmoid
@@ -322,7 +298,9 @@ class Released:
                 loss = self.loss(batches) / len(parts)
                 loss.backward()
                 total += loss.detach()
-            norm = self.update()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             watch.end()
             watch.report(float(total), float(norm))
 

@@ -7,6 +7,7 @@ output and starts the next. A second call with the same DIR runs only what is mi
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -66,9 +67,8 @@ def kill(process: subprocess.Popen) -> None:
 
 def run_once(module: str, folder: Path, seconds: float, call: int, rehearse: bool) -> int | None:
     """One process of a part; returns its exit code, or None after the time limit."""
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", module, "--out", str(folder)]
-    command += ["--seconds", f"{seconds:.1f}", "--call", str(call)]
-    command += ["--rehearse"] if rehearse else []
+    settings = json.dumps({"seconds": seconds, "call": call, "rehearse": rehearse})
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", module, str(folder), settings]
     with (folder / LOG).open("a") as log:
         print(f"== {module}, call {call}, {seconds:.0f} s", file=log, flush=True)
         process = subprocess.Popen(

@@ -20,7 +20,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from benchmarks import step_contestants
 from benchmarks.contestants import relative
-from benchmarks.gpu.measure import figures, kernels_of
+from benchmarks.gpu.measure import Call, figures, kernels, profiled
 from benchmarks.gpu.record import Record
 from realign.modeling import tree_attention
 from realign.modeling.attention import forest_mask
@@ -72,7 +72,7 @@ class Layer:
     """Queries, keys and values of a batch, the gradient of the output, and the fp32 truth."""
 
     def __init__(self, sizes: Sizes, device: str) -> None:
-        self.batch = batch_of(sizes).to(device)
+        self.device, self.batch = device, batch_of(sizes).to(device)
         self.trees, self.scale = self.batch.trees, sizes.width**-0.5
         self.module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=True)
         generator = torch.Generator(device).manual_seed(0)
@@ -89,10 +89,19 @@ class Layer:
         out, _ = tree_attention.forest_attention(self.module, *states, None, trees=self.trees)
         return out.transpose(1, 2)
 
-    def errors(self, found: Sequence[Tensor]) -> dict[str, float]:
-        """Relative errors of the output and, where there are gradients, of the worst of them."""
-        error, *others = map(relative, found, self.truth)
-        return {"output_error": error} | ({"gradient_error": max(others)} if others else {})
+    def timed(self, call: Call, restore: Callable[[list[Tensor]], list[Tensor]] = list) -> dict:
+        """Figures of a call, and relative errors of the output and of the worst gradient, if any.
+
+        Args:
+            call: returns the output and gradients.
+            restore: gives what was returned the layer's own shapes.
+        """
+        began = step_contestants.now()
+        found = call()
+        first = 1e3 * (step_contestants.now() - began)
+        error, *others = map(relative, restore(found), self.truth)
+        errors = {"output_error": error} | ({"gradient_error": max(others)} if others else {})
+        return figures(call, self.device) | {"first_ms": first} | errors
 
 
 def both_ways(attend: Attend, states: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
@@ -102,26 +111,17 @@ def both_ways(attend: Attend, states: Sequence[Tensor], grad: Tensor) -> list[Te
     return [out.detach(), *torch.autograd.grad(out, states, grad)]
 
 
-def timed(call: Callable[[], list[Tensor]], device: str) -> tuple[dict[str, float], list[Tensor]]:
-    """Figures of a call, the milliseconds of the first one among them, and its results."""
-    began = step_contestants.now()
-    found = call()
-    first = 1e3 * (step_contestants.now() - began)
-    return figures(call, device) | {"first_ms": first}, found
-
-
-def tree(layer: Layer, device: str) -> dict[str, float]:
+def tree(layer: Layer) -> dict[str, float]:
     """24 calls of torch's SDPA by its own kernels: cuDNN takes 0.7 s to plan each (H200)."""
     with sdpa_kernel(TORCH):
-        found, results = timed(partial(both_ways, layer.by_tree, layer.states, layer.grad), device)
-    return found | layer.errors(results)
+        return layer.timed(partial(both_ways, layer.by_tree, layer.states, layer.grad))
 
 
-def varlen(layer: Layer, device: str) -> dict[str, float]:
+def varlen(layer: Layer) -> dict[str, float]:
     """One call of the operator for all trees; what it needs to know of the batch is made before."""
     from realign.modeling.varlen_attention import forest_attention, sequences
 
-    parts = sequences(layer.trees, layer.grad.shape[2]).to(device)
+    parts = sequences(layer.trees, layer.grad.shape[2]).to(layer.device)
     # Strides as behind a model's projections: token by token.
     given = [s.transpose(1, 2).contiguous().transpose(1, 2) for s in (*layer.states, layer.grad)]
 
@@ -130,13 +130,12 @@ def varlen(layer: Layer, device: str) -> dict[str, float]:
         return forest_attention(*rows, *parts, layer.scale)[0].transpose(0, 1)[None]
 
     call = partial(both_ways, attend, given[:3], given[3])
-    found, results = timed(call, device)
-    return found | layer.errors(results) | {"kernels": kernels_of(call)}
+    return layer.timed(call) | {"kernels": kernels(profiled(call))}
 
 
-def padded(layer: Layer, device: str) -> dict[str, float]:
+def padded(layer: Layer) -> dict[str, float]:
     """One causal call over a sequence for each leaf behind its own copy of its root, padded."""
-    rows, counted, start = [], [], 0
+    rows, counted, start, device = [], [], 0, layer.device
     for root, *leaves in layer.trees[0]:
         above, leaf = np.arange(start, start + root), start + root
         for number, size in enumerate(leaves):
@@ -151,18 +150,20 @@ def padded(layer: Layer, device: str) -> dict[str, float]:
     copies = [state[0][:, index].transpose(0, 1).contiguous() for state in layer.states]
     grad = layer.grad[0][:, index].transpose(0, 1) * first[:, None, :, None]
     attend = partial(F.scaled_dot_product_attention, is_causal=True)
+
+    def summed(found: list[Tensor]) -> list[Tensor]:
+        return [
+            torch.zeros(layer.grad.shape[1:], device=device).index_add_(
+                1, index[which], one.transpose(0, 1)[:, which].float()
+            )[None]
+            for one, which in zip(found, [first, real, real, real], strict=True)
+        ]
+
     with sdpa_kernel(TORCH):
-        found, (out, *grads) = timed(partial(both_ways, attend, copies, grad), device)
-    results = [
-        torch.zeros(layer.grad.shape[1:], device=device).index_add_(
-            1, index[which], one.transpose(0, 1)[:, which].float()
-        )
-        for one, which in [(out, first), *((one, real) for one in grads)]
-    ]
-    return found | layer.errors([one[None] for one in results])
+        return layer.timed(partial(both_ways, attend, copies, grad), summed)
 
 
-def flex(layer: Layer, device: str) -> dict[str, float]:
+def flex(layer: Layer) -> dict[str, float]:
     """Flex attention with the forest's mask, compiled; on a CPU eagerly, and without backward.
 
     There it has none, and to compile it takes 15 s.
@@ -172,12 +173,10 @@ def flex(layer: Layer, device: str) -> dict[str, float]:
     def attend(*states: Tensor) -> Tensor:
         return flex_attention_forward(layer.module, *states, mask)[0].transpose(1, 2)
 
-    if device == "cuda":
-        found, results = timed(partial(both_ways, attend, layer.states, layer.grad), device)
-    else:
-        with torch.compiler.set_stance("force_eager"):
-            found, results = timed(lambda: [attend(*layer.states)], device)
-    return found | layer.errors(results)
+    if layer.device == "cuda":
+        return layer.timed(partial(both_ways, attend, layer.states, layer.grad))
+    with torch.compiler.set_stance("force_eager"):
+        return layer.timed(lambda: [attend(*layer.states)])
 
 
 CASES = {
@@ -191,6 +190,4 @@ CASES = {
 def run(record: Record) -> None:
     """All implementations on the same tensors."""
     layer = Layer(TOY if record.rehearse else LLAVA, record.device)
-    for case in record.missing(CASES):
-        with record.attempt(case):
-            record(case, **CASES[case](layer, record.device))
+    record.each({case: partial(call, layer) for case, call in CASES.items()})

@@ -1,22 +1,32 @@
 """Correctness on the device: every public head function against fp64, most used first.
 
+Then what is around the kernels: operator checks, and a step of one NCCL rank.
 tests/kernels calls each kernel directly, on a GPU where there is one. A case whose error is over
 its budget is an error line, so that a second call runs it again.
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.contestants import both_terms, eager, forward_backward
-from benchmarks.gpu import correct_systems, truth
+from benchmarks.contestants import CONTESTANTS, EAGER, forward_backward
+from benchmarks.gpu import truth
 from benchmarks.gpu.record import Record
-from realign_kernels import rdpo_loss, use_backend
+from benchmarks.models import random_forests, random_llava
+from realign import distributed
+from realign.modeling.forest import build_batch
+from realign.modeling.model import ForestModel
+from realign.training import fsdp
+from realign_kernels import objectives, ops, rdpo_loss, use_backend
 from realign_kernels.backends.triton import exp_head
+from realign_kernels.lm_head import HeadSettings
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -110,7 +120,7 @@ def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
     with backend(record.device, dtype):
         value = run(lambda *given: rdpo_loss(*given, zeros).loss)
     exact = exact._replace(logps=exact_loss[None])
-    return truth.within_budget(value, run(both_terms(eager)()), exact, dtype)
+    return truth.within_budget(value, run(CONTESTANTS[EAGER]()), exact, dtype)
 
 
 def by_kernel(record: Record, kernel: str, trains: bool) -> dict:
@@ -152,6 +162,77 @@ def second_device(record: Record) -> dict:
     return truth.check(problem, truth.ours(problem, "all"))
 
 
+class _Calls(TorchDispatchMode):
+    """Keeps the first call of each operator of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "realign":
+            self.found.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def opcheck(record: Record) -> dict:
+    """`torch.library.opcheck` of the operators of a compiled loss, forward and backward."""
+    g = torch.Generator(record.device).manual_seed(0)
+    kind = {"generator": g, "device": record.device}
+    hidden = torch.randn(3, 2, 4, 16, **kind).requires_grad_()
+    weight = torch.randn(33, 16, **kind)
+    labels = torch.randint(33, (3, 2, 4), **kind)
+    table = torch.zeros(3, 2, device=record.device)
+    ids = torch.arange(6, device=record.device).repeat_interleave(4)
+    with _Calls() as calls:
+        for trains in (False, True):
+            head = (weight.detach().requires_grad_(trains), labels.flatten(), None, None)
+            logps = ops.logprobs(hidden.flatten(0, 2), *head, HeadSettings())
+            ops.sequence_sums(logps, head[1], ids, table, -100)[0].sum().backward()
+    for operator, args in calls.found.items():
+        differentiable = "backward" not in str(operator)
+        fresh = [
+            a.detach().clone().requires_grad_(a.requires_grad and differentiable)
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in args
+        ]
+        torch.library.opcheck(operator, fresh)
+    assert calls.found, "no operator was called"
+    return {"operators": [str(operator) for operator in calls.found]}
+
+
+def one_rank(record: Record) -> dict:
+    """Gradients of a step under FSDP2 on a mesh of one against the plain model's, in fp32."""
+    vlm = random_llava(64, 128, 2, 4)
+    plain, sharded = ForestModel(vlm), ForestModel(copy.deepcopy(vlm))
+    examples, store = random_forests(2, prompt=12, response=9)
+    batch = build_batch(examples, store, row_tokens=sum(e.longest_tree for e in examples))
+    references = torch.full((3, 2), -90.0)
+    device = distributed.start(alone=True)
+    try:
+        plain.to(device)
+        fsdp.shard(sharded, device, torch.float32)
+        losses = []
+        for model in (plain.train(), sharded.train()):
+            loss = model(batch.to(device), objectives.rdpo(), references.to(device)).loss
+            loss.backward()
+            losses.append(loss.detach())
+        pairs = [
+            (b.grad.full_tensor(), a.grad)
+            for a, b in zip(plain.parameters(), sharded.parameters(), strict=True)
+            if a.grad is not None
+        ]
+        found = {
+            "error": max(truth.error(value, exact) for value, exact in pairs),
+            "loss": truth.error(losses[1][None], losses[0][None]),
+        }
+    finally:
+        distributed.stop()
+    assert max(found.values()) <= 1e-4, f"the sharded step differs by {found}"
+    return found | {"parameters": len(pairs)}
+
+
 def cases(record: Record) -> dict[str, Callable[[], dict]]:
     """All cases by name, most valuable first."""
     heads = {
@@ -167,18 +248,20 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
     equal = {
         f"repeats/{kind}": partial(repeats, record, kind) for kind in ("hidden", "all", "nothing")
     }
-    kernels = [name for name in exp_head.CHOICES if name != "cutlass" or exp_head.built()]
-    by_name = {
-        f"E by {kernel}/{kind}": partial(by_kernel, record, kernel, trains)
-        for kernel in kernels
-        for kind, trains in kinds.items()
-    } | {f"E by {kernel}/far label": partial(far_label, record, kernel) for kernel in kernels}
+    by_name = {}
+    for kernel in exp_head.CHOICES:
+        if kernel == "cutlass" and not exp_head.built():
+            continue
+        for kind, trains in kinds.items():
+            by_name[f"E by {kernel}/{kind}"] = partial(by_kernel, record, kernel, trains)
+        by_name[f"E by {kernel}/far label"] = partial(far_label, record, kernel)
     first = dict(list(heads.items())[:6] + list(losses.items())[:2])
     return {
         **first,
         **by_name,
         **equal,
-        **correct_systems.cases(record),
+        "opcheck": partial(opcheck, record),
+        "NCCL step of one rank": partial(one_rank, record),
         **heads,
         **losses,
         "second device": partial(second_device, record),
@@ -186,8 +269,5 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
 
 
 def run(record: Record) -> None:
-    """Each case costs only itself; see `Record.attempt`."""
-    found = cases(record)
-    for case in record.missing(found):
-        with record.attempt(case):
-            record(case, **found[case]())
+    """Each case costs only itself."""
+    record.each(cases(record))

@@ -3,12 +3,15 @@
 import importlib.util
 import os
 import platform
+import statistics
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from benchmarks.gpu.measure import COPY_SIZE, GEMM_SIZE, copy_rate, gemm_rate
 from benchmarks.gpu.record import Record, smi
+from benchmarks.race import turns
 from benchmarks.results import version_of
 from realign_kernels import explain, missing_reason
 from realign_kernels._extension import extension
@@ -18,11 +21,13 @@ PACKAGES = (
     "torch", "triton", "numpy", "transformers", "accelerate", "peft", "trl", "datasets",
     "liger-kernel", "cut-cross-entropy", "flash-attn",
 )  # fmt: skip
+GEMM_SIZE = {"cuda": 8192, "cpu": 128}
+COPY_SIZE = {"cuda": 4 << 30, "cpu": 1 << 20}
 
 
-def _versions() -> dict[str, str]:
-    versions = {package: version_of(package) or "absent" for package in PACKAGES}
-    return {"python": platform.python_version()} | versions
+def _rate(call: Callable[[], object], work: float) -> float:
+    """Work per second by the median of calls, the L2 cache flushed before each."""
+    return work / statistics.median(turns(call, None, 0.5)[0])
 
 
 def _properties(device: str) -> dict[str, str | int | float]:
@@ -40,22 +45,33 @@ def _properties(device: str) -> dict[str, str | int | float]:
     } | host
 
 
-def _loaded(device: str) -> dict[str, str | float]:
-    """GEMMs one after another for two seconds; clock and power while they run."""
+def _gemm(device: str, loaded: bool) -> dict[str, str | float]:
+    """The rate of torch's GEMM in bf16, on random data.
+
+    `loaded`: one after another for two seconds; clock and power while they run.
+    """
     size = GEMM_SIZE[device]
-    rate = gemm_rate(device, size)
-    if device == "cpu":
-        return {"tflops": rate / 1e12}
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    out, count = torch.empty_like(left), round(2 * rate / (2 * size**3))
+    call, flop = partial(torch.mm, left, right, out=torch.empty_like(left)), 2 * size**3
+    rate = _rate(call, flop)
+    if not loaded or device == "cpu":
+        return {"tflops": rate / 1e12}
+    count = round(2 * rate / flop)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(count):
-        torch.mm(left, right, out=out)
+        call()
     end.record()
     state = smi(clock="clocks.sm", power="power.draw")  # some 1,000 launches are still queued
     end.synchronize()
-    return {"tflops": 2 * size**3 * count / start.elapsed_time(end) / 1e9, **state}
+    return {"tflops": flop * count / start.elapsed_time(end) / 1e9, **state}
+
+
+def _copy(device: str) -> dict[str, float]:
+    """Bytes read and written by a copy within the device."""
+    source = torch.ones(COPY_SIZE[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {"tb_per_s": _rate(lambda: target.copy_(source), 2 * len(source)) / 1e12}
 
 
 def _extension(device: str) -> dict[str, str | bool]:
@@ -71,27 +87,23 @@ def _extension(device: str) -> dict[str, str | bool]:
     }
 
 
-def _features(device: str) -> dict[str, bool | str]:
-    return {
-        "varlen_attn": importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        "flash_attn": importlib.util.find_spec("flash_attn") is not None,
-        "linear_cross_entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),
-        "bf16": explain(device, torch.bfloat16),
-    }
-
-
 def run(record: Record) -> None:
     """Each fact is a case; the rates are measured by CUDA events."""
     device = record.device
-    cases = {
-        "properties": lambda: _properties(device),
-        "versions": _versions,
-        "GEMM": lambda: {"tflops": gemm_rate(device, GEMM_SIZE[device]) / 1e12},
-        "GEMM under load": lambda: _loaded(device),
-        "copy": lambda: {"tb_per_s": copy_rate(device, COPY_SIZE[device]) / 1e12},
-        "extension": lambda: _extension(device),
-        "features": lambda: _features(device),
-    }
-    for case in record.missing(cases):
-        with record.attempt(case):
-            record(case, **cases[case]())
+    record.each({
+        "properties": partial(_properties, device),
+        "versions": lambda: {
+            "python": platform.python_version(),
+            **{package: version_of(package) or "absent" for package in PACKAGES},
+        },
+        "GEMM": partial(_gemm, device, loaded=False),
+        "GEMM under load": partial(_gemm, device, loaded=True),
+        "copy": partial(_copy, device),
+        "extension": partial(_extension, device),
+        "features": lambda: {
+            "varlen_attn": importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+            "flash_attn": importlib.util.find_spec("flash_attn") is not None,
+            "linear_cross_entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),
+            "bf16": explain(device, torch.bfloat16),
+        },
+    })  # fmt: skip

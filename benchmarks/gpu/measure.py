@@ -1,4 +1,4 @@
-"""Measurements on a GPU: wall time, GPU-busy time, peak memory, and what the card can do.
+"""Measurements on a GPU: wall time, GPU-busy time, and peak memory.
 
 In a rehearsal on a CPU wall time is the host's, and figures that a CPU lacks are left out.
 """
@@ -21,11 +21,6 @@ KERNELS, NAME = 25, 80
 """Kernels listed, and the characters of a name."""
 WATCHED = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
 """Activities of a profile: kernels, or in a rehearsal the operators of a CPU."""
-
-
-def wall(call: Call) -> float:
-    """Median seconds of a call, the L2 cache flushed before each."""
-    return statistics.median(turns(call, None, 0.5)[0])
 
 
 def kernel_seconds(profiler: profile) -> float:
@@ -51,26 +46,18 @@ def kernels(profiler: profile) -> dict[str, list[float]]:
     return {name: [round(ms, 4), calls] for name, (ms, calls) in most}
 
 
-def kernels_of(call: Call) -> dict[str, list[float]]:
-    """`kernels` of one call."""
-    with profile(activities=[WATCHED]) as profiler:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return kernels(profiler)
-
-
-def busy(call: Call, calls: int) -> float:
-    """GPU-busy seconds of a call, the mean of `calls` one after another.
+def profiled(call: Call, calls: int = 1) -> profile:
+    """Calls one after another.
 
     One call after a pause runs at another clock than a loop: its busy time was 0.87 to 1.14 of the
     wall time of the same GEMMs (H200).
     """
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[WATCHED]) as profiler:
         for _ in range(calls):
             call()
-        torch.cuda.synchronize()
-    return kernel_seconds(profiler) / calls
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return profiler
 
 
 def peak(call: Call) -> int:
@@ -102,23 +89,6 @@ def figures(
         found["ratio"] = statistics.median(a / b for a, b in zip(theirs, mine, strict=True))
     if device != "cpu":
         calls = min(max(round(BUSY / seconds), 1), MOST)
-        found |= {"busy_ms": 1e3 * busy(call, calls), "peak_gib": peak(call) / 2**30}
+        spent = kernel_seconds(profiled(call, calls)) / calls
+        found |= {"busy_ms": 1e3 * spent, "peak_gib": peak(call) / 2**30}
     return found
-
-
-def copy_rate(device: str, size: int) -> float:
-    """Bytes per second, read and written, of a copy of `size` bytes within the device."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / wall(lambda: target.copy_(source))
-
-
-def gemm_rate(device: str, size: int) -> float:
-    """FLOP per second of torch's size x size x size GEMM in bf16, on random data."""
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    out = torch.empty_like(left)
-    return 2 * size**3 / wall(lambda: torch.mm(left, right, out=out))
-
-
-GEMM_SIZE = {"cuda": 8192, "cpu": 128}
-COPY_SIZE = {"cuda": 4 << 30, "cpu": 1 << 20}

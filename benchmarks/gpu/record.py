@@ -4,9 +4,7 @@ A part calls its cases like this, and everything else (skipping what an earlier 
 tracebacks, freed memory) follows:
 
     def run(record: Record) -> None:
-        for case in record.missing(CASES):
-            with record.attempt(case):
-                record(case, ms=..., error=...)
+        record.each({"a": lambda: {"ms": ..., "error": ...}})
 
 A case named "group/name" shares a line of the table with the others of its group; its first figure
 is shown there. Other cases have a line of their own.
@@ -22,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +102,6 @@ def device(rehearse: bool) -> dict[str, str]:
 class Record:
     """What a part gets: where it runs, how long it may, and where its results go."""
 
-    device: str
-    """"cuda", or "cpu" in a rehearsal."""
-    rehearse: bool
-    """Whether to run at toy sizes."""
-
     def __init__(self, folder: Path, part: str, *, rehearse: bool, seconds: float, call: int):
         """
         Args:
@@ -120,8 +113,7 @@ class Record:
         """
         self.folder, self.part, self.rehearse, self.call = folder, part, rehearse, call
         self.device = "cpu" if rehearse else "cuda"
-        self._began = time.monotonic()
-        self._end = self._began + seconds
+        self._began, self._seconds = time.monotonic(), seconds
 
     def __call__(self, case: str, **figures: Any) -> None:
         """Appends the figures of a case: numbers, strings, or lists of them.
@@ -134,22 +126,20 @@ class Record:
 
     def left(self) -> float:
         """Seconds until this process is killed."""
-        return self._end - time.monotonic()
-
-    def done(self, case: str) -> bool:
-        """Whether this or an earlier call recorded the case without an error."""
-        line = self._line(case)
-        return line is not None and not failed(line)
+        return self._began + self._seconds - time.monotonic()
 
     def missing(self, cases: Iterable[str]) -> Iterator[str]:
         """The cases to run: neither done, nor failed in this call before a restart."""
         for case in cases:
-            line = self._line(case)
+            line = latest(read(self.folder / RESULTS)).get((self.part, case))
             if line is None or (failed(line) and line["call"] != self.call):
                 yield case
 
-    def _line(self, case: str) -> Line | None:
-        return latest(read(self.folder / RESULTS)).get((self.part, case))
+    def each(self, cases: Mapping[str, Callable[[], Line]]) -> None:
+        """Records the figures that the missing cases return; see `attempt`."""
+        for case in self.missing(cases):
+            with self.attempt(case):
+                self(case, **cases[case]())
 
     @contextlib.contextmanager
     def attempt(self, case: str) -> Iterator[None]:
@@ -165,17 +155,19 @@ class Record:
             text = without_folders("".join(traceback.format_exception(error)).strip())
             self(case, error=text[-TRACEBACK:])
             traceback.clear_frames(error.__traceback__)
-            self._free()
+            free()
 
-    def _free(self) -> None:
-        import torch
 
-        gc.collect()
-        if not torch.cuda.is_initialized():
-            return
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            print(f"the CUDA context is dead: {error}", file=sys.stderr, flush=True)
-            sys.exit(LOST)
+def free() -> None:
+    """Frees CUDA memory that nothing holds; exits with LOST where the context is dead."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        print(f"the CUDA context is dead: {error}", file=sys.stderr, flush=True)
+        sys.exit(LOST)

@@ -6,7 +6,6 @@ noise, and keep activations. Where a forward over all examples runs out of memor
 gets half of them at a time. Contestants and what their seconds hold: `step_contestants.py`.
 """
 
-import gc
 import itertools
 import statistics
 import tempfile
@@ -24,10 +23,11 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks import step_contestants
 from benchmarks.gpu.measure import WATCHED, kernel_seconds, kernels
-from benchmarks.gpu.record import RESULTS, Record, latest, read
+from benchmarks.gpu.record import RESULTS, Record, free, latest, read
 from benchmarks.models import (
     LLAVA_7B,
     TEMPLATE_TOKENS,
+    encode,
     llava_config,
     random_on,
     random_records,
@@ -37,7 +37,6 @@ from benchmarks.step_contestants import BETA, DEVICE, now
 from realign import distributed
 from realign.data.records import write_pairs
 from realign.modeling import attention
-from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
 from realign.modeling.layouts import Layout, layout_of
@@ -94,15 +93,7 @@ class Setting:
 
     def encode(self, layout: Layout) -> tuple[list[Example], ImageStore]:
         """The forests of all records, their images preprocessed."""
-        return encode_records(
-            self.records,
-            self.processor,
-            objectives.rdpo(),
-            layout=layout,
-            max_response_tokens=1024,
-            max_tokens=4096,
-            progress=False,
-        )
+        return encode(self.records, self.processor, layout)
 
 
 class Watch:
@@ -296,15 +287,13 @@ def largest_that_fits(call: Callable[[int], None]) -> None:
             if micro == 1:
                 raise
             traceback.clear_frames(error.__traceback__)
-        free()
+        give_back()
 
 
-def free() -> None:
+def give_back() -> None:
     """Give back what the last contestant held."""
     distributed.stop()
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
+    free()
 
 
 def compare(record: Record) -> None:
@@ -334,5 +323,5 @@ def run(record: Record) -> None:
             if any(record.missing(cases)):
                 with record.attempt(cases[0]):
                     largest_that_fits(partial(contestant, record, setting))
-                free()
+                give_back()
     compare(record)

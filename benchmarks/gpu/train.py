@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,31 +42,28 @@ ALL = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 shared cores had a checkpoint after 52 s with two threads a run, after 24 s with one."""
 
 
+@dataclass
 class Run:
-    """A process of `realign.train` with a folder of its own, beside pairs.parquet.
+    """A process of `realign.train` with a folder of its own, beside pairs.parquet."""
 
-    `words` are more of its command line, `environment` more of its variables; `left()` is the
-    number of seconds until it has to end.
-    """
+    folder: Path
+    name: str
+    steps: int
+    words: str  # more of its command line
+    environment: dict[str, str]  # more of its variables
+    left: Callable[[], float]  # seconds until it has to end
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        steps: int,
-        words: str,
-        environment: dict[str, str],
-        left: Callable[[], float],
-    ) -> None:
-        self.output, self.printed = folder / name, folder / f"{name}.txt"
-        given = f"--fsdp {words} --save-every 2 --steps {steps} --batch-size {BATCH}".split()
-        given += ["--pairs", str(folder / "pairs.parquet"), "--output", str(self.output)]
+    def __post_init__(self) -> None:
+        self.output, self.printed = self.folder / self.name, self.folder / f"{self.name}.txt"
+        given = f"--fsdp {self.words} --save-every 2 --steps {self.steps} --batch-size {BATCH}"
+        given = [*given.split(), "--pairs", str(self.folder / "pairs.parquet")]
+        given += ["--output", str(self.output)]
         given += ["--reference-cache", str(self.output / "references")]
-        self.began, self.steps, self.left = time.monotonic(), steps, left
+        self.began = time.monotonic()
         with self.printed.open("a") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "realign.train", *given],
-                stdout=file, stderr=file, env=os.environ | ALL | environment,
+                stdout=file, stderr=file, env=os.environ | ALL | self.environment,
             )  # fmt: skip
 
     def log(self) -> list[dict[str, Any]]:
@@ -126,11 +124,11 @@ def difference(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> dict
 
 def same(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> bool:
     """Whether two logs are equal, bit for bit, but for times and memory."""
-
-    def kept(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in entry.items() if k not in TIMING} for entry in log]
-
-    return kept(curve) == kept(truth)
+    one, other = (
+        [{k: v for k, v in entry.items() if k not in TIMING} for entry in log]
+        for log in (curve, truth)
+    )
+    return one == other
 
 
 def run(record: Record) -> None:

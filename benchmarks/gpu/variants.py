@@ -49,8 +49,9 @@ def fused_heads(problem: truth.Case) -> Variants:
 def kernels(hidden: Tensor, head: Head) -> list[str]:
     """The kernels for E that can be asked for on this device."""
     with patch.dict(os.environ, {exp_head.ENVIRONMENT: "triton"}):
-        fused = ["triton"] if exp_head.choice(hidden, head) != "rows" else []
-    return [*(["cutlass"] if fused and exp_head.built() else []), *fused, "rows"]
+        if exp_head.choice(hidden, head) == "rows":
+            return ["rows"]
+    return ["cutlass"] * exp_head.built() + ["triton", "rows"]
 
 
 def exponentials(problem: truth.Case) -> Variants:
@@ -68,14 +69,9 @@ def exponentials(problem: truth.Case) -> Variants:
         torch_kernels.gemm(hidden, problem.weight.T, out=logits)
         return score(row_stats(logits, labels, None, None, 1.0, None, exp_logits), None).logps
 
-    calls = {
-        "cutlass": partial(fused, exp_head.cutlass_rows),
-        "triton": partial(fused, exp_head.exp_rows),
-    }
-    for name, call in calls.items():
-        if name in kernels(hidden, head):
-            yield name, call
-    yield "rows", rows
+    fused_gemms = {"cutlass": exp_head.cutlass_rows, "triton": exp_head.exp_rows}
+    for name in kernels(hidden, head):
+        yield name, partial(fused, fused_gemms[name]) if name in fused_gemms else rows
 
 
 def row_kernels(problem: truth.Case) -> Variants:

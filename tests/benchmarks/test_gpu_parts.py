@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import Forked
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.gpu import attention, step, train
@@ -60,7 +61,11 @@ def test_contestants_of_a_step_compute_the_same(tmp_path):
     assert len(lines["ours"]["each"]) == step.TIMED
 
 
-def test_training_on_a_device_and_a_killed_run(tmp_path):
+def test_training_on_a_device_and_a_killed_run(tmp_path, monkeypatch):
+    def forked(command, *, env, **_):  # without the imports
+        return Forked(*command[3:], environment=env)
+
+    monkeypatch.setattr(train.subprocess, "Popen", forked)
     lines = rehearse(train, tmp_path)
     for line in lines.values():
         assert_finite(line)
@@ -96,8 +101,9 @@ def test_a_difference_of_curves_is_relative_to_the_largest_value():
     assert not train.same(curve, truth)
 
 
-def test_memory_that_runs_out_halves_the_examples_of_a_forward():
-    tried = []
+def test_memory_that_runs_out_halves_the_examples_of_a_forward(monkeypatch):
+    tried, freed = [], []
+    monkeypatch.setattr(step, "give_back", lambda: freed.append(tried[-1]))
 
     def call(micro):
         tried.append(micro)
@@ -105,7 +111,7 @@ def test_memory_that_runs_out_halves_the_examples_of_a_forward():
             raise torch.OutOfMemoryError("no room")
 
     step.largest_that_fits(call)
-    assert tried == [4, 2, 1]
+    assert tried == [4, 2, 1] and freed == [4, 2]
 
     def never(micro):
         raise torch.OutOfMemoryError(f"no room for {micro}")

@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from realign import distributed
 from realign.distributed import rank_environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -55,13 +57,14 @@ class Forked:
     """`python -m realign.train` in a forked process, as a `subprocess.Popen` with pipes.
 
     Args:
-        words: its command line.
+        words: its command line. Ranks that it launches are forked as well.
+        environment: its variables; else those of this process.
     """
 
-    def __init__(self, *words) -> None:
+    def __init__(self, *words, environment=None) -> None:
         self._folder = tempfile.TemporaryDirectory()  # removed with this object
         self._logs = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        given = (self._logs, dict(os.environ), words)
+        given = (self._logs, dict(environment or os.environ), words)
         self._process = CONTEXT.Process(target=_train, args=given)
         self._process.start()
         self.pid, self.kill, self.terminate = (
@@ -77,6 +80,10 @@ class Forked:
         """The exit code; None while it runs."""
         return self._process.exitcode
 
+    def wait(self, timeout=None) -> None:
+        """Wait for the end; not longer than a time limit."""
+        self._process.join(timeout)
+
     def communicate(self, timeout=None) -> tuple[str, str]:
         """Wait for the end; returns stdout and stderr."""
         self._process.join(timeout)
@@ -85,12 +92,30 @@ class Forked:
 
 
 def _train(logs, environment, words):
-    from realign import distributed, train
+    from realign import train
 
+    SubprocessHandler._popen = _fork
     os.environ.clear()
     os.environ.update(environment)
     for number, log in enumerate(logs, 1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    distributed.exit_rank(train.main(list(words)))
+
+
+def _fork(handler, command, environment):
+    """`python -m realign.train words` as a fork of its launcher, with what torch needs of Popen."""
+    words = command[3:]
+    rank = multiprocessing.get_context("fork").Process(target=_forked, args=(words, environment))
+    rank.poll, rank.wait = lambda: rank.exitcode, rank.join
+    rank.start()
+    return rank
+
+
+def _forked(words, environment):
+    from realign import train
+
+    os.setsid()
+    os.environ.update(environment)
     distributed.exit_rank(train.main(list(words)))
 
 

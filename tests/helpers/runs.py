@@ -1,4 +1,4 @@
-"""Runs of `realign.train` in tests: their arguments, their curves, and how far two may differ."""
+"""Runs of `realign.train` in tests: their arguments, inputs, curves, and how far two may differ."""
 
 import time
 
@@ -6,10 +6,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from realign.config import parse
+from realign.config import LossConfig, parse
+from realign.data.records import read_pairs
+from realign.digits import ASSETS
 from realign.files import read_jsonl
+from realign.modeling.encode import encode_records
+from realign.modeling.layouts import Layout
+from realign.modeling.loading import load_processor
 from realign.train import train
+from realign.training.setup import load_inputs
 from realign.training.throughput import TIMING
+from realign_kernels import objectives
 
 # Runs that differ in ranks or accumulation add the same numbers in another order. After six Adam
 # steps fp32 rounding has grown to 1e-6 of the loss here; ten times that is the bound.
@@ -27,6 +34,23 @@ def run(pairs, output, *more, steps=6):
     """Train in this process; returns the entries of the curve."""
     train(parse(arguments(pairs, output, *more, steps=steps)))
     return read_jsonl(output / "metrics.jsonl")
+
+
+def encoded(records, processor=None, objective=None):
+    """(examples, store) for the digits model, of records or a file of them; rDPO's by default."""
+    records = records if isinstance(records, list) else read_pairs(records)
+    return encode_records(
+        records, processor or load_processor(ASSETS), objective or objectives.rdpo(),
+        layout=Layout(4), max_response_tokens=100, max_tokens=512, progress=False,
+    )  # fmt: skip
+
+
+def loaded(pairs, dtype=torch.float32, weights_dtype=torch.float32):
+    """The digits model and the forests of the pairs."""
+    return load_inputs(
+        ASSETS, pairs, LossConfig(), dtype=dtype, weights_dtype=weights_dtype, train_vision=False,
+        max_response_tokens=100, progress=False,
+    )  # fmt: skip
 
 
 def wait_for_step(process, output, step):

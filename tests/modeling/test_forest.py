@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import encoded
 from torch.nn.attention.flex_attention import create_mask
 
 from realign.data.records import Record, StoredImage
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
-from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example, Leaf, Root, build_batch
 from realign.modeling.layouts import Layout
 from realign.modeling.loading import load_model
@@ -38,15 +38,7 @@ def make_examples(processor, count, objective, seed=0):
                 (StoredImage.from_pil(scenes[count + i].image),),
             )
         )
-    return encode_records(
-        records,
-        processor,
-        objective,
-        layout=Layout(4),
-        max_response_tokens=64,
-        max_tokens=512,
-        progress=False,
-    )
+    return encoded(records, processor, objective)
 
 
 def separate_logps(vlm, examples, store):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from runs import CURVE_TOLERANCE
+from runs import CURVE_TOLERANCE, encoded
 from torch import nn
 from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations import flex_attention as hf_flex
@@ -17,14 +17,11 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from realign import distributed
-from realign.config import LossConfig, ScaleConfig, parse
-from realign.data.records import read_pairs
+from realign.config import parse
 from realign.digits import ASSETS
 from realign.modeling import attention, norms
-from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.forest import build_batch
-from realign.modeling.layouts import Layout
-from realign.modeling.loading import add_lora, load_model, load_processor
+from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.training import fsdp, liger
 
@@ -33,14 +30,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def digits(pairs_file):
-    """(examples, store, objective) of the digit pairs."""
-    records = read_pairs(pairs_file)
-    objective = make_objective(LossConfig(), records)
-    examples, store = encode_records(
-        records, load_processor(ASSETS), objective,
-        layout=Layout(4), max_response_tokens=99, max_tokens=512, progress=False,
-    )  # fmt: skip
-    return examples, store, objective
+    """(examples, store) of the digit pairs."""
+    return encoded(pairs_file)
 
 
 def forest_model(tune="full", attention="tree", layers=4):
@@ -88,7 +79,7 @@ def saved_bytes(model, batch):
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
-    examples, store, _ = digits
+    examples, store = digits
     batch = build_batch(examples[:6], store, row_tokens=60)
     plain, wrapped = forest_model(tune), forest_model(tune)
     names = list(wrapped.state_dict())
@@ -106,7 +97,7 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
 @torch._inductor.config.patch(compile_threads=1)  # no worker processes, which import torch
 def test_compiled_layers_change_nothing_beyond_rounding(digits):
     """By inductor, which compiles for half a minute, so one layer and one kind of attention."""
-    examples, store, _ = digits
+    examples, store = digits
     plain, compiled = (forest_model(attention="flash", layers=1) for _ in range(2))
     layers = fsdp.trained_layers(compiled)
     fsdp.wrap_layers(layers, compiled=True, checkpointed=True)
@@ -117,7 +108,7 @@ def test_compiled_layers_change_nothing_beyond_rounding(digits):
 
 def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
     """Two graphs: the first layer's input has no gradient under LoRA, the others' have one."""
-    examples, store, _ = digits
+    examples, store = digits
     counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
@@ -134,7 +125,7 @@ def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
 
 def test_offloaded_parameters_train_alike(digits):
     """On a mesh of one CPU, where offload moves nothing; a GPU was not at hand."""
-    examples, store, _ = digits
+    examples, store = digits
     batch = build_batch(examples[:4], store, row_tokens=60)
     weights = []
     try:
@@ -166,14 +157,14 @@ def test_every_attention_gives_what_that_by_tree_gives(digits, kind, monkeypatch
             "compile_friendly_flex_attention",
             lambda *args, training, **options: torch_flex.flex_attention(*args, **options),
         )
-    examples, store, _ = digits
+    examples, store = digits
     batch = build_batch(examples[:6], store, row_tokens=200)  # several trees in a row
     expected = gradients(forest_model(), batch)
     assert_alike(gradients(forest_model(attention=kind), batch), expected)
 
 
 def test_the_block_mask_is_the_forests(digits):
-    examples, store, _ = digits
+    examples, store = digits
     budget = attention.row_budget("flex_attention", examples[:12])
     batch = build_batch(examples[:12], store, row_tokens=budget)
     mask = attention.forest_mask(batch, "flex_attention", torch.float32)
@@ -186,11 +177,11 @@ def test_the_block_mask_is_the_forests(digits):
 
 
 def test_what_is_seen_decides_how_long_a_row_is(digits):
-    examples, _, _ = digits
+    examples, store = digits
     longest = max(example.longest_tree for example in examples)
     assert attention.row_budget("sdpa", examples) == longest < 100
     assert attention.row_budget("flex_attention", examples) == 8192
-    batch = build_batch(examples, digits[1], row_tokens=attention.row_budget("tree", examples))
+    batch = build_batch(examples, store, row_tokens=attention.row_budget("tree", examples))
     assert batch.segment.shape[0] == 1 and (batch.segment >= 0).float().mean() > 0.95
 
 
@@ -228,9 +219,7 @@ def test_rms_norms_that_are_not_plain_stay():
     hidden = torch.randn(3, 8).bfloat16()  # under autocast the weight is wider
     assert torch.equal(llama(hidden), LlamaRMSNorm.forward(llama, hidden))
     assert llama(hidden).dtype == torch.float32
-
-
-def test_rms_norms_without_a_weight_or_with_a_forward_of_the_user_stay():
+    # Nor those without a weight, or with a forward of the user's.
     bare, patched = nn.RMSNorm(8, elementwise_affine=False), LlamaRMSNorm(8)
     patched.forward = lambda hidden: hidden + 1
     norms.use(nn.ModuleList([bare, patched]))
@@ -270,7 +259,7 @@ def ops(monkeypatch):
 
 
 def test_liger_takes_the_place_of_what_it_computes_alike(digits, ops):
-    examples, store, _ = digits
+    examples, store = digits
     batch = build_batch(examples[:4], store, row_tokens=60)
     plain, model = forest_model("lora"), forest_model("lora")
     said = liger.use(fsdp.trained_layers(model), CPU)
@@ -293,5 +282,5 @@ def test_liger_leaves_what_it_computes_otherwise(ops):
 
 
 def test_scale_settings_name_who_computes_a_layer():
-    kernels = [ScaleConfig().kernels, ScaleConfig(compile=True).kernels]
-    assert [*kernels, parse(["--liger"]).scale.kernels] == ["eager", "compiled", "liger"]
+    given = [[], ["--compile"], ["--liger"]]
+    assert [parse(g).scale.kernels for g in given] == ["eager", "compiled", "liger"]

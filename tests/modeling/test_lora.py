@@ -131,10 +131,14 @@ def test_adapters_in_fp32_beside_a_base_in_bf16():
     assert all(a <= 2 * b for a, b in zip(errors(found, wide), errors(cast, wide), strict=True))
 
 
-@pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {"autocast": True}], ids=str)
-def test_dropout_and_autocast_are_left_to_peft(settings):
-    autocast = settings.pop("autocast", False)
-    plain, inplace, _ = layers(bias=True, **settings)
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_dropout": 0.5}, {"autocast": True}, {"use_dora": True}, {"lora_bias": True}],
+    ids=str,
+)
+def test_dropout_autocast_and_variants_are_left_to_peft(settings):
+    autocast = settings.get("autocast", False)
+    plain, inplace, _ = layers(bias=True, **({} if autocast else settings))
     results = []
     for model in (plain, inplace):
         torch.manual_seed(3)
@@ -179,13 +183,6 @@ def test_backward_hooks_on_the_base_are_called(kind):
     for found, value in zip(run(inplace, torch.float32), run(plain, torch.float32), strict=True):
         assert torch.equal(found, value)
     assert seen == [1]
-
-
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_variants_are_left_to_peft(settings):
-    plain, inplace, _ = layers(bias=True, **settings)
-    for found, value in zip(run(inplace, torch.float32), run(plain, torch.float32), strict=True):
-        assert torch.equal(found, value)
 
 
 def test_every_layer_of_a_model_and_nothing_of_its_file():

@@ -200,12 +200,6 @@ def test_a_shared_weight_may_have_one_of_its_names(bases, tmp_path, kept):
         load_trained(tmp_path)
 
 
-def test_an_adapter_on_an_adapter_is_refused(adapter, tmp_path):
-    folder = broken(adapter[0], tmp_path / "second", base_model_name_or_path=str(adapter[0]))
-    with pytest.raises(ValueError, match="is an adapter itself. Merge that one"):
-        load_trained(folder)
-
-
 def test_the_adapter_of_a_base_that_was_resized_is_refused(adapter, tmp_path):
     folder = broken(adapter[0], tmp_path / "resized")
     tokenizer = make("smolvlm")[1].tokenizer
@@ -218,12 +212,15 @@ def test_the_adapter_of_a_base_that_was_resized_is_refused(adapter, tmp_path):
             load(folder)
 
 
-def test_a_revision_of_the_base_is_not_dropped(adapter, tmp_path):
+def test_an_adapter_on_an_adapter_or_on_a_revision_is_refused(adapter, tmp_path):
     named = {"base_model_name_or_path": "some/model", "revision": "v2"}
     folder = broken(adapter[0], tmp_path / "revision", **named)
     for load in (load_model, load_trained, load_processor):
         with pytest.raises(ValueError, match="names revision 'v2' of its base some/model"):
             load(folder)
+    folder = broken(adapter[0], tmp_path / "second", base_model_name_or_path=str(adapter[0]))
+    with pytest.raises(ValueError, match="is an adapter itself. Merge that one"):
+        load_trained(folder)
 
 
 OUTSIDE = sorted(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from forked_ranks import run_command, run_ranks
+from runs import encoded
 from test_forest import LOGP_TOLERANCE, separate_logps
 
 from realign.config import parse
@@ -13,34 +14,19 @@ from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.files import read_jsonl
 from realign.modeling import reference_logps
-from realign.modeling.encode import encode_records
-from realign.modeling.layouts import Layout
 from realign.modeling.loading import adapters_off, add_lora, load_model, load_processor
 from realign.modeling.model import ForestModel
 from realign.train import train
-from realign_kernels import ReferenceCache, objectives, use_backend
+from realign_kernels import ReferenceCache, use_backend
 
 CPU = torch.device("cpu")
 REAL_FILL = reference_logps.fill
 
 
-def encoded(pairs, processor, **options):
-    return encode_records(
-        read_pairs(pairs),
-        processor,
-        objectives.rdpo(),
-        layout=Layout(4),
-        max_response_tokens=64,
-        max_tokens=512,
-        progress=False,
-        **options,
-    )
-
-
 @pytest.fixture(scope="module")
-def data(pairs_file, processor):
+def data(pairs_file):
     """Examples and images of the pairs."""
-    return encoded(pairs_file, processor)
+    return encoded(pairs_file)
 
 
 def fill(cache, model, examples, store, **options):

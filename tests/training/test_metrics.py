@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from runs import encoded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
@@ -15,7 +16,6 @@ from realign.config import parse
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.files import read_jsonl
-from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.forest import build_batch
 from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
@@ -26,14 +26,9 @@ from realign.training.throughput import TIMING, WORK, cost_of, image_flop, peak_
 
 
 @pytest.fixture(scope="module")
-def forest(pairs_file, processor, forest_model):
+def forest(pairs_file):
     """Examples and a batch of several trees to a row, with padding."""
-    records = read_pairs(pairs_file)[:5]
-    objective = make_objective(parse([]).loss, records)
-    examples, store = encode_records(
-        records, processor, objective, layout=forest_model.layout, max_response_tokens=99,
-        max_tokens=512, progress=False,
-    )  # fmt: skip
+    examples, store = encoded(read_pairs(pairs_file)[:5])
     return examples, build_batch(examples, store, row_tokens=150), store
 
 

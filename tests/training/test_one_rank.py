@@ -5,20 +5,18 @@ import os
 
 import pytest
 import torch
-from runs import assert_same_run, run
+from runs import assert_same_run, loaded, run
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from realign import distributed
-from realign.config import LossConfig
 from realign.digits import ASSETS
 from realign.modeling.forest import build_batch
 from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.pairs.engines.transformers_engine import TransformersEngine
 from realign.training import fsdp
-from realign.training.setup import load_inputs
 from realign.training.step import heap_frozen
 from realign.training.throughput import image_flop
 
@@ -53,10 +51,7 @@ def sharded(dtype, tune):
 def test_frozen_weights_are_not_copied(pairs_file):
     """In forward and backward each is where it was loaded; FSDP2 manages what learns, no more."""
     model, places = sharded(BF16, "lora")
-    inputs = load_inputs(
-        ASSETS, pairs_file, LossConfig(), dtype=BF16, weights_dtype=BF16, train_vision=False,
-        max_response_tokens=100, progress=False,
-    )  # fmt: skip
+    inputs = loaded(pairs_file, BF16, BF16)
     seen: dict[str, set[int]] = {}
 
     def note(name, *_):
@@ -143,10 +138,7 @@ def test_the_collector_skips_what_exists_before_the_steps():
 
 
 def test_the_towers_flop_are_counted_on_a_sharded_model(pairs_file):
-    inputs = load_inputs(
-        ASSETS, pairs_file, LossConfig(), dtype=BF16, weights_dtype=torch.float32,
-        train_vision=False, max_response_tokens=100, progress=False,
-    )  # fmt: skip
+    inputs = loaded(pairs_file, BF16)
     truth = image_flop(ForestModel(load_model(ASSETS)), inputs.store, CPU)
     model, _ = sharded(BF16, "full")  # all of the tower is cast as it is gathered
     assert image_flop(model, inputs.store, CPU) == truth > 1000

@@ -203,13 +203,10 @@ def test_pairs_of_another_kind_are_one_error(main, name, remedy, place, capsys):
 TOML = b'[optim]\r\nsteps = 3\r\n[model]\r\ntune = "full"\r\n'
 
 
-def test_settings_with_a_byte_order_mark_are_read(place):
+def test_settings_have_a_byte_order_mark_but_no_other_encoding(place, capsys):
     (place / "c.toml").write_bytes(b"\xef\xbb\xbf" + TOML)
     config = train.parse(["--config", "c.toml"])
     assert (config.optim.steps, config.model.tune) == (3, "full")
-
-
-def test_settings_in_another_encoding_are_one_error(place, capsys):
     (place / "c.toml").write_bytes(TOML.decode().encode("utf-16"))
     assert "c.toml is not UTF-8 text" in _run(train.main, ["--config", "c.toml"], capsys)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from forked_ranks import CONTEXT
+from runs import encoded
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -14,7 +15,6 @@ from realign.config import parse
 from realign.data.records import read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.digits.processor import build_processor
-from realign.modeling.encode import encode_records, make_objective
 from realign.modeling.forest import build_batch
 from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
@@ -37,8 +37,8 @@ def llava(tmp_path_factory):
         image_size=336, patch_size=14,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=4,
-        num_attention_heads=6, max_position_embeddings=2048,
+        vocab_size=32000, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
     token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -83,14 +83,9 @@ def test_memory_is_within_a_quarter_of_a_training_process(settings, pairs_file, 
 
 
 @pytest.fixture(scope="module")
-def examples(pairs_file, processor, forest_model):
+def examples(pairs_file):
     """The first four records' forests, and their images."""
-    records = read_pairs(pairs_file)[:4]
-    objective = make_objective(parse([]).loss, records)
-    return encode_records(
-        records, processor, objective, layout=forest_model.layout, max_response_tokens=99,
-        max_tokens=512, progress=False,
-    )  # fmt: skip
+    return encoded(read_pairs(pairs_file)[:4])
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])

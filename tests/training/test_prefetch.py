@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import torch
 from host_waits import counted
-from runs import arguments, assert_same_run, run
+from runs import arguments, assert_same_run, loaded, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from realign import distributed
-from realign.config import LossConfig
-from realign.digits import ASSETS
 from realign.files import read_jsonl
 from realign.modeling.images import ImageStore
 from realign.modeling.loading import add_lora
@@ -26,18 +24,9 @@ from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
 from realign.train import main
 from realign.training import step
-from realign.training.setup import load_inputs
 
 CPU = torch.device("cpu")
 BATCHES = ("--micro-batch-size", 3, "--save-every", 2)
-
-
-def loaded(pairs_file):
-    """The shipped model and examples."""
-    return load_inputs(
-        ASSETS, pairs_file, LossConfig(), dtype=torch.float32, weights_dtype=torch.float32,
-        train_vision=False, max_response_tokens=100, progress=False,
-    )  # fmt: skip
 
 
 def threads():

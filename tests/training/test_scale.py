@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from forked_ranks import run_ranks
+from forked_ranks import Forked, run_ranks
 from runs import arguments, assert_same_curves, curve, run
 from safetensors.torch import load_file
 from scale_worker import run_all
@@ -144,13 +144,13 @@ def test_ranks_without_fsdp_are_refused(pairs_file, tmp_path, monkeypatch, capsy
     assert shown.startswith("error: this is one of 2 ranks, but without --fsdp nothing is shared")
 
 
-def test_the_error_of_a_rank_is_one_line(pairs_file, tmp_path, capfd):
+def test_the_error_of_a_rank_is_one_line(pairs_file, tmp_path):
     more = ["--fsdp", "--nproc-per-node", 2, "--batch-size", 7]
-    assert main(arguments(pairs_file, tmp_path, *more)) == 1
-    shown = capfd.readouterr().err
+    process = Forked(*arguments(pairs_file, tmp_path, *more))
+    shown = process.communicate(timeout=60)[1]
     lines = [line for line in shown.splitlines() if line.strip()]
     assert lines[0].startswith("error: batch_size 7 does not divide among 2 ranks"), shown
-    assert "Traceback" not in shown
+    assert process.returncode == 1 and "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
