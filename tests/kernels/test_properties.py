@@ -52,7 +52,7 @@ def head_calls(draw):
 
 
 @given(head_calls())
-@settings(PROFILE, max_examples=1000)
+@settings(PROFILE, max_examples=400)
 def test_logprobs(call):
     backend, case, wanted, head = call
     with rk.use_backend(backend):
@@ -115,7 +115,7 @@ def by_hand(case, dtype, ids, reference, weights, options):
 
 
 @given(loss_calls())
-@settings(PROFILE, max_examples=500)
+@settings(PROFILE, max_examples=250)
 def test_loss(call):
     backend, case, ids, examples, weights, train, options = call
     dtype = case.hidden.dtype
