@@ -31,6 +31,8 @@ MEMBERS = {2: (1, 3), 4: (0, 1, 2, 3)}
 """Ranks of each group. In that of 2 a rank of the group is not the rank of the process."""
 VOCABULARY, WIDTH, ROWS = 23, 10, 14
 SETTINGS = {"softcap": 6.0, "temperature": 0.7}
+DTYPES = (torch.float64, torch.bfloat16)
+FROZEN = pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +112,8 @@ def logprobs_equal(group, dtype, frozen):
     assert error(again, logps) <= FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@FROZEN
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [2, 4])
 def test_vocabulary_parallel_logprobs(everywhere, size, dtype, frozen):
     everywhere(logprobs_equal, size, dtype, frozen)
@@ -181,17 +183,11 @@ def rdpo_equal(group, dtype, frozen, distributed):
         assert error(value.detach(), target) <= budget, (place, error(value.detach(), target))
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [2, 4])
-def test_vocabulary_parallel_rdpo(everywhere, size, dtype, frozen):
-    everywhere(rdpo_equal, size, dtype, frozen, False)
-
-
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_vocabulary_parallel_dtensor(everywhere, dtype, frozen):
-    everywhere(rdpo_equal, 4, dtype, frozen, True)
+@FROZEN
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "distributed"), [(2, False), (4, True)])
+def test_vocabulary_parallel_rdpo(everywhere, size, dtype, frozen, distributed):
+    everywhere(rdpo_equal, size, dtype, frozen, distributed)
 
 
 def non_finite(group, place, frozen):
@@ -215,7 +211,7 @@ def non_finite(group, place, frozen):
     dist.barrier(group)  # nobody is left waiting
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@FROZEN
 @pytest.mark.parametrize("place", ["weight", "bias"])
 def test_an_error_of_one_shard_is_raised_on_all_ranks(everywhere, place, frozen):
     everywhere(non_finite, 4, place, frozen)
@@ -289,11 +285,11 @@ def gathered(shape, dtype, trainable):
         assert error(value, target) <= 2 * error(near, target) + FLOOR[dtype]
 
 
-@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@FROZEN
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["fsdp", "hsdp"])
-def test_sharded_weight_is_gathered_once(everywhere, shape, dtype, trainable):
-    everywhere(gathered, shape, dtype, trainable)
+def test_sharded_weight_is_gathered_once(everywhere, shape, dtype, frozen):
+    everywhere(gathered, shape, dtype, not frozen)
 
 
 class Policy(nn.Module):
@@ -349,7 +345,7 @@ def wrapped(kind, frozen_head):
             agree(dist.group.WORLD, grad)
 
 
-@pytest.mark.parametrize("frozen_head", [True, False], ids=["frozen", "trainable"])
+@FROZEN
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_model_with_its_own_head(everywhere, kind, frozen_head):
-    everywhere(wrapped, kind, frozen_head)
+def test_a_model_with_its_own_head(everywhere, kind, frozen):
+    everywhere(wrapped, kind, frozen)
