@@ -89,22 +89,6 @@ def test_rival_may_be_the_token_that_marks_ignored_rows(cpu_backend):
 
 
 @HEAD
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_gradcheck(backend, head):
-    made, called = split(head)
-    case = make_case(4, 3, 7, torch.float64, **made)
-    leaves = [t.requires_grad_() for t in case[:3] if t is not None]
-
-    def call(hidden, weight, bias=None):
-        return rk.linear_logprobs(hidden, weight, case.labels, bias=bias, chunk_rows=3, **called)
-
-    with rk.use_backend(backend):
-        assert torch.autograd.gradcheck(call, leaves)
-        fixed = [t.detach() for t in leaves[1:]]
-        assert torch.autograd.gradcheck(lambda hidden: call(hidden, *fixed), leaves[:1])
-
-
-@HEAD
 def test_the_specification_is_log_softmax(head):
     made, called = split(head)
     case = make_case(33, 5, 97, torch.float64, **made)
@@ -158,15 +142,6 @@ def test_ignored_rows_may_hold_anything_and_get_zero(cpu_backend):
         assert torch.equal(result.logps, clean.logps) and not result.logps[ignored].any()
         assert not result.hidden[ignored].any() and result.hidden.isfinite().all()
         assert needs == "h" or torch.equal(result.weight, clean.weight)
-
-
-def test_any_ignore_index(cpu_backend):
-    case = make_case(9, 8, 11, torch.float32, ignored=0)
-    labels = case.labels.clone()
-    labels[::2] = 0
-    expected = truth(case._replace(labels=torch.where(labels == 0, -100, labels))).logps
-    found = rk.linear_logprobs(*case[:2], labels, ignore_index=0)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_and_needed_gradients_do_not_change_the_result():

@@ -100,35 +100,29 @@ def test_against_fp64(vocabulary, bias, softcap, temperature, runner_up):
     check(stats, exp_logits, truth, e, torch.float32)
 
 
-@pytest.mark.parametrize("alias", [True, False], ids=["in place", "apart"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, alias):
-    """The interpreter's bf16 is right in loads and cut, not rounded, in stores."""
-    logits, labels, offset = make(5, 1001, dtype, bias=True, pad=7)
-    truth, e = expected(logits, labels, offset, 10.0, 0.9, None)
-    given = logits.clone()
-    exp_logits = given if alias else torch.full_like(given, NAN)
-    stats = row_kernel.row_stats(given, labels, offset, 10.0, 0.9, None, exp_logits)
-    check(stats, exp_logits, truth, e, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("runner_up", [False, True], ids=["label", "runner_up"])
-def test_fp32_logits_with_half_precision_others(dtype, runner_up):
-    logits, labels, _ = make(5, 4500)
-    runner_up = torch.ones(5, device=DEVICE).bool() if runner_up else None
-    truth, e = expected(logits, labels, None, None, 1.0, runner_up)
-    exp_logits = torch.full_like(logits, NAN, dtype=dtype)
-    stats = row_kernel.row_stats(logits, labels, None, None, 1.0, runner_up, exp_logits)
+@pytest.mark.parametrize(
+    ("of_logits", "of_exp", "vocabulary", "softcap"),
+    [
+        (torch.float16, torch.float16, 1001, 10.0),
+        (torch.bfloat16, torch.bfloat16, 1001, 10.0),
+        (torch.float32, torch.float16, 4500, None),
+        (torch.float32, torch.bfloat16, 4500, None),
+        (torch.float16, "in place", 1001, 10.0),
+        (torch.bfloat16, "in place", 1001, 10.0),
+        (torch.float32, "in place", 9000, 20.0),
+    ],
+    ids=str,
+)
+def test_dtypes_in_place_and_apart(of_logits, of_exp, vocabulary, softcap, runner_up):
+    """The interpreter's bf16 is right in loads and cut, not rounded, in stores."""
+    logits, labels, offset = make(5, vocabulary, of_logits, bias=softcap == 10.0, pad=7)
+    every = torch.tensor([True, False, True, False, True], device=DEVICE) if runner_up else None
+    truth, e = expected(logits, labels, offset, softcap, 0.9, every)
+    dtype = of_logits if of_exp == "in place" else of_exp
+    exp_logits = logits if of_exp == "in place" else torch.full_like(logits, NAN, dtype=dtype)
+    stats = row_kernel.row_stats(logits, labels, offset, softcap, 0.9, every, exp_logits)
     check(stats, exp_logits, truth, e, dtype)
-
-
-def test_in_place_over_several_blocks_and_with_rivals():
-    logits, labels, _ = make(4, 9000)
-    runner_up = torch.tensor([True, False, True, False], device=DEVICE)
-    truth, e = expected(logits, labels, None, 20.0, 1.0, runner_up)
-    stats = row_kernel.row_stats(logits, labels, None, 20.0, 1.0, runner_up, logits)
-    check(stats, logits, truth, e, torch.float32)
 
 
 def test_without_others_nothing_is_written():
