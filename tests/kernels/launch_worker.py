@@ -129,6 +129,12 @@ def descriptor(tensor, box):
     }
 
 
+def blocks_of(tile):
+    """The constants of a GEMM."""
+    constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    return constants | {"BLOCK_DEPTH": tile.depth, "GROUP": tile.group}
+
+
 def as_json(value):
     return {"pointer": value.data_ptr()} if isinstance(value, Tensor) else value
 
@@ -178,12 +184,7 @@ def read(name, count, vocabulary, dtype, exp_logits=BF16, *, options=False, pitc
         "bias": bias,
         "runner_up": runner_up,
         "exp_logits": target,
-        "target_out": stats.target,
-        "logit_out": stats.logit,
-        "max_logit_out": stats.max_logit,
-        "sum_exp_out": stats.sum_exp,
-        "dz_dlogit_out": stats.dz_dlogit,
-        "divisor_out": stats.divisor,
+        **{f"{field}_out": value for field, value in stats._asdict().items()},
         "vocabulary": vocabulary,
         "stride": logits.stride(0),
         "exp_stride": 0 if target is None else target.stride(0),
@@ -229,10 +230,7 @@ def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None
         "tiles_per_split": per_split,
         "softcap": softcap,
         "inverse_temperature": 1 / temperature,
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_COLUMNS": tile.columns,
-        "BLOCK_DEPTH": tile.depth,
-        "GROUP": tile.group,
+        **blocks_of(tile),
         "DESCRIPTORS": described,
         "EVEN_DEPTH": width % tile.depth == 0,
     }
@@ -280,10 +278,7 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
         "width": width,
         "sums_stride": count,
         "inverse_temperature": 1 / temperature,
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_COLUMNS": tile.columns,
-        "BLOCK_DEPTH": tile.depth,
-        "GROUP": tile.group,
+        **blocks_of(tile),
         "PROGRAMS": programs,
     }
     write(name, exp_head.exp_kernel, (programs,), tile.warps, expected)

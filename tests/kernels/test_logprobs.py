@@ -253,13 +253,18 @@ def test_extreme_settings(cpu_backend, needs):
 def test_not_finite(cpu_backend, place):
     for value, needs in itertools.product((NAN, INF, -INF), ("", "h", "hwb")):
         case = make_case(5, 6, 9, torch.float32, bias=True, ignored=0)
-        case.labels[:] = torch.tensor([0, 1, 2, 3, 2])
+        case.labels[:] = torch.tensor([0, -100, 2, 3, 2])
         tensors = {"hidden": case.hidden[2], "weight": case.weight[4], "bias": case.bias[2:3]}
         for name, tensor in tensors.items():
             if place in (name, "NaN"):
                 tensor[0] = value
-        with pytest.raises(rk.NonFiniteError, match=place):
+        rows = [2] if place == "hidden" else [0, 2, 3, 4]
+        with pytest.raises(rk.NonFiniteError, match=place) as caught:
             ours(case, needs, chunk_rows=2)
+        found = caught.value.rows
+        assert f"in rows {found}: " in str(caught.value)
+        # An infinite logit is an error in some rows only: -inf is probability 0.
+        assert found == rows if math.isnan(value) else set(found) <= set(rows)
 
 
 def test_an_infinite_value_behind_a_softcap_is_no_finite_gradient(cpu_backend):
