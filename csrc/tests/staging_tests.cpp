@@ -1,10 +1,8 @@
-// The sum of a leaf, and the staging ring over a device that makes its mistakes visible. Run under
-// sanitizers by tests/csrc/test_csrc.py. Exits 1 on a failure.
+// The staging ring over a device that makes its mistakes visible. Run under sanitizers by
+// tests/csrc/test_csrc.py; tests/refcache/test_staging.py has the sums. Exits 1 on a failure.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstring>
 #include <deque>
 #include <memory>
 #include <random>
@@ -19,36 +17,6 @@
 using namespace realign;
 
 namespace {
-
-// A warp as hardware runs it: all lanes take a step together, and a lane whose partner would be
-// beyond the warp is handed its own value, as __shfl_down_sync does.
-double warp_sum(const float* values, int64_t begin, int64_t end) {
-  std::vector<double> lanes(kLanes);
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane_sum(values, begin, end, lane);
-  for (int step = 16; step > 0; step /= 2) {
-    const std::vector<double> before = lanes;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += before[lane + step < kLanes ? lane + step : lane];
-    }
-  }
-  return lanes[0];
-}
-
-// tests/refcache/test_staging.py has the error bound of a sum.
-void test_segment_sum() {
-  std::mt19937 random(0);
-  std::uniform_real_distribution<float> exponent(-60, 4);  // a confident token's log-prob is tiny
-  for (const int64_t n : {0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 97, 1000, 1024, 4097}) {
-    for (const int64_t begin : {0, 5}) {
-      std::vector<float> values(begin + n);  // exactly sized, for AddressSanitizer
-      for (float& value : values) value = -std::exp2(exponent(random));
-      const double sum = segment_sum(values.data(), begin, begin + n);
-      const double in_warp = warp_sum(values.data(), begin, begin + n);
-      expect(std::memcmp(&sum, &in_warp, sizeof(sum)) == 0,
-             "the order of a warp, " + std::to_string(n) + " tokens");
-    }
-  }
-}
 
 using Ring = StagingRing<DeferredDevice>;
 
@@ -71,12 +39,12 @@ struct Forward {
   }
 
   void push(World& world, Ring& ring, void* stream) {
-    world.enqueue(stream, {[this] { values = truth; }, nullptr, 0, {}});
+    world.enqueue(stream, {[this] { values = truth; }});
     std::vector<int64_t> passing = offsets;
     ring.push(values.data(), static_cast<int64_t>(values.size()), passing.data(),
               static_cast<int64_t>(passing.size()) - 1, stream);
     std::fill(passing.begin(), passing.end(), -1);  // the ring has its own copy
-    world.enqueue(stream, {[this] { values.assign(values.size(), NAN); }, nullptr, 0, {}});
+    world.enqueue(stream, {[this] { values.assign(values.size(), NAN); }});
   }
 
   std::vector<int64_t> offsets;
@@ -106,12 +74,7 @@ int history(unsigned seed) {
       }
     }
   }  // with what is pending
-  wrong += world.wrong + (world.live != 0);
-  for (auto& stream : world.streams) {
-    // After the ring, nothing of it may be left to run.
-    for (const auto& operation : *stream) wrong += !operation.touches.empty();
-  }
-  return wrong;
+  return wrong + !world.drained();
 }
 
 // Whichever operation of a push fails, the next use of the slot is right and nothing leaks.
@@ -133,7 +96,7 @@ void test_failures() {
         expect(ring.pop() == last.sums, "after a failure of operation " + std::to_string(fail_in));
       }
     }
-    expect(world.live == 0 && world.wrong == 0, "after a failure all is freed");
+    expect(world.drained(), "after a failure all is freed");
   }
   for (int left = 0; left < 4; ++left) {
     World world(8);
@@ -147,14 +110,13 @@ void test_failures() {
       last.push(world, ring, compute);
       expect(ring.pop() == last.sums, "after memory ran out");
     }
-    expect(world.live == 0 && world.wrong == 0, "after memory ran out all is freed");
+    expect(world.drained(), "after memory ran out all is freed");
   }
 }
 
 }  // namespace
 
 int main() {
-  test_segment_sum();
   // Seeds of which most find a ring that forgets a dependency.
   for (unsigned seed = 0; seed < 60; ++seed) {
     expect(history(seed) == 0, "ring, seed " + std::to_string(seed));

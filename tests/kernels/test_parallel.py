@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_cases import FLOOR, eager, error, make_case, truth, within_budget
+from kernel_cases import FLOOR, Case, eager, error, make_case, rdpo, truth, within_budget
 from ranks import processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -130,20 +130,12 @@ def batch(dtype, examples=2, length=3, seed=3):
     return case.hidden.view(3, examples, length, WIDTH), case.weight, case.bias, labels, reference
 
 
-def by_hand(dtype, hidden, weight, bias, labels, reference, scale=1.0):
+def by_hand(dtype, hidden, weight, bias, labels, reference):
     """rDPO with all logits, in `dtype`: loss, logps, rewards, and the gradients of the head."""
-    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight, bias)]
-    logits = nn.functional.linear(*leaves)
-    logits = logits if dtype == torch.float64 else logits.float()
-    logits = SETTINGS["softcap"] * torch.tanh(logits / SETTINGS["softcap"])
-    logps = (logits / SETTINGS["temperature"]).log_softmax(-1)
-    logps = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    sums = (logps * (labels != -100)).sum(-1)
-    rewards = 0.1 * (sums - reference)
-    margins = rewards[0] - rewards[1:]
-    loss = -nn.functional.logsigmoid(margins).sum(0).mean()
-    (loss * scale).backward()
-    return [t.detach() for t in (loss, sums, rewards)] + [t.grad for t in leaves]
+    case = Case(hidden.flatten(0, 2), weight, bias, labels.flatten(), None)
+    ids = torch.arange(reference.numel()).repeat_interleave(labels.shape[-1])
+    loss, sums, of_hidden, *of_head = rdpo(case, dtype, ids, reference, **SETTINGS)
+    return [loss, sums, 0.1 * (sums - reference), of_hidden.view(hidden.shape), *of_head]
 
 
 def rdpo_equal(group, dtype, frozen, distributed):

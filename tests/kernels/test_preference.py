@@ -277,21 +277,6 @@ def test_packed_rows_of_other_dtypes(cpu_backend, trains):
     batch.agrees(out.loss, loss)
 
 
-def test_micro_batches_add_up():
-    batch = Batch(False, torch.float64)
-    whole, _ = batch.by_hand("sum")
-    tensors = (batch.hidden, batch.weight, batch.labels, batch.reference)
-    parts = [
-        rk.rdpo_loss(
-            *(t if t is batch.weight else t[:, i] for t in tensors),
-            bias=batch.bias,
-            reduction="sum",
-        ).loss
-        for i in (slice(0, 1), slice(1, 1), slice(1, 4))
-    ]
-    torch.testing.assert_close(sum(parts), whole)
-
-
 @TRAINS
 def test_no_examples(cpu_backend, trains):
     for reduction in ("sum", "none"):
