@@ -22,7 +22,7 @@ from realign_kernels._extension import extension
 from realign_kernels.refcache import store
 from realign_kernels.refcache.store import DATABASE, DatabaseTable, compact_table, open_table
 
-STRESS_SECONDS = float(os.environ.get("REALIGN_STRESS_SECONDS", "1"))
+STRESS_SECONDS = float(os.environ.get("REALIGN_STRESS_SECONDS", "1.5"))
 KINDS = ["database"] if extension() is None else ["logs", "database"]
 needs_extension = pytest.mark.skipif(extension() is None, reason="the C++ extension is not built")
 
