@@ -15,7 +15,6 @@
 #include "check.h"
 #include "gemm/gemm.h"
 #include "gemm/masked_exp.h"
-#include "refcache/packing.h"
 #include "rows/rows.h"
 
 using namespace realign;
@@ -316,12 +315,6 @@ void test_masked_exp() {
   expect(masked_exp2(-80.0f, kScale, fmaf(0.0f, kScale, kBits), false) == 0, "E below 2^-126");
 }
 
-void test_packing() {
-  const int64_t roots[] = {5, 3}, leaves[] = {2, 2, 4}, parents[] = {0, 0, 1};
-  const ForestPacking packing = pack_forest(roots, 2, leaves, parents, 3, 9);
-  expect(packing.row_lengths.size() == 2, "pack_forest");
-}
-
 }  // namespace
 
 int main() {
@@ -333,6 +326,5 @@ int main() {
   }
   test_gemm();
   test_masked_exp();
-  test_packing();
   return report();
 }

@@ -36,7 +36,7 @@ def write(folder, board, number, seconds):
     posted, until, done = np.memmap(board, np.int64, "r+"), time.monotonic() + seconds, 0
     while time.monotonic() < until:
         table = open_table(folder, FINGERPRINT)
-        for _ in range(100):
+        for _ in range(20):
             count = random.randint(1, 100)
             assert table.insert(*make(number * SPAN + done + np.arange(count))) == count
             done += count

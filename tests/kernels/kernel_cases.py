@@ -94,6 +94,29 @@ def truth(case: Case, **head) -> Result:
     return eager(case, torch.float64, **head)
 
 
+def rdpo(case, dtype, ids, reference, weights=None, **options):
+    """rDPO of packed rows with all logits, in `dtype` up to the logits: loss, sums, gradients."""
+    options = {"beta": 0.1, "visual_weight": 1.0, "reduction": "mean"} | options
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in case[:3]]
+    rows = (case.labels != -100).nonzero().squeeze(1)
+    z = F.linear(leaves[0][rows], *leaves[1:])
+    z = z if dtype == torch.float64 else z.float()
+    if options["softcap"] is not None:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    logps = (z / options["temperature"]).log_softmax(1)
+    logps = logps.gather(1, case.labels[rows, None]).squeeze(1)
+    if weights is not None:
+        logps = logps * weights[rows]
+    sums = logps.new_zeros(reference.numel()).index_add(0, ids[rows], logps)
+    sums = sums.view(reference.shape)
+    margins = options["beta"] * (sums - reference.to(sums.dtype))
+    text, visual = -F.logsigmoid(margins[0] - margins[1:])
+    losses = text + options["visual_weight"] * visual
+    loss = {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[options["reduction"]]()
+    grads = torch.autograd.grad(loss.sum(), leaves)
+    return [loss.detach(), sums.detach(), *grads]
+
+
 def ours(case: Case, needs: str = "hwb", labels: Tensor | None = None, **head) -> Result:
     """linear_logprobs on the tensors as they are in memory; h, w, b of `needs` take a gradient."""
     tensors = zip("hwb", case[:3], strict=True)

@@ -1,10 +1,10 @@
-"""Launches every Triton kernel on the stand-in for libcuda; writes a JSON line for each launch.
+"""Compiles and launches every Triton kernel on the stand-in for libcuda; a JSON line for each.
 
-`launch_worker.py FOLDER ARCHITECTURE...`: FOLDER holds libcuda.so.1, made of driver_stub.c.
+`launch_worker.py FOLDER`: FOLDER holds libcuda.so.1, made of driver_stub.c.
 TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH name FOLDER, STUB_RECORDS a file. A line of
 FOLDER/launches has the records of the stand-in beside the arguments that the kernel must get.
 Those follow from the tensors of the case and the names in the kernel's signature, not from the
-launcher.
+launcher. A line has the report on the kernel too, where the launch compiled one.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ from realign_kernels.backends.triton import (
     row_kernel,
     scatter,
 )
-from realign_kernels.backends.triton.compile import PROCESSORS
+from realign_kernels.backends.triton.compile import PROCESSORS, Launch, compile_launch
 from realign_kernels.backends.triton.logits import assume_device
 from realign_kernels.lm_head import Head
 
@@ -82,6 +82,13 @@ def describe(module, function, name, files, digest):
     STUB.stub_describe(function, letters.encode())
 
 
+def compile_with_report(source, target, options):
+    """Stands in for the compiler of the JIT, which then finds the kernel in its cache."""
+    launch = Launch(source.fn, source, options["num_warps"], options["num_stages"])
+    compile_with_report.last = compile_launch(target.arch, source.fn.__name__, launch)
+    return triton.compile(source, target, options)
+
+
 def keep_arguments(launch):
     """Fills what the head combines, so that swapped results show: no kernel runs."""
     passed.clear()
@@ -122,13 +129,20 @@ def descriptor(tensor, box):
     }
 
 
+def blocks_of(tile):
+    """The constants of a GEMM."""
+    constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    return constants | {"BLOCK_DEPTH": tile.depth, "GROUP": tile.group}
+
+
 def as_json(value):
     return {"pointer": value.data_ptr()} if isinstance(value, Tensor) else value
 
 
 def write(name, kernel, grid, warps, expected):
     """The case that was launched, and what the stand-in saw of it."""
-    new = RECORDS.read_text().splitlines()[write.seen :]
+    new = [json.loads(record) for record in RECORDS.read_text().splitlines()[write.seen :]]
+    report, compile_with_report.last = compile_with_report.last, None
     constants = {p.name for p in kernel.params if p.is_constexpr}
     line = {
         "case": name,
@@ -139,9 +153,8 @@ def write(name, kernel, grid, warps, expected):
         "warps": warps,
         "expected": {key: as_json(value) for key, value in expected.items()},
         "constants": {key: passed[key] for key in constants},
-        "records": [
-            json.loads(record) for record in RECORDS.read_text().splitlines()[write.seen :]
-        ],
+        "records": new,
+        "report": report and report._asdict(),
     }
     write.seen += len(new)
     write.launched |= {kernel.__name__, name}
@@ -164,19 +177,14 @@ def read(name, count, vocabulary, dtype, exp_logits=BF16, *, options=False, pitc
     runner_up = torch.zeros(count, dtype=torch.bool) if options else None
     softcap, temperature = (30.0, 0.7) if options else (None, 1.0)
     stats = row_kernel.row_stats(logits, labels, bias, softcap, temperature, runner_up, target)
-    config = configs.row_config(90, vocabulary)
+    config = configs.row_config(triton.runtime.driver.active.architecture, vocabulary)
     expected = {
         "logits": logits,
         "labels": labels,
         "bias": bias,
         "runner_up": runner_up,
         "exp_logits": target,
-        "target_out": stats.target,
-        "logit_out": stats.logit,
-        "max_logit_out": stats.max_logit,
-        "sum_exp_out": stats.sum_exp,
-        "dz_dlogit_out": stats.dz_dlogit,
-        "divisor_out": stats.divisor,
+        **{f"{field}_out": value for field, value in stats._asdict().items()},
         "vocabulary": vocabulary,
         "stride": logits.stride(0),
         "exp_stride": 0 if target is None else target.stride(0),
@@ -222,10 +230,7 @@ def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None
         "tiles_per_split": per_split,
         "softcap": softcap,
         "inverse_temperature": 1 / temperature,
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_COLUMNS": tile.columns,
-        "BLOCK_DEPTH": tile.depth,
-        "GROUP": tile.group,
+        **blocks_of(tile),
         "DESCRIPTORS": described,
         "EVEN_DEPTH": width % tile.depth == 0,
     }
@@ -273,10 +278,7 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
         "width": width,
         "sums_stride": count,
         "inverse_temperature": 1 / temperature,
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_COLUMNS": tile.columns,
-        "BLOCK_DEPTH": tile.depth,
-        "GROUP": tile.group,
+        **blocks_of(tile),
         "PROGRAMS": programs,
     }
     write(name, exp_head.exp_kernel, (programs,), tile.warps, expected)
@@ -395,27 +397,11 @@ def add(name, count, width, vocabulary, dtype):
     write(name, scatter.add_rows_kernel, (count, -(-width // scatter.BLOCK)), 4, expected)
 
 
-def launch_scatters():
-    """Weights in bf16 and fp32; one row is a constant in a kernel of its own."""
-    add("bf16", 33792, 4096, 32000, BF16)
-    add("fp32, ragged", 1537, 1023, 32003, FP32)
-    add("fp16, one row", 1, 3584, 262144, FP16)
+def launch_all():
+    """Sizes of real models and the least ones; Triton makes arguments that are 1 constants.
 
-
-def launch_rows():
-    """Every dtype and option; a kernel is compiled once for all launches of a line's kind."""
-    for count, vocabulary in ((1, 32000), (7, 32000), (33792, 32000), (33792, 262144)):
-        read("fp32 to bf16", count, vocabulary, FP32)
-    read("fp32 to fp16, padded, all options", 33792, 32003, FP32, FP16, options=True, pitch=32008)
-    read("bf16 in place", 1024, 152064, BF16, "in place")
-    read("fp16 in place, all options", 9, 32003, FP16, "in place", options=True)
-    read("fp32, no derivative", 33792, 128256, FP32, None)
-    read("a vocabulary below a block", 5, 97, FP32)
-    read("a vocabulary of one token", 3, 1, FP32)
-
-
-def launch_heads():
-    """Every tile, at sizes of real models and at the least ones."""
+    A kernel is compiled once for all launches of a line's kind.
+    """
     for count, width, vocabulary in ((4096, 4096, 32000), (33792, 3584, 152064)):
         head("wide", count, width, vocabulary)
     head("wide", 33791, 4096, 262144, options=True, pitch=4104)
@@ -428,25 +414,45 @@ def launch_heads():
     head("pointers", 3072, 1023, 32003, options=True)
     head("pointers", 3072, 1024, 32000, pitch=1032, shift=1)  # a first element 2 bytes further
     head("pointers", 3072, 1024, 32000, pitch=1025)  # 2050 bytes from row to row
-
-
-def launch_exponentials():
-    """Heads of real models, an odd vocabulary, rows of a wider tensor; the least ones."""
     exponentials("LLaVA-1.5-7B", 3072, 4096, 32000)
     exponentials("V odd, T, padded", 4095, 4096, 32003, temperature=1.3, pitch=4104)
     exponentials("large", 4224, 2560, 262144)
     exponentials("one", 1, 8, 1)
+    for count, vocabulary in ((1, 32000), (7, 32000), (33792, 32000), (33792, 262144)):
+        read("fp32 to bf16", count, vocabulary, FP32)
+    read("fp32 to fp16, padded, all options", 33792, 32003, FP32, FP16, options=True, pitch=32008)
+    read("bf16 in place", 1024, 152064, BF16, "in place")
+    read("fp16 in place, all options", 9, 32003, FP16, "in place", options=True)
+    read("fp32, no derivative", 33792, 128256, FP32, None)
+    read("a vocabulary below a block", 5, 97, FP32)
+    read("a vocabulary of one token", 3, 1, FP32)
     last_step("bf16", 33792, 4096, 262144, BF16)
     last_step("fp32, ragged", 1537, 1023, 32003, FP32)
     last_step("one row", 1, 1, 1, FP32)
-
-
-def launch_losses():
-    """Every kind of term; one example and one row are constants in a kernel of their own."""
     preference(objectives.dpo(0.1), 33792, 64)
     preference(objectives.rdpo(0.2, visual_weight=0.5), 1536, 8, "sum")
     preference(objectives.mdpo(0.2, 0.7, 1.3, delta=0.4), 4097, 3)
     preference(objectives.dpo(0.1), 1, 1, "sum")
+    add("bf16", 33792, 4096, 32000, BF16)
+    add("fp32, ragged", 1537, 1023, 32003, FP32)
+    add("fp16, one row", 1, 3584, 262144, FP16)
+
+
+def launch_each():
+    """Every tile and every kernel once."""
+    read("fp32 to bf16", 33792, 32000, FP32)
+    read("fp32 to fp16, padded, all options", 33792, 32003, FP32, FP16, options=True, pitch=32008)
+    read("bf16 in place", 1024, 152064, BF16, "in place")
+    read("fp32, no derivative", 33792, 128256, FP32, None)
+    head("wide", 4096, 4096, 32000)
+    head("narrow", 1536, 1024, 151936, options=True)
+    head("few rows", 64, 4096, 151936)
+    head("float32", 33792, 1023, 32003, FP32)
+    head("pointers", 3072, 1023, 32003, options=True)
+    exponentials("V odd, T, padded", 4095, 4096, 32003, temperature=1.3, pitch=4104)
+    last_step("bf16", 33792, 4096, 262144, BF16)
+    preference(objectives.mdpo(0.2, 0.7, 1.3, delta=0.4), 4097, 3)
+    add("bf16", 33792, 4096, 32000, BF16)
 
 
 def main():
@@ -455,21 +461,15 @@ def main():
     runtime.launch_enter_hook.add(keep_arguments)
     for kernel in KERNELS.values():
         kernel.launch_metadata = lambda grid, metadata, arguments: {"arguments": arguments}
-    for architecture in map(int, sys.argv[2:]):
+    compile_with_report.last = None
+    triton.compiler.compile = compile_with_report
+    for architecture, launch in {90: launch_all, 100: launch_each}.items():
         triton.runtime.driver.set_active(Driver(architecture))
+        write.launched.clear()
         with assume_device(architecture, PROCESSORS[architecture]):
-            if architecture == 90:
-                launch_heads()
-                launch_exponentials()
-                launch_rows()
-                launch_losses()
-                launch_scatters()
-            else:  # the tiles that differ; the other tables are one for both
-                head("wide", 4096, 4096, 32000)
-                exponentials("LLaVA-1.5-7B", 3072, 4096, 32000)
-                exponentials("V odd, T, padded", 4095, 4096, 32003, temperature=1.3, pitch=4104)
-    missing = {*KERNELS, *configs.GEMMS[90]} - write.launched
-    assert not missing, f"kernels or tiles without a launch: {missing}"
+            launch()
+        missing = {*KERNELS, *configs.GEMMS[architecture]} - write.launched
+        assert not missing, f"kernels or tiles without a launch: {missing}"
 
 
 if __name__ == "__main__":

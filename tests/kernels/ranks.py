@@ -1,12 +1,12 @@
-"""Processes that wait for checks to run: starting them takes longer than any check."""
+"""Processes, forked from one with the libraries, that wait for checks to run."""
 
 import contextlib
 import datetime
-import multiprocessing
 import traceback
 
 import torch
 import torch.distributed as dist
+from forked_ranks import CONTEXT
 
 ANSWER = 60
 """Seconds until a check counts as hung."""
@@ -35,12 +35,11 @@ def processes(size, members, store):
 
     An argument that is a name in `members`, {name: ranks}, is given as that process group.
     """
-    spawn = multiprocessing.get_context("spawn")
     pipes, started = [], []
     for rank in range(size):
-        here, there = spawn.Pipe()
+        here, there = CONTEXT.Pipe()
         args = (rank, size, members, store, there)
-        started.append(spawn.Process(target=serve, args=args, daemon=True))
+        started.append(CONTEXT.Process(target=serve, args=args, daemon=True))
         started[-1].start()
         pipes.append(here)
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_terms import LINKS
 
 from realign_kernels import objectives
 from realign_kernels.objectives import Term
@@ -42,6 +43,7 @@ def test_the_table_of_links_is_complete():
     public = [getattr(objectives, name) for name in objectives.__all__]
     links = [c.__name__ for c in public if isinstance(c, type) and issubclass(c, Term)]
     assert sorted(row[0] for row in table("Links")) == sorted(set(links) - {"Term"})
+    assert {type(term).__name__ for term in LINKS.values()} == set(links) - {"Term"}
 
 
 def test_the_formulas_are_those_of_the_docstrings():

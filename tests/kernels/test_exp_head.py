@@ -52,7 +52,7 @@ def truth(hidden, weight, labels, temperature=1.0):
 
 @pytest.mark.parametrize(
     ("spread", "lift", "temperature"),
-    [(1, 0, 1), (6, 0, 1.7), (1, 30, 1.7), (2, 14, 1), (6, 14, 1), (2, -40, 1.7), (6, -30, 1)],
+    [(1, 0, 1), (6, 0, 1.7), (1, 30, 1.7), (6, 14, 1), (2, -40, 1.7)],
 )
 def test_scores_and_gradient_against_fp64(spread, lift, temperature):
     given = *problem(spread=spread, lift=lift), temperature
@@ -121,14 +121,16 @@ def fused(monkeypatch):
         yield calls
 
 
-def preference(hidden, weight, labels, dtype=torch.float32):
+def preference(hidden, weight, labels, dtype=torch.float32, trains=True):
     """rDPO's loss over two examples of three sequences, and its gradients."""
-    leaves = [t.to(dtype).detach().requires_grad_() for t in (hidden, weight)]
+    leaves = [t.to(dtype, copy=True) for t in (hidden, weight)]
+    for leaf in leaves[: 1 + trains]:
+        leaf.requires_grad_()
     batch = leaves[0].view(3, 2, 6, -1)
     references = torch.linspace(-20, -10, 6, device=DEVICE).view(3, 2).to(dtype)
     loss = rk.rdpo_loss(batch, leaves[1], labels.view(3, 2, 6), references).loss
     loss.backward()
-    return loss.detach(), *(leaf.grad for leaf in leaves)
+    return loss.detach(), *(leaf.grad for leaf in leaves[: 1 + trains])
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
@@ -141,15 +143,7 @@ def test_rdpo_loss_by_fused_kernels(fused, trains, far):
         labels[5] = (hidden[5] @ weight.T).argmin()
     with rk.use_backend("reference"):
         exact = preference(hidden, weight, labels, torch.float64)
-    if trains:
-        found = preference(hidden, weight, labels)
-    else:
-        leaf = hidden.clone().requires_grad_()
-        references = torch.linspace(-20, -10, 6, device=DEVICE).view(3, 2)
-        batch, labels = leaf.view(3, 2, 6, -1), labels.view(3, 2, 6)
-        loss = rk.rdpo_loss(batch, weight, labels, references).loss
-        loss.backward()
-        found = loss.detach(), leaf.grad
+    found = preference(hidden, weight, labels, trains=trains)
     assert fused == [36]
     for value, true in zip(found, exact, strict=False):
         torch.testing.assert_close(value.double(), true, rtol=1e-4, atol=1e-6)
@@ -171,24 +165,21 @@ def test_chunks_of_fused_rows(fused):
         rk.linear_logprobs(bad.requires_grad_(), weight, labels)
 
 
-@pytest.mark.parametrize("of_loss", [0.0, 1.7])
-def test_gradient_of_the_loss_and_of_log_probs_together(fused, of_loss):
+def test_gradient_of_the_loss_and_of_log_probs_together(fused):
     """The loss is one kernel here; its backward adds both."""
     hidden, weight, labels = problem(36, 40, 203)
     slopes, grads = torch.linspace(-1, 2, 6, dtype=torch.float64, device=DEVICE).view(3, 2), []
     for backend_name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        leaf, references = (
-            hidden.to(dtype, copy=True).requires_grad_(),
-            torch.full_like(slopes, -20.0),
-        )
+        leaf = hidden.to(dtype, copy=True).requires_grad_()
+        references = torch.full_like(slopes, -20.0)
         batch, targets = leaf.view(3, 2, 6, -1), labels.view(3, 2, 6)
         with rk.use_backend(backend_name):
             out = rk.rdpo_loss(batch, weight.to(dtype), targets, references.to(dtype))
-        loss = (out.logps * slopes.to(dtype)).sum()
-        (loss + of_loss * out.loss if of_loss else loss).backward()
-        grads.append(leaf.grad.double())
+        of_logps = (out.logps * slopes.to(dtype)).sum()
+        for value in (of_logps, of_logps + 1.7 * out.loss):
+            grads.append(torch.autograd.grad(value, leaf, retain_graph=True)[0].double())
     assert fused == [36]
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads[:2], grads[2:], rtol=1e-4, atol=1e-5)
 
 
 def test_the_operator_of_compiled_graphs_repeats_a_call_that_overflows(fused):

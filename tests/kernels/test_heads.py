@@ -90,24 +90,20 @@ CONFIGS = {
     "rslora": {"use_rslora": True},
     "several": {"adapters": ("default", "second", "third")},
     "lora_bias": {"bias": True, "lora_bias": True},
+    "lora_bias alone": {"lora_bias": True},
     "lora_bias, several": {"bias": True, "lora_bias": True, "adapters": ("default", "second")},
 }
 
 
 @WAYS
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
 def test_lora_is_what_the_layer_computes(config, through):
     model = make(**config)
     with_adapter = same_as_forward(model, through)
     with torch.no_grad(), model.disable_adapter():
         base = through(model.base_model.lm_head, hidden_states())
     assert (with_adapter - base).abs().max() > 0.1
-
-
-@WAYS
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
-def test_bias_of_lora_alone(through):
-    same_as_forward(make(lora_bias=True), through)
 
 
 @WAYS

@@ -82,7 +82,6 @@ MISTAKES = {
     "scalar": (head, {"hidden": torch.tensor(1.0)}, r"hidden \(\) must end in H"),
     "weight transposed": (head, {"weight": torch.randn(8, 11)}, r"hidden \(6, 8\) .* \(8, 11\)"),
     "bias": (head, {"bias": torch.randn(8)}, r"bias \(8,\) must be \(11,\)"),
-    "bias of 1": (head, {"bias": torch.randn(1)}, r"bias \(1,\) must be \(11,\)"),
     "weight dtype": (head, {"weight": torch.randn(11, 8).bfloat16()}, r"weight is torch.bfloat16"),
     "bias dtype": (head, {"bias": torch.randn(11).double()}, r"bias is torch.float64 .* cast"),
     "hidden dtype": (head, {"hidden": torch.ones(6, 8).long()}, r"hidden must be float32.*int64"),
@@ -95,25 +94,14 @@ MISTAKES = {
         {"labels": torch.tensor([1, -100, 11, 3, 12, 0])},
         r"labels: 2 outside \[0, 11\), first 11 at flat row 2; .* ignore_index \(-100\)",
     ),
-    "label -1": (head, {"labels": torch.tensor([1, 2, 3, -1, 0, 0])}, r"first -1 at flat row 3"),
     "device": (head, {"labels": torch.arange(6, device="meta")}, r"labels is on meta: .* to cpu"),
     "temperature": (head, {"temperature": 0.0}, r"temperature must be finite and > 0, got 0.0"),
-    "temperature nan": (head, {"temperature": NAN}, r"temperature must be finite and > 0, got nan"),
     "softcap": (head, {"softcap": -1.0}, r"softcap must be finite and > 0, got -1.0"),
     "chunk_rows": (head, {"chunk_rows": 0}, r"chunk_rows must be at least 1, got 0"),
     "two sequences": (
         rdpo,
         {"hidden": torch.randn(2, 2, 4, 8), "labels": torch.randint(11, (2, 2, 4))},
         r"hidden \(2, 2, 4, 8\) must be .* \(3, 2\): objective 'rdpo' has 3 leaves \(chosen under",
-    ),
-    "two sequences throughout": (
-        rdpo,
-        {
-            "hidden": torch.randn(2, 2, 4, 8),
-            "labels": torch.randint(11, (2, 2, 4)),
-            "reference_logps": torch.zeros(2, 2),
-        },
-        r"reference_logps \(2, 2\) must be \(3, B\): objective 'rdpo' has 3 leaves",
     ),
     "one example for two": (rdpo, {"reference_logps": torch.zeros(3, 1)}, r"\(L, B\) = \(3, 1\)"),
     "rows without ids": (rdpo, {"hidden": torch.randn(24, 8)}, r"Packed rows .* need sequence_ids"),
@@ -173,22 +161,6 @@ def test_mistakes_are_named(call, changes, message):
     call()
     with pytest.raises(ValueError, match=message):
         call(**changes)
-
-
-@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
-def test_non_finite_values_name_their_source_and_rows(cpu_backend, name):
-    tensors = {"hidden": torch.randn(6, 8), "weight": torch.randn(11, 8), "bias": torch.randn(11)}
-    labels = torch.tensor([0, -100, 1, 2, -100, 3])
-    expected = [0, 2, 3, 5]
-    if name == "hidden":
-        tensors[name][torch.tensor([1, 3])] = float("inf")
-        expected = [3]
-    else:
-        tensors[name][4] = NAN
-    with pytest.raises(rk.NonFiniteError) as caught:
-        head(**tensors, labels=labels)
-    assert caught.value.rows == expected
-    assert f"in rows {expected}: {name} holds NaN or inf" in str(caught.value)
 
 
 def test_overflow_is_named_also_where_only_the_label_overflows():

@@ -29,14 +29,11 @@ INF, NAN = float("inf"), float("nan")
 NEEDS = pytest.mark.parametrize("needs", ["h", "hwb"], ids=["frozen", "trainable"])
 HEADS = {
     "plain": {},
-    "bias": {"bias": True},
-    "temperature": {"temperature": 0.7},
-    "softcap": {"softcap": 5.0},
-    "all": {"bias": True, "temperature": 1.7, "softcap": 8.0},
+    "bias": {"bias": True, "temperature": 0.7},
+    "softcap": {"bias": True, "temperature": 1.7, "softcap": 5.0},
 }
 HEAD = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 SHAPES = [(12, 16, 131), (5, 33, 97), (1, 64, 97), (33, 64, 1003)]
-"""The interpreter takes the first two only."""
 
 
 def split(head):
@@ -44,13 +41,15 @@ def split(head):
 
 
 @HEAD
-@pytest.mark.parametrize("needs", ["", "h", "hwb"], ids=["no grad", "frozen", "trainable"])
-def test_values_and_gradients(setting, needs, head):
+def test_values_and_gradients(setting, head):
     made, called = split(head)
-    shapes = SHAPES[:2] if setting.backend == "triton" else SHAPES
+    shapes = SHAPES
+    if setting.backend == "triton":  # interpreted, and its kernels have tests of their own
+        shapes = SHAPES[:1] if setting.dtype == torch.float16 else SHAPES[1:2]
     for seed, shape in enumerate(shapes):
         case = setting.make_case(*shape, seed=seed, ignored=0.3 * (shape[0] > 1), **made)
-        check(case, needs, least=1e-300, chunk_rows=5, **called)
+        for needs in ("", "h", "hwb"):
+            check(case, needs, least=1e-300, chunk_rows=5, **called)
 
 
 @NEEDS
@@ -90,22 +89,6 @@ def test_rival_may_be_the_token_that_marks_ignored_rows(cpu_backend):
 
 
 @HEAD
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_gradcheck(backend, head):
-    made, called = split(head)
-    case = make_case(4, 3, 7, torch.float64, **made)
-    leaves = [t.requires_grad_() for t in case[:3] if t is not None]
-
-    def call(hidden, weight, bias=None):
-        return rk.linear_logprobs(hidden, weight, case.labels, bias=bias, chunk_rows=3, **called)
-
-    with rk.use_backend(backend):
-        assert torch.autograd.gradcheck(call, leaves)
-        fixed = [t.detach() for t in leaves[1:]]
-        assert torch.autograd.gradcheck(lambda hidden: call(hidden, *fixed), leaves[:1])
-
-
-@HEAD
 def test_the_specification_is_log_softmax(head):
     made, called = split(head)
     case = make_case(33, 5, 97, torch.float64, **made)
@@ -141,13 +124,11 @@ def test_labels_bias_and_leading_shape(cpu_backend):
     assert rk.linear_logprobs(case.hidden[0], case.weight, case.labels[0]).shape == ()
 
 
-@pytest.mark.parametrize("needs", ["", "h", "hwb"], ids=["no grad", "frozen", "trainable"])
-@pytest.mark.parametrize("rows", [0, 5])
-def test_nothing_to_score(cpu_backend, rows, needs):
-    case = make_case(rows, 4, 6, torch.float32, bias=True, ignored=2)
-    case.hidden.fill_(NAN)
-    result = ours(case, needs)
-    assert all(t is None or not t.any() for t in result)
+def test_nothing_to_score(cpu_backend):
+    for rows, needs in itertools.product((0, 5), ("", "h", "hwb")):
+        case = make_case(rows, 4, 6, torch.float32, bias=True, ignored=2)
+        case.hidden.fill_(NAN)
+        assert all(t is None or not t.any() for t in ours(case, needs))
 
 
 def test_ignored_rows_may_hold_anything_and_get_zero(cpu_backend):
@@ -161,15 +142,6 @@ def test_ignored_rows_may_hold_anything_and_get_zero(cpu_backend):
         assert torch.equal(result.logps, clean.logps) and not result.logps[ignored].any()
         assert not result.hidden[ignored].any() and result.hidden.isfinite().all()
         assert needs == "h" or torch.equal(result.weight, clean.weight)
-
-
-def test_any_ignore_index(cpu_backend):
-    case = make_case(9, 8, 11, torch.float32, ignored=0)
-    labels = case.labels.clone()
-    labels[::2] = 0
-    expected = truth(case._replace(labels=torch.where(labels == 0, -100, labels))).logps
-    found = rk.linear_logprobs(*case[:2], labels, ignore_index=0)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_and_needed_gradients_do_not_change_the_result():
@@ -188,7 +160,7 @@ def test_chunks_and_needed_gradients_do_not_change_the_result():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @NEEDS
-@pytest.mark.parametrize("lead", [10, 13, 16])
+@pytest.mark.parametrize("lead", [10, 16])
 def test_gradient_of_confident_tokens(lead, needs, dtype):
     """1 - p is 2e-2 to 5e-5. One-hot hidden states keep the logits exact in half precision."""
     case = confident(lead, dtype)
@@ -214,7 +186,7 @@ def confident(lead, dtype):
 
 @pytest.mark.parametrize("cpu_backend", ["torch", "cpp"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("lead", [10.5, 13, 15, 17.5, 20])
+@pytest.mark.parametrize("lead", [10.5, 15, 20])
 def test_confident_tokens_before_rounding(lead, dtype, cpu_backend):
     """1 - p from 2e-2 to 1e-6: 1 - p, and d logp / d hidden before it is rounded to bf16."""
     hidden, weight, _, labels, _ = confident(lead, dtype)
@@ -277,18 +249,22 @@ def test_extreme_settings(cpu_backend, needs):
             ours(case, needs, **{name: value})
 
 
-@pytest.mark.parametrize("needs", ["", "h", "hwb"], ids=["no grad", "frozen", "trainable"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("place", ["hidden", "weight", "bias", "NaN"])
-def test_not_finite(cpu_backend, place, value, needs):
-    case = make_case(5, 6, 9, torch.float32, bias=True, ignored=0)
-    case.labels[:] = torch.tensor([0, 1, 2, 3, 2])
-    tensors = {"hidden": case.hidden[2], "weight": case.weight[4], "bias": case.bias[2:3]}
-    for name, tensor in tensors.items():
-        if place in (name, "NaN"):
-            tensor[0] = value
-    with pytest.raises(rk.NonFiniteError, match=place):
-        ours(case, needs, chunk_rows=2)
+def test_not_finite(cpu_backend, place):
+    for value, needs in itertools.product((NAN, INF, -INF), ("", "h", "hwb")):
+        case = make_case(5, 6, 9, torch.float32, bias=True, ignored=0)
+        case.labels[:] = torch.tensor([0, -100, 2, 3, 2])
+        tensors = {"hidden": case.hidden[2], "weight": case.weight[4], "bias": case.bias[2:3]}
+        for name, tensor in tensors.items():
+            if place in (name, "NaN"):
+                tensor[0] = value
+        rows = [2] if place == "hidden" else [0, 2, 3, 4]
+        with pytest.raises(rk.NonFiniteError, match=place) as caught:
+            ours(case, needs, chunk_rows=2)
+        found = caught.value.rows
+        assert f"in rows {found}: " in str(caught.value)
+        # An infinite logit is an error in some rows only: -inf is probability 0.
+        assert found == rows if math.isnan(value) else set(found) <= set(rows)
 
 
 def test_an_infinite_value_behind_a_softcap_is_no_finite_gradient(cpu_backend):
@@ -433,19 +409,19 @@ def test_threads_do_not_share_memory(cpu_backend):
                 assert all(torch.equal(a, b) for a, b in zip(result[:3], once[:3], strict=True))
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 7, 90), (90, 7, 5), (5, 90, 7)], ids=["n", "m", "k"])
-def test_halves_multiplied_in_fp32_by_blocks(shape, dtype, accumulate, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 5e-3, 2e-2)]
+)
+def test_halves_multiplied_in_fp32_by_blocks(dtype, rtol, atol, monkeypatch):
     """As on a CPU without bf16 arithmetic: exact but for the last rounding, along each axis."""
     monkeypatch.setattr(cpp_backend, "BLOCK", 64)  # several blocks, the last one ragged
-    m, k, n = shape
-    a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16().T
-    out = torch.randn(m, n).to(dtype)
-    exact = a.double() @ b.double() + (out.double() if accumulate else 0)
-    cpp_backend._gemm_in_fp32(a, b, out, accumulate)
-    rounding = (1e-5, 1e-5) if dtype == torch.float32 else (5e-3, 2e-2)
-    torch.testing.assert_close(out.double(), exact, rtol=rounding[0], atol=rounding[1])
+    shapes = ((5, 7, 90), (90, 7, 5), (5, 90, 7))
+    for (m, k, n), accumulate in itertools.product(shapes, (False, True)):
+        a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16().T
+        out = torch.randn(m, n).to(dtype)
+        exact = a.double() @ b.double() + (out.double() if accumulate else 0)
+        cpp_backend._gemm_in_fp32(a, b, out, accumulate)
+        torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=atol)
 
 
 def lesser_levels():
@@ -458,16 +434,27 @@ def lesser_levels():
     return levels[: levels.index(features["level"]) + features["amx"]]
 
 
-@pytest.mark.parametrize("level", lesser_levels())
-def test_the_matrix_on_lesser_cpus(level):
+FORKS = """
+import os, sys, pytest, torch
+torch.use_deterministic_algorithms(False)  # what it imports is then in every child
+for level in sys.argv[1].split():
+    os.environ["REALIGN_CPU"] = level
+    if (child := os.fork()) == 0:
+        code = pytest.main(sys.argv[2:])
+        sys.stdout.flush()
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, level
+"""
+
+
+@pytest.mark.skipif(not lesser_levels(), reason="the matrix ran on the least level")
+def test_the_matrix_on_lesser_cpus():
     """Without tests/conftest.py, which imports transformers."""
     here = Path(__file__).parent
     files = [str(here / name) for name in ("test_logprobs.py", "test_preference.py")]
-    numerics = "cpp and (values or rival or shorter or objectives or masked or finite or confident)"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", numerics]
+    numerics = "cpp and (values or rival or shorter or objectives or masked or confident)"
+    command = [sys.executable, "-c", FORKS, " ".join(lesser_levels()), "-q", "-k", numerics]
     command += ["-p", "no:cacheprovider", f"--confcutdir={here}", *files]
-    done = subprocess.run(
-        command, env={**os.environ, "REALIGN_CPU": level}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "skipped" not in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count(" passed") == len(lesser_levels()) and "skipped" not in done.stdout

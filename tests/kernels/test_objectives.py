@@ -8,7 +8,7 @@ import torch
 
 import realign_kernels as rk
 from realign_kernels import objectives, reference
-from realign_kernels.objectives import AnchorSigmoid, Leaf, PairSigmoid
+from realign_kernels.objectives import AnchorSigmoid, PairSigmoid
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)
@@ -140,9 +140,3 @@ MISTAKES = [
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_leaves_that_differ_in_an_option_are_different():
-    plain, rival = Leaf("rejected", "image"), Leaf("rejected", "image", rival=True)
-    pair = PairSigmoid(name="text", positive=0, negative=1)
-    assert len(set(rk.Objective("x", (plain, rival), (pair,)).leaves)) == 2

@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_cases import FLOOR, eager, error, make_case, truth, within_budget
+from kernel_cases import FLOOR, Case, eager, error, make_case, rdpo, truth, within_budget
 from ranks import processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -31,6 +31,8 @@ MEMBERS = {2: (1, 3), 4: (0, 1, 2, 3)}
 """Ranks of each group. In that of 2 a rank of the group is not the rank of the process."""
 VOCABULARY, WIDTH, ROWS = 23, 10, 14
 SETTINGS = {"softcap": 6.0, "temperature": 0.7}
+DTYPES = (torch.float64, torch.bfloat16)
+FROZEN = pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +112,8 @@ def logprobs_equal(group, dtype, frozen):
     assert error(again, logps) <= FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@FROZEN
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [2, 4])
 def test_vocabulary_parallel_logprobs(everywhere, size, dtype, frozen):
     everywhere(logprobs_equal, size, dtype, frozen)
@@ -128,20 +130,12 @@ def batch(dtype, examples=2, length=3, seed=3):
     return case.hidden.view(3, examples, length, WIDTH), case.weight, case.bias, labels, reference
 
 
-def by_hand(dtype, hidden, weight, bias, labels, reference, scale=1.0):
+def by_hand(dtype, hidden, weight, bias, labels, reference):
     """rDPO with all logits, in `dtype`: loss, logps, rewards, and the gradients of the head."""
-    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight, bias)]
-    logits = nn.functional.linear(*leaves)
-    logits = logits if dtype == torch.float64 else logits.float()
-    logits = SETTINGS["softcap"] * torch.tanh(logits / SETTINGS["softcap"])
-    logps = (logits / SETTINGS["temperature"]).log_softmax(-1)
-    logps = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    sums = (logps * (labels != -100)).sum(-1)
-    rewards = 0.1 * (sums - reference)
-    margins = rewards[0] - rewards[1:]
-    loss = -nn.functional.logsigmoid(margins).sum(0).mean()
-    (loss * scale).backward()
-    return [t.detach() for t in (loss, sums, rewards)] + [t.grad for t in leaves]
+    case = Case(hidden.flatten(0, 2), weight, bias, labels.flatten(), None)
+    ids = torch.arange(reference.numel()).repeat_interleave(labels.shape[-1])
+    loss, sums, of_hidden, *of_head = rdpo(case, dtype, ids, reference, **SETTINGS)
+    return [loss, sums, 0.1 * (sums - reference), of_hidden.view(hidden.shape), *of_head]
 
 
 def rdpo_equal(group, dtype, frozen, distributed):
@@ -181,17 +175,11 @@ def rdpo_equal(group, dtype, frozen, distributed):
         assert error(value.detach(), target) <= budget, (place, error(value.detach(), target))
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [2, 4])
-def test_vocabulary_parallel_rdpo(everywhere, size, dtype, frozen):
-    everywhere(rdpo_equal, size, dtype, frozen, False)
-
-
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_vocabulary_parallel_dtensor(everywhere, dtype, frozen):
-    everywhere(rdpo_equal, 4, dtype, frozen, True)
+@FROZEN
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "distributed"), [(2, False), (4, True)])
+def test_vocabulary_parallel_rdpo(everywhere, size, dtype, frozen, distributed):
+    everywhere(rdpo_equal, size, dtype, frozen, distributed)
 
 
 def non_finite(group, place, frozen):
@@ -215,7 +203,7 @@ def non_finite(group, place, frozen):
     dist.barrier(group)  # nobody is left waiting
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@FROZEN
 @pytest.mark.parametrize("place", ["weight", "bias"])
 def test_an_error_of_one_shard_is_raised_on_all_ranks(everywhere, place, frozen):
     everywhere(non_finite, 4, place, frozen)
@@ -289,11 +277,11 @@ def gathered(shape, dtype, trainable):
         assert error(value, target) <= 2 * error(near, target) + FLOOR[dtype]
 
 
-@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@FROZEN
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["fsdp", "hsdp"])
-def test_sharded_weight_is_gathered_once(everywhere, shape, dtype, trainable):
-    everywhere(gathered, shape, dtype, trainable)
+def test_sharded_weight_is_gathered_once(everywhere, shape, dtype, frozen):
+    everywhere(gathered, shape, dtype, not frozen)
 
 
 class Policy(nn.Module):
@@ -349,7 +337,7 @@ def wrapped(kind, frozen_head):
             agree(dist.group.WORLD, grad)
 
 
-@pytest.mark.parametrize("frozen_head", [True, False], ids=["frozen", "trainable"])
+@FROZEN
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_model_with_its_own_head(everywhere, kind, frozen_head):
-    everywhere(wrapped, kind, frozen_head)
+def test_a_model_with_its_own_head(everywhere, kind, frozen):
+    everywhere(wrapped, kind, frozen)

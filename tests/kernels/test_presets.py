@@ -203,26 +203,6 @@ def test_an_example_is_its_own(name):
         assert (jacobian[example][:, example] != 0).any()
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (objectives.rdpo(visual_weight=0), objectives.dpo()),
-        (objectives.cdpo(label_smoothing=0), objectives.dpo()),
-        (objectives.lpoi(negatives=1, visual_weight=0.5), objectives.mdpo(visual_weight=0.5)),
-        (objectives.mispdpo(negatives=1), objectives.rdpo()),
-        (objectives.mfpo(), objectives.mdpo()),
-    ],
-    ids=lambda objective: objective.name,
-)
-def test_what_is_the_same_under_another_name(a, b):
-    logps, reference = torch.randn(2, 3, 4)
-    ours, theirs = (
-        rk.preference_loss(logps[: len(o.leaves)], reference[: len(o.leaves)], o).loss
-        for o in (a, b)
-    )
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_the_average_of_ipo_is_per_token():
     """TRL's IPO: log-probs of policy and reference divided by the lengths, both given as sums."""
     objective = objectives.ipo(beta=0.5, average=True)

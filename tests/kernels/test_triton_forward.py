@@ -1,6 +1,7 @@
 """The fused head against fp64, against the row kernel, and its division of work."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ pytest.importorskip("triton")
 import triton_cases as tc
 from triton_cases import DEVICE, TRITON_DTYPES, forward, logit_gap, row_kernel
 
-from realign_kernels import reference
 from realign_kernels.backends.triton import configs
 from realign_kernels.backends.triton.configs import GemmConfig
 from realign_kernels.backends.triton.logits import assume_device
@@ -45,25 +45,10 @@ def make(count, width, vocabulary, dtype, bias=False, spread=3.0, seed=0):
 
 
 def check(stats, hidden, weight, labels, bias, softcap, temperature):
-    wide = (t if t is None else t.double() for t in (hidden, weight, bias))
-    z = reference.linear_logits(*wide, softcap, temperature)
-    columns = torch.arange(len(weight), device=DEVICE)
-    exp_logits = z.masked_fill(columns == labels[:, None], -INF)
-    max_logit = exp_logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
-    sum_exp = (exp_logits - max_logit[:, None]).exp().sum(1)
-    logit = z.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(labels < 0, -INF)
-    dz_dlogit = torch.full_like(logit, 1 / temperature)
-    if softcap is not None:
-        dz_dlogit *= 1 - (logit * temperature / softcap) ** 2
-    dz_dlogit = dz_dlogit.masked_fill(labels < 0, 0)
+    logits = hidden.double() @ weight.double().T
+    truth, _ = tc.row_truth(logits, labels, bias, softcap, temperature, None)
     assert torch.equal(stats.target, labels)
-    for name, exact in {
-        "logit": logit,
-        "max_logit": max_logit,
-        "sum_exp": sum_exp,
-        "dz_dlogit": dz_dlogit,
-    }.items():
-        value = getattr(stats, name)
+    for name, value, exact in zip(stats._fields[1:5], stats[1:5], truth[1:], strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), exact, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
 
@@ -135,10 +120,8 @@ def test_non_finite_inputs_end_as_nan(config, softcap, value):
     hidden, weight, labels, _ = make(20, 32, 130, torch.float32)
     labels = labels.clamp(min=0)
     hidden[3, 5] = hidden[17, 31] = value
-    finite = logit_gap(
-        forward.head_stats(hidden, weight, labels, None, softcap, 1.0, config=config)
-    )
-    bad = (~finite.isfinite()).nonzero().squeeze(1)
+    stats = forward.head_stats(hidden, weight, labels, None, softcap, 1.0, config=config)
+    bad = (~logit_gap(stats).isfinite()).nonzero().squeeze(1)
     assert bad.tolist() == [3, 17]
     hidden, weight, labels, _ = make(20, 32, 130, torch.float32)
     weight[129, 0] = value
@@ -148,24 +131,18 @@ def test_non_finite_inputs_end_as_nan(config, softcap, value):
 
 
 def test_confident_tokens():
-    hidden, weight, labels, _ = make(12, 16, 500, torch.float32)
+    """1 - p from 1e-2 to 1e-6; column 16 + i of the weight lifts the label of row i alone."""
+    hidden, weight, _, _ = make(12, 32, 500, torch.float32)
     labels = torch.arange(12, device=DEVICE)
+    hidden[:, 16:], weight[:, 16:] = torch.eye(12, 16), 0
     one_minus_p = torch.logspace(-2, -6, 12, dtype=torch.float64, device=DEVICE)
     rest = (hidden @ weight.T).double().scatter(1, labels[:, None], -INF).logsumexp(1)
-    bias = torch.zeros(500, device=DEVICE)
-    for row in range(12):
-        own = (hidden[row] @ weight[row]).double()
-        bias[row] = (
-            rest[row] + torch.log1p(-one_minus_p[row]) - one_minus_p[row].log() - own
-        ).float()
-        stats = forward.head_stats(
-            hidden[row : row + 1], weight, labels[row : row + 1], bias, None, 1.0, config=POINTERS
-        )
-        z = hidden[row].double() @ weight.double().T + bias.double()
-        exact = 1 - z.softmax(0)[row]
-        relative = (torch.sigmoid(-logit_gap(stats)).double() - exact).abs() / exact
-        assert relative < 1e-3, (row, relative)
-        bias[row] = 0
+    own = (hidden * weight[:12]).sum(1).double()
+    weight[labels, 16 + labels] = (rest + torch.special.logit(1 - one_minus_p) - own).float()
+    stats = forward.head_stats(hidden, weight, labels, None, None, 1.0, config=POINTERS)
+    exact = 1 - (hidden.double() @ weight.double().T).softmax(1).diagonal()
+    relative = (torch.sigmoid(-logit_gap(stats)).double() - exact).abs() / exact
+    assert relative.max() < 1e-3, relative
 
 
 def test_no_rows():
@@ -174,30 +151,20 @@ def test_no_rows():
     assert [len(field) for field in stats] == [0] * 6
 
 
-@pytest.mark.parametrize("processors", [1, 5, 108, 132])
-@pytest.mark.parametrize("row_blocks", [0, 1, 8, 31, 133, 1000])
-@pytest.mark.parametrize("tiles", [1, 2, 97, 593])
-def test_splits_cover_the_vocabulary_and_leave_no_processor_far_behind(
-    row_blocks, tiles, processors
-):
-    splits, per_split = configs.choose_splits(row_blocks, tiles, processors)
-    assert 1 <= splits <= configs.MOST_SPLITS
-    assert (splits - 1) * per_split < tiles <= splits * per_split, "an empty split, or a short one"
-    busiest = -(-row_blocks * splits // processors) * per_split
-    ideal = row_blocks * tiles / processors
-    assert busiest <= max(1.34 * ideal, ideal + 3)
+def test_splits_cover_the_vocabulary_and_leave_no_processor_far_behind():
+    cases = itertools.product((0, 1, 8, 31, 133, 1000), (1, 2, 97, 593), (1, 5, 108, 132))
+    for row_blocks, tiles, processors in cases:
+        splits, per_split = configs.choose_splits(row_blocks, tiles, processors)
+        assert 1 <= splits <= configs.MOST_SPLITS
+        assert (splits - 1) * per_split < tiles <= splits * per_split, "an empty or a short split"
+        busiest = -(-row_blocks * splits // processors) * per_split
+        ideal = row_blocks * tiles / processors
+        assert busiest <= max(1.34 * ideal, ideal + 3)
 
 
 def test_tables_and_their_fallback():
-    for architecture, expected in {
-        75: 80,
-        80: 80,
-        86: 80,
-        89: 80,
-        90: 90,
-        103: 100,
-        121: 120,
-    }.items():
+    nearest = {75: 80, 80: 80, 86: 80, 89: 80, 90: 90, 103: 100, 121: 120}
+    for architecture, expected in nearest.items():
         assert configs.listed(architecture) == expected
     wide = configs.gemm_config(90, torch.bfloat16, 4096, 4096, 128256)
     assert (wide.rows, wide.columns, wide.descriptors) == (128, 256, True)

@@ -24,34 +24,6 @@ def interpreted():
         yield
 
 
-def expected(logits, labels, bias, softcap, temperature, runner_up):
-    """fp64: target, logit, max_logit, sum_exp, dz_dlogit (r,), and E (r, V)."""
-    x = logits.double() if bias is None else logits.double() + bias.double()
-    dz_dlogit = torch.full_like(x, 1 / temperature)
-    z = x / temperature
-    if softcap is not None:
-        tanh = torch.tanh(x / softcap)
-        z = softcap * tanh / temperature
-        dz_dlogit *= 1 - tanh**2
-    columns = torch.arange(x.shape[1], device=x.device)
-    target = labels.clone()
-    if runner_up is not None:
-        no_label = z.masked_fill(columns == labels[:, None], -INF)
-        if x.shape[1] > 1:
-            target = torch.where(runner_up, no_label.argmax(1), labels)
-        else:
-            target = torch.where(runner_up, torch.where(labels == 0, -1, 0), labels)
-    is_target = columns == target[:, None]
-    exp_logits = z.masked_fill(is_target, -INF)
-    max_logit = exp_logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
-    e = (exp_logits - max_logit[:, None]).exp()
-    there = target >= 0
-    picked = target.clamp(min=0)[:, None]
-    logit = torch.where(there, z.gather(1, picked).squeeze(1), -INF)
-    label_slope = torch.where(there, dz_dlogit.gather(1, picked).squeeze(1), 0.0)
-    return (target, logit, max_logit, e.sum(1), label_slope), e * dz_dlogit
-
-
 def make(count, vocabulary, dtype=torch.float32, bias=False, spread=4.0, pad=0, seed=0):
     g = torch.Generator().manual_seed(seed)
     wide = torch.full((count, vocabulary + pad), NAN)
@@ -92,7 +64,7 @@ def check(stats, exp_logits, truth, e, dtype):
 def test_against_fp64(vocabulary, bias, softcap, temperature, runner_up):
     logits, labels, offset = make(6, vocabulary, bias=bias, pad=3)
     runner_up = torch.tensor([1, 1, 0, 0, 1, 1], device=DEVICE).bool() if runner_up else None
-    truth, e = expected(logits, labels, offset, softcap, temperature, runner_up)
+    truth, e = tc.row_truth(logits, labels, offset, softcap, temperature, runner_up)
     exp_logits = torch.full_like(logits, NAN)
     stats = row_kernel.row_stats(
         logits, labels, offset, softcap, temperature, runner_up, exp_logits
@@ -100,46 +72,35 @@ def test_against_fp64(vocabulary, bias, softcap, temperature, runner_up):
     check(stats, exp_logits, truth, e, torch.float32)
 
 
-@pytest.mark.parametrize("alias", [True, False], ids=["in place", "apart"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, alias):
-    """The interpreter's bf16 is right in loads and cut, not rounded, in stores."""
-    logits, labels, offset = make(5, 1001, dtype, bias=True, pad=7)
-    truth, e = expected(logits, labels, offset, 10.0, 0.9, None)
-    given = logits.clone()
-    exp_logits = given if alias else torch.full_like(given, NAN)
-    stats = row_kernel.row_stats(given, labels, offset, 10.0, 0.9, None, exp_logits)
-    check(stats, exp_logits, truth, e, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("runner_up", [False, True], ids=["label", "runner_up"])
-def test_fp32_logits_with_half_precision_others(dtype, runner_up):
-    logits, labels, _ = make(5, 4500)
-    runner_up = torch.ones(5, device=DEVICE).bool() if runner_up else None
-    truth, e = expected(logits, labels, None, None, 1.0, runner_up)
-    exp_logits = torch.full_like(logits, NAN, dtype=dtype)
-    check(
-        row_kernel.row_stats(logits, labels, None, None, 1.0, runner_up, exp_logits),
-        exp_logits,
-        truth,
-        e,
-        dtype,
-    )
-
-
-def test_in_place_over_several_blocks_and_with_rivals():
-    logits, labels, _ = make(4, 9000)
-    runner_up = torch.tensor([True, False, True, False], device=DEVICE)
-    truth, e = expected(logits, labels, None, 20.0, 1.0, runner_up)
-    stats = row_kernel.row_stats(logits, labels, None, 20.0, 1.0, runner_up, logits)
-    check(stats, logits, truth, e, torch.float32)
+@pytest.mark.parametrize(
+    ("of_logits", "of_exp", "vocabulary", "softcap"),
+    [
+        (torch.float16, torch.float16, 1001, 10.0),
+        (torch.bfloat16, torch.bfloat16, 1001, 10.0),
+        (torch.float32, torch.float16, 4500, None),
+        (torch.float32, torch.bfloat16, 4500, None),
+        (torch.float16, "in place", 1001, 10.0),
+        (torch.bfloat16, "in place", 1001, 10.0),
+        (torch.float32, "in place", 9000, 20.0),
+    ],
+    ids=str,
+)
+def test_dtypes_in_place_and_apart(of_logits, of_exp, vocabulary, softcap, runner_up):
+    """The interpreter's bf16 is right in loads and cut, not rounded, in stores."""
+    logits, labels, offset = make(5, vocabulary, of_logits, bias=softcap == 10.0, pad=7)
+    every = torch.tensor([True, False, True, False, True], device=DEVICE) if runner_up else None
+    truth, e = tc.row_truth(logits, labels, offset, softcap, 0.9, every)
+    dtype = of_logits if of_exp == "in place" else of_exp
+    exp_logits = logits if of_exp == "in place" else torch.full_like(logits, NAN, dtype=dtype)
+    stats = row_kernel.row_stats(logits, labels, offset, softcap, 0.9, every, exp_logits)
+    check(stats, exp_logits, truth, e, dtype)
 
 
 def test_without_others_nothing_is_written():
     logits, labels, _ = make(4, 200)
     before = logits.clone()
-    truth, _ = expected(logits, labels, None, None, 1.0, None)
+    truth, _ = tc.row_truth(logits, labels, None, None, 1.0, None)
     check(row_kernel.row_stats(logits, labels, None, None, 1.0), None, truth, None, torch.float32)
     assert torch.equal(logits, before)
 
@@ -170,7 +131,7 @@ def test_rivals_that_later_blocks_displace():
     logits[1, [10, 5000]] = torch.tensor([2.0, 2.5], device=DEVICE)
     labels = torch.tensor([0, 20], device=DEVICE)
     every = torch.ones(2, device=DEVICE).bool()
-    truth, e = expected(logits, labels, None, None, 1.0, every)
+    truth, e = tc.row_truth(logits, labels, None, None, 1.0, every)
     assert truth[0].tolist() == [8500, 5000] and truth[2].tolist() == [2, 2]
     exp_logits = torch.full_like(logits, NAN)
     stats = row_kernel.row_stats(logits, labels, None, None, 1.0, every, exp_logits)
@@ -207,11 +168,8 @@ def test_rows_of_nothing_else(value):
     logits = torch.full((2, 70), value, device=DEVICE)
     labels = torch.tensor([3, 0], device=DEVICE)
     for runner_up in (None, torch.ones(2, device=DEVICE).bool()):
-        assert (
-            logit_gap(row_kernel.row_stats(logits, labels, None, None, 1.0, runner_up))
-            .isnan()
-            .all()
-        )
+        stats = row_kernel.row_stats(logits, labels, None, None, 1.0, runner_up)
+        assert logit_gap(stats).isnan().all()
 
 
 def test_a_banned_token_is_no_error():
@@ -231,7 +189,7 @@ def test_confident_tokens(softcap):
     rest = logits.double().scatter(1, labels[:, None], -INF).logsumexp(1).cpu()
     raise_to = (rest + torch.log1p(-one_minus_p) - one_minus_p.log()).float()
     logits.scatter_(1, labels[:, None], raise_to[:, None].to(DEVICE))
-    (_, logit, max_logit, sum_exp, _), _ = expected(logits, labels, None, softcap, 1.0, None)
+    (_, logit, max_logit, sum_exp, _), _ = tc.row_truth(logits, labels, None, softcap, 1.0, None)
     exact = torch.sigmoid(-(logit - max_logit - sum_exp.log()))
     stats = row_kernel.row_stats(logits, labels, None, softcap, 1.0)
     relative = (torch.sigmoid(-logit_gap(stats)).double() - exact).abs() / exact
@@ -255,7 +213,7 @@ def test_labels_far_below_and_above_the_others(below):
     labels = labels.clamp(min=0)
     far = torch.tensor([-below, below, -below, below], device=DEVICE)
     logits.scatter_add_(1, labels[:, None], far[:, None].float())
-    truth, e = expected(logits, labels, None, None, 1.0, None)
+    truth, e = tc.row_truth(logits, labels, None, None, 1.0, None)
     exp_logits = torch.full_like(logits, NAN)
     stats = row_kernel.row_stats(logits, labels, None, None, 1.0, None, exp_logits)
     assert (stats.max_logit == stats.logit).tolist() == [below < 70] * 4
@@ -269,8 +227,7 @@ def test_an_empty_chunk():
     assert [len(field) for field in stats] == [0] * 6
 
 
-@pytest.mark.parametrize("lift", [0, 14, -30])
-@pytest.mark.parametrize("spread", [1.0, 2.0, 4.0, 6.0])
+@pytest.mark.parametrize(("spread", "lift"), [(1.0, -30), (2.0, 14), (4.0, 0), (6.0, 14)])
 def test_one_read_errs_little_more_than_two(spread, lift):
     """Gradients of hidden by rows in norm against fp64, E rounded to bf16 as a GPU rounds it.
 

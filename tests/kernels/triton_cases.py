@@ -50,6 +50,7 @@ __all__ = [
     "loss",
     "problem",
     "row_kernel",
+    "row_truth",
     "scatter",
 ]
 
@@ -86,6 +87,34 @@ def interpreted() -> Iterator[None]:
 def logit_gap(stats) -> torch.Tensor:  # (r,)
     """The label's logit against all others: logp = logsigmoid(logit_gap)."""
     return stats.logit - stats.max_logit - stats.sum_exp.log() + (stats.logit - stats.logit)
+
+
+def row_truth(logits, labels, bias, softcap, temperature, runner_up):
+    """fp64: target, logit, max_logit, sum_exp, dz_dlogit (r,), and E (r, V)."""
+    x = logits.double() if bias is None else logits.double() + bias.double()
+    dz_dlogit = torch.full_like(x, 1 / temperature)
+    z = x / temperature
+    if softcap is not None:
+        tanh = torch.tanh(x / softcap)
+        z = softcap * tanh / temperature
+        dz_dlogit *= 1 - tanh**2
+    columns = torch.arange(x.shape[1], device=x.device)
+    target = labels.clone()
+    if runner_up is not None:
+        no_label = z.masked_fill(columns == labels[:, None], -torch.inf)
+        if x.shape[1] > 1:
+            target = torch.where(runner_up, no_label.argmax(1), labels)
+        else:
+            target = torch.where(runner_up, torch.where(labels == 0, -1, 0), labels)
+    is_target = columns == target[:, None]
+    exp_logits = z.masked_fill(is_target, -torch.inf)
+    max_logit = exp_logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
+    e = (exp_logits - max_logit[:, None]).exp()
+    there = target >= 0
+    picked = target.clamp(min=0)[:, None]
+    logit = torch.where(there, z.gather(1, picked).squeeze(1), -torch.inf)
+    label_slope = torch.where(there, dz_dlogit.gather(1, picked).squeeze(1), 0.0)
+    return (target, logit, max_logit, e.sum(1), label_slope), e * dz_dlogit
 
 
 def problem(rows=37, width=40, vocabulary=203, spread=3.0, lift=0.0):

@@ -74,19 +74,6 @@ def random_forest(rng: np.random.Generator, num_roots: int, budget: int, extra_l
     return roots, np.minimum(leaves, budget - roots[parents]), parents, budget
 
 
-def test_one_tree(implementation):
-    packing = pack_forest([5], [2, 3], [0, 0], 16)
-    assert lists(packing) == {
-        "tree_root": [0],
-        "tree_row": [0],
-        "tree_start": [0],
-        "leaf_tree": [0, 0],
-        "leaf_start": [5, 7],
-        "row_lengths": [10],
-    }
-    assert (packing.num_rows, packing.num_trees, packing.tokens) == (1, 1, 10)
-
-
 def test_longest_first_into_the_tightest_row(implementation):
     # Trees of 5, 7, 6, 3, 4 tokens, budget 10. In order: 7 opens row 0 (room 3), 6 opens row 1
     # (room 4), 5 opens row 2 (room 5), 4 goes to row 1 (room 4 < 5), 3 to row 0 (room 3 < 5).

@@ -30,7 +30,7 @@ def test_kill_9_at_random_points_loses_at_most_the_batch_in_flight(tmp_path):
         truth = cache.lookup(forests).logps
     in_flight = max(len(pairs) for pairs in whole.batches)
     rng, written = random.Random(0), []
-    for trial in range(20):
+    for trial in range(12):
         folder = tmp_path / f"trial {trial}"
         progress, report = os.pipe()
         child = os.fork()
@@ -54,7 +54,7 @@ def test_kill_9_at_random_points_loses_at_most_the_batch_in_flight(tmp_path):
         written.append(before)
         assert rest.filled.recomputed <= in_flight
         assert sum(map(len, rest.batches)) - (len(truth) - before) <= in_flight
-    assert len([n for n in written if 0 < n < len(truth)]) > 14, written
+    assert len([n for n in written if 0 < n < len(truth)]) > 7, written
 
 
 def passes_of_a_rank(folder):

@@ -22,7 +22,7 @@ from realign_kernels._extension import extension
 from realign_kernels.refcache import store
 from realign_kernels.refcache.store import DATABASE, DatabaseTable, compact_table, open_table
 
-STRESS_SECONDS = float(os.environ.get("REALIGN_STRESS_SECONDS", "2"))
+STRESS_SECONDS = float(os.environ.get("REALIGN_STRESS_SECONDS", "1.5"))
 KINDS = ["database"] if extension() is None else ["logs", "database"]
 needs_extension = pytest.mark.skipif(extension() is None, reason="the C++ extension is not built")
 
@@ -141,7 +141,7 @@ def test_processes_write_read_and_compact_one_table(kind, tmp_path):
 
 
 def test_acknowledged_records_survive_kill_9_of_their_writer(kind, tmp_path):
-    total, rounds = 0, 30 if kind == "logs" else 10
+    total, rounds = 0, 15 if kind == "logs" else 8
     for number in range(rounds):
         folder = str(tmp_path / str(number // 10))  # small tables: every round reads all of its own
         total += (done := kill_writer(folder, number))
