@@ -174,8 +174,8 @@ def test_what_the_kernels_compile_to(cases, reports_80):
             fetch = "LDGSTS" if architecture == 80 else "UTMALDG"
             assert report["fetches"] == fetch, (name, report)
         if name in QUARTERS:
-            # One read keeps sums in registers: 73 on sm_100. The command has no such kernel.
-            rows = 3 if (architecture, name) == (100, "rows fp32 to bf16") else 4
+            # One read keeps sums in registers: 80 on sm_80 and 73 on sm_100.
+            rows = 3 if name == "rows fp32 to bf16" and architecture != 90 else 4
             assert report["registers"] * 32 * report["warps"] <= 65536 // rows, (name, report)
     names = [(report["architecture"], name) for report, name, *_ in compiled]
     assert {(a, name) for a in (80, 90, 100) for name in QUARTERS} <= set(names)
