@@ -5,15 +5,33 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import sys
 import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from reprlib import repr
 from typing import Any
+
+from safetensors import SafetensorError
+
+
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a command: what is wrong with its input or files is one line, with exit code 1."""
+
+    @wraps(main)
+    def command(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except (ValueError, OSError, SafetensorError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return command
 
 
 def parse_sections(

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from realign.cli import parse_sections
+from realign.cli import one_line_errors, parse_sections
 from realign.evaluate.tables import Table, markdown, table_of
 from realign.modeling.loading import DTYPES
 from realign.third_party import silence_third_party
@@ -71,26 +69,23 @@ def evaluation_of(file: Path) -> str:
     return markdown(Table("", ("on scenes it was not trained on", "share [95 % interval]"), rows))
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns an exit code."""
     silence_third_party()
-    try:
-        config = parse_sections(
-            {"export": ExportConfig},
-            prog="python -m realign.export",
-            description="A trained model as one folder of safetensors with its model card.",
-            arguments=arguments,
-        )["export"]
-        folder = export_whole(
-            config.model,
-            Path(config.output),
-            dtype=DTYPES[config.dtype] if config.dtype else None,
-            evaluation=evaluation_of(Path(config.metrics)) if config.metrics is not None else None,
-        )
-        print(f"wrote {folder}")
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = parse_sections(
+        {"export": ExportConfig},
+        prog="python -m realign.export",
+        description="A trained model as one folder of safetensors with its model card.",
+        arguments=arguments,
+    )["export"]
+    folder = export_whole(
+        config.model,
+        Path(config.output),
+        dtype=DTYPES[config.dtype] if config.dtype else None,
+        evaluation=evaluation_of(Path(config.metrics)) if config.metrics is not None else None,
+    )
+    print(f"wrote {folder}")
     return 0
 
 

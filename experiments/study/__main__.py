@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.tables import put
-from realign.cli import parse_sections
+from realign.cli import one_line_errors, parse_sections
 from realign.files import check_file, check_folder
 from realign.third_party import silence_third_party
 
@@ -80,6 +80,7 @@ def _check_installed(module: str) -> None:
         raise ValueError(f"the study needs {module}: pip install 'realign[study]'.")
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, report; returns an exit code."""
     began = time.perf_counter()
@@ -92,9 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments=arguments,
         )["study"]
         study(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from realign.cli import parse_sections
+from realign.cli import one_line_errors, parse_sections
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
@@ -158,21 +158,18 @@ def _announce(stage: str) -> None:
     print(f"\n== {stage}", flush=True)
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print the table; returns an exit code."""
     began = time.perf_counter()
     silence_third_party()
-    try:
-        config = parse_sections(
-            {"demo": DemoConfig},
-            prog="python -m realign.demo",
-            description="Pairs, DPO and rDPO on the digits: hallucination before and after.",
-            arguments=arguments,
-        )["demo"]
-        results = demo(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = parse_sections(
+        {"demo": DemoConfig},
+        prog="python -m realign.demo",
+        description="Pairs, DPO and rDPO on the digits: hallucination before and after.",
+        arguments=arguments,
+    )["demo"]
+    results = demo(config)
     print(f"\n{table(results)}\n\n{time.perf_counter() - began:.0f} s in all")
     return 0
 

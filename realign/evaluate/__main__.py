@@ -6,36 +6,33 @@ import json
 import sys
 from collections.abc import Sequence
 
-from realign.cli import parse_sections
+from realign.cli import one_line_errors, parse_sections
 from realign.evaluate.command import COMMANDS, run
 from realign.evaluate.digits import EvaluateConfig, evaluate, save, table
 from realign.third_party import silence_third_party
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, evaluate, print; returns an exit code."""
     silence_third_party()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if words and words[0] in COMMANDS:
-            return run(words)
-        if words and not words[0].startswith("-"):
-            raise ValueError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}.")
-        config = parse_sections(
-            {"evaluate": EvaluateConfig},
-            prog="python -m realign.evaluate",
-            description="Hallucination of a digits model on scenes it was never trained on. For "
-            f"photographs put {', '.join(COMMANDS)} in front, which have flags of their own.",
-            arguments=words,
-        )["evaluate"]
-        rates = evaluate(config)
-        print(table({config.model or "digits base": rates}))
-        if config.output:
-            rates_of = {name: vars(rate) for name, rate in rates.items()}
-            save(config.output, json.dumps(rates_of, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if words and words[0] in COMMANDS:
+        return run(words)
+    if words and not words[0].startswith("-"):
+        raise ValueError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}.")
+    config = parse_sections(
+        {"evaluate": EvaluateConfig},
+        prog="python -m realign.evaluate",
+        description="Hallucination of a digits model on scenes it was never trained on. For "
+        f"photographs put {', '.join(COMMANDS)} in front, which have flags of their own.",
+        arguments=words,
+    )["evaluate"]
+    rates = evaluate(config)
+    print(table({config.model or "digits base": rates}))
+    if config.output:
+        rates_of = {name: vars(rate) for name, rate in rates.items()}
+        save(config.output, json.dumps(rates_of, indent=2) + "\n")
     return 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from realign.cli import parse_sections
+from realign.cli import one_line_errors, parse_sections
 from realign.pairs import gallery, stats
 from realign.pairs.config import PairsConfig
 from realign.pairs.io import importers
@@ -23,6 +23,7 @@ _LAST = STAGES[1:]  # stages that a command may name; every run begins with read
 _COMMANDS = {"import": importers.main, "gallery": gallery.main, "stats": stats.main}
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, build, report; returns an exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -49,9 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(build_pairs(config))
         else:
             print(f"the shards of {last} are in {run_stages(config, last).folders[last]}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130

@@ -14,7 +14,6 @@ import html
 import io
 import json
 import re
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from realign.cli import one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
 from realign.data.pictures import PictureError, StoredImage
@@ -213,6 +213,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, write, report; returns an exit code."""
     parser = argparse.ArgumentParser(
@@ -228,12 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--side", type=int, default=320, help="longer side of a thumbnail (%(default)s pixels)"
     )
     args = parser.parse_args(arguments)
-    try:
-        check_file("--output", args.output)
-        shown, total = write_gallery(args.pairs, args.output, most=args.most, side=args.side)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_file("--output", args.output)
+    shown, total = write_gallery(args.pairs, args.output, most=args.most, side=args.side)
     size = Path(args.output).stat().st_size / 1e6
     print(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
     return 0

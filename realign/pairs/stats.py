@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from realign.cli import one_line_errors
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
 from realign.data.pictures import StoredImage
@@ -217,6 +217,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3f}"
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print; returns an exit code."""
     parser = argparse.ArgumentParser(
@@ -225,9 +226,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
     parser.add_argument("--work", help="work folder of the run, with its drops (PAIRS.work)")
     args = parser.parse_args(arguments)
-    try:
-        print(collect(args.pairs, work=args.work))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(collect(args.pairs, work=args.work))
     return 0

@@ -112,7 +112,6 @@ class Table(Protocol):
         their log-probs.
         """
         ...
-        ...
 
 
 def open_table(

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from realign.cli import one_line_errors
 from realign.data.entries import Entry, Names, name_of
 from realign.data.errors import Malformed, short_repr
 from realign.data.messages import texts_of
@@ -313,6 +313,7 @@ def _digest(record: Record) -> bytes:
     return digest.digest()
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, import, report; returns an exit code."""
     parser = argparse.ArgumentParser(
@@ -324,11 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="pairs.parquet", help="file to write (%(default)s)")
     parser.add_argument("--format", default="auto", help="realign or parquet (auto looks)")
     args = parser.parse_args(arguments)
-    try:
-        counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
     print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
     return 0

@@ -169,22 +169,8 @@ CASES: dict[str, Callable[[], None]] = {
     "scatter bf16": lambda: _scatter(3072, 4096, torch.bfloat16),
 }
 
-NOT_ON_80 = {"E", "E, V odd", "E of one"}
+NOT_ON_80 = {"E", "E, V odd"}
 """Cases of the kernel that 80 has no tile for."""
-
-ONES: dict[str, Callable[[], None]] = {
-    "rows of one token": lambda: _read(torch.float32, 1, options=True),
-    "head of one": lambda: _head(1, 8, 1),
-    "head of one, pointers": lambda: _head(1, 1, 1),
-    "E of one": lambda: _exp(1, 8, 1),
-    "label logits of one": lambda: _label(1, 1, 1),
-    "score of one": lambda: _score(1, 1),
-    "epilogue of one": lambda: _epilogue(1, 1),
-    "scale of one": lambda: epilogue.scale(_empty(1), _empty(dtype=torch.float32)),
-    "loss of one": lambda: _loss("dpo", 1, 1),
-    "scatter of one": lambda: _scatter(1, 1),
-}
-"""Triton makes arguments that are 1 constants, so other code is compiled."""
 
 
 class _Driver:
@@ -269,9 +255,9 @@ def compile_launch(architecture: int, case: str, launch: Launch) -> Report:
     )
 
 
-def reports(architecture: int, cases: dict[str, Callable[[], None]] = CASES) -> Iterator[Report]:
-    """Compiles the kernels of the cases, one after another."""
-    for name, call in cases.items():
+def reports(architecture: int) -> Iterator[Report]:
+    """Compiles the kernels of `CASES`, one after another."""
+    for name, call in CASES.items():
         if name in NOT_ON_80 and architecture == 80:
             continue
         with _recorded(architecture) as launches:
@@ -296,11 +282,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--ones", action="store_true", help="also with arguments that are 1")
     parser.add_argument("--json", action="store_true", help="a list of objects, no table")
     options = parser.parse_args()
-    cases = CASES | (ONES if options.ones else {})
-    found = [report for architecture in options.arch for report in reports(architecture, cases)]
+    found = [report for architecture in options.arch for report in reports(architecture)]
     print(json.dumps([report._asdict() for report in found]) if options.json else table(found))
 
 
