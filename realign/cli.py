@@ -17,8 +17,6 @@ from pathlib import Path
 from reprlib import repr
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate a command: what is wrong with its input or files is one line, with exit code 1."""
@@ -27,7 +25,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     def command(arguments: Sequence[str] | None = None) -> int:
         try:
             return main(arguments)
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
 

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -139,6 +140,10 @@ def _from_pretrained(
         raise ValueError(
             f"{path} brings its own code, which is never run here. Use a model whose class is "
             "in transformers."
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {path} are damaged ({error}). Copy or download them again."
         ) from error
     except OSError as error:
         reason = str(error).split("\n")[0]

@@ -22,6 +22,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
@@ -153,7 +154,7 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, str(path))
             keys = adapted.load_adapter(str(path), str(adapted.active_adapter))
         _check_keys(adapted, keys.missing_keys, keys.unexpected_keys)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
             f"the adapter {path} does not fit its base {model.name_or_path}: {reason}. Pass it "

@@ -5,6 +5,7 @@ of the model meets a tied one, and every third of the others one family.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -198,6 +199,23 @@ def test_a_shared_weight_may_have_one_of_its_names(bases, tmp_path, kept):
     save_file({name: weights[name] for name in none}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="weights are missing"):
         load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 5000])
+def test_damaged_weights_are_one_line(bases, adapter, pairs_file, tmp_path, size, capsys):
+    folder = broken(adapter[0], tmp_path / "adapter")
+    os.truncate(folder / "adapter_model.safetensors", size)
+    for load in (load_model, load_trained):
+        with pytest.raises(ValueError, match="adapter .* does not fit its base .*header"):
+            load(folder)
+    base = shutil.copytree(bases["smolvlm"][0], tmp_path / "base")
+    os.truncate(base / "model.safetensors", size)
+    capsys.readouterr()
+    files = ["--pairs", str(pairs_file), "--output", str(tmp_path / "run")]
+    for command, words in ((evaluate.main, []), (train.main, files)):
+        assert command(["--model", str(base), *words]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith(f"error: the weights of {base} are damaged (")
 
 
 def test_the_adapter_of_a_base_that_was_resized_is_refused(adapter, tmp_path):
