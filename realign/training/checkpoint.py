@@ -236,11 +236,11 @@ class _Writer(HuggingFaceStorageWriter):
         self.target = folder / _name(step)
         super().__init__(str(folder / f".{self.target.name}.partial"), save_distributed=True)
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
-        """Remove files of an earlier attempt; all ranks call it before any of them writes."""
-        if is_coordinator:
-            shutil.rmtree(self.path, ignore_errors=True)
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+    def prepare_global_plan(self, plans: list) -> list:
+        """On rank 0, when all have made the folder and none writes: remove an earlier attempt."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.makedirs(self.path, exist_ok=True)
+        return super().prepare_global_plan(plans)
 
     def write_data(self, plan, planner) -> torch.futures.Future:
         """Write this rank's file; returns [(name, digest)] for `finish`."""

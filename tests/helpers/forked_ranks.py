@@ -6,6 +6,7 @@ Importing them takes a process six seconds on one core.
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -115,6 +116,8 @@ def _forked(words, environment):
     from realign import train
 
     os.setsid()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # not the launcher's, as in a new process
     os.environ.update(environment)
     distributed.exit_rank(train.main(list(words)))
 

@@ -15,13 +15,14 @@ import torch
 from forked_ranks import Forked, run_command, run_ranks
 from ranks_worker import plant, restore, run_all
 from runs import arguments, assert_same_run, encoded, run, wait_for_step
+from torch.distributed.checkpoint.planner import SavePlan
 
 from realign import distributed
 from realign.data.records import RecordError, read_pairs
 from realign.files import JsonlLog, read_jsonl
 from realign.modeling.images import ImageStore
 from realign.train import main
-from realign.training.checkpoint import CheckpointError, Checkpoints
+from realign.training.checkpoint import CheckpointError, Checkpoints, _Writer
 from realign.training.run_dir import sole_writer
 from realign.training.schedule import batches
 
@@ -125,6 +126,20 @@ def full_from(monkeypatch, first, last, kept=None):
             disk.__exit__(None, None, None)
 
     monkeypatch.setattr(JsonlLog, "write", write_and_fill)
+
+
+def test_ranks_make_the_folder_of_a_checkpoint_in_any_order(tmp_path):
+    """What an earlier attempt left is removed when all have come, never while one makes it."""
+    folder, plan = tmp_path / ".step-000002.partial", SavePlan([])
+    folder.mkdir()
+    (folder / "old").touch()
+    coordinator, other = (_Writer(tmp_path, 2, keep=1) for _ in range(2))
+    for writer in (other, coordinator):
+        writer.set_up_storage_writer(writer is coordinator, rank=int(writer is other))
+        writer.prepare_local_plan(plan)
+        assert (folder / "old").exists()
+    coordinator.prepare_global_plan([plan, plan])
+    assert folder.is_dir() and not any(folder.iterdir())
 
 
 def test_training_outlives_a_full_disk(pairs_file, plain, tmp_path, monkeypatch, capsys):
