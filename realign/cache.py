@@ -140,7 +140,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
 
 
 def stats(tables: CacheConfig) -> int:
-    """Print every table and the content of its logs; returns the number of unreadable records."""
+    """Print every table and its counts; returns the number of unreadable records."""
     unreadable = 0
     for folder, parts in tables.tables().items():
         print(folder)
@@ -173,7 +173,7 @@ def stats(tables: CacheConfig) -> int:
 
 
 def compact(tables: CacheConfig) -> None:
-    """Merge the logs of every table, without duplicates and unreadable records."""
+    """Rewrite every table without duplicates and unreadable records."""
     for folder in tables.tables():
         counts = refcache.compact(folder)
         what = f"{counts['logs_merged']} log(s) merged"

@@ -49,7 +49,7 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def heap_frozen():
+def quick_collections():
     """Keep full collections off what earlier modules and imports left: each takes up to 0.9 s.
 
     Every stage of the pairs and every `Trainer` ends in one.

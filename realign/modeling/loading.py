@@ -143,7 +143,7 @@ def _from_pretrained(
         ) from error
     except SafetensorError as error:
         raise ValueError(
-            f"the weights of {path} are damaged ({error}). Copy or download them again."
+            f"the weights of {path} are damaged ({error}). Copy them again."
         ) from error
     except OSError as error:
         reason = str(error).split("\n")[0]

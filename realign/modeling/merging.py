@@ -154,7 +154,9 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, str(path))
             keys = adapted.load_adapter(str(path), str(adapted.active_adapter))
         _check_keys(adapted, keys.missing_keys, keys.unexpected_keys)
-    except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"the adapter {path} is damaged ({error}). Copy it again.") from error
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
             f"the adapter {path} does not fit its base {model.name_or_path}: {reason}. Pass it "

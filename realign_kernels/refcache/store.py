@@ -349,8 +349,8 @@ class DatabaseTable:
                 database.execute("BEGIN IMMEDIATE" if mode == "rwc" else "BEGIN")
                 yield database
                 database.execute("COMMIT")
-        except sqlite3.Error as error:
-            code = error.sqlite_errorcode & 0xFF  # without the details of extended codes
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if code == sqlite3.SQLITE_ERROR:  # no such table or column
                 raise self._foreign() from error
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

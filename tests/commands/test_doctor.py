@@ -160,3 +160,11 @@ def test_an_extension_that_ends_python(tmp_path):
     assert "torch for float32 on cpu (no cpp: " in done.stdout
     assert "ok  rdpo_loss, torch" in done.stdout
     assert done.stdout.endswith("broken: C++ extension\n")
+
+
+def test_it_takes_no_arguments(capsys):
+    for arguments, code in ((["--fast"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as exit:
+            doctor.main(arguments)
+        assert exit.value.code == code
+    assert "Installation check" in capsys.readouterr().out

@@ -56,7 +56,7 @@ def test_the_core_and_the_staging_ring_are_right_and_clean(built):
 
 
 def test_the_table_is_right_and_clean(built, tmp_path):
-    """500 damaged logs; writers, readers and compactions at once for a second."""
+    """500 damaged logs (50 under the thread sanitizer); many writers and readers at once."""
     sanitizer, folder = built
     stress = float(os.environ.get("REALIGN_STRESS_SECONDS", "1"))
     faults, seconds = ("50", stress) if sanitizer == "thread" else ("500", 0.5)

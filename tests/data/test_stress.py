@@ -1,4 +1,4 @@
-"""A sample of the stress (`stress_records`): every kind of fault, through every reader."""
+"""A sample of the stress (`stress_records`): every fault of `stress_cases`, by every reader."""
 
 import numpy as np
 import pytest

@@ -3,6 +3,7 @@
 Nothing here installs anything; .ci/run builds the environment and a wheel for real.
 """
 
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -64,6 +65,11 @@ def test_every_direct_dependency_is_pinned_within_its_range(project, pins):
         assert requirement.specifier.contains(exact.version), f"{pin} against {requirement}"
 
 
+def test_every_constraint_is_an_exact_pin(pins):
+    for pin in pins.values():
+        assert [part.operator for part in pin.specifier] == ["=="], str(pin)
+
+
 def test_triton_is_pinned_but_never_required(project, pins):
     """torch's CUDA build brings it; where there is no GPU only the tests of kernels want it."""
     assert "triton" in pins
@@ -95,3 +101,9 @@ def test_a_present_extension_is_silent(forgetful):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _extension.extension().__name__ == "realign_kernels._C"
+
+
+def test_make_without_a_target_explains_the_targets():
+    out = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "bench", "lint", "build", "clean"):
+        assert f"make {target} " in out

@@ -81,6 +81,7 @@ def test_every_command_runs_as_written(model, modules, workplace, tmp_path, monk
         if program != "python" or (model == "llava") != ("llava" in str(words)):
             continue
         words.remove("-m")
+        assert words[0] != "realign.evaluate" or "1000" in words
         monkeypatch.setattr(sys, "argv", ["125" if word == "1000" else word for word in words])
         with pytest.raises(SystemExit) as end:
             runpy.run_module(words[0], run_name="__main__", alter_sys=True)

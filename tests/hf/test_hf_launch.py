@@ -1,4 +1,4 @@
-"""RDPOTrainer and the examples as they are launched: two processes compute what one computes."""
+"""RDPOTrainer and the examples on forked ranks: two processes compute what one computes."""
 
 import json
 import re

@@ -207,10 +207,18 @@ def swap(parameters, one, other):
 
 FAULTS = {
     "an address off 16 bytes": lambda case: case["records"][0].update(address=4098),
+    "a stride off 16 bytes": lambda case: case["records"][0].update(strides=[8190]),
+    "a stride of 2**40 bytes": lambda case: case["records"][0].update(strides=[2**40]),
+    "a dimension out of range": lambda case: case["records"][1].update(dims=[4096, 0]),
+    "a box out of range": lambda case: case["records"][1].update(box=[64, 512]),
+    "a box off 16 bytes": lambda case: case["records"][1].update(box=[12, 256]),
     "a box wider than its swizzle": lambda case: case["records"][1].update(box=[128, 256]),
     "dims of a map is [64, 64], not": lambda case: case["records"][0].update(dims=[64, 64]),
     "fill of a map is 1, not 0": lambda case: case["records"][0].update(fill=1),
     "an empty grid": lambda case: launch(case).update(grid=[4000, 0, 1]),
+    "a grid too large": lambda case: launch(case).update(grid=[1, 65536, 1]),
+    "too much shared memory": lambda case: launch(case).update(shared=SHARED + 1),
+    "a cluster or another attribute": lambda case: launch(case).update(attributes=1),
     "a grid that is not the contract's": lambda case: launch(case).update(grid=[3999, 1, 1]),
     "other warps": lambda case: launch(case).update(block=[128, 1, 1]),
     "GROUP is 8, not 16": lambda case: case["constants"].update(GROUP=8),

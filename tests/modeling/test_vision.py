@@ -134,7 +134,9 @@ def test_a_run_with_kept_features_is_that_without(pairs_file, tmp_path, monkeypa
     monkeypatch.setenv("REALIGN_CACHE", str(tmp_path))
     truth = run(pairs_file, tmp_path / "live", steps=2)
     images = len({image for r in read_pairs(pairs_file) for image in pixels(r)})
-    for number, (dtype, forwards) in enumerate((("fp32", images), ("fp32", 0), ("bf16", images))):
+    for number, (dtype, forwards) in enumerate(
+        (("fp32", images), ("fp32", 0), ("bf16", images), ("bf16", 0))
+    ):
         del towers[:]
         output = tmp_path / str(number)
         entries = run(pairs_file, output, "--dtype", dtype, "--cache-vision", steps=2)

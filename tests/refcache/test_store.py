@@ -252,12 +252,13 @@ def test_a_damaged_database_is_set_aside(database, folder):
     table, path = database
     table.insert(*make(range(1000)))
     malformed = path.read_bytes()[:-4096] + bytes(4096)  # SQLite reads the first records
-    for number, damaged in enumerate((b"no database" * 100, malformed)):
+    schema = path.read_bytes().replace(b"TABLE about", b"TAB\xff\xff about")  # no UTF-8
+    for number, damaged in enumerate((b"no database" * 100, malformed, schema)):
         path.write_bytes(damaged)
         with pytest.raises(OSError, match=r"damaged \(.*a run that writes") as caught:
             open_table(folder, FINGERPRINT, read_only=True)
         assert caught.value.filename == str(path)
-        aside = f"{path}.damaged{'-1' * number}"
+        aside = f"{path}.damaged{f'-{number}' if number else ''}"
         with pytest.warns(RuntimeWarning, match=f"was renamed to {aside}: ") as warned:
             table = open_table(folder, FINGERPRINT)
         assert len(warned) == 1 and Path(aside).read_bytes() == damaged

@@ -116,15 +116,12 @@ def _scatter(count: int, width: int, dtype: torch.dtype = torch.float32):
     scatter.add_rows(total, _long(count), _empty(count, width, dtype=torch.float32))
 
 
-def _narrow(count: int) -> tuple[Tensor, Tensor]:
-    return _empty(count, dtype=torch.int32), _empty(count, dtype=torch.float32)
-
-
 def _exp(count: int, width: int, vocabulary: int):
     """A launch of the GEMM with the exponential."""
     head = Head(_empty(vocabulary, width), None, None, 1.3)
     exp_logits = _empty(count, -(-vocabulary // 8) * 8)[:, :vocabulary]
-    exp_head.exp_rows(_empty(count, width), head, *_narrow(count), exp_logits)
+    narrow = _empty(count, dtype=torch.int32), _empty(count, dtype=torch.float32)
+    exp_head.exp_rows(_empty(count, width), head, *narrow, exp_logits)
 
 
 def _label(count: int, width: int, vocabulary: int):
