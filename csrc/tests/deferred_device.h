@@ -1,6 +1,6 @@
 // A device for the tests of the staging ring that is as unpredictable as a device may be: what is
-// enqueued runs at any moment that its stream and its events allow. A ring that forgets a dependency
-// then delivers wrong numbers.
+// enqueued runs at any moment that its stream and its events allow. A ring that forgets a
+// dependency then delivers wrong numbers.
 #pragma once
 
 #include <cmath>
