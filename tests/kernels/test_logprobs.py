@@ -452,7 +452,7 @@ def test_the_matrix_on_lesser_cpus():
     """Without tests/conftest.py, which imports transformers."""
     here = Path(__file__).parent
     files = [str(here / name) for name in ("test_logprobs.py", "test_preference.py")]
-    numerics = "cpp and (values or rival or shorter or objectives or masked or confident)"
+    numerics = "cpp and (values or rival or shorter or objectives or masked or finite or confident)"
     command = [sys.executable, "-c", FORKS, " ".join(lesser_levels()), "-q", "-k", numerics]
     command += ["-p", "no:cacheprovider", f"--confcutdir={here}", *files]
     done = subprocess.run(command, capture_output=True, text=True)
