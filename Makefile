@@ -28,7 +28,7 @@ help:
 	@echo 'make gpu-wheels     packages to carry to a CUDA machine without network (benchmarks/gpu/run.sh)'
 	@echo 'make gpu-rehearsal  the GPU check and tests/kernels on a CPU under that machine'"'"'s versions'
 	@echo 'make report  docs/benchmarks.md, docs/gpu.md and the README tables from the last runs'
-	@echo 'make lint    ruff check, ruff format --check and pyright'
+	@echo 'make lint    ruff check, ruff format --check, codespell with our word list, and pyright'
 	@echo 'make build   the environment only: .venv with the package and its C++ extension'
 	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
 
@@ -94,6 +94,7 @@ report: $(STAMP)
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m codespell_lib .
 	$(RUN) -m pyright
 
 clean:
