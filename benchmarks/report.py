@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import compare, results, targets
+from benchmarks import compare, readme, results, targets
 from benchmarks.gpu import pages as gpu_pages
 from benchmarks.gpu.check import load
 from benchmarks.results import Entry, Groups, Run, groups_of, over_limit
@@ -225,69 +225,6 @@ def _skipped(runs: list[Run]) -> str:
     return table(("run", "benchmarks", "reason"), rows)
 
 
-STEPS = {
-    "TRL DPO": "**rDPO here** over TRL {trl}'s plain DPO",
-    "TRL DPO, labelled rows": "the same, TRL made to project only response rows",
-    "released, three sequences": "over plain rDPO, three sequences as in the authors' release",
-}
-HEADS = {
-    "ours": "**`rdpo_loss`**",
-    "ours, torch backend": "`rdpo_loss` without the C++ kernels",
-    "F.linear_cross_entropy": "torch `F.linear_cross_entropy`",
-    "eager logits": "eager torch",
-    "TRL chunked log-prob": "TRL {trl} chunked log-prob",
-    "Liger DPO, two calls": "Liger {liger-kernel} DPO, two calls",
-    "CCE": "CCE {cut-cross-entropy}, its CPU version",
-}
-QUARTER = "LLaVA-1.5-7B, H / 4 1024x32000"
-TUNES, DTYPES = {"lora": "LoRA", "full": "full"}, ("fp32", "bf16")
-
-
-def readme_step(run: Run) -> str | None:
-    """Ours over theirs for a step of 60 M parameters; the most examples that were run."""
-    groups = groups_of([run], "step")
-    most = max((entries[0].case["examples"] for entries in groups.values()), default=0)
-    settings = {
-        (entries[0].case["tune"], entries[0].case["dtype"]): {e.contestant: e for e in entries}
-        for entries in groups.values()
-        if entries[0].case["examples"] == most
-    }
-    if not settings:
-        return None
-    columns = [(t, d) for t in TUNES for d in DTYPES if (t, d) in settings]
-    rows = []
-    for name, words in STEPS.items():
-        entries = [(settings[c]["ours"], settings[c].get(name)) for c in columns]
-        cells = ["-" if peer is None else f"{1 / peer.ratio[1]:.2f}" for _, peer in entries]
-        memory = [ours.bytes / peer.bytes for ours, peer in entries if peer is not None]
-        if name == "TRL DPO":
-            cells = [f"**{cell}**" for cell in cells]
-        peaks = span(memory, " - ") if memory else "-"
-        rows.append((words.format(**run.machine["versions"]), *cells, peaks))
-    size = f"{most} example{'s' if most > 1 else ''}"
-    what = f"a training step of a LLaVA of 60 M parameters, {size}, on a CPU: ours / theirs"
-    return table((what, *(f"{TUNES[t]}, {d}" for t, d in columns), "peak memory"), rows)
-
-
-def readme_head(run: Run) -> str | None:
-    """Time over that of the GEMMs alone, for a quarter of LLaVA-1.5-7B's head."""
-    groups = groups_of([run], "head")
-    shown = {
-        f"{dtype}, {words}": over_limit(groups.get(f"head, {kind}, {dtype}, {QUARTER}", []))
-        for dtype in reversed(DTYPES)
-        for kind, words in (("frozen", "frozen"), ("trainable", "trains"))
-    }
-    if not any(shown.values()):
-        return None
-    rows = []
-    for name, words in HEADS.items():
-        cells = [f"{over[name][1]:.2f}" if name in over else "" for over in shown.values()]
-        if name == "ours":
-            cells = [f"**{cell}**" for cell in cells]
-        rows.append((words.format(**run.machine["versions"]), *cells))
-    return table(("", *shown), rows)
-
-
 def pages(folder: Path = results.FOLDER) -> dict[Path, dict[str, str]]:
     """Generated blocks by page, relative to the root.
 
@@ -299,16 +236,27 @@ def pages(folder: Path = results.FOLDER) -> dict[Path, dict[str, str]]:
         results.read(path) if (path := folder / f"{name}.json").exists() else None
         for name in ("earlier", "gpu")
     )
-    readme = {
-        name: next(filter(None, map(make, runs)), "Not measured.")
-        for name, make in {"step": readme_step, "head": readme_head}.items()
-    }
+    stepped = next(filter(readme.step_ratios, runs), runs[0])
+    own = {"step": readme.step_block(stepped) or "Not measured."}
+    own["measured"] = readme.measured_line(stepped, check)
     return {
         Path("docs/benchmarks.md"): blocks(runs, earlier, gpu),
         Path("docs/gpu.md"): gpu_pages.blocks(check),
         Path("docs/kernels.md"): {"gpu": gpu_pages.kernels_sentence(check)},
-        Path("README.md"): readme | {"gpu": gpu_pages.readme_sentence(check)},
+        Path("README.md"): own,
     }
+
+
+def charts(folder: Path = results.FOLDER) -> dict[Path, str]:
+    """Charts of the README, as SVG by path relative to the root.
+
+    Raises:
+        ValueError: when results are missing.
+    """
+    stepped = next(filter(readme.step_ratios, read_runs(folder)), None)
+    if stepped is None:
+        return {}
+    return {Path(path): readme.chart(stepped, theme) for theme, path in readme.CHARTS.items()}
 
 
 def main() -> int:
@@ -316,6 +264,9 @@ def main() -> int:
     try:
         for page, found in pages().items():
             put(ROOT / page, found)
+        for path, text in charts().items():
+            (ROOT / path).parent.mkdir(exist_ok=True)
+            (ROOT / path).write_text(text)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -44,6 +44,14 @@ def span(values: Sequence[float], between: str = " to ") -> str:
     return between.join(dict.fromkeys(f"{part(values):.2f}" for part in (min, max)))
 
 
+def ratio_range(values: Sequence[float], better: str, worse: str) -> str:
+    """Least and most of theirs over ours: "1.2x - 1.3x faster", or "0.9x, slower" below 1."""
+    shown = " - ".join(dict.fromkeys(f"{part(values):.1f}x" for part in (min, max)))
+    if min(values) >= 1:
+        return f"{shown} {better}"
+    return f"{shown}, {worse}" if max(values) < 1 else f"{shown}, {worse} to {better}"
+
+
 def put(path: Path, blocks: dict[str, str]) -> None:
     """Replaces the lines from `<!-- NAME: generated -->` to `<!-- /NAME -->` of a page.
 

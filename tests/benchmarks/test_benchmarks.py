@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from benchmarks import compare, plots, race, report, results, roofline, targets
+from benchmarks import compare, plots, race, readme, report, results, roofline, targets
 from benchmarks.results import Entry, Run
 from benchmarks.tables import put
 
@@ -39,6 +40,16 @@ def run(name="default", noise=0.02, seed=0, ours=1.0, machine=1.0, groups=6, **e
             error = {} if role == "limit" else {"loss": 1e-5, "gradient": 2e-3}
             entries.append(Entry("head", group, case, who, role, tuple(theirs), ratio, error))
     return Run(name, MACHINE, "0123456789ab", "2026-01-01 00:00:00", tuple(entries), ())
+
+
+def step_run(peers):
+    """A run of one step; `peers` maps a contestant to its time over ours and its bytes."""
+    case = {"tune": "lora", "dtype": "bf16", "examples": 4}
+    entries = [Entry("step", "step", case, "ours", "ours", (1.0,), extra={"bytes": 100})]
+    for name, (ratio, size) in peers.items():
+        sizes = {"bytes": size}
+        entries.append(Entry("step", "step", case, name, "peer", (1.0,), (ratio,) * 3, {}, sizes))
+    return Run("slow", MACHINE, "0123456789ab", "2026-01-01 00:00:00", tuple(entries), ())
 
 
 def changed(one, change):
@@ -208,6 +219,27 @@ class TestPages:
             copy.write_text((ROOT / page).read_text())
             put(copy, blocks)
             assert copy.read_text() == (ROOT / page).read_text(), f"{page}: run `make report`"
+
+    def test_committed_charts_have_the_figures_of_the_committed_results(self):
+        charts = report.charts()
+        assert set(map(str, charts)) == set(readme.CHARTS.values())
+        for path, chart in charts.items():
+            assert (ROOT / path).read_text() == chart, f"{path}: run `make report`"
+
+    def test_readme_shows_theirs_over_ours_and_the_fair_peer_first(self):
+        stepped = step_run({"TRL DPO": (1.9, 250), "TRL DPO, labelled rows": (0.91, 120)})
+        rows = readme.step_block(stepped).splitlines()[-2:]
+        assert rows[0].endswith("response rows only | 0.9x, slower | 1.2x less |")
+        assert rows[1].endswith("projects every row | 1.9x faster | 2.5x less |")
+        for theme in readme.CHARTS:
+            drawing = ElementTree.fromstring(readme.chart(stepped, theme))
+            values = [text.text for text in drawing.iter() if text.get("class") == "value"]
+            assert values == ["0.91x", "1.20x", "1.90x", "2.50x"]
+            widths = [float(bar.get("width")) for bar in drawing.iter() if bar.tag.endswith("rect")]
+            assert widths == [
+                pytest.approx(readme.SCALE * ratio, abs=0.05) for ratio in (0.91, 1.2, 1.9, 2.5)
+            ]
+        assert readme.step_block(run()) is None and readme.chart(run(), "light") is None
 
     def test_pictures_are_drawn(self, tmp_path):
         plots.head(results.groups_of([run()], "head"), tmp_path)

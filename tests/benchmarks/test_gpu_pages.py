@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import roofline, targets
+from benchmarks import readme, roofline, targets
 from benchmarks.gpu import attention, check, head, pages
+from benchmarks.results import Run
 from realign.modeling.attention import forest_mask
 
 SHAPE = "3072x4096x32000 frozen"
@@ -71,10 +72,11 @@ def test_every_gpu_target_names_a_case_of_the_check():
 
 
 def test_sentences_follow_from_the_results():
-    words = " ".join(pages.readme_sentence(measured()).split())
-    assert "was 1.80 times faster than TRL's DPO and - times faster than three" in words
-    assert "The head took 3.00 times" in words and "GPU targets: 1 met, 1 missed" in words
-    assert "eager logits is faster in 1 of 1 cases (0.90 of ours)" in words
+    machine = {"cpu": "a CPU", "capability": "AVX512", "threads": 2, "versions": {"torch": "2.1+x"}}
+    words = " ".join(readme.measured_line(Run("slow", machine, "", "", (), ()), measured()).split())
+    assert "on a CPU: a CPU (AVX512), 2 threads, torch 2.1 (" in words
+    assert "GPU run (one Fast Card) timed an earlier version" in words
+    assert "was 1.80x faster than TRL's DPO" in words
     assert "On one Fast Card, 1 of 2 cases" in pages.kernels_sentence(measured())
 
 

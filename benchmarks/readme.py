@@ -1,0 +1,182 @@
+"""Generated blocks of the README: chart and table of a training step, and the machines."""
+
+from html import escape
+from typing import NamedTuple
+
+from benchmarks.gpu.check import Check
+from benchmarks.gpu.pages import fill
+from benchmarks.results import Run, groups_of
+from benchmarks.tables import ratio_range, table
+
+CHARTS = {"light": "docs/images/step.svg", "dark": "docs/images/step-dark.svg"}
+"""Paths of the chart for light and dark pages."""
+COLOURS = {
+    "light": {"ink": "#1f2328", "quiet": "#59636e", "bars": "#c2410c #2563eb"},
+    "dark": {"ink": "#f0f6fc", "quiet": "#9da7b1", "bars": "#f0883e #58a6ff"},
+}
+PEERS = {
+    "TRL DPO, labelled rows": "TRL {trl}'s DPO, made to project response rows only",
+    "TRL DPO": "TRL {trl}'s DPO with its CPU default, which projects every row",
+    "released, three sequences": "plain rDPO, three sequences as in the authors' release",
+}
+"""Contestants of a step with their titles; the fair comparison is first."""
+TUNES, DTYPES = {"lora": "LoRA", "full": "full"}, ("bf16", "fp32")
+MODEL = (
+    "A LLaVA of 60 M parameters: hidden size 512, 8 layers, vocabulary 32,000. {examples} examples "
+    "a step: 576 image tokens, prompt 64, responses 128."
+)
+METHODS = (
+    "Ours is rDPO: three sequences, cached references. TRL's DPO: two sequences, live reference. "
+    "Plain rDPO: three sequences, live reference."
+)
+MACHINE = (
+    "LoRA of rank 128, or full fine-tuning. {cpu} ({capability}), {threads} threads, "
+    "torch {torch}. Medians of rounds in turns."
+)
+EXPLAINED = "1.3x: theirs takes 1.3 times as long as ours, or 1.3 times as much memory."
+
+
+class Setting(NamedTuple):
+    """Time and peak memory of a peer over ours, in one setting of the step."""
+
+    name: str
+    time: float
+    memory: float
+
+
+class StepRatios(NamedTuple):
+    """Peers of a step, theirs over ours, with the most examples that were run."""
+
+    examples: int
+    peers: dict[str, list[Setting]]
+
+
+def step_ratios(run: Run) -> StepRatios | None:
+    """The ratios of a run; None where it has no step."""
+    groups = groups_of([run], "step").values()
+    examples = max((entries[0].case["examples"] for entries in groups), default=0)
+    settings = {
+        (entries[0].case["tune"], entries[0].case["dtype"]): {e.contestant: e for e in entries}
+        for entries in groups
+        if entries[0].case["examples"] == examples
+    }
+    peers: dict[str, list[Setting]] = {}
+    for tune, dtype in ((tune, dtype) for tune in TUNES for dtype in DTYPES):
+        entries = settings.get((tune, dtype), {})
+        for name, title in PEERS.items():
+            if peer := entries.get(name):
+                memory = peer.bytes / entries["ours"].bytes
+                found = Setting(f"{TUNES[tune]}, {dtype}", peer.ratio[1], memory)
+                peers.setdefault(title.format(**_versions(run)), []).append(found)
+    ordered = (title.format(**_versions(run)) for title in PEERS.values())
+    return StepRatios(examples, {t: peers[t] for t in ordered if t in peers}) if peers else None
+
+
+def _versions(run: Run) -> dict[str, str]:
+    return {name: str(version).split("+")[0] for name, version in run.machine["versions"].items()}
+
+
+def step_block(run: Run) -> str | None:
+    """The chart, and its ranges over the settings as a table."""
+    found = step_ratios(run)
+    if found is None:
+        return None
+    rows = [
+        (
+            title,
+            ratio_range([setting.time for setting in settings], "faster", "slower"),
+            ratio_range([setting.memory for setting in settings], "less", "more"),
+        )
+        for title, settings in found.peers.items()
+    ]
+    alt = "Bar chart: time and peak memory of a training step, theirs over ours"
+    return "\n".join((
+        "<picture>",
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{CHARTS["dark"]}">',
+        f'  <img src="{CHARTS["light"]}" width="880" alt="{alt}">',
+        "</picture>",
+        "",
+        table(("a training step of rDPO here, compared with", "time", "peak memory"), rows),
+    ))  # fmt: skip
+
+
+def measured_line(run: Run, check: Check) -> str:
+    """The machines of the chart and of the GPU check, and the age of the latter."""
+    seconds = [check.figure("step", case, "seconds") for case in ("TRL DPO", "ours")]
+    ratio = "-" if None in seconds else f"{seconds[0] / seconds[1]:.2f}x"
+    machine = run.machine
+    return fill(
+        f"Measured on a CPU: {machine['cpu']} ({machine['capability']}), {machine['threads']} "
+        f"threads, torch {_versions(run)['torch']} ([docs/benchmarks.md](docs/benchmarks.md)). "
+        f"The one GPU run (one {check.card}) timed an earlier version: its step with "
+        f"LLaVA-1.5-7B was {ratio} faster than TRL's DPO. Head and step have changed since, and "
+        "the present code has not been timed on a GPU ([docs/gpu.md](docs/gpu.md))."
+    )
+
+
+WIDTH, LEFT, SCALE = 880, (104, 510), 104
+"""Width of the chart, left edges of its two panels, and pixels of 1x."""
+TOP, TITLE, BAR, GAP = 112, 24, 18, 14
+"""Pixels above the first group, of a group's title, of a bar's line, and between groups."""
+
+
+def chart(run: Run, theme: str) -> str | None:
+    """The chart as SVG: a group for each peer, a bar for each setting."""
+    found = step_ratios(run)
+    if found is None:
+        return None
+    colours = COLOURS[theme]
+    machine = run.machine | _versions(run)
+    end = TOP + sum(TITLE + BAR * len(one) + GAP for one in found.peers.values())
+    captions = (MODEL.format(examples=found.examples), METHODS, MACHINE.format(**machine))
+    height = end + 18 * len(captions) + 8
+    parts = [
+        _text(0, 20, "Time and memory of a training step: theirs over ours", "title"),
+        _text(0, 42, EXPLAINED, "quiet"),
+    ]
+    for left, what in zip(LEFT, ("time", "peak memory"), strict=True):
+        parts.append(_text(left, 76, what, "group"))
+        parts.append(_text(left + SCALE, 96, "ours: 1x", "tick"))
+    y = TOP
+    for title, settings in found.peers.items():
+        parts.append(_text(0, y + 14, title[0].upper() + title[1:], "group"))
+        y += TITLE
+        for setting in settings:
+            parts.append(_text(LEFT[0] - 10, y + 12, setting.name, "name"))
+            for place, value in enumerate((setting.time, setting.memory)):
+                x, width = LEFT[place], SCALE * value
+                parts.append(
+                    f'<rect class="bar{place}" x="{x}" y="{y + 1}" width="{width:.1f}" '
+                    f'height="{BAR - 4}"/>'
+                )
+                parts.append(_text(x + width + 6, y + 12, f"{value:.2f}x", "value"))
+            y += BAR
+        for x in (left + SCALE for left in LEFT):
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{y - BAR * len(settings)}" y2="{y}"/>')
+        y += GAP
+    parts += [_text(0, end + 14 + 18 * i, text, "quiet") for i, text in enumerate(captions)]
+    return "\n".join((
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'viewBox="0 0 {WIDTH} {height}" role="img">',
+        f"<title>{escape('Time and memory of a training step: theirs over ours')}</title>",
+        f"<style>{_style(colours)}</style>",
+        *parts,
+        "</svg>\n",
+    ))  # fmt: skip
+
+
+def _text(x: float, y: float, text: str, kind: str) -> str:
+    return f'<text class="{kind}" x="{x:g}" y="{y}">{escape(text, quote=False)}</text>'
+
+
+def _style(colours: dict[str, str]) -> str:
+    bars = colours["bars"].split()
+    return (
+        "text{font:13px -apple-system,'Segoe UI','Noto Sans',Helvetica,Arial,sans-serif;"
+        f"fill:{colours['ink']}}}"
+        ".title{font-size:18px;font-weight:600}.group{font-weight:600}.value{font-size:12px}"
+        f".name{{font-size:12px;text-anchor:end}}.quiet{{font-size:12px;fill:{colours['quiet']}}}"
+        f".tick{{font-size:11px;text-anchor:middle;fill:{colours['quiet']}}}"
+        f"line{{stroke:{colours['ink']};stroke-width:1.5}}"
+        f".bar0{{fill:{bars[0]}}}.bar1{{fill:{bars[1]}}}"
+    )
