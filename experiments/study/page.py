@@ -75,7 +75,8 @@ def summary(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) 
         results_of: name of a run -> its results.
         testbeds: name of a run -> its testbed.
     """
-    sentences, start = [], "In [the study](docs/study.md), the model misnames"
+    sentences = []
+    start = "In [the study](docs/study.md) (95 % intervals in brackets), the model misnames"
     for images, runs in _runs_by_images(results_of, testbeds).items():
         change, dpo, rdpo = _over_runs(runs)
         seeds = {s for r in runs.values() for s in values(r, "rdpo", "hallucination_rate")}
@@ -151,7 +152,7 @@ def run_block(name: str, results: Results, images: str) -> str:
     parts = []
     if missing := [arm for arm in arms if not complete(results, [arm])]:
         parts.append(f"This run has no results for: {', '.join(missing)}.")
-    parts.append(f"![every arm](study/{name}.png)")
+    parts.append(f"![Misnamed images of every arm](study/{name}.png)")
     shown: set[str] = set()
     for title, names in SECTIONS.items():
         names = [n for n in names if n in (*arms, "base")]
@@ -159,7 +160,7 @@ def run_block(name: str, results: Results, images: str) -> str:
             parts += [f"### {title}", _table(results, names)]
         shown |= set(names)
     if drawn := curves_of(results):
-        parts.append(f"![{' and '.join(drawn)}](study/{name}-curves.png)")
+        parts.append(f"![Misnamed images over {' and '.join(drawn)}](study/{name}-curves.png)")
     parts += ["### Paired tests", _comparisons(results)]
     if tuning_of(results):
         parts += ["### Learning rates", _tuning(results)]
