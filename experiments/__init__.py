@@ -1,1 +1,1 @@
-"""Experiments on the digits: the study, and the base model's pretraining. Not in the wheel."""
+"""Experiments outside the wheel: the study, and pretraining of the digits base model."""

@@ -2,9 +2,9 @@
 
     python -m experiments.digits_pretrain            # about ten minutes on two cores
 
-A real `LlavaForConditionalGeneration` of 1.1 M parameters learns captions and yes/no questions on
-biased scenes only, so it reads digits well and has learned the prior of the captions. The result
-is written as bf16 safetensors to the assets of `realign.digits` and shipped with the package.
+Trains a `LlavaForConditionalGeneration` of 1.1 M parameters on captions and yes/no questions.
+All scenes are biased, so the model reads digits well and also learns the prior of the captions.
+Writes bf16 safetensors to the assets of `realign.digits`, which are shipped with the package.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from realign.pairs.masking.mask import Masked
 from realign.pairs.prompts import complete_chat
 
 BATCH = 64
-POOL = 8192  # biased scenes drawn once
-TURNS = 2  # questions of each of three kinds in a dialogue
+POOL = 8192  # biased scenes, drawn once
+TURNS = 2  # questions of each of the three kinds in a dialogue
 LEARNING_RATE = 1e-3
 SPECIAL = ("bos", "eos", "pad")
-COMPLETIONS = 24  # rows in a batch of completions, whose prompts are long
+COMPLETIONS = 24  # rows in a batch of completions, which have long prompts
 
 
 def build_model(processor) -> LlavaForConditionalGeneration:
@@ -76,7 +76,7 @@ def build_model(processor) -> LlavaForConditionalGeneration:
 def encode(
     processor, scenes: list[Scene], dialogues: list[list[tuple[str, str]]]
 ) -> dict[str, torch.Tensor]:
-    """Tokenize (question, answer) turns about one scene each; labels cover only the answers."""
+    """Tokenize dialogues of (question, answer) turns, one scene each. Labels cover only answers."""
     tokenizer = processor.tokenizer
     openings = [turns[0][0] for turns in dialogues]
     prompts = [chat_prompt(processor, [{"role": "user", "content": q}], 1)[0] for q in openings]
@@ -105,17 +105,17 @@ def pretrain(
     *,
     completions: bool = False,
     progress: bool = True,
-    **pictures,
+    **scene_options,
 ) -> tuple[LlavaForConditionalGeneration, object]:
-    """Train a base from scratch.
+    """Train a base model from scratch.
 
     Args:
-        steps: batches of BATCH.
-        seed: of weights, scenes and their order.
-        completions: whether every fourth batch teaches to complete a masked caption on an image, as
-            `--refill prompt` asks for it.
-        progress: whether to show a bar.
-        pictures: noise, follow and glyphs of the scenes, see `make_scenes`.
+        steps: number of batches of BATCH dialogues.
+        seed: seed of the weights, the scenes and their order.
+        completions: whether every fourth batch teaches the model to complete a masked caption of an
+            image, with the prompt of `--refill prompt`.
+        progress: whether to show a progress bar.
+        scene_options: noise, follow and glyphs of the scenes, see `make_scenes`.
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -124,7 +124,7 @@ def pretrain(
     rng = np.random.default_rng(seed)
     processor = build_processor()
     model = build_model(processor).train()
-    scenes = make_scenes(POOL, biased=True, seed=seed + 1000, **pictures)
+    scenes = make_scenes(POOL, biased=True, seed=seed + 1000, **scene_options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     bar = tqdm(range(steps), desc="pretraining the digits base", disable=not progress)
     for step in bar:
@@ -147,7 +147,7 @@ def pretrain(
         logits = model(**batch).logits[:, :-1].float()
         targets = labels[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        # A mean per row, so that short answers weigh as much as captions.
+        # The mean of each row, so that a short answer has the weight of a caption.
         losses = losses.sum(1) / (targets != -100).sum(1)
         loss = losses.mean()
         loss.backward()
@@ -161,10 +161,10 @@ def pretrain(
 
 
 def _dialogue(scene: Scene, place: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions at the odd places of a batch, the caption at the even places."""
+    """Return questions at odd places of a batch and the caption at even places."""
     if not place % 2:
         return [(CAPTION_PROMPT, scene.caption)]
-    # Many short turns: one answer in a batch row teaches too little.
+    # Several short turns, because a single answer in a batch row teaches too little.
     questions = [make_questions(scene, rng)[rng.integers(2)] for _ in range(TURNS)]
     for _ in range(TURNS):
         questions += make_easy_questions(scene, rng)
@@ -173,11 +173,11 @@ def _dialogue(scene: Scene, place: int, rng: np.random.Generator) -> list[tuple[
 
 
 def _completion(other: Scene, shown: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """(request, answer): the request hides a digit of `other`, the answer names that of `shown`."""
+    """Return a request that hides a digit of `other`, and its answer, with the digit of `shown`."""
     place = int(rng.integers(4))
     digits = [*other.digits[:place], shown.digits[place], *other.digits[place + 1 :]]
     hidden = WORDS[other.digits[place]]
-    # The same word may be earlier in the caption, so the split is by place, not by word.
+    # The same word may occur earlier in the caption, so the split is by place, not by word.
     places = caption_of(other.digits).split(" , ")
     name, _, after = places[place].rpartition(f" {hidden}")
     start = " , ".join([*places[:place], name + " "])
@@ -188,11 +188,13 @@ def _completion(other: Scene, shown: Scene, rng: np.random.Generator) -> tuple[s
 
 
 def main() -> None:
-    """Parse, pretrain, write the checkpoint."""
+    """Parse the arguments, pretrain the base and write its checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2000, help=f"batches of {BATCH}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ASSETS, help="folder to write")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help=f"training steps, each on {BATCH} scenes"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and scenes")
+    parser.add_argument("--output", type=Path, default=ASSETS, help="folder to write to")
     options = parser.parse_args()
     model, processor = pretrain(options.steps, options.seed)
     model.to(torch.bfloat16).save_pretrained(options.output)

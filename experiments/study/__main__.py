@@ -1,4 +1,4 @@
-"""Command of the study: `python -m experiments.study`. A second call resumes."""
+"""Command of the study: `python -m experiments.study`. A second call resumes it."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from realign.cli import one_line_errors, parse_sections
 from realign.files import check_file, check_folder
 from realign.third_party import silence_third_party
 
-MOST = 100  # seeds; the next number is the tuning seed
+MOST = 100  # seeds, because seed 100 is for tuning
 
 
 @dataclass
 class StudyConfig:
     output: str = "runs/study"
-    """Folder of bases, pairs and results, a folder for each testbed; finished runs are kept."""
+    """Output folder for bases, pairs and results of each testbed. Finished runs are kept."""
     docs: str = "docs"
-    """Folder of study.md, whose generated blocks are replaced, and of study/."""
+    """Folder of study.md and study/. The generated blocks of the page are replaced."""
     testbed: str = "both"
-    """What to run: digits, photographs or both."""
+    """Testbed to run: digits, photographs or both."""
     seeds: int = 5
-    """Seeds, each with a base, pairs and training of its own."""
+    """Number of seeds. Each seed has its own base, pairs and training."""
     jobs: int = 2
-    """Processes at once, one thread each."""
+    """Number of parallel processes, with one thread each."""
     report: bool = False
-    """Run nothing: write the page again from all runs in --docs."""
+    """Train nothing, and write the page again from the runs in --docs."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):
             if not 1 <= getattr(self, name) <= MOST:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {MOST}.")
+                raise ValueError(f"{name} is {getattr(self, name)}. It must be from 1 to {MOST}.")
         if self.testbed not in ("digits", "photographs", "both"):
             raise ValueError(
-                f"testbed is {self.testbed!r}; it must be 'digits', 'photographs' or 'both'."
+                f"testbed is {self.testbed!r}. It must be 'digits', 'photographs' or 'both'."
             )
 
 
 def study(config: StudyConfig) -> None:
-    """Run the missing jobs and write the page.
+    """Run the missing jobs and write the blocks of docs/study.md and the README.
 
     Raises:
-        ValueError: when the folder holds a study of another testbed, there is nothing to report, or
+        ValueError: if the folder holds a study of another testbed, there is nothing to report, or
             matplotlib or scikit-image is missing.
     """
     _check_installed("matplotlib")
@@ -71,32 +71,35 @@ def study(config: StudyConfig) -> None:
         plots.draw(archive / f"{name}.png", results)
         plots.draw_curves(archive / f"{name}-curves.png", results)
     put(Path(config.docs) / "study.md", page.blocks(results_of, beds))
+    readme = Path(config.docs).parent / "README.md"
+    if readme.is_file() and "<!-- study: generated -->" in readme.read_text():
+        put(readme, {"study": page.summary(results_of, beds)})
     findings = page.findings(results_of, beds)
     print("\n".join(sentence for sentences in findings.values() for sentence in sentences))
 
 
 def _check_installed(module: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"the study needs {module}: pip install 'realign[study]'.")
+        raise ValueError(f"The study needs {module}. Install it with: pip install 'realign[study]'")
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, report; returns an exit code."""
+    """Parse the arguments and run the study. Returns the exit code."""
     began = time.perf_counter()
     silence_third_party()
     try:
         config = parse_sections(
             {"study": StudyConfig},
             prog="python -m experiments.study",
-            description="DPO, rDPO and their relatives where the language prior is strong.",
+            description="Compare DPO, rDPO and related methods under a strong language prior.",
             arguments=arguments,
         )["study"]
         study(config)
     except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
+        print("Stopped. Run the same command to resume.", file=sys.stderr)
         return 130
-    print(f"{time.perf_counter() - began:.0f} s")
+    print(f"Finished in {time.perf_counter() - began:.0f} s.")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Statistics of the runs: means over seeds with intervals, and paired tests between arms.
 
-A seed has its own base, pairs and order of training, so seeds are the independent units. Scenes are
-not, because all models are evaluated on the same ones. Intervals and tests are Student's, over
-seeds: exact if the differences of seeds are normal, and wide for few seeds.
+Each seed has its own base, pairs and order of training, so seeds are the independent units. Scenes
+are not independent, because all models are evaluated on the same ones. Intervals and tests are
+Student's, over seeds. They are exact if the differences are normal, and wide for few seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Results = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds with its 95 % interval, which is nan for a single seed."""
+    """A mean over seeds with its 95 % interval. The interval of a single seed is nan."""
 
     value: float
     low: float
@@ -30,14 +30,14 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """The second arm minus the first, over the seeds that have both.
+    """The second arm minus the first, over the seeds of both arms.
 
     Attributes:
         first, second: names of the arms.
-        mean: of the differences, with its interval.
-        p: of the paired t-test, two-sided; nan for a single seed.
-        adjusted: p after Holm's correction over all comparisons of the table.
-        seeds: how many.
+        mean: mean of the differences, with its interval.
+        p: two-sided p-value of the paired t-test, nan for a single seed.
+        adjusted: p-value after Holm's correction over all comparisons of the table.
+        seeds: number of seeds.
     """
 
     first: str
@@ -49,7 +49,7 @@ class Difference:
 
 
 def values(results: Results, arm: str, metric: str) -> dict[int, float]:
-    """seed -> the metric of an arm, without tuning runs."""
+    """Return seed -> metric of an arm, without tuning runs."""
     return {
         r["seed"]: r["metrics"][metric]
         for r in results
@@ -58,19 +58,19 @@ def values(results: Results, arm: str, metric: str) -> dict[int, float]:
 
 
 def complete(results: Results, names: Iterable[str]) -> bool:
-    """Whether all these arms were run."""
+    """Return whether all these arms have results."""
     return all(values(results, name, "hallucination_rate") for name in names)
 
 
 def mean(numbers: Iterable[float]) -> Mean:
-    """The mean and its 95 % interval by Student's t.
+    """Return the mean and its 95 % interval by Student's t.
 
     Raises:
-        ValueError: for no numbers.
+        ValueError: if there are no numbers.
     """
     samples = np.array(list(numbers), float)
     if not len(samples):
-        raise ValueError("there are no numbers to average; run the study first.")
+        raise ValueError("There are no results to average. Run the study first.")
     value = float(samples.mean())
     if len(samples) == 1:
         return Mean(value, np.nan, np.nan)
@@ -81,7 +81,7 @@ def mean(numbers: Iterable[float]) -> Mean:
 def differences(
     results: Results, pairs: Iterable[tuple[str, str]], metric: str
 ) -> list[Difference]:
-    """Compare arms on a metric, paired by seed; pairs without a common seed are left out."""
+    """Compare arms on a metric, paired by seed. Pairs without a common seed are omitted."""
     compared = []
     for first, second in pairs:
         a, b = values(results, first, metric), values(results, second, metric)
@@ -95,9 +95,9 @@ def differences(
 
 
 def together(runs: Iterable[Results], pair: tuple[str, str], metric: str) -> Mean:
-    """The second arm minus the first over several runs of the same seeds.
+    """Return the second arm minus the first over several runs of the same seeds.
 
-    Runs of one seed have the same start, so they are averaged and count once.
+    Runs of one seed start from the same state, so their average counts once.
     """
     by_seed: dict[int, list[float]] = {}
     for results in runs:
@@ -108,7 +108,7 @@ def together(runs: Iterable[Results], pair: tuple[str, str], metric: str) -> Mea
 
 
 def _paired_p(change: Sequence[float]) -> float:
-    """p of the test that the mean difference is 0; 1 or 0 where all differences are equal."""
+    """Return the p-value of a mean difference of 0. It is 1 or 0 if all differences are equal."""
     if len(change) < 2:
         return float("nan")
     if np.ptp(change) == 0:
@@ -117,7 +117,7 @@ def _paired_p(change: Sequence[float]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's correction: Scandinavian Journal of Statistics 6 (1979); nan stays nan."""
+    """Apply Holm's correction (Scandinavian Journal of Statistics 6, 1979). nan stays nan."""
     numbers = np.array(p, float)
     order = [i for i in np.argsort(numbers) if not np.isnan(numbers[i])]
     adjusted, highest = np.full(len(numbers), np.nan), 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-"""Tried first for every tuned arm; if the best rate is an end, rates beyond it are tried."""
+"""First rates of every tuned arm. If the best one is an end, further rates follow."""
 LOWEST, HIGHEST = LEARNING_RATES[0] / 8, LEARNING_RATES[-1] * 4
 
 
@@ -15,26 +15,26 @@ class Pairs:
 
     negative: str = "retrieved"
     refill: str = "infill"
-    segments: int = 1  # words hidden; 0 hides all
+    segments: int = 1  # hidden words, or 0 for all
     k: int = 10
 
     @property
     def name(self) -> str:
-        """A name for files."""
+        """Name of the pairs in file names."""
         return f"{self.negative}-{self.refill}-{self.segments or 'all'}-k{self.k}"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to align the base.
+    """A method to align the base, with its settings.
 
     Attributes:
-        name: unique.
-        objective: of `realign.train`.
-        pairs: settings of its training data.
-        beta: of the objective.
-        visual_weight: of the visual term.
-        tuned_as: the arm that gives the learning rate; the arm itself when empty.
+        name: unique name.
+        objective: objective of `realign.train`.
+        pairs: settings of the training data.
+        beta: beta of the objective.
+        visual_weight: weight of the visual term.
+        tuned_as: name of the arm with the learning rate, or empty for the arm itself.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Arm:
 
     @property
     def tuned(self) -> bool:
-        """Whether its learning rate is tuned for this arm."""
+        """Whether the learning rate is tuned for this arm."""
         return not self.tuned_as
 
 
@@ -83,7 +83,7 @@ ARMS = (
     *_METHODS, *_BY_NEGATIVE, *_BY_SEGMENTS, *_BY_REFILL, *_BY_WEIGHT, *_BY_BETA, *_BY_K,
 )  # fmt: skip
 ARMS_OF = {"digits": ARMS, "photographs": (*_METHODS[:2], _BY_NEGATIVE[0])}
-"""The arms of each testbed: on photographs DPO, rDPO, and rDPO with a random negative."""
+"""Arms of each testbed. Photographs have DPO, rDPO, and rDPO with a random negative."""
 
 SECTIONS = {
     "Methods": ("base", "dpo", "rdpo", "mdpo", "symmpo", "released"),
@@ -95,10 +95,10 @@ SECTIONS = {
     "Infill against prompt": ("dpo", "dpo prompt", "rdpo", "rdpo prompt"),
     "One masked segment against all": ("dpo", "dpo all segments", "rdpo", "rdpo all segments"),
 }  # fmt: skip
-"""The tables of the report: title -> arms."""
+"""Tables of the report: title -> arms."""
 
 PRIMARY = ("dpo", "rdpo")
-"""The question of the study, (first, second): tested without correction."""
+"""Primary comparison, (first, second), tested without correction."""
 COMPARISONS = (
     ("base", "dpo"),
     ("base", "rdpo"),
@@ -110,4 +110,4 @@ COMPARISONS = (
     ("rdpo all segments", "rdpo"),
     ("rdpo prompt", "rdpo"),
 )
-"""Further pairs of arms that are tested, all of them tuned; selected before any arm was run."""
+"""Further tested pairs of tuned arms, selected before any arm was run."""

@@ -1,8 +1,9 @@
-"""Generated blocks of docs/study.md, from the results of the study."""
+"""Generated blocks of docs/study.md and the README, from the results of the study."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from benchmarks.tables import table
@@ -31,75 +32,127 @@ COLUMNS = {
 _SHARES = ("hallucination_rate", "hallucination_rate_biased", "exact_captions", "f1")
 
 
-def finding(pictures: str, results: Results) -> str:
-    """Finding of a testbed in one sentence; its words depend on the numbers."""
+def finding(images: str, results: Results) -> str:
+    """Return the finding of a run in three sentences. Their words depend on the numbers."""
     (difference,) = differences(results, [PRIMARY], "hallucination_rate")
     by_seed = [values(results, name, "hallucination_rate") for name in ("base", *PRIMARY)]
     base, dpo, rdpo = (mean(rates.values()) for rates in by_seed)
     fewer = sum(by_seed[2][s] < by_seed[1][s] for s in by_seed[2].keys() & by_seed[1].keys())
-    change = difference.mean
     return (
-        f"After rDPO the model misnames {_word(change)} {pictures} than after DPO: "
-        f"{_percent(rdpo.value)} against {_percent(dpo.value)} %, a difference of "
-        f"{_points(change)} points over {difference.seeds} seeds, fewer in {fewer} of them; the "
-        f"base misnames {_percent(base.value)} %."
+        f"The model misnames {_compared(images, difference.mean, dpo, rdpo)}. The difference is "
+        f"{_points(difference.mean)} points. It is below 0 for {fewer} of {difference.seeds} "
+        f"seeds. The base misnames {_percent(base.value)} %."
     )
 
 
 def findings(
     results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]
 ) -> dict[str, list[str]]:
-    """Findings for each kind of images: a sentence over all its runs, then of each run."""
+    """Return the findings for each kind of images: over all its runs, then of each run."""
     sentences: dict[str, list[str]] = {}
-    for pictures in dict.fromkeys(bed.pictures for bed in testbeds.values()):
-        runs = {n: results_of[n] for n, bed in testbeds.items() if bed.pictures == pictures}
-        by_run = [finding(pictures, results) for results in runs.values()]
+    for images, runs in _runs_by_images(results_of, testbeds).items():
+        by_run = [finding(images, results) for results in runs.values()]
         if len(runs) == 1:
-            sentences[pictures] = by_run
+            sentences[images] = by_run
             continue
-        change = together(runs.values(), PRIMARY, "hallucination_rate")
-        dpo, rdpo = (
-            mean(v for r in runs.values() for v in values(r, arm, "hallucination_rate").values())
-            for arm in PRIMARY
-        )
-        sentences[pictures] = [
-            f"Over {len(runs)} runs of the same seeds the model misnames {_word(change)} "
-            f"{pictures} after rDPO than after DPO: {_percent(rdpo.value)} against "
-            f"{_percent(dpo.value)} %, a difference of {_points(change)} points, averaged by seed.",
+        change, dpo, rdpo = _over_runs(runs)
+        sentences[images] = [
+            f"Over {len(runs)} runs of the same seeds the model misnames "
+            f"{_compared(images, change, dpo, rdpo)}. The difference is {_points(change)} points, "
+            "averaged by seed.",
             *(
-                f"In the run `{n}`: {s[0].lower()}{s[1:]}"
+                f"In the run `{n}`, {s[0].lower()}{s[1:]}"
                 for n, s in zip(runs, by_run, strict=True)
             ),
         ]
     return sentences
 
 
+def summary(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> str:
+    """Return the block `study` of the README: findings for each kind of images and on negatives.
+
+    Args:
+        results_of: name of a run -> its results.
+        testbeds: name of a run -> its testbed.
+    """
+    sentences = []
+    start = "In [the study](docs/study.md) (95 % intervals in brackets), the model misnames"
+    for images, runs in _runs_by_images(results_of, testbeds).items():
+        change, dpo, rdpo = _over_runs(runs)
+        seeds = {s for r in runs.values() for s in values(r, "rdpo", "hallucination_rate")}
+        times = f"{len(runs)} runs of " if len(runs) > 1 else ""
+        sentences.append(
+            f"{start} {_compared(images, change, dpo, rdpo)} ({_points(change)} points, {times}"
+            f"{len(seeds)} seeds)."
+        )
+        start = "It misnames"
+    random = {
+        name: d.mean
+        for name, results in results_of.items()
+        for d in differences(results, [("rdpo random", "rdpo")], "hallucination_rate")
+    }
+    if better := [f"`{name}`" for name, change in random.items() if change.high < 0]:
+        runs_better = ", ".join(better)
+        sentences.append(
+            f"Retrieved negatives are clearly better than random ones in {runs_better}."
+        )
+    elif random:
+        sentences.append("Retrieved negatives are not clearly better than random ones in any run.")
+    return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False, break_long_words=False)
+
+
+def _runs_by_images(
+    results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]
+) -> dict[str, dict[str, Results]]:
+    """Return kind of images -> name of a run -> its results."""
+    runs: dict[str, dict[str, Results]] = {}
+    for name, bed in testbeds.items():
+        runs.setdefault(bed.images, {})[name] = results_of[name]
+    return runs
+
+
+def _over_runs(runs: Mapping[str, Results]) -> tuple[Mean, Mean, Mean]:
+    """Return the difference of the primary comparison over runs, and the means of both arms."""
+    first, second = (
+        mean(v for r in runs.values() for v in values(r, arm, "hallucination_rate").values())
+        for arm in PRIMARY
+    )
+    return together(runs.values(), PRIMARY, "hallucination_rate"), first, second
+
+
+def _compared(images: str, change: Mean, dpo: Mean, rdpo: Mean) -> str:
+    return (
+        f"{_word(change)} {images} after rDPO than after DPO: {_percent(rdpo.value)} against "
+        f"{_percent(dpo.value)} %"
+    )
+
+
 def _word(change: Mean) -> str:
-    """Comparison of the second with the first; nothing is clear without an interval."""
-    if change.high < 0 or change.low > 0:  # nan compares as False
+    """Compare the second arm with the first in words. A single seed has no clear difference."""
+    if change.high < 0 or change.low > 0:  # False for nan
         return "fewer" if change.value < 0 else "more"
     return "neither clearly fewer nor clearly more"
 
 
 def blocks(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> dict[str, str]:
-    """Generated blocks of docs/study.md: the findings, and the tables of each run by its name.
+    """Return the blocks of docs/study.md: the findings, and the tables of each run by its name.
 
     Args:
         results_of: name of a run -> its results.
         testbeds: name of a run -> its testbed.
     """
     sentences = [s for group in findings(results_of, testbeds).values() for s in group]
-    tables = {n: run_block(n, results_of[n], testbeds[n].pictures) for n in results_of}
+    tables = {n: run_block(n, results_of[n], testbeds[n].images) for n in results_of}
     return {"findings": "\n".join(f"- {sentence}" for sentence in sentences)} | tables
 
 
-def run_block(name: str, results: Results, pictures: str) -> str:
-    """Plots, tables, paired tests and learning rates of a run, for the arms with results."""
-    arms = [arm.name for arm in ARMS_OF[pictures]]
+def run_block(name: str, results: Results, images: str) -> str:
+    """Return plots, tables, paired tests and learning rates of a run, for arms with results."""
+    arms = [arm.name for arm in ARMS_OF[images]]
     parts = []
     if missing := [arm for arm in arms if not complete(results, [arm])]:
-        parts.append(f"Not run here: {', '.join(missing)}.")
-    parts.append(f"![every arm](study/{name}.png)")
+        parts.append(f"This run has no results for: {', '.join(missing)}.")
+    parts.append(f"![Misnamed images of every arm](study/{name}.png)")
     shown: set[str] = set()
     for title, names in SECTIONS.items():
         names = [n for n in names if n in (*arms, "base")]
@@ -107,7 +160,7 @@ def run_block(name: str, results: Results, pictures: str) -> str:
             parts += [f"### {title}", _table(results, names)]
         shown |= set(names)
     if drawn := curves_of(results):
-        parts.append(f"![{' and '.join(drawn)}](study/{name}-curves.png)")
+        parts.append(f"![Misnamed images over {' and '.join(drawn)}](study/{name}-curves.png)")
     parts += ["### Paired tests", _comparisons(results)]
     if tuning_of(results):
         parts += ["### Learning rates", _tuning(results)]
@@ -127,7 +180,7 @@ def _table(results: Results, names: Sequence[str]) -> str:
 
 
 def _pairs(results: Results, name: str) -> str:
-    """Number of training pairs of an arm, on average over seeds."""
+    """Return the number of training pairs of an arm, as a mean over seeds."""
     used = [
         r["settings"]["pairs_used"]
         for r in results
@@ -158,7 +211,11 @@ def _tuning(results: Results) -> str:
     for name, tried in tuning.items():
         if (rate := best_rate(tried)) in (LOWEST, HIGHEST):
             ends.setdefault(rate, []).append(name)
-    notes = [f"At {rate:g}, the last tried: {', '.join(ends[rate])}." for rate in sorted(ends)]
+    notes = [
+        f"Best at {rate:g}, the {'lowest' if rate == LOWEST else 'highest'} rate tried: "
+        f"{', '.join(ends[rate])}."
+        for rate in sorted(ends)
+    ]
     columns = ["misnamed, %", *(f"{rate:g}" for rate in rates)]
     return "\n\n".join([table(columns, lines), *notes])
 

@@ -1,7 +1,7 @@
-"""Ten photographs in place of the ten digits: scenes of another kind of real images.
+"""Patches of ten photographs of scikit-image in place of the ten digits.
 
-A quadrant shows a patch of one of ten photographs of scikit-image, and each number word is the name
-of a photograph. The split is by place: train and test patches of a photograph have no common pixel.
+Each quadrant of a scene shows a patch, and each number word is the name of a photograph. Train and
+test patches come from different stripes of a photograph and share no pixel.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ PHOTOGRAPHS = (
     "brick", "gravel", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina",
     "rocket", "moon", "cell",
 )  # fmt: skip
-"""Names in `skimage.data`, in the order of the number words; all are in its wheel."""
+"""Names in `skimage.data`, in the order of the number words. Its wheel contains them all."""
 
-SHORT_SIDE = 192  # pixels of a photograph, 24 patches
-STRIPE = 2 * CELL  # every fourth stripe of columns is for testing
+SHORT_SIDE = 192  # pixels, 24 patches
+STRIPE = 2 * CELL  # every fourth stripe of columns is in the test split
 STEP = 2  # pixels between patches
 
 
 @lru_cache(maxsize=2)
 def patches(split: str) -> dict[int, np.ndarray]:
-    """The patches of a split ("train" or "test").
+    """Return the patches of a split ("train" or "test").
 
     Returns:
-        Photograph, 0 to 9 -> its patches, (count, CELL, CELL, 3) fp32 in [0, 1].
+        Number of a photograph, 0 to 9 -> patches, (count, CELL, CELL, 3), fp32 in [0, 1].
 
     Raises:
-        ValueError: without scikit-image.
+        ValueError: if scikit-image is missing.
     """
     try:
         from skimage import data
     except ImportError:
         raise ValueError(
-            "scenes of photographs need scikit-image: pip install 'realign[study]'."
+            "Scenes of photographs need scikit-image. Install it with: pip install 'realign[study]'"
         ) from None
     return {
         number: _cut(_pixels(getattr(data, name)()), split)

@@ -1,4 +1,4 @@
-"""The plots of the study."""
+"""Plots of the study."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CURVES = {
         for name in ("dpo", "rdpo")
     },
 }
-"""Axis -> line -> place on the axis -> arm."""
+"""Axis -> line -> position on the axis -> arm."""
 
 
 def _save(figure, file: Path) -> None:
@@ -33,7 +33,7 @@ def _save(figure, file: Path) -> None:
 
 
 def draw(file: Path, results: Results) -> None:
-    """Misnamed images of every arm with its interval, the seeds as dots."""
+    """Draw the misnamed images of every arm, with intervals as bars and seeds as dots."""
     names = list(dict.fromkeys(name for group in SECTIONS.values() for name in group))
     names = [name for name in names if values(results, name, "hallucination_rate")][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(names) + 1))
@@ -53,7 +53,7 @@ def draw(file: Path, results: Results) -> None:
 
 
 def curves_of(results: Results) -> dict[str, dict[str, dict[float, str]]]:
-    """The entries of `CURVES` for which every arm was run."""
+    """Return the entries of `CURVES` with results for every arm."""
     return {
         axis: lines
         for axis, lines in CURVES.items()
@@ -62,7 +62,7 @@ def curves_of(results: Results) -> dict[str, dict[str, dict[float, str]]]:
 
 
 def draw_curves(file: Path, results: Results) -> None:
-    """Misnamed images over the visual weight and over beta, for curves with all arms."""
+    """Draw the misnamed images over the visual weight and over beta, if all arms have results."""
     if not (drawn := curves_of(results)):
         return
     size = (4 * len(drawn), 3)

@@ -1,4 +1,4 @@
-"""Jobs of the study: bases, pairs, tuning, arms. A job writes its file atomically to resume."""
+"""Jobs of the study: bases, pairs, tuning, arms. Each job writes its file atomically."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from experiments.study.testbed import (
 )
 from realign.files import read_jsonl, write_whole
 
-LAST = 10  # steps whose margins are averaged
+LAST = 10  # steps in the average of the margins
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
@@ -38,18 +38,18 @@ def run_all(
     """Run every job without a result.
 
     Args:
-        folder: of bases, pairs, models and results.
+        folder: folder of bases, pairs, models and results.
         bed: the testbed.
-        arms: to run on it.
-        seeds: how many; each has a base, pairs and a training order of its own.
-        jobs: processes at once, each with one thread.
+        arms: arms of this testbed.
+        seeds: number of seeds. Each has its own base, pairs and order of training.
+        jobs: number of parallel processes, with one thread each.
 
     Returns:
-        The results (`run_arm`), by seed: the tuning seed at all rates, the other seeds at the
-        rates that were best there.
+        The results (`run_arm`), ordered by seed. The tuning seed has results at all rates, the
+        other seeds at the best rate of the tuning seed.
 
     Raises:
-        ValueError: when the folder holds a study of another testbed.
+        ValueError: if the folder holds a study of another testbed.
     """
     _claim(folder, bed)
     numbers = [TUNING_SEED, *range(seeds)]
@@ -81,7 +81,7 @@ def run_all(
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Every result in a study's folder, by seed and name."""
+    """Return every result in the folder of a study, ordered by seed and name."""
     files = sorted((folder / "results").glob("*.json"))
     return sorted(
         (json.loads(file.read_text()) for file in files),
@@ -97,24 +97,24 @@ def save_archive(file: Path, bed: Testbed, results: Iterable[dict[str, Any]]) ->
 
 
 def read_archive(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Testbed]]:
-    """Name of a file -> its results, and name of a file -> its testbed.
+    """Return the results and the testbed of each archive, by its name.
 
-    Files are named after testbeds; `digits-again.jsonl` is a second run of the digits.
+    Archives are named after testbeds. `digits-again.jsonl` is a second run of the digits.
 
     Raises:
-        ValueError: when the folder has no runs.
+        ValueError: if the folder has no archive.
     """
     results_of, beds = {}, {}
     for file in sorted(folder.glob("*.jsonl"), key=lambda file: file.stem):
         bed, *results_of[file.stem] = [json.loads(line) for line in file.read_text().splitlines()]
         beds[file.stem] = Testbed(**bed["testbed"])
     if not results_of:
-        raise ValueError(f"there are no runs in {folder} to report; omit --report.")
+        raise ValueError(f"There are no runs in {folder} to report. Run the study: omit --report.")
     return results_of, beds
 
 
 def tuning_of(results: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Results of the tuning seed: arm -> learning rate -> share of misnamed images."""
+    """Return results of the tuning seed: arm -> learning rate -> share of misnamed images."""
     tried: dict[str, dict[float, float]] = {}
     for result in results:
         if result["seed"] == TUNING_SEED and (rate := result["learning_rate"]):
@@ -124,12 +124,12 @@ def tuning_of(results: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]
 
 
 def best_rate(tried: dict[float, float]) -> float:
-    """The rate with the fewest misnamed images; the lower of equal ones."""
+    """Return the rate with the fewest misnamed images, or the lower one of equal rates."""
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
 def next_rate(tried: dict[float, float]) -> float | None:
-    """A rate beyond the end that is best so far; None where the best is inside or at a limit."""
+    """Return a rate beyond the best end, or None if the best rate is inside or at a limit."""
     best = best_rate(tried)
     if best == min(tried) and best / 2 >= LOWEST:
         return best / 2
@@ -139,7 +139,7 @@ def next_rate(tried: dict[float, float]) -> float | None:
 
 
 def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> None:
-    """Make a seed's base, source records and pairs of the given kinds."""
+    """Make the base, the source records and the given kinds of pairs of a seed."""
     from realign.data.records import read_pairs, write_pairs
     from realign.pairs.pipeline import PairsConfig, build_pairs
 
@@ -149,7 +149,7 @@ def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> No
     if not base.exists():
         make_base(base, bed, seed)
     scenes = source_records(bed, seed)
-    # SymMPO's response to the retrieved image is the caption of the scene that it shows.
+    # SymMPO's response to the retrieved image is the caption of its scene.
     captions = {record.name: record.chosen for record in scenes}
     if not sources.exists():
         write_pairs(sources, scenes)
@@ -179,12 +179,12 @@ def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> No
 
 
 def pairs_file(folder: Path, seed: int, pairs: Pairs) -> Path:
-    """File of a seed's pairs of one kind."""
+    """Return the file of one kind of pairs of a seed."""
     return folder / f"seed{seed}" / f"pairs-{pairs.name}.parquet"
 
 
 def run_base(folder: Path, bed: Testbed, seed: int) -> None:
-    """Evaluate a seed's base."""
+    """Evaluate the base of a seed."""
     file = folder / "results" / f"seed{seed}-base.json"
     if not file.exists():
         about = {"arm": "base", "seed": seed, "learning_rate": None, "settings": {}}
@@ -192,14 +192,14 @@ def run_base(folder: Path, bed: Testbed, seed: int) -> None:
 
 
 def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: float) -> None:
-    """Train an arm on a seed's pairs and evaluate it, unless there is a result.
+    """Train an arm on the pairs of a seed and evaluate it, unless its result exists.
 
-    The result is an object with `arm`, `seed`, `learning_rate`, `settings`, `metrics` and, scene by
-    scene, the digits `named` in captions (? where none is; `named_biased` where the prior holds)
-    and the answers `said` (y, n, ?).
+    The result is an object with `arm`, `seed`, `learning_rate`, `settings` and `metrics`. It also
+    holds strings with a group of letters for each scene: `named` and `named_biased`, the digits in
+    captions (? if none), and the answers to yes/no questions (y, n or ?).
 
     Raises:
-        ValueError: when an existing result has other settings.
+        ValueError: if an existing result has other settings.
     """
     from realign.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
     from realign.config import TrainConfig as Config
@@ -212,7 +212,9 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
     settings |= {"pairs_used": pq.read_metadata(pairs).num_rows}
     if file.exists():
         if json.loads(file.read_text())["settings"] != settings:
-            raise ValueError(f"{file} is of an arm with other settings; remove it")
+            raise ValueError(
+                f"{file} is of an arm with other settings. Remove the file to run it again."
+            )
         return
     config = Config(
         model=ModelConfig(
@@ -232,7 +234,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
             quiet=True,
         ),
     )
-    shutil.rmtree(output, ignore_errors=True)  # of an interrupted run, about half a minute
+    shutil.rmtree(output, ignore_errors=True)  # left by an interrupted run of about half a minute
     train(config)
     last = read_jsonl(output / "metrics.jsonl")[-LAST:]
     wanted = [key for key in last[-1] if key.startswith("rewards/") and "margins" in key]
@@ -245,7 +247,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
 
 
 def _judge(bed: Testbed, seed: int, model_path: Path) -> dict[str, Any]:
-    """Metrics of a model on its test scenes, the digits that it named, and its answers."""
+    """Evaluate a model on the test scenes. Returns metrics, named digits and answers."""
     from realign.evaluate import answer
     from realign.modeling.loading import load_processor, load_trained
 
@@ -255,9 +257,9 @@ def _judge(bed: Testbed, seed: int, model_path: Path) -> dict[str, Any]:
     rates = {name: rate.value for name, rate in answers.rates().items()}
     rates["hallucination_rate_biased"] = biased.rates()["hallucination_rate"].value
     rates["exact_captions"] = float((answers.named == answers.digits).all(1).mean())
-    said = " ".join("".join(_LETTER.get(a, "?") for a in row) for row in answers.answered)
+    answered = " ".join("".join(_LETTER.get(a, "?") for a in row) for row in answers.answered)
     named = {"named": _digits(answers.named), "named_biased": _digits(biased.named)}
-    return {"metrics": rates} | named | {"said": said}
+    return {"metrics": rates} | named | {"said": answered}  # codespell:ignore
 
 
 def _write_result(file: Path, **result: Any) -> None:
@@ -277,14 +279,14 @@ def _claim(folder: Path, bed: Testbed) -> None:
     file, settings = folder / "testbed.json", asdict(bed)
     if file.exists() and json.loads(file.read_text()) != settings:
         raise ValueError(
-            f"{folder} holds a study of another testbed. Remove it, or name another --output."
+            f"{folder} holds a study of another testbed. Remove it or choose another --output."
         )
     write_whole(file, json.dumps(settings, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; their output is discarded."""
+    """Start processes with one thread each and discard their output."""
     context = multiprocessing.get_context("spawn")
     with (
         patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
@@ -303,7 +305,7 @@ def _silence() -> None:
 
 
 def _call(job: Job) -> None:
-    """Run a job; errors become text, because some exceptions cannot be pickled."""
+    """Run a job. Errors become text, because some exceptions cannot be pickled."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             job[0](*job[1])
@@ -312,10 +314,10 @@ def _call(job: Job) -> None:
 
 
 def _run(pool: ProcessPoolExecutor, title: str, jobs: Iterable[Job]) -> None:
-    """Run jobs with a progress bar; the first error or Ctrl-C stops them; results stay.
+    """Run jobs with a progress bar. The first error or Ctrl-C stops them, and results are kept.
 
     Raises:
-        ValueError: when a job fails, or its process is killed.
+        ValueError: if a job fails or its process is killed.
     """
     running = [pool.submit(_call, job) for job in jobs]
     try:

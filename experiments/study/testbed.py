@@ -1,10 +1,10 @@
-"""Testbeds, equal for every arm: the base, its records, and the scenes of its evaluation.
+"""Testbeds of the study: the base model, the source records and the test scenes of all arms.
 
-The scenes are those of the demo with more noise and a stronger prior, or the same with patches of
-photographs in place of digits. The base then depends on the prior: it misnames few images where the
-prior holds and many where it does not, so a method can be better or worse. The base also learns to
-complete a masked caption, so that `--refill prompt` can be compared. These settings were selected
-only by results of bases.
+The scenes are scenes of the demo with more noise and a stronger prior, with digits or patches of
+photographs. The base depends on the prior: it misnames few images where the prior holds, and many
+where it does not. So a method can be better or worse than the base. The base also learns to
+complete a masked caption, so that the study can compare `--refill prompt`. All settings were
+selected by results of bases only.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from realign.digits.scenes import CAPTION_PROMPT, Scene, handwritten, make_scene
 from realign.evaluate import EVALUATION_SEED
 
 TUNING_SEED = 100
-"""The seed for tuning of learning rates; none of its scenes is used again."""
+"""Seed for the tuning of learning rates. Its scenes are not used again."""
 
 
 @dataclass(frozen=True)
 class Testbed:
-    """Kind and sizes; docs/study.md reports `TESTBEDS`."""
+    """Kind of images and sizes of a testbed. docs/study.md reports `TESTBEDS`."""
 
-    pictures: str = "digits"  # or "photographs"
+    pictures: str = "digits"  # codespell:ignore
     noise: float = 0.25  # grey levels
     follow: float = 0.99  # share of rows that follow the prior
     base_steps: int = 1000
-    records: int = 1024  # scenes that the pairs come from
+    records: int = 1024  # source scenes of the pairs
     steps: int = 80  # of training
     batch_size: int = 32
     lora_rank: int = 16
@@ -39,9 +39,14 @@ class Testbed:
     biased_scenes: int = 500  # test scenes in which the prior holds
 
     @property
+    def images(self) -> str:
+        """Kind of images, "digits" or "photographs"."""
+        return self.pictures  # codespell:ignore
+
+    @property
     def drawn(self) -> dict[str, Any]:
         """Options of `make_scenes`."""
-        return {"noise": self.noise, "follow": self.follow, "glyphs": GLYPHS[self.pictures]}
+        return {"noise": self.noise, "follow": self.follow, "glyphs": GLYPHS[self.images]}
 
 
 GLYPHS = {"digits": handwritten, "photographs": photographs.patches}
@@ -49,7 +54,7 @@ TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1
 
 
 def make_base(folder: Path, bed: Testbed, seed: int) -> None:
-    """Pretrain a seed's base and write it to `folder`, whole or not at all."""
+    """Pretrain the base of a seed and write it to `folder` atomically."""
     model, processor = pretrain(bed.base_steps, seed, completions=True, progress=False, **bed.drawn)
     partial = folder.with_name(f".{folder.name}.partial")
     model.save_pretrained(partial)
@@ -58,7 +63,7 @@ def make_base(folder: Path, bed: Testbed, seed: int) -> None:
 
 
 def source_records(bed: Testbed, seed: int) -> list[Record]:
-    """Source records of the pairs: biased scenes with true captions, without rejected responses."""
+    """Return the source records of the pairs: biased scenes with true captions."""
     prompt = ({"role": "user", "content": CAPTION_PROMPT},)
     scenes = make_scenes(bed.records, biased=True, seed=seed, **bed.drawn)
     return [
@@ -68,10 +73,10 @@ def source_records(bed: Testbed, seed: int) -> list[Record]:
 
 
 def test_scenes(bed: Testbed, seed: int, *, biased: bool = False) -> tuple[list[Scene], int]:
-    """Scenes of images never trained on, and the seed of the questions about them.
+    """Return test scenes, and the seed of the questions about them.
 
-    They are unbiased, or follow the prior as often as the scenes of training do.
-    All seeds of the study have the same test scenes; the tuning seed has others.
+    No model is trained on images of the test split. The scenes are unbiased, or follow the prior as
+    often as the training scenes. All seeds share their test scenes, except the tuning seed.
     """
     own = EVALUATION_SEED + 1000 + (seed == TUNING_SEED)
     count = bed.biased_scenes if biased else bed.scenes

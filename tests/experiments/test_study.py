@@ -1,4 +1,4 @@
-"""The study: statistics against scipy and by hand, small runs, words that follow from numbers."""
+"""The study: statistics against scipy, small runs, and sentences that depend on numbers."""
 
 import json
 import re
@@ -42,7 +42,7 @@ SMALL = Testbed(
 )
 TINY = replace(SMALL, records=16, steps=1, scenes=4, biased_scenes=2)
 KINDS = ("retrieved", "random", "crop", "noise", "blank")
-Testbed.__test__ = test_scenes.__test__ = False  # no tests, though they are called so
+Testbed.__test__ = test_scenes.__test__ = False  # pytest would collect them by their names
 
 
 def result(arm, seed, rate, learning_rate=1e-4, **metrics):
@@ -55,7 +55,7 @@ def result(arm, seed, rate, learning_rate=1e-4, **metrics):
 
 
 def both(dpo, rdpo):
-    """Results of two arms, a seed each value, and of a base."""
+    """Results of two arms and a base, with one seed for each value."""
     arms = {"dpo": dpo, "rdpo": rdpo, "base": [0.25] * len(dpo)}
     return [result(a, s, v) for a, found in arms.items() for s, v in enumerate(found)]
 
@@ -73,10 +73,10 @@ def test_mean_and_difference_are_student_s():
 
 
 def test_holm_by_hand():
-    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, never falling.
+    # The running maximum of (0.01, 0.02, 0.03, 0.04) * (4, 3, 2, 1).
     assert analysis.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert analysis.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    adjusted = analysis.holm([float("nan"), 0.01])  # a comparison of one seed counts for none
+    adjusted = analysis.holm([float("nan"), 0.01])  # a comparison of one seed is not counted
     assert np.isnan(adjusted[0]) and adjusted[1] == pytest.approx(0.01)
 
 
@@ -86,28 +86,31 @@ def test_one_seed_has_no_interval_and_tuning_is_no_seed():
     (one,) = analysis.differences(found, [("dpo", "rdpo")], "hallucination_rate")
     assert one.mean.value == pytest.approx(-0.1)
     assert np.isnan([one.mean.low, one.mean.high, one.p, one.adjusted]).all()
-    with pytest.raises(ValueError, match="run the study first"):
+    with pytest.raises(ValueError, match="Run the study first"):
         analysis.mean([])
 
 
 @pytest.mark.parametrize(
     "rdpo, words",
     [
-        ([0.20, 0.22, 0.21], " fewer digits than after DPO: 21.0 against 30.0 %"),
-        ([0.40, 0.41, 0.42], " more digits than after DPO: 41.0 against 30.0 %"),
-        ([0.20, 0.40, 0.30], "neither clearly fewer nor clearly more digits than after DPO: 30.0"),
-        ([0.20, 0.40, 0.20], "over 3 seeds, fewer in 2 of them; the base misnames 25.0 %."),
-        ([0.20], "neither clearly"),  # one seed proves nothing
+        ([0.20, 0.22, 0.21], " fewer digits after rDPO than after DPO: 21.0 against 30.0 %"),
+        ([0.40, 0.41, 0.42], " more digits after rDPO than after DPO: 41.0 against 30.0 %"),
+        (
+            [0.20, 0.40, 0.30],
+            "neither clearly fewer nor clearly more digits after rDPO than after DPO: 30.0",
+        ),
+        ([0.20, 0.40, 0.20], "It is below 0 for 2 of 3 seeds. The base misnames 25.0 %."),
+        ([0.20], "neither clearly"),  # one seed has no interval
     ],
 )
-def test_the_finding_says_what_came_out(rdpo, words):
+def test_the_finding_follows_the_numbers(rdpo, words):
     assert words in page.finding("digits", both([0.30] * len(rdpo), rdpo))
 
 
-def test_rates_go_on_past_an_end_that_is_best():
+def test_a_best_rate_at_an_end_adds_rates():
     low, high = min(LEARNING_RATES), max(LEARNING_RATES)
     tried = {rate: 0.3 for rate in LEARNING_RATES}
-    assert runs.best_rate(tried) == low  # the lower of equal ones
+    assert runs.best_rate(tried) == low  # the lower one of equal rates
     assert runs.next_rate(tried | {1e-4: 0.2}) is None
     assert runs.next_rate(tried | {high: 0.2}) == 2 * high
     assert runs.next_rate(tried | {low: 0.2}) == low / 2
@@ -115,7 +118,7 @@ def test_rates_go_on_past_an_end_that_is_best():
     assert runs.next_rate(tried | {LOWEST: 0.1}) is runs.next_rate(tried | {HIGHEST: 0.1}) is None
 
 
-def test_every_arm_stands_in_a_table_and_every_comparison_is_of_arms():
+def test_every_arm_is_in_a_table_and_comparisons_name_arms():
     names = {arm.name for arm in ARMS}
     assert len(names) == len(ARMS)
     assert names | {"base"} == {name for group in SECTIONS.values() for name in group}
@@ -123,29 +126,29 @@ def test_every_arm_stands_in_a_table_and_every_comparison_is_of_arms():
     assert compared <= {arm.name for arm in ARMS if arm.tuned} | {"base"}
     assert all(arm.tuned_as in names | {""} for arm in ARMS)
     assert ARMS_OF.keys() == TESTBEDS.keys()
-    for arms in ARMS_OF.values():  # each finds the learning rate that it takes
+    for arms in ARMS_OF.values():  # each arm's learning rate is tuned on its testbed
         assert {arm.tuned_as or arm.name for arm in arms} <= {arm.name for arm in arms}
 
 
-def test_a_completion_hides_one_place_and_names_what_is_seen_there():
+def test_a_completion_hides_one_place_and_names_its_digit():
     other, seen = (Scene(Image.new("RGB", (16, 16)), d) for d in ((7, 7, 2, 7), (1, 3, 4, 9)))
     rng, places = np.random.default_rng(0), set()
     for _ in range(40):
-        asked, said = _completion(other, seen, rng)
+        asked, completed = _completion(other, seen, rng)
         masked = re.search(r"<answer>\n(.*)\n</answer>", asked)[1]
         place = digits_in(masked).index(None)
         digits = [*other.digits]
         hidden = f"{PLACES[place]} {WORDS[digits[place]]}"
         assert masked == caption_of(other.digits).replace(hidden, f"{PLACES[place]} [MASK]")
         digits[place] = seen.digits[place]
-        assert said == caption_of(tuple(digits))
+        assert completed == caption_of(tuple(digits))
         places.add(place)
     assert places == {0, 1, 2, 3}
 
 
 @pytest.fixture
 def one_thread():
-    """As the study's processes: with more, sums and so last bits depend on the moment."""
+    """One thread, as in the processes of the study, because more threads change the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -154,7 +157,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A study whose base is the shipped one, with pairs for the tuning seed."""
+    """A study with the shipped base and pairs for the tuning seed."""
     folder = tmp_path_factory.mktemp("study")
     home = folder / f"seed{TUNING_SEED}"
     shutil.copytree(ASSETS, home / "base")
@@ -162,7 +165,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_pairs_of_each_kind_and_symmpo_s_response(folder):
+def test_pairs_of_each_kind_have_responses_for_symmpo(folder):
     sources = {record.name: record for record in source_records(SMALL, TUNING_SEED)}
     kinds = {}
     for kind in KINDS:
@@ -177,7 +180,7 @@ def test_pairs_of_each_kind_and_symmpo_s_response(folder):
                 shown = record.retrieved_images[0].open("")
                 assert shown.tobytes() == neighbour.images[0].open("").tobytes()
     texts = {kind: [(r.name, r.rejected) for r in found] for kind, found in kinds.items()}
-    assert all(found == texts["retrieved"] for found in texts.values())  # images alone differ
+    assert all(found == texts["retrieved"] for found in texts.values())  # only images differ
 
 
 def test_a_run_is_kept_whole_and_repeats(folder, one_thread):
@@ -187,7 +190,7 @@ def test_a_run_is_kept_whole_and_repeats(folder, one_thread):
     runs.run_base(folder, SMALL, TUNING_SEED)
     files = sorted((folder / "results").glob("*.json"))
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
-    runs.run_arm(folder, SMALL, arm, TUNING_SEED, 1e-4)  # there already: nothing is touched
+    runs.run_arm(folder, SMALL, arm, TUNING_SEED, 1e-4)  # its result exists
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
     files[-1].unlink()
     runs.run_arm(folder, SMALL, arm, TUNING_SEED, 3e-3)
@@ -221,7 +224,7 @@ def test_a_run_is_kept_whole_and_repeats(folder, one_thread):
 
 
 class InProcess:
-    """A pool that runs a job in this process when it is submitted: no process imports torch."""
+    """A pool that runs submitted jobs in this process, so that no process imports torch."""
 
     def submit(self, call, job):
         done = Future()
@@ -241,20 +244,20 @@ def test_a_whole_study_tunes_and_takes_the_best_rate(folder, monkeypatch, one_th
     found = runs.run_all(whole, TINY, arms, seeds=1, jobs=2)
     tried = runs.tuning_of(found)
     assert tried.keys() == {"dpo"} and 3e-3 in tried["dpo"]
-    assert runs.next_rate(tried["dpo"]) is None  # no end is best, but for the limits
-    told = {(r["seed"], r["arm"]): r["learning_rate"] for r in found if r["seed"] == 0}
+    assert runs.next_rate(tried["dpo"]) is None  # the best rate is inside or at a limit
+    used_rates = {(r["seed"], r["arm"]): r["learning_rate"] for r in found if r["seed"] == 0}
     rate = runs.best_rate(tried["dpo"])
-    assert told == {(0, "base"): None, (0, "dpo"): rate, (0, "dpo beta 0.5"): rate}
+    assert used_rates == {(0, "base"): None, (0, "dpo"): rate, (0, "dpo beta 0.5"): rate}
     stray = json.loads((whole / "results" / f"seed0-dpo-{rate:g}.json").read_text())
-    stray |= {"learning_rate": 9.0}  # as an earlier tuning may have left it
+    stray |= {"learning_rate": 9.0}  # left by an earlier tuning
     (whole / "results" / "seed0-dpo-9.json").write_text(json.dumps(stray))
     assert runs.run_all(whole, TINY, arms, seeds=1, jobs=1) == found
 
 
-def test_another_testbed_in_the_folder_and_errors_of_jobs_are_told(folder, tmp_path, capsys):
+def test_errors_of_another_testbed_and_of_jobs(folder, tmp_path, capsys):
     runs._claim(tmp_path, SMALL)
     assert main(["--seeds", "101"]) == 1
-    assert "seeds is 101; it must be 1 to 100" in capsys.readouterr().err
+    assert "seeds is 101. It must be from 1 to 100" in capsys.readouterr().err
     with pytest.raises(ValueError, match="another testbed"):
         runs._claim(tmp_path, Testbed())
     with (
@@ -266,7 +269,7 @@ def test_another_testbed_in_the_folder_and_errors_of_jobs_are_told(folder, tmp_p
     assert "omit --report" in capsys.readouterr().err
 
 
-def test_blocks_and_plots_are_made_of_the_kept_runs(tmp_path, capsys):
+def test_blocks_and_plots_come_from_the_kept_runs(tmp_path, capsys):
     found = both([0.30, 0.32], [0.20, 0.24]) + [
         result("rdpo", TUNING_SEED, rate, learning_rate=lr)
         for lr, rate in ((5e-5, 0.28), (1e-4, 0.26))
@@ -293,7 +296,7 @@ def test_blocks_and_plots_are_made_of_the_kept_runs(tmp_path, capsys):
     assert re.search(r"\| dpo \| rdpo \| -9\.0 \[.*\| 0\.\d+ \|  \|", digits)  # not corrected
     assert "| rdpo | 28.0 | **26.0** |" in digits
     assert "### Methods" in photographs and "### Beta" in digits
-    assert "### Beta" not in photographs  # was not run there
+    assert "### Beta" not in photographs  # has no results
     assert "### Infill" not in photographs  # dpo and rdpo are above
     assert (tmp_path / "study" / "digits-curves.png").stat().st_size > 5000
     assert not (tmp_path / "study" / "photographs-curves.png").exists()
@@ -305,26 +308,40 @@ def test_two_runs_of_the_same_seeds_count_each_seed_once():
     # (-0.10 - 0.20) / 2 and (-0.08 - 0.10) / 2 are -0.15 and -0.09; t of one degree is 12.706.
     assert (gap.value, gap.low) == pytest.approx((-0.12, -0.12 - 12.7062 * 0.03), abs=1e-5)
     found = {"digits": runs_[0], "digits-again": runs_[1]}
-    said = page.findings(found, dict.fromkeys(found, TESTBEDS["digits"]))
-    first, *each = said["digits"]
-    assert "23.5 against 35.5 %, a difference of -12.0 [-50.1, +26.1] points, averaged by" in first
+    beds = dict.fromkeys(found, TESTBEDS["digits"])
+    first, *each = page.findings(found, beds)["digits"]
+    assert "23.5 against 35.5 %. The difference is -12.0 [-50.1, +26.1] points, averaged" in first
     assert len(each) == 2 and page.finding("digits", runs_[0])[1:] in each[0]
-    assert each[1].startswith("In the run `digits-again`: after rDPO the model misnames")
-    blocks = page.blocks(found, dict.fromkeys(found, TESTBEDS["digits"]))
+    assert each[1].startswith("In the run `digits-again`, the model misnames")
+    short = " ".join(page.summary(found, beds).split())
+    assert "35.5 % (-12.0 [-50.1, +26.1] points, 2 runs of 2 seeds)." in short
+    blocks = page.blocks(found, beds)
     assert blocks.keys() == {"findings", "digits", "digits-again"}
 
 
+def test_the_summary_names_runs_with_clearly_better_retrieved_negatives():
+    def random(rates):
+        return [result("rdpo random", seed, rate) for seed, rate in enumerate(rates)]
+
+    found = {"digits": both([0.3, 0.3], [0.2, 0.2]) + random([0.2, 0.3])}
+    beds = {"digits": TESTBEDS["digits"], "photographs": TESTBEDS["photographs"]}
+    one = page.summary(found, {"digits": beds["digits"]})
+    assert "not clearly better than random ones in any run." in " ".join(one.split())
+    found["photographs"] = both([0.3, 0.3], [0.2, 0.2]) + random([0.3, 0.31])
+    two = " ".join(page.summary(found, beds).split())
+    assert two.endswith("Retrieved negatives are clearly better than random ones in `photographs`.")
+
+
 def test_page_and_readme_have_the_figures_of_the_kept_runs(tmp_path):
-    docs = Path(__file__).parents[2] / "docs"
-    found, beds = runs.read_archive(docs / "study")
-    text = (docs / "study.md").read_text()
-    copy = tmp_path / "study.md"
-    copy.write_text(text)
-    put(copy, page.blocks(found, beds))
-    assert copy.read_text() == text
-    readme = " ".join((docs.parent / "README.md").read_text().split())
-    for sentence, *_ in page.findings(found, beds).values():
-        assert sentence in readme
-    bullet = readme.split("**The study**")[1].split("##")[0]
-    quoted = re.findall(r"(\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\]", bullet)
-    assert len(quoted) == 4 and all(f"| {v} [{a}, {b}] |" in text for v, a, b in quoted)
+    root = Path(__file__).parents[2]
+    found, beds = runs.read_archive(root / "docs" / "study")
+    blocks = page.blocks(found, beds), {"study": page.summary(found, beds)}
+    for file, new in zip(("docs/study.md", "README.md"), blocks, strict=True):
+        copy = tmp_path / Path(file).name
+        copy.write_text((root / file).read_text())
+        put(copy, new)
+        assert copy.read_text() == (root / file).read_text()
+    text = (root / "docs" / "study.md").read_text()
+    written = re.sub(r"(?s)<!-- (\S+): generated -->.*?<!-- /\1 -->", "", text)
+    quoted = re.findall(r"(\d+\.\d) % \[(\d+\.\d), (\d+\.\d)\]", " ".join(written.split()))
+    assert len(quoted) >= 4 and all(f"| {v} [{a}, {b}] |" in text for v, a, b in quoted)
