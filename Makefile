@@ -18,7 +18,7 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export REALIGN_CACHE ?= $(CACHE)/realign
 export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
 
-.PHONY: help build demo test bench bench-full bench-gpu gpu-wheels gpu-rehearsal report lint clean
+.PHONY: help build demo test bench bench-full bench-gpu gpu-wheels gpu-rehearsal report docs lint clean
 
 help:
 	@echo 'make demo    the whole pipeline on the embedded digits; writes demo/'
@@ -28,6 +28,7 @@ help:
 	@echo 'make gpu-wheels     packages to carry to a CUDA machine without network (benchmarks/gpu/run.sh)'
 	@echo 'make gpu-rehearsal  the GPU check and tests/kernels on a CPU under that machine'"'"'s versions'
 	@echo 'make report  docs/benchmarks.md, docs/gpu.md and the README tables from the last runs'
+	@echo 'make docs    the documentation as a site in build/site; every warning is an error'
 	@echo 'make lint    ruff check, ruff format --check, codespell with our word list, and pyright'
 	@echo 'make build   the environment only: .venv with the package and its C++ extension'
 	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
@@ -90,6 +91,11 @@ gpu-rehearsal:
 
 report: $(STAMP)
 	$(RUN) -m benchmarks.report
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt -e '.[docs]'
+	$(RUN) -m mkdocs build --strict
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
