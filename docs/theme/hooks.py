@@ -66,6 +66,11 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     return for_python_markdown(markdown)
 
 
+def on_page_content(html: str, page, config, files) -> str:
+    """Mark short inline code, which the style sheet does not break at hyphens."""
+    return re.sub(r"(?<!<pre>)<code>(?=[^<\s]{1,28}</code>)", '<code class="short">', html)
+
+
 def relink(text: str, source: str, page: str, repo_url: str | None) -> str:
     """Rewrite the relative links of a text.
 
