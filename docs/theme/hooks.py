@@ -4,8 +4,8 @@ The Markdown of the repository is written for GitHub. On the site these hooks ch
 
 - `README.md` appears on the start page, `CHANGELOG.md`, `CONTRIBUTING.md` and `examples/README.md`
   as pages of their own;
-- a link to one of these files leads to its page, a link to a source file leads to `repo_url`, and
-  is plain text while mkdocs.yml has no `repo_url`;
+- a link to one of these files leads to its page;
+- a link to a source file leads to `repo_url`. Without `repo_url` in mkdocs.yml it is plain text;
 - `reference/commands.md` shows the `--help` text of every command.
 """
 
@@ -94,7 +94,9 @@ def relink(text: str, source: str, page: str, repo_url: str | None) -> str:
             return f"{label}({repo_url.rstrip('/')}/blob/main/{path}{anchor})"
         return label.removeprefix("!")[1:-1]
 
-    pattern = r"(?P<label>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)"
+    pattern = (
+        r"(?P<label>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)"
+    )
     return _outside_fences(text, lambda part: re.sub(pattern, link, part))
 
 
