@@ -29,7 +29,9 @@ PAGES = {
     "examples/README.md": "examples.md",
 }
 """Files outside docs/ and the pages that show them."""
-SHOWN = PAGES | {"README.md": "index.md", "examples": "examples.md"}
+SHOWN = PAGES | {"README.md": "index.md", "docs": "index.md", "examples": "examples.md"}
+COPIED = (".md", ".png", ".svg")
+"""Endings of the files in docs/ that the site has."""
 COMMANDS = {
     "realign.pairs": ("", "gallery", "stats", "import"),
     "realign.train": ("",),
@@ -86,7 +88,8 @@ def relink(text: str, source: str, page: str, repo_url: str | None) -> str:
         if not target or re.match(r"[a-z]+:", target):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        shown = path.removeprefix("docs/") if path.startswith("docs/") else SHOWN.get(path)
+        copied = path.startswith("docs/") and path.endswith(COPIED)
+        shown = path.removeprefix("docs/") if copied else SHOWN.get(path)
         if shown is not None:
             here = posixpath.relpath(shown, posixpath.dirname(page) or ".")
             return f"{label}({here}{anchor})"
@@ -113,6 +116,15 @@ def for_python_markdown(text: str) -> str:
         return re.sub(rf"(?m)^(?!\s*{item}|\s*$|[|#>]| +)(.*)\n(?={item})", r"\1\n\n", prose)
 
     return _outside_fences(text, part)
+
+
+def _themed_image(picture: re.Match) -> str:
+    """Two images in place of one that follows the system: the site has a toggle of its own."""
+    dark = re.search(r'dark\)" srcset="(.*?)"', picture[0])
+    light = re.search(r'<img src="(.*?)".*? alt="(.*?)"', picture[0])
+    if not dark or not light:
+        raise ValueError(f"expected a dark source and an image with alt text in {picture[0]}")
+    return f"![{light[2]}]({light[1]}#only-light) ![{light[2]}]({dark[1]}#only-dark)"
 
 
 def help_sections() -> Iterator[str]:
@@ -146,7 +158,7 @@ def _with_readme(text: str, repo_url: str | None) -> str:
     """Put the README into the start page: its introduction first, its sections last."""
     readme = relink((ROOT / "README.md").read_text(), "README.md", "index.md", repo_url)
     introduction, *sections = re.split(r"(?m)^(?=## )", readme)
-    introduction = introduction.split("\n", 1)[1]  # without the title, which the page has
+    introduction = re.sub(r"(?m)^# .*$", "", introduction, count=1)  # the page has this title
     text = _between(text, "introduction", introduction)
     return _between(text, "sections", "".join(sections))
 
