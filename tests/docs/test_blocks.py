@@ -33,7 +33,7 @@ ROOT = pages.ROOT
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 CONSOLE = [block for block in BLOCKS if block.language in ("console", "bash", "sh", "shell")]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
-LANGUAGES = {"console", "bash", "sh", "shell", "python", "json", "toml", "text", ""}
+LANGUAGES = {"console", "bash", "sh", "shell", "python", "json", "toml", "text", "bibtex", ""}
 RUN_BY = {
     "README.md": "docs/test_readme.py",
     "docs/adding-an-objective.md": "kernels/test_adding_an_objective.py",
