@@ -43,6 +43,9 @@ COMMANDS = {
 }
 """Modules with a command line, each with its subcommands."""
 COLUMNS = 84  # of a code block beside the table of contents
+LINK = re.compile(
+    r"(?P<label>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)"
+)
 FENCE = re.compile(r"(?ms)^( *)(```+|~~~+).*?^\1\2 *$")
 
 
@@ -97,34 +100,38 @@ def relink(text: str, source: str, page: str, repo_url: str | None) -> str:
             return f"{label}({repo_url.rstrip('/')}/blob/main/{path}{anchor})"
         return label.removeprefix("!")[1:-1]
 
-    pattern = (
-        r"(?P<label>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)"
-    )
-    return _outside_fences(text, lambda part: re.sub(pattern, link, part))
+    def part(prose: str) -> str:
+        return LINK.sub(link, re.sub(r"(?s)<picture>.*?</picture>|<img .*?>", _image, prose))
+
+    return _outside_fences(text, part)
 
 
 def for_python_markdown(text: str) -> str:
     """Change Markdown that GitHub and Python-Markdown read differently.
 
-    Python-Markdown wants an empty line before a list, and nothing but a language after a fence.
+    Python-Markdown needs an empty line before a list, and only a language after a fence. Commands
+    here have no prompt, so they are highlighted as shell scripts.
     """
     text = re.sub(r"(?m)^( *```+\w+) .*$", r"\1", text)
+    text = re.sub(r"(?m)^( *```+)console$", r"\1bash", text)
 
     def part(prose: str) -> str:
-        prose = re.sub(r"(?ms)^<!--.*?-->[ \t]*$", "", prose)
+        prose = re.sub(r"(?ms)^<!--(?:(?!-->).)*-->[ \t]*$", "", prose)
         item = r"(?:[-*+]|\d+\.) "
         return re.sub(rf"(?m)^(?!\s*{item}|\s*$|[|#>]| +)(.*)\n(?={item})", r"\1\n\n", prose)
 
     return _outside_fences(text, part)
 
 
-def _themed_image(picture: re.Match) -> str:
-    """Two images in place of one that follows the system: the site has a toggle of its own."""
-    dark = re.search(r'dark\)" srcset="(.*?)"', picture[0])
-    light = re.search(r'<img src="(.*?)".*? alt="(.*?)"', picture[0])
-    if not dark or not light:
-        raise ValueError(f"expected a dark source and an image with alt text in {picture[0]}")
-    return f"![{light[2]}]({light[1]}#only-light) ![{light[2]}]({dark[1]}#only-dark)"
+def _image(tag: re.Match) -> str:
+    """Markdown for `<img>`, or for `<picture>`: an image for each color scheme of the site."""
+    light = re.search(r'<img [^>]*?src="([^"]*)"', tag[0])
+    alt = re.search(r'alt="([^"]*)"', tag[0])
+    if not light or not alt:
+        raise ValueError(f"an image needs src and alt: {tag[0]}")
+    if not (dark := re.search(r'dark\)" srcset="([^"]*)"', tag[0])):
+        return f"![{alt[1]}]({light[1]})"
+    return f"![{alt[1]}]({light[1]}#only-light) ![{alt[1]}]({dark[1]}#only-dark)"
 
 
 def help_sections() -> Iterator[str]:

@@ -89,6 +89,17 @@ def test_links_on_the_site(source, page, repo_url, before, after):
     assert hooks.relink(before, source, page, repo_url) == after.replace("index.html", "index.md")
 
 
+def test_images_for_both_color_schemes():
+    text = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="docs/i/dark.svg">
+  <img src="docs/i/a.svg" width="880" alt="A chart">
+</picture>"""
+    wanted = "![A chart](i/a.svg#only-light) ![A chart](i/dark.svg#only-dark)"
+    assert hooks.relink(text, "README.md", "index.md", None) == wanted
+    with pytest.raises(ValueError, match="needs src and alt"):
+        hooks.relink('<img src="docs/i/a.svg">', "README.md", "index.md", None)
+
+
 def test_markdown_that_only_github_reads():
     text = "<!-- a: generated -->\nText:\n- one\n- two\n\n```python name\n- x\n```\n"
     wanted = "\nText:\n\n- one\n- two\n\n```python\n- x\n```\n"
