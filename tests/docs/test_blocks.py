@@ -354,5 +354,6 @@ def test_the_commands_of_the_serving_page_run(tmp_path, monkeypatch, capsys):
                     assert mains[words[2]](words[3:]) == 0, capsys.readouterr().err
                     ran += 1
     assert ran == 2
+    assert (tmp_path / "run" / "model" / "chat_template.jinja").exists()  # for --chat-template
     for folder in ("merged", "handoff"):
         assert (tmp_path / folder / "model.safetensors").exists()
