@@ -1,5 +1,5 @@
-# Every target builds the environment it needs in .venv and writes inside the checkout only (pip's
-# download cache and temporary files excepted). Another interpreter: make test PYTHON=python3.12
+# Every target builds its environment in .venv. It writes inside the checkout only, except for pip's
+# download cache and temporary files. To use another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 
 VENV := .venv
@@ -10,7 +10,7 @@ INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cs
 
 # Threads that spin while they wait starve other processes on a small machine.
 export OMP_WAIT_POLICY ?= passive
-# Libraries that would otherwise keep caches in the home or temporary directory.
+# Caches that the libraries keep in the home or temporary directory by default.
 export HF_HOME ?= $(CACHE)/huggingface
 export MPLCONFIGDIR ?= $(CACHE)/matplotlib
 export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
@@ -18,19 +18,21 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export REALIGN_CACHE ?= $(CACHE)/realign
 export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
 
-.PHONY: help build demo test bench bench-full bench-gpu gpu-wheels gpu-rehearsal report lint clean
+.PHONY: help build demo test bench bench-full bench-gpu gpu-wheels gpu-rehearsal report docs lint clean
 
 help:
-	@echo 'make demo    the whole pipeline on the embedded digits; writes demo/'
-	@echo 'make test    the tests'
-	@echo 'make bench   the benchmarks, beside TRL, Liger and CCE, which it installs'
-	@echo 'make bench-full, make bench-gpu    all of them; on a CUDA machine, with the report'
-	@echo 'make gpu-wheels     packages to carry to a CUDA machine without network (benchmarks/gpu/run.sh)'
-	@echo 'make gpu-rehearsal  the GPU check and tests/kernels on a CPU under that machine'"'"'s versions'
-	@echo 'make report  docs/benchmarks.md, docs/gpu.md and the README tables from the last runs'
-	@echo 'make lint    ruff check, ruff format --check, codespell with our word list, and pyright'
-	@echo 'make build   the environment only: .venv with the package and its C++ extension'
-	@echo 'make clean   remove .venv and what builds left (demo/ stays)'
+	@echo 'make demo    run the whole pipeline on the embedded digits; writes demo/'
+	@echo 'make test    run the tests'
+	@echo 'make bench   run the benchmarks, with TRL, Liger and CCE, which it installs'
+	@echo 'make bench-full     run all benchmarks'
+	@echo 'make bench-gpu      run all benchmarks on a CUDA machine and write the report'
+	@echo 'make gpu-wheels     download packages for a CUDA machine without network (benchmarks/gpu/run.sh)'
+	@echo 'make gpu-rehearsal  run the GPU check and tests/kernels on a CPU with the versions of that machine'
+	@echo 'make report  write the tables of README.md, docs/benchmarks.md and docs/gpu.md from the last runs'
+	@echo 'make docs    build the documentation site into build/site; every warning is an error'
+	@echo 'make lint    run ruff check, ruff format --check, codespell with our word list, and pyright'
+	@echo 'make build   build the environment only: .venv with the package and its C++ extension'
+	@echo 'make clean   remove .venv and all build outputs, except demo/'
 
 build: $(STAMP)
 
@@ -63,8 +65,8 @@ bench-gpu: $(STAMP)
 	-$(RUN) -m pytest benchmarks/ --benchmark-only -m full
 	$(RUN) -m benchmarks.report
 
-# For benchmarks/gpu/run.sh on a CUDA machine without network. `any`: pure Python only, so one set
-# serves every platform.
+# For benchmarks/gpu/run.sh on a CUDA machine without network. The platform `any` selects pure Python
+# packages, so one set serves every machine.
 WHEELS := .gpu-wheels
 MOST_WHEELS := 40
 gpu-wheels:
@@ -74,8 +76,8 @@ gpu-wheels:
 	@size=$$(du -sk $(WHEELS) | cut -f1); ls $(WHEELS); \
 	  echo "$$((size / 1024)) MiB, at most $(MOST_WHEELS)"; test $$size -le $$((1024 * $(MOST_WHEELS)))
 
-# By hand, before a GPU is used: downloads torch's CUDA build. The interpreter of triton 3.6 fails
-# with numpy 2.4 and later; torch 2.11 refuses a newer setuptools.
+# Run it by hand before a GPU is used; it downloads torch's CUDA build. The interpreter of triton 3.6
+# fails with numpy 2.4 and later. torch 2.11 does not accept a newer setuptools.
 REHEARSAL := .venv-gpu
 gpu-rehearsal: CACHE := $(CURDIR)/$(REHEARSAL)/cache
 gpu-rehearsal:
@@ -90,6 +92,15 @@ gpu-rehearsal:
 
 report: $(STAMP)
 	$(RUN) -m benchmarks.report
+
+$(VENV)/.docs: $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The variable turns off a notice about MkDocs 2, which --strict does not count as a warning.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build --strict
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""docs/data.md: its code runs as it stands, and what it says of columns and errors is so."""
+"""docs/data.md: its code runs unchanged, and its table of columns and its errors are right."""
 
 import re
 from dataclasses import replace
@@ -20,7 +20,7 @@ BLOCKS = dict(re.findall(r"```python ([\w-]+)\n(.*?)```", PAGE, re.DOTALL))
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A folder in which the page's code was run; the pictures that it names are there."""
+    """A folder with the images of the page, in which its code was run."""
     monkeypatch.chdir(tmp_path)
     for name in ("kitchen", "cutting-board"):
         Image.new("RGB", (32, 32), "white").save(f"{name}.png")
@@ -54,7 +54,7 @@ def test_the_table_of_columns_is_complete():
     assert rows == [*records._COLUMNS, *records._OPTIONAL]
 
 
-def test_what_cannot_be_trained_on_is_refused_by_name(made):
+def test_errors_name_the_record(made):
     (record,) = read_pairs("pairs.parquet")
     for problem, change in {
         "1 retrieved images for 2 image": {"images": record.images * 2},

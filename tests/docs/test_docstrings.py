@@ -1,4 +1,4 @@
-"""Public functions say what they raise and which shapes they take."""
+"""Docstrings of public functions name the errors they raise and the shapes they take."""
 
 import ast
 import inspect
@@ -16,17 +16,17 @@ SHAPE = re.compile(r"\(([A-Z]|[a-z]+\b|\*|\d|\.\.\.)[^)]*\)|\b(scalar|shape|0-d|
 
 
 def public(tree, inside=""):
-    """(name, node) of functions and methods without an underscore; of classes likewise."""
+    """(name, node) of public functions and of public methods of public classes."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from public(node, f"{node.name}.")
         named = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-        if named and node.name != "main":  # which turns errors into an exit code
+        if named and node.name != "main":  # it turns errors into an exit code
             yield inside + node.name, node
 
 
 def raised(node):
-    """Names of the exceptions that a function makes and raises, but for those it catches itself."""
+    """Names of the exceptions that a function raises and does not catch itself."""
     tries = [part for part in ast.walk(node) if isinstance(part, ast.Try) and part.handlers]
     caught = {id(n) for part in tries for statement in part.body for n in ast.walk(statement)}
     found = set()
@@ -60,7 +60,7 @@ def exported():
 
 
 def test_arrays_of_the_public_functions_have_shapes():
-    """Beside the parameter, as a comment, or in the docstring."""
+    """A shape is in the comment beside the parameter, or in the docstring."""
     count = 0
     for name, function in exported():
         doc, source = inspect.getdoc(function) or "", inspect.getsource(function)
@@ -71,10 +71,14 @@ def test_arrays_of_the_public_functions_have_shapes():
             count += 1
             entry = rf"^ +(?:\w+, )*{parameter.name}(?:, \w+)*: ([\s\S]*?)(?=\n {{0,6}}\w|\Z)"
             comment = rf"^ +{parameter.name}: .*# (.*)"
-            said = [re.search(entry, doc, re.MULTILINE), re.search(comment, source, re.MULTILINE)]
-            assert any(s and SHAPE.search(s[1]) for s in said), f"{name}({parameter.name})"
+            texts = [re.search(entry, doc, re.MULTILINE), re.search(comment, source, re.MULTILINE)]
+            assert any(t and SHAPE.search(t[1]) for t in texts), f"{name}({parameter.name})"
         if ARRAYS.search(str(signature.return_annotation)):
             comment = re.search(r"^\) -> .*?# (.*)", source, re.MULTILINE)
-            said = (doc.partition("Returns:")[2], doc.split("\n")[0], comment[1] if comment else "")
-            assert any(map(SHAPE.search, said)), name
+            texts = (
+                doc.partition("Returns:")[2],
+                doc.split("\n")[0],
+                comment[1] if comment else "",
+            )
+            assert any(map(SHAPE.search, texts)), name
     assert count > 15

@@ -19,7 +19,7 @@ LAYERS = (
     "hf evaluate",
     "train cache export doctor demo",
 )
-"""Rooms of `realign/`, each above those that it may import. The last layer holds entry points."""
+"""Rooms of `realign/`: each layer may import the layers before it. The last has entry points."""
 KERNEL_LAYERS = (
     "_extension objectives reference",
     "refcache row_plan validation",
@@ -29,11 +29,11 @@ KERNEL_LAYERS = (
     "ops",
     "functional",
 )
-"""Rooms of `realign_kernels/`: kernels know no autograd, autograd no public function."""
+"""Rooms of `realign_kernels/`: backends do not import autograd, nor autograd public functions."""
 GROUND, ENTRIES = LAYERS[0].split(), LAYERS[-1].split()
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 KERNEL_LEVEL = {name: level for level, names in enumerate(KERNEL_LAYERS) for name in names.split()}
-MOST_LINES = 600  # of a file, where a split would make twins
+MOST_LINES = 600  # of a file
 TEXT = {".py", ".toml", ".md", ".txt", ".cpp", ".h", ".cu", ".cmake", ".json", ".yml", ".cff", ""}
 FILES = modules(ROOT, "realign") | modules(ROOT, "realign_kernels")
 
@@ -50,7 +50,7 @@ def _imported(file: Path) -> list[tuple[str, str]]:
     return found
 
 
-def test_kernels_know_nothing_of_realign_which_takes_their_public_names():
+def test_realign_imports_only_public_names_of_realign_kernels():
     outside = {"experiments", "benchmarks", "examples", "tests", "csrc"}
     outside |= {file.stem for file in (ROOT / "tests" / "helpers").glob("*.py")}
     for name, file in FILES.items():
@@ -117,7 +117,7 @@ def test_modules_and_public_names_have_docstrings():
 
 
 def _fields_have_strings(node: ast.FunctionDef | ast.ClassDef) -> bool:
-    """Whether every field of a settings class has its string, which replaces a docstring."""
+    """Whether every field of a settings class has a string; the class needs no docstring then."""
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
     after = [b for a, b in zip(node.body, node.body[1:], strict=False) if a in fields]
     strings = [n for n in after if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
@@ -132,7 +132,7 @@ def test_no_file_names_a_machines_folders():
     files = [f for f in ROOT.glob("**/*") if ours.match(str(f.relative_to(ROOT)))]
     seen = 0
     for file in [*files, *ROOT.glob("*")]:
-        mine = "__pycache__" not in file.parts and file.name != ".git"  # a worktree's is a file
+        mine = "__pycache__" not in file.parts and file.name != ".git"  # it is a file in a worktree
         if mine and file.is_file() and file.suffix in TEXT:
             text = file.read_text(errors="replace")
             assert not [f for f in folders if f in text], f"{file} holds a machine path"

@@ -1,4 +1,4 @@
-"""What an install promises: extras, typing markers, tested pins, and a life without the extension.
+"""Packaging: extras, typing markers, tested pins, and an install without the extension.
 
 Nothing here installs anything; .ci/run builds the environment and a wheel for real.
 """
@@ -17,7 +17,7 @@ from realign_kernels import _extension
 from realign_kernels.refcache.packing import pack_forest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Installed nowhere in CI, so not pinned.
+# CI does not install these, so they are not pinned.
 UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}
 
 
@@ -35,8 +35,8 @@ def pins() -> dict[str, Requirement]:
 
 
 @pytest.fixture
-def forgetful():
-    """The extension is looked for anew in the test, and again after it."""
+def fresh_extension():
+    """Clear the cached extension before and after the test."""
     _extension._probe.cache_clear()
     _extension.extension.cache_clear()
     yield
@@ -71,7 +71,7 @@ def test_every_constraint_is_an_exact_pin(pins):
 
 
 def test_triton_is_pinned_but_never_required(project, pins):
-    """torch's CUDA build brings it; where there is no GPU only the tests of kernels want it."""
+    """torch's CUDA build requires it. Without a GPU only the tests of kernels use it."""
     assert "triton" in pins
     extras = dict(project["project"]["optional-dependencies"])
     (development,) = [r for r in map(Requirement, extras.pop("dev")) if r.name == "triton"]
@@ -80,7 +80,7 @@ def test_triton_is_pinned_but_never_required(project, pins):
     assert "triton" not in {Requirement(line).name for group in groups for line in group}
 
 
-def test_a_missing_extension_warns_once_and_says_what_to_do(monkeypatch, forgetful):
+def test_a_missing_extension_warns_once_and_says_what_to_do(monkeypatch, fresh_extension):
     monkeypatch.setitem(sys.modules, "realign_kernels._C", None)  # makes its import fail
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -90,12 +90,12 @@ def test_a_missing_extension_warns_once_and_says_what_to_do(monkeypatch, forgetf
     (warning,) = caught
     text = str(warning.message)
     assert warning.category is RuntimeWarning and "\n" not in text
-    assert warning.filename == __file__  # blames the caller's line
+    assert warning.filename == __file__  # the line of the caller
     assert "without its C++ extension" in text and "pip install" in text
     assert "_C" in _extension.missing_reason()
 
 
-def test_a_present_extension_is_silent(forgetful):
+def test_a_present_extension_is_silent(fresh_extension):
     if _extension.missing_reason() is not None:
         pytest.skip(f"no extension: {_extension.missing_reason()}")
     with warnings.catch_warnings():
@@ -105,5 +105,5 @@ def test_a_present_extension_is_silent(forgetful):
 
 def test_make_without_a_target_explains_the_targets():
     out = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "bench", "lint", "build", "clean"):
+    for target in ("demo", "test", "bench", "docs", "lint", "build", "clean"):
         assert f"make {target} " in out

@@ -1,4 +1,4 @@
-"""docs/quick-start.md, followed to the letter with thirty made photographs and a small model."""
+"""docs/quick-start.md: its commands run unchanged on thirty synthetic photographs."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "quick-start.md").read_text()
 
 
 def _photographs(folder: Path) -> None:
-    """Thirty JPEGs of 320 x 240 with noise, of digits that the small model knows, and questions."""
+    """Write thirty noisy JPEGs of digits, 320 x 240, and their questions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     lines = []
@@ -34,7 +34,7 @@ def _photographs(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_thirty_pictures_of_ones_own(tmp_path, monkeypatch, capfd):
+def test_thirty_photographs(tmp_path, monkeypatch, capfd):
     shown = json.loads(re.search(r"```json\n(.*)\n```", PAGE)[1])
     assert shown.keys() == {"image", "question", "answer"}
     _photographs(tmp_path / "my-images")

@@ -1,4 +1,4 @@
-"""What the README says is run: its Python block, its commands, and the names it promises."""
+"""README.md: its Python block and its commands run, and the names on all pages exist."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def test_the_python_block_runs(capsys):
     assert "tensor" in capsys.readouterr().out
 
 
-def test_make_and_pip_lines_are_those_of_the_checks():
+def test_ci_runs_the_make_and_pip_commands():
     makefile, checks = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
     for program, *words in commands():
         if program == "make":
@@ -56,7 +56,7 @@ def test_make_and_pip_lines_are_those_of_the_checks():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what the README's commands name: records, and the LLaVA of that name."""
+    """A folder with the files that the commands read: records, and a model in place of LLaVA."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_pairs("records.parquet", digit_sources(PairsConfig(scenes=40)))
@@ -69,9 +69,9 @@ def workplace(tmp_path, monkeypatch):
     [("digits", {"train", "evaluate"}), ("llava", {"pairs", "cache", "train"})],
 )
 def test_every_command_runs_as_written(model, modules, workplace, tmp_path, monkeypatch, capfd):
-    """In order, in this process, which has loaded its libraries, on an eighth of the scenes.
+    """In order, in this process, on an eighth of the scenes.
 
-    The ranks of digits are forked; those of LLaVA are started as a user's.
+    The ranks of digits are forked. The ranks of LLaVA are started by the launcher.
     """
     if model == "digits":
         monkeypatch.setattr(pipeline, "PairsConfig", partial(PairsConfig, scenes=128))
@@ -88,7 +88,7 @@ def test_every_command_runs_as_written(model, modules, workplace, tmp_path, monk
         shown = capfd.readouterr()
         assert end.value.code == 0, (words, shown)
         ran.add(words[0])
-        if "runs/llava" in words:  # on two ranks, with what one process computed
+        if "runs/llava" in words:  # two ranks find the log-probs that one process computed
             assert re.search(r"(\d+) of \1 leaves known", shown.out), shown.out
         if words == ["realign.train", "--fsdp"]:
             assert "on 2 rank(s)" in shown.out
@@ -115,13 +115,13 @@ def _captions_in_plain_transformers(folder):
     for scene in scenes:
         batch = processor(images=[scene.image], text=[text], return_tensors="pt")
         ids = model.generate(**batch, max_new_tokens=24, do_sample=False)
-        said = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(a == b for a, b in zip(digits_in(said), scene.digits, strict=True))
+        answer = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(a == b for a, b in zip(digits_in(answer), scene.digits, strict=True))
     assert right >= 0.75 * 80  # 88 % over many scenes
 
 
 def test_every_flag_named_exists(capsys):
-    """Flags that pages name are flags of some command."""
+    """Each flag on these pages is a flag of some command."""
     for main, words in (
         (train.main, []),
         (pairs.main, []),
@@ -136,7 +136,7 @@ def test_every_flag_named_exists(capsys):
     helps = capsys.readouterr().out
     names = ("trainers", "evaluation", "quick-start", "objectives", "data")
     pages = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in names)
-    # Ours have no underscores; those of other projects, in tables beside ours, have.
+    # Flags with underscores belong to other projects, which tables compare with.
     named = set(re.findall(r"(--[a-z][a-z-]*)(?![\w-])", pages))
     pip_options = {"--help"}
     missing = {flag for flag in named if not re.search(rf"{flag}\b", helps)} - pip_options
@@ -144,7 +144,7 @@ def test_every_flag_named_exists(capsys):
 
 
 def test_names_of_pages_exist():
-    """Files, modules and imports that pages name; docs/decisions.md also names what was dropped."""
+    """Files, modules and imports on pages; docs/decisions.md also names removed ones."""
     missing = []
     kept = r"`((?:realign|realign_kernels|tests|benchmarks|csrc|experiments|docs)/[\w/.]+\w)`"
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
@@ -159,9 +159,3 @@ def test_names_of_pages_exist():
             found = importlib.import_module(module)
             missing += [(page.name, module, n) for n in names.split(", ") if not hasattr(found, n)]
     assert not missing
-
-
-def test_links_lead_to_files():
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "examples/README.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), (page.name, target)
