@@ -13,7 +13,7 @@ import numpy as np
 
 FOLDER = Path(__file__).parent / "results"
 LIMIT = "bare GEMMs"
-RENAMED = {"GEMMs alone": LIMIT}  # codespell:ignore alone
+RENAMED = {"GEMMs alone": LIMIT}  # codespell:ignore
 """Former names of contestants, in older results files."""
 Quartiles = tuple[float, float, float]
 

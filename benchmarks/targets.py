@@ -2,9 +2,9 @@
 
 A `[[target]]` names a group of benchmarks, a measure, and a bound (`at_least` or `at_most`):
 
-- `time`, `memory`: theirs / ours, in seconds or peak memory; `of` names the other contestant;
-- `memory growth`: peak memory of ours in `group` over that in `base`;
-- `rate` (things per second), `seconds`, `filled`: of ours.
+- `time`, `memory`: seconds or peak memory, theirs / ours. `of` names the other contestant.
+- `memory growth`: peak memory of ours in `group` over that in `base`.
+- `rate` (things per second), `seconds`, `filled`: figures of ours.
 
 A `[[gpu]]` names a figure of a case of the GPU check and its `unit`. `over` is a case of the same
 part that divides the figure. `times` multiplies the quotient: it is the number of GEMMs if the
