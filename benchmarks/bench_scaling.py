@@ -4,8 +4,8 @@ It runs one forward and backward of the rDPO loss: ours and two common implement
 CPU and in bf16 on CUDA. Each axis changes one number of `case`:
 
 - N (response rows) and V (vocabulary): every contestant gets only the response rows.
-- T (length of a sequence with its image tokens): image and prompt rows precede the response, and
-  each library treats them as it does for its users.
+- T (length of a sequence with its image tokens): image and prompt rows precede the response. Each
+  library treats them as it does for its users.
 - ranks: 1 and 2 CPU processes of one thread, over gloo, share one batch. They split the vocabulary
   (`group=`), or the examples, and then average the weight's gradient. The time is that of the
   slower process. `speedup` has the quartiles of one process (without collectives) over the ranks.

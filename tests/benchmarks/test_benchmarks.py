@@ -58,7 +58,7 @@ def changed(one, change):
     return replace(one, entries=tuple(e for e in map(change, one.entries) if e is not None))
 
 
-def test_contestants_take_turns_and_each_goes_first_as_often():
+def test_contestants_alternate_and_go_first_equally_often():
     calls = []
     theirs, ours = race.turns(
         lambda: calls.append("t"), lambda: calls.append("o"), budget=0.0, least=4
@@ -75,7 +75,7 @@ class TestCompare:
     def flagged(self, old, new):
         return [change for change in compare.changes(old, new) if change.flagged]
 
-    def test_a_rerun_is_silent_and_a_slow_down_of_20_percent_is_flagged(self):
+    def test_a_slowdown_of_20_percent_is_flagged_and_a_rerun_is_not(self):
         old = run()
         for seed in range(1, 20):
             assert self.flagged(old, run(seed=seed, machine=1.7)) == []
@@ -105,17 +105,17 @@ class TestCompare:
         assert self.flagged(only(run()), only(run(seed=1, ours=1.2))) == []
         assert len(self.flagged(only(run()), only(run(seed=1, ours=1.5)))) == 6
 
-        def alone(one, seconds):
+        def with_pack(one, seconds):
             own = Entry("cache", "pack", {}, "ours", "ours", (seconds,) * 5)
             return replace(one, entries=(*one.entries, own))
 
-        old, new = alone(run(), 1.0), run(seed=1, machine=2.0)
-        assert self.flagged(old, alone(new, 3.0)) == []
-        (found,) = self.flagged(old, alone(new, 4.8))  # less the drift of 2
+        old, new = with_pack(run(), 1.0), run(seed=1, machine=2.0)
+        assert self.flagged(old, with_pack(new, 3.0)) == []
+        (found,) = self.flagged(old, with_pack(new, 4.8))  # less the drift of 2
         assert found.measure.startswith("time")
         assert found.factor == pytest.approx(2.4, rel=0.05)
 
-    def test_memory_errors_and_gone_benchmarks_are_flagged(self):
+    def test_memory_errors_and_missing_benchmarks_are_flagged(self):
         assert self.flagged(run(bytes=100_000), run(bytes=900_000)) == []  # less than a MiB more
         old, new = run(bytes=10 * 2**20), run(bytes=12 * 2**20)
         assert {c.measure for c in self.flagged(old, new)} == {"peak memory"}
@@ -211,7 +211,7 @@ class TestPages:
         assert "commit 0123456789ab" in found["machines"]
         assert found["memory"] == "Not measured."
 
-    def test_a_block_is_replaced_or_missed(self, tmp_path):
+    def test_put_replaces_a_block_and_raises_without_it(self, tmp_path):
         page = tmp_path / "README.md"
         page.write_text("a\n<!-- head: generated -->\nold\n<!-- /head -->\nb\n")
         put(page, {"head": "new"})
@@ -281,16 +281,16 @@ class TestRoofline:
         assert len(products) == 3 and products[2] == weight  # to bf16, and no sum is rounded
 
     @pytest.mark.parametrize(("trainable", "count"), [(False, 2), (True, 3)])
-    def test_flop_are_the_units_claimed(self, trainable, count):
+    def test_flop_equal_the_claimed_units(self, trainable, count):
         N, H, V = 6144, 2048, 151936
         flop = sum(flop for flop, _ in roofline.ours(N, H, V, trainable).found)
         assert flop == count * 2.0 * N * H * V
 
-    def test_time_is_the_longer_of_the_two(self):
+    def test_time_is_the_longer_of_compute_and_bandwidth(self):
         kernels = roofline.Kernels([(roofline.PEAK, 0.0), (0.0, 2 * roofline.BANDWIDTH)])
         assert kernels.seconds(roofline.PEAK) == pytest.approx(3)
         assert kernels.seconds(roofline.PEAK / 2) == pytest.approx(4)
 
-    def test_chunks_are_those_of_the_kernels(self):
+    def test_chunks_equal_those_of_the_kernels(self):
         assert roofline.chunks(8190, 4096, 6183) == [4096, 4094]
         assert roofline.chunks(6 * 192, 4096, 1000, examples=True) == [960, 192]

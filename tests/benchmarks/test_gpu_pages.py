@@ -60,7 +60,7 @@ def test_blocks_have_the_measured_figures():
     assert "bad  missing: Traceback" in found["check"]
 
 
-def test_targets_are_met_or_missed_and_have_their_limit_beside_them():
+def test_target_verdicts_and_limits():
     text, one = pages.target_block(measured()), targets.read()[1]
     assert text.startswith(f"1 met, 1 missed, {len(one) - 2} not measured.")
     assert "| at most 2.15 u | 6 u | **missed** | 2 ms |" in text
@@ -74,7 +74,7 @@ def test_every_gpu_target_names_a_case_of_the_check():
         assert {one.case, one.over} <= known | {""}
 
 
-def test_sentences_follow_from_the_results():
+def test_summary_and_sentences_follow_from_the_results():
     machine = {"cpu": "a CPU", "capability": "AVX512", "threads": 2, "versions": {"torch": "2.1+x"}}
     words = " ".join(pages.summary(measured()).split())
     assert "was 1.80x faster than TRL's DPO. It was - faster than three" in words
@@ -83,7 +83,7 @@ def test_sentences_follow_from_the_results():
     assert "Targets: 1 met, 1 missed" in words
     words = " ".join(readme.measured_line(Run("slow", machine, "", "", (), ()), measured()).split())
     assert "on a CPU: a CPU (AVX512), 2 threads, torch 2.1 (" in words
-    assert "GPU run (one Fast Card) timed an earlier version" in words
+    assert "on one Fast Card, timed an earlier version" in words
     assert "was 1.80x faster than TRL's DPO" in words
     assert "On one Fast Card, 1 of 2 cases" in pages.kernels_sentence(measured())
 
@@ -128,13 +128,13 @@ class TestSeveralCalls:
         assert "2 cases of Card A are ignored" in pages.blocks(found)["measured"]
 
 
-def test_a_steps_gemms_are_those_of_its_parameters():
+def test_gemms_of_a_step_follow_from_its_parameters():
     """LLaMA-7B's linear layers, and PEFT's count of LoRA 128 on all of them."""
     flop = roofline.step_seconds(1) * roofline.REACHED
     assert flop == pytest.approx(4 * 6_476_005_376 + 6 * 319_815_680)
 
 
-def test_attentions_pairs_are_those_of_the_mask():
+def test_attention_pairs_equal_those_of_the_mask():
     batch = attention.batch_of(attention.TOY)
     mask = forest_mask(batch, "sdpa", torch.float32)
     seen = int((mask if mask.dtype == torch.bool else mask == 0).sum())
