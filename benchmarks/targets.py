@@ -24,7 +24,8 @@ from benchmarks.results import Run
 from benchmarks.tables import quantity
 
 FILE = Path(__file__).parent.parent / "docs" / "targets.toml"
-UNITS = {"time": "x", "memory": "x", "memory growth": "x", "seconds": " s", "rate": "/s"}
+RATIOS = ("time", "memory", "memory growth")
+UNITS = {"seconds": " s", "rate": "/s"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Target:
 
     def shown(self, value: float) -> str:
         """A value with the unit of the measure."""
+        if self.measure in RATIOS:
+            return f"{value:.2f}x"
         return quantity(value) + UNITS.get(self.measure, "")
 
     def value(self, runs: list[Run]) -> float | None:
@@ -97,7 +100,7 @@ class GpuTarget:
 
     def shown(self, value: float) -> str:
         """A value with its unit."""
-        return f"{value:.3g}{'' if self.unit == 'x' else ' '}{self.unit}"
+        return f"{value:.2f}x" if self.unit == "x" else f"{value:.3g} {self.unit}"
 
     def value(self, check: Check) -> float | None:
         """Measured value; None if a figure is missing."""

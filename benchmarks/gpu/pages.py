@@ -98,7 +98,10 @@ def contestants_block(check: Check) -> str:
         for name in names:
             wall, busy = wall_and_busy(check, group, name)
             over = check.over_ours(group, name)
-            cells.append(f"{number(wall)} / {number(busy)}" + (f" ({over:.2f}x)" if over else ""))
+            cell = "-" if wall is None else f"{number(wall)} / {number(busy)}"
+            if over:
+                cell += f" (**{over:.2f}x**)" if over < 1 else f" ({over:.2f}x)"
+            cells.append(cell)
         rows.append((group, *cells, number(check.figure("head", f"{group}/{OURS}", "peak_gib"))))
     times = table(("N x H x V", *names, "peak of ours beyond inputs, GiB"), rows)
     errors = []
@@ -126,14 +129,14 @@ def losses(check: Check) -> str:
     """Peers that are faster than ours, and peers whose GPU waits for the host most of the time."""
     faster, waiting = [], []
     for name, overs in _peers(check).items():
-        where = [f"{over:.2f}x at {group}" for group, over in overs.items() if over < 1]
-        faster += [f"- {name}: {one}" for one in where]
+        if ratios := [over for over in overs.values() if over < 1]:
+            faster.append(f"- {name}: {len(ratios)} of {len(overs)} cases, {span(ratios)}")
         times = {group: wall_and_busy(check, group, name) for group in overs}
         where = [f"{100 * b / w:.0f} % at {group}" for group, (w, b) in times.items() if b < w / 2]
         waiting += [f"- {name}: {one}" for one in where]
     lines = ["No other contestant is faster than ours in these cases."]
     if faster:
-        lines = ["**Ours is slower** in these cases (theirs / ours):", "", *faster]
+        lines = ["**Ours is slower** where the ratio is bold:", "", *faster]
     if waiting:
         lines += ["", "The GPU is busy for less than half of the wall time:", "", *waiting]
     return "\n".join(lines)

@@ -188,7 +188,7 @@ def test_targets_by_each_measure():
     stepped = step_run({"TRL DPO": (2.0, 250)})
     target = targets.Target("t", "step", "memory", "because", at_least=2.5, of="TRL DPO")
     assert target.value([stepped]) == 2.5 and targets.verdict(target, 2.5) == "met"
-    assert target.bound == "at least 2.5x" and target.shown(2.0) == "2x"
+    assert target.bound == "at least 2.50x" and target.shown(2.0) == "2.00x"
     assert value("rate") == (7.0, "missed") and value("seconds")[0] == pytest.approx(1.0)
     assert value("memory growth", base="head, frozen, bf16, shape 1") == (1.0, "met")
     missing = None, "not measured"
