@@ -2,7 +2,7 @@
 
 The models are the shipped digits model, on pairs of digits, and a random LLaVA of 60 M parameters.
 The latter has hidden size 512, 8 layers, V = 32000, 576 image tokens, prompts of 64 and responses
-of 128 tokens. Both run in fp32. The log-probs of the contestants are compared before timing:
+of 128 tokens. Both run in fp32. The log-probs of these contestants are compared before timing:
 
 - ours: `ReferenceCache.fill` into an empty table, with all its overhead.
 - bare forward: only the model's forward over the same forest rows, with logits of the response

@@ -23,7 +23,7 @@ PEERS = {
 TUNES, DTYPES = {"lora": "LoRA", "full": "full"}, ("bf16", "fp32")
 MODEL = (
     "A LLaVA of 60 M parameters: hidden size 512, 8 layers, vocabulary 32,000. {examples} examples "
-    "a step: 576 image tokens, prompt 64, responses 128."
+    "per step: 576 image tokens, prompt 64, responses 128."
 )
 METHODS = (
     "Ours is rDPO: three sequences, cached references. TRL's DPO: two sequences, live reference. "

@@ -32,7 +32,7 @@ WIDE, CENTRES, NOISE, QUERIES, K = 768, 2000, 0.7, 10_000, 10
 
 
 def draw(count: int, clustered: bool, path: Path) -> None:
-    """Write `count` unit vectors to `path`, in random order."""
+    """Writes `count` unit vectors to `path`, in random order."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(CENTRES, WIDE)).astype(np.float32)
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
@@ -53,7 +53,7 @@ def measure(vectors: Path, truth: Path | None, kind: str, queries: int) -> dict:
     Args:
         vectors: File of the vectors.
         truth: File of the nearest others, which exact search writes. None measures `neighbours`
-            without hashes, with the recall of the first 1,000 queries. With ivf it maps `vectors`.
+            without hashes, and the recall of the first 1,000 queries. ivf then maps `vectors`.
         kind: Kind of index.
         queries: Number of queries, which are the first vectors.
     """

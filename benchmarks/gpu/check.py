@@ -85,7 +85,7 @@ class Check:
 
 
 def _renamed(line: Line) -> Line:
-    """The line with the present name of its contestant."""
+    """The line with the current name of its contestant."""
     group, slash, name = line.get("case", "").rpartition("/")
     return line | {"case": group + slash + RENAMED[name]} if name in RENAMED else line
 

@@ -48,7 +48,7 @@ def _properties(device: str) -> dict[str, str | int | float]:
 def _gemm(device: str, loaded: bool) -> dict[str, str | float]:
     """Rate of torch's bf16 GEMM on random data.
 
-    With `loaded` GEMMs run for two seconds, and clock and power are recorded meanwhile.
+    With `loaded`, GEMMs run for two seconds while clock and power are recorded.
     """
     size = GEMM_SIZE[device]
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
