@@ -1,1 +1,1 @@
-"""Side by side with what else there is: `pytest benchmarks/ --benchmark-only`."""
+"""Benchmarks against other libraries: `pytest benchmarks/ --benchmark-only`."""

@@ -1,18 +1,19 @@
-"""The cache's table against a dict kept in Parquet and against LMDB; packing against first fit.
+"""Benchmark of the reference cache's table (against a Parquet dict and LMDB) and of packing.
 
-A record is a random key of 16 bytes, a log-prob and a token count. A store gets batches of 256 in
-the form it likes best, made beforehand: ours arrays, the others bytes in lists. Files are in the
-page cache. Before a store is timed all its answers are checked.
+A record is a random key of 16 bytes, a log-prob and a token count. A store gets prepared batches of
+256 in its best format: arrays for ours, lists of bytes for the others. Files are in the page cache.
+All answers of a store are checked before timing.
 
-- lookup: 1M random known keys of 1M records, into arrays. LMDB in one read transaction.
+- lookup: 1M random known keys among 1M records, into arrays. LMDB uses one read transaction.
 - insert: 200k records into an empty store. Ours and LMDB (a transaction per batch, sync=False)
-  survive kill -9 after every batch; the dict is written to Parquet once, at the end, and a crash
-  before that loses everything.
-- insert, fsync: 20k records, on disk after every batch: ours with `sync`, LMDB with sync=True.
-- open: 1M records. LMDB maps its file and reads nothing: its lookups pay instead. 10M records
-  (320 MB) are a group of their own, for ours only.
-- pack: LLaVA-like trees, 576 image tokens, a prompt of 24 to 124, two leaves of 30 to 200. 20k
-  trees beside first-fit decreasing, in numpy: compare how full the rows are; ours also checks.
+  survive kill -9 after every batch. The dict is written to Parquet once, at the end, and a crash
+  before that loses all records.
+- insert, fsync: 20k records, on disk after every batch. Ours uses `sync`, LMDB sync=True.
+- open: 1M records. LMDB only maps its file, so that its lookups pay for reading. A separate group
+  opens 10M records (320 MB) with ours.
+- pack: trees like LLaVA's, with 576 image tokens, a prompt of 24 to 124 tokens and two leaves of
+  30 to 200. 20k trees also go to first-fit decreasing in numpy, to compare how full the rows are.
+  Ours also validates its input.
 """
 
 import shutil
@@ -64,7 +65,7 @@ class Records(NamedTuple):
 
 
 class Store:
-    """A store of records by key; `finish` follows the last batch."""
+    """Store of records by key. `finish` is called after the last batch."""
 
     name: str
 
@@ -94,7 +95,7 @@ class Ours(Store):
 
 
 class Dict(Store):
-    """A dict of (logp, tokens) by key, read from one file and written back whole."""
+    """Dict of (logp, tokens) by key, read from one Parquet file and written back as a whole."""
 
     name = "dict in Parquet"
 
@@ -102,7 +103,7 @@ class Dict(Store):
         self.path, self.known = Path(folder) / "records.parquet", {}
         if self.path.exists():
             table = pq.read_table(self.path).combine_chunks()
-            column = table["key"].chunk(0)  # column.to_pylist() takes ten times as long
+            column = table["key"].chunk(0)  # column.to_pylist() is ten times slower
             keys = np.frombuffer(column.buffers()[1], "V16", len(column)).tolist()
             logps, tokens = (table[name].to_numpy().tolist() for name in ("logp", "tokens"))
             self.known = dict(zip(keys, zip(logps, tokens, strict=True), strict=True))
@@ -112,7 +113,7 @@ class Dict(Store):
         return records.keys.tolist(), list(values)
 
     def insert(self, batch):
-        keep = self.known.setdefault  # a key keeps its first value, as in the others
+        keep = self.known.setdefault  # keeps the first value of a key, like the other stores
         for key, value in zip(*batch, strict=True):
             keep(key, value)
 
@@ -130,7 +131,7 @@ class Dict(Store):
 
 
 class Lmdb(Store):
-    """A transaction for every batch of writes, one for all reads; a commit is an fsync."""
+    """LMDB with a transaction per written batch and one for all reads. A commit calls fsync."""
 
     name = "LMDB"
     options: dict[str, bool] = {}
@@ -168,28 +169,28 @@ class LmdbNosync(Lmdb):
 
 
 def stores(*kinds):
-    """Parametrizes a benchmark; without LMDB its contestants say so and are skipped."""
-    reason = "lmdb is missing; pip install -c constraints.txt '.[peers]'"
+    """Parametrizes a benchmark over stores, and skips LMDB if it is not installed."""
+    reason = "lmdb is missing. Run pip install -c constraints.txt '.[peers]'"
     skip = pytest.mark.skipif(lmdb is None, reason=reason)
     marked = [pytest.param(k, marks=skip) if issubclass(k, Lmdb) else k for k in kinds]
     return pytest.mark.parametrize("kind", marked, ids=lambda kind: kind.__name__.lower())
 
 
 def timed(benchmark, group, contestant, call, things, **info):
-    """Races `call`; one that needs a store made ready returns its own seconds."""
+    """Races `call`. A call that must prepare a store returns its own seconds."""
     case = {"what": group, "count": things and things[0]}
     given = {"contestant": contestant, "call": call, "things": things}
     race(benchmark, f"cache, {group}", case=case, **given, **info)
 
 
 def timed_store(benchmark, group, kind, make, things):
-    """Races `make(kind)`, a call, with that of ours."""
+    """Races the call `make(kind)` with `make(Ours)`."""
     ours = None if kind is Ours else make(Ours)
     timed(benchmark, group, kind.name, make(kind), things, ours=ours)
 
 
 def check(store, records):
-    """Every record is found with its value, and keys that were not inserted are not found."""
+    """Asserts that a store finds every record with its value, and no unknown key."""
     for part in records.split(BATCH):
         logps, tokens = store.lookup(store.batch(part)[0])
         assert np.array_equal(logps, part.logps) and np.array_equal(tokens, part.tokens)
@@ -199,7 +200,7 @@ def check(store, records):
 
 @pytest.fixture(scope="module")
 def million():
-    """1M records, and what returns the folder that a kind of store keeps them in."""
+    """1M records, and a function that returns the folder of a store with them."""
     records, made = Records.random(STORED), {}
     with tempfile.TemporaryDirectory() as parent:
 
@@ -237,7 +238,7 @@ def test_lookup(benchmark, million, kind):
 
 
 def timed_insert(benchmark, group, kind, count, insert):
-    """The method `insert` of every batch into an empty store, and `finish`."""
+    """Races inserts of all batches into an empty store, followed by `finish`."""
     records = Records.random(count)
     with tempfile.TemporaryDirectory() as parent:
 
@@ -273,7 +274,7 @@ def test_insert_and_fsync(benchmark, kind):
 
 
 def opened(kind, folder):
-    """Opens a store, and closes it; the seconds of the former."""
+    """Opens and closes a store; returns the seconds of the opening."""
     began = time.perf_counter()
     with closing(kind(folder)):
         return time.perf_counter() - began
@@ -305,14 +306,14 @@ def test_open_ours_with_10m(benchmark):
 
 
 def llava_like(trees):
-    """The arguments of `pack_forest` but for the budget, and the tokens of each tree."""
+    """Arguments of `pack_forest` without the budget, and the tokens of each tree."""
     rng = np.random.default_rng(trees)
     roots, leaves = 576 + rng.integers(24, 125, trees), rng.integers(30, 201, (trees, 2))
     return (roots, leaves.ravel(), np.repeat(np.arange(trees), 2)), roots + leaves.sum(1)
 
 
 def first_fit_decreasing(lengths, budget):
-    """(R,): the row of each tree; longest first, into the first row that holds it."""
+    """(R,) row of each tree: the longest tree first, into the first row with room."""
     rooms, rows, opened = np.full(len(lengths), budget), np.empty(len(lengths), np.int64), 0
     for tree in np.argsort(-lengths, kind="stable"):
         row = int((rooms[: opened + 1] >= lengths[tree]).argmax())
@@ -322,7 +323,7 @@ def first_fit_decreasing(lengths, budget):
 
 
 def our_rows(forest, packed):
-    """(R,): the same of what `pack_forest` has made of the forest."""
+    """(R,) row of each tree in the output of `pack_forest`."""
     rows = np.empty(len(forest[0]), np.int64)
     rows[packed.tree_root] = packed.tree_row
     assert np.array_equal(np.sort(packed.tree_root), np.arange(len(rows)))  # each once
@@ -331,14 +332,14 @@ def our_rows(forest, packed):
 
 
 def filled(rows, lengths, budget):
-    """Share of the rows that holds tokens; no row is over the budget, and none is empty."""
+    """Filled share of the rows; asserts that no row is empty or over the budget."""
     held = np.bincount(rows, lengths)
     assert held.max() <= budget and held.min() > 0 and held.sum() == lengths.sum()
     return float(held.sum() / (len(held) * budget))
 
 
 def timed_pack(benchmark, trees, group, contestant, budget):
-    """Races a contestant with ours, which `filled` checks."""
+    """Races a contestant of packing with ours, and checks its rows with `filled`."""
     forest, lengths = llava_like(trees)
     ours = partial(pack_forest, *forest, budget)
     call = ours if contestant == OURS else partial(first_fit_decreasing, lengths, budget)

@@ -1,14 +1,14 @@
-"""The reference pass: leaves by forest into the cache, against a plain loop over sequences.
+"""Benchmark of the reference pass: filling the cache from forests, against a plain loop.
 
-Two models: the shipped digits, on pairs made of them, and a random LLaVA of 60 M parameters (hidden
-512, 8 layers, V = 32000, 576 image tokens, prompt 64, responses 128). fp32, two threads or what
-the machine has. Contestants, each computing the same log-probs (compared before timing):
+The models are the shipped digits model, on pairs of digits, and a random LLaVA of 60 M parameters.
+The latter has hidden size 512, 8 layers, V = 32000, 576 image tokens, prompts of 64 and responses
+of 128 tokens. Both run in fp32. The log-probs of these contestants are compared before timing:
 
-- cache: `ReferenceCache.fill` into an empty table, everything included.
-- bare forward: the model's own forward over the very same forest rows with logits for the response
-  rows only, and nothing else: no log-probs, no cache, batches built beforehand.
-- plain loop: one sequence at a time through the model, full logits, log_softmax, gather, as the
-  authors' release does for its reference.
+- ours: `ReferenceCache.fill` into an empty table, with all its overhead.
+- bare forward: only the model's forward over the same forest rows, with logits of the response
+  rows. It computes no log-probs, has no cache, and gets prepared batches.
+- plain loop: one sequence at a time with full logits, log_softmax and gather, as in the authors'
+  release.
 """
 
 import tempfile
@@ -34,7 +34,7 @@ OURS = "ours"
 
 
 def digits():
-    """Pairs of the shipped digits, from 96 scenes."""
+    """The shipped digits model, and pairs of 96 scenes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.parquet"
         build_pairs(PairsConfig(output=str(path), scenes=96, quiet=True))
@@ -43,7 +43,7 @@ def digits():
 
 
 def llava_60m():
-    """A random LLaVA and pairs of the usual lengths."""
+    """A random LLaVA, and pairs of the usual lengths."""
     vlm = random_llava(*LLAVA_60M).eval()
     return vlm, *random_forests(2, prompt=64, response=128), 2
 
@@ -55,9 +55,9 @@ def setting(request):
 
 @pytest.fixture(scope="module")
 def error(setting):
-    """The largest difference between what fill and the plain loop find, in nats."""
+    """Largest difference between the log-probs of `fill` and the plain loop, in nats."""
     off = float((fill(setting) - plain(setting)).abs().max())
-    assert off < 2e-3  # fp32 sums of 128 log-probs near -10
+    assert off < 2e-3  # rounding of fp32 sums of 128 log-probs near -10
     return off
 
 
@@ -69,7 +69,7 @@ def fill(setting):
 
 
 def bare(setting):
-    """The forwards of `fill` over its own batches, and the logits of their response rows."""
+    """The forwards of `fill` over its batches, with the logits of the response rows."""
     model, head, batches = ForestModel(setting[1]), setting[1].lm_head, []
     hidden = ForestModel._hidden
 
@@ -90,7 +90,7 @@ def bare(setting):
 
 @torch.inference_mode()
 def plain(setting):
-    """(L, B): one sequence at a time."""
+    """(L, B) log-probs, one sequence at a time."""
     _, vlm, examples, store, _ = setting
     found = []
     for example in examples:

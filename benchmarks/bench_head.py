@@ -1,8 +1,8 @@
-"""The head, forward and backward: ours, other libraries, and the GEMMs alone, which are the limit.
+"""Head benchmark, forward and backward: ours, other libraries, and the limit (bare GEMMs).
 
-Shapes are named after models. H / 4 is what a CPU finishes in time; the models' own sizes run with
-`-m full`, and on CUDA always. docs/benchmarks.md says which rows a contestant gets, and what
-"blocks kept" means. Before a contestant is timed its loss and gradients are compared with fp64.
+Shapes are named after models. A CPU runs a quarter of the width H by default. The models' real
+sizes run with `-m full`, and always on CUDA. docs/benchmarks.md explains the rows of a contestant
+and "blocks kept". Each contestant's loss and gradients are compared with fp64 before timing.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import contestants
-from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, LIMIT, OURS, TRL, from_sums, relative
+from benchmarks.contestants import CONTESTANTS, DEVICE, EAGER, OURS, TRL, from_sums, relative
 from benchmarks.race import race
+from benchmarks.results import LIMIT
 from benchmarks.step_contestants import allocate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALLOWED = {"bf16": 2e-2, "fp32": 2e-5}
-"""Relative error of ours at most."""
+"""Largest relative error of ours."""
 BOUND = 0.1
-"""Of the others: they compute the same thing; how well is shown."""
+"""Largest relative error of the others, whose measured error is shown beside the time."""
 PROMPT, RESPONSE = 64, 64
 LIGER, CCE, LINEAR = "Liger DPO, two calls", "CCE", "F.linear_cross_entropy"
 FAST = tuple(name for name in CONTESTANTS if name not in (LIGER, CCE))
@@ -32,7 +33,7 @@ TRAINABLE = (LIMIT, OURS, EAGER, TRL, LIGER, CCE)
 
 @dataclass(frozen=True)
 class Shape:
-    """What is run; `group` and `case` describe it in the results."""
+    """Sizes of a benchmark. `group` and `case` describe them in the results."""
 
     model: str
     H: int
@@ -68,18 +69,18 @@ WHOLE = (
     Shape("Qwen2.5-VL-7B", 3584, 152064, 1),
     Shape("Gemma-3-4B", 2560, 262144, 1),
 )
-if DEVICE == "cuda":  # rows of a real batch
+if DEVICE == "cuda":  # as many rows as a real batch
     WHOLE = tuple(replace(shape, examples=16) for shape in WHOLE)
 
 
 def cases():
-    """(shape, contestant) of every benchmark here; `slow` ones are for `-m full`."""
+    """(shape, contestant) of every benchmark; those marked `slow` need `-m full`."""
     slow = () if DEVICE == "cuda" else (pytest.mark.slow,)
     for dtype in DTYPES:
         small = replace(LLAVA, dtype=dtype)
         yield from entries(small, (LIMIT, *FAST))
         yield from entries(small, (LIGER, CCE), () if dtype == "bf16" else slow)
-        # Half the rows in fp32, where a round of all contestants takes 10 s.
+        # Half the rows in fp32: a round of all contestants takes 10 s with them.
         rows = {} if dtype == "bf16" else {"examples": 2}
         yield from entries(replace(small, head="trainable", **rows), TRAINABLE)
         for shape in (replace(QWEN, dtype=dtype), replace(GEMMA, dtype=dtype)):
@@ -99,13 +100,13 @@ def cases():
 
 
 def entries(shape, names, marks=()):
-    """One benchmark for each contestant of a shape."""
+    """One benchmark per contestant of a shape."""
     for name in names:
         yield pytest.param(shape, name, marks=marks, id=f"{shape.group}, {name}")
 
 
 class Case:
-    """Hidden states, head and labels of a shape; logits of standard deviation 2."""
+    """Hidden states, head and labels of a shape. Logits have a standard deviation of 2."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.trainable = shape, shape.head == "trainable"
@@ -121,7 +122,7 @@ class Case:
 
     @cached_property
     def truth(self):
-        """Loss and gradients of the labelled rows in fp64."""
+        """fp64 loss and gradients of the labelled rows."""
         rows = self.labels != -100
 
         def exact(hidden, weight, labels):
@@ -132,28 +133,28 @@ class Case:
         return contestants.forward_backward(exact, *inputs, trainable=self.trainable)
 
     def step(self, loss):
-        """One forward and backward: the loss and both gradients."""
+        """Loss and both gradients of one forward and backward."""
         inputs = self.hidden, self.weight, self.labels
         return contestants.forward_backward(loss, *inputs, trainable=self.trainable)
 
     def error(self, loss) -> dict[str, float]:
-        """Relative errors of the loss and, in norm, of the gradients; the larger of the two."""
+        """Relative errors of the loss and (in norm, the larger of both) of the gradients."""
         value, hidden, weight = self.step(loss)
         true, *truths = self.truth
-        assert not hidden[self.labels == -100].any(), "rows without a label have a gradient"
+        assert not hidden[self.labels == -100].any(), "unlabelled rows have a gradient"
         pairs = zip((hidden[self.labels != -100], weight), truths, strict=True)
         off = [relative(a, b) for a, b in pairs if b is not None]
-        return {"loss": relative(value, true), "gradient": float(np.max(off))}  # keeps NaN
+        return {"loss": relative(value, true), "gradient": float(np.max(off))}  # np.max keeps NaN
 
     def gemms(self):
-        """Only the products, of the rows with a label."""
+        """Bare GEMMs of the labelled rows."""
         hidden = self.hidden[self.labels != -100]
         return contestants.gemms(hidden, self.weight, trainable=self.trainable)
 
 
 @pytest.fixture(scope="module")
 def case_of():
-    """Builds the case of a shape; the last one is kept, as benchmarks come shape by shape."""
+    """Function that builds the case of a shape and keeps the last one for the next benchmark."""
     kept = []
 
     def of(shape):
@@ -166,13 +167,13 @@ def case_of():
 
 
 def make(name, dtype):
-    """A contestant, or a skip that says what is missing."""
+    """Makes a contestant, or skips the benchmark with the reason."""
     if name == CCE and DEVICE == "cuda" and dtype == "fp32":
-        pytest.skip("CCE 25.1 has no fp32 backward on CUDA; until a release of it has one")
+        pytest.skip("CCE 25.1 has no fp32 backward on CUDA")
     try:
         return CONTESTANTS[name]()
     except ImportError as error:
-        pytest.skip(f"{error}; pip install -c constraints.txt '.[peers]'")
+        pytest.skip(f"{error}. Run pip install -c constraints.txt '.[peers]'")
 
 
 @pytest.mark.parametrize(("shape", "name"), list(cases()))

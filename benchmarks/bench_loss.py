@@ -1,17 +1,17 @@
-"""The combined loss without a head, forward and backward, from given log-probs; fp32.
+"""Benchmark of the combined loss without a head: forward and backward from log-probs, in fp32.
 
-- leaves: from the log-probs of whole responses (3, B), order chosen, rejected, visual, as
+- leaves: from the log-probs of responses, (3, B) in order chosen, rejected, visual, as
   `preference_loss` takes them.
-- tokens: from the log-probs of N rows, three responses of 32 to 96 rows for each of B examples, to
-  their sums, both terms, and the gradient of every row: the path of `linear_preference_loss` behind
-  the head. On CUDA ours is one launch of a Triton kernel.
+- tokens: from the log-probs of N rows (three responses of 32 to 96 rows per example). It computes
+  their sums, both loss terms, and the gradient of every row. This is the path of
+  `linear_preference_loss` after the head. On CUDA ours is one launch of a Triton kernel.
 
-Ours checks its inputs for NaN and returns rewards and counts too; the others are the bare formula.
-Token counts are given: `linear_preference_loss` counts on the host before the head. TRL 1.16 has no
-contestant: its loss is a part of `DPOTrainer._compute_loss`, of which nothing can be called without
-a trainer and its model. Nor has Liger, whose loss is a part of its fused head.
+Ours also checks its inputs for NaN and returns rewards and counts. The others are the bare formula.
+Token counts are given, because `linear_preference_loss` counts on the host before the head. TRL
+1.16 is missing because its loss (in `DPOTrainer._compute_loss`) needs a trainer and its model.
+Liger is missing because its loss is part of its fused head.
 
-Before a contestant is timed its loss and its gradient are compared with fp64.
+Each contestant's loss and gradient are compared with fp64 before timing.
 """
 
 from collections.abc import Callable
@@ -28,22 +28,22 @@ from realign_kernels.autograd import from_tokens
 from realign_kernels.nonfinite import is_finite, sentinel
 
 ALLOWED = 1e-5
-"""Relative error of ours at most; the others' is shown."""
+"""Largest relative error of ours. The error of the others is only shown."""
 SHORTEST, LONGEST = 32, 96
 ROUNDS = 300
-"""At most; a call takes some hundred microseconds."""
+"""Most rounds; a call takes a few hundred microseconds."""
 EXAMPLES = {"leaves": (64, 4096), "tokens": (64, 1024)}
 OBJECTIVE = objectives.rdpo(BETA)
 
 
 class Case:
-    """Log-probs of tokens near -2, and a reference that is near the policy."""
+    """Token log-probs near -2, and references near the policy."""
 
     def __init__(self, kind: str, examples: int) -> None:
         self.kind = kind
         g = torch.Generator().manual_seed(0)
         lengths = torch.randint(SHORTEST, LONGEST + 1, (examples, 3), generator=g)
-        # The responses of an example stand together; they are numbered leaf * B + example.
+        # The responses of an example are adjacent. Their ids are leaf * B + example.
         numbers = torch.arange(3) * examples + torch.arange(examples)[:, None]
         self.ids = numbers.flatten().repeat_interleave(lengths.flatten())
         rows = -2 * torch.rand(len(self.ids), generator=g).add_(0.5)
@@ -57,14 +57,14 @@ class Case:
         self.truth = self.step(FORMULA[kind], torch.float64)
 
     def step(self, loss, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """One forward and backward: the loss and the gradient of the log-probs."""
+        """Loss and gradient of the log-probs, from one forward and backward."""
         logps = self.logps.to(dtype).detach().requires_grad_()
         value = loss(self, logps, self.references.to(dtype))
         value.backward()
         return value.detach(), logps.grad
 
     def error(self, loss) -> dict[str, float]:
-        """Relative errors of the loss and, in norm, of the gradient."""
+        """Relative errors of the loss and (in norm) of the gradient."""
         off = map(relative, self.step(loss), self.truth)
         return dict(zip(("loss", "gradient"), off, strict=True))
 
@@ -91,7 +91,7 @@ def eager_tokens(
 
 
 FORMULA = {"leaves": eager_leaves, "tokens": eager_tokens}
-"""What is the truth in fp64."""
+"""The formula for the exact result in fp64."""
 CONTESTANTS = {
     "leaves": {OURS: our_leaves, "eager torch": eager_leaves},
     "tokens": {

@@ -1,12 +1,12 @@
-"""Memory of the head against the length of the context: image tokens cost ours nothing.
+"""Benchmark of the head's peak memory against the length of the context.
 
-Each contestant is called as its users call it, with image and prompt rows in front of the response.
-The time shown is that of the process; it has no meaning.
+Each contestant is called as its users call it, with image and prompt rows before the response. The
+shown time is that of the process and has no meaning.
 
-A peak is that of one forward and backward, in bytes beyond the inputs, not counting, in the
-backward, the gradients of the inputs, which any contestant has to return. Each is measured in a
-fork of a process that has imported code and run nothing. malloc gives blocks over 1 MB back when
-they are freed, so the peak is that of live tensors. On CUDA the device's allocator counts.
+A peak is that of one forward and backward, in bytes beyond the inputs. It excludes the gradients of
+the inputs, which every contestant returns. Each peak is measured in a fork of a process that has
+only imported code. malloc returns freed blocks over 1 MB to the system, so the peak is that of live
+tensors. On CUDA the peak is that of the device's allocator.
 """
 
 import os
@@ -27,16 +27,16 @@ SETTINGS = (("frozen", "bf16"), ("frozen", "fp32"), ("trainable", "bf16"))
 CASE = {"H": 256, "V": 8192, "examples": 1, "prompt": PROMPT, "response": RESPONSE}
 
 MEASURED = DEVICE == "cuda" or Path("/proc/self/clear_refs").exists()
-"""Whether peaks can be read: on a CPU they come from Linux's /proc."""
+"""Whether peaks can be read. On a CPU this needs Linux's /proc."""
 
 
 def step(case: Case, loss) -> int:
-    """Bytes of a forward and backward."""
+    """Peak memory of a forward and backward in bytes."""
     inputs = case.hidden.requires_grad_(), case.weight.requires_grad_(case.trainable)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident memory
     before = memory()["VmRSS"]
     value = loss(*inputs, case.labels)
     forward = memory()["VmHWM"] - before
@@ -46,10 +46,10 @@ def step(case: Case, loss) -> int:
 
 
 def peak(name: str, shape: Shape) -> int:
-    """Bytes in this process, after a small step that loads code and leaves little behind.
+    """Peak memory of a step in this process, after a small step that loads code.
 
-    CCE compiles for a shape, so its first step has that shape. The others may keep buffers, as ours
-    does, and these belong to the peak.
+    CCE compiles for a shape, so its first step has that shape. Buffers that the others keep between
+    steps count in the peak. Ours keeps some.
     """
     loss = CONTESTANTS[name]()
     step(Case(shape if name == "CCE" else replace(shape, examples=1, V=512, image_tokens=0)), loss)
@@ -57,21 +57,21 @@ def peak(name: str, shape: Shape) -> int:
 
 
 def serve(name: str, pipe) -> None:
-    """Answers a shape with its peak."""
+    """Worker process: receives shapes and sends their peaks."""
     allocate("return")
     CONTESTANTS[name]()
     while True:
         shape = pipe.recv()
-        if DEVICE == "cuda":  # its allocator counts, and CUDA does not survive a fork
+        if DEVICE == "cuda":  # CUDA does not work after a fork, and the peak is the allocator's
             pipe.send(peak(name, shape))
         elif (child := os.fork()) == 0:
             pipe.send(peak(name, shape))
             os._exit(0)
         elif os.waitpid(child, 0)[1]:
-            raise RuntimeError(f"no peak of {name} at {shape}")
+            raise RuntimeError(f"The process that measures {name} at {shape} failed.")
 
 
-@pytest.mark.skipif(not MEASURED, reason="reads peaks from Linux's /proc")
+@pytest.mark.skipif(not MEASURED, reason="needs Linux's /proc to read peaks")
 @pytest.mark.parametrize(
     ("head", "dtype", "tokens", "name"),
     [

@@ -1,15 +1,16 @@
-"""Making pairs: embed, retrieve and infill, each beside the plain way to the same.
+"""Benchmark of the pairs pipeline: embed, retrieve and infill, each against a plain version.
 
-The digits model and its scenes, fp32; for the search random vectors, 768 wide.
+The model is the digits model, in fp32, with its scenes. The search uses random vectors of 768
+dimensions.
 
-- embed: 64 images by the model's own tower, from images to unit vectors; against one at a time.
-- retrieve: the 10 nearest others of 1,024 vectors, exact, among 20,000; 100,000 with `-m full`.
-  Against numpy, a product and argpartition over blocks.
-- infill: one digit of each of 64 captions, in one batch that keeps keys and values; against its
-  specification, one record at a time that reads everything again for each token. That one does 8
-  records, and its seconds are scaled to 64.
+- embed: 64 images to unit vectors by the model's vision tower, against one image at a time.
+- retrieve: exact search for the 10 nearest others of 1,024 vectors among 20,000 (100,000 with
+  `-m full`), against numpy's product and argpartition over blocks.
+- infill: one digit in each of 64 captions, in one batch with cached keys and values. The plain
+  version takes one record at a time and reads all tokens again for each new one. It runs 8 records,
+  and its time is scaled to 64.
 
-Before a contestant is timed, its answers are those of the plain way. `rate` is in things a second.
+All answers are compared with the plain version before timing. `rate` is in things per second.
 """
 
 import time
@@ -37,7 +38,7 @@ PROMPT = ({"role": "user", "content": CAPTION_PROMPT},)
 
 @torch.inference_mode()
 def embed_each(model, processor, images) -> np.ndarray:
-    """(n, D) unit vectors, an image at a time."""
+    """(n, D) unit vectors, one image at a time."""
     found = []
     for image in images:
         pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
@@ -53,7 +54,7 @@ def retrieve(index, vectors, hashes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def retrieve_plainly(vectors) -> tuple[np.ndarray, np.ndarray]:
-    """The same by numpy."""
+    """The result of `retrieve` by numpy."""
     indices, similarities = [], []
     for start in range(0, QUERIES, BLOCK):
         scores = vectors[start : start + BLOCK] @ vectors.T
@@ -74,7 +75,7 @@ def fill(how, model, processor, images, masked):
 
 @pytest.fixture(scope="module")
 def digits():
-    """The model, its processor, images, and captions in which one digit is hidden."""
+    """Model, processor, images, and captions with one masked digit each."""
     scenes, rng, masked = make_scenes(BATCH, biased=True), np.random.default_rng(0), []
     for scene in scenes:
         words = scene.caption.split(" ")
@@ -87,7 +88,7 @@ def digits():
 
 @lru_cache(maxsize=1)
 def search(count: int):
-    """Unit vectors, hashes that are not compared, and the similarities that numpy finds."""
+    """Unit vectors, hashes (which the search ignores), and the similarities by numpy."""
     vectors = np.random.default_rng(0).standard_normal((count, WIDTH), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors, np.arange(count, dtype=np.uint64), retrieve_plainly(vectors)[1]
@@ -117,11 +118,13 @@ def test_retrieve(benchmark, count, name):
     ours = partial(retrieve, Index("exact").build(vectors), vectors, hashes)
     call = ours if name == OURS else partial(retrieve_plainly, vectors)
     indices, similarities = call()
-    # A rounding may swap two that are as near; they must be as near, and each once.
+    # Rounding may swap two neighbours, so similarities are compared, and indices must differ.
     exact = np.einsum("nd,nkd->nk", vectors[:QUERIES], vectors[indices], dtype=np.float64)
     np.testing.assert_allclose(similarities, exact, atol=1e-6)
     np.testing.assert_allclose(similarities, truth, atol=1e-6)
-    listed = np.sort(np.c_[indices, np.arange(QUERIES)])  # with itself, which must not be there
+    listed = np.sort(
+        np.c_[indices, np.arange(QUERIES)]
+    )  # includes the query, which must not be found
     assert (np.diff(listed) > 0).all()
     case = {"H": WIDTH, "k": NEAREST, "among": count}
     what = f"retrieve among {count:,}"

@@ -1,20 +1,18 @@
-"""How the head's time and memory grow: with N, T and V, and over ranks.
+"""Benchmark of the head's scaling with N, T, V and ranks.
 
-One forward and backward of the rDPO loss, ours beside the two usual ways. fp32 on a CPU, bf16 on
-CUDA. An axis changes one number; `case` says which, and holds the others:
+It runs one forward and backward of the rDPO loss: ours and two common implementations, in fp32 on a
+CPU and in bf16 on CUDA. Each axis changes one number of `case`:
 
-- N, the response rows, and V, the vocabulary: every contestant gets only the response rows.
-- T, the length of a sequence with its image tokens: as called, with image and prompt rows in front
-  of the response, and each library does with them what it does for its users.
-- ranks: 1 and 2 processes of one thread, over gloo and on the CPU, share one batch: its vocabulary
-  (`group=`), or its examples, after which the gradient of the weight is averaged. The seconds are
-  those inside the slower process. `speedup` is one process, without collectives, over the ranks, in
-  turns: lower quartile, median and upper quartile.
+- N (response rows) and V (vocabulary): every contestant gets only the response rows.
+- T (length of a sequence with its image tokens): image and prompt rows precede the response. Each
+  library treats them as it does for its users.
+- ranks: 1 and 2 CPU processes of one thread, over gloo, share one batch. They split the vocabulary
+  (`group=`), or the examples, and then average the weight's gradient. The time is that of the
+  slower process. `speedup` has the quartiles of one process (without collectives) over the ranks.
 
-`bytes` are counted as `bench_memory.py` does, for each point in a process of its own. The last
-point of an axis holds `slope`, of time (the fastest round of each, least disturbed) and of
-memory: the exponent of a power of the axis, fitted to all its points. Losses and gradients are
-compared with fp64 first.
+`bytes` has the definition of `bench_memory.py`, with a process per point. The last point of an axis
+has `slope`, for time (of the fastest rounds) and memory. It is the exponent of a power law, fitted
+to all points. Losses and gradients are compared with fp64 before timing.
 """
 
 import functools
@@ -35,18 +33,18 @@ from realign_kernels import rdpo_loss
 
 NAMES = (OURS, EAGER, TRL)
 BASE = Shape("random", 256, 8192, 1, dtype="bf16" if DEVICE == "cuda" else "fp32")
-AXES = {  # the shape at a value, and values, of which those of `-m full` come last
+AXES = {  # changes of the shape at a value, values of the default run, more of `-m full`
     "N": (lambda n: {"examples": n // (3 * RESPONSE)}, [192, 384, 768], [1536, 3072]),
     "T": (lambda t: {"image_tokens": t - PROMPT - RESPONSE}, [192, 384, 768], [1536, 3072]),
     "V": (lambda v: {"V": v}, [4096, 8192, 16384], [65536, 262144]),
 }
 SPLIT = replace(BASE, examples=4, dtype="fp32")
-"""The batch that ranks share."""
+"""Batch that the ranks share."""
 RANKS, HEADS, KINDS = (1, 2), ("trainable", "frozen"), ("vocabulary-parallel", "data-parallel")
 
 
 def points():
-    """(axis, value, contestant) of every benchmark but those of ranks."""
+    """(axis, value, contestant) of every benchmark, except those of ranks."""
     for axis, (_, small, large) in AXES.items():
         for value in (*small, *large):
             slow = () if value in small or DEVICE == "cuda" else pytest.mark.slow
@@ -59,7 +57,7 @@ case_of = functools.lru_cache(maxsize=1)(Case)
 
 @pytest.fixture(scope="module")
 def fit():
-    """fit(benchmark, value): moves the slope of the benchmark's contestant to this point."""
+    """fit(benchmark, value): fits the contestant's slope and stores it at this point."""
     found: dict[tuple, list] = {}
 
     def of(benchmark, value):
@@ -106,7 +104,7 @@ def test_scaling(benchmark, fit, peak_of, axis, value, name):
 
 
 class Share:
-    """This rank's part of the batch; a single rank has all of it, and no collectives."""
+    """Part of the batch on this rank. A single rank has all of it and calls no collectives."""
 
     def __init__(self, kind: str, head: str, rank: int, size: int) -> None:
         self.group = None if size == 1 else dist.group.WORLD
@@ -125,7 +123,7 @@ class Share:
         self.references = torch.zeros(self.labels.shape[:2])
 
     def step(self):
-        """The loss of the batch and the gradients, of which hidden's are of the rank's examples."""
+        """Loss of the batch, and gradients of this rank's hidden states and weight."""
         hidden = self.hidden.detach().requires_grad_()
         weight = self.weight.detach().requires_grad_(self.trainable)
         group = self.group if self.vocabulary else None
@@ -138,7 +136,7 @@ class Share:
         return loss.detach(), hidden.grad, weight.grad
 
     def error(self) -> dict[str, float]:
-        """Relative, as in `bench_head`; `step` leaves the mean over examples to its caller."""
+        """Relative errors as in `bench_head`, after the mean over examples of all ranks."""
         loss, hidden, weight = self.step()
         if self.group is not None and not self.vocabulary:
             dist.all_reduce(loss)
@@ -156,11 +154,11 @@ class Share:
 
 
 def serve_rank(rank: int, store: str, pipe) -> None:
-    """Answers (method of `Share`, its arguments but for the rank)."""
+    """Worker process: calls a method of `Share` per message (method, kind, head, size)."""
     torch.set_num_threads(1)
     store = dist.FileStore(store, max(RANKS))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=max(RANKS))
-    share = functools.lru_cache(maxsize=2)(Share)  # single and together, in turns
+    share = functools.lru_cache(maxsize=2)(Share)  # one rank and all ranks alternate
     while True:
         method, kind, head, size = pipe.recv()
         pipe.send(getattr(share(kind, head, rank, size), method)())
@@ -168,7 +166,7 @@ def serve_rank(rank: int, store: str, pipe) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """ranks(method, kind, head, size): the answers of `size` ranks."""
+    """ranks(method, kind, head, size): answers of `size` ranks."""
     store = str(tmp_path_factory.mktemp("ranks") / "store")
     workers = [Worker(serve_rank, rank, store) for rank in range(max(RANKS))]
 
@@ -207,7 +205,7 @@ def test_ranks(benchmark, fit, ranks, kind, head, size):
         budget=1.5,
         error=error,
     )
-    ratio = benchmark.extra_info.pop("ratio", None)  # of ours to ours
+    ratio = benchmark.extra_info.pop("ratio", None)  # ours over ours
     if ratio is not None:
         benchmark.extra_info["speedup"] = [1 / r for r in reversed(ratio)]
     fit(benchmark, size)

@@ -1,11 +1,12 @@
-"""A training step of a LLaVA of 60M parameters: rDPO on the forest, TRL's DPO, plain rDPO.
+"""Benchmark of a training step of a LLaVA of 60 M parameters: rDPO, TRL's DPO, plain rDPO.
 
-Hidden 512, 8 layers, V = 32000; LoRA (rank 128) and full fine-tuning, fp32 and bf16; 4 examples
-with `-m full` (about 24 GB), else LoRA and one example. docs/benchmarks.md lists the contestants.
-Each is a process that lives through its setting (`step_contestants.py` says what is timed).
+The model has hidden size 512, 8 layers and V = 32000. `-m full` runs LoRA (rank 128) and full
+fine-tuning in fp32 and bf16 with 4 examples, which takes about 24 GB. The default is LoRA in bf16
+with one example. docs/benchmarks.md lists the contestants, and `step_contestants.py` defines the
+timed part. Each contestant is a process that runs until its setting is done.
 
-Losses and gradient norms are compared first. Then peak memory, of live tensors, over that of
-imports: a step of which freed blocks are returned to the system. Then time, in turns with ours.
+Losses and gradient norms are compared first. Next, a step that returns freed blocks to the system
+gives the peak memory of live tensors, less that of imports. Then steps are timed against ours.
 """
 
 import tempfile
@@ -18,9 +19,9 @@ from benchmarks.race import race
 from benchmarks.step_contestants import Worker
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Largest relative difference between losses, and between norms, of two ways to the same thing."""
+"""Largest relative difference of loss and gradient norm between equal contestants."""
 OURS = "ours"
-CONTESTANTS = {  # the process, the words of a step, and the words of our step that it is equal to
+CONTESTANTS = {  # process, words of a step, and words of our step with the same result
     OURS: ("ours", (), ()),
     "TRL DPO": ("trl", (), ("dpo",)),
     "TRL DPO, labelled rows": ("trl", ("labelled",), ("dpo",)),
@@ -37,7 +38,7 @@ SETTINGS = [
 
 
 class Setting:
-    """The processes of a setting: ours to its end, of the others one at a time."""
+    """Processes of a setting: ours until its end, and one of the others at a time."""
 
     def __init__(self, folder, tune, dtype, examples):
         write_setting(folder, examples, prompt=64, response=128)
@@ -47,7 +48,7 @@ class Setting:
         self.truth = {words: self.process("ours").ask(words) for words in (("dpo",), ())}
 
     def process(self, name):
-        """A process of `step_contestants.py`, which answers the words of a step."""
+        """Starts or returns a process of `step_contestants.py`."""
         if name not in self.running:
             for other in [one for one in self.running if one != "ours"]:
                 self.running.pop(other).close()
@@ -56,12 +57,12 @@ class Setting:
         return self.running[name]
 
     def timed(self, name, words=()):
-        """A call for `race`: the seconds that the process counts; freed blocks stay with it."""
+        """Call for `race` that returns the seconds of a step with a malloc that keeps blocks."""
         process = self.process(name)
         return lambda: process.ask(("keep", *words))["seconds"]
 
     def peak(self, name, contestant, words, like):
-        """Bytes over imports; before, that the first step is the step it should be."""
+        """Peak memory in bytes beyond imports, after a check of the first step's loss and norm."""
         if contestant not in self.peaks:
             process = self.process(name)
             first = process.ask(words)
@@ -89,12 +90,12 @@ def setting(request):
 def test_step(benchmark, setting, contestant):
     name, words, like = CONTESTANTS[contestant]
     if name == "trl":
-        reason = "trl is missing; pip install -c constraints.txt '.[peers]'"
+        reason = "trl is missing. Run pip install -c constraints.txt '.[peers]'"
         pytest.importorskip("trl", reason=reason)
     if "labelled" in words and step_contestants.DEVICE == "cuda":
-        pytest.skip("on CUDA TRL projects labelled rows anyway: see TRL DPO")
+        pytest.skip("on CUDA, TRL DPO already projects only labelled rows")
     if name == "trl" and not words and step_contestants.DEVICE == "cpu":
-        # Labelled rows first: a process's peak only grows.
+        # Labelled rows run first, because the peak of a process only grows.
         setting.peak(name, "TRL DPO, labelled rows", ("labelled",), like)
     setting.peak("ours", OURS, (), ())
     taken = setting.peak(name, contestant, words, like)

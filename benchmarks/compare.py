@@ -1,15 +1,18 @@
 """Regression gate: `python -m benchmarks.compare OLD.json NEW.json`.
 
-Times of two runs differ on a shared machine, so it compares ratios, theirs / ours, each measured in
-turns within one run. Where ours takes 20 % longer, all ratios of its group fall by as much. The
-change of a group is the geometric mean over its contestants; those that run our code do not count.
-It is flagged over the threshold, and with one ratio only over three times the threshold: other work
-on the machine slows several threads more than one. A group without ratios is compared by time, less
-the machine's drift, and flagged over ten times the threshold: times of 0.1 s have differed by half
-between quiet runs. Peaks are flagged over the threshold and a MiB, errors when they double, and a
-benchmark of ours that is gone.
+Times of two runs differ on a shared machine. So the gate compares ratios, theirs / ours, which are
+measured in turns within one run. If ours takes 20 % longer, all ratios of its group fall by that
+factor. The change of a group is the geometric mean over its contestants, except those that run our
+code.
 
-Exit codes: 0 nothing is flagged, 1 something is, 2 the files cannot be compared.
+- A change is flagged if it exceeds the threshold. With a single ratio the limit is three times the
+  threshold, because other work on the machine slows down several threads more than one.
+- A group without ratios is compared by time, corrected for the machine's drift. Its limit is ten
+  times the threshold: times of 0.1 s have differed by half between quiet runs.
+- A peak is flagged if it exceeds both the threshold and 1 MiB, and an error if it doubles.
+- A missing benchmark of ours is flagged.
+
+Exit codes: 0 if nothing is flagged, 1 if something is, 2 if the files cannot be compared.
 """
 
 import argparse
@@ -25,14 +28,14 @@ from benchmarks import results
 from benchmarks.results import Entry, Run
 
 LEAST_BYTES = 2**20
-"""Peaks of small cases differ by half of that from run to run."""
+"""Smallest flagged growth of a peak. Peaks of small cases differ by half of it between runs."""
 OF_OURS = ("ours", "bare forward")
-"""First words of contestants that run our code."""
+"""Prefixes of contestants that run our code."""
 THRESHOLD = 0.1
 
 
 class Change(NamedTuple):
-    """New over old of ours in one group; 1.2: 20 % longer, or more."""
+    """Change of ours in one group, new over old: 1.2 is 20 % longer, or 20 % more."""
 
     group: str
     factor: float
@@ -41,13 +44,13 @@ class Change(NamedTuple):
 
 
 def pairs(old: Run, new: Run) -> list[tuple[Entry, Entry]]:
-    """Entries that both runs have, of the same case, old first."""
+    """Pairs (old, new) of entries with the same case."""
     found = ((entry, new.find(*entry.key)) for entry in old.entries)
     return [(b, a) for b, a in found if a is not None and a.case == b.case]
 
 
 def changes(old: Run, new: Run, threshold: float = THRESHOLD) -> Iterator[Change]:
-    """The change of every group, peak and error that both runs have, and of what is gone."""
+    """Yields the change of each shared group, peak and error, and missing benchmarks."""
     shared, groups = pairs(old, new), {}
     for pair in shared:
         if pair[0].suite != "memory":
@@ -56,7 +59,7 @@ def changes(old: Run, new: Run, threshold: float = THRESHOLD) -> Iterator[Change
     drift = float(np.median(others)) if others else 1.0
     for group, members in groups.items():
         logs = [
-            math.log(b.ratio[1] / a.ratio[1])  # theirs / ours falls as ours takes longer
+            math.log(b.ratio[1] / a.ratio[1])  # theirs / ours falls if ours takes longer
             for b, a in members
             if b.ratio and a.ratio and not b.contestant.startswith(OF_OURS)
         ]
@@ -85,7 +88,7 @@ def changes(old: Run, new: Run, threshold: float = THRESHOLD) -> Iterator[Change
 
 
 def report(old: Run, new: Run, threshold: float = THRESHOLD) -> tuple[str, bool]:
-    """(the text, whether something is flagged)."""
+    """Text of the report, and whether anything is flagged."""
     lines = [
         f"{run.name}: {run.date}, commit {run.commit}, {run.machine['cpu']}, load "
         + (f"{run.machine['load']:.1f}" if "load" in run.machine else "unknown")
@@ -106,13 +109,19 @@ def report(old: Run, new: Run, threshold: float = THRESHOLD) -> tuple[str, bool]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compares, prints; returns an exit code."""
+    """Compares two results files; returns an exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description="Did ours become slower between two runs?"
+        prog="python -m benchmarks.compare",
+        description="Check whether ours became slower between two runs.",
     )
     parser.add_argument("old", type=Path, help="results file of the first run")
-    parser.add_argument("new", type=Path, help="results file of the second")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="0.1: flag over 10 %%")
+    parser.add_argument("new", type=Path, help="results file of the second run")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help="relative change to flag (default: %(default)s)",
+    )
     given = parser.parse_args(arguments)
     try:
         old, new = results.read(given.old), results.read(given.new)

@@ -1,9 +1,9 @@
-"""Selection of benchmarks, their results file, and the tables that end a run.
+"""Selection of benchmarks, results file, and tables at the end of a run.
 
-Without `-m` the slow ones are left out; `-m full` runs all, `-m slow` only the slow ones. Results
-go to benchmarks/results/ as `default`, `full`, `slow` or `gpu`, of single files with `-m` as
-`slow-step` and the like. Any other selection, or one where a benchmark failed, goes to `partial`.
-The file is pytest-benchmark's JSON, with the skipped benchmarks and their reasons.
+By default the slow benchmarks do not run. `-m full` runs all, and `-m slow` only the slow ones.
+Results go to benchmarks/results/ as `default`, `full`, `slow` or `gpu`, and those of single files
+with `-m` as, for example, `slow-step`. Other selections and runs with a failure go to `partial`.
+The file is pytest-benchmark's JSON with the skipped benchmarks and their reasons.
 """
 
 import json
@@ -26,7 +26,7 @@ _STATE = pytest.StashKey[dict]()
 
 @pytest.fixture(scope="module")
 def peak_of():
-    """peak_of(contestant, shape): its peak memory in bytes, None where it cannot be read."""
+    """peak_of(contestant, shape): peak memory in bytes, or None if it cannot be read."""
     from benchmarks.bench_memory import MEASURED, serve
 
     workers = {}
@@ -45,7 +45,7 @@ def peak_of():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Slow ones only with `-m`; everything is `full`; durations come from `benchmarks.race`."""
+    """Marks all benchmarks `full`, sets their timer, and deselects slow ones without `-m`."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY))
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Commit and load before the run, which may take an hour."""
+    """Records commit and load before the run, which may take an hour."""
     hook, config = session.config.hook, session.config
     commit = hook.pytest_benchmark_generate_commit_info(config=config)
     commit.pop("project", None)
@@ -65,7 +65,7 @@ def pytest_collection_finish(session):
 
 
 def scope(config) -> str:
-    """Name of the results: of all suites, of whole suites with `-m`, or `partial`."""
+    """Name of the results file; the module docstring lists the names."""
     name, places = config.option.markexpr or "default", [Path(one) for one in config.args]
     if name not in ("default", "full", "slow") or config.option.keyword:
         return "partial"
@@ -80,7 +80,7 @@ def scope(config) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Keeps what was skipped, and why."""
+    """Records skipped benchmarks and their reasons."""
     report = yield
     if report.skipped and call.when != "teardown":
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -91,7 +91,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_benchmark_generate_machine_info(config):
-    """Machine and versions for a reader; no names of machines or folders."""
+    """Machine and versions, without host names or folders."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -109,7 +109,7 @@ def pytest_benchmark_generate_machine_info(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """Writes the results, unless nothing was timed."""
+    """Writes the results if anything was timed."""
     config = session.config
     plugin = getattr(config, "_benchmarksession", None)
     if not any(getattr(plugin, "benchmarks", ())):
@@ -123,7 +123,7 @@ def pytest_sessionfinish(session):
         machine_info=machine | {"load": state["load"]},
         commit_info=state["commit"],
     )
-    for bench in written["benchmarks"]:  # objects of ours, which `extra_info` describes
+    for bench in written["benchmarks"]:  # objects without JSON; `extra_info` describes them
         bench["params"] = None
     written["skipped"] = state["skipped"]
     name = "partial" if session.testsfailed else scope(config)
@@ -134,7 +134,7 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Tables of what this run measured, and its targets."""
+    """Prints the tables and targets of this run."""
     path = config.stash.get(_STATE, {}).get("path")
     if path is None:
         return

@@ -1,10 +1,10 @@
-"""The rDPO loss over a head, as each library lets its users compute it.
+"""The rDPO loss over an LM head, as each library lets its users compute it.
 
-All get hidden states (3, B, T, H) in order chosen, rejected, visual, labels (3, B, T) with -100
-where there is nothing to predict, and references of zero. With labels everywhere they compute on
-equal rows; with an image and a prompt in front each does what it does for its users: ours, and CCE,
-leave out what has no label, TRL does on CUDA, the others project every row. A library that is not
-installed raises ImportError when its contestant is made.
+All contestants get hidden states (3, B, T, H), labels (3, B, T) and reference log-probs of zero.
+The first axis is chosen, rejected, visual. A label of -100 marks a position without a target.
+Without such labels all contestants compute the same rows. With them, each contestant treats image
+and prompt rows as it does for its users. Ours and CCE skip unlabelled rows. TRL skips them on CUDA.
+The others project every row. Making a contestant raises ImportError if its library is missing.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def from_sums(logps: Tensor) -> Tensor:
-    """Both terms, from log-probs of sequences (3, B)."""
+    """rDPO loss (both terms) from the log-probs of sequences, (3, B)."""
     chosen, rejected, visual = BETA * logps
     return -(F.logsigmoid(chosen - rejected) + F.logsigmoid(chosen - visual)).mean()
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
-    """Error in norm over the norm of the truth."""
+    """Norm of the error divided by the norm of the exact value."""
     return float((value.double() - exact).norm() / exact.norm())
 
 
@@ -45,7 +45,7 @@ def forward_backward(
     trainable: bool,
     derivative: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss and, with `derivative`, the gradients of hidden and of a trainable weight."""
+    """Loss and, with `derivative`, the gradients of hidden and of a trainable weight."""
     hidden = hidden.detach().requires_grad_(derivative)
     weight = weight.detach().requires_grad_(trainable)
     value = loss(hidden, weight, labels)
@@ -55,7 +55,7 @@ def forward_backward(
 
 
 def ours(backend: str | None = None) -> Loss:
-    """What `from realign_kernels import rdpo_loss` gives; None: the backend it picks itself."""
+    """`realign_kernels.rdpo_loss` on a backend; None: its default backend."""
 
     def loss(hidden, weight, labels):
         zeros = torch.zeros(labels.shape[:2], device=labels.device)
@@ -66,19 +66,19 @@ def ours(backend: str | None = None) -> Loss:
 
 
 def eager_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """All logits at once, as the authors' release and most scripts do."""
+    """Log-probs from full logits, as in the authors' release and most scripts."""
     logits = (hidden @ weight.T).float()
     return F.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
 
 
 def torch_fused() -> Tokens:
-    """torch's own F.linear_cross_entropy, with its defaults, which on the CPU do not chunk."""
-    fused = F.linear_cross_entropy  # absent before torch 2.13
+    """torch's F.linear_cross_entropy with its defaults, which do not chunk on the CPU."""
+    fused = F.linear_cross_entropy  # needs torch 2.13
     return lambda *head: -fused(*head, reduction="none").float()
 
 
 def trl() -> Tokens:
-    """TRL's chunked log-prob. On the CPU its trainers give it all rows, on CUDA labelled ones."""
+    """TRL's chunked log-prob. TRL's trainers pass all rows on the CPU, labelled rows on CUDA."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
 
@@ -90,7 +90,7 @@ def trl() -> Tokens:
 
 
 def cce() -> Tokens:
-    """Cut Cross-Entropy: its own kernels on CUDA, its torch.compile version on the CPU."""
+    """Cut Cross-Entropy: Triton kernels on CUDA, its torch.compile version on the CPU."""
     from cut_cross_entropy import linear_cross_entropy
 
     def logps(hidden, weight, labels):
@@ -103,12 +103,13 @@ def cce() -> Tokens:
 def both_terms(
     make: Callable[[], Tokens], ignores: bool = False, compacts: bool = False
 ) -> Callable[[], Loss]:
-    """The loss of a library that has per-token log-probs.
+    """rDPO loss from a library's per-token log-probs.
 
     Args:
-        ignores: It takes labels of -100 and leaves those rows out itself; else they are projected,
-            and masked here.
-        compacts: Its trainer gives it only the labelled rows.
+        make: Returns the function for the log-probs.
+        ignores: The library skips rows with a label of -100. If not, it projects them, and they
+            are masked here.
+        compacts: The library's trainer passes only labelled rows.
     """
 
     def made() -> Loss:
@@ -130,7 +131,7 @@ def both_terms(
 
 
 def liger() -> Loss:
-    """Liger's fused DPO makes one term, so two calls: chosen and rejected, chosen and visual."""
+    """Liger's fused DPO in two calls: it computes one of the two terms per call."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     fused = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
@@ -152,7 +153,7 @@ def gemms(
     trainable: bool,
     derivative: bool = True,
 ) -> Callable[[], None]:
-    """The limit: only the products, by torch, in chunks of ours, into buffers."""
+    """The limit: only the matrix products, by torch, in the chunks of ours, into buffers."""
     limit = default_chunk_rows(len(weight), hidden.device)
     if trainable:
         limit = kept_rows(limit, hidden.shape[1], hidden.device)
@@ -172,7 +173,7 @@ def gemms(
     return call
 
 
-OURS, LIMIT, EAGER, TRL = "ours", "GEMMs alone", "eager logits", "TRL chunked log-prob"
+OURS, EAGER, TRL = "ours", "eager logits", "TRL chunked log-prob"
 CONTESTANTS: dict[str, Callable[[], Loss]] = {
     OURS: ours,
     "ours, torch backend": lambda: ours("torch"),

@@ -1,4 +1,4 @@
-"""Random LLaVA models and pairs of the usual lengths, for benchmarks."""
+"""Random LLaVA models, and pairs of the usual lengths, for benchmarks."""
 
 import copy
 from pathlib import Path
@@ -42,10 +42,10 @@ def llava_config(
     size: int = IMAGE_SIZE,
     **options,
 ) -> LlavaConfig:
-    """A LLaVA-1.5 from the hidden size, intermediate size, layers and heads of both its parts.
+    """Config of a LLaVA-1.5; `vision` and `text` are hidden size, intermediate size, layers, heads.
 
-    As in llava-hf/llava-1.5-7b-hf, features come from the last layer of the tower but one, and
-    without the class token.
+    As in llava-hf/llava-1.5-7b-hf, features come from the tower's second last layer, without the
+    class token.
     """
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return LlavaConfig(
@@ -63,7 +63,7 @@ def llava_config(
 
 
 def random_llava(*text: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with a small vision tower and 576 image tokens, V = 32000."""
+    """Random LLaVA with a small vision tower, 576 image tokens and V = 32000."""
     torch.manual_seed(0)
     config = llava_config(
         vision=(192, 384, 4, 4), text=text, vision_feature_layer=-1, tie_word_embeddings=False
@@ -72,34 +72,34 @@ def random_llava(*text: int) -> LlavaForConditionalGeneration:
 
 
 LLAVA_60M = (512, 1376, 8, 8)
-"""Hidden size, intermediate size, layers and heads: 58 M parameters beside the tower."""
+"""Hidden size, intermediate size, layers and heads: 58 M parameters without the tower."""
 LLAVA_7B = {
     "vision": (1024, 4096, 24, 16), "text": (4096, 11008, 32, 32), "vocabulary": 32064,
     "image_id": 32000, "size": IMAGE_SIZE,
 }  # fmt: skip
-"""`llava_config` of llava-hf/llava-1.5-7b-hf."""
+"""Arguments of `llava_config` for llava-hf/llava-1.5-7b-hf."""
 
 
 def random_on(
     device: str, config: LlavaConfig, dtype: torch.dtype, attention: str = "sdpa"
 ) -> LlavaForConditionalGeneration:
-    """Random weights and all buffers, made on the device itself; equal in every call.
+    """Model with random weights, created on the device. Every call gives the same weights.
 
     Args:
-        device: of the weights; host memory sees none of them.
-        config: such as `llava_config`.
-        dtype: of the weights.
-        attention: of the language model, as in `realign.modeling.loading.load_model`.
+        device: Device of the weights, which never pass through host memory.
+        config: For example `llava_config(...)`.
+        dtype: dtype of the weights.
+        attention: Attention of the language model, as in `realign.modeling.loading.load_model`.
     """
     torch.manual_seed(0)
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
-    own = copy.deepcopy(config)  # it keeps the attention, which another model may not have
+    own = copy.deepcopy(config)  # from_config stores the attention in it
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(own, dtype=dtype, attn_implementation=kinds)
 
 
 def word_processor(image_id=IMAGE_ID, size=IMAGE_SIZE):
-    """A processor of as many words as are below `image_id`, a token each, for the models above."""
+    """Processor for these models, with one token per word and `image_id` words."""
     words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), image_id)), "<image>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -117,13 +117,13 @@ def word_processor(image_id=IMAGE_ID, size=IMAGE_SIZE):
 
 
 def random_records(lengths, image_id=IMAGE_ID, size=IMAGE_SIZE):
-    """Records of random words and images, for `word_processor`.
+    """Records with random words and images, for `word_processor`.
 
     Args:
-        lengths: for each record the tokens of its prompt beside the image's, of its chosen and of
-            its rejected response; the end token of a response counts.
-        image_id: words are below it.
-        size: side of the images in pixels.
+        lengths: Tokens of prompt (without the image), chosen and rejected of each record. The end
+            token of a response counts.
+        image_id: Token of the image; words have smaller ids.
+        size: Side of the images in pixels.
     """
     rng = np.random.default_rng(0)
 
@@ -148,7 +148,7 @@ def random_records(lengths, image_id=IMAGE_ID, size=IMAGE_SIZE):
 
 
 def encode(records, processor, layout):
-    """(examples, store): rDPO's forests of the records."""
+    """Encodes records as rDPO forests; returns (examples, store)."""
     return encode_records(
         records, processor, objectives.rdpo(), layout=layout, max_response_tokens=1024,
         max_tokens=4096, progress=False,
@@ -156,7 +156,7 @@ def encode(records, processor, layout):
 
 
 def fill(folder, fingerprint, model, examples, store, *, batch_rows, device):
-    """(L, B) reference log-probs, by `reference_logps.fill` into the cache in `folder`."""
+    """Fills the cache in `folder` by `reference_logps.fill`; returns (L, B) log-probs."""
     with ReferenceCache.open(folder, fingerprint) as cache:
         return reference_logps.fill(
             cache, model.eval(), examples, store, batch_rows=batch_rows, device=device,
@@ -165,15 +165,16 @@ def fill(folder, fingerprint, model, examples, store, *, batch_rows, device):
 
 
 def random_forests(count, *, prompt, response):
-    """(examples, store) of `count` random records; lengths as in `write_setting`."""
+    """(examples, store) of `count` random records, with lengths as in `write_setting`."""
     records = random_records([(prompt, response, response)] * count)
     return encode(records, word_processor(), Layout(IMAGE_ID))
 
 
 def write_setting(folder, count, *, prompt, response):
-    """A LLaVA of 60 M with its processor in `folder`/model, and records in `folder`/pairs.parquet.
+    """Writes a LLaVA of 60 M to `folder`/model and records to `folder`/pairs.parquet.
 
-    Prompts take `prompt` tokens beside the image's, responses `response` with their end token.
+    A prompt has `prompt` tokens without the image. A response has `response` tokens with its end
+    token.
     """
     folder = Path(folder)
     random_llava(*LLAVA_60M).save_pretrained(folder / "model")

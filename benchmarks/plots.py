@@ -1,6 +1,7 @@
-"""Pictures of docs/benchmarks.md."""
+"""Charts of docs/benchmarks.md."""
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.results import Groups, Quartiles, over_limit
+from benchmarks.results import LIMIT, Groups, Quartiles
 
 INK, QUIET, GRID = "#1d2129", "#6b7280", "#e5e7eb"
 COLOURS = {
     "ours": "#c2410c",
     "ours, torch backend": "#f0a27a",
-    "GEMMs alone": "#111827",
+    LIMIT: "#111827",
     "eager logits": "#2563eb",
     "F.linear_cross_entropy": "#0d9488",
     "TRL chunked log-prob": "#7c3aed",
@@ -31,22 +32,24 @@ COLOURS = {
     "ours, data-parallel": "#f0a27a",
 }
 STYLE = {
-    "figure.dpi": 100, "savefig.dpi": 160, "font.size": 9, "font.family": "DejaVu Sans",
+    "figure.dpi": 100, "savefig.dpi": 160, "font.size": 10, "font.family": "DejaVu Sans",
     "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK, "xtick.color": QUIET,
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9.5,
 }  # fmt: skip
 MARKERS = "osD^vPX*"
-FACTORS = (0.25, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
+RATIOS = (0.25, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
 Points = dict[str, list[tuple[float, float]]]
-"""Points (x, y) of each contestant."""
+"""Points (x, y) by contestant."""
+TIMES = "time, theirs / ours (ours: 1x)"
+ONE = (1.0, 1.0, 1.0)
 
 
 @contextlib.contextmanager
 def drawn(count: int, height: float, path: Path, columns: int = 2) -> Iterator[tuple[Figure, list]]:
-    """(figure, axes) of `count` panels, then written; the same run gives the same bytes."""
+    """Yields (figure, axes) of `count` panels and saves them, with the same bytes for one run."""
     with plt.rc_context(STYLE):
         lines = -(-count // columns)
         size = (5.2 * columns, height * lines)
@@ -61,40 +64,41 @@ def drawn(count: int, height: float, path: Path, columns: int = 2) -> Iterator[t
 
 
 def plain(axis, locator=None) -> None:
-    """A logarithmic axis with plain numbers."""
+    """Formats a logarithmic axis with plain numbers."""
     axis.set_major_locator(locator or LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def rankings(panels: dict[str, dict[str, Quartiles]], label: str, path: Path) -> None:
-    """Factor of each contestant with its quartiles, least first, on a logarithmic axis."""
-    height = 0.8 + 0.27 * max(map(len, panels.values()))
-    with drawn(len(panels), height, path) as (_, axes):
-        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+def rankings(panels: dict[str, dict[str, Quartiles]], title: str, path: Path) -> None:
+    """Draws the ratio of each contestant with its quartiles, on a logarithmic axis."""
+    height = 0.75 + 0.27 * max(map(len, panels.values()))
+    with drawn(len(panels), height, path) as (figure, axes):
+        figure.suptitle(f"{title}: {TIMES}", x=0.01, ha="left", fontsize=12, weight="bold")
+        for ax, (name, rows) in zip(axes, panels.items(), strict=True):
             rows = sorted(rows.items(), key=lambda row: -row[1][1])
-            for place, (name, (low, middle, high)) in enumerate(rows):
-                colour = COLOURS.get(name, QUIET)
+            for place, (contestant, (low, middle, high)) in enumerate(rows):
+                colour = COLOURS.get(contestant, QUIET)
                 spread = [[middle - low], [high - middle]]
                 ax.plot([1, middle], [place, place], color=colour, linewidth=2.5)
                 ax.errorbar(middle, place, xerr=spread, fmt="o", color=colour, ecolor=INK)
-                ax.text(1.1 * max(high, 1), place, f"{middle:.2f}", va="center", fontsize=8)
-            ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+                ax.text(1.1 * max(high, 1), place, f"{middle:.2f}x", va="center", fontsize=9)
+            ax.set_yticks(range(len(rows)), [contestant for contestant, _ in rows])
+            ax.set_ylim(-0.6, len(rows) - 0.4)
             most = max(high for _, (_, _, high) in rows)
             least = min(low for _, (low, _, _) in rows)
             ax.set_xscale("log")
             ax.set_xlim(min(0.85 * least, 0.8), 1.6 * most)
-            plain(ax.xaxis, FixedLocator([tick for tick in FACTORS if tick <= 1.3 * most]))
+            plain(ax.xaxis, FixedLocator([tick for tick in RATIOS if tick <= 1.3 * most]))
             ax.axvline(1, color=INK, linewidth=1.0, zorder=1)
             ax.grid(axis="y", visible=False)
-            ax.set_title(title)
-            ax.set_xlabel(label)
+            ax.set_title(textwrap.fill(name, 44))
 
 
 def curves(
     panels: dict[str, Points], x: str | None, y: str, path: Path, line: str = "-", columns: int = 2
 ) -> None:
-    """Points of each contestant over a logarithmic plane; x None: the panel's title."""
+    """Draws the points of each contestant on logarithmic axes; x None: the panel's title."""
     with drawn(len(panels), 3.8, path, columns) as (figure, axes):
         handles = {}
         for ax, (title, points) in zip(axes, panels.items(), strict=True):
@@ -118,7 +122,7 @@ def curves(
 
 
 def _panels(groups: Groups, title, point) -> dict[str, Points]:
-    """Points by `title(entry)` and contestant; entries for which either is None are left out."""
+    """Points by `title(entry)` and contestant, without entries for which either is None."""
     panels: dict[str, Points] = {}
     for entry in (entry for entries in groups.values() for entry in entries):
         if (panel := title(entry)) and (found := point(entry)):
@@ -126,27 +130,33 @@ def _panels(groups: Groups, title, point) -> dict[str, Points]:
     return panels
 
 
+def _ratios(groups: Groups, prefix: str) -> dict[str, dict[str, Quartiles]]:
+    """Quartiles of theirs / ours by group, without the prefix of its name, and contestant."""
+    return {
+        name.removeprefix(prefix): {e.contestant: e.ratio or ONE for e in entries}
+        for name, entries in groups.items()
+    }
+
+
 def head(groups: Groups, folder: Path) -> None:
-    """Time of each contestant over the limit; error of the gradient against that time."""
-    over = {name: over_limit(entries) for name, entries in groups.items()}
-    panels = {name.removeprefix("head, "): rows for name, rows in over.items() if rows}
-    label = "time over that of the same GEMMs by torch (line at 1: the limit)"
-    rankings(panels, label, folder / "head.png")
+    """Draws the time over ours, and the error of the gradient against that time."""
+    raced = {
+        name: entries
+        for name, entries in groups.items()
+        if any(entry.role == "limit" for entry in entries)
+    }
+    rankings(_ratios(raced, "head, "), "Head, forward and backward", folder / "head.png")
 
     def point(entry):
-        times = over[entry.group].get(entry.contestant)
-        return times and "gradient" in entry.error and (times[1], entry.error["gradient"])
+        return "gradient" in entry.error and ((entry.ratio or ONE)[1], entry.error["gradient"])
 
-    labels = (
-        "time over that of the same GEMMs by torch",
-        "relative error of the gradient against fp64",
-    )
-    panels = _panels(groups, lambda entry: entry.case["dtype"], point)
+    labels = TIMES, "relative error of the gradient against fp64"
+    panels = _panels(raced, lambda entry: entry.case["dtype"], point)
     curves(panels, *labels, folder / "error.png", line="none")
 
 
 def memory(groups: Groups, folder: Path) -> None:
-    """Peak memory against image tokens, a panel for each head and dtype."""
+    """Draws peak memory against image tokens, with a panel per head and dtype."""
     panels = _panels(
         groups,
         lambda entry: "{head}, {dtype}".format(**entry.case),
@@ -157,12 +167,11 @@ def memory(groups: Groups, folder: Path) -> None:
 
 
 def step(groups: Groups, folder: Path) -> None:
-    """Time of a step over ours."""
-    panels = {
-        name.removeprefix("step, "): {e.contestant: e.ratio or (1.0, 1.0, 1.0) for e in entries}
-        for name, entries in groups.items()
-    }
-    rankings(panels, "time of a step over ours", folder / "step.png")
+    """Draws the time of a step over ours."""
+    panels = _ratios(groups, "step, ")
+    panels = {name.replace("1 example(s)", "1 example").replace("(s)", "s"): rows
+              for name, rows in panels.items()}  # fmt: skip
+    rankings(panels, "Training step", folder / "step.png")
 
 
 AXES = {
@@ -174,7 +183,7 @@ AXES = {
 
 
 def scaling(groups: Groups, folder: Path) -> None:
-    """Time against N, T, V and ranks, a panel each; of ranks with the head that trains only."""
+    """Draws time against N, T, V and ranks (trained head), with a panel each."""
 
     def title(entry):
         axis, head = entry.case["axis"], entry.case["head"]

@@ -1,18 +1,18 @@
-"""How everything here is timed: a contestant and ours take turns, and the turns are divided.
+"""Timing of the benchmarks: rounds of a contestant alternate with rounds of ours.
 
-Times on a shared machine drift by a third within minutes; a ratio of two calls, one right after
-the other, does not. So each contestant's rounds alternate with rounds of ours, which goes first
-changes from round to round, and the result is the median of theirs / ours over the rounds. On
-CUDA a round is timed by events, after a flush of the L2 cache.
+Times on a shared machine drift by a third within minutes. The ratio of two consecutive calls does
+not. So each contestant alternates with ours, and the order changes from round to round. The result
+is the median of theirs / ours over the rounds. On CUDA, events time a round after a flush of the L2
+cache.
 
-pytest-benchmark then gets the durations, for its table and JSON. `extra_info` of each benchmark:
+pytest-benchmark gets the durations for its table and JSON. `extra_info` of a benchmark has:
 
-- suite: head, memory, loss, step, cache, pairs or scaling;
-- case: what was run, a dict of numbers and names (dtype, N, H, V, image_tokens, ...);
-- contestant, and its role: `ours`, `limit` (the work that nobody can leave out) or `peer`;
-- ratio: lower quartile, median and upper quartile of theirs / ours; not for ours itself;
-- error, where there is a truth: {"loss": ..., "gradient": ...}, relative, against fp64;
-- bytes, where memory is a result: the peak, as the suite defines it.
+- suite: head, memory, loss, step, cache, pairs or scaling.
+- case: dict of numbers and names (dtype, N, H, V, image_tokens, ...).
+- contestant, and its role: `ours`, `limit` (the work that all contestants share) or `peer`.
+- ratio: lower quartile, median and upper quartile of theirs / ours. Ours has none.
+- error: relative errors against fp64, {"loss": ..., "gradient": ...}, if there is an exact result.
+- bytes: peak memory as the suite defines it, if memory is a result.
 """
 
 import functools
@@ -23,17 +23,17 @@ import numpy as np
 import torch
 
 LEAST, MOST = 3, 15
-"""Rounds of a contestant, within its seconds."""
+"""Fewest and most rounds of a contestant within its time budget."""
 
 
 class Replay:
-    """A timer for pytest-benchmark that replays durations measured before."""
+    """Timer for pytest-benchmark that replays measured durations."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
 
     def load(self, seconds: list[float]) -> None:
-        """Two ticks a round; the first is zero."""
+        """Queues two ticks per round, of which the first is zero."""
         self.ticks = [tick for s in seconds for tick in (0.0, s)]
 
     def __call__(self) -> float:
@@ -45,15 +45,15 @@ REPLAY = Replay()
 
 @functools.cache
 def _flush() -> torch.Tensor:
-    """Larger than any L2 cache; written before each round on CUDA."""
+    """Buffer larger than any L2 cache, written before each round on CUDA."""
     return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Duration of one call. A call that returns a float has timed itself, in another process."""
+    """Duration of one call in seconds; a float that the call returns is its own duration."""
     if torch.cuda.is_available():
         _flush().zero_()
-        torch.cuda.synchronize()  # or launches would hide behind the flush
+        torch.cuda.synchronize()  # so that launches do not overlap with the flush
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         found = call()
@@ -72,10 +72,10 @@ def turns(
     least: int = LEAST,
     most: int = MOST,
 ) -> tuple[list[float], list[float]]:
-    """(durations of `call`, durations of `ours`), in turns, for about `budget` seconds."""
+    """Alternates `call` and `ours` for about `budget` seconds; returns both lists of durations."""
     calls = [call] if ours is None else [call, ours]
     for one in calls:
-        seconds(one)  # warm: code loaded, buffers and compiled graphs made
+        seconds(one)  # warm-up: loads code, allocates buffers, compiles graphs
     found: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
     while len(found[0]) < least or (len(found[0]) < most and time.perf_counter() - began < budget):
@@ -99,15 +99,15 @@ def race(
     most: int = MOST,
     **info,
 ) -> None:
-    """Times `call` in turns with `ours` (None: it is ours) and reports it to pytest-benchmark.
+    """Times `call` against `ours` (None: `call` is ours) and passes the result to pytest-benchmark.
 
     Args:
-        group: begins with the name of the suite.
-        contestant: its name; `ours` is not called where it is "ours".
-        role: "ours" without `ours` and else "peer", or "limit".
-        things: their number in a call, and their unit, for a rate.
-        budget: Seconds for the rounds; LEAST rounds are run in any case.
-        info: More for `extra_info`, as the head of this file lists.
+        group: Name of the group, which begins with that of the suite.
+        contestant: Name of the contestant. If it is "ours", `ours` is not called.
+        role: Role of the contestant. The default is "ours" without `ours`, and "peer" with it.
+        things: Number of things per call and their unit, for a rate.
+        budget: Seconds for the rounds. At least LEAST rounds run in any case.
+        info: Further entries of `extra_info`.
     """
     if not benchmark.enabled:
         benchmark(call)
@@ -127,6 +127,6 @@ def race(
 
 
 def describe(benchmark, group: str, **info) -> None:
-    """Sets a benchmark's group and `extra_info`."""
+    """Sets the group and `extra_info` of a benchmark."""
     benchmark.group, suite = group, group.partition(",")[0]
     benchmark.extra_info.update({"suite": suite} | {k: v for k, v in info.items() if v is not None})

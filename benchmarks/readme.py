@@ -19,11 +19,11 @@ PEERS = {
     "TRL DPO": "TRL {trl}'s DPO with its CPU default, which projects every row",
     "released, three sequences": "plain rDPO, three sequences as in the authors' release",
 }
-"""Contestants of a step with their titles; the fair comparison is first."""
+"""Titles of the contestants of a step. The fair comparison is first."""
 TUNES, DTYPES = {"lora": "LoRA", "full": "full"}, ("bf16", "fp32")
 MODEL = (
     "A LLaVA of 60 M parameters: hidden size 512, 8 layers, vocabulary 32,000. {examples} examples "
-    "a step: 576 image tokens, prompt 64, responses 128."
+    "per step: 576 image tokens, prompt 64, responses 128."
 )
 METHODS = (
     "Ours is rDPO: three sequences, cached references. TRL's DPO: two sequences, live reference. "
@@ -45,14 +45,14 @@ class Setting(NamedTuple):
 
 
 class StepRatios(NamedTuple):
-    """Peers of a step, theirs over ours, with the most examples that were run."""
+    """Settings by title of the peer, for the largest number of examples."""
 
     examples: int
     peers: dict[str, list[Setting]]
 
 
 def step_ratios(run: Run) -> StepRatios | None:
-    """The ratios of a run; None where it has no step."""
+    """Ratios of the training step in a run; None if the run has no step."""
     groups = groups_of([run], "step").values()
     examples = max((entries[0].case["examples"] for entries in groups), default=0)
     settings = {
@@ -77,7 +77,7 @@ def _versions(run: Run) -> dict[str, str]:
 
 
 def step_block(run: Run) -> str | None:
-    """The chart, and its ranges over the settings as a table."""
+    """The chart, and a table of its ranges over the settings."""
     found = step_ratios(run)
     if found is None:
         return None
@@ -101,27 +101,29 @@ def step_block(run: Run) -> str | None:
 
 
 def measured_line(run: Run, check: Check) -> str:
-    """The machines of the chart and of the GPU check, and the age of the latter."""
+    """Sentences with the CPU of the chart, and the GPU run of an earlier version."""
     seconds = [check.figure("step", case, "seconds") for case in ("TRL DPO", "ours")]
     ratio = "-" if None in seconds else f"{seconds[0] / seconds[1]:.2f}x"
     machine = run.machine
     return fill(
         f"Measured on a CPU: {machine['cpu']} ({machine['capability']}), {machine['threads']} "
         f"threads, torch {_versions(run)['torch']} ([docs/benchmarks.md](docs/benchmarks.md)). "
-        f"The one GPU run (one {check.card}) timed an earlier version: its step with "
+        f"The only GPU run, on one {check.card}, timed an earlier version: its step with "
         f"LLaVA-1.5-7B was {ratio} faster than TRL's DPO. Head and step have changed since, and "
         "the present code has not been timed on a GPU ([docs/gpu.md](docs/gpu.md))."
     )
 
 
+FONT = "-apple-system,'Segoe UI','Noto Sans',Helvetica,Arial,sans-serif"
 WIDTH, LEFT, SCALE = 880, (104, 510), 104
 """Width of the chart, left edges of its two panels, and pixels of 1x."""
 TOP, TITLE, BAR, GAP = 112, 24, 18, 14
-"""Pixels above the first group, of a group's title, of a bar's line, and between groups."""
+"""Heights in pixels: space above the first group, title of a group, bar with its gap, gap between
+groups."""
 
 
 def chart(run: Run, theme: str) -> str | None:
-    """The chart as SVG: a group for each peer, a bar for each setting."""
+    """SVG of the chart, with a group per peer and a bar per setting."""
     found = step_ratios(run)
     if found is None:
         return None
@@ -170,13 +172,17 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
 
 
 def _style(colours: dict[str, str]) -> str:
-    bars = colours["bars"].split()
-    return (
-        "text{font:13px -apple-system,'Segoe UI','Noto Sans',Helvetica,Arial,sans-serif;"
-        f"fill:{colours['ink']}}}"
-        ".title{font-size:18px;font-weight:600}.group{font-weight:600}.value{font-size:12px}"
-        f".name{{font-size:12px;text-anchor:end}}.quiet{{font-size:12px;fill:{colours['quiet']}}}"
-        f".tick{{font-size:11px;text-anchor:middle;fill:{colours['quiet']}}}"
-        f"line{{stroke:{colours['ink']};stroke-width:1.5}}"
-        f".bar0{{fill:{bars[0]}}}.bar1{{fill:{bars[1]}}}"
-    )
+    time, memory = colours["bars"].split()
+    rules = {
+        "text": f"font:13px {FONT};fill:{colours['ink']}",
+        ".title": "font-size:18px;font-weight:600",
+        ".group": "font-weight:600",
+        ".name": "font-size:12px;text-anchor:end",
+        ".value": "font-size:12px",
+        ".quiet": f"font-size:12px;fill:{colours['quiet']}",
+        ".tick": f"font-size:11px;text-anchor:middle;fill:{colours['quiet']}",
+        "line": f"stroke:{colours['ink']};stroke-width:1.5",
+        ".bar0": f"fill:{time}",
+        ".bar1": f"fill:{memory}",
+    }
+    return "".join(f"{selector}{{{properties}}}" for selector, properties in rules.items())

@@ -1,9 +1,9 @@
-"""Report of all results: `python -m benchmarks.report` writes the generated blocks of the pages.
+"""Report of all results: `python -m benchmarks.report` writes the generated blocks and charts.
 
-Reads every run in benchmarks/results/: `full` ones first, then what `slow` ones add, then
-`default`. GPU figures come from `gpu` (`make bench-gpu`) and gpu-check.jsonl
-(`python -m benchmarks.gpu`). Blocks of docs/benchmarks.md, docs/gpu.md, docs/kernels.md and the
-README are between `<!-- NAME: generated -->` and `<!-- /NAME -->`; the prose around them is not.
+Reads the CPU runs in benchmarks/results/ in this order: `full`, `slow`, `default`. An entry comes
+from the first run that has it. GPU figures come from `gpu` (`make bench-gpu`) and gpu-check.jsonl
+(`python -m benchmarks.gpu`). The generated blocks of docs/benchmarks.md, docs/gpu.md,
+docs/kernels.md and README.md are between `<!-- NAME: generated -->` and `<!-- /NAME -->`.
 """
 
 import sys
@@ -14,35 +14,35 @@ from pathlib import Path
 from benchmarks import compare, readme, results, targets
 from benchmarks.gpu import pages as gpu_pages
 from benchmarks.gpu.check import load
-from benchmarks.results import Entry, Groups, Run, groups_of, over_limit
+from benchmarks.results import LIMIT, Entry, Groups, Run, groups_of
 from benchmarks.tables import bytes_of, duration, factor, put, quantity, span, table
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PICTURES = DOCS / "benchmarks"
+CHARTS = DOCS / "benchmarks"
 SUITES = ("head", "memory", "loss", "step", "cache", "pairs", "scaling")
 
 
 def read_runs(folder: Path = results.FOLDER) -> list[Run]:
-    """Runs on a CPU, those with more first.
+    """CPU runs; those with more benchmarks are first.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: There is no run.
     """
     names = ("full*.json", "slow*.json", "default.json")
     runs = [results.read(file) for name in names for file in sorted(folder.glob(name))]
     if not runs:
-        raise ValueError(f"{folder} holds no results; run `make bench` first.")
+        raise ValueError(f"{folder} holds no results. Run `make bench` first.")
     return runs
 
 
 def blocks(runs: list[Run], earlier: Run | None = None, gpu: Run | None = None) -> dict[str, str]:
-    """Blocks of docs/benchmarks.md.
+    """Generated blocks of docs/benchmarks.md.
 
     Args:
-        runs: on a CPU, those with more first; the last is `default`.
-        earlier: the default run once more, at another time, to compare two runs of one machine.
-        gpu: the run on a GPU, if there is one.
+        runs: CPU runs, as `read_runs` returns them. The last is `default`.
+        earlier: An earlier default run on the same machine, for a comparison.
+        gpu: The GPU run, if there is one.
     """
     found = {"machines": _machines([*runs, gpu] if gpu else runs), "targets": targets_block(runs)}
     if earlier is not None:
@@ -53,13 +53,14 @@ def blocks(runs: list[Run], earlier: Run | None = None, gpu: Run | None = None) 
     if gpu is not None:
         parts = {suite: groups_of([gpu], suite) for suite in SUITES}
         found["gpu"] = "\n\n".join(suite_block(s, groups) for s, groups in parts.items() if groups)
-    return found | {"skipped": _skipped(runs)}
+    heads = next(filter(None, map(head_summary, runs)), "Not measured.")
+    return found | {"skipped": _skipped(runs), "head-summary": heads}
 
 
 def suite_block(suite: str, groups: Groups) -> str:
-    """Sentences and tables of a suite."""
-    sentences = SENTENCES.get(suite, lambda _: [])(groups)
-    return "\n\n".join([*sentences, _losses(groups), tables_of(suite, groups)])
+    """Summary and tables of a suite."""
+    summary = SUMMARIES.get(suite, lambda _: [])(groups)
+    return "\n\n".join([*summary, _losses(groups), tables_of(suite, groups)])
 
 
 def tables_of(suite: str, groups: Groups) -> str:
@@ -74,67 +75,73 @@ def _machines(runs: list[Run]) -> str:
     for run in runs:
         machine = run.machine
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
-        load = f", load {machine['load']:.1f} when it began" if "load" in machine else ""
+        load = f", load {machine['load']:.1f} at the start" if "load" in machine else ""
         device = machine["gpu"] or (
             f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of "
             f"{machine['cores']} cores{load}, no GPU"
         )
-        about = f"- `{run.name}`, {run.date} UTC, commit {run.commit}: {device}; Python "
+        about = f"- `{run.name}`, {run.date} UTC, commit {run.commit}: {device}. Python "
         lines.append(f"{about}{machine['python']}, {versions}.")
     return "\n".join(lines)
 
 
 def targets_block(runs: list[Run], measured: bool = False) -> str:
-    """Table of all targets, or of the measured ones."""
+    """Table of all targets; with `measured`, only of those with a value."""
     rows, verdicts = [], []
     for target in targets.read()[0]:
         if (value := target.value(runs)) is None and measured:
             continue
         verdicts.append(targets.verdict(target, value))
-        shown = "-" if value is None else quantity(value)
+        shown = "-" if value is None else target.shown(value)
         rows.append((target.name, target.bound, shown, f"**{verdicts[-1]}**", target.reason))
-    columns = ("target", "bound", "measured", "", "why this bound")
+    columns = ("target", "bound", "measured", "", "reason for the bound")
     if not rows:
         return "No target was measured."
     return f"{targets.counts(verdicts)}.\n\n{table(columns, rows)}"
 
 
 def _losses(groups: Groups) -> str:
-    """Where a peer is faster than ours, by its median."""
+    """Cases in which a peer's median ratio is below 1."""
     faster = [
-        f"{entry.contestant} takes {entry.ratio[1]:.2f} of ours in *{group}*"
+        f"- {entry.contestant}: {entry.ratio[1]:.2f}x in *{group}*"
         for group, entries in groups.items()
         for entry in entries
         if entry.is_peer and entry.ratio and round(entry.ratio[1], 2) < 1
     ]
     if not faster:
-        return "No other contestant is faster than ours in any of them."
-    return "Where we lose: " + "; ".join(faster) + "."
+        return "No other contestant is faster than ours in these cases."
+    return "\n".join(["**Ours is slower** in these cases (theirs / ours):", "", *faster])
 
 
-def _head_sentence(groups: Groups) -> list[str]:
-    ours: dict[str, list[float]] = {}
+def _head_summary(groups: Groups) -> list[str]:
+    limits: dict[str, list[float]] = {}
     best = []
     for entries in groups.values():
-        if limits := over_limit(entries):
-            ours.setdefault(entries[0].case["dtype"], []).append(limits["ours"][1])
+        if limit := next((entry for entry in entries if entry.role == "limit"), None):
+            limits.setdefault(limit.case["dtype"], []).append(limit.ratio[1])
             best.append(min(e.ratio[1] for e in entries if e.is_peer))
-    spans = " and ".join(f"{span(values)} times in {dtype}" for dtype, values in ours.items())
+    spans = " and ".join(f"{span(values)} in {dtype}" for dtype, values in limits.items())
     return [
-        f"Over these {len(best)} cases ours takes {spans} as long as torch's GEMMs alone; the best "
-        f"of the other libraries takes {span(best)} times as long as ours."
+        f"Theirs / ours, over {len(best)} cases: the {LIMIT} by torch take {spans}. The fastest "
+        f"other library takes {span(best)}."
     ]
 
 
-def _step_sentence(groups: Groups) -> list[str]:
-    peers: dict[str, list[float]] = {}
-    for entry in (e for entries in groups.values() for e in entries if e.is_peer and e.ratio):
-        peers.setdefault(entry.contestant, []).append(entry.ratio[1])
-    shown = "; ".join(f"{name} {span(values)}" for name, values in peers.items())
-    return [f"In units of ours, in {len(groups)} settings: {shown}."]
+def _step_summary(groups: Groups) -> list[str]:
+    peers: dict[str, list[tuple[float, float]]] = {}
+    for entries in groups.values():
+        ours = next(entry for entry in entries if entry.role == "ours")
+        for entry in (entry for entry in entries if entry.is_peer and entry.ratio):
+            found = entry.ratio[1], entry.bytes / ours.bytes
+            peers.setdefault(entry.contestant, []).append(found)
+    lines = [f"Theirs / ours, over {len(groups)} settings:", ""]
+    for name, found in peers.items():
+        time, memory = (span(values) for values in zip(*found, strict=True))
+        lines.append(f"- {name}: time {time}, peak memory {memory}")
+    return ["\n".join(lines)]
 
 
-SENTENCES = {"head": _head_sentence, "step": _step_sentence}
+SUMMARIES = {"head": _head_summary, "step": _step_summary}
 
 
 def _bold(entry: Entry) -> str:
@@ -142,19 +149,15 @@ def _bold(entry: Entry) -> str:
 
 
 def _group_table(name: str, entries: list[Entry]) -> str:
-    """One group: a row a contestant, columns as it has them."""
-    limits = over_limit(entries)
+    """Table of a group: a row per contestant, with the columns that any of them has."""
     rows = []
     for entry in entries:
         row = {
             "": _bold(entry) + (" (limit)" if entry.role == "limit" else ""),
             "median": duration(entry.median),
             "rounds": str(len(entry.seconds)),
-            "over ours": factor(entry.ratio) if entry.ratio else "1",
+            "theirs / ours": factor(entry.ratio) if entry.ratio else "1x",
         }
-        if limits:
-            over = limits.get(entry.contestant)
-            row["over the limit"] = factor(over) if over else "1"
         row |= {f"error of {what}": f"{error:.1e}" for what, error in entry.error.items()}
         if entry.bytes is not None:
             row["peak"] = bytes_of(entry.bytes)
@@ -171,7 +174,7 @@ def _group_table(name: str, entries: list[Entry]) -> str:
 
 
 def _pivot(groups: Groups, title, key) -> Iterator[tuple[str, list[int], dict[str, dict]]]:
-    """Title, values of `key` in the cases, and entries by contestant as shown and that value."""
+    """Yields a title, the values of `key`, and the entries by contestant and value."""
     found: dict[str, dict[str, dict[int, Entry]]] = {}
     for entry in (entry for entries in groups.values() for entry in entries):
         part = found.setdefault(title(entry), {}).setdefault(_bold(entry), {})
@@ -220,16 +223,51 @@ def _scaling_table(groups: Groups) -> str:
 def _skipped(runs: list[Run]) -> str:
     found = Counter((run.name, one["reason"]) for run in runs for one in run.skipped)
     if not found:
-        return "Nothing: every contestant was installed."
+        return "None: every contestant was installed."
     rows = [(f"`{run}`", str(count), reason) for (run, reason), count in found.items()]
     return table(("run", "benchmarks", "reason"), rows)
 
 
+HEADS = {
+    "ours": "**`rdpo_loss`**",
+    LIMIT: "bare GEMMs by torch (limit)",
+    "ours, torch backend": "`rdpo_loss` without the C++ kernels",
+    "F.linear_cross_entropy": "torch `F.linear_cross_entropy`",
+    "eager logits": "eager torch",
+    "TRL chunked log-prob": "TRL {trl} chunked log-prob",
+    "Liger DPO, two calls": "Liger {liger-kernel} DPO, two calls",
+    "CCE": "CCE {cut-cross-entropy}, its CPU version",
+}
+QUARTER = "LLaVA-1.5-7B, H / 4 1024x32000"
+
+
+def head_summary(run: Run) -> str | None:
+    """Time over ours of each contestant, for a quarter of LLaVA-1.5-7B's head."""
+    groups = groups_of([run], "head")
+    columns = {
+        f"{dtype}, {words}": {
+            e.contestant: e for e in groups.get(f"head, {kind}, {dtype}, {QUARTER}", [])
+        }
+        for dtype in ("bf16", "fp32")
+        for kind, words in (("frozen", "frozen"), ("trainable", "trained"))
+    }
+    if not any(columns.values()):
+        return None
+    rows = []
+    for name, words in HEADS.items():
+        found = [entries.get(name) for entries in columns.values()]
+        cells = [
+            ("-" if e is None else "1x" if e.ratio is None else f"{e.ratio[1]:.2f}x") for e in found
+        ]
+        rows.append((words.format(**run.machine["versions"]), *cells))
+    return table(("theirs / ours", *columns), rows)
+
+
 def pages(folder: Path = results.FOLDER) -> dict[Path, dict[str, str]]:
-    """Generated blocks by page, relative to the root.
+    """Generated blocks by the path of the page, relative to the root.
 
     Raises:
-        ValueError: when results are missing.
+        ValueError: Results are missing.
     """
     runs, check = read_runs(folder), load(folder)
     earlier, gpu = (
@@ -248,10 +286,10 @@ def pages(folder: Path = results.FOLDER) -> dict[Path, dict[str, str]]:
 
 
 def charts(folder: Path = results.FOLDER) -> dict[Path, str]:
-    """Charts of the README, as SVG by path relative to the root.
+    """SVG charts of the README by path, relative to the root.
 
     Raises:
-        ValueError: when results are missing.
+        ValueError: Results are missing.
     """
     stepped = next(filter(readme.step_ratios, read_runs(folder)), None)
     if stepped is None:
@@ -260,7 +298,7 @@ def charts(folder: Path = results.FOLDER) -> dict[Path, str]:
 
 
 def main() -> int:
-    """Writes the pages and images; returns an exit code."""
+    """Writes the blocks and charts; returns an exit code."""
     try:
         for page, found in pages().items():
             put(ROOT / page, found)
@@ -270,14 +308,14 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from benchmarks import plots  # matplotlib, which a run of the benchmarks does not need
+    from benchmarks import plots  # needs matplotlib, which other uses of this module do not
 
     runs = read_runs()
     for suite, draw in plots.DRAW.items():
         if groups := groups_of(runs, suite):
-            draw(groups, PICTURES)
+            draw(groups, CHARTS)
     verdicts = [targets.verdict(t, t.value(runs)) for t in targets.read()[0]]
-    print(f"wrote docs/, README.md; targets on a CPU: {targets.counts(verdicts)}")
+    print(f"Wrote docs/ and README.md. Targets on a CPU: {targets.counts(verdicts)}.")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Results of a run: reads `benchmarks/results/NAME.json`, pytest-benchmark's form.
+"""Reader of results files, `benchmarks/results/NAME.json` in pytest-benchmark's format.
 
-`conftest.py` writes the files. The head of `race.py` lists the `extra_info` of each benchmark.
+`conftest.py` writes the files. The docstring of `race.py` lists the `extra_info` of a benchmark.
 """
 
 import json
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent / "results"
+LIMIT = "bare GEMMs"
+RENAMED = {"GEMMs alone": LIMIT}  # codespell:ignore
+"""Former names of contestants, in older results files."""
 Quartiles = tuple[float, float, float]
 
 
@@ -20,10 +23,10 @@ class Entry:
     """One contestant in one case.
 
     Attributes:
-        seconds: of every round; without meaning for a memory benchmark.
-        ratio: quartiles of theirs / ours; None for ours and where nothing was raced.
-        error: relative errors against fp64, by name.
-        extra: other figures of the benchmark (bytes, rate, unit, filled, slope).
+        seconds: Duration of each round. It has no meaning in a memory benchmark.
+        ratio: Quartiles of theirs / ours. None for ours, and without a race.
+        error: Relative errors against fp64, by name.
+        extra: Other figures of the benchmark (bytes, rate, unit, filled, slope).
     """
 
     suite: str
@@ -38,22 +41,22 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Group and contestant: the same in every run."""
+        """Group and contestant, which identify the entry in every run."""
         return self.group, self.contestant
 
     @property
     def median(self) -> float:
-        """Median of the seconds."""
+        """Median duration of a round in seconds."""
         return float(np.median(self.seconds))
 
     @property
     def bytes(self) -> int | None:
-        """Peak memory, where the suite measures it."""
+        """Peak memory in bytes; None in suites that do not measure it."""
         return self.extra.get("bytes")
 
     @property
     def is_peer(self) -> bool:
-        """Whether it is another library: neither a limit nor ours in another form."""
+        """Whether the contestant is another library: no limit, and no variant of ours."""
         return self.role == "peer" and not self.contestant.startswith("ours")
 
 
@@ -74,13 +77,13 @@ class Run:
 
     name: str
     machine: dict[str, Any]
-    commit: str  # the first twelve digits, with a plus where files differed from it
+    commit: str  # twelve digits, and a plus if the working tree had changes
     date: str  # UTC, to the second
     entries: tuple[Entry, ...]
     skipped: tuple[dict[str, str], ...]  # suite, name, reason
 
     def find(self, group: str, contestant: str) -> Entry | None:
-        """The entry of that name, or None."""
+        """Entry of a group and contestant, or None."""
         return {entry.key: entry for entry in self.entries}.get((group, contestant))
 
 
@@ -88,7 +91,7 @@ def read(path: Path) -> Run:
     """Reads a results file.
 
     Raises:
-        ValueError: for a file that is absent or has another form.
+        ValueError: The file is missing or has another format.
     """
     try:
         found = json.loads(path.read_text())
@@ -103,7 +106,7 @@ def read(path: Path) -> Run:
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} holds no results ({error!r}); `make bench` writes one."
+            f"{path} holds no results ({error!r}). `make bench` writes such a file."
         ) from error
 
 
@@ -115,32 +118,15 @@ def _entry(bench: dict[str, Any]) -> Entry:
         seconds=tuple(bench["stats"]["data"]),
         ratio=ratio and tuple(ratio),
         error=extra.pop("error", {}),
-        **{name: extra.pop(name) for name in ("suite", "case", "contestant", "role")},
+        contestant=RENAMED.get(name := extra.pop("contestant"), name),
+        **{name: extra.pop(name) for name in ("suite", "case", "role")},
         extra=extra,
     )
 
 
 def groups_of(runs: list[Run], suite: str) -> Groups:
-    """Entries of a suite by group; the first run that has an entry counts."""
+    """Entries of a suite by group. Each entry comes from the first run that has it."""
     found: dict[str, dict[str, Entry]] = {}
     for entry in (entry for run in runs for entry in run.entries if entry.suite == suite):
         found.setdefault(entry.group, {}).setdefault(entry.contestant, entry)
     return {group: list(part.values()) for group, part in found.items()}
-
-
-def over_limit(entries: list[Entry]) -> dict[str, Quartiles]:
-    """Quartiles of each contestant's time over the limit's; empty for a group without a limit.
-
-    Both were raced against ours, so it is (theirs / ours) / (limit / ours).
-    """
-    limit = next((e.ratio for e in entries if e.role == "limit" and e.ratio), None)
-    if limit is None:
-        return {}
-    low, middle, high = limit
-    return {
-        e.contestant: tuple(part / middle for part in e.ratio)
-        if e.ratio
-        else (1 / high, 1 / middle, 1 / low)  # ours
-        for e in entries
-        if e.role != "limit"
-    }

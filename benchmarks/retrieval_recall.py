@@ -1,14 +1,16 @@
-"""Recall, time and memory of the kinds of index: `python -m benchmarks.retrieval_recall`.
+"""Recall, time and memory of the retrieval indexes: `python -m benchmarks.retrieval_recall`.
 
-200,000 unit vectors of 768 dimensions, twice: *clustered* as images are (2,000 centres, noise 0.7
-times as long as a centre, so that vectors of one centre have a cosine of 0.67), and *Gaussian*,
-where all vectors are about equally far apart and no index has an advantage. 10,000 of them
-are queries; recall@10 counts how many of the 10 nearest others, by exact search, an index finds.
-Then `neighbours` of all of 100,000 vectors by exact search, and with `--million` of 20,000 among a
-million by ivf.
+There are two data sets of 200,000 unit vectors with 768 dimensions. The *clustered* one is similar
+to images. It has 2,000 centres and noise 0.7 times as long as a centre. So vectors of one centre
+have a cosine of 0.67. In the *Gaussian* one all vectors are about equally far apart, so that
+no index has an advantage. 10,000 vectors are queries. recall@10 is the share of the 10 nearest
+others (by exact search) that an index finds.
 
-Each line is a process of its own. Memory is the peak less the vectors themselves; a million are
-mapped from a file, and their pages count. Times are of wall clocks; the load is printed.
+After that, `neighbours` runs for all of 100,000 vectors by exact search. With `--million` it also
+runs for 20,000 of a million vectors by ivf.
+
+Each printed line is measured in a separate process. Memory is the peak without the vectors. A
+million vectors are mapped from a file, and their pages count. Times are wall-clock times.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ WIDE, CENTRES, NOISE, QUERIES, K = 768, 2000, 0.7, 10_000, 10
 
 
 def draw(count: int, clustered: bool, path: Path) -> None:
-    """Write `count` unit vectors to `path`, in random order."""
+    """Writes `count` unit vectors to `path`, in random order."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(CENTRES, WIDE)).astype(np.float32)
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
@@ -49,13 +51,13 @@ def measure(vectors: Path, truth: Path | None, kind: str, queries: int) -> dict:
     """Builds and searches one index in this process.
 
     Args:
-        vectors: file of the vectors; mapped for ivf.
-        truth: file of the nearest others by exact search, which writes it; None for `neighbours`
-            of the queries, without hashes, and the recall of the first 1,000.
-        kind: of the index.
-        queries: number of vectors, from the first, that are searched.
+        vectors: File of the vectors.
+        truth: File of the nearest others, which exact search writes. None measures `neighbours`
+            without hashes, and the recall of the first 1,000 queries. ivf then maps `vectors`.
+        kind: Kind of index.
+        queries: Number of queries, which are the first vectors.
     """
-    import faiss  # noqa: F401, not part of the measurement
+    import faiss  # noqa: F401 - the import is not part of the measurement
 
     from realign.pairs.retrieval.index import Index, neighbours
 
@@ -75,7 +77,9 @@ def measure(vectors: Path, truth: Path | None, kind: str, queries: int) -> dict:
         found = nearest(index, queries)
     else:
         found = index.search(rows[:queries], K + 1)[1]
-        itself = found == np.arange(len(found))[:, None]  # to the end, and off
+        itself = (
+            found == np.arange(len(found))[:, None]
+        )  # moves the query itself to the end, and drops it
         found = np.take_along_axis(found, np.argsort(itself, axis=1, kind="stable")[:, :K], 1)
     seconds, added = time.perf_counter() - built, memory()["VmHWM"] - before
     if truth is None:
@@ -95,7 +99,7 @@ def measure(vectors: Path, truth: Path | None, kind: str, queries: int) -> dict:
 
 
 def line(data: str, *call) -> None:
-    """Measures in a process of its own and prints a line."""
+    """Measures in a separate process and prints a line of JSON."""
     load = round(os.getloadavg()[0], 1)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(measure, *call).result()
@@ -103,10 +107,17 @@ def line(data: str, *call) -> None:
 
 
 def main() -> None:
-    """Prints one line of JSON for every index and data set."""
+    """Prints a line of JSON per index and data set."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--million", action="store_true", help="a million vectors by ivf, too")
-    parser.add_argument("--count", type=int, default=200_000, help="vectors of the comparison")
+    parser.add_argument(
+        "--million", action="store_true", help="also search a million vectors by ivf"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=200_000,
+        help="number of vectors in the comparison (default: %(default)s)",
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         vectors, truth = Path(folder) / "vectors.npy", Path(folder) / "truth.npy"

@@ -1,8 +1,8 @@
-"""Roofline of the head on an H100: a calculation, for docs/gpu.md and beside measured times.
+"""Roofline model of the head on an H100, for the calculated times of docs/gpu.md.
 
-Each kernel takes the longer of its FLOP at the tensor cores' peak and its bytes at the memory's
-bandwidth; kernels run one after another. So these are lower bounds; the second figure replaces the
-peak by the rate of good GEMMs.
+A kernel takes the longer of two times: its FLOP at the tensor cores' peak, or its bytes at the
+memory's bandwidth. Kernels run one after another. The results are lower bounds. A second figure
+replaces the peak by the rate of good GEMMs.
 """
 
 from collections.abc import Iterable
@@ -26,47 +26,47 @@ ROWS = 3 * EXAMPLES * RESPONSE
 IMAGE_ROWS = 3 * EXAMPLES * (576 + 64)
 FP32, BF16 = 4, 2
 ROW_BYTES = FP32 + BF16
-"""Of a logit in the row kernel: read once in fp32; E is written in bf16."""
+"""Bytes per logit in the row kernel, which reads fp32 once and writes E in bf16."""
 LABEL = 2 * BF16
-"""Of an element of hidden in the label's logit, before E without logits: hidden and weight."""
+"""Bytes per element of hidden for the label's logit (hidden and weight), without full logits."""
 FINISH = FP32 + BF16 + FP32
-"""Of an element of hidden in the last step of its gradient: E W, weight, direction."""
+"""Bytes per element of hidden in the last step of its gradient: E W, weight, direction."""
 CHECK, SCALE = FP32, FP32 + BF16
-"""Of an element of a frozen head's direction in the check of results and in the backward."""
+"""Bytes per element of a frozen head's direction in the check of results and in the backward."""
 PUSH = 2 * BF16 + BF16 + FP32 + FP32 + 2 * BF16
-"""Of an element of hidden in the factors of the weight's gradient, in bf16 and in fp32, and in the
-scatter-add of the latter to rows of that gradient."""
+"""Bytes per element of hidden for the weight's gradient. They are for the factors in bf16 and fp32,
+and for the scatter-add of the fp32 factors to rows of the gradient."""
 CUDA = torch.device("cuda")
 
 
 @dataclass
 class Kernels:
-    """Kernels one after another: FLOP and bytes of each."""
+    """Sequence of kernels, each with its FLOP and bytes."""
 
     found: list[tuple[float, float]]
 
     def seconds(self, peak: float) -> float:
-        """Time at a peak of `peak` FLOP/s."""
+        """Time in seconds at `peak` FLOP/s."""
         return sum(max(flop / peak, size / BANDWIDTH) for flop, size in self.found)
 
     @property
     def bytes(self) -> float:
-        """Read and written, in all."""
+        """Total bytes read and written."""
         return sum(size for _, size in self.found)
 
 
 def gemm(m: int, n: int, k: int, out: int, accumulate: bool = False) -> tuple[float, float]:
-    """(m, k) x (k, n) of bf16 into `out` bytes an element, which is read, too, to accumulate."""
+    """bf16 GEMM (m, k) x (k, n) with `out` bytes per result; accumulation also reads the result."""
     return 2.0 * m * n * k, BF16 * (m * k + k * n) + out * m * n * (1 + accumulate)
 
 
 def elementwise(size: float) -> tuple[float, float]:
-    """A pass over memory."""
+    """Elementwise kernel that moves `size` bytes."""
     return 0.0, size
 
 
 def chunks(rows: int, H: int, limit: int, examples: bool = False) -> list[int]:
-    """Rows of each chunk; of whole examples where the head trains."""
+    """Rows of each chunk; with `examples` (a trained head), of whole examples."""
     one = 3 * RESPONSE
     step = max(one, limit // one * one) if examples else chunk_step(rows, limit, H, CUDA)
     return [min(step, rows - start) for start in range(0, rows, step)]
@@ -75,15 +75,15 @@ def chunks(rows: int, H: int, limit: int, examples: bool = False) -> list[int]:
 def ours(
     N: int, H: int, V: int, trainable: bool, derivative: bool = True, fused: bool = False
 ) -> Kernels:
-    """As `realign_kernels.backends.chunked` runs on CUDA. E in bf16, hidden's gradient in fp32.
+    """Kernels of `realign_kernels.backends.chunked` on CUDA, with E in bf16.
 
     Args:
-        N: rows.
-        H: width of the head.
-        V: vocabulary.
-        trainable: whether the head trains.
-        derivative: whether gradients are wanted.
-        fused: E in the epilogue of the first GEMM, else fp32 logits and the row kernel.
+        N: Number of rows.
+        H: Width of the head.
+        V: Size of the vocabulary.
+        trainable: Whether the head trains.
+        derivative: Whether gradients are computed (hidden's in fp32).
+        fused: Compute E in the epilogue of the first GEMM. If not, fp32 logits and the row kernel.
     """
     limit = default_chunk_rows(V, CUDA, BF16 if fused else FP32 + BF16)
     parts = chunks(N, H, kept_rows(limit, H, CUDA) if trainable else limit, examples=trainable)
@@ -109,16 +109,16 @@ def ours(
 
 
 def no_logits(N: int, H: int, V: int) -> Kernels:
-    """The forward that never writes logits: one GEMM with an epilogue."""
+    """Forward without logits: one GEMM with an epilogue."""
     return Kernels([gemm(N, V, H, 0)])
 
 
 def eager(N: int, H: int, V: int, trainable: bool) -> Kernels:
-    """Full logits, to fp32, log_softmax, gather, and back; two or three GEMMs."""
+    """Eager torch: full logits in fp32, log_softmax, gather, backward, and two or three GEMMs."""
     passes = [
         elementwise(N * V * (BF16 + FP32)),  # .float()
         elementwise(N * V * 2 * FP32),  # log_softmax
-        elementwise(N * V * FP32),  # the gradient of gather, zeros
+        elementwise(N * V * FP32),  # gradient of gather, filled with zeros
         elementwise(N * V * 3 * FP32),  # log_softmax backward
         elementwise(N * V * (FP32 + BF16)),  # back to bf16
     ]
@@ -128,7 +128,7 @@ def eager(N: int, H: int, V: int, trainable: bool) -> Kernels:
 
 
 def units(N: int, H: int, V: int, count: float, peak: float) -> float:
-    """Seconds of `count` GEMMs of the head, at a rate."""
+    """Seconds of `count` GEMMs of the head at `peak` FLOP/s."""
     return count * 2 * N * H * V / peak
 
 
@@ -138,14 +138,14 @@ def ms(seconds: float) -> str:
 
 
 def shape_of(group: str) -> tuple[int, int, int, str]:
-    """N, H, V and the kind of a group of cases of the head, "N x H x V kind"."""
+    """(N, H, V, kind) from the name of a head group, "NxHxV kind"."""
     size, _, kind = group.partition(" ")
     N, H, V = map(int, size.split("x"))
     return N, H, V, kind
 
 
 def table_of(*, trainable: bool) -> str:
-    """Forward and backward: a shape each."""
+    """Table of forward and backward, with a row per shape."""
     least, recomputing, storing = (3, 4, 3) if trainable else (2, 3, 2)
     own = ("ms: at peak / at 770", "units at 770", "GB moved")
     columns = [
@@ -172,12 +172,12 @@ def table_of(*, trainable: bool) -> str:
 
 
 def both(kernels: Kernels) -> str:
-    """Milliseconds at the peak and at the rate of good GEMMs."""
+    """Milliseconds at the peak, and at the rate of good GEMMs."""
     return f"{ms(kernels.seconds(PEAK))} / {ms(kernels.seconds(REACHED))}"
 
 
 def forward_table() -> str:
-    """Log-probs only: a shape each."""
+    """Table of log-probs only, with a row per shape."""
     rows = []
     for model, (H, V) in SHAPES.items():
         chunked, fused = ours(ROWS, H, V, False, derivative=False), no_logits(ROWS, H, V)
@@ -192,10 +192,10 @@ def forward_table() -> str:
 
 
 def step_seconds(positions: float) -> float:
-    """GEMMs of LLaVA-1.5-7B's language model under LoRA 128, forward and backward, at 770.
+    """Seconds of the GEMMs of LLaVA-1.5-7B's language model with LoRA 128, at 770 TFLOP/s.
 
-    A frozen matrix is multiplied twice for each position, one of LoRA three times. Attention, the
-    tower, the head and all elementwise work come on top.
+    Forward and backward multiply a frozen matrix twice per position, and a LoRA matrix three times.
+    The result excludes attention, the tower, the head and all elementwise work.
     """
     width, inner, layers, rank = 4096, 11008, 32, 128
     frozen = layers * (4 * width**2 + 3 * width * inner)
@@ -204,9 +204,9 @@ def step_seconds(positions: float) -> float:
 
 
 def attention_seconds(trees: Iterable[Iterable[int]], width: int) -> float:
-    """Products of one layer's attention over trees, (root, leaf, ...) tokens each, at 770.
+    """Seconds of one layer's attention over trees of (root, leaf, ...) tokens, at 770 TFLOP/s.
 
-    A query and a key that it sees take 14 FLOP a channel: two products forward, five backward.
+    A visible pair of query and key takes 14 FLOP per channel: two products forward, five backward.
     """
     pairs = 0
     for root, *leaves in trees:

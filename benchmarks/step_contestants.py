@@ -1,9 +1,9 @@
-"""Contestants of the training step, each served by a process of its own (`serve`).
+"""Contestants of the training step, each in a separate process (`serve`).
 
-A message is an optimizer step, a tuple of the words `keep`, `labelled` and `dpo`. All start from
-one policy, moved from the reference by noise of the name. Timed: forward, backward, clipping,
-optimizer; no preprocessing. A contestant trains under a watch (`Requests`, or `Watch` of the GPU
-check), which times steps and keeps their losses.
+A message asks for an optimizer step. It is a tuple of the words `keep`, `labelled` and `dpo`. All
+contestants start from the same policy: the reference plus noise seeded by parameter names. The
+timed part is forward, backward, clipping and optimizer, without preprocessing. A watch (`Requests`,
+or `Watch` of the GPU check) times the steps and keeps their losses.
 """
 
 import contextlib
@@ -21,43 +21,43 @@ from torch.nn.utils.rnn import pad_sequence
 
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RANK, ALPHA = 128, 256.0  # the paper's, and the defaults of realign.train
+RANK, ALPHA = 128, 256.0  # from the paper; also the defaults of realign.train
 LORA = {
     "r": RANK, "lora_alpha": ALPHA, "target_modules": r".*language_model\..*_proj",
     "task_type": "CAUSAL_LM",
 }  # fmt: skip
-"""PEFT's configuration as `realign.modeling.loading.add_lora` makes it for LLaMA."""
+"""PEFT configuration equal to that of `realign.modeling.loading.add_lora` for LLaMA."""
 
 
 class Worker:
-    """A process that answers messages, `serve(*arguments, pipe)`; an exception in it ends it."""
+    """Process that runs `serve(*arguments, pipe)`. An exception in it ends the process."""
 
     def __init__(self, serve, *arguments, silence: float | None = 120) -> None:
-        """`silence`: seconds until the process counts as hung."""
+        """`silence`: Seconds without an answer after which `read` raises TimeoutError."""
         self.silence = silence
         spawn = multiprocessing.get_context("spawn")
         self.pipe, there = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(*arguments, there), daemon=True)
         self.process.start()
-        there.close()  # or its end would not be seen here
+        there.close()  # so that the end of the process closes the pipe
 
     def ask(self, message):
-        """The answer to a message."""
+        """Sends a message and returns the answer."""
         self.pipe.send(message)
         return self.read()
 
     def read(self):
         if not self.pipe.poll(self.silence):
-            raise TimeoutError(f"a process of the benchmark was silent for {self.silence} s")
+            raise TimeoutError(f"A process of the benchmark sent nothing for {self.silence} s.")
         return self.pipe.recv()
 
     def close(self) -> None:
-        self.process.kill()  # it has nothing to save
+        self.process.kill()
         self.process.join()
 
 
 def memory():
-    """Peak and present resident memory of this process, in bytes; on CUDA the device's tensors."""
+    """Peak and current resident memory of this process in bytes; on CUDA, of its tensors."""
     if DEVICE == "cuda":
         peak, present = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         return {"VmHWM": peak, "VmRSS": present}
@@ -67,23 +67,23 @@ def memory():
 
 
 def now():
-    """Seconds, when what was asked of the device is done."""
+    """Time in seconds, after all work of the device is done."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def allocate(mode):
-    """How malloc treats large blocks: `return` them when freed, `keep` them, or as `usual`.
+    """Sets how malloc treats freed large blocks: `return`, `keep`, or `usual` (glibc's default).
 
-    Returned, peak memory is that of live tensors, not of what glibc happens to hold (1.7 times as
-    much). Kept, as a GPU's caching allocator does, a step is not spent on page faults (a third).
+    With `return`, peak memory is that of live tensors. glibc would hold 1.7 times as much. With
+    `keep`, as in a GPU's caching allocator, a step has no page faults, which take a third of it.
     """
     trim, top_pad, threshold, most = -1, -2, -3, -4  # M_TRIM_THRESHOLD, ... of mallopt(3)
     libc = ctypes.CDLL(None)
     if mode == "return":
         libc.mallopt(threshold, 1 << 20)
-    elif mode == "usual":  # what glibc starts with
+    elif mode == "usual":  # glibc's initial values
         libc.mallopt(most, 65536)
         libc.mallopt(threshold, 128 << 10)
         libc.mallopt(trim, 128 << 10)
@@ -96,7 +96,7 @@ def allocate(mode):
 
 @torch.no_grad()
 def move(model, tune):
-    """Move what is trained away from the reference, the same way for every contestant."""
+    """Adds the same noise to the trained parameters of every contestant."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -104,28 +104,28 @@ def move(model, tune):
         generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(own.encode()))
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if tune == "lora":  # both matrices; PEFT starts from B = 0
+        if tune == "lora":  # sets both matrices, because PEFT starts from B = 0
             local.copy_(0.01 * noise)
         else:
             local.add_((0.002 * noise).to(local))
 
 
 def adamw(model):
-    """Trained parameters and their optimizer."""
+    """Trained parameters, and their AdamW optimizer."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return trained, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
 class Ours:
-    """What `realign.train` does between two lines of its log, in one process.
+    """A step of `realign.train` in one process.
 
-    Timed: laying out the batch, forward and backward, clipping, AdamW. Reference log-probs were
-    computed before, by `reference_logps.fill`; pixels are kept by `ImageStore`.
+    The timed part is batch layout, forward, backward, clipping and AdamW. Reference log-probs come
+    from `reference_logps.fill` before timing, and `ImageStore` keeps the pixels.
     """
 
     def __init__(self, folder, tune, dtype):
         import benchmarks.models  # noqa: F401
-        import realign.train  # noqa: F401 - all of it counts as imports
+        import realign.train  # noqa: F401 - counts as imports
         from realign import distributed
         from realign.config import LossConfig
         from realign.modeling.loading import DTYPES
@@ -134,7 +134,7 @@ class Ours:
         self.imported = memory()
         kind = DTYPES[dtype]
         sharded = tune == "full" and kind != torch.float32
-        device = distributed.start(alone=sharded)
+        device = distributed.start(alone=sharded)  # codespell:ignore
         inputs = load_inputs(
             folder / "model",
             folder / "pairs.parquet",
@@ -148,7 +148,7 @@ class Ours:
         self.prepare(inputs, folder / "cache", tune, kind, device, sharded=sharded)
 
     def prepare(self, inputs, cache, tune, dtype, device, *, sharded, weights=None):
-        """Everything of `realign.train` from the loaded model to its first step."""
+        """Setup of `realign.train` from the loaded model to the first step."""
         from benchmarks.models import fill
         from realign.modeling import reference_logps
         from realign.modeling.forest import Example
@@ -182,7 +182,7 @@ class Ours:
         self.trained, self.optimizer = adamw(model)
 
     def step(self, name, parts, examples, update=True):
-        """Loss and gradient norm over micro-batches, which hold `examples`, and an update."""
+        """Step over micro-batches with `examples` in total; returns loss and gradient norm."""
         from realign.training import step
 
         options = {"batch_size": examples, "device": self.device}
@@ -196,7 +196,7 @@ class Ours:
         return found["loss"], found["grad_norm"]
 
     def train(self, watch):
-        """Steps until the watch is over."""
+        """Runs steps until the watch is over."""
         while not watch.over:
             watch.begin()
             name = "dpo" if "dpo" in watch.words else "rdpo"
@@ -208,12 +208,13 @@ class Ours:
 
 
 class Released:
-    """Three plain sequences for each example with a live reference, as the authors' release runs.
+    """Plain rDPO: three sequences per example with a live reference, as in the authors' release.
 
-    A forward each for chosen, rejected and chosen under the retrieved image, full logits in fp32,
-    log_softmax, gather; the same for the reference, which for LoRA is the policy without its
-    adapter and else a second model. bf16: weights in bf16 under autocast. The loss is the paper's,
-    for the release's own is another. Timed: everything but collation.
+    Chosen, rejected, and chosen under the retrieved image have a forward each, with full logits in
+    fp32, log_softmax and gather. The reference has the same forwards. It is the policy without its
+    adapter for LoRA, and a second model for full fine-tuning. bf16 has weights in bf16 under
+    autocast. The loss is that of the paper, which differs from the release's. Collation is not
+    timed.
     """
 
     def __init__(self, folder, tune, dtype):
@@ -239,7 +240,7 @@ class Released:
         self.steps = itertools.repeat([self.collate(*forests)])
 
     def prepare(self, model, reference, kind):
-        """Policy and optimizer; without a reference model the policy gets LoRA."""
+        """Prepares policy and optimizer. Without a reference model the policy gets LoRA."""
         from peft import LoraConfig, get_peft_model
 
         model.model.vision_tower.requires_grad_(False)
@@ -252,7 +253,7 @@ class Released:
 
     @staticmethod
     def collate(examples, store):
-        """(labels, inputs) of each leaf: one sequence an example, padded to the longest."""
+        """(labels, inputs) of each leaf, with one padded sequence per example."""
         batches = []
         for leaf in range(3):
             roots = [e.roots[e.leaves[leaf].root] for e in examples]
@@ -279,7 +280,7 @@ class Released:
         return (found * mask).sum(-1)
 
     def loss(self, batches):
-        """The mean over the examples of a batch for each leaf."""
+        """Mean loss over the examples; `batches` has one batch per leaf."""
         off = contextlib.nullcontext() if self.reference else self.model.disable_adapter()
         with torch.no_grad(), off:
             constants = [self.logps(self.reference or self.model, *batch) for batch in batches]
@@ -289,7 +290,7 @@ class Released:
         return -(sigmoid(chosen - rejected) + sigmoid(chosen - visual)).mean()
 
     def train(self, watch):
-        """Steps of micro-batches, which are collated, until the watch is over."""
+        """Runs steps of collated micro-batches until the watch is over."""
         steps = iter(self.steps)
         while not watch.over:
             parts, total = next(steps), 0.0
@@ -309,12 +310,12 @@ def dpo_trainer(model, processor, folder, tune, *, dtype, **options):
     """TRL's `DPOTrainer` on the pairs of `folder`, in their order.
 
     Args:
-        model: folder of the model, or the model.
-        processor: its processor.
-        folder: holds pairs.parquet, and gets what the trainer writes.
+        model: The model or its folder.
+        processor: Processor of the model.
+        folder: Folder with pairs.parquet, and for the trainer's files.
         tune: "lora" or "full".
         dtype: "bf16" for autocast, or "fp32".
-        options: of `DPOConfig`, besides those that all contestants share.
+        options: Further options of `DPOConfig`.
     """
     import datasets
     from peft import LoraConfig
@@ -356,9 +357,9 @@ def dpo_trainer(model, processor, folder, tune, *, dtype, **options):
 
 
 def train_trl(trainer, watch):
-    """`DPOTrainer.train`, its own loop, until the watch is over.
+    """Runs `DPOTrainer.train` until the watch is over.
 
-    With the word `labelled` the head of a CPU projects only labelled rows, as TRL does on CUDA.
+    The word `labelled` makes the head project only labelled rows on a CPU, as TRL does on CUDA.
     """
     from transformers import TrainerCallback
     from trl.trainer import utils
@@ -367,7 +368,7 @@ def train_trl(trainer, watch):
         def on_step_begin(self, args, state, control, **_):
             watch.begin()
             if DEVICE == "cpu":
-                # The switch inside `add_fused_lm_head`; the kernel itself keeps its torch path.
+                # Switches `add_fused_lm_head` only: the kernel keeps its torch path.
                 utils._use_triton = lambda device: "labelled" in watch.words
 
         def on_step_end(self, args, state, control, **_):
@@ -385,11 +386,12 @@ def train_trl(trainer, watch):
 
 
 class Trl:
-    """TRL's `DPOTrainer` on its vision path and its own collator.
+    """TRL's `DPOTrainer` on its vision path, with its own collator.
 
-    TRL's defaults but for gradient checkpointing, which is off (it would cost time), and what all
-    contestants share: learning rate, LoRA, frozen tower. bf16 is TRL's default, too: autocast over
-    fp32 weights. Timed: from its `on_step_begin` to `on_step_end`, so without collation.
+    It has TRL's defaults, except for the settings that all contestants share: learning rate, LoRA,
+    frozen tower, and no gradient checkpointing (which would cost time). bf16 is TRL's default:
+    autocast over fp32 weights. The timed part is from `on_step_begin` to `on_step_end`, without
+    collation.
     """
 
     def __init__(self, folder, tune, dtype):
@@ -415,9 +417,9 @@ class Trl:
 
 
 class Requests:
-    """Times the steps that the other end of a pipe asks for, and answers each."""
+    """Watch that times the steps requested through a pipe, and answers each."""
 
-    over = False  # the other end kills this process
+    over = False  # the parent kills this process
 
     def __init__(self, pipe):
         self.pipe = pipe
@@ -433,7 +435,7 @@ class Requests:
         self.seconds = now() - self.began
 
     def report(self, loss, norm):
-        """Answers with seconds, loss, gradient norm and the memory so far."""
+        """Answers with seconds, loss, gradient norm and memory."""
         self.pipe.send({"seconds": self.seconds, "loss": loss, "norm": norm} | memory())
 
 
@@ -441,7 +443,7 @@ CONTESTANTS = {"ours": Ours, "trl": Trl, "released": Released}
 
 
 def serve(name, folder, tune, dtype, pipe):
-    """Sends the memory of the imports, then answers each tuple of words with a step."""
+    """Worker process: sends the memory of its imports, then runs a step per tuple of words."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     allocate("return")
     contestant = CONTESTANTS[name](Path(folder), tune, dtype)

@@ -1,4 +1,4 @@
-"""Markdown tables, numbers with units, and generated blocks of a page."""
+"""Markdown tables, formatted numbers, and generated blocks of a page."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds with three digits and a unit."""
+    """Duration with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -19,33 +19,33 @@ def duration(seconds: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """Three digits; millions as such."""
+    """Number with three digits; from 100,000 on in millions (M)."""
     return f"{value / 1e6:.3g} M" if value >= 1e5 else f"{float(f'{value:.3g}'):,g}"
 
 
 def number(value: float | None) -> str:
-    """Three digits; a dash for None."""
+    """Number with three digits, or a dash for None."""
     return "-" if value is None else f"{value:.3g}"
 
 
 def factor(quartiles: Sequence[float]) -> str:
-    """Median of a ratio, and its quartiles in brackets."""
+    """Median of a ratio, and its quartiles in brackets: "1.30x [1.29, 1.31]"."""
     low, middle, high = quartiles
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
 
 
 def bytes_of(count: int) -> str:
-    """MiB, or GiB from 1,024 MiB on."""
+    """Size in MiB, or in GiB if it is at least 1 GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def span(values: Sequence[float], between: str = " to ") -> str:
-    """Least and most, or the one value."""
-    return between.join(dict.fromkeys(f"{part(values):.2f}" for part in (min, max)))
+def span(ratios: Sequence[float]) -> str:
+    """Smallest and largest ratio: "1.20x to 1.30x", or one of them if they are equal."""
+    return " to ".join(dict.fromkeys(f"{part(ratios):.2f}x" for part in (min, max)))
 
 
 def ratio_range(values: Sequence[float], better: str, worse: str) -> str:
-    """Least and most of theirs over ours: "1.2x - 1.3x faster", or "0.9x, slower" below 1."""
+    """Range of theirs / ours: "1.2x - 1.3x faster", or "0.9x, slower" below 1."""
     shown = " - ".join(dict.fromkeys(f"{part(values):.1f}x" for part in (min, max)))
     if min(values) >= 1:
         return f"{shown} {better}"
@@ -56,15 +56,15 @@ def put(path: Path, blocks: dict[str, str]) -> None:
     """Replaces the lines from `<!-- NAME: generated -->` to `<!-- /NAME -->` of a page.
 
     Raises:
-        ValueError: when the page lacks the lines of a block.
+        ValueError: The page lacks the two marker lines of a block.
     """
     text = path.read_text()
     for name, new in blocks.items():
         lines = f"<!-- {name}: generated -->\n", f"<!-- /{name} -->"
         if not all(line in text for line in lines):
             raise ValueError(
-                f"{path.name} has no block {name!r}: put {lines[0].strip()!r} and {lines[1]!r} on "
-                "lines of their own."
+                f"{path.name} has no block {name!r}. Add {lines[0].strip()!r} and {lines[1]!r} on "
+                "separate lines."
             )
         before, _, rest = text.partition(lines[0])
         after = rest.partition(lines[1])[2]

@@ -1,31 +1,36 @@
-"""Targets of docs/targets.toml against measured medians.
+"""Targets of docs/targets.toml and their measured values.
 
-A `[[target]]` names a group, a measure of ours in it, and a bound:
+A `[[target]]` names a group of benchmarks, a measure, and a bound (`at_least` or `at_most`):
 
-- `time over limit`: seconds of ours over those of the limit;
-- `time over`, `memory over`: seconds or peak of ours over those of contestant `of`;
-- `memory growth`: peak of ours in `group` over that in `base`;
-- `rate` (things per second), `seconds`, `filled`: of ours itself.
+- `time`, `memory`: seconds or peak memory, theirs / ours. `of` names the other contestant.
+- `memory growth`: peak memory of ours in `group` over that in `base`.
+- `rate` (things per second), `seconds`, `filled`: figures of ours.
 
-A `[[gpu]]` names a figure of a case of the GPU check, in `unit`. `over` is a case of the part that
-divides it, `times` a factor of that quotient: `times` GEMMs alone give u.
+A `[[gpu]]` names a figure of a case of the GPU check and its `unit`. `over` is a case of the same
+part that divides the figure. `times` multiplies the quotient: it is the number of GEMMs if the
+divisor is the bare GEMMs and the unit is u.
+
+A bound is a number, or a quotient such as "1 / 0.75".
 """
 
 import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.check import Check
-from benchmarks.results import Run, over_limit
+from benchmarks.results import Run
 from benchmarks.tables import quantity
 
 FILE = Path(__file__).parent.parent / "docs" / "targets.toml"
+RATIOS = ("time", "memory", "memory growth")
+UNITS = {"seconds": " s", "rate": "/s"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound of a run on a CPU; either `at_most` or `at_least` is given."""
+    """Bound of a CPU run, with either `at_most` or `at_least`."""
 
     name: str
     group: str
@@ -39,13 +44,19 @@ class Target:
 
     @property
     def bound(self) -> str:
-        """The bound in words."""
+        """The bound as text."""
         if math.isinf(self.at_least):
-            return f"at most {quantity(self.at_most)}"
-        return f"at least {quantity(self.at_least)}"
+            return f"at most {self.shown(self.at_most)}"
+        return f"at least {self.shown(self.at_least)}"
+
+    def shown(self, value: float) -> str:
+        """A value with the unit of the measure."""
+        if self.measure in RATIOS:
+            return f"{value:.2f}x"
+        return quantity(value) + UNITS.get(self.measure, "")
 
     def value(self, runs: list[Run]) -> float | None:
-        """The measured value by the first run that has it."""
+        """Measured value from the first run that has it."""
         return next((v for v in map(self._value, runs) if v is not None), None)
 
     def _value(self, run: Run) -> float | None:
@@ -56,47 +67,63 @@ class Target:
             return own.median
         if self.measure in ("rate", "filled"):
             return own.extra.get(self.measure)
-        if self.measure == "time over limit":
-            entries = [entry for entry in run.entries if entry.group == self.group]
-            found = over_limit(entries).get(self.contestant)
-            return found and found[1]
         other = run.find(self.base or self.group, self.of or self.contestant)
         if other is None:
             return None
-        return 1 / other.ratio[1] if self.measure == "time over" else own.bytes / other.bytes
+        if self.measure == "time":
+            return other.ratio[1]
+        growth = own.bytes / other.bytes
+        return growth if self.measure == "memory growth" else 1 / growth
 
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """A bound of a figure of a GPU check, or of its quotient."""
+    """Bound of a figure of the GPU check, or of a quotient of two figures."""
 
     name: str
     part: str
     case: str
     figure: str
-    at_most: float
     unit: str
     reason: str
+    at_most: float = math.inf
+    at_least: float = -math.inf
     over: str = ""
     times: float = 1.0
-    at_least: float = -math.inf
 
     @property
     def bound(self) -> str:
-        """The bound in words."""
-        return f"at most {self.at_most:g} {self.unit}"
+        """The bound as text."""
+        if math.isinf(self.at_least):
+            return f"at most {self.shown(self.at_most)}"
+        return f"at least {self.shown(self.at_least)}"
+
+    def shown(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value:.2f}x" if self.unit == "x" else f"{value:.3g} {self.unit}"
 
     def value(self, check: Check) -> float | None:
-        """The measured figure; None where it is missing."""
+        """Measured value; None if a figure is missing."""
         found = check.figure(self.part, self.case, self.figure)
         below = check.figure(self.part, self.over, self.figure) if self.over else 1.0
         return None if found is None or below is None else self.times * found / below
 
 
 def read() -> tuple[list[Target], list[GpuTarget]]:
-    """The targets on a CPU and on a GPU."""
+    """Targets on a CPU and on a GPU."""
     found = tomllib.loads(FILE.read_text())
-    return [Target(**one) for one in found["target"]], [GpuTarget(**one) for one in found["gpu"]]
+    cpu, gpu = ([_numbers(one) for one in found[kind]] for kind in ("target", "gpu"))
+    return [Target(**one) for one in cpu], [GpuTarget(**one) for one in gpu]
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with its bounds as numbers."""
+    found = dict(entry)
+    for name in ("at_most", "at_least"):
+        if isinstance(bound := entry.get(name), str):
+            above, below = bound.split("/")
+            found[name] = float(above) / float(below)
+    return found
 
 
 def verdict(target: Target | GpuTarget, value: float | None) -> str:
@@ -107,6 +134,6 @@ def verdict(target: Target | GpuTarget, value: float | None) -> str:
 
 
 def counts(verdicts: list[str]) -> str:
-    """How many targets are met, missed and not measured."""
+    """Number of met, missed and unmeasured targets."""
     words = ("met", "missed", "not measured")
     return ", ".join(f"{verdicts.count(word)} {word}" for word in words if word in verdicts)

@@ -1,1 +1,1 @@
-"""GPU check: measures on a CUDA machine, in minutes, every figure that docs/gpu.md calculates."""
+"""GPU check: measures the figures of docs/gpu.md on a CUDA machine, in eight minutes."""

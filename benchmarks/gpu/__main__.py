@@ -1,8 +1,8 @@
-"""GPU check, the command: `python -m benchmarks.gpu --out DIR --budget 470`.
+"""Command of the GPU check: `python -m benchmarks.gpu --out DIR --budget 470`.
 
-Runs the parts, most valuable first, each as a process of its own. A part that crashes, hangs or
-runs out of memory costs only itself: the parent kills it with its children, keeps the tail of its
-output and starts the next. A second call with the same DIR runs only what is missing.
+Each part runs in a separate process, the most valuable part first. A crash, a hang or a lack of
+memory affects only one part. The parent kills it with its children, keeps the tail of its output
+and starts the next part. A second call with the same DIR runs only what is missing.
 """
 
 import argparse
@@ -35,25 +35,25 @@ PARTS = {
     "facts": 20.0, "correct": 70.0, "attention": 45.0, "head": 100.0, "step": 160.0, "train": 60.0,
     "variants": 600.0,
 }  # fmt: skip
-"""Parts and their limits in seconds, most valuable first: the budget cuts off the last ones."""
+"""Time limits of the parts in seconds, most valuable first: the budget cuts the last ones."""
 LOG = "log.txt"
 LEAST = 5.0
-"""Seconds below which a part is not started: its imports take as long."""
+"""Fewest seconds for a part, whose imports already take that long."""
 REHEARSAL = 5.0
-"""Factor of a part's limit in a rehearsal: small shared CPUs import torch several times slower."""
+"""Factor of the limits in a rehearsal, because small shared CPUs import torch more slowly."""
 TAIL = 1000
-"""Characters of a failed part's output that are kept in the results."""
+"""Characters of a failed part's output in the results."""
 
 
 def complete(folder: Path, part: str) -> bool:
-    """Whether earlier calls ran the part to its end and no case has failed."""
+    """Whether the part ran to its end, and no case failed."""
     lines = [line for line in read(folder / RESULTS) if line["part"] == part]
     ends = [line for line in lines if "case" not in line]
     return bool(ends) and "done" in ends[-1] and not any(map(failed, latest(lines).values()))
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kills a part with all its descendants; also those that left its process group."""
+    """Kills a part with all its descendants, including those outside its process group."""
     children = []
     with contextlib.suppress(psutil.NoSuchProcess):
         children = psutil.Process(process.pid).children(recursive=True)
@@ -66,7 +66,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def run_once(module: str, folder: Path, seconds: float, call: int, rehearse: bool) -> int | None:
-    """One process of a part; returns its exit code, or None after the time limit."""
+    """Runs one process of a part; returns its exit code, or None after the time limit."""
     settings = json.dumps({"seconds": seconds, "call": call, "rehearse": rehearse})
     command = [sys.executable, "-m", "benchmarks.gpu.worker", module, str(folder), settings]
     with (folder / LOG).open("a") as log:
@@ -83,7 +83,7 @@ def run_once(module: str, folder: Path, seconds: float, call: int, rehearse: boo
 
 
 def run_part(module: str, folder: Path, seconds: float, call: int, rehearse: bool) -> str | None:
-    """Runs a part, again after each loss of its CUDA context; returns why it failed, if it did."""
+    """Runs a part, with a restart after each CUDA context loss; returns the reason of a failure."""
     end = time.monotonic() + seconds
     while True:
         failures = sum(map(failed, read(folder / RESULTS)))
@@ -93,13 +93,13 @@ def run_part(module: str, folder: Path, seconds: float, call: int, rehearse: boo
         if code == 0:
             return None
         found = sum(map(failed, read(folder / RESULTS)))
-        # Each restart has one case less to run, so this ends.
+        # Each restart has one case less, so the loop ends.
         if code != LOST or found == failures or end - time.monotonic() < LEAST:
             return f"exit code {code}"
 
 
 def run(part: str, given: argparse.Namespace, left: float, call: int) -> None:
-    """Runs one part within what is left of the budget and records how it ended."""
+    """Runs one part within the remaining budget and records its end."""
     name, began, folder = part.rpartition(".")[2], time.monotonic(), given.out
     log = folder / LOG
     start = log.stat().st_size if log.exists() else 0
@@ -120,33 +120,35 @@ def run(part: str, given: argparse.Namespace, left: float, call: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what is missing and prints the table; 0 when every part is complete."""
+    """Runs the missing parts and prints the table; returns 0 if every part is complete."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--budget", type=float, default=470.0, help="seconds for all parts")
+    parser.add_argument(
+        "--budget", type=float, default=470.0, help="seconds for all parts (default: %(default)s)"
+    )
     parser.add_argument(
         "--parts",
         default=",".join(PARTS),
-        help="names, or dotted paths of modules, separated by commas (default: %(default)s)",
+        help="comma-separated names or dotted module paths (default: %(default)s)",
     )
     parser.add_argument(
         "--limit",
         type=float,
         default=20.0,
-        help="seconds of a part given by its path (%(default)s)",
+        help="seconds for a part given by its module path (default: %(default)s)",
     )
-    parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    parser.add_argument("--rehearse", action="store_true", help="run toy sizes on a CPU")
     given = parser.parse_args(arguments)
     if not given.rehearse:
-        import torch  # also reads its libraries from a cold disk, before any part's limit
+        import torch  # also loads its libraries from a cold disk outside the parts' limits
 
         if not torch.cuda.is_available():
-            parser.error("torch sees no CUDA device: add --rehearse for toy sizes on a CPU")
+            parser.error("torch sees no CUDA device: add --rehearse to run toy sizes on a CPU")
     end, parts = time.monotonic() + given.budget, given.parts.split(",")
     given.out.mkdir(parents=True, exist_ok=True)
     results = given.out / RESULTS
     call = 1 + max((line["call"] for line in read(results)), default=0)
-    # Ends the running part and prints the table where a batch system ends this command.
+    # A batch system ends this command by SIGTERM: kill the running part and print the table.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     names = [part.rpartition(".")[2] for part in parts]
     todo = [part for part, name in zip(parts, names, strict=True) if not complete(given.out, name)]

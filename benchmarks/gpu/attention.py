@@ -1,8 +1,8 @@
-"""Attention of one layer over the trees of a real batch: 24 calls of different lengths, or one.
+"""Attention of one layer over the trees of a real batch, in 24 calls or in one.
 
-Eight examples, each with two images and three responses: per example one root with two leaves and
-one with one, so three calls by `tree`. Timed are forward and backward; errors are those of outputs
-and gradients against fp32, relative to their norms.
+The batch has eight examples with two images and three responses each. An example has a root with
+two leaves and a root with one leaf, which is three calls by `tree`. Forward and backward are timed.
+Errors are those of outputs and gradients against fp32, relative to their norms.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ TORCH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 
 @dataclass(frozen=True)
 class Sizes:
-    """A layer, and the ends of the lengths of a batch."""
+    """Sizes of a layer, and ranges of the lengths of a batch."""
 
     heads: int
     width: int
@@ -50,7 +50,7 @@ TOY = Sizes(heads=2, width=16, examples=2, root=(12, 20), leaf=(3, 9))
 
 
 def batch_of(sizes: Sizes) -> ForestBatch:
-    """A batch of which only the layout matters: one row, all lengths random."""
+    """Batch of one row with random lengths, of which only the layout matters."""
     rng = np.random.default_rng(0)
     store = ImageStore(None, Layout(0))
     store.features = {}
@@ -69,7 +69,7 @@ def batch_of(sizes: Sizes) -> ForestBatch:
 
 
 class Layer:
-    """Queries, keys and values of a batch, the gradient of the output, and the fp32 truth."""
+    """Queries, keys and values of a batch, the output's gradient, and the exact result in fp32."""
 
     def __init__(self, sizes: Sizes, device: str) -> None:
         self.device, self.batch = device, batch_of(sizes).to(device)
@@ -85,16 +85,16 @@ class Layer:
             self.truth = both_ways(self.by_tree, wide, self.grad.float())
 
     def by_tree(self, *states: Tensor) -> Tensor:
-        """SDPA for each tree, and for each further leaf of it."""
+        """Output of SDPA for each tree and each of its further leaves."""
         out, _ = tree_attention.forest_attention(self.module, *states, None, trees=self.trees)
         return out.transpose(1, 2)
 
     def timed(self, call: Call, restore: Callable[[list[Tensor]], list[Tensor]] = list) -> dict:
-        """Figures of a call, and relative errors of the output and of the worst gradient, if any.
+        """Figures of a call, with relative errors of the output and of the worst gradient.
 
         Args:
-            call: returns the output and gradients.
-            restore: gives what was returned the layer's own shapes.
+            call: Returns the output, and gradients if any.
+            restore: Converts the results of `call` to the shapes of the layer.
         """
         began = step_contestants.now()
         found = call()
@@ -105,24 +105,24 @@ class Layer:
 
 
 def both_ways(attend: Attend, states: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """Output, (1, heads, T, D), and the gradients of queries, keys and values."""
+    """Output (1, heads, T, D), and the gradients of queries, keys and values."""
     states = [state.detach().requires_grad_() for state in states]
     out = attend(*states)
     return [out.detach(), *torch.autograd.grad(out, states, grad)]
 
 
 def tree(layer: Layer) -> dict[str, float]:
-    """24 calls of torch's SDPA by its own kernels: cuDNN takes 0.7 s to plan each (H200)."""
+    """24 calls of SDPA without cuDNN, which takes 0.7 s to plan each (H200)."""
     with sdpa_kernel(TORCH):
         return layer.timed(partial(both_ways, layer.by_tree, layer.states, layer.grad))
 
 
 def varlen(layer: Layer) -> dict[str, float]:
-    """One call of the operator for all trees; what it needs to know of the batch is made before."""
+    """One call of the varlen operator for all trees, with prepared metadata of the batch."""
     from realign.modeling.varlen_attention import forest_attention, sequences
 
     parts = sequences(layer.trees, layer.grad.shape[2]).to(layer.device)
-    # Strides as behind a model's projections: token by token.
+    # Strides as after a model's projections: token by token.
     given = [s.transpose(1, 2).contiguous().transpose(1, 2) for s in (*layer.states, layer.grad)]
 
     def attend(*states: Tensor) -> Tensor:
@@ -134,14 +134,14 @@ def varlen(layer: Layer) -> dict[str, float]:
 
 
 def padded(layer: Layer) -> dict[str, float]:
-    """One causal call over a sequence for each leaf behind its own copy of its root, padded."""
+    """One causal call over padded sequences: a copy of the root and a leaf each."""
     rows, counted, start, device = [], [], 0, layer.device
     for root, *leaves in layer.trees[0]:
         above, leaf = np.arange(start, start + root), start + root
         for number, size in enumerate(leaves):
             rows.append(torch.from_numpy(np.append(above, np.arange(leaf, leaf + size))))
             counted.append(torch.ones(root + size, dtype=torch.bool))
-            counted[-1][:root] = number == 0  # the root's outputs, once
+            counted[-1][:root] = number == 0  # counts the outputs of a root once
             leaf += size
         start = leaf
     index = pad_sequence(rows, True).to(device)
@@ -164,9 +164,9 @@ def padded(layer: Layer) -> dict[str, float]:
 
 
 def flex(layer: Layer) -> dict[str, float]:
-    """Flex attention with the forest's mask, compiled; on a CPU eagerly, and without backward.
+    """Compiled flex attention with the forest's mask; on a CPU eager and without backward.
 
-    There it has none, and to compile it takes 15 s.
+    A CPU has no backward for it, and compilation takes 15 s there.
     """
     mask = forest_mask(layer.batch, "flex_attention", torch.bfloat16)
 
@@ -188,6 +188,6 @@ CASES = {
 
 
 def run(record: Record) -> None:
-    """All implementations on the same tensors."""
+    """Runs all implementations on the same tensors."""
     layer = Layer(TOY if record.rehearse else LLAVA, record.device)
     record.each({case: partial(call, layer) for case, call in CASES.items()})

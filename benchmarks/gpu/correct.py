@@ -1,8 +1,8 @@
-"""Correctness on the device: every public head function against fp64, most used first.
+"""Correctness on the device: every public head function against fp64, the most used first.
 
-Then what is around the kernels: operator checks, and a step of one NCCL rank.
-tests/kernels calls each kernel directly, on a GPU where there is one. A case whose error is over
-its budget is an error line, so that a second call runs it again.
+Operator checks and a step of one NCCL rank follow. tests/kernels calls each kernel directly, on a
+GPU if there is one. A case over its error budget is recorded as an error, so that a second call
+runs it again.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 SIZES = {
     "usual": ((2048, 4096, 32000), (12, 32, 128)),
     "one row": ((1, 4096, 32000), (1, 16, 97)),
-    "ragged": ((385, 4095, 32003), (7, 33, 131)),  # rows that TMA cannot address
+    "ragged": ((385, 4095, 32003), (7, 33, 131)),  # TMA cannot address these rows
     "wide": ((256, 2048, 151936), (5, 16, 300)),
     "tall": ((33792, 4096, 32000), (40, 32, 128)),
     "narrow": ((300, 512, 4000), (20, 16, 90)),
     "few rows": ((40, 4096, 32000), (3, 24, 150)),
 }
-"""N, H, V on the device and in a rehearsal."""
+"""N, H, V on the device, and in a rehearsal."""
 CAPPED = {"bias": True, "softcap": 8.0, "temperature": 1.7}
 HEADS: tuple[tuple[torch.dtype, str, str, str, dict], ...] = (
     (BF16, "usual", "hidden", "frozen", {}),
@@ -73,14 +73,14 @@ HEADS: tuple[tuple[torch.dtype, str, str, str, dict], ...] = (
     (BF16, "tall", "all", "trained tall", {}),
     (BF16, "tall", "nothing", "no gradient tall", {}),
 )
-"""dtype, size, what trains, name, options of `truth.make`."""
+"""dtype, size, inputs with gradients, name, options of `truth.make`."""
 REPEATS = 50
 POISON = 2**30
-"""Numbers in the NaN-filled block that the allocator then hands out again: 4 GiB."""
+"""Numbers in the largest NaN-filled block (4 GiB), which the allocator reuses."""
 
 
 def poison(device: str) -> None:
-    """Leaves NaN in the memory that CUDA's allocator hands out next; after inputs are made."""
+    """Fills the memory that CUDA's allocator will reuse with NaN. Call it after making inputs."""
     if device == "cuda":
         torch.cuda.empty_cache()
         blocks = [torch.full((POISON,), torch.nan, device=device)]
@@ -90,7 +90,7 @@ def poison(device: str) -> None:
 
 
 def backend(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """The default on CUDA; on a CPU Triton interpreted, which rounds fp32 to bf16 wrongly."""
+    """Default backend on CUDA. On a CPU interpreted Triton, or torch for bf16 (rounding bug)."""
     if device == "cuda":
         return contextlib.nullcontext()
     return use_backend("torch" if dtype == BF16 else "triton")
@@ -106,7 +106,7 @@ def head(record: Record, dtype: torch.dtype, size: str, trains: str, options: di
 
 
 def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
-    """`rdpo_loss`: loss and gradients against fp64; references of 0, as the contestants have."""
+    """`rdpo_loss`: loss and gradients against fp64, with reference log-probs of 0."""
     size = (2, 5, 16, 97) if record.rehearse else (8, 32, 4096, 32000)
     batch = truth.preference(*size, dtype, record.device)
     exact_loss, exact = truth.preference_truth(batch)
@@ -124,13 +124,13 @@ def preference(record: Record, dtype: torch.dtype, trains: bool) -> dict:
 
 
 def by_kernel(record: Record, kernel: str, trains: bool) -> dict:
-    """`preference` with a kernel for E by name."""
+    """`preference` with a named kernel for E."""
     with patch.dict(os.environ, {exp_head.ENVIRONMENT: kernel}):
         return preference(record, BF16, trains)
 
 
 def far_label(record: Record, kernel: str) -> dict:
-    """`linear_logprobs` where a label is 200 nats below another token, beyond the range of E."""
+    """`linear_logprobs` with a label 200 nats below another token, outside the range of E."""
     problem = truth.make(SIZES["usual"][record.rehearse], BF16, record.device)
     hidden, weight, _, labels, _ = problem.case
     row = int((labels != truth.IGNORE).nonzero()[0])
@@ -143,7 +143,7 @@ def far_label(record: Record, kernel: str) -> dict:
 
 
 def repeats(record: Record, trains: str) -> dict:
-    """`REPEATS` calls on the same inputs: which results differ in any bit from the first."""
+    """Asserts that `REPEATS` calls on the same inputs give bitwise equal results."""
     problem = truth.make(SIZES["usual"][record.rehearse], BF16, record.device)
     first, different = truth.ours(problem, trains), set()
     times = 2 if record.rehearse else REPEATS
@@ -155,7 +155,7 @@ def repeats(record: Record, trains: str) -> dict:
 
 
 def second_device(record: Record) -> dict:
-    """Tensors on cuda:1 while cuda:0 is current; where there is one device, that is recorded."""
+    """`linear_logprobs` on cuda:1 while cuda:0 is current, if there are two devices."""
     if record.rehearse or torch.cuda.device_count() < 2:
         return {"devices": 1}
     problem = truth.make(SIZES["ragged"][0], BF16, "cuda:1")
@@ -163,7 +163,7 @@ def second_device(record: Record) -> dict:
 
 
 class _Calls(TorchDispatchMode):
-    """Keeps the first call of each operator of this package."""
+    """Records the first call of each operator of this package."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class _Calls(TorchDispatchMode):
 
 
 def opcheck(record: Record) -> dict:
-    """`torch.library.opcheck` of the operators of a compiled loss, forward and backward."""
+    """`torch.library.opcheck` of the operators of the loss, forward and backward."""
     g = torch.Generator(record.device).manual_seed(0)
     kind = {"generator": g, "device": record.device}
     hidden = torch.randn(3, 2, 4, 16, **kind).requires_grad_()
@@ -203,13 +203,13 @@ def opcheck(record: Record) -> dict:
 
 
 def one_rank(record: Record) -> dict:
-    """Gradients of a step under FSDP2 on a mesh of one against the plain model's, in fp32."""
+    """Gradients of an FSDP2 step of one rank against those of the plain model, in fp32."""
     vlm = random_llava(64, 128, 2, 4)
     plain, sharded = ForestModel(vlm), ForestModel(copy.deepcopy(vlm))
     examples, store = random_forests(2, prompt=12, response=9)
     batch = build_batch(examples, store, row_tokens=sum(e.longest_tree for e in examples))
     references = torch.full((3, 2), -90.0)
-    device = distributed.start(alone=True)
+    device = distributed.start(alone=True)  # codespell:ignore
     try:
         plain.to(device)
         fsdp.shard(sharded, device, torch.float32)
@@ -234,7 +234,7 @@ def one_rank(record: Record) -> dict:
 
 
 def cases(record: Record) -> dict[str, Callable[[], dict]]:
-    """All cases by name, most valuable first."""
+    """All cases by name, the most valuable first."""
     heads = {
         f"linear_logprobs {NAMES[dtype]}/{name}": partial(head, record, dtype, *rest, options)
         for dtype, *rest, name, options in HEADS
@@ -269,5 +269,5 @@ def cases(record: Record) -> dict[str, Callable[[], dict]]:
 
 
 def run(record: Record) -> None:
-    """Each case costs only itself."""
+    """Runs all cases. A failed case does not stop the others."""
     record.each(cases(record))

@@ -1,4 +1,4 @@
-"""Facts: versions, what the card copies and multiplies per second, which features exist."""
+"""Facts about the machine: versions, copy and GEMM rates, available features."""
 
 import importlib.util
 import os
@@ -26,12 +26,12 @@ COPY_SIZE = {"cuda": 4 << 30, "cpu": 1 << 20}
 
 
 def _rate(call: Callable[[], object], work: float) -> float:
-    """Work per second by the median of calls, the L2 cache flushed before each."""
+    """Work per second from the median of calls, with the L2 cache flushed before each."""
     return work / statistics.median(turns(call, None, 0.5)[0])
 
 
 def _properties(device: str) -> dict[str, str | int | float]:
-    """Of the device, and the cores and torch's threads of the host."""
+    """Properties of the device, and the host's cores and torch threads."""
     host = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device == "cpu":
         return {"devices": 0} | host
@@ -46,9 +46,9 @@ def _properties(device: str) -> dict[str, str | int | float]:
 
 
 def _gemm(device: str, loaded: bool) -> dict[str, str | float]:
-    """The rate of torch's GEMM in bf16, on random data.
+    """Rate of torch's bf16 GEMM on random data.
 
-    `loaded`: one after another for two seconds; clock and power while they run.
+    With `loaded`, GEMMs run for two seconds while clock and power are recorded.
     """
     size = GEMM_SIZE[device]
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
@@ -68,7 +68,7 @@ def _gemm(device: str, loaded: bool) -> dict[str, str | float]:
 
 
 def _copy(device: str) -> dict[str, float]:
-    """Bytes read and written by a copy within the device."""
+    """Rate of a copy within the device, in bytes read and written."""
     source = torch.ones(COPY_SIZE[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {"tb_per_s": _rate(lambda: target.copy_(source), 2 * len(source)) / 1e12}
@@ -76,7 +76,7 @@ def _copy(device: str) -> dict[str, float]:
 
 def _extension(device: str) -> dict[str, str | bool]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the reason is a figure here
+        warnings.simplefilter("ignore")  # the reason is recorded
         module = extension()
         ring = Staging(torch.device(device)).backend
     return {
@@ -88,7 +88,7 @@ def _extension(device: str) -> dict[str, str | bool]:
 
 
 def run(record: Record) -> None:
-    """Each fact is a case; the rates are measured by CUDA events."""
+    """Records each fact as a case. CUDA events measure the rates."""
     device = record.device
     record.each({
         "properties": partial(_properties, device),

@@ -1,8 +1,8 @@
-"""The head against its limit and its peers: forward and backward of rDPO, and log-probs only.
+"""Head benchmark of the GPU check: rDPO forward and backward, and log-probs only.
 
-The limit is the same GEMMs by torch, in the same chunks. Ours and the limit come first for all
-shapes, then the peers, so that a cut costs peers. The limit and the peers take turns with ours, so
-that all run at one clock, and their `ratio` is the median of theirs / ours.
+The limit is the same GEMMs by torch, in the same chunks. Ours and the limit run first for all
+shapes, so that the time limit cuts only peers. Limit and peers alternate with rounds of ours, so
+that all run at the same clock. `ratio` is the median of theirs / ours.
 """
 
 from collections.abc import Container
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.contestants import CONTESTANTS, EAGER, OURS, forward_backward, gemms, relative
-from benchmarks.contestants import LIMIT as GEMMS
 from benchmarks.gpu import truth
 from benchmarks.gpu.measure import figures
 from benchmarks.gpu.record import Record
+from benchmarks.results import LIMIT
 
 ROUNDS = 0.3
-"""Seconds of a contestant's rounds, and at least three of them."""
+"""Seconds for the rounds of a contestant, of which it runs at least three."""
 FROZEN, TRAINED, LOGPS = "frozen", "trained", "log-probs"
 PEERS = {kind: [name for name in CONTESTANTS if name != OURS] for kind in (FROZEN, TRAINED)} | {
     LOGPS: ["ours, torch backend", EAGER]
@@ -28,7 +28,7 @@ PEERS = {kind: [name for name in CONTESTANTS if name != OURS] for kind in (FROZE
 
 
 class Shape(NamedTuple):
-    """Examples of three sequences, tokens in each; width and vocabulary of the head."""
+    """Examples (three sequences each), response tokens, and the head's width and vocabulary."""
 
     examples: int
     response: int
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
 
 TO_BEAT = (Shape(42, 65, 4096, 151936), Shape(21, 65, 4096, 128256))
-"""8192 and 4096 rows of published results, in whole examples."""
+"""The 8192 and 4096 rows of published results, rounded to whole examples."""
 SHAPES = TO_BEAT + tuple(
     Shape(roofline.EXAMPLES, roofline.RESPONSE, *head) for head in roofline.SHAPES.values()
 )
@@ -53,7 +53,7 @@ TOYS = (Shape(2, 4, 16, 97), Shape(1, 3, 8, 61))
 
 
 def absent() -> dict[str, str]:
-    """Contestants that this machine lacks, with the reason."""
+    """Contestants that cannot be made on this machine, with the reason."""
     found = {}
     for name, make in CONTESTANTS.items():
         try:
@@ -64,9 +64,9 @@ def absent() -> dict[str, str]:
 
 
 def cases(shapes: tuple[Shape, ...], without: Container[str]) -> dict[str, tuple[Shape, str, str]]:
-    """(shape, kind, contestant) by name, most valuable first."""
+    """(shape, kind, contestant) by case name, most valuable first."""
     kinds = (FROZEN, TRAINED, LOGPS)
-    order = [(s, k, name) for s in shapes for k in kinds for name in (GEMMS, OURS)]
+    order = [(s, k, name) for s in shapes for k in kinds for name in (LIMIT, OURS)]
     peers = {kind: [name for name in PEERS[kind] if name not in without] for kind in kinds}
     order += [(s, k, name) for s in shapes for k in kinds for name in peers[k]]
     return {f"{s.name} {kind}/{name}": (s, kind, name) for s, kind, name in order}
@@ -74,16 +74,16 @@ def cases(shapes: tuple[Shape, ...], without: Container[str]) -> dict[str, tuple
 
 @cache
 def batch_of(shape: Shape, device: str) -> truth.Preference:
-    """The inputs of a shape, kept: 6 GB for all shapes."""
+    """Inputs of a shape. The cache of all shapes takes 6 GB."""
     return truth.preference(*shape, torch.bfloat16, device)
 
 
 @cache
-@torch.enable_grad()  # a case of log-probs may be the first to ask
+@torch.enable_grad()  # the first caller may be a log-probs case without gradients
 def truth_of(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients of a shape in fp64, kept in fp32 since ours and peers ask: 12 GB for all.
+    """fp64 loss and gradients of a shape, cached in fp32 (12 GB for all shapes).
 
-    Gradients in bf16 err 1.6e-3, their truth in fp32 6e-8.
+    bf16 gradients have errors of 1.6e-3, and rounding the exact ones to fp32 adds 6e-8.
     """
     batch = batch_of(shape, device)
     loss, exact = truth.preference_truth(batch)
@@ -91,11 +91,11 @@ def truth_of(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure(device: str, shape: Shape, kind: str, name: str) -> dict[str, float]:
-    """Milliseconds, memory and errors of one contestant."""
+    """Time, memory and errors of one contestant."""
     batch = batch_of(shape, device)
     settings = {"trainable": kind == TRAINED, "derivative": kind != LOGPS}
     ours = partial(forward_backward, CONTESTANTS[OURS](), *batch, **settings)
-    if name == GEMMS:
+    if name == LIMIT:
         call, found = gemms(batch.hidden.flatten(0, -2), batch.weight, **settings), {}
     else:
         call = partial(forward_backward, CONTESTANTS[name](), *batch, **settings)
@@ -105,7 +105,7 @@ def measure(device: str, shape: Shape, kind: str, name: str) -> dict[str, float]
 
 
 def run(record: Record) -> None:
-    """A peer that is not installed is named in the case "absent" and has no other."""
+    """Runs all cases. The case "absent" lists peers that are not installed."""
     if record.rehearse:
         torch._dynamo.config.disable = True  # Liger and CCE compile for a minute on a CPU
     lacking = absent()

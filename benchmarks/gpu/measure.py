@@ -1,6 +1,6 @@
 """Measurements on a GPU: wall time, GPU-busy time, and peak memory.
 
-In a rehearsal on a CPU wall time is the host's, and figures that a CPU lacks are left out.
+A rehearsal on a CPU measures the host's wall time and omits GPU figures.
 """
 
 import statistics
@@ -16,23 +16,23 @@ from benchmarks.race import MOST, turns
 
 Call = Callable[[], Any]
 BUSY = 0.1
-"""Seconds of calls whose kernels the profiler adds up."""
+"""Seconds of calls under the profiler."""
 KERNELS, NAME = 25, 80
-"""Kernels listed, and the characters of a name."""
+"""Number of listed kernels, and of characters of their names."""
 WATCHED = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-"""Activities of a profile: kernels, or in a rehearsal the operators of a CPU."""
+"""Activities of a profile: GPU kernels, or CPU operators in a rehearsal."""
 
 
 def kernel_seconds(profiler: profile) -> float:
-    """Seconds in which the GPU ran kernels or copies, summed; 0 on a CPU."""
+    """Total seconds of GPU kernels and copies; 0 on a CPU."""
     events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
     return 1e-6 * sum(e.self_device_time_total for e in events if not e.is_user_annotation)
 
 
 def kernels(profiler: profile) -> dict[str, list[float]]:
-    """Milliseconds and calls of the kernels with the most GPU time, by name; of a CPU's operators.
+    """[milliseconds, calls] of the kernels with the most GPU time, by name.
 
-    Kernels whose names are equal in their first characters are one.
+    In a rehearsal it lists CPU operators. Kernels whose first NAME characters are equal are merged.
     """
     cuda = WATCHED == ProfilerActivity.CUDA
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
@@ -47,10 +47,10 @@ def kernels(profiler: profile) -> dict[str, list[float]]:
 
 
 def profiled(call: Call, calls: int = 1) -> profile:
-    """Calls one after another.
+    """Profile of consecutive calls.
 
-    One call after a pause runs at another clock than a loop: its busy time was 0.87 to 1.14 of the
-    wall time of the same GEMMs (H200).
+    A single call after a pause runs at another clock than a loop. For the same GEMMs its busy time
+    was 0.87 to 1.14 of the loop's wall time (H200).
     """
     with profile(activities=[WATCHED]) as profiler:
         for _ in range(calls):
@@ -61,7 +61,7 @@ def profiled(call: Call, calls: int = 1) -> profile:
 
 
 def peak(call: Call) -> int:
-    """Bytes allocated at the peak of a call beyond those allocated before it."""
+    """Peak of allocated bytes during a call, beyond those allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -73,13 +73,13 @@ def peak(call: Call) -> int:
 def figures(
     call: Call, device: str, budget: float = 0.5, ours: Call | None = None
 ) -> dict[str, float]:
-    """Wall time and, on CUDA, GPU-busy time and peak memory beyond the inputs, of one call.
+    """Wall time of a call and, on CUDA, its GPU-busy time and peak memory beyond the inputs.
 
     Args:
-        call: the contestant.
-        device: "cuda", or "cpu" for one round without figures of a GPU.
-        budget: seconds of the rounds.
-        ours: takes turns with it; `ratio` is the median of theirs / ours over the rounds.
+        call: The contestant.
+        device: "cuda", or "cpu" for one round without GPU figures.
+        budget: Seconds for the rounds.
+        ours: Alternates with `call`. `ratio` is the median of theirs / ours over the rounds.
     """
     few = {"least": 1, "most": 1} if device == "cpu" else {}
     theirs, mine = turns(call, ours, budget, **few)

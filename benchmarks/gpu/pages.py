@@ -1,94 +1,95 @@
-"""Generated blocks of docs/gpu.md, README and docs/kernels.md, from a GPU check."""
+"""Generated blocks of docs/gpu.md and docs/kernels.md from a GPU check."""
 
 import textwrap
 
 from benchmarks import roofline, targets
-from benchmarks.contestants import CONTESTANTS, LIMIT, OURS
+from benchmarks.contestants import CONTESTANTS, OURS
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.check import Check
-from benchmarks.gpu.table import table as summary
+from benchmarks.gpu.table import table as summary_of
+from benchmarks.results import LIMIT
 from benchmarks.tables import number, span, table
 
 GEMMS = {"frozen": 2, "trained": 3, "log-probs": 1}
-"""GEMMs of 2 N H V FLOP in each kind of head."""
+"""Number of GEMMs of 2 N H V FLOP by kind of head."""
 STEPS = ("ours", "ours, DPO", "TRL DPO", "released")
 
 
 def fill(text: str) -> str:
-    """A paragraph in lines of 110."""
+    """Wraps a paragraph at 110 characters."""
     return textwrap.fill(" ".join(text.split()), 110, break_on_hyphens=False)
 
 
 def wall_and_busy(check: Check, group: str, name: str) -> tuple[float | None, float | None]:
-    """Milliseconds of a contestant of the head: wall, and those in which the GPU is busy."""
+    """Wall time and GPU-busy time of a head contestant in milliseconds."""
     case = f"{group}/{name}"
     return check.figure("head", case, "ms"), check.figure("head", case, "busy_ms")
 
 
-def over_gemms(check: Check, group: str) -> float | None:
-    """Wall time of ours over that of the same GEMMs alone."""
+def gemms_over_ours(check: Check, group: str) -> float | None:
+    """Wall time of the bare GEMMs over that of ours."""
     ours, gemms = (wall_and_busy(check, group, name)[0] for name in (OURS, LIMIT))
-    return None if ours is None or gemms is None else ours / gemms
+    return None if ours is None or gemms is None else gemms / ours
 
 
 def measured(check: Check) -> str:
-    """Machine, rates, correct cases and missing parts."""
+    """Machine, rates, number of correct cases, and missing parts."""
     gemm, copy = check.figure("facts", "GEMM", "tflops"), check.figure("facts", "copy", "tb_per_s")
     return fill(
-        f"**Measured** on one {check.machine}, by CUDA events and with the L2 cache flushed before "
-        f"every round. Bursts of 8192 x 8192 x 8192 GEMMs reach {number(gemm)} TFLOP/s, copies "
+        f"**Measured** on one {check.machine}. CUDA events time each round after a flush of the "
+        f"L2 cache. Bursts of 8192 x 8192 x 8192 GEMMs reach {number(gemm)} TFLOP/s, and copies "
         f"{number(copy)} TB/s. Cases within the error budget: {check.correct}. {check.missing}"
     )
 
 
 def verdicts(check: Check) -> str:
-    """How many targets are met and missed."""
+    """Number of met and missed targets."""
     found = targets.read()[1]
     return targets.counts([targets.verdict(one, one.value(check)) for one in found])
 
 
 def target_block(check: Check) -> str:
-    """Each target with its bound, the measured figure, and cuBLAS's time for the same GEMMs."""
+    """Targets with bound, measured value, and cuBLAS's time for the same GEMMs."""
     rows = []
     for one in targets.read()[1]:
         value, group = one.value(check), one.case.rpartition("/")[0]
         limit = check.figure("head", f"{group}/{LIMIT}", "ms") if one.figure == "ms" else None
-        shown = "-" if value is None else f"{number(value)} {one.unit}"
+        shown = "-" if value is None else one.shown(value)
         cells = one.name, one.bound, shown, f"**{targets.verdict(one, value)}**"
         rows.append((*cells, "-" if limit is None else f"{number(limit)} ms", one.reason))
-    columns = "target", "bound", "measured", "", "its GEMMs by cuBLAS", "why this bound"
+    columns = "target", "bound", "measured", "", "its GEMMs by cuBLAS", "reason for the bound"
     return f"{verdicts(check)}.\n\n{table(columns, rows)}"
 
 
 def where_block(check: Check) -> str:
-    """Wall and busy time of ours and of its GEMMs, their quotients, and the rate of the GEMMs."""
+    """Wall and busy times of ours and of the bare GEMMs, ratios, and the rate of the GEMMs."""
     rows, clocks = [], []
     for group in check.groups:
-        (wall, busy), (alone, alone_busy) = (wall_and_busy(check, group, n) for n in (OURS, LIMIT))
-        if wall is None or alone is None:
+        (wall, busy), (bare, bare_busy) = (wall_and_busy(check, group, n) for n in (OURS, LIMIT))
+        if wall is None or bare is None:
             continue
-        clocks.append(100 * (alone / alone_busy - 1))
+        clocks.append(100 * (bare / bare_busy - 1))
         N, H, V, kind = roofline.shape_of(group)
         count = GEMMS[kind]
         quotients = (
-            f"{wall / alone:.2f}",
-            f"{busy / alone_busy:.2f}",
-            f"{count * wall / alone:.2f}u",
+            f"{bare / wall:.2f}x",
+            f"{bare_busy / busy:.2f}x",
+            f"{count * wall / bare:.2f}u",
         )
-        rate = f"{count * 2 * N * H * V / alone / 1e9:.0f}"
-        cells = map(number, (wall, busy, wall - busy, alone, alone_busy))
+        rate = f"{count * 2 * N * H * V / bare / 1e9:.0f}"
+        cells = map(number, (wall, busy, wall - busy, bare, bare_busy))
         rows.append((group, *cells, *quotients, rate))
     columns = (
-        "N x H x V", "ours, ms", "GPU busy", "wall less busy", "GEMMs alone, ms", "GPU busy",
-        "ours / GEMMs", "busy / busy", "in u", "TFLOP/s of the GEMMs",
+        "N x H x V", "ours, ms", "GPU busy", "wall less busy", "bare GEMMs, ms", "GPU busy",
+        "GEMMs / ours", "busy / busy", "ours in u", "TFLOP/s of the GEMMs",
     )  # fmt: skip
     spread = f"{min(clocks):+.0f} to {max(clocks):+.0f} %" if clocks else "-"
-    error = f"Wall time of the GEMMs alone less busy time, the error of a column: {spread}."
+    error = f"Error of a column (wall time of the bare GEMMs less busy time): {spread}."
     return f"{table(columns, rows)}\n\n{error}"
 
 
 def contestants_block(check: Check) -> str:
-    """Milliseconds and errors of every contestant; peers that are faster, or wait for the host."""
+    """Times and errors of every contestant, and the peers that are faster or wait for the host."""
     heads = {case.rpartition("/")[2] for part, case in check.cases if part == "head"}
     names = [name for name in (LIMIT, *CONTESTANTS) if name in heads]
     rows = []
@@ -97,7 +98,10 @@ def contestants_block(check: Check) -> str:
         for name in names:
             wall, busy = wall_and_busy(check, group, name)
             over = check.over_ours(group, name)
-            cells.append(f"{number(wall)} / {number(busy)}" + (f" ({over:.2f})" if over else ""))
+            cell = "-" if wall is None else f"{number(wall)} / {number(busy)}"
+            if over:
+                cell += f" (**{over:.2f}x**)" if over < 1 else f" ({over:.2f}x)"
+            cells.append(cell)
         rows.append((group, *cells, number(check.figure("head", f"{group}/{OURS}", "peak_gib"))))
     times = table(("N x H x V", *names, "peak of ours beyond inputs, GiB"), rows)
     errors = []
@@ -109,7 +113,7 @@ def contestants_block(check: Check) -> str:
             cells.append(f"{min(known):.1e} to {max(known):.1e}" if known else "-")
         errors.append((name, *cells))
     columns = ("error", "loss", "gradient of hidden", "gradient of the weight")
-    return "\n\n".join([times, fill(losses(check)), table(columns, errors)])
+    return "\n\n".join([times, losses(check), table(columns, errors)])
 
 
 def _peers(check: Check) -> dict[str, dict[str, float]]:
@@ -122,24 +126,24 @@ def _peers(check: Check) -> dict[str, dict[str, float]]:
 
 
 def losses(check: Check) -> str:
-    """Peers that are faster than ours, and those for whose host the GPU waits most of the time."""
+    """Peers that are faster than ours, and peers whose GPU waits for the host most of the time."""
     faster, waiting = [], []
     for name, overs in _peers(check).items():
-        where = [f"{over:.2f} at {group}" for group, over in overs.items() if over < 1]
-        faster += [f"{name} takes {', '.join(where)}"] if where else []
+        if ratios := [over for over in overs.values() if over < 1]:
+            faster.append(f"- {name}: {len(ratios)} of {len(overs)} cases, {span(ratios)}")
         times = {group: wall_and_busy(check, group, name) for group in overs}
         where = [f"{100 * b / w:.0f} % at {group}" for group, (w, b) in times.items() if b < w / 2]
-        waiting += [f"{name} {', '.join(where)}"] if where else []
-    text = "No contestant is faster than ours in any of them."
+        waiting += [f"- {name}: {one}" for one in where]
+    lines = ["No other contestant is faster than ours in these cases."]
     if faster:
-        text = f"**Where we lose**, in units of ours: {'; '.join(faster)}."
+        lines = ["**Ours is slower** where the ratio is bold:", "", *faster]
     if waiting:
-        text += f" The GPU is busy for less than half of the wall time: {'; '.join(waiting)}."
-    return text
+        lines += ["", "The GPU is busy for less than half of the wall time:", "", *waiting]
+    return "\n".join(lines)
 
 
 def step_block(check: Check) -> str:
-    """Seconds of a step, those in which the GPU is busy, memory, and the time over ours."""
+    """Wall and busy time of a step, its memory, and its time over ours."""
     ours, rows = check.figure("step", "ours", "seconds"), []
     names = ("seconds", "each", "busy_seconds", "examples_per_second", "positions", "peak_gib")
     for case in STEPS:
@@ -147,17 +151,17 @@ def step_block(check: Check) -> str:
         rows.append((
             case, number(seconds), f"{min(each):.3g} to {max(each):.3g}" if each else "-",
             number(busy), number(rate), f"{positions:,}" if positions else "-", number(peak),
-            "-" if None in (seconds, ours) else f"{seconds / ours:.2f}",
+            "-" if None in (seconds, ours) else f"{seconds / ours:.2f}x",
         ))  # fmt: skip
     columns = (
         "step", "seconds", "least to most", "GPU busy, s", "examples/s", "positions", "peak, GiB",
-        "over ours",
+        "theirs / ours",
     )  # fmt: skip
     return table(columns, rows)
 
 
 def attention_block(check: Check) -> str:
-    """Milliseconds of one layer's attention, forward and backward; planning by cuDNN."""
+    """Time of one layer's attention, forward and backward, and of cuDNN's planning."""
     rows = []
     for part, case in check.cases:
         if part == "attention" and check.figure(part, case, "ms") is not None:
@@ -169,14 +173,14 @@ def attention_block(check: Check) -> str:
     if first is None:
         return found
     return (
-        f"{found}\n\nWith cuDNN the first call of a shape takes {number(first)} ms, a repeated one "
-        f"{number(again)} ms ({calls} calls)."
+        f"{found}\n\nWith cuDNN the first call of a shape takes {number(first)} ms, and a repeated "
+        f"call {number(again)} ms ({calls} calls)."
     )
 
 
 def ratios_block(check: Check) -> str:
-    """Calculated and measured figures, and their ratio."""
-    # Here, since the part `head` imports this file and need not load transformers.
+    """Calculated and measured figures with their ratios."""
+    # Imported here because it loads transformers, which the other blocks do not need.
     from benchmarks.gpu.attention import LLAVA, batch_of
 
     reached = roofline.REACHED
@@ -204,16 +208,17 @@ def ratios_block(check: Check) -> str:
 
 
 def blocks(check: Check) -> dict[str, str]:
-    """Blocks of docs/gpu.md: measurements, then the calculation."""
+    """Generated blocks of docs/gpu.md: measurements, then the calculation."""
     return {
         "measured": measured(check),
+        "summary": summary(check),
         "targets": target_block(check),
         "where": where_block(check),
         "contestants": contestants_block(check),
         "step": step_block(check),
         "attention": attention_block(check),
         "ratios": ratios_block(check),
-        "check": "```text\n{}\n```".format("\n".join(summary(check.lines, PARTS))),
+        "check": "```text\n{}\n```".format("\n".join(summary_of(check.lines, PARTS))),
         "frozen": roofline.table_of(trainable=False),
         "trains": roofline.table_of(trainable=True),
         "forward": roofline.forward_table(),
@@ -221,37 +226,47 @@ def blocks(check: Check) -> dict[str, str]:
 
 
 def kernels_sentence(check: Check) -> str:
-    """For docs/kernels.md: how many cases of the GPU check were correct, and where."""
+    """Sentence of docs/kernels.md: machine and number of correct cases."""
     return fill(
         f"On one {check.card}, {check.correct} cases of the GPU check were within their error "
         "budgets."
     )
 
 
-def readme_sentence(check: Check) -> str:
-    """For the README: a training step, the head, its peers and the targets."""
+def summary(check: Check) -> str:
+    """Summary of a training step, the head, its peers and the targets."""
+    seconds = {case: check.figure("step", case, "seconds") for case in STEPS}
 
-    def slower(peer: str) -> str:
-        mine, theirs = (check.figure("step", case, "seconds") for case in ("ours", peer))
-        return "-" if mine is None or theirs is None else f"{theirs / mine:.2f}"
+    def step(peer: str) -> str:
+        known = None not in (seconds["ours"], seconds[peer])
+        return f"{seconds[peer] / seconds['ours']:.2f}x" if known else "-"
 
     def head(kind: str) -> str:
-        overs = [over_gemms(check, group) for group in check.groups if group.endswith(f" {kind}")]
-        known = [over for over in overs if over is not None]
+        found = [
+            gemms_over_ours(check, group) for group in check.groups if group.endswith(f" {kind}")
+        ]
+        known = [ratio for ratio in found if ratio is not None]
         return span(known) if known else "-"
 
     each = check.figure("step", "ours", "each") or []
     peers = []
     for name, overs in _peers(check).items():
         if faster := [over for over in overs.values() if over < 1]:
-            count = f"{len(faster)} of {len(overs)} cases"
-            peers.append(f"{name} is faster in {count} ({span(faster)} of ours)")
-    return fill(
-        f"**On a GPU** ({check.machine}): a LoRA step of rDPO with LLaVA-1.5-7B, random weights, "
-        f"was {slower('TRL DPO')} times faster than TRL's DPO and {slower('released')} times "
-        "faster than three plain sequences as in the authors' release (medians of five steps; ours "
-        f"took {', '.join(map(number, sorted(each)))} s). The head took {head('frozen')} times as "
-        f"long as its GEMMs by cuBLAS when frozen, {head('trained')} times when it trained. Peers: "
-        f"{'; '.join(peers) or 'no contestant is faster in any case'}. GPU targets: "
-        f"{verdicts(check)}."
+            peers.append(
+                f"{name} is faster in {len(faster)} of {len(overs)} cases ({span(faster)})."
+            )
+    lines = (
+        "Step: a LoRA step of rDPO with LLaVA-1.5-7B, random weights, was "
+        f"{step('TRL DPO')} faster than TRL's DPO. It was {step('released')} faster than three "
+        "plain sequences as in the authors' release. These are ratios of medians of five steps. "
+        "Ours took "
+        f"{', '.join(map(number, sorted(each)))} s.",
+        f"Head: the bare GEMMs by cuBLAS took {head('frozen')} of our time when the head was "
+        f"frozen, and {head('trained')} when it trained.",
+        f"Peers of the head, theirs / ours: {' '.join(peers) or 'none is faster in any case.'}",
+        f"Targets: {verdicts(check)}.",
+    )
+    return "\n".join(
+        textwrap.fill(f"- {line}", 110, subsequent_indent="  ", break_on_hyphens=False)
+        for line in lines
     )

@@ -1,13 +1,13 @@
-"""Results of the GPU check: one JSON line per case, appended as soon as it is known.
+"""Results of the GPU check: a JSON line per case, appended when the case is done.
 
-A part calls its cases like this, and everything else (skipping what an earlier call recorded,
-tracebacks, freed memory) follows:
+A part calls its cases like this:
 
     def run(record: Record) -> None:
         record.each({"a": lambda: {"ms": ..., "error": ...}})
 
-A case named "group/name" shares a line of the table with the others of its group; its first figure
-is shown there. Other cases have a line of their own.
+`each` skips cases that an earlier call recorded, records tracebacks, and frees memory. Cases named
+"group/name" share a line of the table, which shows the first figure of each. Other cases have a
+line each.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from typing import Any
 
 RESULTS = "results.jsonl"
 DEVICE = ("facts", "device")
-"""Part and case of the line that every call begins with."""
+"""Part and case of the first line of every call."""
 LOST = 3
-"""Exit code of a part whose CUDA context is dead: the parent restarts it for its other cases."""
+"""Exit code after a loss of the CUDA context. The parent restarts the part for its other cases."""
 TRACEBACK = 1500
-"""Characters of a traceback that are kept in the results; log.txt has all of it."""
+"""Most characters of a traceback in the results. log.txt has the whole traceback."""
 
 Line = dict[str, Any]
 
 
 def read(path: Path) -> list[Line]:
-    """All whole lines of a results file; none where there is no file.
+    """Complete lines of a results file, or an empty list without a file.
 
-    A line may be torn by a full disk, or by a copy that was made while it was written.
+    A full disk, or a copy during a write, can leave a torn line.
     """
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -48,7 +48,7 @@ def read(path: Path) -> list[Line]:
 
 
 def append(path: Path, line: Line) -> None:
-    """Adds one line, in one write: a process that is killed leaves no half of it."""
+    """Appends a line in one write, so that a killed process leaves no partial line."""
     before = path.read_bytes() if path.exists() else b""
     torn = bool(before) and not before.endswith(b"\n")
     with path.open("a") as file:
@@ -56,26 +56,26 @@ def append(path: Path, line: Line) -> None:
 
 
 def failed(line: Line) -> bool:
-    """Whether a case ended in an exception: its "error" is then a traceback, not a figure."""
+    """Whether a case ended in an exception: its "error" is a traceback and not a figure."""
     return isinstance(line.get("error"), str)
 
 
 def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
-    """The last line of each (part, case), in the order in which the cases first appeared."""
+    """Last line of each (part, case), in the order of their first lines."""
     return {(line["part"], line["case"]): line for line in lines if "case" in line}
 
 
 def without_folders(text: str) -> str:
-    """Text without this checkout's and the temporary folder's path: results are committed."""
+    """Removes the paths of the checkout and the temporary folder, since results are committed."""
     for folder in (os.getcwd(), tempfile.gettempdir()):
         text = text.replace(f"{folder}/", "")
     return text
 
 
 def smi(**fields: str) -> dict[str, str]:
-    """nvidia-smi's fields of the first GPU, by names of ours.
+    """Fields of nvidia-smi for the first GPU, under the names of the arguments.
 
-    Where it fails or is absent its error is the one field: it must not end the parent.
+    If nvidia-smi is missing or fails, the only field "smi" has the error.
     """
     command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
     try:
@@ -88,7 +88,7 @@ def smi(**fields: str) -> dict[str, str]:
 
 
 def device(rehearse: bool) -> dict[str, str]:
-    """The line at the start of every call: later lines of the results are of this device."""
+    """First line of a call: the device of the lines that follow."""
     if rehearse:
         return {"name": platform.processor() or platform.machine()}
     fields = {
@@ -100,16 +100,16 @@ def device(rehearse: bool) -> dict[str, str]:
 
 
 class Record:
-    """What a part gets: where it runs, how long it may, and where its results go."""
+    """Argument of a part's `run`: device, time limit and results file."""
 
     def __init__(self, folder: Path, part: str, *, rehearse: bool, seconds: float, call: int):
         """
         Args:
-            folder: of the results.
-            part: name of the part.
-            rehearse: toy sizes on a CPU.
-            seconds: until the parent kills this process.
-            call: number of the call of `benchmarks.gpu` for this folder, from 1.
+            folder: Folder of the results.
+            part: Name of the part.
+            rehearse: Whether to run toy sizes on a CPU.
+            seconds: Seconds until the parent kills this process.
+            call: Number of the call of `benchmarks.gpu` for this folder, from 1.
         """
         self.folder, self.part, self.rehearse, self.call = folder, part, rehearse, call
         self.device = "cpu" if rehearse else "cuda"
@@ -118,7 +118,7 @@ class Record:
     def __call__(self, case: str, **figures: Any) -> None:
         """Appends the figures of a case: numbers, strings, or lists of them.
 
-        `after_s` is added, the seconds since the part began: it shows which cases take long.
+        `after_s` is added. It is the time since the start of the part, and shows slow cases.
         """
         after = round(time.monotonic() - self._began, 1)
         line = {"part": self.part, "case": case, "call": self.call, **figures, "after_s": after}
@@ -129,24 +129,24 @@ class Record:
         return self._began + self._seconds - time.monotonic()
 
     def missing(self, cases: Iterable[str]) -> Iterator[str]:
-        """The cases to run: neither done, nor failed in this call before a restart."""
+        """Yields the cases that are neither done, nor failed in this call before a restart."""
         for case in cases:
             line = latest(read(self.folder / RESULTS)).get((self.part, case))
             if line is None or (failed(line) and line["call"] != self.call):
                 yield case
 
     def each(self, cases: Mapping[str, Callable[[], Line]]) -> None:
-        """Records the figures that the missing cases return; see `attempt`."""
+        """Runs and records the missing cases, each within `attempt`."""
         for case in self.missing(cases):
             with self.attempt(case):
                 self(case, **cases[case]())
 
     @contextlib.contextmanager
     def attempt(self, case: str) -> Iterator[None]:
-        """A `with` block whose exception costs this case only.
+        """Context manager that records an exception as the "error" of the case.
 
-        The exception becomes the case's "error" and CUDA memory is freed. Where the CUDA context is
-        dead (an illegal address, a failed assertion in a kernel), the process exits with LOST.
+        It also frees CUDA memory. The process exits with LOST if the CUDA context is dead (an
+        illegal address, or a failed assertion in a kernel).
         """
         try:
             yield
@@ -159,7 +159,7 @@ class Record:
 
 
 def free() -> None:
-    """Frees CUDA memory that nothing holds; exits with LOST where the context is dead."""
+    """Frees unused CUDA memory; exits with LOST if the CUDA context is dead."""
     import torch
 
     gc.collect()
@@ -169,5 +169,5 @@ def free() -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        print(f"the CUDA context is dead: {error}", file=sys.stderr, flush=True)
+        print(f"The CUDA context is dead: {error}", file=sys.stderr, flush=True)
         sys.exit(LOST)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# GPU check on a CUDA machine without network, virtual environment or pip index:
-#     benchmarks/gpu/run.sh DIR [arguments of python -m benchmarks.gpu]
-# Installs .gpu-wheels (`make gpu-wheels`) to a temporary folder, builds realign_kernels/_C where it
-# is missing, and runs the check. Results, and a log of each step, are in DIR. Another interpreter:
-#     PYTHON=python3.12 benchmarks/gpu/run.sh DIR
+# GPU check on a CUDA machine without network, virtual environment or pip index.
+# Usage: benchmarks/gpu/run.sh DIR [arguments of python -m benchmarks.gpu]
+#
+# The script installs .gpu-wheels (`make gpu-wheels`) to a temporary folder. It builds
+# realign_kernels/_C if that is missing, and runs the check. DIR gets the results and the logs.
+# PYTHON selects the interpreter: PYTHON=python3.12 benchmarks/gpu/run.sh DIR
 set -euo pipefail
 
 out=$(realpath -m "${1:?usage: benchmarks/gpu/run.sh DIR [arguments]}")
@@ -20,7 +21,7 @@ build() {
     if [ -e "realign_kernels/_C$suffix" ]; then
         return
     fi
-    # 90-real: machine code for Hopper only, a third of the time of the default list.
+    # 90-real is machine code for Hopper only. It compiles in a third of the default list's time.
     PATH=$PATH:/usr/local/cuda/bin cmake -S . -B "$scratch/build" -G Ninja \
         -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES=90-real \
         -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/realign_kernels" \
@@ -31,7 +32,7 @@ build() {
 
 install() {
     if ! compgen -G '.gpu-wheels/*.whl' >/dev/null; then
-        echo 'no .gpu-wheels here: run `make gpu-wheels` where there is a network' >&2
+        echo 'There is no .gpu-wheels folder. Run `make gpu-wheels` on a machine with a network.' >&2
         return
     fi
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
@@ -41,10 +42,10 @@ install() {
 build >>"$out/build.txt" 2>&1 &
 building=$!
 install
-wait "$building" || echo "_C was not built, see $out/build.txt: the check runs without it" >&2
+wait "$building" || echo "_C was not built (see $out/build.txt). The check runs without it." >&2
 
 export PYTHONPATH=$PWD:$scratch/site${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-# Without a network the host's name may not resolve, and gloo and NCCL would not find each other.
+# Without a network the host name may not resolve, and gloo and NCCL ranks would not connect.
 export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
 "$python" -m benchmarks.gpu --out "$out" "$@"

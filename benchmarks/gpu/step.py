@@ -1,9 +1,9 @@
-"""A training step of a LLaVA-1.5-7B with random weights: ours, TRL's DPOTrainer, the released way.
+"""Training step of LLaVA-1.5-7B with random weights: ours, TRL's DPOTrainer, plain rDPO.
 
-Every step has four examples of two images, and no two of its lengths are equal, so that no shape
-comes twice. All contestants start from one policy, LoRA of rank 128 moved from the reference by
-noise, and keep activations. Where a forward over all examples runs out of memory, a contestant
-gets half of them at a time. Contestants and what their seconds hold: `step_contestants.py`.
+Every step has four examples of two images. No two lengths are equal, so that no shape repeats. All
+contestants start from the same policy, LoRA of rank 128 with noise, and store activations. If a
+forward over all examples runs out of memory, a contestant gets half of them at a time.
+`step_contestants.py` describes the contestants and the timed parts.
 """
 
 import itertools
@@ -50,22 +50,22 @@ from realign_kernels import objectives
 BATCH = 4
 """Examples in a step."""
 WARM, TIMED = 2, 5
-"""Steps before the timed ones, and timed ones; one more is profiled."""
+"""Warm-up and timed steps. One further step is profiled."""
 STEPS = WARM + TIMED + 1
 TOY = {
     "vision": (32, 64, 3, 2), "text": (64, 128, 2, 2), "vocabulary": 192, "image_id": 128,
     "size": 28,
 }  # fmt: skip
 PROMPTS, RESPONSES = (20, 100), (40, 180)
-"""Fewest and most words of prompts and responses, up to 20 more; the toy has a fifth."""
+"""Ranges of the words in prompts and responses, before up to 20 more. The toy has a fifth."""
 
 CUDA = DEVICE == "cuda"
 
 
 class Setting:
-    """Records and processor that all contestants share, and the model that each makes anew.
+    """Records and processor of all contestants, and the model that each creates for itself.
 
-    The 7B in bf16; in a rehearsal a toy in fp32.
+    The model is the 7B in bf16, or a toy in fp32 in a rehearsal.
     """
 
     def __init__(self, record: Record, folder: Path) -> None:
@@ -75,7 +75,7 @@ class Setting:
         self.kind = DTYPES[self.dtype]
         self.config = llava_config(**sizes)
         rng = np.random.default_rng(0)
-        # Each step has the whole range, so that steps differ in their shapes and hardly in time.
+        # Each step covers the whole range, so that shapes differ between steps, but times hardly.
         lengths = [
             np.concatenate([rng.permutation(np.linspace(*ends, BATCH)) for _ in range(STEPS)])
             + rng.uniform(0, 20, STEPS * BATCH)
@@ -88,21 +88,21 @@ class Setting:
         write_pairs(folder / "pairs.parquet", self.records)
 
     def model(self, attention: str) -> LlavaForConditionalGeneration:
-        """The reference, on the device."""
+        """The reference model on the device."""
         return random_on(DEVICE, self.config, self.kind, attention)
 
     def encode(self, layout: Layout) -> tuple[list[Example], ImageStore]:
-        """The forests of all records, their images preprocessed."""
+        """Forests of all records, with preprocessed images."""
         return encode(self.records, self.processor, layout)
 
 
 class Watch:
-    """Seconds of steps: two warm, five timed, and one whose kernels the profiler adds up.
+    """Watch that times steps: two for warm-up, five timed, and one profiled.
 
-    It also counts the positions that pass the language model, padding and reference included.
+    It also counts the positions in the language model, including padding and reference passes.
     """
 
-    words = ()  # all steps are the contestant's own
+    words = ()  # every step is the contestant's default step
 
     def __init__(self, record: Record, decoder: torch.nn.Module, micro: int) -> None:
         self.left, self.micro = record.left, micro
@@ -120,35 +120,35 @@ class Watch:
 
     @property
     def step(self) -> int:
-        """Number of the step to come."""
+        """Number of the next step."""
         return len(self.seconds)
 
     @property
     def over(self) -> bool:
-        """Whether all steps are done, or there is no time for another one."""
+        """Whether all steps are done, or no time is left for another step."""
         timed = self.seconds[WARM:]
         return self.step == STEPS or (bool(timed) and self.left() < 2 * max(timed))
 
     def begin(self) -> None:
-        """A step begins."""
+        """Starts the clock of a step."""
         if self.step == STEPS - 1:
             self.profiler = profile(activities=[WATCHED])
             self.profiler.start()
         self.began = now()
 
     def end(self) -> None:
-        """A step has ended."""
+        """Stops the clock of a step."""
         self.seconds.append(now() - self.began)
         if self.profiler is not None:
             self.profiler.stop()
             self.busy = kernel_seconds(self.profiler)
 
     def report(self, loss: float, norm: float) -> None:
-        """Keeps loss and gradient norm of the first step."""
+        """Keeps the loss and gradient norm of the first step."""
         self.first = self.first or (loss, norm)
 
     def figures(self) -> dict[str, Any]:
-        """Median seconds of the timed steps, the first loss; busy time and peak memory on CUDA."""
+        """Median time of the timed steps and first loss; on CUDA also busy time and peak memory."""
         timed = self.seconds[WARM : WARM + TIMED]
         median = statistics.median(timed)
         found = {"seconds": median, "examples_per_second": BATCH / median}
@@ -162,7 +162,7 @@ class Watch:
 
 
 class Ours(step_contestants.Ours):
-    """`realign.train` in one process, references from the cache."""
+    """`realign.train` in one process, with references from the cache."""
 
     def __init__(self, setting: Setting, micro: int) -> None:
         self.device = torch.device(distributed.start())
@@ -177,19 +177,19 @@ class Ours(step_contestants.Ours):
         self.micro = micro
 
     def tasks(self, name: str, number: int) -> list[Callable[[], step.MicroBatch]]:
-        """Calls that lay out the micro-batches of a step."""
+        """Calls that each build a micro-batch of a step."""
         indices = np.arange(BATCH) + number * BATCH
         feed = self.feeds[name]
         return [partial(feed, *part) for part in step.micro_batches(indices, self.micro)]
 
     def first(self, name: str) -> tuple[float, float]:
-        """Loss and gradient norm of an objective before any update."""
+        """Loss and gradient norm of an objective before the first update."""
         return self.step(name, [task() for task in self.tasks(name, 0)], BATCH, update=False)
 
     def timed(
         self, record: Record, case: str, name: str, first: tuple[float, float], **about: float
     ) -> Watch:
-        """Steps with micro-batches laid out ahead; records their figures."""
+        """Runs steps with prefetched micro-batches, and records their figures."""
         watch = Watch(record, self.model.vlm.model.get_decoder(), self.micro)
         watch.report(*first)
         tasks = [self.tasks(name, number) for number in range(STEPS)]
@@ -203,7 +203,7 @@ class Ours(step_contestants.Ours):
 
 
 class Released(step_contestants.Released):
-    """Three plain sequences, padded; a live reference; full logits in fp32."""
+    """Plain rDPO: three padded sequences, a live reference, and full logits in fp32."""
 
     def __init__(self, setting: Setting, micro: int) -> None:
         plain = setting.model("sdpa")
@@ -216,7 +216,7 @@ class Released(step_contestants.Released):
 
 
 def ours(record: Record, setting: Setting, micro: int) -> None:
-    """All cases of ours, with one model."""
+    """Runs all cases of ours with one model."""
     contestant = Ours(setting, micro)
     tokens = sum(example.tokens for example in contestant.feeds["rdpo"].examples)
     spent = contestant.reference_seconds
@@ -231,7 +231,7 @@ def ours(record: Record, setting: Setting, micro: int) -> None:
 
 
 def compiled(record: Record, setting: Setting, micro: int) -> None:
-    """Ours under `--compile`; the first step compiles. A rehearsal runs the layers eagerly."""
+    """Runs ours with `--compile`. The first step compiles. A rehearsal runs the layers eagerly."""
     contestant = Ours(setting, micro)
     layers = fsdp.trained_layers(contestant.model)
     fsdp.wrap_layers(layers, compiled=True, checkpointed=False)
@@ -244,7 +244,7 @@ def compiled(record: Record, setting: Setting, micro: int) -> None:
 
 
 def trl(record: Record, setting: Setting, micro: int) -> None:
-    """TRL's DPO, two sequences an example."""
+    """Runs TRL's DPO, with two sequences per example."""
     trainer = step_contestants.dpo_trainer(
         setting.model("sdpa"), setting.processor, setting.folder, "lora",
         dtype=setting.dtype, per_device_train_batch_size=micro,
@@ -259,7 +259,7 @@ def trl(record: Record, setting: Setting, micro: int) -> None:
 
 
 def released(record: Record, setting: Setting, micro: int) -> None:
-    """rDPO as the release computes it, three sequences an example."""
+    """Runs plain rDPO as in the release, with three sequences per example."""
     contestant = Released(setting, micro)
     watch = Watch(record, contestant.model.get_base_model().model.get_decoder(), micro)
     contestant.train(watch)
@@ -272,14 +272,14 @@ GROUPS: dict[Callable[[Record, Setting, int], None], tuple[str, ...]] = {
     released: ("released",),
     compiled: ("ours, compiled", "ours, compiled, DPO"),
 }
-"""Contestants, the most valuable first, and their cases. An exception of a contestant is an error
-of its first case."""
+"""Contestants and their cases, most valuable first. An exception of a contestant is recorded as the
+error of its first case."""
 EQUALS = {"TRL DPO": ("ours, DPO", "ours"), "released": ("ours", "ours")}
-"""A peer, the case of ours that has the same loss, and the one that has the figures to compare."""
+"""Peers, each with the case of ours that has the same loss, and the case to compare times with."""
 
 
 def largest_that_fits(call: Callable[[int], None]) -> None:
-    """Call with the examples of a forward; where memory runs out, with half of them."""
+    """Calls with the number of examples per forward, and halves it if memory runs out."""
     for micro in (BATCH, BATCH // 2, 1):
         try:
             return call(micro)
@@ -291,13 +291,13 @@ def largest_that_fits(call: Callable[[int], None]) -> None:
 
 
 def give_back() -> None:
-    """Give back what the last contestant held."""
+    """Frees the resources of the last contestant."""
     distributed.stop()
     free()
 
 
 def compare(record: Record) -> None:
-    """Ratios of a peer over ours, and relative differences of first losses and gradient norms."""
+    """Records ratios (theirs / ours), and differences of first losses and gradient norms."""
     lines = latest(read(record.folder / RESULTS))
     cases = {case: line for (part, case), line in lines.items() if part == record.part}
     for peer, (like, against) in EQUALS.items():
@@ -314,8 +314,8 @@ def compare(record: Record) -> None:
 
 
 def run(record: Record) -> None:
-    """Contestants one after the other, each with a model of its own."""
-    # cuDNN plans attention for every new shape; without it peers are no slower than they can be.
+    """Runs the contestants one after another, each with a separate model."""
+    # Off, because cuDNN would plan attention for every new shape and slow down the peers.
     torch.backends.cuda.enable_cudnn_sdp(False)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(record, Path(folder))

@@ -1,4 +1,4 @@
-"""The table of the GPU check: what came, and what is missing and why, in at most 100 lines."""
+"""Text table of the GPU check in at most 100 lines: results, and missing parts with reasons."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,14 +6,14 @@ from benchmarks.gpu.record import Line, failed, latest
 
 MOST_LINES = 100
 WIDEST = 200
-"""Characters of an error that are shown."""
+"""Most characters of a shown error."""
 OTHERS = ("part", "case", "call", "after_s")
 
 
 def table(lines: Sequence[Line], parts: Sequence[str], most: int = MOST_LINES) -> list[str]:
-    """Text lines: for each part its end, its failed cases, and its figures.
+    """Lines of the table: the end, failed cases and figures of each part.
 
-    Where they are too many, the longest parts are cut, and each cut is counted.
+    If there are more than `most`, the longest parts are cut, and the number of cut lines is shown.
     """
     blocks = [_block(part, [line for line in lines if line["part"] == part]) for part in parts]
     longest = max(map(len, blocks))
@@ -47,7 +47,7 @@ def _block(part: str, lines: list[Line]) -> list[str]:
 
 
 def _figures(lines: Iterable[Line]) -> Iterable[str]:
-    """A line for each group of cases "group/name", else one for each case."""
+    """A line per group of cases "group/name", or per other case."""
     groups: dict[str, list[str]] = {}
     for line in lines:
         figures = {name: _text(value) for name, value in line.items() if name not in OTHERS}

@@ -1,9 +1,9 @@
-"""`python -m realign.train --fsdp` on the digits: its curve against the CPU's, and a killed run.
+"""`python -m realign.train --fsdp` on the digits: metrics against the CPU's, and a resumed run.
 
-The curve in fp32 without TF32 is compared with that of a CPU, the curve in bf16 with that in fp32.
-Another run is killed by SIGKILL after a checkpoint and resumed: it should repeat the first bit for
-bit. All runs work at the same time, since they spend most of theirs on imports. A run that is not
-done in time costs its cases; SIGABRT makes it print where it is.
+The fp32 curve (without TF32) is compared with that of a CPU, and the bf16 curve with the fp32 one.
+Another run is killed by SIGKILL after a checkpoint and resumed. It should be bitwise equal to the
+first. All runs are concurrent, because imports take most of their time. If a run is not done in
+time, its cases fail. SIGABRT makes it print its traceback.
 """
 
 import os
@@ -26,32 +26,32 @@ from realign.training.checkpoint import Checkpoints
 from realign.training.throughput import TIMING
 
 MARGIN = 6.0
-"""Seconds before the limit at which runs are ended, so that their output is recorded."""
+"""Runs end this many seconds before the limit, so that their output is recorded."""
 STEPS, TOY_STEPS = 24, 8
 BATCH, PAIRS, TOY_PAIRS = 8, 64, 16
 CURVE = ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen")
-"""Metrics of a curve that are compared."""
+"""Compared metrics of a curve."""
 ONE_RANK = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }  # fmt: skip
-"""torchrun's variables: a run that has them starts no ranks, and so imports everything once."""
+"""torchrun's variables. A run with them starts no further ranks, so it imports everything once."""
 CPU, FP32 = {"CUDA_VISIBLE_DEVICES": ""}, {"NVIDIA_TF32_OVERRIDE": "0"}
 ALL = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-"""Variables of every run. Threads of runs that share cores wait for each other: a rehearsal on two
-shared cores had a checkpoint after 52 s with two threads a run, after 24 s with one."""
+"""Variables of every run. Threads of runs on shared cores wait for each other. A rehearsal on two
+shared cores had a checkpoint after 52 s with two threads per run, and after 24 s with one."""
 
 
 @dataclass
 class Run:
-    """A process of `realign.train` with a folder of its own, beside pairs.parquet."""
+    """Process of `realign.train`, with its output in a subfolder of `folder`."""
 
     folder: Path
     name: str
     steps: int
-    words: str  # more of its command line
-    environment: dict[str, str]  # more of its variables
-    left: Callable[[], float]  # seconds until it has to end
+    words: str  # further arguments
+    environment: dict[str, str]  # further variables
+    left: Callable[[], float]  # remaining seconds
 
     def __post_init__(self) -> None:
         self.output, self.printed = self.folder / self.name, self.folder / f"{self.name}.txt"
@@ -67,15 +67,15 @@ class Run:
             )  # fmt: skip
 
     def log(self) -> list[dict[str, Any]]:
-        """Entries of the steps so far."""
+        """Log entries of the completed steps."""
         path = self.output / "metrics.jsonl"
         return read_jsonl(path) if path.exists() else []
 
     def kill(self) -> dict[str, float]:
-        """Kill the process when it has a checkpoint; returns the steps done and those saved.
+        """Kills the process after its first checkpoint; returns its done and saved steps.
 
         Raises:
-            RuntimeError: when it has ended or run out of time before.
+            RuntimeError: The process ended, or ran out of time, before the checkpoint.
         """
         saved = Checkpoints(self.output / "checkpoints", keep=2)
         while not saved.last():
@@ -89,10 +89,10 @@ class Run:
         return steps | {"first_checkpoint_seconds": seconds}
 
     def curve(self) -> list[dict[str, Any]]:
-        """The log of the whole run, when it has ended.
+        """Waits for the end of the run; returns its log.
 
         Raises:
-            RuntimeError: when it failed or ran out of time, with the end of what it printed.
+            RuntimeError: The run failed or ran out of time.
         """
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(max(self.left(), 0))
@@ -102,7 +102,7 @@ class Run:
         return entries
 
     def failure(self, what: str) -> RuntimeError:
-        """An error with the end of what the run printed: its traceback, where it is still alive."""
+        """Error with the tail of the output. A running process prints its traceback first."""
         code, seconds = self.process.poll(), time.monotonic() - self.began
         if code is None:
             self.process.send_signal(signal.SIGABRT)
@@ -113,7 +113,7 @@ class Run:
 
 
 def difference(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest difference of each metric over the steps, relative to its largest value."""
+    """Largest difference of each metric over the steps, relative to the metric's largest value."""
     found = {}
     for name in CURVE:
         pairs = [(one[name], other[name]) for one, other in zip(curve, truth, strict=True)]
@@ -123,7 +123,7 @@ def difference(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> dict
 
 
 def same(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> bool:
-    """Whether two logs are equal, bit for bit, but for times and memory."""
+    """Whether two logs are bitwise equal, except times and memory."""
     one, other = (
         [{k: v for k, v in entry.items() if k not in TIMING} for entry in log]
         for log in (curve, truth)
@@ -132,7 +132,7 @@ def same(curve: list[dict[str, Any]], truth: list[dict[str, Any]]) -> bool:
 
 
 def run(record: Record) -> None:
-    """Start all runs, kill and resume one, then compare."""
+    """Starts all runs, kills and resumes one, and compares their curves."""
     cases = [*record.missing(("fp32 against CPU", "bf16 against fp32", "killed and resumed"))]
     if not cases:
         return

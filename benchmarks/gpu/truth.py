@@ -1,6 +1,6 @@
-"""Inputs of the GPU check on the device, and their fp64 truth.
+"""Inputs of the GPU check on the device, and their exact results in fp64.
 
-Plain torch and the error budget are those of the kernel tests, tests/kernels/kernel_cases.py.
+The eager computation and the error budget come from tests/kernels/kernel_cases.py.
 """
 
 import sys
@@ -19,11 +19,11 @@ from kernel_cases import FACTOR, FLOOR, Case, Result, eager, error  # noqa: E402
 
 IGNORE = -100
 BLOCK = 2048
-"""Rows of fp64 logits that are alive at a time: 2.5 GB at V = 151936."""
+"""Rows of fp64 logits in memory at a time: 2.5 GB at V = 151936."""
 
 
 class Problem(NamedTuple):
-    """Inputs of a head, and its options: rival, softcap, temperature."""
+    """Inputs of a head, and its options (rival, softcap, temperature)."""
 
     case: Case
     head: dict[str, Any]
@@ -39,12 +39,12 @@ def make(
     strided: bool = False,
     **head: float,
 ) -> Problem:
-    """Random inputs; logits have a standard deviation of 3. `head`: softcap, temperature."""
+    """Random inputs with logits of standard deviation 3. `head` is softcap and temperature."""
     rows, width, vocabulary = size
     g = torch.Generator(device).manual_seed(rows + width + vocabulary)
     kind = {"generator": g, "device": device}
     hidden = (3 * torch.randn(rows, width, **kind)).to(dtype)
-    if strided:  # as hidden[:, :, :-1] of a model: rows are apart, and NaN is between them
+    if strided:  # as for hidden[:, :, :-1] of a model, with NaN between the rows
         wide = hidden.new_full((rows, width + 8), torch.nan)
         wide[:, :width] = hidden
         hidden = wide[:, :width]
@@ -58,7 +58,7 @@ def make(
 
 
 def ours(problem: Problem, trains: str) -> Result:
-    """`linear_logprobs`; trains: "nothing", "hidden" (a frozen head) or "all"."""
+    """Result of `linear_logprobs`. `trains`: "nothing", "hidden" (a frozen head) or "all"."""
     case = problem.case
     hidden = case.hidden.detach().requires_grad_(trains != "nothing")
     weight, bias = (
@@ -71,7 +71,7 @@ def ours(problem: Problem, trains: str) -> Result:
 
 
 def check(problem: Problem, value: Result) -> dict[str, float]:
-    """`within_budget` of the value of a problem."""
+    """Checks a result of a problem with `within_budget`."""
     case, dtype = problem.case, problem.case.hidden.dtype
     exact = eager(case, torch.float64, block=BLOCK, **problem.head)
     return within_budget(value, eager(case, dtype, **problem.head), exact, dtype)
@@ -80,10 +80,10 @@ def check(problem: Problem, value: Result) -> dict[str, float]:
 def within_budget(
     value: Result, eager: Result, exact: Result, dtype: torch.dtype
 ) -> dict[str, float]:
-    """The largest share of its budget that an error takes, and the errors by name.
+    """Errors by name, and the largest share of an error in its budget.
 
     Raises:
-        AssertionError: an error is over its budget.
+        AssertionError: An error is over its budget.
     """
     found, share = {}, 0.0
     for name, mine, plain, true in zip(Result._fields, value, eager, exact, strict=True):
@@ -95,7 +95,7 @@ def within_budget(
 
 
 class Preference(NamedTuple):
-    """rDPO's batch: hidden states of three sequences an example."""
+    """Batch of rDPO, with three sequences per example."""
 
     hidden: Tensor  # (3, B, T, H)
     weight: Tensor  # (V, H)
@@ -105,7 +105,7 @@ class Preference(NamedTuple):
 def preference(
     examples: int, response: int, width: int, vocabulary: int, dtype: torch.dtype, device: str
 ) -> Preference:
-    """`response` labels a sequence behind no prompt; logits of standard deviation 2."""
+    """Random batch with `response` labels per sequence, no prompt, and logits of deviation 2."""
     g = torch.Generator(device).manual_seed(width + vocabulary)
     kind = {"generator": g, "device": device}
     hidden = torch.randn(3, examples, response, width, **kind).to(dtype)
@@ -114,7 +114,7 @@ def preference(
 
 
 def preference_truth(batch: Preference) -> tuple[Tensor, Result]:
-    """rDPO's loss with references of 0, and its gradients, in fp64: 4 GEMMs in blocks of rows."""
+    """fp64 rDPO loss with references of 0, and its gradients, by 4 GEMMs in blocks of rows."""
     hidden, labels = batch.hidden.flatten(0, -2), batch.labels.flatten()
     with torch.no_grad():
         weight = batch.weight.double()

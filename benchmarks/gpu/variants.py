@@ -1,7 +1,7 @@
-"""Variants: each kernel, tile and chunk size that the package holds, at one shape.
+"""Variants of the head's kernels, tiles and chunk sizes, at one shape.
 
-A group of variants is a function that yields (name, call); the calls of a group return the same
-numbers, up to rounding, and the difference to the first is recorded beside the time.
+A group of variants is a function that yields (name, call). The calls of a group return the same
+numbers, up to rounding. The difference to the first call is recorded beside the time.
 """
 
 import os
@@ -26,14 +26,14 @@ from realign_kernels.backends.triton.row_kernel import row_stats
 from realign_kernels.lm_head import Head
 
 SIZE = ((4096, 4096, 128256), (20, 24, 150))
-"""N, H, V on the device and in a rehearsal."""
+"""N, H, V on the device, and in a rehearsal."""
 CHUNK = 2048
-RESPONSE = 6  # rows of a sequence: short, so that examples fit every chunk
+RESPONSE = 6  # rows of a sequence, few enough that examples fit every chunk
 Variants = Iterator[tuple[str, Callable[[], Tensor]]]
 
 
 def fused_heads(problem: truth.Case) -> Variants:
-    """Every tile of the tables up to this architecture; one that does not fit is an error."""
+    """Every tile of the tables up to this architecture. A tile that does not fit fails."""
     hidden, weight, labels = problem.hidden, problem.weight, problem.labels.clamp(min=0)
     architecture = configs.listed(device_facts(hidden)[0])
     known = [config for listed in sorted(configs.GEMMS) if listed <= architecture
@@ -47,7 +47,7 @@ def fused_heads(problem: truth.Case) -> Variants:
 
 
 def kernels(hidden: Tensor, head: Head) -> list[str]:
-    """The kernels for E that can be asked for on this device."""
+    """Names of the kernels for E on this device."""
     with patch.dict(os.environ, {exp_head.ENVIRONMENT: "triton"}):
         if exp_head.choice(hidden, head) == "rows":
             return ["rows"]
@@ -55,7 +55,7 @@ def kernels(hidden: Tensor, head: Head) -> list[str]:
 
 
 def exponentials(problem: truth.Case) -> Variants:
-    """E of one chunk: by CUTLASS, by Triton, and as logits that the row kernel reads again."""
+    """E of one chunk: by CUTLASS, by Triton, and by a GEMM with the row kernel."""
     hidden, labels = problem.hidden[:CHUNK], problem.labels[:CHUNK].clamp(min=0)
     head = Head(problem.weight, None, None, 1.0)
     torch_kernels = TorchKernels()
@@ -75,7 +75,7 @@ def exponentials(problem: truth.Case) -> Variants:
 
 
 def row_kernels(problem: truth.Case) -> Variants:
-    """Elements a step and warps of the row kernel, over the logits of one chunk."""
+    """Block sizes and warps of the row kernel, over the logits of one chunk."""
     rows = problem.hidden[:1024]
     labels = problem.labels[:1024].clamp(min=0)
     logits = rows.float() @ problem.weight.float().T
@@ -94,11 +94,11 @@ def row_kernels(problem: truth.Case) -> Variants:
 
 
 def heads(problem: truth.Case, trains: bool) -> Variants:
-    """`rdpo_loss` on examples of three sequences: kernels for E, and rows that pass together."""
+    """`rdpo_loss` on examples of three sequences, with each kernel for E and chunk size."""
     examples = len(problem.labels) // (3 * RESPONSE)
     rows = 3 * examples * RESPONSE
     ids = torch.arange(rows, device=problem.labels.device) // RESPONSE
-    # Rows of an example are adjacent, as the head wants them.
+    # The head needs the rows of an example to be adjacent.
     ids = ids % 3 * examples + ids // 3
     labels = problem.labels[:rows].clamp(min=0)
     table = torch.zeros(3, examples, device=ids.device)
@@ -125,16 +125,19 @@ GROUPS: dict[str, tuple[Callable[[truth.Case], Variants], int | None, int]] = {
     "frozen": (partial(heads, trains=False), None, 2),
     "trained": (partial(heads, trains=True), None, 3),
 }
-"""Variants with the same results, the rows of their limit (None: all), and the GEMMs of 2 N H V
-FLOP that none of them can leave out."""
+"""Groups of variants, each with the rows of its limit (None: all) and its number of GEMMs of
+2 N H V FLOP."""
 
 
 def run(record: Record) -> None:
-    """One case for each variant; the default comes first in its group.
+    """Runs a case per variant, with the default first in its group.
 
-    Each takes turns with the GEMMs of its group: `u` is its time over theirs, times their number.
+    Each variant alternates with the GEMMs of its group. `u` is its time over theirs, times their
+    number.
     """
-    dtype = torch.float16 if record.rehearse else torch.bfloat16  # bf16 is interpreted wrongly
+    dtype = (
+        torch.float16 if record.rehearse else torch.bfloat16
+    )  # the interpreter rounds bf16 wrongly
     problem = truth.make(SIZE[record.rehearse], dtype, record.device).case
     for name, (variants, rows, units) in GROUPS.items():
         calls = {f"{name}/{variant}": call for variant, call in variants(problem)}

@@ -1,4 +1,4 @@
-"""One part of the GPU check in a process of its own: see `run_once` of the command."""
+"""Process of one part of the GPU check, started by `run_once` in `__main__.py`."""
 
 import faulthandler
 import importlib
@@ -10,19 +10,19 @@ from pathlib import Path
 from benchmarks.gpu.record import Record
 
 INTERPRETED = ("correct", "variants")
-"""Parts that call Triton kernels themselves: a rehearsal interprets them on the CPU. Elsewhere the
-variable would only disturb torch.compile."""
+"""Parts that call Triton kernels, which a rehearsal interprets on the CPU. In other parts the
+variable would disturb torch.compile."""
 
 
 def main() -> None:
-    """Runs the part. Exceptions end the process; the parent keeps the tail of what they print."""
+    """Runs the part. An exception ends the process, and the parent keeps the tail of its output."""
     module, folder, given = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     faulthandler.enable()
-    # Shows the line that hangs: SIGKILL leaves no traceback. The parent's clock began before ours.
+    # Prints the line that hangs, because SIGKILL leaves no traceback. The parent's clock is ahead.
     faulthandler.dump_traceback_later(max(0.5 * given["seconds"], given["seconds"] - 3))
     part = module.rpartition(".")[2]
     if given["rehearse"]:
-        # One thread: toy sizes only wait for more, and sums do not depend on who set the number.
+        # One thread: toy sizes do not gain from more, and sums stay the same on every machine.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         if part in INTERPRETED:
             os.environ["TRITON_INTERPRET"] = "1"

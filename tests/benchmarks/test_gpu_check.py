@@ -1,4 +1,4 @@
-"""GPU check: a part that fails costs only itself, a second call runs what is missing, rehearsal."""
+"""GPU check: failing parts, a second call, the rehearsal, the table, and exact results."""
 
 import os
 from pathlib import Path
@@ -51,6 +51,7 @@ PROBES = {
     "lost": """
         import sys
         from benchmarks.gpu.record import LOST
+
         def run(record):
             for case in record.missing(["first", "second", "third"]):
                 with record.attempt(case):
@@ -60,7 +61,7 @@ PROBES = {
                     record(case, pid=record.call)
     """,
 }
-"""Parts: bodies of modules."""
+"""Source of the modules of invented parts."""
 
 
 @pytest.fixture
@@ -88,9 +89,7 @@ def figures(lines, part):
     return {k[1]: line for k, line in record.latest(lines).items() if k[0] == part}
 
 
-def test_a_failed_part_costs_only_itself_and_a_second_call_runs_what_is_missing(
-    run_parts, tmp_path
-):
+def test_other_parts_run_after_a_failure_and_a_second_call_runs_missing_parts(run_parts, tmp_path):
     code, out, first = run_parts("raises", "hangs", "killed", "lost", "half", "good")
     assert code == 1
     assert [f["u"] for f in figures(first, "good").values()] == [2.5] * 3
@@ -106,9 +105,9 @@ def test_a_failed_part_costs_only_itself_and_a_second_call_runs_what_is_missing(
         assert f"{part}: missing: " in out and why in out
     assert "group  b 2.5u  c 2.5u" in out
     child = figures(first, "hangs")["child"]["pid"]
-    # Where no init collects it, a killed process stays as a zombie.
+    # A killed process stays a zombie if no init process collects it.
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
-    # A dead CUDA context: the part starts again for its other cases.
+    # After the loss of a CUDA context the part restarts for its other cases.
     assert list(figures(first, "lost")) == ["first", "second", "third"]
     assert "bad  missing: ValueError: a bad case" in out and "1 FAILED" in out
     assert "raise ValueError" in figures(first, "half")["bad"]["error"]
@@ -123,7 +122,7 @@ def test_a_failed_part_costs_only_itself_and_a_second_call_runs_what_is_missing(
     assert len(list((tmp_path / "out").iterdir())) <= 8
 
 
-def test_the_device_is_what_nvidia_smi_prints(tmp_path, monkeypatch):
+def test_device_comes_from_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     fake = tmp_path / "nvidia-smi"
     fields = "--query-gpu=name,driver_version,power.limit,clocks.max.sm"
@@ -138,7 +137,7 @@ def test_the_device_is_what_nvidia_smi_prints(tmp_path, monkeypatch):
     assert "nvidia-smi" in record.device(rehearse=False)["smi"]
 
 
-def test_what_cannot_start_is_named(capsys, tmp_path):
+def test_a_part_that_cannot_start_is_reported(capsys, tmp_path):
     given = ["--out", str(tmp_path), "--rehearse", "--parts"]
     assert gpu.main([*given, "nosuch", "--budget", "30"]) == 1
     assert "nosuch: missing: exit code 1" in capsys.readouterr().out
@@ -148,7 +147,7 @@ def test_what_cannot_start_is_named(capsys, tmp_path):
     assert "facts: missing: the budget is spent" in capsys.readouterr().out
 
 
-def test_without_a_gpu_the_command_names_the_rehearsal(monkeypatch, tmp_path, capsys):
+def test_the_error_without_a_gpu_suggests_rehearse(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path / "out")])
@@ -156,7 +155,7 @@ def test_without_a_gpu_the_command_names_the_rehearsal(monkeypatch, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_has_at_most_100_lines_and_counts_what_it_cuts():
+def test_the_table_has_at_most_100_lines_and_counts_cut_lines():
     lines = [
         {"part": part, "case": f"case {i}", "call": 1, "ms": float(i)}
         for part in ("one", "two")
@@ -167,15 +166,15 @@ def test_the_table_has_at_most_100_lines_and_counts_what_it_cuts():
     assert rows[0] == "one: missing: not run" and rows[-1] == "three: missing: not run"
     second = rows.index("two: missing: not run")
     assert rows[second - 1] == f"  ... {90 - (second - 2)} more lines in results.jsonl"
-    assert len(rows[second:-1]) == 1 + 20  # the shorter part is whole
+    assert len(rows[second:-1]) == 1 + 20  # the shorter part is complete
 
 
 def test_a_rehearsal_gives_every_result(tmp_path, monkeypatch, capsys):
-    """All cases run at toy sizes; libraries that are not installed are named."""
+    """All cases run at toy sizes, and missing libraries are reported."""
     pytest.importorskip("triton")
     monkeypatch.chdir(ROOT)
-    with torch._dynamo.config.patch(disable=True):  # as the part head does, for this test only
-        for part in (facts, head):  # which interpret no kernels
+    with torch._dynamo.config.patch(disable=True):  # as in the part `head`, but only in this test
+        for part in (facts, head):  # these interpret no kernels
             name = part.__name__.rpartition(".")[2]
             part.run(record.Record(tmp_path, name, rehearse=True, seconds=300, call=1))
     given = ["--out", str(tmp_path), "--rehearse", "--parts", "correct,variants"]
@@ -186,7 +185,7 @@ def test_a_rehearsal_gives_every_result(tmp_path, monkeypatch, capsys):
     assert lacking <= {"Liger DPO, two calls", "CCE", "F.linear_cross_entropy"}
     found = {case: line for (part, case), line in cases.items() if part == "correct"}
     kernels = {case.split("/")[0] for case in found if case.startswith("E by ")}
-    assert {"E by triton", "E by rows"} <= kernels  # and CUTLASS's where it was built
+    assert {"E by triton", "E by rows"} <= kernels  # and cutlass if it was built
     assert len(found) == 42 + 3 * len(kernels) and found["opcheck"]["operators"]
     shares = [line["of_budget"] for line in found.values() if "of_budget" in line]
     assert len(shares) == 36 + 3 * len(kernels) and all(0 < share <= 1 for share in shares)
@@ -200,7 +199,7 @@ def test_a_rehearsal_gives_every_result(tmp_path, monkeypatch, capsys):
     assert len(shown.splitlines()) <= table.MOST_LINES
 
 
-def test_a_torn_line_costs_only_itself(tmp_path):
+def test_a_torn_line_does_not_affect_the_others(tmp_path):
     path = tmp_path / record.RESULTS
     record.append(path, {"part": "a", "case": "x", "figures": {"ms": 1.0}})
     with path.open("a") as file:
@@ -209,7 +208,7 @@ def test_a_torn_line_costs_only_itself(tmp_path):
     assert [line["case"] for line in record.read(path)] == ["x", "z"]
 
 
-def test_a_resumed_head_has_its_truth_also_where_log_probs_come_first():
+def test_exact_gradients_are_computed_without_grad_mode():
     head.truth_of.cache_clear()
     with torch.no_grad():
         exact = head.truth_of(head.TOYS[1], "cpu")
@@ -223,7 +222,7 @@ OPTIONS = {
 }
 
 
-# A wrong truth widens the budget: the cases of a rehearsal cannot catch it.
+# A wrong exact result widens the budget, which the cases of a rehearsal cannot detect.
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_plain_torch_agrees_with_the_specification(options):
     case, head = truth.make((9, 8, 23), torch.float32, "cpu", **options)
@@ -257,7 +256,7 @@ def test_the_truth_of_the_loss_and_its_gradients():
     torch.testing.assert_close(answer.weight, weight)
 
 
-def test_an_error_over_its_budget_is_refused():
+def test_an_error_over_its_budget_fails():
     problem = truth.make((9, 8, 23), torch.float32, "cpu")
     value = truth.ours(problem, "all")
     assert truth.check(problem, value)["of_budget"] <= 1
@@ -268,7 +267,7 @@ def test_an_error_over_its_budget_is_refused():
                 truth.check(problem, wrong)
 
 
-def test_everything_in_the_list_of_wheels_is_pinned():
+def test_every_listed_wheel_is_pinned():
     lines = (ROOT / "benchmarks" / "gpu" / "wheels.txt").read_text().splitlines()
     names = [line.split("#")[0].strip() for line in lines]
     pins = (ROOT / "constraints.txt").read_text()
