@@ -1,4 +1,4 @@
-"""Generated blocks of the README: chart and table of a training step, and the machines."""
+"""Generated blocks of the README: the chart of a training step, and the machines."""
 
 from html import escape
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from benchmarks.gpu.check import Check
 from benchmarks.gpu.pages import fill
 from benchmarks.results import Run, groups_of
-from benchmarks.tables import ratio_range, table
+from benchmarks.tables import ratio_range
 
 CHARTS = {"light": "docs/images/step.svg", "dark": "docs/images/step-dark.svg"}
 """Paths of the chart for light and dark pages."""
@@ -77,26 +77,23 @@ def _versions(run: Run) -> dict[str, str]:
 
 
 def step_block(run: Run) -> str | None:
-    """The chart, and a table of its ranges over the settings."""
+    """Ranges over the settings for the fair peer, and the chart with all peers."""
     found = step_ratios(run)
     if found is None:
         return None
-    rows = [
-        (
-            title,
-            ratio_range([setting.time for setting in settings], "faster", "slower"),
-            ratio_range([setting.memory for setting in settings], "less", "more"),
-        )
+    ranges = [
+        f"{ratio_range([setting.time for setting in settings], 'faster', 'slower')} than {title}, "
+        f"with {ratio_range([setting.memory for setting in settings], 'less', 'more')} memory"
         for title, settings in found.peers.items()
     ]
-    alt = "Bar chart: time and peak memory of a training step, theirs over ours"
+    alt = "Bar chart of a training step, theirs over ours. Ours is " + "; ".join(ranges)
     return "\n".join((
+        fill(f"A training step of rDPO here is {ranges[0]}:"),
+        "",
         "<picture>",
         f'  <source media="(prefers-color-scheme: dark)" srcset="{CHARTS["dark"]}">',
-        f'  <img src="{CHARTS["light"]}" width="880" alt="{alt}">',
+        f'  <img src="{CHARTS["light"]}" width="880" alt="{escape(alt, quote=False)}">',
         "</picture>",
-        "",
-        table(("a training step of rDPO here, compared with", "time", "peak memory"), rows),
     ))  # fmt: skip
 
 
