@@ -44,9 +44,7 @@ def refuse_second_derivative() -> None:
         RuntimeError: a graph is built.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the head has no second derivative. Call backward without create_graph."
-        )
+        raise RuntimeError("the head has no second derivative. Call backward without create_graph.")
 
 
 def trains(weight: Tensor, bias: Tensor | None) -> bool:

@@ -7,9 +7,9 @@ With z the logits of a row and t its target, sums and maxima are over the *other
     logp = logsigmoid(logit_gap)      one_minus_p = 1 - p_t = sigmoid(-logit_gap)
     dlogp_dh = one_minus_p * (dz_dlogit * W[t] - (E W) / sum_exp)
 
-The target is excluded before anything is rounded, which keeps confident tokens accurate: W[t] - p W
-with p in bf16 has a relative error of 1 at 1 - p = 6e-4. The maximum over the other tokens keeps E
-in range for fp16. logit_gap needs no guard for very unlikely targets.
+The target is excluded before anything is rounded, which keeps confident tokens accurate. W[t] - p W
+with p in bf16, in comparison, has a relative error of 1 at 1 - p = 6e-4. The maximum over the other
+tokens keeps E in range for fp16. logit_gap needs no guard for very unlikely targets.
 """
 
 from collections.abc import Callable
@@ -32,12 +32,12 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 class RowStats(NamedTuple):
     """Result of a row kernel, one entry per row. fp32; fp64 for fp64 logits."""
 
-    target: Tensor  # (r,) int64, the label or the runner-up; -1 if it is on another shard
-    logit: Tensor  # (r,) z[target], -inf where target is -1
-    max_logit: Tensor  # (r,) over the other tokens; finite even if there are none
-    sum_exp: Tensor  # (r,) sum over the other tokens of exp(z - max_logit)
-    dz_dlogit: Tensor  # (r,) dz / d(raw logit) at the target, 0 where it is -1
-    divisor: Tensor  # (r,) divides E W: sum_exp, or the sum of the rounded E
+    target: Tensor  # (r,) int64. Label or runner-up, -1 if it is on another shard.
+    logit: Tensor  # (r,) z[target], -inf for target -1.
+    max_logit: Tensor  # (r,) over the other tokens. Finite even if there are none.
+    sum_exp: Tensor  # (r,) sum over the other tokens of exp(z - max_logit).
+    dz_dlogit: Tensor  # (r,) dz / d(raw logit) at the target, 0 for target -1.
+    divisor: Tensor  # (r,) divides E W: sum_exp, or the sum of the rounded E.
 
 
 class Scores(NamedTuple):
@@ -135,7 +135,7 @@ def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:
         max_logit, (sum_exp, divisor, logit) = highest, sums
     # logit - logit is 0, but NaN for an infinite logit: an overflow must not look like certainty.
     logit_gap = logit - max_logit - sum_exp.log() + (logit - logit)
-    # The divisor is 0 only if there are no other tokens. Then the product that it divides is also 0.
+    # The divisor is 0 only if there are no other tokens. The product that it divides is then 0.
     safe = divisor.clamp(min=torch.finfo(sum_exp.dtype).tiny) / scale
     logps, one_minus_p = F.logsigmoid(logit_gap), torch.sigmoid(-logit_gap)
     return Scores(logps, one_minus_p, stats.target, safe, stats.dz_dlogit)

@@ -87,9 +87,9 @@ def chunk_step(rows: int, limit: int, width: int, device: torch.device) -> int:
 def kept_rows(chunk: int, width: int, device: torch.device) -> int:
     """Number of rows whose E is kept for one product that gives the weight gradient (V, width).
 
-    It is twice a chunk, so that few examples are split. On CUDA it is at least 2 * width: the E of
-    that many rows is as large as an fp32 buffer for summing weight gradients, which is then not
-    needed. On the CPU E overwrites its logits.
+    It is twice a chunk, so that few examples are split. On CUDA it is at least 2 * width. The E of
+    that many rows is as large as an fp32 sum of weight gradients, and replaces that sum. On the CPU
+    E overwrites its logits.
     """
     return max(2 * chunk, 2 * width if device.type == "cuda" else 0)
 

@@ -203,7 +203,7 @@ def test_gradients_from_the_loss_and_from_the_logps(cpu_backend, reduction, trai
 @TRAINS
 def test_no_second_derivative(cpu_backend, trains):
     batch = Batch(trains)
-    with pytest.raises(RuntimeError, match="no second derivative: call backward without"):
+    with pytest.raises(RuntimeError, match="no second derivative. Call backward without"):
         torch.autograd.grad(batch.ours().loss, batch.hidden, create_graph=True)
 
 

@@ -176,5 +176,5 @@ def test_tables_and_their_fallback():
 
 def test_a_transposed_weight_is_refused():
     hidden, weight, labels = tc.problem()
-    with pytest.raises(ValueError, match="weight .* must have last stride 1: call contiguous"):
+    with pytest.raises(ValueError, match="weight .* the last stride must be 1. Call contiguous"):
         forward.head_stats(hidden, weight.T.contiguous().T, labels, None, None, 1.0)
