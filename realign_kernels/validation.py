@@ -78,7 +78,11 @@ def _check_tensor(name: str, tensor: object, optional: bool = False) -> None:
 
 
 def check_reference(reference_logps: Tensor, objective: Objective, reduction: str) -> None:
-    """Check that the references are (L, B) constants for this objective."""
+    """Check that the references are (L, B) constants for this objective.
+
+    Raises:
+        ValueError: their shape, dtype or requires_grad is wrong, or the reduction is unknown.
+    """
     leaves = len(objective.leaves)
     if reference_logps.dim() != 2 or reference_logps.shape[0] != leaves:
         raise ValueError(
@@ -96,7 +100,11 @@ def check_reference(reference_logps: Tensor, objective: Objective, reduction: st
 
 
 def check_not_half(name: str, values: Tensor) -> None:
-    """Check that log-probs are fp32 or fp64."""
+    """Check that log-probs are fp32 or fp64.
+
+    Raises:
+        ValueError: they are half precision.
+    """
     if values.dtype != acc_dtype(values.dtype):
         raise ValueError(
             f"{name} must be float32 or float64, got {values.dtype}. In bfloat16 a sum of "
@@ -112,7 +120,11 @@ def check_batch(
     sequence_ids: Tensor | None,
     token_weights: Tensor | None,
 ) -> None:
-    """Check that the rows are sequences of this objective, and that token weights match them."""
+    """Check that the rows are sequences of this objective, and that token weights match them.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+    """
     leaves, examples = reference_logps.shape
     if sequence_ids is None:
         names = ", ".join(f"{leaf.response} under {leaf.image}" for leaf in objective.leaves)
@@ -144,7 +156,11 @@ def check_batch(
 def check_leaf_logps(
     leaf_logps: Tensor, reference_logps: Tensor, token_counts: Tensor | None
 ) -> None:
-    """Check that log-probs and token counts match the references."""
+    """Check that log-probs and token counts match the references.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+    """
     if leaf_logps.shape != reference_logps.shape:
         raise ValueError(
             f"leaf_logps {tuple(leaf_logps.shape)} and reference_logps "
@@ -162,13 +178,21 @@ def check_leaf_logps(
 
 
 def check_integer(name: str, values: Tensor) -> None:
-    """Check that a tensor has an integer dtype."""
+    """Check that a tensor has an integer dtype.
+
+    Raises:
+        ValueError: it has another dtype.
+    """
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {values.dtype}. Use .long().")
 
 
 def check_device(hidden: Tensor, *, host: bool = False, **tensors: Tensor | None) -> None:
-    """Check that tensors are on the device of hidden, or with `host` on the CPU."""
+    """Check that tensors are on the device of hidden, or with `host` on the CPU.
+
+    Raises:
+        ValueError: a tensor is on another device.
+    """
     for name, tensor in tensors.items():
         if tensor is None or tensor.device == hidden.device:
             continue
@@ -180,7 +204,11 @@ def check_device(hidden: Tensor, *, host: bool = False, **tensors: Tensor | None
 def check_settings(
     softcap: float | None, temperature: float, chunk_rows: int | None, ignore_index: int
 ) -> None:
-    """Check the settings of the head: types, and finite positive values."""
+    """Check the settings of the head: types, and finite positive values.
+
+    Raises:
+        ValueError: a setting has the wrong type or is out of range.
+    """
     for name, value in (("softcap", softcap), ("temperature", temperature)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise ValueError(f"{name} must be a number, got {value!r}")
@@ -201,7 +229,11 @@ def check_settings(
 
 
 def check_labels(labels: Tensor, hidden: Tensor) -> None:
-    """Check that labels are one integer per row of hidden."""
+    """Check that labels are one integer per row of hidden.
+
+    Raises:
+        ValueError: their shape, dtype or device is wrong.
+    """
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels {tuple(labels.shape)} must have one entry per row of hidden "
@@ -218,7 +250,11 @@ def check_rival(
     weight: Tensor,
     group: ProcessGroup | None,
 ) -> None:
-    """Check that rival is a mask over the labels, and that the head supports rival rows."""
+    """Check that rival is a mask over the labels, and that the head supports rival rows.
+
+    Raises:
+        ValueError: the mask does not match the labels, or the head is sharded or has one token.
+    """
     if rival is None:
         return
     if rival.shape != labels.shape or rival.dtype != torch.bool:
