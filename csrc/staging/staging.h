@@ -19,8 +19,9 @@ class Staging {
  public:
   virtual ~Staging() = default;
 
-  // Enqueues the sums of values[offsets[i]:offsets[i + 1]] and returns before they are computed. The
-  // contents of `values` must not change until the sums are popped. `offsets` is copied.
+  // Enqueues the sums of values[offsets[i]:offsets[i + 1]] and returns before they are computed.
+  // Until they are popped, only later work of the same stream may overwrite `values`. `offsets` is
+  // copied.
   virtual void push(const float* values,     // (count,) on the device
                     int64_t count,
                     const int64_t* offsets,  // (leaves + 1,) on the host
