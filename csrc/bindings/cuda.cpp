@@ -1,6 +1,6 @@
-// Bindings of CUDA kernels for realign_kernels/backends/triton. They take addresses: the caller owns
-// the tensors and has checked their dtypes, devices and strides. A build without a kernel lacks its
-// function.
+// Bindings of CUDA kernels for realign_kernels/backends/triton. They take addresses: the caller
+// owns the tensors and has checked their dtypes, devices and strides. A build without a kernel
+// lacks its function.
 #include <pybind11/pybind11.h>
 
 #include <array>

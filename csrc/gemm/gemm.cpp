@@ -1,15 +1,15 @@
-// A GEMM with the blocking of BLIS. Every thread has a MacroKernel, which packs blocks of a and b and
-// runs the micro-kernel over them: 6 rows x 64 columns of c in 24 registers. bf16 on a CPU with AMX
-// uses the micro-kernel of gemm_amx.cpp, 32 x 32.
+// A GEMM with the blocking of BLIS. Every thread has a MacroKernel, which packs blocks of a and b
+// and runs the micro-kernel over them: 6 rows x 64 columns of c in 24 registers. bf16 on a CPU with
+// AMX uses the micro-kernel of gemm_amx.cpp, 32 x 32.
 //
 // A "step" along k is 4 bytes: one fp32 or two bf16. VDPBF16PS multiplies and adds pairs of bf16.
 //
 //   pack_b writes panels of 64 columns, so that a step reads 4 consecutive registers.
 //   pack_a leaves a in place if its rows are contiguous in k. The micro-kernel broadcasts from it.
 //
-// A panel of 256 steps takes 64 KiB and streams from the second-level cache. A panel of half the size
-// would fit into the first-level cache, but was slower: the sums go to memory and back twice as
-// often.
+// A panel of 256 steps takes 64 KiB and streams from the second-level cache. A panel of half the
+// size would fit into the first-level cache, but was slower: the sums go to memory and back twice
+// as often.
 #include "gemm/gemm.h"
 
 #include <immintrin.h>
@@ -110,8 +110,8 @@ class MacroKernel {
 
   void run() {
     const int64_t columns = std::min(kBlockColumns, n1_ - n0_);
-    // Several blocks of rows use the same columns. Small panels stay packed for all k. Otherwise k is
-    // the outer loop, and the sums of all rows go to memory more often.
+    // Several blocks of rows use the same columns. Small panels stay packed for all k. For large
+    // panels k is the outer loop, and the sums of all rows go to memory more often.
     const int64_t whole = columns * round_up(k_, kSteps * T::per_step) * int64_t{sizeof(Element)};
     const bool one_block = m1_ - m0_ <= T::block_rows;
     const bool k_outer = !one_block && !c_.half && whole > kKeep;
@@ -132,8 +132,8 @@ class MacroKernel {
   }
 
  private:
-  // Number of elements of k in the block that starts at pc. The last bf16 of an odd k has no partner
-  // in memory. If a is not packed, this element is a separate block, packed with a zero.
+  // Number of elements of k in the block that starts at pc. The last bf16 of an odd k has no
+  // partner in memory. If a is not packed, this element is a separate block, packed with a zero.
   int64_t depth(int64_t pc) const {
     if (T::amx) return std::min(kSteps * T::per_step, k_ - pc);
     const int64_t even = k_ / T::per_step * T::per_step;

@@ -19,7 +19,7 @@ bool amx_granted();
 void amx_micro_kernels(const char* a, int64_t a_row, int64_t rows, const float* panel,
                        int64_t steps, float* c, int64_t c_row, int columns, bool accumulate);
 
-// Releases the tile registers, which otherwise keep their contents.
+// Releases the tile registers. They keep their contents until then.
 void amx_release();
 
 }  // namespace realign

@@ -1,13 +1,13 @@
-// gemm_bf16 of gemm.h for aarch64. It uses BFMMLA, which multiplies 2 x 4 by 4 x 2 and adds to 2 x 2
-// fp32 sums.
+// gemm_bf16 of gemm.h for aarch64. It uses BFMMLA, which multiplies 2 x 4 by 4 x 2 and adds to 2 x
+// 2 fp32 sums.
 //
-//   A task is a block of c, 256 x 256. It packs a and b for 512 values of k at a time. Packed groups
-//   of 8 lines have 4 consecutive values of k per line, so that a register holds 2 lines.
+//   A task is a block of c, 256 x 256. It packs a and b for 512 values of k at a time. Packed
+//   groups of 8 lines have 4 consecutive values of k per line, so that a register holds 2 lines.
 //   The micro-kernel computes a tile of 8 x 8 in 16 registers. The sums stay in register order,
 //   padded to whole tiles. After the last k they are reordered and rounded.
 //
-// Compiled for BF16 and called only if the CPU has it. So nothing here may be inline and shared with
-// other files.
+// Compiled for BF16 and called only if the CPU has it. So nothing here may be inline and shared
+// with other files.
 #include <arm_neon.h>
 
 #include <cstdlib>

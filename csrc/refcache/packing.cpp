@@ -76,8 +76,8 @@ ForestPacking pack_forest(const int64_t* root_lengths,
   packing.leaf_tree.resize(num_leaves);
   packing.leaf_start.resize(num_leaves);
 
-  // Trees in order of (root, part). A root has one tree if its leaves fit into the budget, and is
-  // otherwise split by best fit.
+  // Trees in order of (root, part). A root whose leaves fit into the budget has one tree. Other
+  // roots are split by best fit.
   std::vector<int64_t> leaf_order(num_leaves);
   std::iota(leaf_order.begin(), leaf_order.end(), int64_t{0});
   const Groups groups = group_by(leaf_roots, leaf_order, num_roots);

@@ -172,8 +172,8 @@ bool Table::all_known(const std::vector<Record>& records) const {
 }
 
 size_t Table::insert(const uint8_t* keys, const double* logps, const int32_t* tokens, size_t n) {
-  // Copied first, so that the values that are checked are also those that are written. Other threads
-  // may change the arrays.
+  // Copied first, so that the values that are checked are also those that are written. Other
+  // threads may change the arrays.
   std::vector<Record> records(n);
   const uint32_t seed = crc32c(fingerprint_.data(), fingerprint_.size());
   for (size_t i = 0; i < n; ++i) {
@@ -233,8 +233,8 @@ size_t Table::insert(const uint8_t* keys, const double* logps, const int32_t* to
   return count;
 }
 
-// Writes `count` records at `end_`. After an error the whole records that were written are kept, and
-// `end_` includes them.
+// Writes `count` records at `end_`. After an error the whole records that were written are kept,
+// and `end_` includes them.
 void Table::append(const std::vector<Record>& records, size_t count) {
   int code;
   const auto bytes = static_cast<int64_t>(count) * kUnit;

@@ -1,6 +1,6 @@
-// A table of reference log-probs by key: a folder of append-only logs, one per writer, with an index
-// in memory. Records that fail their check are never returned, because a wrong value is worse than a
-// missing one.
+// A table of reference log-probs by key: a folder of append-only logs, one per writer, with an
+// index in memory. Records that fail their check are never returned, because a wrong value is worse
+// than a missing one.
 #pragma once
 
 #include <sys/types.h>

@@ -88,8 +88,8 @@ File open_to_read(const std::string& path);
 
 enum class Lock { taken, busy, unsupported };
 
-// Opens for appending, with the lock that marks the writer. Creates the file if `create` is set.
-// Otherwise returns an empty File if the path does not exist.
+// Opens for appending, with the lock that marks the writer. If the path does not exist, creates the
+// file if `create` is set, and else returns an empty File.
 File open_locked(const std::string& path, bool create, Lock& lock);
 
 // Writes `size` bytes and returns the number of bytes written. Does not throw: if the number is

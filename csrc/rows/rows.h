@@ -32,8 +32,8 @@ struct RowOutputs {
   float* dz_dlogit;       // (rows,) dz / d(raw logit) at the target, 0 for target -1.
 };
 
-// z = cap(logit + bias) / temperature. exp_logits = exp(z - max_logit) * dz / d(raw logit), 0 at the
-// target. Each row is computed by one thread, so results do not depend on `threads`.
+// z = cap(logit + bias) / temperature. exp_logits = exp(z - max_logit) * dz / d(raw logit), 0 at
+// the target. Each row is computed by one thread, so results do not depend on `threads`.
 void row_stats(const RowInputs& in, const RowOutputs& out, int threads);
 
 // out[i] = factor[i] * (dz_dlogit[i] * weight[target[i]] - exp_w[i] / sum_exp[i]), (rows, width).

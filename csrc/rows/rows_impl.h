@@ -1,14 +1,15 @@
 // The row kernel over a vector type V, compiled once per instruction set (rows_*.cpp). V has:
 //
-// - static constexpr int width, Reg, Mask
-// - set(float), add, sub, mul, fma(a, b, c) = a * b + c, div
-// - max(a, b), which is b if a or b is NaN, as in MAXPS
-// - less(a, b) -> Mask
-// - select(mask, a, b) = mask ? a : b
-// - first(n) -> Mask of the first n lanes
-// - load(const float*), load(const uint16_t* bf16), store, and all three with a count n < width
-// - round(x) to the nearest integer, pow2(n) = 2^n for integral n in [-126, 127]
-// - abs, copysign(magnitude, sign), reduce_max, reduce_add, lane0
+// - static constexpr int width, Reg, Mask.
+// - set(float), add, sub, mul, fma(a, b, c) = a * b + c, div.
+// - max(a, b), which is b if a or b is NaN, as in MAXPS.
+// - less(a, b) -> Mask.
+// - select(mask, a, b) = mask ? a : b.
+// - first(n) -> Mask of the first n lanes.
+// - load(const float*), load(const uint16_t* bf16), store, and all three with a count n < width.
+// - round(x) to the nearest integer.
+// - pow2(n) = 2^n for integral n in [-126, 127].
+// - abs, copysign(magnitude, sign), reduce_max, reduce_add, lane0.
 #pragma once
 
 #include <cfloat>
@@ -23,8 +24,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// exp(x) for x <= 88, by Cody-Waite reduction and the polynomial of Cephes' expf. The relative error
-// of normal results is below 2^-22.6. Below x = -87.3 the result is 0. NaN stays NaN.
+// exp(x) for x <= 88, by Cody-Waite reduction and the polynomial of Cephes' expf. The relative
+// error of normal results is below 2^-22.6. Below x = -87.3 the result is 0. NaN stays NaN.
 template <class V>
 typename V::Reg exponential(typename V::Reg x) {
   const auto low = V::set(-87.3f);
@@ -58,7 +59,8 @@ typename V::Reg hyperbolic_tangent(typename V::Reg x) {
   return V::select(V::less(size, V::set(0.625f)), small, V::copysign(large, x));
 }
 
-// Calls visit(column, lanes) for the columns [begin, end) in vectors. lanes < width only in the last.
+// Calls visit(column, lanes) for the columns [begin, end) in vectors. lanes < width only in the
+// last.
 template <class V, class Visit>
 void over(int64_t begin, int64_t end, const Visit& visit) {
   for (; begin + V::width <= end; begin += V::width) visit(begin, V::width);

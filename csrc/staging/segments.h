@@ -1,5 +1,5 @@
-// The sum of one leaf's per-token log-probs, in double. The order is the same on host and device, so
-// that a cached value does not depend on where it was computed.
+// The sum of one leaf's per-token log-probs, in double. The order is the same on host and device,
+// so that a cached value does not depend on where it was computed.
 //
 // Lane i of 32 adds values i, i + 32, i + 64, ... of the leaf. Then the lanes are added as a tree:
 // lane i adds lane i + 16, then i + 8, 4, 2 and 1. Lane 0 holds the sum. There are no products that

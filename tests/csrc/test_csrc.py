@@ -121,4 +121,4 @@ def test_the_kernels_run_on_the_threads_of_torch_with_one_result():
 
 def test_an_unknown_cpu_level_is_refused():
     done = run("import realign_kernels as rk; print(rk.explain())", REALIGN_CPU="sse")
-    assert "REALIGN_CPU=sse: use one of scalar, " in done.stderr
+    assert "REALIGN_CPU=sse is unknown. Use one of scalar, " in done.stderr

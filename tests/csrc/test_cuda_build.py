@@ -84,7 +84,7 @@ def test_the_module_needs_neither_driver_nor_toolkit():
 @with_extension
 @pytest.mark.skipif(has_driver(), reason="this machine has a CUDA driver")
 def test_a_ring_without_cuda_or_a_driver_gives_the_reason():
-    error, reason = ValueError, "device is 0, but this build has no CUDA: put nvcc on"
+    error, reason = ValueError, "device is 0, but this build has no CUDA. Put nvcc on"
     if extension().CUDA_ARCHITECTURES:
         error, reason = RuntimeError, "cudaGetDevice: .*driver.*cudaErrorInsufficientDriver"
     with pytest.raises(error, match=reason):
@@ -146,7 +146,7 @@ def test_an_install_continues_without_cuda_where_our_code_does_not_compile(tmp_p
     environment = {"CXX": compiler, "CUDACXX": nvcc, "REALIGN_CUDA": "auto"}
     done = build_ext(tmp_path, **environment, CUTLASS_DIR=str(tmp_path))  # there is none
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ("once more, without CUDA" in done.stdout) == bool(shutil.which("nvcc"))
+    assert ("Trying again without CUDA" in done.stdout) == bool(shutil.which("nvcc"))
     assert len(list(tmp_path.glob("lib/realign_kernels/_C*.so"))) == 1
 
 
@@ -195,9 +195,9 @@ def test_only_a_request_for_cuda_needs_a_compiler(tmp_path):
 @with_cmake
 def test_other_words_are_refused(tmp_path):
     done = configure(tmp_path, "-DREALIGN_CUDA=yes")
-    assert done.returncode != 0 and "REALIGN_CUDA is 'yes': use auto, on or off" in done.stderr
+    assert done.returncode != 0 and "REALIGN_CUDA is 'yes'. Use auto, on or off" in done.stderr
     setup = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(
         setup, cwd=ROOT, env={**os.environ, "REALIGN_CUDA": "yes"}, capture_output=True, text=True
     )
-    assert done.returncode != 0 and "REALIGN_CUDA is 'yes': use auto, on or off" in done.stderr
+    assert done.returncode != 0 and "REALIGN_CUDA is 'yes'. Use auto, on or off" in done.stderr

@@ -46,7 +46,7 @@ def test_use_backend_ends_with_an_exception_and_does_not_leak_into_other_threads
 def test_a_backend_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(dispatch, "missing_reason", lambda: "No module named _C")
     message = (
-        r"backend 'cpp' is not available \(No module named _C\); choose one of reference, torch"
+        r"backend 'cpp' is not available \(No module named _C\). Choose one of reference, torch"
     )
     with pytest.raises(ValueError, match=f"use_backend: {message}"), rk.use_backend("cpp"):
         pass

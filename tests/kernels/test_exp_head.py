@@ -241,12 +241,12 @@ def test_a_kernel_that_is_not_there(monkeypatch):
     head = Head(torch.zeros(8, 8), None, None, 1.0)
     monkeypatch.setenv("REALIGN_HEAD", "fast")
     with pytest.raises(
-        ValueError, match="REALIGN_HEAD is 'fast': use one of cutlass, triton, rows"
+        ValueError, match="REALIGN_HEAD is 'fast'. Use one of cutlass, triton, rows"
     ):
         exp_head.choice(head.weight, head)
     monkeypatch.setenv("REALIGN_HEAD", "cutlass")
     monkeypatch.setattr(exp_head, "built", lambda: False)
-    with pytest.raises(ValueError, match="built without it: install nvidia-cutlass"):
+    with pytest.raises(ValueError, match="built without CUTLASS. Install nvidia-cutlass"):
         exp_head.choice(head.weight, head)
 
 

@@ -94,12 +94,12 @@ TWO = objectives.dpo().leaves
 MISTAKES = [
     (
         lambda: objectives.get("rdop"),
-        r"unknown objective 'rdop': choose one of dpo, rdpo, mdpo, .*, released",
+        r"unknown objective 'rdop'. Choose one of dpo, rdpo, mdpo, .*, released",
     ),
     (lambda: objectives.settings("rdop"), r"unknown objective 'rdop'"),
     (
         lambda: objectives.get("dpo", visual_weight=1),
-        r"'dpo' has no setting visual_weight: .* beta",
+        r"'dpo' has no setting visual_weight. Its settings are beta",
     ),
     (lambda: objectives.rdpo(beta=0), r"beta must be finite and > 0, got 0"),
     (lambda: objectives.rdpo(beta="0.1"), r"beta must be finite and > 0, got '0.1'"),
@@ -115,8 +115,8 @@ MISTAKES = [
         lambda: rk.Objective("x", TWO, objectives.rdpo().terms),
         r"term 'visual' reads leaf 2, but objective 'x' has 2 leaves",
     ),
-    (lambda: rk.Objective("x", TWO, objectives.dpo().terms * 2), r"two terms of one name"),
-    (lambda: rk.Objective("x", TWO + TWO, objectives.dpo().terms), r"lists one leaf twice"),
+    (lambda: rk.Objective("x", TWO, objectives.dpo().terms * 2), r"two terms with the same name"),
+    (lambda: rk.Objective("x", TWO + TWO, objectives.dpo().terms), r"lists a leaf twice"),
     (
         lambda: rk.Objective("x", list(TWO), objectives.dpo().terms),
         r"leaves of objective 'x' must be a tuple of Leaf, got \[Leaf",
@@ -131,7 +131,7 @@ MISTAKES = [
     ),
     (
         lambda: rk.preference_loss(torch.zeros(2, 1), torch.zeros(2, 1), objectives.dpo(), beta=1),
-        r"beta=1 beside objective 'dpo', whose beta is 0.1",
+        r"beta=1 is given, but objective 'dpo' has its own beta, 0.1",
     ),
 ]
 

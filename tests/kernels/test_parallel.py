@@ -192,7 +192,7 @@ def non_finite(group, place, frozen):
         weight, bias = shard(group, weight), shard(group, bias)
         weight.requires_grad_(not frozen)
         owner = not weight.isfinite().all() or not bias.isfinite().all()
-        source = f"{place} holds" if owner else "another's shard may hold NaN"
+        source = f"{place} holds" if owner else "other shards may hold NaN"
         settings = {"bias": bias, "group": group, "chunk_rows": 3}
         with pytest.raises(rk.NonFiniteError, match=source):
             rk.rdpo_loss(hidden.requires_grad_(), weight, labels, reference, **settings)
@@ -213,7 +213,7 @@ def mistakes(group):
     hidden, weight, _, labels, reference = batch(torch.float32)
     inputs = (labels, reference)
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        with pytest.raises(ValueError, match="not a process group that this rank is in"):
+        with pytest.raises(ValueError, match="not a process group that includes this rank"):
             rk.rdpo_loss(hidden, weight, *inputs, group=group)
     else:
         rows = weight[: 0 if group.rank() else VOCABULARY]
@@ -222,7 +222,7 @@ def mistakes(group):
     mesh = init_device_mesh("cpu", (RANKS,))
     for placement in (Replicate(), Shard(1)):
         placed = distribute_tensor(weight, mesh, [placement])
-        with pytest.raises(ValueError, match=r"a head split by vocabulary is Shard\(0\)"):
+        with pytest.raises(ValueError, match=r"a head split by vocabulary must be Shard\(0\)"):
             rk.rdpo_loss(hidden, placed, *inputs, group=mesh.get_group())
     pairs = init_device_mesh("cpu", (2, 2))
     with pytest.raises(ValueError, match="weight is a DTensor on .* not on the ranks of group"):

@@ -165,7 +165,7 @@ def test_a_term_that_is_no_loss_per_example_is_refused():
     for trainable in (False, True):
         w = weight.clone().requires_grad_(trainable)
         args = (hidden[:2], w, labels[:2], references[:2])
-        with pytest.raises(ValueError, match=r"term 'pair' returned \(\) for . examples: .*\(.,\)"):
+        with pytest.raises(ValueError, match=r"term 'pair' returned shape \(\), .*, \(\d,\)"):
             rk.linear_preference_loss(*args, [Mean(name="pair", positive=0, negative=1)])
     centred = [Centred(name="pair", positive=0, negative=1)]
     with pytest.raises(ValueError, match="a function of the rewards of one example"):
@@ -183,7 +183,7 @@ def test_a_non_finite_error_travels_between_processes():
 def test_forward_mode_is_refused(frozen):
     case = kc.make_case(4, 5, 11, torch.float32)
     weight = case.weight.requires_grad_(not frozen)
-    with pytest.raises(ValueError, match="hidden carries a tangent of forward-mode"):
+    with pytest.raises(ValueError, match="hidden carries a tangent, .* forward-mode"):
         torch.func.jvp(
             lambda h: rk.linear_logprobs(h, weight, case.labels).sum(),
             (case.hidden,),

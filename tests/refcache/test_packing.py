@@ -174,9 +174,9 @@ def test_any_integers_are_accepted(implementation, convert):
         (
             ([650, 600], [30, 4000], [0, 1], 4096),
             r"root 1 \(600 tokens\) with leaf 1 \(4000 tokens\) "
-            r"needs 4600 tokens.*raise budget to 4600",
+            r"needs 4600 tokens.*Raise budget to 4600",
         ),
-        (([2**62], [2**62], [0], 10), f"raise budget to {2**63}"),
+        (([2**62], [2**62], [0], 10), f"Raise budget to {2**63}"),
         (([5, 5], [1], [0], 16), "root 1 has no leaf"),
         (([5, 0], [1, 1], [0, 1], 16), r"root_lengths\[1\] is 0"),
         (([5], [1, -3], [0, 0], 16), r"leaf_lengths\[1\] is -3"),
@@ -205,7 +205,7 @@ def test_mistakes_are_named(arguments, message):
     [
         (([5.0], [1], [0], 16), "root_lengths must be a contiguous 1-D int64"),
         (([5], [[1]], [0], 16), "leaf_lengths must be a contiguous 1-D int64"),
-        (([5], [1, 1], [0], 16), "differ in size"),
+        (([5], [1, 1], [0], 16), "must have the same size"),
         (([5], [1], [1], 16), "leaf_roots must be in"),
         (([5], [1], [-1], 16), "leaf_roots must be in"),
         (([0], [1], [0], 16), "root_lengths must be in"),

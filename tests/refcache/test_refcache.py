@@ -172,7 +172,7 @@ def test_missing_leaves_are_named_and_nothing_is_made_up(tmp_path):
     forests = make_forests(5)
     with ReferenceCache(tmp_path, PRINT) as cache:
         fill(cache, forests[:2])
-        with pytest.raises(MissingReferences, match=r"9 of 15 leaves .* call fill\(") as caught:
+        with pytest.raises(MissingReferences, match=r"9 of 15 leaves .* Call fill\(") as caught:
             cache.lookup(forests)
         assert caught.value.leaves.tolist() == list(range(6, 15))
         assert cache.missing(forests).nonzero()[0].tolist() == list(range(6, 15))
@@ -186,7 +186,7 @@ def test_a_reader_sees_what_another_process_writes(tmp_path):
         assert reader.lookup(forests).logps.tolist() == writer.lookup(forests).logps.tolist()
     with ReferenceCache(tmp_path, PRINT, read_only=True) as reader:
         assert not reader.missing(forests).any()
-        with pytest.raises(ValueError, match="keep needs a cache .* read_only=True"):
+        with pytest.raises(ValueError, match="keep needs a cache .* without read_only=True"):
             reader.insert(forests, np.zeros(18))
 
 
@@ -245,7 +245,7 @@ def test_a_model_that_returns_something_else_is_told(tmp_path, change, message):
         for name, value in (("row_tokens", 0), ("batch_rows", -1), ("batch_rows", 2.0)):
             with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
                 fill(cache, forests, **{name: value})
-        with pytest.raises(ValueError, match="call fill"):
+        with pytest.raises(ValueError, match="Call fill"):
             cache.lookup(forests)
         assert fill(cache, forests).filled.leaves == 90
 
@@ -271,7 +271,7 @@ def test_gradients_are_off_and_bf16_values_are_taken(tmp_path):
         assert set(modes) == {(False, inference)}
     with (
         ReferenceCache(tmp_path / "c", PRINT) as cache,
-        pytest.raises(ValueError, match="in training mode, with dropout: call model.eval"),
+        pytest.raises(ValueError, match="in training mode, with dropout. Call model.eval"),
     ):
         cache.fill(Module(), forests, build=scorer.build, row_tokens=64)
 

@@ -75,7 +75,7 @@ def passes_of_a_rank(folder):
         ("settings", few, {}, {"batch_rows": 4 + rank}),
     ):
         with ReferenceCache(folder / f"apart{rank}", PRINT | parts) as cache:
-            message = f"rank 1 has another {name} than rank 0: give all ranks"
+            message = f"rank 1 and rank 0 differ in: {name}. Give all ranks"
             with pytest.raises(ValueError, match=message):
                 fill(cache, own, **options)
             assert len(cache) == 0
@@ -121,10 +121,10 @@ def test_a_cache_that_cannot_be_written_says_so_before_the_first_forward(tmp_pat
         monkeypatch.setattr(os, "access", lambda path, mode: False)
         assert fill(cache, forests[:5]).batches == []  # everything is known
         scorer = Scorer(forests)
-        with pytest.raises(PermissionError, match="this folder cannot be written; name another"):
+        with pytest.raises(PermissionError, match="this folder is not writable. Choose another"):
             cache.fill(scorer, forests, build=scorer.build, row_tokens=64)
         assert scorer.batches == []
-    with pytest.raises(ValueError, match="was closed: open it again"):
+    with pytest.raises(ValueError, match="was closed. Open it again"):
         cache.fill(scorer, forests, build=scorer.build, row_tokens=64)
     assert len(cache.lookup(forests[:5]).logps) == 15  # from memory
 

@@ -116,10 +116,10 @@ def test_the_core_checks_for_itself():
             ring.push(values.data_ptr(), 4, np.array(offsets, dtype=np.int64))
     with pytest.raises(TypeError):
         ring.push(values.data_ptr(), 4, np.array([0.0, 4.0]))
-    with pytest.raises(RuntimeError, match="empty: push first"):
+    with pytest.raises(RuntimeError, match="empty. Call push first"):
         ring.pop()
     ring.push(values.data_ptr(), 4, np.array([0, 4]))
-    with pytest.raises(RuntimeError, match="all 1 slots of the staging ring are taken: pop first"):
+    with pytest.raises(RuntimeError, match="all 1 slots of the staging ring are taken. Call pop"):
         ring.push(values.data_ptr(), 4, np.array([0, 4]))
     assert ring.pop().tolist() == [0.0]
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
