@@ -1,4 +1,4 @@
-"""Which backend computes, and how it says so."""
+"""Backend choice, and its explanation."""
 
 import threading
 
@@ -98,7 +98,7 @@ def test_reference_computes_forward_and_backward(frozen, monkeypatch):
     inputs = case.labels[:6].clamp(min=0).view(3, 2, 1), torch.zeros(3, 2)
     with rk.use_backend("reference"):
         loss = rk.rdpo_loss(hidden[:6].view(3, 2, 1, 5), weight, *inputs).loss
-    loss.backward(retain_graph=True)  # of gradients that were made in the forward
+    loss.backward(retain_graph=True)  # with gradients made in the forward
     assert calls == (["forward"] if frozen else ["forward", "backward"])
     loss.backward()
     assert calls == (["forward"] if frozen else ["forward", "backward", "backward"])

@@ -1,4 +1,4 @@
-"""Every mistake is a ValueError that names the argument, what came, and what to do."""
+"""Every invalid argument is a ValueError with the argument, its value, and a remedy."""
 
 import pytest
 import torch
@@ -163,7 +163,7 @@ def test_mistakes_are_named(call, changes, message):
         call(**changes)
 
 
-def test_overflow_is_named_also_where_only_the_label_overflows():
+def test_overflow_of_only_the_label_is_an_error():
     hidden = torch.full((2, 8), 100.0, dtype=torch.float16)
     weight = torch.zeros(11, 8, dtype=torch.float16)
     weight[3] = 100.0

@@ -1,4 +1,4 @@
-"""Objectives: what they do with leaves and terms, and what they refuse. Formulas: test_presets."""
+"""Objectives: leaves, terms and invalid settings. test_presets.py tests the formulas."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from realign_kernels.objectives import AnchorSigmoid, PairSigmoid
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)
-def test_what_carries_gradient(name):
+def test_gradient_of_outputs(name):
     objective = objectives.get(name)
     logps = torch.randn(len(objective.leaves), 3, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(len(objective.leaves), 3, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_rdpo_is_the_specification_and_lowers_both_negatives():
 
 
 def test_a_detached_leaf_is_a_constant():
-    """Its reward counts in full; only its gradient is gone."""
+    """A detached leaf has its full reward, but no gradient."""
     plain = objectives.rdpo(beta=0.3)
     leaves = (plain.leaves[0], plain.leaves[1]._replace(detached=True), plain.leaves[2])
     stopped = replace(plain, leaves=leaves)
@@ -52,7 +52,7 @@ def test_a_detached_leaf_is_a_constant():
 
 
 def test_averaging_counts_tokens_from_hidden_states():
-    """linear_preference_loss hands the counts over; log-probs alone do not have them."""
+    """linear_preference_loss passes token counts, which preference_loss cannot derive."""
     hidden = torch.randn(2, 2, 3, 5, dtype=torch.float64)
     weight = torch.randn(7, 5, dtype=torch.float64)
     labels = torch.tensor([[[1, 2, -100], [3, 4, 5]], [[6, -100, -100], [0, 1, -100]]])

@@ -1,4 +1,4 @@
-"""The links: options no preset sets, what they reduce to, and every field that is refused."""
+"""The links: options that no preset uses, special cases, and invalid fields."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def nll(z: float) -> float:
 
 
 def by_hand(a, b, c, d):
-    """Of rewards a, b, c, d: LINKS, then options that no preset uses."""
+    """Formulas over rewards a, b, c, d: LINKS, then options that no preset uses."""
     soft = 0.5 * math.exp(b - a) + 2 * math.exp(c - a)
     first = math.exp(c) / (math.exp(a) + math.exp(b) + math.exp(c))
     second = math.exp(a) / (math.exp(a) + math.exp(b))
@@ -171,7 +171,7 @@ def test_mistakes_are_named(link, given, message):
 
 
 def test_terms_are_values():
-    """Equal, and equal as dictionary keys, when their fields are."""
+    """Terms with equal fields are equal, also as dictionary keys."""
     for name, term in LINKS.items():
         assert {replace(term): name}[term] == name and replace(term, weight=2.0) != term
         required = [f.name for f in fields(term) if f.default is MISSING]
