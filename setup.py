@@ -22,7 +22,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CUDA = os.environ.get("REALIGN_CUDA", "auto")
 if CUDA not in ("auto", "on", "off"):
-    raise SystemExit(f"REALIGN_CUDA is {CUDA!r}. Use auto, on or off.")
+    raise SystemExit(f"REALIGN_CUDA is {CUDA!r}, but must be auto, on or off")
 
 
 def cutlass() -> str:

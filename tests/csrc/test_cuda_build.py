@@ -196,9 +196,13 @@ def test_only_a_request_for_cuda_needs_a_compiler(tmp_path):
 @with_cmake
 def test_unknown_values_are_rejected(tmp_path):
     done = configure(tmp_path, "-DREALIGN_CUDA=yes")
-    assert done.returncode != 0 and "REALIGN_CUDA is 'yes'. Use auto, on or off" in done.stderr
+    assert (
+        done.returncode != 0 and "REALIGN_CUDA is 'yes', but must be auto, on or off" in done.stderr
+    )
     setup = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(
         setup, cwd=ROOT, env={**os.environ, "REALIGN_CUDA": "yes"}, capture_output=True, text=True
     )
-    assert done.returncode != 0 and "REALIGN_CUDA is 'yes'. Use auto, on or off" in done.stderr
+    assert (
+        done.returncode != 0 and "REALIGN_CUDA is 'yes', but must be auto, on or off" in done.stderr
+    )
