@@ -1,9 +1,11 @@
-"""Builds `realign_kernels._C` with CMake; everything else about the project is in pyproject.toml.
+"""Builds `realign_kernels._C` with CMake. All other package settings are in pyproject.toml.
 
-The extension is optional: where CMake or the C++ compiler fails, the install continues in pure
-Python and `realign_kernels` warns at first use (realign_kernels/_extension.py). `pip install -v`
-shows the compiler's messages. REALIGN_CUDA=auto|on|off sets whether the CUDA code is built: by
-default where a CUDA compiler works. Where CUTLASS or CUDA does not compile, the rest is built.
+The extension is optional. If CMake or the C++ compiler fails, the install continues in pure Python,
+and `realign_kernels` warns at first use (realign_kernels/_extension.py). `pip install -v` shows the
+compiler's messages.
+
+REALIGN_CUDA=auto|on|off controls the CUDA code. With auto, the default, it is built if a CUDA
+compiler works. If CUTLASS or CUDA does not compile, the build continues without it.
 """
 
 import os
@@ -20,13 +22,13 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CUDA = os.environ.get("REALIGN_CUDA", "auto")
 if CUDA not in ("auto", "on", "off"):
-    raise SystemExit(f"REALIGN_CUDA is {CUDA!r}: use auto, on or off")
+    raise SystemExit(f"REALIGN_CUDA is {CUDA!r}, but must be auto, on or off")
 
 
 def cutlass() -> str:
-    """Folder of CUTLASS's headers, from CUTLASS_DIR or the package nvidia-cutlass; or empty.
+    """Folder of CUTLASS's headers, from CUTLASS_DIR or the package nvidia-cutlass, or empty.
 
-    An isolated build cannot import from the environment that it builds for, but may look there.
+    An isolated build cannot import packages of the target environment, but can read its files.
     """
     package = Path(sysconfig.get_path("purelib"), "cutlass_library", "source")
     folder = Path(os.environ.get("CUTLASS_DIR") or package) / "include"
@@ -34,15 +36,15 @@ def cutlass() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and Ninja in place of the compiler that setuptools would call."""
+    """Runs CMake and Ninja instead of setuptools' compiler."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         if self.editable_mode:
-            # A failed build must not leave the previous binary under newer Python code.
+            # A failed build must not leave an old binary with new Python code.
             (ROOT / "realign_kernels" / target.name).unlink(missing_ok=True)
-        # Always afresh: CMake's cache would name the ninja and the pybind11 of the last isolated
-        # build, whose directory is gone.
+        # CMake's cache would point to the ninja and pybind11 of the last isolated build, whose
+        # directory no longer exists.
         scratch = Path(self.build_temp).resolve() / "cmake"
         shutil.rmtree(scratch, ignore_errors=True)
         try:
@@ -53,15 +55,15 @@ class CMakeBuild(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",
-                # For a cross compiler, where CMake looks for neither (cmake/aarch64.cmake).
+                # CMake does not look for these two in a cross build (cmake/aarch64.cmake).
                 f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
                 f"-DPYTHON_MODULE_EXTENSION={target.name.removeprefix('_C')}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             ]
             ways = [(CUDA, cutlass())]
             if CUDA == "auto":
-                # CUTLASS may be another version, and takes 3 GB of memory to compile. A CUDA
-                # compiler may pass CMake's test and yet not compile our code. The rest stays.
+                # CUTLASS may have the wrong version, and takes 3 GB of memory to compile. A CUDA
+                # compiler may pass CMake's test but fail on our code.
                 ways = list(dict.fromkeys([*ways, (CUDA, ""), ("off", "")]))
             for cuda, headers in ways:
                 try:
@@ -71,9 +73,9 @@ class CMakeBuild(build_ext):
                     if (cuda, headers) == ways[-1]:
                         raise
                     without = "CUTLASS" if headers else "CUDA"
-                    print(f"the build failed: once more, without {without}", flush=True)
+                    print(f"The build failed. Trying again without {without}.", flush=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            # On CompileError setuptools continues without an optional extension.
+            # After a CompileError setuptools continues without an optional extension.
             raise CompileError(f"{ext.name} was not built: {error}") from error
 
     def cmake(self, configure: list[str], scratch: Path, cuda: str) -> None:
@@ -82,7 +84,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(scratch), "--target", "_C"], check=True)
 
 
-# REALIGN_CUDA=on must not end in a package without CUDA: there the extension is not optional.
+# With REALIGN_CUDA=on the extension is not optional: a package without CUDA would be an error.
 setup(
     ext_modules=[Extension("realign_kernels._C", sources=[], optional=CUDA != "on")],
     cmdclass={"build_ext": CMakeBuild},

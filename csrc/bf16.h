@@ -1,4 +1,4 @@
-// bf16 as the upper half of an fp32, for code that is not vectorised by hand.
+// Scalar conversions between bf16 (the upper half of an fp32) and fp32.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline float widen(uint16_t x) {
   return wide;
 }
 
-// To nearest even; NaN stays NaN.
+// Rounds to nearest even. NaN stays NaN.
 inline uint16_t narrow(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));

@@ -21,7 +21,7 @@ namespace {
 Cpu probe() {
   Cpu found{CpuLevel::scalar, false, false};
 #if defined(__x86_64__)
-  __builtin_cpu_init();  // its answers include whether the system saves the wide registers
+  __builtin_cpu_init();  // also checks that the system saves the wide registers
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.level = CpuLevel::avx2;
   }
@@ -57,22 +57,22 @@ Cpu decide() {
   for (const char* known : kLevels) names += (names.empty() ? "" : ", ") + std::string(known);
   const auto* place = std::find(std::begin(kLevels), std::end(kLevels), name);
   if (place == std::end(kLevels)) {
-    throw std::invalid_argument("REALIGN_CPU=" + name + ": use one of " + names);
+    throw std::invalid_argument("REALIGN_CPU=" + name + " is unknown. Use one of " + names + ".");
   }
   const auto level = static_cast<CpuLevel>(place - kLevels);
   if (level > found.level) {
-    throw std::invalid_argument("REALIGN_CPU=" + name + ": this CPU does not have it");
+    throw std::invalid_argument("REALIGN_CPU=" + name + " is not supported by this CPU");
   }
   found.bf16 = found.bf16 && level == found.level;  // bf16 needs the highest level
   found.level = level;
-  found.amx = false;  // AVX-512 was asked for, and nothing beyond it
+  found.amx = false;  // no level of REALIGN_CPU includes AMX
   return found;
 }
 
 }  // namespace
 
 const Cpu& cpu() {
-  static const Cpu decided = decide();  // a throw leaves it undecided, so every call throws
+  static const Cpu decided = decide();  // not initialized by a call that throws
   return decided;
 }
 

@@ -1,4 +1,4 @@
-// What the CUDA files share: errors in CUDA's words, and the current device.
+// Helpers for the CUDA files: error checks, and the current device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,13 +10,13 @@ namespace realign {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // else the next launch would be blamed for it
+  cudaGetLastError();  // clears the error, so that the next launch does not report it
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
                            cudaGetErrorName(status) + ")");
 }
 
-// Puts back the device it found, and touches neither where they are the same: cudaSetDevice makes a
-// context, which takes hundreds of MB of a device.
+// Selects a device and restores the previous one at the end. Calls cudaSetDevice only if they
+// differ, because it creates a context, which takes hundreds of MB on a device.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index) {

@@ -1,4 +1,4 @@
-// Functions that CUDA compiles for both, and a C++ compiler for the host.
+// Marks functions that CUDA compiles for host and device, and a C++ compiler for the host.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,9 +1,17 @@
 """Fused preference losses over a language-model head.
 
-Read in this order: `objectives` (the losses), `reference` (the specification), `functional` (the
-public functions), `autograd` (eager mode) and `ops` (operators for compiled graphs), then
-`backends`: `base` (a row and its statistics), `chunked` (GEMM, row kernel, GEMM), the kernels of
-`torch`, `cpp` and `triton`, `dispatch` (the choice). docs/kernels.md is the same in one page.
+Suggested reading order:
+
+1. `objectives`: the losses
+2. `reference`: the specification
+3. `functional`: the public functions
+4. `autograd`: eager mode, and `ops`: operators for compiled graphs
+5. `backends.base`: the statistics of a row
+6. `backends.chunked`: GEMM, row kernel, GEMM
+7. `backends.torch`, `backends.cpp`, `backends.triton`: the kernels
+8. `backends.dispatch`: backend choice
+
+docs/kernels.md is a one-page summary.
 """
 
 from realign_kernels import objectives, refcache

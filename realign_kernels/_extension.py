@@ -1,6 +1,6 @@
-"""The compiled extension `realign_kernels._C`: probed once, its absence reported once.
+"""Access to the compiled extension `realign_kernels._C`, with one warning if it is missing.
 
-Code with a Python fallback calls `extension()`, code without one `require_extension()`.
+Code that has a Python fallback calls `extension()`. Other code calls `require_extension()`.
 """
 
 import functools
@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 ABI = 4
-"""The version that the Python side expects of csrc/bindings/kernels.cpp."""
+"""The version of csrc/bindings/kernels.cpp that this Python code expects."""
 
 
 @functools.cache
@@ -20,25 +20,25 @@ def _probe() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, str(error)
     if getattr(module, "ABI", 0) != ABI:
-        return None, f"{module.__file__} was built from other sources"
+        return None, f"{module.__file__} was built from a different version of the sources"
     return module, ""
 
 
 def missing_reason() -> str | None:
-    """Why the C++ extension cannot be used, or None where it can. Never warns."""
+    """The reason why the C++ extension cannot be used, or None if it can. Never warns."""
     module, reason = _probe()
     return reason if module is None else None
 
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """The extension, or None after one warning per process with the reason and the remedy."""
+    """The extension, or None if it is missing. Warns once per process, with a remedy."""
     module, reason = _probe()
     if module is None:
         warnings.warn(
-            f"realign_kernels runs without its C++ extension ({reason}): slower, and with bf16 "
-            "logits rounded; to build it, install a C++17 compiler and, in the checkout, run: "
-            "pip install -v --force-reinstall --no-deps .",
+            f"realign_kernels runs without its C++ extension ({reason}). It is slower, and rounds "
+            "bf16 logits. To build the extension, install a C++17 compiler and run in the "
+            "checkout: pip install -v --force-reinstall --no-deps .",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -46,7 +46,7 @@ def extension() -> ModuleType | None:
 
 
 def require_extension() -> Any:
-    """The extension where it is known to be built; its functions are untyped."""
+    """The extension, for callers that know it is built. Its functions are untyped."""
     module = extension()
     assert module is not None
     return module

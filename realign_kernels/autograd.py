@@ -1,8 +1,9 @@
 """The autograd Functions of eager mode: `LogProbs`, `FusedPreference` and `TokenLoss`.
 
-Rows are planned on the host, and only once. Compiled graphs take the operators in `ops`, whose
-schema has no place for a plan. A call of `torch.library.custom_op` costs 40 us of host time with
-autograd, one of a Function 9 us (2 cores, torch 2.13), and an operator plans its rows again.
+The host plans the rows of a call once. Compiled graphs use the operators in `ops` instead. The
+schema of an operator cannot hold a plan, so each operator plans its rows again. With autograd, a
+call of a `torch.library.custom_op` takes 40 us of host time, and a call of a Function 9 us (2
+cores, torch 2.13).
 """
 
 import math
@@ -30,20 +31,20 @@ from realign_kernels.row_plan import (
     to_device,
 )
 
-_NOTHING = nullcontext()  # entering an autocast that changes nothing takes 5 us
+_NOTHING = nullcontext()  # entering an autocast context without effect takes 5 us
 
 
 def refuse_second_derivative() -> None:
-    """Check in a backward that no graph of the gradient is built.
+    """Check that a backward pass builds no graph of the gradient (no double backward).
 
-    once_differentiable is silent where the incoming gradient is a constant, so that a gradient
-    penalty would be left out.
+    once_differentiable raises nothing if the incoming gradient is a constant. A gradient penalty
+    would then be dropped silently.
 
     Raises:
         RuntimeError: a graph is built.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("the head has no second derivative: call backward without create_graph")
+        raise RuntimeError("the head has no second derivative. Call backward without create_graph.")
 
 
 def trains(weight: Tensor, bias: Tensor | None) -> bool:
@@ -54,13 +55,14 @@ def trains(weight: Tensor, bias: Tensor | None) -> bool:
 def keeps_dlogp_dh(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the forward keeps d logp / d hidden, so that the backward needs no GEMM.
 
-    It costs one GEMM and saves two; it is for a head that does not train, whose hidden states do.
+    It does for a frozen head with hidden states that need a gradient. This costs one GEMM in the
+    forward and saves two in the backward.
     """
     return torch.is_grad_enabled() and hidden.requires_grad and not trains(weight, bias)
 
 
 def no_autocast(device: str) -> AbstractContextManager:
-    """Autocast is off inside: it would cast the operands of a backend's GEMM again."""
+    """A context without autocast, which would cast the operands of a backend's GEMM again."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
@@ -114,7 +116,7 @@ def score_rows(
     keep_dlogp_dh: bool,
     check: bool,
 ) -> tuple[Head, Tensor, Tensor, Tensor | None]:  # (n,), (n,), (n, H)
-    """The head that was used, log-probs, targets and dlogp_dh of rows that are not ignored.
+    """Head used (after a possible retry), log-probs, targets and dlogp_dh of scored rows.
 
     Raises:
         NonFiniteError: with `check`, a log-prob or its derivative is NaN or infinite.
@@ -137,7 +139,7 @@ def score_rows(
 
 
 class LogProbs(torch.autograd.Function):
-    """Log-probs of scored rows. The second result is the dlogp_dh that a frozen head keeps."""
+    """Log-probs of scored rows. The second result is dlogp_dh, kept for a frozen head only."""
 
     @staticmethod
     def forward(
@@ -179,9 +181,10 @@ class LogProbs(torch.autograd.Function):
 
 
 def _kept_targets(rows: ScoredRows, targets: Tensor) -> Tensor:
-    """The targets of a backward: those of a vocabulary shard are local, the labels are not.
+    """The targets to keep for the backward.
 
-    A copy, since a loader may fill the labels' memory again before the backward.
+    Labels are copied, because a loader may overwrite their memory before the backward. The targets
+    of a forward over a vocabulary shard are local indices, so the labels are kept instead.
     """
     return rows.labels.clone() if rows.runner_up is None else targets
 
@@ -193,7 +196,7 @@ def sum_by_sequence(
 ) -> Tensor:  # (L, B) in the dtype of logps
     """Sums of log-probs by sequence, in fp64.
 
-    The tokens of a sequence are few, and the order of CUDA's atomic adds no longer shows.
+    In fp64 the order of CUDA's atomic adds does not change the rounded result.
     """
     leaves, examples = shape
     sums = logps.new_zeros(leaves * examples, dtype=torch.float64)
@@ -201,7 +204,7 @@ def sum_by_sequence(
 
 
 def _loss_kernel(objective: Objective, reduction: str, logps: Tensor) -> Callable | None:
-    """The kernel from these log-probs of tokens to the loss, None where there is none."""
+    """A fused kernel from token log-probs to the loss, or None if the backend has none."""
     if reduction == "none" or logps.dtype != torch.float32:
         return None
     return backend_for(logps).fused_loss(objective)
@@ -215,9 +218,9 @@ def from_tokens(
     objective: Objective,
     reduction: str,
 ) -> PreferenceOutput:
-    """The objective of per-token log-probs; in one launch where the backend has a kernel for it.
+    """The objective of per-token log-probs, in one launch if the backend has a kernel for it.
 
-    Values are not checked.
+    Does not check values.
     """
     kernel = _loss_kernel(objective, reduction, logps)
     if kernel is None:
@@ -288,7 +291,7 @@ class _ExampleLosses:
         used = logps if weights is None else logps * weights
         _, _, reference_logps, objective, reduction = self.loss
         if kernel := _loss_kernel(objective, reduction, logps):
-            # Examples outside of the group get losses without meaning, which are not read.
+            # The losses of examples outside the group are meaningless and are not read.
             out = kernel(used, ids, reference_logps, objective, reduction=reduction)
             grad = out.coefficients
             output = PreferenceOutput(out.loss, out.sums, out.rewards, out.counts, out.term_losses)
@@ -323,31 +326,33 @@ class _ExampleLosses:
         return from_tokens(used, *sequences, *self.loss[2:])
 
     def check_parts(self, parts: float, whole: float) -> None:
-        """Compare the loss in parts, whose gradients are used, with the whole.
+        """Compare the sum of the group losses with the loss of the whole batch.
+
+        The gradients come from the group losses, so the two must agree.
 
         Raises:
-            ValueError: they differ, so the gradients are not those of the loss.
+            ValueError: they differ.
         """
         if self.loss.reduction == "mean":
             whole *= self.loss.reference_logps.shape[1]
         if abs(parts - whole) > 1e-5 * (1 + abs(parts) + abs(whole)):  # of fp32 sums
             raise ValueError(
-                f"objective {self.loss.objective.name!r} gives {whole} for all examples and "
-                f"{parts} for them in parts: a term must be a function of the rewards of one "
-                "example"
+                f"objective {self.loss.objective.name!r} gives {whole} for all examples together, "
+                f"but {parts} for groups of them. A term must be a function of the rewards of one "
+                "example."
             )
 
 
 class FusedPreference(torch.autograd.Function):
     """An objective over a head that trains, in 3 GEMMs: logits, gradient of hidden, of weight.
 
-    The gradient of the weight needs each row's d loss / d logp before the sum over rows. It is
-    known as soon as the sequences of the row's example are in, since the loss of an example depends
-    only on that example. So rows pass the head by whole examples, and their logits serve the
-    forward and the backward. Gradients are made in forward and scaled in backward.
+    The gradient of the weight needs each row's d loss / d logp before the sum over rows. The loss
+    of an example depends on that example only, so the factor is known once all its sequences are
+    scored. Rows are therefore scored in whole examples, and their logits serve both the forward and
+    the backward. The forward computes the gradients, and the backward scales them.
 
-    An autograd.Function and not an operator, since an objective is Python; under torch.compile the
-    public function takes linear_logprobs and sequence_sums instead, at 4 GEMMs.
+    It is an autograd.Function and not an operator, because an objective is Python code. Under
+    torch.compile the public function uses linear_logprobs and sequence_sums, at 4 GEMMs.
     """
 
     @staticmethod
@@ -391,7 +396,7 @@ class FusedPreference(torch.autograd.Function):
         ctx.mark_non_differentiable(output.rewards, output.token_counts, output.term_losses)
         ctx.set_materialize_grads(False)
 
-        # The only read of the device, last: until the backward, the GPU has nothing to do.
+        # The only wait for the device. It comes last, when all work of the forward is enqueued.
         flag = sentinel(output.logps - reference_logps)
         both: list[float] = []
         if losses.partial:
@@ -411,7 +416,7 @@ class FusedPreference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss, grad_sums, *_) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        # Given away, so that they need not be copied; a second backward recomputes them.
+        # Autograd takes them over without a copy. A second backward recomputes them.
         ready, ctx.grads = ctx.grads, None
         grads: list[Tensor | None] = [None, None, None]
         if ready is not None and grad_loss is not None:
@@ -431,7 +436,7 @@ class FusedPreference(torch.autograd.Function):
 
     @staticmethod
     def _recomputed(ctx: Any, grad_loss: Tensor | None, grad_sums: Tensor | None) -> Gradients:
-        """Gradients from those of the loss and of the sums, in 4 GEMMs."""
+        """Gradients from those of the loss and of the sums, in 3 GEMMs."""
         hidden, weight, bias, targets, ids, weights, grad_logps = ctx.saved_tensors
         grad = torch.zeros_like(grad_logps) if grad_loss is None else grad_logps * grad_loss
         if grad_sums is not None:
@@ -446,12 +451,12 @@ def _with_grad(
     loss_of: Callable[[Tensor], PreferenceOutput],
     sums: Tensor,  # (L, B)
 ) -> tuple[PreferenceOutput, Tensor]:
-    """loss_of(sums), and the gradient of its loss, outside of the graph that is being built."""
-    # Hooks of checkpointing would run the caller's forward again at each tensor that is kept.
+    """loss_of(sums) and the gradient of its loss, computed outside the caller's graph."""
+    # Checkpointing hooks would run the caller's forward again for each saved tensor.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         output = loss_of(sums.requires_grad_())
         grad = None
-        if output.loss.requires_grad:  # not that of detached leaves only
+        if output.loss.requires_grad:  # False if all leaves are detached
             (grad,) = torch.autograd.grad(output.loss, sums, allow_unused=True)
     output = output._replace(loss=output.loss.detach(), logps=sums.detach())
     return output, torch.zeros_like(output.logps) if grad is None else grad

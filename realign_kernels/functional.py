@@ -1,14 +1,16 @@
-"""The public functions: arguments are validated here, and only here.
+"""The public functions: log-probs and preference losses over a linear head.
 
-L is the number of leaves of the objective, B of examples, T of positions, N of rows, H the width
-of hidden states, V the vocabulary. Rows whose label is ignore_index are dropped before the head:
-they cost nothing, get gradient 0, and may hold any values. Keep the rows of one example adjacent if
-you can; that is for speed, not for correctness.
+Arguments are validated here, and only here. In shapes, L is the number of leaves of the objective,
+B of examples, T of positions and N of rows. H is the width of hidden states, V the vocabulary.
 
-Labels and sequence_ids may stay on the CPU while hidden is on a GPU, pinned if possible: they are
-planned on the host. A call then waits for the device once, at its end, for one number that shows
-whether its results are finite; with labels on the device it also waits at its start, for the
-number of rows that count. A `group` adds a wait for the sizes of its shards.
+Rows whose label is ignore_index are dropped before the head. They cost nothing, get gradient 0, and
+may hold any values. Keep the rows of one example adjacent if possible. This affects speed, not
+correctness.
+
+Labels and sequence_ids may stay on the CPU, pinned if possible, while hidden is on a GPU, because
+the host plans the rows. A call then waits for the device once, at its end, for one number that
+shows whether its results are finite. With labels on the device it also waits at its start, for the
+number of scored rows. A `group` adds a wait for the sizes of its shards.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ from realign_kernels.nonfinite import (
 from realign_kernels.objectives import Objective, PreferenceOutput, RDPOOutput, Term
 from realign_kernels.reference import acc_dtype
 
-_rdpo = lru_cache(objectives.rdpo)  # its checks take 17 us
+_rdpo = lru_cache(objectives.rdpo)  # saves the checks of the constructor, 17 us
 
 
 def linear_logprobs(
@@ -56,32 +58,34 @@ def linear_logprobs(
     rival: Tensor | None = None,  # (...) bool
     group: ProcessGroup | None = None,
 ) -> Tensor:  # (...) fp32; fp64 for fp64 inputs
-    """Log-prob of each label under a linear head, without holding all logits.
+    """Log-prob of each label under a linear head, without holding all logits in memory.
 
-    log softmax(cap(hidden @ weight.T + bias) / temperature)[label], cap(z) = softcap *
-    tanh(z / softcap). Differentiable once, in hidden, weight and bias, for any loss on top.
-    Row i of hidden predicts labels[i]: shift before you call.
+    Computes log softmax(cap(hidden @ weight.T + bias) / temperature)[label], where cap(z) is
+    softcap * tanh(z / softcap). The result is differentiable once, in hidden, weight and bias, for
+    any loss. Row i of hidden predicts labels[i], so shift the labels before the call.
 
-    With u = one GEMM over the rows that are not ignored, it costs 1u without gradient, 2u with
-    gradient only to hidden (backward is then free), 3u only to weight, 4u to both.
+    With u the cost of one GEMM over the rows that are not ignored, a call without gradient costs
+    1u. Forward and backward cost 2u with gradient only to hidden (backward is then free), 3u only
+    to weight, and 4u to both.
 
     Args:
-        hidden: fp32, fp64, bf16 or fp16; any strides.
-        weight: same dtype. Under autocast all three are cast as F.linear casts them. A DTensor is
-            gathered, once; its gradient is averaged over the ranks of its mesh, as FSDP does.
+        hidden: fp32, fp64, bf16 or fp16, with any strides.
+        weight: same dtype. Under autocast, hidden, weight and bias are cast as in F.linear. A
+            DTensor is gathered once. Its gradient is averaged over the ranks of its mesh, as in
+            FSDP.
         labels: rows with ignore_index give 0 and are not read.
         bias: same dtype as weight.
         softcap: as in Gemma 2, applied before temperature.
         temperature: divides the logits.
-        chunk_rows: rows that pass the head together; default by device and vocabulary.
-        rival: rows that score, instead of the label, the strongest token that is not the label
-            (for `objectives.released`). Not with `group`.
-        group: the head is split by vocabulary over the ranks of this process group, in their order:
-            weight and bias are this rank's rows (a DTensor sharded on axis 0 works as well); hidden
-            and labels are the same on all ranks, and so are the results and hidden's gradient.
+        chunk_rows: rows per chunk. The default depends on device and vocabulary.
+        rival: rows that score the strongest token except the label (for `objectives.released`).
+            Not supported with `group`.
+        group: process group over whose ranks the head is split by vocabulary, in rank order.
+            weight and bias are this rank's rows, or DTensors sharded on axis 0. hidden and labels
+            must be the same on all ranks. Results and the gradient of hidden then are the same too.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a label is outside [0, V).
+        ValueError: shapes, dtypes or devices do not match, or a label is outside [0, V).
         NonFiniteError: a log-prob is NaN or infinite.
     """
     hidden, weight, bias = validation.check_head(hidden, *local_head(weight, bias, group))
@@ -103,7 +107,7 @@ def _linear_logprobs(
 ) -> Tensor:  # (N,)
     """linear_logprobs of validated arguments."""
     if torch.compiler.is_compiling():
-        # A graph cannot depend on the number of scored rows: the operator drops ignored rows.
+        # A graph cannot depend on the number of scored rows, so the operator drops ignored rows.
         dense = hidden.reshape(len(labels), hidden.shape[-1])
         return ops.logprobs(dense, weight, labels, bias, runner_up, settings)
     head, ignore_index = settings.head(weight, bias), settings.ignore_index
@@ -124,19 +128,19 @@ def preference_loss(
     reduction: str = "mean",
     token_counts: Tensor | None = None,  # (L, B) integer
 ) -> PreferenceOutput:
-    """An objective over log-probs of whole responses, summed over their tokens.
+    """Preference loss of response log-probs, which are sums over tokens.
 
     Args:
-        leaf_logps: fp32 or fp64; axis 0 in the order of the objective's leaves.
-        reference_logps: the same under the reference model; constants.
+        leaf_logps: fp32 or fp64, with axis 0 in the order of the objective's leaves.
+        reference_logps: the same under the reference model, without gradient.
         terms: an Objective (`objectives.rdpo()`), or a list of terms over leaf indices.
-        beta: with a list of terms only (default 0.1); an Objective brings its own.
+        beta: only for a list of terms, 0.1 by default. An Objective has its own beta.
         reduction: over examples, "mean", "sum" or "none".
-        token_counts: tokens of each response; for objectives that average over them.
+        token_counts: tokens of each response, for objectives that average over tokens.
 
     Raises:
-        ValueError: shapes or dtypes do not fit the objective.
-        NonFiniteError: an input holds NaN or infinity (checked outside of compiled graphs).
+        ValueError: shapes or dtypes do not match the objective.
+        NonFiniteError: an input holds NaN or infinity (not checked in compiled graphs).
     """
     objective = objectives.as_objective(terms, beta)
     validation.check_reference(reference_logps, objective, reduction)
@@ -166,21 +170,24 @@ def linear_preference_loss(
     token_weights: Tensor | None = None,  # of the shape of labels
     group: ProcessGroup | None = None,
 ) -> PreferenceOutput:
-    """An objective from hidden states: linear_logprobs, sums per sequence, preference_loss.
+    """Preference loss of hidden states: linear_logprobs, sums per sequence, preference_loss.
 
-    The arguments are those of these two functions. sequence_ids and token_weights of ignored rows
-    are not read. A head that trains costs 3u here, and not 4u: the gradients are made in the
-    forward, by whole examples. Examples of more than chunk_rows rows take 4u; so does everything
-    under torch.compile, in fp16 and with reduction="none".
+    The arguments are those of linear_logprobs and preference_loss. sequence_ids and token_weights
+    of ignored rows are not read.
+
+    A head that trains costs 3u instead of 4u, because the forward computes the gradients, in whole
+    examples. It costs 4u for examples of more than chunk_rows rows, under torch.compile, in fp16,
+    and with reduction="none".
 
     Args:
-        token_weights: factor of each token's log-prob in the sum of its sequence; constants.
-            reference_logps must be weighted alike. An objective that averages divides by the
-            number of tokens, not by the sum of their weights.
+        sequence_ids: number of each row's sequence, leaf * B + example.
+        token_weights: factor of each token's log-prob in the sum of its sequence, without gradient.
+            reference_logps must be weighted in the same way. An objective that averages divides by
+            the number of tokens, not by the sum of their weights.
 
     Raises:
-        ValueError: as these functions; also if a sequence has no label to score.
-        NonFiniteError: as these functions.
+        ValueError: as for these functions, or a sequence has no label to score.
+        NonFiniteError: as for these functions.
     """
     objective = objectives.as_objective(terms, beta)
     validation.check_reference(reference_logps, objective, reduction)
@@ -208,7 +215,7 @@ def linear_preference_loss(
     shape = (leaves, examples)
     plan = row_plan.RowPlan(labels, ids, hidden.device, head.vocabulary, ignore_index, shape)
     loss = LossInputs(plan, token_weights, reference_logps, objective, reduction)
-    # In fp16 gradients made in the forward would underflow before a loss scale reaches them.
+    # In fp16 the gradients of the forward would underflow before a loss scale is applied.
     early = reduction != "none" and hidden.dtype != torch.float16
     if early and trains(weight, bias) and torch.is_grad_enabled():
         output = FusedPreference.apply(hidden, weight, bias, head, loss, chunk_rows)
@@ -222,7 +229,7 @@ def _preference_of_logprobs(
     loss: LossInputs,
     chunk_rows: int | None,
 ) -> PreferenceOutput:
-    """The objective over log-probs of scored rows, for a head that does not train: 2 GEMMs.
+    """The objective over log-probs of scored rows, in 2 GEMMs for a frozen head.
 
     Raises:
         NonFiniteError: a log-prob, its derivative or a reference is NaN or infinite.
@@ -234,7 +241,7 @@ def _preference_of_logprobs(
     used = logps if token_weights is None else logps * rows.of(token_weights)
     sequences = plan.ids_on_device, plan.counts
     output = from_tokens(used, *sequences, reference_logps, objective, reduction)
-    # One wait for the device, at the end.
+    # The only wait for the device.
     if not is_finite(sentinel(output.logps.detach() - reference_logps, dlogp_dh)):
         if retry := head.retry():
             return _preference_of_logprobs(hidden, retry, loss, chunk_rows)
@@ -264,8 +271,8 @@ def rdpo_loss(
 ) -> RDPOOutput:
     """rDPO, the loss of Re-Align (arXiv 2502.13146): linear_preference_loss with objectives.rdpo.
 
-    With s = log pi - log pi_ref of a response (w chosen, l rejected) under an image (v, or v'
-    retrieved), summed over its tokens:
+    s(y, u) is log pi - log pi_ref of response y under image u, summed over tokens. w is the chosen
+    and l the rejected response, v the image and v' the retrieved one:
 
         -log sigmoid(beta (s(w,v) - s(l,v))) - visual_weight log sigmoid(beta (s(w,v) - s(w,v')))
 
@@ -273,10 +280,10 @@ def rdpo_loss(
     linear_preference_loss.
 
     Raises:
-        ValueError, NonFiniteError: as linear_preference_loss does.
+        ValueError, NonFiniteError: as for linear_preference_loss.
     """
     plain = type(beta) is float and type(visual_weight) is float
-    known = plain and not torch.compiler.is_compiling()  # Dynamo warns of caches
+    known = plain and not torch.compiler.is_compiling()  # Dynamo warns about lru_cache
     output = linear_preference_loss(
         hidden,
         weight,
@@ -298,7 +305,7 @@ def rdpo_loss(
 
 
 class RDPOLoss(nn.Module):
-    """rdpo_loss with its settings given once. They are checked here, not at the first batch.
+    """rdpo_loss as a module with fixed settings. The constructor checks them.
 
     Raises:
         ValueError: a setting is out of range.

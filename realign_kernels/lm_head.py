@@ -22,7 +22,7 @@ class VocabularyShard(NamedTuple):
     total: int
     """Vocabulary over all ranks."""
     largest: int
-    """Rows of the largest shard: all ranks size their chunks by it, so that they agree."""
+    """Rows of the largest shard, from which all ranks derive the same chunk size."""
 
 
 class Head(NamedTuple):
@@ -34,7 +34,7 @@ class Head(NamedTuple):
     temperature: float
     shard: VocabularyShard | None = None
     shift_by_max: bool = False
-    """Without `TorchKernels.fused`, for which labels may be too far below other tokens."""
+    """Excludes `TorchKernels.fused`, in which E overflows for labels far below other tokens."""
 
     @property
     def vocabulary(self) -> int:
@@ -42,9 +42,9 @@ class Head(NamedTuple):
         return len(self.weight) if self.shard is None else self.shard.total
 
     def retry(self) -> "Head | None":
-        """The head for a second try where results are not finite; None if it changes nothing.
+        """The head for a second attempt after non-finite results, or None if nothing would change.
 
-        Shards never fuse, and their ranks must not differ in the kernels that they run.
+        Shards never use `fused`, and all their ranks must run the same kernels.
         """
         final = self.shift_by_max or self.shard is not None
         return None if final else self._replace(shift_by_max=True)
@@ -60,7 +60,7 @@ class HeadSettings(NamedTuple):
     group: Any = None  # ProcessGroup or, in an operator, its name; "" for none
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
-        """The head; with a process group, whose ranks each hold rows of it in turn."""
+        """The head with these settings. A process group makes it a vocabulary shard."""
         group: Any = self.group or None
         if type(group) is str:
             group = _resolve_process_group(self.group)
@@ -70,10 +70,10 @@ class HeadSettings(NamedTuple):
 
 
 def shard_of(weight: Tensor, group: ProcessGroup) -> VocabularyShard:
-    """The rows of the whole head that `weight` is: shards are in the order of the ranks.
+    """The position of this rank's `weight` in the whole head. Shards are in rank order.
 
     Raises:
-        ValueError: when a rank has no row.
+        ValueError: a rank has no rows.
     """
     size = torch.tensor([len(weight)], device=weight.device)
     sizes = [torch.empty_like(size) for _ in range(group.size())]
@@ -81,7 +81,8 @@ def shard_of(weight: Tensor, group: ProcessGroup) -> VocabularyShard:
     counts = torch.cat(sizes).tolist()
     if min(counts) == 0:
         raise ValueError(
-            f"weight has {counts} rows on the ranks of group: each needs one, use fewer ranks"
+            f"weight has {counts} rows on the ranks of group, but each rank needs at least one. "
+            "Use fewer ranks."
         )
     return VocabularyShard(group, sum(counts[: group.rank()]), sum(counts), max(counts))
 
@@ -91,14 +92,15 @@ def local_head(
     bias: Tensor | None,  # (V,)
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Plain tensors: a DTensor gathered, or with a group its local rows.
+    """Weight and bias as plain tensors: a DTensor is gathered, or gives its local rows to a group.
 
     Raises:
-        ValueError: for a group that this rank is not in.
+        ValueError: this rank is not in the group, or a DTensor is not sharded over it by rows.
     """
     if group is not None and not isinstance(group, ProcessGroup):
         raise ValueError(
-            f"group is {group!r}, not a process group that this rank is in: call on its ranks only"
+            f"group is {group!r}, not a process group that includes this rank. Call only on its "
+            "ranks."
         )
     bias = None if bias is None else _local("bias", bias, group)
     return _local("weight", weight, group), bias
@@ -109,17 +111,17 @@ def _local(name: str, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
         return tensor
     mesh = tensor.device_mesh
     if group is None:
-        # Ranks see different examples, each with the mean of its own loss: like FSDP, average.
+        # Each rank has different examples and the mean of their losses, so average as FSDP does.
         return tensor.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)
     if mesh.ndim != 1 or mesh.get_group().group_name != group.group_name:
         raise ValueError(
-            f"{name} is a DTensor on {mesh}, not on the ranks of group: pass the group of its "
-            "mesh, mesh.get_group(), or leave group out to gather it"
+            f"{name} is a DTensor on {mesh}, not on the ranks of group. Pass the group of its "
+            "mesh, mesh.get_group(), or omit group to gather the DTensor."
         )
     if tensor.placements != (Shard(0),):
         raise ValueError(
-            f"{name} is a DTensor placed {tensor.placements}: a head split by vocabulary is "
-            "Shard(0); leave group out to gather any other"
+            f"{name} is a DTensor placed {tensor.placements}, but a head split by vocabulary must "
+            "be Shard(0). Omit group to gather it."
         )
     return tensor.to_local()
 
@@ -130,25 +132,25 @@ def head_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # (..., H'), (V, H'), (V,)
     """hidden, weight and bias whose product is the output of a language-model head.
 
-    nn.Linear gives its own weight and bias, with hidden as it came; so does the trained copy in
-    PEFT's modules_to_save, and the weight with trainable tokens in it where the head shares the
-    embedding's. A PEFT LoRA layer appends its rank to both:
+    For nn.Linear these are hidden unchanged, and its weight and bias. The same holds for the
+    trained copy in PEFT's modules_to_save. If the head shares the embedding's weight, trainable
+    tokens are merged into it. A PEFT LoRA layer appends its rank to hidden and weight:
 
         [h, s A h] [W, B]^T = W h + s B A h
 
-    so gradients reach A and B, LoRA dropout is applied as the layer does, and an adapter that is
-    small beside W keeps its digits in bf16, which a merged weight (`head_parameters`) rounds away.
-    It costs a copy of the weight, V x (H + r), each call.
+    Gradients thus reach A and B, and LoRA dropout applies as in the layer. A small adapter keeps
+    its precision in bf16, which the merged weight of `head_parameters` loses by rounding. Each call
+    copies the weight, V x (H + r).
 
     Args:
         lm_head: the module, V outputs of H inputs.
-        hidden: (..., H) its input.
+        hidden: (..., H), the input of the module.
 
     Returns:
-        hidden (..., H'), weight (V, H') and bias (V,) or None, H' = H + the ranks of the adapters.
+        hidden (..., H'), weight (V, H') and bias (V,) or None. H' is H plus the adapters' ranks.
 
     Raises:
-        ValueError: the module is of another kind, or an active adapter is not LoRA.
+        ValueError: the type of the module is not supported, or an active adapter is not LoRA.
     """
     base, adapters = _layers(lm_head)
     if not adapters:
@@ -164,15 +166,14 @@ def head_inputs(
 
 
 def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The effective weight (V, H) and bias (V,) of a language-model head.
+    """The effective weight (V, H) and bias (V,) of a language-model head, with LoRA merged.
 
-    As `head_inputs`, for code without hidden states: LoRA is merged, W + sum over
-    active adapters of scaling * B A, as a function of A and B, so that gradients reach them. The
-    merged weight is a copy of V x H, made by each call and rounded once to the dtype of W: in bf16
-    a change below 1/512 of an entry of W is lost.
+    It is an alternative to `head_inputs` for code without hidden states. The weight is W + the sum
+    over active adapters of scaling * B A. Gradients reach A and B. Each call makes a V x H copy,
+    rounded once to the dtype of W. In bf16, changes below 1/512 of an entry of W are lost.
 
     Raises:
-        ValueError: as head_inputs, and for LoRA dropout while training.
+        ValueError: as for head_inputs, or an adapter has LoRA dropout while training.
     """
     base, adapters = _layers(lm_head)
     if not adapters:
@@ -184,8 +185,8 @@ def head_parameters(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
         rate = getattr(adapter.dropout, "p", 0.0)
         if lm_head.training and rate > 0:
             raise ValueError(
-                f"adapter {adapter.name!r} of lm_head has dropout {rate}, which no merged weight "
-                "can express: use head_inputs, or set lora_dropout=0"
+                f"adapter {adapter.name!r} of lm_head has dropout {rate}, which a merged weight "
+                "cannot express. Use head_inputs, or set lora_dropout=0."
             )
         up, down = adapter.up.weight.to(wide), adapter.down.weight.to(wide)
         weight = torch.addmm(weight, up, down, alpha=adapter.scaling)
@@ -201,7 +202,7 @@ class _Adapter(NamedTuple):
     dropout: nn.Module
 
     def add_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """With PEFT's lora_bias B has a bias, which is scaled as well."""
+        """The bias plus that of B, which PEFT's lora_bias adds and scales."""
         if self.up.bias is None:
             return bias
         extra = self.scaling * self.up.bias
@@ -209,10 +210,10 @@ class _Adapter(NamedTuple):
 
 
 def _layers(lm_head: nn.Module) -> tuple[nn.Linear | SimpleNamespace, list[_Adapter]]:
-    """The linear layer that runs now, and the LoRA adapters that are added to it."""
+    """The active linear layer, and the LoRA adapters that are added to it."""
     layer = _trained_copy(lm_head)
     tokens = getattr(layer, "token_adapter", layer)
-    if hasattr(tokens, "trainable_tokens_delta"):  # of a head that shares the embedding's weight
+    if hasattr(tokens, "trainable_tokens_delta"):  # the head shares the embedding's weight
         names = () if tokens.disable_adapters else tokens.active_adapters
         base = _plain(tokens.base_layer)
         return SimpleNamespace(weight=tokens.get_merged_weights(names), bias=base.bias), []
@@ -222,9 +223,10 @@ def _layers(lm_head: nn.Module) -> tuple[nn.Linear | SimpleNamespace, list[_Adap
 
 
 def _trained_copy(lm_head: Any) -> Any:
-    """The module that runs: with PEFT's modules_to_save the trained copy, if it is active.
+    """The module that runs: PEFT's active trained copy from modules_to_save, if any.
 
-    PEFT is recognised by its attributes, as this package does not import it; they are untyped.
+    PEFT modules are recognized by their untyped attributes, because this package does not import
+    PEFT.
     """
     if not (hasattr(lm_head, "modules_to_save") and hasattr(lm_head, "original_module")):
         return lm_head
@@ -239,8 +241,8 @@ def _lora_layers(lm_head: Any) -> tuple[nn.Linear, list[_Adapter]]:
     base = getattr(lm_head, "base_layer", None)
     if not isinstance(base, nn.Linear) or not hasattr(lm_head, "lora_A"):
         raise ValueError(
-            f"lm_head is {type(lm_head).__name__}: pass nn.Linear or a PEFT LoRA layer around one, "
-            "or compute weight and bias yourself"
+            f"lm_head is {type(lm_head).__name__}. Pass nn.Linear or a PEFT LoRA layer around one, "
+            "or compute weight and bias yourself."
         )
     if lm_head.disable_adapters:
         if lm_head.merged:
@@ -254,8 +256,8 @@ def _lora_layers(lm_head: Any) -> tuple[nn.Linear, list[_Adapter]]:
         linear = isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
         if not linear or name in getattr(lm_head, "lora_variant", {}):
             raise ValueError(
-                f"adapter {name!r} of lm_head is not plain LoRA (DoRA?): merge it, or leave the "
-                "head out of target_modules"
+                f"adapter {name!r} of lm_head is not plain LoRA (maybe DoRA). Merge it, or remove "
+                "the head from target_modules."
             )
         dropout = lm_head.lora_dropout[name]
         adapters.append(_Adapter(name, down, up, lm_head.scaling[name], dropout))
@@ -263,11 +265,11 @@ def _lora_layers(lm_head: Any) -> tuple[nn.Linear, list[_Adapter]]:
 
 
 def _plain(linear: nn.Linear) -> nn.Linear:
-    """Quantized layers also are nn.Linear, and their weight has no meaning without its scales."""
+    """Returns `linear` if it is not quantized. A quantized layer may be an nn.Linear as well."""
     weight = linear.weight
     if weight.dtype not in DTYPES:
         raise ValueError(
-            f"lm_head holds a {tuple(weight.shape)} weight of {weight.dtype}: leave the head out "
-            "of quantization, or pass its dequantized weight"
+            f"lm_head has a weight {tuple(weight.shape)} of dtype {weight.dtype}. Exclude the head "
+            "from quantization, or pass its dequantized weight."
         )
     return linear

@@ -1,4 +1,7 @@
-"""NonFiniteError and its checks: one number is read, and more only where it is not finite."""
+"""NonFiniteError and its checks.
+
+A call reads one number from the device. Detailed checks run only if it is not finite.
+"""
 
 import math
 
@@ -8,10 +11,12 @@ from realign_kernels.lm_head import Head
 
 
 class NonFiniteError(ValueError):
-    """A log-prob is NaN or infinite. `rows` are the flat indices of the rows, as they were given
-    (of the (L, B) table that the message names, where it is not hidden).
+    """A log-prob is NaN or infinite.
 
-    A trainer maps the rows to examples, names them, and stops before the optimizer step.
+    Trainers map the rows to examples, name these, and stop before the optimizer step.
+
+    Attributes:
+        rows: flat indices of the affected rows of hidden, or of the (L, B) table in the message.
     """
 
     def __init__(self, message: str, rows: list[int]) -> None:
@@ -23,16 +28,16 @@ class NonFiniteError(ValueError):
 
 
 def first_few(values: list[int], limit: int = 8) -> str:
-    """The first of them, and the number of the others."""
+    """The first `limit` values as text, with the number of the others."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return f"{values[:limit]}{more}"
 
 
 def sentinel(*values: Tensor | None) -> Tensor:
-    """A scalar on the device that is not finite if a value is not.
+    """A scalar on the device that is not finite if any value is not.
 
-    isfinite() is four launches on CUDA, a sum is one. A sum in a wider dtype would copy the values.
-    Finite values may overflow in the sum; the detailed checks then find no fault.
+    It is a sum, which is one launch on CUDA. isfinite() is four, and a sum in a wider dtype would
+    copy the values. If finite values overflow in the sum, the detailed checks find no error.
     """
     total, *more = [v.sum() for v in values if v is not None]
     for value in more:
@@ -41,7 +46,7 @@ def sentinel(*values: Tensor | None) -> Tensor:
 
 
 def is_finite(scalar: Tensor) -> bool:
-    """Reads a `sentinel`, for which the host waits."""
+    """Whether a `sentinel` is finite. The host waits for the device."""
     return math.isfinite(scalar.item())
 
 
@@ -49,10 +54,10 @@ def finite_rows(
     logps: Tensor,  # (n,)
     dlogp_dh: Tensor | None,  # (n, H)
 ) -> Tensor:  # (n,) bool
-    """Which log-probs are finite, and d logp / d hidden with them."""
+    """Mask of rows whose log-prob and d logp / d hidden are finite."""
     finite = logps.isfinite()
     if dlogp_dh is not None:
-        # A weight of -inf may leave the log-prob finite, but not its derivative.
+        # With a weight of -inf the log-prob may be finite while its derivative is not.
         finite &= dlogp_dh.sum(1, dtype=logps.dtype).isfinite()
     return finite
 
@@ -63,10 +68,10 @@ def check_rows(
     hidden: Tensor,  # (n, H)
     head: Head,
 ) -> None:
-    """Check that log-probs are finite.
+    """Check that the rows are finite.
 
     Raises:
-        NonFiniteError: one is not; the message has the likely cause.
+        NonFiniteError: a row is not. The message names the likely cause.
     """
     if finite.all():
         return
@@ -77,10 +82,10 @@ def check_rows(
         causes.append("weight holds NaN or inf")
     if head.bias is not None and not head.bias.isfinite().all():
         causes.append("bias holds NaN or inf")
-    where = "" if head.shard is None else " on this rank (another's shard may hold NaN or inf)"
+    where = "" if head.shard is None else " on this rank (other shards may hold NaN or inf)"
     reason = ", ".join(causes) or (
-        f"hidden, weight and bias are finite{where}, so the logits overflow {hidden.dtype}: "
-        "look for exploding activations, or use bfloat16"
+        f"hidden, weight and bias are finite{where}, so the logits overflow {hidden.dtype}. "
+        "Look for exploding activations, or use bfloat16"
     )
     rows = _places(index, ~finite)
     raise NonFiniteError(f"log-probs are not finite in rows {first_few(rows)}: {reason}", rows)
@@ -92,17 +97,17 @@ def check_tables(
     sums: Tensor,  # (L, B) of used
     reference_logps: Tensor,  # (L, B)
 ) -> None:
-    """Check that references and weighted log-probs are finite; `check_rows` comes first.
+    """Check that references and weighted log-probs are finite. Call `check_rows` first.
 
     Raises:
-        NonFiniteError: one is NaN or infinite.
+        NonFiniteError: a value is NaN or infinite.
     """
     check_sequences("reference_logps", reference_logps)
     if not sums.isfinite().all():
         rows = _places(index, ~used.isfinite())
         raise NonFiniteError(
-            f"token_weights make the log-probs of rows {first_few(rows)} NaN or infinite: look "
-            "at their values there",
+            f"token_weights make the log-probs of rows {first_few(rows)} NaN or infinite. Check "
+            "the weights of these rows.",
             rows,
         )
 
@@ -111,7 +116,7 @@ def check_sequences(name: str, values: Tensor) -> None:
     """Check that an (L, B) tensor is finite.
 
     Raises:
-        NonFiniteError: names the tensor and the first sequence.
+        NonFiniteError: a value is not. The message names the tensor and the first sequence.
     """
     rows = (~values.isfinite()).flatten().nonzero().squeeze(1).tolist()
     if not rows:
@@ -119,7 +124,7 @@ def check_sequences(name: str, values: Tensor) -> None:
     leaf, example = divmod(rows[0], values.shape[1])
     raise NonFiniteError(
         f"{name} holds NaN or inf for {len(rows)} sequences, first (leaf {leaf}, example "
-        f"{example}): compute it again for these",
+        f"{example}). Compute these values again.",
         rows,
     )
 

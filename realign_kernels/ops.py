@@ -1,8 +1,8 @@
-"""Operators for graphs of torch.compile: schema, fake implementation, autograd.
+"""Custom operators for torch.compile: schema, fake implementation, autograd.
 
-Eager calls take `autograd`. An operator's body sees real values even under torch.compile, so checks
-that depend on values are here: label range, sequence numbers, non-finite results. It drops ignored
-rows as well, since the number of scored rows is not a constant of a graph.
+Eager calls use `autograd` instead. The body of an operator has real values even under
+torch.compile. It therefore checks them: label range, sequence numbers, non-finite results. It also
+drops ignored rows, because the number of scored rows is not a constant of the graph.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ from realign_kernels.row_plan import (
 )
 
 IGNORED = -1
-"""The target of an ignored row. ignore_index may be a token, which a runner-up row may score."""
+"""Target of an ignored row. ignore_index could be a token that a runner-up row scores."""
 
 
 @torch.library.custom_op("realign::linear_logprobs", mutates_args=())
@@ -51,14 +51,14 @@ def linear_logprobs(
     group: str,
     keep_dlogp_dh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, H) or (0, H), both wide; (N,) or (0,) int64
-    """Log-probs, and with keep_dlogp_dh d logp_i / d hidden_i, from which backward is a scaling.
+    """Log-probs; with keep_dlogp_dh also d logp_i / d hidden_i, which backward only has to scale.
 
-    dlogp_dh is wide, so that the gradient is rounded once. With `runner_up`, also the targets: the
-    tokens that were scored.
+    dlogp_dh is wide, so that the gradient is rounded once. With `runner_up` the third result is
+    the targets, the tokens that were scored.
 
     Raises:
         ValueError: a label is outside [0, V).
-        NonFiniteError: a log-prob, or its derivative, is NaN or infinite.
+        NonFiniteError: a log-prob or its derivative is NaN or infinite.
     """
     settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
     head = settings.head(weight, bias)
@@ -104,9 +104,9 @@ def linear_logprobs_backward(
     needs_grad: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, H), (V, H), (V,); empty where not needed
-    """Gradients of hidden, weight and bias by recomputing the logits.
+    """Gradients of hidden, weight and bias from recomputed logits.
 
-    Ignored rows get 0, and their grad is not read.
+    Ignored rows get gradient 0, and their grad is not read.
     """
     settings = HeadSettings(softcap, temperature, ignore_index, chunk_rows, group)
     head = settings.head(weight, bias)
@@ -144,7 +144,7 @@ def _setup_linear_logprobs(ctx: Any, inputs, output) -> None:
     ctx.mark_non_differentiable(dlogp_dh, targets)
     ctx.set_materialize_grads(False)
     ctx.dtype, ctx.settings = hidden.dtype, HeadSettings(*settings)
-    # Device threads of the autograd engine do not see use_backend; a trace must not bake it in.
+    # Device threads of the autograd engine do not see use_backend. A trace must not store it.
     ctx.backend = "" if torch.compiler.is_compiling() else current_override()
     if runner_up is not None:
         labels, ctx.settings = targets, ctx.settings._replace(ignore_index=IGNORED)
@@ -163,7 +163,7 @@ def _linear_logprobs_grads(ctx: Any, grad: Tensor | None, *_):
         assert not need_weight and not need_bias, "keep_dlogp_dh is for a frozen head"
         labels, dlogp_dh = ctx.saved_tensors
         ignored = to_device(labels == ctx.settings.ignore_index, grad.device)
-        # An ignored row's log-prob is the constant 0, also where its gradient is inf or NaN.
+        # An ignored row's log-prob is the constant 0, even if its incoming gradient is inf or NaN.
         factor = grad.masked_fill(ignored, 0)[:, None]
         return (dlogp_dh * factor).to(ctx.dtype), None, None, None, *constants
     hidden, weight, labels, bias = ctx.saved_tensors
@@ -187,7 +187,7 @@ def logprobs(
     runner_up: Tensor | None,  # (N,) bool
     settings: HeadSettings,
 ) -> Tensor:  # (N,) wide
-    """The operator with public settings."""
+    """Calls the operator `linear_logprobs` with public settings."""
     softcap, temperature, *_, group = settings
     plain = settings._replace(
         softcap=None if softcap is None else float(softcap),
@@ -208,7 +208,7 @@ def sequence_sums(
 ) -> tuple[Tensor, Tensor]:  # (L, B) in the dtype of logps, (L, B) int64
     """Log-prob and token count of each sequence.
 
-    reference_logps give the shape; their values are only checked.
+    The shape of the result is that of reference_logps, whose values are only checked.
 
     Raises:
         ValueError: a sequence number is out of range, or a sequence has no token.

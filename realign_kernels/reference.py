@@ -1,7 +1,7 @@
 """The specification: every operator in plain PyTorch, in fp32 (fp64 for fp64 inputs).
 
-These functions define the operators, and tests compare with them. They build all
-logits at once, so they are for small inputs. `backends.reference` makes them a backend
+These functions define the operators, and tests compare against them. They compute all logits at
+once, so they are for small inputs. `backends.reference` makes them available as a backend
 (`use_backend("reference")`).
 """
 
@@ -22,7 +22,7 @@ def linear_logits(
     softcap: float | None,
     temperature: float,
 ) -> Tensor:  # (N, V), wide
-    """The head caps (Gemma 2: cap * tanh(z / cap)), then sampling divides by the temperature."""
+    """Logits: softcap first (Gemma 2: cap * tanh(z / cap)), then division by the temperature."""
     wide = acc_dtype(hidden.dtype)
     logits = hidden.to(wide) @ weight.to(wide).T
     if bias is not None:
@@ -41,7 +41,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:  # (N,), wide
-    """log softmax(logits)[label]; ignored rows are 0 and are not read."""
+    """log softmax(logits)[label]. Ignored rows are 0 and are not read."""
     rows = (labels != ignore_index).nonzero().squeeze(1)
     logits = linear_logits(hidden[rows], weight, bias, softcap, temperature)
     logps = F.log_softmax(logits, dim=1).gather(1, labels[rows, None]).squeeze(1)
@@ -57,7 +57,7 @@ def linear_logprobs_backward(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, H), (V, H), (V,), wide
-    """d logp / d z = (onehot - softmax(z)) / temperature * cap', with cap' = 1 - (z / cap)^2."""
+    """Gradients from d logp / d z = (onehot - softmax(z)) / temperature * (1 - (z / cap)^2)."""
     logits = linear_logits(hidden, weight, bias, softcap, temperature)
     residual = F.one_hot(labels, len(weight)) - logits.softmax(1)
     grad_logits = grad[:, None] * residual / temperature
@@ -86,7 +86,7 @@ def rdpo_loss(
     beta: float = 0.1,
     visual_weight: float = 1.0,
 ) -> Tensor:  # ()
-    """rDPO (arXiv 2502.13146), mean over the examples."""
+    """rDPO loss (arXiv 2502.13146), mean over the examples."""
     chosen, rejected, visual = logps - reference_logps
     text_loss = -F.logsigmoid(beta * (chosen - rejected))
     visual_loss = -F.logsigmoid(beta * (chosen - visual))
@@ -97,5 +97,5 @@ def runner_up(
     logits: Tensor,  # (N, V)
     labels: Tensor,  # (N,) int64
 ) -> Tensor:  # (N,) int64
-    """The strongest token that is not the label, which the authors' release scores (`released`)."""
+    """The strongest token except the label, which objective `released` scores."""
     return logits.scatter(1, labels[:, None], float("-inf")).argmax(1)

@@ -1,7 +1,7 @@
 """Scored rows, planned on the host: ignored rows are dropped here, and only here.
 
-The number of scored rows is a shape. Labels and sequence numbers on the CPU cost no wait for the
-device.
+The number of scored rows is a shape, so the host must know it. Labels and sequence numbers on the
+CPU need no wait for the device.
 """
 
 import math
@@ -17,15 +17,15 @@ from realign_kernels.objectives import Objective
 
 
 def host_values(*tensors: Tensor) -> list[np.ndarray]:
-    """The values of int64 tensors of one length, with one wait if any of them is on a device."""
+    """The values of int64 tensors of equal length, with one wait if any of them is on a device."""
     apart = [tensor for tensor in tensors if tensor.device.type != "cpu"]
     read = iter(torch.stack(apart).cpu() if len(apart) > 1 else [t.cpu() for t in apart])
     return [(t if t.device.type == "cpu" else next(read)).numpy() for t in tensors]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without a wait: pinned first, then copied in stream order."""
-    plain = type(tensor) is Tensor  # a fake one cannot be pinned
+    """Moves a host tensor to `device` without a wait, through pinned memory in stream order."""
+    plain = type(tensor) is Tensor  # a fake tensor cannot be pinned
     if device.type == "cuda" and tensor.device.type == "cpu" and plain:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -35,9 +35,10 @@ def indices_to_device(
     *arrays: np.ndarray | None,  # (n,) int64
     device: torch.device,
 ) -> list[Tensor | None]:
-    """Copies of the arrays on `device`, by one transfer and without a wait; None stays None.
+    """Copies of the arrays on `device`, in one transfer without a wait. None stays None.
 
-    Each starts at a multiple of 16 bytes: Triton compiles another kernel for other addresses.
+    Each starts at a multiple of 16 bytes, because Triton compiles a separate kernel for other
+    addresses.
     """
     places, end = [], 0
     for array in arrays:
@@ -58,13 +59,13 @@ def scored_rows(
     vocabulary: int,
     ignore_index: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:  # (n,) int64, (n,) int64
-    """Labels that are not ignored, and their indices; None if that is all of them.
+    """Labels that are not ignored, and their indices, or None if no label is ignored.
 
     Raises:
         ValueError: a label is outside [0, vocabulary).
     """
     if not 0 <= ignore_index < vocabulary and not _any_outside(labels, vocabulary):
-        return labels, None  # one pass of four, where no row is ignored
+        return labels, None  # without ignored rows, one pass over the labels instead of four
     valid = labels != ignore_index
     rows = None if valid.all() else valid.nonzero()[0]
     scored = labels if rows is None else labels[rows]
@@ -73,7 +74,7 @@ def scored_rows(
         first = outside[0] if rows is None else rows[outside[0]]
         raise ValueError(
             f"labels: {len(outside)} outside [0, {vocabulary}), first {labels[first]} at flat row "
-            f"{first}; rows to skip must hold ignore_index ({ignore_index})"
+            f"{first}. Rows to skip must hold ignore_index ({ignore_index})."
         )
     return scored, rows
 
@@ -86,12 +87,12 @@ def _any_outside(values: np.ndarray, limit: int) -> bool:
 class ScoredRows(NamedTuple):
     """The n rows that are not ignored, on the device of the head."""
 
-    labels: Tensor  # (n,) int64
-    index: Tensor | None  # (n,) int64, flat positions among N rows; None: all of them in order
-    runner_up: Tensor | None = None  # (n,) bool, rows that score the strongest other token
+    labels: Tensor  # (n,) int64.
+    index: Tensor | None  # (n,) int64, flat positions among N rows. None: all rows in order.
+    runner_up: Tensor | None = None  # (n,) bool, rows that score the strongest other token.
 
     def of(self, values: Tensor) -> Tensor:
-        """Entries (n, ...) of values (N, ...)."""
+        """The entries (n, ...) of values (N, ...) at these rows."""
         return values if self.index is None else values[self.index]
 
 
@@ -116,11 +117,11 @@ def drop_ignored(
 
 def _on_device(
     given: Tensor,  # (N,) int64, on the CPU or on `device`
-    labels: np.ndarray,  # (n,) int64, those of them that are scored
+    labels: np.ndarray,  # (n,) int64, scored labels among `given`
     rows: np.ndarray | None,  # (n,) int64
     device: torch.device,
 ) -> ScoredRows:
-    """Labels that are on the device already are not copied."""
+    """`ScoredRows` on the device. Labels that are already there are not copied."""
     if rows is None and given.device == device:
         return ScoredRows(given, None)
     on_device, index = indices_to_device(labels, rows, device=device)
@@ -130,9 +131,9 @@ def _on_device(
 
 def take_rows(
     hidden: Tensor,  # (..., H)
-    index: Tensor | None,  # (n,) int64, of the flattened leading axes; None: all of them
+    index: Tensor | None,  # (n,) int64, of the flattened leading axes; None: all rows
 ) -> Tensor:  # (n, H)
-    """Rows of hidden, without a copy of other rows: hidden[:, :, :-1] has no flat view."""
+    """Rows of hidden, without a copy of other rows, even if hidden has no flat view."""
     if index is None:
         return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     if hidden.is_contiguous():
@@ -149,7 +150,7 @@ def spread_rows(
     index: Tensor | None,  # (n,) int64, distinct
     shape: torch.Size,  # (..., H)
 ) -> Tensor:  # (..., H)
-    """The inverse of `take_rows`, with 0 in the other rows."""
+    """Inverse of `take_rows`, with 0 in the other rows."""
     if index is None:
         return values.view(shape)
     full = len(index) == shape[:-1].numel()
@@ -159,7 +160,7 @@ def spread_rows(
 
 
 def scores_runner_ups(objective: Objective) -> bool:
-    """Whether a leaf is scored by the strongest token that is not the label."""
+    """Whether the objective has a leaf that scores the strongest token except the label."""
     return any(leaf.rival for leaf in objective.leaves)
 
 
@@ -168,7 +169,10 @@ def runner_up_rows(
     sequence_ids: Tensor,  # (N,) int64, leaf * B + example; not read where ignored
     examples: int,
 ) -> Tensor:  # (N,) bool
-    """The rows of leaves that are scored by the strongest other token; there is such a leaf."""
+    """Mask of the rows that score the strongest token except the label.
+
+    The objective must have at least one such leaf (`scores_runner_ups`).
+    """
     of_row = sequence_ids // max(examples, 1)
     leaves = [index for index, leaf in enumerate(objective.leaves) if leaf.rival]
     return torch.stack([of_row == leaf for leaf in leaves]).any(0)
@@ -177,8 +181,8 @@ def runner_up_rows(
 class RowPlan:
     """The n scored rows of a batch, planned on the host.
 
-    Labels are read and checked at once. Sequence numbers and counts are checked when they are first
-    asked for: where no leaf is a rival, the first GEMM has been launched by then.
+    The constructor reads and checks the labels. Sequence numbers and counts are checked at first
+    use. If no leaf is a rival, that is after the launch of the first GEMM.
     """
 
     def __init__(
@@ -190,7 +194,7 @@ class RowPlan:
         ignore_index: int,
         shape: tuple[int, int],
     ) -> None:
-        """Plan for sequences of `shape`, (leaves, examples).
+        """Plans the rows of sequences of `shape`, (leaves, examples).
 
         Raises:
             ValueError: a label is out of range.
@@ -202,7 +206,7 @@ class RowPlan:
         self.labels, self.rows = scored_rows(known, vocabulary, ignore_index)
 
     def scored(self, objective: Objective) -> ScoredRows:
-        """The rows on the device; sequence numbers are not needed where no leaf is a rival."""
+        """The rows on the device. Sequence numbers are needed only if a leaf is a rival."""
         rows = _on_device(self._given, self.labels, self.rows, self.device)
         if not scores_runner_ups(objective):
             return rows
@@ -211,7 +215,7 @@ class RowPlan:
 
     @cached_property
     def numbers(self) -> tuple[np.ndarray, np.ndarray]:  # (n,), (L, B) int64
-        """Sequence numbers of the rows, leaf * B + example, and rows of each sequence.
+        """Sequence numbers of the rows, leaf * B + example, and number of rows per sequence.
 
         Raises:
             ValueError: a number is out of range, or a sequence has no row.
@@ -230,13 +234,13 @@ class RowPlan:
 
     @cached_property
     def ids_on_device(self) -> Tensor:  # (n,) int64
-        """The sequence numbers."""
+        """The sequence numbers of the rows, on the device."""
         (ids,) = indices_to_device(self.numbers[0], device=self.device)
         assert ids is not None
         return ids
 
     def by_example(self) -> "RowPlan":
-        """The same rows in the order of examples; the rows of an example keep theirs."""
+        """A plan with the same rows, stably sorted by example."""
         ids, counts = self.numbers
         order = (ids % self.shape[1]).argsort(kind="stable")
         plan = copy(self)
@@ -247,21 +251,21 @@ class RowPlan:
 
 def check_ids(
     ids: np.ndarray,  # (n,) int64
-    rows: np.ndarray | None,  # (n,) int64, their flat positions; None: their own
+    rows: np.ndarray | None,  # (n,) int64, flat positions; None: 0 to n - 1
     leaves: int,
     examples: int,
 ) -> None:
-    """Check sequence numbers.
+    """Check that sequence numbers are in [0, leaves * examples).
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: one is not.
     """
     if _any_outside(ids, leaves * examples):
         first = int((ids.view(np.uint64) >= leaves * examples).argmax())
         row = first if rows is None else rows[first]
         raise ValueError(
-            f"sequence_ids[{row}] is {ids[first]}, outside [0, {leaves * examples}): "
-            f"number sequences as leaf * {examples} + example, {leaves} leaves"
+            f"sequence_ids[{row}] is {ids[first]}, outside [0, {leaves * examples}). "
+            f"Number sequences as leaf * {examples} + example, with {leaves} leaves."
         )
 
 
@@ -277,6 +281,6 @@ def check_counts(
     if not counts.all():
         leaf, example = np.argwhere(counts == 0)[0]
         raise ValueError(
-            f"labels: the sequence (leaf {leaf}, example {example}) has no token to score, all "
-            f"its labels are ignore_index ({ignore_index}): drop the example, or truncate less"
+            f"labels: the sequence (leaf {leaf}, example {example}) has no token to score. All "
+            f"its labels are ignore_index ({ignore_index}). Drop the example, or truncate less."
         )

@@ -1,5 +1,6 @@
-// CUDA kernels for realign_kernels/backends/triton, over addresses: the caller owns the tensors and
-// has checked their dtypes, devices and strides. A build without a kernel has no such function.
+// Bindings of CUDA kernels for realign_kernels/backends/triton. They take addresses: the caller
+// owns the tensors and has checked their dtypes, devices and strides. A build without a kernel
+// lacks its function.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -21,7 +22,7 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Enqueues and returns, so the GIL is kept.
+// Keeps the GIL, because it only enqueues.
 void exp_head(uintptr_t hidden,
               uintptr_t weight,
               uintptr_t exp_logits,

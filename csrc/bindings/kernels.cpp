@@ -1,5 +1,5 @@
-// Row kernels and GEMM for realign_kernels/backends/cpp.py, over addresses: the caller owns the
-// tensors and has checked shapes, strides and dtypes.
+// Bindings of row kernels and GEMM for realign_kernels/backends/cpp.py. They take addresses: the
+// caller owns the tensors and has checked shapes, strides and dtypes.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -59,11 +59,11 @@ void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a
   }
   const bool half = dtype_of(dtype) == Dtype::bf16, half_out = dtype_of(c_dtype) == Dtype::bf16;
   if (half_out && (!half || accumulate)) {
-    throw py::value_error("a bfloat16 product is of bfloat16 matrices, and does not accumulate");
+    throw py::value_error("a bfloat16 product needs bfloat16 matrices and cannot accumulate");
   }
   const realign::Gemm multiply = half ? realign::gemm_of_bf16() : realign::gemm_of_f32();
   if (multiply == nullptr) {
-    throw py::value_error("this CPU has no " + dtype + " GEMM here: ask cpu_features()");
+    throw py::value_error("there is no " + dtype + " GEMM for this CPU. Check cpu_features().");
   }
   py::gil_scoped_release release;
   const realign::Product product{at(c), c_row, half_out, accumulate};
@@ -83,7 +83,7 @@ void row_stats(uintptr_t logits, const std::string& logits_dtype, int64_t logits
   const realign::RowOutputs out{
       at(exp_logits),       dtype_of(exp_logits_dtype), exp_logits_stride,  at<int64_t>(target),
       at<float>(logit),     at<float>(max_logit),       at<float>(sum_exp), at<float>(dz_dlogit)};
-  realign::cpu();  // REALIGN_CPU may be refused: before the GIL is released
+  realign::cpu();  // may throw for REALIGN_CPU, so call it before the GIL is released
   py::gil_scoped_release release;
   realign::row_stats(in, out, threads);
 }
@@ -100,8 +100,8 @@ void hidden_grad_epilogue(int64_t rows, int64_t width, uintptr_t exp_w, uintptr_
                             at<const float>(factor), at(out), to, threads);
 }
 
-// Memory for a large result, which its last tensor gives back to a pool. Touching memory that the
-// system has to find first takes up to 109 ms for 128 MiB, in large pages 13, touched before 5.
+// Memory for a large result. The last tensor returns it to a pool. The first touch of 128 MiB takes
+// up to 109 ms, and 13 ms in large pages. Memory that was touched before takes 5 ms.
 class Block {
  public:
   explicit Block(size_t bytes) {
@@ -118,7 +118,7 @@ class Block {
     data_ = std::aligned_alloc(page, size_);
     if (data_ == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-    madvise(data_, size_, MADV_HUGEPAGE);  // a hint: may be refused
+    madvise(data_, size_, MADV_HUGEPAGE);  // a hint that may fail
 #endif
   }
 
@@ -167,8 +167,8 @@ py::array_t<float> exponential(const py::array_t<float, py::array::c_style>& x) 
 }  // namespace
 
 void bind_kernels(py::module_& module) {
-  module.attr("ABI") = 4;  // counted up when a signature changes; see _extension.py
-  module.def("cpu_features", &cpu_features, "What the kernels use of this CPU.");
+  module.attr("ABI") = 4;  // incremented when a signature changes (see _extension.py)
+  module.def("cpu_features", &cpu_features, "CPU features that the kernels use.");
   module.def("gemm", &gemm, py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
              py::arg("a"), py::arg("a_row"), py::arg("a_column"), py::arg("b"), py::arg("b_row"),
              py::arg("b_column"), py::arg("c"), py::arg("c_row"), py::arg("c_dtype"),

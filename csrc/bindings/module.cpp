@@ -1,5 +1,6 @@
-// realign_kernels._C: the module, and pack_forest over numpy arrays. Public functions of the package
-// validate arguments for users; the checks here only keep the core inside its arrays.
+// The module realign_kernels._C, and the binding of pack_forest for numpy arrays. The public
+// functions of the package validate arguments for users. The checks here only prevent accesses
+// outside the arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -23,7 +24,7 @@ const int64_t* int64_data(const py::array& array, const char* name) {
   return static_cast<const int64_t*>(array.data());
 }
 
-// Hands the vector's memory to numpy, uncopied.
+// Passes the vector's memory to numpy without a copy.
 py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
   auto owned = std::make_unique<std::vector<int64_t>>(std::move(values));
   const auto size = static_cast<py::ssize_t>(owned->size());
@@ -43,7 +44,7 @@ py::tuple pack_forest(const py::array& root_lengths,
   const int64_t num_roots = root_lengths.size();
   const int64_t num_leaves = leaf_lengths.size();
   if (leaf_roots.size() != num_leaves) {
-    throw py::value_error("leaf_roots and leaf_lengths differ in size");
+    throw py::value_error("leaf_roots and leaf_lengths must have the same size");
   }
   realign::ForestPacking packing;
   {
@@ -78,7 +79,7 @@ void bind_staging(py::module_& module);  // staging.cpp
 void bind_table(py::module_& module);    // table.cpp
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "C++ core of realign_kernels; called through its public functions.";
+  module.doc() = "C++ core of realign_kernels, called through its public functions.";
   module.def("pack_forest", &pack_forest, py::arg("root_lengths"), py::arg("leaf_lengths"),
              py::arg("leaf_roots"), py::arg("budget"));
   bind_cuda(module);

@@ -1,5 +1,5 @@
-// The staging ring for realign_kernels/refcache/staging.py, over addresses: the caller owns the
-// values and has checked their dtype and device.
+// Bindings of the staging ring for realign_kernels/refcache/staging.py. They take addresses: the
+// caller owns the values and has checked their dtype and device.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -25,16 +25,16 @@ std::unique_ptr<Staging> make_staging(int slots, int device) {
   return realign::make_cuda_staging(device, slots);
 #else
   throw py::value_error("device is " + std::to_string(device) +
-                        ", but this build has no CUDA: put nvcc on PATH and run REALIGN_CUDA=on "
+                        ", but this build has no CUDA. Put nvcc on PATH and run REALIGN_CUDA=on "
                         "pip install -v --force-reinstall --no-deps . in the checkout, or pass -1");
 #endif
 }
 
-// Enqueues and returns, so the GIL is kept; it guards `offsets` too.
+// Keeps the GIL, because it only enqueues. The GIL also protects `offsets`.
 void push(Staging& ring, uintptr_t values, int64_t count,
           const py::array_t<int64_t, py::array::c_style>& offsets, uintptr_t stream) {
   if (offsets.ndim() != 1 || offsets.size() < 1) {
-    throw py::value_error("offsets must be 1-D, with one entry more than there are leaves");
+    throw py::value_error("offsets must be 1-D, with one entry more than the number of leaves");
   }
   ring.push(reinterpret_cast<const float*>(values), count, offsets.data(), offsets.size() - 1,
             reinterpret_cast<void*>(stream));

@@ -1,4 +1,4 @@
-// The table of reference log-probs for realign_kernels/refcache/store.py, over numpy arrays.
+// Bindings of the table of reference log-probs for realign_kernels/refcache/store.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -116,7 +116,7 @@ py::dict compact_table(const std::string& folder, const py::bytes& fingerprint) 
   return found;
 }
 
-// OSError makes the subclass that belongs to the number: PermissionError and so on.
+// OSError selects the subclass for the error number, such as PermissionError.
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);

@@ -1,6 +1,6 @@
-// CUTLASS's persistent, warp-specialised GEMM for sm_90a with an epilogue visitor tree of
+// CUTLASS's persistent, warp-specialized GEMM for sm_90a, with this epilogue visitor tree:
 //   accumulator, shift, label -> MaskedExp -> sum over columns -> bf16 -> sum over columns ->
-//   exp_logits.
+//   exp_logits
 #include "gemm/exp_head.h"
 
 #include <cute/tensor.hpp>
@@ -24,7 +24,7 @@ namespace {
 using namespace cute;
 namespace fusion = cutlass::epilogue::fusion;
 
-// A node of the tree: exp2(scale * z - shift), and 0 in the label's column.
+// A node of the tree: exp2(scale * z - shift), or 0 in the label's column.
 struct MaskedExp {
   struct SharedStorage {};
   struct Arguments {
@@ -83,14 +83,14 @@ struct MaskedExp {
       return e;
     }
 
-    Coordinates coordinates;  // of this thread's elements in the tile
-    int first_column;         // of the tile
+    Coordinates coordinates;  // this thread's elements in the tile
+    int first_column;         // first column of the tile
     float scale;
   };
 
   template <bool ReferenceSrc, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(const fusion::ConsumerStoreArgs<Args...>& args) {
-    // The residue is what is left of the problem from this thread's first element on.
+    // The residue is the problem size minus the position of this thread's first element.
     const int first = static_cast<int>(get<1>(args.problem_shape_mnkl)) -
                       static_cast<int>(get<1>(args.residue_tCcD));
     return Callbacks<decltype(args.tCcD)>(args.tCcD, first, params.scale);
@@ -108,7 +108,7 @@ constexpr int kAlignment = 8;  // 16 bytes
 using Shift = fusion::Sm90ColBroadcast<0, Tile, float, float, ByRow>;
 using Label = fusion::Sm90ColBroadcast<0, Tile, int, int, ByRow>;
 using Exp = fusion::Sm90EVT<MaskedExp, fusion::Sm90AccFetch, Shift, Label>;
-// One sum for each row and tile of columns, in a fixed order: no atomics, no last reduction.
+// One sum for each row and tile of columns, in a fixed order, without atomics or a final reduction.
 using Sum = fusion::Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tile, float,
                                      float, cutlass::FloatRoundStyle::round_to_nearest, ByRow, 4,
                                      false, false>;
@@ -132,7 +132,7 @@ using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
 void check(cutlass::Status status, const char* step) {
   if (status == cutlass::Status::kSuccess) return;
-  cudaGetLastError();  // else the next launch would be blamed for it
+  cudaGetLastError();  // clears the error, so that the next launch does not report it
   throw std::runtime_error(std::string("exp_head: ") + step + ": " +
                            cutlass::cutlassGetStatusString(status));
 }
@@ -161,7 +161,7 @@ void exp_head(const ExpHead& head, int device, void* stream) {
   Gemm gemm;
   check(Gemm::can_implement(arguments), "shape, stride or address");
   if (Gemm::get_workspace_size(arguments) != 0) {
-    throw std::runtime_error("exp_head: CUTLASS wants a workspace");
+    throw std::runtime_error("exp_head: CUTLASS requires a workspace");
   }
   const auto on = static_cast<cudaStream_t>(stream);
   check(gemm.initialize(arguments, nullptr, on), "initialize");

@@ -1,14 +1,15 @@
-// Blocked like BLIS. Every thread has a MacroKernel, which packs blocks of a and b and runs the
-// micro-kernel over them: 6 rows x 64 columns of c in 24 registers. bf16 on a CPU with AMX takes the
-// micro-kernel of gemm_amx.cpp, 32 x 32.
+// A GEMM with the blocking of BLIS. Every thread has a MacroKernel, which packs blocks of a and b
+// and runs the micro-kernel over them: 6 rows x 64 columns of c in 24 registers. bf16 on a CPU with
+// AMX uses the micro-kernel of gemm_amx.cpp, 32 x 32.
 //
-//   pack_b writes panels of 64 columns, so that a step along k reads 4 registers in a row. bf16 is
-//   packed in pairs along k, which VDPBF16PS multiplies and adds two by two: a "step" is 4 bytes of
-//   k, one fp32 or two bf16.
+// A "step" along k is 4 bytes: one fp32 or two bf16. VDPBF16PS multiplies and adds pairs of bf16.
+//
+//   pack_b writes panels of 64 columns, so that a step reads 4 consecutive registers.
 //   pack_a leaves a in place if its rows are contiguous in k. The micro-kernel broadcasts from it.
 //
-// A panel of 256 steps takes 64 KiB and streams from the second-level cache. Half of that would fit
-// the first, and was slower: the sums go to memory and back twice as often.
+// A panel of 256 steps takes 64 KiB and streams from the second-level cache. A panel of half the
+// size would fit into the first-level cache, but was slower: the sums go to memory and back twice
+// as often.
 #include "gemm/gemm.h"
 
 #include <immintrin.h>
@@ -26,16 +27,16 @@ namespace {
 
 constexpr int kTileRows = 6;
 constexpr int kTileColumns = kPanelColumns;
-constexpr int64_t kBlockColumns = 512;  // of b
+constexpr int64_t kBlockColumns = 512;  // columns of b in a block
 constexpr int64_t kKeep = 2 << 20;      // bytes of b that a thread keeps packed
 
-// Rows of a as the micro-kernel reads them.
+// Rows of a in the layout of the micro-kernel.
 struct PackedA {
   const char* data;
   int64_t row, step;  // bytes between rows, and between steps
 };
 
-// Rows x 64 columns of c over `steps` of k.
+// Computes Rows x 64 columns of c over `steps` of k.
 template <class T, int Rows>
 void micro_kernel(PackedA a, const float* panel, int64_t steps, float* c, int64_t c_row,
                   int columns, bool accumulate) {
@@ -109,8 +110,8 @@ class MacroKernel {
 
   void run() {
     const int64_t columns = std::min(kBlockColumns, n1_ - n0_);
-    // Several blocks of rows meet the same columns. Their panels are kept packed for all k where
-    // they are small; else k is the outer loop, and the sums of all rows go to memory more often.
+    // Several blocks of rows use the same columns. Small panels stay packed for all k. For large
+    // panels k is the outer loop, and the sums of all rows go to memory more often.
     const int64_t whole = columns * round_up(k_, kSteps * T::per_step) * int64_t{sizeof(Element)};
     const bool one_block = m1_ - m0_ <= T::block_rows;
     const bool k_outer = !one_block && !c_.half && whole > kKeep;
@@ -131,8 +132,8 @@ class MacroKernel {
   }
 
  private:
-  // Elements of k from pc in one block. The last bf16 of an odd k has no partner in memory: where a
-  // is not packed it is a block of its own, whose packed copy has a zero beside it.
+  // Number of elements of k in the block that starts at pc. The last bf16 of an odd k has no
+  // partner in memory. If a is not packed, this element is a separate block, packed with a zero.
   int64_t depth(int64_t pc) const {
     if (T::amx) return std::min(kSteps * T::per_step, k_ - pc);
     const int64_t even = k_ / T::per_step * T::per_step;
@@ -141,7 +142,7 @@ class MacroKernel {
 
   int64_t rows(int64_t ic) const { return std::min(T::block_rows, m1_ - ic); }
 
-  // Where the sums of a block go, and the floats between their rows.
+  // Address of the sums of a block. `row` is the number of floats between rows.
   float* sums(int64_t ic, int64_t jc, int64_t& row) const {
     static thread_local Scratch scratch;
     row = c_.half ? kBlockColumns : c_.row;
@@ -149,7 +150,7 @@ class MacroKernel {
     return static_cast<float*>(c_.data) + ic * c_.row + jc;
   }
 
-  // A block of a from (ic, pc): in place if its rows are contiguous in k, else packed.
+  // The block of a at (ic, pc), in place if its rows are contiguous in k, else packed.
   PackedA pack_a(int64_t ic, int64_t pc, int64_t elements) const {
     static thread_local Scratch steps, lines;
     const auto* a = static_cast<const Element*>(a_.data) + ic * a_.row + pc * a_.column;
@@ -175,7 +176,7 @@ class MacroKernel {
     return {reinterpret_cast<const char*>(packed), 4, width * 4};
   }
 
-  // Columns of b from `column` on, over k from pc, into a panel of `steps`, 0 beyond b.
+  // Packs columns of b, starting at `column` and pc, into a panel of `steps`, with 0 beyond b.
   void pack_b(int64_t pc, int64_t column, int columns, int64_t elements, int64_t steps,
               float* panel) const {
     const auto* b = static_cast<const Element*>(b_.data) + pc * b_.row + column * b_.column;
@@ -239,7 +240,8 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Product c, int th
     }
     return;
   }
-  // The grid of threads over c that packs least: each packs its rows of a and columns of b.
+  // Chooses the grid of threads over c with the least packing. Each thread packs its rows of a and
+  // columns of b.
   int64_t down = 1;
   for (int64_t d = 2; d <= threads; ++d) {
     const auto packed = [&](int64_t rows) { return m / rows + n / (threads / rows); };

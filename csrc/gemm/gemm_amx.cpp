@@ -25,7 +25,7 @@ struct alignas(64) Config {
   }
 };
 
-// c in tiles 0 1 / 2 3, a in 4 / 5, b in 6 7.
+// Tiles: c is 0 1 / 2 3, a is 4 / 5, b is 6 7.
 void configure(int rows, int columns) {
   Config config;
   for (int i = 0; i < 2; ++i) {
@@ -37,7 +37,7 @@ void configure(int rows, int columns) {
       config.set(2 * i + j, tall, std::clamp(columns - kSide * j, 0, kSide));
     }
   }
-  // Not _tile_loadconfig, of which GCC 12 believes that it reads 8 bytes, and may drop the others.
+  // GCC 12 assumes that _tile_loadconfig reads 8 bytes, and may drop the other bytes of `config`.
   __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 

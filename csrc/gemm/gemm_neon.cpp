@@ -1,11 +1,13 @@
-// gemm_bf16 of gemm.h for aarch64, by BFMMLA: 2 x 4 times 4 x 2, added to 2 x 2 sums in fp32.
+// gemm_bf16 of gemm.h for aarch64. It uses BFMMLA, which multiplies 2 x 4 by 4 x 2 and adds to 2 x
+// 2 fp32 sums.
 //
-//   A task is a block of c, 256 x 256. It packs 512 of k at a time of a and of b: groups of 8
-//   lines, of each 4 values of k in a row, so that a register holds 2 lines.
-//   The micro-kernel is a tile of 8 x 8 in 16 registers. Its sums stay in the registers' order,
-//   padded to whole tiles; they are put in order and rounded when the last of k has been added.
+//   A task is a block of c, 256 x 256. It packs a and b for 512 values of k at a time. Packed
+//   groups of 8 lines have 4 consecutive values of k per line, so that a register holds 2 lines.
+//   The micro-kernel computes a tile of 8 x 8 in 16 registers. The sums stay in register order,
+//   padded to whole tiles. After the last k they are reordered and rounded.
 //
-// Compiled for BF16 and called only where the CPU has it: nothing here may be inline and shared.
+// Compiled for BF16 and called only if the CPU has it. So nothing here may be inline and shared
+// with other files.
 #include <arm_neon.h>
 
 #include <cstdlib>
@@ -18,7 +20,7 @@ namespace realign {
 namespace {
 
 constexpr int64_t kTile = 8;  // rows of a, columns of b
-constexpr int64_t kStep = 4;  // of k
+constexpr int64_t kStep = 4;  // values of k
 constexpr int64_t kBlock = 256, kDepth = 512;
 
 struct Block {
@@ -26,7 +28,7 @@ struct Block {
   float sums[kBlock * kBlock];
 };
 
-// One for each thread. Without constructors, which would touch all of it.
+// One Block for each thread, without constructors, which would touch all of the memory.
 class Blocks {
  public:
   explicit Blocks(size_t count)
@@ -68,7 +70,7 @@ void pack(const uint16_t* source, int64_t line, int64_t k, int64_t lines, int64_
   }
 }
 
-// sums[4][4], registers of 2 x 2, += a @ b over `steps` of 4 k.
+// Adds a @ b over `steps` of 4 k to sums[4][4], which are registers of 2 x 2.
 void micro_kernel(const uint16_t* a, const uint16_t* b, int64_t steps, float* sums) {
   float32x4_t sum[4][4];
   for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = vld1q_f32(sums + 4 * i);
@@ -85,7 +87,7 @@ void micro_kernel(const uint16_t* a, const uint16_t* b, int64_t steps, float* su
   for (int i = 0; i < 16; ++i) vst1q_f32(sums + 4 * i, sum[i / 4][i % 4]);
 }
 
-// Rows [m0, m0 + rows) and columns [n0, n0 + columns) of c.
+// Computes rows [m0, m0 + rows) and columns [n0, n0 + columns) of c.
 void macro_kernel(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int64_t k, const Matrix& a,
                   const Matrix& b, const Product& c, Block& block) {
   const int64_t down = in_parts(rows, kTile), across = in_parts(columns, kTile);

@@ -1,4 +1,4 @@
-// Element types and packing for gemm.cpp. Compiled for AVX-512 in that file only.
+// Element types and packing for gemm.cpp, included only there and compiled for AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -14,8 +14,8 @@
 namespace realign {
 namespace {
 
-constexpr int64_t kSteps = 256;   // of k in a block
-constexpr int64_t kAmxRow = kSteps * 4 + 64;  // bytes of a packed row, not to share cache sets
+constexpr int64_t kSteps = 256;   // steps of k in a block
+constexpr int64_t kAmxRow = kSteps * 4 + 64;  // bytes of a packed row, padded for cache sets
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -23,7 +23,7 @@ struct F32 {
   using Element = float;
   static constexpr int per_step = 1;
   static constexpr bool amx = false;
-  static constexpr int64_t rows = 6, block_rows = 258;  // of a: of a tile, and of a block of tiles
+  static constexpr int64_t rows = 6, block_rows = 258;  // rows of a in a tile, and in a block
   static __m512 multiply_add(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
 };
 
@@ -42,7 +42,7 @@ struct Amx : Bf16 {
   static constexpr int64_t rows = 32, block_rows = 256;
 };
 
-// Grows, is kept by its thread, and is 64-byte aligned.
+// A growing, 64-byte aligned buffer, one per thread.
 class Scratch {
  public:
   char* reserve(size_t bytes) {
@@ -62,8 +62,8 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// 16 x 16 matrix of 4-byte values: `lines` lines of `source`, `stride` bytes apart, become columns.
-// Each line holds `bytes` valid bytes (at most 64); the rest, and missing lines, are 0.
+// Transposes a 16 x 16 matrix of 4-byte values: `lines` lines of `source`, `stride` bytes apart,
+// become columns. Each line has `bytes` valid bytes (at most 64). Other bytes and lines are 0.
 void transpose(const char* source, int64_t stride, int lines, int bytes, float* out, int out_row) {
   const __mmask64 valid = bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
   __m512i r[16], t[16];
@@ -95,7 +95,7 @@ void transpose(const char* source, int64_t stride, int lines, int bytes, float* 
   }
 }
 
-// `lines` lines (columns of b) that are contiguous in k -> out[step][line], `width` lines a step.
+// `lines` lines (columns of b), contiguous in k -> out[step][line], with `width` lines per step.
 template <class T>
 void pack_k_contiguous(const typename T::Element* source, int64_t stride, int64_t lines,
                        int64_t elements, int64_t width, float* out) {
@@ -111,7 +111,8 @@ void pack_k_contiguous(const typename T::Element* source, int64_t stride, int64_
   }
 }
 
-// `elements` lines of k, each contiguous over `columns` -> out[step][column], `width` a step.
+// `elements` lines of k, each contiguous over `columns` -> out[step][column], with `width` columns
+// per step.
 template <class T>
 void pack_k_strided(const typename T::Element* source, int64_t stride, int64_t columns,
                     int64_t elements, int64_t width, float* out) {
@@ -144,7 +145,7 @@ void pack_k_strided(const typename T::Element* source, int64_t stride, int64_t c
 }
 
 // `rows` lines of k -> rows of kAmxRow bytes, 0 from `elements` to the end of the last tile.
-// `scratch` holds `width` lines a step; it is for a `column` other than 1.
+// `scratch` has `width` lines per step. It is used if `column` is not 1.
 void pack_rows(const uint16_t* source, int64_t row, int64_t column, int64_t rows, int64_t elements,
                int64_t width, float* scratch, char* out) {
   const int64_t bytes = elements * 2, padded = (bytes + 63) / 64 * 64;

@@ -1,4 +1,4 @@
-// E of one logit, as the epilogue of exp_head.cu computes it; also on the host, for its test.
+// E of one logit in the epilogue of exp_head.cu. The test runs it on the host.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace realign {
 
-// exp2(scale * z - shift), or 0 where the token is left out. Results below 2^-126 are 0.
+// exp2(scale * z - shift), or 0 if `left_out`. Results below 2^-126 are 0.
 REALIGN_HOST_DEVICE inline float masked_exp2(float z, float scale, float shift, bool left_out) {
   const float exponent = fmaf(z, scale, -shift);
   float value;

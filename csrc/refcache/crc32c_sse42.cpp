@@ -1,4 +1,5 @@
-// Compiled for SSE4.2 and called only where the CPU has it: nothing here may be inline and shared.
+// Compiled for SSE4.2 and called only if the CPU has it. So nothing here may be inline and shared
+// with other files.
 #include <nmmintrin.h>
 
 #include <cstring>

@@ -14,7 +14,7 @@ struct Bins {
   std::vector<int64_t> filled;  // (bins,) sum of the lengths in each bin
 };
 
-// Longest item first (ties: smallest index) into the bin with the least room that still holds it
+// Puts items, longest first (ties: smallest index), into the bin with the least sufficient room
 // (ties: smallest bin).
 Bins best_fit_decreasing(const std::vector<int64_t>& lengths, int64_t capacity) {
   Bins bins;
@@ -24,8 +24,8 @@ Bins best_fit_decreasing(const std::vector<int64_t>& lengths, int64_t capacity) 
   std::stable_sort(bins.order.begin(), bins.order.end(),
                    [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
 
-  // Bins too full for even the shortest item are left out: with a few trees to a row that is most
-  // of them, and 1M trees pack in 0.3 s instead of 1.0 s.
+  // Bins that are too full for the shortest item are dropped. With few trees per row these are most
+  // bins, and 1M trees pack in 0.3 s instead of 1.0 s.
   const int64_t shortest = lengths.empty() ? 0 : lengths[bins.order.back()];
   std::set<std::pair<int64_t, int64_t>> rooms;  // (room left, bin)
   for (const int64_t item : bins.order) {
@@ -46,7 +46,7 @@ Bins best_fit_decreasing(const std::vector<int64_t>& lengths, int64_t capacity) 
   return bins;
 }
 
-// Leaves of each root in index order: those of root r are grouped[offsets[r]:offsets[r + 1]].
+// Leaves of each root in index order. Root r has grouped[offsets[r]:offsets[r + 1]].
 struct Groups {
   std::vector<int64_t> offsets;
   std::vector<int64_t> grouped;
@@ -76,8 +76,8 @@ ForestPacking pack_forest(const int64_t* root_lengths,
   packing.leaf_tree.resize(num_leaves);
   packing.leaf_start.resize(num_leaves);
 
-  // Trees in order of (root, part): one per root, or as many as best fit gives where the root with
-  // all its leaves exceeds the budget.
+  // Trees in order of (root, part). A root whose leaves fit into the budget has one tree. Other
+  // roots are split by best fit.
   std::vector<int64_t> leaf_order(num_leaves);
   std::iota(leaf_order.begin(), leaf_order.end(), int64_t{0});
   const Groups groups = group_by(leaf_roots, leaf_order, num_roots);
@@ -108,7 +108,7 @@ ForestPacking pack_forest(const int64_t* root_lengths,
     }
   }
 
-  // Trees into rows; inside a row they stand in the order in which they were placed.
+  // Packs trees into rows. Trees in a row keep the order of their placement.
   Bins rows = best_fit_decreasing(part_length, budget);
   const auto num_rows = static_cast<int64_t>(rows.filled.size());
   const std::vector<int64_t> row_major = group_by(rows.bin.data(), rows.order, num_rows).grouped;

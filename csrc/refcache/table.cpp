@@ -29,7 +29,7 @@ void check_name(const std::string& name) {
       "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-";
   if (name.empty() || name[0] == '.' || name.find_first_not_of(allowed) != std::string::npos) {
     throw std::invalid_argument("writer is '" + name +
-                                "'; use letters, digits, '.', '_' and '-', no dot in front");
+                                "'. Use letters, digits, '.', '_' and '-', without a leading dot.");
   }
 }
 
@@ -75,13 +75,13 @@ Table::Table(const std::string& folder, const Fingerprint& fingerprint,
     const int code = errno;
     if (read_only && code == ENOENT) {
       throw FileError(code, folder,
-                      "there is no table to read: check the path, or let a run that writes make "
-                      "it");
+                      "there is no table to read. Check the path, or create the table with a "
+                      "writer");
     }
     if (code != ENOENT) throw FileError(code, folder, "opening a table");
     std::error_code error;
     std::filesystem::create_directories(folder, error);
-    if (error) throw FileError(error.value(), folder, "making the folder of a table");
+    if (error) throw FileError(error.value(), folder, "creating the folder of a table");
   } else if (!S_ISDIR(status.st_mode)) {
     throw FileError(ENOTDIR, folder, "opening a table");
   }
@@ -91,7 +91,7 @@ Table::Table(const std::string& folder, const Fingerprint& fingerprint,
   }
   index_.reserve(static_cast<size_t>(bytes / kUnit));
   read_logs();
-  // A second writer of this name fails here rather than at its first insert.
+  // A second writer with this name fails here instead of at its first insert.
   if (writer && !read_only && logs_.count(*writer + ".log") != 0 &&
       access(path(*writer + ".log").c_str(), W_OK) == 0) {
     take_log();
@@ -102,13 +102,13 @@ Table::~Table() {
   try {
     close();
   } catch (const std::exception&) {
-    release();  // nobody is left to be told
+    release();  // a destructor cannot report the error
   }
 }
 
 bool Table::own() const { return file_ && owner_ == getpid(); }
 
-// Whether the own log stands as this process left it: not cut or removed by hand, nothing torn.
+// Whether this process's log is unchanged since its last write: not truncated, not removed.
 bool Table::intact() const {
   struct stat status;
   return own() && fstat(file_.fd(), &status) == 0 && status.st_nlink > 0 &&
@@ -116,11 +116,13 @@ bool Table::intact() const {
 }
 
 void Table::check_open() const {
-  if (closed_) throw std::invalid_argument("the table in " + folder_ + " was closed: open it anew");
+  if (closed_) {
+    throw std::invalid_argument("the table in " + folder_ + " was closed. Open it again.");
+  }
 }
 
-// A compaction puts its result in place before it removes what it merged, but reading a folder is
-// not atomic and may see neither. So it is read until it has stayed the same meanwhile.
+// A compaction puts its result in place before it removes the merged logs. Listing a folder is not
+// atomic, however, and may see neither. The folder is therefore listed until it stays the same.
 void Table::read_logs() {
   std::vector<std::string> names = list_logs(folder_);
   for (;;) {
@@ -170,7 +172,8 @@ bool Table::all_known(const std::vector<Record>& records) const {
 }
 
 size_t Table::insert(const uint8_t* keys, const double* logps, const int32_t* tokens, size_t n) {
-  // A copy first: the arrays may change under us, and what is checked must be what is written.
+  // Copied first, so that the values that are checked are also those that are written. Other
+  // threads may change the arrays.
   std::vector<Record> records(n);
   const uint32_t seed = crc32c(fingerprint_.data(), fingerprint_.size());
   for (size_t i = 0; i < n; ++i) {
@@ -181,12 +184,12 @@ size_t Table::insert(const uint8_t* keys, const double* logps, const int32_t* to
     if (!std::isfinite(record.logp)) {
       throw std::invalid_argument("logps[" + std::to_string(i) + "] is " +
                                   std::to_string(record.logp) +
-                                  "; every log-prob must be finite; nothing was written");
+                                  ", but must be finite. Nothing was written.");
     }
     if (record.tokens < 1) {
       throw std::invalid_argument("tokens[" + std::to_string(i) + "] is " +
                                   std::to_string(record.tokens) +
-                                  "; every count must be at least 1; nothing was written");
+                                  ", but must be at least 1. Nothing was written.");
     }
     record.crc = record_crc(record, seed);
   }
@@ -195,7 +198,8 @@ size_t Table::insert(const uint8_t* keys, const double* logps, const int32_t* to
   check_open();
   if (read_only_) {
     throw std::invalid_argument("the table in " + folder_ +
-                                " was opened with read_only=True: open it without to insert");
+                                " was opened with read_only=True. Open it without read_only to "
+                                "insert.");
   }
   if (!intact()) {
     if (all_known(records)) return 0;
@@ -229,8 +233,8 @@ size_t Table::insert(const uint8_t* keys, const double* logps, const int32_t* to
   return count;
 }
 
-// Writes `count` records behind `end_`. On an error the whole records that were written stay, and
-// `end_` counts them.
+// Writes `count` records at `end_`. After an error the whole records that were written are kept,
+// and `end_` includes them.
 void Table::append(const std::vector<Record>& records, size_t count) {
   int code;
   const auto bytes = static_cast<int64_t>(count) * kUnit;
@@ -245,31 +249,31 @@ void Table::append(const std::vector<Record>& records, size_t count) {
     log.last = records[static_cast<size_t>(whole) - 1];
   }
   if (done == bytes) return;
-  // If even cutting fails, the next insert finds the log not intact and begins by cutting it.
+  // If truncation fails too, intact() is false, and the next insert truncates the log first.
   if (done % kUnit != 0 && ftruncate(file_.fd(), end_) != 0) log.torn_bytes = done % kUnit;
   throw FileError(code, path(name_),
                   std::to_string(whole) + " of " + std::to_string(count) +
-                      " records were written; those are kept");
+                      " records were written and are kept");
 }
 
-// Takes a log of this process's own: the one asked for, or the lowest number that nobody writes,
-// so that the logs of crashed writers are continued.
+// Takes a log for this process: the requested name, or else the lowest number without a writer. So
+// the logs of crashed writers are used again.
 void Table::take_log() {
   drop_log();
   Lock lock;
-  if (asked_ && owner_ == getpid()) {  // the name is the parent's in a forked child
+  if (asked_ && owner_ == getpid()) {  // in a forked child the name belongs to the parent
     const std::string name = *asked_ + ".log";
     File file = open_locked(path(name), true, lock);
     if (lock == Lock::busy) {
       throw FileError(EWOULDBLOCK, path(name),
                       "log " + *asked_ + " of " + folder_ +
-                          " is being written by another process; give each writer a name of its "
-                          "own, or none");
+                          " is being written by another process. Give each writer a different "
+                          "name, or none");
     }
     if (lock == Lock::unsupported) {
       throw FileError(ENOLCK, path(name),
                       "this file system has no locks, so a named log is not safe from a second "
-                      "writer; give no writer name");
+                      "writer. Omit the writer name");
     }
     return begin_log(std::move(file), name);
   }
@@ -280,7 +284,7 @@ void Table::take_log() {
     try {
       file = open_locked(path(name), true, lock);
     } catch (const FileError& error) {
-      // The log of another user is passed over; a folder that takes no new file is an error.
+      // A log of another user is skipped. A folder that is not writable is an error.
       if (error.code() != EACCES || access(path(name).c_str(), F_OK) != 0) throw;
       continue;
     }
@@ -293,24 +297,24 @@ void Table::take_log() {
       return begin_log(std::move(file), unique);
     }
   }
-  throw FileError(EAGAIN, folder_, "all numbers are taken by writers");
+  throw FileError(EAGAIN, folder_, "all log numbers are taken by writers");
 }
 
-// Cuts what an earlier writer left torn, writes the header if need be, and indexes the rest.
+// Truncates a torn record of an earlier writer, writes the header if needed, and indexes the rest.
 void Table::begin_log(File file, const std::string& name) {
   struct stat status;
   if (fstat(file.fd(), &status) != 0) throw FileError(errno, path(name), "opening a log");
   int64_t size = status.st_size;
   const int64_t whole = size / kUnit * kUnit;
   if (size != whole) {
-    if (ftruncate(file.fd(), whole) != 0) throw FileError(errno, path(name), "cutting a log");
+    if (ftruncate(file.fd(), whole) != 0) throw FileError(errno, path(name), "truncating a log");
     size = whole;
   }
   if (size == 0) {
     const Header header = make_header(fingerprint_);
     int code;
     if (write_all(file.fd(), &header, sizeof(header), code) != sizeof(header)) {
-      // What stands there of a header is cut off by whoever opens the log next.
+      // The next writer that opens the log truncates the partial header.
       throw FileError(code, path(name), "no record was written");
     }
     size = sizeof(header);
@@ -324,13 +328,13 @@ void Table::begin_log(File file, const std::string& name) {
 }
 
 void Table::drop_log() {
-  // Unlocked in words, for a child forked meanwhile keeps a copy of the descriptor open.
+  // Unlocks explicitly, because a forked child may hold a copy of the descriptor.
   if (own()) flock(file_.fd(), LOCK_UN);
   file_.close();
 }
 
 void Table::sync() {
-  File copy;  // synced outside the lock, which would stop inserts for milliseconds
+  File copy;  // synced outside the lock, which would block inserts for milliseconds
   std::string synced;
   {
     const Shared lock(*this);

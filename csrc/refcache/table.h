@@ -1,5 +1,6 @@
-// Reference log-probs by key: a folder of append-only logs, one per writer, and an index of all of
-// them in memory. A wrong value is worse than a missing one: what fails its check is never served.
+// A table of reference log-probs by key: a folder of append-only logs, one per writer, with an
+// index in memory. Records that fail their check are never returned, because a wrong value is worse
+// than a missing one.
 #pragma once
 
 #include <sys/types.h>
@@ -23,13 +24,13 @@ struct TableStats {
   int64_t records;     // keys in the index
   int64_t logs, bytes;
   int64_t bad;         // records and headers that failed their check
-  int64_t torn_bytes;  // behind the last whole record of a log
-  Repeats repeats;     // of all records this object has read
+  int64_t torn_bytes;  // bytes after the last whole record of a log
+  Repeats repeats;     // of all records that this object has read
 };
 
-// Any number of threads may use one Table, any number of processes one folder. A forked child may
-// go on using it if no other thread of the parent was in a call. Throws FileError for what the
-// system refuses and std::invalid_argument for what the caller did.
+// Any number of threads may use one Table, and any number of processes one folder. A forked child
+// may use the parent's table if no other thread of the parent was in a call at the fork. Throws
+// FileError if a system call fails, and std::invalid_argument if an argument is invalid.
 class Table {
  public:
   Table(const std::string& folder, const Fingerprint& fingerprint,
@@ -44,14 +45,14 @@ class Table {
               double* logps,           // (n,)
               int32_t* tokens) const;  // (n,)
 
-  // Appends the records whose key is not known yet, in one write; returns how many. They are safe
-  // from a crash of the process when it returns, from one of the machine after sync().
+  // Appends the records with new keys in one write, and returns their number. On return they are
+  // safe from a crash of the process, and after sync() from a crash of the machine.
   size_t insert(const uint8_t* keys,    // (n, 16)
                 const double* logps,    // (n,) finite
                 const int32_t* tokens,  // (n,) at least 1
                 size_t n);
 
-  // Reads what others have appended; returns the number of new keys.
+  // Reads new records of other writers, and returns the number of new keys.
   size_t refresh();
 
   void sync();
@@ -59,7 +60,7 @@ class Table {
 
   TableStats stats() const;
   size_t size() const { return static_cast<size_t>(stats().records); }
-  // Name of the log this process writes: none before the first insert.
+  // Name of the log that this process writes. Empty before the first insert.
   std::optional<std::string> writer() const;
 
  private:
@@ -83,7 +84,7 @@ class Table {
   const std::optional<std::string> asked_;
   const bool read_only_;
 
-  // A waiting writer holds the gate, so a stream of lookups cannot keep it out for ever.
+  // A waiting writer holds the gate, so a stream of lookups cannot block it forever.
   mutable std::mutex gate_;
   mutable std::shared_mutex mutex_;
   bool closed_ = false;
@@ -91,22 +92,22 @@ class Table {
   std::map<std::string, Log> logs_;  // by file name
   Repeats repeats_;
 
-  File file_;           // the own log,
-  std::string name_;    // its file name,
-  pid_t owner_;         // the process that opened it: a forked child must not write to it,
-  int64_t end_ = 0;     // and where its whole records end
+  File file_;           // this process's log
+  std::string name_;    // file name of this log
+  pid_t owner_;         // process that opened the log. A forked child must not write to it.
+  int64_t end_ = 0;     // end of the whole records in the log
   std::atomic<bool> folder_synced_{false};
 };
 
 struct Compaction {
-  int64_t records = 0;  // in the log that was written
+  int64_t records = 0;  // in the new log
   int64_t bytes_before = 0, bytes_after = 0;
   int64_t logs_merged = 0, logs_in_use = 0;
   int64_t bad_dropped = 0, torn_bytes = 0, duplicates_dropped = 0;
 };
 
-// Merges all logs that nobody is writing into one. A crash at any point loses nothing: the result
-// is complete under its name before the first of the merged logs is removed.
+// Merges all logs without a live writer into one. A crash at any point loses no records, because
+// the result has its final name before the first of the merged logs is removed.
 Compaction compact_table(const std::string& folder, const Fingerprint& fingerprint);
 
 }  // namespace realign

@@ -14,10 +14,11 @@ namespace realign {
 namespace {
 
 constexpr int64_t kUnit = sizeof(Record);
-// Sorts before any writer's log: where values differ, the one that counted before still does.
+// Sorts before the logs of writers. If values differ, the value that counted before still counts.
 const char kPrefix[] = "+compacted-";
 
-// One more than any result that is there: a name that comes back could be taken for the old file.
+// One more than the number of any existing result. A name that is used again could be mistaken for
+// the old file.
 std::string fresh_name(const std::vector<std::string>& names) {
   long number = -1;
   for (const std::string& name : names) {
@@ -30,7 +31,7 @@ std::string fresh_name(const std::vector<std::string>& names) {
   return name;
 }
 
-// What a compaction that crashed was writing.
+// Removes the partial results of crashed compactions.
 void remove_partial(const std::string& folder) {
   DIR* stream = opendir(folder.c_str());
   if (stream == nullptr) throw FileError(errno, folder, "listing a table");
@@ -55,7 +56,7 @@ void write_log(const std::string& path, const Fingerprint& fingerprint,
     code = errno;
   }
   unlink(path.c_str());
-  throw FileError(code, path, "compacting a table, which stays as it was");
+  throw FileError(code, path, "compacting a table, which is unchanged");
 }
 
 }  // namespace
@@ -66,12 +67,12 @@ Compaction compact_table(const std::string& folder, const Fingerprint& fingerpri
   const File only = open_locked(guard, true, lock);
   if (lock == Lock::busy) {
     throw FileError(EWOULDBLOCK, guard,
-                    "another process is compacting " + folder + "; wait until it is done");
+                    "another process is compacting " + folder + ". Wait until it has finished");
   }
   if (lock == Lock::unsupported) {
     throw FileError(ENOLCK, guard,
-                    "this file system has no locks, which tell the logs of live writers; compact "
-                    "a copy on another one");
+                    "this file system has no locks, so logs of live writers cannot be detected. "
+                    "Compact a copy on another file system");
   }
   remove_partial(folder);
 
@@ -79,7 +80,7 @@ Compaction compact_table(const std::string& folder, const Fingerprint& fingerpri
   Index index;
   Repeats repeats;
   std::vector<Record> kept;
-  std::vector<std::pair<std::string, File>> merged;  // with their locks
+  std::vector<std::pair<std::string, File>> merged;  // the Files hold locks
   const std::vector<std::string> names = list_logs(folder);
   for (const std::string& name : names) {
     const std::string path = folder + "/" + name;
@@ -109,7 +110,7 @@ Compaction compact_table(const std::string& folder, const Fingerprint& fingerpri
     throw FileError(errno, result, "compacting a table");
   }
   sync_folder(folder);
-  // From here on a reader that misses a removed log finds its records under the new name.
+  // A reader that misses a removed log now finds its records under the new name.
   for (const auto& log : merged) {
     if (unlink(log.first.c_str()) != 0) throw FileError(errno, log.first, "removing a merged log");
   }

@@ -1,5 +1,5 @@
-// The records of a table in memory: open addressing, entries inline, so a lookup touches one cache
-// line nearly always.
+// The in-memory index of a table: open addressing with inline entries, so that a lookup nearly
+// always touches only one cache line.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace realign {
 
-// As it stands in a log, little-endian. In the index tokens 0 marks a free slot.
+// The little-endian format of a record in a log. In the index, tokens = 0 marks a free slot.
 struct Record {
   uint8_t key[16];
   double logp;
@@ -26,21 +26,23 @@ class Index {
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
 
-  // Makes room for `records` in all. Invalidates places and pointers; throws std::bad_alloc.
+  // Makes room for `records` in total. Invalidates places and pointers. Throws std::bad_alloc.
   void reserve(size_t records);
 
-  // Where the search for a key starts. Taken early for several keys, and prefetched, their cache
-  // misses overlap: a table of 10M records opens in 0.6 s instead of 1.3 s.
+  // The slot where the search for a key starts. Callers compute and prefetch the places of several
+  // keys first, so that cache misses overlap. A table of 10M records then opens in 0.6 s instead of
+  // 1.3 s.
   size_t place(const uint8_t* key) const;
   void prefetch(size_t place) const { __builtin_prefetch(slots_ + place); }
 
   // The record with this key, or null. The index must have been reserved.
   const Record* find(const uint8_t* key, size_t place) const;
 
-  // Adds a record unless its key is there; returns the slot of the key. There must be room.
+  // Adds a record unless its key exists. Returns the slot of the key. There must be room.
   Record* insert(const Record& record, size_t place, bool& added);
 
-  // Takes back an insert. Only the latest may be: no other record's search has passed its slot.
+  // Reverts the latest insert. Older ones cannot be reverted, because later records may have been
+  // placed after their slot.
   void take_back(Record* slot);
 
   size_t size() const { return size_; }

@@ -27,18 +27,18 @@ std::string remedy(int code) {
   switch (code) {
     case ENOSPC:
     case EDQUOT:
-      return "; make room on that file system, then insert again";
+      return ". Free space on that file system, then insert again";
     case EFBIG:
-      return "; raise the limit on file sizes (ulimit -f), then insert again";
+      return ". Raise the limit on file sizes (ulimit -f), then insert again";
     case EACCES:
     case EPERM:
     case EROFS:
-      return "; name a folder that you may write, or make this one writable";
+      return ". Choose a writable folder, or make this one writable";
     case ENOTDIR:
     case EEXIST:
-      return "; a table is a folder: name another path";
+      return ". A table is a folder. Choose another path";
     case EMFILE:
-      return "; raise the limit on open files (ulimit -n)";
+      return ". Raise the limit on open files (ulimit -n)";
     default:
       return "";
   }
@@ -56,13 +56,13 @@ int64_t read_at(int fd, const std::string& path, void* data, int64_t size, int64
                               static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw FileError(errno, path, "reading a log");
-    if (got == 0) break;  // shorter than it was: somebody cut it
+    if (got == 0) break;  // the file was truncated meanwhile
     done += got;
   }
   return done;
 }
 
-// Whether the header is sound; refuses that of another table or version.
+// Whether the header is intact. Throws for the header of another table or version.
 bool check_header(const Record& raw, const std::string& path, const Fingerprint& fingerprint) {
   Header header;
   std::memcpy(&header, &raw, sizeof(header));
@@ -71,15 +71,16 @@ bool check_header(const Record& raw, const std::string& path, const Fingerprint&
     return false;
   }
   if (header.version != kVersion) {
-    throw std::invalid_argument(path + " is of version " + std::to_string(header.version) +
-                                " of the format, and only " + std::to_string(kVersion) +
-                                " is known here: update realign, or use another folder");
+    throw std::invalid_argument(path + " has version " + std::to_string(header.version) +
+                                " of the format, but this version of realign supports only " +
+                                std::to_string(kVersion) +
+                                ". Update realign, or use another folder.");
   }
   if (header.fingerprint != fingerprint) {
     throw std::invalid_argument(
         path + " belongs to the table with fingerprint " + hex(header.fingerprint) + ", not " +
         hex(fingerprint) +
-        ": its values are of another model or data; use another folder, or delete this one");
+        ". Its values are for another model or data. Use another folder, or delete this one.");
   }
   return true;
 }
@@ -130,8 +131,8 @@ void read_log(int fd, const std::string& path, const Fingerprint& fingerprint, L
   if (fstat(fd, &status) != 0) throw FileError(errno, path, "reading a log");
   const int64_t size = status.st_size;
   Record first;
-  // Another file under the same name, or one that was cut: its inode number may be the old one's,
-  // so what stands before the position is compared as well.
+  // The file may have been replaced or truncated. A new file may have the inode number of the old
+  // one, so the record before the position is compared as well.
   const bool same = log.device == status.st_dev && log.inode == status.st_ino &&
                     size >= log.position &&
                     (log.position == 0 ||
@@ -245,7 +246,7 @@ File open_locked(const std::string& path, bool create, Lock& lock) {
       }
       return file;
     }
-    // A compaction may have removed it between the two calls: then it is opened anew.
+    // A compaction may have removed the file between the two calls. Then it is opened again.
     struct stat held, named;
     if (fstat(file.fd(), &held) != 0) throw FileError(errno, path, "locking a log");
     if (stat(path.c_str(), &named) == 0 && held.st_dev == named.st_dev &&

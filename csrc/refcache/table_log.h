@@ -1,4 +1,4 @@
-// The log files of a table: their format, how they are opened, locked, read and written.
+// The log files of a table: format, opening, locking, reading and writing.
 #pragma once
 
 #include <sys/types.h>
@@ -15,10 +15,10 @@ namespace realign {
 
 using Fingerprint = std::array<uint8_t, 16>;
 
-// What the system refused: OSError(code, what(), path) in Python.
+// A failed system call: OSError(code, what(), path) in Python.
 class FileError : public std::runtime_error {
  public:
-  // `what`: what was being done. The system's words and, where there is one, a remedy are added.
+  // `what` is the operation. The message of the system and, for some codes, a remedy are appended.
   FileError(int code, const std::string& path, const std::string& what);
   int code() const { return code_; }
   const std::string& path() const { return path_; }
@@ -56,43 +56,44 @@ Header make_header(const Fingerprint& fingerprint);
 uint32_t record_crc(const Record& record, uint32_t seed);  // seed: crc32c of the fingerprint
 std::string hex(const Fingerprint& fingerprint);
 
-// How far a log has been read, and what was wrong with it.
+// The state of reading a log, and its errors.
 struct Log {
   dev_t device = 0;
   ino_t inode = 0;
   int64_t size = 0;
-  int64_t position = 0;  // behind the last good record
-  Record last{};         // what stands before `position`: tells a file that took another's inode
-  int64_t bad = 0;       // records before `position` that failed their check
-  int64_t late = 0;      // records behind it that do: tried again, their bytes may only be late
+  int64_t position = 0;  // End of the last good record.
+  Record last{};         // Record before `position`. Detects a new file with the same inode.
+  int64_t bad = 0;       // Records before `position` that failed their check.
+  int64_t late = 0;      // Records after it that failed. Tried again: their bytes may arrive late.
   int64_t torn_bytes = 0;
 };
 
 // Records whose key was known when they were read.
 struct Repeats {
   int64_t duplicates = 0;
-  int64_t conflicts = 0;  // of these, with another value
+  int64_t conflicts = 0;  // duplicates with another value
   double largest_difference = 0;
 };
 
-// Adds what stands behind log.position to the index, and to `kept` where it is given. Throws
-// std::invalid_argument for a log of another table or version.
+// Adds the records after log.position to the index, and to `kept` unless it is null. Throws
+// std::invalid_argument if the log has another table or version.
 void read_log(int fd, const std::string& path, const Fingerprint& fingerprint, Log& log,
               Index& index, Repeats& repeats, std::vector<Record>* kept = nullptr);
 
 // File names of the logs, sorted.
 std::vector<std::string> list_logs(const std::string& folder);
 
-// Opens for reading; an empty File where nothing has this path (any more).
+// Opens for reading. Returns an empty File if the path does not exist.
 File open_to_read(const std::string& path);
 
 enum class Lock { taken, busy, unsupported };
 
-// Opens for appending, with the lock that marks the writer. `create`: makes the file if need be,
-// without it an empty File comes back where nothing has this path.
+// Opens for appending, with the lock that marks the writer. If the path does not exist, creates the
+// file if `create` is set, and else returns an empty File.
 File open_locked(const std::string& path, bool create, Lock& lock);
 
-// Writes all of it, or throws nothing and returns what was written, with the reason in `code`.
+// Writes `size` bytes and returns the number of bytes written. Does not throw: if the number is
+// smaller than `size`, `code` is the errno.
 int64_t write_all(int fd, const void* data, int64_t size, int& code);
 
 void sync_folder(const std::string& folder);

@@ -14,7 +14,7 @@ void assign(uint16_t& out, float x) { out = narrow(x); }
 template <class Weight, class Out>
 void epilogue_row(int64_t width, const float* exp_w, const Weight* weight, float dz_dlogit,
                   float sum_exp, float factor, Out* out) {
-  // sum_exp is 0 only if the target is the only token, and exp_w with it.
+  // sum_exp is 0 only if the target is the only token. exp_w is then 0 as well.
   const float towards = factor * dz_dlogit, away = sum_exp > 0 ? factor / sum_exp : factor;
   for (int64_t j = 0; j < width; ++j) {
     assign(out[j], towards * (weight ? value_of(weight[j]) : 0) - away * exp_w[j]);

@@ -1,5 +1,5 @@
-// The row kernel: reads a chunk's logits after the GEMM, and writes the numerators of the softmax
-// in their place. realign_kernels/backends/base.py documents the same contract in Python.
+// The row kernel: reads a chunk's logits after the GEMM, and replaces them by the numerators of the
+// softmax. realign_kernels/backends/base.py documents the same contract in Python.
 #pragma once
 
 #include <cstdint>
@@ -14,26 +14,26 @@ struct RowInputs {
   Dtype logits_dtype;
   int64_t logits_stride;  // elements between rows
   int64_t rows, vocabulary;
-  const int64_t* labels;  // (rows,) in [0, vocabulary), or -1: no token of this shard
-  const float* bias;      // (vocabulary,) or null
-  float softcap;          // 0: none
-  float temperature;      // > 0
-  const bool* runner_up;  // (rows,) or null: the target is the strongest token but the label
+  const int64_t* labels;  // (rows,) in [0, vocabulary), or -1 for a token of another shard.
+  const float* bias;      // (vocabulary,) or null.
+  float softcap;          // 0 for none.
+  float temperature;      // > 0.
+  const bool* runner_up;  // (rows,) or null: the target is the strongest token except the label.
 };
 
 struct RowOutputs {
-  void* exp_logits;       // (rows, vocabulary) of exp_logits_dtype, or null; may be logits
+  void* exp_logits;       // (rows, vocabulary) of exp_logits_dtype, or null. May be logits.
   Dtype exp_logits_dtype;
   int64_t exp_logits_stride;
-  int64_t* target;        // (rows,) the label or the runner-up; -1 where the label is -1
-  float* logit;           // (rows,) z[target], -inf where target is -1
-  float* max_logit;       // (rows,) max of z over v != target, at least -FLT_MAX
-  float* sum_exp;         // (rows,) sum over v != target of exp(z - max_logit)
-  float* dz_dlogit;       // (rows,) dz / d(raw logit) at the target, 0 where it is -1
+  int64_t* target;        // (rows,) the label or the runner-up, -1 for label -1.
+  float* logit;           // (rows,) z[target], -inf for target -1.
+  float* max_logit;       // (rows,) max of z over v != target, at least -FLT_MAX.
+  float* sum_exp;         // (rows,) sum over v != target of exp(z - max_logit).
+  float* dz_dlogit;       // (rows,) dz / d(raw logit) at the target, 0 for target -1.
 };
 
-// z = cap(logit + bias) / temperature; exp_logits = exp(z - max_logit) * dz / d(raw logit), 0 at
-// the target. Rows are independent, and each is one thread's: results do not depend on `threads`.
+// z = cap(logit + bias) / temperature. exp_logits = exp(z - max_logit) * dz / d(raw logit), 0 at
+// the target. Each row is computed by one thread, so results do not depend on `threads`.
 void row_stats(const RowInputs& in, const RowOutputs& out, int threads);
 
 // out[i] = factor[i] * (dz_dlogit[i] * weight[target[i]] - exp_w[i] / sum_exp[i]), (rows, width).
@@ -42,7 +42,7 @@ void hidden_grad_epilogue(int64_t rows, int64_t width, const float* exp_w, const
                           const float* dz_dlogit, const float* sum_exp, const float* factor,
                           void* out, Dtype out_dtype, int threads);
 
-// The kernels of one instruction set. exp: out[i] = exp(x[i]) as row_kernel computes it, for the
+// The kernels of one instruction set. exp is the exponential of row_kernel, out[i] = exp(x[i]), for
 // tests of its error bound.
 struct RowKernels {
   const char* name;
@@ -50,7 +50,7 @@ struct RowKernels {
   void (*exp)(const float* x, float* out, int64_t count);
 };
 
-// Those that cpu() allows. row_stats takes the last.
+// The kernels that cpu() allows. row_stats uses the last.
 std::vector<RowKernels> row_kernels();
 
 void row_kernel_scalar(const RowInputs& in, const RowOutputs& out, int64_t row);

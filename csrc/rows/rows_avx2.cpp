@@ -1,4 +1,4 @@
-// Compiled with -mavx2 -mfma; called only where the CPU has both.
+// Compiled with -mavx2 -mfma, and called only if the CPU has both.
 #include <immintrin.h>
 
 #include <cstring>
@@ -70,7 +70,7 @@ struct Avx2 {
   static Reg widen(__m128i x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
   }
-  static __m128i narrow(Reg x) {  // to nearest even; NaN stays NaN
+  static __m128i narrow(Reg x) {  // rounds to nearest even, NaN stays NaN
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));

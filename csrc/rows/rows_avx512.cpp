@@ -1,5 +1,5 @@
-// Compiled twice: -mavx512bf16 has the conversion to bf16 as an instruction. Called only where the
-// CPU has what was asked for.
+// Compiled with and without -mavx512bf16, which has an instruction for conversion to bf16. Called
+// only if the CPU has the instruction set.
 #include <immintrin.h>
 
 #include "rows/rows_impl.h"
@@ -49,7 +49,7 @@ struct Avx512 {
   static Reg widen(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
-  static __m256i narrow(Reg x) {  // to nearest even; NaN stays NaN
+  static __m256i narrow(Reg x) {  // rounds to nearest even, NaN stays NaN
 #ifdef __AVX512BF16__
     return (__m256i)_mm512_cvtneps_pbh(x);
 #else

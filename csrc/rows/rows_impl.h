@@ -1,11 +1,15 @@
-// The row kernel over a vector type V, compiled once per instruction set (rows_*.cpp). V has
-//   static constexpr int width; Reg; Mask
-//   set(float), add, sub, mul, fma(a, b, c) = a * b + c, div
-//   max(a, b): b if a or b is NaN, as MAXPS         less(a, b) -> Mask
-//   select(mask, a, b) = mask ? a : b               first(n) -> Mask of the first n lanes
-//   load(const float*), load(const uint16_t* bf16), store, and all three with a count n < width
-//   round(x) to the nearest integer, pow2(n) = 2^n for integral n in [-126, 127]
-//   abs, copysign(magnitude, sign), reduce_max, reduce_add, lane0
+// The row kernel over a vector type V, compiled once per instruction set (rows_*.cpp). V has:
+//
+// - static constexpr int width, Reg, Mask.
+// - set(float), add, sub, mul, fma(a, b, c) = a * b + c, div.
+// - max(a, b), which is b if a or b is NaN, as in MAXPS.
+// - less(a, b) -> Mask.
+// - select(mask, a, b) = mask ? a : b.
+// - first(n) -> Mask of the first n lanes.
+// - load(const float*), load(const uint16_t* bf16), store, and all three with a count n < width.
+// - round(x) to the nearest integer.
+// - pow2(n) = 2^n for integral n in [-126, 127].
+// - abs, copysign(magnitude, sign), reduce_max, reduce_add, lane0.
 #pragma once
 
 #include <cfloat>
@@ -20,8 +24,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// exp(x) for x <= 88. Relative error below 2^-22.6 where the result is a normal number; 0 below
-// x = -87.3; NaN stays NaN. Cody-Waite reduction, then the polynomial of Cephes' expf.
+// exp(x) for x <= 88, by Cody-Waite reduction and the polynomial of Cephes' expf. The relative
+// error of normal results is below 2^-22.6. Below x = -87.3 the result is 0. NaN stays NaN.
 template <class V>
 typename V::Reg exponential(typename V::Reg x) {
   const auto low = V::set(-87.3f);
@@ -47,7 +51,7 @@ typename V::Reg hyperbolic_tangent(typename V::Reg x) {
   p = V::fma(p, square, V::set(1.33314422036e-1f));
   p = V::fma(p, square, V::set(-3.33332819422e-1f));
   const auto small = V::fma(V::mul(p, square), x, x);
-  // From 9.02 on tanh is 1 in fp32. The order of min keeps NaN.
+  // Above 9.02 tanh is 1 in fp32. The order of the arguments keeps NaN.
   const auto capped = V::sub(V::set(0.0f), V::max(V::set(-10.0f), V::sub(V::set(0.0f), size)));
   const auto power = exponential<V>(V::add(capped, capped));
   const auto large =
@@ -55,7 +59,8 @@ typename V::Reg hyperbolic_tangent(typename V::Reg x) {
   return V::select(V::less(size, V::set(0.625f)), small, V::copysign(large, x));
 }
 
-// The columns [begin, end) of a row in registers: visit(column, lanes), lanes < width in the last.
+// Calls visit(column, lanes) for the columns [begin, end) in vectors. lanes < width only in the
+// last.
 template <class V, class Visit>
 void over(int64_t begin, int64_t end, const Visit& visit) {
   for (; begin + V::width <= end; begin += V::width) visit(begin, V::width);
@@ -80,7 +85,7 @@ struct Row {
         inverse_cap(V::set(capped ? 1 / in.softcap : 0)),
         inverse_temperature(V::set(1 / in.temperature)) {}
 
-  // z in the first `lanes` lanes, -inf in the others. dz_dlogit: dz / d(raw logit).
+  // Returns z in the first `lanes` lanes, -inf in the others. Sets dz_dlogit to dz / d(raw logit).
   Reg value(int64_t column, int lanes, Reg* dz_dlogit = nullptr) const {
     const bool full = lanes == V::width;
     Reg z = full ? V::load(raw + column) : V::load(raw + column, lanes);
@@ -98,7 +103,7 @@ struct Row {
 
 template <class V, class In>
 float largest(const Row<V, In>& row, int64_t begin, int64_t end, float start) {
-  // Four chains hide the latency of max. A NaN may be lost here; the sum of exponentials keeps it.
+  // Four chains hide the latency of max. It may drop a NaN, which the sum of exponentials keeps.
   typename V::Reg m[4] = {V::set(start), V::set(start), V::set(start), V::set(start)};
   int64_t at = begin;
   for (; at + 4 * V::width <= end; at += 4 * V::width) {
@@ -110,9 +115,9 @@ float largest(const Row<V, In>& row, int64_t begin, int64_t end, float start) {
   return V::reduce_max(V::max(V::max(m[0], m[1]), V::max(m[2], m[3])));
 }
 
-// First column whose z is `wanted`; `otherwise` if none is.
+// First column with z equal to `wanted`, or `fallback` if there is none.
 template <class V, class In>
-int64_t find(const Row<V, In>& row, int64_t begin, int64_t end, float wanted, int64_t otherwise) {
+int64_t find(const Row<V, In>& row, int64_t begin, int64_t end, float wanted, int64_t fallback) {
   float z[V::width];
   for (; begin < end; begin += V::width) {
     const int lanes = static_cast<int>(end - begin < V::width ? end - begin : V::width);
@@ -121,7 +126,7 @@ int64_t find(const Row<V, In>& row, int64_t begin, int64_t end, float wanted, in
       if (z[i] == wanted) return begin + i;
     }
   }
-  return otherwise;
+  return fallback;
 }
 
 template <class V, class In, class Out>
@@ -139,7 +144,7 @@ void row_kernel_as(const RowInputs& in, const RowOutputs& out, int64_t index) {
   }
   const int64_t split = target < 0 ? end : target;  // others: [0, split), [split + 1, end)
 
-  // With no other token left max_logit would be -inf, and -inf - -inf is NaN.
+  // Starts at -FLT_MAX, because without other tokens -inf - -inf would be NaN.
   float max_logit = largest(row, 0, split, -FLT_MAX);
   max_logit = largest(row, split + 1, end, max_logit);
 

@@ -1,4 +1,4 @@
-// For aarch64, where every CPU has NEON. Conversion to bf16 by integers: BF16 is an extension.
+// For aarch64, where every CPU has NEON. BF16 is an extension, so conversion to bf16 uses integers.
 #include <arm_neon.h>
 
 #include <cstring>
@@ -65,7 +65,7 @@ struct Neon {
   static float lane0(Reg x) { return vgetq_lane_f32(x, 0); }
 
  private:
-  static uint16x4_t narrow(Reg x) {  // to nearest even; NaN stays NaN
+  static uint16x4_t narrow(Reg x) {  // rounds to nearest even, NaN stays NaN
     const uint32x4_t bits = vreinterpretq_u32_f32(x);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));

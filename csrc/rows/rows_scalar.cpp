@@ -21,7 +21,7 @@ struct Scalar {
   static Mask less(Reg a, Reg b) { return a < b; }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
   static Mask first(int n) { return n > 0; }
-  // Through memcpy: bf16 `exp_logits` may be written over fp32 logits, which the types do not say.
+  // memcpy avoids an aliasing violation, because bf16 exp_logits may overwrite fp32 logits.
   static Reg load(const float* p) {
     float x;
     std::memcpy(&x, p, sizeof(x));

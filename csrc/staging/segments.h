@@ -1,9 +1,9 @@
-// The sum of one leaf's per-token log-probs, in double and in one order on host and device: a
-// cached value must not depend on which of them added it up.
+// The sum of one leaf's per-token log-probs, in double. The order is the same on host and device,
+// so that a cached value does not depend on where it was computed.
 //
 // Lane i of 32 adds values i, i + 32, i + 64, ... of the leaf. Then the lanes are added as a tree:
-// lane i takes lane i + 16, then i + 8, 4, 2 and 1, and lane 0 holds the sum. There is no product,
-// so nothing that a compiler could contract; built with -ffast-math it would be another sum.
+// lane i adds lane i + 16, then i + 8, 4, 2 and 1. Lane 0 holds the sum. There are no products that
+// a compiler could contract into an FMA. -ffast-math would change the sum.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ REALIGN_HOST_DEVICE inline double lane_sum(const float* values,
   return sum;
 }
 
-// The sum of values[begin:end]; 0 where there are none. On a device a warp does this (staging.cu).
+// The sum of values[begin:end], 0 if empty. On a device a warp computes it (staging.cu).
 inline double segment_sum(const float* values, int64_t begin, int64_t end) {
   double lanes[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane_sum(values, begin, end, lane);

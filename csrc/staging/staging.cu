@@ -14,10 +14,10 @@ __global__ void __launch_bounds__(kBlock) sum_segments(const float* values,     
                                                        int64_t leaves,
                                                        double* sums) {  // (leaves,)
   const int64_t leaf = int64_t{blockIdx.x} * (kBlock / kLanes) + threadIdx.x / kLanes;
-  if (leaf >= leaves) return;  // a warp leaves as a whole
+  if (leaf >= leaves) return;  // for all threads of a warp
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   double sum = lane_sum(values, offsets[leaf], offsets[leaf + 1], lane);
-  // The tree of segment_sum; lanes beyond `step` add what nobody reads.
+  // The tree of segment_sum. The results of lanes from `step` up are not used.
   for (int step = kLanes / 2; step > 0; step /= 2) {
     sum += __shfl_down_sync(0xffffffffu, sum, step);
   }
@@ -44,7 +44,7 @@ struct CudaDevice {
   }
   void free(void* memory) noexcept { cudaFree(memory); }
 
-  // Non-blocking: else the default stream, on which torch computes, would wait for every copy.
+  // Non-blocking, because the default stream, on which torch computes, would wait for every copy.
   void* create_stream() {
     cudaStream_t stream = nullptr;
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -73,7 +73,7 @@ struct CudaDevice {
     if (leaves == 0) return;  // an empty grid is an error
     constexpr int64_t per_block = kBlock / kLanes;
     const int64_t blocks = (leaves + per_block - 1) / per_block;
-    if (blocks > INT32_MAX) throw std::length_error("more leaves than a CUDA grid holds");
+    if (blocks > INT32_MAX) throw std::length_error("too many leaves for a CUDA grid");
     sum_segments<<<static_cast<unsigned>(blocks), kBlock, 0, static_cast<cudaStream_t>(stream)>>>(
         values, offsets, leaves, sums);
     check(cudaGetLastError(), "sum_segments");
@@ -105,7 +105,7 @@ struct CudaDevice {
 std::unique_ptr<Staging> make_cuda_staging(int device, int slots) {
   const CudaDevice cuda(device);
   const CudaDevice::Current current(cuda);
-  // A device older than what the kernel was compiled for is refused here, not at the first push.
+  // Fails here instead of at the first push if the kernel was not compiled for this device.
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, sum_segments), "sum_segments");
   return std::make_unique<StagingRing<CudaDevice>>(slots, cuda);

@@ -1,5 +1,5 @@
-// A ring of buffers that takes per-token log-probs to the host as one sum per leaf, while the
-// device goes on with the next forward: nothing here waits but pop, and that for one event.
+// A ring of buffers that transfers per-token log-probs to the host as one sum per leaf, while the
+// device computes the next forward. Only pop waits, for a single event.
 #pragma once
 
 #include <algorithm>
@@ -19,28 +19,29 @@ class Staging {
  public:
   virtual ~Staging() = default;
 
-  // Enqueues the sums of values[offsets[i]:offsets[i + 1]]. Returns before they are there: `values`
-  // must keep what the stream has written into it until they are popped; `offsets` is copied.
+  // Enqueues the sums of values[offsets[i]:offsets[i + 1]] and returns before they are computed.
+  // Until they are popped, only later work of the same stream may overwrite `values`. `offsets` is
+  // copied.
   virtual void push(const float* values,     // (count,) on the device
                     int64_t count,
                     const int64_t* offsets,  // (leaves + 1,) on the host
                     int64_t leaves,
                     void* stream) = 0;
 
-  // The sums (leaves,) of the oldest push that was not popped.
+  // Returns the sums (leaves,) of the oldest push that was not popped.
   virtual std::vector<double> pop() = 0;
 
   virtual int pending() const = 0;
   virtual int slots() const = 0;
 };
 
-// Device names the operations; see HostDevice in staging_host.cpp for the whole list. Streams and
-// events are opaque handles. An operation on a stream may fail; to free or destroy may not.
+// HostDevice in staging_host.cpp lists the operations of Device. Streams and events are opaque
+// handles. Operations on a stream may throw, but free and destroy functions may not.
 template <class Device>
 class StagingRing final : public Staging {
  public:
   StagingRing(int slots, Device device) : StagingRing(std::move(device)) {
-    // The delegated constructor has returned, so if this one throws, the destructor cleans up.
+    // The delegated constructor has returned, so the destructor runs even if this one throws.
     if (slots < 1) {
       throw std::invalid_argument("slots must be at least 1, got " + std::to_string(slots));
     }
@@ -67,7 +68,7 @@ class StagingRing final : public Staging {
       }
       device_.destroy_stream(copies_);
     } catch (...) {
-      // The device is gone, and what it held with it.
+      // The device is unusable, and its resources are lost.
     }
   }
 
@@ -80,7 +81,7 @@ class StagingRing final : public Staging {
     const std::lock_guard<std::mutex> lock(pushing_);
     if (pending() == slots()) {
       throw std::logic_error("all " + std::to_string(slots()) +
-                             " slots of the staging ring are taken: pop first");
+                             " slots of the staging ring are taken. Call pop first.");
     }
     const typename Device::Current current(device_);
     Slot& slot = slots_[next_ % slots_.size()];
@@ -92,7 +93,7 @@ class StagingRing final : public Staging {
                                    stream);
       device_.segment_sums(values, slot.offsets, leaves, slot.sums, stream);
       device_.record(slot.summed, stream);
-      // A copy on the caller's stream would be in the way of its next kernel.
+      // A copy on the caller's stream would delay its next kernel.
       device_.stream_wait(copies_, slot.summed);
       device_.copy_to_host_async(slot.host_sums, slot.sums, size * sizeof(double), copies_);
       device_.record(slot.done, copies_);
@@ -105,10 +106,10 @@ class StagingRing final : public Staging {
     pending_.fetch_add(1, std::memory_order_release);
   }
 
-  // Where the wait fails, the slot stays taken.
+  // If the wait fails, the slot stays taken.
   std::vector<double> pop() override {
     const std::lock_guard<std::mutex> lock(popping_);
-    if (pending() == 0) throw std::logic_error("the staging ring is empty: push first");
+    if (pending() == 0) throw std::logic_error("the staging ring is empty. Call push first.");
     const typename Device::Current current(device_);
     const Slot& slot = slots_[oldest_ % slots_.size()];
     device_.synchronize(slot.done);
@@ -129,8 +130,8 @@ class StagingRing final : public Staging {
     double* sums = nullptr;           // (room,)
     int64_t room = 0;
     int64_t leaves = 0;
-    void* summed = nullptr;  // event: the caller's stream has written sums
-    void* done = nullptr;    // event: host_sums are there, and nothing uses the slot any more
+    void* summed = nullptr;  // Event: the caller's stream has written sums.
+    void* done = nullptr;    // Event: host_sums are complete, and nothing uses the slot.
   };
 
   explicit StagingRing(Device device) : device_(std::move(device)) {}
@@ -139,13 +140,13 @@ class StagingRing final : public Staging {
     bool right = offsets[0] >= 0 && offsets[leaves] <= count;
     for (int64_t i = 0; i < leaves; ++i) right = right && offsets[i] <= offsets[i + 1];
     if (!right) {
-      throw std::invalid_argument("offsets must not decrease, and lie in [0, " +
+      throw std::invalid_argument("offsets must be non-decreasing and in [0, " +
                                   std::to_string(count) + "]");
     }
   }
 
-  // The slot is free. To find memory, or to give it back, may stall a device: in powers of two from
-  // 1024 on, a slot that gets to a million leaves has done so 11 times.
+  // Enlarges a free slot. Allocating and freeing memory may stall a device, so sizes are powers of
+  // two. A slot that starts at 1024 and reaches a million leaves has been allocated 11 times.
   void grow(Slot& slot, int64_t entries) {
     int64_t room = 1024;
     while (room < entries) room *= 2;
@@ -166,7 +167,7 @@ class StagingRing final : public Staging {
     device_.free(std::exchange(slot.sums, nullptr));
   }
 
-  // After a push that failed half-way: what it did enqueue must not meet the slot's next use.
+  // Waits for the operations that a failed push has enqueued, before the slot is used again.
   void settle(Slot& slot, void* stream) noexcept {
     for (void* used : {stream, copies_}) {
       try {
@@ -182,13 +183,13 @@ class StagingRing final : public Staging {
     try {
       device_.synchronize(event);
     } catch (...) {
-      // The caller has no use for a second error.
+      // The first error is the one to report.
     }
   }
 
   Device device_;
   std::vector<Slot> slots_;
-  void* copies_ = nullptr;  // the ring's own stream
+  void* copies_ = nullptr;  // stream of the ring, for copies to the host
   std::mutex pushing_, popping_;
   size_t next_ = 0;    // pushes so far, under pushing_
   size_t oldest_ = 0;  // pops so far, under popping_

@@ -7,10 +7,10 @@
 
 namespace realign {
 
-// Throws std::runtime_error, in CUDA's words, where the device or its driver cannot be used.
+// Throws std::runtime_error with CUDA's message if the device or its driver is unusable.
 std::unique_ptr<Staging> make_cuda_staging(int device, int slots);
 
-// What the kernels were compiled for, as CMake names it: "80-real 90-real".
+// The architectures of the compiled kernels, with CMake's names: "80-real 90-real".
 const char* cuda_architectures();
 
 }  // namespace realign

@@ -8,9 +8,9 @@
 namespace realign {
 namespace {
 
-// Everything happens at once, so streams and events have nothing to do.
+// All operations are synchronous, so streams and events do nothing.
 struct HostDevice {
-  // Makes a device the current one, for as long as the object lives.
+  // Makes a device current for the lifetime of the object.
   struct Current {
     explicit Current(const HostDevice&) {}
   };

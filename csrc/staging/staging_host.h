@@ -1,4 +1,4 @@
-// The staging ring over host memory: the sums are there when push returns.
+// The staging ring over host memory. push computes the sums before it returns.
 #pragma once
 
 #include <memory>

@@ -1,4 +1,4 @@
-// Checks of the C++ tests, and the report of failures.
+// Checks for the C++ tests, and the report of failures.
 #pragma once
 
 #include <atomic>
@@ -16,7 +16,7 @@ inline void expect(bool held, const std::string& what) {
   if (++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
 }
 
-// The message of the exception; empty where there is none.
+// The message of the exception thrown by `call`, or an empty string.
 inline std::string thrown(const std::function<void()>& call) {
   try {
     call();

@@ -1,5 +1,5 @@
-// Row kernels of every instruction set and the GEMM against double precision, for odd sizes. Run
-// under AddressSanitizer and UBSan by tests/csrc/test_csrc.py. Exits 1 on a failure.
+// Tests row kernels of every instruction set and the GEMM against double precision, for odd sizes.
+// tests/csrc/test_csrc.py runs it under AddressSanitizer and UBSan. Exits with 1 on a failure.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@ using namespace realign;
 
 namespace {
 
-// exp: relative error at most 2^-22.5 for every normal result; 0 below; NaN stays.
+// The relative error of exp is at most 2^-22.5 for normal results. Below it is 0. NaN stays NaN.
 void test_exp(const RowKernels& level) {
   std::vector<float> x, y;
   for (double v = -110; v <= 20; v += 1.0 / 4096) x.push_back(static_cast<float>(v));
@@ -57,11 +57,11 @@ struct Case {
   float softcap, temperature;
 };
 
-// The second of two rows of `test` against the definition in double.
+// Compares the second of two rows of `test` with the definition in double.
 void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const int64_t v = test.vocabulary;
-  // Exactly sized, so that AddressSanitizer sees a read beyond the last row.
+  // Exact sizes, so that AddressSanitizer detects a read beyond the last row.
   std::vector<float> wide(2 * v), bias(v), wide_out(2 * v, NAN);
   std::vector<uint16_t> half(2 * v), half_out(2 * v, 0x7fc0);
   for (int64_t i = 0; i < 2 * v; ++i) {
@@ -90,7 +90,7 @@ void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   const Dtype in_dtype = test.half_in ? Dtype::bf16 : Dtype::f32;
   const Dtype out_dtype = test.half_out ? Dtype::bf16 : Dtype::f32;
   int64_t out_stride = v, target[2];
-  if (test.in_place) {  // bf16 into fp32 logits starts where the row does
+  if (test.in_place) {  // a bf16 row starts at its fp32 logits
     exp_logits = logits;
     out_stride = test.half_out && !test.half_in ? 2 * v : v;
   }
@@ -110,7 +110,7 @@ void test_row(const RowKernels& level, const Case& test, std::mt19937& random) {
   };
   int64_t expected = labels[1];
   if (runner_up[1] && expected >= 0) {
-    // The strongest other token; among equals within rounding, any of them.
+    // The strongest other token, or any token that is equal within rounding.
     double best = -1e300;
     for (int64_t i = 0; i < v; ++i) {
       if (i != label) best = std::max(best, z[i]);
@@ -179,7 +179,7 @@ void test_non_finite(const RowKernels& level) {
   }
 }
 
-// bf16 exp_logits: ties to even, and no NaN becomes infinite. With equal logits they are 1 / T.
+// bf16 exp_logits round ties to even, and NaN stays NaN. With equal logits they are 1 / T.
 void test_rounding(const RowKernels& level) {
   const int64_t v = 9, label = -1;
   const auto exp_logits = [&](uint32_t raw, float temperature) {
@@ -212,7 +212,7 @@ void test_rounding(const RowKernels& level) {
   }
 }
 
-// Normal values that bf16 holds exactly, as matrices of both dtypes.
+// Normally distributed values that bf16 represents exactly, as matrices of both dtypes.
 struct Values {
   std::vector<float> wide;
   std::vector<uint16_t> half;
@@ -228,7 +228,8 @@ struct Values {
   }
 };
 
-// The product of every layout of a and b, added to c or not, against double precision.
+// Compares products of all layouts of a and b, with and without accumulation, with double
+// precision.
 void test_gemm() {
   const Gemm products[] = {gemm_of_f32(), gemm_of_bf16()};
   std::mt19937 random(0);
@@ -280,11 +281,11 @@ void test_gemm() {
       expect(worst < 1e-5 * std::sqrt(static_cast<double>(k)) + 1e-6, "GEMM error");
     }
   }
-  const auto said = [](Gemm product) { return product ? "own" : "of torch"; };
-  std::printf("GEMM bf16 %s, f32 %s\n", said(products[1]), said(products[0]));
+  const auto source = [](Gemm product) { return product ? "own" : "of torch"; };
+  std::printf("GEMM bf16 %s, f32 %s\n", source(products[1]), source(products[0]));
 }
 
-// The arithmetic of the GEMM's epilogue on Hopper: E over 2^58, shifted by the label's logit.
+// Tests the arithmetic of the GEMM's epilogue on Hopper: E / 2^58, shifted by the label's logit.
 void test_masked_exp() {
   constexpr float kScale = 1.44269504f, kBits = 58.0f;
   std::mt19937 random(0);
@@ -311,7 +312,7 @@ void test_masked_exp() {
   expect(std::isnan(masked_exp2(std::nanf(""), kScale, 0.0f, false)), "E of NaN");
   expect(masked_exp2(infinite, kScale, 0.0f, false) == infinite, "E of inf");
   expect(masked_exp2(0.0f, kScale, fmaf(-200.0f, kScale, kBits), false) == infinite,
-         "E where the label is 200 nats below");
+         "E if the label is 200 nats below");
   expect(masked_exp2(-80.0f, kScale, fmaf(0.0f, kScale, kBits), false) == 0, "E below 2^-126");
 }
 

@@ -1,6 +1,5 @@
-// A device for the tests of the staging ring that is as unpredictable as a device may be: what is
-// enqueued runs at any moment that its stream and its events allow. A ring that forgets a
-// dependency then delivers wrong numbers.
+// A device for tests of the staging ring. Enqueued operations run at random times that their stream
+// and events allow. A ring with a missing dependency then returns wrong numbers.
 #pragma once
 
 #include <cmath>
@@ -20,17 +19,17 @@
 
 namespace realign {
 
-// Streams are queues. An operation may run whenever another is enqueued or waited for. Memory is
-// poisoned when it is made.
+// Streams are queues. An operation may run whenever another is enqueued or waited for. New memory
+// is poisoned.
 struct World {
   struct Operation {
     std::function<void()> run;
-    void* event = nullptr;  // for a wait, with `ticket`: what must have happened
+    void* event = nullptr;  // a wait: the event must have reached `ticket`
     int64_t ticket = 0;
   };
   using Stream = std::deque<Operation>;
   struct Event {
-    int64_t recorded = 0, reached = 0;  // the number of the last record; the last that ran
+    int64_t recorded = 0, reached = 0;  // numbers of the last record enqueued, and of the last run
   };
 
   explicit World(unsigned seed) : random(seed) {}
@@ -63,7 +62,8 @@ struct World {
     return true;
   }
 
-  // What the ring left behind runs too: the sanitizer finds memory that was freed before its use.
+  // Whether everything was freed. Runs remaining operations, so that the sanitizer detects a use of
+  // freed memory.
   bool drained() {
     while (run_any()) continue;
     for (const auto& stream : streams) live += static_cast<int>(stream->size());  // can never run
@@ -71,9 +71,9 @@ struct World {
   }
 
   std::mt19937 random;
-  int fail_in = 0;  // which operation from now on fails to be enqueued; 0: none
+  int fail_in = 0;  // The n-th next operation fails to be enqueued. 0 for none.
   int allocations_left = 1 << 30;
-  int live = 0;     // allocations, streams of the ring and events that were not freed
+  int live = 0;     // Allocations, streams of the ring and events that were not freed.
   std::vector<std::unique_ptr<Stream>> streams;
 };
 
@@ -103,7 +103,7 @@ struct DeferredDevice {
     ++world->live;
     return world->create_stream();
   }
-  void destroy_stream(void*) noexcept { --world->live; }  // World keeps it, and its queue
+  void destroy_stream(void*) noexcept { --world->live; }  // World keeps the stream and its queue
   void* create_event() {
     ++world->live;
     return new World::Event;
@@ -123,7 +123,7 @@ struct DeferredDevice {
                     void* stream) {
     const auto kernel = [=] {
       for (int64_t leaf = 0; leaf < leaves; ++leaf) {
-        // Offsets that are not there yet would lead anywhere.
+        // Offsets that were not copied yet could point anywhere.
         const bool there = offsets[leaf] >= 0 && offsets[leaf + 1] < (1 << 20);
         sums[leaf] = there ? segment_sum(values, offsets[leaf], offsets[leaf + 1]) : NAN;
       }

@@ -1,5 +1,5 @@
-// The staging ring over a device that makes its mistakes visible. Run under sanitizers by
-// tests/csrc/test_csrc.py; tests/refcache/test_staging.py has the sums. Exits 1 on a failure.
+// Tests the staging ring over a device with deferred operations. tests/csrc/test_csrc.py runs it
+// under sanitizers. tests/refcache/test_staging.py tests the sums. Exits with 1 on a failure.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,8 +20,8 @@ namespace {
 
 using Ring = StagingRing<DeferredDevice>;
 
-// One forward: values that exist only in stream order. Before, and after the ring has been given
-// its part, the same memory holds something else.
+// One forward, whose values exist only in stream order. Before the forward and after the push, the
+// same memory holds NaN.
 struct Forward {
   Forward(World& world, int64_t most) {
     const auto leaves = static_cast<int64_t>(world.random() % (most + 1));
@@ -52,7 +52,7 @@ struct Forward {
   std::vector<double> sums;
 };
 
-// The number of things that went wrong in one random history of a ring.
+// The number of errors in one random history of a ring.
 int history(unsigned seed) {
   World world(seed);
   void* computes[] = {world.create_stream(), world.create_stream()};
@@ -65,7 +65,7 @@ int history(unsigned seed) {
       const int pending = static_cast<int>(forwards.size() - oldest);
       wrong += ring.pending() != pending;
       if (pending < ring.slots() && (pending == 0 || world.random() % 2)) {
-        // Now and then a forward that makes the slot grow, again and again.
+        // Some forwards make the slot grow, possibly several times.
         const int64_t most = world.random() % 8 ? 20 : 1000 << (world.random() % 3);
         forwards.push_back(std::make_unique<Forward>(world, most));
         forwards.back()->push(world, ring, computes[world.random() % 2]);
@@ -73,14 +73,14 @@ int history(unsigned seed) {
         wrong += ring.pop() != forwards[oldest++]->sums;
       }
     }
-  }  // with what is pending
+  }  // destroys the ring with its pending pushes
   return wrong + !world.drained();
 }
 
-// Whichever operation of a push fails, the next use of the slot is right and nothing leaks.
+// After a failure of any operation of a push, the next use of the slot is correct. Nothing leaks.
 void test_failures() {
   for (unsigned seed = 0; seed < 120; ++seed) {
-    const int fail_in = 2 + static_cast<int>(seed % 6);  // 1 is the forward's own
+    const int fail_in = 2 + static_cast<int>(seed % 6);  // operation 1 belongs to the forward
     World world(seed);
     void* compute = world.create_stream();
     void* other = world.create_stream();
@@ -90,13 +90,13 @@ void test_failures() {
       first.push(world, ring, compute);
       world.fail_in = fail_in;
       expect(thrown([&] { lost.push(world, ring, compute); }) == "the device fails", "push throws");
-      expect(ring.pop() == first.sums && ring.pending() == 0, "what came before a failure");
-      if (seed % 5 != 0) {  // else the ring goes at once
+      expect(ring.pop() == first.sums && ring.pending() == 0, "the push before a failure");
+      if (seed % 5 != 0) {  // for every fifth seed, the ring is destroyed right after the failure
         last.push(world, ring, other);
         expect(ring.pop() == last.sums, "after a failure of operation " + std::to_string(fail_in));
       }
     }
-    expect(world.drained(), "after a failure all is freed");
+    expect(world.drained(), "all memory is freed after a failure");
   }
   for (int left = 0; left < 4; ++left) {
     World world(8);
@@ -110,14 +110,14 @@ void test_failures() {
       last.push(world, ring, compute);
       expect(ring.pop() == last.sums, "after memory ran out");
     }
-    expect(world.drained(), "after memory ran out all is freed");
+    expect(world.drained(), "all memory is freed after memory ran out");
   }
 }
 
 }  // namespace
 
 int main() {
-  // Seeds of which most find a ring that forgets a dependency.
+  // Most of these seeds detect a ring with a missing dependency.
   for (unsigned seed = 0; seed < 60; ++seed) {
     expect(history(seed) == 0, "ring, seed " + std::to_string(seed));
   }

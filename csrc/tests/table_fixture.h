@@ -1,4 +1,4 @@
-// What the tests of the table share: batches of records whose values follow from their keys, and
+// Helpers for the tests of the table: batches of records with values derived from their keys, and
 // system calls that can be made to fail. Included once.
 #pragma once
 
@@ -20,10 +20,10 @@
 #include "check.h"
 #include "refcache/table.h"
 
-// Stand in for the C library's, so that a test can make the system refuse.
+// Replacements of the C library's functions that let a test make system calls fail.
 static int flock_error = 0, truncate_error = 0, sync_error = 0;
 static int rename_error = 0, unlink_error = 0, empty_listings = 0;
-static const char* vanishing = nullptr;  // replaced between the opening and the lock
+static const char* vanishing = nullptr;  // a file replaced between its opening and the lock
 
 static int refuse(int error, long result) {
   if (error == 0) return static_cast<int>(result);
@@ -60,10 +60,10 @@ extern "C" int unlink(const char* path) noexcept {
 
 namespace realign {
 
-inline std::string root;  // the folder to work in
+inline std::string root;  // the working folder
 const Fingerprint kPrint = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
 
-// Records number `first` and on: keys that count up, and values that follow from them.
+// Records starting with number `first`, with consecutive keys, and values derived from them.
 struct Batch {
   std::vector<uint8_t> keys;
   std::vector<double> logps;
@@ -85,7 +85,7 @@ inline size_t insert(Table& table, int64_t first, int64_t count) {
                       static_cast<size_t>(count));
 }
 
-// How many of these records are there; a wrong value is a failure.
+// The number of these records in the table. A wrong value is a failure.
 inline int64_t count_right(const Table& table, int64_t first, int64_t count) {
   const Batch batch(first, count);
   std::vector<double> logps(batch.logps.size());
@@ -95,7 +95,7 @@ inline int64_t count_right(const Table& table, int64_t first, int64_t count) {
   for (size_t i = 0; i < logps.size(); ++i) {
     const bool absent = std::isnan(logps[i]) && tokens[i] == 0;
     const bool same = logps[i] == batch.logps[i] && tokens[i] == batch.tokens[i];
-    expect(absent || same, "a wrong value behind key " + std::to_string(first));
+    expect(absent || same, "a wrong value from key " + std::to_string(first));
     right += same;
   }
   return right;

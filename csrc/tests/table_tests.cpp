@@ -1,7 +1,7 @@
-// The table of reference log-probs: its checks, its faults, and concurrent readers and writers; the
-// threads of the staging ring. Thus all that the thread sanitizer is for.
-// tests/csrc/test_csrc.py runs it under sanitizers. Arguments: a folder to work in, the number of
-// faults, and the seconds for the threads. Exits 1 on a failure.
+// Tests the table of reference log-probs: checksums, faults, concurrent readers and writers. It
+// also tests the staging ring with threads, so it has all tests that need the thread sanitizer.
+// tests/csrc/test_csrc.py runs it under sanitizers. Arguments: a working folder, the number of
+// faults, and the seconds for the threads. Exits with 1 on a failure.
 #include <sys/resource.h>
 
 #include <atomic>
@@ -56,7 +56,7 @@ void test_refresh() {
   insert(one, 0, 100);
   insert(two, 50, 100);
   expect(reader.refresh() == 150, "new keys");
-  // The last two records show as zeros first, then as they are.
+  // The last two records are zeros at first, as if their bytes arrived late.
   const std::string path = folder + "/00001.log";
   insert(two, 200, 10);
   const auto bytes = read_file(path);
@@ -66,19 +66,19 @@ void test_refresh() {
   expect(reader.refresh() == 8 && reader.stats().bad == 2, "late bytes");
   expect(reader.refresh() == 0 && reader.stats().bad == 2, "counted once");
   write_file(path, bytes);
-  expect(reader.refresh() == 2 && reader.stats().bad == 0, "late bytes that came");
+  expect(reader.refresh() == 2 && reader.stats().bad == 0, "late bytes that arrived");
   one.close();
   two.close();
   expect(compact_table(folder, kPrint).logs_merged == 2, "merged under the reader");
   expect(reader.refresh() == 0 && reader.stats().logs == 1, "after a compaction");
-  // A new log under an old name, longer than the old one was when it was last read.
+  // A new log with an old name, longer than the old log at its last read.
   Table three(folder, kPrint);
   insert(three, 1000, 500);
-  expect(three.writer() == "00000" && reader.refresh() == 500, "a new log under an old name");
+  expect(three.writer() == "00000" && reader.refresh() == 500, "a new log with an old name");
   expect(count_right(reader, 1000, 500) == 500 && reader.stats().repeats.conflicts == 0, "right");
 }
 
-// The limit on file sizes stands for a full disk: a short write, then an error.
+// The limit on file sizes simulates a full disk: a short write, then an error.
 void test_full_disk() {
   std::signal(SIGXFSZ, SIG_IGN);
   const std::string folder = fresh("full");
@@ -87,25 +87,25 @@ void test_full_disk() {
   rlimit before, limit;
   getrlimit(RLIMIT_FSIZE, &before);
   for (const int refused : {0, EIO}) {
-    truncate_error = refused;  // not even the torn record can be cut
+    truncate_error = refused;  // the torn record cannot be truncated
     limit = before;
     limit.rlim_cur = static_cast<rlim_t>(fs::file_size(folder + "/00000.log")) + 32 * 5 + 9;
     setrlimit(RLIMIT_FSIZE, &limit);
     const int64_t first = refused ? 100 : 10;
     std::string error = thrown([&] { insert(table, first, 20); });
-    expect(has(error, "5 of 20 records were written; those are kept"), error);
-    expect(count_right(table, first, 20) == 5, "the whole ones are kept");
-    expect(refused || fs::file_size(folder + "/00000.log") % 32 == 0, "the torn one is cut");
+    expect(has(error, "5 of 20 records were written and are kept"), error);
+    expect(count_right(table, first, 20) == 5, "the whole records are kept");
+    expect(refused || fs::file_size(folder + "/00000.log") % 32 == 0, "the torn one is truncated");
     setrlimit(RLIMIT_FSIZE, &before);
     if (refused) {
       error = thrown([&] { insert(table, first, 20); });
-      expect(has(error, "cutting a log"), error);
+      expect(has(error, "truncating a log"), error);
       truncate_error = 0;
     }
     expect(insert(table, first, 20) == 15, "insert works again");
   }
   Table again(folder, kPrint);
-  expect(count_right(again, 0, 200) == 50 && again.stats().bad == 0, "all there");
+  expect(count_right(again, 0, 200) == 50 && again.stats().bad == 0, "all records exist");
   truncate_error = 0;
   limit.rlim_cur = 16;  // not even a header
   setrlimit(RLIMIT_FSIZE, &limit);
@@ -133,8 +133,8 @@ void test_system_errors() {
   expect(has(thrown([&] { table.sync(); }), "syncing a log"), "sync fails");
   expect(has(thrown([&] { table.close(); }), "syncing a log"), "close fails");
   sync_error = 0;
-  expect(thrown([&] { table.close(); }).empty(), "but it is closed");
-  expect(insert(*std::make_unique<Table>(folder, kPrint, "00000"), 20, 1) == 1, "and released");
+  expect(thrown([&] { table.close(); }).empty(), "closed after the failure");
+  expect(insert(*std::make_unique<Table>(folder, kPrint, "00000"), 20, 1) == 1, "released");
 
   folder = fresh("version");
   insert(*std::make_unique<Table>(folder, kPrint), 0, 1);
@@ -144,31 +144,31 @@ void test_system_errors() {
   header.crc = crc32c(&header, sizeof(header) - 4);
   std::memcpy(bytes.data(), &header, sizeof(header));
   write_file(folder + "/00000.log", bytes);
-  expect(has(thrown([&] { Table(folder, kPrint); }), "is of version 2 of the format"), "version");
+  expect(has(thrown([&] { Table(folder, kPrint); }), "has version 2 of the format"), "version");
 
   folder = fresh("file");
   write_file(folder, {1, 2, 3});
-  expect(has(thrown([&] { Table(folder, kPrint); }), "a table is a folder"), "a file");
+  expect(has(thrown([&] { Table(folder, kPrint); }), "A table is a folder"), "a file");
   for (const char* name : {"", ".x", "a/b", "a b", "+compacted-00000"}) {
     expect(has(thrown([&] { Table(root + "/none", kPrint, name); }), "writer is '"), name);
   }
 }
 
-// A log that a compaction removes, and puts elsewhere, while others look for it.
+// A compaction moves a log while other processes look for it.
 void test_vanishing_logs() {
   const std::string folder = fresh("vanish"), path = folder + "/00000.log";
   insert(*std::make_unique<Table>(folder, kPrint), 0, 10);
-  empty_listings = 2;  // the old name is gone, the new one not seen yet
+  empty_listings = 2;  // the old name is removed, and the new one not listed yet
   Table reader(folder, kPrint);
   expect(empty_listings == 0 && count_right(reader, 0, 10) == 10, "listed again at opening");
   empty_listings = 1;
   expect(reader.refresh() == 0 && reader.stats().logs == 1, "listed again at refresh");
   Table writer(folder, kPrint);
   vanishing = path.c_str();
-  expect(insert(writer, 10, 10) == 10 && fs::file_size(path) == 32 * 11, "opened anew");
+  expect(insert(writer, 10, 10) == 10 && fs::file_size(path) == 32 * 11, "opened again");
 }
 
-// Whatever step a compaction stops at, every record is there, and the next one finishes.
+// A compaction that stops at any step loses no records, and the next one completes.
 void test_compaction_stops() {
   const std::string folder = fresh("stops");
   for (int64_t name = 0; name < 3; ++name) {
@@ -188,7 +188,7 @@ void test_compaction_stops() {
   expect(count_right(Table(folder, kPrint), 0, 30) == 30, "nothing is lost in the end");
 }
 
-// What a process did to a log before it died, or what a disk did to it.
+// Faults of a log after a crash of a process or an error of a disk.
 void test_faults(int rounds) {
   const std::string folder = fresh("faults"), path = folder + "/name.log";
   constexpr int64_t kCount = 200;
@@ -212,7 +212,7 @@ void test_faults(int rounds) {
       const size_t page = 4096 * below(broken.size() / 4096 + 1);
       std::fill(broken.begin() + page, broken.begin() + std::min(broken.size(), page + 4096), 0);
     } else {
-      // A chunk of another table, or of this log at another place, whole records or not.
+      // A chunk of another table, or of another place in this log, as whole records or not.
       const auto& from = kind == 3 ? foreign : bytes;
       const size_t step = below(2) ? 32 : 1, size = 1 + below(2000);
       const size_t source = 32 + below(from.size() - 32 - size) / step * step;
@@ -220,7 +220,7 @@ void test_faults(int rounds) {
       std::copy_n(from.begin() + source, size, broken.begin() + target);
     }
     write_file(path, broken);
-    // Which records still stand where they stood; spliced ones may stand elsewhere too.
+    // Counts the records that are still in their place. Spliced records may have copies elsewhere.
     int64_t intact = 0, damaged = 0;
     for (size_t at = 32; at + 32 <= broken.size(); at += 32) {
       const bool same = std::memcmp(broken.data() + at, bytes.data() + at, 32) == 0;
@@ -232,8 +232,8 @@ void test_faults(int rounds) {
     const int64_t found = count_right(reader, 0, kCount);
     const TableStats stats = reader.stats();
     expect(found >= intact && found <= static_cast<int64_t>(broken.size() / 32), what);
-    expect(kind == 4 || found == intact, what + ": found what is intact");
-    // Every damaged place is counted, unless it holds a good record from elsewhere.
+    expect(kind == 4 || found == intact, what + ": found the intact records");
+    // Every damaged place counts, unless it holds a good record from elsewhere.
     const int64_t moved = stats.repeats.duplicates + found - intact;
     expect(stats.bad + moved == damaged + header, what + ": counted");
     expect(stats.repeats.conflicts == 0, what + ": conflicts");
@@ -244,14 +244,14 @@ void test_faults(int rounds) {
     expect(reader.refresh() == static_cast<size_t>(kCount - found), what + ": refreshed");
     writer.close();
     Table after(folder, kPrint);
-    expect(count_right(after, 0, kCount) == kCount, what + ": all there again");
+    expect(count_right(after, 0, kCount) == kCount, what + ": all records exist again");
   }
   expect(lost > rounds, "faults that lose records");
   std::printf("%d faults lost %ld records\n", rounds, static_cast<long>(lost));
 }
 
-// Writers and readers on one Table; one more writer has a log of its own, which compactions merge.
-// tests/refcache/test_store.py has the same between processes.
+// Writers and readers share one Table. Another writer has a separate log, which compactions merge.
+// tests/refcache/test_store.py has the same test with processes.
 void test_threads(double seconds) {
   const std::string folder = fresh("threads");
   constexpr int64_t kWriters = 4, kSpan = int64_t{1} << 40;  // keys of writer w start at w * kSpan
@@ -270,7 +270,7 @@ void test_threads(double seconds) {
         if (w == 0) own = std::make_unique<Table>(folder, kPrint);
         expect(insert(own ? *own : shared, w * kSpan + round * 64, 64) == 64, "64 new records");
         written[w] = round * 64 + 64;
-        own.reset();  // its log is free for a compaction
+        own.reset();  // releases its log for a compaction
         std::this_thread::sleep_for(std::chrono::microseconds(500));
       }
     });
@@ -299,11 +299,11 @@ void test_threads(double seconds) {
   const Table table(folder, kPrint);
   int64_t total = 0;
   for (int64_t w = 0; w < kWriters; ++w) {
-    expect(count_right(table, w * kSpan, written[w]) == written[w], "all there at the end");
+    expect(count_right(table, w * kSpan, written[w]) == written[w], "all records at the end");
     total += written[w];
   }
-  expect(static_cast<int64_t>(table.size()) == total && table.stats().bad == 0, "nothing else");
-  expect(total > 0 && checked > 0 && compactions > 0, "threads did something");
+  expect(static_cast<int64_t>(table.size()) == total && table.stats().bad == 0, "no other records");
+  expect(total > 0 && checked > 0 && compactions > 0, "all threads were active");
 }
 
 void test_a_thread_may_push_while_another_pops() {

@@ -1,4 +1,4 @@
-"""Rows that pass the head together: from memory, and on CUDA from the multiprocessors."""
+"""Chunk sizes: rows that pass through the head together, by memory and, on CUDA, by SM count."""
 
 import functools
 import math
@@ -8,17 +8,17 @@ import torch
 
 
 class Processor(NamedTuple):
-    """Bytes of memory and multiprocessors of a GPU."""
+    """Memory in bytes and number of multiprocessors of a GPU."""
 
     memory: int
     multiprocessors: int
 
 
 H100 = Processor(80 * 2**30, 132)
-"""Assumed where a plan is made for a GPU that is not there, as on the pages of calculations."""
+"""The GPU assumed for plans on a machine without one, such as memory estimates."""
 
 LOGIT, E = 4, 2
-"""Bytes of a logit in fp32 and of its E in half precision."""
+"""Bytes per logit: the fp32 logit, and its E in half precision."""
 
 
 @functools.cache
@@ -31,14 +31,16 @@ def processor(device: torch.device) -> Processor:
 
 
 def default_chunk_rows(vocabulary: int, device: torch.device, size: int = LOGIT + E) -> int:
-    """Rows of a chunk: on the CPU at least 256, more where their fp32 logits fit into 64 MiB.
+    """Default number of rows in a chunk.
 
-    On CUDA at least 1024, more where `size` bytes for each logit fit into a 40th of the memory, at
-    most 1.75 GiB: 2,048 rows at V = 151936.
+    On the CPU it is at least 256, or as many rows as have 64 MiB of fp32 logits. On CUDA it is at
+    least 1024, or as many rows as fit into a 40th of the memory (at most 1.75 GiB) with `size`
+    bytes per logit. That is 2,048 rows at V = 151936.
 
-    The GEMMs are faster the taller the chunk: on 2 cores at H = 1024, V = 32000 in bf16, 768 rows
-    through both GEMMs take 0.32 s in chunks of 32, 0.19 s of 128, 0.15 s of 256 and of 768. On an
-    H200 at H = 4096, V = 128256 they run at 696 TFLOP/s in chunks of 1,024 and 738 of 2,048.
+    Taller chunks have faster GEMMs. On 2 cores (H = 1024, V = 32000, bf16) both GEMMs of 768 rows
+    take 0.32 s in chunks of 32 rows, 0.19 s in chunks of 128, and 0.15 s in chunks of 256 or 768.
+    On an H200 (H = 4096, V = 128256) they run at 696 TFLOP/s in chunks of 1,024 rows, and at 738
+    in chunks of 2,048.
     """
     if device.type != "cuda":
         return max(256, 64 * 2**20 // (LOGIT * max(vocabulary, 1)))
@@ -47,7 +49,7 @@ def default_chunk_rows(vocabulary: int, device: torch.device, size: int = LOGIT 
 
 
 def even_step(rows: int, limit: int) -> int:
-    """The chunk, at most `limit`, that leaves no short, slow rest: 600 rows at 524 are 2 x 300."""
+    """Chunk size up to `limit` without a short last chunk: 600 rows at limit 524 are 2 x 300."""
     return max(1, math.ceil(rows / math.ceil(max(rows, 1) / limit)))
 
 
@@ -56,10 +58,11 @@ TILE = 128, 256
 
 
 def filling_step(rows: int, limit: int, width: int, multiprocessors: int) -> int:
-    """The chunk, at most `limit`, whose product with the weight fills the multiprocessors best.
+    """Chunk size up to `limit` for which the product E W fills the multiprocessors best.
 
-    That product has `width` columns: 2,048 x 4,096 are 16 x 16 tiles, 97 % of two rounds of 132
-    multiprocessors. Of equal chunks the smallest, which leaves the longest rest.
+    That product has `width` columns. A chunk of 2,048 rows at width 4,096 has 16 x 16 tiles, which
+    fill 97 % of two rounds of 132 multiprocessors. Among equally good sizes the smallest wins,
+    because it leaves the longest last chunk.
     """
     high, wide = TILE
     columns = math.ceil(width / wide)
@@ -75,18 +78,18 @@ def filling_step(rows: int, limit: int, width: int, multiprocessors: int) -> int
 
 
 def chunk_step(rows: int, limit: int, width: int, device: torch.device) -> int:
-    """The chunk, at most `limit`, for a head of `width`: filling on CUDA, even elsewhere."""
+    """Chunk size up to `limit`: `filling_step` on CUDA, `even_step` on other devices."""
     if device.type != "cuda":
         return even_step(rows, limit)
     return filling_step(rows, limit, width, processor(device).multiprocessors)
 
 
 def kept_rows(chunk: int, width: int, device: torch.device) -> int:
-    """Rows whose E is kept until one product gives the gradient of a weight (V, width).
+    """Number of rows whose E is kept for one product that gives the weight gradient (V, width).
 
-    Twice a chunk, so that few examples are split. On CUDA at least 2 * width rows: their E is as
-    large as the fp32 sum of several such gradients, which is then not needed. On the CPU E
-    overwrites its logits.
+    It is twice a chunk, so that few examples are split. On CUDA it is at least 2 * width. The E of
+    that many rows is as large as an fp32 sum of weight gradients, and replaces that sum. On the CPU
+    E overwrites its logits.
     """
     return max(2 * chunk, 2 * width if device.type == "cuda" else 0)
 
@@ -94,12 +97,12 @@ def kept_rows(chunk: int, width: int, device: torch.device) -> int:
 def workspace_bytes(
     rows: int, width: int, vocabulary: int, device: torch.device | str, *, trains: bool
 ) -> int:
-    """Bytes of the largest buffers of a call with a gradient: logits and E, at the defaults.
+    """Bytes of the largest buffers of a call with a gradient (logits and E), with default chunks.
 
     Args:
         rows: response rows.
         width: width of the head.
-        vocabulary: rows of the head; with a process group, those of a rank.
+        vocabulary: rows of the head, or of this rank's part with a process group.
         device: device of the tensors.
         trains: whether the head trains.
     """

@@ -1,7 +1,7 @@
 """The chunked head: GEMM -> row kernel -> GEMM over the kernels of any backend.
 
-Rows pass the head a chunk at a time, so the largest live tensor is the logits of one chunk. Read
-`base` first: it defines the statistics of a row.
+It processes one chunk of rows at a time, so the largest live tensor is the logits of one chunk.
+`base` defines the statistics of a row.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ class _Chunks:
         vocabulary = len(head.weight)
         self.logits: Tensor | None = None
         self.exp_logits: Tensor | None = None
-        if fused:  # rows of 16 bytes, for tensor maps
+        if fused:  # tensor maps need rows that are a multiple of 16 bytes
             padded = hidden.new_empty(kept, -(-vocabulary // 8) * 8)
             self.exp_logits = padded[:, :vocabulary]
             return
@@ -68,7 +68,7 @@ class _Chunks:
             self.kernels.release(self.logits)
 
     def score(self, hidden: Tensor, labels: Tensor, runner_up: Tensor | None) -> Scores:
-        """Scores of the rows. Their E is in `exp_logits` until the next call."""
+        """Scores of the rows. `exp_logits` holds their E until the next call."""
         if self.fused:
             assert self.exp_logits is not None
             return self.kernels.fused(hidden, labels, self.head, self.exp_logits[: len(hidden)])
@@ -94,7 +94,7 @@ class _Chunks:
         return self.kernels.row_stats(logits, labels, *settings, runner_up, exp_logits)
 
     def hidden_grad(self, scores: Scores, factor: Tensor, out: Tensor) -> None:
-        """Gradient of the hidden states that were scored last, in fp32 except for its inputs.
+        """Gradient of the hidden states that were scored last, computed in fp32 from its inputs.
 
         out = factor * (dz_dlogit * W[target] - (E W) / sum_exp)
         """
@@ -129,7 +129,7 @@ class _Sums:
         weight, bias, acc = chunks.head.weight, chunks.head.bias, acc_dtype(hidden.dtype)
         self.chunks, self.source, self.started = chunks, hidden, False
         self.hidden = hidden.new_empty(hidden.shape, dtype=hidden_dtype) if needs_grad[0] else None
-        # A single product is rounded once, as its sum would be: no fp32 copy is needed.
+        # One chunk is a single product, rounded once. It needs no fp32 sum.
         dtype = weight.dtype if one_chunk else acc
         empty = chunks.kernels.empty
         self.weight = empty(tuple(weight.shape), dtype, weight.device) if needs_grad[1] else None
@@ -153,13 +153,13 @@ class _Sums:
             kernels.add_rows(self.weight, target, scaled(rows, here, factor.dtype))
         if self.bias is not None:
             kernels.add_rows(self.bias[:, :1], target, here[:, None])
-            # Two columns, so that a half-precision factor keeps 16 bits instead of 8.
+            # Two columns give a half-precision factor 16 bits of precision instead of 8.
             high = away.to(rows.dtype)
             columns = torch.stack([high, (away - high).to(rows.dtype)], 1)
             kernels.gemm(exp_logits.T, columns, out=self.bias, accumulate=True)
 
     def gradients(self) -> Gradients:
-        """Gradients in the dtypes of the inputs, except that of hidden."""
+        """Gradients in the dtypes of the inputs, except that of hidden, which is wide."""
         weight, dtype = self.weight, self.chunks.head.weight.dtype
         if weight is not None and not self.started:
             weight.zero_()
@@ -172,7 +172,7 @@ class _Sums:
 
 
 class ChunkedBackend(Backend):
-    """The backend over kernels of torch, C++ or Triton."""
+    """The backend over the kernels of torch, C++ or Triton."""
 
     def __init__(self, kernels: TorchKernels) -> None:
         self.kernels = kernels
@@ -189,7 +189,7 @@ class ChunkedBackend(Backend):
     def example_rows(
         self, hidden: Tensor, head: Head, runner_up: bool, chunk_rows: int | None
     ) -> int:
-        """Rows scored at once by example; an example of more is scored twice."""
+        """Number of rows scored at once by example. A longer example is scored twice."""
         if chunk_rows is not None:
             return chunk_rows
         size = E if self._fuses(hidden, head, runner_up) else LOGIT + E
@@ -205,7 +205,7 @@ class ChunkedBackend(Backend):
         chunk_rows: int | None,
         keep_dlogp_dh: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # (n,), (n,), (n, H)
-        """1 GEMM, or 2 with dlogp_dh."""
+        """Log-probs, targets and dlogp_dh: 1 GEMM, or 2 with dlogp_dh."""
         if not keep_dlogp_dh and runner_up is None:
             stats = self.kernels.head_stats(hidden, local_labels(labels, head), head)
             if stats is not None:
@@ -235,7 +235,7 @@ class ChunkedBackend(Backend):
         chunk_rows: int | None,
         needs_grad: NeedsGrad,
     ) -> Gradients:
-        """Recompute the logits: 1 GEMM, and 1 each for hidden and weight."""
+        """Gradients from recomputed logits: 1 GEMM, and 1 each for hidden and weight."""
         limit = chunk_rows or _limit(head, LOGIT + E)
         step = chunk_step(len(hidden), limit, hidden.shape[1], hidden.device)
         parts = _parts(0, len(hidden), step)
@@ -260,8 +260,8 @@ class ChunkedBackend(Backend):
     ) -> tuple[Tensor, Tensor, Gradients]:  # (n,), (n,)
         """Log-probs, targets and gradients in one pass: 3 GEMMs with hidden and weight.
 
-        Examples share a chunk as long as they fit. An example longer than a chunk takes a second
-        GEMM for its logits.
+        Examples share a chunk if they fit. An example longer than a chunk needs a second GEMM for
+        its logits.
         """
         limit = self.example_rows(hidden, head, runner_up is not None, chunk_rows)
         fused = self._fuses(hidden, head, runner_up is not None)
@@ -283,7 +283,7 @@ class ChunkedBackend(Backend):
                     logps[part], targets[part] = scores.logps, scores.target
                 grad_logps = grad_logps_fn(first, last, logps[rows])
                 for part in parts:
-                    if len(parts) > 1:  # the E of this part is gone
+                    if len(parts) > 1:  # a later part has overwritten this E
                         scores = chunks.score(hidden[part], labels[part], _at(runner_up, part))
                     here = slice(part.start - rows.start, part.stop - rows.start)
                     sums.add(part, scores, grad_logps[here])
@@ -291,7 +291,7 @@ class ChunkedBackend(Backend):
 
 
 def local_labels(labels: Tensor, head: Head) -> Tensor:
-    """The labels in this rank's rows of the head; -1 for those of other ranks."""
+    """Labels as indices into this rank's rows of the head, -1 for labels of other ranks."""
     if head.shard is None:
         return labels
     local = labels - head.shard.start
@@ -312,9 +312,9 @@ def _parts(start: int, stop: int, step: int) -> list[slice]:
 
 
 def _groups(lengths: list[int], limit: int) -> Iterator[tuple[int, int, slice]]:
-    """(first example, last example, rows), ends excluded: together at most `limit` rows.
+    """Groups of consecutive examples with at most `limit` rows, ends excluded.
 
-    A longer example is a group of its own.
+    Yields (first example, last example, rows). A longer example is a separate group.
     """
     first = start = stop = 0
     for index, length in enumerate(lengths):

@@ -1,8 +1,9 @@
 """Row kernel and GEMM of the C++ extension (csrc/rows/rows.h, csrc/gemm/gemm.h), on the CPU.
 
-With AVX-512 the GEMMs are the extension's too: fp32 about twice as fast as MKL on an AMD CPU, bf16
-as fast as oneDNN (with AMX up to twice its time) but with fp32 results. On aarch64 with BF16 the
-bf16 GEMM is. Elsewhere torch multiplies, halves widened to fp32. So logits are never rounded.
+Logits are never rounded to bf16. With AVX-512 the extension multiplies: its fp32 GEMM is about 2x
+faster than MKL on an AMD CPU. Its bf16 GEMM is as fast as oneDNN but has fp32 results. With AMX
+oneDNN is up to 2x faster. On aarch64 with BF16 the extension has a bf16 GEMM. In all other cases
+torch multiplies, with half-precision inputs widened to fp32.
 """
 
 import functools
@@ -22,19 +23,19 @@ DTYPES = tuple(_NAMES)
 
 @functools.cache
 def _own_gemm(dtype: torch.dtype) -> bool:
-    """Whether the extension multiplies."""
+    """Whether the extension has a GEMM for this dtype on this CPU."""
     features = require_extension().cpu_features()
     return features["gemm_bf16"] if dtype == torch.bfloat16 else features["gemm_f32"]
 
 
 @functools.cache
 def _widens(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies in fp32: a CPU that only emulates bf16 gains nothing by rounding."""
+    """Whether torch multiplies this dtype in fp32, because the CPU only emulates bf16."""
     return dtype == torch.bfloat16 and not _own_gemm(dtype)
 
 
 def describe() -> str:
-    """The instruction set, and the source of the GEMM."""
+    """Instruction set of the row kernels and source of the GEMM, for `dispatch.explain`."""
     features = require_extension().cpu_features()
     own = [name for dtype, name in _NAMES.items() if _own_gemm(dtype)]
     amx = " (AMX)" if features["amx"] else ""
@@ -44,11 +45,11 @@ def describe() -> str:
 
 
 KEPT = 192 * 2**20
-"""Bytes of a thread's chunk buffer that are kept between calls; more is given back."""
+"""Largest chunk buffer in bytes that a thread keeps between calls."""
 
 
 class _Memory(threading.local):
-    """The chunk buffer of each thread, kept between calls: fresh memory costs 5 % of a step."""
+    """The chunk buffer of each thread, kept between calls. Fresh memory costs 5 % of a step."""
 
     buffer: Tensor | None = None
 
@@ -58,33 +59,36 @@ _torch = TorchKernels()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """From 8 MiB on it comes from a pool, in large pages (csrc: Block)."""
+    """Memory for a tensor; 8 MiB or more comes from a pool with large pages (csrc: Block)."""
     size = math.prod(shape) * dtype.itemsize
     if size < 2**23:
-        return torch.empty(shape, dtype=dtype, device="cpu")  # not that of a torch.device context
+        return torch.empty(shape, dtype=dtype, device="cpu")  # overrides a torch.device context
     memory = torch.frombuffer(require_extension().Block(size), dtype=torch.uint8, count=size)
     return memory.view(dtype).view(shape)
 
 
 def _reserve(size: int) -> Tensor:
-    """Bytes that only this call uses: the kept buffer is taken away until `release`.
+    """A buffer for one call. The kept buffer is unavailable to others until `release`.
 
-    A term of an objective, or a hook of autograd, may call the head inside the head.
+    A term of an objective or an autograd hook may call the head inside a call of the head.
     """
     kept, _memory.buffer = _memory.buffer, None
     if kept is not None and kept.numel() >= size:
         return kept
     del kept  # frees before it allocates
-    with torch.inference_mode(False):  # else the buffer could not be written outside of it
+    with torch.inference_mode(False):  # an inference tensor is read-only outside that mode
         return _empty((size,), torch.uint8)
 
 
 BLOCK = 2**18
-"""Numbers of a half-precision matrix that are widened at once."""
+"""Elements of a half-precision matrix that are widened at once."""
 
 
 def _gemm_in_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
-    """`gemm` of halves by torch in fp32, rounded at the end if out is half; copies stay small."""
+    """`gemm` of half-precision matrices by torch in fp32, with small widened copies.
+
+    If out is half precision, results are rounded at the end.
+    """
     (m, k), n = a.shape, b.shape[1]
     if n >= max(m, k):  # by columns: logits
         step = max(1, BLOCK // max(k, 1))
@@ -109,7 +113,7 @@ def _gemm_in_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor
 
 
 def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """`gemm` of fp32 matrices into fp32 or half."""
+    """`gemm` of fp32 matrices into an fp32 or half-precision out."""
     if out.dtype == torch.float32:
         _torch.gemm(a, b, out, accumulate)
     elif accumulate:
@@ -119,7 +123,7 @@ def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 
 def _strides(matrix: Tensor) -> tuple[int, int]:
-    """A dimension of size 1 may carry any stride; the extension wants a 1 somewhere."""
+    """Strides with a 1 for the extension: a dimension of size 1 may have any stride."""
     row, column = matrix.stride()
     if row != 1 and column != 1:
         return (1, column) if matrix.shape[0] == 1 else (row, 1)
@@ -136,9 +140,9 @@ class CppKernels(TorchKernels):
     def buffers(
         self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """fp32 logits; exp_logits of a row start where its logits do.
+        """fp32 logits, and exp_logits in the same memory: each row starts where its logits do.
 
-        A row kernel reads ahead of its writes, so bf16 exp_logits fit into fp32 logits in place.
+        A row kernel reads ahead of its writes, so it can write bf16 exp_logits over fp32 logits.
         """
         size = rows * vocabulary * 4
         memory = _reserve(size)[:size].view(torch.float32).view(rows, vocabulary)

@@ -1,8 +1,8 @@
 """Backend choice per device and dtype: `choose`, `use_backend`, `explain`.
 
-The order is `use_backend`, the environment variable REALIGN_BACKEND, the fastest that can compute.
-Operators ask when they run, not when they are traced, so a choice never breaks a compiled graph and
-a compiled function obeys the `use_backend` it is called under.
+`use_backend` comes first, then the environment variable REALIGN_BACKEND, then the fastest backend
+for the device and dtype. Operators choose when they run, not when they are traced. So a choice
+never breaks a compiled graph, and `use_backend` also works around a call of a compiled function.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ MODULES = {
     "cpp": ("realign_kernels.backends.cpp", "CppKernels"),
     "triton": ("realign_kernels.backends.triton.backend", "TritonKernels"),
 }
-"""Module and class: kernels of the chunked backend, or a backend."""
+"""Module and class of each backend, or of its kernels for the chunked backend."""
 
 ENVIRONMENT = "REALIGN_BACKEND"
 
@@ -35,44 +35,44 @@ _override: ContextVar[str] = ContextVar("realign_backend", default="")
 
 
 class Choice(NamedTuple):
-    """A backend and why it was taken."""
+    """A backend and the reason for choosing it."""
 
     name: str
     reason: str
 
 
 def _missing(name: str) -> str | None:
-    """Why this installation lacks a backend; None where it has it."""
+    """The reason why this installation lacks a backend, or None if it has it."""
     if name == "cpp":
         return missing_reason()
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if name == "triton" and torch.cuda.is_available():
         if torch.version.hip is not None:
-            return "its tiles are for NVIDIA GPUs"
+            return "its kernels are tuned for NVIDIA GPUs"
         if torch.cuda.get_device_capability() < (8, 0):
-            return "its tiles are for compute capability 8.0 and above"
+            return "it needs compute capability 8.0 or above"
     return None
 
 
 def _cannot(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot compute on this device and dtype; None where it can."""
+    """The reason why a backend does not support this device and dtype, or None if it does."""
     if name == "cpp" and (device != "cpu" or dtype not in (torch.float32, torch.bfloat16)):
-        return "it computes float32 and bfloat16 on the CPU"
+        return "it supports float32 and bfloat16 on the CPU"
     if name == "triton":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if dtype == torch.float64 or (device != "cuda" and not interpreted):
-            return "it computes float32, bfloat16 and float16 on CUDA"
+            return "it supports float32, bfloat16 and float16 on CUDA"
     return None
 
 
 def _check(name: str, source: str) -> None:
     if name not in MODULES:
-        raise ValueError(f"{source}: unknown backend {name!r}, choose one of {', '.join(MODULES)}")
+        raise ValueError(f"{source}: unknown backend {name!r}. Choose one of {', '.join(MODULES)}.")
     if reason := _missing(name):
         available = ", ".join(other for other in MODULES if not _missing(other))
         raise ValueError(
-            f"{source}: backend {name!r} is not available ({reason}); choose one of {available}"
+            f"{source}: backend {name!r} is not available ({reason}). Choose one of {available}."
         )
 
 
@@ -84,10 +84,10 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
         if reason := _cannot(asked, device, dtype):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(
-                f"{source}: backend {asked!r} cannot take {name} on {device}: {reason}; "
-                "choose torch or reference"
+                f"{source}: backend {asked!r} does not support {name} on {device}: {reason}. "
+                "Choose torch or reference."
             )
-        return Choice(asked, f"asked for by {source}")
+        return Choice(asked, f"selected by {source}")
     passed_over = []
     for name in ("triton", "cpp"):
         if _cannot(name, device, dtype):
@@ -95,26 +95,26 @@ def _decide(device: str, dtype: torch.dtype, override: str, environment: str) ->
         if reason := _missing(name):
             passed_over.append(f"no {name}: {reason}")
             if name == "cpp":
-                extension()  # warns once, with the way to build it
+                extension()  # warns once
         elif name == "cpp":
             module = importlib.import_module(MODULES[name][0])
-            return Choice(name, f"the fastest here: {module.describe()}")
+            return Choice(name, f"the fastest on this CPU: {module.describe()}")
         elif device == "cuda":
-            return Choice(name, "written for it; docs/gpu.md has its speed")
-    return Choice("torch", "; ".join(passed_over) or "the only one for this device and dtype")
+            return Choice(name, "the default on CUDA; docs/gpu.md has its speed")
+    return Choice("torch", "; ".join(passed_over) or "the only backend for this device and dtype")
 
 
 _decided = functools.cache(_decide)
 
 
 def choose(device: torch.device, dtype: torch.dtype, override: str = "") -> Choice:
-    """The backend for tensors of this device and dtype. `override` replaces use_backend."""
+    """The backend for tensors of this device and dtype. `override` takes precedence."""
     asked = override or current_override()
     return _decided(device.type, dtype, asked, os.environ.get(ENVIRONMENT, ""))
 
 
 def current_override() -> str:
-    """The setting of `use_backend`; empty outside of it."""
+    """The name given to the active `use_backend` block, or an empty string."""
     return _override.get()
 
 
@@ -126,15 +126,15 @@ def _load(name: str) -> Backend:
 
 
 def backend_for(tensor: Tensor, override: str = "") -> Backend:
-    """The backend that computes on this tensor."""
+    """The backend for this tensor."""
     return _load(choose(tensor.device, tensor.dtype, override).name)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Computes with one backend inside a `with` block, in this thread or task only.
+    """Selects a backend inside a `with` block, in this thread or task only.
 
-    A backward pass uses the backend of its forward. Enter the block outside of compiled functions.
+    A backward pass uses the backend of its forward. Enter the block outside compiled functions.
 
     Raises:
         ValueError: the name is unknown, or this installation lacks the backend.
@@ -148,7 +148,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """One line: which backend would compute on this device and dtype, and why."""
+    """One line with the backend for this device and dtype, and the reason for the choice."""
     device = torch.device(device)
     choice = choose(device, dtype)
     name = str(dtype).removeprefix("torch.")

@@ -54,5 +54,7 @@ class ReferenceBackend(Backend):
 
 def _settings(head: Head) -> tuple[Tensor | None, float | None, float]:
     if head.shard is not None:
-        raise ValueError("the reference backend has no vocabulary-parallel head: use torch")
+        raise ValueError(
+            "the reference backend does not support a vocabulary-parallel head. Use torch."
+        )
     return head.bias, head.softcap, head.temperature

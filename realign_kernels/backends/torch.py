@@ -1,4 +1,4 @@
-"""Row kernel and GEMM in torch operations: on any device and in any dtype."""
+"""Row kernel and GEMM in torch operations, for any device and dtype."""
 
 from collections.abc import Callable
 
@@ -17,10 +17,10 @@ class TorchKernels:
     def buffers(
         self, rows: int, hidden: Tensor, vocabulary: int, derivative: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Memory for the logits of a chunk, and for exp_logits (hidden's dtype), may be shared.
+        """Memory for the logits of a chunk and for exp_logits (in hidden's dtype).
 
-        It is the caller's until `release`. Logits are fp32 on CUDA; the CPU of torch has no GEMM
-        that widens, and rounds them.
+        The two may share memory. It belongs to the caller until `release`. Logits are fp32 on
+        CUDA. On the CPU torch has no GEMM with fp32 results, so it rounds logits to hidden's dtype.
         """
         acc = acc_dtype(hidden.dtype) if hidden.is_cuda else hidden.dtype
         logits = hidden.new_empty(rows, vocabulary, dtype=acc)
@@ -36,11 +36,11 @@ class TorchKernels:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def gemm(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-        """out = a @ b, or out += a @ b; out may be fp32 where a and b are half.
+        """out = a @ b, or out += a @ b. out may be fp32 for half-precision a and b.
 
-        There CUDA writes the fp32 accumulator; the CPU rounds the
-        product before it widens. For bf16 logits of standard deviation 4 that costs 1e-2 in
-        log-prob on average and 6e-2 at most, as in eager torch.
+        In this case CUDA writes the fp32 accumulator, but the CPU rounds the product first. For
+        bf16 logits of standard deviation 4 the rounding changes a log-prob by 1e-2 on average and
+        by 6e-2 at most, as in eager torch.
         """
         if a.dtype == out.dtype:
             return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
@@ -53,12 +53,12 @@ class TorchKernels:
 
     def row_stats(
         self,
-        logits: Tensor,  # (r, V) hidden @ weight.T, is overwritten
+        logits: Tensor,  # (r, V) hidden @ weight.T, overwritten
         labels: Tensor,  # (r,) int64; -1: on another shard
         bias: Tensor | None,  # (V,)
         softcap: float | None,
         temperature: float,
-        runner_up: Tensor | None,  # (r,) bool: the target is the strongest token but the label
+        runner_up: Tensor | None,  # (r,) bool: the target is the strongest token except the label
         exp_logits: Tensor | None,  # (r, V), written; None: no derivative is needed
     ) -> RowStats:
         """The row kernel: statistics; exp_logits = E * dz / d(raw logit), 0 at the target.
@@ -80,8 +80,8 @@ class TorchKernels:
         absent, index = target < 0, target.clamp(min=0)[:, None]
         logit = z.gather(1, index).squeeze(1)
         z.scatter_(1, index, torch.where(absent, logit, float("-inf"))[:, None])
-        # With no other token left (V = 1, or a bias of -inf) the maximum is -inf, and
-        # -inf - -inf is NaN.
+        # Without another token (V = 1, or a bias of -inf) the maximum is -inf, and -inf - -inf
+        # is NaN.
         max_logit = z.amax(1).clamp_(min=torch.finfo(z.dtype).min)
         sum_exp = z.sub_(max_logit[:, None]).exp_().sum(1)
         dz_dlogit = torch.full_like(max_logit, 1 / temperature)
@@ -99,10 +99,10 @@ class TorchKernels:
         )
 
     def head_stats(self, hidden: Tensor, labels: Tensor, head: Head) -> RowStats | None:
-        """`row_stats` from hidden states, without logits in memory; None without such a kernel."""
+        """`row_stats` from hidden states without logits in memory, or None without a kernel."""
 
     def fuses(self, hidden: Tensor, head: Head) -> bool:
-        """Whether `fused` can compute on these."""
+        """Whether `fused` supports these inputs."""
         return False
 
     def fused(
@@ -112,9 +112,9 @@ class TorchKernels:
         head: Head,
         exp_logits: Tensor,  # (r, V), written: E * dz / d(raw logit) up to a factor, 0 at the label
     ) -> Scores:
-        """Scores from hidden states, where `fuses` allows it.
+        """Scores from hidden states, for inputs that `fuses` accepts.
 
-        A row whose E overflows is not finite, in its log-prob or in exp_logits @ weight.
+        If E of a row overflows, its log-prob or its exp_logits @ weight is not finite.
         """
         raise NotImplementedError
 
@@ -126,8 +126,11 @@ class TorchKernels:
         factor: Tensor,  # (r,) wide
         out: Tensor,  # (r, H)
     ) -> None:
-        """out = factor * (dz_dlogit * weight[target] - exp_w / sum_exp); target -1: no weight."""
-        # dz_dlogit is 0 where the target is on another shard.
+        """out = factor * (dz_dlogit * weight[target] - exp_w / sum_exp).
+
+        The first term is 0 for target -1.
+        """
+        # dz_dlogit is 0 if the target is on another shard.
         target_w = weight[scores.target.clamp(min=0)].to(exp_w.dtype) * scores.dz_dlogit[:, None]
         out.copy_((target_w - exp_w / scores.sum_exp[:, None]) * factor[:, None])
 
@@ -136,7 +139,7 @@ class TorchKernels:
         values: Tensor,  # contiguous
         factor: Tensor,  # () wide
     ) -> None:
-        """values *= factor, without a pass over them where the factor is 1."""
+        """values *= factor, skipped if the factor is 1."""
         if factor.is_cuda or factor.item() != 1:
             values.mul_(factor)
 
@@ -146,10 +149,11 @@ class TorchKernels:
         index: Tensor,  # (r,) int64 in [0, V), r > 0; -1: on another shard
         rows: Tensor,  # (r, H) wide, 0 where index is -1
     ) -> None:
-        """total[index] += rows, with wide sums also where total is half.
+        """total[index] += rows, with wide sums even if total is half precision.
 
-        Equal indices are summed first. Their number stays on the device, so there are r sums: those
-        past the last distinct index repeat it, and write the same values again.
+        Rows with equal indices are summed first. The number of distinct indices stays on the
+        device, so there are always r sums. Sums past the last distinct index repeat it, and write
+        the same values again.
         """
         index = index.clamp(min=0)
         if total.dtype == rows.dtype:
@@ -172,8 +176,8 @@ def _with_runner_up(
     labels: Tensor,  # (r,)
     runner_up: Tensor,  # (r,) bool
 ) -> Tensor:  # (r,)
-    """The label, or in runner-up rows the first strongest token that is not the label."""
+    """The label, or in runner-up rows the first strongest token except the label."""
     strongest = z.scatter(1, labels[:, None], float("-inf")).argmax(1)
-    # Where every other token is -inf, argmax may be the label itself.
+    # If every other token is -inf, argmax may return the label.
     strongest = torch.where(strongest == labels, (labels == 0).long(), strongest)
     return torch.where(runner_up, strongest, labels)

@@ -1,12 +1,12 @@
 """Preference objectives: terms over leaf rewards.
 
 A *leaf* is a response under an image. Its reward is r = beta * (log pi(y|x,v) - log pi_ref(y|x,v)),
-the convention TRL logs. An objective lists its leaves and the *terms* that compare their rewards;
-its loss for one example is the weighted sum of the terms.
+the convention that TRL logs. An objective lists its leaves and the *terms* that compare their
+rewards. Its loss for one example is the weighted sum of the terms.
 
-`objective` holds Leaf and Objective, `terms` the links, `presets` the published methods. To add an
-objective, write a preset (a function that returns an `Objective`) and list it in `PRESETS`; to add
-a kind of comparison, write a `Term`. docs/adding-an-objective.md walks through both.
+`objective` has Leaf and Objective, `terms` the links, and `presets` the published methods. To add
+an objective, write a preset, a function that returns an `Objective`, and list it in `PRESETS`. To
+add a kind of comparison, write a `Term`. docs/adding-an-objective.md explains both.
 """
 
 import inspect
@@ -64,28 +64,28 @@ PRESETS: dict[str, Callable[..., Objective]] = {
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The settings of the preset of that name, with their defaults.
+    """The settings of the preset with this name, with their defaults.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown objective {name!r}: choose one of {', '.join(PRESETS)}")
+        raise ValueError(f"unknown objective {name!r}. Choose one of {', '.join(PRESETS)}.")
     parameters = inspect.signature(PRESETS[name]).parameters
     return {setting: parameter.default for setting, parameter in parameters.items()}
 
 
 def get(name: str, **given: Any) -> Objective:
-    """The preset of that name.
+    """The preset with this name.
 
     Raises:
-        ValueError: unknown name, or a setting the preset does not have.
+        ValueError: the name is unknown, or the preset does not have a given setting.
     """
     accepted = settings(name)
     if unknown := sorted(set(given) - set(accepted)):
         raise ValueError(
-            f"objective {name!r} has no setting {', '.join(unknown)}: "
-            f"it takes {', '.join(accepted)}"
+            f"objective {name!r} has no setting {', '.join(unknown)}. "
+            f"Its settings are {', '.join(accepted)}."
         )
     return PRESETS[name](**given)
 

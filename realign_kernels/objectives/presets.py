@@ -1,12 +1,17 @@
-"""Presets: the published objectives, a few lines each.
+"""Presets of published objectives.
 
-In the formulas r(y, u) is the reward of response y under image u, beta times its log-ratio of
-policy and reference; w, l the chosen and the rejected response, v the image, v' the retrieved one
-(v1, v2, ... several), w' the response preferred for v', o a blank image; l(m) = -log sigmoid(m).
+Notation of the formulas:
 
-Where a method's negative image comes from (a crop, noise, a diffusion model) is a matter of data:
-the loss is the same, and every such image is `retrieved_image` here. POVID (2402.11411) is `dpo`
-on other data.
+- r(y, u) is the reward of response y under image u, beta times its log-ratio of policy and
+  reference.
+- w and l are the chosen and the rejected response.
+- v is the image, and v' the retrieved one (v1, v2, ... if there are several).
+- w' is the response preferred for v'.
+- o is a blank image.
+- l(m) = -log sigmoid(m).
+
+The source of a method's negative image (a crop, noise, a diffusion model) does not change the loss.
+Every such image is `retrieved_image` here. POVID (2402.11411) is `dpo` on other data.
 """
 
 from dataclasses import replace
@@ -34,9 +39,11 @@ def dpo(beta: float = 0.1) -> Objective:
 
 
 def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
-    """Conservative DPO: Mitchell, A note on DPO with noisy preferences, 2023; e = label_smoothing.
+    """Conservative DPO: Mitchell, A note on DPO with noisy preferences, 2023.
 
     (1 - e) l(m) + e l(-m), m = r(w,v) - r(l,v)
+
+    e is label_smoothing.
     """
     text = PairSigmoid(name="text", positive=0, negative=1, label_smoothing=label_smoothing)
     return Objective("cdpo", (CHOSEN, REJECTED), (text,), beta)
@@ -52,11 +59,11 @@ def hinge(beta: float = 0.1, target: float = 1.0) -> Objective:
 
 
 def ipo(beta: float = 0.1, average: bool = False) -> Objective:
-    """IPO: Azar et al., arXiv 2310.12036, eq. 17; beta is the paper's tau.
+    """IPO: Azar et al., arXiv 2310.12036, eq. 17. beta is the paper's tau.
 
     ((r(w,v) - r(l,v)) / beta - 1 / (2 beta))^2 = (r(w,v) - r(l,v) - 1/2)^2 / beta^2
 
-    The paper sums log-probs over tokens; TRL averages them, as `average` does.
+    The paper sums log-probs over tokens. `average` divides them by the token count, as TRL does.
     """
     text = PairSquared(name="text", weight=_inverse_square(beta), positive=0, negative=1)
     return Objective("ipo", (CHOSEN, REJECTED), (text,), beta, average)
@@ -85,7 +92,7 @@ def mdpo(
 def mfpo(
     beta: float = 0.1, visual_weight: float = 1.0, anchor_weight: float = 1.0, delta: float = 0.0
 ) -> Objective:
-    """MFPO: Jiang et al., arXiv 2410.15334. mDPO's terms; v' is v with noise on key regions.
+    """MFPO: Jiang et al., arXiv 2410.15334. It has mDPO's terms. v' is v with noise on key regions.
 
     l(r(w,v) - r(l,v)) + visual_weight l(r(w,v) - r(w,v')) + anchor_weight l(r(w,v) - delta)
     """
@@ -97,8 +104,8 @@ def svco(beta: float = 0.1) -> Objective:
 
     l(r(w,v) - r(w,o)) + l(r(w,o) - r(w,v')) + l(r(w',v') - r(w',o)) + l(r(w',o) - r(w',v))
 
-    o is no image at all in the authors' code and a blank one here, so that both share a prompt;
-    their four betas are one.
+    The authors' code has no image in place of o. A blank image lets all responses share a prompt.
+    This preset has one beta instead of the authors' four.
     """
     leaves = (
         CHOSEN,
@@ -124,13 +131,13 @@ def symmpo(
     anchor_weight: float = 1.0,
     delta: float = 0.0,
 ) -> Objective:
-    """SymMPO: Liu et al., arXiv 2506.11712; the weights are the paper's lambda, gamma and eta.
+    """SymMPO: Liu et al., arXiv 2506.11712. The weights are the paper's lambda, gamma and eta.
 
     l(r(w,v) - r(l,v)) + pair_weight [l(d1) + l(d2)] + margin_weight (d1 - d2)^2
     + anchor_weight [l(r(w,v) - delta) + l(r(w',v') - delta)],
     d1 = r(w,v) - r(w',v), d2 = r(w',v') - r(w,v')
 
-    Every pair holds the image fixed, so partition functions cancel, as they do not in rDPO.
+    The image is the same within each pair, so partition functions cancel, unlike in rDPO.
     """
     leaves = (
         CHOSEN,
@@ -151,7 +158,7 @@ def symmpo(
 
 
 def ovip(beta: float = 0.1) -> Objective:
-    """OViP: Liu et al., arXiv 2505.15963, its loss without the online sampling of data.
+    """OViP: Liu et al., arXiv 2505.15963. Only its loss, without the online sampling of data.
 
     l(r(w,v) - r(l,v)) + l(r(w,v) - r(w,o)) + l(r(w,o) - r(w,v'))
     """
@@ -178,12 +185,13 @@ def mispdpo(
     text_weight: float = 1.0,
     omegas: tuple[float, ...] | None = None,
 ) -> Objective:
-    """MISP-DPO: Li et al., arXiv 2509.25717; text_weight is its lambda, i runs over the negatives.
+    """MISP-DPO: Li et al., arXiv 2509.25717.
 
     text_weight l(r(w,v) - r(l,v)) - log sigmoid(-log sum_i omega_i exp(r(w,vi) - r(w,v)))
 
-    The paper's omegas are importance weights of sampled images. They are constants of the
-    objective here, 1 unless given; four negatives are our default.
+    i runs over the negatives, and text_weight is the paper's lambda. The paper's omegas are
+    importance weights of sampled images. Here they are constants, 1 by default. The default of
+    four negatives is not from the paper.
     """
     leaves = (CHOSEN, REJECTED, *_visuals(negatives))
     several = tuple(range(2, 2 + negatives))
@@ -201,13 +209,13 @@ def lpoi(
     anchor_weight: float = 1.0,
     delta: float = 0.0,
 ) -> Objective:
-    """LPOI: Pesaran Zadeh et al., arXiv 2505.21061, with K = negatives (its code: 4).
+    """LPOI: Pesaran Zadeh et al., arXiv 2505.21061. K is negatives, 4 in the authors' code.
 
     l(r(w,v) - r(l,v)) + anchor_weight l(r(w,v) - delta)
     - visual_weight sum_k log(exp r(w,vk) / sum_{j >= k} exp r(w,vj)), k = 0 .. K-1, v0 = v
 
-    The retrieved images are ranked as they are listed: v1 is the nearest to v, vK the farthest
-    (the paper's: the object less and less visible).
+    The retrieved images are listed by rank: v1 is the nearest to v, vK the farthest. In the paper
+    the object becomes less visible from one image to the next.
     """
     leaves = (CHOSEN, REJECTED, *_visuals(negatives))
     ranking = (0, *range(2, 2 + negatives))
@@ -220,27 +228,31 @@ def lpoi(
 
 
 def chip(beta: float = 0.1) -> Objective:
-    """CHiP: Fu et al., arXiv 2501.16629, without its KL (token level) and its segment weights.
+    """CHiP: Fu et al., arXiv 2501.16629, without its token-level KL and its segment weights.
 
     -log sigmoid([r(w,v) - r(l,v)] + [r(w,v) - r(w,v')])
 
-    The KL term, kappa (KL_l - sg KL_w), needs whole distributions; a term has label log-probs.
+    The KL term, kappa (KL_l - sg KL_w), needs complete distributions, but a term only has the
+    log-probs of labels.
     """
     both = LinearSigmoid(name="text_and_visual", coefficients=((0, 2.0), (1, -1.0), (2, -1.0)))
     return Objective("chip", (CHOSEN, REJECTED, VISUAL), (both,), beta)
 
 
 def released(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
-    """The loss of the code released with Re-Align (arXiv 2502.13146), only to reproduce it.
+    """The loss of the code released with Re-Align (arXiv 2502.13146), only for reproduction.
 
-    l(r(w,v) - R(l,v)) + visual_weight l(r(w,v) - R(w,v')), where R sums, over the positions of the
-    response, the log-prob of the strongest token that is *not* the label (top-1, or top-2 where
-    top-1 is the label) in place of the label's.
+    l(r(w,v) - R(l,v)) + visual_weight l(r(w,v) - R(w,v'))
 
-    Not the default, since it is not the paper's loss: the rejected response and the retrieved image
-    never enter as such; pushing R down raises the label's own probability, to first order, where
-    the paper's loss lowers it; and as policy and reference pick different tokens, R is no
-    log-ratio of anything, so margins mean nothing.
+    R sums the log-prob of the strongest token that is *not* the label over the positions of the
+    response. That is top-1, or top-2 if top-1 is the label.
+
+    It is not the default, because it differs from the paper's loss:
+
+    - Neither the rejected response nor the chosen one under the retrieved image is scored.
+    - A lower R raises the label's own probability, to first order. The paper's loss lowers it.
+    - Policy and reference may pick different tokens. R is then not a log-ratio, and margins have no
+      meaning.
     """
     rivals = tuple(leaf._replace(rival=True) for leaf in (REJECTED, VISUAL))
     terms = (_text(), _visual(visual_weight))
@@ -268,6 +280,6 @@ def _visuals(negatives: int) -> tuple[Leaf, ...]:
 
 
 def _inverse_square(beta: float) -> float:
-    """1 / beta^2; 1 for a beta that Objective is going to refuse."""
+    """1 / beta^2, or 1 for a beta that Objective will reject."""
     inverse = 1 / beta if beta > 0 else 1.0
     return inverse * inverse

@@ -1,8 +1,9 @@
 """Terms: losses of the rewards of a few leaves.
 
-Each is a frozen dataclass, a pure function of rewards (L, B) that returns (B,). Values and
-gradients are finite and right for far rewards (1e4 in fp32): differences of rewards first, then a
-log-sigmoid or a log-sum-exp relative to the largest, never an exp of a reward.
+Each is a frozen dataclass and a pure function of rewards (L, B) that returns (B,). Values and
+gradients are finite and accurate for large rewards (1e4 in fp32). Terms therefore subtract rewards
+first, then apply a log-sigmoid, or a log-sum-exp relative to the largest entry. They never compute
+the exp of a reward.
 """
 
 import math
@@ -19,18 +20,18 @@ from torch import Tensor
 class Term:
     """One comparison of rewards. A pure function: rewards (L, B) -> loss (B,), unweighted.
 
-    Entry b of the loss may depend only on column b of the rewards. The fused head turns an
-    example's log-probs into coefficients while other examples are not computed yet, so nothing
-    that mixes examples, such as centering rewards over the batch, can be a term.
+    Entry b of the loss may depend only on column b of the rewards. The reason is that the fused
+    head finishes an example before it computes the next. A term thus cannot mix examples, for
+    example to center rewards over the batch.
 
     Fields are numbers, strings or tuples of them, so that terms can be compared and hashed. A
-    subclass with further checks calls super().__post_init__() in them.
+    subclass with further checks calls super().__post_init__() first.
     """
 
     name: str
-    """Under which the loss of this term is reported."""
+    """Name under which the loss of this term is reported."""
     weight: float = 1.0
-    """Its factor in the sum; 0 switches it off."""
+    """Factor in the sum of terms. 0 disables the term."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -44,17 +45,17 @@ class Term:
         for leaf in leaves:
             if not isinstance(leaf, int) or isinstance(leaf, bool) or leaf < 0:
                 raise ValueError(
-                    f"term {self.name!r} reads leaf {leaf!r}: give the index of a leaf, 0 or more"
+                    f"term {self.name!r} reads leaf {leaf!r}, but an index must be an int >= 0"
                 )
         if len(set(leaves)) < len(leaves):
             raise ValueError(
-                f"term {self.name!r} reads one leaf twice, {leaves}, which compares it with "
-                "itself: give each leaf once"
+                f"term {self.name!r} reads a leaf twice, {leaves}, and so compares it with "
+                "itself. Give each leaf once."
             )
 
     @property
     def leaves(self) -> tuple[int, ...]:
-        """Indices of the leaves it reads, each once."""
+        """Indices of the leaves that the term reads, each once."""
         raise NotImplementedError
 
     def __call__(self, rewards: Tensor) -> Tensor:
@@ -86,9 +87,9 @@ class _Pair(Term):
 class PairSigmoid(_Pair):
     """-log sigmoid(m), m = r[positive] - r[negative]: Bradley-Terry, DPO (2305.18290, eq. 7).
 
-    With label_smoothing e it is conservative DPO, which expects a share e of flipped pairs:
-    -(1 - e) log sigmoid(m) - e log sigmoid(-m) (Mitchell, A note on DPO with noisy preferences,
-    2023).
+    With label_smoothing e it is conservative DPO, which assumes that a fraction e of the pairs is
+    flipped: -(1 - e) log sigmoid(m) - e log sigmoid(-m). Source: Mitchell, A note on DPO with noisy
+    preferences, 2023.
     """
 
     label_smoothing: float = 0.0
@@ -112,7 +113,7 @@ class PairHinge(_Pair):
     """max(0, target - m), m = r[positive] - r[negative]: SLiC's link (2305.10425)."""
 
     target: float = 1.0
-    """The margin from which on there is no loss, > 0."""
+    """Margin above which the loss is 0. Must be > 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +132,7 @@ class PairSquared(_Pair):
     """
 
     target: float = 0.5
-    """The margin it regresses to."""
+    """Target margin of the regression."""
 
     def __call__(self, rewards: Tensor) -> Tensor:
         return (self.margin(rewards) - self.target) ** 2
@@ -139,9 +140,9 @@ class PairSquared(_Pair):
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorSigmoid(Term):
-    """-log sigmoid(r[leaf] - delta): holds one reward above delta (mDPO, 2406.11839).
+    """-log sigmoid(r[leaf] - delta): keeps one reward above delta (mDPO, 2406.11839).
 
-    With below it is -log sigmoid(delta - r[leaf]) and holds the reward below delta.
+    With `below` it is -log sigmoid(delta - r[leaf]) and keeps the reward below delta.
     """
 
     leaf: int
@@ -161,14 +162,15 @@ class AnchorSigmoid(Term):
 class SoftmaxNegatives(Term):
     """-log sigmoid(-log sum_j omega_j exp(r[j] - r[positive])) over the negatives j.
 
-    One positive against several negatives at once: AdaViP (2504.15619), MISP-DPO (2509.25717).
-    The same as log(1 + sum_j omega_j exp(r[j] - r[positive])); with one negative, PairSigmoid.
+    Compares one positive with several negatives at once: AdaViP (2504.15619), MISP-DPO
+    (2509.25717). It equals log(1 + sum_j omega_j exp(r[j] - r[positive])). With one negative it is
+    PairSigmoid.
     """
 
     positive: int
     negatives: tuple[int, ...]
     omegas: tuple[float, ...] | None = None
-    """A factor > 0 for each negative; all 1 when None."""
+    """A factor > 0 for each negative. None means 1 for all."""
 
     def __post_init__(self) -> None:
         self._require(_is_tuple(self.negatives, least=1), "negatives", "a tuple of leaf indices")
@@ -197,8 +199,8 @@ class SoftmaxNegatives(Term):
 class PlackettLuce(Term):
     """-sum_k log(exp r[k] / sum_{j at or after k} exp r[j]) over a ranking of leaves, best first.
 
-    The likelihood that drawing without replacement gives this order: LPOI (2505.21061). With two
-    leaves it is PairSigmoid.
+    The negative log-likelihood that drawing without replacement gives this order: LPOI
+    (2505.21061). With two leaves it is PairSigmoid.
     """
 
     ranking: tuple[int, ...]
@@ -224,7 +226,7 @@ class PlackettLuce(Term):
 class MarginDifference(Term):
     """((r[a] - r[b]) - (r[c] - r[d]))^2 with first = (a, b), second = (c, d).
 
-    Asks two preferences to be equally strong: SymMPO's margin consistency (2506.11712).
+    Penalizes a difference between two margins: SymMPO's margin consistency (2506.11712).
     """
 
     first: tuple[int, int]
@@ -274,10 +276,10 @@ class LinearSigmoid(Term):
 
 
 def _log_one_plus_exps(gaps: list[Tensor]) -> Tensor:
-    """log(1 + sum_j exp(gaps[j])), right for gaps of any size.
+    """log(1 + sum_j exp(gaps[j])), accurate for gaps of any size.
 
-    logsumexp has the gradient exp(gap - logsumexp), which at gaps of 2e4 in fp32 is off by up to
-    1e-3, the rounding of that difference; relative to the largest gap it is exact.
+    logsumexp has the gradient exp(gap - logsumexp). At gaps of 2e4 in fp32 the rounding of that
+    difference changes the gradient by up to 1e-3. Relative to the largest gap it is exact.
     """
     stacked = torch.stack(gaps)
     largest = stacked.detach().amax(0)
@@ -293,7 +295,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _check_value(name: str, value: Any) -> None:
-    """Finite numbers, strings, None, and tuples of them."""
+    """Check that a value is a finite number, a string, None, or a tuple of these."""
     if isinstance(value, tuple):
         for entry in value:
             _check_value(name, entry)
@@ -302,6 +304,6 @@ def _check_value(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be finite, got {value!r}")
     elif not (value is None or isinstance(value, str)):
         raise ValueError(
-            f"{name} must be made of numbers, strings and tuples, so that it can be hashed; got a "
-            f"{type(value).__name__}"
+            f"{name} must consist of numbers, strings and tuples, so that it can be hashed. Got a "
+            f"{type(value).__name__}."
         )

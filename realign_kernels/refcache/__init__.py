@@ -1,4 +1,4 @@
-"""The reference cache: log-probs of a frozen model, computed once per distinct leaf and kept."""
+"""The reference cache: log-probs of a frozen model, computed once per distinct leaf."""
 
 from realign_kernels.refcache.cache import (
     MissingReferences,

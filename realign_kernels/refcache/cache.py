@@ -1,15 +1,15 @@
-"""The reference cache: log-probs of a frozen model, computed once per distinct leaf and kept.
+"""The reference cache: log-probs of a frozen model, computed once per distinct leaf.
 
     cache = ReferenceCache.open(directory, {"weights": digest, "dtype": "bf16"})
-    cache.fill(model, forests, build=build)      # computes what is missing, divided over ranks
+    cache.fill(model, forests, build=build)      # computes missing leaves, divided over ranks
     logps, token_counts = cache.lookup(forests)  # (leaves,) each
 
-Every method takes forests or, to hash a large data set once only, `collect_leaves(forests)`.
+Every method takes forests, or `collect_leaves(forests)`, which hashes a large data set only once.
 
-A leaf's key is a digest of its images, prompt and response (`keys.py`), so the learning rate, the
-batch size and the order of records do not change it. Everything else that decides a log-prob is in
-the fingerprint; each fingerprint has its own table, in its own folder. `store.py` has the
-table, which is append-only and survives kill -9; `fill.py` has the pass over the model.
+A leaf's key is a digest of its images, prompt and response (`keys.py`). The learning rate, the
+batch size and the order of records do not affect it. All other inputs of a log-prob are in the
+fingerprint. Each fingerprint has its own table, in its own folder. `store.py` has the table, which
+is append-only and survives kill -9. `fill.py` has the pass over the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from realign_kernels.refcache.store import compact_table, open_table
 
 _ABOUT = "table.json"
 _ROUNDING = 1e-3
-"""Largest value above 0 that rounding may give a sum of log-probs, in nats."""
+"""Largest positive value, in nats, that rounding may give to a sum of log-probs."""
 
 
 class References(NamedTuple):
@@ -44,10 +44,10 @@ class References(NamedTuple):
 
 
 class MissingReferences(ValueError):
-    """Leaves without a reference log-prob were asked for.
+    """A lookup found leaves without a reference log-prob.
 
     Attributes:
-        leaves: their indices, in the order of forests and of the leaves in each.
+        leaves: indices of these leaves, in the order of forests and of the leaves in each.
     """
 
     def __init__(self, message: str, leaves: NDArray[np.int64]) -> None:
@@ -59,19 +59,19 @@ class MissingReferences(ValueError):
 
 
 class ReferenceCache:
-    """Reference log-probs under one fingerprint; safe with other processes in the same folder.
+    """Reference log-probs under one fingerprint. Several processes may use the same folder.
 
     Args:
-        directory: holds a folder for each fingerprint; made when needed.
-        fingerprint: named parts that decide a log-prob besides the leaf, such as
-            {"weights": ..., "dtype": ..., "processor": ...}. Any difference is another table.
-        writer: name of this process's log in the table; the lowest free number when absent.
-        read_only: refuse `insert` and `fill`, and make nothing.
+        directory: parent of the folders, one for each fingerprint. Created if needed.
+        fingerprint: named inputs of a log-prob besides the leaf, such as
+            {"weights": ..., "dtype": ..., "processor": ...}. Any difference selects another table.
+        writer: name of this process's log in the table. The default is the lowest free number.
+        read_only: reject `insert` and `fill`, and create no files.
 
     Raises:
-        ValueError: the fingerprint is empty, the folder holds logs of another table, or with
-            read_only there is no table.
-        OSError: the folder cannot be made or read.
+        ValueError: the fingerprint is empty, the folder holds logs of another table, or read_only
+            is set and there is no table.
+        OSError: the folder cannot be created or read.
     """
 
     def __init__(
@@ -103,15 +103,15 @@ class ReferenceCache:
         return cls(directory, fingerprint, **options)
 
     def missing(self, forests: Sequence[Forest] | Leaves) -> NDArray[np.bool_]:
-        """Mask of the leaves without a log-prob here, (leaves,); other processes' writes count."""
+        """Mask of the leaves without a log-prob, (leaves,). Includes writes of other processes."""
         return self.find(collect_leaves(forests).keys)[1] == 0
 
     def lookup(self, forests: Sequence[Forest] | Leaves) -> References:
         """The log-probs of all leaves of all forests.
 
         Raises:
-            MissingReferences: some leaves have none.
-            ValueError: a log-prob was stored for another number of tokens than its leaf has.
+            MissingReferences: some leaves have no log-prob.
+            ValueError: the token count of a stored log-prob differs from that of its leaf.
         """
         leaves = collect_leaves(forests)
         keys, lengths = leaves.keys, leaves.lengths
@@ -122,14 +122,14 @@ class ReferenceCache:
             absent = np.flatnonzero(counts == 0)
             raise MissingReferences(
                 f"{len(absent)} of {len(keys)} leaves have no reference log-prob in "
-                f"{self.folder}: call fill(model, forests, ...) with the reference model first",
+                f"{self.folder}. Call fill(model, forests, ...) with the reference model first.",
                 absent,
             )
         if (at := np.flatnonzero(counts != lengths)).size:
             raise ValueError(
-                f"leaf {at[0]} has {lengths[at[0]]} tokens, its log-prob in {self.folder} is of "
-                f"{counts[at[0]]}: it was inserted for another leaf; remove the folder and fill it "
-                "again"
+                f"leaf {at[0]} has {lengths[at[0]]} tokens, but its log-prob in {self.folder} is "
+                f"for {counts[at[0]]} tokens. It was inserted for another leaf. Remove the folder "
+                "and fill it again."
             )
         return References(logps, counts)
 
@@ -138,13 +138,13 @@ class ReferenceCache:
         forests: Sequence[Forest] | Leaves,
         logps: ArrayLike,  # (leaves,) summed over response tokens
     ) -> int:
-        """Store log-probs computed elsewhere; returns the number of new ones.
+        """Store log-probs computed elsewhere. Returns the number of new ones.
 
-        Of a leaf that is known the value stays that is there.
+        A known leaf keeps its value.
 
         Raises:
-            ValueError: another number of log-probs than leaves, or one that is not finite.
-            OSError: they could not be written; log-probs written before are kept.
+            ValueError: the numbers of log-probs and leaves differ, or a log-prob is not finite.
+            OSError: the log-probs could not be written. Earlier log-probs are kept.
         """
         leaves = collect_leaves(forests)
         values = np.ascontiguousarray(logps, dtype=np.float64)
@@ -166,32 +166,33 @@ class ReferenceCache:
     ) -> reference_pass.Filled:
         """Compute missing log-probs, each distinct leaf once, and write them batch by batch.
 
-        `pack_forest` lays out all leaves of all forests, longest trees first, known or not. So a
-        pass that was killed resumes with the same batches, and its values are the same bits. Where
+        `pack_forest` packs all leaves of all forests, longest trees first, including known ones.
+        A killed pass thus resumes with the same batches, and its values are bitwise the same. If
         known leaves are scattered over many batches, only the missing ones are packed.
 
-        With torch.distributed initialised every rank calls this with the same forests and computes
-        a part; afterwards all ranks can look everything up, with a shared folder or without.
+        If torch.distributed is initialized, every rank calls this with the same forests and
+        computes a part. Afterwards every rank can look up all leaves, with or without a shared
+        folder.
 
         Args:
-            model: takes the output of `build`; gives per-token log-probs, (N,) fp32 on any device,
-                leaf after leaf in the order given. It runs without gradients: a module under
-                torch.inference_mode; one with FSDP2 in it (whose gathered parameters would stay
-                inference tensors) and any other callable under no_grad. All ranks call it equally
-                often. It must be the reference: adapters off, eval mode.
+            model: takes the output of `build` and returns per-token log-probs, (N,) fp32 on any
+                device, leaf after leaf in the given order. It must be the reference model, with
+                adapters off, in eval mode. A module runs under torch.inference_mode. A module with
+                FSDP2 and any other callable run under no_grad, because gathered parameters would
+                stay inference tensors. All ranks call it equally often.
             forests: the examples.
-            build: from (forest, leaf) index pairs to the model's input. Called in a thread, one
+            build: maps (forest, leaf) index pairs to the model's input. Called in a thread, one
                 batch ahead.
-            row_tokens: most tokens in a row of the forest; raised to the longest root with one leaf
-                if need be.
+            row_tokens: largest number of tokens in a row of the forest. Raised to the longest root
+                with one leaf if needed.
             batch_rows: rows in one forward.
             on_batch: called with (leaves, tokens of their roots and responses) after each batch.
 
         Raises:
-            ValueError: a setting is below 1, the model returned another number of
-                log-probs than there are tokens, one of them is not finite or is positive, the
-                model is in training mode, or ranks have other forests, settings or fingerprints.
-            OSError: a log-prob could not be written; those before are kept.
+            ValueError: a setting is below 1, the model is in training mode, or the number of
+                log-probs is not that of the tokens. Also if a log-prob is positive or not finite,
+                or if ranks differ in forests, settings or fingerprint.
+            OSError: a log-prob could not be written. Earlier ones are kept.
         """
         self._writable("fill")
         for name, value in {"row_tokens": row_tokens, "batch_rows": batch_rows}.items():
@@ -199,7 +200,7 @@ class ReferenceCache:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         module = getattr(model, "__self__", model)  # of a method
         if isinstance(module, nn.Module) and module.training:
-            raise ValueError("model is in training mode, with dropout: call model.eval() first")
+            raise ValueError("model is in training mode, with dropout. Call model.eval() first.")
         leaves = collect_leaves(forests)
         done = reference_pass.fill(self, model, leaves, build, row_tokens, batch_rows, on_batch)
         self._ensure_folder()
@@ -210,7 +211,7 @@ class ReferenceCache:
         self,
         keys: NDArray[np.void],  # (n,) V16
     ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """Log-probs, NaN where absent, and token counts, 0 where absent; (n,) each."""
+        """Log-probs (NaN if absent) and token counts (0 if absent), (n,) each."""
         self._ensure_folder()
         self._table.refresh()
         return self._table.lookup(keys)
@@ -221,16 +222,16 @@ class ReferenceCache:
         logps: NDArray[np.float64],  # (n,)
         counts: NDArray[np.int32],  # (n,)
     ) -> int:
-        """Append new log-probs; returns their number. Raises as `insert` does.
+        """Append new log-probs. Returns their number. Raises as `insert` does.
 
         Raises:
-            ValueError: for a positive log-prob; nothing is written then.
+            ValueError: a log-prob is positive. Nothing is written in this case.
         """
         if (positive := np.flatnonzero(logps > _ROUNDING)).size:
             at = positive[0]
             raise ValueError(
-                f"logps[{at}] is {logps[at]}: a log-prob cannot be positive. Pass log-probs, not "
-                "losses; nothing was written"
+                f"logps[{at}] is {logps[at]}, but a log-prob cannot be positive. Pass log-probs, "
+                "not losses. Nothing was written."
             )
         self._writable("keep")
         if not len(keys):
@@ -240,40 +241,40 @@ class ReferenceCache:
         return self._table.insert(keys, logps, counts)
 
     def prepare(self) -> None:
-        """Prepare the folder for writing, or raise; write the parts of the fingerprint into it.
+        """Prepare the folder for writing, and write the parts of the fingerprint into it.
 
         Raises:
-            ValueError: when the cache was closed.
-            PermissionError: when the folder cannot be written.
+            ValueError: the cache was closed.
+            PermissionError: the folder cannot be written.
         """
         if self._closed:
-            raise ValueError(f"the cache in {self.folder} was closed: open it again")
+            raise ValueError(f"the cache in {self.folder} was closed. Open it again.")
         self._ensure_folder()
         about = self.folder / _ABOUT
         if not os.access(self.folder, os.W_OK):
             raise PermissionError(
                 errno.EACCES,
-                "log-probs are missing and this folder cannot be written; name another one",
+                "log-probs are missing, but this folder is not writable. Choose another one",
                 str(self.folder),
             )
         if not about.exists():
-            # Threads and machines may do this at once: a process id is not a unique name.
+            # Threads and machines may do this at the same time, so a process id is not unique.
             partial = about.with_name(f".{_ABOUT}.{uuid.uuid4().hex}")
             partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
             partial.replace(about)
 
     def refresh(self) -> int:
-        """Read new records of other processes; returns the number of new leaves."""
+        """Read new records of other processes. Returns the number of new leaves."""
         return self._table.refresh()
 
     def stats(self) -> dict[str, Any]:
-        """Counts of the table, as `inspect` gives them, and the name of this process's log."""
+        """Counts of the table, as returned by `inspect`, and the name of this process's log."""
         return self._table.stats()
 
     def nearest(self) -> tuple[Path, list[str]] | None:
-        """The most similar table under `directory`, and the parts in which it differs, if any.
+        """The most similar table under `directory` with the parts that differ, or None.
 
-        Explains why a cache did not hit: "processor", "dtype (fp32, here bf16)".
+        It explains a cache miss: "processor", "dtype (fp32, here bf16)".
         """
         found: list[tuple[int, Path, list[str]]] = []
         for folder, parts in tables(self.directory).items():
@@ -291,13 +292,13 @@ class ReferenceCache:
         return f"{name} ({there}, here {here})" if short else name
 
     def close(self) -> None:
-        """Write through to disk and release this process's log; lookups continue."""
+        """Sync to disk and release this process's log. Lookups still work."""
         self._ensure_folder()
         self._closed = True
         self._table.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its path: the other process opens it again, with its own log."""
+        """Pickles the path. Another process opens the cache again, with its own log."""
         return _reopen, (self.directory, self.fingerprint, self.read_only)
 
     def __enter__(self) -> ReferenceCache:
@@ -311,10 +312,10 @@ class ReferenceCache:
 
     def _writable(self, what: str) -> None:
         if self.read_only:
-            raise ValueError(f"{what} needs a cache that was not opened with read_only=True")
+            raise ValueError(f"{what} needs a cache opened without read_only=True")
 
     def _ensure_folder(self) -> None:
-        """Create a folder that another process removed; records read before are in memory."""
+        """Create a folder that another process removed. Known records stay in memory."""
         if not self.read_only and not self._closed:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -324,15 +325,15 @@ def _reopen(directory: Path, fingerprint: dict[str, str], read_only: bool) -> Re
 
 
 def fingerprint_digest(parts: Mapping[str, str]) -> str:
-    """128-bit digest of named parts, as hex; the name of the table's folder."""
+    """128-bit hex digest of named parts, which is the name of the table's folder."""
     canonical = json.dumps(dict(parts), sort_keys=True, ensure_ascii=True).encode()
     return hashlib.blake2b(canonical, digest_size=16, person=b"realign table").hexdigest()
 
 
 def tables(directory: str | os.PathLike[str]) -> dict[Path, dict[str, str]]:
-    """The tables under a directory and the parts of their fingerprints, by folder name.
+    """The tables under a directory, with the parts of their fingerprints, by folder.
 
-    A table whose description is lost or damaged has no parts.
+    A table has no parts if its description is missing or damaged.
     """
     found = {}
     for folder in sorted(Path(directory).glob("*")):
@@ -350,8 +351,9 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read all logs of one table (a folder of `tables`) and count their records.
 
     Returns:
-        records (distinct leaves), logs, bytes, bad (unreadable records), torn_bytes (of records cut
-        short), duplicates, conflicts (duplicates that differ), largest_difference of these.
+        Counts: records (distinct leaves), logs, bytes, bad (unreadable records), torn_bytes (of
+        truncated records), duplicates, conflicts (duplicates that differ) and their
+        largest_difference.
     """
     path = Path(folder)
     table = open_table(path, bytes.fromhex(path.name), read_only=True)
@@ -362,9 +364,9 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def compact(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """Merge the logs of one table (a folder of `tables`) without duplicates and bad records.
+    """Merge the logs of one table (a folder of `tables`), without duplicates and bad records.
 
-    Safe beside readers and writers: logs being written are skipped.
+    It may run at the same time as readers and writers. Logs being written are skipped.
 
     Returns:
         Counts: records, bytes_before, bytes_after, logs_merged, logs_in_use, bad_dropped,
@@ -377,12 +379,12 @@ def compact(folder: str | os.PathLike[str]) -> dict[str, int]:
 def _checked(fingerprint: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(fingerprint, Mapping) or not fingerprint:
         raise ValueError(
-            "fingerprint must be a mapping of named parts that decide a log-prob, such as "
+            "fingerprint must be a mapping of named inputs of a log-prob, such as "
             f'{{"weights": ..., "dtype": "bf16"}}, got {fingerprint!r}'
         )
     for name, value in fingerprint.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise ValueError(
-                f"fingerprint[{name!r}] is {value!r}; names and values must be strings"
+                f"fingerprint[{name!r}] is {value!r}. Names and values must be strings."
             )
     return dict(fingerprint)

@@ -1,6 +1,6 @@
-"""The reference pass: which leaves share a forward, and the loop over forwards.
+"""The reference pass: assignment of leaves to forwards, and the loop over forwards.
 
-`ReferenceCache.fill` is its public face. Read `fill` from top to bottom.
+`ReferenceCache.fill` is the public entry point.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from realign_kernels.refcache.staging import Staging
 class Filled(NamedTuple):
     """Counts of one rank's part of a pass."""
 
-    leaves: int  # log-probs that were missing
-    tokens: int  # of the rows that were computed, prompts once for all leaves under them
+    leaves: int  # New log-probs.
+    tokens: int  # Tokens of the computed rows. A prompt counts once for all its leaves.
     batches: int
-    recomputed: int  # cached leaves that share a batch with missing ones
+    recomputed: int  # Cached leaves that share a batch with missing ones.
     seconds: float
 
 
 class Store(Protocol):
-    """The part of `ReferenceCache` that a pass reads and writes."""
+    """The interface of `ReferenceCache` that a pass needs."""
 
     digest: str  # of the fingerprint
 
@@ -51,10 +51,10 @@ class Store(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Leaves that one forward computes."""
+    """The leaves of one forward."""
 
     leaves: NDArray[np.int64]  # indices into Leaves, row by row
-    tokens: int  # in its rows, without padding
+    tokens: int  # in the rows, without padding
 
 
 def plan(
@@ -63,10 +63,10 @@ def plan(
     row_tokens: int,
     batch_rows: int,
 ) -> list[Batch]:
-    """Distinct wanted leaves packed into rows, and rows into batches, the longest first.
+    """Packs distinct wanted leaves into rows, and rows into batches, longest first.
 
-    row_tokens is raised to the longest root with one leaf if need be, as training does. A batch is
-    whole rows of one packing, so packing only its leaves gives the same rows again.
+    row_tokens is raised to the longest root with one leaf if needed, as in training. A batch
+    consists of whole rows of one packing, so packing only its leaves gives the same rows.
     """
     selected = np.flatnonzero(wanted)
     longest = int((leaves.root_lengths[leaves.roots] + leaves.lengths).max(initial=0))
@@ -99,16 +99,16 @@ def batches_to_compute(
     row_tokens: int,
     batch_rows: int,
 ) -> list[Batch]:
-    """The batches of the plan over *all* leaves that lack something.
+    """The batches with missing leaves, from the plan over *all* leaves.
 
-    So an interrupted pass continues with the batches it would have run. Which rows share a forward,
-    hence the last bits of a log-prob, depends neither on the interruption nor on the number of
-    ranks. Known leaves scattered over many batches would be recomputed: then the missing leaves are
-    packed by themselves.
+    An interrupted pass thus continues with the batches it would have run. The rows that share a
+    forward affect the last bits of a log-prob. They depend neither on the interruption nor on the
+    number of ranks. If known leaves are scattered over many batches, the missing leaves are packed
+    separately, because the known ones would be recomputed.
     """
     everything = plan(leaves, np.ones(len(known), bool), row_tokens, batch_rows)
     lacking = [batch for batch in everything if not known[batch.leaves].all()]
-    # A pass that was cut off leaves at most one batch of each rank half written.
+    # An interrupted pass leaves at most one partly written batch per rank.
     if sum(bool(known[batch.leaves].any()) for batch in lacking) <= max(2, _ranks()[0]):
         return lacking
     return plan(leaves, ~known, row_tokens, batch_rows)
@@ -123,10 +123,10 @@ def fill(
     batch_rows: int,
     on_batch: Callable[[int, int], None] | None,
 ) -> Filled:
-    """Compute and store the log-probs that `store` lacks; see `ReferenceCache.fill`.
+    """Compute and store the log-probs missing in `store`. See `ReferenceCache.fill`.
 
     Raises:
-        ValueError: when a log-prob is not finite; names leaf and forest.
+        ValueError: a log-prob is not finite. The message names leaf and forest.
     """
     began = time.perf_counter()
     _check_ranks_agree(store, leaves, row_tokens, batch_rows)
@@ -149,8 +149,8 @@ def fill(
         if (bad := np.flatnonzero(~np.isfinite(sums))).size:
             forest, leaf = leaves.pairs[at[bad[0]]]
             raise ValueError(
-                f"the reference log-prob of leaf {leaf} of forest {forest} is {sums[bad[0]]}: look "
-                "at its image and text, and at the model's weights"
+                f"the reference log-prob of leaf {leaf} of forest {forest} is {sums[bad[0]]}. "
+                "Check its image and text, and the model's weights."
             )
         new = ~known[at]
         store.keep(leaves.keys[at][new], sums[new], leaves.lengths[at][new])
@@ -160,7 +160,7 @@ def fill(
     for batch, inputs, spare in _built(own_batches, leaves, build):
         with without_gradients():
             logps = model(inputs)
-        if spare:  # only the other ranks' collectives needed it
+        if spare:  # run only for the collectives of the other ranks
             continue
         lengths = leaves.lengths[batch.leaves]
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -172,7 +172,7 @@ def fill(
         staging.push(logps.float(), offsets)
         waiting.append(batch)
         if logps.device.type == "cpu":
-            land()  # nothing stays in flight, so a crash cannot lose this batch
+            land()  # a crash cannot lose this batch
         computed += int((~known[batch.leaves]).sum())
         recomputed += int(known[batch.leaves].sum())
         tokens += batch.tokens
@@ -187,7 +187,7 @@ def _built(
     leaves: Leaves,
     build: Callable[[Sequence[tuple[int, int]]], Any],
 ) -> Iterator[tuple[Batch, Any, bool]]:
-    """(batch, model input, spare); a thread builds the next one during a forward."""
+    """Yields (batch, model input, spare). A thread builds the next input during a forward."""
     with ThreadPoolExecutor(1) as pool:
         ahead: deque[tuple[Batch, Any, bool]] = deque()
         for batch, spare in batches:
@@ -203,7 +203,7 @@ def _built(
 def _check_logps(logps: Any, count: int) -> None:
     if not isinstance(logps, torch.Tensor) or not logps.is_floating_point():
         kind = logps.dtype if isinstance(logps, torch.Tensor) else type(logps).__name__
-        raise ValueError(f"model must return per-token log-probs, a float tensor, got {kind}")
+        raise ValueError(f"model must return per-token log-probs as a float tensor, got {kind}")
     if logps.shape != (count,):
         raise ValueError(
             f"model must return per-token log-probs of shape ({count},), one for each response "
@@ -212,7 +212,10 @@ def _check_logps(logps: Any, count: int) -> None:
 
 
 def _is_whole(model: Callable[[Any], torch.Tensor]) -> bool:
-    """Whether no part is sharded: gathered parameters would stay inference tensors."""
+    """Whether the model is a module without FSDP2.
+
+    Parameters that FSDP2 gathers under inference_mode would stay inference tensors.
+    """
     model = getattr(model, "__self__", model)  # of a method
     if not isinstance(model, torch.nn.Module):
         return False  # a function may call a sharded module
@@ -220,7 +223,7 @@ def _is_whole(model: Callable[[Any], torch.Tensor]) -> bool:
 
 
 def _check_ranks_agree(store: Store, leaves: Leaves, row_tokens: int, batch_rows: int) -> None:
-    """Check that all ranks have the same leaves, since they exchange leaves by index."""
+    """Check that all ranks have the same leaves, because they exchange leaves by index."""
     if not _distributed():
         return
     here = {
@@ -233,14 +236,17 @@ def _check_ranks_agree(store: Store, leaves: Leaves, row_tokens: int, batch_rows
     for rank, other in enumerate(everybody):
         if different := [name for name in here if other[name] != everybody[0][name]]:
             raise ValueError(
-                f"rank {rank} has another {' and another '.join(different)} than rank 0: give all "
-                "ranks the whole data set in the same order, and every machine the same model, "
-                "images, settings and versions of libraries"
+                f"rank {rank} and rank 0 differ in: {', '.join(different)}. Give all ranks the "
+                "whole data set in the same order. Use the same model, images, settings and "
+                "library versions on every machine."
             )
 
 
 def _rank_slice(batches: list[Batch]) -> list[tuple[Batch, bool]]:
-    """This rank's batches, as many as on every rank, for collectives: the last may be a spare."""
+    """This rank's batches as (batch, spare).
+
+    Collectives need the same number of batches on every rank, so the last one may be a spare.
+    """
     ranks, rank = _ranks()
     own = [(batch, False) for batch in batches[rank::ranks]]
     if len(own) < -(-len(batches) // ranks):
@@ -249,14 +255,14 @@ def _rank_slice(batches: list[Batch]) -> list[tuple[Batch, bool]]:
 
 
 def _anywhere(known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Leaves cached on any rank: ranks of other machines may have their own folders."""
+    """Leaves cached on any rank. Ranks on other machines may have separate folders."""
     if not _distributed():
         return known
     return _reduce_max(torch.from_numpy(known.astype(np.uint8))).numpy().astype(bool)
 
 
 def _exchange(store: Store, leaves: Leaves) -> None:
-    """Give every rank the log-probs that it cannot read from its own folder."""
+    """Give every rank the log-probs that are missing in its own folder."""
     if not _distributed():
         return
     dist.barrier()
@@ -266,8 +272,8 @@ def _exchange(store: Store, leaves: Leaves) -> None:
         return
     logps = _reduce_max(torch.from_numpy(np.where(counts > 0, logps, -np.inf))).numpy()
     if np.isneginf(logps).any():
-        raise ValueError("a computed log-prob is missing; was the folder removed?")
-    # Ranks of one machine share a folder: one of them writes, then the others read.
+        raise ValueError("a computed log-prob is missing. Check whether the folder was removed.")
+    # Ranks of one machine share a folder. One of them writes, then the others read.
     for turn in (True, False):
         if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
             absent = store.find(leaves.keys)[1] == 0
@@ -276,7 +282,7 @@ def _exchange(store: Store, leaves: Leaves) -> None:
 
 
 def _ranks() -> tuple[int, int]:
-    """The number of processes that share the work, and the index of this one."""
+    """(world size, rank), which is (1, 0) without torch.distributed."""
     return (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
 
 

@@ -1,7 +1,7 @@
 """Keys and lengths of leaves, which identify reference log-probs.
 
-A leaf is a response under a root, (images, prompt). Its key is a digest of the three and of nothing
-else: a change of one token or one pixel is another key, and nothing about a run is in it.
+A leaf is a response under a root, (images, prompt). Its key is a digest of images, prompt and
+response only. A change of one token or one pixel changes the key. Settings of a run do not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEY = np.dtype("V16")
-"""dtype of keys: 128 bits without meaning to numpy."""
+"""dtype of keys: 128 opaque bits."""
 
 
 class RootLike(Protocol):
@@ -49,21 +49,21 @@ class Forest(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Leaves:
-    """All L leaves of a list of forests in order, over the R distinct roots among them."""
+    """All L leaves of a list of forests, in order, with their R distinct roots."""
 
     keys: NDArray[np.void]  # (L,) V16
     lengths: NDArray[np.int32]  # (L,) response tokens
-    pairs: NDArray[np.int64]  # (L, 2) forest, leaf in it
+    pairs: NDArray[np.int64]  # (L, 2) index of the forest, index of the leaf in the forest
     roots: NDArray[np.int64]  # (L,) in [0, R)
     root_lengths: NDArray[np.int64]  # (R,) prompt tokens
 
 
 def collect_leaves(forests: Sequence[Forest] | Leaves) -> Leaves:
-    """Keys, lengths and roots of all leaves of all forests; `Leaves` are returned unchanged.
+    """Keys, lengths and roots of all leaves of all forests. `Leaves` are returned unchanged.
 
-    A key is blake2b-128 over the root's digest, whether the leaf is a rival, and the response ids;
-    a root's digest is over its images' digests and its prompt ids. Token ids count as int64,
-    independent of dtype. About 5 us per leaf.
+    A key is blake2b-128 over the root's digest, the rival flag of the leaf, and the response ids.
+    A root's digest is over its images' digests and its prompt ids. Token ids are hashed as int64,
+    independent of dtype. It takes about 5 us per leaf.
 
     Raises:
         ValueError: an image is not a digest, or ids are not a flat array of integers.
@@ -105,7 +105,7 @@ def leaf_keys(forests: Sequence[Forest] | Leaves) -> NDArray[np.void]:
 
 
 def array_digest(array: NDArray[Any]) -> str:
-    """128-bit digest of an array's dtype, shape and bytes, such as preprocessed pixels, as hex."""
+    """128-bit hex digest of dtype, shape and bytes of an array, such as preprocessed pixels."""
     array = np.ascontiguousarray(array)
     digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=16)
     digest.update(array.tobytes())

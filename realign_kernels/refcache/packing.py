@@ -1,8 +1,9 @@
-"""Forests into rows: `pack_forest` packs roots and the leaves under them under a token budget.
+"""Packing of forests into rows: `pack_forest` packs roots and their leaves under a token budget.
 
-A root is (image, prompt); a leaf is a response under it. A tree is a root followed by leaves of
-its own; a row holds several trees, so that nothing is padded inside it. csrc/refcache/packing.cpp
-does the work; `_pack_python` defines the result and replaces it where the extension is missing.
+A root is (image, prompt), and a leaf is a response under it. A tree is a root followed by some of
+its leaves. A row holds several trees without padding between them. csrc/refcache/packing.cpp
+implements the packing. `_pack_python` defines the result, and replaces the extension if it is
+missing.
 """
 
 import operator
@@ -20,17 +21,17 @@ _INT64_MAX = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, eq=False)
 class ForestPacking:
-    """The places of all trees and leaves. Trees are in row-major order: row, then column.
+    """The positions of all trees and leaves. Trees are in row-major order: row, then column.
 
-    A root that was split over several trees appears in each of them. All arrays are int64.
+    A root that is split over several trees appears in each of them. All arrays are int64.
     """
 
-    tree_root: NDArray[np.int64]  # (M,) index of the tree's root
-    tree_row: NDArray[np.int64]  # (M,) row of the tree
-    tree_start: NDArray[np.int64]  # (M,) first column of the root
-    leaf_tree: NDArray[np.int64]  # (L,) tree that holds the leaf
-    leaf_start: NDArray[np.int64]  # (L,) first column of the leaf, in its tree's row
-    row_lengths: NDArray[np.int64]  # (rows,) tokens in each row
+    tree_root: NDArray[np.int64]  # (M,) index of the tree's root.
+    tree_row: NDArray[np.int64]  # (M,) row of the tree.
+    tree_start: NDArray[np.int64]  # (M,) first column of the root.
+    leaf_tree: NDArray[np.int64]  # (L,) tree of the leaf.
+    leaf_start: NDArray[np.int64]  # (L,) first column of the leaf, in its tree's row.
+    row_lengths: NDArray[np.int64]  # (rows,) tokens in each row.
     budget: int
 
     @property
@@ -44,38 +45,38 @@ class ForestPacking:
     @property
     def tokens(self) -> int:
         """Tokens in all rows, repeated roots included."""
-        return sum(self.row_lengths.tolist())  # Python integers: the sum may exceed int64
+        return sum(self.row_lengths.tolist())  # as Python integers, because it may exceed int64
 
 
 def pack_forest(
     root_lengths: ArrayLike,  # (R,) tokens of each root
     leaf_lengths: ArrayLike,  # (L,) tokens of each leaf
-    leaf_roots: ArrayLike,  # (L,) index of the root that each leaf hangs under
+    leaf_roots: ArrayLike,  # (L,) index of the root of each leaf
     budget: int,
 ) -> ForestPacking:
     """Packs trees into rows of at most `budget` tokens.
 
-    Best-fit decreasing: trees go longest first (ties: smallest root) into the row with the least
-    room that still holds them (ties: smallest row). A tree that fits into a row is never split. One
-    that does not becomes several trees that repeat the root; its leaves are spread over them by the
-    same rule. Inside a tree the root comes first, then its leaves in index order. The result
-    depends only on the arguments, not on platform, threads or whether the extension was built.
+    The method is best-fit decreasing: trees go longest first (ties: smallest root) into the row
+    with the least sufficient room (ties: smallest row). A tree that fits into a row is never split.
+    A longer tree becomes several trees that repeat the root, with its leaves assigned by the same
+    rule. Inside a tree the root comes first, then its leaves in index order. The result depends
+    only on the arguments, not on platform, threads or extension.
 
-    A million leaves take 0.1 to 0.3 s on one core (6 s in pure Python). Whole trees leave gaps that
-    shrink as rows grow: trees of about 880 tokens (two responses under 576 image tokens and a
-    prompt) fill 93 % of rows of 4096, 97 % of 8192, 98 % of 16384.
+    A million leaves take 0.1 to 0.3 s on one core (6 s in pure Python). Whole trees leave gaps,
+    which are smaller in longer rows. Trees of about 880 tokens (two responses under 576 image
+    tokens and a prompt) fill 93 % of rows of 4096, 97 % of rows of 8192, and 98 % of rows of 16384.
 
     Args:
         root_lengths: (R,) integers, at least 1.
         leaf_lengths: (L,) integers, at least 1.
-        leaf_roots: (L,) integers in [0, R); every root needs at least one leaf.
+        leaf_roots: (L,) integers in [0, R). Every root needs at least one leaf.
         budget: the largest number of tokens in a row.
 
     Returns:
-        The place of every tree and leaf. No roots and no leaves give no rows.
+        The position of every tree and leaf. Without roots and leaves there are no rows.
 
     Raises:
-        ValueError: an argument is not as described, or a root with one of its leaves exceeds
+        ValueError: an argument violates its description, or a root with one of its leaves exceeds
             `budget`.
     """
     roots = _as_int64("root_lengths", root_lengths)
@@ -98,9 +99,9 @@ def _as_int64(name: str, values: ArrayLike) -> NDArray[np.int64]:
         raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
     if array.size == 0:
         return np.zeros(0, np.int64)
-    # Integers beyond 64 bits arrive as object or float arrays, so this refuses them as well.
+    # Integers beyond 64 bits become object or float arrays, so this rejects them as well.
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must hold 64-bit integers, got {array.dtype}; cast it first")
+        raise ValueError(f"{name} must hold 64-bit integers, got {array.dtype}. Cast it first.")
     if array.dtype.kind == "u" and array.max() > _INT64_MAX:
         raise ValueError(f"{name} holds {array.max()}, which exceeds int64")
     return np.ascontiguousarray(array, dtype=np.int64)
@@ -122,7 +123,7 @@ def _check_forest(
     parents: NDArray[np.int64],  # (L,)
     budget: int,
 ) -> None:
-    """Raises ValueError for the first mistake it finds, naming the place and the remedy."""
+    """Check the arguments of `pack_forest`. ValueError names the first invalid entry."""
     if len(leaves) != len(parents):
         raise ValueError(
             "leaf_lengths and leaf_roots must have the same size, "
@@ -130,20 +131,20 @@ def _check_forest(
         )
     for name, lengths in (("root_lengths", roots), ("leaf_lengths", leaves)):
         if (at := _first(lengths < 1)) is not None:
-            raise ValueError(f"{name}[{at}] is {lengths[at]}; every length must be at least 1")
+            raise ValueError(f"{name}[{at}] is {lengths[at]}, but must be at least 1")
     if (at := _first((parents < 0) | (parents >= len(roots)))) is not None:
         raise ValueError(
             f"leaf_roots[{at}] is {parents[at]}, but there are {len(roots)} roots, counted from 0"
         )
     if (at := _first(np.bincount(parents, minlength=len(roots)) == 0)) is not None:
-        raise ValueError(f"root {at} has no leaf; drop it from root_lengths or give it a response")
+        raise ValueError(f"root {at} has no leaf. Drop it from root_lengths or add a response.")
     own_root = roots[parents]
     if (at := _first(leaves > budget - own_root)) is not None:
         need = own_root.astype(np.uint64) + leaves.astype(np.uint64)  # int64 could overflow
         raise ValueError(
             f"root {parents[at]} ({own_root[at]} tokens) with leaf {at} ({leaves[at]} tokens) "
-            f"needs {need[at]} tokens, but budget is {budget}; raise budget to {need.max()}, which "
-            "holds every leaf, or shorten the prompt or the response"
+            f"needs {need[at]} tokens, but budget is {budget}. Raise budget to {need.max()}, which "
+            "fits every leaf, or shorten the prompt or the response."
         )
 
 
@@ -156,7 +157,7 @@ def _best_fit_decreasing(lengths: list[int], capacity: int) -> tuple[list[int], 
     """The order in which items are placed, and the bin of each item."""
     order = sorted(range(len(lengths)), key=lambda item: -lengths[item])
     bins, opened = [0] * len(lengths), 0
-    rooms: list[int] = []  # the distinct rooms left, ascending
+    rooms: list[int] = []  # distinct values of the room left, ascending
     waiting: dict[int, list[int]] = {}  # room -> heap of the bins that have it
     for item in order:
         at = bisect_left(rooms, lengths[item])

@@ -1,8 +1,9 @@
-"""Per-token log-probs of a forward to the host, as one fp64 sum per leaf, without a wait.
+"""Asynchronous transfer of per-leaf log-prob sums (fp64) from the device to the host.
 
-`Staging` is a ring: push enqueues and returns, so the device starts the next forward, and pop
-waits for the oldest sums only. csrc/staging/staging.h does it on the CPU and, in a CUDA build, on
-the GPU; elsewhere `_TorchRing` does. All add up in the order of `leaf_sums`, bit for bit.
+`Staging` is a ring. push enqueues and returns, so the device can start the next forward. pop waits
+for the oldest sums only. csrc/staging/staging.h implements the ring on the CPU and, in a CUDA
+build, on the GPU. `_TorchRing` is the fallback. All add in the order of `leaf_sums`, with bitwise
+equal results.
 """
 
 import warnings
@@ -24,7 +25,10 @@ def leaf_sums(
     values: NDArray[np.float32],  # (N,)
     offsets: NDArray[np.int64],  # (L + 1,)
 ) -> NDArray[np.float64]:  # (L,)
-    """The definition: leaf i is values[offsets[i]:offsets[i + 1]] (csrc/staging/segments.h)."""
+    """Reference implementation of the sums, in the order of csrc/staging/segments.h.
+
+    Leaf i is values[offsets[i]:offsets[i + 1]].
+    """
     begin, end = offsets[:-1, None], offsets[1:, None]
     lanes = np.zeros((len(begin), _LANES))
     for first in range(0, int((end - begin).max(initial=0)), _LANES):
@@ -44,7 +48,7 @@ class _Ring(Protocol):
 
 
 class _ExtensionRing:
-    """`_C.StagingRing`, on the stream that is current at each push."""
+    """`_C.StagingRing`, on the current stream of each push."""
 
     def __init__(self, module: ModuleType, device: torch.device, slots: int) -> None:
         self._cuda = device if device.type == "cuda" else None
@@ -59,14 +63,14 @@ class _ExtensionRing:
 
 
 class _TorchRing:
-    """Copies tokens to the host and adds them there: a few tens of KB, from any device."""
+    """Copies the log-probs of tokens, a few tens of KB, from any device and adds on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._taken: deque[tuple[Tensor, NDArray[np.int64], Any]] = deque()
 
     def push(self, values: Tensor, offsets: NDArray[np.int64]) -> None:
-        # Only a copy into pinned memory does not wait. Other devices wait here, as .cpu() does.
+        # On CUDA a copy into pinned memory does not wait. Other devices wait here, as .cpu() does.
         host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=self._cuda)
         host.copy_(values, non_blocking=self._cuda)
         done = torch.cuda.current_stream(values.device).record_event() if self._cuda else None
@@ -84,8 +88,8 @@ class Staging:
     """A ring of `slots` forwards whose sums are being copied to the host.
 
     Args:
-        device: where the values will be.
-        slots: number of pushes that may be pending; with 2 the device computes one forward while
+        device: device of the values.
+        slots: number of pushes that may be pending. With 2 the device computes one forward while
             the host reads the sums of the previous one.
     """
 
@@ -96,11 +100,10 @@ class Staging:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.slots = slots
-        # `backend` names the implementation of the sums, and the reason, in a line.
+        # `backend` is a line with the implementation of the sums and the reason for it.
         self._ring, self.backend = _make_ring(extension(), device, slots)
-        # A tensor that its owner drops returns to torch's allocator, which does not know this ring.
-        # If it was made on another stream than the one that reads it, that other stream could get
-        # the memory before the sums are computed.
+        # References to pushed tensors. Without them torch's allocator could give the memory to the
+        # stream on which the tensor was made, before this stream has computed the sums.
         self._alive: deque[Tensor] = deque()
 
     def push(
@@ -111,9 +114,9 @@ class Staging:
         """Enqueues the sums of values[offsets[i]:offsets[i + 1]] on the current stream.
 
         Args:
-            values: (N,) float32 log-probs, one per token. They must not be written to until popped,
-                except by later work of the same stream.
-            offsets: (L + 1,) int64, not decreasing, in [0, N]; copied.
+            values: (N,) float32 log-probs, one per token. Until the pop, only later work of the
+                same stream may overwrite them.
+            offsets: (L + 1,) int64, non-decreasing, in [0, N]. They are copied.
         """
         assert values.dim() == 1 and values.dtype == torch.float32 and values.device == self.device
         assert not self.full, "pop() first"
@@ -122,7 +125,7 @@ class Staging:
         self._alive.append(values)
 
     def pop(self) -> NDArray[np.float64]:  # (L,)
-        """Waits for the oldest sums, and for nothing after them.
+        """Returns the oldest sums. Waits for these only.
 
         Raises:
             RuntimeError: the device failed.
@@ -134,7 +137,7 @@ class Staging:
 
     @property
     def pending(self) -> int:
-        """Pushes that were not popped."""
+        """Number of pushes that were not popped."""
         return len(self._alive)
 
     @property
@@ -144,7 +147,7 @@ class Staging:
 
 
 def _make_ring(module: ModuleType | None, device: torch.device, slots: int) -> tuple[_Ring, str]:
-    """The ring of the extension where it has one for this device, else the stand-in."""
+    """The extension's ring if it supports this device, else `_TorchRing`, and the reason."""
     if module is None:
         return _TorchRing(device), "torch: no extension"
     if device.type == "cpu":
@@ -155,7 +158,7 @@ def _make_ring(module: ModuleType | None, device: torch.device, slots: int) -> t
         return _TorchRing(device), "torch: the extension was built without CUDA"
     try:
         return _ExtensionRing(module, device, slots), f"extension for {module.CUDA_ARCHITECTURES}"
-    except RuntimeError as error:  # of a driver older than the toolkit, or a GPU that is too old
+    except RuntimeError as error:  # a driver older than the toolkit, or a GPU that is too old
         reason = f"the extension cannot use {device} ({error})"
-        warnings.warn(f"{reason}: torch takes log-probs to the host", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{reason}. torch copies log-probs instead.", RuntimeWarning, stacklevel=3)
         return _TorchRing(device), f"torch: {reason}"

@@ -1,16 +1,19 @@
-"""Reference log-probs by key, kept across runs and shared by processes: `open_table`.
+"""Table of reference log-probs by key, persistent and shared by processes: `open_table`.
 
-A table is a folder. With the C++ extension every writer appends to its own log in it, and
-every opener reads all logs into memory (csrc/refcache/table_log.h has the format). Without the
-extension the folder holds one SQLite database (`DatabaseTable`). A record carries a checksum that
-includes the table's fingerprint, so damaged bytes and bytes of another table are never served: a
-wrong value is worse than a missing one. Lost records are counted and may be inserted again.
+A table is a folder. With the C++ extension every writer appends to its own log, and every process
+reads all logs into memory at opening (csrc/refcache/table_log.h has the format). Without the
+extension the folder holds one SQLite database (`DatabaseTable`).
 
-Damage to a log costs single records. Damage to a database may cost all: if SQLite cannot read the
-file, a writer that opens it renames it to `records.sqlite.damaged` and begins an empty one.
+The checksum of a record includes the table's fingerprint, so damaged records and records of
+another table are never returned. A wrong value is worse than a missing one. Lost records are
+counted and may be inserted again.
+
+Damage to a log costs single records. Damage to a database may cost all records. If SQLite cannot
+read the file, a writer that opens it renames it to `records.sqlite.damaged` and creates an empty
+one.
 
 Logs and database may share a folder. A process reads and writes its own kind only. A writer warns
-in one line that it does not read the other.
+in one line that it does not read the other kind.
 """
 
 import contextlib
@@ -33,16 +36,16 @@ from numpy.typing import NDArray
 from realign_kernels._extension import extension
 
 DATABASE = "records.sqlite"
-_RECORD = struct.Struct("<16sdi")  # key, logp, tokens; then a CRC-32 of the fingerprint and these
+_RECORD = struct.Struct("<16sdi")  # key, logp, tokens. A CRC-32 of fingerprint and record follows.
 _VALUE = np.dtype([("logp", "f8"), ("tokens", "i4")])
 
 
 class Table(Protocol):
-    """An open table. Threads may share it; a forked child that inserts gets its own log."""
+    """An open table. Threads may share it. A forked child that inserts gets its own log."""
 
     @property
     def writer(self) -> str | None:
-        """Name of the log this process writes, or None before the first insert."""
+        """Name of the log that this process writes, or None before the first insert."""
         ...
 
     def __len__(self) -> int:
@@ -53,10 +56,10 @@ class Table(Protocol):
         self,
         keys: NDArray[np.void],  # (n,) V16, contiguous
     ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """The log-probs (n,) and tokens (n,) of `keys`; NaN and 0 where a key is absent.
+        """Log-probs (n,) and token counts (n,) of `keys`, NaN and 0 if a key is absent.
 
         Raises:
-            ValueError: `keys` is not as described.
+            ValueError: the dtype or layout of `keys` is wrong.
         """
         ...
 
@@ -66,24 +69,24 @@ class Table(Protocol):
         logps: NDArray[np.float64],  # (n,) finite
         tokens: NDArray[np.int32],  # (n,) at least 1
     ) -> int:
-        """Appends the records with new keys, in one write; returns their number.
+        """Appends the records with new keys in one write. Returns their number.
 
-        A key keeps its first value. The records survive a crash of this process from here on, one
-        of the machine from `sync` on.
+        A key keeps its first value. On return the records are safe from a crash of this process,
+        and after `sync` from a crash of the machine.
 
         Raises:
-            ValueError: an argument is not as described (nothing was written then), or the table is
-                closed or read-only.
-            OSError: the system refused, or another process writes the log of this name. The message
-                gives the number of records that were written; those are kept.
+            ValueError: an argument is invalid, or the table is closed or read-only. Nothing is
+                written in this case.
+            OSError: a system call failed, or another process writes the log of this name. The
+                message has the number of written records, which are kept.
         """
         ...
 
     def refresh(self) -> int:
-        """Reads new records of other writers; returns the number of new keys.
+        """Reads new records of other writers. Returns the number of new keys.
 
         Raises:
-            ValueError: a log of another table was put into the folder.
+            ValueError: the folder holds a log of another table.
             OSError: a log cannot be read.
         """
         ...
@@ -92,24 +95,33 @@ class Table(Protocol):
         """Flushes inserted records to the disk, so that they survive a crash of the machine.
 
         Raises:
-            OSError: the disk failed; records inserted since the last sync may be lost.
+            OSError: the disk failed. Records inserted since the last sync may be lost.
             ValueError: the table is closed.
         """
         ...
 
     def close(self) -> None:
-        """Syncs and releases the log; lookups continue, inserts raise ValueError."""
+        """Syncs and releases the log. Lookups still work, inserts raise ValueError."""
         ...
 
     def stats(self) -> dict[str, object]:
-        """Counts of the table's records and of its faults.
+        """Counts of the table's records and errors, and the name of the log.
 
-        `records` (keys), `logs`, `bytes`; `bad` (records and headers that failed their check, in
-        the logs as they are now), `torn_bytes` (after the last complete record of a log); `writer`.
-        Of all records read by this object: `duplicates` (the key was known, as it is for every
-        record of a log that is read again, such as the result of a compaction), of these
-        `conflicts` (with another value: two writers disagree), and the `largest_difference` of
-        their log-probs.
+        Current contents:
+
+        - `records`: number of keys
+        - `logs`, `bytes`
+        - `bad`: records and headers that failed their check
+        - `torn_bytes`: bytes after the last complete record of a log
+
+        All records read by this object:
+
+        - `duplicates`: records with a known key. They include logs that were read again, such as
+          the result of a compaction.
+        - `conflicts`: duplicates with a different value, because two writers disagree
+        - `largest_difference` of their log-probs
+
+        `writer` is the name of this process's log.
         """
         ...
 
@@ -121,29 +133,29 @@ def open_table(
     writer: str | None = None,
     read_only: bool = False,
 ) -> Table:
-    """Opens the table in `folder`, which is made if need be, and reads all of it.
+    """Opens the table in `folder` and reads all records. Creates the folder if needed.
 
-    10M records (320 MB) open in 0.6 s and take 427 MB of memory. Where the folder holds a table of
-    the other kind (see the module), a writer's warning names it.
+    10M records (320 MB) open in 0.6 s and take 427 MB of memory. A writer warns if the folder also
+    holds a table of the other kind (see the module).
 
     Args:
-        folder: the table; any number of processes may have it open.
-        fingerprint: 16 bytes that identify model, data and settings of the values. A table with
-            another one is refused.
-        writer: name of this process's log (letters, digits, '.', '_', '-'). Without it, the lowest
-            number that no live process writes. The database has no logs and refuses a name.
-        read_only: refuse inserts, and a folder that is not there.
+        folder: the table. Any number of processes may have it open.
+        fingerprint: 16 bytes that identify model, data and settings of the values. They must match
+            those of an existing table.
+        writer: name of this process's log (letters, digits, '.', '_', '-'). The default is the
+            lowest number that no live process writes. A database has no logs and accepts no name.
+        read_only: reject inserts. The folder must exist.
 
     Raises:
-        ValueError: an argument is not as described, or the folder holds another table.
-        OSError: the system refused, another process writes the log of this name, or `read_only` is
-            set and the database is damaged.
+        ValueError: an argument is invalid, or the folder holds another table.
+        OSError: a system call failed, or another process writes the log of this name. Also if
+            `read_only` is set and the database is damaged.
     """
     name, fingerprint = _check(folder, fingerprint)
     if writer is not None and not isinstance(writer, str):
         raise ValueError(f"writer must be a string or None, got {writer!r}")
     if writer is not None and read_only:
-        raise ValueError(f"writer is {writer!r} and read_only is set; drop one of them")
+        raise ValueError(f"writer is {writer!r} and read_only is set. Drop one of them.")
     if not read_only:
         _warn_of_other_kind(name)
     compiled = extension()
@@ -152,25 +164,28 @@ def open_table(
     if writer is not None:
         raise ValueError(
             f"writer is {writer!r}, the name of a log, but without the C++ extension there are no "
-            "logs: drop it"
+            "logs. Omit writer."
         )
     return DatabaseTable(name, fingerprint, read_only)
 
 
 def compact_table(folder: str | os.PathLike[str], fingerprint: bytes) -> dict[str, int]:
-    """Merges the logs that no live process writes into one, without bad records and duplicates.
+    """Merges the logs that no live process writes, and drops bad records and duplicates.
 
-    May run beside readers and writers. A crash at any point loses nothing. In a database only bad
-    records are dropped.
+    It may run at the same time as readers and writers. A crash at any point loses no records. In a
+    database it only drops bad records.
 
     Returns:
-        `records` in the logs that were looked at, their `bytes_before` and `bytes_after`;
-        `logs_merged` (0 where there was nothing to do) and `logs_in_use` (skipped);
-        `bad_dropped`, `torn_bytes` and `duplicates_dropped`.
+        Counts:
+
+        - `records`, `bytes_before` and `bytes_after` of the logs that were read
+        - `logs_merged`, 0 if there was nothing to do
+        - `logs_in_use`, which were skipped
+        - `bad_dropped`, `torn_bytes` and `duplicates_dropped`
 
     Raises:
-        ValueError: an argument is not as described, or the folder holds another table.
-        OSError: the system refused, or another compaction is running.
+        ValueError: an argument is invalid, or the folder holds another table.
+        OSError: a system call failed, or another compaction is running.
     """
     name, fingerprint = _check(folder, fingerprint)
     compiled = extension()
@@ -185,25 +200,25 @@ def _check(folder: str | os.PathLike[str], fingerprint: bytes) -> tuple[str, byt
         raise ValueError(f"folder must be a path, got {folder!r}")
     if not isinstance(fingerprint, bytes) or len(fingerprint) != 16:
         raise ValueError(
-            f"fingerprint must be 16 bytes, got {fingerprint!r}; hash what the values depend on, "
-            "for example hashlib.blake2b(..., digest_size=16).digest()"
+            f"fingerprint must be 16 bytes, got {fingerprint!r}. Hash all inputs of the values, "
+            "for example with hashlib.blake2b(..., digest_size=16).digest()."
         )
     return name, fingerprint
 
 
 def _warn_of_other_kind(folder: str) -> None:
-    """One line where the folder holds a table that this process does not read."""
+    """Warns in one line if the folder holds a table that this process does not read."""
     without = extension() is None
     if found := sorted(Path(folder).glob("*.log" if without else DATABASE)):
         _warn(
-            f"{found[0]} has the format of {'' if without else 'installs without '}the C++ "
-            f"extension, and this process runs {'without' if without else 'with'} it: log-probs in "
-            "the file are not read, and missing ones are computed again"
+            f"{found[0]} was written {'with' if without else 'without'} the C++ extension, but "
+            f"this process runs {'without' if without else 'with'} it. Log-probs in the file are "
+            "not read, and missing ones are computed again."
         )
 
 
 def _warn(message: str) -> None:
-    """A RuntimeWarning that blames no line: its cause is a file."""
+    """A RuntimeWarning without a source line, because its cause is a file."""
     warnings.warn(message, RuntimeWarning, stacklevel=1_000_000)  # beyond the first frame
 
 
@@ -228,8 +243,8 @@ class _DamagedError(OSError):
 class DatabaseTable:
     """A `Table` in one SQLite database, for installs without the extension.
 
-    Rows are only appended, and read into a dict. Every call opens the database anew, so neither
-    forks nor threads share a connection. SQLite has no checksum of its pages, hence one per record.
+    Rows are only appended, and are read into a dict. Every call opens a new connection, so forks
+    and threads do not share one. Each record has a checksum, because SQLite has none for its pages.
     """
 
     writer = None  # there are no logs
@@ -238,7 +253,7 @@ class DatabaseTable:
         if not read_only:
             os.makedirs(folder, exist_ok=True)
         elif not os.path.isdir(folder):
-            what = "there is no table to read: check the path, or let a run that writes make it"
+            what = "there is no table to read. Check the path, or create the table with a writer"
             raise FileNotFoundError(errno.ENOENT, what, folder)
         self._path, self._fingerprint = f"{folder}/{DATABASE}", fingerprint
         self._refusal = "was opened with read_only=True" if read_only else ""
@@ -258,7 +273,7 @@ class DatabaseTable:
         return len(self._known)
 
     def lookup(self, keys: NDArray[np.void]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """NaN and 0 tokens where a key is absent. Raises as `Table.lookup` does."""
+        """Log-probs and token counts, NaN and 0 if a key is absent. Raises as `Table.lookup`."""
         _check_column("keys", keys, "V16", (np.size(keys),))
         values = np.array([self._known.get(key, (math.nan, 0)) for key in keys.tolist()], _VALUE)
         return values["logp"].copy(), values["tokens"].copy()
@@ -268,14 +283,14 @@ class DatabaseTable:
     ) -> int:
         """Appends records with new keys, in one transaction. Raises as `Table.insert` does."""
         if self._refusal:
-            raise ValueError(f"{self._path} {self._refusal}: open the table anew to insert")
+            raise ValueError(f"{self._path} {self._refusal}. Open the table again to insert.")
         _check_column("keys", keys, "V16", (np.size(keys),))
         _check_column("logps", logps, "float64", keys.shape)
         _check_column("tokens", tokens, "int32", keys.shape)
         if wrong := np.flatnonzero(~np.isfinite(logps) | (tokens < 1)).tolist():
             raise ValueError(
-                f"logps[{wrong[0]}] is {logps[wrong[0]]} of {tokens[wrong[0]]} tokens; log-probs "
-                "must be finite, of at least 1 token; nothing was written"
+                f"logps[{wrong[0]}] is {logps[wrong[0]]} of {tokens[wrong[0]]} tokens. Log-probs "
+                "must be finite and of at least 1 token. Nothing was written."
             )
         self.refresh()  # the file may have been removed
         if self._lost.isdisjoint(keys.tolist()) and self.lookup(keys)[1].all():
@@ -284,7 +299,7 @@ class DatabaseTable:
             self._read(database)  # other writers' records stay
             if not self._origin:
                 database.execute("CREATE TABLE about (fingerprint BLOB, origin BLOB)")
-                # AUTOINCREMENT: the id of a row that a compaction deleted is not given to another.
+                # AUTOINCREMENT: the ids of rows that a compaction deleted are not used again.
                 database.execute(
                     "CREATE TABLE records (id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB)"
                 )
@@ -299,7 +314,7 @@ class DatabaseTable:
         return len(fresh)
 
     def refresh(self) -> int:
-        """Reads new records of other writers; returns the number of new keys."""
+        """Reads new records of other writers. Returns the number of new keys."""
         before = len(self._known)
         if os.path.exists(self._path):
             with self._lock, self._transaction("rw") as database:
@@ -309,27 +324,27 @@ class DatabaseTable:
         return len(self._known) - before
 
     def sync(self) -> None:
-        """SQLite syncs every transaction.
+        """Does nothing, because SQLite syncs every transaction.
 
         Raises:
             ValueError: the table is closed.
         """
         if self._closed:
-            raise ValueError(f"{self._path} was closed: open the table anew")
+            raise ValueError(f"{self._path} was closed. Open the table again.")
 
     def close(self) -> None:
-        """Lookups continue, inserts raise ValueError."""
+        """Closes the table. Lookups still work, inserts raise ValueError."""
         self._refusal, self._closed = "was closed", True
 
     def stats(self) -> dict[str, object]:
-        """Counts as of a table with one log; no key is in a database twice."""
+        """Counts of a table with one log. A database holds no duplicate keys."""
         size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
         counts = {"records": len(self), "logs": int(size > 0), "bytes": size, "bad": len(self._bad)}
         never = {"torn_bytes": 0, "duplicates": 0, "conflicts": 0, "largest_difference": 0.0}
         return {**counts, **never, "writer": None}
 
     def compact(self) -> dict[str, int]:
-        """Deletes bad records; SQLite reuses their room. Returns counts as `compact_table` does."""
+        """Deletes bad records, whose space SQLite reuses. Returns counts as `compact_table`."""
         if self._bad:
             with self._lock, self._transaction("rw") as database:
                 rows = [(row,) for row in self._bad]
@@ -341,7 +356,7 @@ class DatabaseTable:
 
     @contextlib.contextmanager
     def _transaction(self, mode: str) -> Iterator[sqlite3.Connection]:
-        """Mode "rw" also reads a database that cannot be written; "rwc" makes a missing one."""
+        """A transaction. Mode "rw" also reads a read-only database, "rwc" creates a missing one."""
         uri = f"{Path(self._path).absolute().as_uri()}?mode={mode}"
         try:
             opened = sqlite3.connect(uri, timeout=60, isolation_level=None, uri=True)
@@ -349,18 +364,20 @@ class DatabaseTable:
                 database.execute("BEGIN IMMEDIATE" if mode == "rwc" else "BEGIN")
                 yield database
                 database.execute("COMMIT")
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # UnicodeDecodeError: damaged schema
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if code == sqlite3.SQLITE_ERROR:  # no such table or column
                 raise self._foreign() from error
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                what = f"the database is damaged ({error}); a run that writes replaces it"
+                what = f"the database is damaged ({error}). The next run that writes replaces it"
                 raise _DamagedError(errno.EIO, what, self._path) from error
-            what = f"{error}; make room, check permissions, or remove the file"
+            what = f"{error}. Free some disk space, check permissions, or remove the file"
             raise OSError(errno.EIO, what, self._path) from error
 
     def _foreign(self) -> ValueError:
-        return ValueError(f"{self._path} is no table of reference log-probs: use another folder")
+        return ValueError(
+            f"{self._path} is not a table of reference log-probs. Use another folder."
+        )
 
     def _set_aside(self, damage: OSError) -> None:
         """Renames the damaged database and starts empty, with one warning."""
@@ -370,15 +387,18 @@ class DatabaseTable:
         self._start_over(b"")
         try:
             os.rename(self._path, name)
-        except FileNotFoundError:  # another process was first
+        except FileNotFoundError:  # another process has renamed it
             return
         _warn(
-            f"{self._path} is damaged ({damage.__cause__}) and was renamed to {name}: its "
-            "log-probs are computed again"
+            f"{self._path} is damaged ({damage.__cause__}) and was renamed to {name}. Its "
+            "log-probs are computed again."
         )
 
     def _start_over(self, origin: bytes) -> None:
-        """The file is another one than before, or none; lookups of known keys continue."""
+        """Resets the state of reading, because the file was replaced or removed.
+
+        Known keys stay in memory.
+        """
         self._lost = set(self._known)
         self._origin, self._last_id = origin, 0
         self._bad: list[int] = []  # ids of rows that failed their check
@@ -390,11 +410,11 @@ class DatabaseTable:
         return record + zlib.crc32(self._fingerprint + record).to_bytes(4, "little")
 
     def _read(self, database: sqlite3.Connection) -> None:
-        """Reads the rows behind the last one; the first sound record of a key stays."""
+        """Reads rows after the last known one. The first intact record of a key counts."""
         if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
             self._start_over(b"")
             return
-        # Damage may change the type of a value, hence the casts.
+        # The casts are needed because damage may change the type of a value.
         about = "SELECT CAST(fingerprint AS BLOB), CAST(origin AS BLOB) FROM about"
         fingerprint, origin = database.execute(about).fetchone() or (None, None)
         if not fingerprint or not origin:
@@ -402,10 +422,10 @@ class DatabaseTable:
         if fingerprint != self._fingerprint:
             raise ValueError(
                 f"{self._path} belongs to the table with fingerprint {fingerprint.hex()}, not "
-                f"{self._fingerprint.hex()}: its values are of another model or data; use another "
-                "folder, or delete this one"
+                f"{self._fingerprint.hex()}. Its values are for another model or data. Use another "
+                "folder, or delete this one."
             )
-        if origin != self._origin:  # the first read, or the file was removed and made anew
+        if origin != self._origin:  # the first read, or the file was replaced
             self._start_over(origin)
         rows = database.execute(
             "SELECT id, IFNULL(CAST(record AS BLOB), x'') FROM records WHERE id > ?",

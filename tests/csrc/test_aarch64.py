@@ -1,4 +1,4 @@
-"""The C++ code for aarch64: cross-compiled, its tests run under qemu, the Python module linked."""
+"""The C++ code for aarch64: cross-compilation, C++ tests under qemu, and the Python module."""
 
 import importlib.util
 import os
@@ -24,12 +24,12 @@ with_qemu = pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64, of qemu
 
 @pytest.fixture(scope="module")
 def cross(tmp_path_factory):
-    """A function that builds targets for aarch64 and returns their folder."""
+    """Returns a function that builds targets for aarch64 and returns their folder."""
     folder = tmp_path_factory.mktemp("aarch64")
     pybind = importlib.util.find_spec("pybind11")
     options = [
         f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64.cmake'}",
-        "-DCMAKE_BUILD_TYPE=None",  # the kernels are -O3 in any, the bindings compile faster
+        "-DCMAKE_BUILD_TYPE=None",  # compiles bindings faster, kernels always use -O3
         f"-DREALIGN_PYTHON={'ON' if pybind else 'OFF'}",
         *("-DREALIGN_TESTS=ON", "-DREALIGN_CUDA=off", "-DCMAKE_CXX_FLAGS=-Werror"),
         f"-DPython_EXECUTABLE={sys.executable}",
@@ -58,8 +58,8 @@ def emulated(cpu, *command, **environment):
         capture_output=True,
         text=True,
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and done.stdout.endswith("0 failures\n"), said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("0 failures\n"), output
     return done.stdout
 
 
@@ -67,15 +67,15 @@ def emulated(cpu, *command, **environment):
 @pytest.mark.parametrize(
     ("cpu", "level", "rows", "gemm"),
     [
-        ("max", "", "neon", "own"),  # with BF16, as Grace and Graviton 3
-        ("cortex-a72", "", "neon", "of torch"),  # without, as Graviton 1
+        ("max", "", "neon", "own"),  # with BF16, like Grace and Graviton 3
+        ("cortex-a72", "", "neon", "of torch"),  # without BF16, like Graviton 1
         ("max", "scalar", "scalar", "of torch"),
     ],
 )
 def test_the_core_under_qemu(cross, cpu, level, rows, gemm):
-    said = emulated(cpu, cross("core_tests") / "core_tests", REALIGN_CPU=level)
-    assert f"exp {rows}" in said and f"GEMM bf16 {gemm}, f32 of torch" in said
-    assert ("exp neon" in said) == (rows == "neon")
+    output = emulated(cpu, cross("core_tests") / "core_tests", REALIGN_CPU=level)
+    assert f"exp {rows}" in output and f"GEMM bf16 {gemm}, f32 of torch" in output
+    assert ("exp neon" in output) == (rows == "neon")
 
 
 @with_qemu
@@ -86,7 +86,7 @@ def test_the_table_and_the_staging_ring_under_qemu(cross, tmp_path):
 
 
 def test_only_the_gemm_needs_bf16(cross):
-    """Other files run on CPUs without BF16, so the GEMM's file must share no function with them."""
+    """The GEMM's file must share no function with the other files, which run without BF16."""
     objects = list(cross("realign_core").rglob("gemm_neon.cpp.o"))
     assert len(objects) == 1
     nm = COMPILER.replace("g++", "nm")
@@ -99,10 +99,10 @@ def test_only_the_gemm_needs_bf16(cross):
 def test_the_module_links_without_python(cross):
     module = cross("_C") / f"_C{SUFFIX}"
     readelf = COMPILER.replace("g++", "readelf")
-    said = subprocess.run(
+    output = subprocess.run(
         [readelf, "-h", "-d", module], capture_output=True, text=True, check=True
     ).stdout
-    assert "AArch64" in said and "libstdc++" in said and "libpython" not in said
+    assert "AArch64" in output and "libstdc++" in output and "libpython" not in output
     nm = [COMPILER.replace("g++", "nm"), "-DCu", module]
     missing = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
     assert "PyObject" in missing and "realign::" not in missing

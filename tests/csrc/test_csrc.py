@@ -1,4 +1,4 @@
-"""The C++ code: its own tests under sanitizers, its threads, and the level of the CPU."""
+"""The C++ code: C++ tests under sanitizers, threads, and CPU levels."""
 
 import os
 import platform
@@ -26,8 +26,8 @@ def built(request, tmp_path_factory):
         pytest.skip("needs cmake")
     folder = tmp_path_factory.mktemp("csrc")
     options = ("-DREALIGN_PYTHON=OFF", "-DREALIGN_TESTS=ON", f"-DREALIGN_SANITIZE={request.param}")
-    targets = ["table_tests"]  # all that has threads of its own
-    if request.param != "thread":  # it does not understand GCC's OpenMP
+    targets = ["table_tests"]  # the only target with its own threads
+    if request.param != "thread":  # the thread sanitizer does not support GCC's OpenMP
         targets += ["core_tests", "staging_tests"]
     configure = ("cmake", "-S", ROOT, "-B", folder, *options)
     build = ("cmake", "--build", folder, "--parallel", "2", "--target", *targets)
@@ -42,8 +42,8 @@ def assert_clean(*command, **environment):
     )
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("the thread sanitizer cannot run under this kernel's address randomisation")
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and done.stdout.endswith("0 failures\n"), said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("0 failures\n"), output
 
 
 def test_the_core_and_the_staging_ring_are_right_and_clean(built):
@@ -51,12 +51,12 @@ def test_the_core_and_the_staging_ring_are_right_and_clean(built):
     if sanitizer != "thread":
         assert_clean(folder / "staging_tests")
         assert_clean(folder / "core_tests")
-        if _extension.extension().cpu_features()["amx"]:  # the same products by AVX-512
+        if _extension.extension().cpu_features()["amx"]:  # test the same products with AVX-512
             assert_clean(folder / "core_tests", REALIGN_CPU="avx512")
 
 
 def test_the_table_is_right_and_clean(built, tmp_path):
-    """500 damaged logs (50 under the thread sanitizer); many writers and readers at once."""
+    """500 damaged logs (50 under the thread sanitizer), and concurrent writers and readers."""
     sanitizer, folder = built
     stress = float(os.environ.get("REALIGN_STRESS_SECONDS", "1"))
     faults, seconds = ("50", stress) if sanitizer == "thread" else ("500", 0.5)
@@ -64,9 +64,11 @@ def test_the_table_is_right_and_clean(built, tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of files for x86")
-def test_no_wide_instruction_is_shared_with_what_every_cpu_runs(built):
-    """An inline library function compiled for AVX-512 in one file and merged by the linker with the
-    copies of others would crash an older CPU."""
+def test_avx512_code_is_not_shared_with_other_files(built):
+    """The linker could merge an inline function compiled for AVX-512 with copies of other files.
+
+    That would crash an older CPU.
+    """
     sanitizer, folder = built
     wide = ("gemm.", "gemm_amx", "rows_avx", "crc32c_sse42")
     objects = [path for path in folder.rglob("*.o") if path.name.startswith(wide)]
@@ -112,7 +114,10 @@ def run(script, **environment):
 
 
 def test_the_kernels_run_on_the_threads_of_torch_with_one_result():
-    """No thread and no OpenMP library of their own; the same bits on 1, 2 and 5 threads."""
+    """Kernels start no threads and load no other OpenMP library.
+
+    Results are bitwise equal for 1, 2 and 5 threads.
+    """
     done = run(SCRIPT, OMP_NUM_THREADS="3", REALIGN_CPU="")
     shared, *lines = done.stdout.splitlines()
     assert shared == "True 1" and len(lines) == 6, done.stderr
@@ -121,4 +126,4 @@ def test_the_kernels_run_on_the_threads_of_torch_with_one_result():
 
 def test_an_unknown_cpu_level_is_refused():
     done = run("import realign_kernels as rk; print(rk.explain())", REALIGN_CPU="sse")
-    assert "REALIGN_CPU=sse: use one of scalar, " in done.stderr
+    assert "REALIGN_CPU=sse is unknown. Use one of scalar, " in done.stderr

@@ -1,4 +1,4 @@
-"""The CUDA code of the extension: what it compiles to, what it needs, how it is left out."""
+"""The CUDA code of the extension: compiled code, dependencies, and builds without CUDA."""
 
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ from realign_kernels._extension import extension, missing_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
-REGISTERS = 32  # a multiprocessor's 65536 are enough for all of its 2048 threads
+REGISTERS = 32  # 65536 registers of a multiprocessor / 2048 threads
 
 with_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on this machine")
 with_extension = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def has_driver() -> bool:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """What ptxas says of csrc/staging/staging.cu, by architecture."""
+    """The report of ptxas on csrc/staging/staging.cu, by architecture."""
     target = tmp_path_factory.mktemp("cuda") / "staging.o"
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     source = ROOT / "csrc" / "staging" / "staging.cu"
@@ -76,7 +76,7 @@ def test_the_module_needs_neither_driver_nor_toolkit():
     file = extension().__file__
     needed = subprocess.run(["ldd", file], capture_output=True, text=True, check=True).stdout
     assert "libstdc++" in needed and "libcuda" not in needed and "libcudart" not in needed
-    # Nor may its copy of the runtime be replaced by the one that torch has loaded.
+    # torch's CUDA runtime must not replace the module's copy either.
     symbols = subprocess.run(["nm", "-D", file], capture_output=True, text=True, check=True).stdout
     assert "PyInit__C" in symbols and not re.search(r"\bcu(da)?[A-Z]\w+", symbols)
 
@@ -84,7 +84,7 @@ def test_the_module_needs_neither_driver_nor_toolkit():
 @with_extension
 @pytest.mark.skipif(has_driver(), reason="this machine has a CUDA driver")
 def test_a_ring_without_cuda_or_a_driver_gives_the_reason():
-    error, reason = ValueError, "device is 0, but this build has no CUDA: put nvcc on"
+    error, reason = ValueError, "device is 0, but this build has no CUDA. Put nvcc on"
     if extension().CUDA_ARCHITECTURES:
         error, reason = RuntimeError, "cudaGetDevice: .*driver.*cudaErrorInsufficientDriver"
     with pytest.raises(error, match=reason):
@@ -123,7 +123,8 @@ def build_ext(folder, **environment):
     )
 
 
-# Compiles nothing in place of our C++ files: only the way through CMake and Ninja is of interest.
+# A compiler that does nothing for our C++ files. The tests only need the path through CMake and
+# Ninja.
 HOLLOW = """import os, sys
 words = sys.argv[1:]
 if "/csrc/" in words[-1]:
@@ -144,9 +145,9 @@ def test_an_install_continues_without_cuda_where_our_code_does_not_compile(tmp_p
         tmp_path / "c++", f"#!{sys.executable} -S", HOLLOW.format(shutil.which("c++"))
     )
     environment = {"CXX": compiler, "CUDACXX": nvcc, "REALIGN_CUDA": "auto"}
-    done = build_ext(tmp_path, **environment, CUTLASS_DIR=str(tmp_path))  # there is none
+    done = build_ext(tmp_path, **environment, CUTLASS_DIR=str(tmp_path))  # has no CUTLASS
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ("once more, without CUDA" in done.stdout) == bool(shutil.which("nvcc"))
+    assert ("Trying again without CUDA" in done.stdout) == bool(shutil.which("nvcc"))
     assert len(list(tmp_path.glob("lib/realign_kernels/_C*.so"))) == 1
 
 
@@ -159,8 +160,8 @@ def test_an_install_continues_without_cuda_where_our_code_does_not_compile(tmp_p
     ],
     ids=["CUTLASS", "CUDA", "asked for"],
 )
-def test_a_build_that_fails_is_tried_with_less(tmp_path, cuda, fails, tried):
-    """By a cmake that only notes its arguments: CUTLASS that does not compile leaves CUDA in."""
+def test_a_failed_build_is_repeated_without_cutlass(tmp_path, cuda, fails, tried):
+    """If CUTLASS does not compile, CUDA is still built. cmake only records its arguments."""
     pytest.importorskip("pybind11")
     (tmp_path / "include" / "cutlass").mkdir(parents=True)
     (tmp_path / "bin").mkdir()
@@ -176,7 +177,7 @@ def test_a_build_that_fails_is_tried_with_less(tmp_path, cuda, fails, tried):
 
 
 @with_cmake
-def test_off_does_not_even_look(tmp_path):
+def test_off_does_not_look_for_a_compiler(tmp_path):
     done = configure(tmp_path, "-DREALIGN_CUDA=off")
     assert done.returncode == 0 and "CUDA" not in done.stdout, done.stdout + done.stderr
 
@@ -193,11 +194,15 @@ def test_only_a_request_for_cuda_needs_a_compiler(tmp_path):
 
 
 @with_cmake
-def test_other_words_are_refused(tmp_path):
+def test_unknown_values_are_rejected(tmp_path):
     done = configure(tmp_path, "-DREALIGN_CUDA=yes")
-    assert done.returncode != 0 and "REALIGN_CUDA is 'yes': use auto, on or off" in done.stderr
+    assert (
+        done.returncode != 0 and "REALIGN_CUDA is 'yes', but must be auto, on or off" in done.stderr
+    )
     setup = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(
         setup, cwd=ROOT, env={**os.environ, "REALIGN_CUDA": "yes"}, capture_output=True, text=True
     )
-    assert done.returncode != 0 and "REALIGN_CUDA is 'yes': use auto, on or off" in done.stderr
+    assert (
+        done.returncode != 0 and "REALIGN_CUDA is 'yes', but must be auto, on or off" in done.stderr
+    )

@@ -1,11 +1,12 @@
-"""Fixtures of the kernel tests."""
+"""Fixtures for the kernel tests."""
 
 import contextlib
 import importlib
 import os
 from typing import NamedTuple
 
-# cuBLAS reads it once: `poisoned_memory` asks for deterministic products, which need a workspace.
+# cuBLAS reads this variable once. `poisoned_memory` turns on deterministic products, which need a
+# workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import kernel_cases as kc
@@ -18,7 +19,7 @@ from realign_kernels import _extension
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Inputs are tiny, so threads only wait for each other: on a busy machine 31 s against 4 s."""
+    """Inputs are tiny, so threads mostly wait: on a busy machine 31 s instead of 4 s."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,10 +28,10 @@ def one_thread():
 
 @pytest.fixture
 def poisoned_memory():
-    """Fills memory that is allocated but not written with NaN, so that a read of it shows."""
+    """Fills new memory with NaN, so that a read of memory that was not written is detected."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # only the filling is wanted
+    torch.use_deterministic_algorithms(True, warn_only=True)  # only for the filling
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
@@ -39,7 +40,7 @@ def poisoned_memory():
 
 @pytest.fixture(params=["reference", "torch", "cpp"])
 def cpu_backend(request):
-    """Every backend for the CPU, one after the other; its name."""
+    """The name of each CPU backend, which is active in the test."""
     if request.param == "cpp":
         pytest.importorskip("realign_kernels._C")
     with rk.use_backend(request.param):
@@ -76,7 +77,7 @@ MATRIX = [
 
 @pytest.fixture(params=[str(row) for row in MATRIX])
 def setting(request, monkeypatch):
-    """A device and a dtype, under their backend."""
+    """A device and a dtype, with their backend active."""
     (row,) = (row for row in MATRIX if str(row) == request.param)
     name = row.backend
     if name == "cpp" and _extension.missing_reason():
@@ -84,7 +85,9 @@ def setting(request, monkeypatch):
     with contextlib.ExitStack() as stack:
         if name == "triton":
             pytest.importorskip("triton")
-            cases = importlib.import_module("triton_cases")  # imports the kernels as it must
+            cases = importlib.import_module(
+                "triton_cases"
+            )  # imports the kernels for the interpreter
             stack.enter_context(cases.interpreted())
             if row.device == "cpu":
                 monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -1,7 +1,7 @@
 """Inputs, memory layouts, fp64 truth, and the error budget of the kernel tests.
 
-A result may err against fp64 at most FACTOR times as much as eager torch does in the same dtype,
-plus FLOOR, relative to the largest entry of the truth.
+The error of a result against fp64 is relative to the largest entry of the truth. It may be at most
+FACTOR times the error of eager torch in the same dtype, plus FLOOR.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ import realign_kernels as rk
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Of Triton's cases: compiled where there is a GPU, else interpreted on the CPU."""
+"""Device of Triton's cases: compiled if there is a GPU, else interpreted on the CPU."""
 DEVICES = tuple(dict.fromkeys(("cpu", DEVICE)))
 TRITON_DTYPES = (torch.float32, torch.float16) + (torch.bfloat16,) * (DEVICE == "cuda")
-"""The interpreter takes the bits of bf16 in tl.dot for integers."""
+"""The interpreter treats the bits of bf16 in tl.dot as integers."""
 FACTOR = 2.0
 FLOOR = {
     torch.float64: 1e-14,
@@ -25,7 +25,7 @@ FLOOR = {
     torch.float16: 5e-4,
     torch.bfloat16: 4e-3,
 }
-"""One rounding in half precision, 4 eps in fp32, 45 in fp64: for where eager is exact by luck."""
+"""One rounding in half precision, 4 eps in fp32, 45 in fp64, for eager results exact by luck."""
 
 
 class Case(NamedTuple):
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     labels: Tensor  # (N,)
-    upstream: Tensor  # (N,) fp64, gradient that comes back for the log-probs
+    upstream: Tensor  # (N,) fp64, incoming gradient of the log-probs
 
 
 class Result(NamedTuple):
@@ -46,7 +46,7 @@ class Result(NamedTuple):
 def make_case(
     rows, width, vocabulary, dtype, *, bias=False, ignored=0.3, spread=3.0, seed=0, device="cpu"
 ):
-    """Logits of standard deviation `spread`; about `ignored` of the rows carry -100.
+    """Inputs with logits of standard deviation `spread`, and a fraction `ignored` of labels -100.
 
     The numbers are the same on each device.
     """
@@ -64,10 +64,10 @@ def make_case(
 def eager(
     case: Case, dtype: torch.dtype, softcap=None, temperature=1.0, rival=None, block=None
 ) -> Result:
-    """GEMM in `dtype`, the rest in fp32: what a trainer writes by hand.
+    """Eager computation of a typical trainer: GEMM in `dtype`, the rest in fp32.
 
-    `block` rows of logits are alive at a time (None: all). `rival` (N,) marks rows that score the
-    strongest other token instead of their label.
+    It holds the logits of `block` rows at a time (None: all). `rival` (N,) marks rows that score
+    the strongest other token instead of their label.
     """
     leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in case[1:3]]
     weight, bias = leaves
@@ -90,12 +90,12 @@ def eager(
 
 
 def truth(case: Case, **head) -> Result:
-    """fp64 from the rounded inputs."""
+    """The result in fp64 from the rounded inputs."""
     return eager(case, torch.float64, **head)
 
 
 def rdpo(case, dtype, ids, reference, weights=None, **options):
-    """rDPO of packed rows with all logits, in `dtype` up to the logits: loss, sums, gradients."""
+    """rDPO of packed rows with all logits, which are in `dtype`: loss, sums, gradients."""
     options = {"beta": 0.1, "visual_weight": 1.0, "reduction": "mean"} | options
     leaves = [t.to(dtype, copy=True).requires_grad_() for t in case[:3]]
     rows = (case.labels != -100).nonzero().squeeze(1)
@@ -118,7 +118,7 @@ def rdpo(case, dtype, ids, reference, weights=None, **options):
 
 
 def ours(case: Case, needs: str = "hwb", labels: Tensor | None = None, **head) -> Result:
-    """linear_logprobs on the tensors as they are in memory; h, w, b of `needs` take a gradient."""
+    """linear_logprobs on tensors in their memory layout. `needs` names inputs with gradient."""
     tensors = zip("hwb", case[:3], strict=True)
     leaves = [t if t is None else t.detach().requires_grad_(k in needs) for k, t in tensors]
     hidden, weight, bias = leaves
@@ -139,7 +139,7 @@ def ours(case: Case, needs: str = "hwb", labels: Tensor | None = None, **head) -
 
 
 def error(value: Tensor, exact: Tensor, least: float = 1e-300) -> float:
-    """Largest error over the largest entry, counted as `least` or more. NaN is infinite."""
+    """Largest error divided by the largest entry, or by `least` if larger. NaN is infinite."""
     value, exact = value.detach().double(), exact.detach().double()
     worst = (value - exact).abs().max() / exact.abs().max().clamp(min=least)
     return float(worst.nan_to_num(nan=float("inf")))
@@ -163,10 +163,10 @@ def within_budget(
 
 
 def check(case: Case, needs="hwb", labels=None, *, least=1.0, slack=1.0, **head) -> Result:
-    """`ours` within its budget. A truth of 0 is counted as 1: rows or weights may be equal.
+    """Checks that `ours` is within its budget.
 
-    slack multiplies it, for searches: of thousands of calls one has an eager result that is exact
-    by luck.
+    A truth of 0 counts as 1, because rows or weights may be equal. `slack` multiplies the budget.
+    Searches need it, because among thousands of calls an eager result may be exact by luck.
     """
     dtype = case.hidden.dtype
     settings = {k: head[k] for k in ("softcap", "temperature") if k in head}
@@ -177,13 +177,13 @@ def check(case: Case, needs="hwb", labels=None, *, least=1.0, slack=1.0, **head)
 
 
 def stepped(t: Tensor) -> Tensor:
-    """Every second element along each axis; NaN between them."""
+    """A view with every second element along each axis, and NaN between them."""
     wide = t.new_full([2 * n for n in t.shape], torch.nan)
     return wide[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
 
 
 def _offset(t: Tensor) -> Tensor:
-    """Starts at an odd element: a bf16 pointer that is 2 bytes past an aligned one."""
+    """A view that starts at an odd element, so a bf16 pointer is 2 bytes past an aligned one."""
     flat = t.new_full((t.numel() + 9,), torch.nan)
     return flat[7 : 7 + t.numel()].copy_(t.flatten()).view(t.shape)
 

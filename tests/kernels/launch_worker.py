@@ -1,10 +1,10 @@
-"""Compiles and launches every Triton kernel on the stand-in for libcuda; a JSON line for each.
+"""Compiles and launches every Triton kernel on a stub of libcuda, and writes a JSON line for each.
 
-`launch_worker.py FOLDER`: FOLDER holds libcuda.so.1, made of driver_stub.c.
-TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH name FOLDER, STUB_RECORDS a file. A line of
-FOLDER/launches has the records of the stand-in beside the arguments that the kernel must get.
-Those follow from the tensors of the case and the names in the kernel's signature, not from the
-launcher. A line has the report on the kernel too, where the launch compiled one.
+`launch_worker.py FOLDER`: FOLDER holds libcuda.so.1, compiled from driver_stub.c.
+TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH name FOLDER, and STUB_RECORDS names a file. A line of
+FOLDER/launches has the records of the stub and the arguments that the kernel must get. These
+arguments are derived from the tensors of the case and the names in the kernel's signature, not from
+the launcher. If the launch compiled the kernel, the line also has the report.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ from realign_kernels.lm_head import Head
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MAP_TYPES = {FP16: 6, FP32: 7, BF16: 9}  # CUtensorMapDataType
-LETTERS = {".ptr": "p", ".b8": "t", ".u64": "l", ".u32": "i", ".f32": "f"}  # of PTX's types
+LETTERS = {".ptr": "p", ".b8": "t", ".u64": "l", ".u32": "i", ".f32": "f"}  # by PTX type
 MODULES = [
     importlib.import_module(f"{package.__name__}.{module.name}")
     for module in pkgutil.iter_modules(package.__path__)
@@ -49,12 +49,12 @@ KERNELS = {name: k for m in MODULES for name, k in vars(m).items() if name.endsw
 FOLDER, RECORDS = Path(sys.argv[1]), Path(os.environ["STUB_RECORDS"])
 STUB = ctypes.CDLL(str(FOLDER / "libcuda.so.1"))
 STUB.stub_describe.argtypes = [ctypes.c_uint64, ctypes.c_char_p]
-# Up to 53 GB are addressed and none are touched: a sparse file takes no memory.
+# Up to 53 GB are addressed but not touched. A sparse file takes no memory.
 MEMORY = torch.from_file(str(FOLDER / "memory"), shared=True, size=2**36, dtype=torch.uint8)
 
 
 class Driver(driver.CudaDriver):
-    """Triton's own driver, with the stand-in as its device and no torch.cuda."""
+    """Triton's driver with the stub as its device, without torch.cuda."""
 
     def __init__(self, architecture: int) -> None:
         self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
@@ -74,7 +74,7 @@ passed = {}  # the arguments of the last launch, by name
 
 
 def describe(module, function, name, files, digest):
-    """Reads the types of a kernel's parameters in its PTX."""
+    """Reads the types of a kernel's parameters from its PTX."""
     (path,) = (path for file, path in files.items() if file.endswith(".ptx"))
     (declared,) = re.findall(r"\.entry \w+\((.*?)\)", Path(path).read_text(), re.DOTALL)
     lines = [line for line in declared.splitlines() if ".param" in line]
@@ -83,14 +83,14 @@ def describe(module, function, name, files, digest):
 
 
 def compile_with_report(source, target, options):
-    """Stands in for the compiler of the JIT, which then finds the kernel in its cache."""
+    """Replaces the compiler of the JIT, which then finds the kernel in its cache."""
     launch = Launch(source.fn, source, options["num_warps"], options["num_stages"])
     compile_with_report.last = compile_launch(target.arch, source.fn.__name__, launch)
     return triton.compile(source, target, options)
 
 
 def keep_arguments(launch):
-    """Fills what the head combines, so that swapped results show: no kernel runs."""
+    """Fills the outputs that the head combines, to detect swapped results. No kernel runs."""
     passed.clear()
     passed.update(launch.get()["arguments"])
     for name, value in {"max_logit_out": 2.0, "sum_exp_out": 3.0}.items():
@@ -99,7 +99,7 @@ def keep_arguments(launch):
 
 
 def taken(height, width, dtype, *, pitch=None, shift=0):
-    """A (height, width) tensor in MEMORY, behind those of this case; rows are pitch apart."""
+    """A (height, width) tensor in MEMORY, after earlier tensors of this case, with row pitch."""
     pitch = width if pitch is None else pitch
     size = dtype.itemsize
     first = taken.end // size + shift
@@ -111,9 +111,9 @@ taken.end = 0
 
 
 def descriptor(tensor, box):
-    """A tensor map and the arguments that come with it; dimensions of a map start innermost.
+    """A tensor map with its arguments. The dimensions of a map start with the innermost.
 
-    A box is at most as wide as its swizzle, 128 bytes: wider blocks take several.
+    A box is at most as wide as its swizzle, 128 bytes. Wider blocks need several boxes.
     """
     pitch, wide = tensor.stride(0), min(box[1], 128 // tensor.element_size())
     return {
@@ -130,7 +130,7 @@ def descriptor(tensor, box):
 
 
 def blocks_of(tile):
-    """The constants of a GEMM."""
+    """The constants of a GEMM kernel."""
     constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
     return constants | {"BLOCK_DEPTH": tile.depth, "GROUP": tile.group}
 
@@ -140,7 +140,7 @@ def as_json(value):
 
 
 def write(name, kernel, grid, warps, expected):
-    """The case that was launched, and what the stand-in saw of it."""
+    """Writes the line of a launch, with the records of the stub."""
     new = [json.loads(record) for record in RECORDS.read_text().splitlines()[write.seen :]]
     report, compile_with_report.last = compile_with_report.last, None
     constants = {p.name for p in kernel.params if p.is_constexpr}
@@ -167,7 +167,7 @@ write.seen, write.launched = 0, set()
 
 
 def read(name, count, vocabulary, dtype, exp_logits=BF16, *, options=False, pitch=None):
-    """The row kernel. `options` are bias, softcap, temperature and runner-ups."""
+    """Launches the row kernel. `options` are bias, softcap, temperature and runner-ups."""
     logits = taken(count, vocabulary, dtype, pitch=pitch)
     target = None
     if exp_logits is not None:
@@ -197,7 +197,7 @@ def read(name, count, vocabulary, dtype, exp_logits=BF16, *, options=False, pitc
 
 
 def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None, shift=0):
-    """The fused head in the tile of `bin`. `options` are bias, softcap and temperature."""
+    """Launches the fused head with the tile of `bin`. `options` are bias, softcap, temperature."""
     architecture = triton.runtime.driver.active.architecture
     hidden = taken(count, width, dtype, pitch=pitch, shift=shift)
     weight = taken(vocabulary, width, dtype)
@@ -238,7 +238,7 @@ def head(bin, count, width, vocabulary, dtype=BF16, *, options=False, pitch=None
 
 
 def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
-    """The label's logit, the GEMM with the exponential, and the scores, as `fused` calls them."""
+    """Launches label logits, GEMM with exponential, and scores, in the order of `fused`."""
     hidden, weight = taken(count, width, BF16, pitch=pitch), taken(vocabulary, width, BF16)
     exp_logits = taken(count, vocabulary, BF16, pitch=-(-vocabulary // 8) * 8)
     end, labels = taken.end, torch.zeros(count, dtype=torch.int64)
@@ -301,7 +301,7 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
 
 
 def last_step(name, count, width, vocabulary, dtype):
-    """The last step of the gradient of hidden, and the scaling of a gradient."""
+    """Launches the last step of the gradient of hidden, and the scaling of a gradient."""
     exp_w, weight, out = (taken(*shape) for shape in (
         (count, width, FP32), (vocabulary, width, BF16), (count, width, dtype)))  # fmt: skip
     target = torch.zeros(count, dtype=torch.int64)
@@ -338,7 +338,7 @@ def last_step(name, count, width, vocabulary, dtype):
 
 
 def preference(objective, count, examples, reduction="mean"):
-    """The loss kernel."""
+    """Launches the loss kernel."""
     leaves, terms = len(objective.leaves), objective.terms
     logps = torch.zeros(count)
     ids = torch.zeros(count, dtype=torch.int64)
@@ -377,7 +377,7 @@ def preference(objective, count, examples, reduction="mean"):
 
 
 def add(name, count, width, vocabulary, dtype):
-    """The scatter-add of rows; it sorts the index first."""
+    """Launches the scatter-add of rows, which sorts the index first."""
     total, source = taken(vocabulary, width, dtype), taken(count, width, FP32)
     index = torch.arange(count).flip(0) % vocabulary
     scatter.add_rows(total, index, source)
@@ -398,9 +398,10 @@ def add(name, count, width, vocabulary, dtype):
 
 
 def launch_all():
-    """Sizes of real models and the least ones; Triton makes arguments that are 1 constants.
+    """Launches with the sizes of real models, and with the smallest sizes.
 
-    A kernel is compiled once for all launches of a line's kind.
+    Triton turns arguments of value 1 into constants. Launches with the same argument types share
+    one compilation.
     """
     for count, width, vocabulary in ((4096, 4096, 32000), (33792, 3584, 152064)):
         head("wide", count, width, vocabulary)
@@ -412,8 +413,10 @@ def launch_all():
     head("float32", 3072, 1024, 32000, FP32, options=True)
     head("float32", 33792, 1023, 32003, FP32)
     head("pointers", 3072, 1023, 32003, options=True)
-    head("pointers", 3072, 1024, 32000, pitch=1032, shift=1)  # a first element 2 bytes further
-    head("pointers", 3072, 1024, 32000, pitch=1025)  # 2050 bytes from row to row
+    head(
+        "pointers", 3072, 1024, 32000, pitch=1032, shift=1
+    )  # starts 2 bytes after an aligned address
+    head("pointers", 3072, 1024, 32000, pitch=1025)  # a row pitch of 2050 bytes
     exponentials("LLaVA-1.5-7B", 3072, 4096, 32000)
     exponentials("V odd, T, padded", 4095, 4096, 32003, temperature=1.3, pitch=4104)
     exponentials("large", 4224, 2560, 262144)
@@ -439,7 +442,7 @@ def launch_all():
 
 
 def launch_each():
-    """Every tile and every kernel once."""
+    """Launches every tile and every kernel once."""
     read("fp32 to bf16", 33792, 32000, FP32)
     read("fp32 to fp16, padded, all options", 33792, 32003, FP32, FP16, options=True, pitch=32008)
     read("bf16 in place", 1024, 152064, BF16, "in place")

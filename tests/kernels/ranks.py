@@ -1,4 +1,4 @@
-"""Processes, forked from one with the libraries, that wait for checks to run."""
+"""Worker processes for checks, forked from a process that has loaded the libraries."""
 
 import contextlib
 import datetime
@@ -9,13 +9,13 @@ import torch.distributed as dist
 from forked_ranks import CONTEXT
 
 ANSWER = 60
-"""Seconds until a check counts as hung."""
+"""Timeout of a check in seconds."""
 
 
 def serve(rank, size, members, store, pipe):
-    """Runs the checks that come through the pipe; answers with the traceback, or ''."""
+    """Runs checks from the pipe. Answers each with its traceback, or ''."""
     torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=20)  # a hang becomes an error
+    limit = datetime.timedelta(seconds=20)  # turns a hang into an error
     store = dist.FileStore(store, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     groups = {name: dist.new_group(ranks, timeout=limit) for name, ranks in members.items()}
@@ -31,9 +31,10 @@ def serve(rank, size, members, store, pipe):
 
 @contextlib.contextmanager
 def processes(size, members, store):
-    """Yields run(check, *arguments): calls it in `size` processes and fails where one fails.
+    """Yields run(check, *arguments), which calls check in `size` processes.
 
-    An argument that is a name in `members`, {name: ranks}, is given as that process group.
+    run fails if a process fails. `members` is {name: ranks}. An argument that is one of its names
+    is replaced by that process group.
     """
     pipes, started = [], []
     for rank in range(size):

@@ -1,4 +1,4 @@
-"""docs/adding-an-objective.md and objectives.md: code that runs, tables that are the package's."""
+"""docs/adding-an-objective.md and objectives.md: the code runs, and the tables are complete."""
 
 import math
 import re
@@ -17,13 +17,13 @@ OBJECTIVES = (DOCS / "objectives.md").read_text()
 
 
 def table(heading: str) -> list[list[str]]:
-    """Cells of the rows of the table under a heading."""
+    """Rows of the table under a heading, as lists of cells."""
     section = OBJECTIVES.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip().strip("`") for cell in row] for row in rows[2:]]
 
 
-def test_the_code_runs_as_it_stands(monkeypatch):
+def test_the_code_of_the_page_runs(monkeypatch):
     monkeypatch.setattr(objectives, "PRESETS", dict(objectives.PRESETS))
     assert PAGE.count("```python") == len(BLOCKS) == 5
     names: dict = {"__name__": "adding_an_objective"}

@@ -1,4 +1,4 @@
-"""Which backend computes, and how it says so."""
+"""Backend choice, and its explanation."""
 
 import threading
 
@@ -13,7 +13,8 @@ from realign_kernels.backends.reference import ReferenceBackend
 
 def test_default_and_its_reason():
     line = rk.explain(dtype=torch.bfloat16)
-    assert line.startswith("realign_kernels: backend cpp for bfloat16 on cpu (the fastest here: ")
+    begin = "realign_kernels: backend cpp for bfloat16 on cpu (the fastest on this CPU: "
+    assert line.startswith(begin)
     assert "rows, GEMM" in line and "\n" not in line
 
 
@@ -45,7 +46,7 @@ def test_use_backend_ends_with_an_exception_and_does_not_leak_into_other_threads
 def test_a_backend_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(dispatch, "missing_reason", lambda: "No module named _C")
     message = (
-        r"backend 'cpp' is not available \(No module named _C\); choose one of reference, torch"
+        r"backend 'cpp' is not available \(No module named _C\). Choose one of reference, torch"
     )
     with pytest.raises(ValueError, match=f"use_backend: {message}"), rk.use_backend("cpp"):
         pass
@@ -61,13 +62,13 @@ def test_a_dtype_that_a_backend_does_not_take(dtype):
     args = (torch.randn(2, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype), torch.tensor([0, 1]))
     with (
         rk.use_backend("cpp"),
-        pytest.raises(ValueError, match=f"'cpp' cannot take {str(dtype)[6:]} on cpu"),
+        pytest.raises(ValueError, match=f"'cpp' does not support {str(dtype)[6:]} on cpu"),
     ):
         rk.linear_logprobs(*args)
 
 
 def test_an_unknown_backend(monkeypatch):
-    message = "unknown backend 'cuda', choose one of reference, torch, cpp, triton"
+    message = "unknown backend 'cuda'. Choose one of reference, torch, cpp, triton"
     with pytest.raises(ValueError, match=message), rk.use_backend("cuda"):
         pass
     monkeypatch.setenv("REALIGN_BACKEND", "cuda")
@@ -97,7 +98,7 @@ def test_reference_computes_forward_and_backward(frozen, monkeypatch):
     inputs = case.labels[:6].clamp(min=0).view(3, 2, 1), torch.zeros(3, 2)
     with rk.use_backend("reference"):
         loss = rk.rdpo_loss(hidden[:6].view(3, 2, 1, 5), weight, *inputs).loss
-    loss.backward(retain_graph=True)  # of gradients that were made in the forward
+    loss.backward(retain_graph=True)  # with gradients made in the forward
     assert calls == (["forward"] if frozen else ["forward", "backward"])
     loss.backward()
     assert calls == (["forward"] if frozen else ["forward", "backward", "backward"])

@@ -1,4 +1,4 @@
-"""E without logits, one call of each kernel, against fp64: labels near, confident and far below."""
+"""E without logits against fp64, with labels near, above and far below the other tokens."""
 
 import pytest
 import torch
@@ -15,14 +15,16 @@ from realign_kernels.lm_head import Head, HeadSettings
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's, interpreted
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered:RuntimeWarning"
+    ),  # from numpy in the interpreter
 ]
 BITS = 2.0**58
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Interpreted, and in tiles of 16 x 32, of which small problems have several."""
+    """Interpreted, with tiles of 16 x 32, so that small problems have several."""
     small = exp_head.EXP_HEADS[90]._replace(rows=16, columns=32, group=2)
     monkeypatch.setitem(exp_head.EXP_HEADS, 90, small)
     with tc.interpreted(), assume_device(90, 132):
@@ -30,7 +32,7 @@ def small_tiles(monkeypatch):
 
 
 def run(hidden, weight, labels, temperature=1.0, dtype=None):
-    """Scores and E by the Triton kernels; rows of E are padded to 16 bytes."""
+    """Scores and E from the Triton kernels. Rows of E are padded to 16 bytes."""
     head, vocabulary = Head(weight, None, None, temperature), len(weight)
     exp_logits = hidden.new_empty(len(hidden), -(-vocabulary // 8) * 8, dtype=dtype)[:, :vocabulary]
     logit, shift, narrow = exp_head.label_logits(hidden, labels, head)
@@ -41,7 +43,7 @@ def run(hidden, weight, labels, temperature=1.0, dtype=None):
 
 
 def truth(hidden, weight, labels, temperature=1.0):
-    """fp64: log-probs, their derivatives by hidden, and E before any scale."""
+    """Log-probs, their derivatives by hidden, and unscaled E, in fp64."""
     hidden = hidden.double().requires_grad_()
     z = hidden @ weight.double().T / temperature
     logps = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
@@ -82,7 +84,7 @@ def test_shapes(rows, width, vocabulary):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
 def test_rows_that_overflow_are_not_finite_and_others_are_right(value):
-    """NaN and inf in hidden states; 1e4 puts some token thousands of nats above the label."""
+    """NaN, inf and 1e4 in hidden states. 1e4 puts a token thousands of nats above the label."""
     hidden, weight, labels = problem()
     exact, _, _ = truth(hidden, weight, labels)
     hidden[3] = value * hidden[3]
@@ -106,7 +108,7 @@ def test_products_are_divided_by_the_sum_of_e_as_rounded(temperature):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The public functions take the fused kernels, as on Hopper; returns the rows of each call."""
+    """Makes public functions use the fused kernels, as on Hopper. Returns the rows of each call."""
     calls, plain = [], exp_head.fused
 
     def record(hidden, *rest):
@@ -122,7 +124,7 @@ def fused(monkeypatch):
 
 
 def preference(hidden, weight, labels, dtype=torch.float32, trains=True):
-    """rDPO's loss over two examples of three sequences, and its gradients."""
+    """rDPO's loss and gradients for two examples of three sequences."""
     leaves = [t.to(dtype, copy=True) for t in (hidden, weight)]
     for leaf in leaves[: 1 + trains]:
         leaf.requires_grad_()
@@ -136,7 +138,7 @@ def preference(hidden, weight, labels, dtype=torch.float32, trains=True):
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 def test_rdpo_loss_by_fused_kernels(fused, trains, far):
-    """Loss and gradients against fp64; labels 200 nats below another token repeat the call."""
+    """Loss and gradients against fp64. A label 200 nats below another token repeats the call."""
     hidden, weight, labels = problem(36, 40, 203)
     if far:
         hidden[5] *= 40
@@ -150,7 +152,7 @@ def test_rdpo_loss_by_fused_kernels(fused, trains, far):
 
 
 def test_chunks_of_fused_rows(fused):
-    """Log-probs of 37 rows, 16 at a time, and a row of NaN that stays an error."""
+    """Log-probs of 37 rows in chunks of 16. A row of NaN is still an error."""
     hidden, weight, labels = problem()
     exact, grad, _ = truth(hidden, weight, labels)
     leaf = hidden.clone().requires_grad_()
@@ -166,7 +168,7 @@ def test_chunks_of_fused_rows(fused):
 
 
 def test_gradient_of_the_loss_and_of_log_probs_together(fused):
-    """The loss is one kernel here; its backward adds both."""
+    """The loss is one kernel in this case, and its backward adds both gradients."""
     hidden, weight, labels = problem(36, 40, 203)
     slopes, grads = torch.linspace(-1, 2, 6, dtype=torch.float64, device=DEVICE).view(3, 2), []
     for backend_name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
@@ -210,9 +212,9 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_that_take_the_fused_kernel(monkeypatch, name):
-    """Asked for, on Hopper: bf16, rows of 16 bytes, no bias, no softcap, no temperature below 1.
+    """Conditions on Hopper: bf16, rows of 16 bytes, no bias or softcap, temperature 1 or above.
 
-    CUTLASS's also stores rows of E in 16 bytes: its `can_implement` refuses V = 32003.
+    CUTLASS also needs rows of E in multiples of 16 bytes: its `can_implement` rejects V = 32003.
     """
     shape, settings = HEADS[name]
     dtype, width = shape.get("dtype", torch.bfloat16), shape.get("width", 16)
@@ -237,16 +239,16 @@ def test_heads_that_take_the_fused_kernel(monkeypatch, name):
         assert exp_head.choice(hidden, head) == "rows"
 
 
-def test_a_kernel_that_is_not_there(monkeypatch):
+def test_a_missing_kernel(monkeypatch):
     head = Head(torch.zeros(8, 8), None, None, 1.0)
     monkeypatch.setenv("REALIGN_HEAD", "fast")
     with pytest.raises(
-        ValueError, match="REALIGN_HEAD is 'fast': use one of cutlass, triton, rows"
+        ValueError, match="REALIGN_HEAD is 'fast'. Use one of cutlass, triton, rows"
     ):
         exp_head.choice(head.weight, head)
     monkeypatch.setenv("REALIGN_HEAD", "cutlass")
     monkeypatch.setattr(exp_head, "built", lambda: False)
-    with pytest.raises(ValueError, match="built without it: install nvidia-cutlass"):
+    with pytest.raises(ValueError, match="built without CUTLASS. Install nvidia-cutlass"):
         exp_head.choice(head.weight, head)
 
 

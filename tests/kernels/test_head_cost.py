@@ -1,4 +1,4 @@
-"""What the head costs: GEMMs, rows that enter them, and the size of the workspace."""
+"""Cost of the head: GEMMs, the rows in them, and the size of the workspace."""
 
 import kernel_cases as kc
 import pytest
@@ -21,7 +21,7 @@ WIDTH, VOCABULARY, ROWS, CHUNK = 5, 97, 40, 8
 
 
 def gemm_units(call):
-    """GEMMs that run in call(), in units of valid rows x WIDTH x VOCABULARY multiply-adds."""
+    """GEMMs in call(), in units of valid rows x WIDTH x VOCABULARY multiply-adds."""
     with (
         rk.use_backend("torch"),
         profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace,
@@ -41,19 +41,19 @@ def case():
     return kc.make_case(ROWS, WIDTH, VOCABULARY, torch.float32, bias=True)
 
 
-# Units of GEMM in forward and backward; the bias takes two columns beside the WIDTH of a unit.
+# GEMM units in forward and backward. The bias takes two columns besides the WIDTH of a unit.
 COSTS = {
     "no gradient": ((False, False, False), 1, 0),
     "frozen head": ((True, False, False), 2, 0),
-    "weight alone": ((False, True, False), 1, 2),
-    "bias alone": ((False, False, True), 1, 1),
+    "only weight": ((False, True, False), 1, 2),
+    "only bias": ((False, False, True), 1, 1),
     "hidden and bias": ((True, False, True), 1, 2),
     "everything": ((True, True, True), 1, 3),
 }
 
 
 @pytest.mark.parametrize(("needs", "forward", "backward"), COSTS.values(), ids=COSTS)
-def test_gemm_units_over_the_rows_that_count(case, needs, forward, backward):
+def test_gemm_units_over_scored_rows(case, needs, forward, backward):
     leaves = [t.clone().requires_grad_(need) for t, need in zip(case[:3], needs, strict=True)]
     unit = int((case.labels != -100).sum()) * WIDTH * VOCABULARY
     logps = []
@@ -63,7 +63,7 @@ def test_gemm_units_over_the_rows_that_count(case, needs, forward, backward):
         logps.append(rk.linear_logprobs(hidden, weight, case.labels, bias=bias, chunk_rows=CHUNK))
 
     assert gemm_units(run) == forward * unit
-    with torch.no_grad():  # one unit although the inputs train
+    with torch.no_grad():  # one unit, although the inputs require grad
         assert gemm_units(run) == unit
     if any(needs):
         loss = logps[0].sum()
@@ -83,7 +83,7 @@ def test_no_tensor_of_all_logits(case):
     assert widest == CHUNK
 
 
-def test_frozen_head_keeps_a_direction_per_row_that_counts_and_no_matrix_else(case):
+def test_frozen_head_keeps_one_gradient_per_scored_row(case):
     hidden = case.hidden.clone().requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -118,18 +118,18 @@ def test_chunks_are_even(rows, limit, step):
     ],
 )
 def test_a_chunk_fills_the_multiprocessors(rows, limit, width, step):
-    """Tiles of 128 x 256 for 132 multiprocessors, counted by hand."""
+    """The counts of tiles of 128 x 256 for 132 multiprocessors are computed by hand."""
     assert filling_step(rows, limit, width, 132) == step
 
 
 def test_chunks_on_cuda_by_memory(monkeypatch):
-    """On an H100: 1.75 GiB of fp32 logits and E, or of E."""
+    """On an H100: 1.75 GiB of fp32 logits and E, or only of E."""
     monkeypatch.setattr(chunk_plan, "processor", lambda device: chunk_plan.H100)
     cuda = torch.device("cuda")
     assert default_chunk_rows(151936, cuda) == 2061 == 7 * 2**28 // (6 * 151936)
     assert default_chunk_rows(151936, cuda, size=2) == 6183
     assert default_chunk_rows(2**20, cuda) == 1024
-    assert kept_rows(2061, 4096, cuda) == 8192  # as large as a fp32 gradient of the weight
+    assert kept_rows(2061, 4096, cuda) == 8192  # as large as an fp32 gradient of the weight
     assert kept_rows(2061, 2048, cuda) == 4122
     assert kept_rows(256, 4096, torch.device("cpu")) == 512
     assert rk.workspace_bytes(9000, 4096, 151936, "cuda", trains=True) == 151936 * (
@@ -141,7 +141,7 @@ def test_chunks_on_cuda_by_memory(monkeypatch):
 
 
 def test_e_of_more_rows_than_a_chunk_of_logits():
-    """12 rows, 5 logits at a time, as on CUDA: log-probs and E of all against fp64."""
+    """12 rows with logits of 5 rows at a time, as on CUDA: log-probs and E against fp64."""
     hidden, weight = torch.randn(12, 8), torch.randn(31, 8)
     labels = torch.randint(31, (12,))
     with _Chunks(TorchKernels(), Head(weight, None, None, 1.0), 5, hidden, kept=12) as chunks:

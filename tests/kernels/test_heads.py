@@ -1,4 +1,4 @@
-"""Heads with PEFT beside them give what the module's own forward gives, gradients included."""
+"""Heads with PEFT give the same results and gradients as the module's forward."""
 
 import contextlib
 
@@ -16,7 +16,7 @@ LABELS = torch.arange(ROWS) * 3 % VOCABULARY
 
 
 class Tiny(nn.Module):
-    """What PEFT needs of a language model: a trunk, and lm_head."""
+    """The parts of a language model that PEFT needs: a trunk, and lm_head."""
 
     def __init__(self, bias, dtype):
         super().__init__()
@@ -28,7 +28,7 @@ class Tiny(nn.Module):
 
 
 def make(bias=False, dtype=torch.float64, adapters=("default",), **config):
-    """A Tiny with LoRA on lm_head, A and B not zero and large enough to matter."""
+    """A Tiny with LoRA on lm_head, with A and B large enough to affect results."""
     torch.manual_seed(0)
     config = {"r": 3, "lora_alpha": 5, "target_modules": ["lm_head"], **config}
     model = peft.get_peft_model(Tiny(bias, dtype), peft.LoraConfig(**config), adapters[0])
@@ -47,7 +47,7 @@ def hidden_states(dtype=torch.float64):
 
 
 def gradients(model, logps, hidden):
-    """d of a weighted sum of log-probs: hidden, and each parameter of the head that trains."""
+    """Gradients of a weighted sum of log-probs by hidden and each trained parameter of the head."""
     head = [p for n, p in model.named_parameters() if "lm_head" in n and p.requires_grad]
     upstream = torch.linspace(-1, 2, ROWS, dtype=logps.dtype)
     return torch.autograd.grad((logps * upstream).sum(), [hidden, *head])
@@ -69,12 +69,12 @@ def through_parameters(head, hidden):
 
 
 def same_as_forward(model, through, **tolerance):
-    """Returns the log-probs. tolerance: by default that of fp64."""
+    """Compares both ways, and returns the log-probs. The default tolerance is that of fp64."""
     head = model.base_model.lm_head
     hidden = hidden_states(head.weight.dtype).requires_grad_()
     results = []
     for function in (plain, through):
-        torch.manual_seed(5)  # of dropout
+        torch.manual_seed(5)  # for dropout
         logps = function(head, hidden)
         results.append((logps, *gradients(model, logps, hidden)))
     assert len(results[0]) == 2 + sum(p.requires_grad for p in head.parameters())
@@ -90,7 +90,7 @@ CONFIGS = {
     "rslora": {"use_rslora": True},
     "several": {"adapters": ("default", "second", "third")},
     "lora_bias": {"bias": True, "lora_bias": True},
-    "lora_bias alone": {"lora_bias": True},
+    "only lora_bias": {"lora_bias": True},
     "lora_bias, several": {"bias": True, "lora_bias": True, "adapters": ("default", "second")},
 }
 
@@ -137,7 +137,7 @@ def test_adapters_that_are_off_or_merged(state, through):
 def test_dropout():
     model = make(lora_dropout=0.5).train()
     dropped = same_as_forward(model, through_inputs)
-    with pytest.raises(ValueError, match="'default' of lm_head has dropout 0.5.*use head_inputs"):
+    with pytest.raises(ValueError, match="'default' of lm_head has dropout 0.5.*Use head_inputs"):
         rk.head_parameters(model.base_model.lm_head)
     model.eval()
     whole = same_as_forward(model, through_inputs)
@@ -172,7 +172,7 @@ def test_other_kinds_are_refused(kind, through):
 def test_the_quantized_are_refused(through):
     head = nn.Linear(WIDTH, VOCABULARY)
     head.weight = nn.Parameter(torch.zeros(VOCABULARY, WIDTH, dtype=torch.int8), False)
-    with pytest.raises(ValueError, match="weight of torch.int8: leave the head out of quant"):
+    with pytest.raises(ValueError, match="weight .* of dtype torch.int8. Exclude the head from q"):
         through(head, hidden_states())
 
 
@@ -197,7 +197,7 @@ def test_modules_to_save(through):
 
 
 def half_base():
-    """bf16 base, fp32 adapters: what PEFT makes of a bf16 model."""
+    """A bf16 base with fp32 adapters, as PEFT makes it from a bf16 model."""
     model = make(dtype=torch.bfloat16)
     for name, tensor in model.named_parameters():
         if "lora_" in name:
@@ -228,7 +228,7 @@ def test_bf16_base_with_fp32_adapters_is_as_exact_as_the_layer(through):
 
 
 def test_a_small_adapter_beside_a_bf16_weight_is_not_rounded_away():
-    """An entry of W near 0.3 moves in bf16 by steps of 2e-3; the adapter changes it by 2e-5."""
+    """In bf16 an entry of W near 0.3 has steps of 2e-3. The adapter changes it by 2e-5."""
     torch.manual_seed(0)
     hidden = torch.ones(1, WIDTH, dtype=torch.bfloat16)
     model = half_base()
@@ -247,7 +247,9 @@ def test_a_small_adapter_beside_a_bf16_weight_is_not_rounded_away():
     assert expected - uniform > 5e-4
     torch.testing.assert_close(value - uniform, expected[None] - uniform, rtol=0.02, atol=0)
     merged = rk.linear_logprobs(hidden, rk.head_parameters(head)[0], label)
-    torch.testing.assert_close(merged, uniform[None])  # what its docstring warns of
+    torch.testing.assert_close(
+        merged, uniform[None]
+    )  # the loss of precision that the docstring describes
 
 
 @WAYS
@@ -294,7 +296,7 @@ def test_tied_embeddings_sum_both_uses(backend):
         grads.append(torch.autograd.grad(logps.sum(), table)[0])
     torch.testing.assert_close(grads[1], grads[0])
     torch.testing.assert_close(grads[2], grads[0])
-    # The fused loss gives its gradients away; accumulating must not change what it gave.
+    # The fused loss passes its gradients on without a copy. Accumulation must not change them.
     hidden = torch.tanh(F.embedding(tokens, table)).view(3, 1, 3, WIDTH)
     reference = torch.full((3, 1), -10, dtype=dtype)
     rk.rdpo_loss(hidden, table, LABELS.view(3, 1, 3), reference).loss.backward()

@@ -1,4 +1,4 @@
-"""Host time of a head call, in what it is made of: operations, transfers, evaluations of terms."""
+"""Host time of a head call, by its parts: operations, transfers, evaluations of terms."""
 
 import numpy as np
 import pytest
@@ -10,12 +10,12 @@ from realign_kernels import nonfinite, objectives, row_plan
 
 FREE = {"view", "slice", "select", "detach", "t", "transpose", "unsqueeze", "_unsafe_view"}
 FREE |= {"permute", "empty", "new_empty", "empty_like"}
-"""Operations of torch without a launch on a GPU."""
+"""torch operations that launch nothing on a GPU."""
 INF = float("inf")
 
 
 class Launches(TorchDispatchMode):
-    """Names of the operations that would launch a kernel or a copy, in their order."""
+    """Names of the operations that would launch a kernel or a copy, in order."""
 
     def __init__(self):
         super().__init__()
@@ -39,24 +39,24 @@ def batch(ignored, trains, examples=4):
 
 
 SPREAD = ["new_zeros", "index_copy_"]
-"""Rows back among the ignored ones."""
+"""Operations that spread the scored rows over all rows."""
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["none ignored", "some ignored"])
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
-def test_a_backward_scales_and_does_no_more(monkeypatch, trains, ignored):
-    """The GPU is idle from the read at the end of the forward until these are launched."""
+def test_a_backward_only_scales(monkeypatch, trains, ignored):
+    """The GPU is idle between the read at the end of the forward and these launches."""
     cases = pytest.importorskip("triton_cases")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     hidden, weight, *rest = batch(ignored, trains)
-    if not trains:  # the loss by one kernel; the interpreter does not take bf16
+    if not trains:  # the loss is one kernel, and the interpreter does not support bf16
         hidden, weight = hidden.detach().float().requires_grad_(), weight.float()
     with cases.interpreted(), rk.use_backend("torch" if trains else "triton"):
         loss = rk.rdpo_loss(hidden, weight, *rest).loss * 2
         with Launches() as launches:
             loss.backward()
     outside = launches.names[:2]  # a gradient of 1, and its product with 2
-    of_hidden = ["mul", "mul"] if not trains else ["mul"]  # the frozen head's has a slope a row
+    of_hidden = ["mul", "mul"] if not trains else ["mul"]  # the frozen head has a factor per row
     spread = SPREAD if ignored else []
     # On a CPU the scalar is read before the gradient of the weight is scaled.
     of_weight = ["_local_scalar_dense", "mul_"] if trains else []
@@ -77,7 +77,7 @@ def test_no_operation_is_before_the_first_gemm(call):
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 def test_hidden_states_with_gaps_are_not_copied(trains):
-    """hidden[:, :, :-1] of a model: rows that are scored are taken, the others stay."""
+    """With hidden[:, :, :-1] of a model, only scored rows are copied."""
     hidden, weight, labels, references = batch(ignored=True, trains=trains)
     apart = torch.cat([hidden, hidden[:, :, :1]], 2).detach().requires_grad_()[:, :, :-1]
     with rk.use_backend("torch"), Launches() as launches:
@@ -86,8 +86,8 @@ def test_hidden_states_with_gaps_are_not_copied(trains):
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 48, 24])
-def test_terms_are_evaluated_once_a_chunk(chunk_rows):
-    """With more than one chunk, once more over all examples."""
+def test_terms_are_evaluated_once_per_chunk(chunk_rows):
+    """With more than one chunk, terms are evaluated once more over all examples."""
     calls = []
 
     class Counted(objectives.PairSigmoid):
@@ -146,14 +146,14 @@ def test_labels_out_of_range_are_found_in_each_place():
     ):
         with pytest.raises(ValueError, match=found):
             row_plan.scored_rows(np.array(labels), 50, -100)
-    scored, rows = row_plan.scored_rows(np.array([3, 7, 5]), 50, 7)  # a token that is ignored
+    scored, rows = row_plan.scored_rows(np.array([3, 7, 5]), 50, 7)  # ignore_index is a token
     assert scored.tolist() == [3, 5] and rows.tolist() == [0, 2]
     assert row_plan.scored_rows(np.array([3, 7, 5]), 50, -100)[1] is None
 
 
 @pytest.mark.parametrize(("backend", "trains"), [("torch", True), ("triton", False)])
 def test_numbers_and_counts_are_checked_by_each_route(monkeypatch, trains, backend):
-    """The loss kernel counts by itself, and skips numbers out of range."""
+    """The loss kernel counts tokens itself, and skips numbers out of range."""
     cases = pytest.importorskip("triton_cases")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     hidden, weight, labels, references = batch(ignored=False, trains=False)

@@ -1,4 +1,4 @@
-"""Host waits of a head call: one, for the flags of its results."""
+"""Host waits of a head call: one, for the check of its results."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from realign_kernels import row_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACES = ["cpu", "cuda"] if DEVICE == "cuda" else ["cpu"]
-"""Where labels and sequence_ids are. On the device they are read first, which is a second wait."""
+"""Device of labels and sequence_ids. On the GPU they are read first, which is a second wait."""
 
 
 def batch(packed, ignored, place):
-    """Arguments of rdpo_loss for 4 examples, hidden apart."""
+    """Arguments of rdpo_loss for 4 examples, with hidden separate."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 4, 8, 16, generator=g)
     labels = torch.randint(50, (3, 4, 8), generator=g)
@@ -44,7 +44,7 @@ def test_a_loss_waits_once(form, ignored, frozen, dtype, place):
         with counted() as backward:
             output.loss.backward()
     assert forward.total() == (1 if place == "cpu" else 2)
-    # On the CPU the scalar spares a pass over the gradient of the weight.
+    # On the CPU reading the scalar saves a pass over the gradient of the weight.
     scalar = not frozen and dtype != torch.float16 and DEVICE == "cpu"
     assert backward.total() == scalar
 
@@ -64,7 +64,7 @@ def test_log_probs_and_a_loss_of_log_probs_wait_once():
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_labels_may_be_overwritten_before_the_backward(frozen):
-    """A buffer of a data loader is filled again while the forward's graph waits."""
+    """A data loader fills its buffer again between forward and backward."""
     hidden, rest = batch(packed=True, ignored=False, place="cpu")
     weight = torch.randn(50, 16, device=DEVICE)
     found = []
@@ -81,8 +81,8 @@ def test_labels_may_be_overwritten_before_the_backward(frozen):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_host_tensors_are_pinned_but_fake_ones(monkeypatch):
-    """A traced backward moves fake labels to a device; torch has no fake pinned memory."""
+def test_host_tensors_are_pinned_except_fake_ones(monkeypatch):
+    """A traced backward moves fake labels to a device, but torch has no fake pinned memory."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)

@@ -1,4 +1,4 @@
-"""Every mistake is a ValueError that names the argument, what came, and what to do."""
+"""Every invalid argument is a ValueError with the argument, its value, and a remedy."""
 
 import pytest
 import torch
@@ -65,9 +65,9 @@ def terms(**changes):
 
 ids = torch.arange(6).repeat_interleave(4)
 MISTAKES = {
-    "objective by name": (terms, {"terms": "rdpo"}, r"pass an Objective, objectives.get\('rdpo'\)"),
+    "objective by name": (terms, {"terms": "rdpo"}, r"Pass an Objective, objectives.get\('rdpo'\)"),
     "objective uncalled": (terms, {"terms": objectives.rdpo}, r"objectives.get\('rdpo'\)"),
-    "one term": (terms, {"terms": objectives.dpo().terms[0]}, "terms is one term, 'text': pass a"),
+    "one term": (terms, {"terms": objectives.dpo().terms[0]}, "is the single term 'text'. Pass a"),
     "chunk_rows float": (rdpo, {"chunk_rows": 2.5}, "chunk_rows must be an integer, got 2.5"),
     "chunk_rows bool": (rdpo, {"chunk_rows": True}, "chunk_rows must be an integer, got True"),
     "ignore_index": (rdpo, {"ignore_index": None}, "ignore_index must be an integer, got None"),
@@ -76,32 +76,32 @@ MISTAKES = {
     "sparse": (rdpo, {"weight": torch.eye(11, 8).to_sparse()}, "weight must be .* got torch.spar"),
     "complex": (head, {"hidden": torch.zeros(6, 8).cfloat()}, "hidden must be float32"),
     "weight on meta": (head, {"weight": torch.zeros(11, 8, device="meta")}, "weight is on meta"),
-    "hidden on meta": (head, {"hidden": torch.zeros(6, 8, device="meta")}, "weight is on cpu: mov"),
+    "hidden on meta": (head, {"hidden": torch.zeros(6, 8, device="meta")}, "weight is on cpu. Mov"),
     "bias on meta": (head, {"bias": torch.zeros(11, device="meta")}, "bias is on meta"),
     "no tokens": (head, {"weight": torch.zeros(0, 8)}, r"labels: 6 outside \[0, 0\)"),
-    "scalar": (head, {"hidden": torch.tensor(1.0)}, r"hidden \(\) must end in H"),
+    "scalar": (head, {"hidden": torch.tensor(1.0)}, r"hidden \(\) must be \(..., H"),
     "weight transposed": (head, {"weight": torch.randn(8, 11)}, r"hidden \(6, 8\) .* \(8, 11\)"),
     "bias": (head, {"bias": torch.randn(8)}, r"bias \(8,\) must be \(11,\)"),
     "weight dtype": (head, {"weight": torch.randn(11, 8).bfloat16()}, r"weight is torch.bfloat16"),
-    "bias dtype": (head, {"bias": torch.randn(11).double()}, r"bias is torch.float64 .* cast"),
+    "bias dtype": (head, {"bias": torch.randn(11).double()}, r"bias is torch.float64 .* Cast"),
     "hidden dtype": (head, {"hidden": torch.ones(6, 8).long()}, r"hidden must be float32.*int64"),
-    "labels shape": (head, {"labels": torch.arange(5)}, r"labels \(5,\) .* \(6, 8\), that is \(6,"),
+    "labels shape": (head, {"labels": torch.arange(5)}, r"labels \(5,\) .* \(6, 8\), so shape \(6"),
     "labels column": (head, {"labels": torch.arange(6)[:, None]}, r"labels \(6, 1\) must have one"),
     "labels float": (head, {"labels": torch.zeros(6)}, r"labels must be integers, .*float32"),
     "labels bool": (head, {"labels": torch.zeros(6).bool()}, r"labels must be integers, .*bool"),
     "label V": (
         head,
         {"labels": torch.tensor([1, -100, 11, 3, 12, 0])},
-        r"labels: 2 outside \[0, 11\), first 11 at flat row 2; .* ignore_index \(-100\)",
+        r"labels: 2 outside \[0, 11\), first 11 at flat row 2\. .* ignore_index \(-100\)",
     ),
-    "device": (head, {"labels": torch.arange(6, device="meta")}, r"labels is on meta: .* to cpu"),
+    "device": (head, {"labels": torch.arange(6, device="meta")}, r"labels is on meta. .* to cpu"),
     "temperature": (head, {"temperature": 0.0}, r"temperature must be finite and > 0, got 0.0"),
     "softcap": (head, {"softcap": -1.0}, r"softcap must be finite and > 0, got -1.0"),
     "chunk_rows": (head, {"chunk_rows": 0}, r"chunk_rows must be at least 1, got 0"),
     "two sequences": (
         rdpo,
         {"hidden": torch.randn(2, 2, 4, 8), "labels": torch.randint(11, (2, 2, 4))},
-        r"hidden \(2, 2, 4, 8\) must be .* \(3, 2\): objective 'rdpo' has 3 leaves \(chosen under",
+        r"hidden \(2, 2, 4, 8\) must be .* \(3, 2\), .* 'rdpo' has 3 leaves \(chosen under",
     ),
     "one example for two": (rdpo, {"reference_logps": torch.zeros(3, 1)}, r"\(L, B\) = \(3, 1\)"),
     "rows without ids": (rdpo, {"hidden": torch.randn(24, 8)}, r"Packed rows .* need sequence_ids"),
@@ -137,10 +137,10 @@ MISTAKES = {
             "labels": torch.zeros(3, 0, 4).long(),
             "reference_logps": torch.zeros(3, 0),
         },
-        r'mean is undefined: use reduction="sum"',
+        r'mean is undefined. Use reduction="sum"',
     ),
-    "ids with padded": (rdpo, {"sequence_ids": ids}, r"with sequence_ids \(24,\) hidden must"),
-    "ids shape": (packed, {"sequence_ids": ids[:23]}, r"sequence_ids \(23,\) hidden must be"),
+    "ids with padded": (rdpo, {"sequence_ids": ids}, r"and sequence_ids \(24,\)"),
+    "ids shape": (packed, {"sequence_ids": ids[:23]}, r"and sequence_ids \(23,\)"),
     "ids float": (packed, {"sequence_ids": ids.float()}, r"sequence_ids must be integers"),
     "id 6": (packed, {"sequence_ids": at(5, 6, ids)}, r"sequence_ids\[5\] is 6, outside \[0, 6\)"),
     "id -1": (packed, {"sequence_ids": at(0, -1, ids)}, r"sequence_ids\[0\] is -1, outside"),
@@ -163,7 +163,7 @@ def test_mistakes_are_named(call, changes, message):
         call(**changes)
 
 
-def test_overflow_is_named_also_where_only_the_label_overflows():
+def test_overflow_of_only_the_label_is_an_error():
     hidden = torch.full((2, 8), 100.0, dtype=torch.float16)
     weight = torch.zeros(11, 8, dtype=torch.float16)
     weight[3] = 100.0

@@ -1,9 +1,9 @@
-"""Triton kernels without a GPU: what they compile to, and their launches.
+"""Triton kernels without a GPU: compiled code and launches.
 
-For sm_90 and sm_100 a stand-in for libcuda records the launches in a process of its own
-(launch_worker.py), through Triton's JIT, launcher and tensor maps. The checker below compares each
-with the kernel's contract and with the limits of the architecture. For sm_80 the kernels are only
-compiled.
+For sm_90 and sm_100 a separate process (launch_worker.py) launches the kernels through Triton's
+JIT, launcher and tensor maps. A stub of libcuda records the launches. The checker below compares
+each launch with the kernel's contract and with the limits of the architecture. For sm_80 the
+kernels are only compiled.
 """
 
 import copy
@@ -24,12 +24,12 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-SHARED = 232448  # bytes a block can ask for, on sm_90 and sm_100
-SMALLER_SIBLINGS = 101376  # of 86 and 89, which use the tiles of 80
+SHARED = 232448  # largest shared memory of a block on sm_90 and sm_100, in bytes
+SMALLER_SIBLINGS = 101376  # the same on 86 and 89, which use the tiles of 80
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
-DESCRIBED = ("head wide", "head narrow", "head few rows")  # tiles that come by tensor maps
+DESCRIBED = ("head wide", "head narrow", "head few rows")  # tiles loaded through tensor maps
 QUARTERS = ("rows fp32 to bf16", "rows bf16 in place", "rows fp32, no derivative")
-"""8 warps of 64 registers are a quarter of a multiprocessor's, so reads of four rows overlap."""
+"""8 warps of 64 registers use a quarter of a multiprocessor, so reads of four rows overlap."""
 COMMAND = (sys.executable, "-m", "realign_kernels.backends.triton.compile")
 SIZES = {6: 2, 7: 4, 9: 2}  # bytes of an element, by CUtensorMapDataType: fp16, fp32, bf16
 SWIZZLES = {0: math.inf, 1: 32, 2: 64, 3: 128}  # bytes of the innermost box, by CUtensorMapSwizzle
@@ -37,7 +37,7 @@ INT32 = range(-(2**31), 2**31)
 
 
 def flat(value):
-    """(letter, value) for each parameter that an argument becomes; none where it is constant."""
+    """(letter, value) of each kernel parameter of an argument. A constant has none."""
     if value is None or (isinstance(value, int) and value == 1):
         return  # Triton compiles both into the kernel
     if isinstance(value, list):
@@ -56,7 +56,7 @@ def flat(value):
 
 
 def map_problems(found, expected):
-    """Of a tensor map: what a driver refuses, and what differs from the tensor."""
+    """Errors in a tensor map: violations of driver limits, and differences from the tensor."""
     inner = found["box"][0] * SIZES[found["type"]]
     rules = {
         "an address off 16 bytes": found["address"] % 16,
@@ -75,7 +75,7 @@ def map_problems(found, expected):
 
 
 def problems(case):
-    """All that is wrong with a launch."""
+    """All errors in a launch."""
     *maps, launch = case["records"]
     maps = {record["map"]: record for record in maps}
     x, y, z = launch["grid"]
@@ -93,7 +93,7 @@ def problems(case):
             found.append(f"{name} is {value}, not {case['expected'][name]}")
     named = [name for name in case["names"] if name not in case["constants"]]
     wanted = [(name, pair) for name in named for pair in flat(case["expected"][name])]
-    wanted += [("scratch", ("p", 0))] * 2  # Triton's own
+    wanted += [("scratch", ("p", 0))] * 2  # Triton's scratch arguments
     if len(wanted) != len(launch["parameters"]):
         return [*found, f"{len(launch['parameters'])} parameters, not {len(wanted)}"]
     for (name, (letter, value)), given in zip(wanted, launch["parameters"], strict=True):
@@ -105,13 +105,13 @@ def problems(case):
 
 
 def environment(**changes):
-    """Kernels are compiled here; the tests beside this one interpret them."""
+    """This file compiles kernels, but other test files interpret them."""
     return {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"} | changes
 
 
 @pytest.fixture(scope="module")
 def reports_80():
-    """What the command says of sm_80; it runs beside the worker."""
+    """The report of the command for sm_80, which runs in parallel with the worker."""
     words = [*COMMAND, "--json", "--arch", "80"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, env=environment(), **pipes) as process:
@@ -126,7 +126,7 @@ def reports_80():
 
 @pytest.fixture(scope="module")
 def cases(reports_80, tmp_path_factory):
-    """What launch_worker.py wrote."""
+    """The launches that launch_worker.py recorded."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler builds the stand-in for libcuda")
@@ -149,12 +149,12 @@ def cases(reports_80, tmp_path_factory):
     return [json.loads(line) for line in (folder / "launches").read_text().splitlines()]
 
 
-def test_launches_are_as_their_contracts(cases):
+def test_launches_match_their_contracts(cases):
     found = [(case["kernel"], case["case"], problems(case)) for case in cases]
     assert not [wrong for wrong in found if wrong[2]]
 
 
-def test_what_the_kernels_compile_to(cases, reports_80):
+def test_compiled_kernels(cases, reports_80):
     compiled = [
         (r, r["case"], r["case"].startswith("head"), r["case"] in DESCRIBED) for r in reports_80()
     ]
@@ -174,7 +174,7 @@ def test_what_the_kernels_compile_to(cases, reports_80):
             fetch = "LDGSTS" if architecture == 80 else "UTMALDG"
             assert report["fetches"] == fetch, (name, report)
         if name in QUARTERS:
-            # One read keeps sums in registers: 80 on sm_80 and 73 on sm_100.
+            # The version with one read keeps sums in registers: 80 on sm_80 and 73 on sm_100.
             rows = 3 if name == "rows fp32 to bf16" and architecture != 90 else 4
             assert report["registers"] * 32 * report["warps"] <= 65536 // rows, (name, report)
     names = [(report["architecture"], name) for report, name, *_ in compiled]
@@ -184,11 +184,11 @@ def test_what_the_kernels_compile_to(cases, reports_80):
 def test_interpreted_kernels_are_refused():
     variables = environment(TRITON_INTERPRET="1")
     done = subprocess.run(COMMAND, env=variables, capture_output=True, text=True)
-    assert done.returncode != 0 and "TRITON_INTERPRET is set: unset it" in done.stderr
+    assert done.returncode != 0 and "TRITON_INTERPRET is set. Unset it" in done.stderr
 
 
 def test_the_package_imports_without_triton():
-    """realign_kernels never loads it; realign_kernels.backends.triton only with its modules."""
+    """realign_kernels does not import triton. Only modules of backends.triton do."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import realign_kernels, realign_kernels.backends.triton\n"

@@ -1,6 +1,6 @@
-"""linear_logprobs: one matrix of backends, devices, dtypes, shapes and settings against fp64.
+"""linear_logprobs: a matrix of backends, devices, dtypes, shapes and settings against fp64.
 
-The error budget is that of kernel_cases. The loss on top is in test_preference.py.
+kernel_cases defines the error budget. test_preference.py tests the losses.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def split(head):
 def test_values_and_gradients(setting, head):
     made, called = split(head)
     shapes = SHAPES
-    if setting.backend == "triton":  # interpreted, and its kernels have tests of their own
+    if setting.backend == "triton":  # slow in the interpreter, and its kernels have separate tests
         shapes = SHAPES[:1] if setting.dtype == torch.float16 else SHAPES[1:2]
     for seed, shape in enumerate(shapes):
         case = setting.make_case(*shape, seed=seed, ignored=0.3 * (shape[0] > 1), **made)
@@ -54,13 +54,13 @@ def test_values_and_gradients(setting, head):
 
 @NEEDS
 def test_rival_rows_score_the_strongest_other_token(setting, needs):
-    """Against plain PyTorch; one-hot hidden states make the logits, and so the choice, exact."""
+    """Against plain PyTorch. One-hot hidden states give exact logits, and so an exact choice."""
     g = torch.Generator().manual_seed(0)
     width, vocabulary = 9, 97
     weight = torch.randn(vocabulary, width, generator=g, dtype=torch.float64)
     weight = weight.to(setting.device, setting.dtype)
     hidden = torch.eye(width, dtype=setting.dtype, device=setting.device)
-    labels = weight.argmax(0)  # the label is the strongest in every other row
+    labels = weight.argmax(0)  # in every other row the label is the strongest token
     labels[1::2] = (labels[1::2] + 7) % vocabulary
     labels[3] = -100
     rival = torch.arange(width, device=setting.device) % 3 != 2
@@ -74,8 +74,8 @@ def test_rival_rows_score_the_strongest_other_token(setting, needs):
         assert value is None or error(value, expected) <= 4 * kc.FLOOR[setting.dtype]
 
 
-def test_rival_may_be_the_token_that_marks_ignored_rows(cpu_backend):
-    """ignore_index = 2, a padding token; it is also the strongest token of the first row."""
+def test_rival_may_be_ignore_index(cpu_backend):
+    """ignore_index = 2 is a padding token, and also the strongest token of the first row."""
     hidden = torch.eye(3, requires_grad=True)
     weight = torch.tensor([[0.0, 0, 0], [1, 0, 3], [5, 0, 0], [0, 2, 0]])
     labels, rival = torch.tensor([1, 1, 2]), torch.tensor([True, True, True])
@@ -99,8 +99,8 @@ def test_the_specification_is_log_softmax(head):
 # Memory and shapes
 
 
-def test_rows_of_no_width(cpu_backend):
-    """H = 0: only the bias decides."""
+def test_zero_width(cpu_backend):
+    """With H = 0 the logits are the bias."""
     case = make_case(4, 1, 6, torch.float32, bias=True, ignored=0)
     case = Case(case.hidden[:, :0], case.weight[:, :0], *case[2:])
     assert error(ours(case).logps, truth(case).logps) < 1e-6
@@ -188,7 +188,7 @@ def confident(lead, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("lead", [10.5, 15, 20])
 def test_confident_tokens_before_rounding(lead, dtype, cpu_backend):
-    """1 - p from 2e-2 to 1e-6: 1 - p, and d logp / d hidden before it is rounded to bf16."""
+    """1 - p and d logp / d hidden, before rounding to bf16, at 1 - p from 2e-2 to 1e-6."""
     hidden, weight, _, labels, _ = confident(lead, dtype)
     wide = weight.double()
     others = wide.T.clone()
@@ -204,19 +204,19 @@ def test_confident_tokens_before_rounding(lead, dtype, cpu_backend):
     assert float((-torch.expm1(logps.double()) / miss - 1).abs().max()) < 5e-6
 
 
-def test_certain_and_hopeless_labels(cpu_backend):
+def test_very_likely_and_unlikely_labels(cpu_backend):
     logits = torch.tensor([[60.0, 0.0, 1.0], [-500.0, 0.0, 1.0], [30.0, 0.0, 1.0]])
     logps = rk.linear_logprobs(logits, torch.eye(3), torch.zeros(3, dtype=torch.int64))
     exact = F.logsigmoid(logits[:, 0].double() - logits[:, 1:].double().logsumexp(1))
     rtol = 1e-5
-    if cpu_backend == "reference":  # log_softmax in fp32 has no digits below 1e-7
+    if cpu_backend == "reference":  # fp32 log_softmax has no precision below 1e-7
         logps, exact, rtol = logps[1:2], exact[1:2], 1e-6
     torch.testing.assert_close(logps.double(), exact, rtol=rtol, atol=0)
 
 
 @NEEDS
 def test_masked_tokens(cpu_backend, needs):
-    """A bias of -inf takes a token out of the vocabulary, or all but the label."""
+    """A bias of -inf masks a token, or all tokens except the label."""
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(6, 8, 37, dtype, bias=True)
         case.labels[:] = 5
@@ -263,12 +263,12 @@ def test_not_finite(cpu_backend, place):
             ours(case, needs, chunk_rows=2)
         found = caught.value.rows
         assert f"in rows {found}: " in str(caught.value)
-        # An infinite logit is an error in some rows only: -inf is probability 0.
+        # An infinite logit is an error only in some rows, because -inf means probability 0.
         assert found == rows if math.isnan(value) else {*found} <= {*rows} and found
 
 
-def test_an_infinite_value_behind_a_softcap_is_no_finite_gradient(cpu_backend):
-    """tanh makes 1 of an infinite logit. Its slope is 0, as in fp64; weight's gradient is NaN."""
+def test_infinite_logits_with_softcap_have_no_finite_gradient(cpu_backend):
+    """tanh of an infinite logit is 1, with slope 0 as in fp64. The weight's gradient is NaN."""
     case = make_case(3, 4, 6, torch.float32, ignored=0)
     case.hidden[1], case.weight[:] = INF, case.weight.abs() + 0.1
     exact = truth(case, softcap=5.0)
@@ -279,22 +279,22 @@ def test_an_infinite_value_behind_a_softcap_is_no_finite_gradient(cpu_backend):
         assert torch.equal(result.weight.isnan().any(1), exact.weight.isnan().any(1))
 
 
-def test_a_weight_of_minus_infinity_is_no_silent_gradient(cpu_backend):
-    """The log-prob is finite where every hidden state pushes the token to -inf; dz / dh is not."""
+def test_a_weight_of_minus_infinity_has_no_finite_gradient(cpu_backend):
+    """If hidden states push a token to -inf, the log-prob is finite but dz / dh is not."""
     case = make_case(3, 4, 6, torch.float32, ignored=0)
     case.hidden[:] = case.hidden.abs() + 0.1
     case.labels[:] = 0
     case.weight[4] = -INF
     with pytest.raises(rk.NonFiniteError, match="weight holds NaN or inf"):
         ours(case, "h")
-    assert not ours(case).hidden.isfinite().any()  # as in eager
+    assert not ours(case).hidden.isfinite().any()  # as in eager mode
 
 
 @NEEDS
-def test_half_overflows_loudly_or_not_at_all(cpu_backend, needs):
+def test_half_precision_overflow_is_an_error(cpu_backend, needs):
     case = make_case(4, 16, 33, torch.float16, ignored=0)
     if cpu_backend == "cpp":
-        with pytest.raises(ValueError, match="'cpp' cannot take float16 on cpu"):
+        with pytest.raises(ValueError, match="'cpp' does not support float16 on cpu"):
             ours(case, needs)
         return
     case.hidden[:], case.weight[:] = 60000, case.weight.abs()
@@ -311,9 +311,9 @@ def test_half_overflows_loudly_or_not_at_all(cpu_backend, needs):
 @NEEDS
 @pytest.mark.parametrize("spread", [1.0, 2.0, 4.0])
 def test_bf16_errs_no_more_than_eager_bf16(spread, needs, cpu_backend):
-    """At logits of standard deviation 1, 2 and 4; run with -s to see the table of docs/kernels.md.
+    """Logits have standard deviations 1, 2 and 4. With -s it prints the table of docs/kernels.md.
 
-    With REALIGN_ROWS=256,512,8000 it is as in the table.
+    REALIGN_ROWS=256,512,8000 gives the sizes of the table.
     """
     shape = map(int, os.environ.get("REALIGN_ROWS", "96,256,4000").split(","))
     case = make_case(*shape, torch.bfloat16, ignored=0, spread=spread)
@@ -341,7 +341,7 @@ def test_bf16_errs_no_more_than_eager_bf16(spread, needs, cpu_backend):
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_autocast_casts_like_a_linear_layer(cpu_backend, trainable):
-    """And it does not reach into a backend: the bits are those of bf16 inputs without autocast."""
+    """Autocast has no effect in a backend: results equal those of bf16 inputs without autocast."""
     case = make_case(33, 64, 97, torch.float32, bias=True)
     needs = "hw" if trainable else "h"
     half = ours(case._replace(**{n: getattr(case, n).bfloat16() for n in case._fields[:3]}), needs)
@@ -370,8 +370,8 @@ def test_second_derivative_is_refused(needs):
 
 
 @pytest.mark.parametrize("own_gemm", [True, False])
-def test_inference_mode_leaves_nothing_behind(cpu_backend, own_gemm, monkeypatch):
-    """A buffer that was made in inference mode could not be written by torch outside of it."""
+def test_inference_mode_does_not_affect_later_calls(cpu_backend, own_gemm, monkeypatch):
+    """torch could not write a buffer made in inference mode outside that mode."""
     if cpu_backend == "cpp" and not own_gemm:
         monkeypatch.setattr(cpp_backend, "_own_gemm", lambda dtype: False)
     small, large = (make_case(4, 5, v, torch.float32) for v in (11, 4001))
@@ -391,7 +391,7 @@ def test_inference_mode_leaves_nothing_behind(cpu_backend, own_gemm, monkeypatch
                 torch.zeros(3, 1),
             ).loss.backward()
 
-    with ThreadPoolExecutor(1) as fresh:  # buffers belong to a thread
+    with ThreadPoolExecutor(1) as fresh:  # each thread has its own buffer
         fresh.submit(calls).result()
 
 
@@ -412,9 +412,9 @@ def test_threads_do_not_share_memory(cpu_backend):
 @pytest.mark.parametrize(
     ("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 5e-3, 2e-2)]
 )
-def test_halves_multiplied_in_fp32_by_blocks(dtype, rtol, atol, monkeypatch):
-    """As on a CPU without bf16 arithmetic: exact but for the last rounding, along each axis."""
-    monkeypatch.setattr(cpp_backend, "BLOCK", 64)  # several blocks, the last one ragged
+def test_half_precision_gemm_in_fp32_blocks(dtype, rtol, atol, monkeypatch):
+    """The path for CPUs without bf16 arithmetic is exact except for the last rounding."""
+    monkeypatch.setattr(cpp_backend, "BLOCK", 64)  # several blocks, with a partial last one
     shapes = ((5, 7, 90), (90, 7, 5), (5, 90, 7))
     for (m, k, n), accumulate in itertools.product(shapes, (False, True)):
         a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16().T
@@ -425,7 +425,7 @@ def test_halves_multiplied_in_fp32_by_blocks(dtype, rtol, atol, monkeypatch):
 
 
 def lesser_levels():
-    """Levels that REALIGN_CPU may ask for, without the one that the matrix above ran on."""
+    """Levels of REALIGN_CPU for this machine, without the one that the matrix above used."""
     if _extension.missing_reason() or "REALIGN_CPU" in os.environ:
         return []
     features, levels = _extension.require_extension().cpu_features(), ["scalar", "avx2", "avx512"]
@@ -448,8 +448,8 @@ for level in sys.argv[1].split():
 
 
 @pytest.mark.skipif(not lesser_levels(), reason="the matrix ran on the least level")
-def test_the_matrix_on_lesser_cpus():
-    """Without tests/conftest.py, which imports transformers."""
+def test_the_matrix_on_lower_cpu_levels():
+    """Runs the matrix without tests/conftest.py, which imports transformers."""
     here = Path(__file__).parent
     files = [str(here / name) for name in ("test_logprobs.py", "test_preference.py")]
     numerics = "cpp and (values or rival or shorter or objectives or masked or finite or confident)"

@@ -1,4 +1,4 @@
-"""What a step takes beyond its inputs, each in a process of its own."""
+"""Memory of a step beyond its inputs, each measured in a separate process."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ for arguments in ((1024, False), (8192, False), (1024, True)):
 def extra():
     """Bytes beyond the inputs and the gradient of hidden, which autograd has to return.
 
-    Of 1,024 and 8,192 positions with a frozen head, and of 1,024 with one that trains.
+    A frozen head with 1,024 and 8,192 positions, and a trained head with 1,024 positions.
     """
     args = json.dumps([EXAMPLES, RESPONSE, WIDTH, VOCABULARY])
     done = subprocess.run(
@@ -61,11 +61,11 @@ def extra():
     return [int(line) for line in done.stdout.split()]
 
 
-def test_a_frozen_step_takes_its_workspace_and_a_direction_per_response_row(extra):
-    """Whatever the image and prompt tokens: the same 768 responses."""
+def test_memory_of_a_frozen_step(extra):
+    """768 response rows need the same memory for any number of image and prompt tokens."""
     short, long, _ = extra
     workspace = 384 * VOCABULARY * 4  # two chunks of 384 rows, fp32 logits
-    rows = ROWS * WIDTH * (4 + 2)  # direction in fp32, the rows themselves
+    rows = ROWS * WIDTH * (4 + 2)  # dlogp_dh in fp32, and the rows
     print(f"\nextra bytes at T = 1024: {short / 2**20:.1f} MiB, at 8192: {long / 2**20:.1f} MiB")
     budget = workspace + rows + 4 * 2**20
     assert short < budget

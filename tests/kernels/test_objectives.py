@@ -1,4 +1,4 @@
-"""Objectives: what they do with leaves and terms, and what they refuse. Formulas: test_presets."""
+"""Objectives: leaves, terms and invalid settings. test_presets.py tests the formulas."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from realign_kernels.objectives import AnchorSigmoid, PairSigmoid
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)
-def test_what_carries_gradient(name):
+def test_gradient_of_outputs(name):
     objective = objectives.get(name)
     logps = torch.randn(len(objective.leaves), 3, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(len(objective.leaves), 3, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_rdpo_is_the_specification_and_lowers_both_negatives():
 
 
 def test_a_detached_leaf_is_a_constant():
-    """Its reward counts in full; only its gradient is gone."""
+    """A detached leaf has its full reward, but no gradient."""
     plain = objectives.rdpo(beta=0.3)
     leaves = (plain.leaves[0], plain.leaves[1]._replace(detached=True), plain.leaves[2])
     stopped = replace(plain, leaves=leaves)
@@ -52,7 +52,7 @@ def test_a_detached_leaf_is_a_constant():
 
 
 def test_averaging_counts_tokens_from_hidden_states():
-    """linear_preference_loss hands the counts over; log-probs alone do not have them."""
+    """linear_preference_loss passes token counts, which preference_loss cannot derive."""
     hidden = torch.randn(2, 2, 3, 5, dtype=torch.float64)
     weight = torch.randn(7, 5, dtype=torch.float64)
     labels = torch.tensor([[[1, 2, -100], [3, 4, 5]], [[6, -100, -100], [0, 1, -100]]])
@@ -94,12 +94,12 @@ TWO = objectives.dpo().leaves
 MISTAKES = [
     (
         lambda: objectives.get("rdop"),
-        r"unknown objective 'rdop': choose one of dpo, rdpo, mdpo, .*, released",
+        r"unknown objective 'rdop'. Choose one of dpo, rdpo, mdpo, .*, released",
     ),
     (lambda: objectives.settings("rdop"), r"unknown objective 'rdop'"),
     (
         lambda: objectives.get("dpo", visual_weight=1),
-        r"'dpo' has no setting visual_weight: .* beta",
+        r"'dpo' has no setting visual_weight. Its settings are beta",
     ),
     (lambda: objectives.rdpo(beta=0), r"beta must be finite and > 0, got 0"),
     (lambda: objectives.rdpo(beta="0.1"), r"beta must be finite and > 0, got '0.1'"),
@@ -115,8 +115,8 @@ MISTAKES = [
         lambda: rk.Objective("x", TWO, objectives.rdpo().terms),
         r"term 'visual' reads leaf 2, but objective 'x' has 2 leaves",
     ),
-    (lambda: rk.Objective("x", TWO, objectives.dpo().terms * 2), r"two terms of one name"),
-    (lambda: rk.Objective("x", TWO + TWO, objectives.dpo().terms), r"lists one leaf twice"),
+    (lambda: rk.Objective("x", TWO, objectives.dpo().terms * 2), r"two terms with the same name"),
+    (lambda: rk.Objective("x", TWO + TWO, objectives.dpo().terms), r"lists a leaf twice"),
     (
         lambda: rk.Objective("x", list(TWO), objectives.dpo().terms),
         r"leaves of objective 'x' must be a tuple of Leaf, got \[Leaf",
@@ -131,7 +131,7 @@ MISTAKES = [
     ),
     (
         lambda: rk.preference_loss(torch.zeros(2, 1), torch.zeros(2, 1), objectives.dpo(), beta=1),
-        r"beta=1 beside objective 'dpo', whose beta is 0.1",
+        r"beta=1 is given, but objective 'dpo' has its own beta, 0.1",
     ),
 ]
 

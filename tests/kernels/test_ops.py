@@ -111,7 +111,7 @@ def test_compiled_code_still_checks_values_and_obeys_use_backend(monkeypatch):
 
 
 def test_compiled_with_symbolic_shapes_and_settings():
-    """dynamic=True makes numbers symbolic, which math.isfinite does not take."""
+    """dynamic=True makes numbers symbolic, which math.isfinite does not support."""
     loss = rk.RDPOLoss(beta=0.3, temperature=0.7, softcap=9.0)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for examples in (2, 5):

@@ -1,7 +1,7 @@
-"""The head over several processes: split by vocabulary, sharded as FSDP2 does, inside FSDP2, DDP.
+"""The head over several processes: split by vocabulary, sharded as in FSDP2, inside FSDP2 and DDP.
 
-One set of 4 processes serves the whole file. A check is a function that they all run; they compare
-with what one process computes from the same numbers.
+All tests share one set of 4 processes. All processes run a check, which compares with the results
+of a single process.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ import realign_kernels as rk
 RANKS = 4
 SHARDS = {2: (15, 8), 4: (8, 3, 7, 5)}
 MEMBERS = {2: (1, 3), 4: (0, 1, 2, 3)}
-"""Ranks of each group. In that of 2 a rank of the group is not the rank of the process."""
+"""Ranks of each group. In the group of 2, group ranks differ from process ranks."""
 VOCABULARY, WIDTH, ROWS = 23, 10, 14
 SETTINGS = {"softcap": 6.0, "temperature": 0.7}
 DTYPES = (torch.float64, torch.bfloat16)
@@ -37,7 +37,7 @@ FROZEN = pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "traina
 
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory):
-    """everywhere(check, *arguments) runs it in all processes; 2 and 4 stand for the groups."""
+    """everywhere(check, *arguments) runs check in all processes. 2 and 4 name the groups."""
     store = str(tmp_path_factory.mktemp("ranks") / "store")
     with processes(RANKS, MEMBERS, store) as run:
         yield run
@@ -49,7 +49,7 @@ def shard(group, tensor):
 
 
 def head_case(dtype, seed=0):
-    """Labels in every shard, but not in every chunk of 3 rows."""
+    """Inputs with labels in every shard, but not in every chunk of 3 rows."""
     case = make_case(ROWS, WIDTH, VOCABULARY, dtype, bias=True, seed=seed)
     case.labels[:8] = torch.tensor([0, 7, 14, 8, 9, 10, 22, 15])
     return case
@@ -57,7 +57,7 @@ def head_case(dtype, seed=0):
 
 @contextlib.contextmanager
 def counted():
-    """How often the operators, whose bodies no mode of torch sees, call each collective."""
+    """Counts the collectives in the bodies of the operators, which torch's modes do not see."""
     calls, real = dict.fromkeys(("all_reduce", "all_gather"), 0), {}
 
     def counting(name):
@@ -76,7 +76,7 @@ def counted():
 
 
 def agree(group, *tensors):
-    """Bitwise equal on all ranks of the group."""
+    """Checks that values are bitwise equal on all ranks of the group."""
     for tensor in tensors:
         others = [torch.empty_like(tensor) for _ in range(group.size())]
         dist.all_gather(others, tensor.contiguous(), group)
@@ -102,8 +102,8 @@ def logprobs_equal(group, dtype, frozen):
     result = type(exact)(logps.detach(), hidden.grad, weight.grad, bias.grad)
     within_budget(result, type(exact)(*pieces[1]), type(exact)(*pieces[0]), dtype)
     assert (weight.grad is None) == frozen
-    # Shard sizes are gathered for the row plan. A chunk reduces its maxima and its sums, and once
-    # more for the gradient of hidden.
+    # The row plan gathers the shard sizes. A chunk reduces its maxima, its sums, and hidden's
+    # gradient.
     chunks = -(-int((case.labels != -100).sum()) // 3)
     assert forward == {"all_gather": 1, "all_reduce": (3 if frozen else 2) * chunks}
     assert backward == {"all_gather": 0, "all_reduce": 0 if frozen else 3 * chunks}
@@ -131,7 +131,7 @@ def batch(dtype, examples=2, length=3, seed=3):
 
 
 def by_hand(dtype, hidden, weight, bias, labels, reference):
-    """rDPO with all logits, in `dtype`: loss, logps, rewards, and the gradients of the head."""
+    """rDPO with all logits in `dtype`: loss, logps, rewards, and the gradients of the head."""
     case = Case(hidden.flatten(0, 2), weight, bias, labels.flatten(), None)
     ids = torch.arange(reference.numel()).repeat_interleave(labels.shape[-1])
     loss, sums, of_hidden, *of_head = rdpo(case, dtype, ids, reference, **SETTINGS)
@@ -183,7 +183,7 @@ def test_vocabulary_parallel_rdpo(everywhere, size, dtype, frozen, distributed):
 
 
 def non_finite(group, place, frozen):
-    """One rank's shard is poisoned: token 9, which is not a label of row 0."""
+    """Poisons one rank's shard at token 9, which is not a label of row 0."""
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         return
     for value in (float("nan"), float("inf")):
@@ -192,7 +192,7 @@ def non_finite(group, place, frozen):
         weight, bias = shard(group, weight), shard(group, bias)
         weight.requires_grad_(not frozen)
         owner = not weight.isfinite().all() or not bias.isfinite().all()
-        source = f"{place} holds" if owner else "another's shard may hold NaN"
+        source = f"{place} holds" if owner else "other shards may hold NaN"
         settings = {"bias": bias, "group": group, "chunk_rows": 3}
         with pytest.raises(rk.NonFiniteError, match=source):
             rk.rdpo_loss(hidden.requires_grad_(), weight, labels, reference, **settings)
@@ -200,7 +200,7 @@ def non_finite(group, place, frozen):
     labels[1, 0, 1] = VOCABULARY
     with pytest.raises(ValueError, match=r"labels: 1 outside \[0, 23\), first 23 at flat row 7"):
         rk.rdpo_loss(hidden, weight, labels, reference, **settings)
-    dist.barrier(group)  # nobody is left waiting
+    dist.barrier(group)  # no rank waits in a collective
 
 
 @FROZEN
@@ -213,7 +213,7 @@ def mistakes(group):
     hidden, weight, _, labels, reference = batch(torch.float32)
     inputs = (labels, reference)
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        with pytest.raises(ValueError, match="not a process group that this rank is in"):
+        with pytest.raises(ValueError, match="not a process group that includes this rank"):
             rk.rdpo_loss(hidden, weight, *inputs, group=group)
     else:
         rows = weight[: 0 if group.rank() else VOCABULARY]
@@ -222,7 +222,7 @@ def mistakes(group):
     mesh = init_device_mesh("cpu", (RANKS,))
     for placement in (Replicate(), Shard(1)):
         placed = distribute_tensor(weight, mesh, [placement])
-        with pytest.raises(ValueError, match=r"a head split by vocabulary is Shard\(0\)"):
+        with pytest.raises(ValueError, match=r"a head split by vocabulary must be Shard\(0\)"):
             rk.rdpo_loss(hidden, placed, *inputs, group=mesh.get_group())
     pairs = init_device_mesh("cpu", (2, 2))
     with pytest.raises(ValueError, match="weight is a DTensor on .* not on the ranks of group"):
@@ -241,7 +241,7 @@ def test_mistakes_are_named(everywhere):
 
 
 def gathered(shape, dtype, trainable):
-    """A weight placed as FSDP2 (one axis) or HSDP (two) places it."""
+    """A weight with the placements of FSDP2 (one axis) or HSDP (two)."""
     placements = [Shard(0)] if len(shape) == 1 else [Replicate(), Shard(0)]
     mesh = init_device_mesh("cpu", shape)
     hidden, weight, bias, labels, reference = batch(dtype, examples=RANKS)
@@ -285,7 +285,7 @@ def test_sharded_weight_is_gathered_once(everywhere, shape, dtype, frozen):
 
 
 class Policy(nn.Module):
-    """A model that computes the loss inside its forward, with its own head."""
+    """A model whose forward computes the loss with its head."""
 
     def __init__(self, lora):
         super().__init__()

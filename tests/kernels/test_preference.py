@@ -1,4 +1,4 @@
-"""rdpo_loss and linear_preference_loss: from hidden states to the loss, against plain PyTorch."""
+"""rdpo_loss and linear_preference_loss against plain PyTorch."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from realign_kernels import objectives
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 EXAMPLES, LENGTH, WIDTH = 3, 5, 16
-VOCABULARY = 97  # the AVX-512 row kernel has four chains from 64 columns on
+VOCABULARY = 97  # at least 64 columns, for the four chains of the AVX-512 row kernel
 NAN = float("nan")
 TRAINS = pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
 
@@ -50,7 +50,7 @@ class Batch:
         return rk.linear_preference_loss(*inputs, objective, bias=self.bias, **changes)
 
     def packed(self, order, **changes):
-        """`ours` of the flat rows `order`."""
+        """The loss of the flat rows `order`."""
         ids = torch.arange(self.reference.numel(), device=order.device).repeat_interleave(LENGTH)
         ids = ids.masked_fill(self.labels.flatten() == -100, 10**6)[order].int()  # not read
         weights = changes.pop("token_weights", None)
@@ -78,7 +78,7 @@ class Batch:
         return {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[reduction](), sums
 
     def tokens(self, rivals):
-        """Log-prob of each label in fp64; of the strongest other token in leaves of `rivals`."""
+        """fp64 log-prob of each label, or of the strongest other token in leaves of `rivals`."""
         logits = F.linear(*(t.double() for t in (self.hidden, self.weight, self.bias)))
         target = self.labels.clamp(min=0)[..., None]
         strongest = logits.scatter(-1, target, -torch.inf).argmax(-1, keepdim=True)
@@ -101,7 +101,7 @@ class Batch:
     ("name", "chunk_rows"), [("rdpo", 3), ("rdpo", None), ("released", 16)], ids=str
 )
 def test_examples_shorter_and_longer_than_a_chunk(setting, name, chunk_rows, trains):
-    """Packed in any order, with token weights."""
+    """Rows are packed in random order, with token weights."""
     batch, objective = Batch(trains, setting.dtype, device=setting.device), objectives.get(name)
     g = torch.Generator().manual_seed(1)
     weights = torch.rand(batch.labels.shape, generator=g).to(setting.device)
@@ -136,7 +136,7 @@ def preset_from_hidden_states(setting, name, reduction):
     ("name", "reduction"),
     [("mdpo", "mean"), ("mdpo", "none"), ("released", "mean"), ("ipo", "none")],
 )
-def test_objectives_whether_the_backend_fuses_them_or_not(setting, name, reduction):
+def test_objectives_with_and_without_fused_loss(setting, name, reduction):
     preset_from_hidden_states(setting, name, reduction)
 
 
@@ -177,7 +177,7 @@ def test_backward_twice(cpu_backend, trains):
         batch.agrees(factor * out.loss, factor * loss, retain_graph=True)
     expected = [g.clone() for g in torch.autograd.grad(loss, batch.leaves, retain_graph=True)]
     out = batch.ours(chunk_rows=13)
-    for times in (1, 2, 3):  # a gradient that was given away is not given again
+    for times in (1, 2, 3):  # a gradient that was passed on is not passed again
         out.loss.backward(retain_graph=True)
         for leaf, once in zip(batch.leaves, expected, strict=True):
             assert error(leaf.grad, times * once) < 2e-6
@@ -203,7 +203,7 @@ def test_gradients_from_the_loss_and_from_the_logps(cpu_backend, reduction, trai
 @TRAINS
 def test_no_second_derivative(cpu_backend, trains):
     batch = Batch(trains)
-    with pytest.raises(RuntimeError, match="no second derivative: call backward without"):
+    with pytest.raises(RuntimeError, match="no second derivative. Call backward without"):
         torch.autograd.grad(batch.ours().loss, batch.hidden, create_graph=True)
 
 
@@ -266,7 +266,7 @@ def test_half_gradients_survive_a_loss_scale(trains):
 
 @TRAINS
 def test_packed_rows_of_other_dtypes(cpu_backend, trains):
-    """fp64 references beside fp32 inputs, int32 labels and sequence numbers, in any order."""
+    """fp64 references with fp32 inputs, int32 labels and sequence numbers, in random order."""
     batch = Batch(trains)
     loss, logps = batch.by_hand()
     batch.reference = batch.reference.double()

@@ -1,7 +1,7 @@
-"""Each preset against its formula, written out here from the papers in 50-digit arithmetic.
+"""Each preset against the formula of its paper, in 50-digit arithmetic.
 
-`s` holds one example's log-ratios, log pi - log pi_ref, in the order of the preset's leaves; the
-formulas take them as the papers do. Gradients are derivatives of the same formulas.
+`s` holds the log-ratios log pi - log pi_ref of one example, in the order of the preset's leaves.
+The formulas are written in log-ratios, as in the papers. Gradients are derivatives of the formulas.
 """
 
 import mpmath
@@ -114,7 +114,7 @@ EXTREME = (1e4, -1e4, 9997.0, 0.0, -9984.0, 5000.0)  # differences are exact in 
 
 
 def truth(formula, ratios, beta):
-    """Values (B,) and gradients (L, B) of a formula, example by example."""
+    """Values (B,) and gradients (L, B) of a formula, computed per example."""
     values, gradients = [], []
     for column in ratios.double().T.tolist():
         s = tuple(mpmath.mpf(x) for x in column)
@@ -134,7 +134,7 @@ def computed(objective, logps, reference):
 
 @pytest.fixture(autouse=True, scope="module")
 def doubles():
-    """Lists of Python floats become fp64."""
+    """The loss of a preset. Lists of Python floats become fp64."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -175,8 +175,8 @@ def test_preset_is_its_formula(name, beta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_far_rewards(name, dtype):
-    """Rewards of +-1e4, and pairs of them 3 and 16 apart, at which an exp or a sum gives out."""
+def test_large_rewards(name, dtype):
+    """Rewards of +-1e4, with pairs 3 and 16 apart, where an exp or a sum would lose precision."""
     formula, settings, leaves = CASES[name]
     objective = objectives.get(name, beta=1.0, **settings)
     columns = [[EXTREME[(i * step + i) % 6] for i in range(len(leaves))] for step in range(6)]
@@ -185,13 +185,13 @@ def test_far_rewards(name, dtype):
     values, gradients = truth(formula, logps, 1.0)
     allowed = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.loss.double(), values, rtol=allowed, atol=1e-30)
-    size = gradients.abs().amax(0).clamp(min=1e-30)  # of each example
+    size = gradients.abs().amax(0).clamp(min=1e-30)  # per example
     assert ((gradient.double() - gradients).abs() / size).max() < allowed
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_example_is_its_own(name):
-    """The fused head takes the coefficients of one example before the others are computed."""
+def test_examples_are_independent(name):
+    """The fused head needs the coefficients of an example before it computes the others."""
     objective = objectives.get(name)
     logps = torch.randn(len(objective.leaves), 4)
     jacobian = torch.autograd.functional.jacobian(
@@ -204,7 +204,7 @@ def test_an_example_is_its_own(name):
 
 
 def test_the_average_of_ipo_is_per_token():
-    """TRL's IPO: log-probs of policy and reference divided by the lengths, both given as sums."""
+    """TRL's IPO divides the log-prob sums of policy and reference by the lengths."""
     objective = objectives.ipo(beta=0.5, average=True)
     logps = torch.tensor([[-6.0, -8.0], [-10.0, -3.0]], requires_grad=True)
     reference = torch.tensor([[-9.0, -4.0], [-5.0, -6.0]])

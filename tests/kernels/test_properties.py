@@ -1,6 +1,6 @@
-"""Value and gradients against fp64 for shapes, masks, strides and settings that nobody thought of.
+"""Values and gradients against fp64 for generated shapes, masks, strides and settings.
 
-The examples are derived from the code of the tests, so every run tries the same.
+The examples are derived from the code of the tests, so they are the same in every run.
 """
 
 import math
@@ -60,7 +60,7 @@ def test_logprobs(call):
 
 @st.composite
 def loss_calls(draw):
-    """Packed rows: sequences of any length, in any order, ignored rows between them."""
+    """Packed rows: sequences of random length in random order, with ignored rows between them."""
     backend, dtype = draw(st.sampled_from(COMPUTED))
     examples, width = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     vocabulary, seed = draw(VOCABULARIES), draw(st.integers(0, 99))
@@ -112,7 +112,7 @@ def test_loss(call):
         )
         out.loss.sum().backward()
     result = [out.loss.detach(), out.logps.detach(), *(t.grad for t in leaves)]
-    # A row of NaN that is ignored has gradient 0; by hand it must not be there.
+    # An ignored row of NaN has gradient 0. The eager computation must not contain it.
     clean = case._replace(hidden=case.hidden.nan_to_num(nan=0.0))
     exact, plain = (
         rdpo(clean, d, ids, reference, weights, **options) for d in (torch.float64, dtype)

@@ -1,4 +1,4 @@
-"""The scatter-add of rows against fp64: the Triton kernel, and torch's for half sums."""
+"""The scatter-add of rows against fp64: the Triton kernel, and torch for half-precision sums."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from realign_kernels.backends.torch import TorchKernels
 ADDERS = {"triton": scatter.add_rows, "torch": TorchKernels().add_rows}
 DTYPES = {"triton": (torch.float32, torch.float16), "torch": (torch.float32, torch.bfloat16)}
 CASES = [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes]
-if DEVICE == "cuda":  # the interpreter cuts when it writes bf16
+if DEVICE == "cuda":  # the interpreter truncates when it stores bf16
     CASES.append(("triton", torch.bfloat16))
 
 
@@ -27,9 +27,9 @@ def interpreted():
 def test_equal_targets_are_summed_before_they_are_rounded(name, dtype, count, width):
     g = torch.Generator().manual_seed(count)
     wide = torch.randn(7, width + 3, generator=g).to(dtype).to(DEVICE)
-    total = wide[:, :width]  # rows apart in memory
-    index = torch.randint(-1, 5, (count,), generator=g).to(DEVICE)  # two rows are nobody's target
-    rows = torch.randn(width, count, generator=g).to(DEVICE).T  # columns apart
+    total = wide[:, :width]  # rows are not adjacent in memory
+    index = torch.randint(-1, 5, (count,), generator=g).to(DEVICE)  # two rows have no target
+    rows = torch.randn(width, count, generator=g).to(DEVICE).T  # columns are not adjacent
     rows[index < 0] = 0
     exact = total.double().index_add_(0, index.clamp(min=0), rows.double())
     before = wide.clone()

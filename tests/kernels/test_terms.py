@@ -1,4 +1,4 @@
-"""The links: options no preset sets, what they reduce to, and every field that is refused."""
+"""The links: options that no preset uses, special cases, and invalid fields."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def nll(z: float) -> float:
 
 
 def by_hand(a, b, c, d):
-    """Of rewards a, b, c, d: LINKS, then options that no preset uses."""
+    """Formulas over rewards a, b, c, d: LINKS, then options that no preset uses."""
     soft = 0.5 * math.exp(b - a) + 2 * math.exp(c - a)
     first = math.exp(c) / (math.exp(a) + math.exp(b) + math.exp(c))
     second = math.exp(a) / (math.exp(a) + math.exp(b))
@@ -129,11 +129,11 @@ PAIR = {"name": "t", "positive": 0, "negative": 1}
 MISTAKES = [
     (PairSigmoid, PAIR | {"weight": -1}, r"weight of term 't' must be finite and >= 0, got -1"),
     (PairSigmoid, PAIR | {"weight": "1"}, r"weight of term 't' must be a number, got '1'"),
-    (PairSigmoid, PAIR | {"weight": torch.ones(())}, r"weight of term 't' .* got a Tensor"),
+    (PairSigmoid, PAIR | {"weight": torch.ones(())}, r"weight of term 't' .* Got a Tensor"),
     (PairSigmoid, PAIR | {"label_smoothing": 0.5}, r"label_smoothing of .* in \[0, 0.5\), got 0.5"),
     (PairSigmoid, PAIR | {"label_smoothing": -0.1}, r"label_smoothing of .* got -0.1"),
-    (PairSigmoid, PAIR | {"negative": 0}, r"'t' reads one leaf twice, \(0, 0\)"),
-    (PairSigmoid, PAIR | {"negative": -1}, r"'t' reads leaf -1: give the index of a leaf"),
+    (PairSigmoid, PAIR | {"negative": 0}, r"'t' reads a leaf twice, \(0, 0\)"),
+    (PairSigmoid, PAIR | {"negative": -1}, r"'t' reads leaf -1, but an index must be"),
     (PairSigmoid, PAIR | {"negative": 1.0}, r"'t' reads leaf 1.0"),
     (PairHinge, PAIR | {"target": 0}, r"target of term 't' must be finite and > 0, got 0"),
     (AnchorSigmoid, {"name": "t", "leaf": 0, "delta": None}, r"delta .* a number, got None"),
@@ -153,9 +153,9 @@ MISTAKES = [
         {"name": "t", "positive": 0, "negatives": (1,), "omegas": (0.0,)},
         r"omegas of term 't' must be finite and > 0 .* got \(0.0,\)",
     ),
-    (SoftmaxNegatives, {"name": "t", "positive": 0, "negatives": (1, 0)}, r"one leaf twice"),
+    (SoftmaxNegatives, {"name": "t", "positive": 0, "negatives": (1, 0)}, r"a leaf twice"),
     (PlackettLuce, {"name": "t", "ranking": (0,)}, r"ranking .* two or more .* got \(0,\)"),
-    (PlackettLuce, {"name": "t", "ranking": (0, 1, 0)}, r"one leaf twice"),
+    (PlackettLuce, {"name": "t", "ranking": (0, 1, 0)}, r"a leaf twice"),
     (MarginDifference, {"name": "t", "first": (0, 0), "second": (1, 2)}, r"first .* \(0, 0\)"),
     (MarginDifference, {"name": "t", "first": (0, 1), "second": (1,)}, r"second .* \(1,\)"),
     (LinearSigmoid, {"name": "t", "coefficients": ()}, r"coefficients .* \(leaf, factor\)"),
@@ -171,7 +171,7 @@ def test_mistakes_are_named(link, given, message):
 
 
 def test_terms_are_values():
-    """Equal, and equal as dictionary keys, when their fields are."""
+    """Terms with equal fields are equal, also as dictionary keys."""
     for name, term in LINKS.items():
         assert {replace(term): name}[term] == name and replace(term, weight=2.0) != term
         required = [f.name for f in fields(term) if f.default is MISSING]

@@ -1,5 +1,7 @@
-"""Elements that the Triton kernels load and store, counted by the interpreter, and what the
-calculation of docs/gpu.md takes them for."""
+"""Memory traffic of the Triton kernels, counted in the interpreter.
+
+It is compared with the traffic that the calculation of docs/gpu.md assumes.
+"""
 
 from collections import Counter
 
@@ -21,7 +23,7 @@ N, H, V = 16, 96, 1536
 
 @pytest.fixture
 def traffic(monkeypatch):
-    """Bytes by direction; a load or store counts the elements that its mask lets through."""
+    """Bytes by direction. A load or store counts the elements that its mask enables."""
     from triton.runtime import interpreter
 
     found = Counter()
@@ -48,7 +50,7 @@ def bf16(*shape):
 
 
 def near(found, expected):
-    """Vectors of one number a row come on top: 3 % here."""
+    """Checks the bytes. Vectors with one number per row add 3 % here."""
     assert expected <= found <= 1.03 * expected, (found, expected)
 
 
@@ -68,7 +70,7 @@ def test_the_last_step(traffic):
         torch.randn(N, H), bf16(V, H), scores, vectors[0], torch.empty(N, H)
     )
     found = sum(traffic.values())
-    assert 0 <= found - roofline.FINISH * N * H <= N * 24  # five numbers of a row
+    assert 0 <= found - roofline.FINISH * N * H <= N * 24  # five numbers per row
 
 
 def test_the_labels_logit(traffic):

@@ -1,4 +1,4 @@
-"""The fused head against fp64, against the row kernel, and its division of work."""
+"""The fused head against fp64 and against the row kernel, and its division of work."""
 
 import contextlib
 import itertools
@@ -16,7 +16,9 @@ from realign_kernels.backends.triton.logits import assume_device
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's, interpreted
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered:RuntimeWarning"
+    ),  # from numpy in the interpreter
 ]
 NAN, INF = float("nan"), float("inf")
 POINTERS = GemmConfig(16, 32, 16, 4, 2, 2, False)
@@ -28,7 +30,7 @@ TOLERANCE = 5e-6 if DEVICE == "cpu" else 2e-5
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    """With five processors, so that the small cases have several splits."""
+    """Assumes five processors, so that small cases have several splits."""
     assumed = assume_device(90, 5) if DEVICE == "cpu" else contextlib.nullcontext()
     with tc.interpreted(), assumed:
         yield
@@ -85,7 +87,7 @@ def test_odd_shapes(config, count, width, vocabulary):
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("width", [24, 23])
 def test_tiles_of_the_tables(dtype, width):
-    """Their own tiles; a width that descriptors cannot address takes pointers."""
+    """Uses the tiles of the tables. A width that descriptors cannot address uses pointers."""
     hidden, weight, labels, offset = make(20, width, 300, dtype, bias=True)
     args = (hidden, weight, labels, offset, None, 1.0)
     check(forward.head_stats(*args), *args)
@@ -102,7 +104,7 @@ def test_strided_inputs(config):
 
 
 def test_against_the_row_kernel_over_shards_of_the_vocabulary():
-    """Two shards, a label in one of them: -1 in the other."""
+    """Two shards, with a label in one of them and -1 in the other."""
     hidden, weight, labels, _ = make(20, 24, 150, torch.float32)
     for shard, start in ((weight[:60], 0), (weight[60:], 60)):
         local = labels - start
@@ -131,7 +133,7 @@ def test_non_finite_inputs_end_as_nan(config, softcap, value):
 
 
 def test_confident_tokens():
-    """1 - p from 1e-2 to 1e-6; column 16 + i of the weight lifts the label of row i alone."""
+    """1 - p from 1e-2 to 1e-6. Column 16 + i of the weight lifts only the label of row i."""
     hidden, weight, _, _ = make(12, 32, 500, torch.float32)
     labels = torch.arange(12, device=DEVICE)
     hidden[:, 16:], weight[:, 16:] = torch.eye(12, 16), 0
@@ -151,7 +153,7 @@ def test_no_rows():
     assert [len(field) for field in stats] == [0] * 6
 
 
-def test_splits_cover_the_vocabulary_and_leave_no_processor_far_behind():
+def test_splits_cover_the_vocabulary_and_balance_the_work():
     cases = itertools.product((0, 1, 8, 31, 133, 1000), (1, 2, 97, 593), (1, 5, 108, 132))
     for row_blocks, tiles, processors in cases:
         splits, per_split = configs.choose_splits(row_blocks, tiles, processors)
@@ -176,5 +178,5 @@ def test_tables_and_their_fallback():
 
 def test_a_transposed_weight_is_refused():
     hidden, weight, labels = tc.problem()
-    with pytest.raises(ValueError, match="weight .* must have last stride 1: call contiguous"):
+    with pytest.raises(ValueError, match="weight .* the last stride must be 1. Call contiguous"):
         forward.head_stats(hidden, weight.T.contiguous().T, labels, None, None, 1.0)

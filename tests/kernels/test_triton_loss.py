@@ -15,7 +15,9 @@ from realign_kernels.objectives import AnchorSigmoid, Leaf, PairSigmoid
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's, interpreted
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered:RuntimeWarning"
+    ),  # from numpy in the interpreter
 ]
 NAN, INF = float("nan"), float("inf")
 LEAVES = tuple(Leaf(f"response_{i}", "image") for i in range(5))
@@ -102,8 +104,8 @@ def test_more_and_fewer_examples_than_a_block(examples, monkeypatch):
     check(loss.preference_sums(*case, objective), *case, objective)
 
 
-def test_many_tokens_are_summed_as_if_exactly():
-    """A policy near its reference: rewards are what is left of sums near -7500."""
+def test_sums_of_many_tokens_are_exact():
+    """A policy near its reference: rewards are small differences of sums near -7500."""
     objective = objectives.dpo(1.0)
     case = make(2, 1, 5000)
     case[2] = expected(*case, objective, "sum")[0].logps.detach() - 1e-3
@@ -114,8 +116,8 @@ def test_many_tokens_are_summed_as_if_exactly():
 
 
 @pytest.mark.parametrize("margin", [-1e4, -200.0, -30.0, 0.0, 30.0, 200.0, 1e4])
-def test_far_margins(margin):
-    """Losses and slopes keep their relative accuracy until fp32 has no number for them."""
+def test_large_margins(margin):
+    """Losses and derivatives keep their relative accuracy down to the range limit of fp32."""
     objective = objectives.dpo(1.0)
     logps = torch.tensor([margin, 0.0], device=DEVICE)
     zero = torch.zeros(2, 1, device=DEVICE)
@@ -154,7 +156,7 @@ def test_no_examples():
     assert output.loss == 0 and output.sums.shape == (2, 0)
 
 
-def test_only_what_the_kernel_knows_is_supported():
+def test_supported_objectives():
     @dataclass(frozen=True, kw_only=True)
     class Mine(PairSigmoid):
         def __call__(self, rewards):
@@ -183,7 +185,7 @@ def test_only_what_the_kernel_knows_is_supported():
         assert not loss.supports(objective), objective
 
 
-def test_a_field_that_is_added_later_is_refused():
+def test_an_unknown_field_is_not_supported():
     @dataclass(frozen=True, kw_only=True)
     class Changed(PairSigmoid):
         margin_floor: float = 0.0

@@ -11,11 +11,15 @@ from realign_kernels.backends.base import score
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's, interpreted
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered:RuntimeWarning"
+    ),  # from numpy in the interpreter
 ]
 NAN, INF = float("nan"), float("inf")
 HALF_TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-"""Of E, whose entries are at most 1 / temperature. The interpreter cuts when it writes bf16."""
+"""Tolerance of E, whose entries are at most 1 / temperature.
+
+The interpreter truncates when it stores bf16."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +40,7 @@ def make(count, vocabulary, dtype=torch.float32, bias=False, spread=4.0, pad=0, 
 
 
 def check(stats, exp_logits, truth, e, dtype):
-    """A row that is shifted by its label's logit is compared as if by its maximum."""
+    """Compares with fp64. A row shifted by its label's logit is first shifted to its maximum."""
     assert stats.target.tolist() == truth[0].tolist() and stats.target.dtype == torch.int64
     assert all(value.dtype == torch.float32 for value in stats[1:])
     assert exp_logits is not None or torch.equal(stats.divisor, stats.sum_exp)
@@ -87,7 +91,7 @@ def test_against_fp64(vocabulary, bias, softcap, temperature, runner_up):
     ids=str,
 )
 def test_dtypes_in_place_and_apart(of_logits, of_exp, vocabulary, softcap, runner_up):
-    """The interpreter's bf16 is right in loads and cut, not rounded, in stores."""
+    """The interpreter loads bf16 correctly, but truncates in stores."""
     logits, labels, offset = make(5, vocabulary, of_logits, bias=softcap == 10.0, pad=7)
     every = torch.tensor([True, False, True, False, True], device=DEVICE) if runner_up else None
     truth, e = tc.row_truth(logits, labels, offset, softcap, 0.9, every)
@@ -97,7 +101,7 @@ def test_dtypes_in_place_and_apart(of_logits, of_exp, vocabulary, softcap, runne
     check(stats, exp_logits, truth, e, dtype)
 
 
-def test_without_others_nothing_is_written():
+def test_without_exp_logits_nothing_is_written():
     logits, labels, _ = make(4, 200)
     before = logits.clone()
     truth, _ = tc.row_truth(logits, labels, None, None, 1.0, None)
@@ -125,7 +129,7 @@ def test_ties_go_to_the_first_index_also_across_blocks():
 
 
 def test_rivals_that_later_blocks_displace():
-    """The best of the first block is in the end the maximum of the others, or most of their sum."""
+    """The best token of the first block ends as the largest of the others or most of their sum."""
     logits = torch.full((2, 9000), -30.0, device=DEVICE)
     logits[0, [10, 4200, 8500]] = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
     logits[1, [10, 5000]] = torch.tensor([2.0, 2.5], device=DEVICE)
@@ -138,8 +142,8 @@ def test_rivals_that_later_blocks_displace():
     check(stats, exp_logits, truth, e, torch.float32)
 
 
-def test_rival_among_banned_tokens():
-    """All other tokens have probability 0: the first is the runner-up, as argmax has it."""
+def test_rival_among_masked_tokens():
+    """All other tokens have probability 0. The first is the runner-up, as with argmax."""
     logits = torch.full((1, 40), -INF, device=DEVICE)
     logits[0, 0] = 1.0
     every = torch.ones(1, device=DEVICE).bool()
@@ -152,7 +156,7 @@ def test_rival_among_banned_tokens():
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("runner_up", [False, True], ids=["label", "runner_up"])
 def test_non_finite_logits_end_as_nan(value, softcap, runner_up):
-    """At the label, at the largest other token, in the first block or in the ragged last one."""
+    """Non-finite at the label, at the largest other token, in the first or partial last block."""
     logits, labels, _ = make(6, 4100)
     labels = labels.clamp(min=0)
     largest = logits.argmax(1)
@@ -164,7 +168,7 @@ def test_non_finite_logits_end_as_nan(value, softcap, runner_up):
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_rows_of_nothing_else(value):
+def test_rows_without_other_tokens(value):
     logits = torch.full((2, 70), value, device=DEVICE)
     labels = torch.tensor([3, 0], device=DEVICE)
     for runner_up in (None, torch.ones(2, device=DEVICE).bool()):
@@ -172,8 +176,8 @@ def test_rows_of_nothing_else(value):
         assert logit_gap(stats).isnan().all()
 
 
-def test_a_banned_token_is_no_error():
-    """A bias of -inf, on other tokens or on the last of them, leaves finite log-probs."""
+def test_a_masked_token_is_no_error():
+    """With a bias of -inf on other tokens, or on the last of them, log-probs stay finite."""
     logits = torch.zeros(2, 3, device=DEVICE)
     bias = torch.tensor([0.0, -INF, -INF], device=DEVICE)
     stats = row_kernel.row_stats(logits, torch.tensor([0, 0], device=DEVICE), bias, None, 1.0)
@@ -182,7 +186,7 @@ def test_a_banned_token_is_no_error():
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_confident_tokens(softcap):
-    """1 - p from 1e-2 to 1e-6, relative error at most 1e-3: see torch_backend on why."""
+    """At 1 - p from 1e-2 to 1e-6 the relative error is at most 1e-3."""
     one_minus_p = torch.logspace(-2, -6, 9, dtype=torch.float64)
     logits, labels, _ = make(9, 2000, spread=2.0, seed=1)
     labels = labels.clamp(min=0)
@@ -208,7 +212,7 @@ def test_extreme_logits_neither_overflow_nor_vanish():
 
 @pytest.mark.parametrize("below", [50, 80, 120])
 def test_labels_far_below_and_above_the_others(below):
-    """Shifted by the label's logit at 50 nats, by the maximum and read again at 80 and 120."""
+    """At 50 nats the shift is the label's logit. At 80 and 120 it is the maximum, in two reads."""
     logits, labels, _ = make(4, 3000, spread=1.0)
     labels = labels.clamp(min=0)
     far = torch.tensor([-below, below, -below, below], device=DEVICE)
@@ -228,10 +232,10 @@ def test_an_empty_chunk():
 
 
 @pytest.mark.parametrize(("spread", "lift"), [(1.0, -30), (2.0, 14), (4.0, 0), (6.0, 14)])
-def test_one_read_errs_little_more_than_two(spread, lift):
-    """Gradients of hidden by rows in norm against fp64, E rounded to bf16 as a GPU rounds it.
+def test_error_of_one_read_is_close_to_that_of_two(spread, lift):
+    """Errors of hidden gradients per row, in norm against fp64, with E rounded to bf16 as on a GPU.
 
-    One read may err more than two by a quarter of the last rounding to bf16.
+    The error of one read may exceed that of two by a quarter of the last rounding to bf16.
     """
     hidden, weight, labels = tc.problem(
         rows=48, width=128, vocabulary=4001, spread=spread, lift=lift
@@ -248,7 +252,7 @@ def test_one_read_errs_little_more_than_two(spread, lift):
     for one in (True, False):
         exp_logits = torch.empty_like(logits)
         stats = row_kernel.row_stats(logits.clone(), labels, None, None, 1.0, None, exp_logits)
-        if not one:  # as if shifted by the maximum
+        if not one:  # equivalent to a shift by the maximum
             max_logit = logits.scatter(1, labels[:, None], -INF).amax(1)
             exp_logits = exp_logits * (stats.max_logit - max_logit)[:, None].exp()
             stats = stats._replace(

@@ -1,7 +1,7 @@
-"""Runs Triton kernels in tests: compiled where there is a GPU, else interpreted on the CPU.
+"""Triton kernels in tests: compiled if there is a GPU, else interpreted on the CPU.
 
-The interpreter knows no races and no barriers, rounds fp32 to bf16 by cutting, and multiplies bf16
-in tl.dot wrongly: TRITON_DTYPES has bf16 on a GPU only.
+The interpreter does not simulate races and barriers. It truncates fp32 to bf16, and multiplies bf16
+incorrectly in tl.dot. TRITON_DTYPES therefore has bf16 on a GPU only.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ def _set_interpret(value: str | None) -> None:
         os.environ["TRITON_INTERPRET"] = value
 
 
-# triton.jit looks at the variable when it decorates, so it is set while the kernels are imported
-# and not longer: torch.compile in other tests must not see it.
+# triton.jit reads the variable when it decorates a function, so it is set only during the import of
+# the kernels. torch.compile in other tests must not see it.
 _before = os.environ.get("TRITON_INTERPRET")
 if DEVICE == "cpu":
     _set_interpret("1")
@@ -57,15 +57,15 @@ __all__ = [
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Makes tl.max and the like callable by interpreted kernels.
+    """Makes functions such as tl.max callable by interpreted kernels.
 
-    They are decorated when Triton is imported, which another package did before the variable was
-    set. On a GPU this does nothing.
+    They are decorated at the import of Triton. Another package may have imported it before the
+    variable was set. On a GPU this does nothing.
     """
     if DEVICE == "cuda":
         yield
         return
-    # The interpreter imports it when it is first used; it must find tl as it was.
+    # The interpreter imports this module at first use, and needs the original tl.
     importlib.import_module("triton.experimental.gluon.language")
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
@@ -85,12 +85,12 @@ def interpreted() -> Iterator[None]:
 
 
 def logit_gap(stats) -> torch.Tensor:  # (r,)
-    """The label's logit against all others: logp = logsigmoid(logit_gap)."""
+    """The label's logit relative to all others: logp = logsigmoid(logit_gap)."""
     return stats.logit - stats.max_logit - stats.sum_exp.log() + (stats.logit - stats.logit)
 
 
 def row_truth(logits, labels, bias, softcap, temperature, runner_up):
-    """fp64: target, logit, max_logit, sum_exp, dz_dlogit (r,), and E (r, V)."""
+    """target, logit, max_logit, sum_exp, dz_dlogit (r,), and E (r, V), in fp64."""
     x = logits.double() if bias is None else logits.double() + bias.double()
     dz_dlogit = torch.full_like(x, 1 / temperature)
     z = x / temperature
@@ -118,7 +118,7 @@ def row_truth(logits, labels, bias, softcap, temperature, runner_up):
 
 
 def problem(rows=37, width=40, vocabulary=203, spread=3.0, lift=0.0):
-    """fp32 inputs; logits have a standard deviation of `spread`, labels are `lift` nats higher."""
+    """fp32 inputs: logits with standard deviation `spread`, and labels `lift` nats higher."""
     g = torch.Generator().manual_seed(rows + vocabulary)
     hidden = torch.randn(rows, width, generator=g)
     weight = torch.randn(vocabulary, width, generator=g) * spread / width**0.5

@@ -1,6 +1,7 @@
-"""From the names of an objective's leaves to token ids, images, log-probs and metrics.
+"""Leaves of an objective: token ids, images, log-probs and metrics.
 
-Every preset trains from records that have what it reads, and says what is missing from others.
+Every preset trains from records that have its fields. For other records, the error names the
+missing field.
 """
 
 from dataclasses import fields, replace
@@ -27,13 +28,13 @@ NEGATIVES = 3
 
 @pytest.fixture(scope="module")
 def pairs(pairs_file):
-    """Pairs as `realign.pairs` writes them: one retrieved image, no response preferred for it."""
+    """Pairs in the format of `realign.pairs`: one retrieved image without a preferred response."""
     return read_pairs(pairs_file)
 
 
 @pytest.fixture(scope="module")
 def rich(pairs):
-    """The same with three retrieved images and a response preferred for the first."""
+    """The same pairs with three retrieved images, and a response preferred for the first."""
     made = []
     for i, record in enumerate(pairs):
         others = [pairs[(i + k) % len(pairs)] for k in (5, 9)]
@@ -58,18 +59,18 @@ def encode(records, processor, name, **settings):
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)
-def test_leaves_are_what_their_names_say(rich, processor, name):
+def test_leaves_match_their_names(rich, processor, name):
     objective, examples, store = encode(rich[:3], processor, name)
     for record, example in zip(rich, examples, strict=False):
         texts = {r: getattr(record, r) for r in ("chosen", "rejected", "retrieved_chosen")}
         first = record.images[0].open("r")
-        pictures = {"image": first, "blank_image": Image.new("RGB", first.size, (0, 0, 0))}
+        images = {"image": first, "blank_image": Image.new("RGB", first.size, (0, 0, 0))}
         for k, stored in enumerate(record.retrieved_images):
-            pictures["retrieved_image" + (f"_{k + 1}" if k else "")] = stored.open("r")
+            images["retrieved_image" + (f"_{k + 1}" if k else "")] = stored.open("r")
         assert len(example.roots) == len({leaf.image for leaf in objective.leaves})
         for named, leaf in zip(objective.leaves, example.leaves, strict=True):
             assert processor.decode(leaf.ids) == f"{texts[named.response]} </s>"
-            wanted = processor.image_processor(images=[pictures[named.image]], return_tensors="pt")
+            wanted = processor.image_processor(images=[images[named.image]], return_tensors="pt")
             (key,) = example.roots[leaf.root].images
             assert torch.equal(store.bundle(key)["pixel_values"][0], wanted["pixel_values"][0])
             assert leaf.rival == named.rival
@@ -122,11 +123,11 @@ def test_an_objective_with_rival_leaves_trains(rich, tmp_path):
     assert entries[-1]["loss"] < entries[0]["loss"]
 
 
-def test_images_are_known_by_what_the_model_sees(rich, processor):
-    """A blank image is as large as its record's; here the processor makes all sizes one."""
+def test_images_are_keyed_by_their_pixels(rich, processor):
+    """A blank image has the size of its record's image. This processor makes all sizes equal."""
     small = rich[0]
-    picture = small.images[0].open("r")
-    large = replace(small, images=(StoredImage.from_pil(picture.resize((40, 24))),))
+    image = small.images[0].open("r")
+    large = replace(small, images=(StoredImage.from_pil(image.resize((40, 24))),))
     _, examples, store = encode([small, large], processor, "ovip")
     blanks = {example.roots[1].images for example in examples}
     assert len(blanks) == 1
@@ -148,7 +149,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
-def test_what_a_record_lacks_is_named(rich, processor, name, changes, message):
+def test_a_missing_field_is_named(rich, processor, name, changes, message):
     if isinstance(count := changes.get("retrieved_images"), int):
         changes = {"retrieved_images": rich[1].retrieved_images[:count]}
     bad = replace(rich[1], name="odd", **changes)
@@ -157,7 +158,7 @@ def test_what_a_record_lacks_is_named(rich, processor, name, changes, message):
     assert error.value.record == "odd"
 
 
-def test_what_pairs_lack_is_one_line_of_the_trainer(pairs_file, tmp_path, capsys):
+def test_a_missing_field_is_one_line_of_the_trainer(pairs_file, tmp_path, capsys):
     for name, field in (("svco", "retrieved_chosen"), ("lpoi", "retrieved_images")):
         words = ["--pairs", str(pairs_file), "--output", str(tmp_path), "--objective", name]
         assert main([*words, "--quiet"]) == 1
@@ -167,7 +168,7 @@ def test_what_pairs_lack_is_one_line_of_the_trainer(pairs_file, tmp_path, capsys
 
 
 def test_retrieved_images_come_in_groups(rich, processor):
-    """With two images in the prompt, every visual negative is two images."""
+    """With two images in the prompt, every visual negative has two images."""
     prompt = ({"role": "user", "content": [{"type": "image"}] * 2},)
     six = tuple(record.images[0] for record in rich[:6])
     record = replace(rich[0], prompt=prompt, images=six[:2], retrieved_images=six[2:])
@@ -181,7 +182,7 @@ def test_retrieved_images_come_in_groups(rich, processor):
         encode([odd], processor, "rdpo")
 
 
-def test_an_image_that_no_record_holds_is_named(rich, processor):
+def test_an_unknown_image_is_named(rich, processor):
     limits = {"layout": Layout(4), "max_response_tokens": 64, "max_tokens": 512, "progress": False}
     for name in ("cropped_image", "retrieved_image_0", "retrieved_image_1"):
         leaves = (objectives.CHOSEN, objectives.Leaf("chosen", name))
@@ -259,7 +260,7 @@ def test_a_rival_leaf_is_marked_and_has_a_key_of_its_own(rich, processor):
 
 
 def test_released_scores_the_strongest_other_token(rich, processor, vlm, forest_model):
-    """The authors' rule on each sequence alone: top-1, or top-2 where top-1 is the label."""
+    """Compares with the authors' rule for one sequence: top-1, or top-2 if top-1 is the label."""
     _, examples, store = encode(rich[:3], processor, "released")
     with torch.no_grad():
         batch = build_batch(examples, store, row_tokens=200)

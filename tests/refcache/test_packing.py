@@ -1,4 +1,4 @@
-"""`pack_forest`: hand-made cases, an independent packer, and compiled against Python."""
+"""`pack_forest`: cases computed by hand, an independent packer, and C++ against Python."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ needs_extension = pytest.mark.skipif(extension() is None, reason="the C++ extens
 
 @pytest.fixture(params=[pytest.param("compiled", marks=needs_extension), "python"])
 def implementation(request, monkeypatch):
-    """Runs a test on each implementation."""
+    """Runs a test with each implementation."""
     if request.param == "python":
         monkeypatch.setattr(packer, "extension", lambda: None)
 
@@ -23,7 +23,7 @@ def lists(packing: ForestPacking) -> dict[str, list[int]]:
 
 
 def scan_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing by looking at every bin for every item."""
+    """Best-fit decreasing that checks every bin for every item."""
     bins: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         rooms = [capacity - sum(lengths[i] for i in held) for held in bins]
@@ -36,7 +36,7 @@ def scan_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def slow_pack(roots, leaves, parents, budget) -> dict[str, list[int]]:
-    """The documented result, in the plainest way that gives it."""
+    """The documented result, by a simple algorithm."""
     trees = []  # (root, leaves)
     for root, length in enumerate(roots):
         own = [leaf for leaf, parent in enumerate(parents) if parent == root]
@@ -66,7 +66,7 @@ def slow_pack(roots, leaves, parents, budget) -> dict[str, list[int]]:
 
 def random_forest(rng: np.random.Generator, num_roots: int, budget: int, extra_leaves: int):
     roots = rng.integers(1, budget // 2 + 1, num_roots)
-    # Every root has a leaf; more leaves than fit under some roots.
+    # Every root has a leaf. Some roots have more leaves than fit into a row.
     parents = rng.permutation(
         np.concatenate([np.arange(num_roots), rng.integers(0, num_roots, extra_leaves)])
     )
@@ -75,8 +75,8 @@ def random_forest(rng: np.random.Generator, num_roots: int, budget: int, extra_l
 
 
 def test_longest_first_into_the_tightest_row(implementation):
-    # Trees of 5, 7, 6, 3, 4 tokens, budget 10. In order: 7 opens row 0 (room 3), 6 opens row 1
-    # (room 4), 5 opens row 2 (room 5), 4 goes to row 1 (room 4 < 5), 3 to row 0 (room 3 < 5).
+    # Trees have 5, 7, 6, 3, 4 tokens, and the budget is 10. 7 opens row 0 (room 3), 6 opens row 1
+    # (room 4), 5 opens row 2 (room 5). 4 goes to row 1 (room 4 < 5), and 3 to row 0 (room 3 < 5).
     packing = pack_forest([4, 6, 5, 2, 3], [1] * 5, range(5), 10)
     assert lists(packing) == {
         "tree_root": [1, 3, 2, 4, 0],
@@ -89,7 +89,7 @@ def test_longest_first_into_the_tightest_row(implementation):
 
 
 def test_tree_over_budget_repeats_its_root(implementation):
-    # 4 + (3 + 2 + 5 + 1) = 15 > 10, so leaves share the 6 tokens beside the root: 5 and 1, 3 and 2.
+    # 4 + (3 + 2 + 5 + 1) = 15 > 10. Besides the root a row has 6 tokens: for 5 and 1, or 3 and 2.
     packing = pack_forest([4], [3, 2, 5, 1], [0] * 4, 10)
     assert lists(packing) == {
         "tree_root": [0, 0],
@@ -108,7 +108,7 @@ def test_empty_forest(implementation):
 
 
 def test_lengths_near_the_end_of_int64(implementation):
-    # The tree and the total exceed int64; no row does.
+    # The tree and the total exceed int64, but no row does.
     big = 2**62
     packing = pack_forest([big - 1], [big, big, big], [0, 0, 0], 2**63 - 1)
     assert packing.row_lengths.tolist() == [2 * big - 1] * 3
@@ -139,9 +139,9 @@ def test_both_implementations_return_the_same_bytes(budget, monkeypatch):
 
 
 def test_efficiency_on_llava_like_lengths():
-    # Two responses under 576 image tokens and a prompt: about 880 tokens a tree, never split. At
-    # 4096 a row holds four or five whole trees, and no packer passes 97 % (linear-programming
-    # bound); longer rows waste less.
+    # Two responses under 576 image tokens and a prompt give trees of about 880 tokens, never split.
+    # A row of 4096 holds four or five trees, and no packer exceeds 97 % (linear-programming bound).
+    # Longer rows waste less.
     rng = np.random.default_rng(0)
     roots, leaves = rng.integers(600, 701, 20_000), rng.integers(30, 201, 40_000)
     parents = np.repeat(np.arange(20_000), 2)
@@ -174,9 +174,9 @@ def test_any_integers_are_accepted(implementation, convert):
         (
             ([650, 600], [30, 4000], [0, 1], 4096),
             r"root 1 \(600 tokens\) with leaf 1 \(4000 tokens\) "
-            r"needs 4600 tokens.*raise budget to 4600",
+            r"needs 4600 tokens.*Raise budget to 4600",
         ),
-        (([2**62], [2**62], [0], 10), f"raise budget to {2**63}"),
+        (([2**62], [2**62], [0], 10), f"Raise budget to {2**63}"),
         (([5, 5], [1], [0], 16), "root 1 has no leaf"),
         (([5, 0], [1, 1], [0, 1], 16), r"root_lengths\[1\] is 0"),
         (([5], [1, -3], [0, 0], 16), r"leaf_lengths\[1\] is -3"),
@@ -205,7 +205,7 @@ def test_mistakes_are_named(arguments, message):
     [
         (([5.0], [1], [0], 16), "root_lengths must be a contiguous 1-D int64"),
         (([5], [[1]], [0], 16), "leaf_lengths must be a contiguous 1-D int64"),
-        (([5], [1, 1], [0], 16), "differ in size"),
+        (([5], [1, 1], [0], 16), "must have the same size"),
         (([5], [1], [1], 16), "leaf_roots must be in"),
         (([5], [1], [-1], 16), "leaf_roots must be in"),
         (([0], [1], [0], 16), "root_lengths must be in"),

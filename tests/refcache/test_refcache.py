@@ -1,4 +1,4 @@
-"""The reference cache over forests without a model: keys, plan, fill, faults of its callers."""
+"""The reference cache with forests but without a model: keys, plan, fill, and caller errors."""
 
 import math
 import time
@@ -26,7 +26,7 @@ def one_leaf(images=("a", "b"), prompt=(1, 2, 3), response=(4, 5), rival=False):
     return Forest((Root(images, np.array(prompt)),), (Leaf(0, np.array(response), rival),))
 
 
-def test_a_key_is_of_images_prompt_and_response_and_nothing_else():
+def test_a_key_depends_only_on_images_prompt_and_response():
     same = leaf_keys([one_leaf()])
     others = [
         one_leaf(images=("a", "c")),
@@ -46,13 +46,15 @@ def test_a_key_is_of_images_prompt_and_response_and_nothing_else():
     ]
     keys = leaf_keys([one_leaf(), *others])
     assert keys.dtype == "V16" and len(set(keys.tolist())) == len(others) + 1
-    # The dtype of ids, the place of a leaf in its forest and other leaves do not count.
+    # The dtype of ids, the position of a leaf in its forest and other leaves do not matter.
     narrow = Forest(
         (Root(("x",), np.array([9])), Root(["a", "b"], np.array([1, 2, 3], np.int32))),
         (Leaf(0, np.array([7])), Leaf(1, np.array([4, 5], np.uint16))),
     )
     assert leaf_keys([narrow])[1] == same[0]
-    assert keys[0].tobytes().hex() == "f7959f5ed97d5c15f492ff821208ad10"  # on disk for years
+    assert (
+        keys[0].tobytes().hex() == "f7959f5ed97d5c15f492ff821208ad10"
+    )  # caches on disk depend on this value
 
 
 @pytest.mark.parametrize(
@@ -63,12 +65,12 @@ def test_a_key_is_of_images_prompt_and_response_and_nothing_else():
         (one_leaf(response=((1, 2), (3, 4))), r"of shape \(2, 2\)"),
     ],
 )
-def test_what_cannot_be_a_leaf_is_told(forest, message):
+def test_an_invalid_leaf_is_an_error(forest, message):
     with pytest.raises(ValueError, match=message):
         leaf_keys([forest])
 
 
-def test_nothing_is_a_data_set_too(tmp_path):
+def test_an_empty_data_set(tmp_path):
     with ReferenceCache(tmp_path, PRINT) as cache:
         assert fill(cache, []).filled.leaves == 0
         assert cache.missing([]).shape == cache.lookup([]).logps.shape == (0,)
@@ -79,7 +81,7 @@ def test_keys_of_a_large_data_set_are_distinct_and_quick():
     forests = make_forests(5_000)
     began = time.process_time()
     leaves = collect_leaves(forests)
-    assert time.process_time() - began < 2  # 0.15 s; 10 us per leaf
+    assert time.process_time() - began < 2  # it takes 0.15 s, 10 us per leaf
     assert len(np.unique(leaves.keys.view("u8").reshape(-1, 2), axis=0)) == 15_000
     assert leaves.lengths.tolist() == [len(x.ids) for f in forests for x in f.leaves]
 
@@ -97,23 +99,23 @@ def test_every_distinct_leaf_is_planned_once_with_its_root():
     tokens = sum(batch.tokens for batch in batches)
     roots = sum(len(root.ids) for f in forests for root in f.roots)
     assert tokens == roots + sum(len(leaf.ids) for f in forests for leaf in f.leaves)
-    # Longest rows first; a batch packed alone has the rows it had among all.
+    # Longest rows come first. Packing one batch separately gives the same rows.
     sizes = [batch.tokens for batch in batches[:-1]]
     assert sizes == sorted(sizes, reverse=True)
     for batch in batches:
         wanted = np.zeros(len(leaves.keys), bool)
         wanted[batch.leaves] = True
-        (alone,) = plan(leaves, wanted, 64, 4)
-        assert alone.leaves.tolist() == batch.leaves.tolist() and alone.tokens == batch.tokens
+        (single,) = plan(leaves, wanted, 64, 4)
+        assert single.leaves.tolist() == batch.leaves.tolist() and single.tokens == batch.tokens
 
 
-def test_an_interrupted_pass_goes_on_with_its_batches_and_scattered_gaps_are_packed():
+def test_an_interrupted_pass_resumes_its_batches_and_scattered_gaps_are_packed():
     leaves = collect_leaves(make_forests(200))
     everything = plan(leaves, np.ones(600, bool), 64, 4)
     known = np.zeros(600, bool)
     for batch in everything[:13]:
         known[batch.leaves] = True
-    known[everything[13].leaves[:3]] = True  # half written
+    known[everything[13].leaves[:3]] = True  # partly written
     rest = batches_to_compute(leaves, known, 64, 4)
     assert [b.leaves.tolist() for b in rest] == [b.leaves.tolist() for b in everything[13:]]
     scattered = np.ones(600, bool)
@@ -126,7 +128,7 @@ def test_an_interrupted_pass_goes_on_with_its_batches_and_scattered_gaps_are_pac
 # --- fill and lookup ---
 
 
-def test_each_leaf_is_computed_once_ever(tmp_path):
+def test_each_leaf_is_computed_once(tmp_path):
     forests = make_forests(60)
     with ReferenceCache.open(tmp_path, PRINT) as cache:
         assert cache.missing(forests).all() and len(cache) == 0
@@ -135,10 +137,14 @@ def test_each_leaf_is_computed_once_ever(tmp_path):
         assert sum(len(pairs) for pairs in first.batches) == 180
         assert not cache.missing(forests).any()
         logps, counts = cache.lookup(forests)
-    assert logps == pytest.approx(exact(forests), rel=2e-5)  # the scorer's company term
+    assert logps == pytest.approx(
+        exact(forests), rel=2e-5
+    )  # tolerance for the scorer's dependence on other leaves
     assert logps.dtype == np.float64 and counts.dtype == np.int32
     assert counts.tolist() == [len(leaf.ids) for f in forests for leaf in f.leaves]
-    with ReferenceCache.open(tmp_path, PRINT) as cache:  # another run, another order, more records
+    with ReferenceCache.open(
+        tmp_path, PRINT
+    ) as cache:  # another run with more records in another order
         shuffled = [forests[i] for i in np.random.default_rng(0).permutation(60)]
         assert fill(cache, shuffled).batches == []
         leaves = collect_leaves(forests)
@@ -163,16 +169,18 @@ def test_another_fingerprint_is_another_table(tmp_path):
     with ReferenceCache(tmp_path, PRINT | {"more": "x"}) as cache:
         assert cache.missing(forests).all()
     found = refcache.tables(tmp_path)
-    assert [parts for parts in found.values() if parts] == [PRINT]  # empty ones are not described
+    assert [parts for parts in found.values() if parts] == [
+        PRINT
+    ]  # empty tables have no description
     with ReferenceCache(tmp_path, dict(reversed(PRINT.items()))) as cache:
         assert not cache.missing(forests).any()
 
 
-def test_missing_leaves_are_named_and_nothing_is_made_up(tmp_path):
+def test_missing_leaves_are_named(tmp_path):
     forests = make_forests(5)
     with ReferenceCache(tmp_path, PRINT) as cache:
         fill(cache, forests[:2])
-        with pytest.raises(MissingReferences, match=r"9 of 15 leaves .* call fill\(") as caught:
+        with pytest.raises(MissingReferences, match=r"9 of 15 leaves .* Call fill\(") as caught:
             cache.lookup(forests)
         assert caught.value.leaves.tolist() == list(range(6, 15))
         assert cache.missing(forests).nonzero()[0].tolist() == list(range(6, 15))
@@ -186,7 +194,7 @@ def test_a_reader_sees_what_another_process_writes(tmp_path):
         assert reader.lookup(forests).logps.tolist() == writer.lookup(forests).logps.tolist()
     with ReferenceCache(tmp_path, PRINT, read_only=True) as reader:
         assert not reader.missing(forests).any()
-        with pytest.raises(ValueError, match="keep needs a cache .* read_only=True"):
+        with pytest.raises(ValueError, match="keep needs a cache .* without read_only=True"):
             reader.insert(forests, np.zeros(18))
 
 
@@ -195,7 +203,7 @@ def test_values_computed_elsewhere_can_be_kept(tmp_path):
     values = -np.arange(9, dtype=np.float32)
     with ReferenceCache(tmp_path, PRINT) as cache:
         assert cache.insert(forests, values) == 9
-        assert cache.insert(forests, values - 1) == 0  # values never change
+        assert cache.insert(forests, values - 1) == 0  # known values do not change
         assert cache.lookup(forests).logps.tolist() == values.tolist()
         with pytest.raises(ValueError, match=r"logps must have shape \(9,\).*got \(8,\)"):
             cache.insert(forests, values[:8])
@@ -235,7 +243,7 @@ def poison(values):
         (lambda v: v.numpy(), "a float tensor, got ndarray"),
     ],
 )
-def test_a_model_that_returns_something_else_is_told(tmp_path, change, message):
+def test_a_model_with_invalid_output_is_an_error(tmp_path, change, message):
     forests = make_forests(30)
     with ReferenceCache(tmp_path, PRINT) as cache:
         wrong = _Wrong(forests, change)
@@ -245,13 +253,16 @@ def test_a_model_that_returns_something_else_is_told(tmp_path, change, message):
         for name, value in (("row_tokens", 0), ("batch_rows", -1), ("batch_rows", 2.0)):
             with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
                 fill(cache, forests, **{name: value})
-        with pytest.raises(ValueError, match="call fill"):
+        with pytest.raises(ValueError, match="Call fill"):
             cache.lookup(forests)
         assert fill(cache, forests).filled.leaves == 90
 
 
 def test_gradients_are_off_and_bf16_values_are_taken(tmp_path):
-    """A module runs under inference_mode; what a function calls may be sharded: no_grad."""
+    """A module runs under inference_mode, and a function under no_grad.
+
+    A function may call a sharded module.
+    """
     forests, modes = make_forests(4), []
     scorer = Scorer(forests)
 
@@ -271,7 +282,7 @@ def test_gradients_are_off_and_bf16_values_are_taken(tmp_path):
         assert set(modes) == {(False, inference)}
     with (
         ReferenceCache(tmp_path / "c", PRINT) as cache,
-        pytest.raises(ValueError, match="in training mode, with dropout: call model.eval"),
+        pytest.raises(ValueError, match="in training mode, with dropout. Call model.eval"),
     ):
         cache.fill(Module(), forests, build=scorer.build, row_tokens=64)
 

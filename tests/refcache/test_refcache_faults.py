@@ -1,4 +1,4 @@
-"""The reference cache against killed processes, many ranks, and folders that go away."""
+"""The reference cache with killed processes, many ranks, and removed folders."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from realign_kernels import ReferenceCache, collect_leaves, refcache
 
 
 def test_kill_9_at_random_points_loses_at_most_the_batch_in_flight(tmp_path):
-    """600 leaves; a process is forked for each pass, killed, and its work is then finished."""
+    """Each pass over 600 leaves runs in a forked process that is killed, and is then resumed."""
     forests = make_forests(200)
     with ReferenceCache(tmp_path / "whole", PRINT) as cache:
         whole = fill(cache, forests)
@@ -41,7 +41,7 @@ def test_kill_9_at_random_points_loses_at_most_the_batch_in_flight(tmp_path):
             finally:
                 os._exit(0)
         os.close(report)
-        for _ in range(rng.randrange(len(whole.batches))):  # batches begun: a clock would drift
+        for _ in range(rng.randrange(len(whole.batches))):  # counts batches, because times vary
             assert os.read(progress, 1)
         time.sleep(rng.uniform(0.0, 0.003))
         os.kill(child, signal.SIGKILL)
@@ -58,7 +58,7 @@ def test_kill_9_at_random_points_loses_at_most_the_batch_in_flight(tmp_path):
 
 
 def passes_of_a_rank(folder):
-    """With one folder for all ranks and, as without a shared disk, one for each; then disputes."""
+    """Passes with one shared folder, with one folder per rank, and with ranks that disagree."""
     dist.init_process_group("gloo")
     rank, forests = dist.get_rank(), make_forests(100)
     for place in ("shared", f"rank{rank}"):
@@ -75,7 +75,7 @@ def passes_of_a_rank(folder):
         ("settings", few, {}, {"batch_rows": 4 + rank}),
     ):
         with ReferenceCache(folder / f"apart{rank}", PRINT | parts) as cache:
-            message = f"rank 1 has another {name} than rank 0: give all ranks"
+            message = f"rank 1 and rank 0 differ in: {name}. Give all ranks"
             with pytest.raises(ValueError, match=message):
                 fill(cache, own, **options)
             assert len(cache) == 0
@@ -84,7 +84,7 @@ def passes_of_a_rank(folder):
 
 def test_ranks_divide_the_work_and_must_agree(tmp_path):
     forests = make_forests(100)
-    with ReferenceCache(tmp_path / "alone", PRINT) as cache:
+    with ReferenceCache(tmp_path / "single", PRINT) as cache:
         fill(cache, forests)
         truth = cache.lookup(forests).logps.tolist()
     run_ranks(passes_of_a_rank, 2, tmp_path / "log", tmp_path)
@@ -94,10 +94,10 @@ def test_ranks_divide_the_work_and_must_agree(tmp_path):
         assert min(leaves for leaves, _, _ in results) > 100
         for _, held, logps in results:
             assert held == 300
-            assert logps == truth  # the same batches, so the same bits, on any number of ranks
+            assert logps == truth  # the same batches, so bitwise equal for any number of ranks
 
 
-def test_a_folder_removed_in_mid_pass_costs_nothing_but_itself(tmp_path):
+def test_a_folder_removed_during_a_pass(tmp_path):
     forests = make_forests(60)
     with ReferenceCache(tmp_path, PRINT) as cache:
         scorer = Scorer(forests)
@@ -110,27 +110,27 @@ def test_a_folder_removed_in_mid_pass_costs_nothing_but_itself(tmp_path):
         cache.fill(model, forests, build=scorer.build, row_tokens=64, batch_rows=4)
         assert len(scorer.batches) > 5
         assert cache.lookup(forests).logps == pytest.approx(exact(forests), rel=2e-5)
-    with ReferenceCache(tmp_path, PRINT) as cache:  # what was in it is gone, the rest is there
+    with ReferenceCache(tmp_path, PRINT) as cache:  # has the values written after the removal
         assert 0 < cache.missing(forests).sum() < 180
 
 
-def test_a_cache_that_cannot_be_written_says_so_before_the_first_forward(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_an_error_before_the_first_forward(tmp_path, monkeypatch):
     forests = make_forests(10)
     with ReferenceCache(tmp_path, PRINT) as cache:
         fill(cache, forests[:5])
         monkeypatch.setattr(os, "access", lambda path, mode: False)
-        assert fill(cache, forests[:5]).batches == []  # everything is known
+        assert fill(cache, forests[:5]).batches == []  # all leaves are known
         scorer = Scorer(forests)
-        with pytest.raises(PermissionError, match="this folder cannot be written; name another"):
+        with pytest.raises(PermissionError, match="this folder is not writable. Choose another"):
             cache.fill(scorer, forests, build=scorer.build, row_tokens=64)
         assert scorer.batches == []
-    with pytest.raises(ValueError, match="was closed: open it again"):
+    with pytest.raises(ValueError, match="was closed. Open it again"):
         cache.fill(scorer, forests, build=scorer.build, row_tokens=64)
     assert len(cache.lookup(forests[:5]).logps) == 15  # from memory
 
 
 def test_threads_may_begin_a_table_together(tmp_path, monkeypatch):
-    """All of them find no description, write one, and move it into place."""
+    """All threads find no description, write one, and move it into place."""
     forests = make_forests(8)
     both_written = threading.Barrier(2)
     write = Path.write_text
@@ -149,7 +149,7 @@ def test_threads_may_begin_a_table_together(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/.table.json*"))
 
 
-def test_a_cache_goes_to_another_process_as_its_place(tmp_path):
+def test_a_cache_is_pickled_as_its_path(tmp_path):
     forests = make_forests(5)
     with ReferenceCache(tmp_path, PRINT) as cache:
         fill(cache, forests)
@@ -157,21 +157,21 @@ def test_a_cache_goes_to_another_process_as_its_place(tmp_path):
             assert other.lookup(forests).logps.tolist() == cache.lookup(forests).logps.tolist()
 
 
-def test_what_counted_before_a_compaction_counts_after_it(tmp_path):
-    """Two writers that disagree, the second one alive: the log with the lowest name counts."""
+def test_a_compaction_keeps_the_values_that_count(tmp_path):
+    """Two writers disagree, and the second is alive. The log with the lowest name counts."""
     forests = make_forests(1)
     with ReferenceCache(tmp_path, PRINT) as one, ReferenceCache(tmp_path, PRINT) as two:
         leaves = collect_leaves(forests)
-        for cache, value in ((one, -1.0), (two, -2.0)):  # not seeing each other, as in a race
+        for cache, value in ((one, -1.0), (two, -2.0)):  # without seeing each other, as in a race
             cache._table.insert(leaves.keys, np.full(3, value), leaves.lengths)
         one.close()
         with (one.folder / "00000.log").open("ab") as log:
-            log.write(b"torn")  # something to drop
+            log.write(b"torn")  # a torn record to drop
         for merged in (1, 0):
             with ReferenceCache(tmp_path, PRINT) as reader:
                 assert reader.lookup(forests).logps.tolist() == [-1.0] * 3
                 assert reader.stats()["conflicts"] == 3
             done = refcache.compact(one.folder)
             assert (done["logs_merged"], done["logs_in_use"]) == (merged, 1)
-        # The way `insert` goes, a value that is there is seen first.
+        # `insert` finds an existing value first.
         assert two.insert(forests, np.full(3, -3.0)) == 0

@@ -1,4 +1,4 @@
-"""Log-probs to the host as sums per leaf: the ring and its stand-in in torch."""
+"""Transfer of per-leaf sums to the host: the ring of the extension and the fallback in torch."""
 
 import math
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     ids=" ".join,
 )
 def make(request, monkeypatch):
-    """Makes a ring of the device and the kind that the test is run for."""
+    """Makes a ring of the device and kind under test."""
     device, kind = request.param
     if kind == "torch":
         monkeypatch.setattr(staging, "extension", lambda: None)
@@ -43,7 +43,7 @@ def make(request, monkeypatch):
 
 
 def forward(lengths, seed=0, before=0, after=0):
-    """Log-probs of many magnitudes, and where the leaves stand in them."""
+    """Log-probs of many magnitudes, and the offsets of the leaves."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.rand(before + sum(lengths) + after, generator=generator) * 30 - 27
     offsets = before + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
@@ -62,15 +62,15 @@ def test_sums(make, before, after):
         ring.push(values.to(ring.device), offsets)
         sums = ring.pop()
         assert sums.dtype == np.float64 and sums.shape == (len(lengths),)
-        # A lane adds ceil(n / 32) values, the first to 0 and so exactly; the tree adds 5 times. A
-        # rounding is of relative size 2^-53 at most, and log-probs have one sign.
+        # A lane adds ceil(n / 32) values, and the first addition, to 0, is exact. The tree adds 5
+        # times. The relative error of an addition is at most 2^-53, and all log-probs are negative.
         bound = (math.ceil(max(lengths, default=0) / 32) + 5) * 2.0**-53
         np.testing.assert_allclose(sums, exact(values, offsets), rtol=bound, atol=0)
-        # A sum that was kept must not depend on where it was made.
+        # A cached sum must not depend on the implementation.
         assert sums.tobytes() == leaf_sums(values.numpy(), offsets).tobytes()
 
 
-def test_results_come_in_order_whatever_the_interleaving(make):
+def test_results_come_in_order_for_any_interleaving(make):
     forwards = [forward([n, 2 * n], seed=n) for n in (1, 40, 2000, 3, 700, 9, 1, 65)]
     ring = make(3)
     found = []
@@ -79,7 +79,7 @@ def test_results_come_in_order_whatever_the_interleaving(make):
             found.append(ring.pop())
         offsets = offsets.copy()
         ring.push(values.to(ring.device), offsets)
-        offsets[:] = 0  # the ring has its own
+        offsets[:] = 0  # the ring has a copy
         assert ring.pending == step + 1 - len(found)
     while ring.pending:
         found.append(ring.pop())
@@ -87,7 +87,7 @@ def test_results_come_in_order_whatever_the_interleaving(make):
         assert sums.tobytes() == leaf_sums(values.numpy(), offsets).tobytes()
 
 
-def test_values_may_be_overwritten_by_what_comes_next(make):
+def test_values_may_be_overwritten_by_later_work(make):
     values, offsets = forward([50, 60])
     ring = make()
     moving = values.to(ring.device, copy=True)
@@ -99,7 +99,7 @@ def test_values_may_be_overwritten_by_what_comes_next(make):
     )
 
 
-def test_non_finite_log_probs_stay_so(make):
+def test_non_finite_log_probs_stay_non_finite(make):
     ring = make()
     values = torch.tensor([-1.0, -math.inf, -2.0, math.nan, -3.0], device=ring.device)
     ring.push(values, np.array([0, 2, 4, 5]))
@@ -107,7 +107,7 @@ def test_non_finite_log_probs_stay_so(make):
 
 
 @without_extension
-def test_the_core_checks_for_itself():
+def test_the_core_checks_its_arguments():
     ring = extension().StagingRing(1)
     assert (ring.slots, ring.pending) == (1, 0)
     values = torch.zeros(4)
@@ -116,10 +116,10 @@ def test_the_core_checks_for_itself():
             ring.push(values.data_ptr(), 4, np.array(offsets, dtype=np.int64))
     with pytest.raises(TypeError):
         ring.push(values.data_ptr(), 4, np.array([0.0, 4.0]))
-    with pytest.raises(RuntimeError, match="empty: push first"):
+    with pytest.raises(RuntimeError, match="empty. Call push first"):
         ring.pop()
     ring.push(values.data_ptr(), 4, np.array([0, 4]))
-    with pytest.raises(RuntimeError, match="all 1 slots of the staging ring are taken: pop first"):
+    with pytest.raises(RuntimeError, match="all 1 slots of the staging ring are taken. Call pop"):
         ring.push(values.data_ptr(), 4, np.array([0, 4]))
     assert ring.pop().tolist() == [0.0]
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
@@ -127,7 +127,7 @@ def test_the_core_checks_for_itself():
 
 
 class Driverless:
-    """An extension with CUDA on a machine whose driver refuses it."""
+    """An extension with CUDA on a machine with an unsuitable driver."""
 
     CUDA_ARCHITECTURES = "90-real"
 

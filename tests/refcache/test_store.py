@@ -1,7 +1,7 @@
-"""Tables of reference log-probs: the logs of the extension and the database that replaces them.
+"""Tables of reference log-probs: the logs of the extension, and the database without it.
 
-csrc/tests/table_tests.cpp has the faults of single logs: 500 damaged ones, full disks, system
-calls that fail, compactions that stop half-way.
+csrc/tests/table_tests.cpp tests faults of single logs: 500 damaged logs, full disks, failing system
+calls, and compactions that stop halfway.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ needs_extension = pytest.mark.skipif(extension() is None, reason="the C++ extens
 
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch):
-    """Every table of the test is of this kind."""
+    """The kind of all tables of a test."""
     if request.param == "database":
         monkeypatch.setattr(store, "extension", lambda: None)
     return request.param
@@ -48,7 +48,9 @@ def test_an_inserted_record_is_found_and_never_changes(kind, folder):
     assert logps.shape == tokens.shape == (0,)
     assert table.insert(*make([])) == 0 and not os.listdir(folder)
     assert table.insert(*make(range(100))) == 100
-    assert table.insert(*make([5, 100, 100, 101, 7])) == 2  # known, and twice in the batch
+    assert (
+        table.insert(*make([5, 100, 100, 101, 7])) == 2
+    )  # a known key, and a key that is twice in the batch
     keys, logps, tokens = make(range(102))
     assert table.insert(keys, logps - 1, tokens) == 0
     logps, tokens = table.lookup(make(range(100, 104))[0])
@@ -67,11 +69,11 @@ def test_an_inserted_record_is_found_and_never_changes(kind, folder):
     table.close()
     assert table.writer is None and find(table, range(102)).all()
     for call in (table.sync, lambda: table.insert(*make([200]))):
-        with pytest.raises(ValueError, match="was closed: open"):
+        with pytest.raises(ValueError, match="was closed. Open"):
             call()
     table = open_table(folder, FINGERPRINT, read_only=True)
     assert find(table, range(102)).all() and len(table) == 102
-    with pytest.raises(ValueError, match="read_only=True: open"):
+    with pytest.raises(ValueError, match="read_only=True. Open"):
         table.insert(*make([200]))
 
 
@@ -80,9 +82,9 @@ def test_refresh_reads_records_of_other_writers(kind, folder):
     one.insert(*make(range(10)))
     keys, logps, tokens = make(range(5, 15))
     new = two.insert(keys, logps - 0.25 * (np.arange(10) == 0), tokens)
-    assert new == (5 if kind == "database" else 10)  # two has not read the log of one
+    assert new == (5 if kind == "database" else 10)  # `two` has not read the log of `one`
     assert reader.refresh() == 15 and reader.refresh() == 0
-    assert find(reader, range(15)).all()  # the first value of a key stays
+    assert find(reader, range(15)).all()  # a key keeps its first value
     if kind == "logs":
         stats = reader.stats()
         assert (one.writer, two.writer) == ("00000", "00001")
@@ -100,7 +102,7 @@ def test_another_fingerprint_is_refused(kind, folder):
 
 
 def test_damaged_records_are_missing_and_can_be_inserted_again(kind, folder):
-    """One bit of every third record; the compaction drops them."""
+    """Damages one bit of every third record. A compaction drops these records."""
     table = open_table(folder, FINGERPRINT)
     table.insert(*make(range(300)))
     table.close()
@@ -143,7 +145,9 @@ def test_processes_write_read_and_compact_one_table(kind, tmp_path):
 def test_acknowledged_records_survive_kill_9_of_their_writer(kind, tmp_path):
     total, rounds = 0, 15 if kind == "logs" else 8
     for number in range(rounds):
-        folder = str(tmp_path / str(number // 10))  # small tables: every round reads all of its own
+        folder = str(
+            tmp_path / str(number // 10)
+        )  # small tables, because every round reads all records of its table
         total += (done := kill_writer(folder, number))
         table = open_table(folder, FINGERPRINT, read_only=True)
         assert find(table, number * SPAN + np.arange(done)).all(), "an acknowledged record is lost"
@@ -157,9 +161,9 @@ def test_mistakes_are_named(kind, folder, tmp_path):
     keys, logps, tokens = make(range(4))
     for value in (np.nan, np.inf, -np.inf):
         logps[2] = value
-        with pytest.raises(ValueError, match=rf"logps\[2\] is {value}.* nothing was written"):
+        with pytest.raises(ValueError, match=rf"logps\[2\] is {value}.* Nothing was written"):
             table.insert(keys, logps, tokens)
-    with pytest.raises(ValueError, match=r"tokens.* is 0|of 0 tokens.* nothing was written"):
+    with pytest.raises(ValueError, match=r"tokens.* is 0|of 0 tokens.* Nothing was written"):
         table.insert(keys, make(range(4))[1], tokens * (np.arange(4) < 3))
     assert len(table) == 0 and not os.listdir(folder)
     with pytest.raises(ValueError, match="array of V16"):
@@ -178,15 +182,15 @@ def test_mistakes_are_named(kind, folder, tmp_path):
             table.lookup(keys.tolist())
         with pytest.raises(ValueError, match="logps must be a .* for each key, got list"):
             table.insert(keys, logps.tolist(), tokens)
-    with pytest.raises(ValueError, match="fingerprint must be 16 bytes, got b'short'; hash"):
+    with pytest.raises(ValueError, match="fingerprint must be 16 bytes, got b'short'. Hash"):
         open_table(folder, b"short")
     with pytest.raises(ValueError, match="folder must be a path, got ''"):
         open_table("", FINGERPRINT)
     with pytest.raises(ValueError, match="writer must be a string or None, got 3"):
         open_table(folder, FINGERPRINT, writer=3)
-    with pytest.raises(ValueError, match="drop one of them"):
+    with pytest.raises(ValueError, match="Drop one of them"):
         open_table(folder, FINGERPRINT, writer="mine", read_only=True)
-    with pytest.raises(FileNotFoundError, match="check the path"):
+    with pytest.raises(FileNotFoundError, match="Check the path"):
         open_table(tmp_path / "none", FINGERPRINT, read_only=True)
     with pytest.raises(FileNotFoundError):
         compact_table(tmp_path / "none", FINGERPRINT)
@@ -197,19 +201,19 @@ def test_mistakes_are_named(kind, folder, tmp_path):
 
 @needs_extension
 def test_the_other_kind_of_table_is_named_and_not_read(folder, monkeypatch, recwarn):
-    """One line of warning; every kind keeps its own values in the same folder."""
+    """Warns in one line. Each kind keeps its own values in the same folder."""
     keys, logps, tokens = make(range(10))
     open_table(folder, FINGERPRINT).insert(keys, logps, tokens)
     assert not recwarn.list
     with monkeypatch.context() as patch:
         patch.setattr(store, "extension", lambda: None)
-        with pytest.warns(RuntimeWarning, match=r"0.log has the format of the C\+\+ ext") as warned:
+        with pytest.warns(RuntimeWarning, match=r"0.log was written with the C\+\+ ext") as warned:
             table = open_table(folder, FINGERPRINT)
-        assert warned[0].filename == "sys"  # no line of the package
+        assert warned[0].filename == "sys"  # the warning names no line of the package
         assert len(table) == 0 and table.insert(keys[:5], logps[:5] - 1, tokens[:5]) == 5
         with pytest.raises(ValueError, match="writer is 'mine', the name of a log"):
             open_table(folder, FINGERPRINT, writer="mine")
-    with pytest.warns(RuntimeWarning, match=f"{DATABASE} has the format of installs wit") as warned:
+    with pytest.warns(RuntimeWarning, match=f"{DATABASE} was written without") as warned:
         open_table(folder, FINGERPRINT, read_only=True)
         compact_table(folder, FINGERPRINT)
         table = open_table(folder, FINGERPRINT)
@@ -219,7 +223,7 @@ def test_the_other_kind_of_table_is_named_and_not_read(folder, monkeypatch, recw
 
 @pytest.fixture
 def database(folder, monkeypatch):
-    """A table without the extension, with five records, and its file."""
+    """A table with five records, made without the extension, and its file."""
     monkeypatch.setattr(store, "extension", lambda: None)
     table = open_table(folder, FINGERPRINT)
     table.insert(*make(range(5)))
@@ -227,14 +231,14 @@ def database(folder, monkeypatch):
 
 
 def test_a_removed_database_is_written_again(database, folder):
-    """Lookups of what was in memory continue; an insert of it writes it again."""
+    """Lookups of records in memory still work. Inserting them writes them again."""
     table, path = database
     path.unlink()
     assert table.insert(*make(range(3))) == 3
     path.unlink()
     assert table.refresh() == 0 and find(table, range(5)).all() and len(table) == 5
     other = open_table(folder, FINGERPRINT)
-    assert other.insert(*make(range(20, 25))) == table.refresh() == 5  # a file made anew
+    assert other.insert(*make(range(20, 25))) == table.refresh() == 5  # a new file
     assert table.insert(*make([*range(2), 20])) == 2 == other.refresh()
     assert find(open_table(folder, FINGERPRINT), range(5)).tolist() == [True] * 2 + [False] * 3
 
@@ -252,14 +256,14 @@ def test_a_damaged_database_is_set_aside(database, folder):
     table, path = database
     table.insert(*make(range(1000)))
     malformed = path.read_bytes()[:-4096] + bytes(4096)  # SQLite reads the first records
-    schema = path.read_bytes().replace(b"TABLE about", b"TAB\xff\xff about")  # no UTF-8
+    schema = path.read_bytes().replace(b"TABLE about", b"TAB\xff\xff about")  # invalid UTF-8
     for number, damaged in enumerate((b"no database" * 100, malformed, schema)):
         path.write_bytes(damaged)
-        with pytest.raises(OSError, match=r"damaged \(.*a run that writes") as caught:
+        with pytest.raises(OSError, match=r"damaged \(.*next run that writes") as caught:
             open_table(folder, FINGERPRINT, read_only=True)
         assert caught.value.filename == str(path)
         aside = f"{path}.damaged{f'-{number}' if number else ''}"
-        with pytest.warns(RuntimeWarning, match=f"was renamed to {aside}: ") as warned:
+        with pytest.warns(RuntimeWarning, match=f"was renamed to {aside}. ") as warned:
             table = open_table(folder, FINGERPRINT)
         assert len(warned) == 1 and Path(aside).read_bytes() == damaged
         assert len(table) == 0 and table.insert(*make(range(5))) == 5
@@ -286,7 +290,7 @@ def test_a_database_of_something_else_is_refused_and_kept(database, folder, stat
         lambda: compact_table(folder, FINGERPRINT),
         lambda: table.insert(*make(range(9))),
     ):
-        with pytest.raises(ValueError, match="is no table of reference log-probs: use another fol"):
+        with pytest.raises(ValueError, match="is not a table of reference log-probs. Use another"):
             call()
     assert path.read_bytes() == foreign and os.listdir(folder) == [DATABASE]
 
@@ -295,7 +299,7 @@ def test_a_database_of_something_else_is_refused_and_kept(database, folder, stat
 def test_a_forked_child_writes_a_log_of_its_own(folder):
     table = open_table(folder, FINGERPRINT, writer="mine")
     table.insert(*make(range(10)))
-    with pytest.raises(BlockingIOError, match="log mine of .* by another process; give each"):
+    with pytest.raises(BlockingIOError, match="log mine of .* by another process. Give each"):
         open_table(folder, FINGERPRINT, writer="mine")
     if (child := os.fork()) == 0:
         right = table.insert(*make(range(5, 15))) == 5 and table.writer == "00000"
@@ -305,7 +309,7 @@ def test_a_forked_child_writes_a_log_of_its_own(folder):
     assert table.insert(*make(range(20, 25))) == 5 and table.writer == "mine"
     assert table.refresh() == 5 and find(table, [*range(15), *range(20, 25)]).all()
     if (child := os.fork()) == 0:
-        os.kill(os.getpid(), signal.SIGSTOP)  # stays, with a copy of the descriptor
+        os.kill(os.getpid(), signal.SIGSTOP)  # stays alive with a copy of the descriptor
     os.waitpid(child, os.WUNTRACED)
     table.close()
     try:
@@ -339,7 +343,7 @@ def test_compaction_merges_logs_without_a_writer(folder):
         "duplicates_dropped": 10,
     }
     assert sorted(os.listdir(folder)) == ["+compacted-00000.log", ".compact.lock", "00002.log"]
-    done = compact_table(folder, FINGERPRINT)  # one clean log: nothing to do
+    done = compact_table(folder, FINGERPRINT)  # a single clean log needs no merge
     assert done["logs_merged"] == 0 and done["bytes_after"] == done["bytes_before"] == 32 * 30
     assert reader.refresh() == 0 and reader.stats()["logs"] == 2
     writers[2].close()

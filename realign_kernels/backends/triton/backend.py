@@ -1,4 +1,4 @@
-"""Triton kernels of the chunked backend, and the forward without logits where no gradient is."""
+"""`TritonKernels`: the Triton kernels of the chunked backend."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from realign_kernels.objectives import Objective
 
 
 class TritonKernels(TorchKernels):
-    """GEMMs and buffers of torch, all else in Triton, with the arguments of `TorchKernels`."""
+    """Overrides of `TorchKernels` in Triton. GEMMs and buffers stay those of torch."""
 
     def row_stats(
         self,

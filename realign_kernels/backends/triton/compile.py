@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation of every Triton kernel, without a GPU, and its report.
+"""Ahead-of-time compilation of every Triton kernel, without a GPU, with a resource report.
 
     python -m realign_kernels.backends.triton.compile --arch 80 90 100
 
-The kernels are compiled as the launchers call them (argument types, alignments, tiles): the
-launchers run on tensors without memory, and their launches are compiled instead.
+The argument types, alignments and tiles are those of real launches. The launchers run on meta
+tensors, and each launch is recorded and compiled.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-    raise RuntimeError("TRITON_INTERPRET is set: unset it, interpreted kernels do not compile")
+    raise RuntimeError("TRITON_INTERPRET is set. Unset it: interpreted kernels do not compile.")
 
 import torch
 import triton
@@ -46,7 +46,7 @@ FETCHES = re.compile(r"\b(LDGSTS|UTMALDG)\b")
 
 
 class Report(NamedTuple):
-    """One kernel on one architecture."""
+    """Resources of one kernel on one architecture."""
 
     architecture: int
     case: str
@@ -54,15 +54,15 @@ class Report(NamedTuple):
     spills: int
     """Bytes stored to and loaded from local memory."""
     shared: int
-    """Bytes."""
+    """Bytes of shared memory."""
     warps: int
     stages: int
     tensor_cores: str
     """Instruction that multiplies tiles: HMMA (mma.sync), HGMMA (wgmma), UTC...MMA (tcgen05)."""
     fetches: str
-    """Instruction that brings tiles to shared memory: LDGSTS (cp.async), UTMALDG (TMA)."""
+    """Instruction that loads tiles into shared memory: LDGSTS (cp.async), UTMALDG (TMA)."""
     serialized: bool
-    """Whether ptxas had to wait for each wgmma (C7510)."""
+    """Whether ptxas serialized the wgmma instructions (warning C7510)."""
 
 
 class Launch(NamedTuple):
@@ -85,7 +85,7 @@ def _long(*shape: int) -> Tensor:
 def _read(dtype: torch.dtype, vocabulary: int, *, options: bool = False, exp_logits: str = "bf16"):
     """A launch of the row kernel; `options` are bias, softcap and runner-ups."""
     logits = _empty(4, vocabulary, dtype=dtype)
-    apart = _empty(12, vocabulary)[8:]  # `logits` has address 0, as whatever has no memory
+    apart = _empty(12, vocabulary)[8:]  # nonzero address, unlike that of `logits`
     target = {"bf16": apart, "in place": logits, "none": None}[exp_logits]
     bias = _empty(vocabulary) if options else None
     runner_up = _empty(4, dtype=torch.bool) if options else None
@@ -167,11 +167,11 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 NOT_ON_80 = {"E", "E, V odd"}
-"""Cases of the kernel that 80 has no tile for."""
+"""Cases without a tile for architecture 80."""
 
 
 class _Driver:
-    """As much of a CUDA driver as compilation asks for."""
+    """The parts of a CUDA driver that compilation needs."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -195,10 +195,10 @@ def _recorded(architecture: int) -> Iterator[list[Launch]]:
         kernel, (attributes,) = fn.jit_function, compile["configs"]
         source = ASTSource(kernel, compile["signature"], compile["constants"], attributes)
         launches.append(Launch(kernel, source, compile["num_warps"], compile["num_stages"]))
-        return True  # Triton then neither compiles nor launches
+        return True  # so that Triton neither compiles nor launches
 
     driver: Any = triton.runtime.driver
-    before = driver._active  # reset_active() would ask for a real driver
+    before = driver._active  # reset_active() needs a real driver
     processors = PROCESSORS.get(architecture, 132)
     with knobs.runtime.scope(), assume_device(architecture, processors):
         knobs.runtime.jit_cache_hook = record
@@ -218,7 +218,7 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def compile_launch(architecture: int, case: str, launch: Launch) -> Report:
-    """Compiles one launch, past Triton's cache, which keeps no log of ptxas."""
+    """Compiles one launch without Triton's cache, which does not keep the log of ptxas."""
     log = io.StringIO()
     with (
         knobs.nvidia.scope(),
@@ -233,7 +233,7 @@ def compile_launch(architecture: int, case: str, launch: Launch) -> Report:
             options={"num_warps": launch.warps, "num_stages": launch.stages},
         )
     text, sass = log.getvalue(), ""
-    if "mma" in kernel.asm["ptx"]:  # half of the time, and the others have nothing to show
+    if "mma" in kernel.asm["ptx"]:  # disassembly doubles the time, so only for kernels with a GEMM
         sass = _disassemble(kernel.asm["cubin"])
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
     (registers,) = re.findall(r"Used (\d+) registers", text)
@@ -253,7 +253,7 @@ def compile_launch(architecture: int, case: str, launch: Launch) -> Report:
 
 
 def reports(architecture: int) -> Iterator[Report]:
-    """Compiles the kernels of `CASES`, one after another."""
+    """Compiles the kernels of `CASES` and yields a report for each."""
     for name, call in CASES.items():
         if name in NOT_ON_80 and architecture == 80:
             continue
@@ -264,7 +264,7 @@ def reports(architecture: int) -> Iterator[Report]:
 
 
 def table(found: list[Report]) -> str:
-    """Text, one line per kernel."""
+    """Reports as a text table, one line per kernel."""
     lines = ["arch case                       regs spills  shared warps stages tensor  fetch"]
     for r in found:
         serial = "  wgmma serialized" if r.serialized else ""
@@ -279,7 +279,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--json", action="store_true", help="a list of objects, no table")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of objects instead of a table"
+    )
     options = parser.parse_args()
     found = [report for architecture in options.arch for report in reports(architecture)]
     print(json.dumps([report._asdict() for report in found]) if options.json else table(found))

@@ -1,13 +1,13 @@
-"""Tile sizes per architecture: tables, so that nothing is tuned at import or at first use.
+"""Tile sizes per architecture, in tables: nothing is autotuned at import or at first use.
 
-They are chosen from ahead-of-time reports (`triton.compile`): no spill,
-shared memory that fits, tensor cores fed from it. Of sm_90's, the row kernel's was raced on an H200
-and the forward's wide tile took the time of cuBLAS's GEMM at 8190 x 4096 x 151936; the speed of the
-other tiles is not measured.
+The tiles are chosen from ahead-of-time reports (`triton.compile`): no spills, shared memory that
+fits, and tensor cores fed from shared memory. Two tiles of sm_90 were timed on an H200. The row
+kernel's was the fastest of its candidates. The forward's wide tile took the time of cuBLAS's GEMM
+at 8190 x 4096 x 151936. The speed of the other tiles is not measured.
 
-An architecture that is not listed takes the nearest lower one that is (86 and 89 take 80, 103 takes
-100), one below 80 takes 80. 80's tiles stay within 99 KiB of shared memory, all that 86 and 89
-have; so has 120, whose tensor cores are programmed as 80's too, so it is listed as 80.
+An unlisted architecture uses the nearest lower one in the tables: 86 and 89 use 80, 103 uses 100.
+An architecture below 80 uses 80. The tiles of 80 fit into 99 KiB of shared memory, the limit of 86
+and 89. 120 has the same limit and the same tensor core instructions, so it uses the tiles of 80.
 """
 
 import functools
@@ -18,14 +18,14 @@ import torch
 
 
 class RowConfig(NamedTuple):
-    """The row kernel: elements per step and warps."""
+    """Configuration of the row kernel: elements per step, and warps."""
 
     block: int
     warps: int
 
 
 class GemmConfig(NamedTuple):
-    """The fused head: a tile of rows x columns logits, depth of H at a time."""
+    """Configuration of a fused head: rows x columns logits per tile, `depth` of H per step."""
 
     rows: int
     columns: int
@@ -39,20 +39,25 @@ class GemmConfig(NamedTuple):
 
 
 MOST_SPLITS = 256
-"""Per-split results are read again to combine them; 256 keep one row block on every processor."""
+"""Limit on splits, whose results are read again to combine them.
+
+256 splits keep every multiprocessor busy with a single row block."""
 
 LOSS_BLOCK = 256
 LOSS_WARPS = 4
 
-# 4096 elements take 64 registers, so four rows share a multiprocessor; if the row is read once, 73
-# to 80, three rows. 8192 elements take 100, two rows. On an H200 1024 were the fastest of 8.
+# Registers limit the rows per multiprocessor. 4096 elements take 64 registers (four rows), or 73 to
+# 80 if the row is read once (three rows). 8192 elements take 100 (two rows). On an H200 1024
+# elements were the fastest of 8 sizes.
 ROWS = dict.fromkeys((80, 100, 120), RowConfig(4096, 8)) | {90: RowConfig(1024, 8)}
 
-# Bins. Hidden states up to 1024 wide spend a larger share of a tile outside the GEMM: 4 warps per
-# tile let two tiles share a multiprocessor, one multiplying while the other exponentiates. A
-# vocabulary below 16384 has too few tiles of 256 columns to go round. "pointers" is for tensors
-# whose rows are not aligned to 16 bytes (an H that is not a multiple of 8): neither descriptors nor
-# wide loads can address them, and narrow ones cost registers.
+# Tiles by problem size:
+# - "wide" needs H above 1024 and a vocabulary of at least 16384. A smaller vocabulary has too few
+#   tiles of 256 columns for all multiprocessors.
+# - "narrow": with H up to 1024 a larger share of a tile's time is outside the GEMM. 4 warps per
+#   tile let two tiles share a multiprocessor: one multiplies while the other exponentiates.
+# - "pointers" is for rows that are not aligned to 16 bytes (H is not a multiple of 8). Descriptors
+#   and wide loads cannot address them, and narrow loads cost registers.
 _AMPERE = {
     "wide": GemmConfig(128, 128, 64, 8, 3, 16, False),
     "narrow": GemmConfig(64, 128, 64, 4, 3, 16, False),
@@ -63,7 +68,7 @@ _AMPERE = {
 _HOPPER = {
     "wide": GemmConfig(128, 256, 64, 8, 3, 16, True),
     "narrow": GemmConfig(128, 128, 64, 4, 3, 16, True),
-    "few rows": GemmConfig(64, 256, 64, 8, 4, 16, True),  # 4 warps spill where V is odd
+    "few rows": GemmConfig(64, 256, 64, 8, 4, 16, True),  # 4 warps spill if V is odd
     "float32": GemmConfig(64, 32, 32, 4, 3, 16, False),
     "pointers": GemmConfig(64, 64, 32, 4, 3, 16, False),
 }
@@ -75,18 +80,19 @@ EXP_HEADS = {
     100: GemmConfig(128, 128, 64, 8, 4, 16, True),
     120: GemmConfig(128, 128, 64, 8, 3, 16, True),
 }
-"""Tiles of `exp_head` in Triton. On an H200 90's was the fastest of 9 at V = 128256, 690 TFLOP/s.
+"""Tiles of `exp_head` in Triton.
 
-It spills on 100. 80 has none: there descriptors are loads that do not overlap with the product."""
+On an H200 the tile of 90 was the fastest of 9, with 690 TFLOP/s at V = 128256. It spills on 100.
+80 has no tile, because its descriptor loads do not overlap with the product."""
 
 
 def listed(architecture: int) -> int:
-    """The nearest architecture of the tables, from below if there is one."""
+    """The architecture whose tables to use: the nearest lower one, or 80."""
     return max((known for known in GEMMS if known <= architecture), default=80)
 
 
 def row_config(architecture: int, vocabulary: int) -> RowConfig:
-    """A small vocabulary is one step, with a warp for every 256 tokens."""
+    """Row kernel configuration. A small vocabulary is one step, with a warp per 256 tokens."""
     block, warps = ROWS[listed(architecture)]
     if vocabulary >= block:
         return RowConfig(block, warps)
@@ -95,7 +101,7 @@ def row_config(architecture: int, vocabulary: int) -> RowConfig:
 
 
 def gemm_bin(dtype: torch.dtype, rows: int, width: int, vocabulary: int, describable: bool) -> str:
-    """Which entry of a table of `GEMMS`."""
+    """Key of the entry in a table of `GEMMS`."""
     if dtype == torch.float32:
         return "float32"
     if not describable:
@@ -113,7 +119,7 @@ def gemm_config(
     vocabulary: int,
     describable: bool = True,
 ) -> GemmConfig:
-    """The tile for rows x width times width x vocabulary."""
+    """The tile for a product of (rows, width) and (width, vocabulary)."""
     return GEMMS[listed(architecture)][gemm_bin(dtype, rows, width, vocabulary, describable)]
 
 
@@ -121,7 +127,8 @@ def gemm_config(
 def choose_splits(row_blocks: int, tiles: int, processors: int) -> tuple[int, int]:
     """(splits of the vocabulary, tiles per split) with the least work for the busiest processor.
 
-    Of equals the fewest splits. One program per processor at a time is assumed; more only help.
+    Among equals it takes the fewest splits. It assumes one program per processor at a time. More
+    programs per processor only help.
     """
     best, least = (1, max(tiles, 1)), math.inf
     for per_split in range(max(tiles, 1), 0, -1):

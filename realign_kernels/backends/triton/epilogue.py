@@ -1,6 +1,6 @@
-"""Elementwise kernels: epilogue of the hidden gradient, and the scaling of gradients.
+"""Elementwise kernels: epilogue of the hidden gradient, and scaling of gradients.
 
-As torch operations the epilogue moves 68 bytes for each element of hidden, here 10.
+The epilogue moves 10 bytes per element of hidden. As torch operations it would move 68.
 """
 
 import triton
@@ -13,7 +13,7 @@ from realign_kernels.backends.triton.logits import ceil_div, launch, load_wide
 BLOCK = 2048
 SCALE_BLOCK = 8192
 SCALE_PROGRAMS = 1024
-"""A few for each multiprocessor of any GPU."""
+"""A few programs per multiprocessor on any GPU."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def hidden_grad_kernel(
     out_stride,
     BLOCK: tl.constexpr,
 ):
-    """A block of columns of one row."""
+    """Computes one block of columns of one row of the hidden gradient."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -84,7 +84,7 @@ def scale_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """values *= factor, and nothing where the factor is 1."""
+    """values *= factor, skipped if the factor is 1."""
     f = tl.load(factor)
     if f != 1:
         step = PROGRAMS * BLOCK

@@ -1,11 +1,11 @@
-"""E of a chunk straight from hidden states: the exponential in the GEMM's epilogue, no logits.
+"""E of a chunk from hidden states without logits: the exponential is in the GEMM's epilogue.
 
-For rows whose derivative is needed. Each row is shifted by its label's logit, which is known before
-the GEMM, and not by its maximum, so nothing is read twice:
+It is for rows whose derivative is needed. A row is shifted by its label's logit instead of its
+maximum. That logit is known before the GEMM, so nothing is read twice:
 
     E_v = exp(z_v - z_label) / 2^MARGIN        logp = -log(1 + 2^MARGIN * sum E_v)
 
-Where other tokens are 109 nats above the label, E may overflow. The log-prob is then NaN, and the
+If other tokens are 109 nats above the label, E may overflow. The log-prob is then NaN, and the
 call is repeated with row kernels, which shift by the maximum (`Head.retry`).
 """
 
@@ -31,12 +31,14 @@ from realign_kernels.backends.triton.logits import (
 from realign_kernels.lm_head import Head
 
 MARGIN = tl.constexpr(58.0)
-"""Bits, 40 nats. Tokens 47 nats below the label underflow instead: 1 - p is then below 1e-20."""
+"""Exponent offset in bits (40 nats). In return, tokens 47 nats below the label underflow.
+
+1 - p is then below 1e-20."""
 LOG2E = tl.constexpr(math.log2(math.e))
 ENVIRONMENT = "REALIGN_HEAD"
 CHOICES = ("cutlass", "triton", "rows")
 DEFAULT = "rows"
-"""The other kernels were faster on an H200, but no whole call has run there."""
+"""The other kernels were faster on an H200, but no complete call has run with them there."""
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def label_kernel(
     weight,  # (V, H)
     labels,  # (N,) int64
     logit_out,  # (N,) fp32
-    shift_out,  # (N,) fp32, of log2 E
+    shift_out,  # (N,) fp32, subtracted in the exponent of 2
     narrow_out,  # (N,) int32, the labels
     width,
     hidden_stride,
@@ -53,7 +55,7 @@ def label_kernel(
     inverse_temperature,
     BLOCK: tl.constexpr,
 ):
-    """The label's logit of one row, by which the row is shifted."""
+    """Computes the label's logit of one row, which is the shift of the row."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -70,7 +72,7 @@ def label_kernel(
 
 @triton.jit
 def exponentials(z, shift, label, columns, vocabulary, inverse_temperature):
-    """E; 0 at the label and past the vocabulary."""
+    """E of a tile of logits, 0 at the label and past the vocabulary."""
     left_out = (columns[None, :] == label[:, None]) | (columns >= vocabulary)[None, :]
     exponent = z * (inverse_temperature * LOG2E) - shift[:, None]
     return tl.where(left_out, 0.0, tl.exp2(exponent))
@@ -78,13 +80,13 @@ def exponentials(z, shift, label, columns, vocabulary, inverse_temperature):
 
 @triton.jit
 def exp_kernel(
-    hidden,  # (N, H), a descriptor of BLOCK_ROWS x BLOCK_DEPTH
-    weight,  # (V, H), a descriptor of BLOCK_COLUMNS x BLOCK_DEPTH
-    exp_logits,  # (N, V), a descriptor of BLOCK_ROWS x BLOCK_COLUMNS / 2
-    labels,  # (N,) int32
-    shift,  # (N,) fp32, of log2 E
-    sums_out,  # (tiles of columns, N) fp32
-    rounded_out,  # (tiles of columns, N) fp32, of exp_logits as they are written
+    hidden,  # (N, H) descriptor with BLOCK_ROWS x BLOCK_DEPTH boxes.
+    weight,  # (V, H) descriptor with BLOCK_COLUMNS x BLOCK_DEPTH boxes.
+    exp_logits,  # (N, V) descriptor with BLOCK_ROWS x BLOCK_COLUMNS / 2 boxes.
+    labels,  # (N,) int32.
+    shift,  # (N,) fp32, subtracted in the exponent of 2.
+    sums_out,  # (tiles of columns, N) fp32.
+    rounded_out,  # (tiles of columns, N) fp32, sums of the rounded exp_logits.
     count,
     vocabulary,
     width,
@@ -96,13 +98,13 @@ def exp_kernel(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Tiles of E by one program: GEMM, exponential, sums over the columns of each tile."""
+    """Computes tiles of E in one persistent program: GEMM, exponential, sums over columns."""
     row_blocks = tl.cdiv(count, BLOCK_ROWS)
     column_blocks = tl.cdiv(vocabulary, BLOCK_COLUMNS)
     HALF: tl.constexpr = BLOCK_COLUMNS // 2
-    # flatten: the loads of a program's next tile run during the epilogue of this one.
+    # flatten: the loads of the next tile overlap with the epilogue of this one.
     for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, PROGRAMS, flatten=True):
-        # GROUP row blocks pass over the vocabulary together: their hidden states stay in L2.
+        # GROUP row blocks pass over the vocabulary together, so their hidden states stay in L2.
         group = tile // (GROUP * column_blocks)
         group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
         within = tile % (GROUP * column_blocks)
@@ -117,7 +119,7 @@ def exp_kernel(
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         shifts = tl.load(shift + rows, rows < count, other=0.0)
         label = tl.load(labels + rows, rows < count, other=-1)
-        # In two halves, which take less shared memory on their way out.
+        # Storing two halves takes less shared memory than storing the tile at once.
         left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
         columns = first_column + tl.arange(0, HALF)
         e = exponentials(left, shifts, label, columns, vocabulary, inverse_temperature)
@@ -149,7 +151,7 @@ def score_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Log-prob and 1 - p of a block of rows, from the sums of their tiles in order."""
+    """Computes log-prob, 1 - p and divisor of a block of rows from the sums of their tiles."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     parts = tl.zeros((BLOCK_TILES, BLOCK_ROWS), tl.float32)
     rounded = tl.zeros((BLOCK_TILES, BLOCK_ROWS), tl.float32)
@@ -161,29 +163,29 @@ def score_kernel(
         rounded += tl.load(rounded_sums + slots, inside, other=0.0)
     sum_exp = tl.sum(parts, 0)
     z = tl.load(logit + rows, rows < count, other=0.0)
-    # z - z is 0, but NaN where it is inf: an overflow must not read as certainty.
-    # The product with 2^MARGIN is exact; where it would overflow its logarithm is a sum.
+    # z - z is 0, but NaN for an infinite z: an overflow must not look like certainty.
+    # The product with 2^MARGIN is exact. For large sums, which could overflow, logarithms add up.
     large = sum_exp > 1
     log_total = tl.log(tl.where(large, sum_exp, sum_exp * tl.exp2(MARGIN)))
     logit_gap = z - z - tl.where(large, log_total + MARGIN / LOG2E, log_total)
-    # Beyond that the product of E with the weight may overflow.
+    # For larger sums the product of E with the weight may overflow.
     logit_gap = tl.where(sum_exp < 1e30, logit_gap, float("nan"))
     e = tl.exp(-tl.abs(logit_gap))
     u = 1 + e
-    # log1p(e) = e log(u) / (u - 1) for u = 1 + e as rounded: exact to a few ulp.
+    # log1p(e) = e log(u) / (u - 1), with u = 1 + e rounded, is exact to a few ulp.
     log1p = tl.where(u == 1, e, e * tl.log(u) / tl.where(u == 1, 1.0, u - 1))
     negative = tl.where(logit_gap < 0, logit_gap, 0.0)
     logps = negative - tl.where(logit_gap != logit_gap, logit_gap, log1p)
     tl.store(logps_out + rows, logps, rows < count)
     tl.store(one_minus_p_out + rows, tl.where(logit_gap > 0, e / u, 1 / u), rows < count)
-    # 0 only if there are no other tokens; the product that it divides is 0, too.
+    # The divisor is 0 only if there are no other tokens. The product that it divides is then 0.
     divisor = tl.sum(rounded, 0) * temperature
     divisor = tl.where(divisor < 1e-37, 1e-37, divisor)
     tl.store(divisor_out + rows, divisor, rows < count)
 
 
 def label_logits(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit of the label and shift, fp32, and the label as int32, each (N,)."""
+    """Logit of the label (fp32), shift (fp32) and label (int32), each (N,)."""
     count, width = hidden.shape
     logit, shift = (hidden.new_empty(count, dtype=torch.float32) for _ in range(2))
     narrow = hidden.new_empty(count, dtype=torch.int32)
@@ -211,7 +213,7 @@ def exp_rows(
 ) -> Tensor:  # (2, tiles, N)
     """The GEMM in Triton: writes exp_logits, (N, V), and returns sums by tiles of columns.
 
-    First those of E in fp32, then those of exp_logits as they were rounded.
+    The first are sums of E in fp32, the second are sums of the rounded exp_logits.
     """
     (count, width), vocabulary = hidden.shape, len(head.weight)
     tile = EXP_HEADS[listed(device_facts(hidden)[0])]
@@ -249,7 +251,7 @@ def cutlass_rows(
     module = require_extension()
     count = len(hidden)
     rows, columns = module.EXP_HEAD_TILE
-    # Its epilogue writes the sums of whole blocks of rows.
+    # The epilogue writes sums for whole blocks of rows.
     shape = 2, ceil_div(len(head.weight), columns), ceil_div(count, rows) * rows
     sums = hidden.new_empty(shape, dtype=torch.float32)
     module.exp_head(
@@ -272,7 +274,7 @@ def score_sums(
     logit: Tensor,  # (N,)
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # each (N,) fp32
-    """Log-probs, 1 - p and the divisor of E W, from the sums by tiles of columns."""
+    """Log-probs, 1 - p and the divisor of E W from the sums by tiles of columns."""
     logps, one_minus_p, divisor = (torch.empty_like(logit) for _ in range(3))
     _, tiles, count = sums.shape
     block = 32
@@ -306,23 +308,23 @@ def fused(hidden: Tensor, labels: Tensor, head: Head, exp_logits: Tensor) -> Sco
 
 
 def choice(hidden: Tensor, head: Head) -> str:
-    """The kernel for E: one of `CHOICES`, of which "rows" writes logits and reads them again.
+    """The kernel for E, one of `CHOICES`. "rows" writes logits and reads them again.
 
     Raises:
-        ValueError: REALIGN_HEAD names another one, or one that this installation lacks.
+        ValueError: REALIGN_HEAD has another value, or names a kernel that is not installed.
     """
     asked = os.environ.get(ENVIRONMENT) or DEFAULT
     if asked not in CHOICES:
-        raise ValueError(f"{ENVIRONMENT} is {asked!r}: use one of {', '.join(CHOICES)}")
+        raise ValueError(f"{ENVIRONMENT} is {asked!r}. Use one of {', '.join(CHOICES)}.")
     if asked == "cutlass" and not built():
         raise ValueError(
-            f"{ENVIRONMENT} is 'cutlass', and the extension was built without it: install "
-            "nvidia-cutlass==4.2.0 and nvcc, build again, or use triton or rows"
+            f"{ENVIRONMENT} is 'cutlass', but the extension was built without CUTLASS. Install "
+            "nvidia-cutlass==4.2.0 and nvcc and build again, or use triton or rows."
         )
     if asked == "rows" or not _suits(hidden, head):
         return "rows"
-    # CUTLASS's kernel is for sm_90a, has no temperature in its derivative and stores 16 bytes at a
-    # time.
+    # The CUTLASS kernel is for sm_90a, has no temperature in its derivative, and stores 16 bytes at
+    # a time.
     hopper = device_facts(hidden)[0] == 90
     plain = head.temperature == 1 and len(head.weight) % 8 == 0
     return asked if hopper and plain else "triton"
@@ -334,10 +336,13 @@ def built() -> bool:
 
 
 def _suits(hidden: Tensor, head: Head) -> bool:
-    """bf16 on Hopper and later, with rows that the tensor memory accelerator can address.
+    """Whether a kernel without logits supports these inputs.
 
-    E needs bf16's range. The labels of a shard are on other ranks. At a temperature below 1 labels
-    are soon 109 nats below another token.
+    It needs bf16 on Hopper or later, with rows that the tensor memory accelerator can address:
+
+    - E needs the range of bf16.
+    - With a vocabulary shard, the label may be on another rank.
+    - At a temperature below 1, labels easily are 109 nats below another token.
     """
     if listed(device_facts(hidden)[0]) not in EXP_HEADS:
         return False

@@ -1,8 +1,9 @@
-"""Row statistics (label logit, maximum, sum of exp) from hidden states: logits are never written.
+"""Row statistics (label logit, maximum, sum of exp) from hidden states, without writing logits.
 
-For passes without gradient: references, evaluation. A program holds one block of rows and walks
-its split of the vocabulary a tile at a time, GEMM and online sum together; the splits of a row
-are combined in a fixed order, so results do not depend on which program ends first.
+It is for passes without gradient, such as references and evaluation. A program handles one block of
+rows and one split of the vocabulary. It processes the split tile by tile, with the GEMM and an
+online sum in one loop. The splits of a row are combined in a fixed order, so results are
+deterministic.
 """
 
 import torch
@@ -26,13 +27,13 @@ from realign_kernels.backends.triton.logits import (
 
 @triton.jit
 def head_kernel(
-    hidden,  # (N, H), a descriptor of BLOCK_ROWS x BLOCK_DEPTH or a pointer
-    weight,  # (V, H), a descriptor of BLOCK_COLUMNS x BLOCK_DEPTH or a pointer
-    labels,  # (N,) int64
-    bias,  # (V,) or None
-    logit_out,  # (N,) fp32, -inf where no program finds the label
-    max_logit_out,  # (splits, N) fp32
-    sum_exp_out,  # (splits, N) fp32
+    hidden,  # (N, H) pointer, or descriptor with BLOCK_ROWS x BLOCK_DEPTH boxes.
+    weight,  # (V, H) pointer, or descriptor with BLOCK_COLUMNS x BLOCK_DEPTH boxes.
+    labels,  # (N,) int64.
+    bias,  # (V,) or None.
+    logit_out,  # (N,) fp32, -inf if no program finds the label.
+    max_logit_out,  # (splits, N) fp32.
+    sum_exp_out,  # (splits, N) fp32.
     count,
     vocabulary,
     width,
@@ -49,9 +50,9 @@ def head_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
 ):
-    """One block of rows against one split of the vocabulary."""
-    # Programs that run at one time share the tiles of weight (a group of row blocks at one split)
-    # and the rows of hidden (GROUP blocks, small enough for L2).
+    """Computes the statistics of one block of rows over one split of the vocabulary."""
+    # Programs that run at the same time share tiles of weight, because a group of row blocks has
+    # one split. They also share rows of hidden, because GROUP blocks fit into L2.
     program = tl.program_id(0)
     row_blocks = tl.cdiv(count, BLOCK_ROWS)
     group = program // (GROUP * splits)
@@ -83,7 +84,7 @@ def head_kernel(
                 b = weight.load([first_column, k])
                 z = tl.dot(a, b.T, z, input_precision="tf32x3")
         else:
-            # Past the end the last row is read again: its results are masked or not stored.
+            # Past the end the last row is read again. Those results are masked or not stored.
             a_rows = tl.where(rows < count, rows, count - 1).to(tl.int64)
             b_rows = tl.where(columns < vocabulary, columns, vocabulary - 1).to(tl.int64)
             a_pointers = hidden + a_rows[:, None] * hidden_stride + depth[None, :]
@@ -100,12 +101,12 @@ def head_kernel(
                 b_pointers += BLOCK_DEPTH
         z = scale_logits(z, softcap, inverse_temperature)
         is_label = columns[None, :] == label[:, None]
-        # One tile holds the label, so one program writes its logit. label = -1 is in none.
+        # Only one tile holds the label, so only one program writes its logit. No tile holds -1.
         found = (label >= first_column) & (label < first_column + BLOCK_COLUMNS)
         tl.store(logit_out + rows, tl.sum(tl.where(is_label, z, 0.0), 1), found)
         z = tl.where(is_label | (columns >= vocabulary)[None, :], float("-inf"), z)
         top = tl.max(z, 1)
-        # A comparison, not maximum(): a NaN never becomes the maximum, so the sum keeps it.
+        # A comparison instead of maximum(): a NaN never becomes the maximum, but stays in the sum.
         higher = tl.where(top > max_logit, top, max_logit)
         sum_exp = sum_exp * tl.exp(max_logit - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
         max_logit = higher
@@ -125,10 +126,10 @@ def head_stats(
     *,
     config: GemmConfig | None = None,
 ) -> RowStats:
-    """`row_stats` of hidden @ weight.T; the logits are fp32 and never in memory.
+    """`row_stats` of hidden @ weight.T, with fp32 logits that are never in memory.
 
-    fp32 inputs are multiplied as three tf32 products, about as exact as fp32. Rows of hidden whose
-    elements are not adjacent are copied.
+    fp32 inputs are multiplied as three tf32 products, which is about as exact as fp32. hidden is
+    copied if the elements of a row are not adjacent.
 
     Raises:
         ValueError: the last stride of weight is not 1.
@@ -137,8 +138,8 @@ def head_stats(
         hidden = hidden.contiguous()
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         raise ValueError(
-            f"weight {tuple(weight.shape)} with strides {weight.stride()} must have last stride 1: "
-            "call contiguous() on it"
+            f"weight {tuple(weight.shape)} has strides {weight.stride()}, but the last stride must "
+            "be 1. Call contiguous() on it."
         )
     (count, width), vocabulary = hidden.shape, len(weight)
     architecture, processors = device_facts(hidden)

@@ -1,4 +1,4 @@
-"""Helpers of the Triton kernels: softcap and temperature of a logit, launches, argument checks."""
+"""Helpers for Triton kernels: softcap and temperature of a logit, launches, device properties."""
 
 import contextlib
 import functools
@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-"""Maxima start here and not at -inf: -inf - -inf is NaN where a row has no other token."""
+"""Initial value of maxima. With -inf, a row without other tokens would give -inf - -inf = NaN."""
 
 
 @triton.jit
 def load_wide(pointer, mask):
-    """fp32 values; 0 where masked."""
+    """Loads values as fp32, 0 where masked."""
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -24,8 +24,8 @@ def load_wide(pointer, mask):
 def scale_logits(logits, softcap, inverse_temperature):
     """cap(logits) / temperature.
 
-    tanh from one exponential, since tanh.approx errs by 5e-4. An infinite logit is an overflow and
-    must not become the finite softcap: + 0 * logits makes it NaN.
+    tanh is computed from one exponential, because tanh.approx has an error of 5e-4. An infinite
+    logit is an overflow and must not become the finite softcap, so + 0 * logits makes it NaN.
     """
     if softcap is not None:
         tanh = 1 - 2 / (tl.exp(logits * (2 / softcap)) + 1)
@@ -36,7 +36,10 @@ def scale_logits(logits, softcap, inverse_temperature):
 
 @triton.jit
 def logit_derivative(logits, softcap, inverse_temperature):
-    """d z / d logits. 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x|) does not cancel."""
+    """d z / d logits, from 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x|).
+
+    This form has no cancellation.
+    """
     if softcap is not None:
         e = tl.exp(tl.abs(logits) * (-2 / softcap))
         return inverse_temperature * 4 * e / ((1 + e) * (1 + e))
@@ -49,7 +52,7 @@ _assumed: tuple[int, int] | None = None
 
 @contextlib.contextmanager
 def assume_device(architecture: int, processors: int) -> Iterator[None]:
-    """Launchers choose tiles for this device, also without one: for compiling and for tests."""
+    """Makes launchers choose tiles for this device, for compilation and tests without a GPU."""
     global _assumed
     before, _assumed = _assumed, (architecture, processors)
     try:
@@ -65,12 +68,12 @@ def _device_facts(index: int) -> tuple[int, int]:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """triton.cdiv for the host: that one is typed as a constexpr."""
+    """Ceiling division on the host. triton.cdiv is typed as a constexpr."""
     return -(-a // b)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel on the device of its tensors: Triton launches on the current device."""
+    """Launches a kernel on the device of its tensors. Triton itself uses the current device."""
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
         kernel[grid](*args, **options)
 
@@ -83,6 +86,6 @@ def device_facts(tensor: Tensor) -> tuple[int, int]:
 
 
 def takes_tma(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address it: everything in multiples of 16 bytes."""
+    """Whether the tensor memory accelerator can address a matrix: 16-byte address and row pitch."""
     pitch = tensor.stride(0) * tensor.element_size()
     return tensor.data_ptr() % 16 == 0 and pitch % 16 == 0

@@ -1,8 +1,8 @@
-"""From log-probs of tokens to the loss and its coefficients, in one launch.
+"""Preference loss and its coefficients from token log-probs, in one launch.
 
-One program per example reads the rows of all examples and keeps its own, so rows need no order
-and sums need no atomics; the program that ends last adds up the losses of the examples, in their
-order. Whatever the GPU does first, the result is the same to the bit.
+One program per example reads the rows of all examples and uses its own, so rows need no order and
+sums need no atomics. The program that ends last adds the losses of the examples in order. Results
+are bitwise deterministic.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from realign_kernels.objectives import AnchorSigmoid, Objective, PairSigmoid
 
 
 class LossOutput(NamedTuple):
-    """The loss of a batch. L leaves, B examples, K terms; all detached."""
+    """The loss of a batch, detached. L is leaves, B examples, K terms."""
 
     loss: Tensor  # () fp32, mean or sum over examples
     coefficients: Tensor  # (N,) fp32, d loss / d logps[i]
@@ -33,29 +33,29 @@ class Table(NamedTuple):
 
     positive: tuple[int, ...]
     negative: tuple[int, ...]
-    """-1 in a term that compares with delta and not with another leaf."""
+    """-1 in a term that compares with delta instead of another leaf."""
     weights: tuple[float, ...]
     deltas: tuple[float, ...]
 
 
 LEAF_FIELDS = {"response", "image", "detached", "rival"}
-"""Which token a leaf is scored by (rival) is settled before the log-probs come here."""
+"""Fields of a leaf that the kernel supports. `rival` only affects the log-probs it receives."""
 
 NEUTRAL = {"label_smoothing": 0, "below": False, "average": False}
-"""Settings that the kernel does not compute, and their values where nothing is to compute."""
+"""Settings that the kernel does not support, with the values that switch them off."""
 
 
 def _known(thing: object, *names: str) -> bool:
-    """Whether an object has no fields but these and NEUTRAL's, the latter at their neutral values.
+    """Whether an object has only these fields and NEUTRAL fields with neutral values.
 
-    So a field that is added later is refused, not ignored.
+    A field added to the class later is thus rejected instead of ignored.
     """
     rest = {name: value for name, value in vars(thing).items() if name not in names}
     return all(name in NEUTRAL and NEUTRAL[name] == value for name, value in rest.items())
 
 
 def supports(objective: Objective) -> bool:
-    """Whether the kernel computes this objective: PairSigmoid and AnchorSigmoid, plain ones."""
+    """Whether the kernel supports this objective: only plain PairSigmoid and AnchorSigmoid."""
     return (
         type(objective) is Objective
         and _known(objective, "name", "leaves", "terms", "beta")
@@ -83,13 +83,13 @@ def encode(objective: Objective) -> Table:
 
 @triton.jit
 def pick(values, leaves, leaf: tl.constexpr):
-    """values[leaf], where `leaves` is arange."""
+    """values[leaf], with `leaves` an arange."""
     return tl.sum(tl.where(leaves == leaf, values, 0.0), 0)
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) in fp64. log(1 + e) is e * log(u) / (u - 1) with u = 1 + e as rounded."""
+    """log(1 + exp(x)) in fp64, from log(1 + e) = e * log(u) / (u - 1) with u = 1 + e rounded."""
     e = tl.exp(-tl.abs(x))
     u = 1 + e
     small = u == 1
@@ -99,7 +99,7 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    """In fp64, without overflow."""
+    """sigmoid(x) in fp64, without overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1 + e)
 
@@ -129,7 +129,7 @@ def loss_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One example. fp64 throughout: the work is small, and results are then exact in fp32."""
+    """Computes one example, in fp64: the work is small, and results are then exact in fp32."""
     example = tl.program_id(0)
     leaves = tl.arange(0, PADDED)
     slot = leaves.to(tl.int64) * examples + example  # the ids of this example
@@ -176,8 +176,8 @@ def loss_kernel(
         value = tl.sum(tl.where(mine, grads[:, None], 0.0), 0)
         tl.store(coefficients + at, value.to(tl.float32), tl.sum(mine.to(tl.int32), 0) > 0)
 
-    # The barrier orders the stores of all warps before the release; the acquire of whoever counts
-    # to the end then orders the loads behind the stores of all programs. .cg reads them from L2.
+    # The barrier orders the stores of all warps before the release. The acquire of the program that
+    # counts last orders its loads after the stores of all programs. .cg reads them from L2.
     tl.debug_barrier()
     before = tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
@@ -200,7 +200,7 @@ def preference_sums(
 ) -> LossOutput:
     """Sums, rewards, terms, loss and d loss / d logps. See `objectives.Objective.__call__`.
 
-    With reduction "none", `loss` is the sum, and coefficients are those of each example's own loss.
+    With reduction "none", `loss` is the sum, and the coefficients are those of this sum.
     """
     assert logps.dtype == torch.float32
     table = encode(objective)
@@ -213,7 +213,7 @@ def preference_sums(
     )
     counts = torch.empty(leaves, examples, dtype=torch.int64, device=logps.device)
     coefficients = torch.empty_like(logps)
-    # Zeroed for each call: a counter that resets itself would not survive two streams.
+    # Zeroed for each call, because two streams could not share a counter that resets itself.
     finished = torch.zeros((), dtype=torch.int64, device=logps.device)
     if examples == 0:
         loss.zero_()

@@ -1,8 +1,13 @@
 """The row kernel: label logit, sum of exp over the other tokens, and E of each row of logits.
 
-One program computes one row. Where E is wanted it shifts by the label's logit and reads the row
-once. It reads the row twice, first for its maximum, where the sum of E is out of range (the other
-tokens are some 70 nats away), in fp16, in place, for the runner-up, and where no E is needed.
+One program computes one row. If E is needed, it shifts the row by the label's logit and reads it
+once. It reads the row twice, first for its maximum, in these cases:
+
+- the sum of E is out of range, because the other tokens are about 70 nats away
+- E is fp16, or is written in place
+- the target is the runner-up
+- E is not needed
+
 `realign_kernels.backends.base` defines the results.
 """
 
@@ -25,17 +30,17 @@ from realign_kernels.backends.triton.logits import (
 
 @triton.jit
 def row_kernel(
-    logits,  # (r, V)
-    labels,  # (r,) int64
-    bias,  # (V,) or None
-    runner_up,  # (r,) uint8 or None
-    exp_logits,  # (r, V) or None, possibly logits
-    target_out,  # (r,) int64
-    logit_out,  # (r,) fp32, and so the next four
-    max_logit_out,
-    sum_exp_out,
-    dz_dlogit_out,
-    divisor_out,
+    logits,  # (r, V).
+    labels,  # (r,) int64.
+    bias,  # (V,) or None.
+    runner_up,  # (r,) uint8 or None.
+    exp_logits,  # (r, V) or None. May be logits.
+    target_out,  # (r,) int64.
+    logit_out,  # (r,) fp32.
+    max_logit_out,  # (r,) fp32.
+    sum_exp_out,  # (r,) fp32.
+    dz_dlogit_out,  # (r,) fp32.
+    divisor_out,  # (r,) fp32.
     vocabulary,
     stride,
     exp_stride,
@@ -44,7 +49,7 @@ def row_kernel(
     ONE_READ: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row. max_logit and sum_exp leave `target` out before anything is rounded."""
+    """Computes one row. max_logit and sum_exp exclude `target` before anything is rounded."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     offsets = tl.arange(0, BLOCK)
@@ -72,19 +77,20 @@ def row_kernel(
             rounding += rounded.to(tl.float32) - e
             tl.store(exp_logits + row * exp_stride + columns, rounded, inside)
         sum_exp = tl.sum(sums, 0)
-        # The limits leave room for the product with the weight. NaN and shards' -1 fail, too.
+        # The limits leave room for the product with the weight. NaN and label -1 fail as well.
         if (sum_exp > 1e-30) & (sum_exp < 1e30) & (label >= 0):
             tl.store(target_out + row, label.to(tl.int64))
             tl.store(logit_out + row, shift)
             tl.store(max_logit_out + row, shift)
             tl.store(sum_exp_out + row, sum_exp)
             tl.store(dz_dlogit_out + row, dz_dlogit)
-            # The largest entry of E is not 1 and is rounded: with the sum of what was rounded the
-            # gradient errs half as much. With a softcap the largest entries have about this slope.
+            # Without a shift by the maximum the largest entry of E is not 1, so it is rounded. With
+            # the sum of the rounded entries, the gradient has half the error. The largest entries
+            # have about the slope 1 / temperature, also with a softcap.
             tl.store(divisor_out + row, sum_exp + tl.sum(rounding, 0) / inverse_temperature)
             return
     target = label
-    # Before the first pass: its reductions are barriers, the second pass may overwrite the row.
+    # Read before the first pass, whose reductions are barriers: the second pass may overwrite it.
     raw = load_wide(logits + target, target >= 0)
     if runner_up is not None:
         by_runner_up = tl.load(runner_up + row) != 0
@@ -103,8 +109,8 @@ def row_kernel(
         z = tl.where(inside, scale_logits(x, softcap, inverse_temperature), float("-inf"))
         displaced = tl.full((), float("-inf"), tl.float32)
         if runner_up is not None:
-            # The target is the best so far but the label; the best that it displaces, and all
-            # else, are other tokens. Strictly greater, from the left: the first largest index.
+            # The target is the best token so far, except the label. The token that it displaces
+            # becomes one of the other tokens. A strict comparison keeps the first of equal tokens.
             candidates = inside & (columns != label)
             leader = tl.max(tl.where(candidates, z, float("-inf")), 0)
             found = tl.min(tl.where(candidates & (z == leader), columns, vocabulary), 0)
@@ -115,7 +121,7 @@ def row_kernel(
         z = tl.where(columns == target, float("-inf"), z)
         top = tl.max(z, 0)
         top = tl.where(displaced > top, displaced, top)
-        # Comparisons, not maximum(): a NaN never becomes the maximum, so the sum keeps it.
+        # Comparisons instead of maximum(): a NaN never becomes the maximum, but stays in the sum.
         higher = tl.where(top > max_logit, top, max_logit)
         sums = sums * tl.exp(max_logit - higher) + tl.exp(z - higher)
         sums += tl.where(offsets == 0, tl.exp(displaced - higher), 0.0)
@@ -124,7 +130,7 @@ def row_kernel(
 
     if runner_up is not None:
         raw = load_wide(logits + target, target >= 0)
-        # The other warps may not write the row before this one has read it.
+        # Other warps must not overwrite the row before this one has read it.
         tl.debug_barrier()
     if bias is not None:
         raw += load_wide(bias + target, target >= 0)
@@ -161,12 +167,12 @@ def row_stats(
     runner_up: Tensor | None = None,  # (r,) bool
     exp_logits: Tensor | None = None,  # (r, V), written; may be logits
 ) -> RowStats:
-    """The row kernel in Triton. `TorchKernels.row_stats` is the contract."""
+    """The row kernel in Triton. `TorchKernels.row_stats` defines the contract."""
     assert logits.stride(1) == 1 and (exp_logits is None or exp_logits.stride(1) == 1)
     count, vocabulary = logits.shape
     wide = [logits.new_empty(count, dtype=torch.float32) for _ in range(5)]
     stats = RowStats(torch.empty_like(labels), *wide)
-    # fp16 holds E only if it is shifted by the maximum.
+    # fp16 can hold E only if it is shifted by the maximum.
     one_read = (
         exp_logits is not None
         and runner_up is None

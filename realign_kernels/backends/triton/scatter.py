@@ -1,7 +1,7 @@
-"""Scatter-add of rows: the target's part of the weight gradient, without atomics.
+"""Scatter-add of rows without atomics, for the target's part of the weight gradient.
 
-`Tensor.index_add_` adds with atomics on CUDA. Labels repeat, so its sums would depend on the order
-in which threads arrive, and training would not repeat to the bit.
+`Tensor.index_add_` uses atomics on CUDA. Labels repeat, so its sums would depend on the order in
+which threads arrive, and training would not be bitwise deterministic.
 """
 
 import triton
@@ -11,14 +11,14 @@ from torch import Tensor
 from realign_kernels.backends.triton.logits import ceil_div, launch
 
 BLOCK = 1024
-"""Columns of a program; 4 warps then load 16 bytes of fp32 a thread, twice."""
+"""Columns per program: each thread of 4 warps loads 16 bytes of fp32 twice."""
 
 
 @triton.jit
 def add_rows_kernel(
     total,  # (V, H)
     index,  # (r,) int64, sorted; -1 for no target
-    order,  # (r,) int64, the row that each entry of index belongs to
+    order,  # (r,) int64, row of each entry of index
     rows,  # (r, H) fp32
     count,
     width,
@@ -26,7 +26,7 @@ def add_rows_kernel(
     rows_stride,
     BLOCK: tl.constexpr,
 ):
-    """One block of columns of one distinct index; the first entry of each adds all its rows."""
+    """Adds one block of columns for one index. The first of equal entries adds all their rows."""
     at = tl.program_id(0)
     target = tl.load(index + at)
     before = tl.load(index + at - 1, at > 0, other=-1)
@@ -50,9 +50,9 @@ def add_rows(
     index: Tensor,  # (r,) int64 in [0, V), or -1: not added
     rows: Tensor,  # (r, H) fp32
 ) -> None:
-    """The same sums in the same order in each call. See `TorchKernels.add_rows`."""
+    """total[index] += rows, in the same order in each call. See `TorchKernels.add_rows`."""
     assert total.stride(1) == 1
-    rows = rows.contiguous()  # a product with hidden states has their layout
+    rows = rows.contiguous()  # rows computed from hidden states have their layout
     count, width = rows.shape
     ordered, order = index.sort(stable=True)
     launch(
