@@ -78,7 +78,7 @@ class DataConfig:
 class LossConfig:
     objective: str = "rdpo"
     """Preference objective: dpo, rdpo, mdpo, mfpo, svco, symmpo, ovip, adavip, mispdpo, lpoi, chip,
-    cdpo, ipo, hinge, or released (the loss of Re-Align's released code, to reproduce it)."""
+    cdpo, ipo, hinge, or released. 'released' reproduces the loss of Re-Align's code."""
     beta: float = 0.1
     """Beta of the objective. A larger beta keeps the model closer to the reference model."""
     visual_weight: float = 1.0
@@ -119,7 +119,7 @@ class OptimConfig:
         for name in ("learning_rate", "weight_decay", "warmup", "clip", "steps"):
             _not_negative(name, getattr(self, name))
         if self.warmup > 1:
-            raise ValueError(f"warmup is {self.warmup}. It is a share of the steps, 1 at most.")
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, 1 at most.")
 
 
 @dataclass
