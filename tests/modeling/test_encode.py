@@ -174,7 +174,7 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt(letters, record, start)
         assert [*root.ids].count(1) == 1 == len(root.ids) - len(plain.roots[0].ids)
         assert 2 not in root.ids and np.array_equal(leaf.ids, other.ids)
     processor.chat_template = "<s><s>" + LLAVA_TEMPLATE
-    with pytest.raises(RecordError, match="'r': its prompt begins with '<s>' twice. Take one out"):
+    with pytest.raises(RecordError, match="'r': its prompt begins with '<s>' twice. Remove one"):
         _encode([record], processor)
 
 
@@ -213,13 +213,15 @@ def test_what_a_processor_or_a_template_raises_names_its_record(scenes):
         "r1": aspect,
         "r3": aspect.replace("of 1200", "of 56 x 56, 1200"),
         "r4": "its chosen response holds '<.im_end.>', which the model reads as a special token",
-        "r6": r"the tokenizer refuses .* \(TypeError",
+        "r6": r"the tokenizer cannot encode .* \(TypeError",
         "r5": "its messages place 2 image.s., by image tags such as '<image>', and 1 are given",
     }.items():
         assert re.match(f"record {name!r}: .*{message}.*[.] [A-Z].*[.]$", errors.pop(name))
     assert not errors
     processor.chat_template = "{{ raise_exception('no ' * 999) }}"
-    with pytest.raises(RecordError, match=r"'r0': the chat template refuses it .{,260}[)]. Change"):
+    with pytest.raises(
+        RecordError, match=r"'r0': the chat template cannot render its messages .{,260}[)]. Change"
+    ):
         _encode(records, processor, objectives.dpo(), layout=layout)
 
 
@@ -273,7 +275,7 @@ def test_several_images_under_a_prompt(processor, record):
         (
             {},
             {"max_tokens": 28},
-            "prompt and chosen response take 29 tokens; the model takes 28. Shorten",
+            "prompt and chosen response have 29 tokens, and the model takes 28. Shorten",
         ),
         (
             {"images": (StoredImage(path="no/such.png"),)},
