@@ -83,8 +83,8 @@ class ChatTemplate:
             images: number of images in the prompt.
 
         Raises:
-            Malformed: when the numbers of images in messages and prompt differ, a text holds a
-                special token, or the template rejects, drops or changes a message.
+            Malformed: when a text holds a special token, `images` differs from the number of places
+                in the messages, or the template rejects, drops or changes a message.
         """
         typed = place_images(messages, images, self.tags)
         for text in (text for message in typed for text in (message["role"], *texts_of(message))):

@@ -272,7 +272,7 @@ def test_a_forest_that_is_not_what_separate_forwards_are_is_not_used(monkeypatch
     right = Layout.positions
     monkeypatch.setattr(Layout, "positions", lambda self, ids, grids: right(self, ids, {}))
     (line,) = lines(model, examples, store)
-    assert line.startswith("each response gets its own copy of the prompt: under a shared one log-")
+    assert line.startswith("each response gets its own copy of the prompt: with a shared copy log-")
     with torch.no_grad():
         batch = build_batch(examples, store, row_tokens=4096)
         assert len(batch.input_ids) == 3 * len(examples)
@@ -284,7 +284,7 @@ def test_what_is_done_otherwise_is_said(monkeypatch):
     for family, expected in {
         "paligemma": "attention is eager: the model has a softcap",
         "qwen3_5": "own copy of the prompt: in its linear_attention layers no mask hides one",
-        "idefics3": "type 'idefics3' are not among the tested ones; .* differs .* by [1-9]e-0[5-9]",
+        "idefics3": "type 'idefics3' are untested: .* differ from .* by [1-9]e-0[5-9]",
     }.items():
         monkeypatch.setattr(layouts, "TESTED", set())
         monkeypatch.setattr("realign.modeling.model.TESTED", {"paligemma", "qwen3_5"})

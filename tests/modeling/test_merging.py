@@ -119,7 +119,7 @@ def test_a_merge_that_gives_another_model_is_refused(bases, tmp_path, monkeypatc
     """As PEFT merges into a weight that both ends share."""
     save_trained(bases["smolvlm"][0], "LoRA, lm_head", tmp_path)
     monkeypatch.setattr(merging, "_split_ends", lambda model: False)
-    with pytest.raises(ValueError, match=r"merged, an adapter of PEFT's kind LORA moves .* nats"):
+    with pytest.raises(ValueError, match=r"merging an adapter of PEFT's kind LORA changed .* nats"):
         load_model(tmp_path)
 
 
@@ -137,7 +137,7 @@ def broken(folder, to, **changes):
         ({"base_model_name_or_path": None}, "names no base: base_model_name_or_path is None"),
         ({"base_model_name_or_path": ""}, "names no base"),
         ({"base_model_name_or_path": "../x"}, r"names the base '../x', and there is no such fold"),
-        ({"base_model_name_or_path": "/gone/base"}, "no such folder from .* absolute path"),
+        ({"base_model_name_or_path": "/gone/base"}, "no such folder in .* absolute path"),
         ({"base_model_name_or_path": "gone-base"}, "from gone-base, the base that .* names"),
         ({"peft_type": "NEW"}, "not a configuration that PEFT .* reads .*install the version"),
         ({"peft_type": None}, "not a configuration that PEFT"),
@@ -237,7 +237,7 @@ def test_an_adapter_on_an_adapter_or_on_a_revision_is_refused(adapter, tmp_path)
         with pytest.raises(ValueError, match="names revision 'v2' of its base some/model"):
             load(folder)
     folder = broken(adapter[0], tmp_path / "second", base_model_name_or_path=str(adapter[0]))
-    with pytest.raises(ValueError, match="is an adapter itself. Merge that one"):
+    with pytest.raises(ValueError, match="is an adapter itself. Merge the base"):
         load_trained(folder)
 
 
@@ -289,7 +289,7 @@ def test_a_run_in_place_of_its_model_is_refused_before_a_model_is_loaded(
     ):
         assert main(words) == 1, words
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"{run} holds no model itself. Pass the folder of one in it: {place}." in error
+        assert f"{run} holds no model itself. Pass one of the models in it: {place}." in error
 
 
 def test_a_tokenizer_beside_an_adapter_is_no_processor(bases, adapter, tmp_path):

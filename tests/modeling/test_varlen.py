@@ -331,7 +331,7 @@ def test_models_that_are_not_causal_get_sdpa_and_a_line_says_so():
     examples, store = encoded("gemma3", model)
     assert build_batch(examples, store, row_tokens=4096).sequences is None
     (line,) = lines(model, examples, store)
-    assert line == "attention is sdpa: not every token sees all before it, and no other"
+    assert line == "attention is sdpa: not every layer has full causal attention"
     vlm, _ = make("llava", attention="tree")
     vlm.model.get_decoder().config.attention_dropout = 0.1
     assert ForestModel(vlm).instead == "it has dropout"
