@@ -83,8 +83,8 @@ class ChatTemplate:
             images: number of images in the prompt.
 
         Raises:
-            Malformed: when a text holds a special token, `images` differs from the number of places
-                in the messages, or the template rejects, drops or changes a message.
+            Malformed: when a text holds a special token, messages place another number of images,
+                or the template rejects, drops or changes a message.
         """
         typed = place_images(messages, images, self.tags)
         for text in (text for message in typed for text in (message["role"], *texts_of(message))):

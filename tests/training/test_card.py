@@ -69,7 +69,7 @@ def test_a_card_of_a_model_on_the_hub():
     assert "# llava-hf/llava-1.5-7b-hf, aligned by rdpo" in card.text
     assert "11,000 preference records with 22,000 distinct images" in card.text
     assert "| loss | 0.5123 |" in card.text and "The last step (343)" in card.text
-    assert "digest of the records: `abc`" in card.text
+    assert "Digest of the records: `abc`" in card.text
 
 
 def test_a_card_from_a_checkout_that_is_not_installed(monkeypatch):

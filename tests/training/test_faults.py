@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_skipped(pairs_file, plain, copy, reason, capsys
         assert Checkpoints(copy / "checkpoints", keep=2).last_intact() == 4
     shown = capsys.readouterr()
     assert f"step-000006 is damaged ({reason}" in shown.err
-    assert "renamed to damaged-step-000006; going back to step-000004." in shown.err
+    assert "renamed to damaged-step-000006. The run resumes from step-000004." in shown.err
     kept = {path.name for path in (copy / "checkpoints").iterdir()}
     new = {"step-000006"} if "resumed from step 4 of 6" in shown.out else set()
     assert kept == {"damaged-step-000006", "step-000004", "step-000006.bak"} | new
@@ -91,7 +91,9 @@ def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(pairs_file, copy
     for step in (copy / "checkpoints").iterdir():
         cut(step / SHARD)
     before = (copy / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(step-000006: .*4: "):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is intact \(step-000006: .*4: "
+    ):
         run(pairs_file, copy, *EVERY_2, "--resume")
     assert (copy / "metrics.jsonl").read_bytes() == before
     assert len(list((copy / "checkpoints").glob("step-*"))) == 2
@@ -147,7 +149,7 @@ def test_training_outlives_a_full_disk(pairs_file, plain, tmp_path, monkeypatch,
     run(pairs_file, tmp_path, *EVERY_2)
     shown = capsys.readouterr().err
     assert "warning: the checkpoint of step 4 could not be written ([Errno 27]" in shown
-    assert "That of step 2 is kept. Training continues" in shown
+    assert "The one of step 2 is kept. Training continues" in shown
     assert shown.count("metrics.jsonl cannot be written") == 1
     assert_same_run(tmp_path, plain)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -162,7 +164,7 @@ def test_a_full_disk_at_the_end_loses_no_checkpoint(
         assert main(arguments(pairs_file, tmp_path, *EVERY_2)) == 1
     shown = capsys.readouterr().err
     assert "error: the checkpoint of step 6 could not be written ([Errno 27]" in shown
-    assert "That of step 4 is kept. Make room, and continue with --resume." in shown
+    assert "The one of step 4 is kept. Free some space, and continue with --resume." in shown
     assert main(arguments(pairs_file, tmp_path, *EVERY_2, "--resume")) == 0
     assert_same_run(tmp_path, plain)
 
@@ -173,7 +175,7 @@ def test_an_export_without_room_is_made_later(pairs_file, plain, copy, capsys):
         assert main(arguments(pairs_file, copy, *EVERY_2, "--resume")) == 1
     shown = capsys.readouterr().err
     assert f"error: {copy / 'model'} could not be written" in shown
-    assert "make room, and run the same with --resume." in shown
+    assert "free some space, and run the same command with --resume." in shown
     assert before[1] == sorted((copy / "model").iterdir()) and not list(copy.glob(".model*"))
     assert main(arguments(pairs_file, copy, *EVERY_2, "--resume")) == 0
     assert_same_run(copy, plain)
@@ -270,7 +272,7 @@ def test_a_gradient_that_no_record_gives_by_itself(pairs_file, tmp_path, monkeyp
         return norms[-1] * (np.nan if len(norms) == 4 else 1)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
-    message = r"step 4: .*No record gives it by itself; lower"
+    message = r"step 4: .*No single record causes it. Lower"
     with pytest.raises(distributed.CommonError, match=message):
         run(pairs_file, tmp_path, *EVERY_2)
 

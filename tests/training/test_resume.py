@@ -151,12 +151,12 @@ def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_pat
     with pytest.raises(ValueError, match=r"holds a run with a checkpoint at step 6\. Add --r"):
         run(pairs_file, plain, *dropout)
     changed = r"dtype \('fp32' -> 'bf16'\), beta \(0\.1 -> 0\.2\), seed \(0 -> 7\), the base\."
-    with pytest.raises(ValueError, match=rf"changed since: {changed}"):
+    with pytest.raises(ValueError, match=rf"Changed: {changed}"):
         more = ("--dtype", "bf16", "--beta", 0.2, "--seed", 7)
         run(pairs_file, plain, *dropout, "--resume", *more)
     fewer = tmp_path / "fewer.parquet"
     write_pairs(fewer, read_pairs(pairs_file)[:-1])
-    with pytest.raises(ValueError, match=r"changed since: the pairs\."):
+    with pytest.raises(ValueError, match=r"Changed: the pairs\."):
         run(fewer, plain, *dropout, "--resume")
     assert (plain / "metrics.jsonl").read_bytes() == before
     early = tmp_path / "early"  # stopped before its first checkpoint
