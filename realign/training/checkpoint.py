@@ -254,7 +254,7 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """Write the manifest, rename the folder and delete old checkpoints: on rank 0, at the end."""
+        """Write the manifest, rename the folder, delete old checkpoints: on rank 0 at the end."""
         partial, folder = Path(self.path), self.target.parent
         files = dict(pair for pairs in results for pair in pairs)
         if absent := [name for name in files if not (partial / name).exists()]:

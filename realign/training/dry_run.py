@@ -309,8 +309,8 @@ class Plan:
         remaining = seconds * (self.total - self.done)
         return (
             f"at least {_clock(remaining)} for steps of {seconds:.2g} s, and up to "
-            f"{_clock(reference_pass)} for references; {step / 1e12:,.3g} TFLOP a step, at the "
-            f"{machine / 1e12:,.3g} TFLOP/s just measured for matrix products"
+            f"{_clock(reference_pass)} for references. A step is {step / 1e12:,.3g} TFLOP, at "
+            f"{machine / 1e12:,.3g} TFLOP/s measured for matrix products"
         )
 
     def disk(self) -> str:

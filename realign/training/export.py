@@ -53,7 +53,7 @@ def export_trained(
         card: returns the text of its README.md; called on rank 0.
 
     Raises:
-        CommonError: on all ranks, when rank 0 cannot write the folder.
+        CommonError: on all ranks, when rank 0 cannot write the folder (a ValueError on rank 0).
     """
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter is not None

@@ -146,8 +146,8 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     changed += [f"the {name}" for name, digest in digests.items() if identity.get(name) != digest]
     if changed:
         raise ValueError(
-            f"the run in {output} has other settings. Changed: {', '.join(changed)}. Resume it with "
-            "its own settings, or name another --output."
+            f"the run in {output} has other settings. Changed: {', '.join(changed)}. Resume it "
+            "with its own settings, or name another --output."
         )
 
 

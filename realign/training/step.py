@@ -311,7 +311,7 @@ def nonfinite_records(
         parameters: trained parameters; their gradients are cleared.
 
     Returns:
-        Indices of these examples, from all ranks. Empty if each example alone is finite.
+        Indices of these examples, from all ranks. Empty if every single example is finite.
     """
 
     def is_finite(index: int) -> tuple[bool, bool]:

@@ -197,7 +197,7 @@ def order(examples):
 
 def named(message):
     """The records that an error names."""
-    return set(message.split("record(s) ")[1].split(":")[0].split(", "))
+    return set(message.split("record(s) ")[1].split(". Check")[0].split(", "))
 
 
 def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path, capsys):
