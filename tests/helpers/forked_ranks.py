@@ -49,9 +49,9 @@ def run_ranks(worker, count, log, *arguments, nodes=1) -> str:
         rank.start()
     for rank in ranks:
         rank.join(300)
-    said = Path(log).read_text()
-    assert [rank.exitcode for rank in ranks] == [0] * count, said
-    return said
+    output = Path(log).read_text()
+    assert [rank.exitcode for rank in ranks] == [0] * count, output
+    return output
 
 
 class Forked:

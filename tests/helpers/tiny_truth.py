@@ -10,9 +10,9 @@ from PIL import Image
 _OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0}
 
 
-def encode(processor, pictures: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
+def encode(processor, images: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
     """What the processor makes of images and a rendered prompt, (1, P) and image inputs."""
-    made = processor(images=list(pictures), text=[text], return_tensors="pt")
+    made = processor(images=list(images), text=[text], return_tensors="pt")
     return {name: value for name, value in made.items() if name != "labels"}
 
 

@@ -90,8 +90,8 @@ def random_record(
         ({"role": "user", "content": random_text(rng, 3, 8)},),
         chosen,
         rejected,
-        tuple(StoredImage.from_pil(picture) for picture in shown),
-        tuple(StoredImage.from_pil(picture) for picture in retrieved),
+        tuple(StoredImage.from_pil(image) for image in shown),
+        tuple(StoredImage.from_pil(image) for image in retrieved),
     )
     check_prompt(processor, record, images)
     return record

@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_skipped(pairs_file, plain, copy, reason, capsys
     assert bool(new) == (DAMAGES[reason] is flip)
 
 
-def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(pairs_file, copy, capsys):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_again(pairs_file, copy, capsys):
     for step in (copy / "checkpoints").iterdir():
         cut(step / SHARD)
     before = (copy / "metrics.jsonl").read_bytes()
@@ -264,7 +264,7 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, t
     assert_same_run(tmp_path, two_ranks[0] / "whole")
 
 
-def test_a_gradient_that_no_record_gives_by_itself(pairs_file, tmp_path, monkeypatch):
+def test_a_gradient_that_no_single_record_causes(pairs_file, tmp_path, monkeypatch):
     clip, norms = torch.nn.utils.clip_grad_norm_, []
 
     def clipped(parameters, limit):  # NaN in the fourth step, finite for its single records

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from realign import distributed
 
 
-def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
+def test_the_launcher_reports_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     (tmp_path / "ends.py").write_text(
         "import os, sys, signal, time\n"
         "rank = int(os.environ['RANK'])\n"

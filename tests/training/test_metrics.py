@@ -32,7 +32,7 @@ def forest(pairs_file):
     return examples, build_batch(examples, store, row_tokens=150), store
 
 
-def test_work_is_what_the_batch_holds(forest):
+def test_work_counts_the_batch(forest):
     examples, batch, _ = forest
     real = batch.segment >= 0
     mask = batch.attention_mask()[:, 0] & real[:, :, None] & real[:, None, :]
@@ -52,7 +52,7 @@ def test_work_is_what_the_batch_holds(forest):
 
 
 @pytest.mark.parametrize("learns", ["lora", "full", "vision"])
-def test_flop_are_those_that_torch_counts(forest, learns):
+def test_flop_agree_with_torch(forest, learns):
     """torch counts padding, and what masks hide; with these as the work both agree."""
     examples, batch, store = forest
     vlm = load_model(ASSETS)
@@ -192,7 +192,7 @@ class FakeWandb(types.ModuleType):
         return run
 
 
-def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_wandb_continues_its_run(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = parse(["--wandb", "align", "--output", str(tmp_path), "--quiet"])

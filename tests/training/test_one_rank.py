@@ -74,7 +74,7 @@ def test_frozen_weights_are_not_copied(pairs_file):
 @pytest.mark.parametrize(
     ("ranks", "offload", "dtype"), [(2, False, BF16), (1, True, BF16), (1, False, torch.float32)]
 )
-def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtype):
+def test_fsdp2_manages_parameters_to_cast_gather_or_offload(ranks, offload, dtype):
     model = ForestModel(load_model(ASSETS, BF16, meta=True), dtype=dtype)
     assert fsdp.unsharded_parameters(model, dtype, ranks, offload) == set()
     whole = fsdp.unsharded_parameters(model, BF16, 1, False)
@@ -119,7 +119,7 @@ def test_ranks_extend_the_allocators_segments_unless_it_is_configured(given, mon
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
 
 
-def test_the_collector_skips_what_exists_before_the_steps():
+def test_the_collector_skips_objects_from_before_the_steps():
     older = [0]
 
     def visited():

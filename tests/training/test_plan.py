@@ -89,7 +89,7 @@ def examples(pairs_file):
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_fake_tensors_take_what_real_ones_take(examples, tune):
+def test_fake_tensors_take_the_memory_of_real_ones(examples, tune):
     batch = build_batch(*examples, row_tokens=99)
     cpu, found = torch.device("cpu"), {}
     for kind in ("real", "fake"):
@@ -132,7 +132,7 @@ def shown(capsys, *given):
     return {row.split("  ")[0]: " ".join(row.split()) for row in rows if not row.startswith(" ")}
 
 
-def test_the_plan_counts_what_training_will_take(pairs_file, tmp_path, capsys, vlm):
+def test_the_plan_has_the_counts_of_training(pairs_file, tmp_path, capsys, vlm):
     output, cache = tmp_path / "run", tmp_path / "cache"
     count = len(read_pairs(pairs_file))
     given = ["--pairs", pairs_file, "--output", output, "--reference-cache", cache]
@@ -161,7 +161,7 @@ def test_the_plan_counts_what_training_will_take(pairs_file, tmp_path, capsys, v
     assert "2 rank(s), 1 forward(s)" in shown(capsys, *given, *more)["steps"]
 
 
-def test_a_merged_model_takes_what_its_base_does(pairs_file, llava, tmp_path, capsys):
+def test_a_merged_model_takes_the_disk_space_of_its_base(pairs_file, llava, tmp_path, capsys):
     """Computed in bf16, kept in fp32."""
     given = ["--pairs", pairs_file, "--output", tmp_path / "run", "--model", llava, "--merge"]
     disk = shown(capsys, *given, "--dtype", "bf16", "--dry-run")["disk"]

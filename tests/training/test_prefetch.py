@@ -67,7 +67,7 @@ def test_results_come_in_order_and_few_are_built_ahead():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_early_end_drops_what_was_not_begun(error):
+def test_an_early_end_drops_waiting_tasks(error):
     begun, second = [], threading.Event()
 
     def build(i):
@@ -83,7 +83,7 @@ def test_an_early_end_drops_what_was_not_begun(error):
     assert not threads() and begun == [0, 1]
 
 
-def test_an_error_comes_where_its_result_is_asked_for():
+def test_an_error_is_raised_when_its_result_is_requested():
     got = []
     with (
         pytest.raises(ZeroDivisionError),
@@ -164,7 +164,7 @@ def plain(pairs_file, tmp_path_factory):
     return output
 
 
-def test_a_run_is_bit_for_bit_that_without_prefetch(pairs_file, plain, tmp_path, nothing_kept):
+def test_a_run_has_the_bits_of_one_without_prefetch(pairs_file, plain, tmp_path, nothing_kept):
     run(pairs_file, tmp_path, *BATCHES)
     assert_same_run(tmp_path, plain)
     assert not threads()

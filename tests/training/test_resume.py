@@ -55,7 +55,7 @@ def steps_kept(output):
     return sorted(path.name for path in (output / "checkpoints").iterdir())
 
 
-def test_a_killed_run_resumes_bit_for_bit(pairs_file, dropout, plain, tmp_path):
+def test_a_killed_run_resumes_with_the_same_bits(pairs_file, dropout, plain, tmp_path):
     process = Forked(*arguments(pairs_file, tmp_path, *dropout))
     wait_for_step(process, tmp_path, random.randrange(2, 6))
     process.kill()
@@ -166,7 +166,7 @@ def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_pat
         run(pairs_file, early, *dropout)
 
 
-def test_what_never_learns_has_no_state_to_restore(pairs_file, tmp_path):
+def test_parameters_without_gradients_have_no_state(pairs_file, tmp_path):
     """The digits model reads its tower before the last norm, which so gets no gradient."""
     vision = ("--tune", "full", "--train-vision", "--dtype", "bf16", *EVERY_2)
     run(pairs_file, tmp_path / "whole", *vision, steps=4)

@@ -21,9 +21,9 @@ FULL = ("--tune", "full", "--learning-rate", "1e-4")
 
 
 @pytest.fixture(scope="module")
-def alone(pairs_file, tmp_path_factory):
+def single(pairs_file, tmp_path_factory):
     """Plain runs in this process, eight examples in one forward: their folders."""
-    root = tmp_path_factory.mktemp("alone")
+    root = tmp_path_factory.mktemp("single")
     run(pairs_file, root / "lora", steps=2)
     run(pairs_file, root / "full", *FULL, steps=2)
     return root
@@ -84,28 +84,28 @@ def same_run(folder, truth, weights):
     assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 4e-4
 
 
-def test_one_rank_with_four_forwards_a_step(pairs_file, alone, tmp_path):
+def test_one_rank_with_four_forwards_a_step(pairs_file, single, tmp_path):
     entries = run(pairs_file, tmp_path, "--fsdp", "--micro-batch-size", 2, steps=2)
-    assert_same_curves(entries, read_jsonl(alone / "lora" / "metrics.jsonl"))
+    assert_same_curves(entries, read_jsonl(single / "lora" / "metrics.jsonl"))
 
 
-def test_two_ranks_with_two_forwards_a_step_on_two_nodes(two_nodes, alone):
-    same_run(two_nodes / "lora", alone / "lora", "adapter_model.safetensors")
-    same_run(two_nodes / "full", alone / "full", "model.safetensors")
+def test_two_ranks_with_two_forwards_a_step_on_two_nodes(two_nodes, single):
+    same_run(two_nodes / "lora", single / "lora", "adapter_model.safetensors")
+    same_run(two_nodes / "full", single / "full", "model.safetensors")
 
 
-def test_four_ranks_with_one_forward_a_step(four_ranks, alone):
-    same_run(four_ranks / "lora", alone / "lora", "adapter_model.safetensors")
+def test_four_ranks_with_one_forward_a_step(four_ranks, single):
+    same_run(four_ranks / "lora", single / "lora", "adapter_model.safetensors")
 
 
-def test_two_replicas_of_two_shards_with_checkpointed_layers(four_ranks, alone):
-    same_run(four_ranks / "full", alone / "full", "model.safetensors")
+def test_two_replicas_of_two_shards_with_checkpointed_layers(four_ranks, single):
+    same_run(four_ranks / "full", single / "full", "model.safetensors")
 
 
-def test_bf16_on_two_ranks_follows_fp32(two_nodes, alone):
+def test_bf16_on_two_ranks_follows_fp32(two_nodes, single):
     # bf16 has 8 bits: log-probs near -30 are off by up to 0.2, times beta 0.1.
     found, truth = (
-        curve(read_jsonl(f / "metrics.jsonl")) for f in (two_nodes / "bf16", alone / "lora")
+        curve(read_jsonl(f / "metrics.jsonl")) for f in (two_nodes / "bf16", single / "lora")
     )
     assert np.abs(found - truth).max() < 0.03
 
@@ -170,19 +170,19 @@ def test_settings_that_these_ranks_cannot_run(flags, message, pairs_file, tmp_pa
     assert shown.startswith(f"error: {message}") and shown.count("\n") == 1
 
 
-def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs_file, alone, tmp_path):
+def test_checkpointing_gives_the_bits_of_the_plain_curve(pairs_file, single, tmp_path):
     entries = run(pairs_file, tmp_path, "--activation-checkpointing", steps=2)
-    truth = read_jsonl(alone / "lora" / "metrics.jsonl")
+    truth = read_jsonl(single / "lora" / "metrics.jsonl")
     for name in ("loss", "grad_norm", "logps/visual"):
         assert curve(entries, name).tolist() == curve(truth, name).tolist()
 
 
-def test_a_compiled_run_gives_the_plain_curve(pairs_file, alone, tmp_path, monkeypatch, capsys):
+def test_a_compiled_run_gives_the_plain_curve(pairs_file, single, tmp_path, monkeypatch, capsys):
     compiler = torch.compile  # with the graphs run as they are: the next test compiles them
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
     layers = fsdp.trained_layers
     monkeypatch.setattr(fsdp, "trained_layers", lambda model: layers(model)[:1])
     more = ("--compile", "--activation-checkpointing", "--fsdp", "--micro-batch-size", 4)
     entries = run(pairs_file, tmp_path, *more, steps=2)
-    assert_same_curves(entries, read_jsonl(alone / "lora" / "metrics.jsonl"))
+    assert_same_curves(entries, read_jsonl(single / "lora" / "metrics.jsonl"))
     assert "attention by tree is sdpa under --compile: there is no GPU" in capsys.readouterr().out
