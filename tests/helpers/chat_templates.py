@@ -1,4 +1,4 @@
-"""Chat templates that differ in one habit each, and the error that a habit deserves, if any."""
+"""Chat templates that each differ in one respect, and the expected error if any."""
 
 _TURN = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' + TEXT + '</s>' }}{% endfor %}"

@@ -98,7 +98,7 @@ def test_cache_hits(trainer, pairs_file, tmp_path):
 
 
 def test_bf16_leaves_hit_for_other_ranks_and_commands(trainer, pairs_file, tmp_path):
-    """Two sharding ranks fill the cache. LoRA and full training on one process hit for all leaves."""
+    """Two sharding ranks fill the cache. LoRA and full training on one process then hit."""
     words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "cache"]
     words += ["--dtype", "bf16", "--batch-rows", 4, "--fsdp"]
     log = str(tmp_path / "fill.log")

@@ -1,4 +1,4 @@
-"""Faults of disk and data: what is saved stays, what is wrong is named, nobody hangs."""
+"""Faults of disk and data: saved work stays, errors name the cause, and no rank hangs."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def plain(pairs_file, tmp_path_factory):
 
 @pytest.fixture
 def copy(plain, tmp_path):
-    """A copy of it, to damage."""
+    """A copy of the run, to damage."""
     return Path(shutil.copytree(plain, tmp_path / "copy"))
 
 
@@ -70,9 +70,9 @@ DAMAGES = {
 @pytest.mark.parametrize("reason", DAMAGES)
 def test_a_damaged_checkpoint_is_skipped(pairs_file, plain, copy, reason, capsys):
     last, other = (copy / "checkpoints" / name for name in ("step-000006", "step-000006.bak"))
-    shutil.copytree(last, other)  # no checkpoint: it is ignored
+    shutil.copytree(last, other)  # not named like a checkpoint, so it is ignored
     DAMAGES[reason](last / SHARD)
-    if DAMAGES[reason] is flip:  # the whole run for one of them
+    if DAMAGES[reason] is flip:  # the whole run, for one of the damages
         shutil.rmtree(copy / "model")
         run(pairs_file, copy, *EVERY_2, "--resume")
         assert_same_run(copy, plain)
@@ -104,7 +104,7 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_again(pairs_file, co
 
 @contextmanager
 def largest_file(size):
-    """Files of this process cannot grow beyond `size` bytes; the signal for it is ignored."""
+    """Limit files of this process to `size` bytes, and ignore the signal of the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -114,7 +114,7 @@ def largest_file(size):
 
 
 def full_from(monkeypatch, first, last, kept=None):
-    """The disk takes nothing more while steps first .. last are logged, once `kept` is there."""
+    """Once `kept` exists, the disk is full while steps first .. last are logged."""
     write = JsonlLog.write
     disk = largest_file(1)
 
@@ -131,7 +131,7 @@ def full_from(monkeypatch, first, last, kept=None):
 
 
 def test_ranks_make_the_folder_of_a_checkpoint_in_any_order(tmp_path):
-    """What an earlier attempt left is removed when all have come, never while one makes it."""
+    """An earlier attempt is removed only after all ranks have made the folder."""
     folder, plan = tmp_path / ".step-000002.partial", SavePlan([])
     folder.mkdir()
     (folder / "old").touch()
@@ -186,7 +186,7 @@ def test_an_export_without_room_is_made_later(pairs_file, plain, copy, capsys):
 
 @pytest.fixture(scope="module")
 def examples(pairs_file):
-    """The examples of the pairs, as training sees them."""
+    """The examples of the pairs, as in training."""
     return encoded(pairs_file)[0]
 
 
@@ -201,7 +201,7 @@ def named(message):
 
 
 def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path, capsys):
-    """Its loss is finite, its gradient is not; see `two_ranks` for other cases."""
+    """Its loss is finite and its gradient is not. `two_ranks` has other cases."""
     record = int(order(examples)[4][5])
     plant("gradient", record, 4)
     try:
@@ -217,9 +217,9 @@ def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path,
 
 @pytest.fixture(scope="module")
 def two_ranks(pairs_file, examples, tmp_path_factory):
-    """Runs of two ranks, see ranks_worker.py: their folder, and what they wrote to stderr."""
+    """Runs of two ranks (ranks_worker.py): their folder, and their stderr."""
     folder = tmp_path_factory.mktemp("two")
-    record = order(examples)[4][5]  # of rank 1, which takes the last four
+    record = order(examples)[4][5]  # of rank 1, which computes the last four
     given = (str(pairs_file), str(folder), int(record))
     return folder, run_ranks(run_all, 2, str(folder / "stderr.txt"), *given)
 
@@ -231,12 +231,12 @@ def test_all_ranks_stop_for_the_record_of_one(examples, two_ranks, what):
     error = errors[errors.index(f"{what} ends with 1") - 1]
     record = int(order(examples)[4][5])
     bad = {examples[record].name}
-    if what == "pixels":  # all that show the image
+    if what == "pixels":  # all records that show the image
         image = examples[record].roots[0].images[0]
         step = [examples[i] for i in order(examples)[4]]
         bad = {e.name for e in step if any(image in root.images for root in e.roots)}
     assert named(error) == bad and len(bad) < 8 and error.startswith("error: step 4: ")
-    assert sum(line.startswith("error: step 4") for line in errors) == 2  # one for each run
+    assert sum(line.startswith("error: step 4") for line in errors) == 2  # one per run
     assert [p.name for p in (folder / what / "checkpoints").iterdir()] == ["step-000002"]
 
 
@@ -302,5 +302,5 @@ def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path, capsys):
     finally:
         first.kill()
         first.communicate()
-    with sole_writer(tmp_path):  # it died with the process
+    with sole_writer(tmp_path):  # the lock ended with the process
         pass
