@@ -1,9 +1,9 @@
 """A tiny random model of every VLM family, its processor and records; nothing is downloaded.
 
-`make` builds the family's own classes from small configs, with all of its mechanisms for positions,
-masks and image inputs: M-RoPE sections, DeepStack, AnyRes grids, tiling, sliding windows,
-bidirectional blocks, softcaps. Weights are random and large enough that attention and images
-matter. `tiny_truth.py` scores prompts with plain transformers.
+`make` builds the family's own classes from small configs. They have its M-RoPE sections, DeepStack,
+AnyRes grids, tiling, sliding windows, bidirectional blocks and softcaps. Weights are random and
+large enough that attention and images matter. `tiny_truth.py` scores prompts with plain
+transformers.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ WITH_IMAGES = (  # one of each kind, since a template takes 0.1 s to compile
 # These templates change a response's own thoughts, or write other thoughts into the prompt.
 THOUGHTLESS = ("deepseek", "glm4moe", "nemotron", "qwen3_5_nothink")
 SYSTEM = ("system", "Be brief &\nkind.")
-ASKED = ("user", "What is <it> & why?\nSay so.")
+ASKED = ("user", "What is <it> & why?\nBe brief.")
 TURNS = (ASKED, ("assistant", "A cat & <mouse>."), ("user", "What colour?"))
 THOUGHTS = (ASKED, ("assistant", "<think>\nhm & hm\n</think>\n\nA cat."), ("user", "Why?"))
 DIALOGUES = ((ASKED,), (SYSTEM, ASKED), TURNS, (SYSTEM, *TURNS), THOUGHTS)

@@ -260,7 +260,7 @@ def test_a_processor_of_another_model_is_refused():
         made("llava")[1], processor, OBJECTIVE, layout=model.layout, max_response_tokens=64,
         max_tokens=512, progress=False,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*check its patch"):
+    with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*Check its patch"):
         lines(model, examples, store)
 
 
