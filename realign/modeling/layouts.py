@@ -95,7 +95,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
     """The layout of a model.
 
     Raises:
-        ValueError: for a model whose forests cannot be laid out, with the reason.
+        ValueError: for a model that does not support forest batches.
     """
     kind = vlm.config.model_type
     accepted = inspect.signature(vlm.model.forward).parameters

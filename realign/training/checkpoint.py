@@ -300,7 +300,7 @@ def _steps(folder: Path) -> list[Path]:
 def _digest(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return {"bytes": file.tell(), "blake2b": digest}
+        return {"bytes": path.stat().st_size, "blake2b": digest}
 
 
 def _damage(path: Path) -> str:

@@ -32,7 +32,7 @@ from realign_kernels import Objective
 
 
 class NonFiniteStep(distributed.CommonError):
-    """Loss or gradient is not finite. Raised on all ranks, before anything is updated."""
+    """Loss or gradient is not finite. Raised on all ranks; nothing was updated."""
 
     def __init__(
         self, step: int, metrics: dict[str, float], records: Sequence[str], batch_size: int
@@ -296,7 +296,7 @@ def update_and_read(
 
 def nonfinite_records(
     forward_backward: Callable[[np.ndarray], dict[str, torch.Tensor]],
-    local_indices: np.ndarray,  # (n,) of this rank's examples, as many on every rank
+    local_indices: np.ndarray,  # (n,) this rank's examples; n is equal on all ranks
     parameters: Sequence[torch.nn.Parameter],
 ) -> list[int]:
     """Find the examples of a step whose own loss or gradient is not finite.

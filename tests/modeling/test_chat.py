@@ -297,7 +297,7 @@ def test_prompts_begin_once_and_do_not_end(added, own):
     assert made == [begin + tokenizer("user", add_special_tokens=False)["input_ids"]]
 
 
-def test_tokens_behind_a_prompt_spell_the_text():
+def test_tokens_after_a_prompt_decode_to_the_text():
     """A token across the end of the prompt and the start of the text is split."""
     pieces = sentence_pieces(["red red red red dot"] * 3 + [*"\n: user"])
     for tokenizer in (byte_level(["user: what is red", "red dot \n\n red"], 330), pieces):

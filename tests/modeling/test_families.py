@@ -187,12 +187,12 @@ COLUMNS = {
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family(family, column):
+def test_a_property_of_a_family(family, column):
     assert COLUMNS[column](family)
 
 
 @pytest.mark.parametrize("column", ["FSDP", "checkpointing"])
-def test_varlen_attention_is_trained_alike(column):
+def test_varlen_attention_trains_the_same(column):
     assert COLUMNS[column]("llava", "flash")
 
 

@@ -96,7 +96,7 @@ def test_gradients_equal_separate_forwards(processor):
     assert compared > 80  # vision tower, projector, language model and head
 
 
-def test_gradients_repeat_to_the_bit_where_many_leaves_share_a_root(processor):
+def test_gradients_are_repeatable_when_many_leaves_share_a_root(processor):
     """On two threads: one row of hidden states predicts the first token of every leaf."""
     examples, store = make_examples(processor, 2, objectives.rdpo())
     model = ForestModel(load_model(ASSETS))

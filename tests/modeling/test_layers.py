@@ -52,7 +52,7 @@ def gradients(model, batch):
     return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_alike(found, expected):
+def assert_close(found, expected):
     """Log-probs (sums of up to 30 nats) and gradients agree up to rounding."""
     (logps, grads), (truth, exact) = found, expected
     assert (logps - truth).abs().max() < 1e-5
@@ -103,7 +103,7 @@ def test_compiled_layers_change_nothing_beyond_rounding(digits):
     fsdp.wrap_layers(layers, compiled=True, checkpointed=True)
     for part in (examples[:6], examples[6:9]):
         batch = build_batch(part, store, row_tokens=60)
-        assert_alike(gradients(compiled, batch), gradients(plain, batch))
+        assert_close(gradients(compiled, batch), gradients(plain, batch))
 
 
 def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
@@ -118,12 +118,12 @@ def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
     for size in (2, 5, 8, 11):
         batch = build_batch(examples[:size], store, row_tokens=50 + 7 * size)
         shapes.add(tuple(batch.input_ids.shape))
-        assert_alike(gradients(model, batch), gradients(plain, batch))
+        assert_close(gradients(model, batch), gradients(plain, batch))
     assert len(shapes) == 4
     assert counter.frame_count == 2
 
 
-def test_offloaded_parameters_train_alike(digits):
+def test_offloaded_parameters_train_the_same(digits):
     """On a mesh of one CPU, where offload copies nothing. It has not been run on a GPU."""
     examples, store = digits
     batch = build_batch(examples[:4], store, row_tokens=60)
@@ -160,10 +160,10 @@ def test_every_attention_equals_attention_by_tree(digits, kind, monkeypatch):
     examples, store = digits
     batch = build_batch(examples[:6], store, row_tokens=200)  # several trees in a row
     expected = gradients(forest_model(), batch)
-    assert_alike(gradients(forest_model(attention=kind), batch), expected)
+    assert_close(gradients(forest_model(attention=kind), batch), expected)
 
 
-def test_the_block_mask_is_the_forests(digits):
+def test_the_block_mask_equals_the_forests(digits):
     examples, store = digits
     budget = attention.row_budget("flex_attention", examples[:12])
     batch = build_batch(examples[:12], store, row_tokens=budget)
@@ -212,7 +212,7 @@ def test_rms_norm_errs_no_more_than_that_of_transformers(dtype):
     assert max(ours) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
-def test_rms_norms_that_are_not_plain_stay():
+def test_rms_norms_that_are_not_plain_are_not_replaced():
     gemma, layer_norm, llama = GemmaRMSNorm(16), nn.LayerNorm(4), LlamaRMSNorm(8)
     norms.use(nn.ModuleList([gemma, layer_norm, llama]))  # Gemma adds 1 to the weight
     assert ["forward" in vars(m) for m in (gemma, layer_norm, llama)] == [False, False, True]
@@ -268,7 +268,7 @@ def test_liger_replaces_modules_with_equal_results(digits, ops):
     assert {getattr(m.forward, "__module__", "") for m in others} == {
         "realign.modeling.norms", LlamaMLP.__module__,
     }  # fmt: skip
-    assert_alike(gradients(model, batch), gradients(plain, batch))
+    assert_close(gradients(model, batch), gradients(plain, batch))
 
 
 def test_liger_leaves_modules_with_other_results(ops):

@@ -64,7 +64,7 @@ def errors(found, exact):
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("shape", [(ROWS, WIDTH), (2, ROWS // 2, WIDTH)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_values_and_gradients_err_as_pefts(dtype, shape, bias):
+def test_values_and_gradients_have_errors_like_pefts(dtype, shape, bias):
     plain, inplace, exact = layers(dtype, bias)
     wide = run(exact, torch.float64, shape)
     theirs, ours = (errors(run(model, dtype, shape), wide) for model in (plain, inplace))

@@ -64,7 +64,7 @@ def adapter(bases, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "family"), SAMPLE)
-def test_a_kind_is_loaded_and_merged_as_peft_has_it(bases, tmp_path, kind, family):
+def test_a_kind_is_loaded_and_merged_as_in_peft(bases, tmp_path, kind, family):
     base, inputs = bases[family]
     truth = logps(save_trained(base, kind, tmp_path / "adapter"), inputs)
     assert (truth - logps(load_base(base), inputs)).abs().max() > 0.01
@@ -105,7 +105,7 @@ def test_an_export_has_two_ends_where_they_differ(bases, tmp_path, kind, tied, f
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (not tied)
 
 
-def test_a_cast_model_has_the_buffers_of_one_loaded_so(bases, adapter):
+def test_a_cast_model_has_the_buffers_of_one_loaded_in_that_dtype(bases, adapter):
     """`Module.to` would also round the rotary frequencies."""
     merged = load_model(adapter[0], torch.bfloat16)
     options = {"dtype": torch.bfloat16}
@@ -156,7 +156,7 @@ def test_an_invalid_adapter_is_refused(adapter, tmp_path, changes, message):
             load(folder)
 
 
-def test_an_adapter_on_the_hub_brings_its_base(bases, adapter, tmp_path, monkeypatch):
+def test_an_adapter_on_the_hub_finds_its_base(bases, adapter, tmp_path, monkeypatch):
     """From a snapshot in the cache of huggingface_hub, without network."""
     base, inputs = bases["smolvlm"]
     folder = broken(adapter[0], tmp_path / "adapter", base_model_name_or_path="team/base")

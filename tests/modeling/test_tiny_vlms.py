@@ -31,7 +31,7 @@ def _logps(vlm, inputs, response=RESPONSE):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_feel_every_image_and_early_tokens_and_repeat(made, family):
+def test_log_probs_depend_on_every_image_and_early_token(made, family):
     vlm, processor = made[family]
     rng = np.random.default_rng(2)
     images = random_images(rng, 2, SIZES[1:])
@@ -56,7 +56,7 @@ def test_log_probs_feel_every_image_and_early_tokens_and_repeat(made, family):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "paligemma"])
-def test_sliding_windows_and_bidirectional_blocks_bite(made, family):
+def test_sliding_windows_and_bidirectional_blocks_have_an_effect(made, family):
     vlm, processor = made[family]
     images = random_images(np.random.default_rng(3), 2)
     inputs = encode(processor, images, _prompt(processor, 2))
@@ -80,7 +80,7 @@ def test_paligemma_is_scored_as_its_processor_encodes_a_suffix(made):
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_m_rope_positions_bite(made, family):
+def test_m_rope_positions_have_an_effect(made, family):
     vlm, processor = made[family]
     inputs = encode(
         processor, random_images(np.random.default_rng(5), 2, SIZES[1:]), _prompt(processor, 2)

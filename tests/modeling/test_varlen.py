@@ -300,7 +300,7 @@ def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):
 # --- choice of the implementation ---
 
 
-def test_tree_takes_the_operator_where_its_kernel_is(monkeypatch):
+def test_tree_uses_the_operator_where_its_kernel_runs(monkeypatch):
     bf16, fp32, cuda = torch.bfloat16, torch.float32, torch.device("cuda")
     assert attention.choose("tree", CPU, bf16) == ("tree", None)
     assert attention.choose("sdpa", cuda, bf16) == ("sdpa", None)

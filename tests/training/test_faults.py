@@ -169,7 +169,7 @@ def test_a_full_disk_at_the_end_loses_no_checkpoint(
     assert_same_run(tmp_path, plain)
 
 
-def test_an_export_without_room_is_made_later(pairs_file, plain, copy, capsys):
+def test_an_export_without_disk_space_is_made_later(pairs_file, plain, copy, capsys):
     before = (copy / "model" / "config.json").exists(), sorted((copy / "model").iterdir())
     with largest_file(100_000):
         assert main(arguments(pairs_file, copy, *EVERY_2, "--resume")) == 1

@@ -60,7 +60,7 @@ def test_results_come_in_order_and_few_are_built_ahead():
     with ahead((partial(build, i) for i in range(20)), CPU, depth=3) as results:
         for i, result in enumerate(results):
             assert result == i
-            time.sleep(0.01)  # lets the thread build as many as it may
+            time.sleep(0.01)  # the thread builds as many as it may
             most = max(most, len(built) - (i + 1))
     assert built == [(i, False) for i in range(20)]
     assert 1 <= most <= 3 and not threads()
