@@ -1,7 +1,7 @@
-"""The settings of a training run: a typed tree, filled from TOML and flags.
+"""Settings of a training run: a typed tree, filled from TOML and flags.
 
-`[section]` tables of `--config file.toml` match the classes below; every field also is a flag of
-the same name with dashes (`learning_rate` -> `--learning-rate`). Flags win over the file.
+The `[section]` tables of `--config file.toml` match the classes below. Every field is also a flag
+of the same name with dashes (`learning_rate` -> `--learning-rate`). Flags override the file.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from realign_kernels import objectives
 @dataclass
 class ModelConfig:
     model: str | None = None
-    """Folder or hub name of a vision-language model; the shipped digits model when absent."""
+    """Folder or hub name of a vision-language model. Without it the shipped digits model is
+    trained."""
     tune: str = "lora"
-    """Trained weights: 'lora' (all linear layers of the language model) or 'full'."""
+    """Weights to train: 'lora' trains adapters on all linear layers of the language model, 'full'
+    trains the weights themselves."""
     lora_rank: int = 128
-    """Rank of the LoRA matrices (the paper: 128)."""
+    """Rank of the LoRA matrices. The default is the paper's."""
     lora_alpha: float = 256.0
-    """LoRA scale alpha (the paper: 256)."""
+    """LoRA scale alpha. The default is the paper's, twice the rank."""
     train_vision: bool = False
-    """With --tune full, train the vision tower too."""
+    """Train the vision tower too, with --tune full. By default it is frozen."""
     dtype: str = "auto"
-    """Compute in 'fp32' or 'bf16'; trained weights are kept in fp32 either way. 'auto' is 'bf16' on
-    CUDA, 'fp32' on a CPU."""
+    """Compute dtype, 'fp32' or 'bf16'. 'auto' is bf16 on CUDA and fp32 on a CPU. Trained weights
+    are kept in fp32 either way."""
     attention: str = "auto"
-    """Attention of the language model: 'tree' (each tree by itself, without a mask; models with
-    windows, two-way blocks or dropout get 'sdpa', as does --compile without the flash kernel),
-    'flash' ('tree' by torch's flash kernel in one call a layer, on CUDA in bf16, where 'tree' takes
-    it by itself), 'sdpa', 'eager', or on CUDA 'flex' (skips masked pairs, so rows can be
-    long). 'auto' is 'tree'."""
+    """Attention of the language model. 'tree' computes each tree without a mask, and uses torch's
+    flash kernel on CUDA in bf16. Models with windows, two-way blocks or dropout get 'sdpa' instead,
+    as does --compile without the flash kernel. 'flash' is 'tree' and requires that kernel. 'sdpa'
+    and 'eager' use a mask. 'flex' needs CUDA and skips masked pairs, so rows can be long. 'auto' is
+    'tree'."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, ("lora", "full"))
@@ -59,12 +61,13 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     pairs: str | None = None
-    """Parquet file or folder of preference pairs; digit pairs are built when absent."""
+    """Parquet file or folder of preference pairs. Without it pairs of digits are built."""
     max_response_tokens: int = 1024
-    """Longest response; a longer one is an error that names its record, never cut."""
+    """Most tokens in a response. A longer response is an error that names its record. Responses are
+    never cut."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest; 0 takes the best for the attention: all of a forward
-    (tree), 8192 or more (flex), else the longest tree."""
+    """Most tokens in a row of the forest. 0 chooses by attention: one row for a whole forward
+    ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)
@@ -75,11 +78,12 @@ class DataConfig:
 class LossConfig:
     objective: str = "rdpo"
     """Preference objective: dpo, rdpo, mdpo, mfpo, svco, symmpo, ovip, adavip, mispdpo, lpoi, chip,
-    cdpo, ipo, hinge, or released (the loss of Re-Align's code; to reproduce it only)."""
+    cdpo, ipo, hinge, or released. 'released' reproduces the loss of Re-Align's code."""
     beta: float = 0.1
-    """Strength of the tie to the reference model."""
+    """Beta of the objective. A larger beta keeps the model closer to the reference model."""
     visual_weight: float = 1.0
-    """Weight of the visual term of rdpo, mdpo, mfpo, lpoi and released."""
+    """Weight of the visual term of rdpo, mdpo, mfpo, lpoi and released. 1 weights it like the text
+    term."""
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, tuple(objectives.PRESETS))
@@ -93,21 +97,21 @@ class LossConfig:
 @dataclass
 class OptimConfig:
     learning_rate: float = 0.0
-    """Peak learning rate of AdamW; 0 takes 1e-5 (the paper's), or 5e-5 for the shipped digits."""
+    """Peak learning rate of AdamW. 0 is 1e-5 (the paper's), or 5e-5 for the digits model."""
     weight_decay: float = 0.0
-    """AdamW weight decay."""
+    """Weight decay of AdamW. 0 turns it off."""
     warmup: float = 0.03
-    """Share of the steps with rising learning rate; a cosine to zero follows."""
+    """Share of the steps in which the learning rate rises linearly. A cosine to zero follows."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Norm that gradients are clipped to. 0 turns clipping off."""
     batch_size: int = 32
     """Examples in a step, over all ranks."""
     micro_batch_size: int = 16
-    """Examples in one forward of one rank; a larger batch is accumulated."""
+    """Examples in one forward of one rank. Gradients of a larger batch are accumulated."""
     epochs: float = 1.0
     """Passes over the pairs."""
     steps: int = 0
-    """Steps to train; overrides --epochs when not 0."""
+    """Steps to train, instead of --epochs. 0 uses --epochs."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "epochs"):
@@ -121,20 +125,22 @@ class OptimConfig:
 @dataclass
 class ScaleConfig:
     fsdp: bool = False
-    """Shard over ranks with FSDP2; starts its own workers unless torchrun did."""
+    """Shard model and optimizer over ranks with FSDP2. Starts its own workers unless torchrun
+    did."""
     nproc_per_node: int = 0
-    """Workers to start with --fsdp; 0 means one per GPU, or two on a CPU."""
+    """Workers to start with --fsdp. 0 starts one per GPU, or two on a CPU."""
     replicas: int = 1
-    """Copies of the model that the ranks hold (HSDP): each is sharded over ranks / replicas ranks,
-    in order. With as many as there are nodes, weights are gathered within a node only."""
+    """Copies of the model (HSDP), each sharded over ranks / replicas consecutive ranks. With one
+    copy per node, weights are gathered within nodes only. 1 shards over all ranks."""
     activation_checkpointing: bool = False
-    """Keep only the input of each trained layer and compute the layer again in backward."""
+    """Keep only the input of each trained layer, and compute the layer again in the backward."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer in host memory; the GPU sees a layer at a time."""
+    """Keep parameters, gradients and optimizer in host memory. The GPU holds one layer at a
+    time."""
     compile: bool = False
-    """Compile each trained layer with torch.compile, for any size of batch."""
+    """Compile each trained layer with torch.compile, for any batch size."""
     liger: bool = False
-    """RMSNorm and SwiGLU of the language model by liger-kernel, on CUDA."""
+    """Compute RMSNorm and SwiGLU of the language model by liger-kernel. Needs CUDA."""
 
     def __post_init__(self) -> None:
         _not_negative("nproc_per_node", self.nproc_per_node)
@@ -149,41 +155,42 @@ class ScaleConfig:
 
     @property
     def kernels(self) -> str:
-        """Kernels of the layers; log-probs of different kernels differ by rounding."""
+        """Kernels of the layers. Log-probs of different kernels differ by rounding."""
         return "compiled" if self.compile else "liger" if self.liger else "eager"
 
 
 @dataclass
 class RunConfig:
     output: str = "runs/rdpo"
-    """Folder of metrics, checkpoints and the final model."""
+    """Output folder for metrics, checkpoints and the final model."""
     reference_cache: str | None = None
-    """Folder of reference log-probs, shared by all runs; $REALIGN_CACHE/reference, or
-    ~/.cache/realign/reference, when absent."""
+    """Folder of cached reference log-probs, shared by all runs. The default is
+    $REALIGN_CACHE/reference, or ~/.cache/realign/reference."""
     cache_vision: bool = False
-    """Keep the frozen vision tower's features of each image, in $REALIGN_CACHE/vision or
-    ~/.cache/realign/vision; all runs share it."""
+    """Cache the frozen vision tower's features of each image, in $REALIGN_CACHE/vision or
+    ~/.cache/realign/vision. All runs share the cache."""
     seed: int = 0
-    """Seeds the order of the examples and the LoRA initialisation."""
+    """Seed for the order of the examples, the LoRA initialization and dropout."""
     save_every: int = 50
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints. 0 saves only at the end."""
     keep: int = 2
-    """Checkpoints to keep, the newest."""
+    """Number of checkpoints to keep. Older ones are deleted."""
     resume: bool = False
-    """Resume from the last checkpoint in the output folder."""
+    """Resume from the newest intact checkpoint in the output folder."""
     merge: bool = False
-    """Write the final model with the LoRA adapter merged in, in the base's dtype, instead of the
-    adapter."""
+    """Merge the LoRA adapter into the final model, in the base's dtype. By default only the adapter
+    is written."""
     dry_run: bool = False
-    """Check settings and records, print the plan (sizes, memory, steps, time); write nothing."""
+    """Check settings and records, and print the plan: sizes, memory, steps, time. Writes
+    nothing."""
     log_every: int = 1
-    """Steps between the lines on the terminal; the files get every step."""
+    """Steps between printed lines. The metrics files get every step."""
     tensorboard: bool = False
     """Write TensorBoard events to the folder `tensorboard` in the output folder."""
     wandb: str | None = None
-    """Project of Weights & Biases to report to; WANDB_MODE=offline keeps it on this machine."""
+    """Weights & Biases project to report to. WANDB_MODE=offline keeps the run on this machine."""
     quiet: bool = False
-    """No lines and no progress bars for the steps."""
+    """Print no step lines and no progress bars."""
 
     def __post_init__(self) -> None:
         _positive("log_every", self.log_every)
@@ -196,7 +203,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    """All settings of a run, a section each."""
+    """All settings of a run, by section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -210,8 +217,8 @@ class TrainConfig:
             _no_effect("merge", "there is no adapter to merge", "--tune lora")
         if self.run.cache_vision and self.model.tune == "full":
             raise ValueError(
-                "cache_vision keeps image features as they are, and with --tune full their "
-                "tower learns. Leave it out, or add --tune lora."
+                "cache_vision keeps image features for the whole run, and --tune full trains "
+                "the layers that compute them. Leave it out, or add --tune lora."
             )
         if self.model.attention == "auto":
             self.model.attention = "tree"
@@ -220,15 +227,15 @@ class TrainConfig:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is under FSDP2.
+        """Whether the model uses FSDP2.
 
-        One rank needs it to cast a trained base, or to offload. LoRA layers cast themselves.
+        One rank needs it to cast a trained base, or to offload. LoRA layers cast their own weights.
         """
         casts = self.model.tune == "full" and self.model.dtype != "fp32"
         return self.scale.fsdp or self.scale.cpu_offload or casts
 
     def to_dict(self) -> dict:
-        """The tree as nested dictionaries."""
+        """All settings as nested dictionaries."""
         return asdict(self)
 
 
@@ -250,7 +257,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """'fp32' or 'bf16' for a `dtype` that may be 'auto': bf16 on CUDA, ten times faster than fp32.
+    """Resolve 'auto' to a dtype: 'bf16' on CUDA, where it is 10x faster, and 'fp32' on a CPU.
 
     Raises:
         ValueError: for another name.

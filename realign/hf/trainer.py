@@ -387,7 +387,7 @@ class RDPOTrainer(Trainer):
                 "records in a step": args.train_batch_size
                 * args.gradient_accumulation_steps
                 * args.world_size,
-                "computed in": "bf16" if self.model.dtype == torch.bfloat16 else "fp32",
+                "compute dtype": "bf16" if self.model.dtype == torch.bfloat16 else "fp32",
                 "seed": args.seed,
             },
             base=self._base,

@@ -1,1 +1,1 @@
-"""A vision-language model over a forest batch: records to tokens, images, attention, log-probs."""
+"""Vision-language models on forest batches: encoding of records, images, attention, log-probs."""

@@ -1,6 +1,6 @@
-"""The attention implementation of a run, and the forest's mask in the form that it reads.
+"""Choice of the attention implementation, and the forest's attention mask for it.
 
-`ForestBatch.sees` defines the mask. Attention by tree reads none: it gets the lengths of the trees.
+`ForestBatch.sees` defines the mask. Attention by tree uses the lengths of the trees instead.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ IMPLEMENTATIONS = {
     "eager": "eager",
     "flex": "flex_attention",
 }
-"""transformers' names of the implementations, by those of `--attention`."""
+"""Names of the implementations in transformers, by the values of `--attention`."""
 
-_FLEX_ROW = 8192  # tokens; a longer row costs flex nothing, since it skips masked pairs
+_FLEX_ROW = 8192  # tokens; flex skips masked pairs, so long rows cost it nothing
 
 
 def choose(
@@ -34,10 +34,10 @@ def choose(
         attention: a key of `IMPLEMENTATIONS`.
         device: device of the model.
         dtype: compute dtype.
-        compiled: whether its layers are compiled.
+        compiled: whether the model's layers are compiled.
 
     Returns:
-        A key of `IMPLEMENTATIONS`; and a line with the reason where it is not `attention`.
+        A key of `IMPLEMENTATIONS`, and a line with the reason if it differs from `attention`.
 
     Raises:
         ValueError: for flex without CUDA, and for flash without its kernel.
@@ -58,15 +58,15 @@ def choose(
     if not missing:
         reason = f"attention by tree is one operator a layer: {dtype} on CUDA"
         return "flash", reason if attention == "tree" else None
-    if compiled:  # a call for each tree would compile again for every layout
+    if compiled:  # one call per tree would recompile for every layout
         return "sdpa", f"attention by tree is sdpa under --compile: {missing}"
     return "tree", None
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:
-    """Most tokens in a row of a forward over these examples, where `--row-tokens` is 0.
+    """Most tokens in a row of a forward over these examples, for `--row-tokens 0`.
 
-    A row costs attention its length squared, unless the implementation skips masked pairs.
+    The cost of attention is quadratic in the row's length, unless masked pairs are skipped.
     """
     longest = max(example.longest_tree for example in examples)
     if implementation in tree_attention.NAMES:  # one row, without padding
@@ -81,7 +81,7 @@ def forest_mask(
     window: int | None = None,
     blocks_ignore_window: bool = False,
 ) -> torch.Tensor | BlockMask:
-    """The attention mask of a batch, as transformers' `implementation` reads it.
+    """The attention mask of a batch in the format of an attention implementation.
 
     Args:
         batch: a batch whose leaves share roots.
@@ -91,9 +91,9 @@ def forest_mask(
         blocks_ignore_window: see `ForestBatch.sees`.
 
     Returns:
-        By tree a placeholder, as `batch.trees` and `batch.sequences` replace the mask. For "sdpa"
-        (R, 1, T, T) bool, True where a token is seen; for "eager" (R, 1, T, T) `dtype`, to be added
-        to the scores; for "flex_attention" a BlockMask.
+        For attention by tree a placeholder, since `batch.trees` and `batch.sequences` replace the
+        mask. For "sdpa" (R, 1, T, T) bool, True where a query sees a key. For "eager" (R, 1, T, T)
+        `dtype`, to add to the scores. For "flex_attention" a BlockMask.
     """
     if implementation in tree_attention.NAMES:
         return tree_attention.no_mask(batch.segment.device)
@@ -106,7 +106,7 @@ def forest_mask(
             tokens,
             tokens,
             device=batch.segment.device,
-            _compile=batch.segment.is_cuda,  # else all T x T places are written out first
+            _compile=batch.segment.is_cuda,  # uncompiled, it materializes the T x T mask
         )
     seen = batch.attention_mask(window, blocks_ignore_window)
     if implementation == "eager":

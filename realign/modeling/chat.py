@@ -1,7 +1,8 @@
-"""Chat templates: a prompt and the scored text of a response, as the template writes them.
+"""Chat templates: rendering of a prompt and of the scored text of a response.
 
-Training, pairs and evaluation render here. Marks in place of texts show how a template frames
-messages. A template that drops, changes or repeats a text is therefore an error, never silent.
+Training, pairs and evaluation render here. Messages are also rendered with marks instead of texts,
+which shows the text that the template writes around them. A template that drops, changes or repeats
+a text is therefore always an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MARK = re.compile(r"Kq(\d+|Answer)Vx")
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _STARTS = ("boi_token", "image_start_token", "start_image_token", "vision_start_token")
 _ENDS = ("eoi_token", "image_end_token", "end_image_token", "vision_end_token")
-_FRAMES = {  # text around an image token that families' templates write, not their processors
+_FRAMES = {  # text around an image token, where the template writes it and not the processor
     "<|image_pad|>": ("<|vision_start|>", "<|vision_end|>"),
     "<|image|>": ("<|begin_of_image|>", "<|end_of_image|>"),
 }
@@ -36,9 +37,9 @@ class Prompt:
     """A rendered prompt.
 
     Attributes:
-        text: up to the scored text, the same for every response.
-        messages: in typed parts, every image in its place.
-        lead: scored text in front of a response.
+        text: rendered text before the scored text, the same for every response.
+        messages: the messages in typed parts, with every image in its place.
+        lead: scored text before a response.
         close: scored text after a response.
     """
 
@@ -74,16 +75,16 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Mapping[str, Any]], images: int) -> Prompt:
         """Render prompt messages for a response.
 
-        Where the template's generation prompt is not how it begins a response, the prompt ends
-        where the template writes the response, and one warning reports that.
+        Some templates begin a response with other text than their generation prompt. The prompt
+        then ends where the template writes the response, and a warning reports this once.
 
         Args:
-            messages: role, and content as text or typed parts; see `place_images`.
-            images: number of images of the prompt.
+            messages: messages with a role, and content as text or typed parts; see `place_images`.
+            images: number of images in the prompt.
 
         Raises:
-            Malformed: when messages and images do not fit, a text holds a special token, or the
-                template refuses, drops or changes a message.
+            Malformed: when a text holds a special token, messages place another number of images,
+                or the template rejects, drops or changes a message.
         """
         typed = place_images(messages, images, self.tags)
         for text in (text for message in typed for text in (message["role"], *texts_of(message))):
@@ -99,8 +100,8 @@ class ChatTemplate:
         else:
             shared = len(commonprefix([opened, before]))
             self._warn(
-                f"the chat template's generation prompt ends with {opened[shared:]!r} where a "
-                f"response begins behind {before[shared:]!r}: prompts end with the latter, in "
+                f"the chat template's generation prompt ends with {opened[shared:]!r}, but "
+                f"responses in it follow {before[shared:]!r}. Prompts end with the latter in "
                 "training and evaluation."
             )
         if (placed := text.count(self._image) if self._image else 0) != images:
@@ -111,9 +112,9 @@ class ChatTemplate:
         return Prompt(text, tuple(typed), lead, close)
 
     def scored(self, prompt: Prompt, answer: str, name: str = "response") -> str:
-        """The text after a prompt that is scored for a response, as the template writes it.
+        """The scored text of a response: the text that the template writes after the prompt.
 
-        Where the template writes nothing after a response, the tokenizer's end token follows it.
+        If the template writes nothing after a response, the tokenizer's end token is added.
 
         Args:
             prompt: output of `prompt`.
@@ -128,31 +129,31 @@ class ChatTemplate:
         rendered, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
         if not rendered.startswith(prompt.text):
             raise Malformed(
-                f"the chat template writes another prompt in front of its {name}.", _FIX_TEMPLATE
+                f"the chat template writes another prompt before its {name}.", _FIX_TEMPLATE
             )
         body = rendered[len(prompt.text) :]
         parts = [*_around(body, text)]
-        if prompt.text.rstrip().endswith("<think>"):  # the thoughts of the response may begin there
+        if prompt.text.rstrip().endswith("<think>"):  # the response may continue these thoughts
             parts += _around(body, text.removeprefix("<think>").strip())
         frames = (p for p in parts if _within(p[0], prompt.lead) and _within(p[1], prompt.close))
         if (frame := next(frames, None)) is None:
             raise Malformed(
-                f"the chat template does not write its {name} {short_repr(text)} whole and once, "
-                f"but {short_repr(body)}.",
+                f"the chat template does not write its {name} {short_repr(text)} whole and once. "
+                f"It writes {short_repr(body)}.",
                 _FIX_TEMPLATE,
             )
         if frame[1].strip():
             return body
         if not self.tokenizer.eos_token:
             self._warn(
-                "the chat template ends no response and the tokenizer has no eos_token: responses "
-                "are scored without an end."
+                "the chat template writes no end of a response and the tokenizer has no eos_token: "
+                "responses are scored without an end."
             )
             return body
         return body.rstrip() + self.tokenizer.eos_token  # as LLaVA-1.5 is trained
 
     def check_answer(self, answer: str, name: str = "response") -> None:
-        """Check that a response holds no token that a model would not read as text.
+        """Check that a response holds no image tag and no special token.
 
         Raises:
             Malformed: when it holds an image tag or a special token.
@@ -171,14 +172,14 @@ class ChatTemplate:
             )
 
     def _expected(self, typed: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-        """The parts of the rendered messages and a marked answer, each with alternatives."""
+        """The expected parts of the rendered messages and answer, each with its alternatives."""
         texts = [(m["role"], text) for m in typed for text in texts_of(m) if text.strip()]
         frame = self._frame(typed)
         for fixed, mark in zip(frame[::2], [*frame[1::2], ""], strict=True):
             role, text = texts[int(mark)] if mark.isdigit() else ("", _ANSWER if mark else "")
             if role == "assistant" and "</think>" in text:
-                # Templates of reasoning models drop the thoughts of earlier turns, or write them
-                # in the place of empty ones.
+                # Templates of reasoning models drop the thoughts of earlier turns, or replace
+                # empty thoughts with them.
                 yield fixed.strip(), _NO_THOUGHTS.sub("", fixed).strip()
                 yield text.strip(), text.rpartition("</think>")[2].strip()
             else:
@@ -186,7 +187,7 @@ class ChatTemplate:
                 yield (text.strip(),)
 
     def _frame(self, typed: Sequence[dict[str, Any]]) -> list[str]:
-        """The template's text around texts: fixed text and numbers of texts in turn."""
+        """The template's fixed text, alternating with the numbers of the texts between it."""
         kinds = [
             (m["role"], *(p["text"] if _is_blank(p) else p["type"] for p in m["content"]))
             for m in typed
@@ -217,12 +218,12 @@ class ChatTemplate:
             return self._processor.apply_chat_template(messages, **self._options, **options)
         except Exception as error:  # Jinja's errors, and any error of an expression
             raise Malformed(
-                f"the chat template refuses it ({short_error(error)}).",
+                f"the chat template cannot render its messages ({short_error(error)}).",
                 "Change the roles or the order of its messages, or the processor's chat template.",
             ) from error
 
     def _content(self, message: dict[str, Any]) -> Any:
-        """The content in the form that the template takes: a string, or typed parts."""
+        """The content in the form that the template accepts: a string, or typed parts."""
         role, parts = message["role"], message["content"]
         images = any(part["type"] == "image" for part in parts)
         if (role, images) not in self._strings:
@@ -233,7 +234,7 @@ class ChatTemplate:
         return self._as_text(parts) if self._strings[role, images] else parts
 
     def _takes(self, role: str, content: Any) -> bool:
-        """Whether the template writes the text, and an image token, of such a content."""
+        """Whether the template writes all text and image tokens of content in this form."""
         turns = [{"role": role, "content": content}]
         if role != "user":
             question = self._content({"role": "user", "content": [text_part("word")]})
@@ -247,7 +248,7 @@ class ChatTemplate:
         return _ANSWER in text and not re.search("['\"]type['\"]", text)
 
     def _as_text(self, parts: Sequence[dict[str, str]]) -> str:
-        """Typed parts as one string; an image is its token on a separate line, as LLaVA's."""
+        """Typed parts as one string, with each image token on its own line, as LLaVA does."""
         text, last = "", None
         for part in parts:
             line = last is not None and "image" in (last, part["type"])
@@ -263,13 +264,13 @@ class ChatTemplate:
 
 
 def chat_prompt(processor, messages: Sequence[dict], images: int) -> tuple[str, list[dict]]:
-    """Render prompt messages for a response; returns the text and the messages in typed parts."""
+    """Render prompt messages for a response. Returns the text and the messages in typed parts."""
     prompt = ChatTemplate(processor).prompt(messages, images)
     return prompt.text, list(prompt.messages)
 
 
 def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
-    """`text` and `add_special_tokens` for a processor: one start token, and no end token."""
+    """Arguments `text` and `add_special_tokens` of a processor, for one start and no end token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
@@ -277,27 +278,27 @@ def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
     added = "".join(tokenizer.convert_ids_to_tokens(ids[:first]))
     if texts[0].startswith(tuple(filter(None, (tokenizer.bos_token, added)))):
         return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
-    if ids[first + len(bare) :]:  # it would end the prompt
+    if ids[first + len(bare) :]:  # the tokenizer adds an end token, which would end the prompt
         return {"text": [added + text for text in texts], "add_special_tokens": False}
     return {"text": [*texts], "add_special_tokens": True}
 
 
 def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[Any, int, int]:
-    """Tokenize a text after a prompt, since its first token may differ without the prompt.
+    """Tokenize a text that follows a prompt, since its first token may depend on the prompt.
 
     Returns:
         An encoding, and the numbers of its tokens and of its characters that precede the text.
 
     Raises:
-        Malformed: when no tokens of the text can follow those of the prompt.
+        Malformed: when the tokenizer rejects the text, or cannot split it from the prompt.
     """
 
     def encoding(of: str) -> Any:
         try:
             return tokenizer(of, add_special_tokens=False, **options)
-        except Exception as error:  # for half a character, for example
+        except Exception as error:  # such as a lone surrogate
             raise Malformed(
-                f"the tokenizer refuses {short_repr(text)} ({short_error(error)}).",
+                f"the tokenizer cannot encode {short_repr(text)} ({short_error(error)}).",
                 "Correct the text.",
             ) from error
 
@@ -306,7 +307,7 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
         return joint, len(prompt_ids), len(prompt)
     # One token holds the end of the prompt and the start of the text: split it.
     expected = tokenizer.decode(joint["input_ids"])
-    for before in ("", "\n"):  # some tokenizers put a space in front of a text's first word
+    for before in ("", "\n"):  # some tokenizers add a space before the first word of a text
         before_ids, joint = encoding(before)["input_ids"], encoding(before + text)
         tail = joint["input_ids"][len(before_ids) :]
         same = before_ids + tail == joint["input_ids"]
@@ -315,7 +316,7 @@ def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[An
     end = f"...{prompt[-40:]}"
     raise Malformed(
         f"the tokenizer cannot split {short_repr(text)} from the prompt {end!r}.",
-        "Use a chat template that ends the prompt with a token of its own.",
+        "Use a chat template that ends the prompt with a separate token.",
     )
 
 
@@ -326,7 +327,7 @@ def shorten(error: Exception) -> str:
 
 
 def _check_marks(marks: Sequence[str], roles: Sequence[str]) -> None:
-    """Raise Malformed unless marks come once for the answer, at the end, and in order."""
+    """Raise Malformed unless all marks are present in order, and the answer's once, at the end."""
     for number, role in enumerate(roles):
         if str(number) not in marks:
             raise Malformed(
@@ -336,14 +337,14 @@ def _check_marks(marks: Sequence[str], roles: Sequence[str]) -> None:
     if (times := marks.count("Answer")) != 1:
         change = "drops or changes" if times == 0 else "repeats"
         raise Malformed(f"the chat template {change} responses.", _FIX_TEMPLATE)
-    # A system message may be written later, as Pixtral's template writes it.
+    # A system message may be written later: Pixtral's template does.
     order = [int(n) for n in dict.fromkeys(marks) if n != "Answer" and roles[int(n)] in _TURNS]
     if order != sorted(order) or marks[-1] != "Answer":
-        raise Malformed("the chat template writes messages in another order.", _FIX_TEMPLATE)
+        raise Malformed("the chat template changes the order of the messages.", _FIX_TEMPLATE)
 
 
 def _follows(text: str, expected: Iterable[tuple[str, ...]]) -> bool:
-    """Whether a text consists of the expected parts in turn, up to white space between them."""
+    """Whether a text consists of the expected parts in order, up to white space between them."""
     at = 0
     for alternatives in expected:
         at += len(text) - at - len(text[at:].lstrip())
@@ -363,7 +364,7 @@ def _around(body: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _within(part: str, frame: str) -> bool:
-    """Whether a part is the frame, or a part of it where a response has its own thoughts."""
+    """Whether a part is the frame, or a piece of it: a response may have its own thoughts."""
     part, frame = part.strip(), frame.strip()
     return frame.startswith(part) or frame.endswith(part)
 
@@ -377,13 +378,13 @@ def _is_blank(part: Mapping[str, str]) -> bool:
 
 
 def _first(processor, tokenizer, names: Sequence[str]) -> str | None:
-    """The first text among these attributes of processor or tokenizer."""
+    """The first attribute of processor or tokenizer among `names` that is a string."""
     values = (getattr(owner, name, None) for name in names for owner in (processor, tokenizer))
     return next((value for value in values if isinstance(value, str)), None)
 
 
 def _frozen_date(template: Any) -> dict[str, str]:
-    """A template with calls of the clock replaced by the current date, so that renderings agree."""
+    """The template with clock calls replaced by the current date, so that all renderings agree."""
     template = template.get("default") if isinstance(template, Mapping) else template
     if not isinstance(template, str) or "strftime_now" not in template:
         return {}

@@ -1,7 +1,7 @@
 """Encoding of records: token ids and forest of every record, checked before training.
 
-All records are tokenized and all images decoded once, up front. A record that cannot be trained on
-is therefore named before the first step, and lengths are known for packing.
+All records are tokenized and all images decoded once, before the first step. A bad record is
+therefore reported early, and all lengths are known for packing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from realign_kernels import Objective, objectives
 
 
 def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
-    """The preset of a loss; its `negatives`, if any, is the records' number of visual negatives.
+    """The objective of a loss; its setting `negatives` is counted in the records.
 
     Raises:
-        RecordError: when records hold one visual negative, or unequal numbers of them, where the
-            objective takes several.
+        RecordError: when the objective takes several visual negatives, and a record has fewer than
+            two or another number than the first record.
     """
     accepted = objectives.settings(loss.objective)
     settings = {"beta": loss.beta}
@@ -41,7 +41,7 @@ def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
 
 
 def _visual_negatives(name: str, records: Sequence[Record]) -> int:
-    """Number of visual negatives, the same in every record."""
+    """Number of visual negatives per record."""
     first = len(records[0].retrieved_images) // len(records[0].images)
     for record in records:
         count = len(record.retrieved_images) // len(record.images)
@@ -56,8 +56,8 @@ def _visual_negatives(name: str, records: Sequence[Record]) -> int:
             raise RecordError(
                 record.name,
                 f"it has {count} visual negatives and {records[0].name!r} has {first}; the "
-                f"objective {name!r} takes one number for all.",
-                "Give every record as many `retrieved_images`.",
+                f"objective {name!r} needs the same number in all records.",
+                "Give every record the same number of `retrieved_images`.",
             )
     return first
 
@@ -78,20 +78,19 @@ def encode_records(
     Args:
         records: preference records.
         processor: the model's processor; it must have a chat template.
-        objective: decides which (response, image) leaves an example has.
+        objective: defines the (response, image) leaves of an example.
         layout: layout of the model.
-        max_response_tokens: a longer response is an error, never cut.
-        max_tokens: longest prompt plus response the model can take; longer is an error, since
-            cutting a prompt would cut image tokens.
-        progress: whether to show a bar.
-        on_bad: called with each record that cannot be used and the reason; the record is skipped.
+        max_response_tokens: most tokens in a response. A longer one is an error, and never cut.
+        max_tokens: most tokens in prompt and response together. More is an error, since cutting a
+            prompt could cut image tokens.
+        progress: whether to show a progress bar.
+        on_bad: called with each unusable record and its error. The record is then skipped.
 
     Returns:
         One example per record, and the store of their distinct images.
 
     Raises:
-        RecordError: for the first record that cannot be used, with the remedy, where `on_bad` is
-            absent.
+        RecordError: without `on_bad`, for the first unusable record.
     """
     encoder = _Encoder(processor, layout, max_response_tokens, max_tokens)
     examples = []
@@ -109,7 +108,7 @@ def check_prompt(processor, record: Record, images: int) -> str:
     """Render a record's prompt for `images` images.
 
     Raises:
-        RecordError: when it cannot be rendered, or does not place every image.
+        RecordError: when the prompt cannot be rendered, or does not place every image.
     """
     try:
         return chat_prompt(processor, record.prompt, images)[0]
@@ -151,9 +150,9 @@ class _Encoder:
             root = places[leaf.image]
             if len(roots[root].ids) + len(ids) > self.max_tokens:
                 raise Malformed(
-                    f"prompt and {leaf.response} response take {len(roots[root].ids) + len(ids)} "
-                    f"tokens; the model takes {self.max_tokens}.",
-                    "Shorten the text; nothing is cut, since that could cut image tokens.",
+                    f"prompt and {leaf.response} response have {len(roots[root].ids) + len(ids)} "
+                    f"tokens, and the model takes {self.max_tokens}.",
+                    "Shorten the text. It is not cut, since that could cut image tokens.",
                 )
             leaves.append(Leaf(root, ids, leaf.rival))
         return Example(record.name, tuple(roots), tuple(leaves))
@@ -167,36 +166,36 @@ class _Encoder:
         if response not in texts:
             raise Malformed(
                 f"the objective {objective!r} needs a {response!r} response.",
-                f"Records hold {', '.join(texts)}; choose an objective over those.",
+                f"Records hold {', '.join(texts)}. Choose an objective over these responses.",
             )
         if not texts[response]:
             raise Malformed(
                 f"the objective {objective!r} needs {response!r} but the record has none.",
-                f"Add a column `{response}`, the response preferred for the retrieved image "
-                "(where the rejected one is right about that image, it will do), or train with "
-                "--objective mdpo.",
+                f"Add a column `{response}`, the response preferred for the retrieved image, or "
+                "train with --objective mdpo. If the rejected response describes that image "
+                "correctly, use it.",
             )
         return texts[response]
 
     def _images(self, record: Record, image: str, objective: str) -> tuple[StoredImage, ...]:
-        """The images of a leaf's image name, as many as the record's prompt places."""
+        """The images for a leaf's image name, one for each place in the record's prompt."""
         count, retrieved = len(record.images), len(record.retrieved_images)
         if image == "image":
             return record.images
         if image == "blank_image":
-            # Of the same size, so that the processor makes as many image tokens of it.
+            # The same size, so that the processor gives it the same number of image tokens.
             sizes = (stored.open(record.name).size for stored in record.images)
             return tuple(StoredImage.from_pil(Image.new("RGB", size)) for size in sizes)
         if not (numbered := re.fullmatch(r"retrieved_image(?:_([2-9]|[1-9]\d+))?", image)):
             raise Malformed(
                 f"the objective {objective!r} needs an image {image!r}.",
                 "Records hold image, retrieved_image, retrieved_image_2, ..., and blank_image is "
-                "made; choose an objective over those.",
+                "generated. Choose an objective over these images.",
             )
         if retrieved % count:
             raise Malformed(
                 f"it has {retrieved} retrieved images for {count} images.",
-                "For each visual negative give as many as the prompt places.",
+                "For each visual negative give as many images as the prompt has.",
             )
         place = int(numbered[1] or 1)
         if retrieved < place * count:
@@ -223,7 +222,7 @@ class _Encoder:
         if start.size and (ids[start[0] + 1 :][:1] == ids[start]).any():
             raise Malformed(
                 f"its prompt begins with {self.tokenizer.bos_token!r} twice.",
-                "Take one out of the chat template.",
+                "Remove one from the chat template.",
             )
         tokens = int((ids == self.layout.image_token_id).sum())
         if len(stored) == 1:
@@ -233,13 +232,13 @@ class _Encoder:
         expected = sum(self.store.tokens(key) for key in keys)
         if tokens != expected:
             raise Malformed(
-                f"its prompt has {tokens} image tokens where its images take {expected}.",
-                f"Keep {self.processor.image_token!r} out of the text.",
+                f"its prompt has {tokens} image tokens, and its images have {expected}.",
+                f"Remove {self.processor.image_token!r} from the text.",
             )
         return Root(keys, ids)
 
     def _response(self, record: Record, name: str, text: str) -> np.ndarray:
-        """Ids of a response with its end token, as the chat template closes a turn."""
+        """Token ids of a response with the end of its turn."""
         prompt = self._prompt(record)
         scored = self.template.scored(prompt, text, f"{name} response")
         encoding, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
@@ -253,6 +252,6 @@ class _Encoder:
             raise Malformed(
                 f"its {name} response has {len(ids)} tokens; the limit is "
                 f"{self.max_response_tokens}.",
-                "Raise --max-response-tokens or shorten the response; responses are never cut.",
+                "Raise --max-response-tokens or shorten the response. Responses are never cut.",
             )
         return np.array(ids)

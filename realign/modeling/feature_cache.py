@@ -1,9 +1,9 @@
-"""Cache of the features of a frozen vision tower, on disk: `--cache-vision`.
+"""Cache of the features of a frozen vision tower on disk, for `--cache-vision`.
 
 A frozen tower gives an image the same features in every epoch and every run, so they are computed
-once. Each image's tensors are in safetensors files of some hundred images, with a checksum for
-every tensor in the file's metadata. Files are written atomically, under unique names, so any
-number of processes may add to a folder. The system's page cache keeps them in memory.
+once. A safetensors file holds the tensors of some hundred images, with a checksum for each tensor
+in its metadata. Files are written atomically under unique names, so any number of processes may
+write to a folder. The system's page cache keeps the files in memory.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ _FILE_BYTES = 256 << 20
 
 
 def default_directory() -> Path:
-    """Where runs share features: $REALIGN_CACHE/vision, or ~/.cache/realign/vision."""
+    """Default folder of features: $REALIGN_CACHE/vision, or ~/.cache/realign/vision."""
     root = os.environ.get("REALIGN_CACHE") or Path.home() / ".cache" / "realign"
     return Path(root) / "vision"
 
 
 class FeatureCache(Mapping[str, Features]):
-    """Features by the digest of their image, under one fingerprint.
+    """Image features by digest of the image, for one fingerprint.
 
     Args:
         directory: holds a folder for each fingerprint; created when needed.
-        fingerprint: all that decides features besides the image (`reference_logps.fingerprint`).
+        fingerprint: everything besides the image that features depend on
+            (`reference_logps.fingerprint`).
     """
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, str]) -> None:
@@ -71,22 +72,22 @@ class FeatureCache(Mapping[str, Features]):
                 file = safe_open(path, framework="pt")
                 index = json.loads(file.metadata()["images"])
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                again = "its images are computed again"
-                print(f"{path} is damaged ({error}); {again}", file=sys.stderr)
+                again = "The features of its images are computed again."
+                print(f"{path} is damaged ({error}). {again}", file=sys.stderr)
                 continue
             self._files[path] = file
             for image, checksums in index.items():
                 self._places.setdefault(image, (path, checksums))
 
     def missing(self, images: Sequence[str]) -> list[str]:
-        """The distinct images without features here, sorted."""
+        """The distinct images without cached features, sorted."""
         return sorted({image for image in images if image not in self._places})
 
     def add(self, features: Mapping[str, Features]) -> None:
         """Write features of images as one file.
 
         Raises:
-            OSError: when the disk is full, with the remedy.
+            OSError: when the file cannot be written, as on a full disk.
         """
         tensors, index = {}, {}
         for image, named in features.items():
@@ -102,8 +103,8 @@ class FeatureCache(Mapping[str, Features]):
         except (SafetensorError, OSError) as error:
             partial.unlink(missing_ok=True)
             raise OSError(
-                f"image features could not be written to {self.folder} ({error}). Free some space "
-                "or train without --cache-vision; files written before are kept."
+                f"image features could not be written to {self.folder} ({error}). Free some space, "
+                "or train without --cache-vision. Files written before are kept."
             ) from error
         self.refresh()
 
@@ -121,8 +122,8 @@ class FeatureCache(Mapping[str, Features]):
                     path.rename(path.with_suffix(".damaged"))
                     raise ValueError(
                         f"{path} is damaged: features of image {image} have changed on the disk. "
-                        "It was renamed; start again, with --resume if there are checkpoints, and "
-                        "its images are computed again."
+                        "The file was renamed. Start the run again, with --resume if it has "
+                        "checkpoints. The features are then computed again."
                     )
             self._checked.add(image)
         return features
@@ -142,16 +143,16 @@ def fill(
     progress: bool = True,
     log: Callable[[str], None] = distributed.log_rank0,
 ) -> None:
-    """Compute the features that `cache` lacks; every rank calls it and computes a part of them.
+    """Compute the features that are missing from `cache`. Every rank calls it for a part of them.
 
     Args:
-        cache: the cache to fill; in a folder that all ranks see.
-        model: model with a frozen vision tower; sharded or not.
+        cache: the cache to fill, in a folder that all ranks see.
+        model: model with a frozen vision tower, sharded or not.
         store: the images of the data set.
         device: device of the model.
         batch_images: images in one forward.
-        progress: whether to show a bar.
-        log: gets a line with the number of cached images, and their folder.
+        progress: whether to show a progress bar.
+        log: receives a line with the number of cached images and their folder.
 
     Raises:
         ValueError: when the ranks do not see the same folder.
@@ -161,7 +162,7 @@ def fill(
         return pinned(store.batch(images), device)
 
     images = list(store.keys())
-    # One list for all ranks: each may see another state of a folder that other processes write to.
+    # All ranks use rank 0's list: the folder may change meanwhile, as other processes write to it.
     absent = distributed.broadcast_from_rank0(lambda: cache.missing(images))
     log(f"image features: {len(images) - len(absent):,} of {len(images):,} known in {cache.folder}")
     ranks, rank = distributed.world_size(), distributed.rank()
@@ -191,6 +192,6 @@ def fill(
     cache.refresh()
     if missing := cache.missing(images):
         raise ValueError(
-            f"{len(missing)} images have no features in {cache.folder} after all ranks computed "
-            "their part. Name a folder that all ranks see, in $REALIGN_CACHE."
+            f"{len(missing)} images have no features in {cache.folder}, though all ranks have "
+            "computed their part. Set $REALIGN_CACHE to a folder that all ranks see."
         )

@@ -1,11 +1,11 @@
-"""Forest batches: every prompt is computed once, for all responses under it.
+"""Forest batches: every prompt is computed once for all its responses.
 
-An example has *roots*, (images, prompt), and *leaves*, a response under a root. In a batch each
-distinct root is laid out once in a row, followed by its leaves; a token sees the earlier tokens of
-its own segment and of its root, nothing else, and a leaf's positions continue from its root's last.
-So one forward over the rows gives every leaf the hidden states of a separate forward, and each
-distinct image passes the vision tower once. No token is repeated: the state of a root's last token
-predicts the first token of every leaf under it, so the head lists that row once per leaf.
+An example has *roots*, each of images and a prompt, and *leaves*, each a response to a root. A
+batch lays out each distinct root once in a row, followed by its leaves. A token sees only the
+earlier tokens of its own segment and of its root. A leaf's positions continue from the last of its
+root. One forward over the rows therefore gives every leaf the hidden states of a separate forward,
+and each distinct image passes the vision tower once. No token is repeated. The state of a root's
+last token predicts the first token of each of its leaves, so the head lists that row once per leaf.
 
 Without sharing (`layouts.Layout.separate`) each leaf has a row with its own copy of its root.
 """
@@ -25,7 +25,7 @@ from realign_kernels import ForestPacking, pack_forest
 
 @dataclass(frozen=True)
 class Root:
-    """Images and a prompt."""
+    """Images and a prompt, which leaves share."""
 
     images: tuple[str, ...]  # digests of preprocessed pixels, in the order of the image tokens
     ids: np.ndarray  # (P,) token ids, image tokens expanded
@@ -38,7 +38,7 @@ class Root:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A response under a root."""
+    """A response to a root."""
 
     root: int  # index into the example's roots
     ids: np.ndarray  # (R,) token ids, R >= 1
@@ -47,7 +47,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Example:
-    """The forest of one record, its leaves in the order of the objective's leaves."""
+    """The forest of one record, with leaves in the order of the objective's leaves."""
 
     name: str
     roots: tuple[Root, ...]
@@ -69,31 +69,30 @@ class Example:
 
 @dataclass
 class ForestBatch:
-    """Tensors of one forward. R rows of T columns, I distinct images, N response tokens.
+    """Tensors of one forward: R rows of T columns, I distinct images, N response tokens.
 
     Attributes:
         input_ids: (R, T) int64.
         position_ids: (R, T) int64, or (axes, R, T); a leaf continues from its root.
-        depth: (R, T) int64, tokens before it in its sequence; a leaf continues from its root.
+        depth: (R, T) int64, tokens before the token in its sequence; a leaf continues from its
+            root.
         segment: (R, T) int64, one number per root or leaf, -1 on padding.
-        parent: (R, T) int64, the segment of the token's root (its own, for roots).
-        block: (R, T) int64, blocks of a root whose tokens see each other both ways, -1 for none;
-            None where all is causal.
-        shared: whether leaves hang under one copy of their root; else a row is a root and a leaf.
-        images: the distinct images preprocessed; None where `features` are given.
-        features: outputs of the vision tower for these images.
-        slots: index of the image at each place in the rows, in row-major order.
-        grids: grids of the images by slot, for positions (`ImageStore.grids`); empty where leaves
-            share.
+        parent: (R, T) int64, the segment of the token's root; a root is its own parent.
+        block: (R, T) int64, the block whose tokens see each other both ways, -1 for none. None for
+            causal attention.
+        shared: whether leaves share one copy of their root. If not, a row is a root and a leaf.
+        images: the distinct images, preprocessed; None if `features` are given.
+        features: outputs of the vision tower for these images; None if `images` are given.
+        slots: index of the image at each image place in the rows, in row-major order.
+        grids: grids of the images by slot, for positions (`ImageStore.grids`). Empty if `shared`.
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens, on the CPU; rows of one example are adjacent.
         sequence_ids: (N,) int64, leaf * examples + example, on the CPU.
         trees: for each row its trees in order, each the lengths of its root and leaves.
-        sequences: the same as sequences of varlen attention; None where leaves do not share, or
-            not all is causal.
-        rival: (N,) bool, the rows of rival leaves; None where there are none.
+        sequences: `trees` as sequences of varlen attention. None unless `shared` and causal.
+        rival: (N,) bool, True for tokens of rival leaves; None if there are no rival leaves.
         examples: number of examples B.
-        names: their records' names.
+        names: names of the examples' records.
     """
 
     input_ids: torch.Tensor
@@ -117,11 +116,11 @@ class ForestBatch:
     names: tuple[str, ...]
 
     def sees(self, window: int | None = None, blocks_ignore_window: bool = False) -> Callable:
-        """Whether a query sees a key, as a function of row, head, and columns of query and key.
+        """The attention mask, as a function of row, head, and columns of query and key.
 
         Args:
             window: tokens that a token sees, itself included, counted back along its sequence.
-            blocks_ignore_window: whether blocks see both ways beyond the window as well.
+            blocks_ignore_window: whether tokens of a block see each other beyond the window.
         """
         segment, parent, depth, block = self.segment, self.parent, self.depth, self.block
 
@@ -140,7 +139,7 @@ class ForestBatch:
     def attention_mask(
         self, window: int | None = None, blocks_ignore_window: bool = False
     ) -> torch.Tensor:
-        """(R, 1, T, T) bool: whether a query sees a key."""
+        """The attention mask, (R, 1, T, T) bool: True where a query sees a key."""
         rows, columns = (torch.arange(n, device=self.segment.device) for n in self.segment.shape)
         seen = self.sees(window, blocks_ignore_window)
         return seen(rows[:, None, None], None, columns[:, None], columns)[:, None]
@@ -183,19 +182,19 @@ def build_batch(
     pad_id: int = 0,
     shared: bool | None = None,
 ) -> ForestBatch:
-    """Lay examples out in rows.
+    """Pack examples into the rows of a forest batch.
 
     Args:
         examples: the examples; all have the same number of leaves.
         store: their images, and the layout of the model.
-        row_tokens: most tokens in a row. Raised to the longest root with one leaf if need be; a
-            root whose leaves do not fit in one row is repeated. Where leaves do not share, a row is
-            a root with one leaf, and this has no effect.
+        row_tokens: most tokens in a row, raised to the longest root with one leaf if necessary. A
+            root whose leaves do not fit in one row is repeated. No effect without sharing, where a
+            row is a root with one leaf.
         pad_id: token id of unused columns.
-        shared: whether leaves share their root; None: where the model can.
+        shared: whether leaves share their root. None shares if the model supports it.
 
     Returns:
-        The batch. It depends on the examples, the layout and `row_tokens` only.
+        The batch. It depends only on the examples, the layout and `row_tokens`.
     """
     layout = store.layout
     shared = layout.shares_prefix if shared is None else shared
@@ -300,7 +299,7 @@ def _trees(
 def _pack_separately(
     root_lengths: np.ndarray, sequence_lengths: np.ndarray, leaf_roots: Sequence[int]
 ) -> ForestPacking:
-    """A row for each leaf, after its own copy of its root."""
+    """A packing with one row per leaf, after its own copy of its root."""
     roots, leaves = np.array(leaf_roots), np.arange(len(leaf_roots))
     return ForestPacking(
         tree_root=roots,

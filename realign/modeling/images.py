@@ -1,8 +1,8 @@
 """Image inputs of a model: bundles of the processor, their batches, and features of each image.
 
-The output of a processor for one image is a *bundle*, a dict of tensors: pixels, tiles or patches,
-and with some families sizes, grids or masks. A batch concatenates the bundles of its distinct
-images. The output of the vision tower is split by image again, and put into the image's places.
+The output of a processor for one image is a *bundle*, a dict of tensors. It holds pixels, tiles or
+patches, and in some families sizes, grids or masks. A batch concatenates the bundles of its
+distinct images. The output of the vision tower is split by image again, and placed in the prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Features = dict[str, torch.Tensor]
 """Output of the vision tower for one image, by name (`features`)."""
 
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-_SEVERAL = "batch_num_images"  # LLaVA-OneVision: tiles only for the single image of a prompt
+_SEVERAL = "batch_num_images"  # LLaVA-OneVision cuts tiles only for a prompt's single image
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Images:
 
     Attributes:
         inputs: arguments of `get_image_features`.
-        rows: rows of `pixel_values` that each output comes from.
+        rows: number of rows of `pixel_values` for each output.
         order: for each image, the index of its output.
-        tokens: tokens that each image has in a prompt.
+        tokens: number of tokens of each image in a prompt.
     """
 
     inputs: Bundle
@@ -52,7 +52,7 @@ class Images:
     tokens: tuple[int, ...]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Images:
-        """On `device`; floating point in `dtype`."""
+        """The same on `device`, with floating-point tensors in `dtype`."""
         moved = {
             name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
             for name, value in self.inputs.items()
@@ -61,9 +61,9 @@ class Images:
 
 
 def collate(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
-    """Concatenate bundles along the first axis; other axes are padded with zeros to the largest.
+    """Concatenate bundles along the first axis, zero-padded to the largest size on other axes.
 
-    Images without tiles come last, two or more: the model identifies them by `_SEVERAL`.
+    Images without tiles come last, and at least two, since the model identifies them by `_SEVERAL`.
     """
     several = [_of_several(bundle) for bundle in bundles]
     placed = sorted(range(len(bundles)), key=several.__getitem__)
@@ -97,13 +97,13 @@ def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
-    """Features of each image from the vision tower, in order: tensors of (tokens, H).
+    """Compute the features of each image by the vision tower, in order: tensors of (tokens, H).
 
-    They are named "list" or "tensor", the form in which the model takes features of several images,
-    and "deepstack.0", ... for layers of the language model that take features as well.
+    Their name is "list" or "tensor", after the form in which the model takes several images.
+    Further features for layers of the language model are "deepstack.0", ...
 
     Raises:
-        ValueError: when the numbers of an image's features and of its tokens in a prompt differ.
+        ValueError: when an image has more or fewer features than tokens in a prompt.
     """
     output = vlm.model.get_image_features(**images.inputs)
     kind = "tensor" if isinstance(output.pooler_output, torch.Tensor) else "list"
@@ -113,8 +113,8 @@ def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
     for rows, expected in zip(parts[kind], images.tokens, strict=True):
         if len(rows) != expected:
             raise ValueError(
-                f"an image takes {expected} image tokens in a prompt where the model produces "
-                f"{len(rows)} image features. The processor does not belong to this model: check "
+                f"an image takes {expected} image tokens in a prompt, and the model produces "
+                f"{len(rows)} image features. The processor does not belong to this model. Check "
                 "its patch_size, vision_feature_select_strategy, num_additional_image_tokens and "
                 "image size."
             )
@@ -131,7 +131,7 @@ def _by_image(
 
 
 def in_slots(images: Sequence[Features], slots: Sequence[int]) -> SimpleNamespace:
-    """Features for every place of an image, as `get_image_features` would return them."""
+    """Features for every image place, in the form that `get_image_features` returns."""
     placed = {name: [images[image][name] for image in slots] for name in images[0]}
     pooled = placed.pop("list", None)
     if pooled is None:
@@ -140,17 +140,17 @@ def in_slots(images: Sequence[Features], slots: Sequence[int]) -> SimpleNamespac
 
 
 class ImageStore:
-    """The preprocessed images of a data set, each distinct one once.
+    """The distinct preprocessed images of a data set.
 
     Args:
         processor: a Hugging Face processor.
         layout: layout of the processor's model.
         cache_bytes: size of the cache of preprocessed images. The least recently used image is
-            dropped first, and preprocessed again when needed.
+            evicted first, and preprocessed again when needed.
 
     Attributes:
-        features: outputs of the vision tower by key, which batches take in place of pixels. With
-            None every forward computes them.
+        features: outputs of the vision tower by key, which batches hold instead of pixels. If
+            None, every forward computes them.
     """
 
     CACHE_BYTES = 1 << 30
@@ -164,7 +164,9 @@ class ImageStore:
         self._grids: dict[str, Bundle] = {}
         self._bundles: OrderedDict[str, Bundle] = OrderedDict()
         self._room = cache_bytes
-        self._lock = threading.Lock()  # batches are built in threads; processors are not safe there
+        self._lock = (
+            threading.Lock()
+        )  # batches are built in threads; processors are not thread-safe
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -174,12 +176,12 @@ class ImageStore:
         return self._sources.keys()
 
     def add(self, record: str, stored: StoredImage, several: bool = False) -> str:
-        """Add an image; returns the digest of its bundle.
+        """Add an image. Returns its key, the digest of its bundle.
 
         Args:
-            record: name of its record, for messages.
+            record: name of its record, for error messages.
             stored: the image.
-            several: whether it shares its prompt with other images.
+            several: whether its prompt has several images.
         """
         several = several and _SEVERAL in self._processor.image_processor.model_input_names
         bundle, tokens = self._make(record, stored, several)
@@ -188,7 +190,7 @@ class ImageStore:
     def keep(
         self, record: str, stored: StoredImage, bundle: Bundle, tokens: int, several: bool = False
     ) -> str:
-        """Add an image that is preprocessed already, and takes `tokens` tokens in a prompt.
+        """Add a preprocessed image with `tokens` tokens in a prompt. Returns its key.
 
         Raises:
             RecordError: when a value is NaN or infinite.
@@ -196,9 +198,9 @@ class ImageStore:
         if not all(value.isfinite().all() for value in bundle.values()):
             raise RecordError(
                 record,
-                f"its image {stored.path or 'in the pairs file'} has NaN or infinity once it is "
-                "preprocessed.",
-                "Look at the image, and at mean and std in the model's preprocessor_config.json.",
+                f"its image {stored.path or 'in the pairs file'} has NaN or infinity after "
+                "preprocessing.",
+                "Check the image, and mean and std in the model's preprocessor_config.json.",
             )
         key = digest(bundle)
         self._sources.setdefault(key, (record, stored, several))
@@ -208,16 +210,16 @@ class ImageStore:
         return key
 
     def tokens(self, key: str) -> int:
-        """Tokens that the image takes in a prompt."""
+        """Number of tokens of the image in a prompt."""
         return self._tokens[key]
 
     def grids(self, keys: Sequence[str]) -> Bundle:
-        """The inputs that positions depend on, for images in a row; empty for most families."""
+        """The image inputs that positions depend on, concatenated; empty for most families."""
         grids = [self._grids[key] for key in keys]
         return {name: torch.cat([grid[name] for grid in grids]) for name in (grids or [{}])[0]}
 
     def bundle(self, key: str) -> Bundle:
-        """The preprocessed image; safe in any thread.
+        """The preprocessed image. Thread-safe.
 
         Raises:
             RecordError: when its file is missing or has changed.
@@ -241,13 +243,13 @@ class ImageStore:
         return collate([self.bundle(key) for key in keys], [self._tokens[key] for key in keys])
 
     def _make(self, record: str, stored: StoredImage, several: bool) -> tuple[Bundle, int]:
-        """The bundle of an image and its tokens in a prompt, from a prompt of that image only."""
+        """Preprocess an image in a prompt of its own. Returns bundle and number of tokens."""
         count = 2 if several else 1
         text = self._processor.image_token * count
         outputs = processed(self._processor, record, [stored.open(record)] * count, text=[text])
         tokens = int((outputs["input_ids"] == self.layout.image_token_id).sum()) // count
         bundle = bundle_of(outputs)
-        if several:  # both are the same
+        if several:  # both copies are equal, so one is kept
             bundle = {name: value[:1] for name, value in bundle.items()}
             bundle[_SEVERAL] = torch.tensor([count])
         return bundle, tokens
@@ -268,15 +270,15 @@ def processed(
     """Call a processor on the images of one prompt.
 
     Raises:
-        RecordError: when the processor raises anything; names `record`.
+        RecordError: when the processor raises any error.
     """
     try:
         return processor(images=[[*images]], return_tensors="pt", **inputs)
-    except Exception as error:  # each family's image processor raises other errors
+    except Exception as error:  # image processors raise errors of various types
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise RecordError(
             record,
-            f"the processor refuses its prompt with image(s) of {sizes} pixels "
+            f"the processor cannot process its prompt with image(s) of {sizes} pixels "
             f"({short_error(error)}).",
             "Replace the image or remove the record.",
         ) from error
@@ -292,7 +294,7 @@ def bundle_of(outputs: Mapping[str, torch.Tensor]) -> Bundle:
 
 
 def digest(bundle: Bundle) -> str:
-    """128-bit digest of all its tensors, by name."""
+    """128-bit digest of a bundle's tensors and their names."""
     named = "".join(f"{name} {array_digest(bundle[name].numpy())} " for name in sorted(bundle))
     return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 

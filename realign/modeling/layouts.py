@@ -1,18 +1,18 @@
 """Layouts: positions, attention mask and prompt sharing of a model family.
 
-The families differ in a few mechanisms, and each is here once. The mask of a family is decided by
-four fields of `Layout`: `both_ways`, `kinds`, `window` and `separate`. `ForestBatch.sees` applies
-them, and `attention.forest_mask` writes the mask as an attention implementation reads it.
+Families differ in a few mechanisms, each implemented here once. Four fields of `Layout` decide the
+mask of a family: `both_ways`, `kinds`, `window` and `separate`. `ForestBatch.sees` applies them,
+and `attention.forest_mask` formats the mask for an attention implementation.
 
 To add a family:
 
 1. Run `python -m realign.cache fill --model MODEL --pairs FILE`. `ForestModel.check_forest`
-   compares the forest of the first record with separate forwards. Where the difference that it
-   prints is rounding, there is nothing to write.
-2. Tokens that see each other both ways: add the model type to `_BOTH_WAYS`. Positions, windows and
-   kinds of layers are read off the model's configuration and code in `layout_of`.
-3. Add a tiny model to tests/helpers/tiny_vlms.py and its processor to tiny_processors.py, and the
-   model type to `TESTED`; tests/modeling/test_families.py compares it with plain transformers.
+   compares the forest of the first record with separate forwards. If the printed difference is
+   rounding, no code is needed.
+2. If tokens see each other both ways, add the model type to `_BOTH_WAYS`. `layout_of` takes
+   positions, windows and kinds of layers from the model's configuration and code.
+3. Add a tiny model to tests/helpers/tiny_vlms.py, its processor to tiny_processors.py, and the
+   model type to `TESTED`. tests/modeling/test_families.py compares it with plain transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TESTED = {
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3",
     "smolvlm", "internvl", "gemma3", "paligemma", "janus", "qwen3_5",
 }  # fmt: skip
-"""Model types whose forests equal separate forwards in the tests (docs/families.md)."""
+"""Model types that tests compare with separate forwards (docs/families.md)."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -44,13 +44,13 @@ class Layout:
     Attributes:
         image_token_id: the token that image features replace.
         first_position: first position of a prompt.
-        rope_index: gives positions on several axes (M-RoPE); None for one axis.
+        rope_index: computes positions on several axes (M-RoPE); None for one axis.
         grids: names of the image inputs that `rope_index` takes.
-        both_ways: "image" or "prompt" where tokens of one image, or of the prompt, see each other
-            both ways; None where all is causal.
-        kinds: kinds of layers among full and sliding attention.
-        window: positions that a sliding layer sees, itself included.
-        separate: why responses cannot share a prompt; None where they can.
+        both_ways: "image" if tokens of one image see each other both ways, "prompt" if all tokens
+            of the prompt do, None for causal attention.
+        kinds: kinds of layers: full attention, sliding attention, or others.
+        window: positions that a token sees in a sliding layer, itself included.
+        separate: reason why responses cannot share a prompt; None if they can.
     """
 
     image_token_id: int
@@ -64,12 +64,12 @@ class Layout:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether responses hang under one copy of their prompt, or have one each."""
+        """Whether responses share one copy of their prompt."""
         return self.separate is None
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees all before it in its sequence, and nothing else."""
+        """Whether a token sees exactly itself and the earlier tokens of its sequence."""
         return self.both_ways is None and self.kinds == (FULL,)
 
     def positions(self, ids: np.ndarray, grids: dict[str, torch.Tensor]) -> np.ndarray:
@@ -95,7 +95,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
     """The layout of a model.
 
     Raises:
-        ValueError: for a model whose forests cannot be laid out, with the reason.
+        ValueError: for a model that does not support forest batches.
     """
     kind = vlm.config.model_type
     accepted = inspect.signature(vlm.model.forward).parameters
@@ -106,15 +106,15 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
         )
     if "token_type_ids" in accepted and kind not in _BOTH_WAYS:
         raise ValueError(
-            f"models of type {kind!r} have token types whose meaning is not known here. Known "
-            f"types: {', '.join(sorted(TESTED))}."
+            f"models of type {kind!r} have token types of unknown meaning. Known types: "
+            f"{', '.join(sorted(TESTED))}."
         )
     text = vlm.config.get_text_config()
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text, name, None) not in (None, 1):
             raise ValueError(
                 f"the model scales its logits ({name} = {getattr(text, name)}), which the loss "
-                "does not. No setting helps; the type is not supported."
+                "does not support. Use a model of another type."
             )
     rope_index = getattr(vlm.model, "get_rope_index", None)
     names = inspect.signature(rope_index).parameters if rope_index else ()
@@ -133,7 +133,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
 
 
 def has_softcap(config: PreTrainedConfig) -> bool:
-    """Whether attention scores are capped (Gemma 2), which sdpa and flash attention leave out."""
+    """Whether attention scores have a softcap (Gemma 2), which sdpa and flash attention lack."""
     return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
@@ -143,7 +143,7 @@ def head_width(text: PreTrainedConfig) -> int:
 
 
 def _separate(kinds: list[str]) -> str | None:
-    """Why responses to one prompt need a copy of it each."""
+    """The reason why responses cannot share a prompt, or None."""
     if unmasked := sorted(set(kinds) - {FULL, SLIDING}):
         return f"in its {', '.join(unmasked)} layers no mask hides one response from another"
     return None

@@ -1,6 +1,6 @@
-"""Loading of models and processors from folders and hub names, and LoRA on them.
+"""Loading of models and processors from folders and hub names, and LoRA adapters.
 
-Weights are read only from safetensors, and no code that comes with a model is run.
+Weights are read only from safetensors files. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from realign.modeling.layouts import has_softcap
 from realign.modeling.merging import adapter_base, cast, find_file, merge, put_on
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Compute dtypes by their names in the settings."""
+"""Compute dtypes by name in the settings."""
 
 _LINEAR = (nn.Linear, Conv1D)
 _OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
 def load_processor(path: str | Path):
-    """Load a model folder's processor; that of the base where an adapter's folder has none.
+    """Load the processor of a model. An adapter's folder without one uses its base's.
 
     Raises:
         ValueError: when the model is text-only, or its processor has no chat template.
@@ -58,14 +58,15 @@ def load_model(
     *,
     meta: bool = False,
 ) -> PreTrainedModel:
-    """Load a vision-language model from a folder or hub name; an adapter is merged into its base.
+    """Load a vision-language model from a folder or hub name. Adapters are merged into their base.
 
     Args:
-        path: the folder or name.
-        dtype: dtype of its weights.
-        attention: of the language model, a key of `attention.IMPLEMENTATIONS`. Where attention has
-            a softcap, which sdpa lacks, eager replaces it.
-        meta: without weights, on the meta device (`fsdp.shard` sends the weights of rank 0).
+        path: folder or hub name.
+        dtype: dtype of the weights.
+        attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`. For a
+            model whose attention has a softcap, eager replaces sdpa, tree and flash.
+        meta: build the model without weights, on the meta device. `fsdp.shard` later sends the
+            weights of rank 0.
 
     Raises:
         ValueError: for a text-only model.
@@ -92,8 +93,8 @@ def load_trained(
 
     Args:
         path: folder or hub name.
-        dtype: compute dtype; an adapter's weights stay fp32, as PEFT keeps them.
-        auto: the class of transformers that loads it.
+        dtype: compute dtype. An adapter's weights stay in fp32, as PEFT keeps them.
+        auto: the auto class of transformers that loads the model.
 
     Raises:
         ValueError: when there is no such model, or an adapter does not fit its base.
@@ -107,7 +108,7 @@ def load_trained(
 
 
 def _vision_config(path: str | Path):
-    """The configuration of a vision-language model; that of an adapter is its base's."""
+    """The configuration of a vision-language model, or of an adapter's base."""
     base = adapter_base(path)
     config = _from_pretrained(AutoConfig, base or path, adapter=path if base else None)
     if not hasattr(config, "vision_config"):
@@ -121,25 +122,25 @@ def _vision_config(path: str | Path):
 def _from_pretrained(
     auto_class: type, path: str | Path, *, adapter: str | Path | None = None, **options: Any
 ) -> Any:
-    """`auto_class.from_pretrained`, with an error of one line where there is no model.
+    """`auto_class.from_pretrained` with one-line errors.
 
     Args:
         auto_class: an auto class of transformers.
         path: folder or hub name.
-        adapter: the adapter whose base it is.
+        adapter: the adapter whose base `path` is, if any.
         options: further arguments.
     """
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **options)
-    except ImportError as error:  # such as torchvision, of Qwen's processors
+    except ImportError as error:  # such as torchvision, which Qwen's processors need
         needs = " ".join(str(error).split())
         raise ValueError(f"{path} needs a package that is not installed: {needs}") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{path} brings its own code, which is never run here. Use a model whose class is "
-            "in transformers."
+            f"{path} needs its own code, which is never run here. Use a model whose class is "
+            "part of transformers."
         ) from error
     except SafetensorError as error:
         raise ValueError(
@@ -150,8 +151,8 @@ def _from_pretrained(
         if adapter is not None:
             raise ValueError(
                 f"no model could be loaded from {path}, the base that {adapter} names ({reason}). "
-                "Write its absolute path or hub name into adapter_config.json, as "
-                "base_model_name_or_path."
+                "Set base_model_name_or_path in adapter_config.json to the base's absolute path or "
+                "hub name."
             ) from error
         raise ValueError(
             f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
@@ -184,8 +185,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Disable all adapters in `model`: every LoRA layer returns the output of its base layer.
 
-    PEFT's own `disable_adapter` also toggles `requires_grad`, which FSDP2 reads when it sets its
-    groups up, so that LoRA would not train afterwards.
+    PEFT's own `disable_adapter` also toggles `requires_grad`. FSDP2 reads that flag when it sets up
+    its groups, and LoRA would not train afterwards.
     """
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]

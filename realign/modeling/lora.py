@@ -1,13 +1,13 @@
 """LoRA's linear layer as one autograd function, without elementwise passes over its tensors.
 
 PEFT's layer computes `base(x) + lora_B(lora_A(x)) * scaling` in 14 operators forward and about 30
-backward. It writes the product of B, scales it, adds it, scales the gradient, and adds the two
-gradients of the input, each in a pass over a whole tensor. Here it is 3 GEMMs forward and 5
-backward that accumulate in place. `forward` is set on instances: names, state dicts, saving and
-merging stay PEFT's.
+backward. It makes a pass over a whole tensor to write the product of B, to scale it and to add it.
+Its backward makes one to scale the gradient, and one to add the two gradients of the input. This
+function takes 3 GEMMs forward and 5 backward that accumulate in place. `forward` is set on
+instances, so names, state dicts, saving and merging stay PEFT's.
 
-Adapters may be in fp32 beside a base in bf16: they are cast to the dtype of the input, as FSDP2
-casts what it gathers.
+Adapters may be in fp32 beside a base in bf16. They are cast to the dtype of the input, as FSDP2
+casts gathered parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 def use(model: nn.Module) -> None:
-    """Let every LoRA layer in `model` on an `nn.Linear` compute with `AdaptedLinear`."""
+    """Replace the forward of every LoRA layer on an `nn.Linear` in `model` by `AdaptedLinear`."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
             layer.forward = MethodType(forward, layer)
@@ -34,9 +34,9 @@ def forward(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # (..., O)
-    """`Linear.forward` by `AdaptedLinear`; PEFT computes layers that are not plain.
+    """`Linear.forward` by `AdaptedLinear`. Layers that are not plain use PEFT's forward.
 
-    It has the name of the method, so a pickled model finds PEFT's.
+    The name equals the method's, so that an unpickled model gets PEFT's forward.
     """
     if args or kwargs or not _is_plain(layer, x):
         return Linear.forward(layer, x, *args, **kwargs)
@@ -47,9 +47,9 @@ def forward(
 
 
 def _is_plain(layer: Linear, x: Tensor) -> bool:
-    """Whether the layer adds the product of one adapter to a frozen base, in one dtype.
+    """Whether the layer adds one adapter's product to a frozen base, in one dtype.
 
-    Variants (DoRA), trained biases, dropout, autocast and hooks are not plain.
+    Layers with variants (DoRA), trained biases, dropout, autocast or hooks are not plain.
     """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -96,7 +96,7 @@ class AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_grad = grad.mm(weight).addmm_(down_grad, a, alpha=ctx.scaling)
             x_grad = x_grad.view(*shape[:-1], rows.shape[1])
-        # With beta=0 the factor adds nothing: the product is scaled as it is written.
+        # beta=0 ignores `factor`; alpha scales the product without another pass.
         a_grad, b_grad = (
             factor.addmm(left.t(), right, beta=0, alpha=ctx.scaling)
             for factor, left, right in ((a, down_grad, rows), (b, grad, down))

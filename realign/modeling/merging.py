@@ -1,8 +1,8 @@
-"""Adapter folders: their base, adapters loaded by PEFT, and merging into the base.
+"""Adapter folders: finding the base, loading by PEFT, and merging into the base.
 
-PEFT loads an adapter, since transformers' own loading omits parts of DoRA and of tied ends. Merging
-into a model with tied embeddings gives each end its own weight where the adapter changes the two
-differently: PEFT would add both changes to the one weight that they share.
+PEFT loads adapters, since transformers' own loading omits parts of DoRA and of tied ends. The ends
+are the input and output embeddings. If an adapter changes tied ends differently, merging gives each
+its own weight. PEFT would add both changes to the weight that they share.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 _CONFIGS = ("config.json", "adapter_config.json")
-_PROBED = 16  # tokens of the text that a merged model is checked on
-# In nats; fp32 rounding seen is 3e-5, a shared end changed twice is 0.5 to 34.
+_PROBED = 16  # tokens of the text that checks a merged model
+# In nats. Measured: 3e-5 by fp32 rounding, 0.5 to 34 where a shared end is changed twice.
 _MERGED_TOLERANCE = 1e-2
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The base model of an adapter's folder or hub name; None for a whole model.
+    """The base model of an adapter, given its folder or hub name; None for a whole model.
 
     Raises:
-        ValueError: for a folder whose models are in folders below it, an adapter of a kind that
-            acts outside of the base's modules, and a base that is missing or is an adapter.
+        ValueError: for a folder without a model, an adapter of an unsupported kind, and a base that
+            is missing or is an adapter.
     """
     check_folder(path)
     if (file := find_file(path, _CONFIGS[1])) is None:
@@ -49,30 +49,30 @@ def adapter_base(path: str | Path) -> str | None:
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"{where} names no base: base_model_name_or_path is {base!r}. Write the folder or hub "
-            "name of the model that the adapter was trained on there."
+            f"{where} names no base: base_model_name_or_path is {base!r}. Set it to the folder or "
+            "hub name of the model that the adapter was trained on."
         )
     local = Path(base).is_dir()
     if config.revision and not local:
         raise ValueError(
             f"{where} names revision {config.revision!r} of its base {base}, and revisions are not "
-            "read. Download that one, and write its folder as base_model_name_or_path."
+            "supported. Download it, and set base_model_name_or_path to its folder."
         )
     if not local and (base[0] in "./~" or base.count("/") > 1):
         raise ValueError(
-            f"{where} names the base {base!r}, and there is no such folder from {Path.cwd()}. "
-            "Write its absolute path, or its hub name, as base_model_name_or_path."
+            f"{where} names the base {base!r}, and there is no such folder in {Path.cwd()}. "
+            "Set base_model_name_or_path to its absolute path or hub name."
         )
     if find_file(base, _CONFIGS[1]) is not None:
         raise ValueError(
-            f"{where} names the base {base!r}, which is an adapter itself. Merge that one (python "
-            "-m realign.export), and write the merged folder as base_model_name_or_path."
+            f"{where} names the base {base!r}, which is an adapter itself. Merge the base (python "
+            "-m realign.export), and set base_model_name_or_path to the merged folder."
         )
     return base
 
 
 def _read_config(file: Path) -> PeftConfig:
-    """Read an adapter's configuration; PEFT warns of unknown fields and drops them.
+    """Read an adapter's configuration. Unknown fields, which PEFT only warns of, are an error.
 
     Raises:
         ValueError: for a file that this version of PEFT does not read in full.
@@ -88,16 +88,16 @@ def _read_config(file: Path) -> PeftConfig:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is not a configuration that PEFT {peft.__version__} reads ({error!r}). Save "
-            "the adapter again, or install the version of PEFT that it was saved with."
+            "the adapter again, or install the version of PEFT that saved it."
         ) from error
     return config
 
 
 def check_folder(path: str | Path) -> None:
-    """Refuse a folder without a model, such as that of a run or of several adapters.
+    """Reject a folder without a model, such as a run's folder or one of several adapters.
 
     Raises:
-        ValueError: names the folders in it that hold one.
+        ValueError: for such a folder. The message names the models in folders below it.
     """
     folder = Path(path)
     if not folder.is_dir() or any((folder / name).exists() for name in _CONFIGS):
@@ -106,7 +106,7 @@ def check_folder(path: str | Path) -> None:
         models = {file.parent for name in _CONFIGS for file in folder.glob(f"{depth}/{name}")}
         if models:
             raise ValueError(
-                f"{folder} holds no model itself. Pass the folder of one in it: "
+                f"{folder} holds no model itself. Pass one of the models in it: "
                 f"{', '.join(sorted(map(str, models)))}."
             )
     raise ValueError(
@@ -116,14 +116,14 @@ def check_folder(path: str | Path) -> None:
 
 
 def find_file(path: str | Path, name: str) -> str | None:
-    """The file `name` of a folder, or of a model on the hub; None where there is none."""
+    """The path of the file `name` in a folder or a model on the hub; None if it is missing."""
     if Path(path).is_dir():
         file = Path(path, name)
         return str(file) if file.is_file() else None
     return _remote_file(str(path), name)
 
 
-@functools.cache  # each call would ask the hub
+@functools.cache  # avoids a request to the hub per call
 def _remote_file(repository: str, name: str) -> str | None:
     try:
         return cached_file(
@@ -133,19 +133,19 @@ def _remote_file(repository: str, name: str) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # not a name that the hub could have; loading reports that
+    except OSError:  # an invalid hub name, which loading reports
         return None
 
 
 def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """Put the adapter at `path` on its base, frozen, as `PeftModel.from_pretrained` does.
+    """Load the adapter at `path` on its base, frozen, as `PeftModel.from_pretrained` does.
 
     Raises:
         ValueError: for an adapter in another format, or with weights that do not fit the base.
     """
     if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(
-            f"{path} has no adapter_model.safetensors; other formats are not read. Save the "
+            f"{path} has no adapter_model.safetensors, and other formats are not read. Save the "
             "adapter again with a current version of PEFT."
         )
     _check_rows(model, path)
@@ -166,7 +166,7 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
 
 
 def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
-    """Refuse the adapter of a base resized after loading, since PEFT does not save its rows."""
+    """Reject an adapter of a base that was resized after loading: PEFT does not save the rows."""
     if (file := find_file(path, "tokenizer.json")) is None:
         return
     tokens = Tokenizer.from_file(file).get_vocab_size()
@@ -174,15 +174,15 @@ def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
     if tokens > rows:
         raise ValueError(
             f"the tokenizer of the adapter {path} has {tokens} tokens, and its base "
-            f"{model.name_or_path} has {rows} embeddings. Save the resized base, and write its "
-            "folder as base_model_name_or_path."
+            f"{model.name_or_path} has {rows} embeddings. Save the resized base, and set "
+            "base_model_name_or_path to its folder."
         )
 
 
 def _check_keys(adapted: PeftModel, missing: list[str], unknown: list[str]) -> None:
-    """Refuse weights without a place, and places without weights; PEFT warns of the latter only.
+    """Reject unknown and missing weights. PEFT only warns of missing ones.
 
-    A shared tensor has several names, and a file may hold it under one of them.
+    A shared tensor has several names, and a file may hold it under any one of them.
     """
     state = adapted.state_dict(keep_vars=True)
     loaded = {value.data_ptr() for name, value in state.items() if name not in missing}
@@ -195,21 +195,21 @@ def _check_keys(adapted: PeftModel, missing: list[str], unknown: list[str]) -> N
 
 
 def check_kind(config: PeftConfig, name: str) -> None:
-    """Refuse a kind that acts in the forward of `PeftModel`, which is not called here.
+    """Reject a kind that acts in the forward of `PeftModel`, which is never called here.
 
     Raises:
-        ValueError: names the adapter and its kind.
+        ValueError: for such a kind. The message names the adapter and its kind.
     """
     kind = PeftType(config.peft_type)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
-    # AdaLoRA's forward adds a penalty to the loss, and log-probs are those of its modules.
+    # AdaLoRA's forward only adds a penalty to the loss; its log-probs come from its modules.
     acts = getattr(tuner, "forward", None) is not BaseTuner.forward and kind != PeftType.ADALORA
     activated = getattr(config, "alora_invocation_tokens", None)
     if acts or activated:
         value = kind.value + " with alora_invocation_tokens" * bool(activated)
         raise ValueError(
             f"{name} is an adapter of PEFT's kind {value}, which acts outside of the model's own "
-            "modules, so it can be neither trained, evaluated nor merged here. Use a kind that "
+            "modules. It can be neither trained, evaluated nor merged here. Use a kind that "
             "changes modules, such as LoRA."
         )
 
@@ -217,8 +217,8 @@ def check_kind(config: PeftConfig, name: str) -> None:
 def merge(adapted: PeftModel) -> PreTrainedModel:
     """Merge an fp32 adapter into its fp32 base, and compare log-probs before and after.
 
-    Tied ends stay tied where the adapter leaves them equal. Else each has its own weight, and the
-    configuration records that, so `from_pretrained` reads both.
+    Tied ends stay tied if the adapter leaves them equal. If not, each gets its own weight, and the
+    configuration records it, so that `from_pretrained` reads both.
 
     Raises:
         ValueError: for a kind that cannot be merged, or that changes log-probs when merged.
@@ -241,8 +241,8 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     worst = (_probe(merged) - before).abs().amax(-1).median().item()
     if not worst < _MERGED_TOLERANCE:
         raise ValueError(
-            f"merged, an adapter of PEFT's kind {kind} moves log-probs by {worst:.2g} nats, so the "
-            "merged model is another one. Keep the adapter as it is."
+            f"merging an adapter of PEFT's kind {kind} changed log-probs by {worst:.2g} nats, so "
+            "the merged model is wrong. Keep the adapter unmerged."
         )
     return merged.requires_grad_(True)  # PEFT froze them
 
@@ -250,7 +250,8 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast the weights in place, as `from_pretrained` with a dtype does.
 
-    Buffers that no file has, such as rotary frequencies, keep fp32; `Module.to` would round them.
+    Buffers outside the state dict, such as rotary frequencies, keep fp32. `Module.to` would round
+    them.
     """
     saved = model.state_dict(keep_vars=True).keys()
     named = chain(model.named_parameters(), model.named_buffers())
@@ -261,10 +262,10 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _split_ends(model: nn.Module) -> bool:
-    """Give every module its own copy of a weight shared with an embedding; True if there was one.
+    """Give every module its own copy of a weight shared with an embedding.
 
-    Call it after adapters are put on, since PEFT ties adapters by the weights' identity, and before
-    they are merged.
+    Call it after adapters are loaded, since PEFT ties adapters by the weights' identity, and before
+    they are merged. Returns whether a weight was shared.
     """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
@@ -283,7 +284,7 @@ def _split_ends(model: nn.Module) -> bool:
 
 
 def _tie_again(model: PreTrainedModel) -> None:
-    """Tie ends that are equal up to fp32 rounding, and write the outcome into the configuration."""
+    """Tie ends that are equal up to fp32 rounding, and record the result in the configuration."""
     head = model.get_output_embeddings()
     assert head is not None
     embedding = model.get_input_embeddings().get_parameter("weight")
@@ -292,7 +293,7 @@ def _tie_again(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = tied  # PEFT cleared it for two weights
     if tied:
         head.weight = embedding
-    else:  # families read it in different places
+    else:  # families read the setting from different configurations
         for name in model.config.sub_configs:
             part = getattr(model.config, name)
             if getattr(part, "tie_word_embeddings", False):
@@ -302,7 +303,7 @@ def _tie_again(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> torch.Tensor:
-    """Log-probs after each token of a short text without images, (T, V)."""
+    """Log-probs of a short text without images, (T, V)."""
     special_ids = {value for value in model.config.to_dict().values() if isinstance(value, int)}
     size = model.config.get_text_config().vocab_size
     ids = [i for i in range(1, size, max(1, size // _PROBED)) if i not in special_ids][:_PROBED]

@@ -1,8 +1,8 @@
-"""`ForestModel`: the loss or the log-probs of a forest batch, by a vision-language model.
+"""`ForestModel`: a vision-language model that computes the loss or log-probs of a forest batch.
 
-Training calls `forward`, the reference pass `logps`. In both the backbone runs once over the rows,
-and only the gathered response positions are multiplied with the vocabulary. FSDP2 wraps this module
-as the root, so the head's weight is gathered with it.
+Training calls `forward`, and the reference pass calls `logps`. In both the backbone runs once over
+the rows, and only the gathered response positions are multiplied with the vocabulary. FSDP2 wraps
+this module as the root, so the head's weight is gathered with it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from realign_kernels import (
 )
 
 _JOIN = "merger"
-"""Part of the names of a tower's layers that project to the language model (Qwen)."""
+"""Part of the names of tower layers that project to the language model (Qwen)."""
 
 _UNUSED = ("vqmodel", "generation")
-"""Parts that draw images (Janus); no forward here reaches them."""
+"""Prefixes of the modules that generate images (Janus), which no forward here calls."""
 
 _GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Mean difference of a token's log-prob beyond which a forest differs from separate forwards."""
+"""Largest mean difference per token between a forest's log-probs and separate forwards'."""
 
 
 class NonFiniteRecords(ValueError):
-    """Log-probs of some records are NaN or infinite; the message names the records."""
+    """Log-probs of some records are NaN or infinite. The message names the records."""
 
 
 class ForestModel(nn.Module):
@@ -53,11 +53,11 @@ class ForestModel(nn.Module):
         vlm: the Hugging Face model, with or without LoRA layers in it.
         train_vision: whether the vision tower is trained; frozen by default. The projector between
             tower and language model stays trainable either way.
-        dtype: compute dtype, fp32 or bf16: that of `vlm`'s parameters, or the dtype that FSDP2
-            casts them to (`fsdp.shard`).
+        dtype: compute dtype, fp32 or bf16. It is the dtype of `vlm`'s parameters, or the dtype that
+            FSDP2 casts them to (`fsdp.shard`).
 
     Raises:
-        ValueError: for a model whose forests cannot be laid out.
+        ValueError: for a model that does not support forest batches.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class ForestModel(nn.Module):
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
         norms.use(decoder)
-        self.instead: str | None = None  # why the attention differs from the setting
+        self.instead: str | None = None  # reason why the attention differs from the setting
         attends, width = decoder.config._attn_implementation, head_width(decoder.config)
         if attends in tree_attention.NAMES:
             if not self.layout.causal:
-                attends, self.instead = "sdpa", "not every token sees all before it, and no other"
+                attends, self.instead = "sdpa", "not every layer has full causal attention"
             elif getattr(decoder.config, "attention_dropout", 0):
                 attends, self.instead = "sdpa", "it has dropout"
             elif attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
@@ -86,7 +86,7 @@ class ForestModel(nn.Module):
         if self.attention not in IMPLEMENTATIONS.values():
             raise ValueError(
                 f"the model attends by {self.attention!r}, which supports no forests. Load it with "
-                f"attn_implementation= one of {', '.join(IMPLEMENTATIONS.values())}."
+                f"one of these as attn_implementation: {', '.join(IMPLEMENTATIONS.values())}."
             )
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
         tower = vlm.model.get_encoder("image")
@@ -98,7 +98,7 @@ class ForestModel(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The repeated layers of both towers, which FSDP shards one by one."""
+        """The repeated layers of language model and vision tower, which FSDP shards one by one."""
         parts = (self.vlm.model.get_decoder(), self.vlm.model.get_encoder("image"))
         return [layer for part in parts for layer in _repeated(part)]
 
@@ -110,7 +110,7 @@ class ForestModel(nn.Module):
     ) -> PreferenceOutput:
         """Compute the loss of a batch, the *sum* over its examples.
 
-        Where a log-prob is NaN or infinite, all results are NaN.
+        If a log-prob is NaN or infinite, all results are NaN.
         """
         hidden, weight, bias = self._head_inputs(batch)
         try:
@@ -125,14 +125,14 @@ class ForestModel(nn.Module):
                 bias=bias,
                 softcap=self.softcap,
             )
-        except NonFiniteError:  # every rank must run a backward before the step is refused
+        except NonFiniteError:  # every rank must run a backward before the step is rejected
             return _not_a_number(hidden, weight, bias, objective, reference_logps)
         return output._replace(logps=output.logps.detach())  # FSDP hooks tensors that require grad
 
     def logps(self, batch: ForestBatch) -> torch.Tensor:
         """Compute the log-probs of the batch's response tokens, (N,) fp32.
 
-        `ForestBatch.leaf_sums` adds them up.
+        `ForestBatch.leaf_sums` sums them per leaf.
 
         Raises:
             NonFiniteRecords: when a log-prob is NaN or infinite.
@@ -147,7 +147,7 @@ class ForestModel(nn.Module):
             names = sorted({batch.names[i] for i in owners.tolist()})
             raise NonFiniteRecords(
                 f"record(s) {', '.join(names)}: {error}. Nothing was updated. If one record is "
-                "named, look at its image and text; if all are, at the model's weights."
+                "named, check its image and text. If all are, check the model's weights."
             ) from error
 
     def image_features(self, images: Images) -> list[Features]:
@@ -159,11 +159,11 @@ class ForestModel(nn.Module):
     ) -> Iterator[str]:
         """Compare one forest with separate forwards that use the model's own positions and masks.
 
-        Where they differ, each response gets its own copy of the prompt from now on. Every rank
-        calls it, since its two forwards have collectives.
+        If they differ, each response gets its own copy of the prompt for the rest of the run. Every
+        rank must call it, since its two forwards contain collectives.
 
         Yields:
-            Lines for the user: each deviation from the settings, and its reason.
+            Lines to print: each deviation from the settings, with the reason.
         """
         kind, layout = self.vlm.config.model_type, self.layout
         if self.attention == "eager" and has_softcap(self.vlm.config):
@@ -176,13 +176,13 @@ class ForestModel(nn.Module):
             with torch.no_grad():
                 change = self.logps(shared.to(device)) - self.logps(separate.to(device))
             local_gap = float(change.abs().mean())
-            gap = broadcast_from_rank0(lambda: local_gap)  # one decision for all
+            gap = broadcast_from_rank0(lambda: local_gap)  # one decision for all ranks
             if gap > _GAPS[self.dtype]:
-                layout.separate = f"under a shared one log-probs differ by {gap:.2g} a token"
+                layout.separate = f"with a shared copy log-probs differ by {gap:.2g} per token"
             if kind not in TESTED:
                 yield (
-                    f"models of type {kind!r} are not among the tested ones; on the first record a "
-                    f"forest differs from separate forwards by {gap:.1g} a token"
+                    f"models of type {kind!r} are untested: on the first record, log-probs of a "
+                    f"forest differ from separate forwards by {gap:.1g} per token"
                 )
         if not layout.shares_prefix:
             yield f"each response gets its own copy of the prompt: {layout.separate}"
@@ -191,14 +191,14 @@ class ForestModel(nn.Module):
         self, batch: ForestBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # (N, H), (V, H), (V,)
         hidden = self._hidden(batch).to(self.dtype)
-        # Not lm_head.weight: LoRA on the head, or a trained copy of it, would be left out.
+        # Reading lm_head.weight would omit LoRA on the head, or a trained copy of it.
         head = self.vlm.get_output_embeddings()
-        assert head is not None  # `layout_of` has refused a model without one
+        assert head is not None  # `layout_of` rejects models without a head
         hidden, weight, bias = head_inputs(head, hidden)
         return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
     def _hidden(self, batch: ForestBatch) -> torch.Tensor:
-        """Last hidden states at the batch's predicting positions, (N, H)."""
+        """Last hidden states that predict the batch's labels, (N, H)."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.slots:
             by_image = batch.features
@@ -229,8 +229,8 @@ class ForestModel(nn.Module):
         decoder = self.vlm.model.get_decoder()
         with takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
             states = self.vlm.model(**inputs).last_hidden_state
-        # The last row of a root is listed for each leaf. The backward of an index adds their
-        # gradients in any order (CPU threads; index_select on CUDA), that of an embedding in one.
+        # The last row of a root occurs once per leaf. An index would sum its gradients in varying
+        # order (CPU threads; index_select on CUDA), but an embedding sums them in a fixed order.
         return F.embedding(batch.rows, states.flatten(0, 1))
 
     def _mask(self, batch: ForestBatch, kind: str) -> torch.Tensor | BlockMask:
@@ -248,9 +248,9 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def takes_masks(decoder: nn.Module, masks: Mapping) -> Iterator[None]:
-    """Hand the language model a mask for each kind of its layers.
+    """Pass the language model a mask for each kind of its layers.
 
-    The language model accepts them; PaliGemma, around it, passes only one mask.
+    PaliGemma accepts only one mask, but the language model in it accepts several.
     """
 
     def replace(module, args, kwargs):
@@ -270,7 +270,7 @@ def _not_a_number(
     objective: Objective,
     reference_logps: torch.Tensor,  # (L, B)
 ) -> PreferenceOutput:
-    """The output for log-probs that are not finite: NaN, with a gradient for every input."""
+    """The output for log-probs that are NaN or infinite: NaN, with a gradient for every input."""
     nan = torch.full_like(reference_logps, torch.nan)
     inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     return PreferenceOutput(

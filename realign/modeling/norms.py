@@ -1,8 +1,9 @@
-"""RMSNorm by torch's fused operator, on instances of one model.
+"""RMSNorm by torch's fused operator, on the instances of one model.
 
 transformers computes RMSNorm in six operators forward and about twelve backward, most of them in
-fp32: 42 ms of a step of a 7B model on an H200 (calculated: 160 GB). `F.rms_norm` is one kernel each
-way on CUDA (5 ms, calculated). It rounds once, where transformers also rounds before the weight.
+fp32. They take 42 ms of a step of a 7B model on an H200 (calculated from 160 GB of traffic).
+`F.rms_norm` is one kernel each way on CUDA, and takes 5 ms (calculated). It rounds once.
+transformers also rounds before it multiplies by the weight.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_TOLERANCE = 1e-5  # relative, fp32; a norm that adds 1 to its weight is off by more than 1
+_TOLERANCE = 1e-5  # relative, in fp32; a norm that adds 1 to its weight is off by more than 1
 
 
 def use(model: nn.Module) -> None:
-    """Let `F.rms_norm` compute the plain RMSNorm modules of `model`.
+    """Replace the forward of plain RMSNorm modules in `model` by `F.rms_norm`.
 
-    The first module of every class is tried on a random input; a class with another result, as one
-    that adds 1 to its weight, keeps its own forward.
+    The first module of every class is tested on a random input. A class with another result keeps
+    its own forward, for example one that adds 1 to its weight.
     """
     plain: dict[type, bool] = {}
     for module in model.modules():
         kind = type(module)
         if not kind.__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
             continue
-        if "forward" in vars(module):  # of the user, such as liger's
+        if "forward" in vars(module):  # replaced already, for example by liger
             continue
         if kind not in plain:
             plain[kind] = _is_plain(module)
@@ -41,8 +42,11 @@ def forward(
     norm: Any,  # a module with weight (H,), and variance_epsilon or eps
     hidden: Tensor,  # (..., H)
 ) -> Tensor:
-    """`F.rms_norm` in one dtype. The name is the method's, so a pickled model finds its own."""
-    # Autocast passes an fp32 weight, and transformers widens the output by it.
+    """`F.rms_norm`, for hidden states and weight in one dtype.
+
+    The name equals the method's, so that an unpickled model gets its own forward.
+    """
+    # Under autocast the weight is fp32, and transformers returns fp32 as well.
     if hidden.dtype != norm.weight.dtype:
         return type(norm).forward(norm, hidden)
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps

@@ -4,9 +4,9 @@
         for batch in batches:
             step(batch.to(device))
 
-Order and content are those of a plain loop, and nothing random is drawn in the thread. For CUDA a
-batch is `pinned`, so that a copy with `non_blocking=True` does not wait: from pageable memory CUDA
-first waits for all work queued before the copy.
+Order and content are those of a plain loop, and the thread draws no random numbers. For CUDA a
+batch is `pinned`, so that a copy with `non_blocking=True` does not wait. A copy from pageable
+memory waits for all work that was queued before it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import torch
 T = TypeVar("T")
 
 _DEPTH = 2
-"""Results that may be waiting: one hides a slow build, a second one hides its variation."""
+"""Finished results that may wait: one hides the time of a build, a second one its variation."""
 
 
 @contextmanager
 def builder(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """One background thread for batches of `device`; leaving the context ends it.
+    """One background thread for batches of `device`, which ends with the context.
 
-    The task in progress is finished first, and waiting tasks are dropped.
+    At the end the current task is finished and waiting tasks are dropped.
     """
 
     def on_start() -> None:
-        if device.type == "cuda":  # a new thread is on device 0 in every rank
+        if device.type == "cuda":  # a new thread starts on device 0 in every rank
             torch.cuda.set_device(device)
 
     pool = ThreadPoolExecutor(1, "prefetch", on_start)
@@ -49,10 +49,10 @@ def builder(device: torch.device) -> Iterator[ThreadPoolExecutor]:
 def ahead(
     tasks: Iterable[Callable[[], T]], device: torch.device, depth: int = _DEPTH
 ) -> Iterator[Iterator[T]]:
-    """Results of tasks in order, each computed in a background thread before it is asked for.
+    """Results of tasks in order, computed ahead of their use in a background thread.
 
     At most `depth` results wait, so memory is bounded. `tasks` is iterated in the caller's thread.
-    An error of a task is raised where its result is asked for.
+    An error in a task is raised when its result is requested.
     """
     with builder(device) as pool:
         submitted = (pool.submit(task) for task in tasks)
@@ -68,12 +68,12 @@ def ahead(
 
 
 def pinned(value: Any, device: torch.device) -> Any:
-    """`value` with its tensors in pinned memory where `device` is a CUDA device.
+    """Copy the tensors of `value` to pinned memory if `device` is a CUDA device.
 
     Args:
-        value: a tensor, or dataclasses, dictionaries, tuples and named tuples of tensors; other
-            values stay as they are.
-        device: where the tensors will be copied.
+        value: a tensor, or dataclasses, dictionaries, tuples and named tuples of tensors. Other
+            values are returned unchanged.
+        device: the device that the tensors will be copied to.
     """
     if device.type != "cuda":
         return value

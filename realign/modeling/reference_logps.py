@@ -1,7 +1,7 @@
-"""The reference pass: the fingerprint of log-probs, and forwards of leaves that a cache lacks.
+"""The reference pass: fingerprint of reference log-probs, and forwards for missing leaves.
 
-The reference is the model before its first step. Its log-probs are constants, so every distinct
-leaf is computed once and kept in a `ReferenceCache` that all runs share.
+The reference is the model before its first step. Its log-probs are constant, so every distinct leaf
+is computed once and kept in a `ReferenceCache` that all runs share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from realign.modeling.prefetch import pinned
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
 _LAYOUT = "forest-4"
-"""Changes when the code of this project would give the same leaf another log-prob."""
+"""Version of the forward; changed when the same leaf would get another log-prob."""
 
 _NO_EFFECT = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
@@ -35,7 +35,7 @@ _NO_EFFECT = {
 
 
 def default_directory() -> Path:
-    """Where runs share log-probs: $REALIGN_CACHE/reference, or ~/.cache/realign/reference."""
+    """Default folder of log-probs: $REALIGN_CACHE/reference, or ~/.cache/realign/reference."""
     root = os.environ.get("REALIGN_CACHE") or Path.home() / ".cache" / "realign"
     return Path(root) / "reference"
 
@@ -48,18 +48,19 @@ def fingerprint(
     kernels: str = "eager",
     weights: str | None = None,
 ) -> dict[str, str]:
-    """Everything besides the leaf that decides its log-prob, by name.
+    """Fingerprint: everything besides the leaf that a log-prob depends on, by name.
 
-    Weights are digested in `dtype`, as the forward uses them, so it does not matter whether they
-    were loaded in fp32 or bf16. Preprocessing and the chat template show in the leaf's key as well.
+    Weights are digested in `dtype`, as the forward uses them. The fingerprint is therefore the same
+    whether they were loaded in fp32 or bf16. Preprocessing and chat template also change the leaf's
+    key.
 
     Args:
-        vlm: the reference, before LoRA is put on it.
+        vlm: the reference, before LoRA is added.
         processor: its processor.
         dtype: compute dtype of the forward.
-        device: device of the forward; its type counts, as bf16 rounds differently on a CPU.
-        kernels: kernels of its layers, which round differently as well (`ScaleConfig.kernels`).
-        weights: their digest, where `vlm` has no weights (`fsdp.shard`).
+        device: device of the forward. Its type counts, since bf16 rounds differently on a CPU.
+        kernels: kernels of the layers, which also round differently (`ScaleConfig.kernels`).
+        weights: digest of the weights, if `vlm` has none (`fsdp.shard`).
     """
     about = description(vlm, processor, dtype, device, kernels)
     return about | {"weights": weights or weights_digest(vlm, dtype)}
@@ -72,7 +73,7 @@ def description(
     device: torch.device,
     kernels: str = "eager",
 ) -> dict[str, str]:
-    """The fingerprint without the weights, which need not be loaded."""
+    """The fingerprint without the weights, so that they need not be loaded."""
     parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
     attention = {str(part.config._attn_implementation) for part in parts}
     return {
@@ -90,11 +91,10 @@ def description(
 
 
 def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """128-bit digest of all parameters and buffers; those of the state dict are cast to `dtype`.
+    """128-bit digest of all parameters and buffers.
 
-    Without a `dtype` each tensor is digested in its own dtype.
-
-    Tensors are hashed by threads (hashlib releases the GIL): about 1 GB/s for each core.
+    Tensors of the state dict are first cast to `dtype`, if it is given. Threads hash the tensors,
+    since hashlib releases the GIL: about 1 GB/s per core.
     """
 
     def digest_of_tensor(item: tuple[str, torch.Tensor]) -> bytes:
@@ -114,9 +114,9 @@ def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
 
 
 def _logits_are_rounded(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the head rounds logits to bf16 here, which moves a log-prob by up to 0.1 nats.
+    """Whether the head rounds logits to bf16 here, which changes a log-prob by up to 0.1 nats.
 
-    It depends on CPU, extension and backend, so a small head is compared with the definition.
+    This depends on CPU, extension and backend, so a small head is compared with the definition.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 64, generator=generator).to(dtype)
@@ -124,11 +124,11 @@ def _logits_are_rounded(dtype: torch.dtype, device: torch.device) -> bool:
     labels = torch.arange(64)
     logps = linear_logprobs(hidden.to(device), weight.to(device), labels.to(device))
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)[labels, labels]
-    return bool((logps.cpu().double() - exact).abs().max() > 1e-3)  # 1e-5 and 6e-2
+    return bool((logps.cpu().double() - exact).abs().max() > 1e-3)  # exact: 1e-5, rounded: 6e-2
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """128-bit digest of a data set: all its leaves, in order."""
+    """128-bit digest of a data set's leaves, in order."""
     return hashlib.blake2b(leaf_keys(examples).tobytes(), digest_size=16).hexdigest()
 
 
@@ -145,7 +145,7 @@ def fill(
     progress: bool = True,
     log: Callable[[str], None] = log_rank0,
 ) -> torch.Tensor:
-    """Compute the log-probs that `cache` lacks; every rank calls it and computes a part of them.
+    """Compute the log-probs that are missing from `cache`. Every rank calls it for a part of them.
 
     Args:
         cache: the cache of this model's log-probs.
@@ -155,16 +155,16 @@ def fill(
         row_tokens: most tokens in a row of the forest.
         batch_rows: rows in one forward.
         device: device of the model.
-        adapters: whether adapters in the model are part of the reference; else they are skipped.
-        progress: whether to show a bar.
-        log: gets a line with the number of cached leaves, and their folder.
+        adapters: whether adapters in the model are part of the reference. If not, they are off.
+        progress: whether to show a progress bar.
+        log: receives a line with the number of cached leaves and their folder.
 
     Returns:
         Reference log-probs of all leaves, (L, examples) fp64.
     """
 
     def build(pairs: Sequence[tuple[int, int]]):
-        """A batch on `device`; `cache.fill` calls it in a thread, ahead of the forward."""
+        """A batch on `device`, built by `cache.fill` in a thread ahead of the forward."""
         single = [_single_leaf(examples[i], leaf) for i, leaf in pairs]
         return pinned(build_batch(single, store, row_tokens=row_tokens), device).to(device)
 
@@ -205,11 +205,11 @@ def fill(
 
 
 def _nearest(cache: ReferenceCache) -> str:
-    """A note for an empty table: the differences from another one that nearly fits."""
+    """For an empty table: the differences from the most similar other table."""
     if len(cache) or (nearest := cache.nearest()) is None:
         return ""
     folder, differences = nearest
-    return f"; not those in {folder.name}: other {', '.join(differences)}"
+    return f"; those in {folder.name} do not fit: they differ in {', '.join(differences)}"
 
 
 def _single_leaf(example: Example, index: int) -> Example:
@@ -219,7 +219,7 @@ def _single_leaf(example: Example, index: int) -> Example:
 
 
 def _without(tree, names: set[str]):
-    """A nested configuration without keys that decide no log-prob."""
+    """A nested configuration without the keys `names`."""
     if isinstance(tree, dict):
         return {key: _without(value, names) for key, value in tree.items() if key not in names}
     return tree

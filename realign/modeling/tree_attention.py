@@ -1,11 +1,13 @@
-"""Attention over a forest, tree by tree, without a mask over the whole row.
+"""Attention by tree: attention over a forest without a mask over the whole row.
 
-With the mask of `ForestBatch.attention_mask` attention costs a row's length squared, even where the
-mask hides all, and rows are padded. Here a root with its first leaf is one causal sequence, every
-further leaf attends to its root and to itself, and trees follow one another in a row without
-padding: only scores that the mask lets through are computed. The function is registered with
-transformers under two names: `tree` calls SDPA for each leaf, `tree_varlen` is one operator for all
-trees (`varlen_attention`). Layers take it by their configuration, and nothing is patched.
+With the mask of `ForestBatch.attention_mask`, attention is quadratic in the row's length, even for
+masked scores, and rows are padded. Here a root with its first leaf is one causal sequence. Every
+further leaf attends to its root and to itself. Trees follow one another in a row without padding.
+Masked scores are therefore never computed.
+
+The function is registered with transformers under two names. `tree` calls SDPA once per leaf.
+`tree_varlen` is one operator for all trees (`varlen_attention`). Layers select it by their
+configuration, and nothing is patched.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from realign.modeling import varlen_attention
 from realign.modeling.varlen_attention import Sequences
 
 CALLS, VARLEN = NAMES = "tree", "tree_varlen"
-"""Values of `_attn_implementation` for attention by tree: in several calls, or in one."""
+"""Values of `_attn_implementation` for attention by tree: several calls, or one operator."""
 
 Trees = tuple[tuple[tuple[int, ...], ...], ...]
 """For each row its trees in order, each the lengths of its root and leaves."""
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
-    """A placeholder mask: its four axes keep transformers from making its own."""
+    """A placeholder mask. Its four axes keep transformers from creating a mask."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
@@ -44,19 +46,19 @@ def forest_attention(
     scaling: float | None = None,
     **options,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each tree of each row, without reading the mask; padding gives zeros.
+    """Attention within each tree of each row, without a mask. Padding gives zeros.
 
-    Given `trees` it makes SDPA calls, given `sequences` the varlen operator. Without either, in a
-    forward over plain sequences, it is transformers' `sdpa`.
+    With `trees` it calls SDPA, with `sequences` the varlen operator. With neither, in a forward
+    over plain sequences, it calls transformers' `sdpa`.
 
     Returns:
-        (R, T, heads, D), and None where other implementations give weights.
+        The output, (R, T, heads, D), and None in place of attention weights.
 
     Raises:
         RuntimeError: when the model's layers got trees and did not pass them on.
     """
     if sequences is not None:
-        # Under autocast RoPE leaves query and key in fp32; the value is directly a product.
+        # Under autocast RoPE returns query and key in fp32. The value keeps the autocast dtype.
         rows = [
             states.to(value.dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)
         ]
@@ -83,10 +85,10 @@ def forest_attention(
 
 
 def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
-    """(1, heads, T, D) of one row."""
+    """Attention over one row, (1, heads, T, D)."""
     sizes = [size for root, first, *more in trees for size in (root + first, *more)]
     sizes.append(query.shape[2] - sum(sizes))
-    # Split once: its backward joins the gradients, where that of a slice pads each to full length.
+    # One split: its backward concatenates gradients. The backward of a slice pads to full length.
     queries, keys, values = (iter(states.split(sizes, 2)) for states in (query, key, value))
     out = []
     for root, _, *more in trees:
@@ -108,7 +110,7 @@ def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
 
 
 def _for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """A key or value for each head: CUDA's fused kernels take a mask or groups, not both."""
+    """Repeat keys or values per head: CUDA's fused kernels take either a mask or groups."""
     return states.repeat_interleave(heads // states.shape[1], 1)
 
 

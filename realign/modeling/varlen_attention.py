@@ -1,13 +1,13 @@
-"""Varlen attention over a forest: two kernel calls a layer for all trees of all rows.
+"""Varlen attention over a forest: two kernel calls per layer for all trees of all rows.
 
-The first call is causal: a root with its first leaf is a sequence, and so is every further leaf.
-In the second call the further leaves of a tree are queries of its root, all of which they see. The
-two results of a further leaf are merged by their log-sum-exps. So each token is a key once, in
-place, and no copy of a root is made for its further leaves. `Sequences` holds the rows of both
-calls. It is made with the batch, on the host, so that no layer waits for the device.
+The first call is causal. Its sequences are each root with its first leaf, and each further leaf. In
+the second call the further leaves of a tree are queries and all tokens of its root are keys. The
+two results of a further leaf are merged by their log-sum-exps. Each token is therefore a key once,
+in place, and roots are not copied for their further leaves. `Sequences` holds the rows of both
+calls. It is built with the batch on the host, so no layer waits for the device.
 
-`realign::forest_attention` is the operator. On CUDA the flash kernel of torch computes it, in fp16
-and bf16; elsewhere `reference` does, which is its definition.
+The operator is `realign::forest_attention`. On CUDA, torch's flash kernel computes it in fp16 and
+bf16. On other devices `reference` computes it, which is its definition.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from torch import index_select as select
 
 
 class Sequences(NamedTuple):
-    """Sequences of a batch for varlen attention: S of them over Q real tokens in T rows.
+    """Sequences of a batch for varlen attention: S sequences over Q real tokens in T rows.
 
-    Further leaves follow the first leaf of their tree: M tokens, under roots of K tokens.
+    Further leaves follow the first leaf of their tree. They have M tokens, and their roots K.
 
     Attributes:
-        real: (Q,) int64, rows that are not padding, in order; None where all rows are real.
-        ends: (S + 1,) int32, ends of the causal sequences in the real rows, a zero before them.
-        more: (M,) int64, further leaves, by their place among the real rows.
-        roots: (K,) int64, their roots likewise.
-        more_ends: (S' + 1,) int32, ends in `more` of the S' trees that have further leaves.
-        root_ends: (S' + 1,) int32, ends in `roots` of these trees.
+        real: (Q,) int64, rows without padding, in order; None if no row is padding.
+        ends: (S + 1,) int32, ends of the causal sequences in the real rows, after a zero.
+        more: (M,) int64, indices of the further leaves' tokens among the real rows.
+        roots: (K,) int64, indices of their roots' tokens among the real rows.
+        more_ends: (S' + 1,) int32, ends in `more` of the S' trees with further leaves, after a
+            zero.
+        root_ends: (S' + 1,) int32, ends in `roots` of these trees, after a zero.
         longest: tokens of the longest causal sequence.
         longest_more: most tokens of further leaves in a tree.
         longest_root: tokens of the longest root in `roots`.
@@ -51,7 +52,7 @@ class Sequences(NamedTuple):
     longest_root: int
 
     def to(self, device: torch.device | str) -> Sequences:
-        """The same with its tensors on `device`; copies from pinned memory do not block."""
+        """The same with its tensors on `device`. Copies from pinned memory do not block."""
         return self._make(
             part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
             for part in self
@@ -59,11 +60,11 @@ class Sequences(NamedTuple):
 
 
 def sequences(trees: Sequence[Sequence[Sequence[int]]], columns: int) -> Sequences:
-    """Lay out the sequences of trees that follow one another in rows.
+    """Build `Sequences` from the lengths of trees that follow one another in rows.
 
     Args:
         trees: for each row its trees in order, each the lengths of its root and leaves.
-        columns: tokens in a row, padding at its end included.
+        columns: tokens in a row, including the padding at its end.
     """
     real, causal, more, roots, start = [], [], [], [], 0
     for row, row_trees in enumerate(trees):
@@ -97,11 +98,11 @@ def _ends(lengths: Iterable[int]) -> Tensor:
     return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
 
 
-# --- kernels: arguments as those of flash attention ---
+# --- kernels, with the arguments of flash attention ---
 
 
 class Spans(NamedTuple):
-    """The S sequences of one kernel call; causal ones have as many keys as queries."""
+    """The S sequences of one kernel call. Causal ones have equal numbers of queries and keys."""
 
     query_ends: Tensor  # (S + 1,) int32
     key_ends: Tensor  # (S + 1,) int32
@@ -117,7 +118,7 @@ def reference(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # (Q, heads, D), (heads, Q)
-    """Softmax attention of each sequence and its log-sum-exp, in fp32 at least: the definition."""
+    """Softmax attention and log-sum-exp of each sequence, in fp32 or wider: the definition."""
     out = torch.empty_like(query)
     lse = query.new_empty(query.shape[1::-1], dtype=_acc_dtype(query.dtype))
     for q, k, scores in _scores(query, key, spans, scale, causal):
@@ -155,7 +156,7 @@ def reference_backward(
 def _scores(
     query: Tensor, key: Tensor, spans: Spans, scale: float, causal: bool
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """For each sequence its queries, its keys, and its scores, (groups, heads / groups, q, k)."""
+    """Queries, keys and scores of each sequence. Scores are (groups, heads / groups, q, k)."""
     slices = [itertools.starmap(slice, itertools.pairwise(ends.tolist())) for ends in spans[:2]]
     for q, k in zip(*slices, strict=True):
         acc_dtype = _acc_dtype(query.dtype)
@@ -179,10 +180,10 @@ def flash(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # (Q, heads, D), (heads, Q) fp32
-    """torch's flash kernel, that of `torch.nn.attention.varlen.varlen_attn`.
+    """torch's flash kernel, which `torch.nn.attention.varlen.varlen_attn` also uses.
 
-    Its aten operators are called, as `varlen_attn` exposes its backward to its own autograd only,
-    and needs `enable_gqa` in torch 2.13, which 2.11 lacks.
+    The aten operators are called directly for two reasons. `varlen_attn` gives access to its
+    backward only by autograd, and it needs `enable_gqa` in torch 2.13, which 2.11 lacks.
     """
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, *spans, 0.0, causal, False, scale=scale
@@ -201,9 +202,9 @@ def flash_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `flash`, deterministic: a resumed run gives the same bits.
+    """Deterministic backward of `flash`, so that a resumed run gives the same bits.
 
-    By default the kernel adds up the gradient of the query with atomics.
+    By default the kernel sums the gradient of the query with atomics.
     """
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)
     with _deterministic():
@@ -214,7 +215,7 @@ def flash_backward(
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """torch's deterministic mode, process-wide, without its filling of new memory."""
+    """Turn on torch's deterministic mode, process-wide, without filling new memory."""
     settings: Any = torch.utils.deterministic
     old_mode = torch.get_deterministic_debug_mode()
     old_fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
@@ -231,7 +232,7 @@ KERNELS = {"cpu": (reference, reference_backward), "cuda": (flash, flash_backwar
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `flash` cannot run on `device` in `dtype`; None where it can."""
+    """The reason why `flash` cannot run on `device` in `dtype`, or None."""
     if device.type != "cuda":
         return "there is no GPU"
     if not torch.backends.cuda.is_flash_attention_available():
@@ -242,7 +243,7 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def supports_width(width: int) -> bool:
-    """Whether the flash kernel computes heads of this width."""
+    """Whether the flash kernel supports heads of this width."""
     return width <= 256 and width % 8 == 0
 
 
@@ -265,7 +266,7 @@ def forest_attention(
     longest_root: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # (T, heads, D), (heads, Q)
-    """Attention within each tree, zeros on padding; and the log-sum-exp of the scores."""
+    """Attention within each tree, with zeros on padding, and the log-sum-exp of the scores."""
     forward, _ = KERNELS[query.device.type]
     q, k, v = (_real(states, real) for states in (query, key, value))
     out, lse = forward(q, k, v, Spans(ends, ends, longest, longest), scale, True)
@@ -302,7 +303,7 @@ def forest_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, (T, ...).
 
-    Each call gets the merged output and log-sum-exp, so its probabilities are those of all keys.
+    Both calls get the merged output and log-sum-exp, so their probabilities cover all keys.
     """
     _, backward = KERNELS[query.device.type]
     g, q, k, v, o = (_real(states, real) for states in (grad, query, key, value, out))
@@ -312,7 +313,7 @@ def forest_attention_backward(
         states = select(g, 0, more), select(q, 0, more), select(k, 0, roots), select(v, 0, roots)
         merged = select(o, 0, more), select(lse, 1, more)
         added = backward(*states, *merged, spans, scale, False)
-        # Every row is listed once, so the order of CUDA's atomic additions has no effect.
+        # Every row occurs once, so the order of CUDA's atomic additions has no effect.
         for total, rows, part in zip(grads, (more, roots, roots), added, strict=True):
             total.index_add_(0, rows, part)
     dq, dk, dv = (_with_padding(total, real, query) for total in grads)

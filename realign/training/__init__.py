@@ -1,1 +1,1 @@
-"""Training: one step, its schedule, sharding, checkpoints, metrics and the run's folder."""
+"""Training: steps, schedule, sharding, checkpoints, metrics and the output folder."""

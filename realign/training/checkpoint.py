@@ -1,17 +1,18 @@
-"""Checkpoints: trained parameters and the optimizer's state, written while training continues.
+"""Checkpoints: trained parameters and optimizer state, written while training continues.
 
-The name of a checkpoint holds the step. All else follows from settings and step: the order of the
-data, the learning rate, the random numbers of a step. It is written between two steps, so no
-half-accumulated gradient has to be kept. Every rank writes its shards through
+The name of a checkpoint holds the step. The order of the data, the learning rate and the random
+numbers follow from settings and step, so they are not saved. A checkpoint is written between two
+steps, so it holds no partial gradient. Every rank writes its shards through
 torch.distributed.checkpoint, and any number of ranks can read them.
 
     checkpoints/step-000050/manifest.json                    size and digest of every file
                             shard-00001-model-....safetensors   one for each rank
 
-Tensors are kept as safetensors and metadata as JSON, so nothing is unpickled and a planted file
-cannot run code. The digests show damage (a cut file, a flipped bit), not malice: a manifest can be
-written as well. A checkpoint is written under a temporary name. It is renamed when all ranks have
-finished and every file is on the disk, so a checkpoint with its final name was complete.
+Tensors are stored as safetensors and metadata as JSON. Nothing is unpickled, so a malicious file
+cannot run code. The digests detect damage, such as a cut file or a flipped bit. They do not detect
+manipulation, since a manifest can be rewritten too. A checkpoint is written under a temporary name.
+It is renamed when all ranks have finished and every file is on the disk, so a checkpoint with its
+final name is complete.
 """
 
 from __future__ import annotations
@@ -49,24 +50,24 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_d
 
 
 class CheckpointError(CommonError):
-    """A checkpoint could not be written, or none can be read."""
+    """A checkpoint could not be written or read."""
 
 
 class Checkpoints:
-    """The checkpoints of a run; every rank makes the same calls.
+    """The checkpoints of a run. Every rank must make the same calls.
 
-    As a context it finishes the pending checkpoint at its end.
+    As a context manager it finishes the pending checkpoint on exit.
 
     Args:
-        folder: folder of the checkpoints; several machines need a file system that all share.
-        keep: number of checkpoints to keep, the newest.
+        folder: folder of the checkpoints. Several machines need a shared file system.
+        keep: number of checkpoints to keep; older ones are deleted.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
         self._pending: Future | None = None
-        # The writer thread communicates with other ranks, so it needs its own group.
+        # The writer thread communicates with other ranks, so it needs its own process group.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def __enter__(self) -> Checkpoints:
@@ -80,14 +81,14 @@ class Checkpoints:
                 raise
 
     def last(self) -> int:
-        """The step of the newest checkpoint, 0 when there is none."""
+        """The step of the newest checkpoint, or 0."""
         return max(map(_step, _steps(self.folder)), default=0)
 
     def last_intact(self) -> int:
-        """The step of the newest intact checkpoint, 0 when there is no checkpoint.
+        """The step of the newest intact checkpoint, or 0 if there is no checkpoint.
 
-        Rank 0 reads all files and compares them with their digests. Damaged checkpoints that are
-        newer are reported and renamed to `damaged-step-NNNNNN`.
+        Rank 0 compares all files with their digests. Newer damaged checkpoints are reported and
+        renamed to `damaged-step-NNNNNN`.
 
         Raises:
             CheckpointError: when there are checkpoints and none is intact.
@@ -104,17 +105,18 @@ class Checkpoints:
     ) -> None:
         """Copy a checkpoint to CPU memory, and write it from there while training continues.
 
-        At most one checkpoint is pending: the next waits for it. If one cannot be written, as on a
-        full disk, a warning reports it at once, earlier ones stay, and the next is tried.
+        At most one checkpoint is pending, and the next waits for it. If one cannot be written, as
+        on a full disk, a warning reports it at once. Earlier checkpoints stay, and the next is
+        tried.
 
         Args:
             step: the step just finished.
             model: its trained parameters are saved.
             optimizer: its state is saved.
-            wait: return when the checkpoint is on the disk.
+            wait: return only when the checkpoint is on the disk.
 
         Raises:
-            CheckpointError: with `wait`, when it could not be written.
+            CheckpointError: with `wait`, when the checkpoint could not be written.
         """
         self._settle()
         writer = _Writer(self.folder, step, self.keep)
@@ -131,20 +133,21 @@ class Checkpoints:
         if wait and (problem := self._settle()):
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written ({problem}). "
-                f"{self._newest_kept()} Make room, and continue with --resume."
+                f"{self._newest_kept()} Free some space, and continue with --resume."
             )
 
     def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the checkpoint of a step in place, written by any number of ranks.
+        """Restore the checkpoint of a step in place. Any number of ranks may have written it.
 
         Raises:
-            CheckpointError: when it cannot be read.
+            CheckpointError: when the checkpoint cannot be read.
         """
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         path = self.folder / _name(step)
         reader = HuggingFaceStorageReader(str(path))
         keys = reader.read_metadata().state_dict_metadata.keys()
-        # Parameters that never had a gradient, as those after a tower's features, have no state.
+        # Parameters that never had a gradient have no state. An example is a tower's layers after
+        # the one whose output is used.
         stateless = {
             n: p for n, p in model.named_parameters() if f"optimizer.state.{n}.step" not in keys
         }
@@ -179,14 +182,14 @@ class Checkpoints:
             optimizer.state.pop(parameter, None)
 
     def _settle(self) -> str:
-        """Wait for the pending checkpoint; returns why it could not be written, or ""."""
+        """Wait for the pending checkpoint. Returns why it could not be written, or ""."""
         pending, self._pending = self._pending, None
         return _problem(pending) if pending else ""
 
     def _clear(self, writer: _Writer, done: Future, *, warn: bool) -> None:
-        """Remove an unfinished checkpoint; called by the thread that wrote."""
+        """Remove an unfinished checkpoint; called by the writer thread."""
         problem = ""
-        with suppress(Exception):  # any other error is raised by the next call
+        with suppress(Exception):  # `_settle` raises all other errors
             problem = _problem(done)
         if not problem or rank() != 0:
             return
@@ -194,13 +197,13 @@ class Checkpoints:
         if warn:
             print(
                 f"warning: the checkpoint of step {writer.step} could not be written ({problem}). "
-                f"{self._newest_kept()} Training continues; make room before the next one is due.",
+                f"{self._newest_kept()} Training continues. Free some space before the next one.",
                 file=sys.stderr,
             )
 
     def _newest_kept(self) -> str:
         last = self.last()
-        return f"That of step {last} is kept." if last else "There is none before it."
+        return f"The one of step {last} is kept." if last else "There is no earlier one."
 
     def _choose(self) -> int:
         paths = _steps(self.folder)[::-1]
@@ -212,23 +215,23 @@ class Checkpoints:
         if paths and len(damaged) == len(paths):
             reasons = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole ({reasons}). Restore the files, or move "
-                "the folder away to begin a new run."
+                f"no checkpoint in {self.folder} is intact ({reasons}). Restore the files, or move "
+                "the folder away to start a new run."
             )
         for path, problem in damaged:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             print(
-                f"warning: {path} is damaged ({problem}) and was renamed to {aside.name}; going "
-                f"back to {paths[len(damaged)].name}.",
+                f"warning: {path} is damaged ({problem}) and was renamed to {aside.name}. The run "
+                f"resumes from {paths[len(damaged)].name}.",
                 file=sys.stderr,
             )
         return _step(paths[len(damaged)]) if paths else 0
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writer of one safetensors file per rank; rank 0 renames their folder when all are written."""
+    """Writes one safetensors file per rank. Rank 0 renames the folder when all are written."""
 
     def __init__(self, folder: Path, step: int, keep: int) -> None:
         self.step = step
@@ -237,13 +240,13 @@ class _Writer(HuggingFaceStorageWriter):
         super().__init__(str(folder / f".{self.target.name}.partial"), save_distributed=True)
 
     def prepare_global_plan(self, plans: list) -> list:
-        """On rank 0, when all have made the folder and none writes: remove an earlier attempt."""
+        """Remove an earlier attempt: on rank 0, when all folders exist and no rank writes yet."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.makedirs(self.path, exist_ok=True)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan, planner) -> torch.futures.Future:
-        """Write this rank's file; returns [(name, digest)] for `finish`."""
+        """Write this rank's file. Returns [(name, digest)] for `finish`."""
         results = super().write_data(plan, planner).wait()
         names = sorted({result.storage_data.relative_path for result in results})
         done = torch.futures.Future()
@@ -251,12 +254,12 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """On rank 0, when all ranks have written: manifest, rename, remove old checkpoints."""
+        """Write the manifest, rename the folder, delete old checkpoints: on rank 0 at the end."""
         partial, folder = Path(self.path), self.target.parent
         files = dict(pair for pairs in results for pair in pairs)
         if absent := [name for name in files if not (partial / name).exists()]:
             raise OSError(
-                f"rank 0 does not see {absent[0]} of another rank; --output must be in a file "
+                f"rank 0 does not see {absent[0]} of another rank; --output must be on a file "
                 "system that all machines share"
             )
         manifest = json.dumps({"step": self.step, "files": files}, indent=2)
@@ -274,7 +277,7 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def _tensors(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
-    """The tensors to save. Other entries of the optimizer are settings, which stay unchanged."""
+    """The tensors to save. Other entries of the optimizer are settings, which do not change."""
     states = {f"model.{name}": value for name, value in model_state.items()}
     states |= {f"optimizer.{name}": value for name, value in optimizer_state.items()}
     return {name: value for name, value in states.items() if isinstance(value, torch.Tensor)}
@@ -289,7 +292,7 @@ def _step(path: Path) -> int:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Checkpoints in the order of their steps; other files are ignored."""
+    """Checkpoint folders in the order of their steps; other files are ignored."""
     paths = (path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal())
     return sorted(paths, key=_step)
 
@@ -297,11 +300,11 @@ def _steps(folder: Path) -> list[Path]:
 def _digest(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return {"bytes": file.tell(), "blake2b": digest}
+        return {"bytes": path.stat().st_size, "blake2b": digest}
 
 
 def _damage(path: Path) -> str:
-    """The damage of a checkpoint, in a few words; "" when it is intact."""
+    """A short description of a checkpoint's damage, "" if it is intact."""
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
         present = {file.name for file in path.glob("*.safetensors")}
@@ -316,7 +319,7 @@ def _damage(path: Path) -> str:
                 zip(files, pool.map(_digest, [path / name for name in files]), strict=True)
             )
     except OSError as error:
-        return str(error)  # it names the file
+        return str(error)  # names the file
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{_MANIFEST} cannot be read: {error}"
     for name, expected in files.items():
@@ -328,7 +331,7 @@ def _damage(path: Path) -> str:
 
 
 def _problem(done: Future) -> str:
-    """The disk error of a checkpoint, "" when it was written; any other error is raised."""
+    """The disk error of a checkpoint, "" if it was written. Raises any other error."""
     try:
         done.result()
     except CheckpointException as failed:
@@ -341,7 +344,7 @@ def _problem(done: Future) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """fsync of a folder, which brings the names in it to the disk."""
+    """fsync a folder, so that the names in it are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

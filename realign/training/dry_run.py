@@ -1,7 +1,7 @@
 """The plan of a run: `python -m realign.train --dry-run`.
 
-Settings and records are checked as in training, so their mistakes show here. No weights are read
-and nothing is written. Counts are exact. Memory and time are estimates and marked as such.
+Settings and records are checked as in training, so that errors in them show here. No weights are
+read and nothing is written. Counts are exact. Memory and time are estimates.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
 
     Args:
         config: the settings.
-        prepare_pairs: gives the pairs file of these settings.
+        prepare_pairs: returns the pairs file of given settings.
 
     Raises:
-        ValueError: for settings and records that training would refuse before its first step.
+        ValueError: for settings and records that are an error in training.
     """
     imports = process_memory("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
         pairs_of_run = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
-        # Digit pairs that the run would build in its output folder are built elsewhere.
+        # Digit pairs are built in a scratch folder, since a dry run writes no output.
         scratch_config = replace(config, run=replace(config.run, output=scratch))
         plan = Plan(config, prepare_pairs(config if pairs_of_run.exists() else scratch_config))
         rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
@@ -63,7 +63,7 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
 
 @dataclass
 class _Layout:
-    """A forward's rows."""
+    """Rows, work and examples of a forward."""
 
     rows: int
     columns: int
@@ -93,7 +93,7 @@ class Plan:
         attends, _ = attention.choose(
             config.model.attention, self.device, self.dtype, compiled=config.scale.compile
         )
-        # Fake tensors cannot run flex; sdpa has the same rows.
+        # Fake tensors cannot run flex. sdpa has the same rows.
         self.layout_attention = "sdpa" if attends == "flex" else attends
         self.shards = self.ranks // config.scale.replicas
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
@@ -115,7 +115,7 @@ class Plan:
             add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
         fsdp.wrap_layers(
             fsdp.trained_layers(self.model),
-            compiled=False,  # compiling keeps the same tensors
+            compiled=False,  # compiled layers keep the same tensors
             checkpointed=config.scale.activation_checkpointing,
         )
         self.cost = cost_of(self.model, self.per_image_token)
@@ -125,7 +125,7 @@ class Plan:
         self.layouts = self._layouts()
 
     def _per_image_token(self) -> float:
-        """FLOP of the tower; 0 where it reads values, which fake tensors lack (Qwen's grids)."""
+        """FLOP of the tower, 0 if it reads values, which fake tensors lack (Qwen's grids)."""
         weights_dtype = self.dtype if self.lora else torch.float32
         vlm = load_model(self.base, weights_dtype, self.layout_attention, meta=True)
         model = ForestModel(vlm, dtype=self.dtype)
@@ -166,20 +166,20 @@ class Plan:
 
     @property
     def forwards(self) -> int:
-        """Forwards of a rank in a step."""
+        """Number of forwards of a rank in a step."""
         return -(-(self.local.stop - self.local.start) // self.config.optim.micro_batch_size)
 
     def _mean(self, name: str) -> float:
-        """Work of a forward."""
+        """Mean work of a forward."""
         return float(np.mean([layout.work[f"work/{name}"] for layout in self.layouts]))
 
     def model_rows(self) -> dict[str, str]:
-        """Objective, model, and its trained part."""
+        """Rows for objective, model and trained parameters."""
         settings, kind = self.config.model, self.vlm.config
         how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
         everything = sum(p.numel() for p in self.model.parameters())
         separate = self.model.layout.separate
-        sharing = "prompts shared" if separate is None else f"a prompt per response: {separate}"
+        sharing = "shared prompts" if separate is None else f"a prompt per response: {separate}"
         return {
             "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
             "model": f"{self.base}: {kind.model_type}, {self.parameters:,} parameters, "
@@ -188,7 +188,7 @@ class Plan:
         }
 
     def forest(self) -> dict[str, str]:
-        """Records, tokens, and the saving by shared prompts."""
+        """Rows for records, tokens, and the tokens saved by shared prompts."""
         leaves = collect_leaves(self.examples)
         distinct = len(set(leaves.keys.tolist()))
         image = self.model.layout.image_token_id
@@ -202,7 +202,7 @@ class Plan:
         return {
             "records": f"{len(self.examples):,}, {len(self.store):,} distinct images",
             "tokens": f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
-            f"{leaves.lengths.mean():.0f} in a response (mean; {leaves.lengths.max()} at most); "
+            f"{leaves.lengths.mean():.0f} in a response (mean, {leaves.lengths.max()} at most); "
             f"longest tree {longest:,}",
             "forest": f"{tokens:,.0f} tokens in a forward instead of {separate:,.0f} as separate "
             f"sequences: {1 - tokens / separate:.1%} saved",
@@ -212,7 +212,7 @@ class Plan:
         }
 
     def _cached_leaves(self, leaves) -> tuple[int, str]:
-        """Leaves in the fullest table whose fingerprint fits; weights are not compared."""
+        """Cached leaves in the fullest table with this description. Weights are not compared."""
         directory = Path(self.config.run.reference_cache or reference_logps.default_directory())
         most, where = 0, ""
         for folder, parts in (refcache.tables(directory) if directory.is_dir() else {}).items():
@@ -221,11 +221,11 @@ class Plan:
             with ReferenceCache.open(directory, parts, read_only=True) as cache:
                 present = leaves.keys[~cache.missing(leaves)]
             if (count := len(set(present.tolist()))) > most:
-                most, where = count, f" in {folder} if its weights are these"
+                most, where = count, f" in {folder} if its weights are the same"
         return most, where
 
     def schedule(self) -> str:
-        """Steps, and how they are divided."""
+        """Number of steps, and their division among ranks and forwards."""
         optim = self.config.optim
         epochs = self.total * optim.batch_size / len(self.examples)
         resumed = f", {self.done:,} of them done" if self.done else ""
@@ -235,7 +235,7 @@ class Plan:
         )
 
     def memory(self, imports: int) -> dict[str, str]:
-        """Peak memory of a rank, by part."""
+        """Rows for the peak memory of a rank, by part."""
         parts = self.memory_parts()
         if self.device.type == "cpu":
             parts["imported libraries"] = imports
@@ -249,7 +249,7 @@ class Plan:
         return {f"memory, {self.device.type}": summary} | rows
 
     def memory_parts(self) -> dict[str, int]:
-        """Peak bytes of a rank by part, without its imports."""
+        """Peak bytes of a rank by part, without imports."""
         stored = sum(
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
@@ -297,7 +297,7 @@ class Plan:
         return {name: size for name, size in parts.items() if size}
 
     def duration(self) -> str:
-        """Time of the matrix products only."""
+        """Lower bound of the time: that of the matrix products."""
         rate = _matmul_rate(self.device, self.dtype)
         machine = rate * (self.ranks if self.device.type == "cuda" else 1)
         flop = fmean(self.cost.of(layout.work) for layout in self.layouts)
@@ -309,12 +309,12 @@ class Plan:
         remaining = seconds * (self.total - self.done)
         return (
             f"at least {_clock(remaining)} for steps of {seconds:.2g} s, and up to "
-            f"{_clock(reference_pass)} for references: {step / 1e12:,.3g} TFLOP a step at the "
-            f"{machine / 1e12:,.3g} TFLOP/s of bare matrix products, just measured"
+            f"{_clock(reference_pass)} for references. A step is {step / 1e12:,.3g} TFLOP, at "
+            f"{machine / 1e12:,.3g} TFLOP/s measured for matrix products"
         )
 
     def disk(self) -> str:
-        """Size of the outputs, and free space."""
+        """Size of the outputs, and free disk space."""
         writes_model = not self.lora or self.config.run.merge
         stored = stored_dtype(self.base).itemsize if self.lora else 4
         final = self.parameters * stored if writes_model else self.learning * 4
@@ -328,7 +328,7 @@ class Plan:
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square products, over a third of a second."""
+    """FLOP/s of square matrix products, measured for a third of a second."""
     size = 4096 if device.type == "cuda" else 1024
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     count, began = 0, None

@@ -1,4 +1,4 @@
-"""Export of a model as a Hugging Face folder: full weights, a LoRA adapter, or the two merged."""
+"""Export of a model to a Hugging Face folder: full weights, an adapter, or a merged adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from realign.training.model_card import with_evaluation, without_adapter
 
 
 def stored_dtype(model: str) -> torch.dtype:
-    """The dtype in which a whole model, or the base of an adapter, is stored."""
+    """The stored dtype of a whole model, or of an adapter's base."""
     dtype = AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -39,22 +39,21 @@ def export_trained(
     merged: bool,
     card: Callable[[], str],
 ) -> None:
-    """Write `folder`, loadable by `AutoModelForImageTextToText` and `AutoProcessor`.
+    """Write a trained model to `folder`, for `AutoModelForImageTextToText` and `AutoProcessor`.
 
-    Every rank calls it; rank 0 writes.
+    Every rank calls it, and rank 0 writes.
 
     Args:
         folder: folder to write.
         model: the trained module, sharded or not.
-        adapter: the PEFT model around `model.vlm` when LoRA was trained, else None.
+        adapter: the PEFT model around `model.vlm` if LoRA was trained, or None.
         processor: saved beside the weights.
         base: folder or hub name of the base model.
-        merged: write the base weights with the adapter merged in, in the base's dtype, instead of
-            the adapter.
+        merged: merge the adapter into the base and write whole weights, in the base's dtype.
         card: returns the text of its README.md; called on rank 0.
 
     Raises:
-        CommonError: when it cannot be written: the ValueError of rank 0, on all ranks.
+        CommonError: on all ranks, when rank 0 cannot write the folder (a ValueError on rank 0).
     """
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter is not None
@@ -69,8 +68,9 @@ def export_trained(
                 (partial / "README.md").write_text(card(), encoding="utf-8")
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
-                f"{folder} could not be written ({error}). All steps are kept as checkpoints. "
-                "Leave out --merge if that failed, else make room, and run the same with --resume."
+                f"{folder} could not be written ({error}). The trained weights are kept in a "
+                "checkpoint. Leave out --merge if the merge failed. If the disk is full, free some "
+                "space, and run the same command with --resume."
             ) from error
 
     broadcast_from_rank0(write)
@@ -83,26 +83,27 @@ def export_whole(
     dtype: torch.dtype | None = None,
     evaluation: str | None = None,
 ) -> Path:
-    """Write a model that needs nothing beside transformers; an adapter is merged in fp32.
+    """Write a whole model that transformers loads by itself. An adapter is merged in fp32.
 
-    A model card of this project is copied; the card of an adapter by another trainer is not.
+    The model card is copied, except for an adapter's card by another trainer.
 
     Args:
         model: folder of an adapter or a whole model, or a name on the hub.
         folder: folder to write.
-        dtype: dtype of the weights; that of the base when absent.
+        dtype: dtype of the weights; the base's if absent.
         evaluation: Markdown for the section "Evaluation" of the card.
 
     Returns:
-        The folder, loadable by `AutoModelForImageTextToText` and `AutoProcessor`.
+        The folder, for `AutoModelForImageTextToText` and `AutoProcessor`.
 
     Raises:
-        ValueError: when the folder exists already, or there is no model or no card.
-        OSError: when it cannot be written; then no file remains.
+        ValueError: when the folder is not empty, there is no model, or `evaluation` is given and
+            there is no card.
+        OSError: when the folder cannot be written. No file is left behind.
     """
     check_folder("--output", folder)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is there already and not empty; name another --output.")
+        raise ValueError(f"{folder} exists already and is not empty. Name another --output.")
     processor = load_processor(model)
     with _replaced(folder) as partial:
         cast(load_model(model), dtype or stored_dtype(model)).save_pretrained(partial)
@@ -115,7 +116,8 @@ def export_whole(
             evaluated = with_evaluation(card, evaluation) if card else None
             if evaluated == card:
                 raise ValueError(
-                    f"{model} has no model card of ours to show metrics in; leave out --metrics."
+                    f"{model} has no model card of this project to add metrics to. Leave out "
+                    "--metrics."
                 )
             card = evaluated
         if card:
@@ -125,7 +127,7 @@ def export_whole(
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that replaces it at the end; an error removes the new folder."""
+    """A new folder that replaces `folder` at the end of the context. An error removes it."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -144,7 +146,7 @@ def _save(
     adapter: PeftModel | None,
     base: str | None,
 ) -> None:
-    """Save weights, or the adapter, or with `base` the base with the adapter merged in fp32."""
+    """Save weights, the adapter, or (with `base`) the base with the adapter merged in fp32."""
     weights = {name.removeprefix("vlm."): value for name, value in state.items()}
     if adapter is None:
         model.vlm.save_pretrained(folder, state_dict=weights)

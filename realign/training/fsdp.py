@@ -1,8 +1,8 @@
-"""FSDP2, HSDP, CPU offload, and layers wrapped for compiling and checkpointing.
+"""FSDP2, HSDP, CPU offload, and wrapping of layers for compilation and checkpointing.
 
-Wrapping a layer means setting `forward` on the instance: no class changes, names in state dicts
-stay as they are, and FSDP2's hooks, which gather a layer's weights, stay outside of
-compiled and checkpointed code.
+A layer is wrapped by setting `forward` on the instance. Classes and names in state dicts do not
+change. FSDP2's hooks, which gather a layer's weights, stay outside of compiled and checkpointed
+code.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from realign.training import liger
 
 
 def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
-    """Refuse settings that these ranks cannot run; before a model is loaded.
+    """Check that these ranks can run the settings; called before a model is loaded.
 
     Raises:
-        ValueError: names the setting and the remedy.
+        ValueError: for a setting that they cannot run.
     """
     if ranks % scale.replicas:
         raise ValueError(
-            f"replicas is {scale.replicas}, which does not divide {ranks} ranks; choose a "
-            "divisor of it."
+            f"replicas is {scale.replicas}, which does not divide {ranks} ranks. Choose a divisor "
+            f"of {ranks}."
         )
     if scale.cpu_offload and device.type == "cpu":
         raise ValueError(
-            "cpu_offload would have no effect: there is no GPU, so everything is in host memory "
+            "cpu_offload would have no effect: there is no GPU, so all tensors are in host memory "
             "already. Leave it out."
         )
     if scale.liger:
@@ -52,7 +52,7 @@ def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
 
 
 def place(model: ForestModel, config: TrainConfig, device: torch.device) -> None:
-    """Wrap the trained layers as the settings ask for, and bring the model to `device`."""
+    """Wrap the trained layers according to the settings, and move the model to `device`."""
     scale, layers = config.scale, trained_layers(model)
     if scale.liger:
         log_rank0(liger.use(layers, device))
@@ -65,14 +65,14 @@ def place(model: ForestModel, config: TrainConfig, device: torch.device) -> None
 
 
 def trained_layers(model: ForestModel) -> list[nn.Module]:
-    """The layers with a trained parameter; those of a frozen tower keep nothing for backward."""
+    """The layers with a trained parameter. Layers of a frozen tower save nothing for backward."""
     return [m for m in model.layers if any(p.requires_grad for p in m.parameters())]
 
 
 def wrap_layers(layers: Iterable[nn.Module], *, compiled: bool, checkpointed: bool) -> None:
-    """Compile layers, and compute them again in backward instead of keeping activations.
+    """Compile layers, or recompute their activations in backward, or both.
 
-    Sizes are dynamic from the first call on, so batches of other shapes do not compile again.
+    Sizes are dynamic from the first call, so batches of other shapes do not recompile.
     """
     for layer in layers:
         if compiled:
@@ -84,9 +84,9 @@ def wrap_layers(layers: Iterable[nn.Module], *, compiled: bool, checkpointed: bo
 def unsharded_parameters(
     model: nn.Module, dtype: torch.dtype, ranks: int, cpu_offload: bool
 ) -> set[nn.Parameter]:
-    """Frozen parameters in their compute `dtype` that FSDP2 ignores, with one rank on its device.
+    """Frozen parameters in the compute `dtype`, which FSDP2 ignores on a single rank.
 
-    They need no gather, cast or reduction. FSDP2 would still copy each at every unshard, 27 GB in
+    They need no gather, cast or reduction. FSDP2 would still copy each at every unshard: 27 GB in
     forward and backward of a 7B model in bf16 (torch 2.11 and 2.13).
     """
     if ranks > 1 or cpu_offload:
@@ -104,14 +104,14 @@ def shard(
 ) -> None:
     """Shard a model in place with FSDP2 on `device`: each layer, then all other parts.
 
-    Parameters are gathered and computed in `dtype`; gradients are reduced in fp32, to their mean
-    over all ranks. Every rank gets the parameters and buffers of rank 0, so only rank 0 needs them.
+    Parameters are gathered and computed in `dtype`. Gradients are averaged over all ranks in fp32.
+    Every rank receives the parameters and buffers of rank 0, so only rank 0 needs them.
 
     Args:
-        model: on rank 0 the whole model, in host memory; on other ranks it may be on the meta
-            device. At most one layer is unsharded on a `device` at a time.
+        model: the model. On rank 0 it is whole and in host memory. On other ranks it may be on the
+            meta device. At most one layer is unsharded on a `device` at a time.
         device: device of this rank.
-        dtype: fp32 or bf16.
+        dtype: compute dtype, fp32 or bf16.
         replicas: copies of the model, each over `ranks / replicas` consecutive ranks (HSDP).
         cpu_offload: keep sharded parameters in host memory.
     """
@@ -119,7 +119,7 @@ def shard(
     shape = {"replicate": replicas, "shard": shards} if replicas > 1 else {"shard": shards}
     mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     unsharded = unsharded_parameters(model, dtype, world_size(), cpu_offload)
-    for parameter in unsharded:  # FSDP2 moves only parameters that it manages
+    for parameter in unsharded:  # FSDP2 moves only the parameters that it manages
         parameter.data = parameter.data.to(device)
     options = {
         "mesh": mesh,
@@ -145,10 +145,11 @@ def shard(
 
 
 def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Replace the tensors that these modules themselves hold by those of rank 0, bit for bit.
+    """Replace the own tensors of these modules by exact copies of rank 0's.
 
-    Among them are buffers that no state dict has, such as rotary frequencies. All ranks tie what
-    rank 0 ties: merging an adapter there may untie ends that the configuration ties.
+    This includes buffers outside the state dict, such as rotary frequencies. All ranks tie the
+    tensors that rank 0 ties, since merging an adapter there may untie ends that the configuration
+    ties.
     """
     if world_size() == 1:
         return
@@ -182,6 +183,6 @@ def _receive_from_rank0(modules: Iterable[nn.Module], device: torch.device) -> N
 
 
 def sync_gradients(model: nn.Module, reduce: bool) -> None:
-    """Reduce gradients in the next backward, or accumulate them unreduced for a later one."""
+    """Set whether the next backward reduces gradients, or accumulates them unreduced."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)

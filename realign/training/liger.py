@@ -1,9 +1,9 @@
-"""RMSNorm and SwiGLU of one model by liger-kernel; nothing outside this model changes.
+"""RMSNorm and SwiGLU of one model by liger-kernel.
 
-liger's own `apply_liger_kernel_to_*` also replaces functions and classes of transformers, for every
-model of the process. Here `forward` is set on instances, and only where liger's kernel and
-the module agree. Rotary embeddings stay as they are: they are a module-level function of
-transformers. The loss is this project's own.
+liger's own `apply_liger_kernel_to_*` replaces functions and classes of transformers for every model
+of the process. Here `forward` is set on the instances of one model, if liger's kernel gives the
+same result. Rotary embeddings are a module-level function of transformers, so they are not
+replaced. The loss stays this project's own.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOLERANCE = 1e-4  # relative, fp32; a norm with another offset or an MLP with GELU is off by > 0.01
+_TOLERANCE = 1e-4  # relative, fp32; another norm offset, or GELU in the MLP, is off by > 0.01
 
 
 def check(device: torch.device) -> None:
     """Check that liger's kernels can run.
 
     Raises:
-        ValueError: without CUDA, or without liger-kernel.
+        ValueError: without CUDA, or if liger-kernel is not installed.
     """
     if device.type != "cuda":
         raise ValueError("liger needs CUDA, and there is no GPU. Leave --liger out.")
@@ -34,10 +34,10 @@ def check(device: torch.device) -> None:
 
 
 def use(layers: Iterable[nn.Module], device: torch.device) -> str:
-    """Let liger compute the RMSNorm and SwiGLU modules in `layers`; returns their counts.
+    """Replace the forward of RMSNorm and SwiGLU modules in `layers` by liger's kernels.
 
-    The first module of every class is tried on a random input, on `device`; a class with
-    another result by liger keeps its own forward.
+    The first module of every class is tested on a random input on `device`. A class keeps its own
+    forward if liger's result differs. Returns a line with the number of modules per class.
 
     Raises:
         ValueError: when there is no such module.
@@ -55,14 +55,14 @@ def use(layers: Iterable[nn.Module], device: torch.device) -> str:
             count[kind.__name__] = count.get(kind.__name__, 0) + 1
     if not count:
         raise ValueError(
-            "liger would have no effect: the trained layers hold no RMSNorm or SwiGLU that it "
-            "computes alike. Leave --liger out."
+            "liger would have no effect: no RMSNorm or SwiGLU of the trained layers agrees with "
+            "its kernels. Leave --liger out."
         )
     return "liger: " + ", ".join(f"{number} {name}" for name, number in sorted(count.items()))
 
 
 def _candidates(module: nn.Module) -> list[Callable]:
-    """Functions of (module, hidden) that may be its forward."""
+    """liger's functions of (module, hidden) that may equal the module's forward."""
     if hasattr(module, "weight") and type(module).__name__.endswith("RMSNorm"):
         llama = partial(_norm, offset=0.0, casting="llama")
         return [llama, partial(_norm, offset=1.0, casting="gemma")]
@@ -94,7 +94,7 @@ def _norm(
     from liger_kernel.ops import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
 
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    # The last argument but one: whether backward may overwrite its incoming gradient.
+    # False: the backward must not overwrite its incoming gradient.
     return LigerRMSNormFunction.apply(hidden, norm.weight, epsilon, offset, casting, False, None)
 
 

@@ -1,8 +1,8 @@
 """Estimate of the memory of a run, by fake tensors without storage.
 
 The model is built without storage, and one real micro-batch runs forward and backward through it as
-fake tensors: torch computes shapes and dtypes only, for any architecture, with LoRA or without.
-Live bytes are counted allocation by allocation, so no formula for a layer is needed.
+fake tensors. torch computes only shapes and dtypes, for any architecture, with or without LoRA.
+Live bytes are counted per allocation, so no formula for a layer is needed.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from realign.modeling.model import ForestModel
 from realign_kernels import workspace_bytes
 
 READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-"""Errors where a model reads the values of tensors, which fake tensors lack."""
+"""Errors of models that read the values of tensors, which fake tensors lack."""
 
 HEAP = 1.5
-"""Bytes that a CPU's process holds for a byte of live tensors in a step: glibc 2.36 keeps holes
-that it cannot reuse. Measured on a LLaVA of 60M parameters: 1.9 (LoRA, fp32), 1.7 (LoRA, bf16), 1.2
-(full, fp32)."""
+"""Resident bytes per byte of live tensors in a step on a CPU. The excess is holes in the heap that
+glibc 2.36 cannot reuse. Measured on a LLaVA of 60M parameters: 1.9 (LoRA, fp32), 1.7 (LoRA, bf16),
+1.2 (full, fp32)."""
 PROCESS = 80 * 2**20
-"""Bytes of a CPU's process besides tensors and imports: kernels' buffers, records, tokenizer."""
+"""Bytes of a process on a CPU besides tensors and imports: buffers, records and tokenizer."""
 
 
 class Trace(TorchDispatchMode):
-    """Records allocations and frees of tensors inside the context."""
+    """Records the allocations and frees of tensors in its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,19 +75,19 @@ def live_peak(events: Sequence[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peak bytes of one rank beyond weights and optimizer, by phase."""
+    """Peak bytes of one rank besides weights and optimizer, by phase."""
 
     training: int
     """Activations and gradients in forward and backward."""
     gradients: int
-    """Gradients among them, when all exist."""
+    """All gradients, which `training` includes."""
     reference: int
     """A forward of the reference pass."""
 
 
 @contextmanager
 def fake_tensors(device: torch.device) -> Iterator[None]:
-    """Create fake tensors inside; transformers' checks that read values are off."""
+    """A context in which torch creates fake tensors. transformers' checks of values are off."""
     with (
         mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -97,7 +97,10 @@ def fake_tensors(device: torch.device) -> Iterator[None]:
 
 
 def give_fake_storage(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace parameters and buffers on the meta device by fake ones in `dtype` on `device`."""
+    """Replace parameters and buffers on the meta device by fake tensors on `device`.
+
+    Parameters become `dtype`. Buffers keep their dtype.
+    """
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
@@ -117,13 +120,13 @@ def measure(
     ranks: int,
     sharded: bool,
 ) -> StepMemory:
-    """Send a micro-batch through a model of fake tensors; call inside `fake_tensors`.
+    """Run a micro-batch through a model of fake tensors. Call it inside `fake_tensors`.
 
     Args:
-        model: after `give_fake_storage`, in its compute dtype.
+        model: the model after `give_fake_storage`, in its compute dtype.
         batch: the micro-batch, on the CPU.
         device: the device whose memory is measured.
-        forwards: micro-batches in a step of one rank; from the second on gradients exist.
+        forwards: micro-batches in a step of one rank. Gradients exist before the second.
         ranks: number of ranks that gradients are sharded over.
         sharded: whether gradients are reduced to fp32 shards as they are computed.
     """
@@ -157,7 +160,7 @@ def measure(
 
 
 def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:
-    """The same batch with features of its images, as lists, so the tower is skipped."""
+    """The same batch with image features, as lists, so that the tower is skipped."""
     assert batch.images is not None
     config = model.vlm.config
     width = config.get_text_config().hidden_size
@@ -171,10 +174,10 @@ def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:
 
 
 def _loss(model: ForestModel, batch: ForestBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stand-in for the loss that holds as much as the head does, and the head's workspace.
+    """A stand-in for the loss that allocates as much as the head, and the head's workspace.
 
-    The head reads its input's values, which fake tensors lack. It keeps a direction (N, H) in fp32,
-    fills a chunk of logits, and computes the gradient of a trained weight in the forward.
+    The head reads values, which fake tensors lack. It keeps a direction (N, H) in fp32, fills a
+    chunk of logits, and computes the gradient of a trained weight in the forward.
     """
     hidden = model._hidden(batch)
     head = model.vlm.get_output_embeddings()

@@ -1,11 +1,14 @@
-"""Metrics of a step: TRL's names for the text side, the same words with `visual` for the other.
+"""Metrics of a step: TRL's names for the text side, and `visual` names for the visual side.
 
-`rewards/*` are beta times the log-ratio of policy and reference, in nats; `accuracies` the share of
-examples whose chosen response has the higher reward; `logps/*` summed log-probs in nats; `loss/*`
-the losses of an objective's terms before they are weighted. Leaves without their own name are
-called `{response}_under_{image}`. For rDPO these are `rewards/accuracies`, `rewards/margins`,
-`rewards/visual_accuracies`, `rewards/visual_margins`, and `rewards/` and `logps/` with `chosen`,
-`rejected` and `visual`; `grad_norm` and `learning_rate` come from `step.py`.
+- `rewards/*`: beta times the log-ratio of policy and reference, in nats
+- `rewards/accuracies`: share of examples whose chosen response has the higher reward
+- `logps/*`: summed log-probs in nats
+- `loss/*`: losses of an objective's terms before they are weighted
+
+rDPO has `rewards/accuracies`, `rewards/margins`, `rewards/visual_accuracies` and
+`rewards/visual_margins`. Its `rewards/` and `logps/` end with `chosen`, `rejected` and `visual`.
+Leaves without such a name are called `{response}_under_{image}`. `step.py` adds `grad_norm` and
+`learning_rate`.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ _NAMES = {("chosen", "image"): "chosen", ("rejected", "image"): "rejected"}
 def leaf_names(objective: Objective) -> list[str]:
     """The metric name of each leaf of an objective.
 
-    The chosen response under the retrieved images is visual, visual_2, ... A rival leaf's name
-    ends with _rival, and it has no margins: its rewards are not those of the response's tokens.
+    The chosen response under the retrieved images is visual, visual_2, ... The name of a rival leaf
+    ends with _rival. It has no margins, since its rewards are not those of the response's tokens.
     """
     return [_name(leaf) for leaf in objective.leaves]
 
@@ -37,7 +40,7 @@ def _name(leaf: Leaf) -> str:
 
 
 def by_example(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
-    """The metrics of a batch besides its loss, each (B,) fp64."""
+    """The metrics of each example of a batch besides the loss, (B,) fp64."""
     names = leaf_names(objective)
     rewards = dict(zip(names, output.rewards.double(), strict=True))
     logps = dict(zip(names, output.logps.detach().double(), strict=True))
@@ -56,7 +59,7 @@ def by_example(output: PreferenceOutput, objective: Objective) -> dict[str, torc
 
 
 def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
-    """Sums of all metrics over the examples of a batch, as fp64 scalars."""
+    """Sums of all metrics over a batch's examples, as fp64 scalars."""
     added = {name: value.sum() for name, value in by_example(output, objective).items()}
     return {"loss": output.loss.detach().double()} | added
 

@@ -1,4 +1,4 @@
-"""The model card of a trained model, from the template beside this file (model_card.md)."""
+"""The model card of a trained model, from the template model_card.md in this folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = {
     "loss": "loss",
     "rewards/accuracies": "share of records whose chosen response has the higher reward",
     "rewards/margins": "mean margin of rewards, chosen over rejected",
-    "rewards/visual_accuracies": "share with the higher reward on the own image",
+    "rewards/visual_accuracies": "share of records whose own image gives the higher reward",
     "rewards/visual_margins": "mean margin of rewards, own image over retrieved",
 }
 _TAG = "preference-alignment"  # marks cards of this project
@@ -33,26 +33,26 @@ processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """The settings of a run that a card shows."""
+    """The settings of a run for the card."""
     model, optim = config.model, config.optim
-    trained = "all weights" if model.train_vision else "all weights but the vision tower's"
+    trained = "all weights" if model.train_vision else "all weights except the vision tower's"
     if model.tune == "lora":
         trained = f"LoRA on the language model, rank {model.lora_rank}, alpha {model.lora_alpha:g}"
     return {
         **loss_settings(config.loss),
-        "what was trained": trained,
+        "trained weights": trained,
         "peak learning rate": optim.learning_rate,
         "weight decay": optim.weight_decay,
         "warm-up": optim.warmup,
-        "clipping": optim.clip,
+        "gradient clipping": optim.clip,
         "records in a step": optim.batch_size,
-        "computed in": model.dtype,
+        "compute dtype": model.dtype,
         "seed": config.run.seed,
     }
 
 
 def loss_settings(loss: LossConfig) -> dict[str, float]:
-    """The settings of an objective that a card shows: those that it has."""
+    """The settings of an objective for the card."""
     weighted = "visual_weight" in objectives.settings(loss.objective)
     return {"beta": loss.beta} | ({"visual weight": loss.visual_weight} if weighted else {})
 
@@ -68,20 +68,20 @@ def model_card(
     digests: Mapping[str, str],
     last: Mapping[str, float],
 ) -> str:
-    """The text of a README.md that the hub and `huggingface_hub.ModelCard` read.
+    """The text of a README.md for the hub and `huggingface_hub.ModelCard`.
 
     Args:
-        objective: its name.
-        settings: further settings, shown as they are.
-        base: folder or hub name of the model that was trained; a folder is shown by its name only.
-        adapter: whether the folder holds an adapter, not a whole model.
-        records: preference records.
-        images: distinct images in them.
+        objective: name of the objective.
+        settings: further settings, shown unchanged.
+        base: folder or hub name of the model that was trained. A folder is shown by its name only.
+        adapter: whether the folder holds an adapter instead of a whole model.
+        records: number of preference records.
+        images: number of distinct images in them.
         digests: digests of the base's weights and of the records, by the names to show.
-        last: the last step's line of metrics.jsonl; empty where there is none.
+        last: the last step's metrics from metrics.jsonl; empty if there is none.
     """
     local = bool(base) and Path(base).is_dir()
-    name = Path(base).name if local else base or "a model without a name"
+    name = Path(base).name if local else base or "Unnamed model"
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=base if base and not local else None,
@@ -106,9 +106,9 @@ def model_card(
 
 
 def without_adapter(card: str) -> str | None:
-    """The card for an adapter as the card for the model with that adapter merged in.
+    """Turn an adapter's card into the card of the merged model.
 
-    None for a card of another trainer, which would still describe an adapter.
+    Returns None for a card by another trainer, whose text describes an adapter.
     """
     if f"- {_TAG}\n" not in card or "```python\n" not in card:
         return None
@@ -118,7 +118,7 @@ def without_adapter(card: str) -> str | None:
 
 
 def with_evaluation(card: str, section: str) -> str:
-    """The card with a section "Evaluation"; unchanged where the card is not of this module."""
+    """Add a section "Evaluation" to a card. A card by another trainer is returned unchanged."""
     return card.replace("\n## Versions\n", f"\n## Evaluation\n\n{section}\n\n## Versions\n", 1)
 
 

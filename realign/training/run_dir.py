@@ -1,4 +1,4 @@
-"""The output folder of a run: its lock, settings and progress; and the signals that stop a run."""
+"""The output folder of a run (lock, settings, progress), and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from realign.modeling.merging import adapter_base
 from realign.training.checkpoint import Checkpoints
 
 _FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}
-"""Settings that change no result beyond rounding, and paths whose content has a digest."""
+"""Settings that --resume may change: without effect beyond rounding, or paths with a digest."""
 
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
-    """Lock the output folder on rank 0; another run in it is refused.
+    """Lock the output folder on rank 0, against a second run in it.
 
     The system releases the lock when the process ends for any reason.
 
     Raises:
-        CommonError: when another run holds it.
+        CommonError: when another run holds the lock.
     """
 
     with ExitStack() as stack:
@@ -51,13 +51,14 @@ def sole_writer(output: Path) -> Iterator[None]:
 
 
 class StopSignal:
-    """Records SIGTERM and Ctrl-C, so that the step in progress ends and is saved.
+    """Records SIGTERM and Ctrl-C, so that the current step is finished and saved.
 
-    A second Ctrl-C acts at once. SIGTERM may come twice, from a scheduler and from a launcher.
+    A second Ctrl-C takes effect at once. A second SIGTERM does not, since both the scheduler and
+    the launcher may send one.
     """
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal
+        self.name = ""  # name of the received signal
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -76,7 +77,7 @@ class StopSignal:
 
 
 def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
-    """Steps of the run in the output folder to resume from; an earlier run is never overwritten.
+    """The step to resume from, 0 for a new run. An earlier run is never overwritten.
 
     Raises:
         ValueError: when the folder holds a run and `resume` is off.
@@ -97,7 +98,7 @@ def check_outputs(run: RunConfig) -> None:
     """Check that a run can write its outputs; called before any work.
 
     Raises:
-        ValueError: names the flag, the path and the reason.
+        ValueError: when it cannot. The message names the flag, the path and the reason.
     """
     output, cache = Path(run.output), run.reference_cache or reference_logps.default_directory()
     check_folder("--output", output)
@@ -113,16 +114,16 @@ def check_outputs(run: RunConfig) -> None:
 
 
 def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
-    """Keep settings and digests of base weights and pairs in `run.json`."""
+    """Write settings and digests of base weights and pairs to `run.json`."""
     identity = {"config": config.to_dict(), "base": base, "pairs": pairs}
     write_whole(Path(config.run.output) / "run.json", json.dumps(identity, indent=2) + "\n")
 
 
 def check_settings(config: TrainConfig, **digests: str) -> None:
-    """Refuse to resume a run with other settings or other `digests` of `write_identity`.
+    """Check that a resumed run has the settings and digests that `write_identity` wrote.
 
     Raises:
-        ValueError: names each change.
+        ValueError: when they differ. The message names each change.
     """
     output = Path(config.run.output)
     try:
@@ -145,8 +146,8 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     changed += [f"the {name}" for name, digest in digests.items() if identity.get(name) != digest]
     if changed:
         raise ValueError(
-            f"{output} began with other settings; changed since: {', '.join(changed)}. Resume with "
-            "what it began with, or name another --output."
+            f"the run in {output} has other settings. Changed: {', '.join(changed)}. Resume it "
+            "with its own settings, or name another --output."
         )
 
 
@@ -154,7 +155,7 @@ def base_of(config: TrainConfig) -> str:
     """Folder or hub name of the model to train.
 
     Raises:
-        ValueError: when it is an adapter and another one would be put on it.
+        ValueError: when it is an adapter, and the run would add another one to it.
     """
     base = config.model.model or str(ASSETS)
     if adapter_base(base) and config.model.tune == "lora" and not config.run.merge:

@@ -1,7 +1,7 @@
 """Schedule: examples of a step and of a rank, learning rate, random numbers.
 
-All of it follows from the settings and the step, so a run can resume at any step, on any number of
-ranks, without saved state.
+The schedule depends only on the settings and the step. A run can therefore resume at any step, on
+any number of ranks, without saved state.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from realign.config import OptimConfig
 
 
 def total_steps(count: int, optim: OptimConfig) -> int:
-    """Steps of a run over `count` examples."""
+    """Number of steps of a run over `count` examples."""
     return optim.steps or max(1, round(optim.epochs * count / optim.batch_size))
 
 
 def batches(
     count: int, batch_size: int, seed: int, *, first: int, last: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(step, example indices) of steps first+1 .. last: a fresh permutation for each epoch.
+    """Steps first+1 .. last with their example indices, from a new permutation for each epoch.
 
-    Batches continue from one epoch into the next, so all are full; they depend only on the seed.
+    A batch may span two epochs, so all batches are full. The order depends only on the seed.
     """
     for step in range(first + 1, last + 1):
         positions = np.arange((step - 1) * batch_size, step * batch_size)
@@ -44,14 +44,14 @@ def rank_slice(batch_size: int, rank: int, ranks: int) -> slice:
     """
     if batch_size % ranks:
         raise ValueError(
-            f"batch_size {batch_size} does not divide among {ranks} ranks; choose a multiple of "
+            f"batch_size {batch_size} does not divide among {ranks} ranks. Choose a multiple of "
             f"{ranks}."
         )
     return slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
-    """Linear warm-up, then a cosine to zero; `step` counts from 0."""
+    """Learning rate of a step, counted from 0: a linear warm-up, then a cosine to zero."""
     warm = max(1, round(optim.warmup * total))
     if step < warm:
         return optim.learning_rate * (step + 1) / warm
@@ -62,8 +62,8 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the random numbers (dropout) of a step, on CPU and GPU.
 
-    A resumed run therefore draws the same numbers, without a saved state. Another number of ranks
-    divides the examples differently, so their dropout masks differ.
+    A resumed run therefore draws the same numbers without saved state. Another number of ranks
+    divides the examples differently, so dropout masks differ.
     """
     state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))

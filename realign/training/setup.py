@@ -1,4 +1,4 @@
-"""Set-up of a run: model and checked records, adapters, sharding, optimizer, references."""
+"""Setup of a run: model, checked records, adapters, sharding, optimizer, references."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from realign_kernels import Objective, ReferenceCache
 
 @dataclass
 class Inputs:
-    """A model and the forests to train it on."""
+    """A model and the examples to train it on."""
 
     base: str  # folder (absolute) or hub name of the model
     processor: Any
@@ -66,19 +66,19 @@ def load_inputs(
     Args:
         base: folder or hub name of the model, or of an adapter.
         pairs: Parquet file or folder.
-        loss: decides which responses under which images are needed.
+        loss: defines the responses and images that an example needs.
         dtype: compute dtype.
         weights_dtype: dtype of the weights.
         attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`.
         meta: build the model without weights, which rank 0 will send.
         train_vision: whether the vision tower is trained.
-        max_response_tokens: a longer response is an error.
-        progress: whether to show a bar.
+        max_response_tokens: most tokens in a response. A longer one is an error.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for a model or a record that cannot be trained on, with the remedy.
+        ValueError: for an unusable model or record.
     """
-    if Path(base).is_dir():  # an adapter will name its base, to be found from anywhere
+    if Path(base).is_dir():  # the adapter's configuration names its base by an absolute path
         base = Path(base).resolve()
     processor = load_processor(base)
     records = read_pairs(pairs)
@@ -123,17 +123,17 @@ class Run:
     Attributes:
         config: its settings.
         device: device of this rank.
-        local: this rank's part of every global batch.
+        local: slice of every global batch for this rank.
         inputs: model, objective, examples and their images.
-        adapter: the PEFT model around `inputs.model.vlm`; None where all weights are trained.
+        adapter: the PEFT model around `inputs.model.vlm`; None for full fine-tuning.
         trained: the trained parameters.
         optimizer: optimizer of the trained parameters.
         fingerprint: fingerprint of the reference log-probs, before adapters and sharding.
-        digests: digests of base weights and pairs, the same when the run is resumed.
-        image_flop: FLOP of the vision tower for an image token.
-        checkpoints: checkpoints in its output folder.
+        digests: digests of base weights and pairs. They must be equal when the run is resumed.
+        image_flop: FLOP of the vision tower per image token.
+        checkpoints: checkpoints in the output folder.
         done: step of the checkpoint to resume from, 0 for none.
-        progress: whether this rank shows bars.
+        progress: whether this rank shows progress bars.
     """
 
     config: TrainConfig
@@ -164,7 +164,7 @@ def set_up(
     checkpoints: Checkpoints,
     done: int,
 ) -> Run:
-    """Load a model and its records, put adapters on it, shard it, and make the optimizer.
+    """Load a model and its records, add adapters, shard the model, and create the optimizer.
 
     Args:
         config: the settings.
@@ -175,8 +175,8 @@ def set_up(
         done: step of the checkpoint to resume from, 0 for none.
 
     Raises:
-        ValueError: for a model or a record that cannot be trained on, and for settings that have
-            changed since the run began.
+        ValueError: for an unusable model or record, and for settings that have changed since the
+            run began.
     """
     settings, rank = config.model, distributed.rank()
     progress = not config.run.quiet and rank == 0 and sys.stderr.isatty()
@@ -215,7 +215,7 @@ def set_up(
 def shared_fingerprint(
     inputs: Inputs, device: torch.device, kernels: str = "eager"
 ) -> dict[str, str]:
-    """`reference_logps.fingerprint` on all ranks; rank 0 digests the weights."""
+    """`reference_logps.fingerprint` on all ranks, with the weights' digest of rank 0."""
     vlm, dtype = inputs.model.vlm, inputs.model.dtype
     weights = distributed.broadcast_from_rank0(lambda: reference_logps.weights_digest(vlm, dtype))
     return reference_logps.fingerprint(vlm, inputs.processor, dtype, device, kernels, weights)
@@ -224,7 +224,7 @@ def shared_fingerprint(
 def reference_pass(run: Run) -> torch.Tensor:
     """Compute or look up the reference log-probs of all examples, (L, examples) fp32.
 
-    The model is the reference: nothing is trained or restored yet, and adapters are off.
+    The model must be the reference: before training and restoring. Adapters are off.
     """
     config, inputs, optim = run.config, run.inputs, run.config.optim
     distributed.mark_ranks_diverged()
@@ -248,7 +248,7 @@ def reference_pass(run: Run) -> torch.Tensor:
             progress=run.progress,
         )
     if isinstance(inputs.model, FSDPModule):
-        inputs.model.reshard()  # a forward without backward leaves the root gathered
+        inputs.model.reshard()  # without a backward the root stays gathered
     return references.float()
 
 
@@ -260,7 +260,7 @@ def restore(run: Run) -> None:
         distributed.log_rank0(f"resumed from step {run.done} of {run.total}")
     elif config.run.resume:
         distributed.log_rank0(
-            f"there is no checkpoint in {config.run.output} yet: starting at the first step"
+            f"there is no checkpoint in {config.run.output} yet; starting at the first step"
         )
     distributed.log_rank0(
         f"{inputs.objective.name}: {len(inputs.examples)} records, {len(inputs.store)} distinct "

@@ -1,4 +1,4 @@
-"""The steps of training: the loop, forward and backward of a step, its update and its checks."""
+"""Training steps: the loop, forward and backward of a step, its update and its checks."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from realign_kernels import Objective
 
 
 class NonFiniteStep(distributed.CommonError):
-    """Loss or gradient is not finite; raised on all ranks. The optimizer has updated nothing."""
+    """Loss or gradient is not finite. Raised on all ranks; nothing was updated."""
 
     def __init__(
         self, step: int, metrics: dict[str, float], records: Sequence[str], batch_size: int
     ) -> None:
         if len(records) == batch_size:
-            cause = "Every record of the step gives it: lower --learning-rate."
+            cause = "Every record of the step causes it. Lower --learning-rate."
         elif records:
-            cause = f"It comes from record(s) {', '.join(records)}: look at image and text."
+            cause = f"It comes from record(s) {', '.join(records)}. Check their images and texts."
         else:
-            cause = "No record gives it by itself; lower --learning-rate."
+            cause = "No single record causes it. Lower --learning-rate."
         loss, norm = metrics["loss"], metrics["grad_norm"]
         super().__init__(
-            f"step {step}: loss {loss}, gradient norm {norm}. {cause} Nothing was updated; "
+            f"step {step}: loss {loss}, gradient norm {norm}. {cause} Nothing was updated, and "
             "checkpoints are kept. Train with other settings in another --output."
         )
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Examples of one forward, laid out.
+    """The batch of one forward, with its references.
 
     Attributes:
-        batch: their forest.
+        batch: the forest of its examples.
         references: (L, B) fp32 log-probs of the reference.
         work: (5,) fp64, `throughput.work_of`.
         last: whether it is the last micro-batch of a step.
@@ -67,22 +67,22 @@ class MicroBatch:
     last: bool
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`; copies from pinned memory do not wait."""
+        """The same on `device`. Copies from pinned memory do not wait."""
         references, work = (t.to(device, non_blocking=True) for t in (self.references, self.work))
         return MicroBatch(self.batch.to(device), references, work, self.last)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Lays out micro-batches on the host, in any thread.
+    """Builds micro-batches on the host. Thread-safe.
 
     Attributes:
         examples: all examples of the data set.
         references: (L, examples) fp32 log-probs of the reference.
         store: the images.
-        attention: transformers' name of the implementation.
-        row_tokens: most tokens in a row; 0 takes the best for the attention.
-        device: device of the forward; results are in pinned memory for CUDA.
+        attention: name of the attention implementation in transformers.
+        row_tokens: most tokens in a row; 0 chooses by attention (`attention.row_budget`).
+        device: device of the forward. For CUDA, results are in pinned memory.
     """
 
     examples: Sequence[Example]
@@ -97,7 +97,7 @@ class Feed:
         part: Sequence[int] | np.ndarray,  # (B,) indices of examples
         last: bool = True,
     ) -> MicroBatch:
-        """The micro-batch of these examples.
+        """Build the micro-batch of these examples.
 
         Raises:
             RecordError: when an image cannot be read again.
@@ -122,11 +122,11 @@ def train_steps(
     run: Run,
     references: torch.Tensor,  # (L, examples) fp32
 ) -> bool:
-    """Train to the last step; returns False where a signal stopped the run, after a checkpoint.
+    """Train to the last step. Returns False if a signal stopped the run, after a checkpoint.
 
     Raises:
-        NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
-        CheckpointError: when a checkpoint that is waited for cannot be written.
+        NonFiniteStep: when loss or gradient is not finite. Checkpoints are kept.
+        CheckpointError: when the last checkpoint cannot be written.
     """
     config, optim, inputs, total = run.config, run.config.optim, run.inputs, run.total
     row_tokens, attention = config.data.row_tokens, inputs.model.attention
@@ -174,10 +174,10 @@ def train_step(
     ready: Iterator[MicroBatch],
     stop: StopSignal,
 ) -> tuple[dict[str, float], bool]:
-    """One step on the micro-batches of `local_indices`, which are the next of `ready`.
+    """One step on the micro-batches of `local_indices`, the next in `ready`.
 
     Returns:
-        Metrics as means over the global batch; and whether any rank is to stop.
+        Metrics as means over the global batch, and whether any rank received a stop signal.
 
     Raises:
         NonFiniteStep: when loss or gradient is not finite.
@@ -209,10 +209,10 @@ def train_step(
 
 @contextmanager
 def heap_frozen() -> Iterator[None]:
-    """Keep Python's garbage collector off the objects that exist now: modules, model, records.
+    """Hide existing objects (modules, model, records) from Python's garbage collector.
 
-    A full collection visits all of them and stops every thread; no step makes them garbage.
-    `gc.unfreeze` would undo a caller's freeze as well, so where there is one it is left as it is.
+    A full collection would visit all of them and stop every thread, and no step frees them.
+    `gc.unfreeze` would also undo a caller's freeze, so an existing freeze is left unchanged.
     """
     if gc.get_freeze_count():
         yield
@@ -233,13 +233,13 @@ def accumulate(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward over the micro-batches of a step; returns sums of metrics and of work.
+    """Forward and backward over the micro-batches of a step. Returns sums of metrics and work.
 
-    Gradients are those of the mean over the `batch_size` examples of all ranks; they are reduced
-    with the last part. Nothing here reads a value back from the device.
+    Gradients are those of the mean loss over the `batch_size` examples of all ranks. They are
+    reduced with the last micro-batch. No value is read back from the device.
     """
     totals: dict[str, torch.Tensor] = {}
-    # FSDP averages gradients over ranks; the loss is a mean over the global batch.
+    # FSDP averages gradients over ranks, and the loss is a mean over the global batch.
     scale = distributed.world_size() / batch_size
     for part in parts:
         sync_gradients(model, part.last)
@@ -253,7 +253,7 @@ def accumulate(
 
 
 def clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> torch.Tensor:
-    """Clip the gradient to norm `limit` (0: do not); returns its norm before, a scalar."""
+    """Clip gradients to norm `limit` (0: no clipping). Returns the norm before, a scalar."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -267,24 +267,24 @@ def update_and_read(
 ) -> tuple[dict[str, float], bool]:
     """Update the parameters, reduce the metrics over ranks, and read the device once.
 
-    The update is queued before the read, so that the device has work while the host waits. Where
-    loss or norm is not finite the device leaves parameters and states as they are.
+    The update is queued before the read, so that the device has work while the host waits. If loss
+    or norm is not finite, the device leaves parameters and optimizer state unchanged.
 
     Args:
-        optimizer: a fused optimizer, which reads `found_inf` as from torch's GradScaler.
+        optimizer: a fused optimizer, which reads `found_inf` as set by torch's GradScaler.
         totals: sums of this rank, from `accumulate`.
         norm: norm of the gradient of all ranks, from `clip`.
-        batch_size: examples of all ranks.
-        stop: whether this rank is to stop.
+        batch_size: number of examples of all ranks.
+        stop: whether this rank received a stop signal.
 
     Returns:
-        Metrics as means over the global batch, with the norm; and whether any rank is to stop.
+        Metrics with the norm, as means over the global batch, and whether any rank must stop.
     """
     summed = torch.stack([*totals.values()])
     summed = distributed.sum_over_ranks(torch.cat([summed, summed.new_full((1,), stop)]))
     norm = norm.to(summed, non_blocking=True)
     checked = torch.stack([summed[[*totals].index("loss")], norm])
-    # Offloaded parameters are on the CPU. The optimizer would copy the flag there without a wait.
+    # Offloaded parameters are on the CPU. The optimizer would not wait for its copy of the flag.
     parameter_device = optimizer.param_groups[0]["params"][0].device
     found_inf = checked.isfinite().all().logical_not().float().to(parameter_device)
     optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue] - as GradScaler
@@ -296,14 +296,14 @@ def update_and_read(
 
 def nonfinite_records(
     forward_backward: Callable[[np.ndarray], dict[str, torch.Tensor]],
-    local_indices: np.ndarray,  # (n,) of this rank's examples, as many on every rank
+    local_indices: np.ndarray,  # (n,) this rank's examples; n is equal on all ranks
     parameters: Sequence[torch.nn.Parameter],
 ) -> list[int]:
     """Find the examples of a step whose own loss or gradient is not finite.
 
-    Every rank runs the same forwards and backwards, one example at a time. A gradient is the sum
-    of all ranks', so where it is not finite each rank in turn repeats its example, beside finite
-    examples of other ranks. Where no example is finite, all stay suspects.
+    Every rank runs the same number of forwards and backwards, one example at a time. A gradient is
+    summed over ranks. If it is not finite, each rank in turn repeats its example, while the other
+    ranks run finite examples. If no example gives a finite gradient, all are returned.
 
     Args:
         forward_backward: runs one example and returns the result of `accumulate`.
@@ -311,7 +311,7 @@ def nonfinite_records(
         parameters: trained parameters; their gradients are cleared.
 
     Returns:
-        Indices of these examples, of all ranks; empty when each of them is finite.
+        Indices of these examples, from all ranks. Empty if every single example is finite.
     """
 
     def is_finite(index: int) -> tuple[bool, bool]:

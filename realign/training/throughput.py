@@ -1,10 +1,10 @@
 """Throughput and cost of a step: tokens, model FLOP, MFU, peak memory.
 
-The *work* of a batch is counted from its layout and travels with the metrics' sums through their
-one all-reduce; the `Meter` turns it into rates. FLOP are those that the forest needs, with
-multiplication and addition counted as two: matrix products over real tokens, attention over the
-pairs that the mask allows. Padding, masked pairs and recomputed activations do not count, so they
-lower MFU (model FLOP utilisation, arXiv 2204.02311, appendix B).
+The *work* of a batch is counted from its layout and reduced over ranks together with the metrics.
+`Meter` converts it to rates. Model FLOP are those that the forest needs: matrix products over real
+tokens, and attention over the pairs that the mask allows. A multiplication and an addition count as
+two. Padding, masked pairs and recomputed activations do not count, so they lower MFU (model FLOP
+utilization, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ TIMING = (
     "peak_memory_gib",
     "mfu",
 )
-"""Metrics that differ from run to run; all others are the same for the same settings."""
+"""Metrics that differ between runs. All others are equal for equal settings."""
 
 WORK = ("work/tokens", "work/separate", "work/responses", "work/pairs", "work/images")
-"""Names of the counts of `work_of`, in its order."""
+"""Names of the counts that `work_of` returns, in order."""
 
 PEAK_TFLOPS = {
     "A100": (312, 156, 19.5),
@@ -49,12 +49,12 @@ PEAK_TFLOPS = {
     "L40S": (362, 183, 91.6),
     "L4": (121, 60, 30.3),
 }
-"""Dense bf16, TF32 and fp32 peaks by a part of the device's name; the first match counts. From
-NVIDIA's data sheets of these products, whose figures with sparsity are halved."""
+"""Dense bf16, TF32 and fp32 peaks by words of the device's name; the first match counts. From
+NVIDIA's data sheets of these products. Figures with sparsity are halved."""
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of a device's matrix products; None for an unknown device.
+    """Peak FLOP/s of matrix products on a device; None for an unknown device.
 
     fp32 products run as TF32 where `torch.set_float32_matmul_precision` allows it.
     """
@@ -67,21 +67,22 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def separate_tokens(example: Example) -> int:
-    """Tokens of an example in which every leaf is a separate sequence."""
+    """Number of tokens of an example with a separate sequence per leaf."""
     return sum(len(example.roots[leaf.root].ids) + len(leaf.ids) for leaf in example.leaves)
 
 
 def work_of(batch: ForestBatch, examples: Sequence[Example]) -> torch.Tensor:
-    """Work of a batch, (5,) fp64 in the order of `WORK`, to be added up.
+    """Work of a batch, (5,) fp64 in the order of `WORK`. Work of several batches is summed.
 
-    `tokens` are those of its rows without padding, `separate` those of a sequence per leaf,
-    `responses` the rows of the head, `pairs` the (query, key) pairs of its attention mask without
-    windows and two-way blocks, `images` the tokens of its distinct images, 0 where
-    their features are kept.
+    - `tokens`: tokens in the rows, without padding
+    - `separate`: tokens with a separate sequence per leaf
+    - `responses`: rows of the head
+    - `pairs`: (query, key) pairs of the attention mask, without windows and two-way blocks
+    - `images`: tokens of the distinct images, 0 if their features are cached
 
     Args:
-        batch: a batch on the CPU, as it was built.
-        examples: those in it.
+        batch: a batch on the CPU, as built.
+        examples: the examples in it.
     """
     real = batch.segment >= 0
     segment, parent = batch.segment[real], batch.parent[real]
@@ -103,13 +104,13 @@ class Cost:
     """FLOP for one unit of each kind of work."""
 
     token: float
-    """A token through the linear layers of the language model."""
+    """FLOP of a token in the linear layers of the language model."""
     response: float
-    """A response token through the head."""
+    """FLOP of a response token in the head."""
     pair: float
-    """A query and a key in the attention of all layers."""
+    """FLOP of a (query, key) pair in the attention of all layers."""
     image: float
-    """An image token in the tower."""
+    """FLOP of an image token in the vision tower."""
 
     def of(self, work: dict[str, float]) -> float:
         """FLOP of a batch with this work."""
@@ -121,7 +122,7 @@ class Cost:
 def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> float:
     """FLOP of vision tower and projector for one image token, counted on the first image.
 
-    It is one forward of the tower; under FSDP2 every rank calls it.
+    This runs one forward of the tower. Under FSDP2 every rank must call it.
 
     Args:
         model: on `device`, sharded or not.
@@ -142,12 +143,12 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
     """FLOP of a unit of work: in training, or with adapters off and no backward.
 
     A product with n weights takes 2n FLOP forward, 2n for the gradient of its input and 2n for that
-    of trained weights; attention takes 4 x width for a pair and layer, and 8 backward.
+    of trained weights. Attention takes 4 x width per pair and layer, and 8 x width backward.
 
     Args:
-        model: whole or sharded.
+        model: the model, sharded or not.
         per_image_token: result of `image_flop`.
-        backward: whether to count the backward pass.
+        backward: whether to count the backward pass and adapters.
     """
     vlm, text = model.vlm, model.vlm.config.get_text_config()
     head = vlm.get_output_embeddings()
@@ -163,7 +164,7 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
 
 
 def _linear(part: nn.Module, backward: bool) -> float:
-    """FLOP of one position through every matrix of a part."""
+    """FLOP of one token in all matrix products of a module."""
     total, trained = 0, backward and _is_trained(part)
     for name, layer in part.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and (backward or "lora_" not in name):
@@ -185,7 +186,7 @@ class Meter:
 
     Args:
         model: the trained model.
-        device: device of this rank; other ranks have the same kind.
+        device: device of this rank. Other ranks must have the same kind.
         dtype: compute dtype.
         per_image_token: result of `image_flop`.
     """
@@ -202,10 +203,10 @@ class Meter:
         self._peak_flops = peak_flops(name, dtype)
 
     def read(self, metrics: dict[str, float], batch_size: int, seconds: float) -> dict[str, float]:
-        """The metrics of a step's speed; removes its work from `metrics`.
+        """Rates of a step from its work, which is removed from `metrics`.
 
         Args:
-            metrics: means over the examples of the global batch, the work among them.
+            metrics: metrics and work, as means over the examples of the global batch.
             batch_size: size of the global batch.
             seconds: duration of the step.
         """
@@ -225,17 +226,17 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of tensors on CUDA, of the process on a CPU."""
+    """Peak memory so far in bytes: of tensors on CUDA, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_memory("VmHWM")
 
 
 def process_memory(field: str) -> int:
-    """Resident bytes of this process: now (VmRSS), or their peak (VmHWM).
+    """Resident memory of this process in bytes: current (VmRSS) or peak (VmHWM).
 
-    Read from /proc on Linux, where `getrusage` would include the process that started this one.
-    Other systems use `getrusage`, which gives the peak.
+    On Linux it is read from /proc, since `getrusage` would include the parent process. Other
+    systems use `getrusage`, which always gives the peak.
     """
     status = Path("/proc/self/status")
     if status.exists():

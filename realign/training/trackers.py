@@ -1,7 +1,7 @@
 """Trackers of a run's metrics: JSONL, console, TensorBoard, W&B.
 
-A tracker takes the entries of steps, one after another, and is closed at the end. A resumed run
-continues each of them: entries of steps that are run again replace those of the killed run.
+A tracker receives the metrics of each step, and is closed at the end. A resumed run continues its
+trackers: repeated steps replace the entries of the killed run.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _RUN_ID = "wandb-id.txt"
 
 
 class Tracker(AbstractContextManager, Protocol):
-    """Takes metrics; used as a context, whose end writes pending entries."""
+    """Receives metrics. It is a context manager, and writes pending entries on exit."""
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Write the metrics of one step; `step` and `epoch` are among them."""
+        """Write the metrics of one step, which include `step` and `epoch`."""
 
 
 def check_packages(run: RunConfig) -> None:
     """Check that the packages of the requested trackers are installed; called before any work.
 
     Raises:
-        ValueError: names the package and how to install it.
+        ValueError: when one is missing. The message names it and how to install it.
     """
     requested = {"tensorboard": run.tensorboard, "wandb": run.wandb is not None}
     for package, is_set in requested.items():
         if is_set and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ValueError(
-                f"--{package} needs the package {package}, which is not installed: "
-                f"pip install 'realign[{package}]', or leave the flag out."
+                f"--{package} needs the package {package}, which is not installed. "
+                f"Run pip install 'realign[{package}]', or leave the flag out."
             )
 
 
@@ -49,8 +49,8 @@ class Trackers(ExitStack):
     """All trackers of a run; none on ranks other than 0.
 
     Args:
-        config: the settings; `run` names the trackers.
-        name: title of the bar.
+        config: the settings; `config.run` selects the trackers.
+        name: title of the progress bar.
         total: steps of the whole run.
         done: steps already done.
     """
@@ -78,11 +78,11 @@ class Trackers(ExitStack):
 
 
 class Console(Tracker):
-    """A line on stdout for every step, or every `every`-th; on a terminal a bar below it."""
+    """Prints every `every`-th step on stdout, with a progress bar below on a terminal."""
 
     def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
         self._total, self._every = total, every
-        # disable=None: no bar, hence no carriage return, where stderr is not a terminal
+        # disable=None: no bar, and no carriage returns, if stderr is not a terminal
         self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class Console(Tracker):
 
 
 class TensorBoardLog(Tracker):
-    """Event files that `tensorboard --logdir` reads; entries after step `done` are purged."""
+    """Writes event files for `tensorboard --logdir`. Entries after step `done` are purged."""
 
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -114,10 +114,10 @@ class TensorBoardLog(Tracker):
 
 
 class WandbLog(Tracker):
-    """A run of Weights & Biases, under an id that is kept in the output folder.
+    """A Weights & Biases run, whose id is kept in the output folder.
 
-    `WANDB_MODE=offline` needs no network; `wandb sync` uploads it later. W&B keeps the first values
-    of a step, and a repeated step gives the same values.
+    `WANDB_MODE=offline` needs no network, and `wandb sync` uploads the run later. W&B keeps the
+    first values of a step. A repeated step gives the same values.
     """
 
     def __init__(self, project: str, output: Path, config: dict[str, Any], done: int) -> None:

@@ -133,7 +133,7 @@ def test_the_adapter_of_another_trainer_loses_its_card(adapter, tmp_path, capsys
     (tmp_path / "metrics.json").write_text(json.dumps(RATES))
     again = ["--output", str(tmp_path / "again"), "--metrics", str(tmp_path / "metrics.json")]
     assert export.main([*words[:2], *again]) == 1
-    assert "has no model card of ours" in capsys.readouterr().err
+    assert "has no model card of this project" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_told_and_nothing_written(adapter, tmp_path, capsys):

@@ -232,7 +232,7 @@ def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
     model = AutoModelForImageTextToText.from_pretrained(merged)
     assert not any("lora" in name for name in model.state_dict())
     assert evaluate.main(words) == 1
-    assert "not empty; name another --output" in capsys.readouterr().err
+    assert "not empty. Name another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

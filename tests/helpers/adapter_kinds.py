@@ -1,7 +1,7 @@
-"""Every PEFT kind on a tiny model, the ways to load an adapter, and plain log-probs under it.
+"""Adapters of every PEFT kind on a tiny model, ways to load them, and plain log-probs.
 
-`KINDS` has a configuration for every tuner of PEFT that is no prompt learning, and for the variants
-of LoRA. `WAYS` load a saved adapter as users do. `perturb` stands for training.
+`KINDS` has a configuration for every PEFT tuner except prompt learning, and for the variants of
+LoRA. `WAYS` load a saved adapter as users do. `perturb` replaces training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiny_vlms import make
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm")
-"""Untied, untied, tied by its default, tied on request."""
+"""Untied, untied, tied by default, tied on request."""
 
 _PROJECTIONS = r".*\.(language_model|text_model)\..*\.(q_proj|v_proj)"
 _WIDE = r".*\.(language_model|text_model)\..*\.(q_proj|o_proj)"  # (32, 32) in every family
@@ -120,24 +120,24 @@ SPECIAL: dict[str, PeftConfig] = {
     "Prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     "P-tuning": peft.PromptEncoderConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
 }
-"""Kinds that act in the forward of `PeftModel`, which a forest has no place for."""
+"""Kinds that act in the forward of `PeftModel`, which a forest never calls."""
 
 
 def config_of(kind: str) -> PeftConfig:
-    """A fresh configuration; PEFT writes into the one that it is given."""
+    """A new configuration, since PEFT modifies the one it is given."""
     return copy.deepcopy((KINDS | SPECIAL)[kind])
 
 
 @contextmanager
 def quiet():
-    """Without PEFT's warnings, which `pytest -W error` turns into failures."""
+    """Ignore PEFT's warnings, which `pytest -W error` turns into failures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def save_base(family: str, folder: Path) -> Path:
-    """Write the tiny model of a family, and its processor."""
+    """Write the tiny model of a family and its processor."""
     model, processor = make(family)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -145,12 +145,12 @@ def save_base(family: str, folder: Path) -> Path:
 
 
 def load_base(base: Path) -> PreTrainedModel:
-    """The base in fp32, by plain transformers."""
+    """The base in fp32, loaded by transformers."""
     return AutoModelForImageTextToText.from_pretrained(str(base), dtype=torch.float32)
 
 
 def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None:
-    """Add noise to every weight that learns, in place of training."""
+    """Add noise to every trained weight, instead of training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -159,14 +159,14 @@ def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None:
 
 
 def adapt(base: Path, kind: str, *, name: str = "default", seed: int = 0) -> PeftModel:
-    """The base with a fresh adapter of a kind, which may begin as the base does."""
+    """The base with a new adapter of a kind, which may equal the base at first."""
     torch.manual_seed(seed)
     with quiet():
         return get_peft_model(load_base(base), config_of(kind), adapter_name=name).eval()
 
 
 def save_trained(base: Path, kind: str, folder: Path, *, seed: int = 0) -> PeftModel:
-    """Write an adapter that is not its base; returns the model it was written from."""
+    """Write an adapter that differs from its base. Returns the model with the adapter."""
     model = adapt(base, kind, seed=seed)
     perturb(model, seed)
     with quiet():
@@ -182,7 +182,7 @@ def _peft(base: Path, folder: Path, name: str = "default", learns: bool = True) 
 
 def _one_of_several(base: Path, folder: Path) -> PeftModel:
     model = _peft(base, folder, "first", learns=False)
-    perturb(model)  # nothing of it learns, but its neighbour must not be mistaken for it
+    perturb(model)  # only its neighbour is measured; the difference detects a mix-up
     model.load_adapter(str(folder), adapter_name="second", is_trainable=True)
     model.set_adapter("second")
     return model
@@ -201,11 +201,11 @@ WAYS: dict[str, Callable[[Path, Path], PeftModel | PreTrainedModel]] = {
     "model.load_adapter": _load_adapter,
     "AutoModel on the adapter's folder": lambda base, folder: load_base(folder),
 }
-"""A saved adapter as a model, from (base, folder of the adapter); "get_peft_model" is `adapt`."""
+"""A saved adapter as a model, from (base, adapter folder). "get_peft_model" is `adapt`."""
 
 
 def inputs_of(processor) -> dict[str, torch.Tensor]:
-    """One image and a sentence, as a model takes them."""
+    """One image and a sentence as model inputs."""
     ask = [{"type": "image"}, {"type": "text", "text": "red green blue one two three"}]
     text = processor.apply_chat_template([{"role": "user", "content": ask}])
     made = processor(images=[Image.radial_gradient("L").convert("RGB").resize((28, 28))],
@@ -215,5 +215,5 @@ def inputs_of(processor) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logps(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probs of every token at every place by one plain forward, (T, V) fp64."""
+    """Log-probs of every token at every position by one plain forward, (T, V) fp64."""
     return model.eval()(**inputs, use_cache=False).logits[0].double().log_softmax(-1)

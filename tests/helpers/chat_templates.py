@@ -1,4 +1,4 @@
-"""Chat templates that differ in one habit each, and the error that a habit deserves, if any."""
+"""Chat templates that each differ in one respect, and the expected error if any."""
 
 _TURN = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' + TEXT + '</s>' }}{% endfor %}"
@@ -86,20 +86,20 @@ REFUSED = {
         _turn(loop="messages[-2:]"),
         "drops or changes the text of a message of the user",
     ),
-    "reversed": (_turn(loop="messages | reverse"), "in another order"),
+    "reversed": (_turn(loop="messages | reverse"), "changes the order of the messages"),
     "system refused": (
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
         "{% endif %}" + _turn(),
-        r"refuses it \(TemplateError: System role not supported\)",
+        r"cannot render its messages \(TemplateError: System role not supported\)",
     ),
     "roles alternate": (
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + _turn(),
-        r"refuses it \(TemplateError: Roles must alternate\)",
+        r"cannot render its messages \(TemplateError: Roles must alternate\)",
     ),
-    "its own mistake": (_turn("m.content / 2"), r"refuses it \(TypeError"),
+    "its own mistake": (_turn("m.content / 2"), r"cannot render its messages \(TypeError"),
     "another prompt for some": (
         "{{ 'careful' if '&' in messages[-1].content }}" + _turn(),
-        "writes another prompt in front of its response",
+        "writes another prompt before its response",
     ),
 }

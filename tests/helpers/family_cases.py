@@ -19,14 +19,14 @@ from realign_kernels import objectives
 
 FAMILIES = (*ATTENDING, "qwen3_5")
 
-# fp32 rounding: a leaf's log-prob is a sum of up to 10 tokens of size up to 10. Seen: 5e-6 of it,
-# and 6e-6 of the largest entry of any gradient.
+# fp32 rounding: a leaf's log-prob is a sum of up to 10 tokens of magnitude up to 10. Measured: 5e-6
+# of it, and 6e-6 of the largest entry of any gradient.
 LOGP_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 5e-5
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 OBJECTIVE = objectives.rdpo(beta=0.3, visual_weight=0.7)
-ROW_TOKENS = (1, 150, 4096)  # a tree a row at most, several, all trees in one
+ROW_TOKENS = (1, 150, 4096)  # at most one tree per row, several trees, all trees in one row
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def encoded(family, model, objective=OBJECTIVE, records=None):
 
 
 def truth(vlm, family, examples, objective=OBJECTIVE, records=None):
-    """(L, B): each leaf as one plain sequence, as `apply_chat_template` feeds the processor."""
+    """(L, B): each leaf as one plain sequence, encoded as by `apply_chat_template`."""
     processor, own = made(family)
     table = []
     for record, example in zip(records or own, examples, strict=True):
@@ -86,7 +86,7 @@ def gradients(vlm):
 
 
 def assert_same_gradients(found, true):
-    """Entries agree up to the size of the whole gradient; returns how many tensors moved."""
+    """Entries agree relative to the whole gradient. Returns the number of changed tensors."""
     scale = max(g.abs().max() for g in true.values() if g is not None)
     assert found.keys() == true.keys()
     for name, expected in true.items():
@@ -98,7 +98,7 @@ def assert_same_gradients(found, true):
 
 
 def outputs_of(module):
-    """Filled with the tensors that its parts return from now on."""
+    """A list that collects the tensors that the parts of `module` return."""
     seen = []
     for part in module.modules():
         part.register_forward_hook(

@@ -1,7 +1,7 @@
-"""Forests without a model: random token ids, and log-probs that are a function of them.
+"""Forests without a model: random token ids, and log-probs that are a function of the ids.
 
-`Scorer` gives per-token log-probs that also depend, in their last bits, on which leaves share a
-forward, as those of a real model do. So two passes agree bitwise only if they ran the same batches.
+`Scorer` gives per-token log-probs whose last bits depend on the leaves in the same forward, as in a
+real model. Two passes are therefore bitwise equal only if they ran the same batches.
 """
 
 import time
@@ -32,7 +32,7 @@ class Forest:
 
 
 def make_forests(count, seed=0, longest=12):
-    """Two roots, three leaves each, as rDPO has; lengths vary."""
+    """Two roots and three leaves each, as for rDPO, with various lengths."""
     rng = np.random.default_rng(seed)
 
     def ids(low, high):
@@ -55,7 +55,7 @@ def token_logps(forest, leaf):
 
 
 class Scorer:
-    """`build` and `model` of a pass over forests; counts what it does."""
+    """`build` and `model` of a pass over forests, with counts of their calls."""
 
     def __init__(self, forests, seconds=0.0, begun=lambda: None):
         self.forests, self.seconds, self.begun = forests, seconds, begun
@@ -74,7 +74,7 @@ class Scorer:
 
 
 def fill(cache, forests, seconds=0.0, begun=lambda: None, **options):
-    """A pass over forests; returns the scorer, which calls `begun` as each batch begins."""
+    """A pass over forests. Returns the scorer, which calls `begun` at the start of each batch."""
     scorer = Scorer(forests, seconds, begun)
     options = {"row_tokens": 64, "batch_rows": 4} | options
     scorer.filled = cache.fill(scorer, forests, build=scorer.build, **options)

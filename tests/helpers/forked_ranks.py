@@ -1,6 +1,6 @@
-"""Ranks and commands forked from a process that has the libraries.
+"""Ranks and commands in processes forked from one that has imported the libraries.
 
-Importing them takes a process six seconds on one core.
+Importing them takes six seconds per process on one core.
 """
 
 import importlib
@@ -25,11 +25,11 @@ def run_ranks(worker, count, log, *arguments, nodes=1) -> str:
     """Run `worker(*arguments)` as the ranks of one group.
 
     Args:
-        worker: a function of a module.
-        count: of ranks.
-        log: file that takes what the ranks print.
-        arguments: that can be pickled.
-        nodes: as many as the ranks seem to be on.
+        worker: a module-level function.
+        count: number of ranks.
+        log: file for the output of the ranks.
+        arguments: picklable arguments.
+        nodes: number of nodes that the ranks seem to be on.
 
     Returns:
         The content of `log`.
@@ -49,17 +49,17 @@ def run_ranks(worker, count, log, *arguments, nodes=1) -> str:
         rank.start()
     for rank in ranks:
         rank.join(300)
-    said = Path(log).read_text()
-    assert [rank.exitcode for rank in ranks] == [0] * count, said
-    return said
+    output = Path(log).read_text()
+    assert [rank.exitcode for rank in ranks] == [0] * count, output
+    return output
 
 
 class Forked:
-    """`python -m realign.train` in a forked process, as a `subprocess.Popen` with pipes.
+    """`python -m realign.train` in a forked process, with the interface of `subprocess.Popen`.
 
     Args:
-        words: its command line. Ranks that it launches are forked as well.
-        environment: its variables; else those of this process.
+        words: its command line. Its ranks are forked as well.
+        environment: its variables; by default those of this process.
     """
 
     def __init__(self, *words, environment=None) -> None:
@@ -74,19 +74,19 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """As `subprocess` has it: less the signal where one ended the process."""
+        """The exit code as in `subprocess`: the negative signal number for a killed process."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The exit code; None while it runs."""
+        """The exit code, or None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout=None) -> None:
-        """Wait for the end; not longer than a time limit."""
+        """Wait for the end, up to a time limit."""
         self._process.join(timeout)
 
     def communicate(self, timeout=None) -> tuple[str, str]:
-        """Wait for the end; returns stdout and stderr."""
+        """Wait for the end. Returns stdout and stderr."""
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"still running after {timeout} s"
         return tuple(log.read_text() for log in self._logs)
@@ -104,7 +104,7 @@ def _train(logs, environment, words):
 
 
 def _fork(handler, command, environment):
-    """`python -m realign.train words` as a fork of its launcher, with what torch needs of Popen."""
+    """`python -m realign.train words` as a fork, with the part of Popen's interface torch uses."""
     words = command[3:]
     rank = multiprocessing.get_context("fork").Process(target=_forked, args=(words, environment))
     rank.poll, rank.wait = lambda: rank.exitcode, rank.join
@@ -117,7 +117,7 @@ def _forked(words, environment):
 
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)  # not the launcher's, as in a new process
+        signal.signal(number, signal.SIG_DFL)  # the default, as in a new process
     os.environ.update(environment)
     distributed.exit_rank(train.main(list(words)))
 
@@ -132,5 +132,5 @@ def _rank(worker, log, environment, *arguments):
 
 
 def run_command(module, words):
-    """`python -m module words`."""
+    """Run `python -m module words`."""
     assert importlib.import_module(module).main(words) == 0

@@ -1,4 +1,4 @@
-"""Host waits: reads of tensor values, for which the host waits until the GPU has caught up."""
+"""Host waits: reads of tensor values, for which the host waits for the GPU."""
 
 import threading
 import warnings
@@ -17,16 +17,16 @@ READS = (
     "item", "tolist", "cpu", "nonzero", "unique", "masked_select",
     "__bool__", "__int__", "__float__", "__index__", "__contains__",
 )  # fmt: skip
-"""Tensor methods that return values, or shapes that depend on values. Not `__getitem__`, whose
-masks wait too: a Python method of that name would leave every tensor a sequence to C code."""
+"""Tensor methods that return values, or shapes that depend on values. `__getitem__` is absent,
+although masks wait: a Python method of that name makes every tensor a sequence for C code."""
 
 
 @contextmanager
 def counted() -> Iterator[Counter]:
     """Count the host waits of this thread inside the context, by file.
 
-    On CUDA torch itself reports them. Elsewhere the methods that would wait are counted.
-    `Tensor.numpy` is not: it refuses tensors on a GPU, so it reads host memory.
+    On CUDA torch itself reports them. On a CPU the methods that would wait are counted.
+    `Tensor.numpy` is not counted: it fails for tensors on a GPU, so it reads host memory.
     """
     found: Counter = Counter()
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def counted() -> Iterator[Counter]:
             if "synchronizing CUDA operation" in str(warning.message):
                 found[_place(warning.filename)] += 1
         return
-    thread, depth = threading.get_ident(), 0  # a method may use another: one wait
+    thread, depth = threading.get_ident(), 0  # nested methods count as one wait
 
     def counting(method):
         def call(self, *args, **kwargs):
@@ -64,7 +64,7 @@ def counted() -> Iterator[Counter]:
 
 
 def _place(file: str) -> str:
-    """Below this repository where it is; else the last folder and the file."""
+    """The path within this repository; for other files the last folder and the name."""
     path = Path(file)
     if path.is_relative_to(ROOT):
         return str(path.relative_to(ROOT))

@@ -11,7 +11,7 @@ from realign.pairs.io import shards
 
 
 def exit_code(way, *arguments) -> int | None:
-    """Of a process that does `way(*arguments)`; None after two minutes."""
+    """The exit code of a process that runs `way(*arguments)`; None after two minutes."""
     process = CONTEXT.Process(target=way, args=arguments)
     process.start()
     process.join(120)
@@ -19,7 +19,7 @@ def exit_code(way, *arguments) -> int | None:
 
 
 def before_a_file(stage, name, *flags):
-    """Dies when a file of a stage is written, and not in its place yet."""
+    """Die when a file of a stage is written under its temporary name, before it is renamed."""
     replace = Path.replace
 
     def replaced(self, target):
@@ -32,7 +32,7 @@ def before_a_file(stage, name, *flags):
 
 
 def before_a_shard(*flags):
-    """Dies when a list of bad records is written, and the shard that goes with it is not."""
+    """Die when a list of bad records is written, before its shard is."""
     write = shards.Shards.write_left_out
 
     def died(self, number, left_out):

@@ -1,8 +1,8 @@
-"""One rank of four runs, one after the other: `run_all(pairs, folder, record)`.
+"""One rank of four consecutive runs: `run_all(pairs, folder, record)`.
 
 FOLDER/whole is an ordinary run. In FOLDER/pixels an image of the record with that index becomes NaN
-at step 4, in FOLDER/gradient its loss is finite and its gradient is not. In FOLDER/image the images
-of rank 1 have other sizes than before from its third micro-batch on, so rank 1 fails by itself.
+at step 4. In FOLDER/gradient that record's loss is finite and its gradient is not. In FOLDER/image
+the images of rank 1 change their sizes from its third micro-batch, so only rank 1 fails.
 """
 
 import os
@@ -28,7 +28,7 @@ GOOD = {
 
 
 def plant(what, record, first):
-    """From step `first` on the record is bad, until `restore`.
+    """Make the record bad from step `first` until `restore`.
 
     A step is one micro-batch here. Batches are built ahead of steps, so both are counted.
     """
@@ -76,14 +76,14 @@ def restore():
 
 
 def run_all(pairs, folder, record):
-    """The four runs, one after the other, as one rank. The last one loses the group."""
+    """Run all four as one rank. The last run loses the process group."""
     distributed.stop = lambda: None  # one process group for all four
     for what in ("whole", "pixels", "gradient", "image"):
         if what != "whole":
             plant(what, record, 4)
         words = arguments(pairs, Path(folder) / what, "--save-every", 2, "--fsdp")
         if what in ("pixels", "gradient"):
-            # Four trees in a row: with a mask NaN in one tree spreads to the others of its row.
+            # With a mask, NaN in one of the four trees of a row would spread to the others
             words += ["--attention", "sdpa", "--row-tokens", "240"]
         code = train.main(words)
         if os.environ["RANK"] == "0" or what == "image":

@@ -1,4 +1,4 @@
-"""Runs of `realign.train` in tests: their arguments, inputs, curves, and how far two may differ."""
+"""Runs of `realign.train` in tests: arguments, inputs, curves, and tolerances."""
 
 import time
 
@@ -18,8 +18,8 @@ from realign.training.setup import load_inputs
 from realign.training.throughput import TIMING
 from realign_kernels import objectives
 
-# Runs that differ in ranks or accumulation add the same numbers in another order. After six Adam
-# steps fp32 rounding has grown to 1e-6 of the loss here; ten times that is the bound.
+# Runs with other ranks or accumulation add the same numbers in another order. After six Adam steps
+# fp32 rounding has grown to 1e-6 of the loss here. The bound is ten times that.
 CURVE_TOLERANCE = 1e-5
 
 
@@ -31,13 +31,13 @@ def arguments(pairs, output, *more, steps=6):
 
 
 def run(pairs, output, *more, steps=6):
-    """Train in this process; returns the entries of the curve."""
+    """Train in this process. Returns the entries of the curve."""
     train(parse(arguments(pairs, output, *more, steps=steps)))
     return read_jsonl(output / "metrics.jsonl")
 
 
 def encoded(records, processor=None, objective=None):
-    """(examples, store) for the digits model, of records or a file of them; rDPO's by default."""
+    """(examples, store) of records or a pairs file for the digits model, by default for rDPO."""
     records = records if isinstance(records, list) else read_pairs(records)
     return encode_records(
         records, processor or load_processor(ASSETS), objective or objectives.rdpo(),
@@ -46,7 +46,7 @@ def encoded(records, processor=None, objective=None):
 
 
 def loaded(pairs, dtype=torch.float32, weights_dtype=torch.float32):
-    """The digits model and the forests of the pairs."""
+    """The digits model and the examples of the pairs."""
     return load_inputs(
         ASSETS, pairs, LossConfig(), dtype=dtype, weights_dtype=weights_dtype, train_vision=False,
         max_response_tokens=100, progress=False,
@@ -69,7 +69,7 @@ def curve(entries, name="loss"):
 
 
 def assert_same_curves(entries, truth):
-    """Both runs are the same up to rounding, relative to values where they are above 1."""
+    """Both runs are equal up to rounding, relative to values if they exceed 1."""
     names = ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen")
     for name in names:
         one, other = curve(entries, name), curve(truth, name)
@@ -78,7 +78,7 @@ def assert_same_curves(entries, truth):
 
 
 def without_timing(entries):
-    """A log less its times and memory: two runs that did the same have equal ones."""
+    """A log without times and memory: equal for runs that did the same."""
     return [{k: v for k, v in entry.items() if k not in TIMING} for entry in entries]
 
 
@@ -89,7 +89,7 @@ def weights(output):
 
 
 def assert_same_run(output, truth, steps=6):
-    """Same curve, all of it, and same final weights, bit for bit."""
+    """The same complete curve, and bitwise the same final weights."""
     found = read_jsonl(output / "metrics.jsonl")
     assert [entry["step"] for entry in found] == list(range(1, steps + 1))
     assert without_timing(found) == without_timing(read_jsonl(truth / "metrics.jsonl"))

@@ -1,8 +1,8 @@
-"""A rank that makes several runs of `realign.train` in one process group, and counts collectives.
+"""A rank of several runs of `realign.train` in one process group, with counts of collectives.
 
 `run_all(RUNS.json)` reads [{"output": ..., "arguments": [...]}, ...] and writes the counts to
-`collectives.json` in the output folder of each run. On two ranks the last one, whose model has no
-weights of its own, first compares the weights it receives with loaded ones (`weights.json`).
+`collectives.json` in the output folder of each run. Of two ranks the last one has no weights of its
+own. It first compares the weights it receives with loaded ones (`weights.json`).
 """
 
 import json
@@ -23,7 +23,7 @@ from realign.third_party import silence_third_party
 from realign.train import train
 from realign.training import fsdp
 
-COUNTED = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # what FSDP2 calls
+COUNTED = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # the collectives of FSDP2
 
 
 def count(name, counts):
@@ -37,10 +37,10 @@ def count(name, counts):
 
 
 def received(dtype):
-    """{name: whether it is that of a loaded model, bit for bit} of all parameters and buffers."""
+    """{name: whether it is bitwise that of a loaded model} for all parameters and buffers."""
     device = distributed.start(fsdp=True)
     vlm = load_model(ASSETS, dtype, meta=distributed.rank() > 0)
-    if distributed.rank() and dtype == torch.bfloat16:  # as where rank 0 has merged an adapter
+    if distributed.rank() and dtype == torch.bfloat16:  # as if rank 0 had merged an adapter
         vlm.lm_head.weight = vlm.get_input_embeddings().weight
     torch.manual_seed(distributed.rank())
     add_lora(vlm, 4, 8.0)
@@ -57,7 +57,7 @@ def received(dtype):
 
 
 def run_all(file):
-    """Make the runs that a file lists, as one rank."""
+    """Run all runs that a file lists, as one rank."""
     silence_third_party()
     if os.environ["WORLD_SIZE"] == "2":
         weights = {str(dtype): received(dtype) for dtype in (torch.float32, torch.bfloat16)}

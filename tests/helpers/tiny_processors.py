@@ -1,10 +1,10 @@
 """A tiny processor of every VLM family: its own classes, small images, a word-level tokenizer.
 
-Each has the family's special tokens and a chat template that places images and closes assistant
-turns as the family's does. PaliGemma has none of its own; its template is prompt, space, answer.
+Each has the family's special tokens, and a chat template that places images and ends assistant
+turns as the family's does. PaliGemma has no template. Its template here is prompt, space, answer.
 
-Two packages that only videos need are done without: torchvision, for processors that hold a video
-processor, and num2words, for SmolVLM's. Their places are filled here, in this process only.
+Two packages that only videos need are replaced here, in this process only: torchvision, for
+processors with a video processor, and num2words, for SmolVLM's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_processing_utils import VideoProcessorMixin
 
-SIDE = 28  # pixels of one view
+SIDE = 28  # width and height of one view, in pixels
 _LINE = "red green blue one two three four a the is of and left right small large dot bar"
 WORDS = _LINE.split()
 _SQUARE = {"height": SIDE, "width": SIDE}
@@ -24,7 +24,7 @@ _ROLES = ("user", "assistant", "system", "model", "User", "Assistant", "USER", "
 for _family in ("LlavaOnevision", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "SmolVLM", "InternVL"):
     getattr(hf, f"{_family}Processor").video_processor_class = "VideoProcessorMixin"
 hf.processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin
-VideoProcessorMixin.num_frames = VideoProcessorMixin.fps = None  # SmolVLM's template asks for them
+VideoProcessorMixin.num_frames = VideoProcessorMixin.fps = None  # SmolVLM's template reads them
 processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
 
@@ -64,7 +64,7 @@ def make_processor(family: str):
 
 
 def _tokenizer(family: str) -> hf.PreTrainedTokenizerFast:
-    """Words, newlines and punctuation."""
+    """A word-level tokenizer for words, newlines and punctuation."""
     (bos, eos, pad), special, named = _TOKENS[family]
     first = [pad, *([bos] if bos else []), eos, "<unk>"]
     special = [*dict.fromkeys([*first, *named.values(), *special])]
@@ -82,7 +82,7 @@ def _tokenizer(family: str) -> hf.PreTrainedTokenizerFast:
 
 
 def _template(user: str, assistant: str, end: str, close: str, image: str, start: str = "") -> str:
-    """A chat template: how turns begin, how each ends, and what stands for an image."""
+    """A chat template from the text before turns, after each turn, and for an image."""
     return (
         f"{start}"
         "{% for message in messages %}"
@@ -104,7 +104,7 @@ def _chatml(image: str) -> str:
     )
 
 
-# LLaVA-1.5's leaves the end token of an assistant's turn to the trainer.
+# LLaVA-1.5's template leaves the end token of an assistant's turn to the trainer.
 _VICUNA = _template("USER: ", "ASSISTANT: ", " ", " ", "<image>{{ '\\n' }}", start="<s>")
 
 

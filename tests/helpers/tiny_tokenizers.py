@@ -7,7 +7,7 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 
 
 def fast(model, before, decoder, trainer, texts, **named):
-    """A tokenizer trained on a few texts; its tokens run over words where `before` lets them."""
+    """A tokenizer trained on a few texts. Its tokens may span words if `before` does not split."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer, tokenizer.decoder = before, decoder
     tokenizer.train_from_iterator(texts, trainer)

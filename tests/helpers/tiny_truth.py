@@ -1,4 +1,4 @@
-"""The truth that forests are compared with: one plain transformers forward per response."""
+"""The reference for forests: one plain transformers forward per response."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image
 _OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0}
 
 
-def encode(processor, pictures: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
-    """What the processor makes of images and a rendered prompt, (1, P) and image inputs."""
-    made = processor(images=list(pictures), text=[text], return_tensors="pt")
+def encode(processor, images: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
+    """The processor's output for images and a rendered prompt: (1, P) ids and image inputs."""
+    made = processor(images=list(images), text=[text], return_tensors="pt")
     return {name: value for name, value in made.items() if name != "labels"}
 
 
 def with_response(inputs: dict, response: Sequence[int], family: str) -> dict[str, torch.Tensor]:
-    """Append response ids to the prompt, and to whatever else has a column per token.
+    """Append response ids to the prompt, and a column per token to the other token inputs.
 
     `token_type_ids` of a response are 0 for Gemma 3 (no image) and 1 for PaliGemma (suffix).
     """
@@ -33,7 +33,7 @@ def with_response(inputs: dict, response: Sequence[int], family: str) -> dict[st
 def separate_logps(vlm, inputs: dict, responses: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Per-token log-probs of responses to one prompt, each in its own forward, (R,) fp64.
 
-    They carry gradients unless the caller switched those off.
+    They have gradients unless the caller turned gradients off.
     """
     prompt = inputs["input_ids"].shape[1]
     logps = []

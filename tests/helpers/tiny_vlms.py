@@ -1,9 +1,9 @@
-"""A tiny random model of every VLM family, its processor, and records for them; nothing is loaded.
+"""A tiny random model of every VLM family, its processor and records; nothing is downloaded.
 
-`make` builds the family's own classes from small configs, so that whatever the family does with
-positions, masks and image inputs is there: M-RoPE sections, DeepStack, AnyRes grids, tiling,
-sliding windows, bidirectional blocks, softcaps. Weights are random but not small: attention and
-images matter. `tiny_truth.py` scores prompts with plain transformers.
+`make` builds the family's own classes from small configs. They have its M-RoPE sections, DeepStack,
+AnyRes grids, tiling, sliding windows, bidirectional blocks and softcaps. Weights are random and
+large enough that attention and images matter. `tiny_truth.py` scores prompts with plain
+transformers.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ FAMILIES = (
     "smolvlm",
     "internvl",
     "gemma3",
-    "paligemma",  # 2, that is with a Gemma 2 language model
+    "paligemma",  # PaliGemma 2, with a Gemma 2 language model
     "janus",
 )
 WIDTH, TOWER = 32, 24  # hidden sizes of language model and vision tower
 
 
 def make(family: str, *, attention: str = "sdpa", seed: int = 0):
-    """The model, fp32 and in eval mode, and its processor.
+    """The model, in fp32 and eval mode, and its processor.
 
     Args:
         family: one of `FAMILIES`, or "qwen3_5", whose first layer carries a state.
-        attention: `attn_implementation`, or "tree" or "flash". PaliGemma takes eager for these and
-            for "sdpa", which lack the softcap of Gemma 2.
-        seed: of the weights.
+        attention: `attn_implementation`, or "tree" or "flash". PaliGemma uses eager instead of
+            these and "sdpa", which lack the softcap of Gemma 2.
+        seed: seed of the weights.
     """
     processor = make_processor(family)
     config = AutoConfig.for_model(family, **_CONFIGS[family](processor))
@@ -58,7 +58,7 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
 
 
 def random_images(rng: np.random.Generator, count: int, sizes=None) -> list[Image.Image]:
-    """Images of noise over a colour ramp; sizes are (width, height)."""
+    """Images of noise over a color ramp; sizes are (width, height)."""
     choices = [(28, 28), (56, 28), (28, 56), (56, 42), (49, 56)]
     made = []
     for i in range(count):
@@ -70,16 +70,16 @@ def random_images(rng: np.random.Generator, count: int, sizes=None) -> list[Imag
 
 
 def random_text(rng: np.random.Generator, low: int, high: int) -> str:
-    """From `low` to `high` words."""
+    """A text of `low` to `high` words."""
     return " ".join(rng.choice(WORDS, rng.integers(low, high + 1)))
 
 
 def random_record(
     family: str, processor, rng: np.random.Generator, images: int = 1, negatives: int = 1
 ) -> Record:
-    """A record of random words, with `images` images and `negatives` times as many retrieved.
+    """A record of random words, with `images` images and `negatives` times as many retrieved ones.
 
-    Every image has a size of its own. The prompt is sure to place them under the family's template.
+    Every image has another size. `check_prompt` checks that the prompt places the images.
     """
     chosen = random_text(rng, 2, 9)
     while (rejected := random_text(rng, 2, 9)) == chosen:
@@ -90,8 +90,8 @@ def random_record(
         ({"role": "user", "content": random_text(rng, 3, 8)},),
         chosen,
         rejected,
-        tuple(StoredImage.from_pil(picture) for picture in shown),
-        tuple(StoredImage.from_pil(picture) for picture in retrieved),
+        tuple(StoredImage.from_pil(image) for image in shown),
+        tuple(StoredImage.from_pil(image) for image in retrieved),
     )
     check_prompt(processor, record, images)
     return record
@@ -99,7 +99,7 @@ def random_record(
 
 @torch.no_grad()
 def _randomize(vlm) -> None:
-    """Spread every weight: matrices keep the scale of what they map, vectors leave 0 and 1."""
+    """Randomize all weights: matrices keep the scale of inputs, vectors differ from 0 and 1."""
     for name, weight in vlm.named_parameters():
         if weight.ndim < 2 or "image_newline" in name:
             weight.add_(0.2 * torch.randn_like(weight))
@@ -208,7 +208,7 @@ def _qwen2_vl(processor) -> dict:
 
 def _qwen2_5_vl(processor) -> dict:
     vision = _TOWER_OF_QWEN | {
-        "window_size": 28,  # 2 x 2 image tokens, less than an image has
+        "window_size": 28,  # 2 x 2 image tokens, smaller than an image
         "fullatt_block_indexes": [1],
         "tokens_per_second": 2,
     }

@@ -1,4 +1,4 @@
-"""ForestModel trains the head that the model really has: with LoRA on it, or a trained copy."""
+"""ForestModel with an adapted head: LoRA on the head, or a trained copy of it."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_adapted_head_counts_and_learns(processor, config):
     vlm = load_model(ASSETS)
-    if "trainable_token_indices" in config:  # PEFT puts them on the head too where it is tied
+    if "trainable_token_indices" in config:  # PEFT also adapts the head if it is tied
         vlm.lm_head.weight = vlm.get_input_embeddings().weight
         vlm.config.tie_word_embeddings = vlm.config.text_config.tie_word_embeddings = True
     adapted = get_peft_model(vlm, LoraConfig(r=4, **config)).eval()
@@ -45,7 +45,7 @@ def test_the_adapted_head_counts_and_learns(processor, config):
     for name, value, exact in zip(trained, found, expected, strict=True):
         assert (value - exact).abs().max() < 1e-4 * exact.abs().max(), name
     with torch.no_grad():
-        # Log-probs of a random head are some 10 times as large.
+        # Log-probs of a random head are about 10 times as large.
         assert (batch.leaf_sums(model.logps(batch)) - logps).abs().max() < 10 * LOGP_TOLERANCE
         with adapted.disable_adapter():
             assert (batch.leaf_sums(model.logps(batch)) - logps).abs().max() > 1

@@ -1,4 +1,4 @@
-"""Chat templates: a prompt and its scored text are the template's own, or an error names why."""
+"""Chat templates: rendered prompts and scored texts, and errors for templates that change them."""
 
 import itertools
 import re
@@ -24,14 +24,14 @@ from realign_kernels import objectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template.s generation prompt")
 SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
-WITH_IMAGES = (  # of each kind one, since a template takes 0.1 s to compile
+WITH_IMAGES = (  # one of each kind, since a template takes 0.1 s to compile
     *("gemma3", "gemma4", "idefics3", "lfm2_2_5_vl", "llava_next", "muse_glimmer", "qwen2_5_vl"),
     *("qwen3_vl", "llama3", "phi3", "deepseek_r1_distill", "glm4moe"),
 )
-# These change a response's own thoughts, or write others into the prompt.
+# These templates change a response's own thoughts, or write other thoughts into the prompt.
 THOUGHTLESS = ("deepseek", "glm4moe", "nemotron", "qwen3_5_nothink")
 SYSTEM = ("system", "Be brief &\nkind.")
-ASKED = ("user", "What is <it> & why?\nSay so.")
+ASKED = ("user", "What is <it> & why?\nBe brief.")
 TURNS = (ASKED, ("assistant", "A cat & <mouse>."), ("user", "What colour?"))
 THOUGHTS = (ASKED, ("assistant", "<think>\nhm & hm\n</think>\n\nA cat."), ("user", "Why?"))
 DIALOGUES = ((ASKED,), (SYSTEM, ASKED), TURNS, (SYSTEM, *TURNS), THOUGHTS)
@@ -45,7 +45,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def letters(tokenizer):
-    """A LLaVA processor whose tokenizer keeps every character."""
+    """A LLaVA processor whose tokenizer encodes every character."""
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
         tokenizer,
@@ -63,7 +63,7 @@ def messages_of(dialogue, typed=False):
 
 
 def truth(tokenizer, template, dialogue):
-    """What transformers renders of plain strings, or of typed parts where only these work."""
+    """transformers' rendering of strings, or of typed parts if only these work."""
     for typed in (False, True):
         try:
             text = tokenizer.apply_chat_template(
@@ -77,7 +77,7 @@ def truth(tokenizer, template, dialogue):
 
 
 def own_texts(tokenizer, template, contents, answer):
-    """What transformers renders of a question and an answer in several forms, with an end."""
+    """transformers' renderings of a question and an answer in several forms, with an end."""
     found = []
     for content in contents:
         turns = [
@@ -93,7 +93,7 @@ def own_texts(tokenizer, template, contents, answer):
 
 
 def rendered(chat, dialogue, answer):
-    """(prompt, scored text) as training takes them."""
+    """(prompt, scored text) as in training."""
     prompt = chat.prompt(messages_of(dialogue), 0)
     return prompt.text, chat.scored(prompt, answer)
 
@@ -104,14 +104,14 @@ def chat_of(tokenizer, template):
 
 
 def assert_own(tokenizer, template, dialogue, answer, prompt, scored):
-    """Both together are the template's text, the response whole and once behind the prompt."""
+    """Prompt and scored text are the template's text, with the response once, after the prompt."""
     whole, text = truth(tokenizer, template, (*dialogue, ("assistant", answer))), answer.strip()
     ended = whole.rstrip() + "</s>" if whole.rstrip().endswith(text) else whole
     assert prompt + scored == ended
     if prompt.endswith("<think>\n") and text not in scored:
         text = text.removeprefix("<think>\n")
     assert scored.count(text) == 1
-    # Tokenized, it stays the same: this tokenizer keeps every character.
+    # The tokenizer encodes every character, so decoding gives the same text.
     assert tokenizer.decode(tokenizer(prompt + scored)["input_ids"]) == ended
 
 
@@ -124,7 +124,7 @@ def test_trls_templates(tokenizer, path):
             own = truth(tokenizer, template, (*dialogue, ("assistant", answer)))
             try:
                 found = rendered(chat, dialogue, answer)
-            except Malformed:  # Gemma refuses a system role
+            except Malformed:  # Gemma rejects a system role
                 assert own is None or ("<think>" in answer and path.stem.startswith(THOUGHTLESS))
             else:
                 assert_own(tokenizer, template, dialogue, answer, *found)
@@ -133,7 +133,7 @@ def test_trls_templates(tokenizer, path):
 
 
 def test_trls_templates_with_an_image(letters):
-    """What root and leaf ids spell is what the template writes of strings or of typed parts."""
+    """The ids of root and leaf decode to the template's text for strings or typed parts."""
     tokenizer = letters.tokenizer
     stored = StoredImage.from_pil(Image.new("RGB", (8, 8)))
     asked, answers = ASKED[1], ("red & <green>", "blue")
@@ -155,20 +155,20 @@ def test_trls_templates_with_an_image(letters):
         parts = [{"type": "image"}, {"type": "text", "text": asked}]
         for leaf, answer in zip(example.leaves, answers, strict=True):
             spelled = tokenizer.decode([*example.roots[0].ids, *leaf.ids])
-            said = [answer, [{"type": "text", "text": answer}]]
+            answered = [answer, [{"type": "text", "text": answer}]]
             shown = [parts, f"<image>\n{asked}"]
-            owned = own_texts(tokenizer, template, itertools.product(shown, said), answer)
+            owned = own_texts(tokenizer, template, itertools.product(shown, answered), answer)
             assert re.sub("(<image>)+", "<image>", spelled) in owned, path.stem
             assert tokenizer.decode(leaf.ids).count(answer) == 1
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_templates_of_many_habits(tokenizer, name):
+def test_templates_of_various_forms(tokenizer, name):
     template = FINE[name]
     chat = chat_of(tokenizer, template)
     for dialogue in DIALOGUES:
         for answer in ANSWERS[:2]:
-            if name == "microseconds":  # no two renderings agree
+            if name == "microseconds":  # no two renderings are equal
                 prompt, scored = rendered(chat, dialogue, answer)
                 assert prompt[6:].startswith("<|") and scored == answer + "</s>"
                 continue
@@ -178,7 +178,7 @@ def test_templates_of_many_habits(tokenizer, name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_templates_that_are_refused(tokenizer, name):
-    """Dialogues that they do not spoil are taken."""
+    """Dialogues that the template renders correctly are accepted."""
     template, message = REFUSED[name]
     chat = chat_of(tokenizer, template)
     errors = []
@@ -210,7 +210,7 @@ def test_a_response_without_any_end_is_reported():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_image_tags_are_places_of_images(family):
-    """A tag of any family counts as an image part in every model."""
+    """A tag of any family is an image place in every model."""
     processor = make_processor(family)
     known = [processor.image_token, "<image>", "<img>a b.png</img>", "[IMG]", "<IMAGE>"]
     known += [
@@ -269,7 +269,7 @@ def test_messages_that_are_refused(messages, images, message):
     [("llava", "<image>"), ("qwen2_vl", "<|vision_start|><|image_pad|><|vision_end|>")],
 )
 def test_templates_of_strings_get_the_image_token(family, image):
-    """With what the family's own templates write around it."""
+    """The token has the text that the family's own templates write around it."""
     processor = make_processor(family)
     for name in ("strings", "concatenated", "trimmed", "system in the first user message"):
         processor.chat_template = FINE[name]
@@ -285,7 +285,7 @@ def test_templates_of_strings_get_the_image_token(family, image):
 @pytest.mark.parametrize("added", ["$0 </s>", "<s> $0 </s>", "<s> $0"])
 @pytest.mark.parametrize("own", ["", "<s>"])
 def test_prompts_begin_once_and_do_not_end(added, own):
-    """The start token comes once, from the template, the tokenizer or both."""
+    """The start token occurs once, whether the template, the tokenizer or both write it."""
     tokenizer = byte_level(["a"], 300)
     ids = [("<s>", 1), ("</s>", 2)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -297,8 +297,8 @@ def test_prompts_begin_once_and_do_not_end(added, own):
     assert made == [begin + tokenizer("user", add_special_tokens=False)["input_ids"]]
 
 
-def test_tokens_behind_a_prompt_spell_the_text():
-    """Where a token would hold the end of a prompt and the start of a text, both stay whole."""
+def test_tokens_after_a_prompt_decode_to_the_text():
+    """A token across the end of the prompt and the start of the text is split."""
     pieces = sentence_pieces(["red red red red dot"] * 3 + [*"\n: user"])
     for tokenizer in (byte_level(["user: what is red", "red dot \n\n red"], 330), pieces):
         joined = 0

@@ -1,4 +1,4 @@
-"""From records to ids: what the model is fed is the rendered conversation, or an error says why."""
+"""Encoding of records: token ids equal the rendered conversation, and errors name the record."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ from realign_kernels import Objective, objectives
 
 IMAGE_TOKENS = 16
 LIMITS = {"max_response_tokens": 64, "max_tokens": 512}
-LLAVA_TEMPLATE = (  # as LLaVA-1.5's: no end token after a response, white space instead
+LLAVA_TEMPLATE = (  # as in LLaVA-1.5: white space after a response instead of an end token
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] %}"
     "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}"
@@ -37,14 +37,14 @@ def _encode(records, processor, objective=None, **limits):
 
 
 def layout(processor) -> Layout:
-    """Of a LLaVA that the processor belongs to."""
+    """The layout of a LLaVA with this processor."""
     return Layout(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
 
 
 def pixels(store, key):
     """The preprocessed image, (C, H, W)."""
-    (picture,) = store.bundle(key)["pixel_values"]
-    return picture
+    (image,) = store.bundle(key)["pixel_values"]
+    return image
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def record(scenes) -> Record:
 
 @pytest.fixture(scope="module")
 def letters(processor) -> LlavaProcessor:
-    """A processor in the manner of LLaVA-1.5: its template, and a space before every text."""
+    """A processor like LLaVA-1.5's: its template, and a space before every text."""
     special = ["<unk>", "<s>", "</s>", "<image>"]
     characters = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
     scores = [(token, 0.0) for token in special] + [(token, -1.0) for token in characters]
@@ -121,7 +121,7 @@ def test_root_and_leaf_are_the_rendered_conversation(processor, pairs_file):
     records = read_pairs(pairs_file)
     examples, store = _encode(records, processor)
     assert [e.name for e in examples] == [r.name for r in records]
-    assert len(store) <= 24  # distinct pictures
+    assert len(store) <= 24  # distinct images
     for record, example in zip(records, examples, strict=True):
         leaves = [
             (record.chosen, record.images),
@@ -131,8 +131,8 @@ def test_root_and_leaf_are_the_rendered_conversation(processor, pairs_file):
         assert len(example.leaves) == 3
         for leaf, (response, images) in zip(example.leaves, leaves, strict=True):
             text = f"<s> user : <image> {CAPTION_PROMPT} assistant : {response} </s>"
-            picture = images[0].open(record.name)
-            whole = processor(images=[picture], text=[text], return_tensors="pt")
+            image = images[0].open(record.name)
+            whole = processor(images=[image], text=[text], return_tensors="pt")
             root = example.roots[leaf.root]
             assert [*root.ids, *leaf.ids] == whole["input_ids"][0].tolist()
             assert leaf.ids[-1] == processor.tokenizer.eos_token_id
@@ -154,15 +154,15 @@ def test_llava_templates_get_their_end_token(letters, record):
     ((example,), _) = _encode([record], letters)
     root, leaf = example.roots[0], example.leaves[0]
     text = f"USER: <image>\n{CAPTION_PROMPT} ASSISTANT: top one .</s>"
-    picture = record.images[0].open("r")
-    whole = letters(images=[picture], text=[text])["input_ids"][0]
+    image = record.images[0].open("r")
+    whole = letters(images=[image], text=[text])["input_ids"][0]
     assert [*root.ids, *leaf.ids] == list(whole)
     assert letters.tokenizer.convert_ids_to_tokens(leaf.ids) == [*"▁top▁one▁.", "</s>"]
 
 
 @pytest.mark.parametrize("start", ["", "<s>"])
 def test_a_tokenizer_that_ends_every_text_ends_no_prompt(letters, record, start):
-    """Nor does a start token come twice: some templates write it, as Gemma's does."""
+    """The start token occurs once even if the template writes it, as Gemma's does."""
     processor = copy.deepcopy(letters)
     processor.chat_template = start + LLAVA_TEMPLATE
     processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -174,7 +174,7 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt(letters, record, start)
         assert [*root.ids].count(1) == 1 == len(root.ids) - len(plain.roots[0].ids)
         assert 2 not in root.ids and np.array_equal(leaf.ids, other.ids)
     processor.chat_template = "<s><s>" + LLAVA_TEMPLATE
-    with pytest.raises(RecordError, match="'r': its prompt begins with '<s>' twice. Take one out"):
+    with pytest.raises(RecordError, match="'r': its prompt begins with '<s>' twice. Remove one"):
         _encode([record], processor)
 
 
@@ -186,8 +186,8 @@ def test_a_template_that_ends_turns_itself_gets_no_other_end(letters, record):
     assert "".join(spelled) == "▁top▁one▁.</turn>"
 
 
-def test_what_a_processor_or_a_template_raises_names_its_record(scenes):
-    """Its neighbours are encoded as without it."""
+def test_errors_of_processor_and_template_name_the_record(scenes):
+    """The other records are encoded as usual."""
     processor = make_processor("qwen2_vl")
     layout = Layout(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     stored = [StoredImage.from_pil(Image.new("RGB", size)) for size in ((56, 56), (1200, 4))]
@@ -213,13 +213,15 @@ def test_what_a_processor_or_a_template_raises_names_its_record(scenes):
         "r1": aspect,
         "r3": aspect.replace("of 1200", "of 56 x 56, 1200"),
         "r4": "its chosen response holds '<.im_end.>', which the model reads as a special token",
-        "r6": r"the tokenizer refuses .* \(TypeError",
+        "r6": r"the tokenizer cannot encode .* \(TypeError",
         "r5": "its messages place 2 image.s., by image tags such as '<image>', and 1 are given",
     }.items():
         assert re.match(f"record {name!r}: .*{message}.*[.] [A-Z].*[.]$", errors.pop(name))
     assert not errors
     processor.chat_template = "{{ raise_exception('no ' * 999) }}"
-    with pytest.raises(RecordError, match=r"'r0': the chat template refuses it .{,260}[)]. Change"):
+    with pytest.raises(
+        RecordError, match=r"'r0': the chat template cannot render its messages .{,260}[)]. Change"
+    ):
         _encode(records, processor, objectives.dpo(), layout=layout)
 
 
@@ -273,7 +275,7 @@ def test_several_images_under_a_prompt(processor, record):
         (
             {},
             {"max_tokens": 28},
-            "prompt and chosen response take 29 tokens; the model takes 28. Shorten",
+            "prompt and chosen response have 29 tokens, and the model takes 28. Shorten",
         ),
         (
             {"images": (StoredImage(path="no/such.png"),)},
@@ -305,7 +307,7 @@ def test_an_unknown_response_is_named(processor, record):
 
 
 class _Counting:
-    """A processor that counts how many images it preprocesses."""
+    """A processor that counts the images it preprocesses."""
 
     def __init__(self, processor) -> None:
         self.made = 0
@@ -317,19 +319,19 @@ class _Counting:
         return self._processor(images=images, **options)
 
 
-def test_the_store_knows_pictures_by_what_the_model_sees(tmp_path, processor, scenes):
+def test_the_store_knows_images_by_what_the_model_sees(tmp_path, processor, scenes):
     store = ImageStore(processor, layout(processor))
-    picture = scenes[0].image
-    picture.save(tmp_path / "copy.bmp")
-    other = picture.copy()
-    other.putpixel((3, 3), tuple(255 - v for v in picture.getpixel((3, 3))))
-    wide = Image.frombytes("RGB", (32, 8), picture.tobytes())  # the same bytes, another picture
-    key = store.add("a", StoredImage.from_pil(picture))
+    first = scenes[0].image
+    first.save(tmp_path / "copy.bmp")
+    other = first.copy()
+    other.putpixel((3, 3), tuple(255 - v for v in first.getpixel((3, 3))))
+    wide = Image.frombytes("RGB", (32, 8), first.tobytes())  # the same bytes, another image
+    key = store.add("a", StoredImage.from_pil(first))
     assert store.add("b", StoredImage(path=str(tmp_path / "copy.bmp"))) == key
     assert len(store) == 1 and len(bytes.fromhex(key)) == 16
     more = (store.add("c", StoredImage.from_pil(image)) for image in (other, wide))
     assert len({key, *more}) == len(store) == 3
-    # Pixels that differ in the last bit, of whatever dtype or shape, are other pixels.
+    # Pixels that differ in the last bit, dtype or shape are different images.
     rows = torch.rand(3, 16, 16)
     nudged = rows.clone()
     nudged.view(torch.int32)[2, 15, 15] ^= 1
@@ -349,18 +351,18 @@ def test_the_store_keeps_the_latest_within_its_bytes(processor, scenes):
     first = pixels(store, a)
     assert first.nbytes == size and first.shape == (3, 16, 16)
     made = []
-    for key in (a, b, a, c, a, b, b, c, a):  # with room for two, the least recent goes
+    for key in (a, b, a, c, a, b, b, c, a):  # the least recent of two is evicted
         assert pixels(store, key).shape == (3, 16, 16)
         made.append(counting.made)
     assert made == [1, 2, 2, 3, 3, 4, 4, 5, 6]
     assert torch.equal(pixels(store, a), first)
 
-    tight = ImageStore(counting, layout(processor), cache_bytes=1)  # one picture is always kept
+    tight = ImageStore(counting, layout(processor), cache_bytes=1)  # one image is always kept
     key = tight.add("a", stored[0])
     before = counting.made
     for _ in range(3):
         assert torch.equal(pixels(tight, key), first)
-    assert counting.made == before  # the pixels of encoding serve the first batch
+    assert counting.made == before  # the first batch uses the pixels of encoding
 
 
 def test_images_that_vanish_or_change_after_the_check_are_named(tmp_path, processor, scenes):
@@ -368,7 +370,7 @@ def test_images_that_vanish_or_change_after_the_check_are_named(tmp_path, proces
     scenes[0].image.save(path)
     store = ImageStore(processor, layout(processor), cache_bytes=1)
     key = store.add("scene-5", StoredImage(path=str(path)))
-    store.add("scene-6", StoredImage.from_pil(scenes[1].image))  # takes its room
+    store.add("scene-6", StoredImage.from_pil(scenes[1].image))  # evicts scene-5
     path.unlink()
     with pytest.raises(RecordError, match="'scene-5': its image .*a.png does not exist"):
         pixels(store, key)

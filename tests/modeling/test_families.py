@@ -1,7 +1,7 @@
-"""Every VLM family: a forest is what plain transformers forwards are, however the model is trained.
+"""Every VLM family: forests equal plain transformers forwards, however the model is trained.
 
-Each function of `COLUMNS` asserts one property of one family and says what the table of
-docs/families.md shows of it; the last test holds the two together. To write the table anew:
+Each function of `COLUMNS` checks one property of one family and returns its cell in the table of
+docs/families.md. The last test compares the table with the page. To write the table again:
 
     REALIGN_WRITE_DOCS=1 python -m pytest tests/modeling/test_families.py
 """
@@ -69,7 +69,7 @@ def log_probs_are_the_same(family, attention="sdpa"):
 
 
 def attentions(family):
-    """What the language model attends with, the default first."""
+    """The attention implementations of the language model, the default first."""
     used = []
     for attention in ("tree", "flash", "sdpa", "eager"):
         log_probs_are_the_same(family, attention)
@@ -98,7 +98,7 @@ def images_pass_the_tower_once(family):
 
 
 def full_gradients_are_the_same(family):
-    """Once with the tower, once with it frozen: then what joins it to the language model learns."""
+    """With the tower trained, and with it frozen, when the layers after it still learn."""
     for train_vision in (True, False):
         vlm, _ = make(family)
         model = ForestModel(vlm, train_vision=train_vision)
@@ -119,7 +119,7 @@ def full_gradients_are_the_same(family):
         others = ("language_model", "text_model", "lm_head")
         joins = [name for name in found if not any(other in name for other in others)]
         assert joins and all(found[name] is not None for name in joins)
-        if not any("merger" in name for name in joins):  # frozen: nothing of it is kept
+        if not any("merger" in name for name in joins):  # frozen towers keep nothing for backward
             assert kept and not any(kept)
     return "yes"
 
@@ -149,13 +149,13 @@ def checkpointed_layers_are_the_same(family, attention="sdpa"):
     layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     fsdp.wrap_layers(layers, compiled=False, checkpointed=True)
     forest_loss(model, examples, store)
-    assert len(calls) == 2  # again in backward
+    assert len(calls) == 2  # computed again in backward
     assert_same_gradients(gradients(vlm), plain)
     return "yes"
 
 
 def sharded_models_are_the_same(family, attention="sdpa"):
-    """One rank, which has all hooks of FSDP2; test_scale.py has several."""
+    """One rank has all hooks of FSDP2. test_scale.py tests several ranks."""
     plain, _ = make(family, attention=attention)
     model = ForestModel(plain)
     examples, store = encoded(family, model)
@@ -187,16 +187,16 @@ COLUMNS = {
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family(family, column):
+def test_a_property_of_a_family(family, column):
     assert COLUMNS[column](family)
 
 
 @pytest.mark.parametrize("column", ["FSDP", "checkpointing"])
-def test_varlen_attention_is_trained_alike(column):
+def test_varlen_attention_trains_the_same(column):
     assert COLUMNS[column]("llava", "flash")
 
 
-def test_the_table_in_docs_is_what_was_found():
+def test_the_table_in_docs_matches_these_results():
     lines = ["| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for family in FAMILIES:
         cells = [found(family) for found in COLUMNS.values()]
@@ -207,12 +207,12 @@ def test_the_table_in_docs_is_what_was_found():
     text = before + begin + "\n".join(lines) + "\n" + end + after
     if os.environ.get("REALIGN_WRITE_DOCS"):
         DOCS.write_text(text)
-    assert DOCS.read_text() == text, "write it anew with REALIGN_WRITE_DOCS=1"
+    assert DOCS.read_text() == text, "write the table again with REALIGN_WRITE_DOCS=1"
     assert set(FAMILIES) == layouts.TESTED
 
 
 def test_a_turn_ends_as_the_template_ends_it():
-    """Gemma's template closes a turn with another token than the tokenizer's eos."""
+    """Gemma's template ends a turn with another token than the tokenizer's eos."""
     model = ForestModel(make("gemma3")[0])
     examples, _ = encoded("gemma3", model)
     tokenizer = make("gemma3")[1].tokenizer
@@ -235,7 +235,7 @@ def test_one_image_twice_in_a_prompt():
             assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
 
 
-def test_known_features_take_the_place_of_the_tower(tmp_path):
+def test_cached_features_replace_the_tower(tmp_path):
     for family in FAMILIES:
         vlm, _ = make(family)
         model = ForestModel(vlm).eval()
@@ -260,11 +260,11 @@ def test_a_processor_of_another_model_is_refused():
         made("llava")[1], processor, OBJECTIVE, layout=model.layout, max_response_tokens=64,
         max_tokens=512, progress=False,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*check its patch"):
+    with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*Check its patch"):
         lines(model, examples, store)
 
 
-def test_a_forest_that_is_not_what_separate_forwards_are_is_not_used(monkeypatch):
+def test_a_forest_that_differs_from_separate_forwards_is_not_used(monkeypatch):
     vlm, _ = make("qwen2_vl")
     model = ForestModel(vlm).eval()
     examples, store = encoded("qwen2_vl", model)
@@ -272,7 +272,7 @@ def test_a_forest_that_is_not_what_separate_forwards_are_is_not_used(monkeypatch
     right = Layout.positions
     monkeypatch.setattr(Layout, "positions", lambda self, ids, grids: right(self, ids, {}))
     (line,) = lines(model, examples, store)
-    assert line.startswith("each response gets its own copy of the prompt: under a shared one log-")
+    assert line.startswith("each response gets its own copy of the prompt: with a shared copy log-")
     with torch.no_grad():
         batch = build_batch(examples, store, row_tokens=4096)
         assert len(batch.input_ids) == 3 * len(examples)
@@ -280,11 +280,11 @@ def test_a_forest_that_is_not_what_separate_forwards_are_is_not_used(monkeypatch
         assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
 
 
-def test_what_is_done_otherwise_is_said(monkeypatch):
+def test_deviations_from_the_settings_are_reported(monkeypatch):
     for family, expected in {
         "paligemma": "attention is eager: the model has a softcap",
         "qwen3_5": "own copy of the prompt: in its linear_attention layers no mask hides one",
-        "idefics3": "type 'idefics3' are not among the tested ones; .* differs .* by [1-9]e-0[5-9]",
+        "idefics3": "type 'idefics3' are untested: .* differ from .* by [1-9]e-0[5-9]",
     }.items():
         monkeypatch.setattr(layouts, "TESTED", set())
         monkeypatch.setattr("realign.modeling.model.TESTED", {"paligemma", "qwen3_5"})
@@ -300,7 +300,7 @@ def test_attention_that_takes_no_forest_is_refused():
         ForestModel(vlm)
 
 
-def test_models_that_no_forest_can_be_laid_out_for_are_refused():
+def test_models_without_support_for_forests_are_refused():
     model = make("llava")[0]
     model.config.get_text_config().logit_scale = 0.5
     with pytest.raises(ValueError, match="scales its logits .logit_scale = 0.5"):

@@ -1,4 +1,4 @@
-"""The forest gives every leaf what it would have alone: log-probs, gradients, images, layout."""
+"""Forest batches: every leaf has the log-probs, gradients and images of a separate forward."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ from realign.modeling.loading import load_model
 from realign.modeling.model import ForestModel
 from realign_kernels import objectives
 
-# fp32 rounding: log-probs are sums of up to 20 tokens of size up to 30.
+# fp32 rounding: log-probs are sums of up to 20 tokens of magnitude up to 30.
 LOGP_TOLERANCE = 5e-5
-GRADIENT_TOLERANCE = 2e-5  # relative to the largest entry of any gradient
+GRADIENT_TOLERANCE = 2e-5  # relative to the largest entry of all gradients
 
 
 def make_examples(processor, count, objective, seed=0):
@@ -42,7 +42,7 @@ def make_examples(processor, count, objective, seed=0):
 
 
 def separate_logps(vlm, examples, store):
-    """(L, B): each leaf as one plain sequence through the plain model, full logits."""
+    """(L, B): each leaf as one sequence through the plain model, with full logits."""
     table = []
     for example in examples:
         row = []
@@ -66,7 +66,7 @@ def test_log_probs_equal_separate_forwards(processor, vlm, forest_model, name):
             batch = build_batch(examples, store, row_tokens=row_tokens)
             found = batch.leaf_sums(forest_model.logps(batch))
             assert (found - truth).abs().max() < LOGP_TOLERANCE, row_tokens
-    assert batch.input_ids.shape[0] == 1  # all trees in one row see nothing of each other
+    assert batch.input_ids.shape[0] == 1  # trees in one row do not see each other
 
 
 def test_gradients_equal_separate_forwards(processor):
@@ -82,8 +82,8 @@ def test_gradients_equal_separate_forwards(processor):
     loss = -(F.logsigmoid(w - lost) + 0.7 * F.logsigmoid(w - other)).sum()
     loss.backward()
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    # Some gradients are 0 but for rounding (a key bias shifts all scores alike), so the size of
-    # the whole gradient counts.
+    # Some gradients are 0 up to rounding (a key bias shifts all scores equally), so errors are
+    # relative to the whole gradient.
     scale = max(p.grad.abs().max() for p in truth.parameters() if p.grad is not None)
     compared = 0
     for (name, a), b in zip(found.named_parameters(), truth.parameters(), strict=True):
@@ -96,7 +96,7 @@ def test_gradients_equal_separate_forwards(processor):
     assert compared > 80  # vision tower, projector, language model and head
 
 
-def test_gradients_repeat_to_the_bit_where_many_leaves_share_a_root(processor):
+def test_gradients_are_repeatable_when_many_leaves_share_a_root(processor):
     """On two threads: one row of hidden states predicts the first token of every leaf."""
     examples, store = make_examples(processor, 2, objectives.rdpo())
     model = ForestModel(load_model(ASSETS))
@@ -114,7 +114,7 @@ def test_gradients_repeat_to_the_bit_where_many_leaves_share_a_root(processor):
 
 def test_images_and_roots_are_computed_once(processor):
     examples, store = make_examples(processor, 4, objectives.rdpo())
-    # The second example's retrieved image is the first one's image, under the same prompt.
+    # The second example's retrieved image is the first example's image, with the same prompt.
     first, second = examples[:2]
     shared = Root(first.roots[0].images, first.roots[0].ids)
     second = Example("second", (second.roots[0], shared), second.leaves)
@@ -127,7 +127,7 @@ def test_images_and_roots_are_computed_once(processor):
     batch = build_batch([first, second], store, row_tokens=4096)
     with torch.no_grad():
         found = batch.leaf_sums(ForestModel(vlm).logps(batch))
-        assert seen == [3]  # v, v' and v of the second; its v' is the first's v
+        assert seen == [3]  # the first example's two images, and the second's own image
         truth = separate_logps(vlm, [first, second], store)
     assert (found - truth).abs().max() < LOGP_TOLERANCE
     roots = {root.key: len(root.ids) for example in (first, second) for root in example.roots}
@@ -152,7 +152,7 @@ def test_several_images_in_a_prompt(processor, vlm, forest_model):
 
 @pytest.mark.parametrize("both_ways", [None, "image", "prompt"])
 def test_the_mask_by_its_definition(processor, both_ways):
-    """Windows, and blocks that see both ways: Gemma 3's in the window, PaliGemma's beyond it."""
+    """Windows, and two-way blocks: Gemma 3's within the window, PaliGemma's beyond it."""
     examples, store = make_examples(processor, 3, objectives.rdpo())
     store.layout = Layout(4, both_ways=both_ways)
     batch = build_batch(examples, store, row_tokens=90)
@@ -182,7 +182,7 @@ def test_rows_of_an_example_are_adjacent_and_predict_its_labels(processor):
     assert owner == sorted(owner)
     labels = np.concatenate([leaf.ids for example in examples for leaf in example.leaves])
     assert batch.labels.tolist() == labels.tolist()
-    # A predicting position lies in the leaf itself, or is the last token of its root.
+    # A predicting position is in the leaf itself, or the last token of its root.
     flat = batch.position_ids.flatten()[batch.rows]
     depth = [len(e.roots[leaf.root].ids) for e in examples for leaf in e.leaves]
     sizes = [len(leaf.ids) for e in examples for leaf in e.leaves]

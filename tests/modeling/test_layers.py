@@ -1,4 +1,4 @@
-"""How a layer is computed: checkpointed, compiled, offloaded, by which attention, by liger."""
+"""Computation of layers: checkpointing, compilation, offload, attention kinds, liger."""
 
 import copy
 import pickle
@@ -45,15 +45,15 @@ def forest_model(tune="full", attention="tree", layers=4):
 
 
 def gradients(model, batch):
-    """Log-probs, and the gradient of their sum, by parameter."""
+    """Log-probs, and the gradients of their sum, by parameter."""
     model.zero_grad()
     logps = model.logps(batch)
     logps.sum().backward()
     return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_alike(found, expected):
-    """Log-probs, which are sums of up to 30 nats, and gradients agree up to rounding."""
+def assert_close(found, expected):
+    """Log-probs (sums of up to 30 nats) and gradients agree up to rounding."""
     (logps, grads), (truth, exact) = found, expected
     assert (logps - truth).abs().max() < 1e-5
     for name, value in exact.items():
@@ -61,7 +61,7 @@ def assert_alike(found, expected):
 
 
 def saved_bytes(model, batch):
-    """Bytes that autograd keeps between forward and backward, parameters not counted."""
+    """Bytes that autograd saves between forward and backward, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -90,24 +90,24 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(digits, tune):
     assert torch.equal(logps, truth) and grads.keys() == expected.keys()
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
     assert list(wrapped.state_dict()) == names
-    # A layer keeps its input alone, a tenth of what it held; the rest is the head's.
+    # A layer keeps only its input, a tenth of all its tensors. The rest belongs to the head.
     assert saved_bytes(wrapped, batch) < 0.15 * saved_bytes(plain, batch)
 
 
-@torch._inductor.config.patch(compile_threads=1)  # no worker processes, which import torch
+@torch._inductor.config.patch(compile_threads=1)  # no worker processes, which would import torch
 def test_compiled_layers_change_nothing_beyond_rounding(digits):
-    """By inductor, which compiles for half a minute, so one layer and one kind of attention."""
+    """With inductor, which compiles for half a minute, so for one layer and one attention."""
     examples, store = digits
     plain, compiled = (forest_model(attention="flash", layers=1) for _ in range(2))
     layers = fsdp.trained_layers(compiled)
     fsdp.wrap_layers(layers, compiled=True, checkpointed=True)
     for part in (examples[:6], examples[6:9]):
         batch = build_batch(part, store, row_tokens=60)
-        assert_alike(gradients(compiled, batch), gradients(plain, batch))
+        assert_close(gradients(compiled, batch), gradients(plain, batch))
 
 
 def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
-    """Two graphs: the first layer's input has no gradient under LoRA, the others' have one."""
+    """Two graphs: under LoRA only the first layer's input has no gradient."""
     examples, store = digits
     counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
@@ -118,13 +118,13 @@ def test_batches_of_other_shapes_compile_nothing_again(digits, monkeypatch):
     for size in (2, 5, 8, 11):
         batch = build_batch(examples[:size], store, row_tokens=50 + 7 * size)
         shapes.add(tuple(batch.input_ids.shape))
-        assert_alike(gradients(model, batch), gradients(plain, batch))
+        assert_close(gradients(model, batch), gradients(plain, batch))
     assert len(shapes) == 4
     assert counter.frame_count == 2
 
 
-def test_offloaded_parameters_train_alike(digits):
-    """On a mesh of one CPU, where offload moves nothing; a GPU was not at hand."""
+def test_offloaded_parameters_train_the_same(digits):
+    """On a mesh of one CPU, where offload copies nothing. It has not been run on a GPU."""
     examples, store = digits
     batch = build_batch(examples[:4], store, row_tokens=60)
     weights = []
@@ -149,8 +149,8 @@ def test_offloaded_parameters_train_alike(digits):
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager", "flex"])
-def test_every_attention_gives_what_that_by_tree_gives(digits, kind, monkeypatch):
-    if kind == "flex":  # unfused, and with the backward that torch refuses on a CPU
+def test_every_attention_equals_attention_by_tree(digits, kind, monkeypatch):
+    if kind == "flex":  # unfused, with the backward that torch does not support on a CPU
         monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
         monkeypatch.setattr(
             hf_flex,
@@ -160,10 +160,10 @@ def test_every_attention_gives_what_that_by_tree_gives(digits, kind, monkeypatch
     examples, store = digits
     batch = build_batch(examples[:6], store, row_tokens=200)  # several trees in a row
     expected = gradients(forest_model(), batch)
-    assert_alike(gradients(forest_model(attention=kind), batch), expected)
+    assert_close(gradients(forest_model(attention=kind), batch), expected)
 
 
-def test_the_block_mask_is_the_forests(digits):
+def test_the_block_mask_equals_the_forests(digits):
     examples, store = digits
     budget = attention.row_budget("flex_attention", examples[:12])
     batch = build_batch(examples[:12], store, row_tokens=budget)
@@ -173,10 +173,10 @@ def test_the_block_mask_is_the_forests(digits):
     places = torch.arange(tokens)
     found = mask.mask_mod(0, 0, places[:, None], places[None])
     assert torch.equal(found, batch.attention_mask()[0, 0])
-    assert mask.sparsity() > 50  # percent of blocks that are skipped
+    assert mask.sparsity() > 50  # percent of skipped blocks
 
 
-def test_what_is_seen_decides_how_long_a_row_is(digits):
+def test_row_budget_depends_on_the_attention(digits):
     examples, store = digits
     longest = max(example.longest_tree for example in examples)
     assert attention.row_budget("sdpa", examples) == longest < 100
@@ -212,14 +212,14 @@ def test_rms_norm_errs_no_more_than_that_of_transformers(dtype):
     assert max(ours) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
-def test_rms_norms_that_are_not_plain_stay():
+def test_rms_norms_that_are_not_plain_are_not_replaced():
     gemma, layer_norm, llama = GemmaRMSNorm(16), nn.LayerNorm(4), LlamaRMSNorm(8)
     norms.use(nn.ModuleList([gemma, layer_norm, llama]))  # Gemma adds 1 to the weight
     assert ["forward" in vars(m) for m in (gemma, layer_norm, llama)] == [False, False, True]
-    hidden = torch.randn(3, 8).bfloat16()  # under autocast the weight is wider
+    hidden = torch.randn(3, 8).bfloat16()  # under autocast the weight has a wider dtype
     assert torch.equal(llama(hidden), LlamaRMSNorm.forward(llama, hidden))
     assert llama(hidden).dtype == torch.float32
-    # Nor those without a weight, or with a forward of the user's.
+    # Norms without a weight, or with the user's own forward, are not replaced either.
     bare, patched = nn.RMSNorm(8, elementwise_affine=False), LlamaRMSNorm(8)
     patched.forward = lambda hidden: hidden + 1
     norms.use(nn.ModuleList([bare, patched]))
@@ -237,12 +237,12 @@ def test_a_pickled_rms_norm_is_that_of_transformers():
     assert loaded.forward.__self__ is loaded and loaded.forward.__func__ is LlamaRMSNorm.forward
 
 
-# --- liger, by its definition: the kernels need CUDA ---
+# --- liger, by its definition, since the kernels need CUDA ---
 
 
 @pytest.fixture
 def ops(monkeypatch):
-    """A `liger_kernel.ops` of plain torch, with the signatures of liger-kernel 0.8.5."""
+    """A `liger_kernel.ops` in plain torch, with the signatures of liger-kernel 0.8.5."""
 
     def norm(x, weight, epsilon, offset, casting, in_place, row_mode):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * (offset + weight)
@@ -258,20 +258,20 @@ def ops(monkeypatch):
     return module
 
 
-def test_liger_takes_the_place_of_what_it_computes_alike(digits, ops):
+def test_liger_replaces_modules_with_equal_results(digits, ops):
     examples, store = digits
     batch = build_batch(examples[:4], store, row_tokens=60)
     plain, model = forest_model("lora"), forest_model("lora")
-    said = liger.use(fsdp.trained_layers(model), CPU)
-    assert said == "liger: 4 LlamaMLP, 8 LlamaRMSNorm"
+    line = liger.use(fsdp.trained_layers(model), CPU)
+    assert line == "liger: 4 LlamaMLP, 8 LlamaRMSNorm"
     others = [m for m in plain.modules() if type(m).__name__ in ("LlamaMLP", "LlamaRMSNorm")]
     assert {getattr(m.forward, "__module__", "") for m in others} == {
         "realign.modeling.norms", LlamaMLP.__module__,
     }  # fmt: skip
-    assert_alike(gradients(model, batch), gradients(plain, batch))
+    assert_close(gradients(model, batch), gradients(plain, batch))
 
 
-def test_liger_leaves_what_it_computes_otherwise(ops):
+def test_liger_leaves_modules_with_other_results(ops):
     gemma = GemmaRMSNorm(16)
     assert liger.use([gemma], CPU) == "liger: 1 GemmaRMSNorm"  # weight + 1
     mlp = forest_model(layers=1).vlm.model.language_model.layers[0].mlp
@@ -281,6 +281,6 @@ def test_liger_leaves_what_it_computes_otherwise(ops):
     assert "forward" not in vars(mlp)
 
 
-def test_scale_settings_name_who_computes_a_layer():
+def test_scale_settings_name_the_kernels_of_a_layer():
     given = [[], ["--compile"], ["--liger"]]
     assert [parse(g).scale.kernels for g in given] == ["eager", "compiled", "liger"]

@@ -1,4 +1,4 @@
-"""LoRA's layer as one function: against fp64 beside PEFT's layer, and PEFT's switches and files."""
+"""LoRA's layer as one function, compared with fp64 and PEFT's layer, with PEFT's switches."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ ROWS, WIDTH, OUT = 24, 40, 56
 
 
 class Tiny(nn.Module):
-    """One linear layer, as PEFT adapts it."""
+    """One linear layer for PEFT to adapt."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Tiny(nn.Module):
 
 
 def layers(dtype=torch.float32, bias=False, adapters=("default",), **settings):
-    """PEFT's layer, ours, and the fp64 truth, of the same weights."""
+    """PEFT's layer, our layer and the fp64 truth, with the same weights."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=20, target_modules=["proj"], **settings)
     plain = get_peft_model(Tiny(bias), config, adapters[0])
@@ -64,7 +64,7 @@ def errors(found, exact):
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("shape", [(ROWS, WIDTH), (2, ROWS // 2, WIDTH)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_values_and_gradients_err_as_pefts(dtype, shape, bias):
+def test_values_and_gradients_have_errors_like_pefts(dtype, shape, bias):
     plain, inplace, exact = layers(dtype, bias)
     wide = run(exact, torch.float64, shape)
     theirs, ours = (errors(run(model, dtype, shape), wide) for model in (plain, inplace))
@@ -79,7 +79,7 @@ def test_a_pickled_layer_is_that_of_peft():
 
 @pytest.mark.parametrize("learns", ["weight", "bias"])
 def test_a_base_that_learns_gets_its_gradient(learns):
-    """As with LoraConfig(bias="lora_only"), or a layer that the user thaws."""
+    """As with LoraConfig(bias="lora_only"), or for a layer that the user unfreezes."""
     plain, ours, _ = layers(bias=True)
     for model in (plain, ours):
         getattr(model.base_model.model.proj.base_layer, learns).requires_grad_()
@@ -89,7 +89,7 @@ def test_a_base_that_learns_gets_its_gradient(learns):
 
 
 def test_no_rows():
-    """An expert of a mixture may get no token."""
+    """An expert of a mixture may receive no token."""
     _, ours, _ = layers(bias=True)
     out, *grads = run(ours, torch.float32, (2, 0, WIDTH))
     assert out.shape == (2, 0, OUT) and grads[0].shape == (2, 0, WIDTH)
@@ -97,7 +97,7 @@ def test_no_rows():
 
 
 class Passes(TorchDispatchMode):
-    """Counts elementwise operations and copies over all outputs or all inputs."""
+    """Counts elementwise operations and copies over whole outputs or inputs."""
 
     count = 0
     kinds = {getattr(torch.ops.aten, name) for name in ("add", "clone", "copy_", "mul")}
@@ -110,7 +110,7 @@ class Passes(TorchDispatchMode):
 
 
 def test_no_pass_over_the_outputs_is_left():
-    """PEFT scales and adds the product, scales its gradient, and adds those of the input."""
+    """PEFT scales and adds the product, scales its gradient, and adds the input's gradients."""
     counts = []
     for model in layers()[:2]:
         with Passes() as passes:
@@ -120,7 +120,7 @@ def test_no_pass_over_the_outputs_is_left():
 
 
 def test_adapters_in_fp32_beside_a_base_in_bf16():
-    """They are cast as FSDP2 casts them; their gradients come in fp32."""
+    """Adapters are cast as by FSDP2, and their gradients are fp32."""
     plain, inplace, exact = layers(torch.bfloat16)
     for name, parameter in inplace.named_parameters():
         if "lora_" in name:
@@ -168,7 +168,7 @@ def test_adapters_that_are_off_merged_or_switched():
         lambda model: model.merge_adapter(),
         lambda model: model.unmerge_adapter(),
         lambda model: model.set_adapter("other"),
-        lambda model: model.base_model.set_adapter(["default", "other"]),  # PEFT adds both
+        lambda model: model.base_model.set_adapter(["default", "other"]),  # PEFT adds both adapters
     ):
         switch(plain), switch(inplace)
         torch.testing.assert_close(inplace(x), plain(x))
@@ -203,7 +203,7 @@ class Scaled(nn.Linear):
 
 
 class Gate(nn.Module):
-    """Not linear, under a name that linear layers have elsewhere."""
+    """A module that is not linear, named like a linear layer elsewhere."""
 
     def __init__(self, inner):
         super().__init__()
@@ -214,7 +214,7 @@ class Gate(nn.Module):
 
 
 def test_linear_layers_are_found_by_their_class():
-    """A subclass and a Conv1D get LoRA; a namesake of another class does not, its inside does."""
+    """A subclass and a Conv1D get LoRA. Another class of the same name gets it only inside."""
     model = load_model(ASSETS)
     first, second, third = model.model.get_decoder().layers[:3]
     up, down, gate = first.mlp.up_proj, second.mlp.down_proj, third.mlp.gate_proj
@@ -227,7 +227,7 @@ def test_linear_layers_are_found_by_their_class():
     assert type(layers[1].mlp.down_proj.base_layer) is Conv1D
     assert type(layers[2].mlp.gate_proj) is Gate
     assert layers[2].mlp.gate_proj.inner.base_layer is gate
-    # Every trained factor, and nothing else: 7 linear layers in each block.
+    # Exactly the LoRA factors learn: 7 linear layers in each block.
     learns = [p for p in adapted.parameters() if p.requires_grad]
     assert len(learns) == 2 * 7 * len(layers)
     ids = torch.randint(1, 20, (1, 9), generator=torch.Generator().manual_seed(0))

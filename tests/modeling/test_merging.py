@@ -1,7 +1,7 @@
-"""Adapter folders of the PEFT kinds: loaded, merged and exported, against PEFT's own forward.
+"""Adapter folders of all PEFT kinds: loading, merging and export, against PEFT's own forward.
 
-The truth of a folder is the plain forward of the model that wrote it. Each kind that touches an end
-of the model meets a tied one, and every third of the others one family.
+The truth of a folder is the plain forward of the model that wrote it. Kinds that change an end of
+the model are tested on tied ends, and every third of the others on one family.
 """
 
 import json
@@ -30,8 +30,10 @@ from realign.pairs.__main__ import main as pairs_main
 from realign.training.export import export_whole
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
-ROUNDING = 1e-4  # nats; merging in fp32 gave at most 2e-5, changing a shared end twice 0.5 to 34
-UNMERGED = {"LoRA, lora_bias", "BEFT", "Lily"}  # PEFT merges them nowhere, or into biases only
+ROUNDING = (
+    1e-4  # nats; measured: 2e-5 by merging in fp32, 0.5 to 34 where a shared end is changed twice
+)
+UNMERGED = {"LoRA, lora_bias", "BEFT", "Lily"}  # PEFT cannot merge these, or only into biases
 AT_ENDS = [kind for kind in KINDS if any(word in kind for word in ("lm_head", "embed", "end"))]
 OTHERS = [kind for kind in KINDS if kind not in AT_ENDS]
 SAMPLE = [
@@ -42,27 +44,27 @@ SAMPLE = [
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """A name that is no folder is looked for in the cache only; the network is tried for 20 s."""
+    """Look names that are no folder up in the cache only, since the network takes 20 s to fail."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """{family: its folder, and an image with a text}."""
+    """{family: (base folder, inputs of an image and a text)}."""
     root = tmp_path_factory.mktemp("bases")
     return {f: (save_base(f, root / f), inputs_of(make(f)[1])) for f in FAMILIES}
 
 
 @pytest.fixture(scope="module")
 def adapter(bases, tmp_path_factory):
-    """The folder of a LoRA on smolvlm, and the log-probs under it."""
+    """(folder of a LoRA on smolvlm, its log-probs)."""
     base, inputs = bases["smolvlm"]
     folder = tmp_path_factory.mktemp("adapter")
     return folder, logps(save_trained(base, "LoRA", folder), inputs)
 
 
 @pytest.mark.parametrize(("kind", "family"), SAMPLE)
-def test_a_kind_is_loaded_and_merged_as_peft_has_it(bases, tmp_path, kind, family):
+def test_a_kind_is_loaded_and_merged_as_in_peft(bases, tmp_path, kind, family):
     base, inputs = bases[family]
     truth = logps(save_trained(base, kind, tmp_path / "adapter"), inputs)
     assert (truth - logps(load_base(base), inputs)).abs().max() > 0.01
@@ -93,7 +95,7 @@ def test_an_export_has_two_ends_where_they_differ(bases, tmp_path, kind, tied, f
     base, inputs = bases[family]
     truth = logps(save_trained(base, kind, tmp_path / "adapter"), inputs)
     folder = export_whole(str(tmp_path / "adapter"), tmp_path / "whole")
-    loaded = load_base(folder)  # by plain transformers
+    loaded = load_base(folder)  # by transformers only
     assert (logps(loaded, inputs) - truth).abs().max() < ROUNDING
     ends = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
     assert (ends[0] is ends[1]) == tied
@@ -103,8 +105,8 @@ def test_an_export_has_two_ends_where_they_differ(bases, tmp_path, kind, tied, f
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (not tied)
 
 
-def test_a_cast_model_has_the_buffers_of_one_loaded_so(bases, adapter):
-    """`Module.to` would round the rotary frequencies too."""
+def test_a_cast_model_has_the_buffers_of_one_loaded_in_that_dtype(bases, adapter):
+    """`Module.to` would also round the rotary frequencies."""
     merged = load_model(adapter[0], torch.bfloat16)
     options = {"dtype": torch.bfloat16}
     plain = AutoModelForImageTextToText.from_pretrained(bases["smolvlm"][0], **options)
@@ -116,15 +118,15 @@ def test_a_cast_model_has_the_buffers_of_one_loaded_so(bases, adapter):
 
 
 def test_a_merge_that_gives_another_model_is_refused(bases, tmp_path, monkeypatch):
-    """As PEFT merges into a weight that both ends share."""
+    """Merging as PEFT does, into a weight that both ends share."""
     save_trained(bases["smolvlm"][0], "LoRA, lm_head", tmp_path)
     monkeypatch.setattr(merging, "_split_ends", lambda model: False)
-    with pytest.raises(ValueError, match=r"merged, an adapter of PEFT's kind LORA moves .* nats"):
+    with pytest.raises(ValueError, match=r"merging an adapter of PEFT's kind LORA changed .* nats"):
         load_model(tmp_path)
 
 
 def broken(folder, to, **changes):
-    """A copy of an adapter with other fields in its configuration."""
+    """A copy of an adapter with changed fields in its configuration."""
     shutil.copytree(folder, to)
     file = to / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -137,7 +139,7 @@ def broken(folder, to, **changes):
         ({"base_model_name_or_path": None}, "names no base: base_model_name_or_path is None"),
         ({"base_model_name_or_path": ""}, "names no base"),
         ({"base_model_name_or_path": "../x"}, r"names the base '../x', and there is no such fold"),
-        ({"base_model_name_or_path": "/gone/base"}, "no such folder from .* absolute path"),
+        ({"base_model_name_or_path": "/gone/base"}, "no such folder in .* absolute path"),
         ({"base_model_name_or_path": "gone-base"}, "from gone-base, the base that .* names"),
         ({"peft_type": "NEW"}, "not a configuration that PEFT .* reads .*install the version"),
         ({"peft_type": None}, "not a configuration that PEFT"),
@@ -147,15 +149,15 @@ def broken(folder, to, **changes):
         ({"r": 8}, "does not fit its base .*size mismatch"),
     ],
 )
-def test_an_adapter_that_cannot_be_right_is_refused(adapter, tmp_path, changes, message):
+def test_an_invalid_adapter_is_refused(adapter, tmp_path, changes, message):
     folder = broken(adapter[0], tmp_path / "broken", **changes)
     for load in (load_model, load_trained):
         with pytest.raises(ValueError, match=message):
             load(folder)
 
 
-def test_an_adapter_on_the_hub_brings_its_base(bases, adapter, tmp_path, monkeypatch):
-    """A snapshot in the cache of huggingface_hub, without network."""
+def test_an_adapter_on_the_hub_finds_its_base(bases, adapter, tmp_path, monkeypatch):
+    """From a snapshot in the cache of huggingface_hub, without network."""
     base, inputs = bases["smolvlm"]
     folder = broken(adapter[0], tmp_path / "adapter", base_model_name_or_path="team/base")
     for name, source in (("adapter", folder), ("base", base)):
@@ -170,7 +172,7 @@ def test_an_adapter_on_the_hub_brings_its_base(bases, adapter, tmp_path, monkeyp
     assert hasattr(load_processor("team/adapter"), "image_processor")
 
 
-def test_weights_that_no_module_takes_are_refused(adapter, tmp_path):
+def test_weights_without_a_module_are_refused(adapter, tmp_path):
     folder = broken(adapter[0], tmp_path / "more")
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(iter(weights))
@@ -185,7 +187,7 @@ def test_weights_that_no_module_takes_are_refused(adapter, tmp_path):
 
 @pytest.mark.parametrize("kept", ["shared", "of layers"])
 def test_a_shared_weight_may_have_one_of_its_names(bases, tmp_path, kept):
-    """transformers has no place for the model's own name of what RandLoRA's layers share."""
+    """RandLoRA's layers share tensors that also have a name in the model. Either one suffices."""
     base, inputs = bases["llava"]
     truth = logps(save_trained(base, "RandLoRA", tmp_path), inputs)
     weights = load_file(tmp_path / "adapter_model.safetensors")
@@ -214,8 +216,8 @@ def test_damaged_weights_are_one_line(bases, adapter, pairs_file, tmp_path, size
     files = ["--pairs", str(pairs_file), "--output", str(tmp_path / "run")]
     for command, words in ((evaluate.main, []), (train.main, files)):
         assert command(["--model", str(base), *words]) == 1
-        said = capsys.readouterr().err.splitlines()
-        assert said[-1].startswith(f"error: the weights of {base} are damaged (")
+        errors = capsys.readouterr().err.splitlines()
+        assert errors[-1].startswith(f"error: the weights of {base} are damaged (")
 
 
 def test_the_adapter_of_a_base_that_was_resized_is_refused(adapter, tmp_path):
@@ -237,7 +239,7 @@ def test_an_adapter_on_an_adapter_or_on_a_revision_is_refused(adapter, tmp_path)
         with pytest.raises(ValueError, match="names revision 'v2' of its base some/model"):
             load(folder)
     folder = broken(adapter[0], tmp_path / "second", base_model_name_or_path=str(adapter[0]))
-    with pytest.raises(ValueError, match="is an adapter itself. Merge that one"):
+    with pytest.raises(ValueError, match="is an adapter itself. Merge the base"):
         load_trained(folder)
 
 
@@ -289,18 +291,18 @@ def test_a_run_in_place_of_its_model_is_refused_before_a_model_is_loaded(
     ):
         assert main(words) == 1, words
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"{run} holds no model itself. Pass the folder of one in it: {place}." in error
+        assert f"{run} holds no model itself. Pass one of the models in it: {place}." in error
 
 
 def test_a_tokenizer_beside_an_adapter_is_no_processor(bases, adapter, tmp_path):
     folder = broken(adapter[0], tmp_path / "adapter")
     AutoTokenizer.from_pretrained(bases["smolvlm"][0]).save_pretrained(folder)
-    assert hasattr(load_processor(folder), "image_processor")  # that of the base
+    assert hasattr(load_processor(folder), "image_processor")  # of the base
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "adapter that untied"])
 def test_a_full_run_saves_and_exports_what_it_trained(bases, tmp_path, monkeypatch, tied):
-    """Plain transformers loads both ends, which learn apart where a merged adapter untied them."""
+    """transformers loads both ends, which learn separately where a merged adapter untied them."""
     base, inputs = bases["smolvlm"]
     save_trained(base, "LoRA, lm_head", tmp_path / "adapter")
     write_pairs(tmp_path / "pairs.parquet", made("smolvlm")[1])
@@ -326,7 +328,7 @@ def test_a_full_run_saves_and_exports_what_it_trained(bases, tmp_path, monkeypat
 
 
 def test_the_page_has_every_kind_of_peft():
-    """A kind that PEFT adds is to be tried first."""
+    """A kind that a new PEFT adds must first be tested."""
     text = PAGE.read_text(encoding="utf-8").split("## Every kind")[1]
     names = {kind.split(",")[0] for kind in KINDS} | {kind.value for kind in OUTSIDE}
     assert [name for name in sorted(names) if name not in text] == []

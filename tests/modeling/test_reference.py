@@ -1,4 +1,4 @@
-"""Reference log-probs of real models: what misses, what hits, and that they are the right ones."""
+"""Reference log-probs of real models: cache misses, cache hits, and their values."""
 
 import re
 
@@ -36,7 +36,7 @@ def fill(cache, model, examples, store, **options):
     )
 
 
-# --- what misses and what hits, from the command line on ---
+# --- cache misses and hits, from the command line ---
 
 
 class Filled(Exception):
@@ -44,7 +44,7 @@ class Filled(Exception):
 
 
 class Trainer:
-    """Runs training up to its first step with its own cache; tells how many leaves were known."""
+    """Runs training up to its first step with its own cache, and counts the cached leaves."""
 
     def __init__(self, folder, pairs, capsys, monkeypatch):
         self.folder, self.pairs, self.capsys, self.runs = folder, pairs, capsys, 0
@@ -78,7 +78,7 @@ def trainer(tmp_path, pairs_file, capsys, monkeypatch):
     return Trainer(tmp_path, pairs_file, capsys, monkeypatch)
 
 
-def test_what_must_hit(trainer, pairs_file, tmp_path):
+def test_cache_hits(trainer, pairs_file, tmp_path):
     known, total, _ = trainer.known()
     assert known == 0 and total == 3 * len(read_pairs(pairs_file))
     settings = ["--learning-rate", "1e-3", "--batch-size", 4, "--micro-batch-size", 2, "--seed", 5]
@@ -97,8 +97,8 @@ def test_what_must_hit(trainer, pairs_file, tmp_path):
     assert trainer.known(ranks=2)[0] == total
 
 
-def test_bf16_hits_whatever_the_ranks_and_whoever_filled(trainer, pairs_file, tmp_path):
-    """Two ranks that shard the model fill; one process that trains, in either way, finds it all."""
+def test_bf16_leaves_hit_for_other_ranks_and_commands(trainer, pairs_file, tmp_path):
+    """Two sharding ranks fill the cache. LoRA and full training on one process then hit."""
     words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "cache"]
     words += ["--dtype", "bf16", "--batch-rows", 4, "--fsdp"]
     log = str(tmp_path / "fill.log")
@@ -113,7 +113,7 @@ def test_bf16_hits_whatever_the_ranks_and_whoever_filled(trainer, pairs_file, tm
 
 
 def adapter_on_the_base(folder, alpha=8.0):
-    """A LoRA folder that changes what the base says; others differ in alpha alone."""
+    """A LoRA folder that changes the base's output. Several differ only in alpha."""
     vlm = load_model(ASSETS)
     adapter = add_lora(vlm, 4, alpha)
     torch.manual_seed(0)
@@ -125,8 +125,8 @@ def adapter_on_the_base(folder, alpha=8.0):
     return folder
 
 
-def test_what_must_miss(trainer, pairs_file, tmp_path):
-    """From the command line on; `test_fingerprint` has all parts of the fingerprint."""
+def test_cache_misses(trainer, pairs_file, tmp_path):
+    """From the command line. `test_fingerprint` covers all parts of the fingerprint."""
     _, total, _ = trainer.known()
     for alpha in (8.0, 16.0):
         model = adapter_on_the_base(tmp_path / f"adapter {alpha}", alpha)
@@ -136,14 +136,14 @@ def test_what_must_miss(trainer, pairs_file, tmp_path):
     assert known == 0 and "dtype (float32, here bfloat16)" in shown
 
     records = read_pairs(pairs_file)
-    picture = records[0].images[0].open("").copy()
-    r, g, b = picture.getpixel((5, 5))
-    picture.putpixel((5, 5), (r ^ 1, g, b))
+    image = records[0].images[0].open("").copy()
+    r, g, b = image.getpixel((5, 5))
+    image.putpixel((5, 5), (r ^ 1, g, b))
     prompt = ({"role": "user", "content": "name the digits ?"},)
     assert prompt != records[0].prompt
     shorter = records[2].rejected.rsplit(" ", 1)[0]  # as truncation would leave it
-    edits = [  # and the leaves that miss
-        ({"images": (StoredImage.from_pil(picture),)}, 2),
+    edits = [  # each with its number of missing leaves
+        ({"images": (StoredImage.from_pil(image),)}, 2),
         ({"chosen": records[1].chosen + " seven"}, 2),
         ({"rejected": shorter}, 1),
         ({"prompt": prompt}, 3),
@@ -172,13 +172,15 @@ def test_fingerprint(processor, vlm, monkeypatch):
 
     base = of()
     assert base == of(load_model(ASSETS))
-    # As the forward sees them: loading in bf16 or casting to it later is the same.
+    # The digest is of the weights in the forward: loading in bf16 and casting later are equal.
     assert of(load_model(ASSETS, torch.bfloat16), dtype=torch.bfloat16) == of(dtype=torch.bfloat16)
     changed = {"dtype": of(dtype=torch.bfloat16), "kernels": of(kernels="compiled")}
     with monkeypatch.context() as patch:
         patch.setattr(reference_logps, "_logits_are_rounded", lambda dtype, device: False)
         changed["device"] = of(device=torch.device("cuda"))
-    with use_backend("torch"):  # rounds bf16 logits on a CPU, by up to 0.1 nats in a log-prob
+    with use_backend(
+        "torch"
+    ):  # rounds bf16 logits on a CPU, which changes a log-prob by up to 0.1 nats
         rounded = of(dtype=torch.bfloat16)
     assert rounded["logits"] == "rounded" and base["logits"] == "exact"
     moved = load_model(ASSETS)
@@ -186,7 +188,9 @@ def test_fingerprint(processor, vlm, monkeypatch):
         moved.lm_head.weight.view(torch.int32)[0, 0] ^= 1
     changed["weights"] = of(moved)
     other = load_model(ASSETS)
-    other.config.text_config.rms_norm_eps *= 2  # not in the weights, yet it decides log-probs
+    other.config.text_config.rms_norm_eps *= (
+        2  # a setting outside the weights that changes log-probs
+    )
     changed["config"] = of(other)
     eager = load_model(ASSETS)
     eager.set_attn_implementation("eager")
@@ -221,7 +225,7 @@ def test_values_are_those_of_separate_live_forwards(data, vlm, tmp_path):
 
 
 def test_bf16_values_err_no_more_than_separate_bf16_forwards(data, vlm, tmp_path, monkeypatch):
-    """Against fp32: the shipped weights are bf16, so both models have the same ones."""
+    """Against fp32. The shipped weights are bf16, so both models have the same weights."""
     examples, store = data
     narrow = load_model(ASSETS, torch.bfloat16).eval()
     with ReferenceCache.open(tmp_path, {"weights": "digits"}) as cache, torch.no_grad():
@@ -262,7 +266,7 @@ def test_adapters_are_off_and_come_back(data, vlm, tmp_path):
 def test_training_with_the_cache_equals_training_with_a_live_reference(
     trainer, tmp_path, monkeypatch
 ):
-    """A second model, each leaf a sequence of its own, at each step; four steps of Adam."""
+    """The reference is a second model, with one sequence per leaf, over four steps of Adam."""
     options = ["--pairs", trainer.pairs, "--steps", 4, "--batch-size", 8, "--quiet"]
     options += ["--learning-rate", "3e-4"]
 
@@ -300,7 +304,7 @@ def test_training_with_the_cache_equals_training_with_a_live_reference(
     assert cached[-1]["loss"] < cached[0]["loss"] - 0.01
 
 
-def test_a_killed_pass_of_a_real_model_goes_on_with_the_same_bits(data, forest_model, tmp_path):
+def test_a_killed_pass_of_a_real_model_resumes_with_the_same_bits(data, forest_model, tmp_path):
     examples, store = data
     with ReferenceCache.open(tmp_path / "whole", {"weights": "x"}) as cache:
         truth = fill(cache, forest_model, examples, store, batch_rows=4)

@@ -1,4 +1,4 @@
-"""Tiny models of the VLM families depend on every image and token, by masks and positions too."""
+"""Tiny models of the VLM families depend on every image and token, on masks and on positions."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ TURNS = ({"role": "user", "content": "the red dot is left of a small blue bar"},
 
 @pytest.fixture(scope="module")
 def made():
-    """Every family's model and processor. Shared: never change them."""
+    """Every family's model and processor, shared by all tests, so never change them."""
     return {family: make(family) for family in FAMILIES}
 
 
@@ -31,16 +31,16 @@ def _logps(vlm, inputs, response=RESPONSE):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_feel_every_image_and_early_tokens_and_repeat(made, family):
+def test_log_probs_depend_on_every_image_and_early_token(made, family):
     vlm, processor = made[family]
     rng = np.random.default_rng(2)
-    pictures = random_images(rng, 2, SIZES[1:])
-    inputs = encode(processor, pictures, _prompt(processor, 2))
+    images = random_images(rng, 2, SIZES[1:])
+    inputs = encode(processor, images, _prompt(processor, 2))
     base = _logps(vlm, inputs)
     assert torch.equal(base, _logps(vlm, inputs))
     assert base.std() > 0.1 and (base < -0.5).any()
     for place in range(2):
-        changed = list(pictures)
+        changed = list(images)
         pixels = np.array(changed[place])
         pixels[4:18, 4:18] = 255 - pixels[4:18, 4:18]
         changed[place] = Image.fromarray(pixels)
@@ -52,14 +52,14 @@ def test_log_probs_feel_every_image_and_early_tokens_and_repeat(made, family):
     swapped["input_ids"][0, first] = words[1]
     assert (_logps(vlm, swapped) - base).abs().max() > 1e-2
     longer = _logps(vlm, inputs, [*RESPONSE, RESPONSE[0]])
-    torch.testing.assert_close(longer[:-1], base, atol=1e-5, rtol=0)  # later tokens are not seen
+    torch.testing.assert_close(longer[:-1], base, atol=1e-5, rtol=0)  # later tokens have no effect
 
 
 @pytest.mark.parametrize("family", ["gemma3", "paligemma"])
-def test_sliding_windows_and_bidirectional_blocks_bite(made, family):
+def test_sliding_windows_and_bidirectional_blocks_have_an_effect(made, family):
     vlm, processor = made[family]
-    pictures = random_images(np.random.default_rng(3), 2)
-    inputs = encode(processor, pictures, _prompt(processor, 2))
+    images = random_images(np.random.default_rng(3), 2)
+    inputs = encode(processor, images, _prompt(processor, 2))
     base = _logps(vlm, inputs)
     causal = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     assert (_logps(vlm, causal) - base).abs().max() > 1e-2
@@ -71,16 +71,16 @@ def test_sliding_windows_and_bidirectional_blocks_bite(made, family):
 
 def test_paligemma_is_scored_as_its_processor_encodes_a_suffix(made):
     vlm, processor = made["paligemma"]
-    pictures = random_images(np.random.default_rng(4), 2)
+    images = random_images(np.random.default_rng(4), 2)
     text, answer = _prompt(processor, 2), "the large red bar"
     response = processor.tokenizer(answer + "<eos>", add_special_tokens=False)["input_ids"]
-    ours = with_response(encode(processor, pictures, text), response, "paligemma")
-    theirs = processor(images=pictures, text=[text], suffix=[answer], return_tensors="pt")
+    ours = with_response(encode(processor, images, text), response, "paligemma")
+    theirs = processor(images=images, text=[text], suffix=[answer], return_tensors="pt")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_m_rope_positions_bite(made, family):
+def test_m_rope_positions_have_an_effect(made, family):
     vlm, processor = made[family]
     inputs = encode(
         processor, random_images(np.random.default_rng(5), 2, SIZES[1:]), _prompt(processor, 2)

@@ -1,4 +1,4 @@
-"""Varlen attention over forests: the operator, its CUDA arguments, and models that attend by it."""
+"""Varlen attention over forests: the operator, its CUDA arguments, and models that use it."""
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ from realign.training import fsdp, memory
 
 OPERATOR = torch.ops.realign.forest_attention.default
 CAUSAL = [name for name in FAMILIES if name not in ("gemma3", "paligemma", "qwen3_5")]
-EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of values of size 1: 80 and 2.5 roundings
+EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # for values of size 1: 80 and 2.5 roundings
 
-# Rows of trees of (root, leaf, leaf, ...), and the columns of a row.
+# Rows of trees of (root, leaf, leaf, ...), and the number of columns of a row.
 LAYOUTS = {
     "one leaf": ((((5, 3),),), 8),
     "one token each": ((((1, 1),),), 2),
@@ -50,8 +50,8 @@ def states(rows, heads, groups, dtype=torch.float32, seed=0):
 
 
 def dense_mask(trees, columns):
-    """(T, T) bool, token by token: which is real, of its own segment or root, and not later."""
-    owners = []  # of each token its (tree, segment)
+    """(T, T) bool, token by token: real, in the same segment or the root, and not later."""
+    owners = []  # (tree, segment) of each token
     for row, inside in enumerate(trees):
         part = [
             ((row, number), segment)
@@ -69,7 +69,7 @@ def dense_mask(trees, columns):
 
 
 def dense(query, key, value, seen, scale=0.3):
-    """The truth in fp64: a masked softmax over all T tokens; zeros where nothing is seen."""
+    """The truth in fp64: a masked softmax over all T tokens, with zeros for padding."""
     q, k, v = (t.double().transpose(0, 1) for t in (query, key, value))
     k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
     scores = (scale * q @ k.mT).masked_fill(~seen, -torch.inf)
@@ -128,11 +128,11 @@ def test_operator_is_a_torch_operator(name):
     torch.library.opcheck(torch.ops.realign.forest_attention_backward.default, args)
 
 
-# --- CUDA's kernel: its arguments, by a stand-in ---
+# --- CUDA's kernel: its arguments, checked by a stand-in ---
 
 
 class StandIn:
-    """torch's flash operators, which check their arguments and compute by the reference."""
+    """torch's flash operators, which check their arguments and compute the reference."""
 
     def __init__(self, monkeypatch, dtype):
         self.dtype, self.calls = dtype, []
@@ -204,7 +204,7 @@ def test_cuda_kernel_gets_the_arguments_it_documents(name, groups, monkeypatch):
 
 
 def test_cuda_kernel_is_called_as_torch_declares_it():
-    """torch's own shape rules for these operators, on tensors of CUDA without storage."""
+    """With torch's own shape rules for these operators, on CUDA tensors without storage."""
     trees, columns = LAYOUTS["rows"]
     parts = sequences(trees, columns)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
@@ -239,7 +239,7 @@ def test_cuda_kernel_is_a_masked_softmax_and_repeats():
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_forests_by_the_operator_are_separate_forwards(family):
-    """Log-probs and gradients of every family that is causal, against transformers and `tree`."""
+    """Log-probs and gradients of every causal family, against transformers and `tree`."""
     found = {}
     for kind in ("flash", "tree"):
         vlm, _ = make(family, attention=kind)
@@ -271,7 +271,7 @@ def test_log_probs_by_the_operator_in_rows_with_padding():
 
 
 def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):
-    """Four layouts, one graph for each kind of layer, whole: the operator hides the mask."""
+    """Four layouts compile one whole graph for each kind of layer: the operator hides the mask."""
     counter = torch._dynamo.testing.CompileCounter()
     compiler = torch.compile
 
@@ -297,10 +297,10 @@ def test_compiled_layers_keep_the_forest_and_compile_once(monkeypatch):
     assert counter.frame_count == 2  # LoRA: the first layer's input has no gradient
 
 
-# --- the choice ---
+# --- choice of the implementation ---
 
 
-def test_tree_takes_the_operator_where_its_kernel_is(monkeypatch):
+def test_tree_uses_the_operator_where_its_kernel_runs(monkeypatch):
     bf16, fp32, cuda = torch.bfloat16, torch.float32, torch.device("cuda")
     assert attention.choose("tree", CPU, bf16) == ("tree", None)
     assert attention.choose("sdpa", cuda, bf16) == ("sdpa", None)
@@ -325,21 +325,21 @@ def test_tree_takes_the_operator_where_its_kernel_is(monkeypatch):
     assert varlen_attention.missing(cuda, bf16) == "this build of torch has no flash kernel"
 
 
-def test_models_that_are_not_causal_get_sdpa_and_a_line_says_so():
+def test_models_that_are_not_causal_get_sdpa_and_a_line_reports_it():
     model = ForestModel(make("gemma3", attention="flash")[0]).eval()
     assert model.attention == "sdpa"
     examples, store = encoded("gemma3", model)
     assert build_batch(examples, store, row_tokens=4096).sequences is None
     (line,) = lines(model, examples, store)
-    assert line == "attention is sdpa: not every token sees all before it, and no other"
+    assert line == "attention is sdpa: not every layer has full causal attention"
     vlm, _ = make("llava", attention="tree")
     vlm.model.get_decoder().config.attention_dropout = 0.1
     assert ForestModel(vlm).instead == "it has dropout"
 
 
 @pytest.mark.parametrize(("width", "attends"), [(8, "tree_varlen"), (12, "tree"), (264, "tree")])
-def test_heads_that_the_flash_kernel_does_not_take_attend_by_calls(width, attends):
-    """FlashAttention 2 takes widths up to 256 in steps of 8."""
+def test_unsupported_head_widths_attend_by_calls(width, attends):
+    """FlashAttention 2 supports widths up to 256 in steps of 8."""
     vlm, _ = make("llava", attention="flash")
     vlm.model.get_decoder().config.head_dim = width
     model = ForestModel(vlm)
@@ -371,7 +371,7 @@ def test_a_layer_that_drops_the_sequences_is_refused():
 
 
 def test_a_dry_run_goes_through_the_operator():
-    """Fake tensors in bf16, forward and backward, as the plan of a run measures them."""
+    """Forward and backward on fake tensors in bf16, as in the plan of a run."""
     vlm, _ = make("llava", attention="flash")
     model = ForestModel(vlm, dtype=torch.bfloat16)
     examples, store = encoded("llava", model)

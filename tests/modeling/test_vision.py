@@ -1,4 +1,4 @@
-"""Kept features of a frozen tower: what was written comes back, damage is found, ranks share."""
+"""Cached features of a frozen tower: reading, damage, ranks, and runs that use them."""
 
 import errno
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def features(seed, dtype=torch.bfloat16):
-    """Features of one image: a table of tokens and one level of a deep stack."""
+    """Features of one image: a table of tokens and one DeepStack level."""
     generator = torch.Generator().manual_seed(seed)
     tokens = 3 + seed % 4
     return {
@@ -64,7 +64,7 @@ def test_a_truncated_file_is_computed_again_and_a_flipped_bit_is_refused(cache, 
         again.get(kept)
 
 
-def test_a_full_disk_says_so_and_leaves_no_part(cache, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(cache, monkeypatch):
     def full(tensors, path, metadata):
         path.write_bytes(b"part")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -76,7 +76,7 @@ def test_a_full_disk_says_so_and_leaves_no_part(cache, monkeypatch):
 
 
 class Fake:
-    """Model and store in one: a batch of images is their names."""
+    """Model and store in one; a batch of images is their names."""
 
     dtype = None
 
@@ -95,14 +95,14 @@ class Fake:
 
 
 def test_fill_computes_each_image_once(cache):
-    told = []
-    options = {"progress": False, "log": told.append}
+    lines = []
+    options = {"progress": False, "log": lines.append}
     for images, asked in (("53149", "13459"), ("531497", "7")):
         fake = Fake(*images)
         fill(cache, fake, fake, CPU, 2, **options)
         assert sorted(fake.asked) == list(asked)
         assert all(same(cache.get(image), features(int(image))) for image in images)
-    assert told[0].startswith("image features: 0 of 5 known") and "5 of 6 known" in told[1]
+    assert lines[0].startswith("image features: 0 of 5 known") and "5 of 6 known" in lines[1]
 
 
 def test_the_file_limit_loses_nothing(cache, monkeypatch):
@@ -118,7 +118,7 @@ def test_the_file_limit_loses_nothing(cache, monkeypatch):
 
 @pytest.fixture
 def towers(monkeypatch):
-    """How many images each forward of a vision tower takes."""
+    """Number of images in each forward of a vision tower."""
     found = []
     features = model.features
 
@@ -130,7 +130,7 @@ def towers(monkeypatch):
     return found
 
 
-def test_a_run_with_kept_features_is_that_without(pairs_file, tmp_path, monkeypatch, towers):
+def test_a_run_with_cached_features_equals_one_without(pairs_file, tmp_path, monkeypatch, towers):
     monkeypatch.setenv("REALIGN_CACHE", str(tmp_path))
     truth = run(pairs_file, tmp_path / "live", steps=2)
     images = len({image for r in read_pairs(pairs_file) for image in pixels(r)})
@@ -140,7 +140,7 @@ def test_a_run_with_kept_features_is_that_without(pairs_file, tmp_path, monkeypa
         del towers[:]
         output = tmp_path / str(number)
         entries = run(pairs_file, output, "--dtype", dtype, "--cache-vision", steps=2)
-        # One image tells the cost of the tower; then each is computed once, and never again.
+        # One image is encoded to count FLOP. Then each is encoded once, and never again.
         assert sum(towers) == 1 + forwards
         if dtype == "fp32":
             assert_same_curves(entries, truth)

@@ -144,7 +144,7 @@ REFUSED = [
      "several. List two or more in `retrieved_images`, nearest first"),
     ("mispdpo", {"retrieved_images": 0}, "it has 0 visual negative.s.; the objective 'mispdpo'"),
     ("mispdpo", {"retrieved_images": 2}, "it has 2 visual negatives and 'scene-.*' has 3; the "
-     "objective 'mispdpo' takes one number for all"),
+     "objective 'mispdpo' needs the same number in all"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The model card in an exported folder, and that the folder loads with it."""
+"""The model card in an exported folder, and loading of that folder by its code."""
 
 import importlib.metadata
 
@@ -28,7 +28,7 @@ def test_exported_folders_have_cards_and_load_in_plain_transformers(pairs_file, 
         data = card.data.to_dict()
         assert data["pipeline_tag"] == "image-text-to-text" and "rdpo" in data["tags"]
         assert data["library_name"] == ("peft" if kind == "adapter" else "transformers")
-        assert "base_model" not in data  # a folder of this machine is no name on the hub
+        assert "base_model" not in data  # a local folder is not a name on the hub
         text = card.text
         assert str(tmp_path) not in text and str(ASSETS) not in text
         assert "| objective | rdpo |" in text and "| beta | 0.1 |" in text
@@ -45,7 +45,7 @@ def test_exported_folders_have_cards_and_load_in_plain_transformers(pairs_file, 
         weights[kind] = dict(model.named_parameters())
     assert captions["merged"] == captions["adapter"]
     right = [digits_in(c) == list(s.digits) for c, s in zip(captions["full"], scenes, strict=True)]
-    assert np.mean(right) >= 0.75  # biased scenes of training digits: the base reads them
+    assert np.mean(right) >= 0.75  # biased scenes of training digits, which the base reads
     base = dict(load_model(ASSETS).named_parameters())
     moved = {n for n, value in weights["full"].items() if not torch.equal(value.float(), base[n])}
     assert any("language_model" in name for name in moved) and "lm_head.weight" in moved
@@ -69,7 +69,7 @@ def test_a_card_of_a_model_on_the_hub():
     assert "# llava-hf/llava-1.5-7b-hf, aligned by rdpo" in card.text
     assert "11,000 preference records with 22,000 distinct images" in card.text
     assert "| loss | 0.5123 |" in card.text and "The last step (343)" in card.text
-    assert "digest of the records: `abc`" in card.text
+    assert "Digest of the records: `abc`" in card.text
 
 
 def test_a_card_from_a_checkout_that_is_not_installed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Every option of every command, and how flags, TOML files and mistakes are handled."""
+"""Every option of every command; flags, TOML files and errors in them."""
 
 import re
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from realign.export import ExportConfig
 from realign.pairs.pipeline import PairsConfig
 from realign_kernels import objectives
 
-# To add an option is a decision: it is listed here, with its default.
+# The options with their defaults, listed so that adding one is a deliberate change.
 OPTIONS = {
     config.ModelConfig: """
         model=None tune=lora lora_rank=128 lora_alpha=256.0 train_vision=False dtype=auto
@@ -75,7 +75,7 @@ def test_option_names_are_unique_over_the_sections_of_training():
     assert len(names) == len(set(names))
     sections = zip(("model", "data", "loss", "optim", "scale", "run"), TRAIN, strict=True)
     defaults = {section: {f.name: f.default for f in fields(cls)} for section, cls in sections}
-    defaults["optim"]["learning_rate"] = 5e-5  # 0 means: as suits the model
+    defaults["optim"]["learning_rate"] = 5e-5  # 0 chooses by model
     defaults["model"]["attention"] = "tree"  # auto
     defaults["model"]["dtype"] = "bf16" if torch.cuda.is_available() else "fp32"  # auto
     assert config.TrainConfig().to_dict() == defaults
@@ -96,7 +96,7 @@ def test_the_dtype_suits_the_device(cuda, found, monkeypatch):
     assert config.parse([]).model.dtype == FillConfig(pairs="x").dtype == found
     assert config.parse(["--dtype", "fp32"]).model.dtype == "fp32"
     assert not config.parse([]).sharded  # LoRA layers cast their fp32 adapters
-    assert config.parse(["--tune", "full"]).sharded == cuda  # FSDP2 casts what is trained
+    assert config.parse(["--tune", "full"]).sharded == cuda  # FSDP2 casts trained weights
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Faults of disk and data: what is saved stays, what is wrong is named, nobody hangs."""
+"""Faults of disk and data: saved work stays, errors name the cause, and no rank hangs."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def plain(pairs_file, tmp_path_factory):
 
 @pytest.fixture
 def copy(plain, tmp_path):
-    """A copy of it, to damage."""
+    """A copy of the run, to damage."""
     return Path(shutil.copytree(plain, tmp_path / "copy"))
 
 
@@ -70,9 +70,9 @@ DAMAGES = {
 @pytest.mark.parametrize("reason", DAMAGES)
 def test_a_damaged_checkpoint_is_skipped(pairs_file, plain, copy, reason, capsys):
     last, other = (copy / "checkpoints" / name for name in ("step-000006", "step-000006.bak"))
-    shutil.copytree(last, other)  # no checkpoint: it is ignored
+    shutil.copytree(last, other)  # not named like a checkpoint, so it is ignored
     DAMAGES[reason](last / SHARD)
-    if DAMAGES[reason] is flip:  # the whole run for one of them
+    if DAMAGES[reason] is flip:  # the whole run, for one of the damages
         shutil.rmtree(copy / "model")
         run(pairs_file, copy, *EVERY_2, "--resume")
         assert_same_run(copy, plain)
@@ -80,18 +80,20 @@ def test_a_damaged_checkpoint_is_skipped(pairs_file, plain, copy, reason, capsys
         assert Checkpoints(copy / "checkpoints", keep=2).last_intact() == 4
     shown = capsys.readouterr()
     assert f"step-000006 is damaged ({reason}" in shown.err
-    assert "renamed to damaged-step-000006; going back to step-000004." in shown.err
+    assert "renamed to damaged-step-000006. The run resumes from step-000004." in shown.err
     kept = {path.name for path in (copy / "checkpoints").iterdir()}
     new = {"step-000006"} if "resumed from step 4 of 6" in shown.out else set()
     assert kept == {"damaged-step-000006", "step-000004", "step-000006.bak"} | new
     assert bool(new) == (DAMAGES[reason] is flip)
 
 
-def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(pairs_file, copy, capsys):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_again(pairs_file, copy, capsys):
     for step in (copy / "checkpoints").iterdir():
         cut(step / SHARD)
     before = (copy / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(step-000006: .*4: "):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is intact \(step-000006: .*4: "
+    ):
         run(pairs_file, copy, *EVERY_2, "--resume")
     assert (copy / "metrics.jsonl").read_bytes() == before
     assert len(list((copy / "checkpoints").glob("step-*"))) == 2
@@ -102,7 +104,7 @@ def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(pairs_file, copy
 
 @contextmanager
 def largest_file(size):
-    """Files of this process cannot grow beyond `size` bytes; the signal for it is ignored."""
+    """Limit files of this process to `size` bytes, and ignore the signal of the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -112,7 +114,7 @@ def largest_file(size):
 
 
 def full_from(monkeypatch, first, last, kept=None):
-    """The disk takes nothing more while steps first .. last are logged, once `kept` is there."""
+    """Once `kept` exists, the disk is full while steps first .. last are logged."""
     write = JsonlLog.write
     disk = largest_file(1)
 
@@ -129,7 +131,7 @@ def full_from(monkeypatch, first, last, kept=None):
 
 
 def test_ranks_make_the_folder_of_a_checkpoint_in_any_order(tmp_path):
-    """What an earlier attempt left is removed when all have come, never while one makes it."""
+    """An earlier attempt is removed only after all ranks have made the folder."""
     folder, plan = tmp_path / ".step-000002.partial", SavePlan([])
     folder.mkdir()
     (folder / "old").touch()
@@ -147,7 +149,7 @@ def test_training_outlives_a_full_disk(pairs_file, plain, tmp_path, monkeypatch,
     run(pairs_file, tmp_path, *EVERY_2)
     shown = capsys.readouterr().err
     assert "warning: the checkpoint of step 4 could not be written ([Errno 27]" in shown
-    assert "That of step 2 is kept. Training continues" in shown
+    assert "The one of step 2 is kept. Training continues" in shown
     assert shown.count("metrics.jsonl cannot be written") == 1
     assert_same_run(tmp_path, plain)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -162,18 +164,18 @@ def test_a_full_disk_at_the_end_loses_no_checkpoint(
         assert main(arguments(pairs_file, tmp_path, *EVERY_2)) == 1
     shown = capsys.readouterr().err
     assert "error: the checkpoint of step 6 could not be written ([Errno 27]" in shown
-    assert "That of step 4 is kept. Make room, and continue with --resume." in shown
+    assert "The one of step 4 is kept. Free some space, and continue with --resume." in shown
     assert main(arguments(pairs_file, tmp_path, *EVERY_2, "--resume")) == 0
     assert_same_run(tmp_path, plain)
 
 
-def test_an_export_without_room_is_made_later(pairs_file, plain, copy, capsys):
+def test_an_export_without_disk_space_is_made_later(pairs_file, plain, copy, capsys):
     before = (copy / "model" / "config.json").exists(), sorted((copy / "model").iterdir())
     with largest_file(100_000):
         assert main(arguments(pairs_file, copy, *EVERY_2, "--resume")) == 1
     shown = capsys.readouterr().err
     assert f"error: {copy / 'model'} could not be written" in shown
-    assert "make room, and run the same with --resume." in shown
+    assert "free some space, and run the same command with --resume." in shown
     assert before[1] == sorted((copy / "model").iterdir()) and not list(copy.glob(".model*"))
     assert main(arguments(pairs_file, copy, *EVERY_2, "--resume")) == 0
     assert_same_run(copy, plain)
@@ -184,7 +186,7 @@ def test_an_export_without_room_is_made_later(pairs_file, plain, copy, capsys):
 
 @pytest.fixture(scope="module")
 def examples(pairs_file):
-    """The examples of the pairs, as training sees them."""
+    """The examples of the pairs, as in training."""
     return encoded(pairs_file)[0]
 
 
@@ -195,11 +197,11 @@ def order(examples):
 
 def named(message):
     """The records that an error names."""
-    return set(message.split("record(s) ")[1].split(":")[0].split(", "))
+    return set(message.split("record(s) ")[1].split(". Check")[0].split(", "))
 
 
 def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path, capsys):
-    """Its loss is finite, its gradient is not; see `two_ranks` for other cases."""
+    """Its loss is finite and its gradient is not. `two_ranks` has other cases."""
     record = int(order(examples)[4][5])
     plant("gradient", record, 4)
     try:
@@ -215,9 +217,9 @@ def test_the_bad_record_is_named_before_the_step(pairs_file, examples, tmp_path,
 
 @pytest.fixture(scope="module")
 def two_ranks(pairs_file, examples, tmp_path_factory):
-    """Runs of two ranks, see ranks_worker.py: their folder, and what they wrote to stderr."""
+    """Runs of two ranks (ranks_worker.py): their folder, and their stderr."""
     folder = tmp_path_factory.mktemp("two")
-    record = order(examples)[4][5]  # of rank 1, which takes the last four
+    record = order(examples)[4][5]  # of rank 1, which computes the last four
     given = (str(pairs_file), str(folder), int(record))
     return folder, run_ranks(run_all, 2, str(folder / "stderr.txt"), *given)
 
@@ -229,12 +231,12 @@ def test_all_ranks_stop_for_the_record_of_one(examples, two_ranks, what):
     error = errors[errors.index(f"{what} ends with 1") - 1]
     record = int(order(examples)[4][5])
     bad = {examples[record].name}
-    if what == "pixels":  # all that show the image
+    if what == "pixels":  # all records that show the image
         image = examples[record].roots[0].images[0]
         step = [examples[i] for i in order(examples)[4]]
         bad = {e.name for e in step if any(image in root.images for root in e.roots)}
     assert named(error) == bad and len(bad) < 8 and error.startswith("error: step 4: ")
-    assert sum(line.startswith("error: step 4") for line in errors) == 2  # one for each run
+    assert sum(line.startswith("error: step 4") for line in errors) == 2  # one per run
     assert [p.name for p in (folder / what / "checkpoints").iterdir()] == ["step-000002"]
 
 
@@ -262,7 +264,7 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, t
     assert_same_run(tmp_path, two_ranks[0] / "whole")
 
 
-def test_a_gradient_that_no_record_gives_by_itself(pairs_file, tmp_path, monkeypatch):
+def test_a_gradient_that_no_single_record_causes(pairs_file, tmp_path, monkeypatch):
     clip, norms = torch.nn.utils.clip_grad_norm_, []
 
     def clipped(parameters, limit):  # NaN in the fourth step, finite for its single records
@@ -270,7 +272,7 @@ def test_a_gradient_that_no_record_gives_by_itself(pairs_file, tmp_path, monkeyp
         return norms[-1] * (np.nan if len(norms) == 4 else 1)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
-    message = r"step 4: .*No record gives it by itself; lower"
+    message = r"step 4: .*No single record causes it. Lower"
     with pytest.raises(distributed.CommonError, match=message):
         run(pairs_file, tmp_path, *EVERY_2)
 
@@ -300,5 +302,5 @@ def test_two_runs_do_not_write_to_one_folder(pairs_file, tmp_path, capsys):
     finally:
         first.kill()
         first.communicate()
-    with sole_writer(tmp_path):  # it died with the process
+    with sole_writer(tmp_path):  # the lock ended with the process
         pass

@@ -1,4 +1,4 @@
-"""How ranks begin and end: the launcher tells which failed, and none outlives it."""
+"""Start and end of ranks: the launcher reports a failed rank, and no rank outlives it."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from realign import distributed
 
 
-def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
+def test_the_launcher_reports_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     (tmp_path / "ends.py").write_text(
         "import os, sys, signal, time\n"
         "rank = int(os.environ['RANK'])\n"
@@ -34,7 +34,7 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
     assert distributed.launch("ends", ["kill"], 2) == 1
     assert "rank 1 was killed by SIGKILL (by hand, or because" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
-    # 1 and 4 missed 0; 2 and 3 were stopped.
+    # Ranks 1 and 4 missed rank 0; ranks 2 and 3 were stopped.
     ends = [(1, 1, 100), (0, -9, 100), (4, -6, 100), (2, -15, 100), (3, -9, 131)]
     found = {rank: SimpleNamespace(exitcode=c, timestamp=t) for rank, c, t in ends}
     assert distributed._first_failure(found).startswith("rank 0 was killed by SIGKILL")
@@ -43,7 +43,7 @@ def test_the_launcher_tells_how_a_rank_ended(tmp_path, monkeypatch, capsys):
 
 
 def test_a_rank_ends_without_finalizing_its_interpreter():
-    script = (  # a rank, then a process without one, by one import
+    script = (  # a rank and then an ordinary process, which share one import
         "import atexit, os, threading, time; from realign import distributed\n"
         "if rank := os.fork(): print(os.waitpid(rank, 0)[1] // 256, flush=True)\n"
         "else: os.environ.update(RANK='1', WORLD_SIZE='2')\n"
@@ -79,5 +79,5 @@ def test_ranks_end_with_their_launcher(tmp_path):
     process.wait()
     end = time.monotonic() + 5
     while Path(f"/proc/{ranks[0]}").exists():
-        assert time.monotonic() < end, "the rank lives on"
+        assert time.monotonic() < end, "the rank is still alive"
         time.sleep(0.05)

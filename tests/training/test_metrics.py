@@ -1,4 +1,4 @@
-"""What a step reports, and where it goes: counted work, FLOP, the line, TensorBoard, W&B."""
+"""Metrics of a step and their trackers: work, FLOP, the step line, TensorBoard, W&B."""
 
 import json
 import sys
@@ -27,12 +27,12 @@ from realign.training.throughput import TIMING, WORK, cost_of, image_flop, peak_
 
 @pytest.fixture(scope="module")
 def forest(pairs_file):
-    """Examples and a batch of several trees to a row, with padding."""
+    """Examples, and a batch of several trees per row with padding."""
     examples, store = encoded(read_pairs(pairs_file)[:5])
     return examples, build_batch(examples, store, row_tokens=150), store
 
 
-def test_work_is_what_the_batch_holds(forest):
+def test_work_counts_the_batch(forest):
     examples, batch, _ = forest
     real = batch.segment >= 0
     mask = batch.attention_mask()[:, 0] & real[:, :, None] & real[:, None, :]
@@ -52,15 +52,15 @@ def test_work_is_what_the_batch_holds(forest):
 
 
 @pytest.mark.parametrize("learns", ["lora", "full", "vision"])
-def test_flop_are_those_that_torch_counts(forest, learns):
-    """torch counts padding, and what masks hide; with these as the work both agree."""
+def test_flop_agree_with_torch(forest, learns):
+    """torch also counts padding and masked pairs. With these in the work, both agree."""
     examples, batch, store = forest
     vlm = load_model(ASSETS)
     model = ForestModel(vlm, train_vision=learns == "vision")
     if learns == "lora":
         add_lora(vlm, 16, 32)
     per_image_token = image_flop(model, store, torch.device("cpu"))
-    # A root with its first leaf is one square, further leaves are rectangles.
+    # A root with its first leaf is one square, and further leaves are rectangles.
     pairs = sum(
         (root + first) ** 2 + sum(leaf * (root + leaf) for leaf in more)
         for row in batch.trees
@@ -68,12 +68,12 @@ def test_flop_are_those_that_torch_counts(forest, learns):
     )
     work = dict(zip(WORK, work_of(batch, examples).tolist(), strict=True))
     work |= {"work/tokens": batch.input_ids.numel(), "work/pairs": pairs}
-    # torch counts addmm out of place only.
+    # torch counts only the out-of-place addmm.
     inplace = {torch.ops.aten.addmm_: lambda *shapes, **_: addmm_flop(*shapes[:3])}
     counter = FlopCounterMode(display=False, custom_mapping=inplace)
     with sdpa_kernel(SDPBackend.MATH), counter:
         vlm.get_output_embeddings()(model._hidden(batch)).sum().backward()
-    # Of four layers the first one's inputs need no gradient under LoRA: 2.5 % here.
+    # Under LoRA the first of four layers' inputs need no gradient: 2.5 % here.
     assert cost_of(model, per_image_token).of(work) == pytest.approx(
         counter.get_total_flops(), rel=0.03
     )
@@ -154,7 +154,7 @@ def test_a_run_in_lines_json_and_tensorboard(pairs_file, tmp_path, capsys, monke
     out = capsys.readouterr()
     lines = [line for line in out.out.splitlines() if "loss" in line]
     assert [line.split("/")[0] for line in lines] == ["2", "4"]
-    assert "\r" not in out.out + out.err  # no terminal, no bar
+    assert "\r" not in out.out + out.err  # no progress bar without a terminal
 
     entries = read_jsonl(tmp_path / "metrics.jsonl")
     assert [e["step"] for e in entries] == [1, 2, 3, 4]
@@ -164,7 +164,7 @@ def test_a_run_in_lines_json_and_tensorboard(pairs_file, tmp_path, capsys, monke
         assert 0.1 < found["tokens_saved"] < 0.3  # (3 x 42 tokens) -> (25 + 17 + 17 + 42)
         assert found["tokens_per_second"] > found["response_tokens_per_second"] > 0
         assert 0.3 < found["peak_memory_gib"] < 20
-        assert "mfu" not in found  # a CPU's peak is not known
+        assert "mfu" not in found  # the peak of a CPU is unknown
         assert set(TIMING) - {"mfu"} <= set(found)
         assert not [name for name in found if name.startswith("work/")]
     board = events(tmp_path / "tensorboard")
@@ -176,7 +176,7 @@ def test_a_run_in_lines_json_and_tensorboard(pairs_file, tmp_path, capsys, monke
 
 
 class FakeWandb(types.ModuleType):
-    """Records what the real one would be told."""
+    """Records the calls that the real package would get."""
 
     Error = type("Error", (Exception,), {})
 
@@ -192,7 +192,7 @@ class FakeWandb(types.ModuleType):
         return run
 
 
-def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_wandb_continues_its_run(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = parse(["--wandb", "align", "--output", str(tmp_path), "--quiet"])

@@ -1,4 +1,4 @@
-"""FSDP2 on a mesh of one rank: frozen weights stay whole, and no number changes."""
+"""FSDP2 on a mesh of one rank: frozen weights stay unsharded, and results do not change."""
 
 import gc
 import os
@@ -26,7 +26,7 @@ BITS = ("--dtype", "bf16", "--micro-batch-size", 4)
 
 @pytest.mark.parametrize("way", [("--fsdp",), ("--tune", "full")], ids=["lora", "full"])
 def test_fsdp2_on_one_rank_changes_no_bit(way, pairs_file, tmp_path, monkeypatch):
-    """Neither by weights that stay whole, nor against LoRA layers that cast fp32 adapters."""
+    """Neither unsharded weights nor LoRA layers that cast fp32 adapters change a bit."""
     run(pairs_file, tmp_path / "whole", *BITS, *way, steps=2)
     if way == ("--fsdp",):
         run(pairs_file, tmp_path / "plain", *BITS, steps=2)
@@ -37,7 +37,7 @@ def test_fsdp2_on_one_rank_changes_no_bit(way, pairs_file, tmp_path, monkeypatch
 
 
 def sharded(dtype, tune):
-    """The digits model on a mesh of one, and where its frozen weights were before."""
+    """The digits model on a mesh of one rank, and the addresses of its frozen weights before."""
     distributed.start(alone=True)
     vlm = load_model(ASSETS, dtype if tune == "lora" else torch.float32)
     model = ForestModel(vlm, dtype=dtype)
@@ -49,7 +49,7 @@ def sharded(dtype, tune):
 
 
 def test_frozen_weights_are_not_copied(pairs_file):
-    """In forward and backward each is where it was loaded; FSDP2 manages what learns, no more."""
+    """Frozen weights keep their addresses in forward and backward. FSDP2 manages the trained."""
     model, places = sharded(BF16, "lora")
     inputs = loaded(pairs_file, BF16, BF16)
     seen: dict[str, set[int]] = {}
@@ -74,7 +74,7 @@ def test_frozen_weights_are_not_copied(pairs_file):
 @pytest.mark.parametrize(
     ("ranks", "offload", "dtype"), [(2, False, BF16), (1, True, BF16), (1, False, torch.float32)]
 )
-def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtype):
+def test_fsdp2_manages_parameters_to_cast_gather_or_offload(ranks, offload, dtype):
     model = ForestModel(load_model(ASSETS, BF16, meta=True), dtype=dtype)
     assert fsdp.unsharded_parameters(model, dtype, ranks, offload) == set()
     whole = fsdp.unsharded_parameters(model, BF16, 1, False)
@@ -84,7 +84,7 @@ def test_what_must_be_cast_gathered_or_offloaded_is_managed(ranks, offload, dtyp
 def _load_text_model(folder):
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    with pytest.raises(ValueError, match="tokenizer"):  # after the model's kind is known
+    with pytest.raises(ValueError, match="tokenizer"):  # after the kind of model is known
         TransformersEngine(folder).open()
 
 
@@ -97,7 +97,7 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_attention_is_kept_off_cudnn(use, tmp_path):
-    """Each prompt has a length of its own, and a plan for a length took 0.7 s on a GPU."""
+    """Each prompt has another length, and a plan for a length took 0.7 s on a GPU."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     USES[use](tmp_path)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -119,13 +119,15 @@ def test_ranks_extend_the_allocators_segments_unless_it_is_configured(given, mon
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
 
 
-def test_the_collector_skips_what_exists_before_the_steps():
+def test_the_collector_skips_objects_from_before_the_steps():
     older = [0]
 
     def visited():
-        return any(one is older for one in gc.get_objects())  # those of a full collection
+        return any(
+            one is older for one in gc.get_objects()
+        )  # objects that a full collection visits
 
-    gc.unfreeze()  # what tests/conftest.py froze
+    gc.unfreeze()  # undoes the freeze of tests/conftest.py
     assert visited()
     with heap_frozen():
         assert not visited()
@@ -140,5 +142,5 @@ def test_the_collector_skips_what_exists_before_the_steps():
 def test_the_towers_flop_are_counted_on_a_sharded_model(pairs_file):
     inputs = loaded(pairs_file, BF16)
     truth = image_flop(ForestModel(load_model(ASSETS)), inputs.store, CPU)
-    model, _ = sharded(BF16, "full")  # all of the tower is cast as it is gathered
+    model, _ = sharded(BF16, "full")  # the whole tower is cast as it is gathered
     assert image_flop(model, inputs.store, CPU) == truth > 1000

@@ -1,4 +1,4 @@
-"""Fail early: outputs and evaluation files are checked before any model is loaded."""
+"""Early failure: outputs and evaluation files are checked before a model is loaded."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from realign.pairs import __main__ as pairs
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch):
-    """No test here may come to load a model."""
+    """Loading a model fails the test."""
 
     def load(*_, **__):
         raise AssertionError("a model is loaded")
@@ -28,7 +28,7 @@ def no_model(monkeypatch):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The working folder: a file, a folder, and files of benchmarks with an image."""
+    """The working directory: a file, a folder, and benchmark files with an image."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("nothing can be below it")
     (tmp_path / "folder" / "model").mkdir(parents=True)
@@ -60,7 +60,7 @@ HALLUSION = ["hallusionbench", "hallusion.json", *ASK, "--output", "out"]
 
 
 def _run(main, words, capsys):
-    """The one line of an error."""
+    """The single line of an error."""
     assert main(words) == 1
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 500, err
@@ -181,7 +181,7 @@ def test_files_of_another_kind_are_one_error(words, file, content, message, plac
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_byte_order_mark_and_windows_lines_are_read(end, place, capsys):
-    """The questions are taken: the next error is that the folder of the model is empty."""
+    """The questions are read: the next error is that the model's folder is empty."""
     lines = [LINE, LINE.replace("1", "2")]
     (place / "pope.json").write_bytes(b"\xef\xbb\xbf" + end.join(lines).encode())
     words = ["folder" if word == "m" else word for word in POPE]

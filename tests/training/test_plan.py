@@ -1,4 +1,4 @@
-"""The plan of a run: its counts, and its memory against that of real training processes."""
+"""The plan of a run: its counts, and its memory against real training processes."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def llava(tmp_path_factory):
 
 
 def measure(words, file):
-    """In a forked process: run a command, and write how many bytes it took at most."""
+    """Run a command in a forked process, and write its peak memory in bytes to `file`."""
     import transformers.models.llava.modeling_llava  # noqa: F401 - counts as imports
 
     before = throughput.process_memory("VmRSS")
@@ -68,7 +68,7 @@ def measure(words, file):
     ids=["LLaVA LoRA bf16", "LLaVA full, accumulated"],
 )
 def test_memory_is_within_a_quarter_of_a_training_process(settings, pairs_file, llava, tmp_path):
-    pairs = tmp_path / "few.parquet"  # the reference pass is over all records
+    pairs = tmp_path / "few.parquet"  # the reference pass covers all records
     write_pairs(pairs, read_pairs(pairs_file)[:4])
     given = ["--pairs", pairs, "--output", tmp_path, "--steps", 2, *settings, "--model", llava]
     given = [str(word) for word in given]
@@ -89,7 +89,7 @@ def examples(pairs_file):
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_fake_tensors_take_what_real_ones_take(examples, tune):
+def test_fake_tensors_take_the_memory_of_real_ones(examples, tune):
     batch = build_batch(*examples, row_tokens=99)
     cpu, found = torch.device("cpu"), {}
     for kind in ("real", "fake"):
@@ -109,7 +109,7 @@ def test_fake_tensors_take_what_real_ones_take(examples, tune):
     assert real.gradients == fake.gradients == 4 * learning
     assert fake.training == pytest.approx(real.training, rel=0.02)
     assert fake.reference == pytest.approx(real.reference, rel=0.02)
-    assert fake.reference < fake.training / 2  # nothing is kept for a backward
+    assert fake.reference < fake.training / 2  # nothing is saved for a backward
 
 
 def test_gradients_of_a_sharded_model_are_shards(examples):
@@ -132,7 +132,7 @@ def shown(capsys, *given):
     return {row.split("  ")[0]: " ".join(row.split()) for row in rows if not row.startswith(" ")}
 
 
-def test_the_plan_counts_what_training_will_take(pairs_file, tmp_path, capsys, vlm):
+def test_the_plan_has_the_counts_of_training(pairs_file, tmp_path, capsys, vlm):
     output, cache = tmp_path / "run", tmp_path / "cache"
     count = len(read_pairs(pairs_file))
     given = ["--pairs", pairs_file, "--output", output, "--reference-cache", cache]
@@ -156,13 +156,13 @@ def test_the_plan_counts_what_training_will_take(pairs_file, tmp_path, capsys, v
     assert shown(capsys, *given, "--dry-run", "--resume", "--steps", 1)["references"].startswith(
         f"references {distinct} distinct leaves, {distinct} of them known in {cache}"
     )
-    # Two ranks would start; each takes one forward of four.
+    # Two ranks would start, and each takes one forward of four examples.
     more = ["--fsdp", "--nproc-per-node", 2, "--dry-run", "--output", tmp_path / "other"]
     assert "2 rank(s), 1 forward(s)" in shown(capsys, *given, *more)["steps"]
 
 
-def test_a_merged_model_takes_what_its_base_does(pairs_file, llava, tmp_path, capsys):
-    """Computed in bf16, kept in fp32."""
+def test_a_merged_model_takes_the_disk_space_of_its_base(pairs_file, llava, tmp_path, capsys):
+    """Computed in bf16, stored in fp32."""
     given = ["--pairs", pairs_file, "--output", tmp_path / "run", "--model", llava, "--merge"]
     disk = shown(capsys, *given, "--dtype", "bf16", "--dry-run")["disk"]
     size = (llava / "model.safetensors").stat().st_size
@@ -174,7 +174,7 @@ def test_peak_memory_is_that_of_this_process():
     held = throughput.process_memory("VmRSS")
     del block
     assert held >= 200 * 2**20
-    # Linux gathers pages by thread, so two looks differ by some of them.
+    # Linux counts pages per thread, so two readings differ slightly.
     assert throughput.peak_memory(torch.device("cpu")) >= held - 2**22
 
 

@@ -1,4 +1,4 @@
-"""Prefetch: batches ahead of the step, in order and bit for bit; errors, ends, and host reads."""
+"""Prefetch: batches ahead of the step in order and bitwise equal, errors, and host reads."""
 
 import math
 import threading
@@ -30,7 +30,7 @@ BATCHES = ("--micro-batch-size", 3, "--save-every", 2)
 
 
 def threads():
-    """Threads of prefetching that are alive."""
+    """Live prefetch threads."""
     return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
@@ -60,14 +60,14 @@ def test_results_come_in_order_and_few_are_built_ahead():
     with ahead((partial(build, i) for i in range(20)), CPU, depth=3) as results:
         for i, result in enumerate(results):
             assert result == i
-            time.sleep(0.01)  # the thread builds all that it may
+            time.sleep(0.01)  # the thread builds as many as it may
             most = max(most, len(built) - (i + 1))
     assert built == [(i, False) for i in range(20)]
     assert 1 <= most <= 3 and not threads()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_early_end_drops_what_was_not_begun(error):
+def test_an_early_end_drops_waiting_tasks(error):
     begun, second = [], threading.Event()
 
     def build(i):
@@ -83,7 +83,7 @@ def test_an_early_end_drops_what_was_not_begun(error):
     assert not threads() and begun == [0, 1]
 
 
-def test_an_error_comes_where_its_result_is_asked_for():
+def test_an_error_is_raised_when_its_result_is_requested():
     got = []
     with (
         pytest.raises(ZeroDivisionError),
@@ -94,7 +94,7 @@ def test_an_error_comes_where_its_result_is_asked_for():
 
 
 def tensors(value):
-    """Every tensor inside, with its place."""
+    """Every tensor inside `value`, with its path."""
     if isinstance(value, torch.Tensor):
         return {"": value}
     if is_dataclass(value):
@@ -128,7 +128,7 @@ def test_all_tensors_of_a_micro_batch_are_pinned_for_cuda(pairs_file, monkeypatc
 
 
 def test_the_next_batch_is_built_while_the_model_computes(pairs_file, tmp_path, monkeypatch):
-    """Each forward waits for the batch of the next one, of another step."""
+    """Each forward waits until the next forward's batch is built, also across steps."""
     feed, forward, built, begun = step.Feed.__call__, ForestModel.forward, [], []
 
     def building(self, *part):
@@ -151,7 +151,7 @@ def test_the_next_batch_is_built_while_the_model_computes(pairs_file, tmp_path, 
 
 @pytest.fixture(scope="module")
 def plain(pairs_file, tmp_path_factory):
-    """The folder of a run whose batches are built where they are needed."""
+    """The folder of a run that builds batches without a thread."""
     output = tmp_path_factory.mktemp("plain")
 
     @contextmanager
@@ -164,7 +164,7 @@ def plain(pairs_file, tmp_path_factory):
     return output
 
 
-def test_a_run_is_bit_for_bit_that_without_prefetch(pairs_file, plain, tmp_path, nothing_kept):
+def test_a_run_has_the_bits_of_one_without_prefetch(pairs_file, plain, tmp_path, nothing_kept):
     run(pairs_file, tmp_path, *BATCHES)
     assert_same_run(tmp_path, plain)
     assert not threads()
@@ -196,7 +196,7 @@ def test_an_image_that_changes_is_named_where_it_is_needed(
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tune):
-    """Two micro-batches, clipping, metrics and the optimizer."""
+    """Over two micro-batches, clipping, metrics and the optimizer."""
     inputs = loaded(pairs_file)
     model = inputs.model
     if tune == "lora":
@@ -211,7 +211,7 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tu
         norm = step.clip(trained, 1.0)
         found, _ = step.update_and_read(optimizer, totals, norm, 8, False)
     ours = Counter(file.split("/")[0] for file in waits.elements() if file.startswith("realign"))
-    # With a head that trains a CPU also reads the gradient of the loss, which spares a pass.
+    # On a CPU a trained head also reads the gradient of the loss, which saves a pass.
     heads = 4 if tune == "full" else 2
     assert ours == {"realign": 1, "realign_kernels": heads}
     # transformers compares the numbers of image tokens and features, and formats its message.
@@ -223,7 +223,7 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tu
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "FSDP2"])
 def test_a_step_that_is_not_finite_updates_nothing(sharded, spoilt):
-    """The update is queued before the host knows; the second step is as if the first was not."""
+    """The update is queued before the host reads. The second step ignores the first."""
     distributed.start(alone=True)
     results = []
     for spoil in (True, False):
@@ -253,7 +253,7 @@ def test_a_step_that_is_not_finite_updates_nothing(sharded, spoilt):
 
 
 def test_the_flag_of_a_step_is_where_the_parameters_are():
-    """Offloaded ones are on the CPU, where AdamW would read a copy that has not arrived."""
+    """Offloaded parameters are on the CPU, where AdamW could read the flag before its copy."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, device="meta"))], fused=False)
     optimizer.step = lambda: None
     totals = {"loss": torch.ones(())}

@@ -1,4 +1,4 @@
-"""Resuming after any end: the curve and the weights are those of an uninterrupted run."""
+"""Resuming after any end: curve and weights equal those of an uninterrupted run."""
 
 import json
 import pickle
@@ -55,7 +55,7 @@ def steps_kept(output):
     return sorted(path.name for path in (output / "checkpoints").iterdir())
 
 
-def test_a_killed_run_resumes_bit_for_bit(pairs_file, dropout, plain, tmp_path):
+def test_a_killed_run_resumes_with_the_same_bits(pairs_file, dropout, plain, tmp_path):
     process = Forked(*arguments(pairs_file, tmp_path, *dropout))
     wait_for_step(process, tmp_path, random.randrange(2, 6))
     process.kill()
@@ -64,7 +64,7 @@ def test_a_killed_run_resumes_bit_for_bit(pairs_file, dropout, plain, tmp_path):
     for folder in (tmp_path / "checkpoints").glob("step-*"):
         (folder / ".metadata").write_bytes(pickle.dumps(Planted()))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # a line cut short
+        file.write('{"step": 6, "lo')  # a truncated line
     run(pairs_file, tmp_path, *dropout, "--resume")
     assert_same_run(tmp_path, plain)
     assert steps_kept(tmp_path) == ["step-000004", "step-000006"]
@@ -72,7 +72,7 @@ def test_a_killed_run_resumes_bit_for_bit(pairs_file, dropout, plain, tmp_path):
 
 
 class Planted:
-    """What a stranger could put beside a checkpoint in the hope that it is unpickled."""
+    """A malicious object beside a checkpoint, which must never be unpickled."""
 
     loaded = []
 
@@ -92,11 +92,11 @@ def test_sigterm_saves_and_exits_with_0(pairs_file, dropout, plain, tmp_path, mo
     assert main(arguments(pairs_file, tmp_path, *dropout)) == 0
     out = capsys.readouterr().out
     assert "stopped after step 4 of 6; add --resume to continue" in out
-    assert "tok/s" not in out  # it is quiet
+    assert "tok/s" not in out  # --quiet
     assert signal.getsignal(signal.SIGTERM) == before
     assert steps_kept(tmp_path) == ["step-000002", "step-000004"]
     assert not (tmp_path / "model").exists()
-    Signalled(monkeypatch, 5, signal.SIGTERM)  # too late: the last step is under way
+    Signalled(monkeypatch, 5, signal.SIGTERM)  # too late: this is the last step
     assert main(arguments(pairs_file, tmp_path, *dropout, "--resume")) == 0
     assert_same_run(tmp_path, plain)
 
@@ -104,7 +104,7 @@ def test_sigterm_saves_and_exits_with_0(pairs_file, dropout, plain, tmp_path, mo
 def test_a_second_interrupt_acts_at_once(pairs_file, tmp_path, monkeypatch):
     Signalled(monkeypatch, 2, signal.SIGINT)
     Signalled(monkeypatch, 2, signal.SIGINT)
-    # A shell's background job, as these tests may be, begins with the signal ignored.
+    # A background job of a shell, as these tests may be, starts with the signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(arguments(pairs_file, tmp_path, *EVERY_2)) == 130
@@ -122,7 +122,7 @@ def test_a_lost_export_is_made_again(pairs_file, dropout, plain, tmp_path):
 
 
 def stopped_rank(step, words):
-    """One rank of a run that gets SIGTERM on rank 0 after a step."""
+    """One rank of a run, with SIGTERM on rank 0 after a step."""
     with pytest.MonkeyPatch.context() as patch:
         Signalled(patch, step, signal.SIGTERM)
         run_command("realign.train", words)
@@ -142,7 +142,7 @@ def test_one_rank_then_two_then_one(pairs_file, tmp_path, monkeypatch):
     assert curve(found, "step").tolist() == list(range(1, 7))
     assert_same_curves(found, expected)
     ours, theirs = weights(output), weights(truth)
-    # Adam moves a weight whose gradient is nearly 0 by up to the learning rate, 5e-5, each step.
+    # In each step Adam may move a weight with a gradient of nearly 0 by the learning rate, 5e-5.
     assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 3e-4
 
 
@@ -151,12 +151,12 @@ def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_pat
     with pytest.raises(ValueError, match=r"holds a run with a checkpoint at step 6\. Add --r"):
         run(pairs_file, plain, *dropout)
     changed = r"dtype \('fp32' -> 'bf16'\), beta \(0\.1 -> 0\.2\), seed \(0 -> 7\), the base\."
-    with pytest.raises(ValueError, match=rf"changed since: {changed}"):
+    with pytest.raises(ValueError, match=rf"Changed: {changed}"):
         more = ("--dtype", "bf16", "--beta", 0.2, "--seed", 7)
         run(pairs_file, plain, *dropout, "--resume", *more)
     fewer = tmp_path / "fewer.parquet"
     write_pairs(fewer, read_pairs(pairs_file)[:-1])
-    with pytest.raises(ValueError, match=r"changed since: the pairs\."):
+    with pytest.raises(ValueError, match=r"Changed: the pairs\."):
         run(fewer, plain, *dropout, "--resume")
     assert (plain / "metrics.jsonl").read_bytes() == before
     early = tmp_path / "early"  # stopped before its first checkpoint
@@ -166,8 +166,8 @@ def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_pat
         run(pairs_file, early, *dropout)
 
 
-def test_what_never_learns_has_no_state_to_restore(pairs_file, tmp_path):
-    """The digits model reads its tower before the last norm, which so gets no gradient."""
+def test_parameters_without_gradients_have_no_state(pairs_file, tmp_path):
+    """The digits model uses features from before the tower's last norm, which gets no gradient."""
     vision = ("--tune", "full", "--train-vision", "--dtype", "bf16", *EVERY_2)
     run(pairs_file, tmp_path / "whole", *vision, steps=4)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -1,4 +1,4 @@
-"""Ranks, nodes, replicas, checkpointed and compiled layers: the same curve each time."""
+"""Ranks, nodes, replicas, checkpointed and compiled layers give the same curve."""
 
 import json
 
@@ -21,9 +21,9 @@ FULL = ("--tune", "full", "--learning-rate", "1e-4")
 
 
 @pytest.fixture(scope="module")
-def alone(pairs_file, tmp_path_factory):
-    """Plain runs in this process, eight examples in one forward: their folders."""
-    root = tmp_path_factory.mktemp("alone")
+def single(pairs_file, tmp_path_factory):
+    """Folders of plain runs in this process, with eight examples in one forward."""
+    root = tmp_path_factory.mktemp("single")
     run(pairs_file, root / "lora", steps=2)
     run(pairs_file, root / "full", *FULL, steps=2)
     return root
@@ -31,7 +31,7 @@ def alone(pairs_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs_on(pairs_file, made_once):
-    """`runs_on(name, ranks, runs)`: a folder for each of `runs`, {name: flags}, and more files."""
+    """`runs_on(name, ranks, runs)`: a folder with a run for each of `runs`, {name: flags}."""
 
     def runs_on(name, ranks, runs, **options):
         def make(root):
@@ -62,7 +62,7 @@ def two_nodes(runs_on):
 
 @pytest.fixture(scope="module")
 def four_ranks(runs_on):
-    """Runs on four ranks of one node; one of them as two replicas of two shards."""
+    """Runs on four ranks of one node, one of them as two replicas of two shards."""
     checkpointed = ("--replicas", 2, "--activation-checkpointing", "--micro-batch-size", 1)
     runs = {
         "lora": ("--fsdp", "--micro-batch-size", 2),
@@ -75,37 +75,37 @@ def four_ranks(runs_on):
 
 
 def same_run(folder, truth, weights):
-    """Same curve and, up to Adam's amplification, same final weights."""
+    """The same curve and the same final weights, up to Adam's amplification of rounding."""
     assert_same_curves(read_jsonl(folder / "metrics.jsonl"), read_jsonl(truth / "metrics.jsonl"))
     ours, theirs = load_file(folder / "model" / weights), load_file(truth / "model" / weights)
     assert ours.keys() == theirs.keys()
-    # Adam divides by the gradient's size, so a rounding error in a gradient of nearly 0 moves a
-    # weight by up to the learning rate (1e-4 or less) per step.
+    # Adam divides by the gradient's size. A rounding error in a gradient of nearly 0 can therefore
+    # move a weight by the learning rate (1e-4 or less) per step.
     assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 4e-4
 
 
-def test_one_rank_with_four_forwards_a_step(pairs_file, alone, tmp_path):
+def test_one_rank_with_four_forwards_a_step(pairs_file, single, tmp_path):
     entries = run(pairs_file, tmp_path, "--fsdp", "--micro-batch-size", 2, steps=2)
-    assert_same_curves(entries, read_jsonl(alone / "lora" / "metrics.jsonl"))
+    assert_same_curves(entries, read_jsonl(single / "lora" / "metrics.jsonl"))
 
 
-def test_two_ranks_with_two_forwards_a_step_on_two_nodes(two_nodes, alone):
-    same_run(two_nodes / "lora", alone / "lora", "adapter_model.safetensors")
-    same_run(two_nodes / "full", alone / "full", "model.safetensors")
+def test_two_ranks_with_two_forwards_a_step_on_two_nodes(two_nodes, single):
+    same_run(two_nodes / "lora", single / "lora", "adapter_model.safetensors")
+    same_run(two_nodes / "full", single / "full", "model.safetensors")
 
 
-def test_four_ranks_with_one_forward_a_step(four_ranks, alone):
-    same_run(four_ranks / "lora", alone / "lora", "adapter_model.safetensors")
+def test_four_ranks_with_one_forward_a_step(four_ranks, single):
+    same_run(four_ranks / "lora", single / "lora", "adapter_model.safetensors")
 
 
-def test_two_replicas_of_two_shards_with_checkpointed_layers(four_ranks, alone):
-    same_run(four_ranks / "full", alone / "full", "model.safetensors")
+def test_two_replicas_of_two_shards_with_checkpointed_layers(four_ranks, single):
+    same_run(four_ranks / "full", single / "full", "model.safetensors")
 
 
-def test_bf16_on_two_ranks_follows_fp32(two_nodes, alone):
+def test_bf16_on_two_ranks_follows_fp32(two_nodes, single):
     # bf16 has 8 bits: log-probs near -30 are off by up to 0.2, times beta 0.1.
     found, truth = (
-        curve(read_jsonl(f / "metrics.jsonl")) for f in (two_nodes / "bf16", alone / "lora")
+        curve(read_jsonl(f / "metrics.jsonl")) for f in (two_nodes / "bf16", single / "lora")
     )
     assert np.abs(found - truth).max() < 0.03
 
@@ -114,21 +114,21 @@ def test_accumulation_reduces_gradients_once_a_step(two_nodes, four_ranks):
     def calls(folder, name):
         return json.loads((folder / "collectives.json").read_text()).get(name, 0)
 
-    # Four layers learn; in full fine-tuning the embeddings, the projector and the head, too.
+    # Four layers are trained. Full fine-tuning adds the embeddings, the projector and the head.
     steps, groups = 2, {"lora": 4, "once": 4, "full": 5}
     for name, number in groups.items():
         assert calls(two_nodes / name, "reduce_scatter_single") == steps * number
     assert calls(four_ranks / "full", "reduce_scatter_single") == steps * groups["full"]
-    # Replicas add theirs up once for each; other sums are those of metrics and the pass.
+    # Replicas sum their gradients once each. Other sums are of metrics and of the reference pass.
     others = calls(two_nodes / "full", "all_reduce")
     assert calls(four_ranks / "full", "all_reduce") == steps * groups["full"] + others
-    # Two more forwards and backwards gather eight units and, again, the four that learn.
+    # Two more forwards and backwards gather eight units, and again the four trained ones.
     once, twice = (calls(two_nodes / name, "all_gather_single") for name in ("once", "lora"))
     assert twice - once >= 2 * (8 + 4)
 
 
 def test_ranks_without_weights_get_those_of_rank_0(two_nodes):
-    """Parameters, and buffers that no state dict has, bit for bit; LoRA alike on all ranks."""
+    """Parameters and buffers outside the state dict are bitwise equal, and LoRA on all ranks."""
     for dtype, same in json.loads((two_nodes / "weights.json").read_text()).items():
         assert any("inv_freq" in name for name in same), dtype
         assert [
@@ -170,19 +170,19 @@ def test_settings_that_these_ranks_cannot_run(flags, message, pairs_file, tmp_pa
     assert shown.startswith(f"error: {message}") and shown.count("\n") == 1
 
 
-def test_checkpointing_gives_the_plain_curve_bit_for_bit(pairs_file, alone, tmp_path):
+def test_checkpointing_gives_the_bits_of_the_plain_curve(pairs_file, single, tmp_path):
     entries = run(pairs_file, tmp_path, "--activation-checkpointing", steps=2)
-    truth = read_jsonl(alone / "lora" / "metrics.jsonl")
+    truth = read_jsonl(single / "lora" / "metrics.jsonl")
     for name in ("loss", "grad_norm", "logps/visual"):
         assert curve(entries, name).tolist() == curve(truth, name).tolist()
 
 
-def test_a_compiled_run_gives_the_plain_curve(pairs_file, alone, tmp_path, monkeypatch, capsys):
-    compiler = torch.compile  # with the graphs run as they are: the next test compiles them
+def test_a_compiled_run_gives_the_plain_curve(pairs_file, single, tmp_path, monkeypatch, capsys):
+    compiler = torch.compile  # graphs run uncompiled; another test compiles them
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
     layers = fsdp.trained_layers
     monkeypatch.setattr(fsdp, "trained_layers", lambda model: layers(model)[:1])
     more = ("--compile", "--activation-checkpointing", "--fsdp", "--micro-batch-size", 4)
     entries = run(pairs_file, tmp_path, *more, steps=2)
-    assert_same_curves(entries, read_jsonl(alone / "lora" / "metrics.jsonl"))
+    assert_same_curves(entries, read_jsonl(single / "lora" / "metrics.jsonl"))
     assert "attention by tree is sdpa under --compile: there is no GPU" in capsys.readouterr().out

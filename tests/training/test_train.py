@@ -1,4 +1,4 @@
-"""Training: the same curve however it is run, nothing lost, errors before the first step."""
+"""Training: equal curves for equivalent settings, and errors before the first step."""
 
 import shutil
 
@@ -23,7 +23,7 @@ from realign.training.schedule import learning_rate
 
 @pytest.fixture(scope="module")
 def plain(pairs_file, tmp_path_factory):
-    """An uninterrupted run in one plain process: its folder and curve."""
+    """An uninterrupted run in one process: its folder and curve."""
     output = tmp_path_factory.mktemp("plain")
     return output, run(pairs_file, output, "--save-every", 2)
 
@@ -34,7 +34,7 @@ def test_accumulation_and_row_length_change_nothing(pairs_file, plain, tmp_path)
 
 
 def test_the_first_step_against_the_formula(pairs_file, plain):
-    """At the reference all rewards are 0, so the loss is ln 2 for each of rDPO's two terms."""
+    """At the reference all rewards are 0, so each of rDPO's two terms has the loss ln 2."""
     first = plain[1][0]
     assert first["loss"] == pytest.approx(2 * np.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -112,7 +112,7 @@ def text_only(folder):
 
 
 def test_settings_and_models_that_cannot_be_trained(pairs_file, tmp_path, capsys):
-    """A plan refuses them as well."""
+    """A plan reports the same errors."""
     empty = tmp_path / "empty.parquet"
     write_pairs(empty, [])
     cases = [
