@@ -24,8 +24,8 @@ from typing import Any
 from PIL import Image
 
 from realign.data.errors import Malformed, short_repr
+from realign.data.images import ImageError, StoredImage
 from realign.data.messages import split_at_tags, text_part
-from realign.data.pictures import PictureError, StoredImage
 
 Message = dict[str, Any]  # "role", and "content": text, or parts of type text and image
 _DIALOGUES = ("conversations", "messages")
@@ -165,7 +165,7 @@ def _stored(image: Any, column: str) -> StoredImage:
     if isinstance(image, Image.Image):
         try:
             return StoredImage.from_pil(image)
-        except PictureError as error:
+        except ImageError as error:
             why = f" of mode {image.mode} ({error.detail})"
             raise malformed(why, "Give an open image of mode RGB.", error.reason) from error
     data, path = image, None

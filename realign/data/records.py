@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from realign.data.entries import Names, entry_of, name_of
 from realign.data.errors import Malformed, RecordError, one_of, short_repr
-from realign.data.pictures import StoredImage
+from realign.data.images import StoredImage
 from realign.data.tables import rows_of
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

@@ -24,9 +24,9 @@ from PIL import Image
 from realign.cli import one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
-from realign.data.pictures import PictureError, StoredImage
+from realign.data.images import ImageError, StoredImage
 from realign.files import check_file
-from realign.pairs.io.pictures import load_picture
+from realign.pairs.io.images import load_image
 from realign.pairs.stats import FACTS, changed_words, collect, difference, image_digest, pair_rows
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
@@ -169,8 +169,8 @@ class _Album:
 
     def _picture(self, stored: StoredImage) -> dict[str, Any]:
         try:
-            image = load_picture(stored)
-        except PictureError as error:
+            image = load_image(stored)
+        except ImageError as error:
             return {"problem": error.reason}
         small = max(image.size) <= _SMALL
         if not small:

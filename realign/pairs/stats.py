@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from realign.cli import one_line_errors
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
-from realign.data.pictures import StoredImage
+from realign.data.images import StoredImage
 from realign.data.tables import rows_of
 from realign.pairs.stages.runner import run_note
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from stress_pictures import Picture, colours
+from stress_images import Picture, colours
 from stress_rows import (
     JSON,
     MISSING,
@@ -245,7 +245,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
 
 
 def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str, str]:
-    """A fault of an image column; `test_pictures` has the images of other kinds."""
+    """A fault of an image column; `test_image_decoding` has the images of other kinds."""
     columns = [name for name in ("images", "retrieved_images", "image", "retrieved_image")
                if name in case.row]  # fmt: skip
     where = str(rng.choice(columns))

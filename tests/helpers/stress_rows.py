@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from stress_pictures import Picture, colours, encode
+from stress_images import Picture, colours, encode
 
 from realign.digits.scenes import PLACES, WORDS
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from stress_pictures import encode
+from stress_images import encode
 
 from realign.pairs.gallery import main, write_gallery
 from realign.pairs.stats import changed_words, collect, difference
@@ -175,7 +175,7 @@ def _opened(entry):
     return head, Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def test_pictures(tmp_path):
+def test_image_decoding(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "pictures" / "wide.jpg")
     rows = [

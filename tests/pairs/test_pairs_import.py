@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
-from stress_pictures import encode
+from stress_images import encode
 
 from realign.data.records import Record, StoredImage, read_pairs, write_pairs
 from realign.pairs.io.importers import import_pairs, main

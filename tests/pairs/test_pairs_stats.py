@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from stress_pictures import encode
+from stress_images import encode
 
 from realign.pairs.stages.runner import run_note
 from realign.pairs.stats import collect, main

@@ -9,7 +9,7 @@ from typing import Any
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Chat, Reply
 from realign.pairs.filters.base import Candidate, PairFilter
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import NO_REPLY, chat_images, engine_identity, load_in_threads
 from realign.pairs.prompts import judge_chat, parse_verdict
 
@@ -37,9 +37,9 @@ class Judge(PairFilter):
         requests = []
         for candidate, image, negative in zip(candidates, images, negatives, strict=True):
             pair = candidate.pair
-            if isinstance(image, PictureError):
+            if isinstance(image, ImageError):
                 candidate.invalid = image.reason, image.detail
-            elif isinstance(negative, PictureError):
+            elif isinstance(negative, ImageError):
                 candidate.invalid = negative.reason, negative.detail
             else:
                 requests.append(judge_chat(pair.prompt, pair.rejected, image))

@@ -24,13 +24,13 @@ import pyarrow as pa
 from realign.cli import one_line_errors
 from realign.data.entries import Entry, Names, name_of
 from realign.data.errors import Malformed, short_repr
+from realign.data.images import ImageError, StoredImage
 from realign.data.messages import texts_of
-from realign.data.pictures import PictureError, StoredImage
 from realign.data.records import Record, has_parts, write_pairs
 from realign.data.tables import rows_of
 from realign.files import check_file
 from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
-from realign.pairs.io.pictures import inside, plain_picture
+from realign.pairs.io.images import inside, plain_image
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
@@ -80,7 +80,7 @@ def import_pairs(
     """Write the pairs that a data set already has, and decode each of their pictures once.
 
     Pictures in the output are paths, or bytes where the data has bytes or a picture had to be
-    converted (`plain_picture`). Records that cannot be used are listed in
+    converted (`plain_image`). Records that cannot be used are listed in
     rejected_records.parquet, in a folder beside the output with its name and the suffix .work.
 
     Args:
@@ -126,15 +126,15 @@ def import_pairs(
     return {"pairs": written, **dict(sorted(counts.items()))}
 
 
-def _plain(stored: StoredImage) -> StoredImage | PictureError:
+def _plain(stored: StoredImage) -> StoredImage | ImageError:
     try:
-        return plain_picture(stored)
-    except PictureError as error:
+        return plain_image(stored)
+    except ImageError as error:
         return error
 
 
 def _complete(
-    record: Record, cached_plain: Callable[[StoredImage], StoredImage | PictureError]
+    record: Record, cached_plain: Callable[[StoredImage], StoredImage | ImageError]
 ) -> Record | InvalidRecord:
     """A record with both responses and plain pictures; `cached_plain` reads files."""
     for name in ("chosen", "rejected"):
@@ -143,7 +143,7 @@ def _complete(
     pictures: list[StoredImage] = []
     for stored in (*record.images, *record.retrieved_images):
         picture = cached_plain(stored) if stored.data is None else _plain(stored)
-        if isinstance(picture, PictureError):
+        if isinstance(picture, ImageError):
             return InvalidRecord(record.name, "read", picture.reason, picture.detail)
         pictures.append(picture)
     count = len(record.images)
@@ -263,7 +263,7 @@ def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
         retrieved = tuple(_located(image, folder) for image in entry.retrieved)
     except Malformed as error:
         return InvalidRecord(name, "read", "image token", str(error))
-    except PictureError as error:
+    except ImageError as error:
         return InvalidRecord(name, "read", error.reason, printable(error.detail))
     responses = (entry.chosen, entry.rejected, entry.retrieved_chosen or None)
     texts = [text for text in responses if text is not None]
@@ -294,11 +294,9 @@ def _located(image: StoredImage, folder: Path) -> StoredImage:
         name = f"COCO_{folder.name}_{Path(image.path).name}"
         file = inside(folder, str(Path(image.path).parent / name))
     if not os.path.isfile(file):
-        raise PictureError("missing", f"{short_repr(image.path)} is not in {folder}")
+        raise ImageError("missing", f"{short_repr(image.path)} is not in {folder}")
     if printable(file) != file:
-        raise PictureError(
-            "malformed", f"the name of the file {short_repr(image.path)} is not UTF-8"
-        )
+        raise ImageError("malformed", f"the name of the file {short_repr(image.path)} is not UTF-8")
     return StoredImage(path=file)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from realign.data.records import Record, StoredImage
-from realign.pairs.io.pictures import PictureError, load_picture
+from realign.pairs.io.images import ImageError, load_image
 
 Row = dict[str, Any]
 NO_REPLY = "no reply"
@@ -60,20 +60,20 @@ def decode_images(images: Iterable[StoredImage]) -> list[Image.Image]:
     """Stored images as RGB images.
 
     Raises:
-        PictureError: when an image cannot be read.
+        ImageError: when an image cannot be read.
     """
-    return [load_picture(stored) for stored in images]
+    return [load_image(stored) for stored in images]
 
 
 def chat_images(images: Iterable[StoredImage]) -> list[Image.Image]:
     """Stored images for a chat, reduced to 1536 pixels where they are larger.
 
     Raises:
-        PictureError: when an image cannot be read, or there are no images.
+        ImageError: when an image cannot be read, or there are no images.
     """
     decoded = decode_images(images)
     if not decoded:
-        raise PictureError("no image")
+        raise ImageError("no image")
     for image in decoded:
         image.thumbnail((_CHAT_SIDE, _CHAT_SIDE))  # does not enlarge smaller ones
     return decoded
@@ -81,13 +81,13 @@ def chat_images(images: Iterable[StoredImage]) -> list[Image.Image]:
 
 def load_in_threads(
     load: Callable[[_Item], _Loaded], items: Iterable[_Item]
-) -> list[_Loaded | PictureError]:
-    """`load` of each item, or its `PictureError`. Pillow releases the GIL while it decodes."""
+) -> list[_Loaded | ImageError]:
+    """`load` of each item, or its `ImageError`. Pillow releases the GIL while it decodes."""
 
-    def load_or_error(item: _Item) -> _Loaded | PictureError:
+    def load_or_error(item: _Item) -> _Loaded | ImageError:
         try:
             return load(item)
-        except PictureError as error:
+        except ImageError as error:
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

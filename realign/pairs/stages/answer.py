@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import (
     NO_REPLY,
     Row,
@@ -44,7 +44,7 @@ class Answer(ChatStage):
         unanswered = [row for row in inputs["read"] if not row["chosen"]]
         images = load_in_threads(chat_images, map(images_of, unanswered))
         for row, loaded in zip(unanswered, images, strict=True):
-            if isinstance(loaded, PictureError):
+            if isinstance(loaded, ImageError):
                 left_out.append(self.invalid(row["id"], loaded.reason, loaded.detail))
             else:
                 asked_ids.append(row["id"])

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from realign.data.records import PROVENANCE, Record, StoredImage, has_parts
 from realign.pairs.config import PairsConfig
-from realign.pairs.io.pictures import PictureError, load_picture, plain_picture
+from realign.pairs.io.images import ImageError, load_image, plain_image
 from realign.pairs.io.rows import Row, by_id, images_of, load_in_threads, record_of
 from realign.pairs.io.shards import RowLookup, Shards
 from realign.pairs.masking.mask import Masked
@@ -32,12 +32,12 @@ def derived_negatives(config: PairsConfig, row: Row) -> tuple[StoredImage, ...]:
     """Visual negatives from the images of a row of read.
 
     Raises:
-        PictureError: when an image cannot be read.
+        ImageError: when an image cannot be read.
     """
     negatives = []
     for i, stored in enumerate(images_of(row)):
         rng = rng_of(config.seed, row["id"], f"negative {i}")
-        image = visual_negative(config.negative, load_picture(stored), rng)
+        image = visual_negative(config.negative, load_image(stored), rng)
         negatives.append(StoredImage.from_pil(image))
     return tuple(negatives)
 
@@ -61,7 +61,7 @@ class Derive(Stage):
         rows, left_out = [], []
         negatives = load_in_threads(lambda row: derived_negatives(self.config, row), sources)
         for row, images in zip(sources, negatives, strict=True):
-            if isinstance(images, PictureError):  # it was readable before
+            if isinstance(images, ImageError):  # it was readable before
                 left_out.append(self.invalid(row["id"], images.reason, images.detail))
             else:
                 stored = [{"bytes": image.data, "path": None} for image in images]
@@ -197,4 +197,4 @@ class Assembler:
 
     def _plain(self, name: str, images: tuple[StoredImage, ...]) -> tuple[StoredImage, ...]:
         """Images as every reader decodes them."""
-        return tuple(map(plain_picture, images)) if name in self._not_plain else images
+        return tuple(map(plain_image, images)) if name in self._not_plain else images

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 from PIL import Image
 
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import InvalidRecord, Row, files_digest, images_of
 from realign.pairs.retrieval.embed import Embedder
 from realign.pairs.retrieval.phash import perceptual_hash
@@ -82,8 +82,8 @@ class Embed(Stage):
         try:
             decoded = [stored.decode() for stored in images_of(row)]
             if not decoded:
-                raise PictureError("no image")
-        except PictureError as error:
+                raise ImageError("no image")
+        except ImageError as error:
             return self.invalid(row["id"], error.reason, error.detail)
         image = decoded[0][0]
         columns = {"id": row["id"], "phash": perceptual_hash(image), "size": image.size}

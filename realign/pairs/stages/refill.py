@@ -15,7 +15,7 @@ from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Chat, Reply
 from realign.pairs.filters.text import reason_to_drop
 from realign.pairs.infill.refill import infill, load_vlm
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import (
     NO_REPLY,
     InvalidRecord,
@@ -161,7 +161,7 @@ class Refill(ChatStage):
         readable = [
             (pair, images)
             for pair, images in zip(pairs, loaded, strict=True)
-            if not isinstance(images, PictureError)
+            if not isinstance(images, ImageError)
         ]
         if not readable:
             return
@@ -200,7 +200,7 @@ class Refill(ChatStage):
         asked_tasks, requests = [], []
         loaded = load_in_threads(chat_images, [images_of(row) for _, row in pairs])
         for (task, _), images in zip(pairs, loaded, strict=True):
-            if isinstance(images, PictureError):  # see `_infill`
+            if isinstance(images, ImageError):  # see `_infill`
                 continue
             asked_tasks.append(task)
             requests.append(

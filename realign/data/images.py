@@ -1,4 +1,4 @@
-"""The image decoder: any file, bytes or PIL image to 8-bit RGB, or a `PictureError`.
+"""The image decoder: any file, bytes or PIL image to 8-bit RGB, or a `ImageError`.
 
 Training, pairs, evaluation and `RDPOTrainer` see the same pixels, because all of them decode here.
 The header is read first, so an image that is too large is refused before any pixel is decoded. Only
@@ -37,7 +37,7 @@ _UPRIGHT = {  # EXIF orientation -> its inverse
 _WIDENED = {"L;2": 85, "L;4": 17}
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """An image cannot be used.
 
     Attributes:
@@ -63,9 +63,9 @@ class StoredImage:
         """Encode an image of any mode as PNG, which keeps every 8-bit RGB or grey value.
 
         Raises:
-            PictureError: for an image that cannot be used.
+            ImageError: for an image that cannot be used.
         """
-        with _picture_errors():
+        with _image_errors():
             flat, plain = _to_rgb(image, MAX_PIXELS)
         buffer = io.BytesIO()
         (image if plain else flat).save(buffer, format="PNG")
@@ -92,15 +92,15 @@ class StoredImage:
             pixels: one frame of RGB or grey, opaque and upright.
 
         Raises:
-            PictureError: for an image that cannot be used.
+            ImageError: for an image that cannot be used.
         """
         source = self.path if self.data is None else io.BytesIO(self.data)
         if source is None:
-            raise PictureError("no image", "neither bytes nor a path")
+            raise ImageError("no image", "neither bytes nor a path")
         if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
             state = "is not a file" if os.path.exists(source) else "does not exist"
-            raise PictureError("missing", f"{shorten(source)} {state}")
-        with _picture_errors(), Image.open(source, formats=_formats()) as image:
+            raise ImageError("missing", f"{shorten(source)} {state}")
+        with _image_errors(), Image.open(source, formats=_formats()) as image:
             return _to_rgb(image, max_pixels)
 
     def open(self, record: str) -> Image.Image:
@@ -111,7 +111,7 @@ class StoredImage:
         """
         try:
             return self.decode()[0]
-        except PictureError as error:
+        except ImageError as error:
             named = self.path or f"{len(self.data or b'')} embedded bytes"
             problem = f"{shorten(named)} cannot be read ({error.detail})"
             if error.reason == "missing":
@@ -122,21 +122,21 @@ class StoredImage:
 
 
 @contextmanager
-def _picture_errors() -> Iterator[None]:
-    """Pillow's errors as `PictureError`."""
+def _image_errors() -> Iterator[None]:
+    """Pillow's errors as `ImageError`."""
     try:
         yield
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except (FileNotFoundError, PermissionError) as error:
         state = f"cannot be opened ({error.strerror})"
-        raise PictureError("missing", f"{shorten(str(error.filename))} {state}") from error
+        raise ImageError("missing", f"{shorten(str(error.filename))} {state}") from error
     except Image.DecompressionBombError as error:
-        raise PictureError("too large", str(error)) from error
+        raise ImageError("too large", str(error)) from error
     except UnidentifiedImageError as error:
-        raise PictureError("corrupt", f"none of the formats {', '.join(_formats())}") from error
+        raise ImageError("corrupt", f"none of the formats {', '.join(_formats())}") from error
     except Exception as error:  # damaged files raise IndexError, struct.error, KeyError, ...
-        raise PictureError("corrupt", f"{type(error).__name__}: {error}") from error
+        raise ImageError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
 @functools.cache
@@ -150,9 +150,9 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
     """As `StoredImage.decode`, from a PIL image of any mode that may not be loaded yet."""
     width, height = image.size
     if width * height > max_pixels:
-        raise PictureError("too large", f"{width} x {height} is more than {max_pixels} pixels")
+        raise ImageError("too large", f"{width} x {height} is more than {max_pixels} pixels")
     if width * height == 0:
-        raise PictureError("corrupt", f"{width} x {height} pixels")
+        raise ImageError("corrupt", f"{width} x {height} pixels")
     # The further images of an MPO, a phone's JPEG, are not an animation.
     still = not getattr(image, "is_animated", False) or image.format == "MPO"
     transparent = _transparent_colour(image)
@@ -189,7 +189,7 @@ def _flatten(image: Image.Image, transparent: Any) -> Image.Image:
             grey[samples == transparent] = BACKGROUND[0]
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
-        raise PictureError("corrupt", "32 bits per pixel have no defined white; save it with 8")
+        raise ImageError("corrupt", "32 bits per pixel have no defined white; save it with 8")
     if image.has_transparency_data:
         if image.info.get("transparency") not in (None, transparent):
             image = image.copy()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from realign.data.pictures import MAX_PIXELS, PictureError, StoredImage
+from realign.data.images import MAX_PIXELS, ImageError, StoredImage
 
 
 def inside(folder: Path, path: str) -> str:
@@ -16,34 +16,34 @@ def inside(folder: Path, path: str) -> str:
     Symbolic links are followed first. An absolute path is accepted if it is in the folder.
 
     Raises:
-        PictureError: "outside the folder" for a file in another folder.
+        ImageError: "outside the folder" for a file in another folder.
     """
     root = os.path.realpath(folder)
     try:
         file = os.path.realpath(os.path.join(root, path))
     except ValueError:  # a null byte
-        raise PictureError("missing", f"{path!r} is not a file name") from None
+        raise ImageError("missing", f"{path!r} is not a file name") from None
     if os.path.commonpath([root, file]) != root:
-        raise PictureError("outside the folder", f"{path!r} is not in {root}")
+        raise ImageError("outside the folder", f"{path!r} is not in {root}")
     return file
 
 
-def load_picture(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a stored image to 8-bit RGB, as training does.
 
     Raises:
-        PictureError: for an image that cannot be used.
+        ImageError: for an image that cannot be used.
     """
     return stored.decode(max_pixels=max_pixels)[0]
 
 
-def plain_picture(stored: StoredImage) -> StoredImage:
-    """An image that every reader decodes to the same pixels as `load_picture`.
+def plain_image(stored: StoredImage) -> StoredImage:
+    """An image that every reader decodes to the same pixels as `load_image`.
 
     An upright 8-bit RGB or grey image with one frame is not changed; others become PNG.
 
     Raises:
-        PictureError: for an image that cannot be used.
+        ImageError: for an image that cannot be used.
     """
     image, plain = stored.decode()
     return stored if plain else StoredImage.from_pil(image, stored.path)

@@ -1,6 +1,6 @@
 """The image decoder: a file, its bytes and its PIL image give the same, right pixels or one error.
 
-`stress_pictures` makes files of all kinds, each with its pixels by a rule of its own. Files that no
+`stress_images` makes files of all kinds, each with its pixels by a rule of its own. Files that no
 writer of Pillow makes are written by hand here.
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from stress_pictures import chunk, colours, encode, make_pictures, on_white, png
+from stress_images import chunk, colours, encode, make_pictures, on_white, png
 
 import realign
-from realign.data.pictures import PictureError, StoredImage
+from realign.data.images import ImageError, StoredImage
 from realign.data.records import RecordError
 from realign.hf.records import records_of
-from realign.pairs.io.pictures import inside, load_picture, plain_picture
+from realign.pairs.io.images import inside, load_image, plain_image
 
 PICTURES = make_pictures()
 RED, GREEN, BLUE, WHITE = (200, 30, 40), (20, 160, 60), (10, 20, 220), (255, 255, 255)
@@ -32,15 +32,15 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 def pixels(stored, **options):
     if isinstance(stored, bytes):
         stored = StoredImage(stored)
-    image = load_picture(stored, **options)
+    image = load_image(stored, **options)
     assert image.mode == "RGB" and not image.info
     return np.asarray(image).astype(int)
 
 
 def refused(data, **options):
     stored = StoredImage(data) if isinstance(data, bytes) else data
-    with pytest.raises(PictureError) as error:
-        load_picture(stored, **options)
+    with pytest.raises(ImageError) as error:
+        load_image(stored, **options)
     return error.value.reason, error.value.detail
 
 
@@ -71,7 +71,7 @@ def test_a_file_its_bytes_and_its_pil_image_are_one_picture(name, tmp_path):
     found = pixels(picture.data)
     assert found.shape == picture.pixels.shape
     assert np.abs(found - picture.pixels).max() <= picture.tolerance
-    kept = plain_picture(StoredImage(picture.data, "x.png"))
+    kept = plain_image(StoredImage(picture.data, "x.png"))
     assert kept.path == "x.png" and np.array_equal(pixels(kept), found)
     for image in (str(file), Image.open(file), Image.open(file).copy()):
         assert np.array_equal(trained_on(image), found)
@@ -82,9 +82,9 @@ def test_a_file_its_bytes_and_its_pil_image_are_one_picture(name, tmp_path):
 def test_plain_images_keep_their_bytes():
     for name in ("RGB PNG", "L PNG", "RGB BMP", "RGB TIFF", "RGB JPEG", "progressive JPEG", "PPM"):
         stored = StoredImage(PICTURES[name].data)
-        assert plain_picture(stored) == stored
+        assert plain_image(stored) == stored
     for name in ("animated PNG", "CMYK TIFF", "EXIF 6", "P PNG"):
-        assert plain_picture(StoredImage(PICTURES[name].data)).data != PICTURES[name].data
+        assert plain_image(StoredImage(PICTURES[name].data)).data != PICTURES[name].data
     data = PICTURES["RGB PNG"].data
     assert StoredImage.from_pil(Image.open(io.BytesIO(data))).data == data
     for given in ({"bytes": data, "path": None, "url": None}, data):
@@ -211,7 +211,7 @@ def test_a_tiff_is_upright_and_kept(turned):
     exif[0x0112] = turned
     data = encode(SQUARES.crop((0, 0, 16, 8)), "TIFF", exif=exif)
     assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    assert plain_picture(StoredImage(data)).data == data
+    assert plain_image(StoredImage(data)).data == data
 
 
 def _webp_bomb():
@@ -295,8 +295,8 @@ def test_damage_gives_a_picture_or_a_reason(form):
         for place in rng.integers(0, len(data), rng.integers(1, 8)):
             damaged[place] = rng.integers(0, 256)
         try:
-            outcomes.add(load_picture(StoredImage(bytes(damaged)), max_pixels=10**6).mode)
-        except PictureError as error:
+            outcomes.add(load_image(StoredImage(bytes(damaged)), max_pixels=10**6).mode)
+        except ImageError as error:
             outcomes.add(error.reason)
     assert outcomes <= {"RGB", "corrupt", "too large"} and len(outcomes) > 1
 
@@ -359,10 +359,10 @@ def test_paths_stay_in_their_folder(tmp_path):
         str(tmp_path / "secret.png"),
         "..",
     ):
-        with pytest.raises(PictureError) as error:
+        with pytest.raises(ImageError) as error:
             inside(folder, path)
         assert error.value.reason == "outside the folder" and repr(path) in str(error.value)
-    with pytest.raises(PictureError, match="missing"):
+    with pytest.raises(ImageError, match="missing"):
         inside(folder, "a\0.png")
 
 
