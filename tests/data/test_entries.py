@@ -201,7 +201,7 @@ BAD = {  # problem: (columns, what the message says)
         "the role ['user'] is not one of human",
     ),
     "no prompt": ({"chosen": "a", "rejected": "b", "instruction": "What?"},
-                  "it has no prompt. Its keys ['instruction'] are not known|it has no prompt"),
+                  "it has no prompt. Its keys ['instruction'] are unknown|it has no prompt"),
     "prompt of white space": (PLAIN | {"prompt": " \n"}, "prompt is empty"),
     "prompt of tags": (PLAIN | {"prompt": "<image>\n"}, "prompt is empty"),
     "number": (PLAIN | {"chosen": 3}, "its chosen is 3, neither text nor messages"),
