@@ -185,7 +185,7 @@ BAD = {  # problem: (columns, what the message says)
     "one of several turns": ({"prompt": ONE, "chosen": [*TURNS, A], "rejected": "A knife."},
                              "chosen and rejected differ before"),
     "another system message": ({"prompt": [SYSTEM, *ONE], "chosen": [LONG, *ONE, A],
-                                "rejected": [LONG, *ONE, B]}, "a message of the system behind"),
+                                "rejected": [LONG, *ONE, B]}, "a message of the system after"),
     "negative's preference": (PLAIN | {"retrieved_chosen": [*TURNS, A]},
                               "chosen and retrieved_chosen differ before"),
     "no last answer": (PLAIN | {"chosen": [*TURNS]}, "does not end with the assistant"),

@@ -216,7 +216,7 @@ def test_a_missing_column_is_named(tmp_path, column):
     row = _row(more="of no interest")
     del row[column]
     file = _file(tmp_path, row)
-    with pytest.raises(ValueError, match=f"rows.parquet lacks the column.s. {column}. Columns are"):
+    with pytest.raises(ValueError, match=f"rows.parquet lacks the column.s. {column}. The format is"):
         read_pairs(file)
 
 
