@@ -216,7 +216,8 @@ def test_a_missing_column_is_named(tmp_path, column):
     row = _row(more="of no interest")
     del row[column]
     file = _file(tmp_path, row)
-    with pytest.raises(ValueError, match=f"rows.parquet lacks the column.s. {column}. The format is"):
+    message = f"rows.parquet lacks the column.s. {column}. The format is"
+    with pytest.raises(ValueError, match=message):
         read_pairs(file)
 
 
