@@ -126,12 +126,12 @@ def _yes(own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_without_image, "allows: 1 read: no image; for one, record 'bare'"),
-        (_torn, "allows: 1 embed: corrupt; for one, record 'torn'"),
+        (_without_image, "allows: 1 read: no image; for example, record 'bare'"),
+        (_torn, "allows: 1 embed: corrupt; for example, record 'torn'"),
         (_placed, "record 'odd' (its messages place 2 image(s), by image parts, but 1 are given."),
         (_yes, "no record gave a pair; dropped 6 (6 nothing to mask). Name other kinds"),
-        (lambda own: own[:1], "dropped 1 (1 no neighbour). Give more images"),
-        (lambda own: own[:1], " There is no --model: the shipped digits model fills the gaps"),
+        (lambda own: own[:1], "dropped 1 (1 no neighbour). Add images"),
+        (lambda own: own[:1], " Without --model, the shipped digits model fills the gaps"),
     ],
 )
 def test_the_command_reports_unusable_records_in_one_error(tmp_path, own, change, message, capsys):

@@ -75,7 +75,7 @@ def test_negatives_follow_the_seed_and_leave_the_picture():
 def test_which_negatives_are_refused():
     image, rng = _ramp(4, 4), np.random.default_rng(0)
     for kind in KINDS[:2]:
-        with pytest.raises(ValueError, match="another record's picture"):
+        with pytest.raises(ValueError, match="the image of another record"):
             visual_negative(kind, image, rng)
     with pytest.raises(ValueError, match="negative is 'blur'; it must be one of retrieved"):
         visual_negative("blur", image, rng)

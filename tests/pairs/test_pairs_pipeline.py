@@ -90,7 +90,7 @@ def test_a_second_run_makes_nothing_and_says_so(whole_run, capsys):
     assert all(len(times) == SHARDS for times in before.values())
     build_pairs(replace(whole_run.config, quiet=False))
     out = capsys.readouterr().out
-    assert all(f"{stage}: all {SHARDS} shards found done" in out for stage in ORDER)
+    assert all(f"{stage}: all {SHARDS} shards already done" in out for stage in ORDER)
     assert {stage: shard_times(stage_folder(whole_run.work, stage)) for stage in ORDER} == before
     assert Path(whole_run.config.output).read_bytes() == whole_run.bytes
 
@@ -164,8 +164,8 @@ def test_a_full_disk_loses_nothing(whole_run, tmp_path, monkeypatch, capsys):
     flags = ["--output", config.output, *FLAGS]
     assert main(flags) == 1
     shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and "no room is left on the disk" in shown
-    assert "The 22 shards written so far are complete and stay" in shown  # 4 stages of 5, and 2
+    assert shown.count("\n") == 1 and "the disk of" in shown
+    assert "The 22 finished shards are kept" in shown  # 4 stages of 5, and 2
     monkeypatch.setattr(shards, "write_bytes", write)
     kept = shard_times(stage_folder(config.work_folder, "refill"))
     assert len(kept) == 2
@@ -182,7 +182,7 @@ def test_a_full_disk_at_the_end_keeps_the_old_output(whole_run, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(RunError, match="no room is left for .*Make room"):
+    with pytest.raises(RunError, match="the disk of .* is full.*Free some space"):
         build_pairs(config)
     assert Path(config.output).read_bytes() == b"old"
     assert not list(tmp_path.glob(".*.partial"))
@@ -192,7 +192,7 @@ def test_two_runs_in_one_folder_are_refused(whole_run, capsys):
     flags = ["--output", whole_run.config.output, "--quiet"]
     with sole_run(whole_run.work):
         assert main(flags) == 1
-    assert "another run works in" in capsys.readouterr().err
+    assert "another run uses" in capsys.readouterr().err
     with sole_run(whole_run.work):  # the lock was released
         pass
 
@@ -215,9 +215,10 @@ def test_an_unknown_command_and_a_stage_without_engine_are_named(tmp_path, capsy
     assert main(["answer", "--output", str(tmp_path / "p.parquet")]) == 1
     err = capsys.readouterr().err
     assert (
-        "unknown command 'bake': answer, embed, retrieve, mask, refill, filter, negative run" in err
+        "unknown command 'bake'. Name a stage to run up to (answer, embed, retrieve, mask, refill, "
+        "filter, negative)" in err
     )
-    assert "there is no stage answer without an engine; add --answer" in err
+    assert "the stage answer needs an engine. Add --answer" in err
 
 
 def test_progress_is_shown_unless_quiet(tmp_path, capsys):
@@ -228,7 +229,7 @@ def test_progress_is_shown_unless_quiet(tmp_path, capsys):
     assert "12/12" in shown.err
     (stage_folder(config.work_folder, "mask") / "00001.parquet").unlink()
     run_stages(config, "mask")
-    assert "mask: 1 of 2 shards found done\n" in capsys.readouterr().out
+    assert "mask: 1 of 2 shards already done\n" in capsys.readouterr().out
     run_stages(replace(config, quiet=True), "mask")
     assert capsys.readouterr() == ("", "")
 
@@ -305,7 +306,7 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     assert (
         "4 of 40 records cannot be used, more than --max-bad 0.05 allows: 4 embed: corrupt" in err
     )
-    assert "for one, record 'scene-00001'" in err
+    assert "for example, record 'scene-00001'" in err
     assert {name for name, *_ in rejected_in(tmp_path)} == {f"scene-{i:05d}" for i in held}
     assert len(shard_times(stage_folder(tmp_path / "pairs.work", "embed"))) == 2  # not the third
     for i in (17, 18, 19):

@@ -1,4 +1,4 @@
-"""Answer: responses by an engine for the records without one."""
+"""Answer stage: an engine writes the missing responses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from realign.pairs.stages.base import ChatStage, Script
 
 
 class Answer(ChatStage):
-    """A response by a model for the records without one."""
+    """Responses written by an engine for the records without one."""
 
     name = "answer"
     needs = ("read",)
@@ -38,7 +38,7 @@ class Answer(ChatStage):
         return {"engine": engine_identity(self.config.answer, self.config.dtype)}
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
-        """Ask for the missing responses."""
+        """Requests the missing responses."""
         left_out = []
         asked_ids, requests = [], []
         unanswered = [row for row in inputs["read"] if not row["chosen"]]
@@ -64,7 +64,7 @@ class Answer(ChatStage):
 
 
 def _problem_of(reply: Reply, text: str | None) -> tuple[str, str] | None:
-    """(reason, detail) of an invalid reply, else None; `text` is its parsed text."""
+    """(reason, detail) for an invalid reply with the parsed text `text`, or None if it is valid."""
     if reply.error:
         return NO_REPLY, reply.error
     if reply.cut:
