@@ -107,7 +107,7 @@ def place_images(
     if places and places != images:
         form = f"image tags such as {in_text[0][0]!r}" if in_text else "image parts"
         raise Malformed(
-            f"its messages place {places} image(s), by {form}, but {images} are given.",
+            f"its messages place {places} image(s), by {form}, and {images} are given.",
             "Give as many images as the prompt has places.",
         )
     for number, tag in enumerate(in_text, 1):

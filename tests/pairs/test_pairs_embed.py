@@ -113,7 +113,7 @@ def test_which_encoders_are_refused(tmp_path, vlm, processor):
         Embedder(str(tmp_path / "none"), None).open()
     vlm.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'llava' model without one feature vector"):
+    with pytest.raises(ValueError, match="'llava' model without a single feature vector"):
         Embedder(str(tmp_path), None).open()
 
 

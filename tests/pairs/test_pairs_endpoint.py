@@ -74,7 +74,7 @@ def test_replies_keep_the_order_equal_requests_are_sent_once_and_a_bad_one_spare
         replies = engine_at(server).chat(asked)
     assert [r.text for r in replies[:12]] == ["" if i % 5 == 3 else f"<{i % 5}>" for i in range(12)]
     assert [bool(r.error) for r in replies[:5]] == [False, False, False, True, False]
-    assert replies[12].error and replies[13].error == "the answer holds half a character"
+    assert replies[12].error and replies[13].error == "the answer contains half of a surrogate pair"
     assert len(server.requests) == 6
 
 
@@ -96,7 +96,7 @@ def test_after_429_the_request_is_sent_again_when_the_server_says():
 def test_a_failure_for_ever_is_an_error_of_the_reply():
     with Endpoint((500, {}, "out of order")) as server:
         (reply,) = engine_at(server, tries=3).chat([say("a")])
-        expected = "no answer in up to 3 tries; the last: HTTP status 500: out of order"
+        expected = "no answer in up to 3 tries (the last: HTTP status 500: out of order)"
         assert reply == Reply("", expected) and len(server.requests) == 3
 
 
@@ -113,7 +113,7 @@ def test_a_wait_longer_than_two_minutes_is_named_and_not_waited_for(headers, sec
         headers = {"Retry-After": formatdate(time.time() + 86400, usegmt=True)}
     with Endpoint((429, headers, "quota")) as server:
         (reply,) = engine_at(server).chat([say("a")])
-    expected = f"the server asks to wait {seconds} s, more than the 120 s .*HTTP status 429: quota"
+    expected = f"the server asks to wait {seconds} s, more than the limit of 120 s; HTTP status 429: quota"
     assert re.fullmatch(expected, reply.error) and len(server.requests) == 1
 
 
@@ -128,7 +128,7 @@ def test_silence_and_an_endless_answer_end_at_the_time_limit():
             start = time.monotonic()
             (reply,) = engine_at(server, tries=2, timeout=0.15).chat([say("a")])
             assert time.monotonic() - start < 2
-            assert reply.error.endswith("no answer within 0.15 s")
+            assert reply.error.endswith("no answer within 0.15 s)")
             assert len(server.requests) == 2
 
 
@@ -146,7 +146,7 @@ def test_a_compressed_answer_is_not_expanded(status):
     headers = {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
     with Endpoint((status, headers, lambda _: iter([body]))) as server:
         (reply,) = engine_at(server).chat([say("a")])
-    words = {200: "the answer has the Content-Encoding 'gzip'; it is not read"}
+    words = {200: "the answer has the unsupported Content-Encoding 'gzip'"}
     assert reply == Reply("", words.get(status, f"HTTP status {status}"))
     assert len(server.requests) == 1 and server.requests[0][1]["Accept-Encoding"] == "identity"
 
@@ -195,14 +195,14 @@ def test_a_refused_request_is_not_repeated_and_not_kept(tmp_path):
         engine = engine_at(server, folder=tmp_path)
         for status in statuses:
             assert f"HTTP status {status}: no" in engine.chat([say("a")])[0].error
-        assert "no chat completion: '<html>'" in engine.chat([say("a")])[0].error
+        assert "not a chat completion: '<html>'" in engine.chat([say("a")])[0].error
         assert len(server.requests) == 5 and not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((401, {}, "who?"), "refuses the key"),
+        ((401, {}, "who?"), "rejects the key"),
         ((404, {}, ""), "no such path or model"),
         ((302, {"Location": "https://elsewhere.example/"}, ""), "redirects to .*not followed"),
     ],
@@ -224,7 +224,7 @@ def test_an_endpoint_that_is_gone_ends_the_run_and_answers_are_kept(tmp_path):
     with Endpoint(good()) as server:
         engine = engine_at(server, folder=tmp_path, tries=2)
         assert engine.chat([say("a")]) == [Reply("a dog")]
-    with pytest.raises(ConnectionError, match="not answered 8 requests in a row.*Connect"):
+    with pytest.raises(ConnectionError, match="not answered 8 consecutive requests.*Connect"):
         engine.chat([say("a"), *(say(str(i)) for i in range(9))])
     assert engine.chat([say("a")]) == [Reply("a dog")]
 

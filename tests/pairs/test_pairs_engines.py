@@ -119,8 +119,8 @@ def test_an_answer_as_long_as_allowed_is_cut(digits, scenes):
     [
         ("a <image> or <image>", "place 2 image.*and 1 are given"),
         ("struck <s>out</s>", "special token"),
-        ("one " * 600, "its prompt takes 6.. tokens .*the model takes 512"),
-        ("a \ud800", "refuses it"),
+        ("one " * 600, "its prompt takes 6.. tokens .*the model's maximum length is 512"),
+        ("a \ud800", "rejects it"),
     ],
 )
 def test_a_text_that_a_model_cannot_take_spares_the_others(digits, scenes, text, words):

@@ -149,7 +149,7 @@ def test_a_share_of_the_segments(share, segments, count):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mask_response("a", ("verbs",), 0, rng()), "categories names verbs; the kinds"),
+        (lambda: mask_response("a", ("verbs",), 0, rng()), "categories contains verbs; the kinds"),
         (lambda: mask_response("a", CATEGORIES, -1, rng()), "segments is -1"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=0.0), "share is 0.0"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=1.5), "share is 1.5"),
