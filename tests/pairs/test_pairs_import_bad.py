@@ -156,7 +156,7 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     refused(pictures, "format is 'csv'; use one of auto, llava, llava:all, realign", format="csv")
     refused(pictures, "holds 0 JSON-lines files and no Parquet file")
     (tmp_path / "broken.json").write_text('[{"id": 1,')
-    refused(tmp_path / "broken.json", "broken.json is not a JSON file .*Name a file of JSON lines")
+    refused(tmp_path / "broken.json", "broken.json is not a JSON file .*JSON lines need the suffix")
     refused(write_json(tmp_path, {"a": 1}), "without `images`")
     for content in (3, "a", None):
         refused(write_json(tmp_path, content), "not a list of records")
@@ -164,7 +164,7 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     write_json(tmp_path / "saved", {}, "state.json")
     refused(tmp_path / "saved", "saved is not a data set that `datasets` saved")
     refused(write_json(tmp_path, [{"a": 1}, 3]), "no record of a known format.* keys .'a'.")
-    refused(write_json(tmp_path, COCO | {"annotations": 5}), "`annotations` is not a list: 5")
+    refused(write_json(tmp_path, COCO | {"annotations": 5}), "`annotations` is 5, not a list")
     boxes = COCO | {"annotations": [{"bbox": []}]}
     refused(write_json(tmp_path, boxes), "not a caption of an image. COCO's captions are in")
     data = write_json(tmp_path, [LLAVA])

@@ -1,4 +1,4 @@
-"""Images of a data set: paths in the image folder, and images that all readers decode alike."""
+"""Images of a data set: checks of their paths, decoding, and conversion to plain images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from realign.data.images import MAX_PIXELS, ImageError, StoredImage
 
 
 def inside(folder: Path, path: str) -> str:
-    """The absolute path of a file named in a data set, which must be in the image folder.
+    """The absolute path of a file in a data set, which must be in the image folder.
 
-    Symbolic links are followed first. An absolute path is accepted if it is in the folder.
+    Symbolic links are resolved first. An absolute path is accepted if it is in the folder.
 
     Raises:
-        ImageError: "outside the folder" for a file in another folder.
+        ImageError: "outside the folder" for a file that is not in the folder.
     """
     root = os.path.realpath(folder)
     try:
@@ -29,10 +29,10 @@ def inside(folder: Path, path: str) -> str:
 
 
 def load_image(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a stored image to 8-bit RGB, as training does.
+    """Decode a stored image to 8-bit RGB, like training.
 
     Raises:
-        ImageError: for an image that cannot be used.
+        ImageError: for an invalid image.
     """
     return stored.decode(max_pixels=max_pixels)[0]
 
@@ -40,10 +40,10 @@ def load_image(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 def plain_image(stored: StoredImage) -> StoredImage:
     """An image that every reader decodes to the same pixels as `load_image`.
 
-    An upright 8-bit RGB or grey image with one frame is not changed; others become PNG.
+    An upright 8-bit RGB or grey image with one frame is not changed. Others are converted to PNG.
 
     Raises:
-        ImageError: for an image that cannot be used.
+        ImageError: for an invalid image.
     """
     image, plain = stored.decode()
     return stored if plain else StoredImage.from_pil(image, stored.path)
