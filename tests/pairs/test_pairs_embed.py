@@ -157,7 +157,7 @@ def test_sentence_transformers_by_name(monkeypatch):
     Embedder("sentence-transformers/clip-ViT-B-32", None).open()
     assert asked[0][0] == "sentence-transformers/clip-ViT-B-32"
     asked.clear()
-    with pytest.raises(ValueError, match="no embedding of an image"):
+    with pytest.raises(ValueError, match="cannot embed an image"):
         Embedder("st:text-only", None).open()
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"realign\[sentences\]"):

@@ -118,7 +118,7 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
         "judge: chosen on the negative no verdict",
     ]
     # The similarity is that of the neighbour, which is not the visual negative here.
-    similarity = {"name": "completed on a neighbour", "value": "0.502", "tone": ""}
+    similarity = {"name": "similarity of the neighbour", "value": "0.502", "tone": ""}
     margin = {"name": "visual margin", "value": "-0.50", "tone": "bad"}
     assert third["negative"] == "crop" and third["verdicts"][::2] == [similarity, margin]
     assert third["labels"] == ["visual margin not above 0"]
@@ -135,7 +135,7 @@ def test_texts_stay_texts(tmp_path):
     assert pair["id"] == pair["negative"] == EVIL and pair["prompt"] == [["user", EVIL]]
     assert _said(pair["chosen"]) == EVIL and _said(pair["rejected"]) == "x " + EVIL
     assert dict(pair["facts"])["masked"] == EVIL
-    assert page.data["pictures"][0] == {"problem": "missing"}
+    assert page.data["images"][0] == {"problem": "missing"}
     text = (tmp_path / "gallery.html").read_text()
     block = text[text.index('id="data">') + 10 : text.index("</script>")]
     assert "<" not in block and "broken" in block
@@ -188,14 +188,14 @@ def test_image_decoding(tmp_path):
     data = _page(tmp_path, *rows, side=200).data
     places = [(pair["images"], pair["retrieved"]) for pair in data["pairs"]]
     assert places == [([0], [1]), ([1], [2]), ([3, 4], [5]), ([6], [6]), ([6], [])]
-    head, image = _opened(data["pictures"][0])
+    head, image = _opened(data["images"][0])
     assert head == "data:image/jpeg;base64" and image.size == (200, 22)
-    assert not data["pictures"][0]["small"]
-    head, image = _opened(data["pictures"][1])
-    assert head == "data:image/png;base64" and data["pictures"][1]["small"]
+    assert not data["images"][0]["small"]
+    head, image = _opened(data["images"][1])
+    assert head == "data:image/png;base64" and data["images"][1]["small"]
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(_png(1)))))
-    assert data["pictures"][3] == {"problem": "corrupt"}
-    assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both pictures the same"], []]
+    assert data["images"][3] == {"problem": "corrupt"}
+    assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both images the same"], []]
 
 
 def test_many_pairs_are_sampled_evenly(tmp_path):

@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and imports the pairs. Returns an exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m realign.pairs import",
-        description="Convert existing pairs from the JSON of Re-Align's authors or from TRL's columns.",
+        description="Convert existing pairs: the JSON of Re-Align's authors, or TRL's columns.",
     )
     parser.add_argument("data", metavar="DATA", help="file or folder of pairs")
     parser.add_argument(
