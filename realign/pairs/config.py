@@ -47,7 +47,7 @@ class PairsConfig:
     the folder of --data."""
     model: str | None = None
     """Vision-language model that refills masked responses. Without --embed-model it also embeds the
-    images. Without --model, the shipped digits model does."""
+    images. The default is the shipped digits model."""
     embed_model: str | None = None
     """CLIP, SigLIP or sentence-transformers model that embeds the images. Without it, the vision
     tower of --model embeds them."""

@@ -175,7 +175,7 @@ def _opened(entry):
     return head, Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def test_image_decoding(tmp_path):
+def test_images(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "pictures" / "wide.jpg")
     rows = [

@@ -49,8 +49,8 @@ class Index:
     FAISS and store fp16 vectors. ivf runs on a GPU with faiss-gpu, and hnsw on the CPU.
 
     Args:
-        kind: "exact", "ivf" (an inverted file), "hnsw" (a graph) or "auto". "auto" is exact up to
-            `EXACT_UP_TO` vectors or without FAISS, and ivf otherwise.
+        kind: "exact", "ivf" (an inverted file), "hnsw" (a graph) or "auto". "auto" is ivf for
+            more than `EXACT_UP_TO` vectors if FAISS is installed, else exact.
 
     Attributes:
         vectors: (N, D), the array that was passed to `build`, possibly memory-mapped.
