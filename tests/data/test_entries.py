@@ -177,7 +177,7 @@ def test_prompt_and_response_are_trls_text(form):
 
 
 TURNS = [assistant("A cat."), user("Sure?")]
-BAD = {  # problem: (columns, what the message says)
+BAD = {  # problem: (columns, message)
     "differ before": ({"prompt": ONE, "chosen": [*TURNS, A],
                        "rejected": [assistant("A dog."), TURNS[1], B]}, "TRL scores all"),
     "another question": ({"prompt": ONE, "chosen": [user("How many?"), A],
@@ -240,7 +240,7 @@ BAD = {  # problem: (columns, what the message says)
     "two prompts": ({"prompt": "a", "messages": [*ASKED, A], "rejected_response": "b"},
                     "Keep one form"),
     "two images": (PLAIN | {"image": IMAGES[0]}, "it has images and image"),
-    "no image": (PLAIN | {"images": []}, "no image|no picture"),
+    "no image": (PLAIN | {"images": []}, "no image"),
     "null image": (PLAIN | {"images": [IMAGES[0], None]}, "one of its images is null"),
     "id": (PLAIN | {"id": [1, 2]}, "its id is [1, 2]"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from stress_images import chunk, colours, encode, make_pictures, on_white, png
+from stress_images import chunk, colours, encode, make_images, on_white, png
 
 import realign
 from realign.data.images import ImageError, StoredImage
@@ -22,7 +22,7 @@ from realign.data.records import RecordError
 from realign.hf.records import records_of
 from realign.pairs.io.images import inside, load_image, plain_image
 
-PICTURES = make_pictures()
+CASES = make_images()
 RED, GREEN, BLUE, WHITE = (200, 30, 40), (20, 160, 60), (10, 20, 220), (255, 255, 255)
 COLOURS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8)
 SQUARES = Image.fromarray(COLOURS.repeat(8, 0).repeat(8, 1))
@@ -57,21 +57,21 @@ def trained_on(image):
         return str(error)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_file_its_bytes_and_its_pil_image_are_one_picture(name, tmp_path):
-    picture = PICTURES[name]
-    if picture.verdict == "either":  # JPEG 2000, AVIF, TGA, ICO, LAB: this Pillow may not read it
+    case = CASES[name]
+    if case.verdict == "either":  # JPEG 2000, AVIF, TGA, ICO, LAB: this Pillow may not read it
         return
-    file = tmp_path / "picture"
-    file.write_bytes(picture.data)
-    if picture.pixels is None:
-        assert refused(picture.data)[0] == refused(StoredImage(path=str(file)))[0] == "corrupt"
-        assert "record 'r': " in trained_on(picture.data)
+    file = tmp_path / "image"
+    file.write_bytes(case.data)
+    if case.pixels is None:
+        assert refused(case.data)[0] == refused(StoredImage(path=str(file)))[0] == "corrupt"
+        assert "record 'r': " in trained_on(case.data)
         return
-    found = pixels(picture.data)
-    assert found.shape == picture.pixels.shape
-    assert np.abs(found - picture.pixels).max() <= picture.tolerance
-    kept = plain_image(StoredImage(picture.data, "x.png"))
+    found = pixels(case.data)
+    assert found.shape == case.pixels.shape
+    assert np.abs(found - case.pixels).max() <= case.tolerance
+    kept = plain_image(StoredImage(case.data, "x.png"))
     assert kept.path == "x.png" and np.array_equal(pixels(kept), found)
     for image in (str(file), Image.open(file), Image.open(file).copy()):
         assert np.array_equal(trained_on(image), found)
@@ -81,11 +81,11 @@ def test_a_file_its_bytes_and_its_pil_image_are_one_picture(name, tmp_path):
 
 def test_plain_images_keep_their_bytes():
     for name in ("RGB PNG", "L PNG", "RGB BMP", "RGB TIFF", "RGB JPEG", "progressive JPEG", "PPM"):
-        stored = StoredImage(PICTURES[name].data)
+        stored = StoredImage(CASES[name].data)
         assert plain_image(stored) == stored
     for name in ("animated PNG", "CMYK TIFF", "EXIF 6", "P PNG"):
-        assert plain_image(StoredImage(PICTURES[name].data)).data != PICTURES[name].data
-    data = PICTURES["RGB PNG"].data
+        assert plain_image(StoredImage(CASES[name].data)).data != CASES[name].data
+    data = CASES["RGB PNG"].data
     assert StoredImage.from_pil(Image.open(io.BytesIO(data))).data == data
     for given in ({"bytes": data, "path": None, "url": None}, data):
         (record,) = records_of([row_of(given)])
@@ -335,7 +335,7 @@ def test_an_image_that_cannot_be_used_names_the_record(image, problem, tmp_path,
 
 
 def test_paths_stay_in_their_folder(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "a.png").touch()
     (tmp_path / "secret.png").touch()

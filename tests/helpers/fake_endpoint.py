@@ -86,12 +86,12 @@ def good(text="a dog", finish="stop"):
     return 200, {}, completion(text, finish)
 
 
-def say(text, *images, **settings):
+def chat_of(text, *images, **settings):
     """A chat of one user message."""
     return Chat([{"role": "user", "content": text}], list(images), **settings)
 
 
-def picture(size=(4, 3), seed=0):
+def random_image(size=(4, 3), seed=0):
     """A random image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(pixels)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from stress_images import Picture, colours
+from stress_images import EncodedImage, colours
 from stress_rows import (
     JSON,
     MISSING,
@@ -189,7 +189,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     role, content = names
     last, text = messages[-1], messages[-1][content]
     truth = case.truth
-    system = {role: "system", content: "say one ."}
+    system = {role: "system", content: "name one ."}
     faults: list[tuple[str, str, Any, dict[str, str]]] = [
         ("roles", "unknown", [*messages[:-1], last | {role: "robot"}], BAD),
         ("roles", "missing", [*messages[:-1], {content: text}], BAD),
@@ -234,7 +234,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     _, name, value, verdicts = _pick(case, where, faults, rng)
     case.row[where] = value
     if name == "system first":
-        truth.prompt = [("system", "say one ."), *truth.prompt]
+        truth.prompt = [("system", "name one ."), *truth.prompt]
     if name == "a thousand":
         joined = "".join(many)
         if where == "prompt":
@@ -256,13 +256,13 @@ def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str
         "a bool": True,
         "an array": [[1, 2], [3, 4]],
         "an empty path": "",
-        "a path that is missing": "no/such/picture.png",
+        "a path that is missing": "no/such/image.png",
         "a URL": "https://example.org/kitchen.png",
         "a data URI": "data:image/png;base64,iVBORw0KGgo=",
         "base64 text": "iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAA" * 99,
         "a long path": "a" * 5000,
         "a null byte": "kitchen\0.png",
-        "a folder": "pictures",
+        "a folder": "photos",
         "a pipe": "pipe",
         "neither bytes nor path": {"bytes": None, "path": None},
         "no bytes": {"bytes": b"", "path": None},
@@ -283,7 +283,7 @@ def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str
     if name == "an outside path":
         secret = Image.fromarray(colours(40))
         secret.save(folder.parent / "secret.png")
-        of[:] = [Picture(b"", colours(40))]
+        of[:] = [EncodedImage(b"", colours(40))]
         return {"*": "bad", "train": "either", "hf": "either"}
     if not where.startswith("image") and name in ("null", "missing"):
         of.clear()
@@ -348,12 +348,12 @@ def _row_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
 def _column_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     """Columns or keys beside those that are read: what they mean may not be dropped."""
     case.kind = "more columns"
-    said = {"tool_calls": [{"name": "look"}], "reasoning_content": "think one .", "weight": 0}
+    extra = {"tool_calls": [{"name": "look"}], "reasoning_content": "think one .", "weight": 0}
     lists = [n for n in ("prompt", "chosen", "conversations", "messages")
              if isinstance(case.row.get(n), list)]  # fmt: skip
     if lists and rng.random() < 0.6:
-        where, name = str(rng.choice(lists)), str(rng.choice(list(said)))
-        case.row[where][-1][name] = said[name]
+        where, name = str(rng.choice(lists)), str(rng.choice(list(extra)))
+        case.row[where][-1][name] = extra[name]
         case.fault = f"{where}: {name}"
         return EITHER if name == "weight" else BAD
     if rng.random() < 0.5:
@@ -361,8 +361,8 @@ def _column_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         case.row["dataset_name"] = "kitchens"
         return GOOD
     case.fault = "a system prompt"
-    case.row["system"] = "say one ."
-    case.truth.prompt = [("system", "say one ."), *case.truth.prompt]
+    case.row["system"] = "name one ."
+    case.truth.prompt = [("system", "name one ."), *case.truth.prompt]
     return EITHER
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 WIDTH, HEIGHT = 12, 10
 
 
-class Picture(NamedTuple):
+class EncodedImage(NamedTuple):
     """One encoded image.
 
     Attributes:
@@ -67,7 +67,7 @@ def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
     return flipped[orientation]
 
 
-def make_pictures() -> dict[str, Picture]:
+def make_images() -> dict[str, EncodedImage]:
     """Images of all kinds, by name."""
     rgb = colours()
     one = rgb[..., 0]
@@ -78,49 +78,53 @@ def make_pictures() -> dict[str, Picture]:
     clear = np.where(np.arange(WIDTH) < 5, 0, 255)[None].repeat(HEIGHT, 0).astype(np.uint8)
     rgba = Image.fromarray(np.dstack([rgb, alpha]))
     found = {
-        "RGB PNG": Picture(encode(plain), rgb),
-        "RGB BMP": Picture(encode(plain, "BMP"), rgb),
-        "RGB TIFF": Picture(encode(plain, "TIFF"), rgb),
-        "RGB JPEG": Picture(encode(Image.fromarray(large), "JPEG", **jpeg), large, 4),
-        "progressive JPEG": Picture(
+        "RGB PNG": EncodedImage(encode(plain), rgb),
+        "RGB BMP": EncodedImage(encode(plain, "BMP"), rgb),
+        "RGB TIFF": EncodedImage(encode(plain, "TIFF"), rgb),
+        "RGB JPEG": EncodedImage(encode(Image.fromarray(large), "JPEG", **jpeg), large, 4),
+        "progressive JPEG": EncodedImage(
             encode(Image.fromarray(large), "JPEG", progressive=True, **jpeg), large, 4
         ),
-        "RGB WEBP": Picture(encode(plain, "WEBP", lossless=True), rgb),
-        "PPM": Picture(encode(plain, "PPM"), rgb),
-        "L PNG": Picture(encode(grey), _grey(one)),
-        "1 PNG": Picture(
+        "RGB WEBP": EncodedImage(encode(plain, "WEBP", lossless=True), rgb),
+        "PPM": EncodedImage(encode(plain, "PPM"), rgb),
+        "L PNG": EncodedImage(encode(grey), _grey(one)),
+        "1 PNG": EncodedImage(
             encode(Image.fromarray(one > 110)), _grey(np.where(one > 110, 255, 0).astype(np.uint8))
         ),
-        "RGBA PNG": Picture(encode(rgba), on_white(rgb, alpha), 1),
-        "RGBA WEBP": Picture(
+        "RGBA PNG": EncodedImage(encode(rgba), on_white(rgb, alpha), 1),
+        "RGBA WEBP": EncodedImage(
             encode(rgba, "WEBP", lossless=True, exact=True), on_white(rgb, alpha), 2
         ),
-        "LA PNG": Picture(
+        "LA PNG": EncodedImage(
             encode(Image.fromarray(np.dstack([one, alpha]), "LA")), on_white(_grey(one), alpha), 1
         ),
-        "transparent black": Picture(
+        "transparent black": EncodedImage(
             encode(Image.fromarray(np.dstack([rgb * 0, clear]))), on_white(rgb * 0, clear)
         ),
-        "1x1": Picture(encode(Image.fromarray(rgb[:1, :1])), rgb[:1, :1]),
-        "3000x1": Picture(encode(Image.fromarray(colours(1, 1, 3000))), colours(1, 1, 3000)),
-        "truncated PNG": Picture(encode(Image.fromarray(colours(2, 200, 200)))[:-400], None),
-        "truncated JPEG": Picture(
+        "1x1": EncodedImage(encode(Image.fromarray(rgb[:1, :1])), rgb[:1, :1]),
+        "3000x1": EncodedImage(encode(Image.fromarray(colours(1, 1, 3000))), colours(1, 1, 3000)),
+        "truncated PNG": EncodedImage(encode(Image.fromarray(colours(2, 200, 200)))[:-400], None),
+        "truncated JPEG": EncodedImage(
             encode(Image.fromarray(colours(2, 200, 200)), "JPEG")[:-900], None
         ),
-        "zero bytes": Picture(b"", None),
-        "not an image": Picture(b"\x00\x01 no image at all " * 9, None),
-        "PDF": Picture(encode(plain, "PDF"), None),
-        "JPEG 2000": Picture(encode(plain, "JPEG2000", irreversible=False), rgb, 0, "either"),
-        "AVIF": Picture(encode(Image.fromarray(large), "AVIF", quality=100), large, 60, "either"),
-        "TGA": Picture(encode(plain, "TGA"), rgb, 0, "either"),
-        "ICO": Picture(encode(plain, "ICO", sizes=[(WIDTH, HEIGHT)]), rgb, 0, "either"),
-        "broken EXIF": Picture(encode(plain, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"), rgb),
-        "an orientation of 9": Picture(encode(plain, exif=_oriented(9)), rgb),
-        "HTML": Picture(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", None),
-        "SVG": Picture(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', None),
-        "EPS": Picture(encode(plain, "EPS"), None),
-        "only a header": Picture(encode(plain)[:30], None),
-        "base64": Picture(base64.b64encode(encode(plain)), None),
+        "zero bytes": EncodedImage(b"", None),
+        "not an image": EncodedImage(b"\x00\x01 no image at all " * 9, None),
+        "PDF": EncodedImage(encode(plain, "PDF"), None),
+        "JPEG 2000": EncodedImage(encode(plain, "JPEG2000", irreversible=False), rgb, 0, "either"),
+        "AVIF": EncodedImage(
+            encode(Image.fromarray(large), "AVIF", quality=100), large, 60, "either"
+        ),
+        "TGA": EncodedImage(encode(plain, "TGA"), rgb, 0, "either"),
+        "ICO": EncodedImage(encode(plain, "ICO", sizes=[(WIDTH, HEIGHT)]), rgb, 0, "either"),
+        "broken EXIF": EncodedImage(encode(plain, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"), rgb),
+        "an orientation of 9": EncodedImage(encode(plain, exif=_oriented(9)), rgb),
+        "HTML": EncodedImage(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", None),
+        "SVG": EncodedImage(
+            b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', None
+        ),
+        "EPS": EncodedImage(encode(plain, "EPS"), None),
+        "only a header": EncodedImage(encode(plain)[:30], None),
+        "base64": EncodedImage(base64.b64encode(encode(plain)), None),
     }
     found |= _palettes(one, clear)
     found |= _png_by_hand(rgb, alpha)
@@ -130,14 +134,14 @@ def make_pictures() -> dict[str, Picture]:
     for orientation in range(2, 9):
         turned = _turned(rgb, orientation)
         exif = _oriented(orientation)
-        found[f"EXIF {orientation}"] = Picture(encode(plain, exif=exif), turned)
+        found[f"EXIF {orientation}"] = EncodedImage(encode(plain, exif=exif), turned)
         shown = _turned(large, orientation)
-        found[f"EXIF {orientation}, JPEG"] = Picture(
+        found[f"EXIF {orientation}, JPEG"] = EncodedImage(
             encode(Image.fromarray(large), "JPEG", exif=exif, **jpeg), shown, 4
         )
     return {
-        name: picture._replace(verdict="bad") if picture.pixels is None else picture
-        for name, picture in found.items()
+        name: image._replace(verdict="bad") if image.pixels is None else image
+        for name, image in found.items()
     }
 
 
@@ -147,7 +151,7 @@ def _oriented(orientation: int) -> Image.Exif:
     return exif
 
 
-def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Picture]:
+def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, EncodedImage]:
     index = (one % 7).astype(np.uint8)
     table = np.random.default_rng(3).integers(0, 256, (7, 3)).astype(np.uint8)
     image = Image.fromarray(index)
@@ -157,24 +161,24 @@ def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Picture]:
     both = Image.merge("LA", (Image.fromarray(index), Image.fromarray(clear)))
     both.putpalette(table.tobytes())  # mode PA
     return {
-        "P PNG": Picture(encode(image), shown),
-        "P PNG, one clear colour": Picture(
+        "P PNG": EncodedImage(encode(image), shown),
+        "P PNG, one clear colour": EncodedImage(
             encode(image, transparency=2),
             on_white(shown, np.where(index == 2, 0, 255).astype(np.uint8)),
         ),
-        "P PNG, alpha in bytes": Picture(
+        "P PNG, alpha in bytes": EncodedImage(
             encode(image, transparency=alphas.tobytes()), on_white(shown, alphas[index]), 1
         ),
-        "P GIF": Picture(encode(image, "GIF"), shown),
-        "P GIF, one clear colour": Picture(
+        "P GIF": EncodedImage(encode(image, "GIF"), shown),
+        "P GIF, one clear colour": EncodedImage(
             encode(image, "GIF", transparency=2),
             on_white(shown, np.where(index == 2, 0, 255).astype(np.uint8)),
         ),
-        "PA as RGBA": Picture(encode(both.convert("RGBA")), on_white(shown, clear)),
+        "PA as RGBA": EncodedImage(encode(both.convert("RGBA")), on_white(shown, clear)),
     }
 
 
-def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Picture]:
+def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, EncodedImage]:
     """PNG files that Pillow does not write: 16 bits with colours, and one colour made clear."""
     one = rgb[..., 0]
     wide = lambda values: (values.astype(np.uint16) << 8) + 90  # noqa: E731
@@ -186,18 +190,18 @@ def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Picture]:
     for place in range(4):
         packed |= shades[:, place::4] << (6 - 2 * place)
     return {
-        "RGB PNG, 16 bits": Picture(_png(wide(rgb), 16, 2), rgb),
-        "RGBA PNG, 16 bits": Picture(
+        "RGB PNG, 16 bits": EncodedImage(_png(wide(rgb), 16, 2), rgb),
+        "RGBA PNG, 16 bits": EncodedImage(
             _png(wide(np.dstack([rgb, alpha])), 16, 6), on_white(rgb, alpha), 2
         ),
-        "RGB PNG, one clear colour": Picture(
+        "RGB PNG, one clear colour": EncodedImage(
             _png(rgb, 8, 2, key), np.where(same[..., None], 255, rgb).astype(np.uint8)
         ),
-        "L PNG, one clear grey": Picture(
+        "L PNG, one clear grey": EncodedImage(
             _png(one, 8, 0, struct.pack(">H", grey)),
             _grey(np.where(equal, 255, one).astype(np.uint8)),
         ),
-        "L PNG, 2 bits": Picture(_png(packed, 2, 0), _grey(shades * 85)),
+        "L PNG, 2 bits": EncodedImage(_png(packed, 2, 0), _grey(shades * 85)),
     }
 
 
@@ -220,18 +224,18 @@ def _png(values: np.ndarray, depth: int, colour: int, clear: bytes = b"") -> byt
     return png(WIDTH, HEIGHT, depth, colour, [row.tobytes() for row in rows], *more)
 
 
-def _deep(one: np.ndarray) -> dict[str, Picture]:
+def _deep(one: np.ndarray) -> dict[str, EncodedImage]:
     """More than 8 bits: the upper byte of 16, nothing for 32, which have no defined white."""
     wide = (one.astype(np.uint16) << 8) + 77
     return {
-        "I;16 PNG": Picture(encode(Image.fromarray(wide)), _grey(one)),
-        "I;16 TIFF": Picture(encode(Image.fromarray(wide), "TIFF"), _grey(one)),
-        "I TIFF": Picture(encode(Image.fromarray(one.astype(np.int32) * 1000), "TIFF"), None),
-        "F TIFF": Picture(encode(Image.fromarray(one.astype(np.float32) / 9), "TIFF"), None),
+        "I;16 PNG": EncodedImage(encode(Image.fromarray(wide)), _grey(one)),
+        "I;16 TIFF": EncodedImage(encode(Image.fromarray(wide), "TIFF"), _grey(one)),
+        "I TIFF": EncodedImage(encode(Image.fromarray(one.astype(np.int32) * 1000), "TIFF"), None),
+        "F TIFF": EncodedImage(encode(Image.fromarray(one.astype(np.float32) / 9), "TIFF"), None),
     }
 
 
-def _spaces() -> dict[str, Picture]:
+def _spaces() -> dict[str, EncodedImage]:
     """CMYK, YCbCr and LAB in TIFF, which loses nothing."""
     cmyk = np.random.default_rng(4).integers(0, 256, (HEIGHT, WIDTH, 4)).astype(np.uint8)
     parts = 1 - cmyk / 255
@@ -250,22 +254,22 @@ def _spaces() -> dict[str, Picture]:
     curve = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     neutral = _grey(np.rint(255 * curve).astype(np.uint8))
     return {
-        "CMYK JPEG": Picture(
+        "CMYK JPEG": EncodedImage(
             encode(Image.fromarray(inks, "CMYK"), "JPEG", quality=100),
             np.rint(255 * printed).astype(np.uint8),
             4,
         ),
-        "CMYK TIFF": Picture(encode(Image.fromarray(cmyk, "CMYK"), "TIFF"), shown, 2),
-        "YCbCr TIFF": Picture(
+        "CMYK TIFF": EncodedImage(encode(Image.fromarray(cmyk, "CMYK"), "TIFF"), shown, 2),
+        "YCbCr TIFF": EncodedImage(
             encode(Image.fromarray(ycc, "YCbCr"), "TIFF"),
             np.rint(np.clip(np.dstack(sides), 0, 255)).astype(np.uint8),
             3,
         ),
-        "LAB TIFF": Picture(encode(Image.fromarray(lab, "LAB"), "TIFF"), neutral, 6, "either"),
+        "LAB TIFF": EncodedImage(encode(Image.fromarray(lab, "LAB"), "TIFF"), neutral, 6, "either"),
     }
 
 
-def _animations() -> dict[str, Picture]:
+def _animations() -> dict[str, EncodedImage]:
     """The first of two frames."""
     index = [(colours(seed)[..., 0] % 5).astype(np.uint8) for seed in (8, 9)]
     table = np.random.default_rng(10).integers(0, 256, (5, 3)).astype(np.uint8)
@@ -275,13 +279,13 @@ def _animations() -> dict[str, Picture]:
     first, second = (Image.fromarray(table[values]) for values in index)
     more = {"save_all": True, "duration": 100}
     return {
-        "animated GIF": Picture(encode(frames[0], "GIF", append_images=frames[1:], **more),
+        "animated GIF": EncodedImage(encode(frames[0], "GIF", append_images=frames[1:], **more),
                                 table[index[0]]),
-        "animated PNG": Picture(encode(first, append_images=[second], **more), table[index[0]]),
-        "animated WEBP": Picture(
+        "animated PNG": EncodedImage(encode(first, append_images=[second], **more), table[index[0]]),
+        "animated WEBP": EncodedImage(
             encode(first, "WEBP", lossless=True, append_images=[second], **more), table[index[0]], 2
         ),
-        "TIFF of two pages": Picture(
+        "TIFF of two pages": EncodedImage(
             encode(first, "TIFF", save_all=True, append_images=[second]), table[index[0]]
         ),
     }  # fmt: skip

@@ -100,7 +100,7 @@ class Stress:
     def __init__(self, root: Path) -> None:
         datasets.disable_progress_bars()
         self.root, self.folder = root, root / "data"
-        (self.folder / "pictures").mkdir(parents=True)
+        (self.folder / "photos").mkdir(parents=True)
         os.mkfifo(self.folder / "pipe")  # that nobody writes to
         self.processor = make_processor()
         self.tokenizer = self.processor.tokenizer
@@ -158,7 +158,7 @@ class Stress:
         output.unlink(missing_ok=True)
         listed = output.with_suffix(".work") / "rejected_records.parquet"
         listed.unlink(missing_ok=True)
-        data, alone = self._write(case)
+        data, single = self._write(case)
         try:
             import_pairs(str(data), str(self.folder), str(output))
             found = read_pairs(output)
@@ -168,21 +168,21 @@ class Stress:
             found = []
         bad = [f"record {r['record']!r}: {r['reason']} {r['detail']}" for r in
                pq.read_table(listed).to_pylist()]  # fmt: skip
-        return self._among(case, found, bad, alone)
+        return self._among(case, found, bad, single)
 
     def by_sources(self, case: Case) -> Reading:
         """`python -m realign.pairs --data`."""
-        data, alone = self._write(case)
+        data, single = self._write(case)
         entries = list(read_any(str(data)))
         found = [entry for entry in entries if isinstance(entry, Record)]
         bad = [f"record {e.record!r}: {e.reason} {e.detail}" for e in entries
                if not isinstance(e, Record)]  # fmt: skip
-        return self._among(case, found, bad, alone)
+        return self._among(case, found, bad, single)
 
     def by_train(self, case: Case) -> Reading:
         """`python -m realign.train --dry-run`, without a model."""
-        data, alone = self._write(case)
-        return self._encoded(case, read_pairs(data), alone)
+        data, single = self._write(case)
+        return self._encoded(case, read_pairs(data), single)
 
     def by_hf(self, case: Case) -> Reading:
         """`RDPOTrainer`: rows, or a data set of them."""
@@ -193,9 +193,9 @@ class Stress:
                 rows = datasets.Dataset.from_list(rows)
         else:
             rows = [self._as_given(row, True) for row in rows]
-        return self._encoded(case, records_of(rows), alone=False)
+        return self._encoded(case, records_of(rows), single=False)
 
-    def _encoded(self, case: Case, records: list[Record], alone: bool) -> Reading:
+    def _encoded(self, case: Case, records: list[Record], single: bool) -> Reading:
         objective = make_objective(LossConfig(), records)
         examples, _ = encode_records(
             records,
@@ -206,8 +206,8 @@ class Stress:
             max_tokens=8192,
             progress=False,
         )
-        place = 0 if alone else 1
-        if len(records) != (1 if alone else 3):
+        place = 0 if single else 1
+        if len(records) != (1 if single else 3):
             return None, "", False
         self._example = examples[place]
         return records[place], "", True
@@ -224,27 +224,27 @@ class Stress:
                 if opened:
                     return Image.open(io.BytesIO(file.read_bytes()))
             return str(file)
-        if isinstance(value, str) and value in ("pictures", "pipe"):
+        if isinstance(value, str) and value in ("photos", "pipe"):
             return str(self.folder / value)
         return value
 
-    def _among(self, case: Case, found: list[Record], bad: list[str], alone: bool) -> Reading:
+    def _among(self, case: Case, found: list[Record], bad: list[str], single: bool) -> Reading:
         """The record among those that a file gave, by the words of its prompt or its name."""
         others = [n["id"] for n in case.neighbours]
         kept = [record for record in found if record.name in others]
         rest = [record for record in found if record.name not in others]
         if case.id in others:  # only one of the two has this name
             kept, rest = found[:1] + found[2:], found[1:2]
-        there = alone or len(kept) == len(others) or case.encoding in WHOLE
+        there = single or len(kept) == len(others) or case.encoding in WHOLE
         if rest:
             return (rest[0], "", there and len(rest) == 1)
-        said = next((line for line in bad if self._names(case, line, "pairs")), None)
-        if said is None and there:
+        line = next((line for line in bad if self._names(case, line, "pairs")), None)
+        if line is None and there:
             raise ValueError(f"nothing names it: {bad}")
-        return None, said or "", there
+        return None, line or "", there
 
     def _write(self, case: Case) -> tuple[Path, bool]:
-        """The file of a case, and whether it is alone, its type not being that of neighbours."""
+        """The file of a case, and whether it is single, its type not being that of neighbours."""
         rows = [case.neighbours[0], case.row, case.neighbours[1]]
         if case.format in (*JSON, "folder"):
             lines = case.format == "folder"
@@ -292,10 +292,10 @@ class Stress:
 
     def _differs(self, record: Record, truth: Truth, reader: str) -> str:
         """What of a record is not the truth; "" where all is."""
-        said = [(m["role"], _words(_text(m["content"]))) for m in record.prompt]
+        messages = [(m["role"], _words(_text(m["content"]))) for m in record.prompt]
         true = [(role, _words(text)) for role, text in truth.prompt]
-        if reader in ("pairs", "sources") and said != true:
-            return f"prompt {said!r} is not {true!r}"
+        if reader in ("pairs", "sources") and messages != true:
+            return f"prompt {messages!r} is not {true!r}"
         for name in ("chosen", "rejected"):
             if getattr(record, name).strip() != getattr(truth, name).strip():
                 return f"{name} {getattr(record, name)[:99]!r} is not {getattr(truth, name)[:99]!r}"
@@ -303,23 +303,23 @@ class Stress:
             stored = getattr(record, group)
             if len(stored) != len(wanted):
                 return f"{len(stored)} {group}, not {len(wanted)}"
-            for image, picture in zip(stored, wanted, strict=True):
+            for image, expected in zip(stored, wanted, strict=True):
                 if reader == "sources":
                     continue  # stages decode it later
                 shown = np.asarray(image.open(record.name)).astype(int)
-                if picture.pixels is None or shown.shape != picture.pixels.shape:
+                if expected.pixels is None or shown.shape != expected.pixels.shape:
                     return f"{group} has the shape {shown.shape}"
-                if (far := abs(shown - picture.pixels).max()) > picture.tolerance:
+                if (far := abs(shown - expected.pixels).max()) > expected.tolerance:
                     return f"{group} is off by {far}"
         return self._ids_differ(truth) if reader in ("train", "hf") else ""
 
     def _ids_differ(self, truth: Truth) -> str:
         roots, leaves = self._example.roots, self._example.leaves
-        said = "".join(f"{role.upper()}: {text}\n" for role, text in truth.prompt)
+        opening = "".join(f"{role.upper()}: {text}\n" for role, text in truth.prompt)
         for root in roots:
             ids = [i for i in root.ids.tolist() if i != self.image_id]
             text = self.tokenizer.decode(ids).replace("<s>", "").replace("</s>", "\n")
-            if _words(text) != _words(f"{said}ASSISTANT: "):
+            if _words(text) != _words(f"{opening}ASSISTANT: "):
                 return f"prompt {text[:300]!r}"
             if TAGS.search(text):
                 return f"an image tag is text: {text[:300]!r}"

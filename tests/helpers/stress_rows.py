@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from stress_images import Picture, colours, encode
+from stress_images import EncodedImage, colours, encode
 
 from realign.digits.scenes import PLACES, WORDS
 
@@ -37,8 +37,8 @@ class Truth:
     prompt: list[tuple[str, str]]  # role and text of each message
     chosen: str
     rejected: str
-    images: list[Picture]
-    retrieved: list[Picture]
+    images: list[EncodedImage]
+    retrieved: list[EncodedImage]
     retrieved_chosen: str = ""
 
 
@@ -73,29 +73,31 @@ def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]
     named = [f"{place} {WORDS[d]}" for place, d in zip(PLACES, digits, strict=False)]
     prompt = f"what is {named[0]} {WORDS[digits[4]]} {WORDS[digits[5]]} ?"
     chosen, rejected = f"{named[1]} , yes .", f"{named[2]} , no ."
-    images = [Picture(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)]
+    images = [
+        EncodedImage(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)
+    ]
     truth = Truth([("user", prompt)], chosen, rejected, images[:1], images[1:])
-    first, second = ({"bytes": picture.data, "path": None} for picture in images)
-    user, says = message("user", prompt), lambda text: [message("assistant", text)]
+    first, second = ({"bytes": image.data, "path": None} for image in images)
+    user, reply = message("user", prompt), lambda text: [message("assistant", text)]
     row: dict[str, Any] = {"id": f"kitchen-{number}"}
     if format == "TRL, text":
         row |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         row |= {"images": [first], "retrieved_images": [second]}
     elif format in ("TRL, messages", "datasets"):
-        row |= {"prompt": [user], "chosen": says(chosen), "rejected": says(rejected)}
+        row |= {"prompt": [user], "chosen": reply(chosen), "rejected": reply(rejected)}
         row |= {"images": [first], "retrieved_images": [second]}
     elif format == "TRL, parts":
         parts = [{"type": "image", "text": None}, {"type": "text", "text": prompt}]
         row |= {"prompt": [message("user", parts)]}
         for name, text in (("chosen", chosen), ("rejected", rejected)):
-            row[name] = says([{"type": "text", "text": text}])
+            row[name] = reply([{"type": "text", "text": text}])
         row |= {"images": [first], "retrieved_images": [second]}
     elif format == "RLAIF-V":
         row |= {"idx": number, "image": first, "question": prompt, "chosen": chosen}
         row |= {"rejected": rejected, "origin_dataset": "kitchens", "image_path": "a/kitchen.png"}
         truth.retrieved = []
     elif format == "authors":
-        row |= {"chosen": [user, *says(chosen)], "rejected": [user, *says(rejected)]}
+        row |= {"chosen": [user, *reply(chosen)], "rejected": [user, *reply(rejected)]}
         row |= {"image": _file(folder, images[0]), "retrieved_image": _file(folder, images[1])}
     elif format == "ShareGPT":
         past = [{"from": "human", "value": f"<image>{prompt}"}]
@@ -142,12 +144,12 @@ def message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _file(folder: Path, picture: Picture) -> str:
+def _file(folder: Path, image: EncodedImage) -> str:
     """The name of a file with this image, in the folder of the data."""
-    file = folder / f"base-{len(picture.data)}-{picture.pixels[0, 0, 0]}.png"
+    file = folder / f"base-{len(image.data)}-{image.pixels[0, 0, 0]}.png"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(picture.data)
+        file.write_bytes(image.data)
     return file.name
 
 

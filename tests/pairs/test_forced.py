@@ -26,9 +26,9 @@ class Framed:
     def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=False):
         text = ""
         for message in messages:
-            said = "".join(part.get("text", "<image>") for part in message["content"])
+            content = "".join(part.get("text", "<image>") for part in message["content"])
             own = message["role"] == "assistant"
-            text += self.opening + self.lead + said + self.end if own else f"USER: {said} "
+            text += self.opening + self.lead + content + self.end if own else f"USER: {content} "
         return text + (self.opening if add_generation_prompt else "")
 
 

@@ -23,13 +23,13 @@ PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 def test_what_a_pair_holds(pairs_config, pairs_file, vlm, processor):
     sources = {record.name: record for record in digit_sources(pairs_config)}
     order = list(sources)
-    pictures = [record.images[0].open("") for record in sources.values()]
-    vectors = Embedder(None, dtype="fp32")(pictures)
+    images = [record.images[0].open("") for record in sources.values()]
+    vectors = Embedder(None, dtype="fp32")(images)
     cosine = vectors @ vectors.T
     usable = cosine.copy()
     np.fill_diagonal(usable, -np.inf)
     usable[cosine >= pairs_config.ceiling] = -np.inf
-    hashes = [perceptual_hash(picture) for picture in pictures]
+    hashes = [perceptual_hash(image) for image in images]
     bits = np.array([[(one ^ other).bit_count() for other in hashes] for one in hashes])
     usable[bits <= pairs_config.hash_distance] = -np.inf
     records = read_pairs(pairs_file)
@@ -51,8 +51,8 @@ def test_what_a_pair_holds(pairs_config, pairs_file, vlm, processor):
         masked = Masked(pieces, ("",) * (len(pieces) - 1))
         assert len(pieces) == 2  # one segment
         for rank in range(facts["neighbour_rank"] + 1):
-            picture = sources[nearest[rank]].images[0].open("")
-            completion = slow_infill(vlm, processor, picture, masked, 8).text
+            image = sources[nearest[rank]].images[0].open("")
+            completion = slow_infill(vlm, processor, image, masked, 8).text
             accepted = rank == facts["neighbour_rank"]
             assert (completion == record.rejected) == accepted
             assert same_response(completion, record.chosen) != accepted

@@ -29,9 +29,9 @@ SCENES = 20
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Records whose pictures are files in `pictures/`, and the settings of a run of them."""
-    folder = tmp_path / "pictures"
+def file_config(tmp_path):
+    """Records whose images are files in `images/`, and the settings of a run of them."""
+    folder = tmp_path / "images"
     folder.mkdir()
     records = []
     for i, record in enumerate(digit_sources(PairsConfig(scenes=SCENES))):
@@ -70,38 +70,38 @@ def _made_again(before, after) -> dict[str, set[int]]:
 
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt"])
-def test_repaired_pictures_are_read_again(pictures, tmp_path, fault):
+def test_repaired_images_are_read_again(file_config, tmp_path, fault):
     """A run that dies while it replaces the shard, with its list of bad records, loses none."""
-    spoiled = tmp_path / "pictures" / "5.png"  # of the second shard
+    spoiled = tmp_path / "images" / "5.png"  # of the second shard
     data = spoiled.read_bytes()
     spoiled.unlink()
     if fault == "corrupt":
-        spoiled.write_bytes(b"no picture")
-    build_pairs(pictures)
+        spoiled.write_bytes(b"no image")
+    build_pairs(file_config)
     stage = {"missing": "read", "corrupt": "embed"}[fault]
     assert rejected_in(tmp_path / "out") == [("scene-00005", stage, fault)]
-    before = _times(pictures)
+    before = _times(file_config)
     spoiled.write_bytes(data)
     if fault == "missing":
-        flags = ["--data", pictures.data, "--image-folder", pictures.image_folder, "--k", "4"]
+        flags = ["--data", file_config.data, "--image-folder", file_config.image_folder, "--k", "4"]
         flags += ["--mask", "numbers", "--shard", "4", "--max-bad", "0.2", "--quiet"]
-        assert exit_code(before_a_shard, "--output", pictures.output, *flags) == -signal.SIGKILL
-    assert not build_pairs(pictures).bad
-    assert not (pictures.work_folder / "rejected_records.parquet").exists()
-    again = _made_again(before, _times(pictures))
+        assert exit_code(before_a_shard, "--output", file_config.output, *flags) == -signal.SIGKILL
+    assert not build_pairs(file_config).bad
+    assert not (file_config.work_folder / "rejected_records.parquet").exists()
+    again = _made_again(before, _times(file_config))
     assert again["read"] == again["embed"] == again["mask"] == {1}
     assert len(again["retrieve"]) == SHARDS  # there is one more image to find
-    _assert_as_fresh(pictures, tmp_path)
+    _assert_as_fresh(file_config, tmp_path)
 
 
-def test_changed_pictures_are_noticed(pictures, tmp_path):
+def test_changed_images_are_noticed(file_config, tmp_path):
     """Touched, then gone and back, then one replaced and one a link out of the folder."""
-    folder, output = tmp_path / "pictures", tmp_path / "out" / "pairs.parquet"
-    build_pairs(pictures)
-    before, kept = _times(pictures), output.read_bytes()
+    folder, output = tmp_path / "images", tmp_path / "out" / "pairs.parquet"
+    build_pairs(file_config)
+    before, kept = _times(file_config), output.read_bytes()
     (folder / "3.png").touch()  # its shard is made again; search sees the same vectors as before
-    build_pairs(pictures)
-    again = _made_again(before, _times(pictures))
+    build_pairs(file_config)
+    again = _made_again(before, _times(file_config))
     assert again.pop("retrieve") == set()
     assert all(numbers == {0} for numbers in again.values()), again
     assert output.read_bytes() == kept
@@ -109,18 +109,18 @@ def test_changed_pictures_are_noticed(pictures, tmp_path):
     folder.rename(tmp_path / "elsewhere")  # as when the disk is not mounted for one run
     folder.mkdir()
     with pytest.raises(ValueError, match="cannot be used, more than --max-bad 0.2 allows"):
-        build_pairs(pictures)
+        build_pairs(file_config)
     assert output.read_bytes() == kept
     folder.rmdir()
     (tmp_path / "elsewhere").rename(folder)
-    assert not build_pairs(pictures).bad
+    assert not build_pairs(file_config).bad
     assert output.read_bytes() == kept
 
     (folder / "3.png").write_bytes((folder / "10.png").read_bytes())
     (folder / "7.png").rename(tmp_path / "secret.png")
     (folder / "7.png").symlink_to(tmp_path / "secret.png")
-    assert build_pairs(pictures).bad == {"outside the folder": 1}
-    _assert_as_fresh(pictures, tmp_path)
+    assert build_pairs(file_config).bad == {"outside the folder": 1}
+    _assert_as_fresh(file_config, tmp_path)
 
 
 def test_a_record_without_reply_is_asked_again(whole_run, tmp_path, engine):
@@ -140,10 +140,10 @@ def test_a_record_without_reply_is_asked_again(whole_run, tmp_path, engine):
     _assert_as_fresh(config, tmp_path)
 
 
-def test_arrays_of_a_killed_run_are_not_used_with_other_rows(pictures, tmp_path, monkeypatch):
-    """Two pictures vanish, the run dies after it wrote their vectors, and they come back."""
-    build_pairs(pictures)
-    held = [(tmp_path / "pictures" / f"{i}.png") for i in (5, 10)]
+def test_arrays_of_a_killed_run_are_not_used_with_other_rows(file_config, tmp_path, monkeypatch):
+    """Two images vanish, the run dies after it wrote their vectors, and they come back."""
+    build_pairs(file_config)
+    held = [(tmp_path / "images" / f"{i}.png") for i in (5, 10)]
     for picture in held:
         picture.rename(tmp_path / picture.name)
 
@@ -153,10 +153,10 @@ def test_arrays_of_a_killed_run_are_not_used_with_other_rows(pictures, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(Retrieve, "_save_index", die)
         with pytest.raises(KeyboardInterrupt):
-            build_pairs(pictures)
+            build_pairs(file_config)
     for picture in held:
         (tmp_path / picture.name).rename(picture)
-    config = replace(pictures, negative="random")
+    config = replace(file_config, negative="random")
     build_pairs(config)
     _assert_as_fresh(config, tmp_path)
 

@@ -1,4 +1,4 @@
-"""Embeddings of pictures: the VLM's own tower, and encoders by name."""
+"""Embeddings of images: the VLM's own tower, and encoders by name."""
 
 import sys
 from types import ModuleType
@@ -87,7 +87,7 @@ def test_a_named_encoder(kind, tmp_path, processor):
 
 
 def test_pictures_of_odd_shapes_are_embedded(tmp_path, processor, monkeypatch):
-    """A height of 3 is not taken for colours, and a strip makes no picture of gigabytes."""
+    """A height of 3 is not taken for colours, and a strip makes no image of gigabytes."""
     _encoder("clip", tmp_path, processor)
     embed = Embedder(str(tmp_path), None, dtype="fp32")
     embed.open()
@@ -129,7 +129,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, processor):
 
 
 def test_sentence_transformers_by_name(monkeypatch):
-    """Its calls, answered by a stand-in: the mean colours of a picture."""
+    """Its calls, answered by a stand-in: the mean colours of a image."""
     asked = []
 
     class Stand:

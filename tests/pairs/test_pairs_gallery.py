@@ -87,7 +87,7 @@ def _page(folder, *rows, **options):
     return _Page((folder / "gallery.html").read_text(encoding="utf-8"))
 
 
-def _said(segments):
+def _joined(segments):
     return "".join(text for text, _ in segments)
 
 
@@ -101,7 +101,7 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
     assert data["figures"] == str(collect(tmp_path / "pairs.parquet"))
     first, second, third = data["pairs"]
     assert first["id"] == "pair-0" and first["prompt"] == [["user", "What is it?"]]
-    assert _said(first["chosen"]) == "A red cat, number 0."
+    assert _joined(first["chosen"]) == "A red cat, number 0."
     assert first["rejected"] == [["A ", False], ["blue dog", True], [", number 0.", False]]
     assert (first["rank"], first["similarity"], first["changed"]) == (0, 0.5, 2)
     assert ["masked", "A [MASK], number."] in first["facts"] and ["seed", "3"] in first["facts"]
@@ -133,7 +133,7 @@ def test_texts_stay_texts(tmp_path):
     assert page.elements == plain.elements  # the texts added no element and no attribute
     (pair,) = page.data["pairs"]
     assert pair["id"] == pair["negative"] == EVIL and pair["prompt"] == [["user", EVIL]]
-    assert _said(pair["chosen"]) == EVIL and _said(pair["rejected"]) == "x " + EVIL
+    assert _joined(pair["chosen"]) == EVIL and _joined(pair["rejected"]) == "x " + EVIL
     assert dict(pair["facts"])["masked"] == EVIL
     assert page.data["images"][0] == {"problem": "missing"}
     text = (tmp_path / "gallery.html").read_text()
@@ -176,12 +176,12 @@ def _opened(entry):
 
 
 def test_images(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "pictures" / "wide.jpg")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "images" / "wide.jpg")
     rows = [
-        _row(0, images=[{"bytes": None, "path": "pictures/wide.jpg"}]),
+        _row(0, images=[{"bytes": None, "path": "images/wide.jpg"}]),
         _row(1, images=[{"bytes": _png(1), "path": "kept.png"}]),  # is what was retrieved for 0
-        _row(2, images=[{"bytes": b"no picture", "path": None}, {"bytes": _png(9), "path": None}]),
+        _row(2, images=[{"bytes": b"no image", "path": None}, {"bytes": _png(9), "path": None}]),
         _row(3, images=[{"bytes": _png(4), "path": None}]),  # is its own negative
         _row(4, retrieved_images=[]),
     ]
@@ -220,7 +220,7 @@ def test_trls_sets_are_shown_too(tmp_path):
     assert pair["id"] == "pairs.parquet:0" and pair["prompt"] == [["user", "What?"]]
     assert (pair["retrieved"], pair["similarity"], pair["rank"]) == ([], None, None)
     (pair,) = _page(tmp_path, row | {"prompt": None}).data["pairs"]
-    assert _said(pair["chosen"]) == "(it has no prompt. Add one or remove the record.)"
+    assert _joined(pair["chosen"]) == "(it has no prompt. Add one or remove the record.)"
 
 
 WORDS = st.lists(
@@ -232,7 +232,7 @@ WORDS = st.lists(
 @given(chosen=WORDS.map("".join), rejected=WORDS.map("".join))
 def test_differences(chosen, rejected):
     sides = difference(chosen, rejected)
-    assert [_said(side) for side in sides] == [chosen, rejected]
+    assert [_joined(side) for side in sides] == [chosen, rejected]
     shared = ["".join(text for text, changed in side if not changed).split() for side in sides]
     assert "".join(shared[0]) == "".join(shared[1])
     for side in sides:
@@ -291,8 +291,8 @@ def test_the_command(tmp_path, capsys):
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = """
-const said = [];
-const say = () => said.push([
+const seen = [];
+const note = () => seen.push([
   document.getElementById("count").textContent,
   [...document.querySelectorAll("summary code")].map((n) => n.textContent).slice(0, 3),
 ]);
@@ -301,23 +301,23 @@ const key = (name) =>
 const set = (id, value, event) => {
   document.getElementById(id).value = value;
   document.getElementById(id).dispatchEvent(new Event(event));
-  say();
+  note();
 };
-say();
-key("ArrowRight"); say();
-key("ArrowRight"); key("ArrowRight"); key("ArrowRight"); say();
-key("ArrowLeft"); say();
-key("/"); said.push(document.activeElement.id); document.activeElement.blur();
+note();
+key("ArrowRight"); note();
+key("ArrowRight"); key("ArrowRight"); key("ArrowRight"); note();
+key("ArrowLeft"); note();
+key("/"); seen.push(document.activeElement.id); document.activeElement.blur();
 set("search", "NUMBER 41 dog", "input");
 set("search", "no such words", "input");
 set("search", "", "input");
 set("order", "similar", "change");
 set("order", "near", "change");
 set("verdict", "visual margin above 0", "change");
-said.push([...document.querySelectorAll("mark")].slice(0, 2).map((n) => n.textContent));
+seen.push([...document.querySelectorAll("mark")].slice(0, 2).map((n) => n.textContent));
 setTimeout(() => {
-  said.push([...document.images].slice(0, 2).map((n) => n.naturalWidth));
-  document.body.dataset.said = JSON.stringify(said);
+  seen.push([...document.images].slice(0, 2).map((n) => n.naturalWidth));
+  document.body.dataset.seen = JSON.stringify(seen);
 }, 1000);
 """
 
@@ -351,9 +351,9 @@ if BROWSER:  # not collected elsewhere
         (rule,) = re.findall(r"script-src '[^']*'", text)
         driven = text.replace(rule, "script-src 'unsafe-inline'")
         page.write_text(driven.replace("</body>", f"<script>{DRIVER}</script></body>"))
-        said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', _dom(tmp_path, page))[1]))
+        seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', _dom(tmp_path, page))[1]))
         ids = lambda *numbers: [f"pair-{number}" for number in numbers]  # noqa: E731
-        assert said == [
+        assert seen == [
             ["1–20 of 45", ids(0, 1, 2)],
             ["21–40 of 45", ids(20, 21, 22)],
             ["41–45 of 45", ids(40, 41, 42)],
@@ -369,4 +369,4 @@ if BROWSER:  # not collected elsewhere
             [16, 16],
         ]
         page.write_text(text.replace("</body>", f"<script>{DRIVER}</script></body>"))
-        assert "data-said" not in _dom(tmp_path, page)
+        assert "data-seen" not in _dom(tmp_path, page)

@@ -51,19 +51,21 @@ BAD = {
 }
 
 
-def test_every_bad_record_has_its_reason(tmp_path, pictures):
+def test_every_bad_record_has_its_reason(tmp_path, image_folder):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.jpg")
-    (pictures / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (image_folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     good = {"image": "a.jpg", "question": "What?", "answer": "A cat."}
     lines = [good | {"id": "good"}]
     lines += [good | {"id": name} | changes for name, (changes, _) in BAD.items()]
     html = "A cat <b>on</b> a mat & <script>alert('x')</script>"
     lines.append(good | {"answer": html, "id": "html"})
-    (pictures / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    records, bad = read_all(str(pictures))
+    (image_folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records, bad = read_all(str(image_folder))
     assert set(records) == {"good", "html"}
     assert bad == {name: reason for name, (_, reason) in BAD.items()}
-    details = {b.record: b.detail for b in read_any(str(pictures)) if isinstance(b, InvalidRecord)}
+    details = {
+        b.record: b.detail for b in read_any(str(image_folder)) if isinstance(b, InvalidRecord)
+    }
     assert details["duplicate"] == "it is the same as good"
     assert "'../secret.jpg'" in details["up"] and "'z.jpg'" in details["missing"]
     for detail in details.values():
@@ -83,9 +85,9 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
         (REALIGN | {"chosen": "A cat."}, "it has no prompt"),
     ],
 )
-def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
+def test_what_is_malformed_says_how(tmp_path, image_folder, item, problem):
     first = [LLAVA] if "conversations" in item else []  # it decides the format of the file
-    *_, found = read_any(write_json(tmp_path, [*first, item]), images=str(pictures))
+    *_, found = read_any(write_json(tmp_path, [*first, item]), images=str(image_folder))
     assert isinstance(found, InvalidRecord) and found.reason == "malformed"
     assert re.search(problem, found.detail)
 
@@ -137,24 +139,26 @@ def test_any_json_is_a_record_or_malformed(item):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_byte_order_mark_is_read(tmp_path, pictures, encoding):
+def test_a_byte_order_mark_is_read(tmp_path, image_folder, encoding):
     data = tmp_path / "data.json"
     data.write_bytes(json.dumps([REALIGN]).encode(encoding))
-    assert len(read_all(str(data), images=str(pictures))[0]) == 1
+    assert len(read_all(str(data), images=str(image_folder))[0]) == 1
     lines = tmp_path / "data.jsonl"
     lines.write_bytes(f"{json.dumps(REALIGN)}\r\n".encode("utf-8-sig"))
-    assert len(read_all(str(lines), images=str(pictures))[0]) == 1
+    assert len(read_all(str(lines), images=str(image_folder))[0]) == 1
 
 
-def test_files_that_are_none_are_named(tmp_path, pictures):
+def test_files_that_are_none_are_named(tmp_path, image_folder):
     def refused(data, problem, **options):
         with pytest.raises(ValueError, match=problem):
             list(read_any(str(data), **options))
 
     with pytest.raises(FileNotFoundError, match="nothing at .*none.json"):
         read_any(str(tmp_path / "none.json"))
-    refused(pictures, "format is 'csv'; use one of auto, llava, llava:all, realign", format="csv")
-    refused(pictures, "holds 0 JSON-lines files and no Parquet file")
+    refused(
+        image_folder, "format is 'csv'; use one of auto, llava, llava:all, realign", format="csv"
+    )
+    refused(image_folder, "holds 0 JSON-lines files and no Parquet file")
     (tmp_path / "broken.json").write_text('[{"id": 1,')
     refused(tmp_path / "broken.json", "broken.json is not a JSON file .*JSON lines need the suffix")
     refused(write_json(tmp_path, {"a": 1}), "without `images`")
@@ -185,15 +189,15 @@ def test_bytes_that_are_none_are_a_bad_record(tmp_path):
         assert isinstance(bad, InvalidRecord) and bad.reason == reason
 
 
-def test_a_key_that_comes_twice_is_malformed(tmp_path, pictures):
+def test_a_key_that_comes_twice_is_malformed(tmp_path, image_folder):
     """Python's reader would keep the last; neighbours and keys that are not read do not matter."""
     begin = '{"image": "a.jpg", "question": '
     lines = [begin + '"What?", "chosen": "a b", "rejected": "c", "chosen": "d"}']
     lines += [begin + '[{"role": "user", "content": "Why?", "content": "How?"}]}']
     lines += [begin + '"Who?", "chosen": "a b", "rejected": "c", "more": {"a": 1, "a": 2}}']
     for name, content in (("l.jsonl", "\n".join(lines)), ("l.json", f"[{', '.join(lines)}]")):
-        (pictures / name).write_text(content)
-        first, second, third = read_any(str(pictures / name))
+        (image_folder / name).write_text(content)
+        first, second, third = read_any(str(image_folder / name))
         assert first.detail == "it has the key 'chosen' twice. Keep one of them."
         assert "it has the key 'content' twice" in second.detail
         assert third.chosen == "a b"

@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from fake_endpoint import KEY, Endpoint, engine_at, good, picture, say
+from fake_endpoint import KEY, Endpoint, chat_of, engine_at, good, random_image
 
 from realign.pairs.engines import Reply, make_engine
 from realign.pairs.engines.endpoint import scrub
@@ -34,12 +34,12 @@ def test_no_key_leaves_by_another_way(tmp_path, monkeypatch, capfd):
         with Endpoint(answer) as server:
             engine = engine_at(server, folder=tmp_path, tries=2)
             try:
-                seen.append(repr(engine.chat([say("a")])))
+                seen.append(repr(engine.chat([chat_of("a")])))
             except ValueError as error:
                 seen.append(str(error))
             assert server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
             seen += [repr(engine), repr(vars(engine)), repr(pickle.dumps(engine))]
-            seen += [str(engine.estimate([say("b")])), engine.name]
+            seen += [str(engine.estimate([chat_of("b")])), engine.name]
     seen += [file.read_text() for file in tmp_path.rglob("*.json")]
     seen += capfd.readouterr()
     assert len(list(tmp_path.rglob("*.json"))) == 1
@@ -49,7 +49,7 @@ def test_no_key_leaves_by_another_way(tmp_path, monkeypatch, capfd):
 
 def test_without_a_key_none_is_sent():
     with Endpoint(good()) as server:
-        engine_at(server).chat([say("a")])
+        engine_at(server).chat([chat_of("a")])
         assert "Authorization" not in server.requests[0][1]
 
 
@@ -70,7 +70,7 @@ def test_a_key_that_came_later_is_not_sent_either(monkeypatch):
     engine = make_engine("http://gpu-box.invalid/v1#m", tries=1)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(ValueError, match="unencrypted"):
-        engine.chat([say("a")])
+        engine.chat([chat_of("a")])
 
 
 def test_a_key_with_a_line_break_is_refused_unseen(monkeypatch):
@@ -99,7 +99,7 @@ def test_settings_out_of_range_are_refused():
 
 def test_kept_answers_make_no_request(tmp_path):
     with Endpoint(good("first"), good("second")) as server:
-        asked = [say("a", picture()), say("a", picture(), max_tokens=9)]
+        asked = [chat_of("a", random_image()), chat_of("a", random_image(), max_tokens=9)]
         engine = engine_at(server, folder=tmp_path, concurrency=1)
         first = engine.chat(asked)
         assert [r.text for r in first] == ["first", "second"]
@@ -117,14 +117,17 @@ def test_kept_answers_make_no_request(tmp_path):
 def test_errors_are_not_kept(tmp_path):
     with Endpoint((500, {}, ""), good()) as server:
         engine = engine_at(server, folder=tmp_path, tries=1)
-        first, second = (engine.chat([say("a")])[0] for _ in range(2))
+        first, second = (engine.chat([chat_of("a")])[0] for _ in range(2))
     assert first.error and second == Reply("a dog")
 
 
 def test_the_estimate_counts_what_is_still_to_pay(tmp_path):
     with Endpoint(good()) as server:
         engine = engine_at(server, folder=tmp_path, price_in=2.0, price_out=8.0)
-        asked = [say("x" * 4000, picture(), max_tokens=100), say("y" * 400, max_tokens=50)]
+        asked = [
+            chat_of("x" * 4000, random_image(), max_tokens=100),
+            chat_of("y" * 400, max_tokens=50),
+        ]
         # 4000 / 4 + 1000 and 400 / 4 tokens in, 150 out: 2100 * 2 + 150 * 8 = 5400 millionths.
         line = engine.estimate([*asked, asked[0]])
         assert "2 requests to send (0 answered before)" in line

@@ -36,19 +36,19 @@ def record(i, shown=None, chosen=None) -> Record:
 
 
 @torch.no_grad()
-def plain_logp(vlm, processor, picture, text) -> float:
+def plain_logp(vlm, processor, image, text) -> float:
     """Of a response with its end token, by one forward of the whole."""
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant :"
     made = processor(
-        images=[[picture]],
+        images=[[image]],
         text=[f"{prompt} {text} </s>"],
         add_special_tokens=False,
         return_tensors="pt",
     )
     ids = made["input_ids"][0]
-    said = len(text.split()) + 1
-    logps = vlm(**made).logits[0, -said - 1 : -1].double().log_softmax(-1)
-    return float(logps.gather(1, ids[-said:, None]).sum())
+    length = len(text.split()) + 1
+    logps = vlm(**made).logits[0, -length - 1 : -1].double().log_softmax(-1)
+    return float(logps.gather(1, ids[-length:, None]).sum())
 
 
 def test_margins_are_those_of_plain_forwards(vlm, processor, tmp_path):
@@ -84,11 +84,11 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
     vlm, processor = load_model(ASSETS, kind).eval(), load_processor(ASSETS)
     first = visual_margins(vlm, processor, records, **given)
     assert len(counted) == 12
-    # A second pass computes nothing, in this process and with the model loaded anew.
+    # A second pass computes nothing, in this process and with the model loaded reloaded.
     again = visual_margins(vlm, processor, records, **given)
-    anew = visual_margins(load_model(ASSETS, kind).eval(), processor, records, **given)
+    reloaded = visual_margins(load_model(ASSETS, kind).eval(), processor, records, **given)
     assert len(counted) == 12
-    assert np.array_equal(first, again) and np.array_equal(first, anew)
+    assert np.array_equal(first, again) and np.array_equal(first, reloaded)
     assert lines[0].startswith("reference log-probs: 0 of 12 leaves known")
     assert lines[-1].startswith("reference log-probs: 12 of 12 leaves known")
     # Training, by its own way to model, records and fingerprint, lacks the rejected alone.

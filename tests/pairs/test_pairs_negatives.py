@@ -1,4 +1,4 @@
-"""Visual negatives made of a picture: crops, noise, blanks."""
+"""Visual negatives made of a image: crops, noise, blanks."""
 
 import numpy as np
 import pytest

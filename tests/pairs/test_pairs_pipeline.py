@@ -296,9 +296,9 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     flags = ["--data", data, "--mask", "numbers", "--k", "4", "--shard", "8", "--quiet"]
     flags += ["--output", str(tmp_path / "pairs.parquet")]
     assert main(["read", *flags]) == 1  # no stage of its own
-    assert main(["mask", *flags]) == 0  # records are looked up while the pictures are there
+    assert main(["mask", *flags]) == 0  # records are looked up while the images are there
     for i in held:
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
     capsys.readouterr()
     assert main(flags) == 1
     err = capsys.readouterr().err
@@ -317,7 +317,7 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
 
 
 def test_a_record_that_two_stages_refuse_counts_once(tmp_path, sources):
-    """Without response and without picture; two of forty are allowed, and two there are."""
+    """Without response and without image; two of forty are allowed, and two there are."""
     for i, record in enumerate(sources):
         (tmp_path / f"{i}.png").write_bytes(record.images[0].data)
     images = [(StoredImage(path=f"{i}.png"),) for i in range(40)]

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from fake_endpoint import picture
+from fake_endpoint import random_image
 
 from realign.data.records import Record, StoredImage
 from realign.pairs import prompts
@@ -35,7 +35,7 @@ def content(chat):
 
 
 def test_answer_asks_the_records_own_prompt():
-    image = picture()
+    image = random_image()
     chat = prompts.answer_chat(RECORD, image, temperature=0.5, seed=4)
     assert content(chat) == f"How many <answer> dogs?\n\n{prompts.ANSWER}"
     assert chat.images == [image] and (chat.temperature, chat.seed) == (0.5, 4)
@@ -53,10 +53,10 @@ def test_a_text_stands_between_tags_that_it_does_not_hold():
     assert f"<response3>\n{text}\n</response3>" in sent
     assert "\n<response>\n" not in sent and prompts.mask_chat(text).images == []
     # Neither text of a request holds the tag of the other.
-    sent = content(prompts.complete_chat(RECORD.prompt, MASKED, picture()))
+    sent = content(prompts.complete_chat(RECORD.prompt, MASKED, random_image()))
     assert "<question2>\nHow many <answer> dogs?\n</question2>" in sent
     assert "<answer2>\nThere are [MASK] dogs, [MASK] of them [MASK].\n</answer2>" in sent
-    sent = content(prompts.judge_chat("why </response>", "it </question> is", picture()))
+    sent = content(prompts.judge_chat("why </response>", "it </question> is", random_image()))
     assert "<question2>\nwhy </response>\n</question2>" in sent
     assert "<response2>\nit </question> is\n</response2>" in sent
 
@@ -67,7 +67,7 @@ def test_a_conversation_is_quoted_with_its_roles():
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "Dogs?"},
     ]
-    sent = content(prompts.judge_chat(talk, "two", picture()))
+    sent = content(prompts.judge_chat(talk, "two", random_image()))
     assert "<question>\nuser: Hi\nassistant: Hello\nuser: Dogs?\n</question>" in sent
 
 

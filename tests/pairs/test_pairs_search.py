@@ -282,10 +282,10 @@ _COPIES = {
 def test_copies_of_a_picture_are_near_and_other_pictures_are_not():
     rng = np.random.default_rng(5)
     sizes = [(160, 120), (120, 160), (128, 128), (200, 133)]
-    pictures = [_picture(rng, *sizes[i % 4], (1.6, 2.0, 2.4, 2.8)[i // 4 % 4]) for i in range(64)]
-    hashes = np.array([perceptual_hash(p) for p in pictures], dtype=np.uint64)
+    images = [_picture(rng, *sizes[i % 4], (1.6, 2.0, 2.4, 2.8)[i // 4 % 4]) for i in range(64)]
+    hashes = np.array([perceptual_hash(p) for p in images], dtype=np.uint64)
     for name, copy in _COPIES.items():
-        copies = np.array([perceptual_hash(copy(p, rng)) for p in pictures], dtype=np.uint64)
+        copies = np.array([perceptual_hash(copy(p, rng)) for p in images], dtype=np.uint64)
         caught = (hamming(hashes, copies) <= HASH_DISTANCE).mean()
         assert caught >= (0.95 if name in ("cut", "all") else 1.0), name
     apart = hamming(hashes[:, None], hashes[None])[np.triu_indices(64, 1)]

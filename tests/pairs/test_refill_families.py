@@ -27,7 +27,7 @@ def worded(family, **options):
     return vlm, processor
 
 
-def led_on(vlm, processor, prompt, pictures, rng, count, closes) -> Masked:
+def led_on(vlm, processor, prompt, images, rng, count, closes) -> Masked:
     """A masked response whose first gap the model closes by itself, after `count` words or so.
 
     The gap is followed by the word that the model would write then, by some more, and by a second
@@ -36,7 +36,7 @@ def led_on(vlm, processor, prompt, pictures, rng, count, closes) -> Masked:
 
     def words_after(start):
         probe = Masked((start, " zzz"), ("x",))  # no word of the model, so it goes on to the end
-        text = infill_plain(vlm, processor, [prompt], [pictures], [probe], max_gap_tokens=5)[0].text
+        text = infill_plain(vlm, processor, [prompt], [images], [probe], max_gap_tokens=5)[0].text
         return text.removeprefix(start).removesuffix(" zzz").split()
 
     first = random_text(rng, 1, 3) + " "
@@ -53,14 +53,14 @@ def test_every_family_completes_in_batches_as_one_by_one(family):
     """Prompts, images, gaps and pieces of unequal lengths; M-RoPE, windows, blocks both ways."""
     vlm, processor = worded(family, attention="tree")
     rng = np.random.default_rng(1)
-    pictures = [random_images(rng, n) for n in (1, 2, 1, 1, 3, 1)]
-    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+    images = [random_images(rng, n) for n in (1, 2, 1, 1, 3, 1)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in images]
     masked = [
-        led_on(vlm, processor, prompts[i], pictures[i], rng, 1 + i % 3, closes=i != 1)
+        led_on(vlm, processor, prompts[i], images[i], rng, 1 + i % 3, closes=i != 1)
         for i in range(5)
     ]
     masked.append(Masked(("", ""), ("red",)))
-    given = (vlm, processor, prompts, pictures, masked)
+    given = (vlm, processor, prompts, images, masked)
     plain = infill_plain(*given, max_gap_tokens=5)
     assert infill(*given, max_gap_tokens=5) == plain
     assert [completion.closed for completion in plain] == [True, False, True, True, True, False]
@@ -79,13 +79,13 @@ def test_a_reader_scores_as_plain_forwards(family):
     """Blocks of unequal lengths, none among them; then one row leaves."""
     vlm, processor = make(family, attention="tree")
     rng = np.random.default_rng(3)
-    pictures = [random_images(rng, n) for n in (1, 2, 1)]
+    images = [random_images(rng, n) for n in (1, 2, 1)]
     masked = Masked(("", ""), ("red",))
     rows = refill._begin(
         vlm,
         processor,
-        [[{"role": "user", "content": random_text(rng, 2, 20)}] for _ in pictures],
-        pictures,
+        [[{"role": "user", "content": random_text(rng, 2, 20)}] for _ in images],
+        images,
         [masked] * 3,
         8,
         0.0,
@@ -97,24 +97,24 @@ def test_a_reader_scores_as_plain_forwards(family):
         words = random_text(rng, low, high).split()[: rng.integers(low, high + 1)]
         return processor.tokenizer.convert_tokens_to_ids(words)
 
-    def truth(active, said):
-        plain = [refill._longer(vlm, inputs[i], said[i]) for i in active]
+    def truth(active, responses):
+        plain = [refill._longer(vlm, inputs[i], responses[i]) for i in active]
         return torch.stack([vlm(**one, use_cache=False).logits[0, -1] for one in plain])
 
     reader = refill.RowReader(vlm, refill.layout_of(vlm))
     with torch.no_grad():
-        said = [ids_of(0, 6) for _ in rows]
+        responses = [ids_of(0, 6) for _ in rows]
         whole = refill._encode(vlm, processor, rows)
-        found = reader.first(whole, [1, 2, 1], said, room=32)
-        assert (found - truth(range(3), said)).abs().max() < 1e-3
+        found = reader.first(whole, [1, 2, 1], responses, room=32)
+        assert (found - truth(range(3), responses)).abs().max() < 1e-3
         for active in ([0, 1, 2], [0, 1, 2], [2, 0]):
             if len(active) == 2:
                 reader.keep(active)
             blocks = [ids_of(0, 6) if i else ids_of(1, 3) for i in active]
             found = reader.more(blocks)
             for i, block in zip(active, blocks, strict=True):
-                said[i] = said[i] + block
-            expected = truth(active, said)
+                responses[i] = responses[i] + block
+            expected = truth(active, responses)
             assert expected.abs().mean() > 0.1
             read = [n for n, block in enumerate(blocks) if block]
             assert (found - expected)[read].abs().max() < 1e-3
@@ -129,10 +129,10 @@ def test_eager_attention_and_single_records(case):
         processor.tokenizer.pad_token = None
         assert reason_for_single(vlm, processor) == "its tokenizer has no padding token"
     rng = np.random.default_rng(2)
-    pictures = [random_images(rng, n) for n in (1, 2, 1)]
-    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
-    masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
-    given = (vlm, processor, prompts, pictures, masked)
+    images = [random_images(rng, n) for n in (1, 2, 1)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in images]
+    masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in images]
+    given = (vlm, processor, prompts, images, masked)
     assert infill(*given) == infill_plain(*given)
 
 
@@ -147,9 +147,9 @@ def test_tokens_of_bytes_in_batches(monkeypatch):
     hidden = [["white"], ["🐶🐶", "नमस्ते"], ["3.5", "ﬁve cats"], ["dog", "café"], ["日本"], ["dogs"]]
     places = (0, 1, 2, 0, 1, 2)
     masked = [masked_from(texts[i], spans) for i, spans in zip(places, hidden, strict=True)]
-    pictures = [random_images(rng, 1) for _ in masked]
+    images = [random_images(rng, 1) for _ in masked]
     prompts = [[{"role": "user", "content": f"name {i} é"}] for i in range(len(masked))]
-    given = (vlm, processor, prompts, pictures, masked)
+    given = (vlm, processor, prompts, images, masked)
     plain = infill_plain(*given)
     assert infill(*given) == plain
     for (text, closed), mask in zip(plain, masked, strict=True):
