@@ -1,4 +1,4 @@
-"""Records on disk: what is written is read back, TRL and `datasets` agree, mistakes are named."""
+"""Records on disk: round trips, agreement with TRL and `datasets`, and errors."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_many_records_go_to_several_row_groups(tmp_path):
-    # One row group holds at most 2 GiB of image bytes.
+    # A row group can hold at most 2 GiB of image bytes.
     records = [_record(f"record-{i}") for i in range(600)]
     file = tmp_path / "pairs.parquet"
     write_pairs(file, records)
@@ -134,7 +134,7 @@ def test_image_paths_are_relative_to_their_file(tmp_path, monkeypatch):
         for record in read_pairs(path):
             image = record.images[0].open(record.name)
             assert np.array_equal(np.asarray(image), np.asarray(IMAGE))
-    # Pairs made of them are written elsewhere, and still find them.
+    # Pairs in another folder still find the images.
     write_pairs("runs/pairs.parquet", read_pairs("data/rows.parquet"))
     monkeypatch.chdir("/")
     for record in read_pairs(tmp_path / "runs" / "pairs.parquet"):

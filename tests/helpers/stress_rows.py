@@ -1,4 +1,4 @@
-"""Rows of good preference records in every format, with the texts and pixels that they mean."""
+"""Rows of valid preference records in every format, with their texts and pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from stress_images import EncodedImage, colours, encode
+from stress_images import Encoded, colours, encode
 
 from realign.digits.scenes import PLACES, WORDS
 
@@ -25,26 +25,26 @@ READERS = {
 }
 """Format -> who reads it: `realign.pairs import`, `read_any`, `realign.train`, `RDPOTrainer`."""
 
-OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # of these only realign.pairs must read
+OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # formats that only realign.pairs must read
 JSON = ("authors", "ShareGPT", "LLaVA")
 MISSING = object()
 
 
 @dataclass
 class Truth:
-    """What a reader must come to."""
+    """The expected result of a reader."""
 
     prompt: list[tuple[str, str]]  # role and text of each message
     chosen: str
     rejected: str
-    images: list[EncodedImage]
-    retrieved: list[EncodedImage]
+    images: list[Encoded]
+    retrieved: list[Encoded]
     retrieved_chosen: str = ""
 
 
 @dataclass
 class Case:
-    """A record with one fault, or none."""
+    """A record with at most one fault."""
 
     number: int
     format: str
@@ -53,29 +53,27 @@ class Case:
     row: dict[str, Any]
     truth: Truth
     verdicts: dict[str, str]
-    encoding: str = ""  # what is done to the file
+    encoding: str = ""  # fault in the encoding of the file
     neighbours: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def id(self) -> Any:
-        """The id as the row has it."""
+        """The id in the row."""
         return self.row.get("id") if isinstance(self.row, dict) else None
 
     @property
     def name(self) -> str:
-        """The id of the record, as all good ones have it."""
+        """The id of the record without a fault."""
         return f"kitchen-{self.number}"
 
 
 def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]:
-    """A good record of a format."""
+    """A valid record of a format."""
     digits = [number // 10**place % 10 for place in range(6)]
     named = [f"{place} {WORDS[d]}" for place, d in zip(PLACES, digits, strict=False)]
     prompt = f"what is {named[0]} {WORDS[digits[4]]} {WORDS[digits[5]]} ?"
     chosen, rejected = f"{named[1]} , yes .", f"{named[2]} , no ."
-    images = [
-        EncodedImage(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)
-    ]
+    images = [Encoded(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)]
     truth = Truth([("user", prompt)], chosen, rejected, images[:1], images[1:])
     first, second = ({"bytes": image.data, "path": None} for image in images)
     user, reply = message("user", prompt), lambda text: [message("assistant", text)]
@@ -144,8 +142,8 @@ def message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _file(folder: Path, image: EncodedImage) -> str:
-    """The name of a file with this image, in the folder of the data."""
+def _file(folder: Path, image: Encoded) -> str:
+    """Writes the image to the folder of the data, and returns the file name."""
     file = folder / f"base-{len(image.data)}-{image.pixels[0, 0, 0]}.png"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +159,7 @@ def get(row: Any, path: tuple) -> Any:
 
 
 def put(row: dict[str, Any], path: tuple, value: Any, whole: bool = False) -> None:
-    """Set the value at a path, or a copy of it; MISSING removes its key."""
+    """Sets a copy of the value, or with `whole` the value itself, at a path. MISSING removes it."""
     for key in path[:-1]:
         row = row[key]
     if value is MISSING:

@@ -1,4 +1,4 @@
-"""Endpoint engine: its requests, its replies, and faults of servers and networks."""
+"""Endpoint engine: requests, replies, and faults of servers and networks."""
 
 import base64
 import gzip
@@ -20,7 +20,7 @@ from realign.pairs.engines.endpoint import data_url, parse_answer
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """No key of the machine that runs the tests, and short waits between tries."""
+    """Removes keys of this machine from the environment, and shortens waits between tries."""
     for name in ("REALIGN_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
@@ -29,7 +29,7 @@ def environment(monkeypatch):
 def test_the_request_is_that_of_the_chat_whatever_the_environment_says(monkeypatch):
     monkeypatch.setenv("REALIGN_API_KEY", f" {KEY}\n")
     monkeypatch.setenv("OPENAI_API_KEY", "another")
-    # The client reads these; they would send pictures, or names, elsewhere.
+    # The client reads these variables, which would send images or names to other hosts.
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/v1")
     for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
@@ -109,7 +109,7 @@ def test_a_failure_for_ever_is_an_error_of_the_reply():
     ],
 )
 def test_a_wait_longer_than_two_minutes_is_named_and_not_waited_for(headers, seconds):
-    if headers["Retry-After"] == "in a day":  # as a date, which the test's own time makes
+    if headers["Retry-After"] == "in a day":  # a date, computed when the test runs
         headers = {"Retry-After": formatdate(time.time() + 86400, usegmt=True)}
     with Endpoint((429, headers, "quota")) as server:
         (reply,) = engine_at(server).chat([chat_of("a")])
@@ -144,7 +144,7 @@ def test_an_answer_without_bounds_is_not_read_to_its_end(monkeypatch):
 
 @pytest.mark.parametrize("status", [200, 403])
 def test_a_compressed_answer_is_not_expanded(status):
-    body = gzip.compress(b" " * 20 * 2**20)  # 20 kB, 20 MiB when expanded
+    body = gzip.compress(b" " * 20 * 2**20)  # 20 kB, or 20 MiB when decompressed
     headers = {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
     with Endpoint((status, headers, lambda _: iter([body]))) as server:
         (reply,) = engine_at(server).chat([chat_of("a")])
@@ -237,7 +237,7 @@ def test_the_rate_limit_spaces_requests_out_repeated_ones_included():
         engine.chat([chat_of(str(i)) for i in range(3)])
         engine.chat([chat_of("later")])
         gaps = np.diff(server.times)
-    assert len(gaps) == 4 and gaps.min() > 0.08  # 0.1 s, less the way to the server
+    assert len(gaps) == 4 and gaps.min() > 0.08  # 0.1 s, minus the latency
 
 
 @pytest.mark.parametrize("port", [0, 65536, 99999])

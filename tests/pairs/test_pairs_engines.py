@@ -1,4 +1,4 @@
-"""Chats of all engines; the transformers engine beside `realign.evaluate` and plain models."""
+"""Chats of all engines, and the transformers engine against `realign.evaluate` and plain models."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def test_a_digest_covers_all_that_decides_an_answer():
     digests = [request_digest(chat, "m") for chat in (base, *others)]
     digests.append(request_digest(base, "n"))
     assert len(set(digests)) == len(digests)
-    # Greedy answers do not read the seed; an encoding is not the image.
+    # Greedy answers do not depend on the seed, and digests do not depend on the encoding.
     again = Image.open(io.BytesIO(StoredImage.from_pil(random_image()).data))
     assert request_digest(chat_of("a", again, seed=7), "m") == digests[0]
 
@@ -90,7 +90,7 @@ def test_transformers_captions_as_evaluate_does(digits, processor, scenes):
     assert digits.estimate([]) is None
 
 
-def test_no_answer_depends_on_its_company(digits, scenes):
+def test_answers_do_not_depend_on_the_batch(digits, scenes):
     def ask(i):
         sampled = i % 2
         return chat_of(
@@ -109,7 +109,7 @@ def test_no_answer_depends_on_its_company(digits, scenes):
     assert texts[0] == texts[2] != texts[1]
 
 
-def test_an_answer_as_long_as_allowed_is_cut(digits, scenes):
+def test_an_answer_of_maximum_length_is_marked_as_cut(digits, scenes):
     (reply,) = digits.chat([chat_of(CAPTION_PROMPT, scenes[0].image, max_tokens=3)])
     assert reply.cut and len(reply.text.split()) == 3
 
@@ -131,10 +131,10 @@ def test_a_text_that_a_model_cannot_take_spares_the_others(digits, scenes, text,
     assert first == last == digits.chat(asked[:1])[0]
 
 
-def test_a_language_model_answers_texts_alone(tmp_path, processor, monkeypatch):
+def test_a_language_model_answers_only_texts(tmp_path, processor, monkeypatch):
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = None
-    # As many do, it puts <s> before every text; the template writes one of its own.
+    # Like many tokenizers, it adds <s> to every text. The template also writes <s>.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
@@ -164,7 +164,7 @@ def test_a_language_model_answers_texts_alone(tmp_path, processor, monkeypatch):
     for text, reply, row in zip(texts, replies, given, strict=True):
         ids = tokenizer(f"user : {text} assistant :", return_tensors="pt")["input_ids"]
         assert row[row != 0].tolist() == ids[0].tolist()
-        for _ in range(4):  # greedy, a token at a time and without a cache
+        for _ in range(4):  # greedy decoding without a cache
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1)[None]], dim=1)
         expected = tokenizer.decode(ids[0, -4:], skip_special_tokens=True).strip()
         assert reply == Reply(expected, cut=True) and expected

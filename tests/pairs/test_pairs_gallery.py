@@ -1,4 +1,4 @@
-"""The gallery: every text in it stays text, nothing comes from elsewhere, it shows what is so."""
+"""Gallery: texts stay texts, nothing is loaded from outside, and the data is shown correctly."""
 
 import base64
 import hashlib
@@ -61,7 +61,7 @@ def _file(folder, *rows, name="pairs.parquet"):
 
 
 class _Page(HTMLParser):
-    """The elements of a page, and the text of its script and style elements."""
+    """Parser of a page: its elements, and the text of its script and style elements."""
 
     def __init__(self, text):
         super().__init__()
@@ -91,7 +91,7 @@ def _joined(segments):
     return "".join(text for text, _ in segments)
 
 
-def test_what_is_shown_is_what_is_in_the_file(tmp_path):
+def test_the_page_shows_the_data_of_the_file(tmp_path):
     talk = [_user("What is it?"), {"role": "assistant", "content": "A pet."}, _user("Which?")]
     judge = json.dumps({"rejected": False, "chosen on the negative": None})
     judged = _row(1, prompt=talk, visual_margin=0.25, judge=judge)
@@ -117,7 +117,7 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
         "judge: rejected false",
         "judge: chosen on the negative no verdict",
     ]
-    # The similarity is that of the neighbour, which is not the visual negative here.
+    # The similarity is for the neighbour, which is not the visual negative here.
     similarity = {"name": "similarity of the neighbour", "value": "0.502", "tone": ""}
     margin = {"name": "visual margin", "value": "-0.50", "tone": "bad"}
     assert third["negative"] == "crop" and third["verdicts"][::2] == [similarity, margin]
@@ -145,7 +145,7 @@ def test_texts_stay_texts(tmp_path):
     assert "<title>Preference pairs: a&amp;&lt;b&gt;.parquet</title>" in text
 
 
-def test_nothing_comes_from_elsewhere(tmp_path):
+def test_nothing_is_loaded_from_outside(tmp_path):
     page = _page(tmp_path, _row())
     assert {tag for tag, _ in page.elements} == set(TAGS)
     for _, attributes in page.elements:
@@ -180,9 +180,9 @@ def test_images(tmp_path):
     Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "images" / "wide.jpg")
     rows = [
         _row(0, images=[{"bytes": None, "path": "images/wide.jpg"}]),
-        _row(1, images=[{"bytes": _png(1), "path": "kept.png"}]),  # is what was retrieved for 0
+        _row(1, images=[{"bytes": _png(1), "path": "kept.png"}]),  # the retrieved image of pair 0
         _row(2, images=[{"bytes": b"no image", "path": None}, {"bytes": _png(9), "path": None}]),
-        _row(3, images=[{"bytes": _png(4), "path": None}]),  # is its own negative
+        _row(3, images=[{"bytes": _png(4), "path": None}]),  # the image is its own negative
         _row(4, retrieved_images=[]),
     ]
     data = _page(tmp_path, *rows, side=200).data
@@ -214,7 +214,7 @@ def test_many_pairs_are_sampled_evenly(tmp_path):
     assert [pair["id"] for pair in page.data["pairs"]] == [f"pair-{i}" for i in range(100)]
 
 
-def test_trls_sets_are_shown_too(tmp_path):
+def test_data_sets_of_trl_are_shown(tmp_path):
     row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": [_png(1)]}
     (pair,) = _page(tmp_path, row).data["pairs"]
     assert pair["id"] == "pairs.parquet:0" and pair["prompt"] == [["user", "What?"]]
@@ -260,7 +260,7 @@ def test_words_that_are_marked(chosen, rejected, marked, count):
     assert changed_words(side) == count
 
 
-def test_endless_responses_are_not_compared():
+def test_very_long_responses_are_not_compared():
     long = "a b " * 100_000
     assert difference(long, "a b " * 99_999) == ([(long, True)], [("a b " * 99_999, True)])
 
@@ -290,36 +290,7 @@ def test_the_command(tmp_path, capsys):
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = """
-const seen = [];
-const note = () => seen.push([
-  document.getElementById("count").textContent,
-  [...document.querySelectorAll("summary code")].map((n) => n.textContent).slice(0, 3),
-]);
-const key = (name) =>
-  document.body.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
-const set = (id, value, event) => {
-  document.getElementById(id).value = value;
-  document.getElementById(id).dispatchEvent(new Event(event));
-  note();
-};
-note();
-key("ArrowRight"); note();
-key("ArrowRight"); key("ArrowRight"); key("ArrowRight"); note();
-key("ArrowLeft"); note();
-key("/"); seen.push(document.activeElement.id); document.activeElement.blur();
-set("search", "NUMBER 41 dog", "input");
-set("search", "no such words", "input");
-set("search", "", "input");
-set("order", "similar", "change");
-set("order", "near", "change");
-set("verdict", "visual margin above 0", "change");
-seen.push([...document.querySelectorAll("mark")].slice(0, 2).map((n) => n.textContent));
-setTimeout(() => {
-  seen.push([...document.images].slice(0, 2).map((n) => n.naturalWidth));
-  document.body.dataset.seen = JSON.stringify(seen);
-}, 1000);
-"""
+DRIVER = Path(__file__).with_name("gallery_steps.js").read_text()
 
 
 def _dom(folder, page):
@@ -332,7 +303,7 @@ def _dom(folder, page):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-if BROWSER:  # not collected elsewhere
+if BROWSER:  # defined only if there is a browser
 
     def test_in_a_browser(tmp_path):
         rows = [_row(number, visual_margin=number - 40.0) for number in range(45)]
@@ -346,7 +317,7 @@ if BROWSER:  # not collected elsewhere
         shown = re.sub(r"</?mark>", "", first)
         assert html.escape(EVIL, quote=False) in shown and "<img src=x" not in dom
 
-        # What a script added by a text would do is refused; here the policy lets one in.
+        # A script added by a text is blocked. With a relaxed policy, it would run.
         text = page.read_text()
         (rule,) = re.findall(r"script-src '[^']*'", text)
         driven = text.replace(rule, "script-src 'unsafe-inline'")

@@ -1,4 +1,4 @@
-"""Every format gives the records it holds."""
+"""Import: records of every format."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_the_authors_json(tmp_path, image_folder):
 
 
 def test_llava_instructions_first_turn(tmp_path, image_folder):
-    # The published file has one id for several dialogues about an image.
+    # In the published file, several dialogues about an image share an id.
     other = LLAVA | {"conversations": [{"from": "human", "value": "Why?\n<image>"}]}
     records, bad = read_all(write_json(tmp_path, [LLAVA, other]), images=str(image_folder))
     assert bad == {}
@@ -52,7 +52,7 @@ def test_llava_instructions_first_turn(tmp_path, image_folder):
     first, second = records.values()
     assert (first.prompt, first.chosen) == ((user("What is it?"),), "A bus.")
     assert second.prompt == (user([text("Why?"), {"type": "image"}]),)
-    assert second.chosen == ""  # to be answered
+    assert second.chosen == ""  # without a response
     assert first.rejected == "" and first.retrieved_images == ()
 
 
@@ -134,7 +134,7 @@ TRL = {
 
 @pytest.mark.parametrize("column", ["images", "image"])
 def test_trls_sets(tmp_path, column):
-    """Other forms of rows are those of `entry_of`, which has tests of its own."""
+    """Only TRL's columns. The tests of `entry_of` cover other forms of rows."""
     image = {"bytes": PNG, "path": "x.png"}
     row = TRL | {column: [image] if column == "images" else image, "note": "of no interest"}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set.parquet")
@@ -145,7 +145,7 @@ def test_trls_sets(tmp_path, column):
         assert bad == {}
 
 
-def test_what_write_pairs_wrote_without_responses(tmp_path):
+def test_pairs_files_without_responses(tmp_path):
     record = Record("a", (user("What?"),), "", "", (StoredImage(PNG),))
     write_pairs(tmp_path / "sources.parquet", [record])
     assert read_all(str(tmp_path / "sources.parquet")) == ({"a": record}, {})
@@ -211,7 +211,7 @@ def test_pairs_of_the_authors_json_are_written(tmp_path, image_folder):
     assert listed[2]["detail"] == "8000 x 8000 is more than 50000000 pixels"
 
 
-def test_pairs_without_a_rejected_response_are_none(tmp_path, image_folder):
+def test_records_without_a_rejected_response_are_not_pairs(tmp_path, image_folder):
     data = write_json(tmp_path, [LLAVA])
     with pytest.raises(ValueError, match="gave no pair .*'no response': 1.*rejected_records"):
         import_pairs(data, str(image_folder), str(tmp_path / "pairs.parquet"))

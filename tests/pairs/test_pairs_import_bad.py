@@ -1,4 +1,4 @@
-"""Every record and file that cannot be used has its reason."""
+"""Import: reasons for invalid records and files."""
 
 import json
 import re
@@ -85,14 +85,14 @@ def test_every_bad_record_has_its_reason(tmp_path, image_folder):
         (REALIGN | {"chosen": "A cat."}, "it has no prompt"),
     ],
 )
-def test_what_is_malformed_says_how(tmp_path, image_folder, item, problem):
-    first = [LLAVA] if "conversations" in item else []  # it decides the format of the file
+def test_the_problem_of_a_malformed_item_is_named(tmp_path, image_folder, item, problem):
+    first = [LLAVA] if "conversations" in item else []  # it determines the format of the file
     *_, found = read_any(write_json(tmp_path, [*first, item]), images=str(image_folder))
     assert isinstance(found, InvalidRecord) and found.reason == "malformed"
     assert re.search(problem, found.detail)
 
 
-def test_texts_of_any_size_are_looked_at_in_time():
+def test_long_texts_are_checked_in_time():
     for long in ("x" + " " * 100_000 + "x", "<" * 100_000, "<a" * 100_000, "<image>" * 3000 + "x"):
         began = time.process_time()
         placed([user(long)], 3000 if "<image>" in long else 0)
@@ -102,7 +102,7 @@ def test_texts_of_any_size_are_looked_at_in_time():
 
 def test_tags_are_places_of_images():
     asked = [user("<image>\n<image> What is it?"), assistant("A cat."), user("Why?")]
-    # In front of everything they are where images of a prompt in text come anyway.
+    # At the beginning is the default place of images in a plain-text prompt.
     assert placed(asked, 2) == [user("What is it?"), *asked[1:]]
     parts = [text("Is"), {"type": "image"}, text("here?")]
     assert placed([user("Is <image> here?")], 1) == [user(parts)]
@@ -148,7 +148,7 @@ def test_a_byte_order_mark_is_read(tmp_path, image_folder, encoding):
     assert len(read_all(str(lines), images=str(image_folder))[0]) == 1
 
 
-def test_files_that_are_none_are_named(tmp_path, image_folder):
+def test_invalid_files_are_named(tmp_path, image_folder):
     def refused(data, problem, **options):
         with pytest.raises(ValueError, match=problem):
             list(read_any(str(data), **options))
@@ -181,7 +181,7 @@ def test_files_that_are_none_are_named(tmp_path, image_folder):
     refused(tmp_path / "cut.parquet", "cut.parquet is not a readable Parquet file")
 
 
-def test_bytes_that_are_none_are_a_bad_record(tmp_path):
+def test_invalid_image_bytes_are_an_invalid_record(tmp_path):
     for data, reason in ((b"", "corrupt"), ("aGk=", "malformed")):
         row = {"prompt": "What?", "chosen": "A", "rejected": "B", "images": [{"bytes": data}]}
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / "pairs.parquet")
@@ -189,8 +189,8 @@ def test_bytes_that_are_none_are_a_bad_record(tmp_path):
         assert isinstance(bad, InvalidRecord) and bad.reason == reason
 
 
-def test_a_key_that_comes_twice_is_malformed(tmp_path, image_folder):
-    """Python's reader would keep the last; neighbours and keys that are not read do not matter."""
+def test_a_repeated_key_is_malformed(tmp_path, image_folder):
+    """Python's parser would keep the last value. Other records and unused keys are not affected."""
     begin = '{"image": "a.jpg", "question": '
     lines = [begin + '"What?", "chosen": "a b", "rejected": "c", "chosen": "d"}']
     lines += [begin + '[{"role": "user", "content": "Why?", "content": "How?"}]}']

@@ -1,4 +1,4 @@
-"""Endpoint engine: the key is in one header only, and no answer is paid for twice."""
+"""Endpoint engine: the key is sent in only one header, and no answer is paid for twice."""
 
 import pickle
 
@@ -11,20 +11,20 @@ from realign.pairs.engines.endpoint import scrub
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """No key of the machine that runs the tests, and short waits between tries."""
+    """Removes keys of this machine from the environment, and shortens waits between tries."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     for name in ("REALIGN_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_no_key_leaves_by_another_way(tmp_path, monkeypatch, capfd):
+def test_the_key_is_sent_nowhere_else(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("REALIGN_API_KEY", KEY)
     escaped = KEY.replace("/", "\\/")
     quoting = [
         (400, {}, f"bad key {KEY}"),
         (500, {}, f"Authorization: Bearer {KEY}"),
         (200, {}, f"<pre>{KEY}</pre>"),
-        (200, {}, "x" * 92 + KEY),  # where the message is cut
+        (200, {}, "x" * 92 + KEY),  # at the point where the message is truncated
         (200, {}, f'{{"choices": [{{"message": {{"content": "{escaped} {KEY}"}}}}]}}'),
         (401, {}, f"{KEY} is wrong"),
         (302, {"Location": f"http://127.0.0.1:9/?key={KEY}"}, ""),
@@ -56,7 +56,7 @@ def test_without_a_key_none_is_sent():
 @pytest.mark.parametrize("host", ["10.0.0.5:8000", "127.0.0.1.example.org", "gpu-box", "[::2]"])
 def test_a_key_does_not_go_over_plain_http_to_another_machine(host, monkeypatch):
     spec = f"http://{host}/v1#m"
-    make_engine(spec)  # without a key there is nothing to lose
+    make_engine(spec)  # without a key, plain HTTP is allowed
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(ValueError, match="unencrypted.*https") as caught:
         make_engine(spec)
@@ -66,7 +66,7 @@ def test_a_key_does_not_go_over_plain_http_to_another_machine(host, monkeypatch)
     make_engine(f"https://{host}/v1#m")
 
 
-def test_a_key_that_came_later_is_not_sent_either(monkeypatch):
+def test_a_key_that_is_set_later_is_not_sent(monkeypatch):
     engine = make_engine("http://gpu-box.invalid/v1#m", tries=1)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(ValueError, match="unencrypted"):
@@ -106,7 +106,7 @@ def test_kept_answers_make_no_request(tmp_path):
         again = pickle.loads(pickle.dumps(engine_at(server, folder=tmp_path)))
         assert again.chat(asked) == first and len(server.requests) == 2
         file = next(tmp_path.rglob("*.json"))
-        file.write_text(file.read_text()[:9])  # a damaged one is asked again
+        file.write_text(file.read_text()[:9])  # the request of a damaged answer is repeated
         again.chat(asked)
         assert len(server.requests) == 3
         other = engine_at(server, "other", folder=tmp_path)
@@ -121,14 +121,15 @@ def test_errors_are_not_kept(tmp_path):
     assert first.error and second == Reply("a dog")
 
 
-def test_the_estimate_counts_what_is_still_to_pay(tmp_path):
+def test_the_estimate_counts_only_unanswered_requests(tmp_path):
     with Endpoint(good()) as server:
         engine = engine_at(server, folder=tmp_path, price_in=2.0, price_out=8.0)
         asked = [
             chat_of("x" * 4000, random_image(), max_tokens=100),
             chat_of("y" * 400, max_tokens=50),
         ]
-        # 4000 / 4 + 1000 and 400 / 4 tokens in, 150 out: 2100 * 2 + 150 * 8 = 5400 millionths.
+        # Input is 4000 / 4 + 1000 + 400 / 4 = 2100 tokens, and output is 150 tokens.
+        # The cost is (2100 * 2 + 150 * 8) / 1e6 = 0.0054.
         line = engine.estimate([*asked, asked[0]])
         assert "2 requests to send (0 answered before)" in line
         assert "about 2100 tokens in and at most 150 out" in line and "about 0.01 (at" in line

@@ -1,4 +1,4 @@
-"""The pairs pipeline: shards, interruptions, invalid records, single stages."""
+"""Pairs pipeline: shards, interruptions, invalid records and single stages."""
 
 import errno
 import re
@@ -36,7 +36,7 @@ from realign.pairs.stages.shard import InvalidLimit, make_shard
 # Random numbers, digests, shards.
 
 
-def test_random_numbers_belong_to_a_record_and_a_purpose():
+def test_random_numbers_depend_on_record_and_purpose():
     def drawn(*key):
         return rng_of(*key).integers(2**62, size=4).tolist()
 
@@ -47,14 +47,14 @@ def test_random_numbers_belong_to_a_record_and_a_purpose():
     assert drawn(0, "a\0b", "c") != drawn(0, "a", "b\0c")
 
 
-def test_a_table_has_one_sequence_of_bytes_and_row_groups_to_fit(tmp_path):
+def test_a_table_has_deterministic_bytes_and_small_row_groups(tmp_path):
     rows = [{"id": str(i), "data": bytes([i]) * 300_000} for i in range(12)]
     schema = pa.schema({"id": pa.string(), "data": pa.binary()})
     table = pa.Table.from_pylist(rows, schema=schema)
     for name in "ab":
         shards.write_table(tmp_path / name, table)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert pq.ParquetFile(tmp_path / "a").num_row_groups == 4  # 300 kB rows, groups of a MiB
+    assert pq.ParquetFile(tmp_path / "a").num_row_groups == 4  # rows of 300 kB, row groups of 1 MiB
     assert pq.read_table(tmp_path / "a").equals(table)
     shards.write_table(tmp_path / "none", table.slice(0, 0))
     assert len(pq.read_table(tmp_path / "none")) == 0
@@ -85,7 +85,7 @@ def test_arrays_written_in_parts_are_mapped_whole(tmp_path):
 # Resume.
 
 
-def test_a_second_run_makes_nothing_and_says_so(whole_run, capsys):
+def test_a_second_run_makes_nothing_and_reports_it(whole_run, capsys):
     before = {stage: shard_times(stage_folder(whole_run.work, stage)) for stage in ORDER}
     assert all(len(times) == SHARDS for times in before.values())
     build_pairs(replace(whole_run.config, quiet=False))
@@ -165,7 +165,7 @@ def test_a_full_disk_loses_nothing(whole_run, tmp_path, monkeypatch, capsys):
     assert main(flags) == 1
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "the disk of" in shown
-    assert "The 22 finished shards are kept" in shown  # 4 stages of 5, and 2
+    assert "The 22 finished shards are kept" in shown  # 5 shards of each of 4 stages, and 2 more
     monkeypatch.setattr(shards, "write_bytes", write)
     kept = shard_times(stage_folder(config.work_folder, "refill"))
     assert len(kept) == 2
@@ -244,7 +244,7 @@ def _written(folder, records, name="data.parquet") -> str:
 
 @pytest.fixture
 def sources():
-    """Forty scenes of the digits as a user's own records."""
+    """Forty digit scenes as user records."""
     return digit_sources(PairsConfig(scenes=40))
 
 
@@ -287,7 +287,7 @@ def test_invalid_records_are_listed_and_the_others_used(tmp_path, sources, capsy
 def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     tmp_path, sources, capsys
 ):
-    """Pictures in files: the shard with too many missing is not kept, and made again later."""
+    """A shard with too many missing image files is not kept, and is made again later."""
     for i, record in enumerate(sources):
         (tmp_path / f"{i}.png").write_bytes(record.images[0].data)
     paths = [replace(r, images=(StoredImage(path=f"{i}.png"),)) for i, r in enumerate(sources)]
@@ -295,8 +295,8 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     held = {i: (tmp_path / f"{i}.png").read_bytes() for i in (1, 17, 18, 19)}
     flags = ["--data", data, "--mask", "numbers", "--k", "4", "--shard", "8", "--quiet"]
     flags += ["--output", str(tmp_path / "pairs.parquet")]
-    assert main(["read", *flags]) == 1  # no stage of its own
-    assert main(["mask", *flags]) == 0  # records are looked up while the images are there
+    assert main(["read", *flags]) == 1  # not a separate stage
+    assert main(["mask", *flags]) == 0  # reads the records while the images still exist
     for i in held:
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     capsys.readouterr()
@@ -317,7 +317,7 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
 
 
 def test_a_record_that_two_stages_refuse_counts_once(tmp_path, sources):
-    """Without response and without image; two of forty are allowed, and two there are."""
+    """Two records have no response and, in the second run, no valid image. Two are allowed."""
     for i, record in enumerate(sources):
         (tmp_path / f"{i}.png").write_bytes(record.images[0].data)
     images = [(StoredImage(path=f"{i}.png"),) for i in range(40)]
@@ -346,7 +346,7 @@ def test_a_data_set_that_changes_is_read_again(tmp_path, sources):
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError])
-def test_an_error_without_text_is_no_success(tmp_path, error):
+def test_an_error_without_text_is_not_a_success(tmp_path, error):
     class Fails(Stage):
         name, needs, schema = "fails", ("read",), Read.schema
 

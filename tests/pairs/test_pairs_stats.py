@@ -1,4 +1,4 @@
-"""Figures of pairs, against ones worked out by hand."""
+"""Statistics of pairs, against values computed by hand."""
 
 import json
 
@@ -33,7 +33,7 @@ def _row(shade, rejected, **changes):
 
 ROWS = [
     _row(0, "A blue cat sits here."),
-    _row(0, "A red dog runs.", similarity=0.7, neighbour_rank=3),  # the same but for rejected
+    _row(0, "A red dog runs.", similarity=0.7, neighbour_rank=3),  # differs only in rejected
     _row(0, "A red cat.", prompt="Which?", similarity=None, retrieved_images=_picture(0)),
     _row(9, "A big red cat sits here.", chosen="A cat.", similarity=float("nan")),
     _row(5, "One two three four.", similarity=0.9, visual_margin=-1.5),
@@ -71,7 +71,7 @@ def test_the_command_with_the_records_that_were_left_out(pairs, capsys):
     work = pairs.with_suffix(".work")
     work.mkdir()
     listed = pa.table({"reason": ["missing", "corrupt", "missing"]})
-    pq.write_table(listed, work / "rejected_records.parquet")  # of an import, which drops none
+    pq.write_table(listed, work / "rejected_records.parquet")  # by `import`, which drops no records
     assert collect(pairs).bad == {"missing": 2, "corrupt": 1} and collect(pairs).dropped == {}
     note = {"dropped": {"too similar": 3, "same as chosen": 1}, "bad": {"missing": 2}}
     run_note(work, str(pairs)).write_text(json.dumps(note))

@@ -1,4 +1,4 @@
-"""Infill: forced tokens, gaps, batches, against a slow way to the same completions."""
+"""Infill: forced tokens, gaps and batches, against a slow reference implementation."""
 
 import re
 
@@ -18,18 +18,18 @@ PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 
 @pytest.fixture(scope="module")
 def babbler(processor):
-    """An untrained model: it fills gaps with many tokens, where the trained one writes a digit."""
+    """An untrained model, which fills gaps with many tokens. The trained one writes one digit."""
     torch.manual_seed(0)
     model = build_model(processor).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(6)  # so that what was read decides what is written
+            weight.mul_(6)  # larger, so that the output depends on the input
     return model
 
 
 @torch.inference_mode()
 def slow_infill(vlm, processor, image, masked, max_gap_tokens) -> Completion:
-    """Written from the definition, for word-level digits alone: no cache, no batch."""
+    """Reference implementation without a cache or batches, only for word-level digits."""
     tokenizer = processor.tokenizer
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant :"
     inputs = processor(images=[image], text=[prompt], return_tensors="pt")
@@ -75,7 +75,7 @@ GAPS = [
 
 
 @pytest.mark.parametrize("name", ["vlm", "babbler"])
-def test_infill_equals_the_slow_way(request, processor, scenes, name):
+def test_infill_equals_the_reference(request, processor, scenes, name):
     model, most = request.getfixturevalue(name), 4
     rng = np.random.default_rng(0)
     masked = GAPS + [mask_response(s.caption, CATEGORIES, 2, rng) for s in scenes[:8]]
@@ -101,7 +101,7 @@ def test_infill_equals_the_slow_way(request, processor, scenes, name):
 
 
 def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
-    """With a model that always writes "seven", then with one that always wants to end."""
+    """Uses a model that always writes "seven", then one that always ends the response."""
 
     class Constant(torch.nn.Module):
         device, dtype = torch.device("cpu"), torch.float32
@@ -124,10 +124,10 @@ def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
     seven, end = Constant("seven"), Constant("</s>", "two")
     assert written(seven, "top ", " seven .") == ("top seven seven .", True)
     assert written(seven, "", " right") == (" ".join(["seven"] * 8) + " right", False)
-    # A segment of many tokens may give way to twice as many.
+    # A segment of many tokens may be replaced by twice as many.
     longer = " ".join(["seven"] * 14) + " right"
     assert written(seven, "", " right", hid="one " * 6 + "one") == (longer, False)
-    # The end is wanted, and comes after one word.
+    # The model ends the response, which is allowed only after one word.
     assert written(end, "top ", "") == ("top two", True)
     not_due = " ".join(["two"] * 8) + " right"
     assert written(end, "", " right") == (not_due, False)
@@ -144,7 +144,7 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(babbler, process
 
 
 def test_pairs_of_digits_differ_only_in_the_gaps(vlm, processor):
-    """Seen from outside: the text around the gaps is there, word by word, at its place."""
+    """The words around the gaps are unchanged and at their places."""
     scenes, rng = make_scenes(240, biased=True, seed=11), np.random.default_rng(0)
     masked = []
     for i in range(240):
@@ -158,7 +158,7 @@ def test_pairs_of_digits_differ_only_in_the_gaps(vlm, processor):
         assert text.split()[: len(mask.pieces[0].split())] == mask.pieces[0].split()
         different += text != mask.fill(mask.hidden)
     assert different > 160
-    # All four masked: the model reads the image and writes its digits, not those of the caption.
+    # With all four masked, the model writes the digits of the image, not of the caption.
     every = [i for i in range(240) if i % 3 == 2 and i % 4]
     read = [
         sum(a == b for a, b in zip(digits_in(completions[i].text), scenes[i].digits, strict=True))
@@ -178,7 +178,8 @@ def test_sampling_follows_the_seed_of_each_record(babbler, processor, scenes):
     first = sampled(range(6))
     assert first == sampled(range(6)) != sampled(range(6, 12))
     assert first == sampled(range(6), how=infill_plain)
-    assert first[::-1] == sampled(range(5, -1, -1))  # neither the place nor the company counts
+    # The place in the batch and the other rows do not matter.
+    assert first[::-1] == sampled(range(5, -1, -1))
     assert len(set(first)) > 3 and len(set(sampled([3] * 6))) == 1
     greedy = _infill(babbler, processor, images, masked)
     assert len(set(greedy)) == 1
@@ -188,7 +189,7 @@ def test_sampling_follows_the_seed_of_each_record(babbler, processor, scenes):
 
 
 def test_sampled_words_have_the_model_s_frequencies(babbler, processor, scenes):
-    """The first word of a gap, 900 times: chi-square against the softmax of a plain forward."""
+    """Chi-square test of 900 first words against the softmax of a plain forward pass."""
     image, masked = scenes[0].image, Masked(("top left ", " ."), ("seven",))
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant : top left"
     inputs = processor(images=[image], text=[prompt], return_tensors="pt")
@@ -218,14 +219,14 @@ def test_bad_arguments_are_refused(vlm, processor, scenes):
             _infill(vlm, processor, [scenes[0].image], GAPS[:1], **options)
 
 
-def test_nothing_gives_nothing_and_no_gap_the_response(vlm, processor, scenes):
+def test_no_records_and_no_gaps(vlm, processor, scenes):
     assert _infill(vlm, processor, [], []) == []
     whole = Masked((CAPTION,), ())
     assert _infill(vlm, processor, [scenes[0].image], [whole]) == [Completion(CAPTION, True)]
 
 
 def test_a_batch_takes_a_tenth_of_the_forwards(vlm, processor, scenes, monkeypatch):
-    """Of the language model, for 30 records with two gaps; and few more tokens than there are."""
+    """Counts forward passes and tokens of the language model, for 30 records with two gaps."""
     rng = np.random.default_rng(0)
     masked = [mask_response(s.caption, ("numbers",), 2, rng) for s in scenes[:30]]
     images = [s.image for s in scenes[1:31]]
@@ -242,5 +243,5 @@ def test_a_batch_takes_a_tenth_of_the_forwards(vlm, processor, scenes, monkeypat
     read.clear()
     assert _infill(vlm, processor, images, masked) == plain
     assert len(read) * 10 < slow and sum(read) * 3 < slow_tokens
-    # Prompt, image and caption are 26 and 16 tokens: each is read once, and little padding.
+    # Prompt and image have 26 tokens, and the caption 16. Each is read once, with little padding.
     assert sum(read) < 30 * 60

@@ -1,4 +1,4 @@
-"""Infill in other families: batches against one by one, masks, tokens of bytes."""
+"""Infill in other families: batches against single records, masks, and byte tokens."""
 
 import re
 
@@ -16,10 +16,10 @@ from realign.pairs.masking.mask import Masked, masked_from
 
 
 def worded(family, **options):
-    """A tiny model that writes words alone, so that its texts are read back as written."""
+    """A tiny model that writes only words, so its texts survive tokenization unchanged."""
     vlm, processor = make(family, **options)
     head = vlm.get_output_embeddings()
-    with torch.no_grad():  # else a tied head, most of all Gemma's, repeats the last token for ever
+    with torch.no_grad():  # with larger weights, a tied head repeats the last token
         vlm.get_input_embeddings().weight.mul_(0.05)
     others = torch.full((head.weight.shape[0],), -1e4)
     others[processor.tokenizer.convert_tokens_to_ids(WORDS)] = 0
@@ -27,15 +27,16 @@ def worded(family, **options):
     return vlm, processor
 
 
-def led_on(vlm, processor, prompt, images, rng, count, closes) -> Masked:
-    """A masked response whose first gap the model closes by itself, after `count` words or so.
+def guided(vlm, processor, prompt, images, rng, count, closes) -> Masked:
+    """A masked response whose first gap the model closes after about `count` words.
 
-    The gap is followed by the word that the model would write then, by some more, and by a second
-    gap, which closes in the same way or not at all.
+    After the gap come the model's next word and some more words. Then comes a second gap, which the
+    model closes if `closes` is set.
     """
 
     def words_after(start):
-        probe = Masked((start, " zzz"), ("x",))  # no word of the model, so it goes on to the end
+        # " zzz" is not a word of the model, so the model continues to the limit.
+        probe = Masked((start, " zzz"), ("x",))
         text = infill_plain(vlm, processor, [prompt], [images], [probe], max_gap_tokens=5)[0].text
         return text.removeprefix(start).removesuffix(" zzz").split()
 
@@ -49,14 +50,14 @@ def led_on(vlm, processor, prompt, images, rng, count, closes) -> Masked:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5"])
-def test_every_family_completes_in_batches_as_one_by_one(family):
-    """Prompts, images, gaps and pieces of unequal lengths; M-RoPE, windows, blocks both ways."""
+def test_batches_equal_single_records_in_every_family(family):
+    """Covers unequal lengths, M-RoPE, windows, and blocks with bidirectional attention."""
     vlm, processor = worded(family, attention="tree")
     rng = np.random.default_rng(1)
     images = [random_images(rng, n) for n in (1, 2, 1, 1, 3, 1)]
     prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in images]
     masked = [
-        led_on(vlm, processor, prompts[i], images[i], rng, 1 + i % 3, closes=i != 1)
+        guided(vlm, processor, prompts[i], images[i], rng, 1 + i % 3, closes=i != 1)
         for i in range(5)
     ]
     masked.append(Masked(("", ""), ("red",)))
@@ -76,7 +77,7 @@ def test_every_family_completes_in_batches_as_one_by_one(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reader_scores_as_plain_forwards(family):
-    """Blocks of unequal lengths, none among them; then one row leaves."""
+    """Blocks have unequal lengths, some of them zero. Then one row is removed."""
     vlm, processor = make(family, attention="tree")
     rng = np.random.default_rng(3)
     images = [random_images(rng, n) for n in (1, 2, 1)]
@@ -122,7 +123,7 @@ def test_a_reader_scores_as_plain_forwards(family):
 
 @pytest.mark.parametrize("case", ["llava, eager", "gemma3, eager", "llava, no padding token"])
 def test_eager_attention_and_single_records(case):
-    """Eager attention takes the same masks; without a padding token records go one by one."""
+    """Eager attention uses the same masks. Without a padding token, records are single."""
     family, kind = case.split(", ")
     vlm, processor = make(family, attention="eager" if kind == "eager" else "tree")
     if kind != "eager":
@@ -137,7 +138,7 @@ def test_eager_attention_and_single_records(case):
 
 
 def test_tokens_of_bytes_in_batches(monkeypatch):
-    """A LLaVA whose tokens run over words and characters, on texts of many scripts."""
+    """A LLaVA with tokens that cross words and characters, on texts in many scripts."""
     texts = ["a red-white dog's (old) café", "日本 🐶🐶 near the नमस्ते", "3.5 dogs, ﬁve cats..."]
     processor = make_processor("llava")
     monkeypatch.setattr(processor, "tokenizer", byte_level(texts * 3, 380))

@@ -32,8 +32,8 @@ class Embedder:
     """Embeds images, on the GPU if there is one.
 
     Without a `name`, the VLM's own vision tower is used. The embedding is the average of its last
-    hidden states over the patches. In families with tiles or images of any size, images are reduced
-    to 448 pixels, and the embedding is the average of the features that the language model sees.
+    hidden states over the patches. In families with tiles or images of any size, it is the average
+    of the features that the language model sees. These images are reduced to 448 pixels.
 
     Args:
         name: folder or hub name of a CLIP or SigLIP model, or None. "st:NAME" and
