@@ -363,7 +363,7 @@ def _message(message: Any, column: str) -> Message:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind not in ("text", "image"):
             raise malformed(f"the part {short_repr(part)} is not of type text or image")
-        # Arrow gives every part every field; an image part has no text.
+        # In Arrow, every part has all fields. An image part has no text.
         if foreign := _foreign(part, ("type", "text") if kind == "text" else ("type",)):
             raise malformed(f"{foreign} of a part would be lost")
         if kind == "text" and not isinstance(part.get("text"), str):
