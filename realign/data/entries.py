@@ -54,7 +54,7 @@ _GIVE_IMAGE = "Give a PIL image, bytes or a path."
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"system": "system"}
 _MESSAGE_KEYS = ("role", "from", "content", "value")
-_GIVE_MESSAGE = "Give it a role, and text or a list of parts of type text and image as content."
+_GIVE_MESSAGE = "Give a role, and text or a list of parts of type text and image as content."
 _JSON_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 

@@ -145,5 +145,5 @@ def _typed(message: Any) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise Malformed(
             f"it has the message {short_repr(message)}.",
-            "Give it a role, and text or parts of type text and image as content.",
+            "Give a role, and text or parts of type text and image as content.",
         ) from error

@@ -1,4 +1,4 @@
-// Operates the gallery like a user, and stores the results in `data-seen` of the body.
+// Operates the gallery like a user, and stores the results as an attribute of the body.
 const seen = [];
 const note = () => seen.push([
   document.getElementById("count").textContent,
