@@ -69,7 +69,7 @@ class PairsReport:
         return (
             f"wrote {self.path}: {self.written} pairs in {self.seconds:.0f} s; "
             f"dropped {_counted(self.dropped)}"
-            + (f"; unusable {_counted(self.bad)}" if self.bad else "")
+            + (f"; invalid {_counted(self.bad)}" if self.bad else "")
         )
 
 

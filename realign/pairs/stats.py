@@ -69,7 +69,7 @@ class PairStats:
     """Reason -> number of invalid records."""
 
     def __str__(self) -> str:
-        heads = ("mean", "least", "10 %", "median", "90 %", "most")
+        heads = ("mean", "min", "10 %", "median", "90 %", "max")
         lines = [f"{self.pairs:,} pairs", "", f"{'':20}" + "".join(f"{h:>9}" for h in heads)]
         for name, values in self.values.items():
             marks = [values.mean(), *np.quantile(values, (0, 0.1, 0.5, 0.9, 1))]
@@ -78,7 +78,7 @@ class PairStats:
         for name, number in self.duplicates.items():
             earlier = "" if "own" in name else " as an earlier one"
             lines.append(f"pairs with {name}{earlier}: {number:,}")
-        for name, reasons in (("dropped", self.dropped), ("unusable", self.bad)):
+        for name, reasons in (("dropped", self.dropped), ("invalid", self.bad)):
             counts = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
             lines.append(
                 f"records {name}: {reasons.total():,}" + (f" ({counts})" if counts else "")
@@ -101,7 +101,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
     if work is not None and not Path(work).is_dir():
         raise FileNotFoundError(f"work is {str(work)!r}, which is not a folder.")
     values: dict[str, list[float]] = {name: [] for name in (*_NUMBERS.values(), *_TEXT)}
-    duplicates = dict.fromkeys([*_DUPLICATES, "its own image as the negative"], 0)
+    duplicates = dict.fromkeys([*_DUPLICATES, "their own image as the negative"], 0)
     seen: set[tuple[str, bytes]] = set()
     count = 0
     for file, _, row in pair_rows(pairs):
@@ -122,7 +122,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
             values[name].append(length)
         images = [image_digest(image, file.parent) for image in entry.images]
         negatives = [image_digest(image, file.parent) for image in entry.retrieved]
-        duplicates["its own image as the negative"] += images == negatives
+        duplicates["their own image as the negative"] += images == negatives
         image = b"".join(images)
         text = hashlib.blake2b(json.dumps([entry.prompt, chosen]).encode(), digest_size=16).digest()
         for key in zip(_DUPLICATES, (image, text, image + text), strict=True):

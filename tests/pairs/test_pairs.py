@@ -134,7 +134,7 @@ def _yes(own):
         (lambda own: own[:1], " Without --model, the shipped digits model fills the gaps"),
     ],
 )
-def test_the_command_reports_unusable_records_in_one_error(tmp_path, own, change, message, capsys):
+def test_the_command_reports_invalid_records_in_one_error(tmp_path, own, change, message, capsys):
     out = tmp_path / "out.parquet"
     arguments = ["--data", _sources(tmp_path, change(own)), "--output", str(out), "--quiet"]
     assert main([*arguments, "--mask", "numbers"]) == 1

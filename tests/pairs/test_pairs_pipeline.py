@@ -278,7 +278,7 @@ def test_invalid_records_are_listed_and_the_others_used(tmp_path, sources, capsy
             expected = {"torn": "corrupt", "gone": "missing", "token": "image token"}
             assert {n: r for n, _, r in found} == expected | {"noimage": "no image"}
             assert Counter(stage for _, stage, _ in found) == {"read": 3, "embed": 1}
-            counts = "unusable 4 (1 corrupt, 1 image token, 1 missing, 1 no image)"
+            counts = "invalid 4 (1 corrupt, 1 image token, 1 missing, 1 no image)"
             assert f"; {counts}" in report
     assert not (tmp_path / "good" / "pairs.work" / "rejected_records.parquet").exists()
     assert made["mixed"] == made["good"]

@@ -62,7 +62,7 @@ def test_figures(pairs):
         "the same image": 2,
         "the same prompt and chosen": 2,
         "the same image, prompt and chosen": 1,
-        "its own image as the negative": 1,
+        "their own image as the negative": 1,
     }
     assert stats.dropped == stats.bad == {}
 
@@ -78,16 +78,16 @@ def test_the_command_with_the_records_that_were_left_out(pairs, capsys):
     assert main([str(pairs)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 pairs"
-    assert lines[2].split() == ["mean", "least", "10", "%", "median", "90", "%", "most"]
+    assert lines[2].split() == ["mean", "min", "10", "%", "median", "90", "%", "max"]
     assert lines[3].split() == ["similarity", "0.700", "0.500", "0.540", "0.700", "0.860", "0.900"]
     assert lines[4].split() == ["rank", "0.600", "0", "0", "0", "1.800", "3"]
     assert lines[-6:] == [
         "pairs with the same image as an earlier one: 2",
         "pairs with the same prompt and chosen as an earlier one: 2",
         "pairs with the same image, prompt and chosen as an earlier one: 1",
-        "pairs with its own image as the negative: 1",
+        "pairs with their own image as the negative: 1",
         "records dropped: 4 (3 too similar, 1 same as chosen)",
-        "records unusable: 2 (2 missing)",
+        "records invalid: 2 (2 missing)",
     ]
     elsewhere = pairs.parent / "elsewhere"
     work.rename(elsewhere)
