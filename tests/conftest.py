@@ -149,9 +149,9 @@ def no_ranks_to_fork(request):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_folder(tmp_path):
     """A folder with a.jpg, b.jpg, c.jpg, each of its own grey."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, name in enumerate("abc"):
         Image.new("RGB", (16, 16), (80 * i,) * 3).save(folder / f"{name}.jpg")

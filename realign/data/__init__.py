@@ -1,1 +1,1 @@
-"""Preference records: reading rows of any source, and decoding their images."""
+"""Preference records: reading rows in any format, and decoding their images."""

@@ -1,12 +1,13 @@
-"""Parser of preference rows for all readers: TRL's columns, and other projects' keys for them.
+"""Parser of preference rows: TRL's columns, and the corresponding keys of other projects.
 
-`realign.train`, `RDPOTrainer` and `realign.pairs` read a row with `entry_of`. It accepts TRL's
-vision preference columns, plain or conversational, with an implicit prompt too, and the keys of
-RLAIF-V, RLHF-V, MMPR, POVID, LLaMA-Factory and ms-swift for the same. Nothing is looked up on disk.
+`realign.train`, `RDPOTrainer` and `realign.pairs` read rows with `entry_of`. It accepts TRL's
+vision preference columns, plain or conversational, with an explicit or implicit prompt. It also
+accepts the corresponding keys of RLAIF-V, RLHF-V, MMPR, POVID, LLaMA-Factory and ms-swift. It reads
+no files.
 
 A response is one turn. TRL's DPOTrainer scores every message of `chosen` and `rejected`. Messages
-that both share add the same log-probs to both, so they move into the prompt without a change of
-TRL's margin. Messages in which they differ before the last one are an error.
+that both share add the same log-probs to both. They are moved into the prompt, which leaves TRL's
+margin unchanged. Responses that differ before their last message are an error.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import Any
 from PIL import Image
 
 from realign.data.errors import Malformed, short_repr
+from realign.data.images import ImageError, StoredImage
 from realign.data.messages import split_at_tags, text_part
-from realign.data.pictures import PictureError, StoredImage
 
-Message = dict[str, Any]  # "role", and "content": text, or parts of type text and image
+Message = dict[str, Any]  # "role" and "content"; content is text, or parts of type text and image
 _DIALOGUES = ("conversations", "messages")
 _OTHER_DIALOGUES = ("rejected_conversations", "rejected_messages")
 _UNREAD = ("tools", "chat_template_kwargs", "history", "rejected_image", "rejected_images")
@@ -47,52 +48,52 @@ COLUMNS = frozenset(name for names in SOURCES.values() for name in names) | {
     *_UNREAD,
 }
 """Every column that `entry_of` looks at."""
-_BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF, WebP
-_LONGEST_PATH = 4096  # bytes, of Linux
+_BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # starts of PNG, JPEG, GIF, WebP
+_LONGEST_PATH = 4096  # bytes, the limit of Linux
 _GIVE_IMAGE = "Give a PIL image, bytes or a path."
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"system": "system"}
 _MESSAGE_KEYS = ("role", "from", "content", "value")
-_GIVE_MESSAGE = "Give a role and, as content, text or a list of parts of type text and image."
+_GIVE_MESSAGE = "Give a role, and text or a list of parts of type text and image as content."
 _JSON_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record as a file has it."""
+    """A record as parsed from a row, with image paths as written there."""
 
     name: str | None
     prompt: list[Message]
-    chosen: str | None  # None before it is written
+    chosen: str | None  # None if the row has no response yet
     rejected: str | None
-    images: list[StoredImage]  # paths as they are written
+    images: list[StoredImage]
     retrieved: list[StoredImage]
-    retrieved_chosen: str = ""  # preferred for the retrieved image; "" where there is none
+    retrieved_chosen: str = ""  # response preferred for the retrieved image, if any
 
 
 def entry_of(row: Mapping[str, Any]) -> Entry:
-    """Read a row.
+    """Parse a row.
 
     Raises:
-        Malformed: for a value of another type, or keys that are not read or contradict each other.
+        Malformed: for a value of the wrong type, an unsupported key, or contradictory keys.
     """
     for key in _UNREAD:
         if not _is_empty(row.get(key)):
             raise Malformed(
                 f"its {key} {short_repr(row[key])} would be lost.",
-                "Remove the key, or write the record in the columns of docs/data.md.",
+                "Remove the key, or write the record with the columns of docs/data.md.",
             )
     has_system = not _is_empty(row.get("system"))
     if has_system and all(_is_empty(row.get(key)) for key in _DIALOGUES):
-        # TRL ignores the column and other projects read it, so its meaning is not certain.
+        # The meaning is ambiguous: TRL ignores the column, and other projects read it.
         raise Malformed(
             f"its system {short_repr(row['system'])} would be lost.",
-            "Put it into `prompt`, as a message of the system.",
+            "Put it into `prompt`, as a system message.",
         )
     row = _with_trls_keys(row)
     if row.get("prompt") is None and not isinstance(row.get("chosen"), list | tuple | Mapping):
         unknown = [key for key in row if key not in COLUMNS]
-        keys = f" Its keys {short_repr(unknown)} are not known." if unknown else ""
+        keys = f" Its keys {short_repr(unknown)} are unknown." if unknown else ""
         raise Malformed(f"it has no prompt.{keys}", "Add one or remove the record.")
     names = ("chosen", "rejected", "retrieved_chosen")
     prompt, texts = dialogue_of(row.get("prompt"), {name: row.get(name) for name in names})
@@ -111,7 +112,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
 
 
 def name_of(row: Any) -> str | None:
-    """The id of a row as text that can be stored, on one line; None where it has none.
+    """The id of a row as text on one line and valid as UTF-8, or None if the row has no id.
 
     Raises:
         Malformed: for an id that is neither text nor a number.
@@ -126,13 +127,13 @@ def name_of(row: Any) -> str | None:
 
 
 class Names:
-    """Unique names: a number is added to a name that is in use."""
+    """Makes names unique by adding a number to a name that is in use."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def unique(self, name: str) -> str:
-        """The name, or the name with the first free number."""
+        """Returns the name, or the name with the first free number."""
         numbered, count = name, self._counts.get(name, 0)
         while numbered in self._counts:
             count += 1
@@ -143,10 +144,10 @@ class Names:
 
 
 def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
-    """The images of the only filled column among several; an empty list where all are empty.
+    """The images of the one non-empty column among several, or [] if all are empty.
 
     Raises:
-        Malformed: for a value that is not an image, or two columns with images.
+        Malformed: for a value that is not an image, or when two columns have images.
     """
     filled = [name for name in columns if not _is_empty(row.get(name))]
     if len(filled) > 1:
@@ -161,40 +162,40 @@ def _stored(image: Any, column: str) -> StoredImage:
         return Malformed(f"its {column} has the image {short_repr(image)}{why}.", remedy, reason)
 
     if image is None:
-        raise Malformed("one of its images is null.", "Give it or take it out.", "no image")
+        raise Malformed("one of its images is null.", "Add the image or remove it.", "no image")
     if isinstance(image, Image.Image):
         try:
             return StoredImage.from_pil(image)
-        except PictureError as error:
+        except ImageError as error:
             why = f" of mode {image.mode} ({error.detail})"
             raise malformed(why, "Give an open image of mode RGB.", error.reason) from error
     data, path = image, None
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")
-        # Arrow gives every image of a column every key.
+        # In Arrow, every image of a column has every key, so keys with null are ignored.
         extra = [key for key in image if key not in ("bytes", "path") and image[key] is not None]
         if extra:
-            raise malformed(f", whose {short_repr(extra[0])} is not read")
+            raise malformed(f", with the unsupported key {short_repr(extra[0])}")
     elif isinstance(image, str | Path):
         data, path = None, str(image)
     if path is not None and not isinstance(path, str):
-        raise malformed(", whose path is not text")
+        raise malformed(", with a path that is not text")
     if data is not None:
         if isinstance(data, bytes) and data:
             return StoredImage(data, path)
         reason = "corrupt" if isinstance(data, bytes) else "malformed"
-        raise malformed(", which has no bytes of an image file", reason=reason)
+        raise malformed(", which does not hold the bytes of an image file", reason=reason)
     if not path:
         raise malformed(", with neither bytes nor a path", reason="no image")
     if path.startswith(_BASE64) or len(path) > _LONGEST_PATH:
         raise malformed(", which looks like base64", "Decode it to bytes (base64.b64decode).")
     if path.startswith(("http://", "https://")):
-        raise malformed(", which is not fetched", "Download it.", "missing")
+        raise malformed(", but web addresses are not fetched", "Download it.", "missing")
     return StoredImage(path=path)
 
 
 def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with `prompt`, `chosen` and `rejected` for other projects' keys."""
+    """A row with other projects' keys converted to `prompt`, `chosen` and `rejected`."""
     row = {key: value for key, value in row.items() if not _is_empty(value)}
     if isinstance(text := row.get("text"), str) and not {"chosen", "prompt"} & row.keys():
         row |= _json_object(text)  # RLHF-V: question, chosen and rejected
@@ -237,18 +238,18 @@ def _json_object(text: str) -> dict[str, Any]:
 def dialogue_of(
     prompt: Any, responses: Mapping[str, Any]
 ) -> tuple[list[Message], dict[str, str | None]]:
-    """Read a prompt and the responses to it.
+    """Parse a prompt and the responses to it.
 
     Args:
-        prompt: text, messages, or None where it is the part that the responses share.
-        responses: by column: text, messages of which the last is the response, or None.
+        prompt: text, messages, or None if the prompt is the part that the responses share.
+        responses: column -> text, messages that end with the response, or None.
 
     Returns:
-        The messages of the prompt, and the text of each response, None where there is none.
+        The messages of the prompt, and for each column the text of the response or None.
 
     Raises:
-        Malformed: for values that are not messages, and for responses whose messages before the
-            last differ, or neither repeat nor continue the prompt.
+        Malformed: for values that are not messages. Also for responses that differ before their
+            last message, or whose earlier messages neither repeat nor continue the prompt.
     """
     opening: list[Message] = []
     if isinstance(prompt, str) and prompt:
@@ -256,7 +257,7 @@ def dialogue_of(
     elif not _is_empty(prompt):
         opening = messages_of(prompt, "prompt")
     texts: dict[str, str | None] = dict.fromkeys(responses)
-    turns_of: dict[str, list[Message]] = {}  # by response: after the prompt, before its text
+    turns_of: dict[str, list[Message]] = {}  # response -> messages between the prompt and its text
     for name, value in responses.items():
         if not _is_empty(value):
             texts[name], before = _response(value, name)
@@ -267,7 +268,7 @@ def dialogue_of(
             raise Malformed(
                 f"its {first} and {name} differ before their last message, and TRL scores all of "
                 "them.",
-                "Give responses of one message each, with the messages before it in `prompt`.",
+                "Give responses of one message each, and put earlier messages into `prompt`.",
             )
     if not (messages := [*opening, *shared]):
         raise Malformed("it has no prompt.", "Add one or remove the record.")
@@ -278,12 +279,12 @@ def dialogue_of(
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """The messages of a column, with keys `role` and `content`, or `from` and `value`.
+    """Parse the messages of a column, with keys `role` and `content`, or `from` and `value`.
 
-    One message may come without a list, and several may come as a struct of lists.
+    A single message needs no list. Several messages may be a struct of lists.
 
     Raises:
-        Malformed: for another value, role, key or part.
+        Malformed: for an unknown type, role, key or part.
     """
     value = _listed(value) if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value:
@@ -295,7 +296,10 @@ def messages_of(value: Any, column: str) -> list[Message]:
 
 
 def _listed(value: Mapping[str, Any]) -> list[Any]:
-    """One message, or those of a struct of lists, as `datasets` stores a Sequence of objects."""
+    """A list with the message, or with the messages of a struct of lists.
+
+    `datasets` stores a Sequence of objects as a struct of lists.
+    """
     columns = {key: column for key, column in value.items() if column is not None}
     roles = _either(columns, "role", "from")
     if not isinstance(roles, list) or any(
@@ -306,10 +310,10 @@ def _listed(value: Mapping[str, Any]) -> list[Any]:
 
 
 def with_system(prompt: list[Message], system: Any) -> list[Message]:
-    """The prompt with a system message at its beginning.
+    """The prompt with a system message added at the beginning.
 
     Raises:
-        Malformed: where it has a system message, or for another type than text.
+        Malformed: when the prompt already has a system message, or `system` is not text.
     """
     if not isinstance(system, str):
         raise Malformed(f"its system is {short_repr(system)}.", "Give text.")
@@ -359,7 +363,7 @@ def _message(message: Any, column: str) -> Message:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind not in ("text", "image"):
             raise malformed(f"the part {short_repr(part)} is not of type text or image")
-        # Arrow gives every part every field; an image part has no text.
+        # In Arrow, every part has all fields. An image part has no text.
         if foreign := _foreign(part, ("type", "text") if kind == "text" else ("type",)):
             raise malformed(f"{foreign} of a part would be lost")
         if kind == "text" and not isinstance(part.get("text"), str):
@@ -371,7 +375,7 @@ def _message(message: Any, column: str) -> Message:
 
 
 def _readable(text: str, column: str) -> str:
-    """The text; raises where no tokenizer can read it as intended."""
+    """Returns the text, or raises `Malformed` if a tokenizer cannot read it as intended."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -391,7 +395,7 @@ def _readable(text: str, column: str) -> str:
 def _without_prompt(
     prompt: list[Message], turns: list[Message]
 ) -> tuple[list[Message], list[Message]]:
-    """The prompt and the messages of a response after it; those may repeat the prompt."""
+    """Splits off the prompt from the messages of a response, which may repeat the prompt."""
     if not prompt or not turns:
         return prompt, turns
     (system, opening), (turns_system, later_turns) = _split(prompt), _split(turns)
@@ -399,31 +403,31 @@ def _without_prompt(
     same = len(repeated) == len(opening) and all(map(_asks_the_same, opening, repeated))
     if not same or (system and turns_system and system != turns_system):
         return prompt, turns
-    # One of the two may place the image, or hold the system message.
+    # The place of the image, or the system message, may be in only one of the two.
     merged = [max(pair, key=_image_count) for pair in zip(opening, repeated, strict=True)]
     return [*(system or turns_system), *merged], later_turns[len(opening) :]
 
 
 def _check_order(messages: Sequence[Message], response: str, start: int) -> None:
-    """Check that the messages from `start` on, moved out of a response, continue the prompt."""
+    """Checks that the messages after `start`, moved from a response, continue the prompt."""
     for last, message in zip(
         messages[max(start - 1, 0) :], messages[max(start, 1) :], strict=False
     ):
         if {last["role"], message["role"]} != {"user", "assistant"} and last["role"] != "system":
             raise Malformed(
-                f"its {response} has a message of the {message['role']} behind one of the "
-                f"{last['role']}, so it does not continue the prompt; TRL scores all messages.",
+                f"its {response} has a message of the {message['role']} after one of the "
+                f"{last['role']}, so it does not continue the prompt. TRL scores all messages.",
                 "Put the dialogue into `prompt`, and only the response into chosen and rejected.",
             )
     if messages[-1]["role"] != "user":
         raise Malformed(
             f"its prompt ends with a message of the {messages[-1]['role']}.",
-            "End it with a user message, which chosen and rejected answer.",
+            "End it with the user message that chosen and rejected answer.",
         )
 
 
 def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A system message at the beginning, if any, and the rest."""
+    """Splits messages into the system message at the beginning, if any, and the rest."""
     count = int(messages[0]["role"] == "system")
     return messages[:count], messages[count:]
 
@@ -450,14 +454,14 @@ def _image_count(message: Message) -> int:
 
 
 def _asks_the_same(one: Message, other: Message) -> bool:
-    """Whether two messages ask the same; one of them may omit the image's place."""
+    """Whether two messages are equal, except that one of them may omit the image's place."""
     if one["role"] != other["role"] or _text(one) != _text(other):
         return False
     return 0 in (_image_count(one), _image_count(other)) or _parts(one) == _parts(other)
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a value holds nothing; Arrow fills absent keys with null, some writers with ""."""
+    """Whether a value is empty. Arrow fills absent keys with null, and some writers with ""."""
     return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
 
 
@@ -466,6 +470,6 @@ def _either(item: Mapping[str, Any], *names: str) -> Any:
 
 
 def _foreign(item: Mapping[str, Any], allowed: Sequence[str]) -> str:
-    """The filled keys other than the allowed ones, for a message."""
+    """Non-empty keys that are not allowed, listed for an error message."""
     keys = [key for key, value in item.items() if key not in allowed and not _is_empty(value)]
     return ", ".join(map(short_repr, keys))

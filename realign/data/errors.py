@@ -1,4 +1,4 @@
-"""Errors of records: `RecordError`, `Malformed`, and values shortened for their messages."""
+"""Record errors, `RecordError` and `Malformed`, and shortened values for their messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 _LONGEST = 80  # characters of a value in a message
-_NAMED = 3  # further records that a message names
+_NAMED = 3  # further invalid records named in a message
 
 
 class RecordError(ValueError):
-    """A record cannot be used; the message names it and the remedy."""
+    """An invalid record. The message names the record, the problem and the remedy."""
 
     def __init__(self, record: str, problem: str, remedy: str) -> None:
         super().__init__(f"record {short_repr(record)}: {problem} {remedy}")
@@ -19,12 +19,12 @@ class RecordError(ValueError):
 
 
 class Malformed(ValueError):
-    """A row, message or chat that is not in its format or cannot be rendered.
+    """A row, message or chat that does not follow its format or cannot be rendered.
 
     Attributes:
-        problem: a sentence about the row, as "its prompt is 3, neither text nor messages."
-        remedy: the next step, as a sentence.
-        reason: one or two words, under which `realign.pairs` counts the row.
+        problem: a sentence about the row, such as "its prompt is 3, neither text nor messages."
+        remedy: a sentence with the next step for the user.
+        reason: one or two words. `realign.pairs` counts invalid rows by reason.
     """
 
     def __init__(self, problem: str, remedy: str = "", reason: str = "malformed") -> None:
@@ -32,7 +32,7 @@ class Malformed(ValueError):
         self.problem, self.remedy, self.reason = problem, remedy, reason
 
     def of(self, record: str) -> RecordError:
-        """The same error of a named record."""
+        """Returns the same error with the name of its record."""
         return RecordError(record, self.problem, self.remedy)
 
 
@@ -47,17 +47,17 @@ _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxle
 
 
 def short_repr(value: Any) -> str:
-    """`repr` of a value for a message, shortened, on one line; bytes are counted."""
+    """The `repr` of a value, shortened to one line. Bytes are shown as their number."""
     return shorten(_SHORTENED.repr(value))
 
 
 def short_error(error: Exception) -> str:
-    """An exception of another library for a message: its type and text, shortened, on one line."""
+    """Type and text of another library's exception, shortened to one line."""
     return shorten(f"{type(error).__name__}: {error}")
 
 
 def shorten(text: str) -> str:
-    """Text for a message, on one line: its beginning and end where it is long, valid as UTF-8."""
+    """Text on one line and valid as UTF-8. Only the beginning and end of a long text are kept."""
     text = " ".join(text.split())
     if len(text) > 2 * _LONGEST:
         text = f"{text[:_LONGEST]}...{text[-_LONGEST:]}"
@@ -65,7 +65,7 @@ def shorten(text: str) -> str:
 
 
 def one_of(errors: Sequence[RecordError]) -> RecordError:
-    """The first of several errors; its message counts and names the later ones."""
+    """Returns the first of several errors, with the number and names of the others added."""
     first, *later = errors
     if later:
         names = ", ".join(short_repr(error.record) for error in later[:_NAMED])

@@ -1,7 +1,8 @@
-"""Chat messages in typed parts, with images placed by image parts or by image tags in text.
+"""Chat messages as typed parts, with images placed by image parts or by image tags in the text.
 
-Data sets write tags of many families for an image: LLaVA, RLHF-V, ms-swift and LLaMA-Factory data
-hold `<image>` with every model, and exports of rendered prompts hold the token of another model.
+Data sets mark the place of an image with tags of many model families. LLaVA, RLHF-V, ms-swift and
+LLaMA-Factory data use `<image>` with every model. Exports of rendered prompts contain the image
+token of the model that they were rendered for.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ TAGS = re.compile(_FAMILY_TAGS)
 
 
 def tags_with(image: str, start: str | None = None, end: str | None = None) -> re.Pattern[str]:
-    """The tags of all families, and a processor's own image token.
+    """A pattern of all families' tags and a processor's own image token.
 
     Args:
-        image: the token.
-        start: text in front of a run of image tokens.
+        image: the image token.
+        start: text before a run of image tokens.
         end: text after it.
     """
     token = re.escape(image)
@@ -54,8 +55,8 @@ def split_at_tags(text: str, tags: re.Pattern[str] = TAGS) -> list[dict[str, str
     """Split a text at its image tags.
 
     Returns:
-        Typed parts in order, `{"type": "text", "text": ...}` and `{"type": "image"}`. Text beside a
-        tag loses the white space there. Empty text gives no part.
+        Typed parts in order, `{"type": "text", "text": ...}` and `{"type": "image"}`. White space
+        next to a tag is removed. Empty text gives no part.
     """
     pieces: list[str] = []
     end = 0
@@ -75,23 +76,23 @@ def split_at_tags(text: str, tags: re.Pattern[str] = TAGS) -> list[dict[str, str
 def place_images(
     messages: Iterable[Any], images: int, tags: re.Pattern[str] = TAGS
 ) -> list[dict[str, Any]]:
-    """Messages with content as typed parts, every image in its place.
+    """Messages with their content as typed parts, and every image in its place.
 
-    Image parts place images. Without any, image tags in user messages do. Without these, all images
-    go in front of the first user message, as TRL puts them.
+    Image parts define the places. Without image parts, the image tags in user messages do. Without
+    either, all images are placed before the first user message, as in TRL.
 
     Args:
-        messages: role, and content as text or parts of type text and image.
-        images: number of images of the prompt.
-        tags: regular expression of an image tag.
+        messages: messages with a role, and content as text or as parts of type text and image.
+        images: number of images in the prompt.
+        tags: regular expression for an image tag.
 
     Raises:
-        Malformed: when a message is malformed, or places and images disagree.
+        Malformed: when a message is malformed, or the numbers of places and images differ.
     """
     typed = [_typed(message) for message in messages]
     users = [message for message in typed if message["role"] == "user"]
     if not users:
-        raise Malformed("it has no user message.", "Give one.")
+        raise Malformed("it has no user message.", "Add one.")
     parts = sum(part["type"] == "image" for message in typed for part in message["content"])
     for message in typed:
         tag = next(filter(None, map(tags.search, texts_of(message))), None)
@@ -104,7 +105,7 @@ def place_images(
     in_text = [tag for m in users for text in texts_of(m) for tag in tags.finditer(text)]
     places = parts or len(in_text)
     if places and places != images:
-        form = f"image tags such as {in_text[0][0]!r}" if in_text else "parts"
+        form = f"image tags such as {in_text[0][0]!r}" if in_text else "image parts"
         raise Malformed(
             f"its messages place {places} image(s), by {form}, and {images} are given.",
             "Give as many images as the prompt has places.",
@@ -113,7 +114,7 @@ def place_images(
         if int(tag["number"] or number) != number:
             raise Malformed(
                 f"its image tag {tag[0]!r} is number {number} of the prompt.",
-                "Number image tags from 1 in the order of the text.",
+                "Number the image tags from 1, in the order of the text.",
             )
     for message in users if in_text else ():
         message["content"] = [
@@ -125,7 +126,7 @@ def place_images(
 
 
 def text_part(text: str) -> dict[str, str]:
-    """A typed part."""
+    """A typed part with text."""
     return {"type": "text", "text": text}
 
 
@@ -135,7 +136,7 @@ def texts_of(message: Mapping[str, Any]) -> list[str]:
 
 
 def _typed(message: Any) -> dict[str, Any]:
-    """A copy of a message with content in typed parts."""
+    """A copy of a message with its content as typed parts."""
     try:
         content = message["content"]
         parts = [text_part(content)] if isinstance(content, str) else content
@@ -144,5 +145,5 @@ def _typed(message: Any) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise Malformed(
             f"it has the message {short_repr(message)}.",
-            "Give a role and, as content, text or parts of type text and image.",
+            "Give a role, and text or parts of type text and image as content.",
         ) from error

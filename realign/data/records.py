@@ -1,13 +1,13 @@
-"""Preference records: their fields, their Parquet format, and their errors.
+"""Preference records: fields, Parquet format, reader and writer.
 
-A record is a prompt about an image, a chosen and a rejected response, and for objectives with a
-visual term the retrieved image. On disk it is a row of Parquet with TRL's vision preference columns
-(`prompt`, `chosen`, `rejected` as messages, `images`) plus `retrieved_images`; further columns hold
-where the record came from. `datasets.load_dataset("parquet", data_files=...)` reads it.
+A record has a prompt about an image, a chosen response and a rejected response. Objectives with a
+visual term also need the retrieved image. On disk, a record is a Parquet row with TRL's vision
+preference columns (`prompt`, `chosen`, `rejected` as messages, `images`) and `retrieved_images`.
+Further columns hold the provenance. `datasets.load_dataset("parquet", data_files=...)` reads it.
 
-Optional, for objectives that ask for it: several visual negatives, nearest first, as further
-entries of `retrieved_images` (each as many images as the record has), and `retrieved_chosen`, the
-response preferred for the retrieved image.
+Some objectives read optional fields. `retrieved_images` may hold several visual negatives, nearest
+first, each with as many images as the record. `retrieved_chosen` is the response preferred for the
+retrieved image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from realign.data.entries import Names, entry_of, name_of
 from realign.data.errors import Malformed, RecordError, one_of, short_repr
-from realign.data.pictures import StoredImage
+from realign.data.images import StoredImage
 from realign.data.tables import rows_of
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -42,22 +42,22 @@ _COLUMNS = {
 }
 _OPTIONAL = {"retrieved_chosen": _MESSAGES}  # written if a record has it
 PROVENANCE = {
-    "masked": pa.string(),  # the chosen response with its masked segments as [MASK]
-    "masker": pa.string(),  # rules, or the engine that chose the segments
-    "neighbour": pa.string(),  # id of the record on whose image the rejected response was completed
-    "neighbour_rank": pa.int64(),  # 0 is the nearest image; rank of the first that passed
-    "similarity": pa.float64(),  # cosine of the two images' embeddings
-    "text_similarity": pa.float64(),  # of chosen and rejected, as --similarity measures it
-    "visual_margin": pa.float64(),  # log-prob of chosen on its image less that on the negative
-    "judge": pa.string(),  # verdicts: whether rejected is true of the image, chosen of the negative
-    "negative": pa.string(),  # kind of the visual negative: retrieved, random, crop, noise, blank
-    "negative_record": pa.string(),  # id of the record whose image it is, if any
-    "answer_model": pa.string(),  # engine that wrote the chosen response, if any
+    "masked": pa.string(),  # The chosen response, with [MASK] for its masked segments.
+    "masker": pa.string(),  # "rules", or the engine that listed the segments.
+    "neighbour": pa.string(),  # Id of the record whose image the completion was written for.
+    "neighbour_rank": pa.int64(),  # Rank of that image; 0 is the nearest.
+    "similarity": pa.float64(),  # Cosine of the embeddings of the two images.
+    "text_similarity": pa.float64(),  # Similarity of chosen and rejected, as set by --similarity.
+    "visual_margin": pa.float64(),  # Log-prob of chosen on its image minus that on the negative.
+    "judge": pa.string(),  # Verdicts: is rejected true of the image, and chosen of the negative?
+    "negative": pa.string(),  # Visual negative: retrieved, random, crop, noise or blank.
+    "negative_record": pa.string(),  # Id of the record of a retrieved or random negative.
+    "answer_model": pa.string(),  # Engine that wrote the chosen response, if any.
     "embed_model": pa.string(),
     "refill_model": pa.string(),
     "seed": pa.int64(),
 }
-_ROW_GROUP = 256  # records; Arrow holds at most 2 GiB of embedded images in one
+_ROW_GROUP = 256  # records; Arrow limits the embedded images of a row group to 2 GiB
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Record:
     images: tuple[StoredImage, ...]
     retrieved_images: tuple[StoredImage, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
-    retrieved_chosen: str = ""  # preferred for the retrieved image; "" where there is none
+    retrieved_chosen: str = ""  # response preferred for the retrieved image, if any
 
 
 _IMPORT = "Convert its pairs with `python -m realign.pairs import {} --output pairs.parquet`."
@@ -86,22 +86,22 @@ def read_pairs(path: str | Path) -> list[Record]:
     """Read the preference records of a Parquet file, or of every Parquet file in a folder.
 
     Args:
-        path: a `.parquet` file or a folder of them, read in the order of their names. Image paths
-            inside are relative to that folder.
+        path: a `.parquet` file, or a folder of them that is read in the order of file names.
+            Relative image paths start at that folder.
 
     Returns:
-        The records, in file order. Images are not decoded yet.
+        The records, in file order. Their images are not decoded.
 
     Raises:
         FileNotFoundError: when `path` does not exist.
-        ValueError: for an empty set or a missing column.
+        ValueError: for an empty data set or a missing column.
         RecordError: for a record without a response or an image.
     """
     path = Path(path)
     if not os.path.exists(path):
         raise FileNotFoundError(
-            f"there is nothing at {short_repr(str(path))}. Name an existing Parquet file or a "
-            "folder of them; `python -m realign.pairs` writes preference pairs."
+            f"there is nothing at {short_repr(str(path))}. Pass an existing Parquet file, or a "
+            "folder of them. `python -m realign.pairs` writes preference pairs."
         )
     if path.is_file() and (remedy := _CONVERSIONS.get(path.suffix)):
         raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
@@ -111,8 +111,8 @@ def read_pairs(path: str | Path) -> list[Record]:
     records = records_in(rows_of(files, needed, tuple(PROVENANCE)), folder)
     if not records:
         raise ValueError(
-            f"{path} holds no records. Pass a Parquet file with records, or a folder of such files;"
-            " if `python -m realign.pairs` wrote it, look at its counts of dropped records."
+            f"{path} holds no records. Pass a Parquet file with records, or a folder of such files."
+            " If `python -m realign.pairs` wrote the file, check the counts of dropped records."
         )
     return records
 
@@ -124,16 +124,16 @@ def write_pairs(
     typed: bool | None = None,
     preferred: bool = False,
 ) -> int:
-    """Write records to one Parquet file, atomically; returns their number.
+    """Write records to one Parquet file atomically, and return their number.
 
-    The file carries `datasets` metadata, so image columns load as images there.
+    The file has `datasets` metadata, so that `datasets` loads image columns as images.
 
     Args:
-        path: the file.
+        path: the file to write.
         records: preference records.
-        typed: whether some prompt is in typed parts, where that is known. Then `records` is
-            written as it comes and never held in memory at once.
-        preferred: whether some record has `retrieved_chosen`; read only where `typed` is known.
+        typed: whether any prompt has typed parts. If given, `records` is streamed to the file. If
+            None, all records are read into memory first.
+        preferred: whether any record has `retrieved_chosen`. Used only if `typed` is given.
     """
     path = Path(path)
     if typed is None:
@@ -161,7 +161,7 @@ def write_pairs(
 
 
 def has_parts(prompt: Iterable[dict[str, Any]]) -> bool:
-    """Whether the content of some message is in typed parts."""
+    """Whether any message has its content as typed parts."""
     return any(not isinstance(message["content"], str) for message in prompt)
 
 
@@ -188,14 +188,14 @@ def _to_row(record: Record, typed: bool) -> dict[str, Any]:
 def records_in(
     rows: Iterable[tuple[str, Mapping[str, Any] | Malformed]], folder: str | Path
 ) -> list[Record]:
-    """Records of rows; a row without an id is named by its place, and names are made unique.
+    """Records of rows. A row without an id is named by its place, and names are made unique.
 
     Args:
-        rows: (place, row).
-        folder: folder of relative image paths.
+        rows: (place, row) pairs.
+        folder: the folder that relative image paths start at.
 
     Raises:
-        RecordError: for the first row that is not a record; it counts the later ones.
+        RecordError: for the first invalid row. The message also counts the later ones.
     """
     names = Names()
     records: list[Record] = []
@@ -240,7 +240,7 @@ def _record(name: str, row: Mapping[str, Any], folder: str | Path) -> Record:
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:
-    """A column's type as `datasets` writes it in Parquet metadata, so that images decode."""
+    """A column's type in the form of `datasets` metadata, which makes `datasets` decode images."""
     if kind == _IMAGES:
         return {"feature": {"_type": "Image"}, "_type": "List"}
     if pa.types.is_list(kind):

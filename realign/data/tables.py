@@ -1,4 +1,4 @@
-"""Rows of Parquet files, and of the Arrow files that `datasets` saves, read in pieces."""
+"""Batched reader for rows of Parquet files and of the Arrow files that `datasets` saves."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pyarrow.parquet as pq
 from realign.data.entries import COLUMNS, SOURCES
 from realign.data.errors import Malformed
 
-_BATCH = 32  # rows in memory at once; their images may be large
+_BATCH = 32  # rows in memory at once, few because images may be large
 
 
 def rows_of(
     files: Sequence[Path], needed: Sequence[str], more: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any] | Malformed]]:
-    """(place, row) of every row, with the columns that `entry_of` reads.
+    """Yields (place, row) for every row, with the columns that `entry_of` reads.
 
     Args:
-        files: `.arrow` files; all other files are Parquet.
-        needed: keys of `SOURCES`; a file must have a column for each.
-        more: further columns, read where a file has them.
+        files: files to read. `.arrow` files are Arrow, all others are Parquet.
+        needed: keys of `SOURCES`. Each file must have a column for every one.
+        more: further columns, read from the files that have them.
 
     Returns:
-        The rows, as file name and number, and objects. A row that Python cannot hold is a
-        `Malformed`.
+        The place, as file name and row number, and the row as an object. A row with values that
+        Python cannot represent is a `Malformed`.
 
     Raises:
         ValueError: for a file that cannot be read or lacks a column.
@@ -48,7 +48,7 @@ def rows_of(
 
 
 def python_rows(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any] | Malformed]:
-    """The rows of a batch as objects; a row that Python cannot hold is a `Malformed`."""
+    """The rows of a batch as objects. A row that Python cannot represent is a `Malformed`."""
     try:
         yield from batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
@@ -79,8 +79,8 @@ def _batches(file: Path, needed: Sequence[str], readable: set[str]) -> Iterator[
 def _columns(names: list[str], file: Path, needed: Sequence[str], readable: set[str]) -> list[str]:
     if missing := [column for column in needed if not set(SOURCES[column]) & set(names)]:
         raise ValueError(
-            f"{file} lacks the column(s) {', '.join(missing)}. Columns are those of TRL's vision "
-            "preference format (prompt, chosen, rejected, images), and retrieved_images for "
+            f"{file} lacks the column(s) {', '.join(missing)}. The format is TRL's vision "
+            "preference format (prompt, chosen, rejected, images), with retrieved_images for "
             f"objectives with a visual term. The file has {', '.join(names)}."
         )
     columns = [name for name in names if name in readable]

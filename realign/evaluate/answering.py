@@ -14,10 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from realign.data.pictures import StoredImage
+from realign.data.images import StoredImage
 from realign.files import check_file, read_jsonl, write_whole
 from realign.pairs.engines import Chat, Engine
-from realign.pairs.io.pictures import PictureError, inside, load_picture
+from realign.pairs.io.images import ImageError, inside, load_image
 from realign.pairs.io.rows import files_digest
 
 
@@ -231,7 +231,7 @@ def _place(folder: Path, question: Question) -> str:
     assert question.image is not None
     try:
         return inside(folder, question.image)
-    except PictureError as error:
+    except ImageError as error:
         raise ValueError(f"the image of question {question.id!r}: {error}") from error
 
 
@@ -239,8 +239,8 @@ def _chat(question: Question, sheet: Sheet) -> Chat:
     images = []
     if question.image is not None:
         try:
-            images = [load_picture(StoredImage(path=_place(sheet.folder, question)))]
-        except PictureError as error:
+            images = [load_image(StoredImage(path=_place(sheet.folder, question)))]
+        except ImageError as error:
             raise ValueError(f"the image of question {question.id!r}: {error}") from error
     content = question.text + sheet.asked["suffix"]
     return Chat([{"role": "user", "content": content}], images, sheet.asked["max_tokens"])

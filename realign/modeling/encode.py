@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from realign.config import LossConfig
 from realign.data.errors import Malformed, RecordError
-from realign.data.pictures import StoredImage
+from realign.data.images import StoredImage
 from realign.data.records import Record
 from realign.modeling.chat import ChatTemplate, Prompt, chat_prompt, text_inputs, tokens_behind
 from realign.modeling.forest import Example, Leaf, Root

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from realign.data.errors import RecordError, short_error
-from realign.data.pictures import StoredImage
+from realign.data.images import StoredImage
 from realign.modeling.layouts import Layout
 from realign_kernels import array_digest
 

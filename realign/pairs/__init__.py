@@ -1,1 +1,1 @@
-"""Pipeline from images with true responses to dual-preference pairs: `python -m realign.pairs`."""
+"""Pairs pipeline, `python -m realign.pairs`: makes preference pairs of images and responses."""

@@ -1,10 +1,11 @@
-"""Command `python -m realign.pairs`: make preference pairs; without --data, of the shipped digits.
+"""Command `python -m realign.pairs`: makes preference pairs.
 
     python -m realign.pairs --data records.parquet --output pairs.parquet
     python -m realign.pairs embed --data records.parquet --output pairs.parquet
 
-The second form runs up to one stage. `gallery` shows finished pairs, `stats` prints their figures,
-and `import` writes the pairs that a data set already has.
+Without --data, the records are the shipped digits. The second form runs the pipeline up to a stage.
+`gallery` shows finished pairs, `stats` prints their statistics, and `import` converts the pairs of
+an existing data set.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from realign.pairs.io import importers
 from realign.pairs.pipeline import STAGES, build_pairs, run_stages
 from realign.third_party import silence_third_party
 
-_LAST = STAGES[1:]  # stages that a command may name; every run begins with reading
+_LAST = STAGES[1:]  # stages that a command may name; every run starts with `read`
 _COMMANDS = {"import": importers.main, "gallery": gallery.main, "stats": stats.main}
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, build, report; returns an exit code."""
+    """Parses the arguments and runs the command. Returns an exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     silence_third_party()
     try:
@@ -34,16 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last = words.pop(0) if words and not words[0].startswith("-") else None
         if last is not None and last not in _LAST:
             raise ValueError(
-                f"unknown command {last!r}: {', '.join(_LAST)} run up to that stage, "
-                f"{', '.join(_COMMANDS)} are about finished pairs, and without one pairs are made."
+                f"unknown command {last!r}. Name a stage to run up to ({', '.join(_LAST)}), a "
+                f"command for finished pairs ({', '.join(_COMMANDS)}), or none to make pairs."
             )
         config = parse_sections(
             {"pairs": PairsConfig},
             prog="python -m realign.pairs",
-            description="Turn images with true responses into dual-preference pairs. Without "
-            "--data it makes them of the shipped handwritten digits. A stage's name in front "
-            f"({', '.join(_LAST)}) runs up to that stage. {', '.join(_COMMANDS)} are about "
-            "finished pairs and have flags of their own.",
+            description="Make preference pairs from images with true responses. Without --data, "
+            "the records are scenes of the shipped handwritten digits. To stop after a stage, "
+            f"give its name before the flags: {', '.join(_LAST)}. The commands "
+            f"{', '.join(_COMMANDS)} process finished pairs and have their own --help.",
             arguments=words,
         )["pairs"]
         if last is None:

@@ -1,4 +1,4 @@
-"""Settings of the pairs pipeline; a field is a flag of `python -m realign.pairs`."""
+"""Settings of the pairs pipeline. Every field is a flag of `python -m realign.pairs`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ REFILLS = ("infill", "prompt")
 _RAY = re.compile(r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+")
 _OF_ENDPOINTS = ("concurrency", "requests_per_minute", "price_in", "price_out")
 _LARGEST = sys.float_info.max
-_RANGES = (  # names, least and largest value, message
+_RANGES = (  # names, minimum, maximum, message
     (("scenes", "k", "candidates", "shard", "batch_size"), 1, _LARGEST, "it must be at least 1."),
-    (("hash_distance",), -1, 63, "it is from -1 to 63 bits."),
-    (("segments", "temperature"), 0, _LARGEST, "it must be finite, 0 or more."),
-    (("max_bad",), 0, 1, "it is a share, from 0 to 1."),
-    (("share",), 0, 1, "it is a share, above 0 and up to 1."),
-    (("ceiling", "tau"), -1, 1, "it is a similarity, from -1 to 1."),
+    (("hash_distance",), -1, 63, "it must be from -1 to 63 bits."),
+    (("segments", "temperature"), 0, _LARGEST, "it must be finite, and 0 or more."),
+    (("max_bad",), 0, 1, "it must be from 0 to 1."),
+    (("share",), 0, 1, "it must be above 0 and at most 1."),
+    (("ceiling", "tau"), -1, 1, "it must be from -1 to 1."),
     (("seed",), 0, _LARGEST, "it must be 0 or more."),
 )
 
@@ -35,92 +35,108 @@ _RANGES = (  # names, least and largest value, message
 @dataclass
 class PairsConfig:
     output: str = "runs/pairs.parquet"
-    """Parquet file to write; rejected_records.parquet in --work lists invalid records."""
+    """Parquet file to write. Invalid records are listed in rejected_records.parquet in --work."""
     data: str | None = None
-    """File or folder of records with images, prompts and responses; digit scenes when absent."""
+    """File or folder of records with images, prompts and responses. Without it, scenes of the
+    shipped digits are drawn."""
     format: str = "auto"
-    """Of --data: parquet, realign, llava, coco, folder; auto detects it. llava:all and coco:all
-    take every answer or caption, not only the first."""
+    """Format of --data: parquet, realign, llava, coco or folder. auto detects it. llava:all and
+    coco:all use every answer or caption, not only the first."""
     image_folder: str | None = None
-    """Folder that image paths in --data are relative to; that of --data when absent."""
+    """Folder that contains the images and that image paths in --data are relative to. Without it,
+    the folder of --data."""
     model: str | None = None
-    """Model that refills (and embeds, unless --embed-model); the digits model when absent."""
+    """Vision-language model that refills masked responses. Without --embed-model it also embeds the
+    images. The default is the shipped digits model."""
     embed_model: str | None = None
-    """CLIP, SigLIP or sentence-transformers model for the image embeddings; the model's own tower
-    when absent."""
+    """CLIP, SigLIP or sentence-transformers model that embeds the images. Without it, the vision
+    tower of --model embeds them."""
     dtype: str = "fp32"
-    """Of these models' computations: fp32 or bf16. Training in the same dtype finds the margins'
-    log-probs in its reference cache."""
+    """Precision of these models: fp32 or bf16. If training uses the same dtype, it finds the
+    log-probs of --margin in its reference cache."""
     scenes: int = 1024
-    """Digit scenes to draw when there is no --data."""
+    """Number of digit scenes to draw if there is no --data."""
     answer: str | None = None
-    """Engine that writes responses for the records without one: transformers:MODEL, or the URL of
-    an OpenAI-compatible endpoint, http://HOST:PORT/v1#MODEL."""
+    """Engine that writes responses for records without one: transformers:MODEL, or the URL of an
+    OpenAI-compatible endpoint, http://HOST:PORT/v1#MODEL. Without it, records need a response."""
     k: int = 10
-    """Neighbours tried for each image."""
+    """Number of nearest neighbours to try for each image."""
     index: str = "auto"
-    """Search for neighbours: exact, ivf, hnsw; auto is exact up to 200,000 images, then ivf."""
+    """Index for the search of neighbours: exact, ivf or hnsw. auto is exact up to 200,000 images,
+    then ivf."""
     ceiling: float = 0.999
-    """Images at least this similar (cosine) are duplicates, never neighbours."""
+    """Images with at least this cosine similarity are duplicates, not neighbours."""
     floor: float = -1.0
-    """Images less similar than this (cosine) are no neighbours."""
+    """Images with a cosine similarity below this are not neighbours. -1 sets no limit."""
     hash_distance: int = HASH_DISTANCE
-    """Images whose perceptual hashes differ in at most this many of 64 bits are duplicates; -1
-    compares no hashes."""
+    """Images whose 64-bit perceptual hashes differ in at most this many bits are duplicates. -1
+    disables the comparison of hashes."""
     masker: str = "rules"
-    """Picks the words to hide: rules, or an engine as of --answer."""
+    """Chooses the words to hide: rules, or an engine as in --answer. The rules are for English."""
     mask: str = ""
-    """Kinds of word to hide, with commas: numbers, attributes, relations, objects (all of them
-    when empty; numbers for the digits)."""
+    """Kinds of word to hide, separated by commas: numbers, attributes, relations, objects. Empty
+    means all of them, or numbers for the digit scenes."""
     segments: int = 1
-    """Words hidden in a response, drawn at random; 0 hides all of those kinds."""
+    """Number of segments to hide in a response, drawn at random. 0 hides all segments of those
+    kinds."""
     share: float | None = None
-    """Share of the words of those kinds to hide, in place of --segments."""
+    """Share of the segments of those kinds to hide, in place of --segments. Without it, --segments
+    applies."""
     refill: str = "infill"
-    """How masked responses are completed: infill forces the other words, prompt asks --engine."""
+    """Completion of masked responses. infill generates only the hidden words and forces the others.
+    prompt asks --engine to complete the text."""
     engine: str | None = None
-    """Engine of --refill prompt, as of --answer; transformers with --model when absent."""
+    """Engine for --refill prompt, as in --answer. Without it, --model completes the responses in
+    this process."""
     candidates: int = 1
-    """Completions tried by the filters that need a model: --similarity, --margin, --judge."""
+    """Number of completions of a record that the filters --similarity, --margin and --judge may
+    try."""
     temperature: float = 0.0
-    """Sampling temperature of the refill; 0 is greedy."""
+    """Sampling temperature of the refill. 0 is greedy."""
     tau: float = 1.0
-    """Drop completions whose similarity to the chosen response is at least this."""
+    """Completions with at least this similarity to the chosen response are dropped. 1 drops only
+    those with the same words."""
     similarity: str = "lexical"
-    """Measure of --tau: lexical, the share of matching words, or a sentence-transformers model by
-    name, the cosine (the paper: all-mpnet-base-v2 with tau 0.95)."""
+    """Similarity that --tau limits. lexical is the share of matching words. The name of a
+    sentence-transformers model selects the cosine of its embeddings. The paper uses
+    all-mpnet-base-v2 with tau 0.95."""
     margin: bool = False
-    """Keep only records whose chosen response is likelier by the model on its own image than on the
+    """Keep only records whose chosen response has a higher log-prob on its own image than on the
     visual negative."""
     judge: str | None = None
-    """Engine, as of --answer, that drops records whose rejected response is true of the image, or
-    the chosen one of the visual negative."""
+    """Engine, as in --answer, that judges the pairs. It drops records whose rejected response is
+    true of the image, or whose chosen response is true of the visual negative. Without it, no pair
+    is judged."""
     concurrency: int = 8
-    """Requests to an endpoint at the same time."""
+    """Number of concurrent requests to an endpoint."""
     requests_per_minute: float | None = None
-    """Most requests of each process to an endpoint in a minute."""
+    """Maximum number of requests per minute that each process sends to an endpoint. Without it,
+    there is no limit."""
     price_in: float | None = None
-    """Price of a million input tokens at an endpoint; costs are estimated beforehand."""
+    """Price of a million input tokens at an endpoint. With both prices, the cost is estimated
+    before the first request."""
     price_out: float | None = None
-    """The same of output tokens."""
+    """Price of a million output tokens at an endpoint."""
     negative: str = "retrieved"
-    """Visual negative: retrieved, or for comparisons random, crop, noise, blank. The rejected
-    response is always completed on the retrieved image."""
+    """Visual negative: retrieved, the image that the rejected response was completed on. For
+    comparisons: random, crop, noise or blank."""
     work: str | None = None
-    """Folder of the shards, from which a stopped run resumes; OUTPUT with .work when absent."""
+    """Folder of the shards from which a stopped run resumes. Without it, OUTPUT with the suffix
+    .work."""
     shard: int = 512
-    """Records of a shard, the most that an interruption loses."""
+    """Number of records in a shard. An interruption loses at most one shard."""
     max_bad: float = 0.05
-    """Share of the records that may be unusable before the run stops."""
+    """Maximum share of invalid records. With more, the run stops."""
     batch_size: int = 64
-    """Images embedded and records refilled at once."""
+    """Number of images embedded, or records refilled, in one batch."""
     ray: str | None = None
-    """Run on Ray Data: a cluster's address, local for all cores of this machine, or local:N for N
-    of them. All paths must be the same on every machine."""
+    """Run on Ray Data: the address of a cluster, local for all cores of this machine, or local:N
+    for N cores. All paths must be the same on every machine. Without it, this process makes all
+    shards."""
     seed: int = 0
-    """Seeds the scenes, the masks, the sampling and the visual negatives."""
+    """Seed of the scenes, the masks, the sampling and the visual negatives."""
     quiet: bool = False
-    """No progress: only the result."""
+    """Print only the result, without progress."""
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -134,18 +150,18 @@ class PairsConfig:
         work = self.work_folder
         if work == output:
             raise ValueError(
-                f"output {self.output} is the work folder's name; use the suffix .parquet."
+                f"output {self.output} is also the work folder; use the suffix .parquet."
             )
         if self.data is not None and Path(self.data).is_dir():
             for flag, path in (("output", output), ("work", work)):
                 if path.resolve().is_relative_to(Path(self.data).resolve()):
                     raise ValueError(
-                        f"--{flag} {path} is in the folder of --data, which a run would change; "
-                        "name a path outside of it."
+                        f"--{flag} {path} is in the folder of --data, which the run would change. "
+                        "Name a path outside of it."
                     )
         if unknown := [name for name in self.categories if name not in CATEGORIES]:
             raise ValueError(
-                f"mask names {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
+                f"mask contains {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
             )
         choices = {"refill": REFILLS, "negative": negatives.KINDS, "index": INDICES}
         for name, valid in (choices | {"dtype": tuple(DTYPES)}).items():
@@ -155,12 +171,12 @@ class PairsConfig:
                 )
         if self.ray is not None and not _RAY.fullmatch(self.ray):
             raise ValueError(
-                f"ray is {self.ray!r}; give local, local:N, auto or a cluster's address HOST:PORT."
+                f"ray is {self.ray!r}; it must be local, local:N, auto or an address HOST:PORT."
             )
         for name, spec in self._engines().items():
             try:
                 engines.make_engine(spec, **self.engine_options)
-            except ValueError as error:  # without `spec`, which may contain a key
+            except ValueError as error:  # the message omits `spec`, which may contain a key
                 raise ValueError(f"--{name}: {error}") from error
 
     def _check_numbers(self) -> None:
@@ -170,19 +186,19 @@ class PairsConfig:
                 if value is not None and not low <= value <= high:
                     raise ValueError(f"{name} is {value}; {message}")
         if self.share == 0:
-            raise ValueError("share is 0.0; it is a share, above 0 and up to 1.")
+            raise ValueError("share is 0.0; it must be above 0 and at most 1.")
         if not self.floor < self.ceiling:
             raise ValueError(
-                f"floor is {self.floor} and ceiling is {self.ceiling}, which leaves no neighbour; "
-                "the floor must be below the ceiling."
+                f"floor is {self.floor} and ceiling is {self.ceiling}, which leaves no neighbour. "
+                "The floor must be below the ceiling."
             )
 
     def _check_effects(self) -> None:
-        """Check that every setting has an effect."""
+        """Rejects settings that would have no effect."""
         if self.model is not None and self.data is None:
-            raise ValueError("--model is given without --data; pass the records to make pairs of.")
+            raise ValueError("--model is given without --data. Pass --data with your records.")
         if self.data is not None and self.scenes != 1024:
-            raise ValueError("--scenes counts digit scenes and has no effect with --data; drop it.")
+            raise ValueError("--scenes would have no effect with --data: no scenes are drawn.")
         for name in ("format", "image_folder", "answer"):
             if self.data is None and getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(
@@ -192,39 +208,39 @@ class PairsConfig:
         if self.engine is not None and self.refill != "prompt":
             raise ValueError("engine would have no effect with infill; add --refill prompt.")
         if self.share is not None and self.segments != 1:
-            raise ValueError("share and segments both set how much to hide; give one of them.")
+            raise ValueError("share and segments both set how much to hide. Give one of them.")
         by_engine = self.masker not in MASKERS
         if by_engine and (self.mask or self.segments != 1 or self.share is not None):
             raise ValueError(
                 "mask, segments and share are settings of the rules and would have no effect with "
-                "an engine as --masker; drop them."
+                "an engine as --masker. Remove them."
             )
         needs_candidates = self.judge is not None or self.margin or self.similarity != "lexical"
         if self.candidates > 1 and not needs_candidates:
             raise ValueError(
-                f"candidates is {self.candidates} and would have no effect: no filter selects "
-                "among them. Add --similarity, --margin or --judge."
+                f"candidates is {self.candidates} and would have no effect: no filter chooses "
+                "among completions. Add --similarity, --margin or --judge."
             )
         if self.candidates > self.k:
             raise ValueError(
-                f"candidates is {self.candidates} of {self.k} neighbours; give at most k."
+                f"candidates is {self.candidates}, but k is {self.k}; it must be at most k."
             )
         model_is_used = self.embed_model is None or self.refill == "infill" or self.margin
         if self.model is not None and not model_is_used and self.engine is not None:
             raise ValueError(
                 f"model is {self.model!r} and would have no effect: --embed-model embeds, and "
-                "--engine refills. Drop it."
+                "--engine refills. Remove it."
             )
         if not any(map(is_endpoint, self._engines().values())):
             for name in _OF_ENDPOINTS:
                 if (value := getattr(self, name)) not in (None, type(self).__dict__[name]):
                     raise ValueError(
                         f"{name} is {value} and would have no effect: no engine is an endpoint. "
-                        "Drop it, or name a URL for --answer, --masker, --engine or --judge."
+                        "Remove it, or give a URL for --answer, --masker, --engine or --judge."
                     )
 
     def _engines(self) -> dict[str, str]:
-        """Flag -> engine, of those that are given."""
+        """Flag -> spec of the engine, for the flags that name one."""
         specs = {name: getattr(self, name) for name in ("answer", "masker", "engine", "judge")}
         return {n: s for n, s in specs.items() if s is not None and s not in MASKERS}
 
@@ -237,17 +253,17 @@ class PairsConfig:
 
     @property
     def base(self) -> str:
-        """The folder or name of the vision-language model."""
+        """Folder or hub name of the vision-language model."""
         return self.model or str(ASSETS)
 
     @property
     def refill_engine(self) -> str | None:
-        """The engine that refills; None with infill."""
+        """The engine that refills, or None with infill."""
         return (self.engine or f"transformers:{self.base}") if self.refill == "prompt" else None
 
     @property
     def response_stage(self) -> str:
-        """The stage whose rows hold the chosen responses."""
+        """Name of the stage whose rows hold the chosen responses."""
         return "read" if self.answer is None else "answer"
 
     @property
@@ -257,7 +273,7 @@ class PairsConfig:
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """Arguments of `make_engine` besides the name."""
+        """Keyword arguments of `make_engine`."""
         return {
             "folder": self.work_folder / "engines",
             "batch_size": self.batch_size,

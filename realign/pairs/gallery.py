@@ -1,8 +1,8 @@
 """Gallery of pairs: `python -m realign.pairs gallery PAIRS.parquet --output gallery.html`.
 
-One HTML file that needs no network, with the figures of `stats` above the pairs. Pictures are data
-URIs, texts are in a JSON block and set as text, and a Content-Security-Policy allows only its own
-script and style.
+The gallery is one HTML file that needs no network, with the statistics of `stats` above the pairs.
+Images are data URIs. Texts are in a JSON block, and the script inserts them as text, not markup. A
+Content-Security-Policy allows only the page's own script and style.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from PIL import Image
 from realign.cli import one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
-from realign.data.pictures import PictureError, StoredImage
+from realign.data.images import ImageError, StoredImage
 from realign.files import check_file
-from realign.pairs.io.pictures import load_picture
+from realign.pairs.io.images import load_image
 from realign.pairs.stats import FACTS, changed_words, collect, difference, image_digest, pair_rows
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
-_SMALL = 128  # pixels; smaller pictures are not reduced, and are shown with hard edges
+_SMALL = 128  # pixels; images up to this size are not reduced, and are shown with sharp pixels
 
 
 def write_gallery(
     pairs: str | Path, output: str | Path, *, most: int = 500, side: int = 320
 ) -> tuple[int, int]:
-    """Write the page.
+    """Write the gallery.
 
     Args:
         pairs: a Parquet file of preference pairs, or a folder of them.
         output: HTML file to write.
-        most: pairs shown, evenly sampled over the file; 0 shows all.
-        side: pixels of the longer side of a thumbnail.
+        most: maximum number of pairs to show, sampled evenly over the file. 0 shows all.
+        side: longer side of a thumbnail, in pixels.
 
     Returns:
-        The number of pairs shown, and the number of pairs.
+        The number of pairs shown, and the number of all pairs.
 
     Raises:
-        FileNotFoundError: when there is nothing at `pairs`.
+        FileNotFoundError: when `pairs` does not exist.
         ValueError: for a file without pairs, or a number out of range.
     """
     for name, value, least in (("most", most, 0), ("side", side, 16)):
@@ -71,7 +71,7 @@ def write_gallery(
         "about": f"{count} in {name}",
         "figures": str(stats),
         "pairs": cards,
-        "pictures": album.pictures,
+        "images": album.images,
     }
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def write_gallery(
 
 
 def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dict[str, Any]:
-    """A row as the page shows it; paths of images are relative to `folder`."""
+    """The data of a row for the page. Paths of images are relative to `folder`."""
     try:
         if isinstance(row, Malformed):
             raise row
@@ -95,9 +95,9 @@ def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dic
     facts = [(key.replace("_", " "), str(row[key])) for key in FACTS if row.get(key) is not None]
     negative = row.get("negative") or "retrieved"
     similarity = _finite(row.get("similarity"))
-    # The similarity is that of the neighbour, which is shown only if it is the negative.
+    # The similarity is for the neighbour. With another negative, the neighbour is not shown.
     if negative != "retrieved" and similarity is not None:
-        name = "completed on a neighbour"
+        name = "similarity of the neighbour"
         verdicts.insert(0, {"name": name, "value": f"{similarity:.3f}", "tone": ""})
     return {
         "id": place if row.get("id") is None else str(row["id"]),
@@ -117,7 +117,7 @@ def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dic
 
 
 def _verdicts(row: dict, same: bool) -> tuple[list[dict], list[str]]:
-    """Results of the filters: (verdicts to show, labels for the page's filter)."""
+    """Results of the filters, as (verdicts to show, labels for the page's filter)."""
     results: list[tuple[str, str, str, str | None]] = []  # name, value, tone, label
     if (value := _finite(row.get("text_similarity"))) is not None:
         results.append(("text similarity", f"{value:.2f}", "", None))
@@ -130,18 +130,18 @@ def _verdicts(row: dict, same: bool) -> tuple[list[dict], list[str]]:
             tone = {"false": "good", "true": "bad"}.get(verdict, "")
             results.append((f"judge: {subject}", verdict, tone, f"judge: {subject} {verdict}"))
     if same:
-        results.append(("both pictures", "the same", "bad", "both pictures the same"))
+        results.append(("both images", "the same", "bad", "both images the same"))
     verdicts = [{"name": n, "value": v, "tone": tone} for n, v, tone, _ in results]
     return verdicts, [label for *_, label in results if label]
 
 
 def _judged(text: str) -> dict[str, str]:
-    """Verdicts of a judge by subject: "true", "false" or "no verdict"."""
+    """Subject -> verdict of the judge: "true", "false" or "no verdict"."""
     try:
         verdicts = json.loads(text)
     except ValueError:
         verdicts = text
-    verdicts = verdicts if isinstance(verdicts, dict) else {"said": verdicts}
+    verdicts = verdicts if isinstance(verdicts, dict) else {"verdict": verdicts}
     words = {True: "true", False: "false", None: "no verdict"}
     return {
         str(key): words[value] if value is None or isinstance(value, bool) else str(value)
@@ -150,27 +150,27 @@ def _judged(text: str) -> dict[str, str]:
 
 
 class _Album:
-    """Thumbnails as data URIs; equal pictures share one."""
+    """Thumbnails as data URIs. Equal images share one."""
 
     def __init__(self, side: int) -> None:
         self._side = side
         self._places: dict[bytes, int] = {}
-        self.pictures: list[dict[str, Any]] = []
+        self.images: list[dict[str, Any]] = []
 
     def place_of(self, image: StoredImage, folder: Path) -> int:
-        """The index of an image in `pictures`; its path is relative to `folder`."""
+        """The index of an image in `images`. Its path is relative to `folder`."""
         key = image_digest(image, folder)
         if key not in self._places:
-            self._places[key] = len(self.pictures)
+            self._places[key] = len(self.images)
             if image.data is None:
                 image = StoredImage(path=str(folder / (image.path or "")))
-            self.pictures.append(self._picture(image))
+            self.images.append(self._thumbnail(image))
         return self._places[key]
 
-    def _picture(self, stored: StoredImage) -> dict[str, Any]:
+    def _thumbnail(self, stored: StoredImage) -> dict[str, Any]:
         try:
-            image = load_picture(stored)
-        except PictureError as error:
+            image = load_image(stored)
+        except ImageError as error:
             return {"problem": error.reason}
         small = max(image.size) <= _SMALL
         if not small:
@@ -183,7 +183,7 @@ class _Album:
 
 
 def _page(name: str, data: dict[str, Any]) -> str:
-    """The template with the data, and a policy that allows only its own script and style."""
+    """The template, filled with the data and a policy for only its own script and style."""
     page = _TEMPLATE.read_text(encoding="utf-8")
     hashes = {}
     for tag in ("style", "script"):
@@ -195,7 +195,7 @@ def _page(name: str, data: dict[str, Any]) -> str:
         f"script-src {hashes['script']}; base-uri 'none'; form-action 'none'"
     )
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Without `<`, no text in the block can end it or begin a tag or comment.
+    # Without `<`, no text in the block can end the block, or begin a tag or comment.
     text = text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
     title = html.escape(f"Preference pairs: {name}")
     parts = {"%POLICY%": policy, "%TITLE%": title, "%DATA%": text}
@@ -209,24 +209,34 @@ def _text(content: str | list[dict]) -> str:
 
 
 def _finite(value: Any) -> float | None:
-    """The number, or None where JSON has no form of it."""
+    """The number, or None if it is not finite, which JSON cannot represent."""
     return float(value) if value is not None and np.isfinite(value) else None
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, write, report; returns an exit code."""
+    """Parses the arguments and writes the gallery. Returns an exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m realign.pairs gallery",
-        description="Write one HTML file that shows preference pairs; it needs no network.",
-    )
-    parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
-    parser.add_argument("--output", default="gallery.html", help="file to write (%(default)s)")
-    parser.add_argument(
-        "--most", type=int, default=500, help="pairs shown, evenly sampled; 0: all (%(default)s)"
+        description="Write one HTML file that shows preference pairs and needs no network.",
     )
     parser.add_argument(
-        "--side", type=int, default=320, help="longer side of a thumbnail (%(default)s pixels)"
+        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files"
+    )
+    parser.add_argument(
+        "--output", default="gallery.html", help="HTML file to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--most",
+        type=int,
+        default=500,
+        help="maximum number of pairs to show, sampled evenly; 0 shows all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=320,
+        help="longer side of a thumbnail in pixels (default: %(default)s)",
     )
     args = parser.parse_args(arguments)
     check_file("--output", args.output)

@@ -1,15 +1,17 @@
-"""Visual negatives from a record's own picture: crop, noise, blank; baselines for retrieval.
+"""Visual negatives made from a record's own image, `crop`, `noise` and `blank`.
+
+They are baselines for retrieval.
 
 - `crop` is mDPO's (arXiv 2406.11839), a crop of "0-20 %". We read this as the share that is
-  *kept*, as other projects do: a window of 1 to 20 % of the picture's area, drawn evenly, with
-  sides in a ratio of 3/4 to 4/3 of the picture's own, resized to the picture's size.
-- `noise` is the diffusion noise of VCD (arXiv 2311.16922): `sqrt(a) x + sqrt(1 - a) e` with e
-  standard normal for each pixel and colour, and a = 0.74 at step 500 of its schedule of 1000. Our x
-  is in [-1, 1], and the result is rounded to 8 bits, because it is a picture. VCD's x is the
-  output of a processor with about twice that contrast, so the same step is stronger in ours.
-- `blank` is one grey, 128.
+  *kept*, like other projects. The window has 1 to 20 % of the image's area, drawn uniformly. Its
+  aspect ratio is 3/4 to 4/3 of the image's own. It is resized to the size of the image.
+- `noise` is the diffusion noise of VCD (arXiv 2311.16922), `sqrt(a) x + sqrt(1 - a) e`. Here e is
+  standard normal for each pixel and colour, and a = 0.74 at step 500 of the schedule of 1000. Our x
+  is in [-1, 1], and the result is an image, rounded to 8 bits. VCD's x is the output of a processor
+  with about twice that contrast, so the same step is stronger here.
+- `blank` is a uniform grey, 128.
 
-`retrieved` and `random` are other records' pictures, which the pipeline selects.
+`retrieved` and `random` negatives are the images of other records. The pipeline selects them.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ import numpy as np
 from PIL import Image
 
 DERIVED = ("crop", "noise", "blank")
-"""Kinds made from the record's own picture."""
+"""Kinds made from the record's own image."""
 KINDS = ("retrieved", "random", *DERIVED)
 STEPS = 1000
-"""Steps of the noise schedule."""
+"""Number of steps in the noise schedule."""
 GREY = 128
-"""Level of the blank picture."""
+"""Grey level of a blank image."""
 
-_RATIO = 4 / 3  # of the sides of a crop to those of the picture, at most
+_RATIO = 4 / 3  # maximum change of the aspect ratio by a crop
 
 
 def visual_negative(
@@ -36,17 +38,18 @@ def visual_negative(
     crop: tuple[float, float] = (0.01, 0.20),
     noise_step: int = 500,
 ) -> Image.Image:
-    """Make a visual negative of a picture.
+    """Make a visual negative of an image.
 
     Args:
         kind: crop, noise or blank.
-        image: the RGB picture; it is not changed.
+        image: the RGB image, which is not changed.
         rng: draws the window or the noise.
-        crop: least and largest share of the area that a crop keeps.
-        noise_step: of `STEPS`; the first adds almost nothing, the last leaves almost nothing.
+        crop: minimum and maximum share of the area that a crop keeps.
+        noise_step: step of the noise schedule, from 0 (almost no noise) to `STEPS` - 1 (almost
+            only noise).
 
     Returns:
-        An RGB picture of the same size.
+        An RGB image of the same size.
 
     Raises:
         ValueError: for another kind, shares outside (0, 1], or a step outside the schedule.
@@ -59,16 +62,16 @@ def visual_negative(
         return Image.new("RGB", image.size, (GREY, GREY, GREY))
     if kind in KINDS:
         raise ValueError(
-            f"a {kind!r} negative is another record's picture; choose the record, or use crop, "
-            "noise or blank, which are made from the picture itself."
+            f"a {kind!r} negative is the image of another record. Select that record, or use crop, "
+            "noise or blank, which are made from the image itself."
         )
     raise ValueError(f"negative is {kind!r}; it must be one of {', '.join(KINDS)}.")
 
 
 def kept_at(step: int) -> float:
-    """The share `a` of a picture's variance that remains at a step of the noise schedule.
+    """The share `a` of an image's variance that remains at a step of VCD's noise schedule.
 
-    VCD's: `a` is the product of 1 - beta, and beta rises along a sigmoid from 1e-5 to 5e-3.
+    `a` is the product of 1 - beta, and beta rises along a sigmoid from 1e-5 to 5e-3.
     """
     rise = 1 / (1 + np.exp(-np.linspace(-6, 6, STEPS)))
     return float(np.cumprod(1 - (rise * (5e-3 - 1e-5) + 1e-5))[step])
@@ -77,7 +80,7 @@ def kept_at(step: int) -> float:
 def _crop(image: Image.Image, rng: np.random.Generator, shares: tuple[float, float]) -> Image.Image:
     low, high = shares
     if not 0 < low <= high <= 1:
-        raise ValueError(f"crop is {shares}; give the least and the largest share, in (0, 1].")
+        raise ValueError(f"crop is {shares}; it must be a minimum and a maximum share in (0, 1].")
     area, stretch = rng.uniform(low, high), _RATIO ** rng.uniform(-1, 1)
     width, height = (
         min(side, max(1, round(side * (area * ratio) ** 0.5)))

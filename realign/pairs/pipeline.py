@@ -1,8 +1,9 @@
 """Pairs pipeline: read, answer, embed, retrieve, mask, refill on the neighbour, filter, write.
 
-It follows the paper. Neighbours are tried in order, nearest first. The first one with a completion
-that passes the filters gives the rejected response and is the visual negative. A record without
-such a neighbour among k is dropped and counted by reason. Every stage resumes when interrupted.
+The pipeline follows the paper. It tries the k nearest neighbours of an image, nearest first. The
+first neighbour with a completion that passes the filters is the visual negative, and the completion
+is the rejected response. A record without such a neighbour is dropped and counted by reason.
+An interrupted run resumes in every stage.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ __all__ = ["STAGES", "PairsConfig", "PairsReport", "build_pairs", "digit_sources
 
 _ORDER: tuple[type[Stage], ...] = (Read, Answer, Embed, Retrieve, Mask, Refill, Filter, Derive)
 STAGES = tuple(stage.name for stage in _ORDER)
-"""Names of the stages, in their order."""
+"""Names of the stages, in order."""
 
 
 _REMEDIES = {
     "nothing to mask": "Name other kinds of word with --mask, or a model with --masker.",
-    "gap not closed": "Hide other kinds of word with --mask; the model does not end these gaps.",
-    "no neighbour": "Give more images, or lower --floor or --hash-distance.",
-    "same as chosen": "Hide more with --segments 0, raise --k, or give more images.",
-    "too similar": "Raise --tau, or hide more with --segments 0.",
+    "gap not closed": "Hide other kinds of word with --mask. The model does not end these gaps.",
+    "no neighbour": "Add images, or lower --floor or --hash-distance.",
+    "same as chosen": "Hide more words with --segments 0, raise --k, or add images.",
+    "too similar": "Raise --tau, or hide more words with --segments 0.",
     "other words changed": "Use --refill infill, or an --engine that follows instructions.",
     "not completed": "Use --refill infill, or an --engine that follows instructions.",
     "visual margin not above 0": "Use a better --model, or omit --margin.",
     "no verdict": "Use a --judge that answers yes or no.",
 }
-"""Reason of dropped records -> remedy when all records are dropped."""
+"""Reason for dropping a record -> remedy if all records are dropped."""
 
 _DIGITS = "the shipped digits model fills the gaps, and it was trained only on digits"
 
@@ -68,19 +69,19 @@ class PairsReport:
         return (
             f"wrote {self.path}: {self.written} pairs in {self.seconds:.0f} s; "
             f"dropped {_counted(self.dropped)}"
-            + (f"; unusable {_counted(self.bad)}" if self.bad else "")
+            + (f"; invalid {_counted(self.bad)}" if self.bad else "")
         )
 
 
 def build_pairs(config: PairsConfig) -> PairsReport:
-    """Make preference pairs and write them; the same configuration gives the same file.
+    """Make preference pairs and write them. The same configuration gives the same file.
 
     Shards of an earlier run in the same work folder are reused.
 
     Raises:
-        ValueError: for an empty data set, bad settings, too many invalid records, or when no pair
-            is left to write.
-        RunError: a ValueError, when the disk is full; the shards stay.
+        ValueError: for an empty data set, invalid settings, too many invalid records, or when no
+            pair is left to write.
+        RunError: a ValueError, when the disk is full. Finished shards are kept.
     """
     began = time.perf_counter()
     check_file("--output", config.output, device=False)
@@ -92,15 +93,15 @@ def build_pairs(config: PairsConfig) -> PairsReport:
         first = next(pairs, None)
         if first is None:
             digits_only = config.data is not None and config.model is None
-            raise ValueError(_no_pair(outcome) + f" There is no --model: {_DIGITS}." * digits_only)
+            raise ValueError(_no_pair(outcome) + f" Without --model, {_DIGITS}." * digits_only)
         try:
             written = write_pairs(config.output, chain([first], pairs), typed=assembler.typed())
         except OSError as error:
             if not is_full(error):
                 raise
             raise RunError(
-                f"no room is left for {config.output}. The shards in {config.work_folder} are "
-                "complete and stay. Make room and run the same command again."
+                f"the disk of {config.output} is full. The finished shards in {config.work_folder} "
+                "are kept. Free some space and run the same command again."
             ) from error
         note_run(config.work_folder, config.output, outcome)
     seconds = time.perf_counter() - began
@@ -112,19 +113,19 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
 
     Args:
         config: the settings.
-        last: one of STAGES.
+        last: one of `STAGES`.
 
     Returns:
-        The folders of the shards, and the counts of records left out.
+        The folders of the shards, and the numbers of dropped and invalid records.
 
     Raises:
-        ValueError: as `build_pairs`, and when `last` is no stage of this configuration.
+        ValueError: like `build_pairs`, and when `last` is not a stage of this configuration.
     """
     if last == "answer" and config.answer is None:
-        raise ValueError("there is no stage answer without an engine; add --answer.")
+        raise ValueError("the stage answer needs an engine. Add --answer.")
     if last == Derive.name and config.negative not in DERIVED:
         raise ValueError(
-            f"{config.negative} negatives have no stage; add --negative crop, noise or blank."
+            f"{config.negative} negatives have no stage. Add --negative crop, noise or blank."
         )
     by_name = {stage.name: stage for stage in _ORDER}
     selected, pending = set(), [last]
@@ -139,7 +140,7 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
 
 def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
     if config.model is not None:
-        load_processor(config.model)  # a wrong name raises before any record is read
+        load_processor(config.model)  # an unknown model raises before any record is read
     absent = {Answer: config.answer is None, Derive: config.negative not in DERIVED}
     enabled = [stage(config) for stage in stages if not absent.get(stage)]
     runner = Runner(
@@ -151,31 +152,33 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
         ray=config.ray,
     )
     if config.data is not None and config.model is None:
-        runner.report(f"no --model: {_DIGITS}")
+        runner.report(f"without --model, {_DIGITS}")
 
     def check(outcome: Outcome) -> None:
         missing, records = outcome.unanswered, outcome.records
         if config.answer is not None and not missing:
-            raise ValueError("--answer would have no effect: every record has a response. Drop it.")
+            raise ValueError(
+                "--answer would have no effect: every record has a response. Remove it."
+            )
         if config.answer is None and missing > config.max_bad * records:
             raise ValueError(
-                f"{missing} of {records} records have no response. Let an engine write them: "
-                "--answer transformers:MODEL or a URL."
+                f"{missing} of {records} records have no response. Let an engine write them with "
+                "--answer transformers:MODEL or --answer URL#MODEL."
             )
 
     return runner.run(check)
 
 
 def _no_pair(outcome: Outcome) -> str:
-    """The error where no record gave a pair, with a remedy for the commonest reason."""
+    """The error for a run without a pair, with a remedy for the most common reason."""
     if not outcome.dropped:
-        return "no record is left: all are unusable; rejected_records.parquet lists them."
+        return "all records are invalid. rejected_records.parquet lists them with their reasons."
     (reason, _), *_ = outcome.dropped.most_common(1)
-    remedy = _REMEDIES.get(reason, "Raise --k, or give more images.")
+    remedy = _REMEDIES.get(reason, "Raise --k, or add images.")
     return f"no record gave a pair; dropped {_counted(outcome.dropped)}. {remedy}"
 
 
 def _counted(reasons: Counter[str]) -> str:
-    """The number of records, in all and by reason."""
+    """The total number of records, and the number for each reason."""
     shown = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     return str(reasons.total()) + (f" ({shown})" if shown else "")

@@ -1,7 +1,7 @@
-"""Figures of a set of pairs: `python -m realign.pairs stats PAIRS.parquet`.
+"""Statistics of preference pairs: `python -m realign.pairs stats PAIRS.parquet`.
 
-Prints similarities, ranks, lengths and changed words, duplicates, and the records that were left
-out, by reason. The gallery shows the same figures above its pairs.
+Prints similarities, ranks, lengths, changed words and duplicates, and the number of dropped and
+invalid records by reason. The gallery shows the same statistics above its pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from realign.cli import one_line_errors
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
-from realign.data.pictures import StoredImage
+from realign.data.images import StoredImage
 from realign.data.tables import rows_of
 from realign.pairs.stages.runner import run_note
 
@@ -41,31 +41,35 @@ _TEXT = ("words of chosen", "words of rejected", "changed words")
 _DUPLICATES = (
     "the same image", "the same prompt and chosen", "the same image, prompt and chosen",
 )  # fmt: skip
-_COLUMNS = (*FACTS, *_NUMBERS, "judge", "negative")  # beside those of all preference rows
-_COMPARED = 16_000_000  # limit of the product of token counts; the comparison takes seconds
-# A word; a letter of a script written without spaces; white space; any other character.
-_TOKENS = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+|\s+|.", re.DOTALL)
+_COLUMNS = (*FACTS, *_NUMBERS, "judge", "negative")  # in addition to the preference columns
 
-Segments = list[tuple[str, bool]]  # text, and whether it is in one response only
+_COMPARED = 16_000_000
+"""Limit on the product of both token counts. A comparison at the limit takes seconds."""
+
+_TOKENS = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+|\s+|.", re.DOTALL)
+"""A letter of a script without spaces, a word, white space, or any other character."""
+
+Segments = list[tuple[str, bool]]
+"""Text, and whether it is in only one of the two responses."""
 
 
 @dataclass
 class PairStats:
-    """Figures of a set of pairs."""
+    """Statistics of a set of pairs."""
 
     pairs: int = 0
-    """Pairs read."""
+    """Number of pairs."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    """Title of a measure -> (pairs that have it,)."""
+    """Title of a measure -> its values, one for each pair that has the measure."""
     duplicates: dict[str, int] = field(default_factory=dict)
-    """Property that a pair has in common with an earlier pair -> number of pairs."""
+    """Property shared with an earlier pair -> number of pairs."""
     dropped: Counter = field(default_factory=Counter)
-    """Reason -> valid records that gave no pair."""
+    """Reason -> number of valid records that gave no pair."""
     bad: Counter = field(default_factory=Counter)
-    """Reason -> invalid records."""
+    """Reason -> number of invalid records."""
 
     def __str__(self) -> str:
-        heads = ("mean", "least", "10 %", "median", "90 %", "most")
+        heads = ("mean", "min", "10 %", "median", "90 %", "max")
         lines = [f"{self.pairs:,} pairs", "", f"{'':20}" + "".join(f"{h:>9}" for h in heads)]
         for name, values in self.values.items():
             marks = [values.mean(), *np.quantile(values, (0, 0.1, 0.5, 0.9, 1))]
@@ -74,7 +78,7 @@ class PairStats:
         for name, number in self.duplicates.items():
             earlier = "" if "own" in name else " as an earlier one"
             lines.append(f"pairs with {name}{earlier}: {number:,}")
-        for name, reasons in (("dropped", self.dropped), ("unusable", self.bad)):
+        for name, reasons in (("dropped", self.dropped), ("invalid", self.bad)):
             counts = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
             lines.append(
                 f"records {name}: {reasons.total():,}" + (f" ({counts})" if counts else "")
@@ -83,21 +87,21 @@ class PairStats:
 
 
 def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
-    """Measure a set of pairs.
+    """Compute the statistics of a set of pairs.
 
     Args:
         pairs: a Parquet file of preference pairs, or a folder of them.
-        work: the work folder of the run that wrote it, with the records that were left out;
-            `pairs` with the suffix .work when absent.
+        work: the work folder of the run that wrote the pairs, for the dropped and invalid records.
+            By default `pairs` with the suffix .work.
 
     Raises:
-        FileNotFoundError: when there is nothing at `pairs`, or at a `work` that is given.
+        FileNotFoundError: when `pairs` does not exist, or `work` is not a folder.
         ValueError: for a file without pairs.
     """
     if work is not None and not Path(work).is_dir():
         raise FileNotFoundError(f"work is {str(work)!r}, which is not a folder.")
     values: dict[str, list[float]] = {name: [] for name in (*_NUMBERS.values(), *_TEXT)}
-    duplicates = dict.fromkeys([*_DUPLICATES, "its own image as the negative"], 0)
+    duplicates = dict.fromkeys([*_DUPLICATES, "their own image as the negative"], 0)
     seen: set[tuple[str, bytes]] = set()
     count = 0
     for file, _, row in pair_rows(pairs):
@@ -118,7 +122,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
             values[name].append(length)
         images = [image_digest(image, file.parent) for image in entry.images]
         negatives = [image_digest(image, file.parent) for image in entry.retrieved]
-        duplicates["its own image as the negative"] += images == negatives
+        duplicates["their own image as the negative"] += images == negatives
         image = b"".join(images)
         text = hashlib.blake2b(json.dumps([entry.prompt, chosen]).encode(), digest_size=16).digest()
         for key in zip(_DUPLICATES, (image, text, image + text), strict=True):
@@ -132,11 +136,11 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
 
 
 def pair_rows(pairs: str | Path) -> Iterator[tuple[Path, str, dict[str, Any] | Malformed]]:
-    """(file, name by file and place, row) of all rows of a data set.
+    """Yields (file, name made of file and row number, row) for every row of a data set.
 
     Raises:
         FileNotFoundError: when there is no Parquet file.
-        ValueError: for one that cannot be read, or without columns of pairs.
+        ValueError: for a file that cannot be read, or that has no columns of pairs.
     """
     path = Path(pairs)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -150,10 +154,10 @@ def pair_rows(pairs: str | Path) -> Iterator[tuple[Path, str, dict[str, Any] | M
 
 
 def difference(chosen: str, rejected: str) -> tuple[Segments, Segments]:
-    """Both responses in segments, marked where the other response has other words.
+    """Splits both responses into segments, and marks the segments that differ.
 
-    Joined, the segments are the responses again. Neighbouring changed words make one segment.
-    Responses of several thousand words are not compared; all of their words count as changed.
+    The joined segments are the complete responses. Adjacent changed words form one segment.
+    Responses of several thousand words are not compared, and all of their words count as changed.
     """
     a, b = _TOKENS.findall(chosen), _TOKENS.findall(rejected)
     if len(a) * len(b) > _COMPARED:
@@ -167,7 +171,7 @@ def difference(chosen: str, rejected: str) -> tuple[Segments, Segments]:
 
 
 def count_words(text: str) -> int:
-    """Number of words, or of letters in a script that is written without spaces."""
+    """Number of words; in a script without spaces, the number of letters."""
     return sum(token[0].isalnum() for token in _TOKENS.findall(text))
 
 
@@ -177,7 +181,7 @@ def changed_words(segments: Segments) -> int:
 
 
 def _joined(tokens: Segments) -> Segments:
-    """Runs of tokens as segments; white space counts as changed only between changed words."""
+    """Joins tokens into segments. White space counts as changed only between changed words."""
     flags = [changed for _, changed in tokens]
     for i, (text, _) in enumerate(tokens):
         if text.isspace():
@@ -192,15 +196,15 @@ def _joined(tokens: Segments) -> Segments:
 
 
 def image_digest(image: StoredImage, folder: Path) -> bytes:
-    """Identity of an image of a row: its bytes, or its path; paths are relative to `folder`."""
+    """Digest of an image's bytes, or of its path relative to `folder`."""
     data = image.data or str(folder / (image.path or "")).encode("utf-8", "replace")
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _left_out(work: Path, pairs: Path) -> tuple[Counter, Counter]:
-    """(dropped, unusable) records by reason, from the note of the run that wrote the pairs.
+    """(dropped, invalid) records by reason, from the note of the run that wrote the pairs.
 
-    If the data set and its work folder were moved, the latest note of that name is used.
+    If the data set and its work folder were moved, the latest note with the file's name is used.
     """
     notes = sorted(work.glob(f"{pairs.name}.*.json"), key=lambda file: file.stat().st_mtime)
     if (note_file := run_note(work, str(pairs))).exists():
@@ -219,12 +223,18 @@ def _short(value: float) -> str:
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure, print; returns an exit code."""
+    """Parses the arguments and prints the statistics. Returns an exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m realign.pairs stats", description="Print figures of preference pairs."
+        prog="python -m realign.pairs stats",
+        description="Print statistics of preference pairs, and why records were left out.",
     )
-    parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
-    parser.add_argument("--work", help="work folder of the run, with its drops (PAIRS.work)")
+    parser.add_argument(
+        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files"
+    )
+    parser.add_argument(
+        "--work",
+        help="work folder of the run, for its dropped and invalid records (default: PAIRS.work)",
+    )
     args = parser.parse_args(arguments)
     print(collect(args.pairs, work=args.work))
     return 0

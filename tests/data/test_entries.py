@@ -1,4 +1,4 @@
-"""Rows of preference data: training, `RDPOTrainer` and pairs read the same record, or none does."""
+"""Rows of preference data: training, `RDPOTrainer` and pairs agree on every row."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def _from(*texts):
 
 
 def _struct(*messages, **more):
-    """As `datasets` stores a Sequence of objects."""
+    """A struct of lists, as `datasets` stores a Sequence of objects."""
     return {key: [message[key] for message in messages] for key in ("role", "content")} | more
 
 
@@ -52,7 +52,7 @@ def _imported(folder, row):
 
 
 def _readers(folder, row):
-    """(name, record or error) by every reader that the row can be given to."""
+    """Reader -> record or error, for every reader that can represent the row."""
     found = {}
     readers = {"RDPOTrainer": lambda: records_of([row])[0]}
     try:
@@ -60,7 +60,7 @@ def _readers(folder, row):
         readers["train"] = lambda: read_pairs(folder / "rows.parquet")[0]
         readers["pairs"] = lambda: _imported(folder, row)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
-        pass  # no Parquet file holds it
+        pass  # Parquet cannot represent it
     for name, read in readers.items():
         try:
             found[name] = read()
@@ -145,7 +145,7 @@ def test_every_reader_reads_the_same_record(form, tmp_path):
 @pytest.mark.parametrize("form", ["messages", "implicit prompt", "repeated prompt", "shared turns",
                                   "system in the prompt", "parts"])  # fmt: skip
 def test_prompt_and_response_are_trls_text(form):
-    """The whole text that TRL renders; `form` decides only where its scored part begins."""
+    """Compares the whole text that TRL renders. `form` affects only where scoring starts."""
     columns, processor = GOOD[form][0], build_processor()
 
     def rendered(row):
@@ -154,10 +154,10 @@ def test_prompt_and_response_are_trls_text(form):
 
     prompt = columns.get("prompt")
     if form == "parts":
-        prompt = [user([text("What is on it?")])]  # the image is TRL's to fill in
+        prompt = [user([text("What is on it?")])]  # TRL inserts the image
     row = {"prompt": prompt} if prompt else {}
     row = maybe_extract_prompt(row | {n: columns[n] for n in ("chosen", "rejected")})
-    if form == "system in the prompt":  # where TRL would ask twice
+    if form == "system in the prompt":  # TRL would repeat the prompt
         row = {"prompt": prompt, "chosen": [A], "rejected": [B]}
     theirs = rendered(row)
     (record,) = records_of([_row(**columns | ({"prompt": prompt} if prompt else {}))])
@@ -171,13 +171,13 @@ def test_prompt_and_response_are_trls_text(form):
     for response in ("chosen", "rejected"):
         assert theirs["prompt"] + theirs[response] == ours["prompt"] + ours[response]
         assert theirs[response].endswith(ours[response])
-    # Shared turns add the same to both responses, so the margin stays TRL's.
+    # Shared turns add the same log-probs to both responses, so the margin equals TRL's.
     shared = theirs["chosen"].removesuffix(ours["chosen"])
     assert theirs["rejected"] == shared + ours["rejected"]
 
 
 TURNS = [assistant("A cat."), user("Sure?")]
-BAD = {  # problem: (columns, what the message says)
+BAD = {  # problem: (columns, message)
     "differ before": ({"prompt": ONE, "chosen": [*TURNS, A],
                        "rejected": [assistant("A dog."), TURNS[1], B]}, "TRL scores all"),
     "another question": ({"prompt": ONE, "chosen": [user("How many?"), A],
@@ -185,7 +185,7 @@ BAD = {  # problem: (columns, what the message says)
     "one of several turns": ({"prompt": ONE, "chosen": [*TURNS, A], "rejected": "A knife."},
                              "chosen and rejected differ before"),
     "another system message": ({"prompt": [SYSTEM, *ONE], "chosen": [LONG, *ONE, A],
-                                "rejected": [LONG, *ONE, B]}, "a message of the system behind"),
+                                "rejected": [LONG, *ONE, B]}, "a message of the system after"),
     "negative's preference": (PLAIN | {"retrieved_chosen": [*TURNS, A]},
                               "chosen and retrieved_chosen differ before"),
     "no last answer": (PLAIN | {"chosen": [*TURNS]}, "does not end with the assistant"),
@@ -201,7 +201,7 @@ BAD = {  # problem: (columns, what the message says)
         "the role ['user'] is not one of human",
     ),
     "no prompt": ({"chosen": "a", "rejected": "b", "instruction": "What?"},
-                  "it has no prompt. Its keys ['instruction'] are not known|it has no prompt"),
+                  "it has no prompt. Its keys ['instruction'] are unknown|it has no prompt"),
     "prompt of white space": (PLAIN | {"prompt": " \n"}, "prompt is empty"),
     "prompt of tags": (PLAIN | {"prompt": "<image>\n"}, "prompt is empty"),
     "number": (PLAIN | {"chosen": 3}, "its chosen is 3, neither text nor messages"),
@@ -240,14 +240,14 @@ BAD = {  # problem: (columns, what the message says)
     "two prompts": ({"prompt": "a", "messages": [*ASKED, A], "rejected_response": "b"},
                     "Keep one form"),
     "two images": (PLAIN | {"image": IMAGES[0]}, "it has images and image"),
-    "no image": (PLAIN | {"images": []}, "no image|no picture"),
+    "no image": (PLAIN | {"images": []}, "no image"),
     "null image": (PLAIN | {"images": [IMAGES[0], None]}, "one of its images is null"),
     "id": (PLAIN | {"id": [1, 2]}, "its id is [1, 2]"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("problem", BAD)
-def test_every_reader_refuses_it_and_names_the_record(problem, tmp_path):
+def test_every_reader_rejects_the_row_and_names_the_record(problem, tmp_path):
     columns, message = BAD[problem]
     for reader, error in _readers(tmp_path, _row(**columns)).items():
         assert isinstance(error, RecordError), reader
@@ -302,7 +302,7 @@ def test_ids_are_made_unique(tmp_path):
     assert [entry.name for entry in found] == expected
 
 
-def test_what_an_import_keeps_is_what_training_reads(tmp_path):
+def test_import_and_training_read_the_same_rows(tmp_path):
     row = _row(**PLAIN, retrieved_images=IMAGES, retrieved_chosen="A spoon.")
     row["prompt"] = "Is <image> on it?"
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")

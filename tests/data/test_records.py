@@ -1,4 +1,4 @@
-"""Records on disk: what is written is read back, TRL and `datasets` agree, mistakes are named."""
+"""Records on disk: round trips, agreement with TRL and `datasets`, and errors."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from realign.data.records import (
     write_pairs,
 )
 
-PICTURE = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(10, 12, 3))
-PNG = StoredImage.from_pil(PICTURE).data
+IMAGE = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(10, 12, 3))
+PNG = StoredImage.from_pil(IMAGE).data
 PROMPT = [{"role": "user", "content": "what is this ?"}]
 
 
@@ -61,7 +61,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_many_records_go_to_several_row_groups(tmp_path):
-    # One row group holds at most 2 GiB of image bytes.
+    # A row group can hold at most 2 GiB of image bytes.
     records = [_record(f"record-{i}") for i in range(600)]
     file = tmp_path / "pairs.parquet"
     write_pairs(file, records)
@@ -105,9 +105,9 @@ def test_datasets_loads_it_in_trls_form(tmp_path):
     assert row["chosen"] == [{"role": "assistant", "content": "a cat ."}]
     assert row["rejected"] == [{"role": "assistant", "content": "a dog ."}]
     for column in ("images", "retrieved_images"):
-        (picture,) = row[column]
-        assert isinstance(picture, Image.Image)
-        assert np.array_equal(np.asarray(picture), np.asarray(PICTURE))
+        (image,) = row[column]
+        assert isinstance(image, Image.Image)
+        assert np.array_equal(np.asarray(image), np.asarray(IMAGE))
     assert {k: row[k] for k in ("id", "neighbour_rank", "similarity", "seed", "embed_model")} == {
         "id": "a",
         "neighbour_rank": 2,
@@ -121,24 +121,24 @@ def test_datasets_loads_it_in_trls_form(tmp_path):
 
 def test_image_paths_are_relative_to_their_file(tmp_path, monkeypatch):
     folder = tmp_path / "data"
-    (folder / "pictures").mkdir(parents=True)
-    PICTURE.save(folder / "pictures" / "cat.png")
-    PICTURE.save(folder / "dog.png")
+    (folder / "photos").mkdir(parents=True)
+    IMAGE.save(folder / "photos" / "cat.png")
+    IMAGE.save(folder / "dog.png")
     rows = [
-        _row(images=["pictures/cat.png"]),
+        _row(images=["photos/cat.png"]),
         _row(images=[str(folder / "dog.png")]),
     ]
     file = _file(folder, *rows)
     monkeypatch.chdir(tmp_path)
     for path in (file, "data/rows.parquet", "data"):
         for record in read_pairs(path):
-            picture = record.images[0].open(record.name)
-            assert np.array_equal(np.asarray(picture), np.asarray(PICTURE))
-    # Pairs made of them are written elsewhere, and still find them.
+            image = record.images[0].open(record.name)
+            assert np.array_equal(np.asarray(image), np.asarray(IMAGE))
+    # Pairs in another folder still find the images.
     write_pairs("runs/pairs.parquet", read_pairs("data/rows.parquet"))
     monkeypatch.chdir("/")
     for record in read_pairs(tmp_path / "runs" / "pairs.parquet"):
-        assert record.images[0].open(record.name).size == PICTURE.size
+        assert record.images[0].open(record.name).size == IMAGE.size
 
 
 @pytest.mark.parametrize(
@@ -149,14 +149,14 @@ def test_image_paths_are_relative_to_their_file(tmp_path, monkeypatch):
 def test_forms_of_an_image_column(tmp_path, images):
     (record,) = read_pairs(_file(tmp_path, _row(images=images)))
     assert len(record.images) == 1
-    assert record.images[0].open("r").size == PICTURE.size
+    assert record.images[0].open("r").size == IMAGE.size
 
 
 def test_a_folder_is_read_in_order_and_other_files_are_left_out(tmp_path):
     for name in ("b", "a", "c"):
         _file(tmp_path, _row(id=name), name=f"{name}.parquet")
     (tmp_path / "README.md").write_text("not data")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "photos").mkdir()
     assert [r.name for r in read_pairs(tmp_path)] == ["a", "b", "c"]
 
 
@@ -216,7 +216,8 @@ def test_a_missing_column_is_named(tmp_path, column):
     row = _row(more="of no interest")
     del row[column]
     file = _file(tmp_path, row)
-    with pytest.raises(ValueError, match=f"rows.parquet lacks the column.s. {column}. Columns are"):
+    message = f"rows.parquet lacks the column.s. {column}. The format is"
+    with pytest.raises(ValueError, match=message):
         read_pairs(file)
 
 

@@ -1,4 +1,4 @@
-"""A sample of the stress (`stress_records`): every fault of `stress_cases`, by every reader."""
+"""Sample of the stress test (`stress_records`): every fault of `stress_cases`, in every reader."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from stress_records import FAULTS, Stress
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """A record with each fault that 1,000 draws have."""
+    """One case for each fault that occurs in 1,000 draws."""
     stress = Stress(tmp_path_factory.mktemp("stress"))
     rng, found = np.random.default_rng(1), {}
     for number in range(1000):

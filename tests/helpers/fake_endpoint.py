@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine with scripted answers; it records the requests."""
+"""A local chat endpoint with scripted answers, which records the requests."""
 
 import json
 import threading
@@ -15,11 +15,11 @@ KEY = "sk-test/Zq8-secret"
 
 
 class Endpoint:
-    """Serves `script`: a list of answers, the last one for ever.
+    """Serves `script`, a list of answers. The last one is repeated.
 
-    An answer is (status, headers, body); a body of text is sent as it is, a dict as JSON, an
-    iterator bit by bit, a number of seconds is a silence, and a function makes it of the request.
-    `requests` holds (path, headers, body) and `times` when they came.
+    An answer is (status, headers, body). A text is sent unchanged, a dict as JSON, and an iterator
+    in pieces. A number is a silence in seconds. A function computes the body from the request.
+    `requests` holds (path, headers, body), and `times` the times of arrival.
     """
 
     def __init__(self, *script):
@@ -54,7 +54,7 @@ class Endpoint:
                     for part in parts:
                         self.wfile.write(part)
                 except OSError:
-                    pass  # the client is gone
+                    pass  # the client has disconnected
 
             def log_message(self, *_):
                 pass
@@ -86,17 +86,17 @@ def good(text="a dog", finish="stop"):
     return 200, {}, completion(text, finish)
 
 
-def say(text, *images, **settings):
-    """A chat of one user message."""
+def chat_of(text, *images, **settings):
+    """A chat with one user message."""
     return Chat([{"role": "user", "content": text}], list(images), **settings)
 
 
-def picture(size=(4, 3), seed=0):
+def random_image(size=(4, 3), seed=0):
     """A random image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def engine_at(server, model="some/model:x", **options):
-    """An engine that asks a server."""
+    """An engine that sends requests to a server."""
     return make_engine(f"{server.url}#{model}", **{"timeout": 5.0} | options)

@@ -1,4 +1,4 @@
-"""Records of several formats, and how they are read."""
+"""Records in several formats, and functions to read them."""
 
 import json
 

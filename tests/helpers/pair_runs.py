@@ -15,12 +15,12 @@ FLAGS = ["--scenes", "40", "--k", "4", "--shard", "8", "--quiet"]
 
 
 def config_in(folder: Path, **settings) -> PairsConfig:
-    """Forty scenes in five shards, with output in `folder`."""
+    """Settings of a run with forty scenes in five shards and the output in `folder`."""
     return PairsConfig(output=str(folder / "pairs.parquet"), **(SETTINGS | settings))
 
 
 def copy_run(run, folder: Path, stages=ORDER, **settings) -> PairsConfig:
-    """Settings of a run in `folder` whose work folder has the `stages` of another run."""
+    """Settings of a run in `folder`, with the `stages` of another run in its work folder."""
     config = config_in(folder, **settings)
     for stage in stages:
         there = stage_folder(run.work, stage)
@@ -35,7 +35,7 @@ def stage_folder(work: Path, stage: str) -> Path:
 
 
 def shard_times(folder: Path) -> dict[str, int]:
-    """Shard -> time of its file."""
+    """Shard -> modification time of its file."""
     files = [file for file in sorted(folder.glob("*.parquet")) if file.stem.isdigit()]
     return {file.name: file.stat().st_mtime_ns for file in files}
 
@@ -46,7 +46,7 @@ def stage_rows(folder: Path) -> list[dict]:
 
 
 def rejected_in(folder: Path) -> list[tuple[str, str, str]]:
-    """(record, stage, reason) of the invalid records listed there."""
+    """(record, stage, reason) of the invalid records that a run listed."""
     rows = pq.read_table(folder / "pairs.work" / "rejected_records.parquet").to_pylist()
     return [(row["record"], row["stage"], row["reason"]) for row in rows]
 

@@ -1,8 +1,8 @@
-"""Preference records drawn from a grammar: a format, a field and one fault in it, with the truth.
+"""Random preference records with one fault: a format, a field, a fault in it, and the truth.
 
-`draw(rng, number, folder)` gives a `Case`: the row, its verdict for every reader, and the texts and
-pixels that a reader must come to where it takes the record. "good" must be taken, "bad" refused;
-"either" may be refused, and must be right where it is taken.
+`draw(rng, number, folder)` returns a `Case` with the row and a verdict for every reader. It also
+has the texts and pixels that a reader must return if it accepts the record. "good" must be
+accepted, and "bad" must be rejected. "either" may be rejected, but must be correct if accepted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from stress_pictures import Picture, colours
+from stress_images import Encoded, colours
 from stress_rows import (
     JSON,
     MISSING,
@@ -47,7 +47,7 @@ _TYPES = {
 GOOD, BAD, EITHER = {"*": "good"}, {"*": "bad"}, {"*": "either"}
 _TRAIN_BAD = {"*": "good", "train": "bad", "hf": "bad"}
 
-# Kind, fault, the value in place of a text, the text that must be read, the verdict by reader.
+# Kind, fault, the value in place of a text, the expected text, the verdict for each reader.
 Fault = tuple[str, str, Callable[[str], Any], Callable[[str], str], dict[str, str]]
 
 
@@ -56,7 +56,7 @@ def _same(text: str) -> str:
 
 
 def _texts(where: str) -> list[Fault]:
-    """Faults of a text; `where` is its field."""
+    """Faults of a text in the field `where`."""
     faults: list[Fault] = [
         ("missing or null", "missing", lambda t: MISSING, _same, BAD),
         ("missing or null", "null", lambda t: None, _same, BAD),
@@ -116,7 +116,7 @@ def _texts(where: str) -> list[Fault]:
 
 
 def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
-    """A record of a random format with a random fault in a random field."""
+    """Returns a record of a random format, with a random fault in a random field."""
     part = rng.choice(list(_PARTS), p=list(_PARTS.values()))
     format = str(rng.choice(list(READERS)))
     row, truth = base(format, number, folder)
@@ -143,7 +143,7 @@ def draw(rng: np.random.Generator, number: int, folder: Path) -> Case:
 
 
 def _pick(case: Case, where: str, faults: list[Any], rng: np.random.Generator) -> Any:
-    """A fault of a kind, all kinds equally often; the case is named after it."""
+    """Draws a fault, with all kinds equally often, and names the case after it."""
     kind = rng.choice(sorted({fault[0] for fault in faults}))
     of_kind = [fault for fault in faults if fault[0] == kind]
     fault = of_kind[rng.integers(len(of_kind))]
@@ -164,15 +164,15 @@ def _text_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     else:
         setattr(case.truth, where, reads(text))
     if kind == "image tags" and where == "prompt" and case.format == "TRL, parts":
-        return BAD  # beside an image part
+        return BAD  # next to an image part
     if case.format == "folder" and where == "chosen" and kind == "missing or null":
         case.truth.chosen = ""
-        return GOOD  # a record without a response, to be answered
+        return GOOD  # a record without a response
     return verdicts
 
 
 def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
-    """A fault of a list of messages, or of typed parts; formats without lists get a wrong type."""
+    """A fault of a list of messages or parts. Formats without lists get a wrong type."""
     lists = {
         "TRL, messages": ("prompt", "chosen", "rejected"),
         "datasets": ("prompt", "chosen", "rejected"),
@@ -189,7 +189,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     role, content = names
     last, text = messages[-1], messages[-1][content]
     truth = case.truth
-    system = {role: "system", content: "say one ."}
+    system = {role: "system", content: "name one ."}
     faults: list[tuple[str, str, Any, dict[str, str]]] = [
         ("roles", "unknown", [*messages[:-1], last | {role: "robot"}], BAD),
         ("roles", "missing", [*messages[:-1], {content: text}], BAD),
@@ -234,7 +234,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
     _, name, value, verdicts = _pick(case, where, faults, rng)
     case.row[where] = value
     if name == "system first":
-        truth.prompt = [("system", "say one ."), *truth.prompt]
+        truth.prompt = [("system", "name one ."), *truth.prompt]
     if name == "a thousand":
         joined = "".join(many)
         if where == "prompt":
@@ -245,7 +245,7 @@ def _message_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
 
 
 def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str, str]:
-    """A fault of an image column; `test_pictures` has the images of other kinds."""
+    """A fault of an image column. `test_image_decoding` covers other kinds of images."""
     columns = [name for name in ("images", "retrieved_images", "image", "retrieved_image")
                if name in case.row]  # fmt: skip
     where = str(rng.choice(columns))
@@ -256,13 +256,13 @@ def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str
         "a bool": True,
         "an array": [[1, 2], [3, 4]],
         "an empty path": "",
-        "a path that is missing": "no/such/picture.png",
+        "a path that is missing": "no/such/image.png",
         "a URL": "https://example.org/kitchen.png",
         "a data URI": "data:image/png;base64,iVBORw0KGgo=",
         "base64 text": "iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAA" * 99,
         "a long path": "a" * 5000,
         "a null byte": "kitchen\0.png",
-        "a folder": "pictures",
+        "a folder": "photos",
         "a pipe": "pipe",
         "neither bytes nor path": {"bytes": None, "path": None},
         "no bytes": {"bytes": b"", "path": None},
@@ -283,13 +283,13 @@ def _image_fault(case: Case, rng: np.random.Generator, folder: Path) -> dict[str
     if name == "an outside path":
         secret = Image.fromarray(colours(40))
         secret.save(folder.parent / "secret.png")
-        of[:] = [Picture(b"", colours(40))]
+        of[:] = [Encoded(b"", colours(40))]
         return {"*": "bad", "train": "either", "hf": "either"}
     if not where.startswith("image") and name in ("null", "missing"):
         of.clear()
         whole_missing = case.row.get(where) is None
         if case.format == "authors":
-            return BAD  # without a retrieved image it is not of this format
+            return BAD  # without a retrieved image, the row has another format
         return _TRAIN_BAD if whole_missing else BAD
     return BAD
 
@@ -318,7 +318,7 @@ def _id_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
 
 
 def _row_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
-    """An item that is no row, or objects of Python that only a trainer can be given."""
+    """An item that is not a row, or Python objects that only a trainer can receive."""
     case.kind = "rows"
     if rng.random() < 0.3:
         items = {"null": None, "a number": 7, "a text": "top one .", "a list": [1], "empty": {}}
@@ -346,14 +346,14 @@ def _row_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
 
 
 def _column_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
-    """Columns or keys beside those that are read: what they mean may not be dropped."""
+    """Additional columns or keys, whose meaning must not be lost silently."""
     case.kind = "more columns"
-    said = {"tool_calls": [{"name": "look"}], "reasoning_content": "think one .", "weight": 0}
+    extra = {"tool_calls": [{"name": "look"}], "reasoning_content": "think one .", "weight": 0}
     lists = [n for n in ("prompt", "chosen", "conversations", "messages")
              if isinstance(case.row.get(n), list)]  # fmt: skip
     if lists and rng.random() < 0.6:
-        where, name = str(rng.choice(lists)), str(rng.choice(list(said)))
-        case.row[where][-1][name] = said[name]
+        where, name = str(rng.choice(lists)), str(rng.choice(list(extra)))
+        case.row[where][-1][name] = extra[name]
         case.fault = f"{where}: {name}"
         return EITHER if name == "weight" else BAD
     if rng.random() < 0.5:
@@ -361,8 +361,8 @@ def _column_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         case.row["dataset_name"] = "kitchens"
         return GOOD
     case.fault = "a system prompt"
-    case.row["system"] = "say one ."
-    case.truth.prompt = [("system", "say one ."), *case.truth.prompt]
+    case.row["system"] = "name one ."
+    case.truth.prompt = [("system", "name one ."), *case.truth.prompt]
     return EITHER
 
 
@@ -386,5 +386,5 @@ def _encoding_fault(case: Case, rng: np.random.Generator) -> dict[str, str]:
         text = get(case.row, path) + " caf\u00e9"
         put(case.row, path, text)
         case.truth.chosen = text
-    # A trainer takes rows, which have no file.
+    # A trainer gets rows, not a file.
     return verdicts | {"hf": "either" if case.encoding == "Latin-1" else "good"}

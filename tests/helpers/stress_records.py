@@ -1,8 +1,8 @@
-"""The stress: generated records through every reader; nothing may be silently wrong.
+"""Stress test: generated records go through every reader, and no result may be silently wrong.
 
-Each record has one fault or none (`stress_cases`). It is read by `realign.pairs import` or
-`read_any`, as `realign.train --dry-run` reads and encodes it, and as `RDPOTrainer` does. A refusal
-must be a one-line error that names the record; good neighbours in the file must stay.
+Each record has at most one fault (`stress_cases`). It is read by `realign.pairs import` or
+`read_any`, like in `realign.train --dry-run`, and like in `RDPOTrainer`. A rejection must be a
+one-line error that names the record. Valid neighbours in the file must be kept.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ OUTCOMES = (
     "no end",
 )
 FAULTS = OUTCOMES[2:]
-WHOLE = ("binary text", "UTF-16")  # what is done to all rows of a file
+WHOLE = ("binary text", "UTF-16")  # fault in the encoding of a file
 _TYPES = {
     "large strings": pa.large_string(),
     "views": pa.string_view(),
     "binary text": pa.binary(),
     "dictionaries": pa.dictionary(pa.int32(), pa.string()),
 }
-LONGEST = 1000  # characters of a message
+LONGEST = 1000  # maximum characters of an error message
 Reading = tuple[Record | None, str, bool]
 """The record or None, the error about it, and whether its neighbours are there."""
 _TEMPLATE = (
@@ -68,7 +68,7 @@ _TEMPLATE = (
 
 
 class Unrepresentable(Exception):
-    """The format cannot hold the row."""
+    """The format cannot represent the row."""
 
 
 class NoEnd(Exception):
@@ -76,7 +76,7 @@ class NoEnd(Exception):
 
 
 def make_processor() -> LlavaProcessor:
-    """LLaVA's processor over bytes, so that decoded ids give back any text."""
+    """LLaVA's processor with a byte tokenizer, which decodes ids to any text without loss."""
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
     )
@@ -91,7 +91,7 @@ def make_processor() -> LlavaProcessor:
 
 
 class Stress:
-    """Reads cases and judges what comes of each.
+    """Reads cases and checks the results.
 
     Args:
         root: an empty folder.
@@ -100,7 +100,7 @@ class Stress:
     def __init__(self, root: Path) -> None:
         datasets.disable_progress_bars()
         self.root, self.folder = root, root / "data"
-        (self.folder / "pictures").mkdir(parents=True)
+        (self.folder / "photos").mkdir(parents=True)
         os.mkfifo(self.folder / "pipe")  # that nobody writes to
         self.processor = make_processor()
         self.tokenizer = self.processor.tokenizer
@@ -114,7 +114,7 @@ class Stress:
         }
 
     def judge(self, case: Case, reader: str) -> tuple[str, str]:
-        """The outcome of a case with a reader, and its message or what differs."""
+        """The outcome of a case in a reader, and its error message or difference."""
         verdict = case.verdicts[reader]
         try:
             with _time_limit(300), warnings.catch_warnings():
@@ -140,14 +140,14 @@ class Stress:
         return ("accepted wrong", differs[:300]) if differs else ("accepted right", "")
 
     def _names(self, case: Case, message: str, reader: str) -> bool:
-        """Whether a message is short and names the record, its row, or a file that is at fault."""
+        """Whether a message is short, and names the record, its row or the faulty file."""
         own = [f"{case.name!r}", "row 1", f"{case.id!r}", "data.jsonl:1", "data.json:1"]
         own.append(".arrow:1")
         others = [f"{row['id']!r}" for row in case.neighbours]
         if case.format in OTHERS and reader != "pairs":
-            own += [*others, "row 0"]  # rows of the format are refused
+            own += [*others, "row 0"]  # the reader rejects this format
         if case.encoding:
-            own += others  # a file is at fault
+            own += others  # the file is faulty
         named = any(name in message for name in own)
         file = "data." in message and not any(name in message for name in others)
         return len(message) < LONGEST and (named or file)
@@ -158,7 +158,7 @@ class Stress:
         output.unlink(missing_ok=True)
         listed = output.with_suffix(".work") / "rejected_records.parquet"
         listed.unlink(missing_ok=True)
-        data, alone = self._write(case)
+        data, single = self._write(case)
         try:
             import_pairs(str(data), str(self.folder), str(output))
             found = read_pairs(output)
@@ -168,24 +168,24 @@ class Stress:
             found = []
         bad = [f"record {r['record']!r}: {r['reason']} {r['detail']}" for r in
                pq.read_table(listed).to_pylist()]  # fmt: skip
-        return self._among(case, found, bad, alone)
+        return self._among(case, found, bad, single)
 
     def by_sources(self, case: Case) -> Reading:
         """`python -m realign.pairs --data`."""
-        data, alone = self._write(case)
+        data, single = self._write(case)
         entries = list(read_any(str(data)))
         found = [entry for entry in entries if isinstance(entry, Record)]
         bad = [f"record {e.record!r}: {e.reason} {e.detail}" for e in entries
                if not isinstance(e, Record)]  # fmt: skip
-        return self._among(case, found, bad, alone)
+        return self._among(case, found, bad, single)
 
     def by_train(self, case: Case) -> Reading:
         """`python -m realign.train --dry-run`, without a model."""
-        data, alone = self._write(case)
-        return self._encoded(case, read_pairs(data), alone)
+        data, single = self._write(case)
+        return self._encoded(case, read_pairs(data), single)
 
     def by_hf(self, case: Case) -> Reading:
-        """`RDPOTrainer`: rows, or a data set of them."""
+        """`RDPOTrainer`, with rows or with a data set."""
         rows: Any = [case.neighbours[0], case.row, case.neighbours[1]]
         if case.number % 2:
             rows = _with_all_keys([self._as_given(row, False) for row in rows])
@@ -193,9 +193,9 @@ class Stress:
                 rows = datasets.Dataset.from_list(rows)
         else:
             rows = [self._as_given(row, True) for row in rows]
-        return self._encoded(case, records_of(rows), alone=False)
+        return self._encoded(case, records_of(rows), single=False)
 
-    def _encoded(self, case: Case, records: list[Record], alone: bool) -> Reading:
+    def _encoded(self, case: Case, records: list[Record], single: bool) -> Reading:
         objective = make_objective(LossConfig(), records)
         examples, _ = encode_records(
             records,
@@ -206,14 +206,14 @@ class Stress:
             max_tokens=8192,
             progress=False,
         )
-        place = 0 if alone else 1
-        if len(records) != (1 if alone else 3):
+        place = 0 if single else 1
+        if len(records) != (1 if single else 3):
             return None, "", False
         self._example = examples[place]
         return records[place], "", True
 
     def _as_given(self, value: Any, opened: bool) -> Any:
-        """A row's value for a trainer: paths are absolute, or images that Pillow has opened."""
+        """A value for a trainer, with absolute paths or with images opened by Pillow."""
         if isinstance(value, dict):
             return {name: self._as_given(item, opened) for name, item in value.items()}
         if isinstance(value, list):
@@ -224,27 +224,27 @@ class Stress:
                 if opened:
                     return Image.open(io.BytesIO(file.read_bytes()))
             return str(file)
-        if isinstance(value, str) and value in ("pictures", "pipe"):
+        if isinstance(value, str) and value in ("photos", "pipe"):
             return str(self.folder / value)
         return value
 
-    def _among(self, case: Case, found: list[Record], bad: list[str], alone: bool) -> Reading:
-        """The record among those that a file gave, by the words of its prompt or its name."""
+    def _among(self, case: Case, found: list[Record], bad: list[str], single: bool) -> Reading:
+        """Finds the record among those of a file, by the words of its prompt or by its name."""
         others = [n["id"] for n in case.neighbours]
         kept = [record for record in found if record.name in others]
         rest = [record for record in found if record.name not in others]
-        if case.id in others:  # only one of the two has this name
+        if case.id in others:  # only one of both has this name
             kept, rest = found[:1] + found[2:], found[1:2]
-        there = alone or len(kept) == len(others) or case.encoding in WHOLE
+        there = single or len(kept) == len(others) or case.encoding in WHOLE
         if rest:
             return (rest[0], "", there and len(rest) == 1)
-        said = next((line for line in bad if self._names(case, line, "pairs")), None)
-        if said is None and there:
+        line = next((line for line in bad if self._names(case, line, "pairs")), None)
+        if line is None and there:
             raise ValueError(f"nothing names it: {bad}")
-        return None, said or "", there
+        return None, line or "", there
 
     def _write(self, case: Case) -> tuple[Path, bool]:
-        """The file of a case, and whether it is alone, its type not being that of neighbours."""
+        """Writes the file of a case. Returns its path, and whether it holds only this case."""
         rows = [case.neighbours[0], case.row, case.neighbours[1]]
         if case.format in (*JSON, "folder"):
             lines = case.format == "folder"
@@ -263,14 +263,14 @@ class Stress:
         for some in (rows, rows[1:2]):
             try:
                 return self._table(case, some), len(some) == 1
-            except Exception:  # Arrow's own errors are of many types
+            except Exception:  # Arrow raises errors of many types
                 continue
         raise Unrepresentable
 
     def _table(self, case: Case, rows: list[dict[str, Any]]) -> Path:
         table = pa.Table.from_pylist(rows)
         if len(rows) > 1 and _given(table.slice(0, 1).to_pylist()[0]) != _given(rows[0]):
-            raise Unrepresentable  # Arrow made bytes of a neighbour's text
+            raise Unrepresentable  # Arrow converted a neighbour's text to bytes
         if case.format == "datasets":
             data = self.folder / "data.saved"
             datasets.Dataset.from_list(rows).save_to_disk(data)
@@ -288,14 +288,14 @@ class Stress:
             data.write_bytes(whole[: len(whole) // 2 * (case.encoding == "cut")])
         return data
 
-    # Judgement.
+    # Checks of the results.
 
     def _differs(self, record: Record, truth: Truth, reader: str) -> str:
-        """What of a record is not the truth; "" where all is."""
-        said = [(m["role"], _words(_text(m["content"]))) for m in record.prompt]
+        """Description of the first difference from the truth, or ""."""
+        messages = [(m["role"], _words(_text(m["content"]))) for m in record.prompt]
         true = [(role, _words(text)) for role, text in truth.prompt]
-        if reader in ("pairs", "sources") and said != true:
-            return f"prompt {said!r} is not {true!r}"
+        if reader in ("pairs", "sources") and messages != true:
+            return f"prompt {messages!r} is not {true!r}"
         for name in ("chosen", "rejected"):
             if getattr(record, name).strip() != getattr(truth, name).strip():
                 return f"{name} {getattr(record, name)[:99]!r} is not {getattr(truth, name)[:99]!r}"
@@ -303,23 +303,23 @@ class Stress:
             stored = getattr(record, group)
             if len(stored) != len(wanted):
                 return f"{len(stored)} {group}, not {len(wanted)}"
-            for image, picture in zip(stored, wanted, strict=True):
+            for image, expected in zip(stored, wanted, strict=True):
                 if reader == "sources":
-                    continue  # stages decode it later
+                    continue  # later stages decode it
                 shown = np.asarray(image.open(record.name)).astype(int)
-                if picture.pixels is None or shown.shape != picture.pixels.shape:
+                if expected.pixels is None or shown.shape != expected.pixels.shape:
                     return f"{group} has the shape {shown.shape}"
-                if (far := abs(shown - picture.pixels).max()) > picture.tolerance:
+                if (far := abs(shown - expected.pixels).max()) > expected.tolerance:
                     return f"{group} is off by {far}"
         return self._ids_differ(truth) if reader in ("train", "hf") else ""
 
     def _ids_differ(self, truth: Truth) -> str:
         roots, leaves = self._example.roots, self._example.leaves
-        said = "".join(f"{role.upper()}: {text}\n" for role, text in truth.prompt)
+        opening = "".join(f"{role.upper()}: {text}\n" for role, text in truth.prompt)
         for root in roots:
             ids = [i for i in root.ids.tolist() if i != self.image_id]
             text = self.tokenizer.decode(ids).replace("<s>", "").replace("</s>", "\n")
-            if _words(text) != _words(f"{said}ASSISTANT: "):
+            if _words(text) != _words(f"{opening}ASSISTANT: "):
                 return f"prompt {text[:300]!r}"
             if TAGS.search(text):
                 return f"an image tag is text: {text[:300]!r}"
@@ -331,7 +331,7 @@ class Stress:
 
 
 def _encoded(texts: list[str], encoding: str, lines: bool) -> bytes:
-    """JSON rows as the bytes of a file, with what is wrong with them."""
+    """JSON rows as the bytes of a file, with the fault of its encoding."""
     if encoding == "deep":
         texts[1] = '{"id": ' + "[" * 100_000 + "]" * 100_000 + "}"
     if encoding == "cut":
@@ -347,7 +347,7 @@ def _encoded(texts: list[str], encoding: str, lines: bool) -> bytes:
 
 
 def _with_all_keys(rows: list[Any]) -> list[Any]:
-    """Rows with null for each other's keys: Arrow and `datasets` take the columns of the first."""
+    """Rows with the keys of all rows. Arrow and `datasets` use the columns of the first row."""
     if not all(isinstance(row, dict) for row in rows):
         return rows
     names = dict.fromkeys(name for row in rows for name in row)
@@ -355,7 +355,7 @@ def _with_all_keys(rows: list[Any]) -> list[Any]:
 
 
 def _given(value: Any) -> Any:
-    """A value without the nulls that Arrow gives objects for each other's keys."""
+    """A value without the nulls that Arrow adds for missing keys."""
     if isinstance(value, dict):
         return {name: _given(v) for name, v in value.items() if v is not None}
     return [_given(item) for item in value] if isinstance(value, list) else value

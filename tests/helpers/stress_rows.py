@@ -1,4 +1,4 @@
-"""Rows of good preference records in every format, with the texts and pixels that they mean."""
+"""Rows of valid preference records in every format, with their texts and pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from stress_pictures import Picture, colours, encode
+from stress_images import Encoded, colours, encode
 
 from realign.digits.scenes import PLACES, WORDS
 
@@ -25,26 +25,26 @@ READERS = {
 }
 """Format -> who reads it: `realign.pairs import`, `read_any`, `realign.train`, `RDPOTrainer`."""
 
-OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # of these only realign.pairs must read
+OTHERS = ("RLAIF-V", "authors", "ShareGPT")  # formats that only realign.pairs must read
 JSON = ("authors", "ShareGPT", "LLaVA")
 MISSING = object()
 
 
 @dataclass
 class Truth:
-    """What a reader must come to."""
+    """The expected result of a reader."""
 
     prompt: list[tuple[str, str]]  # role and text of each message
     chosen: str
     rejected: str
-    images: list[Picture]
-    retrieved: list[Picture]
+    images: list[Encoded]
+    retrieved: list[Encoded]
     retrieved_chosen: str = ""
 
 
 @dataclass
 class Case:
-    """A record with one fault, or none."""
+    """A record with at most one fault."""
 
     number: int
     format: str
@@ -53,49 +53,49 @@ class Case:
     row: dict[str, Any]
     truth: Truth
     verdicts: dict[str, str]
-    encoding: str = ""  # what is done to the file
+    encoding: str = ""  # fault in the encoding of the file
     neighbours: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def id(self) -> Any:
-        """The id as the row has it."""
+        """The id in the row."""
         return self.row.get("id") if isinstance(self.row, dict) else None
 
     @property
     def name(self) -> str:
-        """The id of the record, as all good ones have it."""
+        """The id of the record without a fault."""
         return f"kitchen-{self.number}"
 
 
 def base(format: str, number: int, folder: Path) -> tuple[dict[str, Any], Truth]:
-    """A good record of a format."""
+    """A valid record of a format."""
     digits = [number // 10**place % 10 for place in range(6)]
     named = [f"{place} {WORDS[d]}" for place, d in zip(PLACES, digits, strict=False)]
     prompt = f"what is {named[0]} {WORDS[digits[4]]} {WORDS[digits[5]]} ?"
     chosen, rejected = f"{named[1]} , yes .", f"{named[2]} , no ."
-    images = [Picture(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)]
+    images = [Encoded(encode(Image.fromarray(colours(seed))), colours(seed)) for seed in (31, 32)]
     truth = Truth([("user", prompt)], chosen, rejected, images[:1], images[1:])
-    first, second = ({"bytes": picture.data, "path": None} for picture in images)
-    user, says = message("user", prompt), lambda text: [message("assistant", text)]
+    first, second = ({"bytes": image.data, "path": None} for image in images)
+    user, reply = message("user", prompt), lambda text: [message("assistant", text)]
     row: dict[str, Any] = {"id": f"kitchen-{number}"}
     if format == "TRL, text":
         row |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         row |= {"images": [first], "retrieved_images": [second]}
     elif format in ("TRL, messages", "datasets"):
-        row |= {"prompt": [user], "chosen": says(chosen), "rejected": says(rejected)}
+        row |= {"prompt": [user], "chosen": reply(chosen), "rejected": reply(rejected)}
         row |= {"images": [first], "retrieved_images": [second]}
     elif format == "TRL, parts":
         parts = [{"type": "image", "text": None}, {"type": "text", "text": prompt}]
         row |= {"prompt": [message("user", parts)]}
         for name, text in (("chosen", chosen), ("rejected", rejected)):
-            row[name] = says([{"type": "text", "text": text}])
+            row[name] = reply([{"type": "text", "text": text}])
         row |= {"images": [first], "retrieved_images": [second]}
     elif format == "RLAIF-V":
         row |= {"idx": number, "image": first, "question": prompt, "chosen": chosen}
         row |= {"rejected": rejected, "origin_dataset": "kitchens", "image_path": "a/kitchen.png"}
         truth.retrieved = []
     elif format == "authors":
-        row |= {"chosen": [user, *says(chosen)], "rejected": [user, *says(rejected)]}
+        row |= {"chosen": [user, *reply(chosen)], "rejected": [user, *reply(rejected)]}
         row |= {"image": _file(folder, images[0]), "retrieved_image": _file(folder, images[1])}
     elif format == "ShareGPT":
         past = [{"from": "human", "value": f"<image>{prompt}"}]
@@ -142,12 +142,12 @@ def message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _file(folder: Path, picture: Picture) -> str:
-    """The name of a file with this image, in the folder of the data."""
-    file = folder / f"base-{len(picture.data)}-{picture.pixels[0, 0, 0]}.png"
+def _file(folder: Path, image: Encoded) -> str:
+    """Writes the image to the folder of the data, and returns the file name."""
+    file = folder / f"base-{len(image.data)}-{image.pixels[0, 0, 0]}.png"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(picture.data)
+        file.write_bytes(image.data)
     return file.name
 
 
@@ -159,7 +159,7 @@ def get(row: Any, path: tuple) -> Any:
 
 
 def put(row: dict[str, Any], path: tuple, value: Any, whole: bool = False) -> None:
-    """Set the value at a path, or a copy of it; MISSING removes its key."""
+    """Sets a copy of the value, or with `whole` the value itself, at a path. MISSING removes it."""
     for key in path[:-1]:
         row = row[key]
     if value is MISSING:

@@ -1,4 +1,4 @@
-"""Records whose values follow from their numbers, and the processes of the store's tests."""
+"""Records with values computed from their numbers, and the processes in tests of the store."""
 
 import os
 import random
@@ -10,11 +10,11 @@ import numpy as np
 from realign_kernels.refcache.store import compact_table, open_table
 
 FINGERPRINT = bytes(range(1, 17))
-SPAN = 2**40  # the numbers of writer w start at w * SPAN
+SPAN = 2**40  # writer w uses numbers from w * SPAN
 
 
 def make(numbers):
-    """Keys, log-probs and tokens of records with these numbers."""
+    """Keys, log-probs and tokens of the records with these numbers."""
     numbers = np.asarray(numbers, np.int64)
     keys = np.zeros((len(numbers), 2), np.int64)
     keys[:, 0] = numbers
@@ -22,7 +22,7 @@ def make(numbers):
 
 
 def find(table, numbers):
-    """(n,) which records are there. A value that is not the record's own is an error."""
+    """(n,) mask of the records that exist. A wrong value is an error."""
     keys, logps, tokens = make(numbers)
     found, counts = table.lookup(keys)
     absent = np.isnan(found) & (counts == 0)
@@ -32,7 +32,7 @@ def find(table, numbers):
 
 
 def write(folder, board, number, seconds):
-    """Inserts, reopens now and then, and posts on the board how many records are acknowledged."""
+    """Inserts records, sometimes reopens, and writes the acknowledged number to the board."""
     posted, until, done = np.memmap(board, np.int64, "r+"), time.monotonic() + seconds, 0
     while time.monotonic() < until:
         table = open_table(folder, FINGERPRINT)
@@ -49,7 +49,7 @@ def write(folder, board, number, seconds):
 
 
 def read(folder, board, seconds):
-    """Looks up what was posted before its refresh: none of it may be missing."""
+    """Looks up records that were on the board before its refresh. None may be missing."""
     posted, until, checked = np.memmap(board, np.int64, "r"), time.monotonic() + seconds, 0
     table = open_table(folder, FINGERPRINT, read_only=True)
     while time.monotonic() < until:
@@ -59,7 +59,7 @@ def read(folder, board, seconds):
             if count:
                 numbers = np.random.default_rng(checked).integers(count, size=500)
                 assert find(table, number * SPAN + numbers).all(), "a lost record"
-                find(table, number * SPAN + count + np.arange(300))  # there or not, but right
+                find(table, number * SPAN + count + np.arange(300))  # may be missing, but not wrong
                 checked += 500
     stats = table.stats()
     assert stats["conflicts"] == stats["bad"] == 0 and stats["records"] >= there.sum()
@@ -67,7 +67,7 @@ def read(folder, board, seconds):
 
 
 def compact(folder, seconds):
-    """Compacts again and again; returns how many logs it merged."""
+    """Compacts repeatedly, and returns the number of merged logs."""
     until, merged = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         merged += compact_table(folder, FINGERPRINT)["logs_merged"]
@@ -76,7 +76,7 @@ def compact(folder, seconds):
 
 
 def kill_writer(folder, number):
-    """Forks a writer and kills it at a random moment; returns how many records it acknowledged."""
+    """Forks a writer and kills it at a random time. Returns the number of acknowledged records."""
     receive, send = os.pipe()
     if (child := os.fork()) == 0:
         table, done = open_table(folder, FINGERPRINT), 0
@@ -86,7 +86,7 @@ def kill_writer(folder, number):
             done += count
             os.write(send, done.to_bytes(8, "little"))
     os.close(send)
-    last = os.read(receive, 8)  # the first batch is in
+    last = os.read(receive, 8)  # after the first batch
     time.sleep(random.random() * 0.003)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""Forced tokens: what stands between the gaps of a response, in any tokenizer."""
+"""Forced tokens between the gaps of a response, with several tokenizers."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 
 
 class Framed:
-    """A processor as far as `ResponseFramer` looks: a tokenizer and a template."""
+    """The part of a processor that `ResponseFramer` uses: a tokenizer and a chat template."""
 
     image_token = "<image>"
 
@@ -26,9 +26,9 @@ class Framed:
     def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=False):
         text = ""
         for message in messages:
-            said = "".join(part.get("text", "<image>") for part in message["content"])
+            content = "".join(part.get("text", "<image>") for part in message["content"])
             own = message["role"] == "assistant"
-            text += self.opening + self.lead + said + self.end if own else f"USER: {said} "
+            text += self.opening + self.lead + content + self.end if own else f"USER: {content} "
         return text + (self.opening if add_generation_prompt else "")
 
 
@@ -37,13 +37,13 @@ def texts_of(pieces, tokenizer):
 
 
 def bare(text):
-    """A text without the white space that a decoder adds or leaves out."""
+    """A text without white space, which decoders add and remove."""
     return "".join(text.split())
 
 
 @st.composite
 def masked_texts(draw):
-    """Texts of many scripts, hidden at any characters, adjacent spans and both ends included."""
+    """Texts in many scripts with random hidden spans, including adjacent ones and both ends."""
     parts = [
         "red",
         "white-",
@@ -67,7 +67,7 @@ def masked_texts(draw):
     text = text or "red dog"
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=6, unique=True)))
     spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if text[a:b].strip()]
-    if draw(st.booleans()) and spans:  # one that begins where the last one ends
+    if draw(st.booleans()) and spans:  # begins where the previous span ends
         rest = text[spans[-1][1] :]
         if rest.strip():
             spans.append((spans[-1][1], len(text) - draw(st.integers(0, len(rest) - 1))))
@@ -79,7 +79,7 @@ def masked_texts(draw):
 @settings(max_examples=80, deadline=None)
 @given(masked_texts(), st.sampled_from([270, 300, 400]), st.sampled_from(["", " "]))
 def test_forced_tokens_spell_what_is_visible(masked, size, lead):
-    """With a tokenizer whose tokens run over words, spans and bytes of a character."""
+    """The tokenizer has tokens that cross words and spans, or hold bytes of a character."""
     text = masked.fill(masked.hidden)
     tokenizer = byte_level([text * 3, text[::2], f"ASSISTANT:{lead}{text}"], size)
     framer = ResponseFramer(Framed(tokenizer, lead))
@@ -103,7 +103,7 @@ def test_forced_tokens_of_other_tokenizers(masked, kind):
         assert bare(tokens.replace("##", "")) == bare(piece)
 
 
-def test_a_token_over_the_edge_gives_way_to_its_visible_part():
+def test_a_token_across_an_edge_is_replaced_by_its_visible_part():
     text = "a red-white dog's (old) hat"
     tokenizer = byte_level([text] * 4, 330)
     ids = tokenizer(f"ASSISTANT: {text}", add_special_tokens=False)["input_ids"]
@@ -115,14 +115,14 @@ def test_a_token_over_the_edge_gives_way_to_its_visible_part():
         assert [p.strip() for p in texts_of(forced.pieces, tokenizer)] == [
             p.strip() for p in masked.pieces
         ]
-        # What fills the gap brings the space before it along.
+        # The token that fills the gap holds the space before it.
         assert texts_of(forced.pieces, tokenizer)[0] == f" {masked.pieces[0].rstrip()}"
 
 
 @pytest.mark.parametrize("kind", ["words", "bytes"])
 @pytest.mark.parametrize("segments", [1, 2, 0])
 def test_forced_pieces_are_the_tokens_around_the_gaps(kind, segments, processor):
-    """Where no token runs over an edge, they are the tokens that training sees."""
+    """If no token crosses an edge of a span, the forced tokens are those of training."""
     text = "top left seven , top right two , bottom left zero ."
     if kind == "words":
         framer, before = ResponseFramer(processor), " user : <image> name the digits . assistant :"
@@ -137,7 +137,7 @@ def test_forced_pieces_are_the_tokens_around_the_gaps(kind, segments, processor)
     for _ in range(10):
         masked = mask_response(text, CATEGORIES, segments, rng)
         forced = framer.force(before, masked)
-        # What is left of the tokenization between two pieces spells the hidden words.
+        # The remaining tokens between two pieces spell the hidden words.
         rest = whole
         for piece, hidden, count in zip(
             forced.pieces, (*masked.hidden, ""), (*forced.hidden, 0), strict=True
@@ -151,8 +151,8 @@ def test_forced_pieces_are_the_tokens_around_the_gaps(kind, segments, processor)
             assert stops == (set(piece[:1]) or ends)
 
 
-def test_a_response_ends_as_its_template_and_its_model_end_it():
-    """Gemma's turns end with a token that is not its tokenizer's end token."""
+def test_end_tokens_of_template_and_model_end_a_response():
+    """Gemma ends turns with a token that is not its tokenizer's end token."""
     vlm, processor = make("gemma3")
     ids = processor.tokenizer.convert_tokens_to_ids
     assert ResponseFramer(processor).ends == {ids("<eos>"), ids("<end_of_turn>")}
@@ -161,7 +161,7 @@ def test_a_response_ends_as_its_template_and_its_model_end_it():
     masked = Masked(("one ", " two ", ""), ("red", "dot"))
     first, last = ResponseFramer(processor).force("", masked).stops
     assert first == {ids("two")} and last == {ids("<eos>"), ids("<end_of_turn>")}
-    blank = Masked(("one ", "\n"), ("red",))  # white space behind the last gap may be left out
+    blank = Masked(("one ", "\n"), ("red",))  # white space after the last gap is optional
     assert ResponseFramer(processor).force("", blank).stops[0] >= last
 
 

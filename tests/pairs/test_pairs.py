@@ -1,4 +1,4 @@
-"""Pairs of digits and of a user's own records: what they hold, and what the command says."""
+"""Pairs of digits and of user records: contents of the pairs, and errors of the command."""
 
 from dataclasses import replace
 
@@ -20,16 +20,16 @@ from realign.pairs.retrieval.phash import perceptual_hash
 PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 
 
-def test_what_a_pair_holds(pairs_config, pairs_file, vlm, processor):
+def test_contents_of_a_pair(pairs_config, pairs_file, vlm, processor):
     sources = {record.name: record for record in digit_sources(pairs_config)}
     order = list(sources)
-    pictures = [record.images[0].open("") for record in sources.values()]
-    vectors = Embedder(None, dtype="fp32")(pictures)
+    images = [record.images[0].open("") for record in sources.values()]
+    vectors = Embedder(None, dtype="fp32")(images)
     cosine = vectors @ vectors.T
     usable = cosine.copy()
     np.fill_diagonal(usable, -np.inf)
     usable[cosine >= pairs_config.ceiling] = -np.inf
-    hashes = [perceptual_hash(picture) for picture in pictures]
+    hashes = [perceptual_hash(image) for image in images]
     bits = np.array([[(one ^ other).bit_count() for other in hashes] for one in hashes])
     usable[bits <= pairs_config.hash_distance] = -np.inf
     records = read_pairs(pairs_file)
@@ -38,7 +38,7 @@ def test_what_a_pair_holds(pairs_config, pairs_file, vlm, processor):
         source, facts = sources[record.name], record.provenance
         assert (record.prompt, record.chosen) == (source.prompt, source.chosen)
         assert record.images == source.images
-        # The visual negative is the neighbour of that rank ...
+        # The visual negative is the neighbour with this rank.
         ranked = np.argsort(-usable[order.index(record.name)], kind="stable")
         nearest = [order[i] for i in ranked]
         neighbour = sources[nearest[facts["neighbour_rank"]]]
@@ -46,13 +46,13 @@ def test_what_a_pair_holds(pairs_config, pairs_file, vlm, processor):
         assert record.retrieved_images == neighbour.images != record.images
         similarity = cosine[order.index(record.name), order.index(neighbour.name)]
         assert facts["similarity"] == pytest.approx(float(similarity), abs=1e-5)
-        # ... and the image that the rejected response was completed on; nearer ones were dropped.
+        # The rejected response was completed on it. Completions on nearer images were dropped.
         pieces = tuple(facts["masked"].split(MASK))
         masked = Masked(pieces, ("",) * (len(pieces) - 1))
         assert len(pieces) == 2  # one segment
         for rank in range(facts["neighbour_rank"] + 1):
-            picture = sources[nearest[rank]].images[0].open("")
-            completion = slow_infill(vlm, processor, picture, masked, 8).text
+            image = sources[nearest[rank]].images[0].open("")
+            completion = slow_infill(vlm, processor, image, masked, 8).text
             accepted = rank == facts["neighbour_rank"]
             assert (completion == record.rejected) == accepted
             assert same_response(completion, record.chosen) != accepted
@@ -69,14 +69,14 @@ def _sources(folder, records, name="sources.parquet") -> str:
 
 @pytest.fixture
 def own(scenes) -> list[Record]:
-    """A user's own records: six scenes with captions."""
+    """User records: six scenes with captions."""
     return [
         Record(f"own-{i}", tuple(PROMPT), s.caption, "", (StoredImage.from_pil(s.image),))
         for i, s in enumerate(scenes[:6])
     ]
 
 
-def test_records_of_ones_own(tmp_path, own, capsys):
+def test_user_records(tmp_path, own, capsys):
     parts = [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}]
     typed = replace(own[0], prompt=({"role": "user", "content": parts},))
     yes = replace(own[1], name="yes", chosen="yes")
@@ -92,7 +92,7 @@ def test_records_of_ones_own(tmp_path, own, capsys):
     assert f"dropped {7 - len(records)} (" in printed and "1 nothing to mask" in printed
 
 
-def test_a_neighbour_has_as_many_images(tmp_path, own):
+def test_neighbours_have_the_same_number_of_images(tmp_path, own):
     double = [
         replace(own[i], name=f"double-{i}", images=own[i].images + own[i + 1].images)
         for i in range(3)
@@ -126,15 +126,15 @@ def _yes(own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_without_image, "allows: 1 read: no image; for one, record 'bare'"),
-        (_torn, "allows: 1 embed: corrupt; for one, record 'torn'"),
-        (_placed, "record 'odd' (its messages place 2 image(s), by parts, and 1 are given."),
+        (_without_image, "allows: 1 read: no image; for example, record 'bare'"),
+        (_torn, "allows: 1 embed: corrupt; for example, record 'torn'"),
+        (_placed, "record 'odd' (its messages place 2 image(s), by image parts, and 1 are given."),
         (_yes, "no record gave a pair; dropped 6 (6 nothing to mask). Name other kinds"),
-        (lambda own: own[:1], "dropped 1 (1 no neighbour). Give more images"),
-        (lambda own: own[:1], " There is no --model: the shipped digits model fills the gaps"),
+        (lambda own: own[:1], "dropped 1 (1 no neighbour). Add images"),
+        (lambda own: own[:1], " Without --model, the shipped digits model fills the gaps"),
     ],
 )
-def test_the_command_reports_unusable_records_in_one_error(tmp_path, own, change, message, capsys):
+def test_the_command_reports_invalid_records_in_one_error(tmp_path, own, change, message, capsys):
     out = tmp_path / "out.parquet"
     arguments = ["--data", _sources(tmp_path, change(own)), "--output", str(out), "--quiet"]
     assert main([*arguments, "--mask", "numbers"]) == 1

@@ -1,4 +1,4 @@
-"""A second run of the pairs pipeline: it makes again what changed, and equals a fresh run."""
+"""Second runs of the pairs pipeline: changed parts are made again, as in a fresh run."""
 
 import signal
 import time
@@ -29,9 +29,9 @@ SCENES = 20
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Records whose pictures are files in `pictures/`, and the settings of a run of them."""
-    folder = tmp_path / "pictures"
+def file_config(tmp_path):
+    """Settings of a run on records whose images are files in `images/`."""
+    folder = tmp_path / "images"
     folder.mkdir()
     records = []
     for i, record in enumerate(digit_sources(PairsConfig(scenes=SCENES))):
@@ -51,7 +51,7 @@ def pictures(tmp_path):
 
 
 def _assert_as_fresh(config, folder):
-    """The output equals that of a run in an empty work folder."""
+    """Asserts that the output equals that of a run in an empty work folder."""
     output = folder / "fresh" / "pairs.parquet"
     build_pairs(replace(config, output=str(output)))
     assert output.read_bytes() == (folder / "out" / "pairs.parquet").read_bytes()
@@ -62,7 +62,7 @@ def _times(config) -> dict[str, dict[str, int]]:
 
 
 def _made_again(before, after) -> dict[str, set[int]]:
-    """The numbers of the shards of each stage that were written again."""
+    """Stage -> numbers of the shards that were written again."""
     return {
         stage: {int(name[:5]) for name, when in times.items() if before[stage].get(name) != when}
         for stage, times in after.items()
@@ -70,57 +70,57 @@ def _made_again(before, after) -> dict[str, set[int]]:
 
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt"])
-def test_repaired_pictures_are_read_again(pictures, tmp_path, fault):
-    """A run that dies while it replaces the shard, with its list of bad records, loses none."""
-    spoiled = tmp_path / "pictures" / "5.png"  # of the second shard
+def test_repaired_images_are_read_again(file_config, tmp_path, fault):
+    """A run that dies while it replaces a shard and its list of invalid records loses no record."""
+    spoiled = tmp_path / "images" / "5.png"  # in the second shard
     data = spoiled.read_bytes()
     spoiled.unlink()
     if fault == "corrupt":
-        spoiled.write_bytes(b"no picture")
-    build_pairs(pictures)
+        spoiled.write_bytes(b"no image")
+    build_pairs(file_config)
     stage = {"missing": "read", "corrupt": "embed"}[fault]
     assert rejected_in(tmp_path / "out") == [("scene-00005", stage, fault)]
-    before = _times(pictures)
+    before = _times(file_config)
     spoiled.write_bytes(data)
     if fault == "missing":
-        flags = ["--data", pictures.data, "--image-folder", pictures.image_folder, "--k", "4"]
+        flags = ["--data", file_config.data, "--image-folder", file_config.image_folder, "--k", "4"]
         flags += ["--mask", "numbers", "--shard", "4", "--max-bad", "0.2", "--quiet"]
-        assert exit_code(before_a_shard, "--output", pictures.output, *flags) == -signal.SIGKILL
-    assert not build_pairs(pictures).bad
-    assert not (pictures.work_folder / "rejected_records.parquet").exists()
-    again = _made_again(before, _times(pictures))
+        assert exit_code(before_a_shard, "--output", file_config.output, *flags) == -signal.SIGKILL
+    assert not build_pairs(file_config).bad
+    assert not (file_config.work_folder / "rejected_records.parquet").exists()
+    again = _made_again(before, _times(file_config))
     assert again["read"] == again["embed"] == again["mask"] == {1}
-    assert len(again["retrieve"]) == SHARDS  # there is one more image to find
-    _assert_as_fresh(pictures, tmp_path)
+    assert len(again["retrieve"]) == SHARDS  # one more image can be a neighbour
+    _assert_as_fresh(file_config, tmp_path)
 
 
-def test_changed_pictures_are_noticed(pictures, tmp_path):
-    """Touched, then gone and back, then one replaced and one a link out of the folder."""
-    folder, output = tmp_path / "pictures", tmp_path / "out" / "pairs.parquet"
-    build_pairs(pictures)
-    before, kept = _times(pictures), output.read_bytes()
-    (folder / "3.png").touch()  # its shard is made again; search sees the same vectors as before
-    build_pairs(pictures)
-    again = _made_again(before, _times(pictures))
+def test_changed_images_are_noticed(file_config, tmp_path):
+    """Images are touched, then removed and restored, then replaced or linked out of the folder."""
+    folder, output = tmp_path / "images", tmp_path / "out" / "pairs.parquet"
+    build_pairs(file_config)
+    before, kept = _times(file_config), output.read_bytes()
+    (folder / "3.png").touch()  # its shard is made again, with the same vectors
+    build_pairs(file_config)
+    again = _made_again(before, _times(file_config))
     assert again.pop("retrieve") == set()
     assert all(numbers == {0} for numbers in again.values()), again
     assert output.read_bytes() == kept
 
-    folder.rename(tmp_path / "elsewhere")  # as when the disk is not mounted for one run
+    folder.rename(tmp_path / "elsewhere")  # as if the disk were not mounted in one run
     folder.mkdir()
     with pytest.raises(ValueError, match="cannot be used, more than --max-bad 0.2 allows"):
-        build_pairs(pictures)
+        build_pairs(file_config)
     assert output.read_bytes() == kept
     folder.rmdir()
     (tmp_path / "elsewhere").rename(folder)
-    assert not build_pairs(pictures).bad
+    assert not build_pairs(file_config).bad
     assert output.read_bytes() == kept
 
     (folder / "3.png").write_bytes((folder / "10.png").read_bytes())
     (folder / "7.png").rename(tmp_path / "secret.png")
     (folder / "7.png").symlink_to(tmp_path / "secret.png")
-    assert build_pairs(pictures).bad == {"outside the folder": 1}
-    _assert_as_fresh(pictures, tmp_path)
+    assert build_pairs(file_config).bad == {"outside the folder": 1}
+    _assert_as_fresh(file_config, tmp_path)
 
 
 def test_a_record_without_reply_is_asked_again(whole_run, tmp_path, engine):
@@ -135,17 +135,17 @@ def test_a_record_without_reply_is_asked_again(whole_run, tmp_path, engine):
     assert ("scene-00009", "mask", "no reply") in rejected_in(tmp_path / "out")
     fake = engine(segments)
     build_pairs(config)
-    assert len(fake.asked) == 8  # of its shard
+    assert len(fake.asked) == 8  # records of its shard
     assert not (config.work_folder / "rejected_records.parquet").exists()
     _assert_as_fresh(config, tmp_path)
 
 
-def test_arrays_of_a_killed_run_are_not_used_with_other_rows(pictures, tmp_path, monkeypatch):
-    """Two pictures vanish, the run dies after it wrote their vectors, and they come back."""
-    build_pairs(pictures)
-    held = [(tmp_path / "pictures" / f"{i}.png") for i in (5, 10)]
-    for picture in held:
-        picture.rename(tmp_path / picture.name)
+def test_arrays_of_a_killed_run_are_not_used_with_other_rows(file_config, tmp_path, monkeypatch):
+    """Two images disappear, the run dies after it wrote the vectors, and the images return."""
+    build_pairs(file_config)
+    held = [(tmp_path / "images" / f"{i}.png") for i in (5, 10)]
+    for image in held:
+        image.rename(tmp_path / image.name)
 
     def die(*_):
         raise KeyboardInterrupt
@@ -153,10 +153,10 @@ def test_arrays_of_a_killed_run_are_not_used_with_other_rows(pictures, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(Retrieve, "_save_index", die)
         with pytest.raises(KeyboardInterrupt):
-            build_pairs(pictures)
-    for picture in held:
-        (tmp_path / picture.name).rename(picture)
-    config = replace(pictures, negative="random")
+            build_pairs(file_config)
+    for image in held:
+        (tmp_path / image.name).rename(image)
+    config = replace(file_config, negative="random")
     build_pairs(config)
     _assert_as_fresh(config, tmp_path)
 
@@ -177,7 +177,7 @@ def test_damage_within_a_shard_is_named_with_its_remedy(whole_run, tmp_path):
 
 
 def test_missing_and_cut_off_shards_are_made_again(whole_run, tmp_path):
-    """In any order, of every stage."""
+    """Shards of every stage, in any order."""
     config = copy_run(whole_run, tmp_path)
     for i, stage in enumerate(ORDER):
         folder = stage_folder(config.work_folder, stage)
@@ -203,8 +203,8 @@ def test_derived_negatives_are_a_stage(whole_run, tmp_path, kind):
         run_stages(config_in(tmp_path / "other"), "negative")
 
 
-def test_names_that_come_often_take_no_longer():
-    """LLaVA's ids come several times each; 40,000 times the same took minutes once."""
+def test_many_repeated_names_are_fast():
+    """LLaVA repeats each id several times. 40,000 repetitions must not take minutes."""
     names, began = Names(), time.perf_counter()
     made = [names.unique("a") for _ in range(40_000)]
     assert time.perf_counter() - began < 30
@@ -212,7 +212,7 @@ def test_names_that_come_often_take_no_longer():
 
 
 def test_left_out_records_are_noted_for_each_output(whole_run, tmp_path):
-    """Two outputs that share a work folder, of runs that drop different records."""
+    """Two outputs share a work folder, and their runs drop different records."""
     easy = copy_run(whole_run, tmp_path, work=str(tmp_path / "pairs.work"))
     strict = replace(easy, output=str(tmp_path / "other" / "pairs.parquet"), k=1)
     reports = {config.output: build_pairs(config) for config in (easy, strict)}

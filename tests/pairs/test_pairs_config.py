@@ -1,4 +1,4 @@
-"""Settings of the pairs pipeline: refusals, and derived settings."""
+"""Settings of the pairs pipeline: validation and derived settings."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ LOCAL = "transformers:m"
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mask": "numbers, verbs"}, "mask names verbs; the kinds are numbers, attributes"),
+        ({"mask": "numbers, verbs"}, "mask contains verbs; the kinds are numbers, attributes"),
         ({"model": "some/model"}, "--model is given without --data"),
         ({"scenes": 0}, "scenes is 0"),
         ({"k": 0}, "k is 0"),
@@ -23,18 +23,18 @@ LOCAL = "transformers:m"
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"tau": float("nan")}, "tau is nan"),
-        ({"tau": 95.0}, "tau is 95.0; it is a similarity, from -1 to 1"),
-        ({"ceiling": 5.0}, "ceiling is 5.0; it is a similarity"),
+        ({"tau": 95.0}, "tau is 95.0; it must be from -1 to 1"),
+        ({"ceiling": 5.0}, "ceiling is 5.0; it must be from -1 to 1"),
         ({"seed": -1}, "seed is -1"),
         ({"output": "."}, "output . is a folder"),
-        ({"output": "pairs.work"}, "output pairs.work is the work folder's name"),
+        ({"output": "pairs.work"}, "output pairs.work is also the work folder"),
         ({"data": "."}, "--output runs/pairs.parquet is in the folder of --data"),
         ({"data": "tests", "work": "tests/w"}, "--work tests/w is in the folder of --data"),
         ({"shard": 0}, "shard is 0"),
         ({"candidates": 0}, "candidates is 0"),
-        ({"hash_distance": 64}, "hash_distance is 64; it is from -1 to 63"),
-        ({"max_bad": 1.5}, "max_bad is 1.5; it is a share"),
-        ({"share": 0.0}, "share is 0.0; it is a share, above 0"),
+        ({"hash_distance": 64}, "hash_distance is 64; it must be from -1 to 63"),
+        ({"max_bad": 1.5}, "max_bad is 1.5; it must be from 0 to 1"),
+        ({"share": 0.0}, "share is 0.0; it must be above 0"),
         ({"floor": 0.5, "ceiling": 0.5}, "floor is 0.5 and ceiling is 0.5, which leaves no"),
         ({"refill": "guess"}, "refill is 'guess'; it must be one of infill, prompt"),
         ({"negative": "mirror"}, "negative is 'mirror'; it must be one of retrieved, random"),
@@ -46,9 +46,9 @@ LOCAL = "transformers:m"
         ),
         ({"masker": "llm"}, "--masker: the kind of engine is unknown; give"),
         ({"data": "x", "answer": "http://host/v1"}, "--answer: the endpoint"),
-        ({"ray": "here"}, "ray is 'here'; give local, local:N, auto"),
+        ({"ray": "here"}, "ray is 'here'; it must be local, local:N, auto"),
         ({"ray": "local:0"}, "ray is 'local:0'"),
-        # settings that would change nothing
+        # settings without an effect
         ({"format": "coco"}, "--format would have no effect.* Pass --data"),
         ({"image_folder": "x"}, "--image-folder would have no effect"),
         ({"answer": LOCAL}, "--answer would have no effect"),
@@ -72,7 +72,7 @@ LOCAL = "transformers:m"
             "would have no effect with an engine as --masker",
         ),
         ({"candidates": 2}, "candidates is 2 and would have no effect.* --judge"),
-        ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3 of 2 neighbours"),
+        ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3, but k is 2; it must"),
         (
             {
                 "data": "x",
@@ -85,19 +85,19 @@ LOCAL = "transformers:m"
         ),
     ],
 )
-def test_a_bad_pairs_value_is_named(settings, message):
+def test_an_invalid_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         PairsConfig(**settings)
 
 
-def test_what_the_pairs_mask_by_default():
+def test_default_categories():
     assert PairsConfig().categories == ("numbers",)
     every = ("numbers", "attributes", "relations", "objects")
     assert PairsConfig(data="x.parquet").categories == every
     assert PairsConfig(mask="objects, numbers,").categories == ("objects", "numbers")
 
 
-def test_what_the_pairs_config_works_out():
+def test_derived_settings():
     assert PairsConfig(output="a/b.parquet").work_folder == Path("a/b.work")
     assert PairsConfig(work="w").work_folder == Path("w")
     assert PairsConfig().refill_engine is None

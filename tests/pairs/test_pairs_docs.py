@@ -1,4 +1,4 @@
-"""docs/pairs.md: its commands, examples, columns and reasons are those of the code."""
+"""Commands, examples, columns and reasons in docs/pairs.md agree with the code."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def test_every_command_is_known():
 
 
 @pytest.mark.parametrize("words", [words for words in OURS if not words or words[0][0] == "-"])
-def test_settings_of_the_pipeline_fit_together(words):
+def test_the_settings_of_each_command_are_valid(words):
     parsed = parse_sections({"pairs": PairsConfig}, prog="", description="", arguments=words)
     assert parsed["pairs"].output.endswith("pairs.parquet")
 
@@ -57,15 +57,15 @@ def test_other_commands_run(words, tmp_path, monkeypatch, capsys, pairs_file):
     assert output[words[0]] in capsys.readouterr().out
 
 
-def test_every_flag_is_one():
+def test_every_flag_exists():
     known = {f"--{f.name.replace('_', '-')}" for f in fields(PairsConfig)}
     known |= {f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)}
     known |= {"--help", "--config", "--most", "--side", "--fsdp", "--dry-run", "--pairs"}
-    known |= {"--port", "--data-parallel-size"}  # of vLLM
+    known |= {"--port", "--data-parallel-size"}  # flags of vLLM
     assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) <= known
 
 
-def test_the_stages_are_those_of_the_table():
+def test_the_table_lists_the_stages():
     rows = re.findall(r"^\| (\w+) \|", TEXT[: TEXT.index("## Formats")], re.MULTILINE)
     assert tuple(rows[1:]) == STAGES
 
@@ -90,10 +90,10 @@ def test_the_examples_are_read(tmp_path):
         assert f"**{name}**" in TEXT or f"`{name}`" in TEXT
 
 
-def test_the_columns_are_those_of_the_output(pairs_file):
-    said = TEXT[TEXT.index("**Out** goes") : TEXT.index("`datasets` loads it")]
+def test_the_columns_of_the_output_are_listed(pairs_file):
+    listed = TEXT[TEXT.index("**Output** is") : TEXT.index("`datasets` loads the file")]
     names = [n for n in pq.read_schema(pairs_file).names if n != "id"]
-    assert set(re.findall(r"`(\w+)`", said)) == set(names)
+    assert set(re.findall(r"`(\w+)`", listed)) == set(names)
     assert {name for *_, row in pair_rows(pairs_file) for name in row} == {"id", *names}
 
 

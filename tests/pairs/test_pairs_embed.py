@@ -1,4 +1,4 @@
-"""Embeddings of pictures: the VLM's own tower, and encoders by name."""
+"""Image embeddings by the VLM's own tower and by named encoders."""
 
 import sys
 from types import ModuleType
@@ -37,7 +37,7 @@ def test_bf16_is_near_fp32_and_still_unit(scenes):
     assert ((exact * rough).sum(1) > 0.999).all()
 
 
-# Pixels of one size; tiles of one; patches with a grid; tiles with a mask.
+# Pixels of one size, tiles of one size, patches with a grid, tiles with a mask.
 @pytest.mark.parametrize("family", ["gemma3", "llava_next", "qwen2_vl", "idefics3", "internvl"])
 def test_own_tower_of_a_family(family, tmp_path):
     vlm, processor = make(family)
@@ -61,7 +61,7 @@ def test_own_tower_of_a_family(family, tmp_path):
 
 
 def _encoder(kind, folder, processor):
-    """A tiny CLIP or SigLIP folder, and the model."""
+    """Folder of a tiny CLIP or SigLIP model, and the model."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision = {**small, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -87,7 +87,7 @@ def test_a_named_encoder(kind, tmp_path, processor):
 
 
 def test_pictures_of_odd_shapes_are_embedded(tmp_path, processor, monkeypatch):
-    """A height of 3 is not taken for colours, and a strip makes no picture of gigabytes."""
+    """A height of 3 is not mistaken for channels, and a strip is not enlarged to gigabytes."""
     _encoder("clip", tmp_path, processor)
     embed = Embedder(str(tmp_path), None, dtype="fp32")
     embed.open()
@@ -113,7 +113,7 @@ def test_which_encoders_are_refused(tmp_path, vlm, processor):
         Embedder(str(tmp_path / "none"), None).open()
     vlm.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'llava' model without one feature vector"):
+    with pytest.raises(ValueError, match="'llava' model without a single feature vector"):
         Embedder(str(tmp_path), None).open()
 
 
@@ -129,7 +129,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, processor):
 
 
 def test_sentence_transformers_by_name(monkeypatch):
-    """Its calls, answered by a stand-in: the mean colours of a picture."""
+    """A fake package answers the calls with the mean colours of an image."""
     asked = []
 
     class Stand:
@@ -157,7 +157,7 @@ def test_sentence_transformers_by_name(monkeypatch):
     Embedder("sentence-transformers/clip-ViT-B-32", None).open()
     assert asked[0][0] == "sentence-transformers/clip-ViT-B-32"
     asked.clear()
-    with pytest.raises(ValueError, match="no embedding of an image"):
+    with pytest.raises(ValueError, match="cannot embed an image"):
         Embedder("st:text-only", None).open()
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"realign\[sentences\]"):

@@ -1,4 +1,4 @@
-"""The gallery: every text in it stays text, nothing comes from elsewhere, it shows what is so."""
+"""Gallery: texts stay texts, nothing is loaded from outside, and the data is shown correctly."""
 
 import base64
 import hashlib
@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from stress_pictures import encode
+from stress_images import encode
 
 from realign.pairs.gallery import main, write_gallery
 from realign.pairs.stats import changed_words, collect, difference
@@ -61,7 +62,7 @@ def _file(folder, *rows, name="pairs.parquet"):
 
 
 class _Page(HTMLParser):
-    """The elements of a page, and the text of its script and style elements."""
+    """Parser of a page: its elements, and the text of its script and style elements."""
 
     def __init__(self, text):
         super().__init__()
@@ -87,11 +88,11 @@ def _page(folder, *rows, **options):
     return _Page((folder / "gallery.html").read_text(encoding="utf-8"))
 
 
-def _said(segments):
+def _joined(segments):
     return "".join(text for text, _ in segments)
 
 
-def test_what_is_shown_is_what_is_in_the_file(tmp_path):
+def test_the_page_shows_the_data_of_the_file(tmp_path):
     talk = [_user("What is it?"), {"role": "assistant", "content": "A pet."}, _user("Which?")]
     judge = json.dumps({"rejected": False, "chosen on the negative": None})
     judged = _row(1, prompt=talk, visual_margin=0.25, judge=judge)
@@ -101,7 +102,7 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
     assert data["figures"] == str(collect(tmp_path / "pairs.parquet"))
     first, second, third = data["pairs"]
     assert first["id"] == "pair-0" and first["prompt"] == [["user", "What is it?"]]
-    assert _said(first["chosen"]) == "A red cat, number 0."
+    assert _joined(first["chosen"]) == "A red cat, number 0."
     assert first["rejected"] == [["A ", False], ["blue dog", True], [", number 0.", False]]
     assert (first["rank"], first["similarity"], first["changed"]) == (0, 0.5, 2)
     assert ["masked", "A [MASK], number."] in first["facts"] and ["seed", "3"] in first["facts"]
@@ -117,8 +118,8 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path):
         "judge: rejected false",
         "judge: chosen on the negative no verdict",
     ]
-    # The similarity is that of the neighbour, which is not the visual negative here.
-    similarity = {"name": "completed on a neighbour", "value": "0.502", "tone": ""}
+    # The similarity is for the neighbour, which is not the visual negative here.
+    similarity = {"name": "similarity of the neighbour", "value": "0.502", "tone": ""}
     margin = {"name": "visual margin", "value": "-0.50", "tone": "bad"}
     assert third["negative"] == "crop" and third["verdicts"][::2] == [similarity, margin]
     assert third["labels"] == ["visual margin not above 0"]
@@ -133,9 +134,9 @@ def test_texts_stay_texts(tmp_path):
     assert page.elements == plain.elements  # the texts added no element and no attribute
     (pair,) = page.data["pairs"]
     assert pair["id"] == pair["negative"] == EVIL and pair["prompt"] == [["user", EVIL]]
-    assert _said(pair["chosen"]) == EVIL and _said(pair["rejected"]) == "x " + EVIL
+    assert _joined(pair["chosen"]) == EVIL and _joined(pair["rejected"]) == "x " + EVIL
     assert dict(pair["facts"])["masked"] == EVIL
-    assert page.data["pictures"][0] == {"problem": "missing"}
+    assert page.data["images"][0] == {"problem": "missing"}
     text = (tmp_path / "gallery.html").read_text()
     block = text[text.index('id="data">') + 10 : text.index("</script>")]
     assert "<" not in block and "broken" in block
@@ -145,7 +146,7 @@ def test_texts_stay_texts(tmp_path):
     assert "<title>Preference pairs: a&amp;&lt;b&gt;.parquet</title>" in text
 
 
-def test_nothing_comes_from_elsewhere(tmp_path):
+def test_nothing_is_loaded_from_outside(tmp_path):
     page = _page(tmp_path, _row())
     assert {tag for tag, _ in page.elements} == set(TAGS)
     for _, attributes in page.elements:
@@ -175,27 +176,27 @@ def _opened(entry):
     return head, Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def test_pictures(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "pictures" / "wide.jpg")
+def test_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (900, 100), (200, 10, 10)).save(tmp_path / "images" / "wide.jpg")
     rows = [
-        _row(0, images=[{"bytes": None, "path": "pictures/wide.jpg"}]),
-        _row(1, images=[{"bytes": _png(1), "path": "kept.png"}]),  # is what was retrieved for 0
-        _row(2, images=[{"bytes": b"no picture", "path": None}, {"bytes": _png(9), "path": None}]),
-        _row(3, images=[{"bytes": _png(4), "path": None}]),  # is its own negative
+        _row(0, images=[{"bytes": None, "path": "images/wide.jpg"}]),
+        _row(1, images=[{"bytes": _png(1), "path": "kept.png"}]),  # the retrieved image of pair 0
+        _row(2, images=[{"bytes": b"no image", "path": None}, {"bytes": _png(9), "path": None}]),
+        _row(3, images=[{"bytes": _png(4), "path": None}]),  # the image is its own negative
         _row(4, retrieved_images=[]),
     ]
     data = _page(tmp_path, *rows, side=200).data
     places = [(pair["images"], pair["retrieved"]) for pair in data["pairs"]]
     assert places == [([0], [1]), ([1], [2]), ([3, 4], [5]), ([6], [6]), ([6], [])]
-    head, image = _opened(data["pictures"][0])
+    head, image = _opened(data["images"][0])
     assert head == "data:image/jpeg;base64" and image.size == (200, 22)
-    assert not data["pictures"][0]["small"]
-    head, image = _opened(data["pictures"][1])
-    assert head == "data:image/png;base64" and data["pictures"][1]["small"]
+    assert not data["images"][0]["small"]
+    head, image = _opened(data["images"][1])
+    assert head == "data:image/png;base64" and data["images"][1]["small"]
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(_png(1)))))
-    assert data["pictures"][3] == {"problem": "corrupt"}
-    assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both pictures the same"], []]
+    assert data["images"][3] == {"problem": "corrupt"}
+    assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both images the same"], []]
 
 
 def test_many_pairs_are_sampled_evenly(tmp_path):
@@ -214,13 +215,13 @@ def test_many_pairs_are_sampled_evenly(tmp_path):
     assert [pair["id"] for pair in page.data["pairs"]] == [f"pair-{i}" for i in range(100)]
 
 
-def test_trls_sets_are_shown_too(tmp_path):
+def test_data_sets_of_trl_are_shown(tmp_path):
     row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": [_png(1)]}
     (pair,) = _page(tmp_path, row).data["pairs"]
     assert pair["id"] == "pairs.parquet:0" and pair["prompt"] == [["user", "What?"]]
     assert (pair["retrieved"], pair["similarity"], pair["rank"]) == ([], None, None)
     (pair,) = _page(tmp_path, row | {"prompt": None}).data["pairs"]
-    assert _said(pair["chosen"]) == "(it has no prompt. Add one or remove the record.)"
+    assert _joined(pair["chosen"]) == "(it has no prompt. Add one or remove the record.)"
 
 
 WORDS = st.lists(
@@ -232,7 +233,7 @@ WORDS = st.lists(
 @given(chosen=WORDS.map("".join), rejected=WORDS.map("".join))
 def test_differences(chosen, rejected):
     sides = difference(chosen, rejected)
-    assert [_said(side) for side in sides] == [chosen, rejected]
+    assert [_joined(side) for side in sides] == [chosen, rejected]
     shared = ["".join(text for text, changed in side if not changed).split() for side in sides]
     assert "".join(shared[0]) == "".join(shared[1])
     for side in sides:
@@ -260,7 +261,7 @@ def test_words_that_are_marked(chosen, rejected, marked, count):
     assert changed_words(side) == count
 
 
-def test_endless_responses_are_not_compared():
+def test_very_long_responses_are_not_compared():
     long = "a b " * 100_000
     assert difference(long, "a b " * 99_999) == ([(long, True)], [("a b " * 99_999, True)])
 
@@ -290,36 +291,7 @@ def test_the_command(tmp_path, capsys):
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = """
-const said = [];
-const say = () => said.push([
-  document.getElementById("count").textContent,
-  [...document.querySelectorAll("summary code")].map((n) => n.textContent).slice(0, 3),
-]);
-const key = (name) =>
-  document.body.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
-const set = (id, value, event) => {
-  document.getElementById(id).value = value;
-  document.getElementById(id).dispatchEvent(new Event(event));
-  say();
-};
-say();
-key("ArrowRight"); say();
-key("ArrowRight"); key("ArrowRight"); key("ArrowRight"); say();
-key("ArrowLeft"); say();
-key("/"); said.push(document.activeElement.id); document.activeElement.blur();
-set("search", "NUMBER 41 dog", "input");
-set("search", "no such words", "input");
-set("search", "", "input");
-set("order", "similar", "change");
-set("order", "near", "change");
-set("verdict", "visual margin above 0", "change");
-said.push([...document.querySelectorAll("mark")].slice(0, 2).map((n) => n.textContent));
-setTimeout(() => {
-  said.push([...document.images].slice(0, 2).map((n) => n.naturalWidth));
-  document.body.dataset.said = JSON.stringify(said);
-}, 1000);
-"""
+DRIVER = Path(__file__).with_name("gallery_steps.js").read_text()
 
 
 def _dom(folder, page):
@@ -332,7 +304,7 @@ def _dom(folder, page):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-if BROWSER:  # not collected elsewhere
+if BROWSER:  # defined only if there is a browser
 
     def test_in_a_browser(tmp_path):
         rows = [_row(number, visual_margin=number - 40.0) for number in range(45)]
@@ -346,14 +318,14 @@ if BROWSER:  # not collected elsewhere
         shown = re.sub(r"</?mark>", "", first)
         assert html.escape(EVIL, quote=False) in shown and "<img src=x" not in dom
 
-        # What a script added by a text would do is refused; here the policy lets one in.
+        # A script added by a text is blocked. With a relaxed policy, it would run.
         text = page.read_text()
         (rule,) = re.findall(r"script-src '[^']*'", text)
         driven = text.replace(rule, "script-src 'unsafe-inline'")
         page.write_text(driven.replace("</body>", f"<script>{DRIVER}</script></body>"))
-        said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', _dom(tmp_path, page))[1]))
+        seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', _dom(tmp_path, page))[1]))
         ids = lambda *numbers: [f"pair-{number}" for number in numbers]  # noqa: E731
-        assert said == [
+        assert seen == [
             ["1–20 of 45", ids(0, 1, 2)],
             ["21–40 of 45", ids(20, 21, 22)],
             ["41–45 of 45", ids(40, 41, 42)],
@@ -369,4 +341,4 @@ if BROWSER:  # not collected elsewhere
             [16, 16],
         ]
         page.write_text(text.replace("</body>", f"<script>{DRIVER}</script></body>"))
-        assert "data-said" not in _dom(tmp_path, page)
+        assert "data-seen" not in _dom(tmp_path, page)

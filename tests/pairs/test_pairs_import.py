@@ -1,4 +1,4 @@
-"""Every format gives the records it holds."""
+"""Import: records of every format."""
 
 import json
 
@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, write_json
 from PIL import Image
-from stress_pictures import encode
+from stress_images import encode
 
 from realign.data.records import Record, StoredImage, read_pairs, write_pairs
 from realign.pairs.io.importers import import_pairs, main
 
 
-def test_the_authors_json(tmp_path, pictures):
+def test_the_authors_json(tmp_path, image_folder):
     longer = [user("What is it?\n<image>"), assistant("A cat."), user("Which colour?")]
     second = {
         "id": 7,
@@ -25,9 +25,9 @@ def test_the_authors_json(tmp_path, pictures):
         "rejected": [*longer, assistant("Blue.")],
     }
     data = write_json(tmp_path, [REALIGN, second])
-    records, bad = read_all(data, images=str(pictures))
+    records, bad = read_all(data, images=str(image_folder))
     assert bad == {}
-    root = pictures.resolve()
+    root = image_folder.resolve()
     assert records["data.json:0"] == Record(
         "data.json:0",
         (user("What is it?"),),
@@ -40,27 +40,27 @@ def test_the_authors_json(tmp_path, pictures):
     turns = (user(placed), assistant([text("A cat.")]), user([text("Which colour?")]))
     assert records["7"].prompt == turns
     assert (records["7"].chosen, records["7"].rejected) == ("Red.", "Blue.")
-    assert read_all(data, images=str(pictures), format="realign")[0] == records
+    assert read_all(data, images=str(image_folder), format="realign")[0] == records
 
 
-def test_llava_instructions_first_turn(tmp_path, pictures):
-    # The published file has one id for several dialogues about a picture.
+def test_llava_instructions_first_turn(tmp_path, image_folder):
+    # In the published file, several dialogues about an image share an id.
     other = LLAVA | {"conversations": [{"from": "human", "value": "Why?\n<image>"}]}
-    records, bad = read_all(write_json(tmp_path, [LLAVA, other]), images=str(pictures))
+    records, bad = read_all(write_json(tmp_path, [LLAVA, other]), images=str(image_folder))
     assert bad == {}
     assert list(records) == ["33471", "33471-2"]
     first, second = records.values()
     assert (first.prompt, first.chosen) == ((user("What is it?"),), "A bus.")
     assert second.prompt == (user([text("Why?"), {"type": "image"}]),)
-    assert second.chosen == ""  # to be answered
+    assert second.chosen == ""  # without a response
     assert first.rejected == "" and first.retrieved_images == ()
 
 
-def test_llava_instructions_all_turns(tmp_path, pictures):
+def test_llava_instructions_all_turns(tmp_path, image_folder):
     system = {"from": "system", "value": "Be brief."}
     briefed = LLAVA | {"id": "x", "conversations": [system, *LLAVA["conversations"][:4]]}
     data = write_json(tmp_path, [LLAVA, briefed])
-    records, bad = read_all(data, images=str(pictures), format="llava:all")
+    records, bad = read_all(data, images=str(image_folder), format="llava:all")
     assert bad == {}
     assert list(records) == ["33471#1", "33471#2", "33471#3", "x#1", "x#2"]
     talk = [user("What is it?"), assistant("A bus."), user("Which colour?")]
@@ -86,9 +86,9 @@ def test_llava_names_find_the_files_of_coco_2014(tmp_path):
     assert stored.path == str(folder.resolve() / "COCO_train2014_000000033471.jpg")
 
 
-def test_coco_captions(tmp_path, pictures):
+def test_coco_captions(tmp_path, image_folder):
     data = write_json(tmp_path, COCO, "captions.json")
-    records, bad = read_all(data, images=str(pictures))
+    records, bad = read_all(data, images=str(image_folder))
     assert bad == {}
     assert {name: r.chosen for name, r in records.items()} == {
         "9": "A cat on a mat",
@@ -96,7 +96,7 @@ def test_coco_captions(tmp_path, pictures):
         "4": "",
     }
     assert records["9"].prompt == (user("Describe the image in one sentence."),)
-    every, _ = read_all(data, images=str(pictures), format="coco:all")
+    every, _ = read_all(data, images=str(image_folder), format="coco:all")
     assert {name: r.chosen for name, r in every.items()} == {
         "9#1": "A cat on a mat",
         "9#2": "A later caption",
@@ -105,15 +105,15 @@ def test_coco_captions(tmp_path, pictures):
     }
 
 
-def test_a_folder_with_a_list(pictures):
+def test_a_folder_with_a_list(image_folder):
     lines = [
         {"image": "a.jpg", "question": "What?", "answer": "A cat."},
         {"id": "b", "images": ["b.jpg", "c.jpg"], "prompt": [user("Compare.")]},
         {"image": "c.jpg", "question": "What?", "chosen": "A cow.", "answer": "unused"},
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n\n{"image": "a.jpg", \n[1]\n'
-    (pictures / "list.jsonl").write_text(text)
-    for data in (pictures, pictures / "list.jsonl"):
+    (image_folder / "list.jsonl").write_text(text)
+    for data in (image_folder, image_folder / "list.jsonl"):
         records, bad = read_all(str(data))
         assert {n: (r.chosen, len(r.images)) for n, r in records.items()} == {
             "list.jsonl:0": ("A cat.", 1),
@@ -134,7 +134,7 @@ TRL = {
 
 @pytest.mark.parametrize("column", ["images", "image"])
 def test_trls_sets(tmp_path, column):
-    """Other forms of rows are those of `entry_of`, which has tests of its own."""
+    """Only TRL's columns. The tests of `entry_of` cover other forms of rows."""
     image = {"bytes": PNG, "path": "x.png"}
     row = TRL | {column: [image] if column == "images" else image, "note": "of no interest"}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set.parquet")
@@ -145,7 +145,7 @@ def test_trls_sets(tmp_path, column):
         assert bad == {}
 
 
-def test_what_write_pairs_wrote_without_responses(tmp_path):
+def test_pairs_files_without_responses(tmp_path):
     record = Record("a", (user("What?"),), "", "", (StoredImage(PNG),))
     write_pairs(tmp_path / "sources.parquet", [record])
     assert read_all(str(tmp_path / "sources.parquet")) == ({"a": record}, {})
@@ -168,11 +168,11 @@ def test_a_folder_saved_by_datasets(tmp_path, split):
     assert list(bad.values()) == (["duplicate"] if split else [])
 
 
-def test_pairs_of_the_authors_json_are_written(tmp_path, pictures):
-    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(pictures / "ink.tif")
-    whole = (pictures / "c.jpg").read_bytes()
-    (pictures / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    Image.new("1", (8000, 8000)).save(pictures / "large.png")
+def test_pairs_of_the_authors_json_are_written(tmp_path, image_folder):
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(image_folder / "ink.tif")
+    whole = (image_folder / "c.jpg").read_bytes()
+    (image_folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (8000, 8000)).save(image_folder / "large.png")
     items = [
         REALIGN | {"id": "good"},
         REALIGN | {"id": "ink", "image": "ink.tif"},
@@ -184,7 +184,7 @@ def test_pairs_of_the_authors_json_are_written(tmp_path, pictures):
         "no record",
     ]
     data, output = write_json(tmp_path, items), tmp_path / "out" / "pairs.parquet"
-    counts = import_pairs(data, str(pictures), str(output))
+    counts = import_pairs(data, str(image_folder), str(output))
     assert counts == {
         "pairs": 2,
         "corrupt": 2,
@@ -194,8 +194,8 @@ def test_pairs_of_the_authors_json_are_written(tmp_path, pictures):
         "too large": 1,
     }
     good, ink = read_pairs(output)
-    assert good.images == (StoredImage(path=str(pictures.resolve() / "a.jpg")),)
-    assert good.retrieved_images == (StoredImage(path=str(pictures.resolve() / "b.jpg")),)
+    assert good.images == (StoredImage(path=str(image_folder.resolve() / "a.jpg")),)
+    assert good.retrieved_images == (StoredImage(path=str(image_folder.resolve() / "b.jpg")),)
     assert (good.name, good.chosen, good.rejected) == ("good", "A cat.", "A dog.")
     assert np.asarray(ink.images[0].open("ink")).tolist() == [[[0, 255, 255]] * 8] * 8
     listed = pq.read_table(output.with_suffix(".work") / "rejected_records.parquet").to_pylist()
@@ -211,18 +211,18 @@ def test_pairs_of_the_authors_json_are_written(tmp_path, pictures):
     assert listed[2]["detail"] == "8000 x 8000 is more than 50000000 pixels"
 
 
-def test_pairs_without_a_rejected_response_are_none(tmp_path, pictures):
+def test_records_without_a_rejected_response_are_not_pairs(tmp_path, image_folder):
     data = write_json(tmp_path, [LLAVA])
     with pytest.raises(ValueError, match="gave no pair .*'no response': 1.*rejected_records"):
-        import_pairs(data, str(pictures), str(tmp_path / "pairs.parquet"))
+        import_pairs(data, str(image_folder), str(tmp_path / "pairs.parquet"))
     assert not (tmp_path / "pairs.parquet").exists()
     (row,) = pq.read_table(tmp_path / "pairs.work" / "rejected_records.parquet").to_pylist()
     assert row["record"] == "33471" and row["detail"] == "it has no rejected response"
 
 
-def test_the_command(tmp_path, pictures, capsys):
+def test_the_command(tmp_path, image_folder, capsys):
     data, output = write_json(tmp_path, [REALIGN, REALIGN, 3]), tmp_path / "pairs.parquet"
-    folder = ["--image-folder", str(pictures)]
+    folder = ["--image-folder", str(image_folder)]
     assert main([data, *folder, "--output", str(output), "--format", "realign"]) == 0
     out = capsys.readouterr().out
     assert out == f"wrote {output}: 1 pairs; left out: 1 duplicate, 1 malformed\n"

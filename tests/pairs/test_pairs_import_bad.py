@@ -1,4 +1,4 @@
-"""Every record and file that cannot be used has its reason."""
+"""Import: reasons for invalid records and files."""
 
 import json
 import re
@@ -51,19 +51,21 @@ BAD = {
 }
 
 
-def test_every_bad_record_has_its_reason(tmp_path, pictures):
+def test_every_bad_record_has_its_reason(tmp_path, image_folder):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.jpg")
-    (pictures / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (image_folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     good = {"image": "a.jpg", "question": "What?", "answer": "A cat."}
     lines = [good | {"id": "good"}]
     lines += [good | {"id": name} | changes for name, (changes, _) in BAD.items()]
     html = "A cat <b>on</b> a mat & <script>alert('x')</script>"
     lines.append(good | {"answer": html, "id": "html"})
-    (pictures / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    records, bad = read_all(str(pictures))
+    (image_folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records, bad = read_all(str(image_folder))
     assert set(records) == {"good", "html"}
     assert bad == {name: reason for name, (_, reason) in BAD.items()}
-    details = {b.record: b.detail for b in read_any(str(pictures)) if isinstance(b, InvalidRecord)}
+    details = {
+        b.record: b.detail for b in read_any(str(image_folder)) if isinstance(b, InvalidRecord)
+    }
     assert details["duplicate"] == "it is the same as good"
     assert "'../secret.jpg'" in details["up"] and "'z.jpg'" in details["missing"]
     for detail in details.values():
@@ -83,14 +85,14 @@ def test_every_bad_record_has_its_reason(tmp_path, pictures):
         (REALIGN | {"chosen": "A cat."}, "it has no prompt"),
     ],
 )
-def test_what_is_malformed_says_how(tmp_path, pictures, item, problem):
-    first = [LLAVA] if "conversations" in item else []  # it decides the format of the file
-    *_, found = read_any(write_json(tmp_path, [*first, item]), images=str(pictures))
+def test_the_problem_of_a_malformed_item_is_named(tmp_path, image_folder, item, problem):
+    first = [LLAVA] if "conversations" in item else []  # it determines the format of the file
+    *_, found = read_any(write_json(tmp_path, [*first, item]), images=str(image_folder))
     assert isinstance(found, InvalidRecord) and found.reason == "malformed"
     assert re.search(problem, found.detail)
 
 
-def test_texts_of_any_size_are_looked_at_in_time():
+def test_long_texts_are_checked_in_time():
     for long in ("x" + " " * 100_000 + "x", "<" * 100_000, "<a" * 100_000, "<image>" * 3000 + "x"):
         began = time.process_time()
         placed([user(long)], 3000 if "<image>" in long else 0)
@@ -100,7 +102,7 @@ def test_texts_of_any_size_are_looked_at_in_time():
 
 def test_tags_are_places_of_images():
     asked = [user("<image>\n<image> What is it?"), assistant("A cat."), user("Why?")]
-    # In front of everything they are where images of a prompt in text come anyway.
+    # At the beginning is the default place of images in a plain-text prompt.
     assert placed(asked, 2) == [user("What is it?"), *asked[1:]]
     parts = [text("Is"), {"type": "image"}, text("here?")]
     assert placed([user("Is <image> here?")], 1) == [user(parts)]
@@ -137,26 +139,28 @@ def test_any_json_is_a_record_or_malformed(item):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_byte_order_mark_is_read(tmp_path, pictures, encoding):
+def test_a_byte_order_mark_is_read(tmp_path, image_folder, encoding):
     data = tmp_path / "data.json"
     data.write_bytes(json.dumps([REALIGN]).encode(encoding))
-    assert len(read_all(str(data), images=str(pictures))[0]) == 1
+    assert len(read_all(str(data), images=str(image_folder))[0]) == 1
     lines = tmp_path / "data.jsonl"
     lines.write_bytes(f"{json.dumps(REALIGN)}\r\n".encode("utf-8-sig"))
-    assert len(read_all(str(lines), images=str(pictures))[0]) == 1
+    assert len(read_all(str(lines), images=str(image_folder))[0]) == 1
 
 
-def test_files_that_are_none_are_named(tmp_path, pictures):
+def test_invalid_files_are_named(tmp_path, image_folder):
     def refused(data, problem, **options):
         with pytest.raises(ValueError, match=problem):
             list(read_any(str(data), **options))
 
     with pytest.raises(FileNotFoundError, match="nothing at .*none.json"):
         read_any(str(tmp_path / "none.json"))
-    refused(pictures, "format is 'csv'; use one of auto, llava, llava:all, realign", format="csv")
-    refused(pictures, "holds 0 JSON-lines files and no Parquet file")
+    refused(
+        image_folder, "format is 'csv'; use one of auto, llava, llava:all, realign", format="csv"
+    )
+    refused(image_folder, "holds 0 JSON-lines files and no Parquet file")
     (tmp_path / "broken.json").write_text('[{"id": 1,')
-    refused(tmp_path / "broken.json", "broken.json is not a JSON file .*Name a file of JSON lines")
+    refused(tmp_path / "broken.json", "broken.json is not a JSON file .*JSON lines need the suffix")
     refused(write_json(tmp_path, {"a": 1}), "without `images`")
     for content in (3, "a", None):
         refused(write_json(tmp_path, content), "not a list of records")
@@ -164,7 +168,7 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     write_json(tmp_path / "saved", {}, "state.json")
     refused(tmp_path / "saved", "saved is not a data set that `datasets` saved")
     refused(write_json(tmp_path, [{"a": 1}, 3]), "no record of a known format.* keys .'a'.")
-    refused(write_json(tmp_path, COCO | {"annotations": 5}), "`annotations` is not a list: 5")
+    refused(write_json(tmp_path, COCO | {"annotations": 5}), "`annotations` is 5, not a list")
     boxes = COCO | {"annotations": [{"bbox": []}]}
     refused(write_json(tmp_path, boxes), "not a caption of an image. COCO's captions are in")
     data = write_json(tmp_path, [LLAVA])
@@ -177,7 +181,7 @@ def test_files_that_are_none_are_named(tmp_path, pictures):
     refused(tmp_path / "cut.parquet", "cut.parquet is not a readable Parquet file")
 
 
-def test_bytes_that_are_none_are_a_bad_record(tmp_path):
+def test_invalid_image_bytes_are_an_invalid_record(tmp_path):
     for data, reason in ((b"", "corrupt"), ("aGk=", "malformed")):
         row = {"prompt": "What?", "chosen": "A", "rejected": "B", "images": [{"bytes": data}]}
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / "pairs.parquet")
@@ -185,15 +189,15 @@ def test_bytes_that_are_none_are_a_bad_record(tmp_path):
         assert isinstance(bad, InvalidRecord) and bad.reason == reason
 
 
-def test_a_key_that_comes_twice_is_malformed(tmp_path, pictures):
-    """Python's reader would keep the last; neighbours and keys that are not read do not matter."""
+def test_a_repeated_key_is_malformed(tmp_path, image_folder):
+    """Python's parser would keep the last value. Other records and unused keys are not affected."""
     begin = '{"image": "a.jpg", "question": '
     lines = [begin + '"What?", "chosen": "a b", "rejected": "c", "chosen": "d"}']
     lines += [begin + '[{"role": "user", "content": "Why?", "content": "How?"}]}']
     lines += [begin + '"Who?", "chosen": "a b", "rejected": "c", "more": {"a": 1, "a": 2}}']
     for name, content in (("l.jsonl", "\n".join(lines)), ("l.json", f"[{', '.join(lines)}]")):
-        (pictures / name).write_text(content)
-        first, second, third = read_any(str(pictures / name))
+        (image_folder / name).write_text(content)
+        first, second, third = read_any(str(image_folder / name))
         assert first.detail == "it has the key 'chosen' twice. Keep one of them."
         assert "it has the key 'content' twice" in second.detail
         assert third.chosen == "a b"

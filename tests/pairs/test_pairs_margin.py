@@ -1,4 +1,4 @@
-"""Visual margins: right numbers, computed once, and found again by training."""
+"""Visual margins: correct values, computed once, and found in the cache by training."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ SCENES = make_scenes(24, biased=False, seed=5)
 
 
 def record(i, shown=None, chosen=None) -> Record:
-    """A true caption of a scene, with the next scene as visual negative."""
+    """A record with the true caption of a scene, and the next scene as visual negative."""
     other = SCENES[(i + 1) % len(SCENES)] if shown is None else shown
     return Record(
         f"scene-{i}",
@@ -36,19 +36,19 @@ def record(i, shown=None, chosen=None) -> Record:
 
 
 @torch.no_grad()
-def plain_logp(vlm, processor, picture, text) -> float:
-    """Of a response with its end token, by one forward of the whole."""
+def plain_logp(vlm, processor, image, text) -> float:
+    """Log-prob of a response with its end token, from one forward pass over the whole text."""
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant :"
     made = processor(
-        images=[[picture]],
+        images=[[image]],
         text=[f"{prompt} {text} </s>"],
         add_special_tokens=False,
         return_tensors="pt",
     )
     ids = made["input_ids"][0]
-    said = len(text.split()) + 1
-    logps = vlm(**made).logits[0, -said - 1 : -1].double().log_softmax(-1)
-    return float(logps.gather(1, ids[-said:, None]).sum())
+    length = len(text.split()) + 1
+    logps = vlm(**made).logits[0, -length - 1 : -1].double().log_softmax(-1)
+    return float(logps.gather(1, ids[-length:, None]).sum())
 
 
 def test_margins_are_those_of_plain_forwards(vlm, processor, tmp_path):
@@ -58,11 +58,11 @@ def test_margins_are_those_of_plain_forwards(vlm, processor, tmp_path):
     for i, one in enumerate(records):
         own, other = (plain_logp(vlm, processor, SCENES[i + j].image, one.chosen) for j in (0, 1))
         assert found[i] == pytest.approx(own - other, abs=1e-4)
-    # The model reads digits: a true caption fits its own image better than another one.
+    # The model reads digits, so a true caption is more likely on its own image.
     assert (found > 0).mean() >= 0.9 and found.mean() > 5
 
 
-def test_a_response_that_fits_the_negative_better_is_told(vlm, processor, tmp_path):
+def test_a_response_that_fits_the_negative_better_is_reported(vlm, processor, tmp_path):
     swapped = record(0, shown=SCENES[3], chosen=SCENES[3].caption)
     same = record(1, shown=SCENES[1])
     found = visual_margins(vlm, processor, [swapped, same, record(2)], cache=str(tmp_path))
@@ -84,14 +84,14 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
     vlm, processor = load_model(ASSETS, kind).eval(), load_processor(ASSETS)
     first = visual_margins(vlm, processor, records, **given)
     assert len(counted) == 12
-    # A second pass computes nothing, in this process and with the model loaded anew.
+    # A second call computes nothing, with the same model and with a reloaded one.
     again = visual_margins(vlm, processor, records, **given)
-    anew = visual_margins(load_model(ASSETS, kind).eval(), processor, records, **given)
+    reloaded = visual_margins(load_model(ASSETS, kind).eval(), processor, records, **given)
     assert len(counted) == 12
-    assert np.array_equal(first, again) and np.array_equal(first, anew)
+    assert np.array_equal(first, again) and np.array_equal(first, reloaded)
     assert lines[0].startswith("reference log-probs: 0 of 12 leaves known")
     assert lines[-1].startswith("reference log-probs: 12 of 12 leaves known")
-    # Training, by its own way to model, records and fingerprint, lacks the rejected alone.
+    # Training loads the model and records separately. It lacks only the rejected log-probs.
     wrong = caption_of((1, 2, 3, 4))
     pairs = tmp_path / "pairs.parquet"
     write_pairs(pairs, [replace(one, rejected=wrong) for one in records])
@@ -123,7 +123,7 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
             progress=False,
             log=lambda line: None,
         )
-    assert len(counted) <= 12 + 18  # it may compute known ones that share a batch
+    assert len(counted) <= 12 + 18  # it may repeat log-probs of the same batch
     assert np.array_equal((logps[0] - logps[2]).numpy(), first)
 
 
@@ -144,7 +144,7 @@ def test_bad_records_are_listed_and_the_others_computed(vlm, processor, tmp_path
         cache=str(tmp_path),
         on_bad=lambda one, error: listed.append((one.name, str(error))),
     )
-    # Two images a record, once each: a bad record has no other read again.
+    # Each record has two images, which are read once, also next to an invalid record.
     assert opened == [f"scene-{i}" for i in (0, 0, 1, 1, 2, 2, 3, 4, 4)]
     assert [math.isnan(value) for value in found] == [False, True, False, True, False]
     assert [name for name, _ in listed] == ["scene-1", "scene-3"]
@@ -170,4 +170,5 @@ def test_no_records_and_the_model_as_it_was(processor, tmp_path):
     assert vlm.training
     count = len(margin._fingerprints)
     del vlm
-    assert len(margin._fingerprints) == count - 1  # a model is not kept for its fingerprint
+    # The stored fingerprint does not keep the model alive.
+    assert len(margin._fingerprints) == count - 1

@@ -1,4 +1,4 @@
-"""A model's folder in the digests of the pairs pipeline."""
+"""Digests of model folders in the pairs pipeline."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ FILES = ("config.json", "model.safetensors", "chat_template.jinja", "additional/
 
 @pytest.fixture
 def model(tmp_path):
-    """A folder with files of a model's names, for an engine that reads none of them."""
+    """A folder with the file names of a model, for an engine that does not read them."""
     for name in FILES:
         file = tmp_path / "model" / name
         file.parent.mkdir(parents=True, exist_ok=True)

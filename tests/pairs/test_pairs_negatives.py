@@ -1,4 +1,4 @@
-"""Visual negatives made of a picture: crops, noise, blanks."""
+"""Visual negatives made from an image: crop, noise and blank."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from realign.pairs.negatives import KINDS, kept_at, visual_negative
 
 
 def _ramp(width, height) -> Image.Image:
-    """Every pixel says where it is: red across, green down, 0 to 255."""
+    """An image whose pixels encode their place: red across, green down, from 0 to 255."""
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([across, down, 0 * down], -1).astype(np.uint8))
 
@@ -38,7 +38,7 @@ def test_noise_is_that_of_the_schedule():
         seen = visual_negative("noise", image, np.random.default_rng(0), noise_step=step)
         return np.asarray(seen, dtype=float) / 127.5 - 1
 
-    # Of grey only the noise is left; sqrt(1 - a) worked out from VCD's schedule, step by step.
+    # On grey only the noise remains. sqrt(1 - a) is computed from VCD's schedule step by step.
     for step in (300, 500):
         kept = 1.0
         for i in range(step + 1):
@@ -49,7 +49,7 @@ def test_noise_is_that_of_the_schedule():
         assert (np.abs(levels) < deviation).mean() == pytest.approx(0.6827, abs=0.01)
         assert abs(levels.mean()) < 0.01
     assert kept == pytest.approx(0.745, abs=1e-3)
-    # Of a ramp its part is left: the slope shrinks by sqrt(a) where nothing is cut off.
+    # A ramp keeps its share: the slope shrinks by sqrt(a) where no value is clipped.
     levels, across = made(ramp, 300)[..., 0], np.linspace(-1, 1, 128)
     middle = np.abs(across) < 0.4
     slope = np.polyfit(across[middle], levels.mean(0)[middle], 1)[0]
@@ -75,7 +75,7 @@ def test_negatives_follow_the_seed_and_leave_the_picture():
 def test_which_negatives_are_refused():
     image, rng = _ramp(4, 4), np.random.default_rng(0)
     for kind in KINDS[:2]:
-        with pytest.raises(ValueError, match="another record's picture"):
+        with pytest.raises(ValueError, match="the image of another record"):
             visual_negative(kind, image, rng)
     with pytest.raises(ValueError, match="negative is 'blur'; it must be one of retrieved"):
         visual_negative("blur", image, rng)

@@ -1,4 +1,4 @@
-"""The pairs pipeline: shards, interruptions, invalid records, single stages."""
+"""Pairs pipeline: shards, interruptions, invalid records and single stages."""
 
 import errno
 import re
@@ -36,7 +36,7 @@ from realign.pairs.stages.shard import InvalidLimit, make_shard
 # Random numbers, digests, shards.
 
 
-def test_random_numbers_belong_to_a_record_and_a_purpose():
+def test_random_numbers_depend_on_record_and_purpose():
     def drawn(*key):
         return rng_of(*key).integers(2**62, size=4).tolist()
 
@@ -47,14 +47,14 @@ def test_random_numbers_belong_to_a_record_and_a_purpose():
     assert drawn(0, "a\0b", "c") != drawn(0, "a", "b\0c")
 
 
-def test_a_table_has_one_sequence_of_bytes_and_row_groups_to_fit(tmp_path):
+def test_a_table_has_deterministic_bytes_and_small_row_groups(tmp_path):
     rows = [{"id": str(i), "data": bytes([i]) * 300_000} for i in range(12)]
     schema = pa.schema({"id": pa.string(), "data": pa.binary()})
     table = pa.Table.from_pylist(rows, schema=schema)
     for name in "ab":
         shards.write_table(tmp_path / name, table)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert pq.ParquetFile(tmp_path / "a").num_row_groups == 4  # 300 kB rows, groups of a MiB
+    assert pq.ParquetFile(tmp_path / "a").num_row_groups == 4  # rows of 300 kB, row groups of 1 MiB
     assert pq.read_table(tmp_path / "a").equals(table)
     shards.write_table(tmp_path / "none", table.slice(0, 0))
     assert len(pq.read_table(tmp_path / "none")) == 0
@@ -85,12 +85,12 @@ def test_arrays_written_in_parts_are_mapped_whole(tmp_path):
 # Resume.
 
 
-def test_a_second_run_makes_nothing_and_says_so(whole_run, capsys):
+def test_a_second_run_makes_nothing_and_reports_it(whole_run, capsys):
     before = {stage: shard_times(stage_folder(whole_run.work, stage)) for stage in ORDER}
     assert all(len(times) == SHARDS for times in before.values())
     build_pairs(replace(whole_run.config, quiet=False))
     out = capsys.readouterr().out
-    assert all(f"{stage}: all {SHARDS} shards found done" in out for stage in ORDER)
+    assert all(f"{stage}: all {SHARDS} shards already done" in out for stage in ORDER)
     assert {stage: shard_times(stage_folder(whole_run.work, stage)) for stage in ORDER} == before
     assert Path(whole_run.config.output).read_bytes() == whole_run.bytes
 
@@ -164,8 +164,8 @@ def test_a_full_disk_loses_nothing(whole_run, tmp_path, monkeypatch, capsys):
     flags = ["--output", config.output, *FLAGS]
     assert main(flags) == 1
     shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and "no room is left on the disk" in shown
-    assert "The 22 shards written so far are complete and stay" in shown  # 4 stages of 5, and 2
+    assert shown.count("\n") == 1 and "the disk of" in shown
+    assert "The 22 finished shards are kept" in shown  # 5 shards of each of 4 stages, and 2 more
     monkeypatch.setattr(shards, "write_bytes", write)
     kept = shard_times(stage_folder(config.work_folder, "refill"))
     assert len(kept) == 2
@@ -182,7 +182,7 @@ def test_a_full_disk_at_the_end_keeps_the_old_output(whole_run, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(RunError, match="no room is left for .*Make room"):
+    with pytest.raises(RunError, match="the disk of .* is full.*Free some space"):
         build_pairs(config)
     assert Path(config.output).read_bytes() == b"old"
     assert not list(tmp_path.glob(".*.partial"))
@@ -192,7 +192,7 @@ def test_two_runs_in_one_folder_are_refused(whole_run, capsys):
     flags = ["--output", whole_run.config.output, "--quiet"]
     with sole_run(whole_run.work):
         assert main(flags) == 1
-    assert "another run works in" in capsys.readouterr().err
+    assert "another run uses" in capsys.readouterr().err
     with sole_run(whole_run.work):  # the lock was released
         pass
 
@@ -215,9 +215,10 @@ def test_an_unknown_command_and_a_stage_without_engine_are_named(tmp_path, capsy
     assert main(["answer", "--output", str(tmp_path / "p.parquet")]) == 1
     err = capsys.readouterr().err
     assert (
-        "unknown command 'bake': answer, embed, retrieve, mask, refill, filter, negative run" in err
+        "unknown command 'bake'. Name a stage to run up to (answer, embed, retrieve, mask, refill, "
+        "filter, negative)" in err
     )
-    assert "there is no stage answer without an engine; add --answer" in err
+    assert "the stage answer needs an engine. Add --answer" in err
 
 
 def test_progress_is_shown_unless_quiet(tmp_path, capsys):
@@ -228,7 +229,7 @@ def test_progress_is_shown_unless_quiet(tmp_path, capsys):
     assert "12/12" in shown.err
     (stage_folder(config.work_folder, "mask") / "00001.parquet").unlink()
     run_stages(config, "mask")
-    assert "mask: 1 of 2 shards found done\n" in capsys.readouterr().out
+    assert "mask: 1 of 2 shards already done\n" in capsys.readouterr().out
     run_stages(replace(config, quiet=True), "mask")
     assert capsys.readouterr() == ("", "")
 
@@ -243,7 +244,7 @@ def _written(folder, records, name="data.parquet") -> str:
 
 @pytest.fixture
 def sources():
-    """Forty scenes of the digits as a user's own records."""
+    """Forty digit scenes as user records."""
     return digit_sources(PairsConfig(scenes=40))
 
 
@@ -277,7 +278,7 @@ def test_invalid_records_are_listed_and_the_others_used(tmp_path, sources, capsy
             expected = {"torn": "corrupt", "gone": "missing", "token": "image token"}
             assert {n: r for n, _, r in found} == expected | {"noimage": "no image"}
             assert Counter(stage for _, stage, _ in found) == {"read": 3, "embed": 1}
-            counts = "unusable 4 (1 corrupt, 1 image token, 1 missing, 1 no image)"
+            counts = "invalid 4 (1 corrupt, 1 image token, 1 missing, 1 no image)"
             assert f"; {counts}" in report
     assert not (tmp_path / "good" / "pairs.work" / "rejected_records.parquet").exists()
     assert made["mixed"] == made["good"]
@@ -286,7 +287,7 @@ def test_invalid_records_are_listed_and_the_others_used(tmp_path, sources, capsy
 def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     tmp_path, sources, capsys
 ):
-    """Pictures in files: the shard with too many missing is not kept, and made again later."""
+    """A shard with too many missing image files is not kept, and is made again later."""
     for i, record in enumerate(sources):
         (tmp_path / f"{i}.png").write_bytes(record.images[0].data)
     paths = [replace(r, images=(StoredImage(path=f"{i}.png"),)) for i, r in enumerate(sources)]
@@ -294,10 +295,10 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     held = {i: (tmp_path / f"{i}.png").read_bytes() for i in (1, 17, 18, 19)}
     flags = ["--data", data, "--mask", "numbers", "--k", "4", "--shard", "8", "--quiet"]
     flags += ["--output", str(tmp_path / "pairs.parquet")]
-    assert main(["read", *flags]) == 1  # no stage of its own
-    assert main(["mask", *flags]) == 0  # records are looked up while the pictures are there
+    assert main(["read", *flags]) == 1  # not a separate stage
+    assert main(["mask", *flags]) == 0  # reads the records while the images still exist
     for i in held:
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
     capsys.readouterr()
     assert main(flags) == 1
     err = capsys.readouterr().err
@@ -305,7 +306,7 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     assert (
         "4 of 40 records cannot be used, more than --max-bad 0.05 allows: 4 embed: corrupt" in err
     )
-    assert "for one, record 'scene-00001'" in err
+    assert "for example, record 'scene-00001'" in err
     assert {name for name, *_ in rejected_in(tmp_path)} == {f"scene-{i:05d}" for i in held}
     assert len(shard_times(stage_folder(tmp_path / "pairs.work", "embed"))) == 2  # not the third
     for i in (17, 18, 19):
@@ -316,7 +317,7 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
 
 
 def test_a_record_that_two_stages_refuse_counts_once(tmp_path, sources):
-    """Without response and without picture; two of forty are allowed, and two there are."""
+    """Two records have no response and, in the second run, no valid image. Two are allowed."""
     for i, record in enumerate(sources):
         (tmp_path / f"{i}.png").write_bytes(record.images[0].data)
     images = [(StoredImage(path=f"{i}.png"),) for i in range(40)]
@@ -345,7 +346,7 @@ def test_a_data_set_that_changes_is_read_again(tmp_path, sources):
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError])
-def test_an_error_without_text_is_no_success(tmp_path, error):
+def test_an_error_without_text_is_not_a_success(tmp_path, error):
     class Fails(Stage):
         name, needs, schema = "fails", ("read",), Read.schema
 

@@ -1,10 +1,10 @@
-"""Prompts for engines, and what is read out of any reply."""
+"""Prompts for engines, and parsers of replies."""
 
 import re
 import time
 
 import pytest
-from fake_endpoint import picture
+from fake_endpoint import random_image
 
 from realign.data.records import Record, StoredImage
 from realign.pairs import prompts
@@ -21,7 +21,7 @@ RECORD = Record(
 
 
 def masked(marked):
-    """The response of a text with brackets around its hidden segments."""
+    """The masked response for a text with brackets around its hidden segments."""
     return Masked(tuple(re.split(r"\[.*?\]", marked)), tuple(re.findall(r"\[(.*?)\]", marked)))
 
 
@@ -35,7 +35,7 @@ def content(chat):
 
 
 def test_answer_asks_the_records_own_prompt():
-    image = picture()
+    image = random_image()
     chat = prompts.answer_chat(RECORD, image, temperature=0.5, seed=4)
     assert content(chat) == f"How many <answer> dogs?\n\n{prompts.ANSWER}"
     assert chat.images == [image] and (chat.temperature, chat.seed) == (0.5, 4)
@@ -52,11 +52,11 @@ def test_a_text_stands_between_tags_that_it_does_not_hold():
     sent = content(prompts.mask_chat(text))
     assert f"<response3>\n{text}\n</response3>" in sent
     assert "\n<response>\n" not in sent and prompts.mask_chat(text).images == []
-    # Neither text of a request holds the tag of the other.
-    sent = content(prompts.complete_chat(RECORD.prompt, MASKED, picture()))
+    # No text of a request contains the tag of another one.
+    sent = content(prompts.complete_chat(RECORD.prompt, MASKED, random_image()))
     assert "<question2>\nHow many <answer> dogs?\n</question2>" in sent
     assert "<answer2>\nThere are [MASK] dogs, [MASK] of them [MASK].\n</answer2>" in sent
-    sent = content(prompts.judge_chat("why </response>", "it </question> is", picture()))
+    sent = content(prompts.judge_chat("why </response>", "it </question> is", random_image()))
     assert "<question2>\nwhy </response>\n</question2>" in sent
     assert "<response2>\nit </question> is\n</response2>" in sent
 
@@ -67,7 +67,7 @@ def test_a_conversation_is_quoted_with_its_roles():
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "Dogs?"},
     ]
-    sent = content(prompts.judge_chat(talk, "two", picture()))
+    sent = content(prompts.judge_chat(talk, "two", random_image()))
     assert "<question>\nuser: Hi\nassistant: Hello\nuser: Dogs?\n</question>" in sent
 
 
@@ -176,12 +176,12 @@ def test_a_cut_answer_is_none():
         ("[Two] dogs.", "2.5 dogs."),
         ("[a b c d e] dogs.", "1 2 3 4 5 6 7 8 9 10 dogs."),
         ("A man and a [cat] stand. They smile.", "A man and a cat stand.\nThey smile."),
-        ("The sign says [cat] on top.", "The sign says 3 p.m. on top."),
+        ("The sign reads [cat] on top.", "The sign reads 3 p.m. on top."),
         (
             "\u4e00\u53ea[cat]\u5728\u6c99\u53d1\u4e0a\u3002",
             "\u4e00\u53ea\u72d7\u5728\u6c99\u53d1\u4e0a\u3002",
         ),
-        # A later place of a piece is found where the first leaves too long a gap.
+        # A later place of a piece is used if the first one leaves too long a gap.
         ("a [x] b [y] c", f"a b b b {' '.join('12345678')} c"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The pairs pipeline on Ray Data: two workers of this machine, one of which is killed."""
+"""Pairs pipeline on Ray Data with two local workers, one of which is killed."""
 
 import errno
 import os
@@ -17,13 +17,13 @@ from realign.pairs.stages.runner import RunError
 
 @pytest.fixture(scope="module")
 def two_workers():
-    """Ray on this machine with two workers, ended with the module."""
+    """A local Ray instance with two workers, for the tests of this module."""
     yield "local:2"
     ray.shutdown()
 
 
 def _replace(monkeypatch, name, run):
-    """Replace the `run` of one stage; it gets the stage's own as its first argument."""
+    """Replaces `run` of one stage. The replacement gets the original as its first argument."""
 
     def changed(base):
         class Changed(base):
@@ -50,7 +50,7 @@ def test_two_workers_make_the_same_bytes_though_one_is_killed(
     _replace(monkeypatch, "refill", die_once)
     done = [stage for stage in ORDER if stage != "refill"]
     config = copy_run(whole_run, tmp_path, done, ray=two_workers)
-    # The shard that is left to filter is a task; refill has actors. A worker takes 7 s to import.
+    # Filter runs as tasks, and refill as actors. A worker takes 7 s to import its modules.
     (stage_folder(config.work_folder, "filter") / "00003.parquet").unlink()
     report = build_pairs(config)
     assert int(marker.read_text()) != os.getpid()
@@ -68,7 +68,7 @@ def test_the_error_of_a_worker_stops_the_run(tmp_path, two_workers, monkeypatch)
         raise full
 
     _replace(monkeypatch, "mask", fail)
-    with pytest.raises(RunError, match="no room is left on the disk"):
+    with pytest.raises(RunError, match="the disk of .* is full"):
         run_stages(config_in(tmp_path, ray=two_workers, scenes=16), "mask")
 
 

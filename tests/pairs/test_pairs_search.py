@@ -1,4 +1,4 @@
-"""Search for the pairs: indices and perceptual hashes, against plain truths."""
+"""Search for neighbours: indices and perceptual hashes, against plain implementations."""
 
 import importlib.util
 import io
@@ -27,12 +27,12 @@ def _clustered(count: int, wide: int, centres: int) -> np.ndarray:
 
 
 def _apart(count: int) -> np.ndarray:
-    """Hashes that differ in about half of their bits."""
+    """Random hashes, which differ in about half of their bits."""
     return np.random.default_rng(9).integers(0, 1 << 63, count).astype(np.uint64)
 
 
 def _truth(vectors, hashes, k, ceiling, floor=-1.0, hash_distance=HASH_DISTANCE, first=None):
-    """The definition: (indices, similarities) from the whole fp64 table, a row at a time."""
+    """Reference result (indices, similarities), computed row by row in fp64."""
     cosine = vectors.astype(np.float64) @ vectors.astype(np.float64).T
     count = len(vectors)
     first = np.arange(count) if first is None else first
@@ -48,7 +48,7 @@ def _truth(vectors, hashes, k, ceiling, floor=-1.0, hash_distance=HASH_DISTANCE,
 
 
 def _assert_true(vectors, hashes, k, ceiling, **options):
-    """`neighbours` by exact search equal the truth; returns their indices."""
+    """Asserts that exact search gives the reference result, and returns the indices."""
     truth = _truth(vectors, hashes, k, ceiling, **options)
     options.pop("first", None)
     found = neighbours(vectors, hashes, k=k, ceiling=ceiling, index=Index("exact"), **options)
@@ -73,8 +73,8 @@ def test_exact_neighbours_are_the_true_ones(count, k):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_blocks_and_a_pile_of_duplicates_hide_no_neighbour(monkeypatch, dtype):
-    """100 copies fill the first results; the search continues after them, for those images."""
+def test_blocks_and_many_duplicates_hide_no_neighbour(monkeypatch, dtype):
+    """100 copies fill the first results, and the search continues after them."""
     monkeypatch.setattr(index_module, "BLOCK", 64)
     vectors = _clustered(300, 16, 10)
     noise = 1e-4 * np.random.default_rng(0).normal(size=(100, 16))
@@ -84,14 +84,14 @@ def test_blocks_and_a_pile_of_duplicates_hide_no_neighbour(monkeypatch, dtype):
 
 
 def test_ties_go_to_the_lower_index():
-    # Corners of a cube have exact cosines -1, -1/2, 0, 1/2, 1 and many ties.
+    # The corners of a cube have the exact cosines -1, -1/2, 0, 1/2 and 1, and many ties.
     corners = np.array(np.meshgrid(*[[-0.5, 0.5]] * 4)).reshape(4, -1).T.astype(np.float32)
     for k in (1, 3, 5, 15):
         _assert_true(corners, _apart(16), k, 0.999)
 
 
 def test_equal_vectors_tie_wherever_they_are():
-    """BLAS rounds a product by its place in the table; a tie must not depend on it."""
+    """BLAS may round a product by its place in the matrix. Ties must not depend on it."""
     rng = np.random.default_rng(3)
     one = _unit(rng.normal(size=(1, 771)))
     vectors = np.concatenate([_unit(rng.normal(size=(40, 771))), np.tile(one, (61, 1))])
@@ -108,13 +108,13 @@ def test_an_image_is_named_once_by_its_lowest_row_and_has_one_list():
     rng = np.random.default_rng(0)
     images = _unit(rng.normal(size=(12, 16)))
     shown = np.array([*range(12), 3, 3, 5, 0, 11])
-    vectors = _unit(images[shown] + 1e-6 * rng.normal(size=(17, 16)))  # as batches round
+    vectors = _unit(images[shown] + 1e-6 * rng.normal(size=(17, 16)))  # rounding as in batches
     hashes = _apart(12)[shown]
     first = first_of_image(vectors, hashes)
     assert np.array_equal(first, shown)
     places = _assert_true(vectors, hashes, 11, 2.0, hash_distance=-1, first=first)
     assert np.array_equal(places[12], places[3]) and (places < 12).all()
-    rows = np.array([13, 2, 2])  # some rows, in any order and repeated
+    rows = np.array([13, 2, 2])  # some rows, shuffled and repeated
     options = {"k": 11, "ceiling": 2.0, "hash_distance": -1, "index": Index("exact")}
     assert np.array_equal(neighbours(vectors, hashes, queries=rows, **options)[0], places[rows])
 
@@ -139,19 +139,19 @@ def test_planted_near_duplicates_are_left_out(kind):
     vectors = np.concatenate([vectors, near])
     hashes = np.concatenate([hashes, hashes[copies] ^ np.uint64(0b10100)])
     index = Index(kind).build(vectors)
-    # By similarity, by hash only, and by neither.
+    # Duplicates by similarity, by hash only, and by neither.
     for ceiling, distance, there in ((0.999, -1, False), (2.0, 8, False), (2.0, -1, True)):
         places, values = neighbours(
             vectors, hashes, k=10, ceiling=ceiling, hash_distance=distance, index=index
         )
         planted = (places[1000:] == copies[:, None]).any(1)
         assert planted.mean() == there or (there and planted.mean() > 0.99)
-        assert (places >= 0).mean() > 0.999  # they cost no neighbours
+        assert (places >= 0).mean() > 0.999  # they replace no neighbours
         assert (values[places >= 0] < ceiling).all()
         assert (places != np.arange(1150)[:, None]).all()
 
 
-def test_nothing_is_left_when_all_are_duplicates():
+def test_no_neighbour_is_left_when_all_are_duplicates():
     vectors, hashes = np.tile(_unit([[1, 2]]), (5, 1)), _apart(5)
     places, values = neighbours(vectors, hashes, k=3, ceiling=0.999, index=Index("exact"))
     assert (places == -1).all() and (values == -np.inf).all()
@@ -163,14 +163,14 @@ def test_other_kinds_find_nearly_all_and_agree_on_similarities(kind, tmp_path):
     vectors = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     _, places = Index("exact").build(vectors).search(vectors[:300], 11)
     index = Index(kind).build(vectors)
-    assert index.vectors is vectors  # it stays a file
+    assert index.vectors is vectors  # the vectors stay memory-mapped
     found_values, found = index.search(vectors[:300], 11)
     shared = [len(set(a) & set(b)) for a, b in zip(places, found, strict=True)]
     assert np.mean(shared) / 11 > 0.97
     cosine = (vectors[:300, None].astype(np.float64) * vectors[found]).sum(-1)
     np.testing.assert_allclose(found_values, cosine, atol=1e-6)
     assert (np.diff(found_values, axis=1) <= 0).all()
-    # The saved index and a new one find the same; a file of other vectors is refused.
+    # The saved index and a new one give the same result. A file of other vectors is refused.
     index.save(tmp_path / "index")
     for again in (Index(kind).load(tmp_path / "index", vectors), Index(kind).build(vectors)):
         assert np.array_equal(again.search(vectors[:300], 11)[1], found)
@@ -192,7 +192,7 @@ def test_auto_is_exact_for_few_and_an_ivf_for_many(monkeypatch):
 
 
 def test_an_ivf_is_searched_on_a_gpu_but_for_wide_searches(monkeypatch, tmp_path):
-    """Stands in for faiss-gpu: the same calls, answered by a copy on the CPU that counts."""
+    """A fake faiss-gpu answers the calls with a copy on the CPU, and counts them."""
     import faiss
 
     sent = []
@@ -241,7 +241,7 @@ def test_bad_arguments_are_refused():
 
 
 def _picture(rng, width, height, roughness) -> Image.Image:
-    """Smooth structure with the spectrum of a photograph: amplitude ~ frequency ** -roughness/2."""
+    """A smooth image with the spectrum of a photograph: amplitude ~ frequency ** -roughness/2."""
     down, across = np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width
     frequency = np.hypot(down, across)
     frequency[0, 0] = np.inf
@@ -282,10 +282,10 @@ _COPIES = {
 def test_copies_of_a_picture_are_near_and_other_pictures_are_not():
     rng = np.random.default_rng(5)
     sizes = [(160, 120), (120, 160), (128, 128), (200, 133)]
-    pictures = [_picture(rng, *sizes[i % 4], (1.6, 2.0, 2.4, 2.8)[i // 4 % 4]) for i in range(64)]
-    hashes = np.array([perceptual_hash(p) for p in pictures], dtype=np.uint64)
+    images = [_picture(rng, *sizes[i % 4], (1.6, 2.0, 2.4, 2.8)[i // 4 % 4]) for i in range(64)]
+    hashes = np.array([perceptual_hash(p) for p in images], dtype=np.uint64)
     for name, copy in _COPIES.items():
-        copies = np.array([perceptual_hash(copy(p, rng)) for p in pictures], dtype=np.uint64)
+        copies = np.array([perceptual_hash(copy(p, rng)) for p in images], dtype=np.uint64)
         caught = (hamming(hashes, copies) <= HASH_DISTANCE).mean()
         assert caught >= (0.95 if name in ("cut", "all") else 1.0), name
     apart = hamming(hashes[:, None], hashes[None])[np.triu_indices(64, 1)]
@@ -293,7 +293,7 @@ def test_copies_of_a_picture_are_near_and_other_pictures_are_not():
 
 
 def test_noisy_digits_keep_their_neighbours():
-    """Scenes of 16 x 16 pixels: hashing takes at most 0.1 % of the neighbours by pixels."""
+    """For scenes of 16 x 16 pixels, hashes exclude at most 0.1 % of the neighbours by pixels."""
     scenes = make_scenes(600, biased=True, seed=3)
     pixels = np.stack([np.asarray(s.image.convert("L"), np.float32).ravel() for s in scenes])
     vectors = _unit(pixels - pixels.mean(0))
@@ -307,7 +307,7 @@ def test_noisy_digits_keep_their_neighbours():
 
 
 def test_hashes_by_the_definition():
-    """Against scipy's DCT, the lowest frequencies picked one by one, and bits counted by Python."""
+    """Compares with scipy's DCT, frequencies selected one by one, and bits counted in Python."""
     image = _picture(np.random.default_rng(1), 32, 32, 2.0)
     table = dctn(np.asarray(image.convert("L"), dtype=np.float64), norm="ortho")
     order = sorted(

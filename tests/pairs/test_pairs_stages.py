@@ -1,4 +1,4 @@
-"""Stages that ask an engine, the filters, and the visual negatives, in small runs."""
+"""Stages with an engine, filters and visual negatives, in small runs."""
 
 import json
 import re
@@ -31,7 +31,7 @@ URL = "http://localhost:1/v1#m"
 
 
 def _body(text):
-    """The masked answer in a request to complete it."""
+    """The masked answer in a completion request."""
     return re.search(r"<answer>\n(.*)\n</answer>", text)[1]
 
 
@@ -139,13 +139,13 @@ def test_each_attempt_of_a_refill_has_its_own_seed():
 
 
 def _passed(config) -> dict[str, list[dict]]:
-    """Record -> the attempts that passed refill."""
+    """Record -> completions that passed refill."""
     rows = stage_rows(run_stages(config, "refill").folders["refill"])
     return {row["id"]: [a for a in row["attempts"] if not a["reason"]] for row in rows}
 
 
 def test_the_judge_drops_true_responses_and_the_next_candidate_is_used(whole_run, tmp_path, engine):
-    """The judge finds the first candidate true of the image."""
+    """The judge decides that the first candidate is true of the image."""
     settings = {"candidates": 2, "judge": URL, "temperature": 1.0}
     config = copy_run(whole_run, tmp_path, ORDER[:4], **settings)
     passed = _passed(config)
@@ -175,7 +175,7 @@ def test_the_judge_drops_true_responses_and_the_next_candidate_is_used(whole_run
     [
         ("no", "yes", "rejected is true of the image"),
         ("yes", "no", "chosen is true of the negative"),
-        ("yes", "hard to say", "no verdict"),
+        ("yes", "hard to decide", "no verdict"),
     ],
 )
 def test_verdicts_that_drop_a_pair(tmp_path, engine, rejected, chosen, reason):
@@ -193,7 +193,7 @@ def test_verdicts_that_drop_a_pair(tmp_path, engine, rejected, chosen, reason):
 
 
 def test_meanings_are_compared_with_a_sentence_model(whole_run, tmp_path, monkeypatch):
-    """A measure that finds every text with a "one" too similar: the next candidate is used."""
+    """A fake measure finds every text with "one" too similar, so the next candidate is used."""
 
     class Fake:
         def __init__(self, name):
@@ -272,7 +272,7 @@ def test_negatives_share_the_rejected_text(whole_run, tmp_path):
 
 def test_a_random_negative_is_another_image(whole_run):
     folders = {stage: stage_folder(whole_run.work, stage) for stage in ORDER}
-    for seed in range(8):  # of 320 draws, eight would be the record itself
+    for seed in range(8):  # about 8 of 320 draws would be the record itself
         assembler = Assembler(replace(whole_run.config, seed=seed), folders)
         for number in range(SHARDS):
             for row in shards.Shards(folders["read"]).read(number):

@@ -1,4 +1,4 @@
-"""Figures of pairs, against ones worked out by hand."""
+"""Statistics of pairs, against values computed by hand."""
 
 import json
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from stress_pictures import encode
+from stress_images import encode
 
 from realign.pairs.stages.runner import run_note
 from realign.pairs.stats import collect, main
@@ -33,7 +33,7 @@ def _row(shade, rejected, **changes):
 
 ROWS = [
     _row(0, "A blue cat sits here."),
-    _row(0, "A red dog runs.", similarity=0.7, neighbour_rank=3),  # the same but for rejected
+    _row(0, "A red dog runs.", similarity=0.7, neighbour_rank=3),  # differs only in rejected
     _row(0, "A red cat.", prompt="Which?", similarity=None, retrieved_images=_picture(0)),
     _row(9, "A big red cat sits here.", chosen="A cat.", similarity=float("nan")),
     _row(5, "One two three four.", similarity=0.9, visual_margin=-1.5),
@@ -62,7 +62,7 @@ def test_figures(pairs):
         "the same image": 2,
         "the same prompt and chosen": 2,
         "the same image, prompt and chosen": 1,
-        "its own image as the negative": 1,
+        "their own image as the negative": 1,
     }
     assert stats.dropped == stats.bad == {}
 
@@ -71,23 +71,23 @@ def test_the_command_with_the_records_that_were_left_out(pairs, capsys):
     work = pairs.with_suffix(".work")
     work.mkdir()
     listed = pa.table({"reason": ["missing", "corrupt", "missing"]})
-    pq.write_table(listed, work / "rejected_records.parquet")  # of an import, which drops none
+    pq.write_table(listed, work / "rejected_records.parquet")  # by `import`, which drops no records
     assert collect(pairs).bad == {"missing": 2, "corrupt": 1} and collect(pairs).dropped == {}
     note = {"dropped": {"too similar": 3, "same as chosen": 1}, "bad": {"missing": 2}}
     run_note(work, str(pairs)).write_text(json.dumps(note))
     assert main([str(pairs)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 pairs"
-    assert lines[2].split() == ["mean", "least", "10", "%", "median", "90", "%", "most"]
+    assert lines[2].split() == ["mean", "min", "10", "%", "median", "90", "%", "max"]
     assert lines[3].split() == ["similarity", "0.700", "0.500", "0.540", "0.700", "0.860", "0.900"]
     assert lines[4].split() == ["rank", "0.600", "0", "0", "0", "1.800", "3"]
     assert lines[-6:] == [
         "pairs with the same image as an earlier one: 2",
         "pairs with the same prompt and chosen as an earlier one: 2",
         "pairs with the same image, prompt and chosen as an earlier one: 1",
-        "pairs with its own image as the negative: 1",
+        "pairs with their own image as the negative: 1",
         "records dropped: 4 (3 too similar, 1 same as chosen)",
-        "records unusable: 2 (2 missing)",
+        "records invalid: 2 (2 missing)",
     ]
     elsewhere = pairs.parent / "elsewhere"
     work.rename(elsewhere)

@@ -1,4 +1,4 @@
-"""Masks and text filters of the pairs pipeline, against spans and numbers written down by hand."""
+"""Masks and text filters of the pairs pipeline, against spans and values written by hand."""
 
 import re
 import sys
@@ -30,7 +30,7 @@ def rng(seed=0):
 
 
 def spans_of(marked):
-    """(text, texts of its spans) of a text with brackets around its spans."""
+    """(text, texts of its spans) for a text with brackets around its spans."""
     return re.sub(r"[][]", "", marked), re.findall(r"\[(.*?)\]", marked)
 
 
@@ -79,7 +79,7 @@ def test_the_segments_of_captions_and_answers(marked):
         (CATEGORIES, "[MASK] sit [MASK], [MASK]."),
     ],
 )
-def test_what_is_hidden_of_each_kind(categories, masked):
+def test_segments_of_each_kind(categories, masked):
     result = mask_response(SENTENCE, categories, 0, rng())
     assert str(result) == masked
     assert result.fill(result.hidden) == SENTENCE
@@ -88,12 +88,12 @@ def test_what_is_hidden_of_each_kind(categories, masked):
 @pytest.mark.parametrize(
     ("kind", "marked"),
     [
-        # A thing although its word may be a colour, and the other way round.
+        # Nouns that may also be colours, and colours that may also be nouns.
         ("objects", "[An orange] and [a banana]"),
         ("attributes", "an [orange] cat"),
         ("attributes", "The stop sign is [red] with [white] letters."),
         ("attributes", "its fur is [brown and white]"),
-        # Verbs are no things, though a noun has the same letters.
+        # Verbs that are spelled like nouns.
         ("objects", "[The men] watch [a play]; [the watch] stops."),
         ("objects", "[a coffee shop] near [the park]"),
         ("objects", "[a skier] skis on [skis]"),
@@ -103,7 +103,7 @@ def test_what_is_hidden_of_each_kind(categories, masked):
         ("numbers", "the [2nd] bus on [42nd] Street"),
         ("numbers", "[12] cafés_x"),
         ("numbers", "a dog"),
-        ("relations", "In this picture there are no dogs"),
+        ("relations", "In this photo there are no dogs"),
         ("relations", "[on the top left corner of] the box, [at the bottom of] it"),
         ("relations", "the [top] shelf, his [back] pocket, the [left] hand, [on the left]"),
         ("relations", "the dog is [on the left], not [on top]"),
@@ -115,7 +115,7 @@ def test_what_is_hidden_of_each_kind(categories, masked):
         ("objects", "[The TV] and the U-shaped [sofa]"),
     ],
 )
-def test_kinds_of_words_where_they_stand(kind, marked):
+def test_kinds_of_words_in_context(kind, marked):
     text, expected = spans_of(marked)
     masked = mask_response(text, (kind,), 0, rng())
     assert (list(masked.hidden) if masked else []) == expected
@@ -149,25 +149,25 @@ def test_a_share_of_the_segments(share, segments, count):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mask_response("a", ("verbs",), 0, rng()), "categories names verbs; the kinds"),
+        (lambda: mask_response("a", ("verbs",), 0, rng()), "categories contains verbs; the kinds"),
         (lambda: mask_response("a", CATEGORIES, -1, rng()), "segments is -1"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=0.0), "share is 0.0"),
         (lambda: mask_response("a", CATEGORIES, 0, rng(), share=1.5), "share is 1.5"),
     ],
 )
-def test_what_a_mask_cannot_be(call, message):
+def test_invalid_arguments_of_masks(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.text(max_size=60) | st.lists(st.sampled_from(SENTENCE.split())).map(" ".join))
-def test_any_text_is_put_together_again(text):
+def test_filling_a_mask_restores_the_text(text):
     masked = mask_response(text, CATEGORIES, 0, rng())
     if masked is not None:
         assert masked.fill(masked.hidden) == text
         assert all(hidden.strip() == hidden != "" for hidden in masked.hidden)
-        assert all(piece.strip() for piece in masked.pieces[1:-1])  # neighbours are joined
+        assert all(piece.strip() for piece in masked.pieces[1:-1])  # adjacent segments are joined
 
 
 # --- segments that a language model lists ---
@@ -202,7 +202,7 @@ def test_a_word_that_is_listed_again_is_its_next_place():
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(max_size=8), max_size=5))
-def test_whatever_a_model_lists(text, spans):
+def test_any_list_of_a_model_is_accepted(text, spans):
     assert masked_from(text, []) is None
     masked = masked_from(text, spans)
     if masked is not None:
@@ -244,7 +244,7 @@ def test_words_and_similarity_by_hand():
         ("13 cats", "thirteen cats", False),
     ],
 )
-def test_what_counts_as_the_same(a, b, same):
+def test_responses_that_count_as_the_same(a, b, same):
     assert same_response(a, b) is same and same_response(b, a) is same
 
 
@@ -260,12 +260,12 @@ def test_what_counts_as_the_same(a, b, same):
         (" ... ", 1.0, "no text"),
     ],
 )
-def test_what_is_dropped(completion, tau, reason):
+def test_reasons_to_drop(completion, tau, reason):
     assert reason_to_drop("a cat sat down", completion, tau) == reason
 
 
 class FakeSentences:
-    """The part of the package that is used; embeds a text as the counts of its letters a to c."""
+    """A fake of the package. It embeds a text as the counts of its letters a to c."""
 
     def __init__(self, name, *, trust_remote_code, model_kwargs, **_):
         if name == "none":
@@ -288,7 +288,7 @@ def test_sentence_similarity_is_the_cosine(monkeypatch):
     values = measure([("a", "b"), ("aab", "ab"), ("a", "a"), ("aab", "a")])
     assert values.dtype == np.float32
     assert values == pytest.approx([0, 3 / 10**0.5, 1, 2 / 5**0.5], abs=1e-6)
-    assert measure._model.texts == ["a", "b", "aab", "ab"]  # each once
+    assert measure._model.texts == ["a", "b", "aab", "ab"]  # each text is embedded once
     assert measure([]).shape == (0,)
     with pytest.raises(ValueError, match=r"from none \(none is no model\). Pass a folder or a hub"):
         SentenceSimilarity("none")

@@ -1,4 +1,4 @@
-"""Output of the pipeline in TRL's DPOTrainer: one step on the shipped digits model."""
+"""One step of TRL's DPOTrainer with the output of the pipeline, on the shipped digits model."""
 
 import math
 
@@ -12,7 +12,7 @@ from realign.digits import ASSETS
 COLUMNS = ["prompt", "chosen", "rejected", "images"]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about TRL
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # warnings of transformers about TRL
 def test_trl_takes_a_step(pairs_file, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
@@ -44,7 +44,7 @@ def test_trl_takes_a_step(pairs_file, tmp_path):
     )
     trainer.train()
     first = trainer.state.log_history[0]
-    # Before the first update policy and reference agree, so every margin is 0.
+    # Before the first update, policy and reference are equal, so every margin is 0.
     assert abs(first["loss"] - math.log(2)) < 1e-3
     assert abs(first["rewards/margins"]) < 1e-3
     assert first["step"] == 1 and 0 < first["grad_norm"] < math.inf

@@ -1,4 +1,4 @@
-"""Infill: forced tokens, gaps, batches, against a slow way to the same completions."""
+"""Infill: forced tokens, gaps and batches, against a slow reference implementation."""
 
 import re
 
@@ -18,21 +18,21 @@ PROMPT = [{"role": "user", "content": CAPTION_PROMPT}]
 
 @pytest.fixture(scope="module")
 def babbler(processor):
-    """An untrained model: it fills gaps with many tokens, where the trained one writes a digit."""
+    """An untrained model, which fills gaps with many tokens. The trained one writes one digit."""
     torch.manual_seed(0)
     model = build_model(processor).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(6)  # so that what was read decides what is written
+            weight.mul_(6)  # larger, so that the output depends on the input
     return model
 
 
 @torch.inference_mode()
-def slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> Completion:
-    """Written from the definition, for word-level digits alone: no cache, no batch."""
+def slow_infill(vlm, processor, image, masked, max_gap_tokens) -> Completion:
+    """Reference implementation without a cache or batches, only for word-level digits."""
     tokenizer = processor.tokenizer
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant :"
-    inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     ids, pixels = inputs["input_ids"][0].tolist(), inputs["pixel_values"]
     special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
     forced = [tokenizer.convert_tokens_to_ids(piece.split()) for piece in masked.pieces]
@@ -57,9 +57,9 @@ def slow_infill(vlm, processor, picture, masked, max_gap_tokens) -> Completion:
     return Completion(text, closed)
 
 
-def _infill(vlm, processor, pictures, masked, how=infill, **options) -> list[Completion]:
+def _infill(vlm, processor, images, masked, how=infill, **options) -> list[Completion]:
     prompts = [PROMPT] * len(masked)
-    return how(vlm, processor, prompts, [[p] for p in pictures], masked, **options)
+    return how(vlm, processor, prompts, [[p] for p in images], masked, **options)
 
 
 CAPTION = "top left seven , top right two , bottom left zero , bottom right nine ."
@@ -75,21 +75,21 @@ GAPS = [
 
 
 @pytest.mark.parametrize("name", ["vlm", "babbler"])
-def test_infill_equals_the_slow_way(request, processor, scenes, name):
+def test_infill_equals_the_reference(request, processor, scenes, name):
     model, most = request.getfixturevalue(name), 4
     rng = np.random.default_rng(0)
     masked = GAPS + [mask_response(s.caption, CATEGORIES, 2, rng) for s in scenes[:8]]
-    pictures = [scene.image for scene in scenes[: len(masked)]]
+    images = [scene.image for scene in scenes[: len(masked)]]
     expected = [
-        slow_infill(model, processor, picture, hidden, most)
-        for picture, hidden in zip(pictures, masked, strict=True)
+        slow_infill(model, processor, image, hidden, most)
+        for image, hidden in zip(images, masked, strict=True)
     ]
     for how in (infill_plain, infill):
-        found = _infill(model, processor, pictures, masked, how=how, max_gap_tokens=most)
+        found = _infill(model, processor, images, masked, how=how, max_gap_tokens=most)
         assert found == expected
     for i in range(0, len(masked), 4):
         part = slice(i, i + 1 + i % 3)
-        one = _infill(model, processor, pictures[part], masked[part], max_gap_tokens=most)
+        one = _infill(model, processor, images[part], masked[part], max_gap_tokens=most)
         assert one == expected[part]
     lengths = set()
     for (text, _), hidden in zip(expected, masked, strict=True):
@@ -101,11 +101,11 @@ def test_infill_equals_the_slow_way(request, processor, scenes, name):
 
 
 def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
-    """With a model that always writes "seven", then with one that always wants to end."""
+    """Uses a model that always writes "seven", then one that always ends the response."""
 
-    class Stubborn(torch.nn.Module):
+    class Constant(torch.nn.Module):
         device, dtype = torch.device("cpu"), torch.float32
-        config = type("Config", (), {"model_type": "stubborn"})
+        config = type("Config", (), {"model_type": "constant"})
 
         def __init__(self, *words):
             super().__init__()
@@ -121,13 +121,13 @@ def test_a_gap_ends_at_the_forced_token_but_is_never_empty(processor, scenes):
         masked = Masked(pieces, (hid,) * (len(pieces) - 1))
         return _infill(model, processor, [scenes[0].image], [masked], how=infill_plain)[0]
 
-    seven, end = Stubborn("seven"), Stubborn("</s>", "two")
+    seven, end = Constant("seven"), Constant("</s>", "two")
     assert written(seven, "top ", " seven .") == ("top seven seven .", True)
     assert written(seven, "", " right") == (" ".join(["seven"] * 8) + " right", False)
-    # A segment of many tokens may give way to twice as many.
+    # A segment of many tokens may be replaced by twice as many.
     longer = " ".join(["seven"] * 14) + " right"
     assert written(seven, "", " right", hid="one " * 6 + "one") == (longer, False)
-    # The end is wanted, and comes after one word.
+    # The model ends the response, which is allowed only after one word.
     assert written(end, "top ", "") == ("top two", True)
     not_due = " ".join(["two"] * 8) + " right"
     assert written(end, "", " right") == (not_due, False)
@@ -144,7 +144,7 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(babbler, process
 
 
 def test_pairs_of_digits_differ_only_in_the_gaps(vlm, processor):
-    """Seen from outside: the text around the gaps is there, word by word, at its place."""
+    """The words around the gaps are unchanged and at their places."""
     scenes, rng = make_scenes(240, biased=True, seed=11), np.random.default_rng(0)
     masked = []
     for i in range(240):
@@ -158,7 +158,7 @@ def test_pairs_of_digits_differ_only_in_the_gaps(vlm, processor):
         assert text.split()[: len(mask.pieces[0].split())] == mask.pieces[0].split()
         different += text != mask.fill(mask.hidden)
     assert different > 160
-    # All four masked: the model reads the picture and writes its digits, not those of the caption.
+    # With all four masked, the model writes the digits of the image, not of the caption.
     every = [i for i in range(240) if i % 3 == 2 and i % 4]
     read = [
         sum(a == b for a, b in zip(digits_in(completions[i].text), scenes[i].digits, strict=True))
@@ -169,18 +169,19 @@ def test_pairs_of_digits_differ_only_in_the_gaps(vlm, processor):
 
 
 def test_sampling_follows_the_seed_of_each_record(babbler, processor, scenes):
-    pictures, masked = [scenes[0].image] * 6, [GAPS[1]] * 6
+    images, masked = [scenes[0].image] * 6, [GAPS[1]] * 6
 
     def sampled(seeds, **options):
         options = {"temperature": 2.0} | options
-        return _infill(babbler, processor, pictures, masked, seeds=seeds, **options)
+        return _infill(babbler, processor, images, masked, seeds=seeds, **options)
 
     first = sampled(range(6))
     assert first == sampled(range(6)) != sampled(range(6, 12))
     assert first == sampled(range(6), how=infill_plain)
-    assert first[::-1] == sampled(range(5, -1, -1))  # neither the place nor the company counts
+    # The place in the batch and the other rows do not matter.
+    assert first[::-1] == sampled(range(5, -1, -1))
     assert len(set(first)) > 3 and len(set(sampled([3] * 6))) == 1
-    greedy = _infill(babbler, processor, pictures, masked)
+    greedy = _infill(babbler, processor, images, masked)
     assert len(set(greedy)) == 1
     assert sampled(range(6), temperature=1e-4) == greedy
     for text, _ in first:
@@ -188,10 +189,10 @@ def test_sampling_follows_the_seed_of_each_record(babbler, processor, scenes):
 
 
 def test_sampled_words_have_the_model_s_frequencies(babbler, processor, scenes):
-    """The first word of a gap, 900 times: chi-square against the softmax of a plain forward."""
-    picture, masked = scenes[0].image, Masked(("top left ", " ."), ("seven",))
+    """Chi-square test of 900 first words against the softmax of a plain forward pass."""
+    image, masked = scenes[0].image, Masked(("top left ", " ."), ("seven",))
     prompt = f"<s> user : <image> {CAPTION_PROMPT} assistant : top left"
-    inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     with torch.no_grad():
         scores = babbler(**inputs).logits[0, -1].double() / 3
     scores[processor.tokenizer.convert_tokens_to_ids(SPECIAL)] = -torch.inf
@@ -199,7 +200,7 @@ def test_sampled_words_have_the_model_s_frequencies(babbler, processor, scenes):
     count = 900
     found = np.zeros(len(truth))
     options = {"seeds": range(count), "temperature": 3.0, "max_gap_tokens": 1}
-    for text, _ in _infill(babbler, processor, [picture] * count, [masked] * count, **options):
+    for text, _ in _infill(babbler, processor, [image] * count, [masked] * count, **options):
         word = text.removeprefix("top left ").removesuffix(" .").split()[0]
         found[processor.tokenizer.convert_tokens_to_ids(word)] += 1
     often = truth * count >= 5
@@ -218,17 +219,17 @@ def test_bad_arguments_are_refused(vlm, processor, scenes):
             _infill(vlm, processor, [scenes[0].image], GAPS[:1], **options)
 
 
-def test_nothing_gives_nothing_and_no_gap_the_response(vlm, processor, scenes):
+def test_no_records_and_no_gaps(vlm, processor, scenes):
     assert _infill(vlm, processor, [], []) == []
     whole = Masked((CAPTION,), ())
     assert _infill(vlm, processor, [scenes[0].image], [whole]) == [Completion(CAPTION, True)]
 
 
 def test_a_batch_takes_a_tenth_of_the_forwards(vlm, processor, scenes, monkeypatch):
-    """Of the language model, for 30 records with two gaps; and few more tokens than there are."""
+    """Counts forward passes and tokens of the language model, for 30 records with two gaps."""
     rng = np.random.default_rng(0)
     masked = [mask_response(s.caption, ("numbers",), 2, rng) for s in scenes[:30]]
-    pictures = [s.image for s in scenes[1:31]]
+    images = [s.image for s in scenes[1:31]]
     read: list[int] = []
     forward = LlamaModel.forward
 
@@ -237,10 +238,10 @@ def test_a_batch_takes_a_tenth_of_the_forwards(vlm, processor, scenes, monkeypat
         return forward(self, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", counted)
-    plain = _infill(vlm, processor, pictures, masked, how=infill_plain)
+    plain = _infill(vlm, processor, images, masked, how=infill_plain)
     slow, slow_tokens = len(read), sum(read)
     read.clear()
-    assert _infill(vlm, processor, pictures, masked) == plain
+    assert _infill(vlm, processor, images, masked) == plain
     assert len(read) * 10 < slow and sum(read) * 3 < slow_tokens
-    # Prompt, image and caption are 26 and 16 tokens: each is read once, and little padding.
+    # Prompt and image have 26 tokens, and the caption 16. Each is read once, with little padding.
     assert sum(read) < 30 * 60

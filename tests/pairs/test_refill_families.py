@@ -1,4 +1,4 @@
-"""Infill in other families: batches against one by one, masks, tokens of bytes."""
+"""Infill in other families: batches against single records, masks, and byte tokens."""
 
 import re
 
@@ -16,10 +16,10 @@ from realign.pairs.masking.mask import Masked, masked_from
 
 
 def worded(family, **options):
-    """A tiny model that writes words alone, so that its texts are read back as written."""
+    """A tiny model that writes only words, so its texts survive tokenization unchanged."""
     vlm, processor = make(family, **options)
     head = vlm.get_output_embeddings()
-    with torch.no_grad():  # else a tied head, most of all Gemma's, repeats the last token for ever
+    with torch.no_grad():  # with larger weights, a tied head repeats the last token
         vlm.get_input_embeddings().weight.mul_(0.05)
     others = torch.full((head.weight.shape[0],), -1e4)
     others[processor.tokenizer.convert_tokens_to_ids(WORDS)] = 0
@@ -27,16 +27,17 @@ def worded(family, **options):
     return vlm, processor
 
 
-def led_on(vlm, processor, prompt, pictures, rng, count, closes) -> Masked:
-    """A masked response whose first gap the model closes by itself, after `count` words or so.
+def guided(vlm, processor, prompt, images, rng, count, closes) -> Masked:
+    """A masked response whose first gap the model closes after about `count` words.
 
-    The gap is followed by the word that the model would write then, by some more, and by a second
-    gap, which closes in the same way or not at all.
+    After the gap come the model's next word and some more words. Then comes a second gap, which the
+    model closes if `closes` is set.
     """
 
     def words_after(start):
-        probe = Masked((start, " zzz"), ("x",))  # no word of the model, so it goes on to the end
-        text = infill_plain(vlm, processor, [prompt], [pictures], [probe], max_gap_tokens=5)[0].text
+        # " zzz" is not a word of the model, so the model continues to the limit.
+        probe = Masked((start, " zzz"), ("x",))
+        text = infill_plain(vlm, processor, [prompt], [images], [probe], max_gap_tokens=5)[0].text
         return text.removeprefix(start).removesuffix(" zzz").split()
 
     first = random_text(rng, 1, 3) + " "
@@ -49,18 +50,18 @@ def led_on(vlm, processor, prompt, pictures, rng, count, closes) -> Masked:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5"])
-def test_every_family_completes_in_batches_as_one_by_one(family):
-    """Prompts, images, gaps and pieces of unequal lengths; M-RoPE, windows, blocks both ways."""
+def test_batches_equal_single_records_in_every_family(family):
+    """Covers unequal lengths, M-RoPE, windows, and blocks with bidirectional attention."""
     vlm, processor = worded(family, attention="tree")
     rng = np.random.default_rng(1)
-    pictures = [random_images(rng, n) for n in (1, 2, 1, 1, 3, 1)]
-    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
+    images = [random_images(rng, n) for n in (1, 2, 1, 1, 3, 1)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in images]
     masked = [
-        led_on(vlm, processor, prompts[i], pictures[i], rng, 1 + i % 3, closes=i != 1)
+        guided(vlm, processor, prompts[i], images[i], rng, 1 + i % 3, closes=i != 1)
         for i in range(5)
     ]
     masked.append(Masked(("", ""), ("red",)))
-    given = (vlm, processor, prompts, pictures, masked)
+    given = (vlm, processor, prompts, images, masked)
     plain = infill_plain(*given, max_gap_tokens=5)
     assert infill(*given, max_gap_tokens=5) == plain
     assert [completion.closed for completion in plain] == [True, False, True, True, True, False]
@@ -76,16 +77,16 @@ def test_every_family_completes_in_batches_as_one_by_one(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reader_scores_as_plain_forwards(family):
-    """Blocks of unequal lengths, none among them; then one row leaves."""
+    """Blocks have unequal lengths, some of them zero. Then one row is removed."""
     vlm, processor = make(family, attention="tree")
     rng = np.random.default_rng(3)
-    pictures = [random_images(rng, n) for n in (1, 2, 1)]
+    images = [random_images(rng, n) for n in (1, 2, 1)]
     masked = Masked(("", ""), ("red",))
     rows = refill._begin(
         vlm,
         processor,
-        [[{"role": "user", "content": random_text(rng, 2, 20)}] for _ in pictures],
-        pictures,
+        [[{"role": "user", "content": random_text(rng, 2, 20)}] for _ in images],
+        images,
         [masked] * 3,
         8,
         0.0,
@@ -97,24 +98,24 @@ def test_a_reader_scores_as_plain_forwards(family):
         words = random_text(rng, low, high).split()[: rng.integers(low, high + 1)]
         return processor.tokenizer.convert_tokens_to_ids(words)
 
-    def truth(active, said):
-        plain = [refill._longer(vlm, inputs[i], said[i]) for i in active]
+    def truth(active, responses):
+        plain = [refill._longer(vlm, inputs[i], responses[i]) for i in active]
         return torch.stack([vlm(**one, use_cache=False).logits[0, -1] for one in plain])
 
     reader = refill.RowReader(vlm, refill.layout_of(vlm))
     with torch.no_grad():
-        said = [ids_of(0, 6) for _ in rows]
+        responses = [ids_of(0, 6) for _ in rows]
         whole = refill._encode(vlm, processor, rows)
-        found = reader.first(whole, [1, 2, 1], said, room=32)
-        assert (found - truth(range(3), said)).abs().max() < 1e-3
+        found = reader.first(whole, [1, 2, 1], responses, room=32)
+        assert (found - truth(range(3), responses)).abs().max() < 1e-3
         for active in ([0, 1, 2], [0, 1, 2], [2, 0]):
             if len(active) == 2:
                 reader.keep(active)
             blocks = [ids_of(0, 6) if i else ids_of(1, 3) for i in active]
             found = reader.more(blocks)
             for i, block in zip(active, blocks, strict=True):
-                said[i] = said[i] + block
-            expected = truth(active, said)
+                responses[i] = responses[i] + block
+            expected = truth(active, responses)
             assert expected.abs().mean() > 0.1
             read = [n for n, block in enumerate(blocks) if block]
             assert (found - expected)[read].abs().max() < 1e-3
@@ -122,22 +123,22 @@ def test_a_reader_scores_as_plain_forwards(family):
 
 @pytest.mark.parametrize("case", ["llava, eager", "gemma3, eager", "llava, no padding token"])
 def test_eager_attention_and_single_records(case):
-    """Eager attention takes the same masks; without a padding token records go one by one."""
+    """Eager attention uses the same masks. Without a padding token, records are single."""
     family, kind = case.split(", ")
     vlm, processor = make(family, attention="eager" if kind == "eager" else "tree")
     if kind != "eager":
         processor.tokenizer.pad_token = None
         assert reason_for_single(vlm, processor) == "its tokenizer has no padding token"
     rng = np.random.default_rng(2)
-    pictures = [random_images(rng, n) for n in (1, 2, 1)]
-    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in pictures]
-    masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in pictures]
-    given = (vlm, processor, prompts, pictures, masked)
+    images = [random_images(rng, n) for n in (1, 2, 1)]
+    prompts = [[{"role": "user", "content": random_text(rng, 2, 8)}] for _ in images]
+    masked = [Masked((random_text(rng, 0, 5), " red"), ("dot",)) for _ in images]
+    given = (vlm, processor, prompts, images, masked)
     assert infill(*given) == infill_plain(*given)
 
 
 def test_tokens_of_bytes_in_batches(monkeypatch):
-    """A LLaVA whose tokens run over words and characters, on texts of many scripts."""
+    """A LLaVA with tokens that cross words and characters, on texts in many scripts."""
     texts = ["a red-white dog's (old) café", "日本 🐶🐶 near the नमस्ते", "3.5 dogs, ﬁve cats..."]
     processor = make_processor("llava")
     monkeypatch.setattr(processor, "tokenizer", byte_level(texts * 3, 380))
@@ -147,9 +148,9 @@ def test_tokens_of_bytes_in_batches(monkeypatch):
     hidden = [["white"], ["🐶🐶", "नमस्ते"], ["3.5", "ﬁve cats"], ["dog", "café"], ["日本"], ["dogs"]]
     places = (0, 1, 2, 0, 1, 2)
     masked = [masked_from(texts[i], spans) for i, spans in zip(places, hidden, strict=True)]
-    pictures = [random_images(rng, 1) for _ in masked]
+    images = [random_images(rng, 1) for _ in masked]
     prompts = [[{"role": "user", "content": f"name {i} é"}] for i in range(len(masked))]
-    given = (vlm, processor, prompts, pictures, masked)
+    given = (vlm, processor, prompts, images, masked)
     plain = infill_plain(*given)
     assert infill(*given) == plain
     for (text, closed), mask in zip(plain, masked, strict=True):

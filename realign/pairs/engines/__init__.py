@@ -1,7 +1,7 @@
-"""Engines that answer chats about images: transformers in this process, or an endpoint by its URL.
+"""Engines that answer chats about images, with transformers in this process or at an endpoint.
 
-To add an engine, write a subclass of `Engine` in a module of this folder, and add it to `ENGINES`
-under the scheme of its specs. Its arguments are the spec and the `EngineOptions`.
+To add an engine, write a subclass of `Engine` in a module of this folder. Add it to `ENGINES` under
+the scheme of its specs. Its arguments are the spec and the `EngineOptions`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _endpoint(spec: str, options: EngineOptions) -> Engine:
         from realign.pairs.engines.endpoint import EndpointEngine
     except ImportError as error:
         raise ValueError(
-            f"an endpoint needs the openai client ({error}): pip install 'realign[endpoint]'."
+            f"an endpoint needs the openai client ({error}). Run pip install 'realign[endpoint]'."
         ) from error
     return EndpointEngine(spec, options)
 
@@ -38,16 +38,16 @@ ENGINES: dict[str, Callable[[str, EngineOptions], Engine]] = {
     "http": _endpoint,
     "https": _endpoint,
 }
-"""Scheme of a spec -> engine. A model's or a client's library is imported when it is named."""
+"""Scheme of a spec -> engine. The library of an engine is imported when the engine is made."""
 
 
 def is_endpoint(spec: str | None) -> bool:
-    """Whether a spec is the URL of an endpoint, which computes elsewhere."""
+    """Whether a spec is the URL of an endpoint."""
     return spec is not None and spec.partition(":")[0] in ("http", "https")
 
 
 def make_engine(spec: str, **options: Any) -> Engine:
-    """Make an engine; loads no model and sends nothing.
+    """Make an engine, without loading a model or sending a request.
 
     Args:
         spec: "transformers:MODEL", or the URL of an OpenAI-compatible endpoint with the model
@@ -55,13 +55,13 @@ def make_engine(spec: str, **options: Any) -> Engine:
         options: fields of `EngineOptions`.
 
     Raises:
-        ValueError: for another spec, an option out of range, or a key that would go over plain
-            HTTP. The message does not show the spec, which may contain a key.
+        ValueError: for an invalid spec, an option out of range, or a key that would be sent over
+            plain HTTP. The message does not show the spec, which may contain a key.
     """
     scheme, _, address = spec.partition(":")
     if scheme == "vllm":
         raise ValueError(
-            "vLLM is asked as a server. Start it with `vllm serve MODEL --port 8000`, and name "
+            "vLLM is used as a server. Start it with `vllm serve MODEL --port 8000`, and pass "
             "http://127.0.0.1:8000/v1#MODEL as the engine (docs/pairs.md, Engines)."
         )
     if scheme not in ENGINES or not address:

@@ -1,4 +1,4 @@
-"""The interface of engines: `Engine`, its options, a chat with its images, a reply."""
+"""Interface of engines: `Engine`, `EngineOptions`, `Chat` and `Reply`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ NO_TEXT = "the answer is empty"
 
 @dataclass(frozen=True)
 class Chat:
-    """One request: messages, the images they show, and how to write the answer."""
+    """One request: messages, their images, and sampling parameters."""
 
-    messages: list[dict]  # role and content; content is text, or parts of type text and image
-    images: list[Image.Image] = field(default_factory=list)  # in the order of their places
-    max_tokens: int = 256  # of the answer
-    temperature: float = 0.0  # 0 is greedy
-    seed: int = 0  # of sampling; ignored at temperature 0
+    messages: list[dict]
+    """Messages with a role and content. Content is text, or parts of type text and image."""
+    images: list[Image.Image] = field(default_factory=list)
+    """Images in the order of their places."""
+    max_tokens: int = 256
+    """Maximum length of the answer."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    seed: int = 0
+    """Seed of sampling, ignored at temperature 0."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -36,35 +41,35 @@ class Chat:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, or an `error`, which makes the record invalid."""
+    """One answer, or an `error` that makes the record invalid."""
 
     text: str
     error: str = ""
-    cut: bool = False  # the answer was as long as allowed, so its end may be missing
+    cut: bool = False  # whether the answer reached the maximum length, so its end may be missing
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of all engines; each engine reads its own."""
+    """Options of all engines. Each engine reads its own."""
 
     folder: str | Path | None = None
-    """Folder of an endpoint's saved answers, one file each, so that no request is sent twice."""
+    """Folder for an endpoint's answers, one file each, so that no request is sent twice."""
     batch_size: int = 8
-    """Of transformers: greedy answers written at once; sampled ones are written one by one."""
+    """For transformers: batch size of greedy answers. Sampled answers are written one by one."""
     dtype: str | None = None
-    """Of transformers: "fp32" or "bf16"; bf16 on a GPU and fp32 elsewhere when absent."""
+    """For transformers: "fp32" or "bf16". None means bf16 on a GPU and fp32 on a CPU."""
     concurrency: int = 8
-    """Requests that an endpoint has at once."""
+    """Number of concurrent requests to an endpoint."""
     requests_per_minute: float | None = None
-    """Most requests started at an endpoint in a minute, repeated ones included."""
+    """Maximum number of requests per minute to an endpoint, including repeated ones."""
     tries: int = 5
-    """How often a request to an endpoint is sent at most."""
+    """Maximum number of times that a request to an endpoint is sent."""
     timeout: float = 120.0
-    """Seconds that an endpoint has for an answer."""
+    """Time limit for an endpoint's answer, in seconds."""
     price_in: float | None = None
     """Price of a million input tokens, for the estimate."""
     price_out: float | None = None
-    """The same of output tokens."""
+    """Price of a million output tokens, for the estimate."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "concurrency", "tries"):
@@ -81,19 +86,19 @@ class EngineOptions:
 class Engine:
     """A model that answers chats.
 
-    Attributes:
-        name: of the model, for the records' provenance.
-
     The constructor is cheap: `open` or the first `chat` loads the model.
+
+    Attributes:
+        name: name of the model, for the provenance of records.
     """
 
     name: str
 
     def open(self) -> None:
-        """Load the model; a second call does nothing.
+        """Load the model. A second call has no effect.
 
         Raises:
-            ValueError: when there is no such model, with the remedy.
+            ValueError: when there is no such model.
         """
 
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
@@ -103,49 +108,49 @@ class Engine:
             requests: any number of chats.
 
         Returns:
-            One reply per request, in their order. A request that cannot be answered has an error.
+            One reply per request, in order. A request that cannot be answered has an error.
 
         Raises:
-            ValueError: when no request can be answered: a wrong key, a model
-                that does not load.
-            ConnectionError: when an endpoint does not answer. Its earlier answers are kept, so that
-                a later run resumes; no record becomes invalid.
+            ValueError: when no request can be answered, for example because of a wrong key or a
+                model that cannot be loaded.
+            ConnectionError: when an endpoint does not answer. Its earlier answers are kept, so a
+                later run can resume. No record becomes invalid.
         """
         raise NotImplementedError
 
     def estimate(self, requests: Sequence[Chat], total: int | None = None) -> str | None:
-        """Cost of requests, to be printed before they are sent; None for a local model.
+        """Estimated cost of requests, printed before they are sent. None for a local model.
 
         Args:
-            requests: all of the run, or a sample.
-            total: of the run, where `requests` are a sample.
+            requests: all requests of the run, or a sample.
+            total: number of requests in the run, if `requests` is a sample.
         """
         return None
 
     def close(self) -> None:
-        """Free the model; `open` may follow."""
+        """Free the model. `open` may be called again."""
 
 
 def typed_messages(chat: Chat) -> list[dict[str, Any]]:
-    """The messages of a chat with content as typed parts, each image in its place.
+    """The messages of a chat with their content as typed parts, and each image in its place.
 
     Raises:
-        Malformed: as `realign.data.messages.place_images`.
+        Malformed: like `realign.data.messages.place_images`.
     """
     return place_images(chat.messages, len(chat.images))
 
 
 def request_digest(chat: Chat, *engine: str) -> str:
-    """Digest of all inputs that decide an answer, in 32 hexadecimal digits.
+    """Digest of all inputs that determine an answer, with 32 hexadecimal digits.
 
-    The seed is part of it only for sampling: greedy requests with different seeds are equal.
+    The seed is included only for sampling. Greedy requests with different seeds are equal.
 
     Args:
         chat: the request.
         engine: identity of the engine, such as its model.
 
     Raises:
-        Malformed: as `typed_messages`.
+        Malformed: like `typed_messages`.
     """
     sampled = chat.temperature > 0
     facts = {
@@ -156,7 +161,7 @@ def request_digest(chat: Chat, *engine: str) -> str:
         "seed": chat.seed if sampled else None,
         "images": [image_digest(image) for image in chat.images],
     }
-    # ASCII, so that a text with a lone surrogate also has a digest.
+    # In ASCII, a text with a lone surrogate also has a digest.
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -165,11 +170,11 @@ def image_digest(image: Image.Image) -> str:
     """Digest of an image's RGB pixels, independent of its encoding.
 
     Raises:
-        Malformed: when the image is not decoded yet and cannot be.
+        Malformed: when the image cannot be decoded.
     """
     try:
         pixels = image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise Malformed(f"an image of it cannot be decoded ({error}).") from error
+        raise Malformed(f"one of its images cannot be decoded ({error}).") from error
     header = f"{pixels.width}x{pixels.height} ".encode()
     return hashlib.blake2b(header + pixels.tobytes(), digest_size=16).hexdigest()

@@ -1,13 +1,13 @@
-"""Endpoint engine: chats answered by an OpenAI-compatible server, through the `openai` client.
+"""Endpoint engine: sends chats to an OpenAI-compatible server with the `openai` client.
 
-The client repeats a request after 408, 409, 429, 5xx, a time-out or a cut connection, with growing
-random waits or those of `Retry-After`. Answers are saved on disk, so a resumed run pays for each
-answer once.
+The client repeats a request after status 408, 409, 429 or 5xx, a time-out or a lost connection. It
+waits for increasing random times, or for the time in `Retry-After`. Answers are saved on disk, so a
+resumed run pays for each answer once.
 
-The key comes from the environment, goes into one header, and is removed from every text that a
-server returns, because servers quote it. The client would also send an organization, a project and
-headers that other variables name (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS), so the engine sets all
-headers itself. A redirect is an error: the key and the images stay with the host that was named.
+The key is read from the environment and sent in one header. It is removed from all text that a
+server returns, because some servers quote it. The client would also send headers from other
+variables (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS), so the engine sets all headers itself. A redirect
+is an error, because the key and the images may go only to the given host.
 """
 
 from __future__ import annotations
@@ -43,51 +43,59 @@ from realign.pairs.engines.chat import (
     typed_messages,
 )
 
-KEYS = ("REALIGN_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
-IMAGE_TOKENS = 1000  # of one image, for the estimate: 765 to 1105 where prices are published
-LONGEST_SIDE = 2048  # pixels of an image that is sent; servers reduce larger ones
-GIVE_UP = 8  # requests in a row without an answer, after which the run stops
-_LOSSLESS = 256 * 256  # pixels; larger images go as JPEG, a tenth of the bytes
-_LONGEST_WAIT = 120  # seconds of `Retry-After`, after which the client sends no further try
-_MOST_BYTES = 16 * 2**20  # of an answer
-_HEADERS = ("host", "connection", "content-length")  # of the HTTP library
+KEYS = ("REALIGN_API_KEY", "OPENAI_API_KEY")
+"""Environment variables for the key. The first one that is set is used."""
+IMAGE_TOKENS = 1000
+"""Tokens of an image in the estimate. Providers with published prices count 765 to 1105."""
+LONGEST_SIDE = 2048
+"""Maximum side of an image that is sent, in pixels. Servers reduce larger images."""
+GIVE_UP = 8
+"""Number of consecutive requests without an answer after which the run stops."""
+
+_LOSSLESS = 256 * 256
+"""Pixels up to which an image is sent as PNG. As JPEG, larger images have a tenth of the bytes."""
+_LONGEST_WAIT = 120
+"""Maximum `Retry-After` in seconds. After a longer one, the request is not repeated."""
+_MOST_BYTES = 16 * 2**20
+"""Maximum size of an answer."""
+_HEADERS = ("host", "connection", "content-length")
+"""Headers that the HTTP library sets."""
 _REMEDIES = {
-    401: "it refuses the key; set $REALIGN_API_KEY or $OPENAI_API_KEY to a valid one",
-    404: "it has no such path or model; check the URL and the model behind the #",
+    401: "it rejects the key; set $REALIGN_API_KEY or $OPENAI_API_KEY to a valid key",
+    404: "it has no such path or model; check the URL and the model after the #",
 }
-_LOCK = (
-    threading.Lock()
-)  # for the request rate of all engines; an engine without locks can be pickled
+_LOCK = threading.Lock()
+"""Lock for the request rate of all engines. Engines hold no lock, so they can be pickled."""
 
 
 class EndpointEngine(Engine):
-    """An OpenAI-compatible endpoint; no attribute holds the key, so `repr` and pickle do not."""
+    """An OpenAI-compatible endpoint. No attribute holds the key, so `repr` and pickle omit it."""
 
     def __init__(self, spec: str, options: EngineOptions | None = None) -> None:
-        """Check the URL and the key; nothing is sent.
+        """Check the URL and the key. Nothing is sent.
 
         Args:
-            spec: "URL#MODEL"; requests go to URL/chat/completions.
-            options: all but those of transformers.
+            spec: "URL#MODEL". Requests are sent to URL/chat/completions.
+            options: options of the engine. Those for transformers have no effect.
 
         Raises:
-            ValueError: for a malformed URL, or a key in the environment that would go over plain
-                HTTP to another machine.
+            ValueError: for a malformed URL, or a key in the environment that would be sent over
+                plain HTTP to another machine.
         """
         self.name = spec
         self._url, self._model, self._loopback = _parse(spec)
         self._options = options or EngineOptions()
         self._check_key()
-        self._next_start = 0.0  # of a request, in the process's monotonic time
-        self._renamed = False  # the server requires max_completion_tokens
-        self._failures = 0  # requests in a row without an answer
+        self._next_start = 0.0  # earliest start of the next request, in monotonic time
+        self._renamed = False  # whether the server requires max_completion_tokens
+        self._failures = 0  # consecutive requests without an answer
 
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
-        """Answer requests, several at once; equal ones are sent once. See `Engine.chat`.
+        """Answer requests concurrently. Equal requests are sent once. See `Engine.chat`.
 
         Raises:
-            ValueError: when the server refuses the key, knows no such model, or redirects.
-            ConnectionError: after several requests in a row without an answer.
+            ValueError: when the server rejects the key, has no such model, or redirects.
+            ConnectionError: after several consecutive requests without an answer.
         """
         stop = threading.Event()
         pool = ThreadPoolExecutor(self._options.concurrency, thread_name_prefix="endpoint")
@@ -106,14 +114,15 @@ class EndpointEngine(Engine):
                 replies.append(futures[key])
             return [reply if isinstance(reply, Reply) else reply.result() for reply in replies]
         finally:
-            stop.set()  # after an error no thread sends a further request
+            stop.set()  # after an error, no thread sends another request
             pool.shutdown(wait=False, cancel_futures=True)
             client.close()
 
     def estimate(self, requests: Sequence[Chat], total: int | None = None) -> str:
-        """Number and tokens of requests that are not answered yet, and their cost. See `Engine`.
+        """Estimated number, tokens and cost of unanswered requests. See `Engine.estimate`.
 
-        Rough: a token is four characters, an image 1,000 tokens, an answer as long as allowed.
+        The estimate counts four characters as a token, 1,000 tokens for an image, and the maximum
+        length for an answer.
         """
         unique: dict[str, Chat] = {}
         for request in requests:
@@ -132,7 +141,7 @@ class EndpointEngine(Engine):
         )
         price_in, price_out = self._options.price_in, self._options.price_out
         if price_in is None or price_out is None:
-            return f"{line}; for the cost give --price-in and --price-out (per million tokens)"
+            return f"{line}; pass --price-in and --price-out (per million tokens) for the cost"
         cost = (tokens_in * price_in + tokens_out * price_out) / 1e6
         return (
             f"{line}; cost at most about {cost:.2f} (at {price_in:g} in and {price_out:g} out per "
@@ -145,7 +154,7 @@ class EndpointEngine(Engine):
             for name in set(request.headers) - set(_HEADERS):
                 del request.headers[name]
             request.headers["Content-Type"] = request.headers["Accept"] = "application/json"
-            request.headers["Accept-Encoding"] = "identity"  # the limit of bytes is of the text
+            request.headers["Accept-Encoding"] = "identity"  # the size limit is for plain text
             if key := self._check_key():
                 request.headers["Authorization"] = f"Bearer {key}"
             request.extensions["deadline"] = time.monotonic() + self._options.timeout
@@ -157,13 +166,13 @@ class EndpointEngine(Engine):
             max_retries=self._options.tries - 1,
             http_client=openai.DefaultHttpxClient(
                 follow_redirects=False,
-                trust_env=not self._loopback,  # requests to this machine use no proxy
+                trust_env=not self._loopback,  # no proxy for requests to this machine
                 event_hooks={"request": [prepare], "response": [_read_bounded]},
             ),
         )
 
     def _wait_for_turn(self, stop: threading.Event) -> None:
-        """Limit the rate of requests, repeated ones included, over all threads."""
+        """Limits the rate of requests over all threads, including repeated requests."""
         per_minute = self._options.requests_per_minute
         with _LOCK:
             start = max(self._next_start, time.monotonic())
@@ -209,14 +218,14 @@ class EndpointEngine(Engine):
         if 300 <= status < 400:
             target = scrub(response.headers.get("location", "?"))
             raise ValueError(
-                f"{self._url} redirects to {target}, which is not followed; give that URL."
+                f"{self._url} redirects to {target}, and redirects are not followed. Pass that URL."
             )
         if status in (408, 409, 429) or status >= 500:
             if (wait := _asked_wait(response)) <= _LONGEST_WAIT:
                 return self._unanswered(problem)
             problem = (
-                f"the server asks to wait {wait:g} s, more than the {_LONGEST_WAIT} s that are "
-                f"waited for; {problem}"
+                f"the server asks to wait {wait:g} s, more than the limit of {_LONGEST_WAIT} s; "
+                f"{problem}"
             )
             return self._unanswered(problem, repeated=False)
         self._failures = 0
@@ -226,31 +235,32 @@ class EndpointEngine(Engine):
         self._failures += 1
         if self._failures >= GIVE_UP:
             raise ConnectionError(
-                f"{self._url} has not answered {GIVE_UP} requests in a row (the last: {problem}). "
-                "Earlier answers are kept: run again when it is up."
+                f"{self._url} has not answered {GIVE_UP} consecutive requests (the last: "
+                f"{problem}). Earlier answers are kept. Run again when the server is available."
             )
         if not repeated:
             return Reply("", problem)
         tries = self._options.tries
-        return Reply("", f"no answer in up to {tries} tries; the last: {problem}")
+        return Reply("", f"no answer in up to {tries} tries (the last: {problem})")
 
     def _check_key(self) -> str | None:
-        """The key of the environment.
+        """The key from the environment, or None.
 
         Raises:
-            ValueError: when it would go over plain HTTP to another machine, or cannot be a key.
-                The message does not show it.
+            ValueError: when the key would be sent over plain HTTP to another machine, or has
+                invalid characters. The message does not show the key.
         """
         key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
         if key and not (key.isascii() and key.isprintable()):
             raise ValueError(
-                f"${' or $'.join(KEYS)} holds characters that no key has; set it again."
+                f"${' or $'.join(KEYS)} contains characters that are not allowed in a key. Set it "
+                "again."
             )
         if key and self._url.lower().startswith("http:") and not self._loopback:
             raise ValueError(
-                f"the key of the environment would go to {self._url} unencrypted. Use an https URL "
-                f"or a tunnel to 127.0.0.1, or unset ${' and $'.join(KEYS)} for a server that "
-                "needs none."
+                f"the key in the environment would be sent to {self._url} unencrypted. Use an "
+                "https URL or a tunnel to 127.0.0.1. For a server that needs no key, unset "
+                f"${' and $'.join(KEYS)}."
             )
         return key
 
@@ -272,7 +282,7 @@ class EndpointEngine(Engine):
 
 
 def scrub(text: str) -> str:
-    """A text without the key."""
+    """The text with the key replaced by [key]."""
     for name in KEYS:
         if key := os.environ.get(name, "").strip():
             text = text.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
@@ -280,12 +290,12 @@ def scrub(text: str) -> str:
 
 
 def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
-    """The body of a request: JSON in ASCII, with images as data: URLs.
+    """The body of a request, as JSON in ASCII with images as data: URLs.
 
     Args:
         chat: the request.
-        model: that answers.
-        renamed: send `max_completion_tokens` in place of `max_tokens`.
+        model: name of the model.
+        renamed: whether to send `max_completion_tokens` in place of `max_tokens`.
 
     Raises:
         Malformed: for a malformed chat.
@@ -312,7 +322,7 @@ def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
 
 
 def data_url(image: Image.Image) -> str:
-    """An image as a data: URL: PNG when small, else JPEG, no side over 2048 pixels."""
+    """An image as a data: URL: a small PNG, or a JPEG with sides of at most 2048 pixels."""
     image = image.convert("RGB")
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     small = image.width * image.height <= _LOSSLESS
@@ -323,7 +333,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def parse_answer(body: bytes) -> Reply:
-    """The reply in the body of an answer; an error where it is not a chat completion."""
+    """The reply in the body of an answer, or an error if it is not a chat completion."""
     try:
         choice = json.loads(body)["choices"][0]
         message = choice["message"]
@@ -333,32 +343,35 @@ def parse_answer(body: bytes) -> Reply:
         if not content and message.get("refusal"):
             return Reply("", scrub(f"the model refuses: {message['refusal']}"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        start = scrub(body.decode(errors="replace"))[:100]  # scrub first: the cut may halve a key
-        return Reply("", f"the answer is no chat completion: {start!r}")
+        start = scrub(body.decode(errors="replace"))[:100]  # scrub first, or half a key may remain
+        return Reply("", f"the answer is not a chat completion: {start!r}")
     if not isinstance(content, str) or not content.strip():
         return Reply("", NO_TEXT)
     try:
         content.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot encode
-        return Reply("", "the answer holds half a character")
+        return Reply("", "the answer contains half of a surrogate pair")
     return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
 
 
 class _Unreadable(Exception):
-    """An answer is compressed or exceeds the limit of bytes."""
+    """An answer that is compressed or too large."""
 
 
 def _read_bounded(response: httpx2.Response) -> None:
-    """Read a body within limits: the library's time limit is for each read, not for their sum."""
+    """Reads a body within limits of size and time.
+
+    The library's time limit applies to each read, not to their sum.
+    """
     assert isinstance(response.stream, httpx2.SyncByteStream)
-    encoding = response.headers.pop("content-encoding", "identity")  # so that none is decoded
+    encoding = response.headers.pop("content-encoding", "identity")  # removed, so never decoded
     if encoding.lower() != "identity":
         if response.is_success:
             raise _Unreadable(
-                f"the answer has the Content-Encoding {scrub(encoding)!r}; it is not read"
+                f"the answer has the unsupported Content-Encoding {scrub(encoding)!r}"
             )
         response.stream.close()
-        response.stream = httpx2.ByteStream(b"")  # the status decides
+        response.stream = httpx2.ByteStream(b"")  # only the status matters
         return
     data = bytearray()
     for part in response.stream:
@@ -372,7 +385,7 @@ def _read_bounded(response: httpx2.Response) -> None:
 
 
 def _asked_wait(response: httpx2.Response) -> float:
-    """Seconds of `Retry-After`, read as the client reads them; 0 where the server names none."""
+    """Seconds in `Retry-After`, parsed like in the client; 0 without that header."""
     for name, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
         with suppress(ValueError):
             seconds = float(response.headers.get(name, "")) / divisor
@@ -390,29 +403,32 @@ def _characters(request: Chat) -> int:
 
 
 def _parse(spec: str) -> tuple[str, str, bool]:
-    """URL without trailing slash, model, and whether the host is this machine.
+    """URL without a trailing slash, model, and whether the host is this machine.
 
     Raises:
-        ValueError: for a URL without host or model, a port out of range, or a URL with a user, a
-            password or a query, which may contain keys. The message does not show the URL.
+        ValueError: for a URL without host or model, or with a port out of range. A URL with a user,
+            a password or a query is also an error. The message does not show the URL, which may
+            contain a key.
     """
     text, _, model = spec.partition("#")
     if "@" in text or "?" in text:
         raise ValueError(
-            "the URL of the endpoint holds a user, a password or a query. Give it without; the "
-            f"key is read from ${' or $'.join(KEYS)}."
+            "the URL of the endpoint contains a user, a password or a query. Remove it. The key is "
+            f"read from ${' or $'.join(KEYS)}."
         )
     try:
         url = httpx2.URL(text)
     except httpx2.InvalidURL as error:
-        raise ValueError(f"the endpoint's URL cannot be read ({error}).") from None
+        raise ValueError(f"the endpoint's URL cannot be parsed ({error}).") from None
     if not (url.host and model) or " " in text:
         raise ValueError(
-            "the endpoint is no http or https URL with the model behind a #, "
+            "the endpoint is not an http or https URL with the model after a #, "
             "such as https://host/v1#MODEL."
         )
-    if url.port is not None and not 1 <= url.port <= 65535:  # a socket takes it modulo 65536
-        raise ValueError(f"the port of the endpoint's URL is {url.port}; give one of 1 to 65535.")
+    if url.port is not None and not 1 <= url.port <= 65535:  # a socket would use it modulo 65536
+        raise ValueError(
+            f"the port of the endpoint's URL is {url.port}; it must be from 1 to 65535."
+        )
     with suppress(ValueError):
         return text.rstrip("/"), model, ipaddress.ip_address(url.host).is_loopback
     return text.rstrip("/"), model, url.host == "localhost"

@@ -1,8 +1,8 @@
-"""Transformers engine: chats answered by `generate` in this process.
+"""Transformers engine: answers chats with `generate` in this process.
 
-Greedy answers are written in batches. Padding of shorter prompts may change a close decision in
-bf16. Sampled answers are written one by one, each from its own seed, so no answer depends on the
-batch.
+Greedy answers are generated in batches. In bf16, the padding of shorter prompts may change a close
+decision. Sampled answers are generated one by one, each from its own seed, so they do not depend on
+the batch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class TransformersEngine(Engine):
     """A vision-language model, or a language model for requests without images."""
 
     def __init__(self, model: str, *, batch_size: int = 8, dtype: str | None = None) -> None:
-        """Set the model; `open` loads it.
+        """Set the model. `open` loads it.
 
         Args:
-            model: folder or hub name; an adapter brings its base.
-            batch_size: greedy answers written at once.
-            dtype: "fp32" or "bf16"; bf16 on a GPU and fp32 elsewhere when absent.
+            model: folder or hub name of the model, or of an adapter, which names its base model.
+            batch_size: batch size of greedy answers.
+            dtype: "fp32" or "bf16". None means bf16 on a GPU and fp32 on a CPU.
 
         Raises:
             ValueError: for another dtype.
@@ -42,7 +42,7 @@ class TransformersEngine(Engine):
         self._model: Any = None
 
     def open(self) -> None:
-        """Load the model, on the GPU where there is one.
+        """Load the model, on the GPU if there is one.
 
         Raises:
             ValueError: when there is no such model, or it has no chat template.
@@ -70,16 +70,17 @@ class TransformersEngine(Engine):
         self._model = model.to(device)
 
     def close(self) -> None:
-        """Drop the model."""
+        """Free the model."""
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def chat(self, requests: Sequence[Chat]) -> list[Reply]:
-        """Answer requests; see `Engine.chat`.
+        """Answer requests. See `Engine.chat`.
 
-        A request has an error when its text holds one of the model's special tokens, which
-        would act as one, or when prompt and answer exceed the model's maximum length.
+        A request has an error if its text contains one of the model's special tokens, because the
+        model would interpret it. It also has an error if prompt and answer exceed the model's
+        maximum length.
         """
         self.open()
         replies: dict[int, Reply] = {}
@@ -95,14 +96,17 @@ class TransformersEngine(Engine):
         return [replies[i] for i in range(len(requests))]
 
     def _batches(self, requests: Sequence[Chat], places: list[int]) -> list[list[int]]:
-        """Indices of requests by batch: greedy, of one `max_tokens`, all with images or none."""
+        """Indices of the requests in each batch.
+
+        The requests of a batch are greedy and have one `max_tokens`. All have images, or none.
+        """
         batches: list[list[int]] = []
         open_: dict[tuple[bool, int], list[int]] = {}
         for i in places:
             if requests[i].temperature > 0:
                 batches.append([i])
                 continue
-            # Processors accept images for every text or for no text.
+            # Processors accept images for all texts of a batch, or for none.
             kind = (bool(requests[i].images), requests[i].max_tokens)
             batch = open_.get(kind, [])
             if not batch or len(batch) == self._batch_size:
@@ -118,14 +122,14 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
-        """Answers to one batch; a batch that fails is tried again in halves."""
+        """Answers to one batch. A batch that fails is tried again in halves."""
         try:
             encoded = self._encode(requests, texts)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # each family's processor raises other errors
+        except Exception as error:  # the types of errors differ between processors
             if len(requests) == 1:
-                return [Reply("", f"the model's processor refuses it: {short_error(error)}")]
+                return [Reply("", f"the model's processor rejects it: {short_error(error)}")]
             return self._halves(requests, texts)
         length, max_tokens = encoded["input_ids"].shape[1], requests[0].max_tokens
         if self._max_length is not None and length + max_tokens > self._max_length:
@@ -133,8 +137,8 @@ class TransformersEngine(Engine):
                 return [
                     Reply(
                         "",
-                        f"its prompt takes {length} tokens and its answer up to {max_tokens}; "
-                        f"the model takes {self._max_length}. Shorten the text.",
+                        f"its prompt takes {length} tokens and its answer up to {max_tokens}, but "
+                        f"the model's maximum length is {self._max_length}. Shorten the text.",
                     )
                 ]
             return self._halves(requests, texts)
@@ -145,7 +149,7 @@ class TransformersEngine(Engine):
                 raise
         else:
             return [self._reply(ids) for ids in out[:, length:]]
-        torch.cuda.empty_cache()  # outside `except`, which would hold the failed batch
+        torch.cuda.empty_cache()  # not in `except`, which keeps the failed batch alive
         return self._halves(requests, texts)
 
     def _halves(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
@@ -175,7 +179,7 @@ class TransformersEngine(Engine):
         device = self._model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(request.seed)
-            # All of the distribution: the model's own settings may truncate it.
+            # Sample from the full distribution, which the model's own settings may truncate.
             return self._model.generate(
                 **encoded,
                 **options,
@@ -193,7 +197,7 @@ class TransformersEngine(Engine):
 
 
 def _has_vision(path: str) -> bool:
-    """Whether a model has a vision tower; True where the config is unreadable."""
+    """Whether a model has a vision tower. True if its config cannot be read."""
     try:
         config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=False)
     except (OSError, ValueError, ImportError):

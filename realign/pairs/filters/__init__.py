@@ -1,8 +1,8 @@
-"""Filters: the completions that may become rejected responses.
+"""Filters of completions: registry `FILTERS`.
 
-To add a filter, write a subclass of `PairFilter` in a module of this folder and add it to
-`FILTERS`. Its flags are fields of `PairsConfig`. A value that it adds to the pairs is a column with
-a type in `data.records.PROVENANCE`, named in `PairFilter.columns`.
+To add a filter, write a subclass of `PairFilter` in a module of this folder, and add it to
+`FILTERS`. Its flags are fields of `PairsConfig`. If it adds values to the pairs, name their columns
+in `PairFilter.columns` and give them a type in `data.records.PROVENANCE`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ FILTERS: dict[str, type[PairFilter]] = {
     "margin": VisualMargin,
     "judge": Judge,
 }
-"""Name -> filter, in the order of their use."""
+"""Name -> filter, in the order of application."""
 
 
 def make_filters(config: PairsConfig) -> list[PairFilter]:
-    """The filters that the settings ask for; no model is loaded."""
+    """The filters that the settings enable. No model is loaded."""
     return [kind(config) for kind in FILTERS.values() if kind.enabled(config)]

@@ -1,4 +1,4 @@
-"""Filter: decides whether a completion may become the rejected response of its record."""
+"""Base class of filters, which decide whether a completion becomes a rejected response."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from realign.pairs.engines import Chat, Reply
 
 @dataclass
 class Candidate:
-    """A completion that the filters check.
+    """A completion to be filtered.
 
     Attributes:
-        name: of its record.
+        name: name of its record.
         chosen: the record's chosen response.
         rejected: the completion.
-        record: the pair with its visual negative, where a filter `needs_record`.
-        columns: values from the filters, by column of the filter stage.
-        reason: of the filter that dropped it, "" while it passes.
-        invalid: (reason, detail) where the record cannot be used at all.
+        record: the pair with its visual negative, if a filter has `needs_record`.
+        columns: column of the filter stage -> value from a filter.
+        reason: reason of the filter that dropped the completion, or "".
+        invalid: (reason, detail) if the record cannot be used at all.
     """
 
     name: str
@@ -35,23 +35,23 @@ class Candidate:
 
     @property
     def passes(self) -> bool:
-        """Whether no filter has dropped it."""
+        """Whether no filter has dropped the completion."""
         return not self.reason and self.invalid is None
 
     @property
     def pair(self) -> Record:
-        """The record, for a filter that `needs_record`."""
+        """The record, for a filter with `needs_record`."""
         assert self.record is not None
         return self.record
 
 
 class PairFilter:
-    """One filter. `check` sets `reason`, `invalid` and `columns` of candidates.
+    """Base class of filters. `check` sets `reason`, `invalid` and `columns` of candidates.
 
     Attributes:
-        columns: columns of the pairs that it computes, each a key of `data.records.PROVENANCE`.
-        needs_record: whether it reads `Candidate.pair`.
-        uses_gpu: whether it computes on a GPU where there is one.
+        columns: columns of the pairs that the filter computes, keys of `data.records.PROVENANCE`.
+        needs_record: whether the filter reads `Candidate.pair`.
+        uses_gpu: whether the filter computes on a GPU if there is one.
     """
 
     columns: tuple[str, ...] = ()
@@ -63,28 +63,28 @@ class PairFilter:
 
     @classmethod
     def enabled(cls, config: PairsConfig) -> bool:
-        """Whether the settings ask for it."""
+        """Whether the settings enable the filter."""
         return True
 
     def settings(self) -> dict[str, Any]:
-        """The settings that its verdicts depend on, as JSON values."""
+        """The settings that the verdicts depend on, as JSON values."""
         return {}
 
     def open(self) -> None:
-        """Load models."""
+        """Loads models."""
 
     def close(self) -> None:
-        """Release the models."""
+        """Releases the models."""
 
     def requests(self, candidates: Sequence[Candidate]) -> list[Chat]:
-        """Requests about the candidates to the engine of `--judge`."""
+        """Requests about the candidates, for the engine of `--judge`."""
         return []
 
     def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
-        """Set the results of candidates.
+        """Sets the results of candidates.
 
         Args:
-            candidates: one for each record, those of `requests`.
-            replies: to `requests`.
+            candidates: one candidate per record, the same as for `requests`.
+            replies: replies to the requests that `requests` returned.
         """
         raise NotImplementedError

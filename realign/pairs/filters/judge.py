@@ -1,4 +1,4 @@
-"""Judge: an engine that drops pairs whose responses are true of the wrong image."""
+"""Judge filter: an engine that drops pairs whose responses are true of the wrong image."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Chat, Reply
 from realign.pairs.filters.base import Candidate, PairFilter
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import NO_REPLY, chat_images, engine_identity, load_in_threads
 from realign.pairs.prompts import judge_chat, parse_verdict
 
 
 class Judge(PairFilter):
-    """Keeps pairs whose rejected response is false of the image, and chosen of the negative."""
+    """Keeps pairs in which each response is false of the other image.
+
+    The rejected response must be false of the image, and the chosen one of the visual negative.
+    """
 
     columns = ("judge",)
     needs_record = True
@@ -26,7 +29,7 @@ class Judge(PairFilter):
         return config.judge is not None
 
     def settings(self) -> dict[str, Any]:
-        """The engine."""
+        """The engine of the judge."""
         assert self.config.judge is not None
         return {"judge": engine_identity(self.config.judge, self.config.dtype)}
 
@@ -37,9 +40,9 @@ class Judge(PairFilter):
         requests = []
         for candidate, image, negative in zip(candidates, images, negatives, strict=True):
             pair = candidate.pair
-            if isinstance(image, PictureError):
+            if isinstance(image, ImageError):
                 candidate.invalid = image.reason, image.detail
-            elif isinstance(negative, PictureError):
+            elif isinstance(negative, ImageError):
                 candidate.invalid = negative.reason, negative.detail
             else:
                 requests.append(judge_chat(pair.prompt, pair.rejected, image))
@@ -47,7 +50,7 @@ class Judge(PairFilter):
         return requests
 
     def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
-        """Read the verdicts."""
+        """Parses the verdicts and sets the results."""
         judged = [candidate for candidate in candidates if candidate.passes]
         for candidate, *pair in zip(judged, replies[::2], replies[1::2], strict=True):
             if error := pair[0].error or pair[1].error:

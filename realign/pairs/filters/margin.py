@@ -1,9 +1,11 @@
-"""Visual margin: whether the chosen response fits its own image better than the visual negative.
+"""Visual margin filter: compares the chosen response on its image and on the visual negative.
 
-It is log p(w | v) - log p(w | v') of the reference model, w the chosen response, v its image and v'
-the visual negative. Where it is not above 0, the response is as likely on the negative, so the
-visual term would train the wrong preference. Both log-probs are leaves of the training objectives.
-The reference cache keeps them under the keys and the fingerprint of training, which hits them.
+The margin is log p(w | v) - log p(w | v') under the reference model. Here w is the chosen response,
+v its image and v' the visual negative. If the margin is not above 0, the response is at least as
+likely on the negative, and the visual term would train the wrong preference.
+
+Both log-probs are leaves of the training objectives. They are stored in the reference cache with
+the keys and the fingerprint of training, so training finds them there.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ MARGIN = Objective(
     (objectives.CHOSEN, objectives.VISUAL),
     (objectives.PairSigmoid(name="visual", positive=0, negative=1),),
 )
-"""The chosen response under both images."""
+"""The chosen response on both images."""
 
 _fingerprints: WeakKeyDictionary = WeakKeyDictionary()
-"""Model -> fingerprint, and whether responses are laid out separately. Both take seconds."""
+"""Model -> (fingerprint, whether its layout separates responses). Both take seconds to compute."""
 
 
 class VisualMargin(PairFilter):
-    """Keeps pairs whose chosen response the reference model finds likelier on its own image."""
+    """Keeps pairs whose chosen response has a higher log-prob on its own image."""
 
     columns = ("visual_margin",)
     needs_record = True
@@ -59,15 +61,15 @@ class VisualMargin(PairFilter):
         return {"margin": [config.base, files_digest(config.base), config.dtype]}
 
     def open(self) -> None:
-        """Load the reference model."""
+        """Loads the reference model."""
         self._model = load_vlm(self.config.base, self.config.dtype)
 
     def close(self) -> None:
-        """Release the reference model."""
+        """Releases the reference model."""
         self._model = None
 
     def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
-        """Compute the margins and drop those that are not above 0."""
+        """Computes the margins, and drops candidates whose margin is not above 0."""
         assert self._model is not None
         by_name = {candidate.name: candidate for candidate in candidates}
 
@@ -94,20 +96,20 @@ def visual_margins(
     """Visual margins of records.
 
     Args:
-        vlm: the reference, as `loading.load_model` gives it for training, in the dtype of training
-            and on its device. Its weights must not change between calls.
+        vlm: the reference model from `loading.load_model`, in the dtype of training and on its
+            device. Its weights must not change between calls.
         processor: its processor.
-        records: with `retrieved_images`; only the first ones, as many as `images`, are used. A
-            rejected response is not needed.
-        cache: folder of reference log-probs; the default folder of training if absent.
+        records: records with `retrieved_images`. Only the nearest negative is used, with as many
+            images as `images`. A rejected response is not needed.
+        cache: folder of reference log-probs. None means the default folder of training.
         log: called with the number of cached log-probs, and with settings that were replaced.
-        on_bad: called with invalid records and the reason; their margin is NaN.
+        on_bad: called with each invalid record and its error. Its margin is NaN.
 
     Returns:
         (records,) fp64, in nats.
 
     Raises:
-        RecordError: for an invalid record, where `on_bad` is absent.
+        RecordError: for an invalid record, if `on_bad` is None.
         ValueError: for a model that has no forest layout.
     """
     training = vlm.training
@@ -161,7 +163,7 @@ def _fingerprint(
     store: ImageStore,
     log: Callable[[str], None],
 ) -> dict[str, str]:
-    """The fingerprint that training computes for this model, with the same check of its layout."""
+    """The fingerprint of this model in training, after the same check of its layout."""
     vlm = model.vlm
     if vlm not in _fingerprints:
         fingerprint = reference_logps.fingerprint(vlm, processor, model.dtype, vlm.device)

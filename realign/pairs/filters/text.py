@@ -1,7 +1,7 @@
-"""Text filters: completions that equal the chosen response or are too similar to it.
+"""Text filters: drop completions that are equal or too similar to the chosen response.
 
-Similarity is a built-in measure of words by default; `SentenceSimilarity` compares meanings with a
-model named by the user (the paper's is all-mpnet-base-v2, tau 0.95).
+By default the similarity is the share of matching words. `SentenceSimilarity` compares meanings
+with a sentence-transformers model (in the paper all-mpnet-base-v2 with tau 0.95).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SPELLED = {str(i): word for i, word in enumerate(_DIGITS.split())}
 def same_response(a: str, b: str) -> bool:
     """Whether two responses are equal after normalisation.
 
-    Case, punctuation, articles and the spelling of numbers up to twelve are ignored: "The 2 dogs."
-    equals "two dogs".
+    Normalisation ignores case, punctuation, articles and the spelling of numbers up to twelve. For
+    example, "The 2 dogs." equals "two dogs".
     """
     return _normal(a) == _normal(b)
 
@@ -38,17 +38,17 @@ def _normal(text: str) -> list[str]:
 
 
 def text_similarity(a: str, b: str) -> float:
-    """Share of matching words, 2 M / (A + B), in [0, 1]: a lexical measure, not a semantic one."""
+    """Lexical similarity in [0, 1]: 2 M / (A + B) for M matching of A and B words."""
     return difflib.SequenceMatcher(None, words_of(a), words_of(b), autojunk=False).ratio()
 
 
 def reason_to_drop(chosen: str, completion: str, tau: float) -> str | None:
-    """Reason why a completion cannot be a rejected response, None when it can.
+    """Reason why a completion cannot be a rejected response, or None if it can.
 
     Args:
         chosen: the true response.
         completion: the response with its masked words filled in on the retrieved image.
-        tau: completions with at least this `text_similarity` are dropped (the paper: 0.95).
+        tau: completions with at least this `text_similarity` are dropped (0.95 in the paper).
 
     Returns:
         "no text", "same as chosen", "too similar", or None.
@@ -61,10 +61,11 @@ def reason_to_drop(chosen: str, completion: str, tau: float) -> str | None:
 
 
 class Similarity(PairFilter):
-    """Text similarity of chosen and rejected; with a sentence model, the limit `tau` on it.
+    """Measures the text similarity of chosen and rejected.
 
-    The limit on the lexical similarity is part of refill (`reason_to_drop`), which then tries the
-    next neighbour.
+    With a sentence model, it also drops completions by the limit `tau`. The limit on the lexical
+    similarity is applied in the refill stage (`reason_to_drop`), which then tries the next
+    neighbour.
     """
 
     columns = ("text_similarity",)
@@ -83,16 +84,16 @@ class Similarity(PairFilter):
         return {"similarity": name, "tau": tau, "mark": files_digest(name)}
 
     def open(self) -> None:
-        """Load the sentence model."""
+        """Loads the sentence model."""
         if self.config.similarity != "lexical":
             self._measure = SentenceSimilarity(self.config.similarity)
 
     def close(self) -> None:
-        """Release the sentence model."""
+        """Releases the sentence model."""
         self._measure = None
 
     def check(self, candidates: Sequence[Candidate], replies: Sequence[Reply]) -> None:
-        """Measure the texts; drop those whose meanings are too similar."""
+        """Measures the similarities. With a sentence model, drops those that are too similar."""
         texts = [(candidate.chosen, candidate.rejected) for candidate in candidates]
         if self._measure is None:
             values = [text_similarity(*pair) for pair in texts]
@@ -122,10 +123,9 @@ class SentenceSimilarity:
         except ImportError as error:
             raise ValueError(
                 f"similarity by {name} needs the package sentence-transformers, which is not "
-                "installed. Run pip install 'realign[sentences]', or omit the name to compare "
-                "words."
+                "installed. Run pip install 'realign[sentences]', or use lexical similarity."
             ) from error
-        try:  # only safetensors weights, and no code of a model
+        try:  # load only safetensors weights, and no code from a model
             self._model = SentenceTransformer(
                 name, trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )
@@ -137,7 +137,7 @@ class SentenceSimilarity:
             ) from error
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Cosine of each pair's texts, (pairs,) fp32; each distinct text is embedded once."""
+        """Cosines of the texts of each pair, (pairs,) fp32. Each distinct text is embedded once."""
         if not len(pairs):
             return np.zeros(0, np.float32)
         indices: dict[str, int] = {}

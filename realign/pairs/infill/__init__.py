@@ -1,1 +1,1 @@
-"""Infill: masked responses completed on another image, with the unmasked tokens forced."""
+"""Infill: completes masked responses on another image, with the unmasked tokens forced."""

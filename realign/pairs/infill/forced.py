@@ -1,9 +1,9 @@
 """Forced tokens of a masked response, and the tokens that end a gap.
 
-The true response is tokenized after its prompt, as in training, and split at the hidden segments,
-so the forced tokens are those of the chosen response. A token with both hidden and visible text,
-such as "-white", is replaced by tokens of its visible part. White space before a segment is part of
-the gap, because the token that fills it usually holds it.
+The true response is tokenized after its prompt, as in training, and split at the hidden segments.
+So the forced tokens are those of the chosen response. A token with both hidden and visible text,
+such as "-white", is replaced by the tokens of its visible part. White space before a segment is
+part of the gap, because it is usually part of the token that fills the gap.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ class Forced:
     """The tokens around the gaps of a response."""
 
     masked: Masked
-    pieces: tuple[list[int], ...]  # one more than the gaps; the last is never read
-    hidden: tuple[int, ...]  # for each gap, the number of tokens of the hidden text
-    stops: tuple[frozenset[int], ...]  # for each gap, tokens that end it
+    pieces: tuple[list[int], ...]
+    """Forced tokens around the gaps, one more element than gaps. The last one is never read."""
+    hidden: tuple[int, ...]
+    """Number of tokens of the hidden text, for each gap."""
+    stops: tuple[frozenset[int], ...]
+    """Tokens that end the gap, for each gap."""
 
     @property
     def tokens(self) -> int:
@@ -34,11 +37,11 @@ class Forced:
 
 
 class ResponseFramer:
-    """Chat template around a response: the text before it, and the tokens after it.
+    """The part of the chat template around a response: text before it and tokens after it.
 
     Args:
-        processor: with a chat template.
-        vlm: the model, whose generation settings name tokens that end a response.
+        processor: a processor with a chat template.
+        vlm: the model. Its generation settings name tokens that end a response.
 
     Attributes:
         lead: text between the prompt and a response.
@@ -58,18 +61,18 @@ class ResponseFramer:
         self.ends: frozenset[int] = frozenset(ends - {None})
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], images: int) -> str:
-        """A prompt, rendered for a response."""
+        """Renders a prompt with the chat template."""
         return self._template.prompt(messages, images).text
 
     def force(self, prompt: str, masked: Masked) -> Forced:
-        """The tokens around the gaps of a response.
+        """Computes the tokens around the gaps of a response.
 
         Args:
-            prompt: rendered (`prompt`).
+            prompt: the prompt, rendered by `prompt`.
             masked: the response.
 
         Raises:
-            Malformed: when the response holds an image tag or a special token.
+            Malformed: when the response contains an image tag or a special token.
         """
         response = masked.fill(masked.hidden)
         self._template.check_answer(response)
@@ -87,7 +90,7 @@ class ResponseFramer:
         counts = [0] * len(spans)
         for tokens, start, stop in _clusters(ids, offsets):
             while len(pieces) <= len(spans) and start >= spans[len(pieces) - 1][1]:
-                pieces.append([])  # past the gap
+                pieces.append([])  # the token is after the gap
             crossed = [(a, b) for a, b in spans[len(pieces) - 1 :] if start < b and a < stop]
             if not crossed:
                 pieces[-1] += tokens
@@ -109,7 +112,7 @@ class ResponseFramer:
         """Tokens of part of a word."""
         if not fragment:
             return []
-        # After a line break, because some tokenizers put a space at the start of a text.
+        # A line break comes first, because some tokenizers add a space at the start of a text.
         encoded = self.tokenizer(
             "\n" + fragment, add_special_tokens=False, return_offsets_mapping=True
         )
@@ -125,7 +128,7 @@ class ResponseFramer:
 def _clusters(
     ids: Sequence[int], offsets: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[list[int], int, int]]:
-    """(tokens, start, stop) of tokens that share characters, such as the bytes of a character."""
+    """Yields (tokens, start, stop) of tokens that share characters, such as bytes of one letter."""
     tokens: list[int] = []
     first = last = 0
     for token, (start, stop) in zip(ids, offsets, strict=True):

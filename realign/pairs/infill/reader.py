@@ -1,9 +1,10 @@
-"""Batched forwards over sequences of unequal length, a block of tokens of each at a time.
+"""Batched forward passes over sequences of unequal length, with a block of tokens per sequence.
 
-transformers' caches give all rows of a batch the same length. A row with fewer tokens would have
-padding in its middle, which windows and positions count. In this cache, column c of a row holds
-keys and values of the c-th token of that row's sequence. Padding is after a row's tokens, invisible
-to them, and overwritten by the next block; so the mask is "column <= own position" in every model.
+In transformers' caches, all rows of a batch have the same length. A row with fewer tokens would
+have padding in its middle, which windows and positions count. In this cache, column c of a row
+holds the keys and values of the c-th token of that row's sequence. Padding comes after a row's
+tokens, where they do not attend to it, and the next block overwrites it. So the mask is "column <=
+own position" in every model.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class RowReader:
     """A batch of sequences and their cache.
 
     Args:
-        vlm: a model whose layers attend, fully or within a window, by a mask (sdpa, eager, tree).
-        layout: of the model.
+        vlm: a model whose layers have full or windowed attention with a mask (sdpa, eager, tree).
+        layout: layout of the model.
     """
 
     def __init__(self, vlm: PreTrainedModel, layout: Layout) -> None:
@@ -43,16 +44,16 @@ class RowReader:
         blocks: Sequence[Sequence[int]],
         room: int,
     ) -> torch.Tensor:
-        """Read prompts and a block of response tokens after each.
+        """Read the prompts, and a block of response tokens after each.
 
         Args:
             inputs: output of the processor for the prompts, padded on the right.
-            images: number of images of each prompt.
+            images: number of images in each prompt.
             blocks: response tokens of each row, possibly none.
             room: maximum number of tokens after a prompt.
 
         Returns:
-            (B, V) scores of the next token of each row.
+            (B, V) logits of the next token of each row.
         """
         device, layout = self.vlm.device, self.layout
         unpadded = inputs["attention_mask"].bool().cpu()
@@ -66,7 +67,7 @@ class RowReader:
         width = max(lengths)
         ids = np.zeros((len(prompts), width), np.int64)
         block = np.full(ids.shape, -1, np.int64)
-        # After its prompt a token's position is its column plus this, on all axes.
+        # The position of a token after its prompt is its column plus this offset, on all axes.
         offsets: list[int] = []
         positions = []
         for row, (prompt, response) in enumerate(zip(prompts, blocks, strict=True)):
@@ -98,7 +99,7 @@ class RowReader:
         """Read more tokens of each row, possibly none.
 
         Returns:
-            (B, V) scores of the next token; invalid for rows without new tokens.
+            (B, V) logits of the next token. They are undefined for rows without new tokens.
         """
         device = self.vlm.device
         sizes = torch.tensor([len(block) for block in blocks], device=device)
@@ -122,7 +123,7 @@ class RowReader:
         self,
         kwargs: dict,
         masks: dict[str, torch.Tensor],
-        last: torch.Tensor,  # (B,) index of each row's last token in the forward
+        last: torch.Tensor,  # (B,) index of each row's last token in the forward pass
     ) -> torch.Tensor:
         if masks:
             kwargs["attention_mask"] = masks[self.layout.kinds[0]]
@@ -139,9 +140,9 @@ class RowReader:
     def _masks(
         self,
         queries: torch.Tensor,  # (B, W) columns
-        block: torch.Tensor | None = None,  # (B, W) of the first forward, `Layout.blocks`
+        block: torch.Tensor | None = None,  # (B, W) `Layout.blocks`, in the first forward pass
     ) -> dict[str, torch.Tensor]:
-        """(B, 1, W, K) attention mask for each kind of layer, as the implementation reads it."""
+        """Kind of layer -> (B, 1, W, K) mask in the format of the attention implementation."""
         keys = torch.arange(self._cache.length, device=queries.device)
         distance = queries[:, :, None] - keys
         masks = {}
@@ -163,13 +164,13 @@ class RowReader:
 
 
 class RowCache(Cache):
-    """A cache for the layers of a language model.
+    """Cache of keys and values for the layers of a language model.
 
     Args:
-        capacity: maximum number of tokens of a row.
+        capacity: maximum number of tokens in a row.
 
     Attributes:
-        length: columns that attention reads; `place` sets it before a forward.
+        length: number of columns that attention reads. `place` sets it before a forward pass.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -185,18 +186,18 @@ class RowCache(Cache):
         width: int,
         length: int,
     ) -> torch.Tensor:
-        """Set the columns that the next forward writes: of row b from starts[b] on.
+        """Set the columns that the next forward pass writes, starting at starts[b] in row b.
 
         Args:
-            starts: tokens of each row so far.
-            width: tokens of the forward in each row, padding included.
-            length: columns that hold a token afterwards, in the longest row.
+            starts: number of tokens in each row so far.
+            width: number of tokens per row in the forward pass, including padding.
+            length: number of columns in use after the pass, in the longest row.
 
         Returns:
-            (B, width) int64: the position of every token in its sequence.
+            (B, width) int64, the position of every token in its sequence.
         """
         positions = starts[:, None] + torch.arange(width, device=starts.device)
-        # Padding may exceed the capacity; it goes to the spare column.
+        # Padding beyond the capacity is written to the spare column.
         self._columns = positions.clamp(max=self.capacity)
         self.length = length
         return positions
@@ -209,7 +210,7 @@ class RowCache(Cache):
         *args,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a forward's keys and values; returns those of `length` columns, (B, ..., D)."""
+        """Write the keys and values of a pass, and return all of `length` columns, (B, ..., D)."""
         if layer_idx not in self._states:
             self._states[layer_idx] = self._allocate(key_states), self._allocate(value_states)
         rows = torch.arange(len(key_states), device=key_states.device)[:, None]
@@ -225,11 +226,11 @@ class RowCache(Cache):
         }
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: the first forward starts at 0, and later ones get explicit positions and masks."""
+        """Always 0. The first pass starts at 0, and later ones get explicit positions and masks."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Sizes for a forward without a mask, the first."""
+        """Sizes for the first forward pass, which has no explicit mask."""
         return query_length, 0
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
-"""Infill: complete masked responses on another image, with everything unmasked forced.
+"""Infill: completes masked responses on another image, with all unmasked tokens forced.
 
-The model reads the retrieved image and the prompt. The unmasked tokens of the response are forced
-and only the gaps are generated, so a completion differs from the chosen response only inside the
-gaps, and the model need not follow instructions. A gap ends where the model's best token is the
-next forced token.
+The model reads the retrieved image and the prompt. Only the gaps are generated, and the unmasked
+tokens of the response are forced. So a completion differs from the chosen response only inside the
+gaps, and the model need not follow instructions. A gap ends when the model's best token is the next
+forced token.
 
-`infill_plain` is the specification, a token at a time. `infill` computes the same in batches: the
-text before the first gap is read at once, forced text between gaps in one block. Each row has its
-keys and values at the positions of its own sequence (`reader.py`). Finished rows leave the batch.
+`infill_plain` is the specification and processes one token at a time. `infill` computes the same in
+batches. It reads the text before the first gap at once, and forced text between gaps in one block.
+The keys and values of a row are at the positions of its own sequence (`reader.py`). Finished rows
+leave the batch.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ from realign.pairs.infill.reader import RowReader
 from realign.pairs.masking.mask import Masked
 
 _FORWARD = 128
-"""Number of tokens that cost as much time as the fixed part of a forward. It decides how much of a
-forced piece is read while other rows write a token. 128 is between a small model on a CPU and a
-large one on a GPU; it changes no result."""
+"""Number of tokens that take as much time as the fixed part of a forward pass.
+
+It determines how much of a forced piece is read while other rows generate a token. 128 is between
+the values for a small model on a CPU and for a large one on a GPU. Results do not depend on it."""
 
 _DROP = 0.75
-"""Share of unfinished rows at which finished ones leave; above it, copying the rest costs more."""
+"""Share of unfinished rows up to which finished rows are removed.
+
+With a higher share, copying the remaining rows costs more than it saves."""
 
 
 def load_vlm(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
-    """The model for infill and reference margins, and its processor."""
+    """Loads the model for infill and reference margins, and its processor."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm = load_model(name, DTYPES[dtype]).eval()
     vlm.to(device=device)  # pyright: ignore[reportCallIssue]
@@ -47,10 +51,10 @@ def load_vlm(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
 
 
 class Completion(NamedTuple):
-    """A filled-in response."""
+    """A completed response."""
 
     text: str
-    closed: bool  # every gap has text and was ended by the model
+    closed: bool  # whether every gap has text and was ended by the model
 
 
 def infill(
@@ -71,18 +75,19 @@ def infill(
     Args:
         vlm: a Hugging Face vision-language model.
         processor: its processor, with a fast tokenizer.
-        prompts: messages of each record.
-        images: of each record, to complete the response on.
-        masked: the responses.
-        max_gap_tokens: most tokens generated for a gap; twice as many as it hid, if more.
-        temperature: 0 is greedy; above it samples.
-        seeds: of each record, for sampling.
+        prompts: the messages of each record.
+        images: the images of each record, on which the response is completed.
+        masked: the masked responses.
+        max_gap_tokens: maximum number of tokens in a gap. A gap that hides more than half as many
+            tokens may have twice the number of hidden tokens.
+        temperature: sampling temperature; 0 is greedy.
+        seeds: a seed for each record, required for sampling.
 
     Returns:
         The completed responses.
 
     Raises:
-        ValueError: when sampling lacks seeds, a number is out of range, or the processor refuses an
+        ValueError: when sampling lacks seeds, a number is out of range, or the processor rejects an
             image or a text.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
@@ -107,10 +112,10 @@ def infill_plain(
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """The specification of `infill`, with its arguments: no batch, no cache.
+    """Specification of `infill`, with the same arguments but without a batch or a cache.
 
-    Every token is selected after a forward of all tokens before it, with the model's own positions
-    and masks.
+    Every token is selected after a forward pass over all earlier tokens, with the model's own
+    positions and masks.
     """
     rows = _begin(vlm, processor, prompts, images, masked, max_gap_tokens, temperature, seeds)
     choose = _chooser(processor, temperature)
@@ -124,7 +129,7 @@ def infill_plain(
 
 
 def reason_for_single(vlm: Any, processor: Any) -> str | None:
-    """Reason why this model completes records one by one; None where it supports batches."""
+    """Reason why this model must complete records one by one, or None if it supports batches."""
     try:
         layout = layout_of(vlm)
     except ValueError as error:
@@ -140,33 +145,33 @@ def reason_for_single(vlm: Any, processor: Any) -> str | None:
 
 
 class _Row:
-    """A record in progress: tokens to read next, and tokens written."""
+    """State of a record: tokens to read next, and tokens generated so far."""
 
     def __init__(self, prompt: str, images: list, forced: Forced, most: int, seed: int) -> None:
         self.prompt, self.images, self.forced = prompt, images, forced
         self.rng = np.random.default_rng(seed)
         self.gaps: list[list[int]] = []
-        self.closed = True  # every gap so far was ended by the model
+        self.closed = True  # whether the model ended every gap so far
         self.done = False
-        self.max_tokens = [max(most, 2 * count) for count in forced.hidden]  # tokens of each gap
+        self.max_tokens = [max(most, 2 * count) for count in forced.hidden]  # for each gap
         self._writer = self._write()
-        self.feed = next(self._writer)  # tokens to read before the next is selected
+        self.feed = next(self._writer)  # tokens to read before the next one is selected
 
     def next_block(self, size: int | None = None) -> list[int]:
-        """The next tokens to read, at most `size` of them."""
+        """Removes and returns the next tokens to read, at most `size` of them."""
         part = self.feed[:size]
         self.feed = self.feed[len(part) :]
         return part
 
     def choose(self, pick: int, best: int) -> None:
-        """Continue with the model's tokens: `pick` inside a gap, `best` among all."""
+        """Advances by one token. `pick` is the choice for a gap, `best` the best of all tokens."""
         try:
             self.feed = self._writer.send((pick, best))
         except StopIteration:
             self.feed, self.done = [], True
 
     def _write(self) -> Generator[list[int], tuple[int, int], None]:
-        """Write the gaps: yields tokens to read, is sent (the model's pick, its best token)."""
+        """Fills the gaps. Yields tokens to read, and receives (pick, best) as in `choose`."""
         pieces, stops = self.forced.pieces, self.forced.stops
         pick, best = yield pieces[0]
         for i, most in enumerate(self.max_tokens):
@@ -207,21 +212,21 @@ def _begin(
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more.")
     if temperature and seeds is None:
-        raise ValueError("seeds is None; sampling (temperature above 0) needs one for each record.")
+        raise ValueError("seeds is None; sampling (temperature above 0) needs a seed per record.")
     framer = ResponseFramer(processor, vlm)
     records = zip(prompts, images, masked, seeds or [0] * len(masked), strict=True)
     rows = []
-    for prompt, pictures, response, seed in records:
-        text = framer.prompt(prompt, len(pictures))
-        rows.append(_Row(text, list(pictures), framer.force(text, response), most, seed))
+    for prompt, own_images, response, seed in records:
+        text = framer.prompt(prompt, len(own_images))
+        rows.append(_Row(text, list(own_images), framer.force(text, response), most, seed))
     return rows
 
 
 def _chooser(processor: Any, temperature: float) -> _Choose:
-    """The function that advances rows by their scores, (rows, V).
+    """A function that advances rows by one token, given their logits (rows, V).
 
     Sampling draws one number per token from the row's own generator and inverts the cumulative
-    distribution, so other rows in the batch change nothing.
+    distribution. So the result does not depend on other rows of the batch.
     """
     banned: torch.Tensor | None = None
 
@@ -246,7 +251,7 @@ def _chooser(processor: Any, temperature: float) -> _Choose:
 
 
 def _banned(tokenizer: Any, size: int) -> torch.Tensor:
-    """(V,) bool: special tokens, and ids that the tokenizer does not have."""
+    """(V,) bool mask of special tokens, and of ids that the tokenizer does not have."""
     banned = torch.zeros(size, dtype=torch.bool)
     banned[len(tokenizer) :] = True
     special = set(tokenizer.all_special_ids)
@@ -256,13 +261,13 @@ def _banned(tokenizer: Any, size: int) -> torch.Tensor:
 
 
 def _encode(vlm: Any, processor: Any, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
-    """Output of the processor for prompts and images; prompts are padded on the right."""
+    """Output of the processor for prompts and images, padded on the right."""
     padding = {"padding": True, "padding_side": "right"} if len(rows) > 1 else {}
     inputs = text_inputs(processor, [row.prompt for row in rows]) | padding
     try:
         encoded = processor(images=[row.images for row in rows], return_tensors="pt", **inputs)
-    except Exception as error:  # each family's processor raises other errors
-        raise ValueError(f"the processor refuses it ({short_error(error)}).") from error
+    except Exception as error:  # the types of errors differ between processors
+        raise ValueError(f"the processor rejects it ({short_error(error)}).") from error
     tensors = {n: t for n, t in encoded.items() if isinstance(t, torch.Tensor) and n != "labels"}
     moved = {n: t.to(vlm.device) for n, t in tensors.items()}
     return {n: t.to(vlm.dtype) if t.is_floating_point() else t for n, t in moved.items()}
@@ -272,10 +277,10 @@ _OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0
 
 
 def _longer(vlm: Any, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torch.Tensor]:
-    """The inputs of one record with response tokens appended, in all tensors per token."""
+    """The inputs of one record with response tokens appended to all per-token tensors."""
     filler = _OF_RESPONSE | {"input_ids": 0}
     if vlm.config.model_type == "paligemma":
-        filler["token_type_ids"] = 1  # the suffix, which is causal
+        filler["token_type_ids"] = 1  # type of the suffix, which has causal attention
     longer = dict(inputs)
     for name in filler.keys() & inputs.keys():
         value = torch.tensor(ids if name == "input_ids" else [filler[name]] * len(ids))
@@ -285,7 +290,7 @@ def _longer(vlm: Any, inputs: dict[str, torch.Tensor], ids: list[int]) -> dict[s
 
 
 def _complete_batch(vlm: Any, processor: Any, rows: Sequence[_Row], choose: _Choose) -> None:
-    """Complete a batch of records."""
+    """Completes a batch of records."""
     reader, active = RowReader(vlm, layout_of(vlm)), list(rows)
     counts = [len(row.images) for row in rows]
     inputs = _encode(vlm, processor, rows)
@@ -303,9 +308,9 @@ def _complete_batch(vlm: Any, processor: Any, rows: Sequence[_Row], choose: _Cho
 
 
 def _width(waiting: Sequence[int]) -> int:
-    """Width of a forward: the tokens it reads of each row, from the tokens that wait in each.
+    """Width of a forward pass, given the number of waiting tokens in each row.
 
-    A row in a gap has one token, a row after its gap a complete piece. All rows of a forward are
+    A row in a gap has one waiting token, and a row after a gap has a complete piece. All rows are
     padded to the widest, so the best width reads the most tokens per cost.
     """
     widths = sorted(set(waiting) - {0})
@@ -314,7 +319,7 @@ def _width(waiting: Sequence[int]) -> int:
 
 
 def _complete_single(vlm: Any, processor: Any, row: _Row, choose: _Choose) -> None:
-    """Complete one record with the model's own cache and positions."""
+    """Completes one record with the model's own cache and positions."""
     inputs = _longer(vlm, _encode(vlm, processor, [row]), row.next_block())
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
     while True:

@@ -1,9 +1,9 @@
-"""Formats of records: the registry `FORMATS`, and the detection of a file's format.
+"""Record formats: registry `FORMATS`, and detection of a file's format.
 
-To add a format, write a function from one item (an object of a JSON file, a line, a row) to
-entries, which hold messages, responses and images as the file has them. Add it to `FORMATS`, and
-let `format_of` recognize its items. It raises `Malformed` for an invalid item. It reads no other
-file.
+To add a format, write a function from an item to entries, and add it to `FORMATS`. An item is a
+JSON object, a JSON line or a row. The entries hold the messages, responses and images of the item.
+The function raises `Malformed` for an invalid item, and reads no other file. Extend `format_of` to
+recognize the items.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _PREFERENCES += ("rejected_conversations", "rejected_messages")
 def of_llava(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
     """LLaVA's instruction format: an image and a dialogue about it.
 
-    The first answer of the dialogue is the response; with `every` each answer makes an entry.
+    The first answer of the dialogue is the response. With `every`, each answer gives an entry.
 
     Raises:
-        Malformed: for a dialogue without text, one whose sides do not alternate, or a preference.
+        Malformed: for a dialogue without text, roles that do not alternate, or a preference.
     """
     if unsupported := [key for key in (*_PREFERENCES, "system") if item.get(key)]:
         raise Malformed(
@@ -41,11 +41,13 @@ def of_llava(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
     opening = dialogue[: dialogue[0]["role"] == "system"]
     turns = dialogue[len(opening) :]
     if not turns or not all(isinstance(m["content"], str) for m in dialogue):
-        raise Malformed("its conversations are not a dialogue in text.", "Give a human's question.")
+        raise Malformed(
+            "its conversations are not a dialogue in text.", "Add a question from the human."
+        )
     for turn, message in enumerate(turns):
         if message["role"] != ("user", "assistant")[turn % 2]:
             raise Malformed(
-                "its conversations do not alternate between human and gpt.", "Put them in order."
+                "its conversations do not alternate between human and gpt.", "Fix their order."
             )
     name, images = name_of(item), images_of(item, "image", "images")
     if not every or len(turns) < 3:
@@ -65,51 +67,55 @@ def of_llava(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
 
 
 def of_realign(item: Mapping[str, Any]) -> list[Entry]:
-    """The authors' format: chosen and rejected dialogues, an image and a retrieved one.
+    """Format of Re-Align's authors: chosen and rejected dialogues, an image and a retrieved image.
 
     Raises:
-        Malformed: without a rejected dialogue or a retrieved image.
+        Malformed: for an item without a rejected dialogue or a retrieved image.
     """
     entry = entry_of(item)
     if entry.rejected is None:
-        raise Malformed("its rejected is missing.", "Give the rejected dialogue.")
+        raise Malformed("its rejected is missing.", "Add the rejected dialogue.")
     if entry.images and not entry.retrieved:
-        raise Malformed("its retrieved_image is missing.", "Give one, or pass --format parquet.")
+        raise Malformed("its retrieved_image is missing.", "Add one, or pass --format parquet.")
     return [entry]
 
 
 def of_folder(item: Mapping[str, Any]) -> list[Entry]:
-    """A line beside a folder of images: image, question or prompt, answer or chosen if any.
+    """A line of the JSON-lines file in a folder of images.
+
+    It has an image, a question or prompt, and optionally an answer or chosen response.
 
     Raises:
-        Malformed: without a question.
+        Malformed: for a line without a question.
     """
     chosen = item.get("chosen")
     return [_answered(item, item.get("answer") if chosen is None else chosen)]
 
 
 def of_parquet(item: Mapping[str, Any]) -> list[Entry]:
-    """A preference row, see `entry_of`; `write_pairs` writes an absent response as an empty one.
+    """A preference row. See `entry_of`.
+
+    An empty response counts as absent, because `write_pairs` writes absent responses as "".
 
     Raises:
-        Malformed: as `entry_of` does.
+        Malformed: like `entry_of`.
     """
     return [entry_of(item)]
 
 
 def of_coco(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
-    """A picture of COCO with its captions, as `coco_items` joins them.
+    """A COCO image with its captions, as joined by `coco_items`.
 
-    The caption with the lowest id is the response; with `every` each caption makes an entry.
+    The caption with the lowest id is the response. With `every`, each caption gives an entry.
 
     Raises:
-        Malformed: without a file name, or with a caption that is not text.
+        Malformed: for an image without a file name, or a caption that is not text.
     """
     image, captions = item["image"], item["captions"]
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-        raise Malformed(f"its image {short_repr(image)} has no file_name.", "Give one.")
+        raise Malformed(f"its image {short_repr(image)} has no file_name.", "Add it.")
     if not all(isinstance(c["caption"], str) and isinstance(c.get("id"), int) for c in captions):
-        raise Malformed("one of its captions is not text, or has no id.", "Give both.")
+        raise Malformed("one of its captions is not text, or has no id.", "Fix the caption.")
     texts = [c["caption"] for c in sorted(captions, key=lambda c: c["id"])]
     row = {"id": image.get("id"), "prompt": CAPTION_PROMPT, "image": image["file_name"]}
     if not every or not texts:
@@ -122,7 +128,7 @@ def of_coco(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
 
 
 def _answered(row: Mapping[str, Any], answer: Any) -> Entry:
-    """A row with an answer. An empty answer is invalid; in a table it means an absent one."""
+    """An entry with an answer. Unlike in a table, an empty answer is invalid here."""
     if answer == []:
         raise Malformed("its answer is an empty list.", "Give text, or omit the key.")
     entry = entry_of({**row, "chosen": answer})
@@ -138,17 +144,17 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], list[Entry]]] = {
     "coco": of_coco,
     "coco:all": partial(of_coco, every=True),
 }
-"""Name, as in `--format` -> function from an item to its entries."""
+"""Name for `--format` -> function from an item to its entries."""
 
 
 def format_of(item: Any) -> str | None:
-    """The format that an object of a JSON file looks like."""
+    """The format of a JSON object, or None if it is not recognized."""
     if not isinstance(item, dict):
         return None
     if any(item.get(key) is not None for key in _PREFERENCES):
         if "retrieved_image" in item:
             return "realign"
-        # A line of a folder has `chosen` only; every preference has a rejected response.
+        # A line of a folder may have `chosen`, but only preferences have a rejected response.
         if any(item.get(key) is not None for key in _PREFERENCES[1:]):
             return "parquet"
     if "conversations" in item:
@@ -157,20 +163,20 @@ def format_of(item: Any) -> str | None:
 
 
 def coco_items(content: Any, file: Path) -> list[dict]:
-    """The pictures of a COCO captions file, each with its captions.
+    """The images of a COCO captions file, each with its captions.
 
     Raises:
-        ValueError: for a file that does not hold COCO's captions.
+        ValueError: for a file without COCO captions.
     """
     captions = defaultdict(list)
     annotations = content.get("annotations") or []
     if not isinstance(annotations, list):
-        raise ValueError(f"{file}: `annotations` is not a list: {short_repr(annotations)}.")
+        raise ValueError(f"{file}: `annotations` is {short_repr(annotations)}, not a list.")
     for annotation in annotations:
         if not isinstance(annotation, dict) or not {"caption", "image_id"} <= set(annotation):
             raise ValueError(
-                f"{file} has the annotation {short_repr(annotation)}, not a caption of an image. "
-                "COCO's captions are in files such as captions_train2014.json."
+                f"{file} has the annotation {short_repr(annotation)}, which is not a caption of an "
+                "image. COCO's captions are in files such as captions_train2014.json."
             )
         captions[str(annotation["image_id"])].append(annotation)
     return [
@@ -180,7 +186,7 @@ def coco_items(content: Any, file: Path) -> list[dict]:
 
 
 def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
-    """An object of a JSON file; a `Malformed` where a key comes twice, since Python keeps one."""
+    """A JSON object, or a `Malformed` if a key is repeated, because Python keeps only one."""
     content = dict(pairs)
     if len(content) == len(pairs):
         return content
@@ -190,12 +196,12 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
 
 
 def json_lines(file: Path) -> Iterator[Any]:
-    """The objects of a JSON-lines file, or a `Malformed` where a line is invalid."""
+    """Yields the objects of a JSON-lines file, and a `Malformed` for an invalid line."""
     with file.open("rb") as lines:
         for line in lines:
             if not line.strip():
                 continue
             try:
                 yield json.loads(line, object_pairs_hook=json_object)
-            except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of its depth
-                yield Malformed(f"it is not JSON ({error}).", "Write one object a line.")
+            except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or too deep
+                yield Malformed(f"it is not JSON ({error}).", "Write one object per line.")

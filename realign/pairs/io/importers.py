@@ -1,8 +1,8 @@
-"""Reader of records in any format, and the command `import`, which writes a data set's pairs.
+"""Reader for all record formats, and the command `import`, which converts existing pairs.
 
     for record in read_any("llava_instruct_150k.json", images="train2014"): ...
 
-gives a `Record` or an `InvalidRecord` for every record of a file.
+yields a `Record` or an `InvalidRecord` for every record of a file.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ import pyarrow as pa
 from realign.cli import one_line_errors
 from realign.data.entries import Entry, Names, name_of
 from realign.data.errors import Malformed, short_repr
+from realign.data.images import ImageError, StoredImage
 from realign.data.messages import texts_of
-from realign.data.pictures import PictureError, StoredImage
 from realign.data.records import Record, has_parts, write_pairs
 from realign.data.tables import rows_of
 from realign.files import check_file
 from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
-from realign.pairs.io.pictures import inside, plain_picture
+from realign.pairs.io.images import inside, plain_image
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
 
-_NEEDED = ("prompt", "images")  # of a table: responses may be written by the pipeline
-Items = Iterator[tuple[str, Any]]  # place in a file, and an object of it
+_NEEDED = ("prompt", "images")
+"""Columns that a table must have. The pipeline can write missing responses."""
+Items = Iterator[tuple[str, Any]]
+"""Objects of a file, each with its place."""
 
 
 def read_any(
@@ -45,43 +47,44 @@ def read_any(
     """Read records in any format of `FORMATS`.
 
     Args:
-        data: a file or folder. parquet: Parquet files with TRL's vision preference columns, or a
-            folder that `datasets` saved; realign: the authors' JSON; llava: LLaVA's instruction
-            JSON; coco: COCO's captions JSON; folder: a folder of pictures with one JSON-lines file.
-        format: a key of `FORMATS`; "auto" looks at the data. "llava:all" and "coco:all" make a
-            record of each answer of a dialogue, and of each caption of a picture.
-        images: the folder that contains the pictures and that their paths are relative to; the
-            folder of the data when absent.
+        data: a file or folder.
+        format: a key of `FORMATS`, or "auto" to detect it. "parquet" is Parquet files with TRL's
+            vision preference columns, or a folder that `datasets` saved. "realign" is the JSON of
+            Re-Align's authors. "llava" is LLaVA's instruction JSON. "coco" is COCO's captions JSON.
+            "folder" is a folder of images with one JSON-lines file. "llava:all" and "coco:all" make
+            a record of each answer of a dialogue, or of each caption of an image.
+        images: folder that contains the images and that their paths are relative to. None means
+            the folder of the data.
 
     Returns:
-        For each record a `Record`, `chosen` and `rejected` empty where the data has none, or an
-        `InvalidRecord` with the reason. Pictures are looked up, not decoded. Names are made unique.
-        A record that repeats another is invalid.
+        For each record, a `Record` or an `InvalidRecord` with the reason. Missing `chosen` and
+        `rejected` responses are empty. Image files are checked for existence but not decoded.
+        Names are made unique. A record that repeats another is invalid.
 
     Raises:
-        FileNotFoundError: when there is nothing at `data`.
-        ValueError: for an unknown format or file.
+        FileNotFoundError: when `data` does not exist.
+        ValueError: for an unknown format, or a file that cannot be read.
     """
     if format not in ("auto", *FORMATS):
         raise ValueError(f"format is {format!r}; use one of auto, {', '.join(FORMATS)}.")
     path = Path(data)
     if not path.exists():
-        raise FileNotFoundError(f"there is nothing at {data}. Name an existing file or folder.")
+        raise FileNotFoundError(f"there is nothing at {data}. Pass an existing file or folder.")
     format, items = _open(path, format)
     folder = Path(images) if images is not None else path if path.is_dir() else path.parent
     if not folder.is_dir():
-        raise ValueError(f"--image-folder {images} is not a folder; name the pictures' folder.")
+        raise ValueError(f"--image-folder {images} is not a folder. Pass the folder of the images.")
     return _read(items, format, folder)
 
 
 def import_pairs(
     data: str, images: str | None, output: str, *, format: str = "auto"
 ) -> dict[str, int]:
-    """Write the pairs that a data set already has, and decode each of their pictures once.
+    """Write the pairs of an existing data set, and decode each of their images once.
 
-    Pictures in the output are paths, or bytes where the data has bytes or a picture had to be
-    converted (`plain_picture`). Records that cannot be used are listed in
-    rejected_records.parquet, in a folder beside the output with its name and the suffix .work.
+    The output holds paths of images. It holds bytes if the data does, or if an image had to be
+    converted (`plain_image`). Invalid records are listed in rejected_records.parquet, in a folder
+    next to the output with the same name and the suffix .work.
 
     Args:
         data: see `read_any`.
@@ -90,10 +93,10 @@ def import_pairs(
         format: see `read_any`.
 
     Returns:
-        Number of "pairs" written, and number of records left out by reason.
+        "pairs" -> number of pairs written, and reason -> number of invalid records.
 
     Raises:
-        ValueError: when no pair is left; see also `read_any`.
+        ValueError: when no pair is left, or when `read_any` raises it.
     """
     rejected = Path(output).with_suffix(".work") / "rejected_records.parquet"
     check_file("--output", output, device=False)
@@ -122,32 +125,32 @@ def import_pairs(
     write_table(rejected, pa.Table.from_pylist([vars(record) for record in invalid], LEFT_OUT))
     counts = Counter(record.reason for record in invalid)
     if not written:
-        raise ValueError(f"{data} gave no pair ({dict(counts)}); {rejected} lists every record.")
+        raise ValueError(f"{data} gave no pair ({dict(counts)}). {rejected} lists every record.")
     return {"pairs": written, **dict(sorted(counts.items()))}
 
 
-def _plain(stored: StoredImage) -> StoredImage | PictureError:
+def _plain(stored: StoredImage) -> StoredImage | ImageError:
     try:
-        return plain_picture(stored)
-    except PictureError as error:
+        return plain_image(stored)
+    except ImageError as error:
         return error
 
 
 def _complete(
-    record: Record, cached_plain: Callable[[StoredImage], StoredImage | PictureError]
+    record: Record, cached_plain: Callable[[StoredImage], StoredImage | ImageError]
 ) -> Record | InvalidRecord:
-    """A record with both responses and plain pictures; `cached_plain` reads files."""
+    """Checks both responses and converts the images. `cached_plain` converts image files."""
     for name in ("chosen", "rejected"):
         if not getattr(record, name):
             return InvalidRecord(record.name, "read", "no response", f"it has no {name} response")
-    pictures: list[StoredImage] = []
+    images: list[StoredImage] = []
     for stored in (*record.images, *record.retrieved_images):
-        picture = cached_plain(stored) if stored.data is None else _plain(stored)
-        if isinstance(picture, PictureError):
-            return InvalidRecord(record.name, "read", picture.reason, picture.detail)
-        pictures.append(picture)
+        image = cached_plain(stored) if stored.data is None else _plain(stored)
+        if isinstance(image, ImageError):
+            return InvalidRecord(record.name, "read", image.reason, image.detail)
+        images.append(image)
     count = len(record.images)
-    return replace(record, images=tuple(pictures[:count]), retrieved_images=tuple(pictures[count:]))
+    return replace(record, images=tuple(images[:count]), retrieved_images=tuple(images[count:]))
 
 
 def _open(path: Path, format: str) -> tuple[str, Items]:
@@ -159,7 +162,7 @@ def _open(path: Path, format: str) -> tuple[str, Items]:
         if len(lines) != 1:
             raise ValueError(
                 f"{path} holds {len(lines)} JSON-lines files and no Parquet file. Keep one *.jsonl "
-                "beside the pictures, or pass the file itself and --image-folder."
+                "file next to the images, or pass the file itself and --image-folder."
             )
         return _open(lines[0], format)
     if path.suffix in (".parquet", ".arrow"):
@@ -172,32 +175,32 @@ def _open(path: Path, format: str) -> tuple[str, Items]:
                 content = json.load(file, object_pairs_hook=json_object)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} is not a JSON file ({error}). Name a file of JSON lines *.jsonl."
+                f"{path} is not a JSON file ({error}). JSON lines need the suffix .jsonl."
             ) from error
     if isinstance(content, dict):
         if not isinstance(content.get("images"), list):
-            raise ValueError(f"{path} is a JSON object without `images`; it is not a COCO file.")
-        pictures = coco_items(content, path)
-        return _agree(format, "coco", path), _numbered(path, iter(pictures))
+            raise ValueError(f"{path} is a JSON object without `images`, so not a COCO file.")
+        coco_images = coco_items(content, path)
+        return _agree(format, "coco", path), _numbered(path, iter(coco_images))
     if path.suffix != ".jsonl" and not isinstance(content, list):
         raise ValueError(f"{path} holds {short_repr(content)}, not a list of records.")
     items = iter(content)
     checked = []
-    for item in items:  # up to the first that has a format
+    for item in items:  # up to the first item with a known format
         checked.append(item)
         if recognized := format_of(item):
             return _agree(format, recognized, path), _numbered(path, chain(checked, items))
     if format == "auto":
         keys = sorted({str(key) for item in checked if isinstance(item, dict) for key in item})
         raise ValueError(
-            f"{path} holds no record of a known format; pass --format. Its records have the keys "
-            f"{short_repr(keys)}; docs/pairs.md lists those that are read."
+            f"{path} holds no record of a known format. Its records have the keys "
+            f"{short_repr(keys)}. Pass --format, and see docs/pairs.md for the supported keys."
         )
     return format, _numbered(path, iter(checked))
 
 
 def _agree(format: str, recognized: str, path: Path) -> str:
-    """The requested format, unless the file is of another kind."""
+    """The requested or the recognized format. Raises ValueError if they contradict each other."""
     tables = {"parquet", "coco"} & {format.removesuffix(":all"), recognized}
     if tables and format.removesuffix(":all") not in ("auto", recognized):
         raise ValueError(f"format is {format!r}, but {path} looks like {recognized!r}.")
@@ -205,7 +208,7 @@ def _agree(format: str, recognized: str, path: Path) -> str:
 
 
 def _saved(folder: Path) -> list[Path]:
-    """The Arrow files of a data set saved by `datasets`, of all its splits."""
+    """The Arrow files of a data set saved by `datasets`, from all splits."""
     try:
         if (folder / "dataset_dict.json").exists():
             splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
@@ -227,7 +230,7 @@ def _numbered(path: Path, items: Iterator[Any]) -> Items:
 
 def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidRecord]:
     names = Names()
-    digests: dict[bytes, str] = {}  # of records, with their names
+    digests: dict[bytes, str] = {}  # digest of a record -> its name
     for place, item in items:
         name = place
         try:
@@ -235,7 +238,7 @@ def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidR
                 raise item
             if not isinstance(item, dict):
                 raise Malformed(
-                    f"it is {short_repr(item)}, not an object.", "Write one object a record."
+                    f"it is {short_repr(item)}, not an object.", "Write one object per record."
                 )
             name = name_of(item) or place
             entries = FORMATS[format](item)
@@ -256,14 +259,14 @@ def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidR
 
 def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
     if not entry.images:
-        return InvalidRecord(name, "read", "no image", "it names no picture")
+        return InvalidRecord(name, "read", "no image", "it names no image")
     try:
         prompt = placed(entry.prompt, len(entry.images))
         images = tuple(_located(image, folder) for image in entry.images)
         retrieved = tuple(_located(image, folder) for image in entry.retrieved)
     except Malformed as error:
         return InvalidRecord(name, "read", "image token", str(error))
-    except PictureError as error:
+    except ImageError as error:
         return InvalidRecord(name, "read", error.reason, printable(error.detail))
     responses = (entry.chosen, entry.rejected, entry.retrieved_chosen or None)
     texts = [text for text in responses if text is not None]
@@ -285,25 +288,23 @@ def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
 
 
 def _located(image: StoredImage, folder: Path) -> StoredImage:
-    """The image with the path of its file, which must be in the folder."""
+    """The image with the absolute path of its file, which must be in the folder."""
     if image.path is None or image.data is not None:
         return image
     file = inside(folder, image.path)
     if not os.path.isfile(file):
-        # LLaVA has the file names of COCO 2017; those of 2014 begin with the split.
+        # LLaVA uses the file names of COCO 2017. In COCO 2014, they begin with the split.
         name = f"COCO_{folder.name}_{Path(image.path).name}"
         file = inside(folder, str(Path(image.path).parent / name))
     if not os.path.isfile(file):
-        raise PictureError("missing", f"{short_repr(image.path)} is not in {folder}")
+        raise ImageError("missing", f"{short_repr(image.path)} is not in {folder}")
     if printable(file) != file:
-        raise PictureError(
-            "malformed", f"the name of the file {short_repr(image.path)} is not UTF-8"
-        )
+        raise ImageError("malformed", f"the name of the file {short_repr(image.path)} is not UTF-8")
     return StoredImage(path=file)
 
 
 def _digest(record: Record) -> bytes:
-    """Digest of all fields except the name."""
+    """Digest of all fields of a record except the name."""
     digest = hashlib.blake2b(digest_size=16)
     for stored in (*record.images, StoredImage(), *record.retrieved_images):
         data = stored.data or (stored.path or "").encode()
@@ -315,15 +316,23 @@ def _digest(record: Record) -> bytes:
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, import, report; returns an exit code."""
+    """Parses the arguments and imports the pairs. Returns an exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m realign.pairs import",
-        description="Write the pairs that a data set already has: the authors' JSON, or a TRL set.",
+        description="Convert existing pairs: the JSON of Re-Align's authors, or TRL's columns.",
     )
     parser.add_argument("data", metavar="DATA", help="file or folder of pairs")
-    parser.add_argument("--image-folder", help="that image paths are relative to (that of DATA)")
-    parser.add_argument("--output", default="pairs.parquet", help="file to write (%(default)s)")
-    parser.add_argument("--format", default="auto", help="realign or parquet (auto looks)")
+    parser.add_argument(
+        "--image-folder", help="folder that image paths are relative to (default: folder of DATA)"
+    )
+    parser.add_argument(
+        "--output", default="pairs.parquet", help="Parquet file to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--format",
+        default="auto",
+        help="realign or parquet; auto detects it (default: %(default)s)",
+    )
     args = parser.parse_args(arguments)
     counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")

@@ -1,4 +1,4 @@
-"""Rows of the stages' tables: records left out, and a row of the read stage as record or images."""
+"""Rows of the stages' tables: records and images of a row, and records that were left out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from realign.data.records import Record, StoredImage
-from realign.pairs.io.pictures import PictureError, load_picture
+from realign.pairs.io.images import ImageError, load_image
 
 Row = dict[str, Any]
 NO_REPLY = "no reply"
-"""Reason of a record without a reply from a model; the next run asks again."""
+"""Reason for a record without a reply from a model. The next run repeats the request."""
 
 _Item = TypeVar("_Item")
 _Loaded = TypeVar("_Loaded")
@@ -37,57 +37,60 @@ class InvalidRecord:
 
 @dataclass(frozen=True)
 class FilteredRecord(InvalidRecord):
-    """A valid record that gives no pair. It is counted by reason."""
+    """A valid record that gives no pair. The run counts it by reason."""
 
 
 def record_of(row: Row, chosen: str | None = None) -> Record:
-    """A row of the read stage as a record; `chosen` replaces its own response."""
+    """A row of the read stage as a record. `chosen`, if given, replaces its response."""
     prompt = tuple(json.loads(row["prompt"]))
     return Record(row["id"], prompt, chosen or row["chosen"], "", images_of(row))
 
 
 def by_id(rows: Iterable[Row]) -> dict[str, Row]:
-    """Rows by their id."""
+    """Id -> row."""
     return {row["id"]: row for row in rows}
 
 
 def images_of(row: Row) -> tuple[StoredImage, ...]:
-    """The images of a row, as stored."""
+    """The images of a row, not decoded."""
     return tuple(StoredImage(image["bytes"], image["path"]) for image in row["images"])
 
 
 def decode_images(images: Iterable[StoredImage]) -> list[Image.Image]:
-    """Stored images as RGB images.
+    """Decodes stored images to RGB.
 
     Raises:
-        PictureError: when an image cannot be read.
+        ImageError: when an image cannot be read.
     """
-    return [load_picture(stored) for stored in images]
+    return [load_image(stored) for stored in images]
 
 
 def chat_images(images: Iterable[StoredImage]) -> list[Image.Image]:
-    """Stored images for a chat, reduced to 1536 pixels where they are larger.
+    """Decodes images for a chat, and reduces them to at most 1536 pixels.
 
     Raises:
-        PictureError: when an image cannot be read, or there are no images.
+        ImageError: when an image cannot be read, or there are no images.
     """
     decoded = decode_images(images)
     if not decoded:
-        raise PictureError("no image")
+        raise ImageError("no image")
     for image in decoded:
-        image.thumbnail((_CHAT_SIDE, _CHAT_SIDE))  # does not enlarge smaller ones
+        image.thumbnail((_CHAT_SIDE, _CHAT_SIDE))  # never enlarges
     return decoded
 
 
 def load_in_threads(
     load: Callable[[_Item], _Loaded], items: Iterable[_Item]
-) -> list[_Loaded | PictureError]:
-    """`load` of each item, or its `PictureError`. Pillow releases the GIL while it decodes."""
+) -> list[_Loaded | ImageError]:
+    """Applies `load` to each item in threads. Returns its result or its `ImageError`.
 
-    def load_or_error(item: _Item) -> _Loaded | PictureError:
+    Threads help because Pillow releases the GIL while it decodes.
+    """
+
+    def load_or_error(item: _Item) -> _Loaded | ImageError:
         try:
             return load(item)
-        except PictureError as error:
+        except ImageError as error:
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -95,9 +98,10 @@ def load_in_threads(
 
 
 def files_digest(path: str | None) -> str | None:
-    """Digest of names, sizes and times of a file or of a folder's files; None for a name on a hub.
+    """Digest of names, sizes and times of a file, or of the files in a folder.
 
-    It detects a changed data set or model under the same name, without reading it.
+    It detects a changed data set or model of the same name without reading it. It is None for the
+    name of a model on a hub.
     """
     if path is None or not Path(path).exists():
         return None
@@ -110,6 +114,6 @@ def files_digest(path: str | None) -> str | None:
 
 
 def engine_identity(spec: str, dtype: str) -> list[str | None]:
-    """Identity of an engine for digests: its name, its model's files on this disk, its dtype."""
+    """Identity of an engine for digests: its spec, its local model files and its dtype."""
     kind, _, model = spec.partition(":")
     return [spec, files_digest(model), dtype if kind == "transformers" else None]

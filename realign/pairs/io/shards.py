@@ -1,11 +1,12 @@
-"""Shards on disk: the folder of Parquet files of a stage, each file complete or absent.
+"""Shards on disk: a folder of Parquet files per stage, each file complete or absent.
 
-A shard is written to a temporary name, synced and renamed, so a killed run loses only the shard in
-progress. The records that a shard left out are listed in files beside it, which are written first.
+A shard is written under a temporary name, synced and renamed. So a killed run loses only the shard
+in progress. The records that a shard leaves out are listed in files next to it, which are written
+first.
 
 The footer of a shard holds a digest of its rows and a digest of its inputs. A shard is made again
-when its inputs digest is not that of the current shards before it, as `make` compares times. If
-the new rows equal the old ones, later shards stay valid.
+if its inputs digest differs from that of the current input shards, similar to times in `make`. If
+the new rows equal the old ones, the shards of later stages stay valid.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ import pyarrow.parquet as pq
 from realign.pairs.io.rows import FilteredRecord, InvalidRecord, Row
 
 LEFT_OUT = pa.schema([(n, pa.string()) for n in ("record", "stage", "reason", "detail")])
-ROWS_KEY, INPUTS_KEY = b"realign.rows", b"realign.made_of"  # of the digests in the footer
-_GROUP_BYTES = 1 << 20  # of a row group, the minimum that is read for one row
-_KINDS = {"bad": InvalidRecord, "dropped": FilteredRecord}  # suffix of the file -> entries
+ROWS_KEY, INPUTS_KEY = b"realign.rows", b"realign.made_of"
+"""Keys of the digests in the footer."""
+_GROUP_BYTES = 1 << 20
+"""Size of a row group, which is the minimum to read for one row."""
+_KINDS = {"bad": InvalidRecord, "dropped": FilteredRecord}
+"""Suffix of a file of left-out records -> type of its entries."""
 
 
 class Shards:
     """The shards of one stage.
 
     Args:
-        folder: of the stage.
-        schema: of the rows; needed for writing.
+        folder: folder of the stage.
+        schema: schema of the rows, required for writing.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema | None = None) -> None:
@@ -48,11 +52,11 @@ class Shards:
         self.schema = schema
 
     def file(self, number: int, kind: str = "") -> Path:
-        """Path of a shard; `kind` "bad" or "dropped": of the list of records it left out."""
+        """Path of a shard, or with `kind` "bad" or "dropped" of its list of left-out records."""
         return self.folder / f"{number:05d}{'.' * bool(kind)}{kind}.parquet"
 
     def done(self) -> list[int]:
-        """The numbers of the shards that exist."""
+        """Numbers of the existing shards."""
         if not self.folder.exists():
             return []
         names = (re.fullmatch(r"(\d+)\.parquet", file.name) for file in self.folder.iterdir())
@@ -66,30 +70,30 @@ class Shards:
         """A shard as an Arrow table.
 
         Raises:
-            ValueError: when it is damaged.
+            ValueError: when the shard is damaged.
         """
         return read_table(self.file(number), columns)
 
     def write(
         self, number: int, rows: list[Row], left_out: Iterable[InvalidRecord], inputs: str = ""
     ) -> None:
-        """Write a shard after the list of records it left out; `inputs` is the inputs digest."""
-        self.file(number).unlink(missing_ok=True)  # an old shard must not stay beside a new list
+        """Write the list of left-out records, then the shard. `inputs` is the inputs digest."""
+        self.file(number).unlink(missing_ok=True)  # an old shard must not get a new list
         self.write_left_out(number, left_out)
         table = pa.Table.from_pylist(rows, schema=self.schema)
         digests = {ROWS_KEY: _table_digest(table), INPUTS_KEY: inputs}
         write_table(self.file(number), table.replace_schema_metadata(digests))
 
     def rows_digest(self, number: int) -> str:
-        """Digest of the rows of a shard; "" where the shard is damaged or absent."""
+        """Digest of the rows of a shard, or "" if the shard is damaged or absent."""
         return footer(self.file(number)).get(ROWS_KEY, b"").decode()
 
     def inputs_digest(self, number: int) -> str:
-        """Digest of the inputs of a shard; "" where the shard is damaged or absent."""
+        """Digest of the inputs of a shard, or "" if the shard is damaged or absent."""
         return footer(self.file(number)).get(INPUTS_KEY, b"").decode()
 
     def write_left_out(self, number: int, left_out: Iterable[InvalidRecord]) -> None:
-        """Write the records that a shard left out; lists of an earlier try are removed."""
+        """Write the lists of left-out records of a shard, and remove lists of an earlier try."""
         left_out = list(left_out)
         for kind, cls in _KINDS.items():
             rows = [vars(entry) for entry in left_out if type(entry) is cls]
@@ -99,12 +103,12 @@ class Shards:
                 self.file(number, kind).unlink(missing_ok=True)
 
     def left_out(self, kind: str) -> Iterator[InvalidRecord]:
-        """Records that all shards left out, of kind "bad" or "dropped"."""
+        """Yields the left-out records of all shards, of kind "bad" or "dropped"."""
         for number in self.done():
             yield from self.left_out_of(number, kind)
 
     def left_out_of(self, number: int, kind: str) -> list[InvalidRecord]:
-        """Records that one shard left out."""
+        """The left-out records of one shard, of kind "bad" or "dropped"."""
         if not (file := self.file(number, kind)).exists():
             return []
         return [_KINDS[kind](**row) for row in read_table(file).to_pylist()]
@@ -116,11 +120,11 @@ class Shards:
 
 
 class RowLookup:
-    """Rows of the read stage by shard and id. It reads one row group, not the shard.
+    """Lookup of rows of the read stage by shard and id. Reads row groups, not whole shards.
 
     Args:
-        folder: of the read stage.
-        max_groups: row groups kept in memory, about a MiB each at most.
+        folder: folder of the read stage.
+        max_groups: number of row groups kept in memory, each about 1 MiB at most.
     """
 
     def __init__(self, folder: Path, max_groups: int = 64) -> None:
@@ -129,16 +133,16 @@ class RowLookup:
         self._places = lru_cache(4096)(self._read_places)
 
     def rows(self, keys: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Row]:
-        """The rows of (shard, id) keys."""
+        """(shard, id) -> row, for the given keys."""
         rows = {}
-        for shard, name in sorted(set(keys)):  # by shard, so that cached groups are used
+        for shard, name in sorted(set(keys)):  # sorted by shard, to reuse cached groups
             starts, places = self._places(shard)
             group = bisect_right(starts, places[name]) - 1
             rows[shard, name] = self._group(shard, group)[places[name] - starts[group]]
         return rows
 
     def _read_places(self, shard: int) -> tuple[list[int], dict[str, int]]:
-        """The first row of each row group of a shard, and the row of each id."""
+        """Index of the first row of each row group in a shard, and id -> row index."""
         with pq.ParquetFile(self._shards.file(shard)) as file:
             counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             ids = file.read(columns=["id"])["id"].to_pylist()
@@ -151,7 +155,7 @@ class RowLookup:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file atomically; the same table gives the same bytes."""
+    """Write a Parquet file atomically. The same table gives the same bytes."""
     rows = max(1, len(table))
     group = max(1, rows * _GROUP_BYTES // max(_GROUP_BYTES, table.nbytes))
     sink = pa.BufferOutputStream()
@@ -160,10 +164,10 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file of the work folder.
+    """Read a Parquet file of the work folder.
 
     Raises:
-        ValueError: when it is damaged.
+        ValueError: when the file is damaged.
     """
     try:
         return pq.read_table(file, columns=columns)
@@ -172,12 +176,12 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"{file} is damaged ({error}). Remove it and run the same command again, which writes "
-            "a new one."
+            "a new file."
         ) from error
 
 
 def footer(file: Path) -> dict[bytes, bytes]:
-    """Metadata in the footer of a Parquet file; {} where it is damaged or absent."""
+    """Metadata in the footer of a Parquet file, or {} if the file is damaged or absent."""
     try:
         return pq.read_metadata(file).metadata or {}
     except (pa.ArrowInvalid, FileNotFoundError):
@@ -185,7 +189,7 @@ def footer(file: Path) -> dict[bytes, bytes]:
 
 
 def digest_of(*parts: str) -> str:
-    """Digest of texts."""
+    """Digest of several texts."""
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -197,7 +201,7 @@ def _table_digest(table: pa.Table) -> str:
 
 
 def save_array(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[Any]) -> None:
-    """Write arrays, concatenated, as one `.npy` file of `shape`; only one part is in memory."""
+    """Write concatenated arrays as one `.npy` file of `shape`, one part in memory at a time."""
     header = io.BytesIO()
     header_fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, header_fields)
@@ -206,7 +210,7 @@ def save_array(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[
 
 
 def write_bytes(path: Path, data: bytes | pa.Buffer, more: Iterable[Any] = ()) -> None:
-    """Write a file atomically, `data` and then `more`, and sync it."""
+    """Write `data`, then `more`, to a file atomically, and sync it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # processes may race
     try:
@@ -222,5 +226,5 @@ def write_bytes(path: Path, data: bytes | pa.Buffer, more: Iterable[Any] = ()) -
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error means that a disk is full."""
+    """Whether an error means that the disk is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,4 +1,4 @@
-"""Checks of a record's texts, and image tags in prompts."""
+"""Validation of a record's texts, and placement of image tags in prompts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def problem_of(text: str) -> tuple[str, str] | None:
-    """(reason, detail) for an invalid text; None for a valid one."""
+    """(reason, detail) for an invalid text, or None for a valid one."""
     quoted = short_repr(text)
     if _CONTROL.search(text):
         return "control characters", quoted
     if TAGS.search(text):
-        return "image token", f"{quoted} places an image inside the text"
+        return "image token", f"{quoted} contains an image tag"
     if not any(c.isalnum() for c in text):
         return "empty text", f"{quoted} has no letter or digit"
     if len(_TAGS.sub("", text).strip()) < len(text.strip()) / 2:
@@ -27,18 +27,18 @@ def problem_of(text: str) -> tuple[str, str] | None:
 
 
 def printable(text: str) -> str:
-    """Text that can be stored as UTF-8: halves of surrogate pairs become question marks."""
+    """The text with lone surrogates replaced by question marks, so that it is valid UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
 def placed(prompt: list[dict], count: int) -> list[dict]:
-    """A prompt with typed parts for the image tags of its user messages.
+    """Converts the image tags of a prompt's user messages to typed parts.
 
-    A prompt in text stays in text if all images are before it, their default place.
+    If all images are at the beginning, which is the default, a plain-text prompt stays plain text.
 
     Args:
-        prompt: messages.
-        count: images of the record.
+        prompt: messages of the prompt.
+        count: number of images of the record.
 
     Raises:
         Malformed: if the number of tags and image parts is not `count`.

@@ -1,4 +1,4 @@
-"""Words of a text, normalised, for comparisons of responses."""
+"""Normalised words of a text, for the comparison of responses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # kana, Ha
 
 
 def words_of(text: str) -> list[str]:
-    """Words in one case, composed by Unicode's NFKC, without punctuation.
+    """The words of a text, with case folded, in Unicode's NFKC form, and without punctuation.
 
-    Chinese and Japanese put no space between words, so each of their characters is a word.
+    Chinese and Japanese have no spaces between words, so each character counts as a word.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     spaced = _SPACELESS.sub(r" \g<0> ", folded)
@@ -19,5 +19,5 @@ def words_of(text: str) -> list[str]:
 
 
 def _is_mark(c: str) -> bool:
-    """Whether a character is a vowel sign or accent, which belongs to the letter before it."""
+    """Whether a character is a vowel sign or accent. It is part of the preceding letter."""
     return unicodedata.category(c).startswith("M")

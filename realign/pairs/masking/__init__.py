@@ -1,8 +1,8 @@
-"""Masking: the segments of a response that infill replaces.
+"""Masking: selects the segments of a response to replace. Registry `MASKERS`.
 
-To add a masker, write a function with the arguments of `mask_response` in a module of this folder
-and add it to `MASKERS`. `--masker NAME` then selects it. Any other name is an engine, which lists
-the segments.
+To add a masker, write a function with the arguments of `mask_response` in a module of this folder,
+and add it to `MASKERS`. `--masker NAME` then selects it. Any other value of `--masker` is an engine
+that lists the segments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ __all__ = ["MASKERS", "Masker"]
 
 
 class Masker(Protocol):
-    """Hides segments of a response; see `mask_response`. None: there is nothing to hide."""
+    """Hides segments of a response, or returns None if there is nothing to hide.
+
+    See `mask_response`.
+    """
 
     def __call__(
         self,

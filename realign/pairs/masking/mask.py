@@ -1,6 +1,6 @@
-"""Masks: the segments of a response to hide, found by rules or listed by a language model.
+"""Masked responses, with segments found by rules or listed by a language model.
 
-The paper masks objects, attributes and relations in segments; `segments.py` finds them by rules.
+Like the paper, this masks objects, attributes and relations. `segments.py` holds the rules.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from realign.pairs.masking.segments import CATEGORIES, Span, find_segments
 
 MASK = "[MASK]"
-_EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # that a language model adds around a segment
+_EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # characters that a language model may add around a segment
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A response with hidden segments: text pieces around gaps.
+    """A response with hidden segments, stored as pieces of text around gaps.
 
-    `pieces` has one element more than there are gaps: piece, gap, piece, ..., gap, piece.
+    `pieces` has one more element than there are gaps: piece, gap, piece, ..., gap, piece.
     """
 
     pieces: tuple[str, ...]
@@ -45,29 +45,29 @@ def mask_response(
     *,
     share: float | None = None,
 ) -> Masked | None:
-    """Hide segments of a response, found by the rules.
+    """Hide segments of a response that the rules find.
 
     Args:
-        text: the response, English.
-        categories: kinds of word to hide, of CATEGORIES.
-        segments: number of segments to hide, drawn at random; 0 hides all of them.
+        text: the response, in English.
+        categories: kinds of word to hide, from `CATEGORIES`.
+        segments: number of segments to hide, drawn at random. 0 hides all of them.
         rng: draws the segments.
-        share: hide this share of the segments, in (0, 1], rounded, and at least `segments` (and
-            one) of them; None hides `segments`.
+        share: share of the segments to hide, in (0, 1]. The number is rounded, and is at least 1
+            and at least `segments`. None hides `segments` segments.
 
     Returns:
-        The masked response, or None when no word is of those kinds. Segments with only white space
-        between them become one.
+        The masked response, or None if no word is of those kinds. Segments with only white space
+        between them are joined.
 
     Raises:
         ValueError: for an unknown category, or numbers out of range.
     """
     if unknown := [name for name in categories if name not in CATEGORIES]:
         raise ValueError(
-            f"categories names {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
+            f"categories contains {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."
         )
     if segments < 0:
-        raise ValueError(f"segments is {segments}; it must be 0 (all of them) or more.")
+        raise ValueError(f"segments is {segments}; it must be 0 (all segments) or more.")
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be above 0 and at most 1.")
     spans = find_segments(text, categories)
@@ -84,15 +84,15 @@ def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
     """Hide the segments that a language model lists.
 
     Each segment is searched after the previous one, then from the start of the text. It must match
-    complete words, first in the same case and then in any case; quotes and punctuation around it
-    are ignored. A segment that is not found, or overlaps an earlier one, is skipped.
+    complete words, first in the same case and then in any case. Quotes and punctuation around it
+    are ignored. A segment that is not found, or that overlaps an earlier one, is skipped.
 
     Args:
         text: the response.
-        spans: the segments.
+        spans: texts of the segments.
 
     Returns:
-        The masked response, or None when no segment is in the text.
+        The masked response, or None if the text contains no segment.
     """
     accepted: list[Span] = []
     after = 0
@@ -117,7 +117,7 @@ def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
 
 
 def _hide(text: str, spans: Sequence[Span]) -> Masked | None:
-    """Hide spans; those with only white space between them become one."""
+    """Hides spans. Spans with only white space between them are joined."""
     if not spans:
         return None
     joined: list[Span] = []

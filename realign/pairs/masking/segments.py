@@ -1,9 +1,9 @@
-"""Segments of an English text that describe an image, found by rules without a model.
+"""Rules that find the segments of an English text that describe an image.
 
-The rules use the word lists of `words.py` and the place of a word. A noun phrase is an optional
-determiner, any numbers, attributes and positions, and nouns; its adjacent words that may be hidden
-are one segment. Other words that may be hidden are segments by themselves: a number, an attribute,
-"to the left of".
+The rules use the word lists of `words.py` and the context of a word. A noun phrase is an optional
+determiner, then numbers, attributes and positions, then nouns. Adjacent words in it that may be
+hidden form one segment. Outside a noun phrase, each word or phrase that may be hidden is a segment:
+a number, an attribute, "to the left of".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from realign.pairs.masking import words as lists
 
 CATEGORIES = ("numbers", "attributes", "relations", "objects")
-"""Kinds of segment."""
+"""Kinds of segments."""
 
 Span = tuple[int, int]
 """Start and stop of a segment in its text."""
@@ -26,7 +26,7 @@ _WORD = re.compile(
 )
 _ING_ED = ("ing", "ed")
 
-# Kinds of word. Those of `_KINDS` may be hidden.
+# Kinds of words. The keys of `_KINDS` may be hidden.
 _NUMBER, _ATTRIBUTE, _RELATION, _POSITION = "number", "attribute", "relation", "position"
 _NOUN, _DETERMINER, _VERB, _OTHER = "noun", "determiner", "verb", "other"
 _KINDS = {
@@ -40,7 +40,7 @@ _MODIFIERS = (_NUMBER, _ATTRIBUTE, _POSITION)
 
 
 def find_segments(text: str, categories: Sequence[str] = CATEGORIES) -> list[Span]:
-    """The (start, stop) of each segment of those kinds, in order."""
+    """Finds the segments of those kinds. Returns the (start, stop) of each, in order."""
     words = _words_of(text)
     segments: list[Span] = []
     at = 0
@@ -52,7 +52,7 @@ def find_segments(text: str, categories: Sequence[str] = CATEGORIES) -> list[Spa
             continue
         word = words[at]
         if _KINDS.get(word.kind) in categories:
-            # Words of one kind in a row are one segment: "top left".
+            # Consecutive words of one kind are one segment: "top left".
             same = segments and words[at - 1].kind == word.kind and word.near
             if same and segments[-1][1] == words[at - 1].stop:
                 segments[-1] = (segments[-1][0], word.stop)
@@ -64,16 +64,16 @@ def find_segments(text: str, categories: Sequence[str] = CATEGORIES) -> list[Spa
 
 @dataclass
 class _Word:
-    text: str  # lower case; of a phrase that counts as one word, its words with a space between
+    text: str  # in lower case; a phrase that counts as one word contains spaces
     start: int
     stop: int
-    near: bool  # only white space between it and the previous word
+    near: bool  # whether only white space is between it and the previous word
     kind: str = ""
     written: str = ""
 
 
 def _phrase_end(words: list[_Word], at: int) -> int:
-    """The index after the noun phrase that begins at `at`; `at` without one."""
+    """The index after the noun phrase that begins at `at`, or `at` if there is none."""
     end = at + (words[at].kind == _DETERMINER)
     last_noun = None
     while end < len(words) and (end == at or words[end].near):
@@ -86,9 +86,9 @@ def _phrase_end(words: list[_Word], at: int) -> int:
 
 
 def _segments_of(phrase: list[_Word], categories: Sequence[str]) -> list[Span]:
-    """The segments of a noun phrase: runs of words that may be hidden.
+    """The segments of a noun phrase, which are runs of words that may be hidden.
 
-    A determiner is hidden if all words after it in the phrase are, so that "a dog" may become "an
+    A determiner is hidden if all following words of the phrase are. Then "a dog" may become "an
     apple" or "two cats".
     """
     hidden = [_KINDS.get(word.kind) in categories for word in phrase]
@@ -104,7 +104,7 @@ def _segments_of(phrase: list[_Word], categories: Sequence[str]) -> list[Span]:
 
 
 def _words_of(text: str) -> list[_Word]:
-    """The words of a text, with their kinds; phrases of the lists count as one word."""
+    """The words of a text with their kinds. A listed phrase counts as one word."""
     raw = [
         _Word(m[0].lower().replace("’", "'"), *m.span(), False, written=m[0])
         for m in _WORD.finditer(text)
@@ -130,7 +130,7 @@ def _words_of(text: str) -> list[_Word]:
 
 
 def _paired(words: list[_Word]) -> list[_Word]:
-    """The words, with phrases such as "black and white" joined into one attribute."""
+    """Joins phrases such as "black and white" into one attribute."""
     paired: list[_Word] = []
     for word in words:
         is_pair = [before.kind for before in paired[-2:]] == [_ATTRIBUTE, _OTHER]
@@ -144,7 +144,7 @@ def _paired(words: list[_Word]) -> list[_Word]:
 
 
 def _listed_phrase(raw: list[_Word], at: int) -> tuple[int, str]:
-    """Length in words and kind of the longest listed phrase at `at`; a length of 1 without one."""
+    """Length in words and kind of the longest listed phrase at `at`. Length 1 means none."""
     for length in range(min(_LONGEST, len(raw) - at), 1, -1):
         part = raw[at : at + length]
         if all(word.near for word in part[1:]):
@@ -163,7 +163,7 @@ _LONGEST = max(phrase.count(" ") + 1 for phrase in _PHRASES)
 
 
 def _kind_of_word(word: _Word) -> str:
-    """Kind of a word without its context."""
+    """Kind of a word, without context."""
     text = word.text
     for kind, listed in _BY_LIST.items():
         if text in listed:
@@ -200,7 +200,7 @@ _BY_LIST = {
 
 
 def _kind_in_context(words: list[_Word], at: int) -> str:
-    """Kind of a word in its context; the kinds of the words before it are final."""
+    """Kind of a word in its context. The kinds of the words before it are final."""
     word, before = words[at], words[at - 1]
     if at == 0 or not word.near:
         return word.kind
@@ -216,14 +216,14 @@ def _kind_in_context(words: list[_Word], at: int) -> str:
         )
         return _NOUN if is_noun and not modifies else _ATTRIBUTE
     if word.kind == _NOUN and before.kind == _NOUN:
-        # "The woman scolds the dog": two nouns and a determiner in a row are not.
+        # Two nouns before a determiner: the second is a verb, as in "the woman scolds the dog".
         acts = word.text.endswith("s") and after == _DETERMINER
         return _VERB if acts and word.written.islower() else _NOUN
     return _verb_in_context(words, at, after) if word.kind == _VERB else word.kind
 
 
 def _verb_in_context(words: list[_Word], at: int, after: str) -> str:
-    """Kind of a word with a verb's form: verb, noun, or a participle that modifies a noun."""
+    """Kind of a word with a verb's form: a verb, a noun, or a participle that modifies a noun."""
     word, before = words[at], words[at - 1]
     in_phrase = _determined(words, at, _MODIFIERS)
     after_prep = before.kind == _RELATION or before.text in ("of", "with", "for", "from", "by")

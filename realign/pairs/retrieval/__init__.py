@@ -1,1 +1,1 @@
-"""Retrieval of visual neighbours: embeddings, nearest neighbours, near-duplicates."""
+"""Retrieval of visual neighbours: embeddings, nearest neighbours and near-duplicates."""

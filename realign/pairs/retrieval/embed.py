@@ -1,4 +1,4 @@
-"""Image embeddings for retrieval: unit vectors whose inner product is the cosine."""
+"""Image embeddings for retrieval, as unit vectors."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ from realign.modeling.layouts import layout_of
 from realign.modeling.loading import DTYPES, load_model, load_processor
 
 Encode = Callable[[list[Image.Image]], torch.Tensor]
-"""A batch of images -> (images, D)."""
+"""Function from a batch of images to embeddings, (images, D)."""
 
-_SIDE = 448  # pixels; larger images are reduced for towers that accept any size
-_LONGEST = 20  # times the shorter side; only the middle of longer images is embedded
+_SIDE = 448
+"""Maximum side in pixels for towers that accept any size. Larger images are reduced."""
+_LONGEST = 20
+"""Maximum aspect ratio. Of longer images only the middle is embedded."""
 _THREADS = min(8, os.cpu_count() or 1)
 
 
 class Embedder:
-    """Embeds images, on the GPU where there is one.
+    """Embeds images, on the GPU if there is one.
+
+    Without a `name`, the VLM's own vision tower is used. The embedding is the average of its last
+    hidden states over the patches. In families with tiles or images of any size, it is the average
+    of the features that the language model sees. These images are reduced to 448 pixels.
 
     Args:
-        name: folder or hub name of a CLIP or SigLIP model; "st:NAME" or "sentence-transformers/..."
-            for a model of that package; None uses the VLM's own tower: its last states averaged
-            over the patches or, in families with tiles or images of any size, the averaged features
-            that the language model sees, of images reduced to 448 pixels.
-        vlm_name: folder or hub name of the VLM; the shipped digits model when None. Its language
-            model is not kept.
-        batch_size: images in one forward.
-        dtype: "fp32", "bf16", or "auto", bf16 on a GPU and fp32 on a CPU.
+        name: folder or hub name of a CLIP or SigLIP model, or None. "st:NAME" and
+            "sentence-transformers/..." name a model of the sentence-transformers package.
+        vlm_name: folder or hub name of the VLM; None means the shipped digits model. Its language
+            model is discarded.
+        batch_size: number of images in one forward pass.
+        dtype: "fp32", "bf16" or "auto". "auto" is bf16 on a GPU and fp32 on a CPU.
 
     Raises:
         ValueError: for an unknown dtype or a batch size below 1.
@@ -65,7 +69,7 @@ class Embedder:
         """Load the encoder.
 
         Raises:
-            ValueError: when it is not found, has no image features, or its package is missing.
+            ValueError: when it is not found, has no image features, or needs a missing package.
         """
         if self.name is None:
             self._encode = self._open_tower()
@@ -102,7 +106,7 @@ class Embedder:
         return vectors
 
     def _inputs(self, processor: Any, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Inputs of a batch, made in threads."""
+        """Processor outputs for a batch, computed in threads."""
         size = -(-len(images) // _THREADS)
         chunks = [images[i : i + size] for i in range(0, len(images), size)]
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -140,9 +144,9 @@ class Embedder:
             if isinstance(probe, torch.Tensor) and probe.ndim == 2:
                 return encode
         raise ValueError(
-            f"--embed-model {name} is a {encoder.config.model_type!r} model without one feature "
-            "vector for an image; name a CLIP or SigLIP model, or omit --embed-model to "
-            "use the VLM's own tower."
+            f"--embed-model {name} is a {encoder.config.model_type!r} model without a single "
+            "feature vector per image. Pass a CLIP or SigLIP model, or omit --embed-model to use "
+            "the VLM's own tower."
         )
 
     def _open_sentence_transformer(self, name: str) -> Encode:
@@ -152,8 +156,8 @@ class Embedder:
             )
         except ImportError as error:
             raise ValueError(
-                f"--embed-model {self.name} needs sentence-transformers: "
-                "pip install 'realign[sentences]'."
+                f"--embed-model {self.name} needs sentence-transformers. "
+                "Run pip install 'realign[sentences]'."
             ) from error
         try:
             encoder = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
@@ -168,11 +172,11 @@ class Embedder:
                 )
 
             encode([Image.new("RGB", (32, 32))])
-        except Exception as error:  # text models raise errors of many types on an image
+        except Exception as error:  # text models raise errors of many types for an image
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"--embed-model {self.name} gives no embedding of an image ({reason}). Name a CLIP "
-                "model of sentence-transformers, such as sentence-transformers/clip-ViT-L-14."
+                f"--embed-model {self.name} cannot embed an image ({reason}). Pass a CLIP model of "
+                "sentence-transformers, such as sentence-transformers/clip-ViT-L-14."
             ) from error
         return encode
 
@@ -205,7 +209,7 @@ class Embedder:
 
 
 def _is_plain(processor: Any) -> bool:
-    """Whether a processor returns only `pixel_values`, of one size for every image."""
+    """Whether a processor returns only `pixel_values`, with one size for all images."""
     bundles = [_bundle(processor, Image.new("RGB", size), 0)[0] for size in ((64, 64), (440, 110))]
     shapes = [tuple(b["pixel_values"].shape) for b in bundles if set(b) == {"pixel_values"}]
     return len(shapes) == 2 and len(set(shapes)) == 1 and len(shapes[0]) == 4 and shapes[0][0] == 1
@@ -214,7 +218,7 @@ def _is_plain(processor: Any) -> bool:
 def _bundle(
     processor: Any, image: Image.Image, image_token: int
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Image inputs of a prompt with one image, and the number of its tokens."""
+    """Image inputs of a prompt with one image, and the number of its image tokens."""
     if max(image.size) > _SIDE:
         image = image.copy()
         image.thumbnail((_SIDE, _SIDE))
@@ -223,7 +227,7 @@ def _bundle(
 
 
 def _crop_strip(image: Image.Image) -> Image.Image:
-    """The middle of a strip, which a processor would enlarge to gigabytes."""
+    """Crops a long strip to its middle. A processor would enlarge the whole strip to gigabytes."""
     longest = _LONGEST * min(image.size)
     if max(image.size) <= longest:
         return image

@@ -1,10 +1,10 @@
-"""Nearest neighbours by cosine among up to millions of images, without near-duplicates.
+"""Nearest-neighbour search by cosine among up to millions of images, without near-duplicates.
 
-An `Index` finds candidates. The similarities it returns are always the exact fp32 inner products
-with its vectors, so all kinds agree on similarities, ties and duplicates. `neighbours` excludes
-duplicates and images outside of the similarity limits.
+An `Index` finds candidates. Its similarities are always exact fp32 inner products, so all kinds of
+index agree on similarities, ties and duplicates. `neighbours` excludes duplicates and images
+outside the similarity limits.
 
-Recall, time and memory: docs/pairs.md, Search.
+docs/pairs.md (Search) reports recall, time and memory.
 """
 
 from __future__ import annotations
@@ -21,36 +21,43 @@ from realign.pairs.retrieval.phash import HASH_DISTANCE, first_of_image, hamming
 
 KINDS = ("auto", "exact", "ivf", "hnsw")
 EXACT_UP_TO = 200_000
-"""Vectors up to which "auto" searches exactly."""
+"""Number of vectors up to which "auto" is exact."""
 BLOCK = 1 << 14
-"""Vectors that are read, converted and sent to a GPU at once."""
+"""Number of vectors that are read, converted and sent to a GPU at once."""
 _GPU_MOST = 2048
-"""Results that FAISS on a GPU can return for a query."""
-_PROBED = 32  # lists of an ivf searched for each query
-_POINTS_PER_LIST = 64  # for k-means; FAISS warns below 39
-_LINKS, _EF_BUILD, _EF_SEARCH = 32, 80, 128  # of a vector in an hnsw; candidates kept
-_ROUNDING = 2e-6  # of an fp32 inner product of unit vectors, in any order of summation
-_SPARE = 8  # candidates asked for beyond k
-_FLOATS = 1 << 25  # gathered at once: 128 MB
-_QUERIES = 4096  # in a block of queries
+"""Maximum number of results per query of FAISS on a GPU."""
+_PROBED = 32
+"""Lists of an ivf that are searched for each query."""
+_POINTS_PER_LIST = 64
+"""Training vectors per list for k-means. FAISS warns below 39."""
+_LINKS, _EF_BUILD, _EF_SEARCH = 32, 80, 128
+"""Of an hnsw: links per vector, and candidates kept while building and searching."""
+_ROUNDING = 2e-6
+"""Maximum rounding error of an fp32 inner product of unit vectors, in any order of summation."""
+_SPARE = 8
+"""Candidates requested in addition to k."""
+_FLOATS = 1 << 25
+"""Floats gathered at once, 128 MB."""
+_QUERIES = 4096
+"""Queries in a block."""
 
 
 class Index:
-    """Finds the nearest of many unit vectors.
+    """Index for nearest neighbours among unit vectors.
 
-    Exact search runs in torch, on a GPU if its memory holds the vectors. The other kinds
-    run in FAISS and keep fp16 vectors: ivf on a GPU with faiss-gpu, hnsw on the CPU.
+    Exact search runs in torch, on a GPU if the vectors fit into its memory. The other kinds run in
+    FAISS and store fp16 vectors. ivf runs on a GPU with faiss-gpu, and hnsw on the CPU.
 
     Args:
-        kind: "exact"; "ivf", an inverted file; "hnsw", a graph; or "auto", exact up to
-            `EXACT_UP_TO` vectors or without FAISS, and ivf beyond.
+        kind: "exact", "ivf" (an inverted file), "hnsw" (a graph) or "auto". "auto" is ivf for
+            more than `EXACT_UP_TO` vectors if FAISS is installed, else exact.
 
     Attributes:
-        vectors: (N, D), as given to `build`; a memory-mapped file stays one.
-        used: the kind that searches, after `build`.
+        vectors: (N, D), the array that was passed to `build`, possibly memory-mapped.
+        used: the kind of index in use, set by `build`.
 
     Raises:
-        ValueError: for an unknown kind, or a kind that needs FAISS without it.
+        ValueError: for an unknown kind, or a kind that needs FAISS if it is not installed.
     """
 
     def __init__(self, kind: str = "auto") -> None:
@@ -58,12 +65,12 @@ class Index:
             raise ValueError(f"index is {kind!r}; it must be one of {', '.join(KINDS)}.")
         if kind in ("ivf", "hnsw") and not _has_faiss():
             raise ValueError(
-                f"index {kind!r} needs FAISS, which is not installed: pip install 'realign[cpu]', "
-                "or 'realign[gpu]' on a CUDA machine; or use the exact index."
+                f"index {kind!r} needs FAISS, which is not installed. Run pip install "
+                "'realign[cpu]', or 'realign[gpu]' on a CUDA machine, or use the exact index."
             )
         self.kind = self.used = kind
         self.vectors = np.empty((0, 0), np.float32)
-        self._faiss: Any = None  # the index of ivf and hnsw
+        self._faiss: Any = None  # the FAISS index, for ivf and hnsw
         self._faiss_gpu: tuple[Any, Any] | None = None  # its copy on a GPU, with its resources
         self._on_gpu: list[torch.Tensor] | None = None  # the vectors, for exact search
         self._first: tuple[np.ndarray, np.ndarray] | None = None  # hashes -> first_of_image
@@ -75,7 +82,7 @@ class Index:
             vectors: (N, D) unit vectors, fp32 or fp16.
 
         Raises:
-            ValueError: for an empty array, or one that is not two-dimensional.
+            ValueError: for an array that is empty or not two-dimensional.
         """
         self._hold(vectors)
         if self.used == "ivf":
@@ -86,17 +93,17 @@ class Index:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the index, so that other processes `load` it; an exact one writes nothing."""
+        """Write the index for other processes to `load`. An exact index writes nothing."""
         if self._faiss is not None:
             import faiss
 
             faiss.write_index(self._faiss, str(path))
 
     def load(self, path: str | Path, vectors: np.ndarray) -> Index:
-        """Index the vectors with a file that `save` wrote for them.
+        """Load the index that `save` wrote for these vectors.
 
         Raises:
-            ValueError: when the file holds another number or size of vectors.
+            ValueError: when the number or size of the vectors in the file differs.
         """
         self._hold(vectors)
         if self.used != "exact":
@@ -107,7 +114,7 @@ class Index:
             if shape != vectors.shape:
                 raise ValueError(
                     f"{path} is an index of {shape[0]} vectors of size {shape[1]}, not of the "
-                    f"{vectors.shape[0]} of size {vectors.shape[1]} given. Build it again."
+                    f"{vectors.shape[0]} given vectors of size {vectors.shape[1]}. Build it again."
                 )
             if self.used == "ivf":
                 self._faiss_gpu = _gpu_copy(self._faiss)
@@ -118,17 +125,18 @@ class Index:
         queries: np.ndarray,  # (Q, D) unit vectors
         k: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest vectors of each query; a query's own vector is among them.
+        """Find the k nearest vectors of each query, including the query's own vector.
 
         Returns:
-            (similarities, indices), (Q, k) fp32 and int64, nearest first, ties by index; -inf and
-            -1 where the index finds no more. Of vectors that tie at place k any may be returned.
+            (similarities, indices), each (Q, k), in fp32 and int64, nearest first and ties by
+            index. They are -inf and -1 if the index finds fewer than k. If several vectors tie at
+            place k, any of them may be returned.
 
         Raises:
             ValueError: when the index is empty.
         """
         if not len(self.vectors):
-            raise ValueError("the index is empty; give it vectors with build().")
+            raise ValueError("the index is empty. Call build() with vectors first.")
         similarities = np.full((len(queries), k), -np.inf, dtype=np.float32)
         indices = np.full((len(queries), k), -1, dtype=np.int64)
         width = min(k, len(self.vectors))
@@ -143,7 +151,7 @@ class Index:
         return similarities, indices
 
     def describe(self) -> str:
-        """The search in a few words."""
+        """A short description of the search method."""
         if self.used == "ivf":
             lists = self._faiss.nlist
             where = "CPU" if self._faiss_gpu is None else "GPU"
@@ -161,7 +169,7 @@ class Index:
     def _hold(self, vectors: np.ndarray) -> None:
         if vectors.ndim != 2 or not len(vectors):
             raise ValueError(
-                f"an index needs one vector in each row of a table, not the shape {vectors.shape}."
+                f"vectors has the shape {vectors.shape}; it must be (N, D) with N of 1 or more."
             )
         self.vectors, self.used = vectors, self.kind
         self._first = self._faiss = self._faiss_gpu = self._on_gpu = None
@@ -173,7 +181,7 @@ class Index:
                 self._on_gpu = [torch.from_numpy(block).cuda() for block in _blocks(vectors)]
 
     def _candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """(Q, k) indices of the nearest vectors, in any order; -1 where the index finds none."""
+        """(Q, k) indices of the nearest vectors in any order, -1 if the index finds fewer."""
         index = self._faiss
         if self.used == "ivf":
             if self._faiss_gpu is not None and k <= _GPU_MOST:
@@ -186,7 +194,7 @@ class Index:
         return index.search(queries, k)[1]
 
     def _brute_force(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """(Q, k) indices of the largest inner products, block by block."""
+        """(Q, k) indices of the largest inner products, computed block by block."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         query_rows = torch.from_numpy(queries).to(device)
         best_values = torch.empty(len(queries), 0, device=device)
@@ -201,13 +209,13 @@ class Index:
         return best_indices.cpu().numpy()
 
     def _similarities(self, queries: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """(Q, k) exact inner products; -inf where `indices` is -1."""
+        """(Q, k) exact inner products, -inf where `indices` is -1."""
         exact = np.empty(indices.shape, dtype=np.float32)
         step = max(1, _FLOATS // max(1, indices.shape[1] * queries.shape[1]))
         for start in range(0, len(queries), step):
             rows = slice(start, start + step)
             candidates = self.vectors[indices[rows]].astype(np.float32, copy=False)
-            # Not a matrix product: BLAS rounds equal vectors at other places differently.
+            # Not a matrix product, because BLAS may round equal vectors in other rows differently.
             exact[rows] = np.einsum("qd,qkd->qk", queries[rows], candidates)
         exact[indices < 0] = -np.inf
         return exact
@@ -224,32 +232,33 @@ def neighbours(
     index: Index,
     queries: slice | np.ndarray = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other images of each image, without near-duplicates.
+    """Find the k nearest other images of each image, without near-duplicates.
 
     Args:
-        vectors: of all images; rows may repeat an image.
-        hashes: of the same rows (`phash.perceptual_hash`).
+        vectors: vectors of all images. Several rows may show the same image.
+        hashes: perceptual hashes of the same rows (`phash.perceptual_hash`).
         k: number of neighbours.
-        ceiling: images at least this similar are near-duplicates.
-        floor: images less similar than this are no neighbours.
-        hash_distance: images whose hashes differ in at most this many bits are near-duplicates; -1
-            compares no hashes.
-        index: is built on `vectors` if it was not.
-        queries: the rows to find neighbours of; all by default.
+        ceiling: images with at least this similarity are near-duplicates.
+        floor: images with a similarity below this are not neighbours.
+        hash_distance: images whose hashes differ in at most this many bits are near-duplicates. -1
+            disables the comparison of hashes.
+        index: the index. It is built on `vectors` if necessary.
+        queries: the rows to find neighbours of, by default all rows.
 
     Returns:
-        (indices, similarities), (Q, k) int64 and fp32, nearest first, ties by index; -1 and -inf
-        where there are no more. Every image is named by the lowest row that shows it
-        (`first_of_image`), and at most once. An exact index misses none.
+        (indices, similarities), each (Q, k), in int64 and fp32, nearest first and ties by index.
+        They are -1 and -inf if there are fewer than k neighbours. An image appears at most once,
+        as the lowest row that shows it (`first_of_image`). An exact index finds all neighbours.
 
     Raises:
-        ValueError: when there are not as many hashes as vectors, or k is below 1.
+        ValueError: when the numbers of hashes and vectors differ, or k is below 1.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1.")
     if hashes.shape != vectors.shape[:1]:
         raise ValueError(
-            f"there are {hashes.shape} hashes of {len(vectors)} vectors; give one for each."
+            f"hashes has the shape {hashes.shape}; it must have one hash for each of the "
+            f"{len(vectors)} vectors."
         )
     if index.vectors is not vectors:
         index.build(vectors)
@@ -258,8 +267,8 @@ def neighbours(
     indices = np.full((len(images), k), -1, dtype=np.int64)
     similarities = np.full((len(images), k), -np.inf, dtype=np.float32)
     pending, width = np.arange(len(images)), min(len(vectors), k + _SPARE)
-    # Duplicates use up candidates, and ties with the last one may continue after it. So the search
-    # is repeated with more candidates for images with fewer than k usable ones above the last.
+    # Some candidates are duplicates, and vectors that tie with the last candidate may be missing.
+    # So the search is repeated with more candidates if fewer than k usable ones exceed the last.
     while len(pending):
         step, unfinished = max(1, _FLOATS // width), []
         for start in range(0, len(pending), min(step, _QUERIES)):
@@ -288,13 +297,13 @@ def _has_faiss() -> bool:
 
 
 def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    """The vectors, `BLOCK` at a time, fp32 and in memory."""
+    """Yields the vectors in blocks of `BLOCK`, in fp32 and in memory."""
     for start in range(0, len(vectors), BLOCK):
         yield np.array(vectors[start : start + BLOCK], dtype=np.float32, order="C")
 
 
 def _build_ivf(vectors: np.ndarray) -> Any:
-    """An inverted file of FAISS with 4 sqrt(N) lists for N vectors."""
+    """A FAISS inverted file with 4 sqrt(N) lists for N vectors."""
     import faiss
 
     count, size = vectors.shape
@@ -305,7 +314,7 @@ def _build_ivf(vectors: np.ndarray) -> Any:
         lists,
         faiss.ScalarQuantizer.QT_fp16,
         faiss.METRIC_INNER_PRODUCT,
-        False,  # complete vectors, not residuals: fp16 is accurate enough for both
+        False,  # complete vectors, not residuals; fp16 is accurate enough for either
     )
     index.cp.min_points_per_centroid = 1  # no warning on standard output for small sets
     sample = min(count, _POINTS_PER_LIST * lists)
@@ -317,7 +326,7 @@ def _build_ivf(vectors: np.ndarray) -> Any:
 
 
 def _gpu_copy(index: Any) -> tuple[Any, Any] | None:
-    """A copy of an ivf on the first GPU and its resources; None without faiss-gpu or a GPU."""
+    """A copy of an ivf on the first GPU, and its resources. None without faiss-gpu or a GPU."""
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
@@ -327,10 +336,10 @@ def _gpu_copy(index: Any) -> tuple[Any, Any] | None:
 
 
 def _build_hnsw(vectors: np.ndarray) -> Any:
-    """A graph of FAISS, built on one thread: several threads would vary it."""
+    """A FAISS graph, built on one thread because several threads would make it vary."""
     import faiss
 
-    # Of unit vectors the nearest by distance are the nearest by cosine.
+    # For unit vectors, the nearest by distance are also the nearest by cosine.
     half: Any = faiss.ScalarQuantizer.QT_fp16
     index: Any = faiss.IndexHNSWSQ(vectors.shape[1], half, _LINKS, faiss.METRIC_L2)
     index.hnsw.efConstruction = _EF_BUILD

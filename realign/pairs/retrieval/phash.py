@@ -1,8 +1,8 @@
 """Perceptual hash: 64 bits that change little when an image is encoded again.
 
-The signs of a picture's 64 lowest frequencies (a 2-D DCT of its 32 x 32 grey levels, without the
-mean). Two copies differ in few bits, two unrelated images in 32 on average (standard deviation 4).
-Measured on 240 generated images with the spectra of photographs:
+The bits are the signs of the image's 64 lowest frequencies, in a 2-D DCT of its 32 x 32 grey levels
+without the mean. Two copies differ in few bits. Two unrelated images differ in 32 bits on average,
+with a standard deviation of 4. Measured on 240 generated images with the spectra of photographs:
 
 | change of a copy | bits that differ, 95 % of copies | at most | found at 8 bits |
 |---|---|---|---|
@@ -12,9 +12,11 @@ Measured on 240 generated images with the spectra of photographs:
 | 4 % cut off | 11 | 16 | 78 % |
 
 Unrelated images differ in at least 15 bits, in 28,680 pairs. On 38 photographs and crops of them,
-97 % or more of each of the first three changes are found (the missed crop is white sky), and
-unrelated crops differ in at least 17 bits. Scenes of four noisy digits on 16 x 16 pixels are the
-hard case for false matches: 18 of 4.5 million pairs of different scenes are within 8 bits.
+at least 97 % of each of the first three changes are found. The missed crop is white sky. Unrelated
+crops differ in at least 17 bits.
+
+Scenes of four noisy digits on 16 x 16 pixels are the hard case for false matches. Of 4.5 million
+pairs of different scenes, 18 are within 8 bits.
 """
 
 from __future__ import annotations
@@ -23,24 +25,27 @@ import numpy as np
 from PIL import Image
 
 HASH_DISTANCE = 8
-"""Pictures whose hashes differ in at most this many bits are near-duplicates."""
+"""Images whose hashes differ in at most this many bits are near-duplicates."""
 
 IDENTICAL = 0.9999
-"""Images of equal hash whose cosine is at least this are one image. Rounding of bf16 costs 1e-5."""
+"""Images with equal hashes and at least this cosine are one image. bf16 rounding costs 1e-5."""
 
-_FLOATS = 1 << 25  # gathered at once: 128 MB
-_SIDE = 32  # grey levels each way
-_NIL = 1e-6  # rounding of the frequencies of a flat image
+_FLOATS = 1 << 25
+"""Floats gathered at once, 128 MB."""
+_SIDE = 32
+"""Side of the reduced grey image, in pixels."""
+_NIL = 1e-6
+"""Limit for the rounding errors in the frequencies of a flat image."""
 
 
 def _cosines() -> np.ndarray:
-    """The orthonormal DCT-II, (frequency, place)."""
+    """The matrix of the orthonormal DCT-II, (frequency, place)."""
     frequency, place = np.arange(_SIDE)[:, None], np.arange(_SIDE)[None]
     return np.cos(np.pi * (2 * place + 1) * frequency / (2 * _SIDE)) * np.sqrt(2 / _SIDE)
 
 
 def _lowest() -> tuple[np.ndarray, np.ndarray]:
-    """The 64 lowest frequencies except the mean, (down, across), along the anti-diagonals."""
+    """The 64 lowest frequencies without the mean, as (down, across), along the anti-diagonals."""
     pairs = [(down, sum_ - down) for sum_ in range(1, 16) for down in range(sum_ + 1)][:64]
     down, across = np.array(pairs).T
     return down, across
@@ -51,10 +56,10 @@ _PLACES = _lowest()
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """The hash of an image, 64 bits; 0 for a flat image of any colour.
+    """The 64-bit hash of an image. It is 0 for a flat image of any colour.
 
     Args:
-        image: of any size, and any mode that Pillow converts to grey.
+        image: an image of any size, in a mode that Pillow can convert to grey.
     """
     grey = image.convert("L")
     small = grey.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -64,7 +69,7 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Number of different bits; uint64 arrays that broadcast, int64 of their common shape."""
+    """Number of different bits, int64, of two uint64 arrays that broadcast."""
     return np.bitwise_count(np.bitwise_xor(a, b)).astype(np.int64)
 
 
@@ -72,9 +77,9 @@ def first_of_image(
     vectors: np.ndarray,  # (N, D) unit vectors
     hashes: np.ndarray,  # (N,) uint64
 ) -> np.ndarray:
-    """For each row the lowest row that shows the same image, (N,) int64.
+    """For each row, the lowest row that shows the same image, (N,) int64.
 
-    Rows show the same image when their hashes are equal and their cosine is at least `IDENTICAL`.
+    Rows show the same image if their hashes are equal and their cosine is at least `IDENTICAL`.
     """
     first = np.arange(len(hashes))
     pending = np.argsort(hashes, kind="stable")

@@ -1,4 +1,4 @@
-"""Answer: responses by an engine for the records without one."""
+"""Answer stage: an engine writes the missing responses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import (
     NO_REPLY,
     Row,
@@ -22,7 +22,7 @@ from realign.pairs.stages.base import ChatStage, Script
 
 
 class Answer(ChatStage):
-    """A response by a model for the records without one."""
+    """Responses written by an engine for the records without one."""
 
     name = "answer"
     needs = ("read",)
@@ -38,13 +38,13 @@ class Answer(ChatStage):
         return {"engine": engine_identity(self.config.answer, self.config.dtype)}
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
-        """Ask for the missing responses."""
+        """Requests the missing responses."""
         left_out = []
         asked_ids, requests = [], []
         unanswered = [row for row in inputs["read"] if not row["chosen"]]
         images = load_in_threads(chat_images, map(images_of, unanswered))
         for row, loaded in zip(unanswered, images, strict=True):
-            if isinstance(loaded, PictureError):
+            if isinstance(loaded, ImageError):
                 left_out.append(self.invalid(row["id"], loaded.reason, loaded.detail))
             else:
                 asked_ids.append(row["id"])
@@ -64,7 +64,7 @@ class Answer(ChatStage):
 
 
 def _problem_of(reply: Reply, text: str | None) -> tuple[str, str] | None:
-    """(reason, detail) of an invalid reply, else None; `text` is its parsed text."""
+    """(reason, detail) for an invalid reply with the parsed text `text`, or None if it is valid."""
     if reply.error:
         return NO_REPLY, reply.error
     if reply.cut:

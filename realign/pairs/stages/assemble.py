@@ -1,8 +1,8 @@
-"""Assemble: rows of all stages to preference records, with the requested visual negative.
+"""Assembler: combines the rows of all stages into preference records with a visual negative.
 
 The rejected response is always completed on the retrieved neighbour. The visual negative is that
-neighbour's image or, for comparisons, the image of a random record or the record's own image
-cropped, noised or blank.
+neighbour's image. For comparisons, it can be the image of a random record, or a crop, noise or
+blank version of the record's own image.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import pyarrow.parquet as pq
 
 from realign.data.records import PROVENANCE, Record, StoredImage, has_parts
 from realign.pairs.config import PairsConfig
-from realign.pairs.io.pictures import PictureError, load_picture, plain_picture
+from realign.pairs.io.images import ImageError, load_image, plain_image
 from realign.pairs.io.rows import Row, by_id, images_of, load_in_threads, record_of
 from realign.pairs.io.shards import RowLookup, Shards
 from realign.pairs.masking.mask import Masked
 from realign.pairs.negatives import DERIVED, visual_negative
 from realign.pairs.stages.base import IMAGES, Result, Stage, rng_of
 
-_DRAWS = 100  # random records that are tried before the neighbour is used
+_DRAWS = 100  # random records to try before the neighbour is used
 
 
 def derived_negatives(config: PairsConfig, row: Row) -> tuple[StoredImage, ...]:
-    """Visual negatives from the images of a row of read.
+    """Visual negatives made from the images of a row of the read stage.
 
     Raises:
-        PictureError: when an image cannot be read.
+        ImageError: when an image cannot be read.
     """
     negatives = []
     for i, stored in enumerate(images_of(row)):
         rng = rng_of(config.seed, row["id"], f"negative {i}")
-        image = visual_negative(config.negative, load_picture(stored), rng)
+        image = visual_negative(config.negative, load_image(stored), rng)
         negatives.append(StoredImage.from_pil(image))
     return tuple(negatives)
 
 
 class Derive(Stage):
-    """Visual negatives of the finished pairs, of a kind made from the records' own images."""
+    """Visual negatives made from the own images of the records that passed the filters."""
 
     name = "negative"
     needs = ("read", "filter")
@@ -51,17 +51,17 @@ class Derive(Stage):
     schema = pa.schema({"id": pa.string(), "images": IMAGES})
 
     def settings(self) -> Row:
-        """The kind and its seed."""
+        """The kind of negative and the seed."""
         return {"negative": self.config.negative, "seed": self.config.seed}
 
     def run(self, inputs: dict[str, list[Row]], number: int) -> Result:
-        """Make the negatives of a shard."""
+        """Makes the negatives of a shard."""
         accepted = by_id(inputs["filter"])
         sources = [row for row in inputs["read"] if row["id"] in accepted]
         rows, left_out = [], []
         negatives = load_in_threads(lambda row: derived_negatives(self.config, row), sources)
         for row, images in zip(sources, negatives, strict=True):
-            if isinstance(images, PictureError):  # it was readable before
+            if isinstance(images, ImageError):  # it has changed since the embed stage
                 left_out.append(self.invalid(row["id"], images.reason, images.detail))
             else:
                 stored = [{"bytes": image.data, "path": None} for image in images]
@@ -73,8 +73,8 @@ class Assembler:
     """Makes records from the shards of a work folder.
 
     Args:
-        config: of the run.
-        folders: of the stages, by name.
+        config: settings of the run.
+        folders: name of a stage -> its folder.
     """
 
     def __init__(self, config: PairsConfig, folders: Mapping[str, Path]) -> None:
@@ -84,12 +84,12 @@ class Assembler:
         self._all = pq.read_table(folders["retrieve"] / "rows.parquet")
         self._hashes = np.load(folders["retrieve"] / "hashes.npy")
         self._places = lru_cache(1)(self._places_of)
-        # Ids of records with an image that other readers decode differently: usually few.
+        # Ids of records with an image that other readers decode to other pixels; usually few.
         not_plain = [i for i, plain in enumerate(self._all["plain"].to_pylist()) if not all(plain)]
         self._not_plain = set(self._all["id"].take(pa.array(not_plain, pa.int64())).to_pylist())
 
     def pairs(self) -> Iterator[Record]:
-        """The finished pairs, in the order of the data; one shard is in memory at a time."""
+        """Yields the finished pairs in the order of the data, one shard in memory at a time."""
         stages = ["read", self._config.response_stage, "retrieve", "mask", "refill", "filter"]
         stages += [Derive.name] if self._config.negative in DERIVED else []
         shards = {name: Shards(self._folders[name]) for name in dict.fromkeys(stages)}
@@ -101,7 +101,7 @@ class Assembler:
             yield from self.records(inputs, number, accepted)
 
     def typed(self) -> bool:
-        """Whether any record has a prompt in typed parts."""
+        """Whether any record has a prompt with typed parts."""
         read = Shards(self._folders["read"])
         prompts = (read.table(number, ["prompt"])["prompt"].to_pylist() for number in read.done())
         return any(has_parts(json.loads(prompt)) for part in prompts for prompt in part)
@@ -112,9 +112,10 @@ class Assembler:
         """Records of one shard.
 
         Args:
-            inputs: rows of the stages before filter, by name, and derived negatives if any.
-            number: of the shard.
-            accepted: id -> a row of filter, or its columns so far: rank and rejected.
+            inputs: name of a stage -> rows, for the stages before filter. It also has the rows of
+                `Derive`, if that stage has run.
+            number: number of the shard.
+            accepted: id -> row of the filter stage, or only its columns rank and rejected.
 
         Returns:
             The accepted records, in the order of the data.
@@ -161,7 +162,7 @@ class Assembler:
         neighbours: Mapping[str, Row],
         derived: Mapping[str, tuple[StoredImage, ...]],
     ) -> dict[str, tuple[str | None, tuple[StoredImage, ...]]]:
-        """Record -> (id of the record of the negative, None for a derived one; its images)."""
+        """Id of a record -> (id of its negative's record, or None if derived; images)."""
         config = self._config
         if config.negative in DERIVED:
             return {
@@ -178,7 +179,10 @@ class Assembler:
         }
 
     def _random(self, row: Row, number: int, neighbour: tuple[int, str]) -> tuple[int, str]:
-        """(shard, id) of a random record with another image and as many of them, or `neighbour`."""
+        """(shard, id) of a random record with other images and the same number of them.
+
+        Returns `neighbour` if `_DRAWS` draws find none.
+        """
         shards, names = self._all["shard"], self._all["id"]
         rng = rng_of(self._config.seed, row["id"], "random negative")
         own_hash = self._hashes[self._places(number)[row["id"]]]
@@ -189,12 +193,12 @@ class Assembler:
         return neighbour
 
     def _places_of(self, number: int) -> dict[str, int]:
-        """Id -> place among all rows, of the records of a shard."""
+        """Id -> index among the rows of all shards, for the records of one shard."""
         shards = self._all["shard"].to_numpy()
         start, stop = np.searchsorted(shards, [number, number + 1]).tolist()
         names = self._all["id"].slice(start, stop - start).to_pylist()
         return {name: start + i for i, name in enumerate(names)}
 
     def _plain(self, name: str, images: tuple[StoredImage, ...]) -> tuple[StoredImage, ...]:
-        """Images as every reader decodes them."""
-        return tuple(map(plain_picture, images)) if name in self._not_plain else images
+        """The images in a form that every reader decodes to the same pixels."""
+        return tuple(map(plain_image, images)) if name in self._not_plain else images

@@ -1,4 +1,4 @@
-"""Embed: unit vectors and perceptual hashes of the first images."""
+"""Embed stage: unit vectors and perceptual hashes of the records' first images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 from PIL import Image
 
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import InvalidRecord, Row, files_digest, images_of
 from realign.pairs.retrieval.embed import Embedder
 from realign.pairs.retrieval.phash import perceptual_hash
 from realign.pairs.stages.base import Result, Stage
 
-_SIDE = 1024  # pixels of the longer side; a batch of full-size photographs needs gigabytes
+_SIDE = 1024  # pixels of the longer side; a batch of full-size photographs would need gigabytes
 
 
 class Embed(Stage):
-    """Unit vectors and perceptual hashes of the first images; every image is decoded once."""
+    """Unit vectors and perceptual hashes of the first images. Every image is decoded once."""
 
     name = "embed"
     needs = ("read",)
@@ -28,7 +28,7 @@ class Embed(Stage):
             "embedding": pa.list_(pa.float32()),
             "phash": pa.uint64(),
             "size": pa.list_(pa.int32()),
-            "plain": pa.list_(pa.bool_()),  # for each image: whether every reader decodes it alike
+            "plain": pa.list_(pa.bool_()),  # whether all readers decode the same pixels, per image
         }
     )
 
@@ -36,18 +36,18 @@ class Embed(Stage):
 
     @property
     def uses_gpu(self) -> bool:
-        """The encoder runs on a GPU."""
+        """Always true, because the encoder runs on a GPU if there is one."""
         return True
 
     def settings(self) -> Row:
-        """The encoder."""
+        """The encoder and its dtype."""
         config = self.config
         name = config.embed_model or config.base
         own = config.embed_model is None
         return {"model": name, "mark": files_digest(name), "own tower": own, "dtype": config.dtype}
 
     def open(self) -> None:
-        """Load the encoder."""
+        """Loads the encoder."""
         config = self.config
         self._embedder = Embedder(
             config.embed_model, config.base, batch_size=config.batch_size, dtype=config.dtype
@@ -55,11 +55,11 @@ class Embed(Stage):
         self._embedder.open()
 
     def close(self) -> None:
-        """Release the encoder."""
+        """Releases the encoder."""
         self._embedder = None
 
     def run(self, inputs: dict[str, list[Row]], number: int) -> Result:
-        """Embed the readable images in batches, while the next batch is decoded."""
+        """Embeds the readable images in batches, while the next batch is decoded."""
         assert self._embedder is not None
         rows, left_out = [], []
         sources, size = inputs["read"], self.config.batch_size
@@ -78,12 +78,12 @@ class Embed(Stage):
         return rows, left_out
 
     def _decode(self, row: Row) -> tuple[Image.Image, Row] | InvalidRecord:
-        """The first image, reduced, and the columns except the embedding."""
+        """The first image, reduced in size, and all columns except the embedding."""
         try:
             decoded = [stored.decode() for stored in images_of(row)]
             if not decoded:
-                raise PictureError("no image")
-        except PictureError as error:
+                raise ImageError("no image")
+        except ImageError as error:
             return self.invalid(row["id"], error.reason, error.detail)
         image = decoded[0][0]
         columns = {"id": row["id"], "phash": perceptual_hash(image), "size": image.size}

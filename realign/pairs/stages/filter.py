@@ -1,4 +1,4 @@
-"""Filter: selects the attempt of each record that becomes its rejected response."""
+"""Filter stage: selects the completion of each record that becomes its rejected response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from realign.pairs.stages.base import ChatStage, Script
 
 
 class Filter(ChatStage):
-    """The first attempt of each record that passes all filters; records without one are dropped."""
+    """The first completion of each record that passes all filters.
+
+    Records without one are dropped.
+    """
 
     name = "filter"
     schema = pa.schema(
@@ -45,7 +48,7 @@ class Filter(ChatStage):
         return any(f.uses_gpu for f in self._filters) or super().uses_gpu
 
     def settings(self) -> Row:
-        """The settings of all filters, and of the visual negative if a filter uses it."""
+        """The settings of all filters, and those of the visual negative if a filter uses it."""
         settings: Row = {}
         for pair_filter in self._filters:
             settings |= pair_filter.settings()
@@ -54,7 +57,7 @@ class Filter(ChatStage):
         return settings
 
     def open(self) -> None:
-        """Load the models of the filters."""
+        """Loads the models of the filters."""
         super().open()
         for pair_filter in self._filters:
             pair_filter.open()
@@ -62,13 +65,13 @@ class Filter(ChatStage):
             self._assembler = Assembler(self.config, self.folders)
 
     def close(self) -> None:
-        """Release the models of the filters."""
+        """Releases the models of the filters."""
         super().close()
         for pair_filter in self._filters:
             pair_filter.close()
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
-        """Filter the attempts that passed refill, one of each record at a time."""
+        """Filters the completions that passed refill, in rounds with one of each record."""
         attempts = {row["id"]: row["attempts"] for row in inputs["refill"]}
         passed = {n: [a for a in tries if not a["reason"]] for n, tries in attempts.items()}
         chosen = {row["id"]: row["chosen"] for row in inputs[self.config.response_stage]}
@@ -102,6 +105,6 @@ class Filter(ChatStage):
                 left_out.append(self.filtered(name, candidate.reason))
             else:
                 unknown = candidate.columns.keys() - set(self.schema.names)
-                assert not unknown, f"name {unknown} in the `columns` of their filter"
+                assert not unknown, f"add {unknown} to the `columns` of their filter"
                 rows.append({"id": name, **candidate.columns})
         return rows, left_out

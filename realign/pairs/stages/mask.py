@@ -1,4 +1,4 @@
-"""Mask: segments of the responses to hide, by a masker of the registry or by an engine."""
+"""Mask stage: hides segments of the responses, chosen by a registered masker or an engine."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Mask(ChatStage):
         return {name: getattr(config, name) for name in names}
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
-        """Mask the responses; records without anything to mask are dropped."""
-        detail = "give one, or let --answer write it"
+        """Masks the responses. Records without anything to mask are dropped."""
+        detail = "add one, or let --answer write it"
         rows, left_out = [], []
         sources = []
         for row in inputs[self.needs[0]]:
@@ -46,7 +46,7 @@ class Mask(ChatStage):
                 sources.append(row)
             else:
                 left_out.append(self.invalid(row["id"], "no response", detail))
-        masks: list[Masked | None | str]  # a str is the error of a reply
+        masks: list[Masked | None | str]  # a str is the error message of a reply
         if self.engine_spec is None:
             masks = [self._masked(row) for row in sources]
         else:

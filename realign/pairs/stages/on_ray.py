@@ -1,7 +1,7 @@
-"""Stages on Ray Data: a worker makes a shard as the plain runner does, and writes it.
+"""Stages on Ray Data: workers make the shards like the plain runner, and write them.
 
-Only numbers of shards and their results pass through Ray, so a crash of a worker loses only its
-shard in progress: Ray starts another worker and repeats the task.
+Only the numbers of shards and their results pass through Ray. If a worker crashes, only its shard
+in progress is lost. Ray starts another worker and repeats the task.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from realign.pairs.stages.base import ChatStage, Stage
 from realign.pairs.stages.shard import InvalidLimit, ShardResult, failed, make_shard, read_inputs
 from realign.third_party import silence_third_party
 
-_STORE = 512 * 2**20  # bytes of a local instance, which holds shard numbers
+_STORE = 512 * 2**20  # bytes; a local object store holds only shard numbers and results
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
@@ -34,17 +34,17 @@ def make_shards(
     """Make shards on Ray's workers, in any order.
 
     Args:
-        stage: with its folders set.
-        numbers: of the shards.
-        limit: for each shard separately.
-        address: "local", "local:N" with N workers, or an argument of `ray.init`.
+        stage: the stage, with its folders set.
+        numbers: numbers of the shards.
+        limit: limit on the invalid records of each shard.
+        address: "local", "local:N" for N workers, or an address for `ray.init`.
 
     Raises:
         ValueError: when Ray is not installed or cannot be reached.
     """
     ray = _start(address)
     stage = copy.copy(stage)
-    stage.tick = Stage.tick  # a worker has no terminal
+    stage.tick = Stage.tick  # a worker has no progress bar
     if isinstance(stage, ChatStage):
         _report_cost(stage, numbers[0])
         stage.report = None
@@ -61,15 +61,15 @@ def make_shards(
         compute = ray.data.TaskPoolStrategy(size)
         options |= {"fn_args": arguments}
         worker = _make
-    # One block for each shard makes each shard a task. Ray Data repeats the task of a worker that
-    # died, without limit.
+    # With one block per shard, every shard is a task. If a worker dies, Ray Data repeats its task,
+    # without a limit.
     rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
     for row in rows.map_batches(worker, compute=compute, **options).iter_rows():
         yield ShardResult(**row)
 
 
 def _report_cost(stage: ChatStage, number: int) -> None:
-    """Report the estimated cost of an endpoint's requests, from the requests of one shard."""
+    """Reports the estimated cost of an endpoint's requests, from the requests of one shard."""
     if not is_endpoint(stage.engine_spec) or stage.uses_gpu:  # the driver loads no model
         return
     inputs = read_inputs(stage, number)
@@ -81,7 +81,7 @@ def _report_cost(stage: ChatStage, number: int) -> None:
 
 
 class _Worker:
-    """An actor."""
+    """An actor that makes shards."""
 
     def __init__(self, *arguments: Any) -> None:
         self._arguments = arguments
@@ -90,11 +90,11 @@ class _Worker:
         return _make(batch, *self._arguments)
 
 
-_open_stages: list[Stage] = []  # at most one: the stage that is open in this process
+_open_stages: list[Stage] = []  # at most one, the open stage of this process
 
 
 def _opened(stage: Stage) -> Stage:
-    """The stage, open in this process; any other open stage is closed."""
+    """Opens the stage in this process if necessary, and closes any other stage."""
     if not _open_stages or _open_stages[0].folder != stage.folder:
         silence_third_party()
         while _open_stages:
@@ -107,9 +107,9 @@ def _opened(stage: Stage) -> Stage:
 def _make(
     batch: dict[str, Any], stage: Stage, limit: InvalidLimit, threads: int
 ) -> dict[str, list]:
-    """Make the shard of a batch of one number."""
+    """Makes the shard of a batch, which holds one number."""
     (number,) = batch["number"].tolist()
-    torch.set_num_threads(threads)  # sums in the same order as a plain run
+    torch.set_num_threads(threads)  # for the same order of summation as a plain run
     try:
         stage = _opened(stage)
     except ValueError as error:
@@ -120,14 +120,14 @@ def _make(
 
 
 def _start(address: str) -> Any:
-    """Connect to Ray: it starts once in a process and ends with it."""
+    """Connects to Ray, or returns the existing connection of this process."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
     except ImportError as error:
-        raise ValueError("--ray needs Ray: pip install 'realign[ray]'.") from error
+        raise ValueError("--ray needs Ray. Run pip install 'realign[ray]'.") from error
     if ray.is_initialized():
         return ray
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
@@ -146,5 +146,5 @@ def _start(address: str) -> Any:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"Ray cannot be reached at {address!r} ({error}).") from error
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the runner has its own
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the runner shows its own
     return ray

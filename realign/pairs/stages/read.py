@@ -1,4 +1,4 @@
-"""Read: the records of a data set, or digit scenes, as shards."""
+"""Read stage: the records of a data set or of digit scenes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PATHS = "images.list.element.path"  # name of the nested column in Parquet
 
 
 def digit_sources(config: PairsConfig) -> list[Record]:
-    """Biased digit scenes with their true captions: the embedded default."""
+    """The default records: biased digit scenes with their true captions."""
     scenes = make_scenes(config.scenes, biased=True, split="train", seed=config.seed)
     prompt = ({"role": "user", "content": CAPTION_PROMPT},)
     return [
@@ -35,7 +35,7 @@ def digit_sources(config: PairsConfig) -> list[Record]:
 
 
 class Read(Stage):
-    """Records and the paths of their images. Sequential: a shard is the next `shard` records."""
+    """Records and the paths of their images. A shard holds the next `config.shard` records."""
 
     name = "read"
     version = 2
@@ -45,7 +45,7 @@ class Read(Stage):
             "prompt": pa.string(),
             "chosen": pa.string(),
             "images": IMAGES,
-            "stamps": pa.list_(pa.string()),  # of images that are files, see `_stamp`
+            "stamps": pa.list_(pa.string()),  # for image files, see `_stamp`
         }
     )
 
@@ -63,7 +63,7 @@ class Read(Stage):
         }
 
     def shards(self, skip: int) -> Iterator[list[Record | InvalidRecord]]:
-        """The records of each shard, from shard `skip` on."""
+        """Yields the records of each shard, starting at shard `skip`."""
         config = self.config
         records: Iterator[Record | InvalidRecord]
         if config.data is None:
@@ -86,7 +86,10 @@ class Read(Stage):
         }
 
     def changed(self) -> set[int]:
-        """Shards to read again: damaged ones, and those with changed or refused image files."""
+        """Numbers of the shards to read again.
+
+        These are damaged shards, and shards with changed, missing or misplaced image files.
+        """
         numbers = Shards(self.folder).done()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             changed = pool.map(self._has_changed, numbers)
@@ -109,9 +112,9 @@ class Read(Stage):
 
 
 def _stamp(path: str) -> str:
-    """Size, time and readability of an image file, which change with its content.
+    """Size, modification time and readability of an image file, to detect changes.
 
-    Links were resolved when the record was read (`inside`), so a link is a later change.
+    `inside` resolved links when the record was read, so a link at this path is a later change.
     """
     try:
         status = os.lstat(path)

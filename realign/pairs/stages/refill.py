@@ -1,4 +1,4 @@
-"""Refill: masked responses are completed on the neighbours, nearest first."""
+"""Refill stage: completes the masked responses on the neighbours, nearest first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Chat, Reply
 from realign.pairs.filters.text import reason_to_drop
 from realign.pairs.infill.refill import infill, load_vlm
-from realign.pairs.io.pictures import PictureError
+from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import (
     NO_REPLY,
     InvalidRecord,
@@ -38,12 +38,12 @@ from realign.pairs.stages.base import ChatStage, Script, rng_of
 _ATTEMPT = pa.struct(
     {"rank": pa.int32(), "text": pa.string(), "closed": pa.bool_(), "reason": pa.string()}
 )
-_SPARE_TOKENS = 32  # of a completion, beyond one for two characters of the chosen response
+_SPARE_TOKENS = 32  # allowed in addition to one token per two characters of the chosen response
 
 
 @dataclass
 class _Task:
-    """A record and the attempts on its neighbours."""
+    """A record and its completions on the neighbours."""
 
     record: Record
     masked: Masked
@@ -52,7 +52,7 @@ class _Task:
     invalid: InvalidRecord | None = None
 
     def needs_attempt(self, place: int, candidates: int) -> bool:
-        """Whether the neighbour at `place` is tried."""
+        """Whether to try the neighbour at `place`."""
         passed = sum(not attempt["reason"] for attempt in self.attempts)
         return self.invalid is None and place < len(self.neighbours) and passed < candidates
 
@@ -60,7 +60,7 @@ class _Task:
 class Refill(ChatStage):
     """Completions of the masked responses on the neighbours, nearest first.
 
-    Infill forces the unmasked tokens; a prompt asks an engine to complete the text.
+    With `infill`, the unmasked tokens are forced. With `prompt`, an engine completes the text.
     """
 
     name = "refill"
@@ -77,11 +77,11 @@ class Refill(ChatStage):
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether a model runs in this process."""
+        """Whether the model runs in this process."""
         return self.engine_spec is None or super().uses_gpu
 
     def settings(self) -> Row:
-        """The model, and the settings that decide which attempts pass."""
+        """The model, and the settings that decide which completions pass."""
         config = self.config
         if self.engine_spec is None:
             model = [config.base, files_digest(config.base), config.dtype]
@@ -97,26 +97,26 @@ class Refill(ChatStage):
         }
 
     def open(self) -> None:
-        """Load the model, or open the engine."""
+        """Loads the model, or opens the engine."""
         self._lookup = RowLookup(self.folders["read"])
         super().open()
         if self.engine_spec is None:
             self._vlm, self._processor = load_vlm(self.config.base, self.config.dtype)
 
     def close(self) -> None:
-        """Release the model."""
+        """Releases the model."""
         super().close()
         self._vlm = None
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
-        """Try the neighbours in order until `candidates` completions pass or none is left."""
+        """Tries the neighbours in order, until `candidates` completions pass or none is left."""
         tasks, config = self._tasks(inputs), self.config
         for place in range(max((len(task.neighbours) for task in tasks), default=0)):
             active = [task for task in tasks if task.needs_attempt(place, config.candidates)]
             neighbours = [task.neighbours[place] for task in active]
             keys = [(neighbour["shard"], neighbour["id"]) for neighbour in neighbours]
             rows = self._lookup.rows(keys)
-            # A prompt has places for all images of its record, so a neighbour needs as many.
+            # The prompt has a place for each image of its record, so the numbers must be equal.
             pairs = [
                 (task, rows[key])
                 for task, key in zip(active, keys, strict=True)
@@ -155,13 +155,16 @@ class Refill(ChatStage):
         return tasks
 
     def _infill(self, pairs: Sequence[tuple[_Task, Row]], place: int) -> None:
-        """Complete a batch in place; a batch that fails is tried again in halves."""
+        """Completes a batch and stores the completions in its tasks.
+
+        A batch that fails is tried again in halves.
+        """
         loaded = load_in_threads(decode_images, [images_of(row) for _, row in pairs])
-        # A neighbour was readable before; if it is not now, the next one is tried.
+        # If a neighbour has become unreadable since the embed stage, the next one is tried.
         readable = [
             (pair, images)
             for pair, images in zip(pairs, loaded, strict=True)
-            if not isinstance(images, PictureError)
+            if not isinstance(images, ImageError)
         ]
         if not readable:
             return
@@ -176,7 +179,7 @@ class Refill(ChatStage):
                 temperature=self.config.temperature,
                 seeds=[self._seed(task, place) for task in tasks],
             )
-        except (torch.OutOfMemoryError, ValueError) as error:  # ValueError: of a processor
+        except (torch.OutOfMemoryError, ValueError) as error:  # ValueError: from a processor
             if len(tasks) == 1:
                 no_memory = isinstance(error, torch.OutOfMemoryError)
                 reason = "out of memory" if no_memory else "refused by the model"
@@ -188,7 +191,7 @@ class Refill(ChatStage):
                 self._note(task, place, completion.text, completion.closed, reason)
             return
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # outside `except`, which would hold the failed batch
+            torch.cuda.empty_cache()  # not in `except`, which keeps the failed batch alive
         half = len(readable) // 2
         for part in (readable[:half], readable[half:]):
             self._infill([pair for pair, _ in part], place)
@@ -196,11 +199,11 @@ class Refill(ChatStage):
     def _ask_for(
         self, pairs: Sequence[tuple[_Task, Row]], place: int
     ) -> Generator[list[Chat], list[Reply], None]:
-        """Ask an engine to complete the responses."""
+        """Requests completions from the engine."""
         asked_tasks, requests = [], []
         loaded = load_in_threads(chat_images, [images_of(row) for _, row in pairs])
         for (task, _), images in zip(pairs, loaded, strict=True):
-            if isinstance(images, PictureError):  # see `_infill`
+            if isinstance(images, ImageError):  # see `_infill`
                 continue
             asked_tasks.append(task)
             requests.append(
@@ -230,7 +233,7 @@ class Refill(ChatStage):
             self._note(task, place, text or "", not reply.cut, reason)
 
     def _note(self, task: _Task, place: int, text: str, closed: bool, reason: str) -> None:
-        """Keep an attempt; without a `reason` to drop it, it passes if the text differs enough."""
+        """Stores a completion. Without a `reason` to drop it, the text filters decide."""
         lexical = self.config.similarity == "lexical"
         tau = self.config.tau if lexical else float("inf")
         reason = reason or reason_to_drop(task.record.chosen, text, tau) or ""

@@ -1,4 +1,4 @@
-"""Retrieve: the nearest other images of every image, among the images of all shards."""
+"""Retrieve stage: the nearest neighbours of every image, among the images of all shards."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ _ARRAYS = ("vectors.npy", "hashes.npy")
 
 
 class _Group(NamedTuple):
-    """Records with the same number of images; neighbours have equal numbers."""
+    """Records with the same number of images. Neighbours are always in one group."""
 
     images: int
-    rows: np.ndarray  # (n,) places among all rows
+    rows: np.ndarray  # (n,) indices among the rows of all shards
     vectors: np.ndarray  # (n, D)
     hashes: np.ndarray  # (n,)
 
 
 class Retrieve(Stage):
-    """Global: `prepare` writes the vectors of all shards to one file, which processes map.
+    """Neighbours among all images.
 
-    It writes `vectors.npy` (N, D) fp32, `hashes.npy` (N,) uint64, an index unless search is exact
-    and, last, `rows.parquet` with the id, the shard and the images of every vector.
+    `prepare` writes the vectors of all shards to one file, which every process maps. The files are
+    `vectors.npy` (N, D) fp32 and `hashes.npy` (N,) uint64, and an index unless search is exact. The
+    last file is `rows.parquet`, with the id, the shard and the images of every vector.
     """
 
     name = "retrieve"
@@ -45,12 +46,12 @@ class Retrieve(Stage):
     _indices: list[tuple[_Group, Index]]
 
     def settings(self) -> Row:
-        """Settings of the search."""
+        """The settings of the search."""
         names = ("k", "ceiling", "floor", "hash_distance", "index")
         return {name: getattr(self.config, name) for name in names}
 
     def prepare(self) -> None:
-        """Write the files that all shards share.
+        """Writes the files that all shards share.
 
         Raises:
             ValueError: when no image could be read.
@@ -61,11 +62,11 @@ class Retrieve(Stage):
         complete = all((folder / name).exists() for name in _ARRAYS)
         if complete and footer(file).get(INPUTS_KEY) == self.shared.encode():
             return
-        file.unlink(missing_ok=True)  # its existence marks the arrays as complete
+        file.unlink(missing_ok=True)  # this file marks the arrays as complete
         counts = {n: len(embedded.table(n, ["id"])) for n in embedded.done()}
         numbers = [n for n, count in counts.items() if count]
         if not numbers:
-            raise ValueError("no record is left to retrieve among: no image could be read.")
+            raise ValueError("no image could be read, so there are no neighbours to retrieve.")
 
         def column(name: str) -> Iterator[pa.ChunkedArray]:
             return (embedded.table(n, [name])[name] for n in numbers)
@@ -83,13 +84,13 @@ class Retrieve(Stage):
         write_table(file, rows.replace_schema_metadata({INPUTS_KEY: self.shared}))
 
     def _save_index(self, rows: pa.Table) -> None:
-        """Build the indices of approximate search once, for every process to load."""
+        """Builds the indices of approximate search once. Every process loads them."""
         for group in self._groups(rows):
             path = self._index_file(group)
             partial = path.with_name(f".{path.name}.partial")
             try:
                 Index(self.config.index).build(group.vectors).save(partial)
-            except RuntimeError as error:  # of FAISS
+            except RuntimeError as error:  # from FAISS
                 if "No space left" in str(error):
                     raise OSError(errno.ENOSPC, str(error)) from error
                 raise
@@ -100,7 +101,7 @@ class Retrieve(Stage):
         return self.folder / f"index-{group.images}.faiss"
 
     def _groups(self, rows: pa.Table) -> list[_Group]:
-        """Rows by the number of images of their records."""
+        """Groups the rows by the number of images of their records."""
         vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
         hashes = np.load(self.folder / "hashes.npy")
         counts = np.array([len(images) for images in rows["plain"].to_pylist()])
@@ -111,7 +112,7 @@ class Retrieve(Stage):
         return [_Group(kind, at, vectors[at], hashes[at]) for kind, at in groups.items()]
 
     def open(self) -> None:
-        """Map the vectors and load the indices."""
+        """Maps the vectors and loads the indices."""
         rows = pq.read_table(self.folder / "rows.parquet")
         self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
         self._indices = [
@@ -120,11 +121,11 @@ class Retrieve(Stage):
         ]
 
     def close(self) -> None:
-        """Release the indices."""
+        """Releases the indices."""
         self._indices = []
 
     def run(self, inputs: dict[str, list[Row]], number: int) -> Result:
-        """Search for the neighbours of one shard's images among all images."""
+        """Finds the neighbours of one shard's images among all images."""
         start, stop = np.searchsorted(self._shards, [number, number + 1]).tolist()
         near: list[list[Row]] = [[] for _ in range(start, stop)]
         config = self.config
@@ -148,7 +149,7 @@ class Retrieve(Stage):
         return [{"id": i, "neighbours": rows} for i, rows in zip(ids, near, strict=True)], []
 
     def _neighbours(self, group: _Group, places: np.ndarray, similarities: np.ndarray) -> list[Row]:
-        """The neighbours of one image as the column holds them."""
+        """The neighbours of one image as rows of the column `neighbours`."""
         rows = group.rows[places[places >= 0]].tolist()
         neighbour_rows = []
         for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=False)):

@@ -1,4 +1,4 @@
-"""Runner: makes the missing shards, stage after stage, and reports its progress."""
+"""Runner: makes the missing shards of one stage after the other, and reports progress."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from realign.pairs.stages.shard import InvalidLimit, ShardResult, is_current, ma
 
 
 class RunError(ValueError):
-    """A run stopped. Its shards stay, and the same command resumes from them."""
+    """A stopped run. Its shards are kept, and the same command resumes from them."""
 
 
 @dataclass
 class Outcome:
     """Result of a run."""
 
-    folders: dict[str, Path] = field(default_factory=dict)  # of the stages, by name
-    records: int = 0  # of the data, invalid ones included
+    folders: dict[str, Path] = field(default_factory=dict)  # name of a stage -> its folder
+    records: int = 0  # records read, including invalid ones
     unanswered: int = 0  # records without a response
-    bad: Counter[str] = field(default_factory=Counter)  # reason -> invalid records
+    bad: Counter[str] = field(default_factory=Counter)  # reason -> number of invalid records
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> records without a pair
 
 
@@ -45,12 +45,12 @@ class Runner:
     """Runs stages in one work folder.
 
     Args:
-        work: the folder.
-        stages: in order; the first is `Read`.
-        max_bad: share of the records that may be invalid.
-        rejected: file that lists these records at the end, even of a run that fails.
-        quiet: no lines and no bars.
-        ray: address for Ray; None runs in this process.
+        work: the work folder.
+        stages: the stages in order, starting with `Read`.
+        max_bad: maximum share of invalid records.
+        rejected: file that lists the invalid records, also when the run fails.
+        quiet: print no lines and no progress bars.
+        ray: address for Ray. None makes all shards in this process.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Runner:
         self.report: Callable[[str], None] = (lambda line: None) if quiet else print
         self.ray = ray
         self.outcome = Outcome()
-        # Record -> place of the first stage that found it invalid, shard, entry.
+        # Record -> index of the first stage that found it invalid, shard, entry.
         self._invalid: dict[str, tuple[int, int, InvalidRecord]] = {}
 
     def run(self, check: Callable[[Outcome], None]) -> Outcome:
         """Make every missing shard.
 
         Args:
-            check: called after the records are read; raises to stop the run.
+            check: called after the records are read. It may raise an error to stop the run.
 
         Raises:
             RunError: for a full disk, too many invalid records, or a failing engine or data set.
@@ -109,16 +109,16 @@ class Runner:
         return self.outcome
 
     def _read(self, stage: Read) -> int:
-        """Write the missing shards of records; returns the number of all shards."""
+        """Writes the missing shards of records. Returns the number of all shards."""
         shards, file = Shards(stage.folder, stage.schema), stage.folder / "read.json"
         current, counts = set(shards.done()) - stage.changed(), {}
-        with suppress(FileNotFoundError, ValueError):  # ValueError: it is incomplete
+        with suppress(FileNotFoundError, ValueError):  # ValueError: the file is incomplete
             counts = json.loads(file.read_text())
         began, records = time.perf_counter(), 0
         if counts.get("shards") != len(current):
             skip = next(number for number in count() if number not in current)
             parts = stage.shards(skip)
-            first = next(parts, None)  # an invalid data set raises before a bar is drawn
+            first = next(parts, None)  # an invalid data set raises before the bar appears
             with tqdm(desc="read", unit="record", disable=self.quiet) as bar:
                 for number, part in enumerate(chain([first] if first else [], parts), skip):
                     if number not in current:
@@ -132,12 +132,12 @@ class Runner:
         self.outcome.records = counts["records"]
         self.outcome.unanswered = counts["unanswered"]
         if not counts["records"]:
-            raise ValueError("the data holds no records; name a file or folder with some.")
+            raise ValueError("the data holds no records. Pass a file or folder with records.")
         self._note_invalid(stage, shards.done())
         return counts["shards"]
 
     def _make(self, stage: Stage, total: int) -> None:
-        """Make the shards of a stage that are missing or not current."""
+        """Makes the shards of a stage that are missing or outdated."""
         shards = Shards(stage.folder, stage.schema)
         stage.folder.mkdir(parents=True, exist_ok=True)
         stage.prepare()
@@ -147,7 +147,7 @@ class Runner:
         self._note_invalid(stage, sorted(current))
         if missing:
             if current:
-                self.report(f"{stage.name}: {len(current)} of {total} shards found done")
+                self.report(f"{stage.name}: {len(current)} of {total} shards already done")
             if isinstance(stage, ChatStage):
                 stage.report = self.report
                 stage.records = self.outcome.records * len(missing) // total
@@ -165,7 +165,7 @@ class Runner:
                     records_done += result.records
                     bar.update(max(0, start + records_done - bar.n))  # minus the stage's ticks
                     self._check(stage, result)
-            shards.clear_partial()  # of a worker of Ray that died
+            shards.clear_partial()  # left by Ray workers that died
         self._report(stage, total, records_done, began)
 
     def _results(self, stage: Stage, missing: list[int]) -> Iterator[ShardResult]:
@@ -189,7 +189,7 @@ class Runner:
         return int(round(self.max_bad * self.outcome.records, 6))
 
     def _check(self, stage: Stage, result: ShardResult) -> None:
-        """Raise the error of a shard.
+        """Raises the error of a shard, if it has one.
 
         Raises:
             RunError: for a full disk, a failing engine or too many invalid records.
@@ -202,10 +202,10 @@ class Runner:
             self._note_invalid(stage, [result.number])
 
     def _note_invalid(self, stage: Stage, numbers: Sequence[int]) -> None:
-        """Note the invalid records of shards; stop when there are more than `max_bad` allows.
+        """Collects the invalid records of shards.
 
         Raises:
-            RunError: with the commonest reasons.
+            RunError: when there are more than `max_bad` allows. It names the most common reasons.
         """
         place, shards = self.stages.index(stage), Shards(stage.folder)
         for number in numbers:
@@ -220,13 +220,13 @@ class Runner:
         detail = f" ({example.detail})" if example.detail else ""
         raise RunError(
             f"{len(entries)} of {self.outcome.records} records cannot be used, more than "
-            f"--max-bad {self.max_bad:g} allows: {shown}; for one, record {example.record!r}"
+            f"--max-bad {self.max_bad:g} allows: {shown}; for example, record {example.record!r}"
             f"{detail}. {self.rejected} lists them. Fix the data or the engine, or raise "
             "--max-bad, and run again."
         )
 
     def _list_invalid(self) -> None:
-        """List every invalid record in `rejected`, and count all records left out."""
+        """Lists every invalid record in `rejected`, and counts all records left out."""
         entries = [e for *_, e in sorted(self._invalid.values(), key=lambda item: item[:2])]
         if entries:
             rows = [vars(entry) for entry in entries]
@@ -240,14 +240,14 @@ class Runner:
     def _full(self) -> str:
         shard_count = sum(len(Shards(stage.folder).done()) for stage in self.stages)
         return (
-            f"no room is left on the disk of {self.work} or {self.rejected.parent}. The "
-            f"{shard_count} shards written so far are complete and stay. Make room and run "
-            "the same command again, which resumes from them."
+            f"the disk of {self.work} or {self.rejected.parent} is full. The {shard_count} "
+            "finished shards are kept. Free some space and run the same command again, which "
+            "resumes from them."
         )
 
     def _report(self, stage: Stage, total: int, records: int, began: float) -> None:
         if not records:
-            self.report(f"{stage.name}: all {total} shards found done")
+            self.report(f"{stage.name}: all {total} shards already done")
             return
         rate = records / max(time.perf_counter() - began, 1e-9)
         self.report(
@@ -256,23 +256,23 @@ class Runner:
 
 
 def note_run(work: Path, output: str, outcome: Outcome) -> None:
-    """Write the counts of left-out records of an output into the work folder."""
+    """Write the numbers of dropped and invalid records for an output into the work folder."""
     counts = {"dropped": outcome.dropped, "bad": outcome.bad}
     write_bytes(run_note(work, output), json.dumps(counts, indent=1).encode())
 
 
 def run_note(work: Path, output: str) -> Path:
-    """File of these counts; outputs in other folders may have the same work folder and name."""
+    """File of these numbers. A digest distinguishes outputs of the same name in other folders."""
     path = Path(output).resolve()
     return work / f"{path.name}.{digest_of(str(path))[:8]}.json"
 
 
 @contextmanager
 def sole_run(work: Path) -> Iterator[None]:
-    """Lock the work folder; the system releases the lock when the process ends in any way.
+    """Locks the work folder. The system releases the lock when the process ends for any reason.
 
     Raises:
-        ValueError: when another run holds it.
+        ValueError: when another run holds the lock.
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / ".lock").open("w") as file:
@@ -280,7 +280,7 @@ def sole_run(work: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another run works in {work}. Wait for its end, or name another --work."
+                f"another run uses {work}. Wait until it ends, or pass another --work."
             ) from None
         except OSError:  # a file system without locks
             pass
@@ -288,7 +288,7 @@ def sole_run(work: Path) -> Iterator[None]:
 
 
 def _count(shards: Shards) -> dict[str, int]:
-    """Numbers of shards, of records including invalid ones, and of records without a response."""
+    """Numbers of shards, of records (including invalid ones) and of records without a response."""
     numbers, records, unanswered = shards.done(), 0, 0
     for number in numbers:
         chosen = shards.table(number, ["chosen"])["chosen"].to_pylist()

@@ -1,4 +1,4 @@
-"""One shard: its inputs, its state on disk, and its computation in this process."""
+"""Computation of one shard in this process, and checks whether a shard on disk is current."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class ShardResult:
     """Result of one shard.
 
     Attributes:
-        number: of the shard.
-        records: of its inputs.
+        number: number of the shard.
+        records: number of records in its inputs.
         invalid: number of invalid records that no earlier stage has listed.
-        error: reason why it was not written, or ""; "full" for a full disk, "invalid" for more
-            invalid records than the limit.
+        error: reason why the shard was not written, or "". "full" means a full disk, "invalid"
+            means more invalid records than the limit.
     """
 
     number: int
@@ -32,8 +32,8 @@ class InvalidLimit:
     """Limit on the invalid records of a shard.
 
     Attributes:
-        allowed: number of further invalid records.
-        listed: invalid records that an earlier stage has listed.
+        allowed: number of additional invalid records that are allowed.
+        listed: names of invalid records that an earlier stage has listed.
     """
 
     allowed: int
@@ -47,14 +47,14 @@ def inputs_digest(stage: Stage, number: int) -> str:
 
 
 def is_current(stage: Stage, number: int) -> bool:
-    """Whether an existing shard has the current inputs and a reply for every record."""
+    """Whether an existing shard was made from the current inputs, with a reply for every record."""
     shards = Shards(stage.folder)
     unanswered = any(entry.reason == NO_REPLY for entry in shards.left_out_of(number, "bad"))
     return not unanswered and shards.inputs_digest(number) == inputs_digest(stage, number)
 
 
 def read_inputs(stage: Stage, number: int) -> dict[str, list[Row]]:
-    """The rows of the stages needed, by stage."""
+    """Name of each needed stage -> its rows of a shard."""
     return {
         name: Shards(stage.folders[name]).read(number, stage.columns.get(name))
         for name in stage.needs
@@ -64,8 +64,8 @@ def read_inputs(stage: Stage, number: int) -> dict[str, list[Row]]:
 def make_shard(stage: Stage, number: int, limit: InvalidLimit) -> ShardResult:
     """Make and write one shard of an open stage.
 
-    With more invalid records than the limit allows, only their list is written. The next run makes
-    the shard again, after they are fixed.
+    With more invalid records than the limit allows, only the list of these records is written. The
+    next run makes the shard again.
     """
     shards = Shards(stage.folder, stage.schema)
     try:
@@ -75,7 +75,7 @@ def make_shard(stage: Stage, number: int, limit: InvalidLimit) -> ShardResult:
         rows, left_out = stage.run(inputs, number)
         invalid = sum(type(e) is InvalidRecord and e.record not in limit.listed for e in left_out)
         if invalid > limit.allowed:
-            shards.file(number).unlink(missing_ok=True)  # of an earlier run, whose list is replaced
+            shards.file(number).unlink(missing_ok=True)  # an old shard must not get a new list
             shards.write_left_out(number, left_out)
             return ShardResult(number, records, invalid, "invalid")
         shards.write(number, rows, left_out, digest)
@@ -85,7 +85,7 @@ def make_shard(stage: Stage, number: int, limit: InvalidLimit) -> ShardResult:
 
 
 def failed(number: int, error: Exception) -> ShardResult:
-    """Result of a shard that raised; its error is never "", which would mean success."""
+    """Result of a shard that raised an error. `error` is never "", which would mean success."""
     return ShardResult(
         number, error="full" if is_full(error) else str(error) or type(error).__name__
     )

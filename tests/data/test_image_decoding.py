@@ -1,7 +1,7 @@
-"""The image decoder: a file, its bytes and its PIL image give the same, right pixels or one error.
+"""Image decoder: a file, its bytes and its PIL image give the same correct pixels, or an error.
 
-`stress_pictures` makes files of all kinds, each with its pixels by a rule of its own. Files that no
-writer of Pillow makes are written by hand here.
+`stress_images` makes files of all kinds, with expected pixels from independent formulas. This
+module encodes the files that Pillow cannot write.
 """
 
 import io
@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from stress_pictures import chunk, colours, encode, make_pictures, on_white, png
+from stress_images import chunk, colours, encode, make_images, on_white, png
 
 import realign
-from realign.data.pictures import PictureError, StoredImage
+from realign.data.images import ImageError, StoredImage
 from realign.data.records import RecordError
 from realign.hf.records import records_of
-from realign.pairs.io.pictures import inside, load_picture, plain_picture
+from realign.pairs.io.images import inside, load_image, plain_image
 
-PICTURES = make_pictures()
+CASES = make_images()
 RED, GREEN, BLUE, WHITE = (200, 30, 40), (20, 160, 60), (10, 20, 220), (255, 255, 255)
 COLOURS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8)
 SQUARES = Image.fromarray(COLOURS.repeat(8, 0).repeat(8, 1))
@@ -32,15 +32,15 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 def pixels(stored, **options):
     if isinstance(stored, bytes):
         stored = StoredImage(stored)
-    image = load_picture(stored, **options)
+    image = load_image(stored, **options)
     assert image.mode == "RGB" and not image.info
     return np.asarray(image).astype(int)
 
 
 def refused(data, **options):
     stored = StoredImage(data) if isinstance(data, bytes) else data
-    with pytest.raises(PictureError) as error:
-        load_picture(stored, **options)
+    with pytest.raises(ImageError) as error:
+        load_image(stored, **options)
     return error.value.reason, error.value.detail
 
 
@@ -49,7 +49,7 @@ def row_of(*images):
 
 
 def trained_on(image):
-    """Pixels that `RDPOTrainer` trains on, or the error's text."""
+    """Pixels that `RDPOTrainer` trains on, or the text of the error."""
     try:
         (record,) = records_of([row_of(image)])
         return np.asarray(record.images[0].open("r")).astype(int)
@@ -57,35 +57,35 @@ def trained_on(image):
         return str(error)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_file_its_bytes_and_its_pil_image_are_one_picture(name, tmp_path):
-    picture = PICTURES[name]
-    if picture.verdict == "either":  # JPEG 2000, AVIF, TGA, ICO, LAB: this Pillow may not read it
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_its_bytes_and_its_pil_image_have_the_same_pixels(name, tmp_path):
+    case = CASES[name]
+    if case.verdict == "either":  # JPEG 2000, AVIF, TGA, ICO, LAB: this Pillow may not read it
         return
-    file = tmp_path / "picture"
-    file.write_bytes(picture.data)
-    if picture.pixels is None:
-        assert refused(picture.data)[0] == refused(StoredImage(path=str(file)))[0] == "corrupt"
-        assert "record 'r': " in trained_on(picture.data)
+    file = tmp_path / "image"
+    file.write_bytes(case.data)
+    if case.pixels is None:
+        assert refused(case.data)[0] == refused(StoredImage(path=str(file)))[0] == "corrupt"
+        assert "record 'r': " in trained_on(case.data)
         return
-    found = pixels(picture.data)
-    assert found.shape == picture.pixels.shape
-    assert np.abs(found - picture.pixels).max() <= picture.tolerance
-    kept = plain_picture(StoredImage(picture.data, "x.png"))
+    found = pixels(case.data)
+    assert found.shape == case.pixels.shape
+    assert np.abs(found - case.pixels).max() <= case.tolerance
+    kept = plain_image(StoredImage(case.data, "x.png"))
     assert kept.path == "x.png" and np.array_equal(pixels(kept), found)
     for image in (str(file), Image.open(file), Image.open(file).copy()):
         assert np.array_equal(trained_on(image), found)
-    # Another reader sees the same pixels in the file that is kept.
+    # Another reader decodes the same pixels from the stored file.
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept.data)).convert("RGB")), found)
 
 
 def test_plain_images_keep_their_bytes():
     for name in ("RGB PNG", "L PNG", "RGB BMP", "RGB TIFF", "RGB JPEG", "progressive JPEG", "PPM"):
-        stored = StoredImage(PICTURES[name].data)
-        assert plain_picture(stored) == stored
+        stored = StoredImage(CASES[name].data)
+        assert plain_image(stored) == stored
     for name in ("animated PNG", "CMYK TIFF", "EXIF 6", "P PNG"):
-        assert plain_picture(StoredImage(PICTURES[name].data)).data != PICTURES[name].data
-    data = PICTURES["RGB PNG"].data
+        assert plain_image(StoredImage(CASES[name].data)).data != CASES[name].data
+    data = CASES["RGB PNG"].data
     assert StoredImage.from_pil(Image.open(io.BytesIO(data))).data == data
     for given in ({"bytes": data, "path": None, "url": None}, data):
         (record,) = records_of([row_of(given)])
@@ -100,7 +100,7 @@ def test_grey_of_16_bits_keeps_the_upper_byte():
 
 
 def _in_memory():
-    """Modes that no file has: the image, its exact colours over white, the largest rounding."""
+    """Modes without a file format: image, exact colours over white, maximum rounding error."""
     rgb = colours()
     alpha = np.linspace(0, 255, rgb[..., 0].size).astype(np.uint8).reshape(rgb.shape[:2])
     rgba, one = Image.fromarray(np.dstack([rgb, alpha])), rgb[..., 0]
@@ -124,7 +124,7 @@ def test_pil_images_of_modes_without_a_file(mode):
     assert image.mode == mode
     found = trained_on(image)
     if mode in ("I", "F"):
-        assert "record 'r': " in found and "32 bits per pixel" in found and "of mode RGB" in found
+        assert "record 'r': " in found and "32-bit pixels" in found and "of mode RGB" in found
     else:
         expected = np.asarray(image.convert("RGB")) if expected is None else expected
         assert np.abs(found - expected.astype(int)).max() <= rounding
@@ -141,7 +141,7 @@ def test_pil_images_of_modes_without_a_file(mode):
     ],
 )  # fmt: skip
 def test_a_transparent_colour_has_the_depth_of_the_file(depth, kind, samples, colour, expected):
-    """PNG, section 11.3.2.1: the colour is stored at the image's bit depth."""
+    """The colour is stored at the image's bit depth (PNG, section 11.3.2.1)."""
     clear = chunk(b"tRNS", struct.pack(f">{len(colour)}H", *colour))
     data = png(4, 1, depth, kind, [samples], clear)
     assert pixels(data)[0, :, 0].tolist() == expected
@@ -160,10 +160,10 @@ def _segment(kind, body):
 
 
 def _jpeg(samples, transform):
-    """A JPEG of 8 x 8 pixels with constant components, by hand: only DC coefficients.
+    """A JPEG of 8 x 8 pixels with constant components, encoded by hand.
 
-    With all quantizers 8 the coefficient is the sample less 128; each component is coded as one
-    difference of that size and an end of block.
+    It has only DC coefficients. With all quantizers 8, a coefficient is the sample minus 128. Each
+    component is coded as one difference of that value and an end of block.
     """
     count, adobe = len(samples), b""
     if transform is not None:
@@ -189,13 +189,13 @@ CYAN_INK, HALF_BLACK = (0, 255, 255), (127, 127, 127)
 @pytest.mark.parametrize(
     ("samples", "transform", "colour"),
     [
-        ((0, 255, 255, 255), 0, CYAN_INK),  # Adobe's: 0 is full ink
+        ((0, 255, 255, 255), 0, CYAN_INK),  # Adobe marker: 0 is full ink
         ((255, 255, 255, 127), 0, HALF_BLACK),
         ((200, 30, 40, 255), 0, RED),
-        ((0, 128, 128, 255), 2, WHITE),  # YCCK: luma and chroma of 255 less the first three
+        ((0, 128, 128, 255), 2, WHITE),  # YCCK: luma and chroma of 255 minus the first three
         ((155, 128, 128, 255), 2, (100, 100, 100)),
-        ((200, 30, 40, 255), None, RED),  # unmarked: as browsers read it
-        ((200, 30, 40), 0, RED),  # the same writer: three components are not inverted
+        ((200, 30, 40, 255), None, RED),  # no Adobe marker, read like in browsers
+        ((200, 30, 40), 0, RED),  # the same encoder; three components are not inverted
     ],
 )
 def test_cmyk_jpegs_are_not_inverted(samples, transform, colour):
@@ -206,16 +206,16 @@ def test_cmyk_jpegs_are_not_inverted(samples, transform, colour):
 
 @pytest.mark.parametrize("turned", range(1, 9))
 def test_a_tiff_is_upright_and_kept(turned):
-    """Pillow turns TIFF files itself, so every reader sees them upright."""
+    """Pillow rotates TIFF files itself, so every reader decodes them upright."""
     exif = Image.Exif()
     exif[0x0112] = turned
     data = encode(SQUARES.crop((0, 0, 16, 8)), "TIFF", exif=exif)
     assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    assert plain_picture(StoredImage(data)).data == data
+    assert plain_image(StoredImage(data)).data == data
 
 
 def _webp_bomb():
-    """An animation on a canvas of 16383 x 16383 with one frame of one pixel."""
+    """An animation with a canvas of 16383 x 16383 pixels and one frame of one pixel."""
 
     def riff(kind, body):
         return kind + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
@@ -227,7 +227,7 @@ def _webp_bomb():
 
 
 def _gif_bomb():
-    """A screen of 1 x 1, but a frame of 60000 x 60000."""
+    """A screen of 1 x 1 pixel, but a frame of 60000 x 60000."""
     return (
         b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6)
         + b"," + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\x02\x02\x4c\x01\0;"
@@ -271,7 +271,7 @@ def test_text_bombs_in_metadata_are_refused():
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_truncated_pictures_are_refused(form):
+def test_truncated_images_are_refused(form):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encode(Image.fromarray(noise), form)
     for share in (0.02, 0.3, 0.6, 0.9):
@@ -282,9 +282,9 @@ def test_truncated_pictures_are_refused(form):
         assert "record 'r': its images has the image" in trained_on(opened)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's on odd metadata
+@pytest.mark.filterwarnings("ignore")  # warnings of Pillow about odd metadata
 @pytest.mark.parametrize("form", FORMATS[:-1])
-def test_damage_gives_a_picture_or_a_reason(form):
+def test_a_damaged_file_gives_an_image_or_a_reason(form):
     rng = np.random.default_rng(1)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -295,8 +295,8 @@ def test_damage_gives_a_picture_or_a_reason(form):
         for place in rng.integers(0, len(data), rng.integers(1, 8)):
             damaged[place] = rng.integers(0, 256)
         try:
-            outcomes.add(load_picture(StoredImage(bytes(damaged)), max_pixels=10**6).mode)
-        except PictureError as error:
+            outcomes.add(load_image(StoredImage(bytes(damaged)), max_pixels=10**6).mode)
+        except ImageError as error:
             outcomes.add(error.reason)
     assert outcomes <= {"RGB", "corrupt", "too large"} and len(outcomes) > 1
 
@@ -310,12 +310,12 @@ def test_damage_gives_a_picture_or_a_reason(form):
         (".", "is not a file"),
         ("pipe", "is not a file"),
         ("a\0b.png", "does not exist"),
-        (b"", "has no bytes of an image file"),
-        (np.zeros((2, 2, 3), np.uint8), "has no bytes of an image file. Give a PIL image, bytes"),
-        ([[1, 2], [3, 4]], "has no bytes"),
+        (b"", "does not hold the bytes of an image file"),
+        (np.zeros((2, 2, 3), np.uint8), "the bytes of an image file. Give a PIL image, bytes"),
+        ([[1, 2], [3, 4]], "does not hold the bytes"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
-        ({"bytes": "aGk=", "path": None}, "no bytes of an image file"),
-        ({"url": "a.png"}, "'url' is not read"),
+        ({"bytes": "aGk=", "path": None}, "the bytes of an image file"),
+        ({"url": "a.png"}, "with the unsupported key 'url'"),
         ("iVBORw0KGgo" + "A" * 100_000, "looks like base64. Decode it"),
         ("data:image/png;base64,AAAA", "looks like base64"),
         ("https://example.com/a.png", "not fetched. Download it"),
@@ -335,7 +335,7 @@ def test_an_image_that_cannot_be_used_names_the_record(image, problem, tmp_path,
 
 
 def test_paths_stay_in_their_folder(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "a.png").touch()
     (tmp_path / "secret.png").touch()
@@ -359,18 +359,18 @@ def test_paths_stay_in_their_folder(tmp_path):
         str(tmp_path / "secret.png"),
         "..",
     ):
-        with pytest.raises(PictureError) as error:
+        with pytest.raises(ImageError) as error:
             inside(folder, path)
         assert error.value.reason == "outside the folder" and repr(path) in str(error.value)
-    with pytest.raises(PictureError, match="missing"):
+    with pytest.raises(ImageError, match="missing"):
         inside(folder, "a\0.png")
 
 
 def test_images_are_opened_in_one_place():
-    """A second decoder would see other pixels."""
+    """A second decoder could give other pixels."""
     found = [
-        path.name
+        f"{path.parent.name}/{path.name}"
         for path in Path(realign.__file__).parent.rglob("*.py")
         if re.search(r"Image\.open\(|ImageOps|exif_transpose", path.read_text())
     ]
-    assert found == ["pictures.py"]
+    assert found == ["data/images.py"]

@@ -1,8 +1,8 @@
-"""The image decoder: any file, bytes or PIL image to 8-bit RGB, or a `PictureError`.
+"""Image decoder: converts a file, bytes or a PIL image to 8-bit RGB, or raises an `ImageError`.
 
-Training, pairs, evaluation and `RDPOTrainer` see the same pixels, because all of them decode here.
-The header is read first, so an image that is too large is refused before any pixel is decoded. Only
-common image formats are opened: Pillow has further ones that start programs or hold other files.
+Training, pairs, evaluation and `RDPOTrainer` all decode here, so they see the same pixels. The
+header is read first, and an image that is too large is rejected before any pixel is decoded. Only
+common image formats are opened, because some of Pillow's formats start programs or embed files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from realign.data.errors import RecordError, shorten
 
 MAX_PIXELS = 50_000_000
-BACKGROUND = (255, 255, 255)  # behind transparent pixels, as a browser shows them
+BACKGROUND = (255, 255, 255)  # behind transparent pixels, as in browsers
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _UPRIGHT = {  # EXIF orientation -> its inverse
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,16 +33,17 @@ _UPRIGHT = {  # EXIF orientation -> its inverse
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow widens 2- and 4-bit samples to 8 bits and cuts 16-bit ones, but not the transparent colour.
+# Pillow scales 2- and 4-bit samples to 8 bits, and truncates 16-bit ones. It leaves the
+# transparent colour at its original depth.
 _WIDENED = {"L;2": 85, "L;4": 17}
 
 
-class PictureError(ValueError):
-    """An image cannot be used.
+class ImageError(ValueError):
+    """An invalid image.
 
     Attributes:
         reason: "missing", "corrupt", "too large", "outside the folder", "no image" or "malformed".
-        detail: the cause, for a reader of the message.
+        detail: the cause, in words for the user.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -53,26 +54,26 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as a record holds it: encoded bytes, or a path on this machine."""
+    """An image of a record, stored as encoded bytes or as a path."""
 
     data: bytes | None = None
     path: str | None = None
 
     @classmethod
     def from_pil(cls, image: Image.Image, path: str | None = None) -> StoredImage:
-        """Encode an image of any mode as PNG, which keeps every 8-bit RGB or grey value.
+        """Encode an image of any mode as PNG, without loss for 8-bit RGB and grey.
 
         Raises:
-            PictureError: for an image that cannot be used.
+            ImageError: for an invalid image.
         """
-        with _picture_errors():
+        with _image_errors():
             flat, plain = _to_rgb(image, MAX_PIXELS)
         buffer = io.BytesIO()
         (image if plain else flat).save(buffer, format="PNG")
         return cls(buffer.getvalue(), path)
 
     def absolute(self, folder: str | Path) -> StoredImage:
-        """The image with an absolute path, from one relative to `folder`; valid in any file."""
+        """The image with an absolute path; a relative path starts at `folder`."""
         if self.data is not None or self.path is None:
             return self
         return StoredImage(path=str((Path(folder) / self.path).absolute()))
@@ -80,38 +81,38 @@ class StoredImage:
     def decode(self, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
         """Decode to 8-bit RGB.
 
-        The first frame of an animation, upright by its EXIF orientation, transparent pixels on
-        white. 16 bits per pixel keep their upper 8. CMYK is converted without colour management; a
-        CMYK JPEG is read as inverted, as Adobe's programs write it and browsers read it.
+        The result is the first frame, rotated upright by its EXIF orientation, with transparent
+        pixels on white. Of 16-bit samples the upper 8 bits are kept. CMYK is converted without
+        colour management. A CMYK JPEG is read as inverted, like in Adobe's programs and browsers.
 
         Args:
-            max_pixels: width times height above which an image is refused.
+            max_pixels: limit on width times height.
 
         Returns:
-            An RGB image without metadata, and whether every other reader decodes it to the same
-            pixels: one frame of RGB or grey, opaque and upright.
+            An RGB image without metadata, and whether every other reader decodes the same pixels.
+            That is the case for a single frame of RGB or grey, opaque and upright.
 
         Raises:
-            PictureError: for an image that cannot be used.
+            ImageError: for an invalid image.
         """
         source = self.path if self.data is None else io.BytesIO(self.data)
         if source is None:
-            raise PictureError("no image", "neither bytes nor a path")
+            raise ImageError("no image", "it has neither bytes nor a path")
         if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
             state = "is not a file" if os.path.exists(source) else "does not exist"
-            raise PictureError("missing", f"{shorten(source)} {state}")
-        with _picture_errors(), Image.open(source, formats=_formats()) as image:
+            raise ImageError("missing", f"{shorten(source)} {state}")
+        with _image_errors(), Image.open(source, formats=_formats()) as image:
             return _to_rgb(image, max_pixels)
 
     def open(self, record: str) -> Image.Image:
-        """Decode to 8-bit RGB, see `decode`.
+        """Decode to 8-bit RGB. See `decode`.
 
         Raises:
-            RecordError: for an image that cannot be used; names `record` and the file.
+            RecordError: for an invalid image. The message names `record` and the file.
         """
         try:
             return self.decode()[0]
-        except PictureError as error:
+        except ImageError as error:
             named = self.path or f"{len(self.data or b'')} embedded bytes"
             problem = f"{shorten(named)} cannot be read ({error.detail})"
             if error.reason == "missing":
@@ -122,21 +123,22 @@ class StoredImage:
 
 
 @contextmanager
-def _picture_errors() -> Iterator[None]:
-    """Pillow's errors as `PictureError`."""
+def _image_errors() -> Iterator[None]:
+    """Converts Pillow's errors to `ImageError`."""
     try:
         yield
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except (FileNotFoundError, PermissionError) as error:
         state = f"cannot be opened ({error.strerror})"
-        raise PictureError("missing", f"{shorten(str(error.filename))} {state}") from error
+        raise ImageError("missing", f"{shorten(str(error.filename))} {state}") from error
     except Image.DecompressionBombError as error:
-        raise PictureError("too large", str(error)) from error
+        raise ImageError("too large", str(error)) from error
     except UnidentifiedImageError as error:
-        raise PictureError("corrupt", f"none of the formats {', '.join(_formats())}") from error
+        formats = ", ".join(_formats())
+        raise ImageError("corrupt", f"it has none of the formats {formats}") from error
     except Exception as error:  # damaged files raise IndexError, struct.error, KeyError, ...
-        raise PictureError("corrupt", f"{type(error).__name__}: {error}") from error
+        raise ImageError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
 @functools.cache
@@ -147,13 +149,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
-    """As `StoredImage.decode`, from a PIL image of any mode that may not be loaded yet."""
+    """Decodes a PIL image of any mode, loaded or not. See `StoredImage.decode`."""
     width, height = image.size
     if width * height > max_pixels:
-        raise PictureError("too large", f"{width} x {height} is more than {max_pixels} pixels")
+        raise ImageError("too large", f"{width} x {height} is more than {max_pixels} pixels")
     if width * height == 0:
-        raise PictureError("corrupt", f"{width} x {height} pixels")
-    # The further images of an MPO, a phone's JPEG, are not an animation.
+        raise ImageError("corrupt", f"its size is {width} x {height} pixels")
+    # An MPO, a phone's JPEG with further images, is not an animation.
     still = not getattr(image, "is_animated", False) or image.format == "MPO"
     transparent = _transparent_colour(image)
     image.load()
@@ -161,7 +163,7 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
     flat = _flatten(image, transparent)
     try:
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # broken EXIF leaves the pixels as they are, but other readers fail
+    except Exception:  # broken EXIF is ignored here, but makes other readers fail
         orientation, plain = 1, False
     if orientation in _UPRIGHT:
         flat, plain = flat.transpose(_UPRIGHT[orientation]), False
@@ -169,7 +171,7 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
 
 
 def _transparent_colour(image: Image.Image) -> Any:
-    """The transparent colour at the depth of Pillow's pixels, known only before they are loaded."""
+    """The transparent colour at the depth of Pillow's pixels. Call it before `image.load()`."""
     colour = image.info.get("transparency")
     coded = {tile[3] for tile in getattr(image, "tile", ()) if isinstance(tile[3], str)}
     if isinstance(colour, int) and (width := _WIDENED.keys() & coded):
@@ -180,16 +182,16 @@ def _transparent_colour(image: Image.Image) -> Any:
 
 
 def _flatten(image: Image.Image, transparent: Any) -> Image.Image:
-    """Any mode to RGB, without metadata."""
+    """Converts any mode to RGB, without metadata."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        # Pillow would clip at 255. 255 * 257 = 65535, so the upper byte is the same grey.
+        # Pillow would clip at 255. The upper byte is the same grey, since 255 * 257 = 65535.
         samples = np.asarray(image)
         grey = (samples >> 8).astype(np.uint8)
         if transparent is not None:
             grey[samples == transparent] = BACKGROUND[0]
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
-        raise PictureError("corrupt", "32 bits per pixel have no defined white; save it with 8")
+        raise ImageError("corrupt", "32-bit pixels have no defined white; save it with 8 bits")
     if image.has_transparency_data:
         if image.info.get("transparency") not in (None, transparent):
             image = image.copy()

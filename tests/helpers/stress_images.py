@@ -1,7 +1,8 @@
-"""Encoded images of all kinds, each with its pixels by a rule of its own, for the stress.
+"""Encoded images of all kinds for the stress test, with expected pixels.
 
-The rules are formulas on arrays, not Pillow's conversions: alpha over white, the upper byte of 16
-bits, (1 - C)(1 - K) for CMYK, JFIF's matrix for YCbCr, EXIF's table of orientations.
+The expected pixels come from formulas on arrays, not from Pillow's conversions. These are alpha
+over white, the upper byte of 16 bits, (1 - C)(1 - K) for CMYK, JFIF's matrix for YCbCr, and EXIF's
+table of orientations.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from PIL import Image
 WIDTH, HEIGHT = 12, 10
 
 
-class Picture(NamedTuple):
+class Encoded(NamedTuple):
     """One encoded image.
 
     Attributes:
-        data: the file.
-        pixels: (H, W, 3) uint8 that it shows; None where it must be refused.
-        tolerance: of a value, for lossy formats and rounding.
-        verdict: "good", "bad", or "either": refused, or shown right.
+        data: bytes of the file.
+        pixels: expected pixels, (H, W, 3) uint8. None if the image must be rejected.
+        tolerance: maximum error of a value, for lossy formats and rounding.
+        verdict: "good", "bad" or "either". "either" means rejected or decoded correctly.
     """
 
     data: bytes
@@ -35,7 +36,7 @@ class Picture(NamedTuple):
 
 
 def colours(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """(H, W, 3) uint8 without symmetry: each quadrant has a colour, with a slope over it."""
+    """(H, W, 3) uint8 pixels without symmetry: each quadrant has a colour with a gradient."""
     rng = np.random.default_rng(seed)
     quadrants = rng.integers(20, 200, (2, 2, 3))
     rows, columns = np.arange(height) * 2 // height, np.arange(width) * 2 // width
@@ -44,7 +45,7 @@ def colours(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.ndarr
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """The file of an image."""
+    """The bytes of a file with the image."""
     data = io.BytesIO()
     image.save(data, kind, **options)
     return data.getvalue()
@@ -60,14 +61,14 @@ def on_white(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
-    """What EXIF's orientation shows of stored rows and columns."""
+    """The upright pixels for stored rows and columns with an EXIF orientation."""
     flipped = {2: values[:, ::-1], 3: values[::-1, ::-1], 4: values[::-1]}
     across = values.transpose(1, 0, 2)
     flipped |= {5: across, 6: across[:, ::-1], 7: across[::-1, ::-1], 8: across[::-1]}
     return flipped[orientation]
 
 
-def make_pictures() -> dict[str, Picture]:
+def make_images() -> dict[str, Encoded]:
     """Images of all kinds, by name."""
     rgb = colours()
     one = rgb[..., 0]
@@ -78,49 +79,49 @@ def make_pictures() -> dict[str, Picture]:
     clear = np.where(np.arange(WIDTH) < 5, 0, 255)[None].repeat(HEIGHT, 0).astype(np.uint8)
     rgba = Image.fromarray(np.dstack([rgb, alpha]))
     found = {
-        "RGB PNG": Picture(encode(plain), rgb),
-        "RGB BMP": Picture(encode(plain, "BMP"), rgb),
-        "RGB TIFF": Picture(encode(plain, "TIFF"), rgb),
-        "RGB JPEG": Picture(encode(Image.fromarray(large), "JPEG", **jpeg), large, 4),
-        "progressive JPEG": Picture(
+        "RGB PNG": Encoded(encode(plain), rgb),
+        "RGB BMP": Encoded(encode(plain, "BMP"), rgb),
+        "RGB TIFF": Encoded(encode(plain, "TIFF"), rgb),
+        "RGB JPEG": Encoded(encode(Image.fromarray(large), "JPEG", **jpeg), large, 4),
+        "progressive JPEG": Encoded(
             encode(Image.fromarray(large), "JPEG", progressive=True, **jpeg), large, 4
         ),
-        "RGB WEBP": Picture(encode(plain, "WEBP", lossless=True), rgb),
-        "PPM": Picture(encode(plain, "PPM"), rgb),
-        "L PNG": Picture(encode(grey), _grey(one)),
-        "1 PNG": Picture(
+        "RGB WEBP": Encoded(encode(plain, "WEBP", lossless=True), rgb),
+        "PPM": Encoded(encode(plain, "PPM"), rgb),
+        "L PNG": Encoded(encode(grey), _grey(one)),
+        "1 PNG": Encoded(
             encode(Image.fromarray(one > 110)), _grey(np.where(one > 110, 255, 0).astype(np.uint8))
         ),
-        "RGBA PNG": Picture(encode(rgba), on_white(rgb, alpha), 1),
-        "RGBA WEBP": Picture(
+        "RGBA PNG": Encoded(encode(rgba), on_white(rgb, alpha), 1),
+        "RGBA WEBP": Encoded(
             encode(rgba, "WEBP", lossless=True, exact=True), on_white(rgb, alpha), 2
         ),
-        "LA PNG": Picture(
+        "LA PNG": Encoded(
             encode(Image.fromarray(np.dstack([one, alpha]), "LA")), on_white(_grey(one), alpha), 1
         ),
-        "transparent black": Picture(
+        "transparent black": Encoded(
             encode(Image.fromarray(np.dstack([rgb * 0, clear]))), on_white(rgb * 0, clear)
         ),
-        "1x1": Picture(encode(Image.fromarray(rgb[:1, :1])), rgb[:1, :1]),
-        "3000x1": Picture(encode(Image.fromarray(colours(1, 1, 3000))), colours(1, 1, 3000)),
-        "truncated PNG": Picture(encode(Image.fromarray(colours(2, 200, 200)))[:-400], None),
-        "truncated JPEG": Picture(
+        "1x1": Encoded(encode(Image.fromarray(rgb[:1, :1])), rgb[:1, :1]),
+        "3000x1": Encoded(encode(Image.fromarray(colours(1, 1, 3000))), colours(1, 1, 3000)),
+        "truncated PNG": Encoded(encode(Image.fromarray(colours(2, 200, 200)))[:-400], None),
+        "truncated JPEG": Encoded(
             encode(Image.fromarray(colours(2, 200, 200)), "JPEG")[:-900], None
         ),
-        "zero bytes": Picture(b"", None),
-        "not an image": Picture(b"\x00\x01 no image at all " * 9, None),
-        "PDF": Picture(encode(plain, "PDF"), None),
-        "JPEG 2000": Picture(encode(plain, "JPEG2000", irreversible=False), rgb, 0, "either"),
-        "AVIF": Picture(encode(Image.fromarray(large), "AVIF", quality=100), large, 60, "either"),
-        "TGA": Picture(encode(plain, "TGA"), rgb, 0, "either"),
-        "ICO": Picture(encode(plain, "ICO", sizes=[(WIDTH, HEIGHT)]), rgb, 0, "either"),
-        "broken EXIF": Picture(encode(plain, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"), rgb),
-        "an orientation of 9": Picture(encode(plain, exif=_oriented(9)), rgb),
-        "HTML": Picture(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", None),
-        "SVG": Picture(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', None),
-        "EPS": Picture(encode(plain, "EPS"), None),
-        "only a header": Picture(encode(plain)[:30], None),
-        "base64": Picture(base64.b64encode(encode(plain)), None),
+        "zero bytes": Encoded(b"", None),
+        "not an image": Encoded(b"\x00\x01 no image at all " * 9, None),
+        "PDF": Encoded(encode(plain, "PDF"), None),
+        "JPEG 2000": Encoded(encode(plain, "JPEG2000", irreversible=False), rgb, 0, "either"),
+        "AVIF": Encoded(encode(Image.fromarray(large), "AVIF", quality=100), large, 60, "either"),
+        "TGA": Encoded(encode(plain, "TGA"), rgb, 0, "either"),
+        "ICO": Encoded(encode(plain, "ICO", sizes=[(WIDTH, HEIGHT)]), rgb, 0, "either"),
+        "broken EXIF": Encoded(encode(plain, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"), rgb),
+        "an orientation of 9": Encoded(encode(plain, exif=_oriented(9)), rgb),
+        "HTML": Encoded(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", None),
+        "SVG": Encoded(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', None),
+        "EPS": Encoded(encode(plain, "EPS"), None),
+        "only a header": Encoded(encode(plain)[:30], None),
+        "base64": Encoded(base64.b64encode(encode(plain)), None),
     }
     found |= _palettes(one, clear)
     found |= _png_by_hand(rgb, alpha)
@@ -130,14 +131,14 @@ def make_pictures() -> dict[str, Picture]:
     for orientation in range(2, 9):
         turned = _turned(rgb, orientation)
         exif = _oriented(orientation)
-        found[f"EXIF {orientation}"] = Picture(encode(plain, exif=exif), turned)
+        found[f"EXIF {orientation}"] = Encoded(encode(plain, exif=exif), turned)
         shown = _turned(large, orientation)
-        found[f"EXIF {orientation}, JPEG"] = Picture(
+        found[f"EXIF {orientation}, JPEG"] = Encoded(
             encode(Image.fromarray(large), "JPEG", exif=exif, **jpeg), shown, 4
         )
     return {
-        name: picture._replace(verdict="bad") if picture.pixels is None else picture
-        for name, picture in found.items()
+        name: image._replace(verdict="bad") if image.pixels is None else image
+        for name, image in found.items()
     }
 
 
@@ -147,7 +148,7 @@ def _oriented(orientation: int) -> Image.Exif:
     return exif
 
 
-def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Picture]:
+def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Encoded]:
     index = (one % 7).astype(np.uint8)
     table = np.random.default_rng(3).integers(0, 256, (7, 3)).astype(np.uint8)
     image = Image.fromarray(index)
@@ -157,25 +158,25 @@ def _palettes(one: np.ndarray, clear: np.ndarray) -> dict[str, Picture]:
     both = Image.merge("LA", (Image.fromarray(index), Image.fromarray(clear)))
     both.putpalette(table.tobytes())  # mode PA
     return {
-        "P PNG": Picture(encode(image), shown),
-        "P PNG, one clear colour": Picture(
+        "P PNG": Encoded(encode(image), shown),
+        "P PNG, one clear colour": Encoded(
             encode(image, transparency=2),
             on_white(shown, np.where(index == 2, 0, 255).astype(np.uint8)),
         ),
-        "P PNG, alpha in bytes": Picture(
+        "P PNG, alpha in bytes": Encoded(
             encode(image, transparency=alphas.tobytes()), on_white(shown, alphas[index]), 1
         ),
-        "P GIF": Picture(encode(image, "GIF"), shown),
-        "P GIF, one clear colour": Picture(
+        "P GIF": Encoded(encode(image, "GIF"), shown),
+        "P GIF, one clear colour": Encoded(
             encode(image, "GIF", transparency=2),
             on_white(shown, np.where(index == 2, 0, 255).astype(np.uint8)),
         ),
-        "PA as RGBA": Picture(encode(both.convert("RGBA")), on_white(shown, clear)),
+        "PA as RGBA": Encoded(encode(both.convert("RGBA")), on_white(shown, clear)),
     }
 
 
-def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Picture]:
-    """PNG files that Pillow does not write: 16 bits with colours, and one colour made clear."""
+def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Encoded]:
+    """PNG files that Pillow cannot write: 16 bits with colours, and a transparent colour."""
     one = rgb[..., 0]
     wide = lambda values: (values.astype(np.uint16) << 8) + 90  # noqa: E731
     chosen, grey = rgb[3, 4], int(one[3, 4])
@@ -186,18 +187,18 @@ def _png_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Picture]:
     for place in range(4):
         packed |= shades[:, place::4] << (6 - 2 * place)
     return {
-        "RGB PNG, 16 bits": Picture(_png(wide(rgb), 16, 2), rgb),
-        "RGBA PNG, 16 bits": Picture(
+        "RGB PNG, 16 bits": Encoded(_png(wide(rgb), 16, 2), rgb),
+        "RGBA PNG, 16 bits": Encoded(
             _png(wide(np.dstack([rgb, alpha])), 16, 6), on_white(rgb, alpha), 2
         ),
-        "RGB PNG, one clear colour": Picture(
+        "RGB PNG, one clear colour": Encoded(
             _png(rgb, 8, 2, key), np.where(same[..., None], 255, rgb).astype(np.uint8)
         ),
-        "L PNG, one clear grey": Picture(
+        "L PNG, one clear grey": Encoded(
             _png(one, 8, 0, struct.pack(">H", grey)),
             _grey(np.where(equal, 255, one).astype(np.uint8)),
         ),
-        "L PNG, 2 bits": Picture(_png(packed, 2, 0), _grey(shades * 85)),
+        "L PNG, 2 bits": Encoded(_png(packed, 2, 0), _grey(shades * 85)),
     }
 
 
@@ -207,7 +208,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: list[bytes], *more: bytes) -> bytes:
-    """A PNG by hand, of the bytes of each row and further chunks."""
+    """A PNG encoded by hand from the bytes of each row and further chunks."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     packed = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = [chunk(b"IHDR", header), *more, chunk(b"IDAT", packed), chunk(b"IEND", b"")]
@@ -220,19 +221,19 @@ def _png(values: np.ndarray, depth: int, colour: int, clear: bytes = b"") -> byt
     return png(WIDTH, HEIGHT, depth, colour, [row.tobytes() for row in rows], *more)
 
 
-def _deep(one: np.ndarray) -> dict[str, Picture]:
-    """More than 8 bits: the upper byte of 16, nothing for 32, which have no defined white."""
+def _deep(one: np.ndarray) -> dict[str, Encoded]:
+    """More than 8 bits. 16 bits give the upper byte. 32 bits have no defined white."""
     wide = (one.astype(np.uint16) << 8) + 77
     return {
-        "I;16 PNG": Picture(encode(Image.fromarray(wide)), _grey(one)),
-        "I;16 TIFF": Picture(encode(Image.fromarray(wide), "TIFF"), _grey(one)),
-        "I TIFF": Picture(encode(Image.fromarray(one.astype(np.int32) * 1000), "TIFF"), None),
-        "F TIFF": Picture(encode(Image.fromarray(one.astype(np.float32) / 9), "TIFF"), None),
+        "I;16 PNG": Encoded(encode(Image.fromarray(wide)), _grey(one)),
+        "I;16 TIFF": Encoded(encode(Image.fromarray(wide), "TIFF"), _grey(one)),
+        "I TIFF": Encoded(encode(Image.fromarray(one.astype(np.int32) * 1000), "TIFF"), None),
+        "F TIFF": Encoded(encode(Image.fromarray(one.astype(np.float32) / 9), "TIFF"), None),
     }
 
 
-def _spaces() -> dict[str, Picture]:
-    """CMYK, YCbCr and LAB in TIFF, which loses nothing."""
+def _spaces() -> dict[str, Encoded]:
+    """CMYK, YCbCr and LAB in TIFF, which is lossless."""
     cmyk = np.random.default_rng(4).integers(0, 256, (HEIGHT, WIDTH, 4)).astype(np.uint8)
     parts = 1 - cmyk / 255
     shown = np.rint(255 * parts[..., :3] * parts[..., 3:]).astype(np.uint8)
@@ -250,23 +251,23 @@ def _spaces() -> dict[str, Picture]:
     curve = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     neutral = _grey(np.rint(255 * curve).astype(np.uint8))
     return {
-        "CMYK JPEG": Picture(
+        "CMYK JPEG": Encoded(
             encode(Image.fromarray(inks, "CMYK"), "JPEG", quality=100),
             np.rint(255 * printed).astype(np.uint8),
             4,
         ),
-        "CMYK TIFF": Picture(encode(Image.fromarray(cmyk, "CMYK"), "TIFF"), shown, 2),
-        "YCbCr TIFF": Picture(
+        "CMYK TIFF": Encoded(encode(Image.fromarray(cmyk, "CMYK"), "TIFF"), shown, 2),
+        "YCbCr TIFF": Encoded(
             encode(Image.fromarray(ycc, "YCbCr"), "TIFF"),
             np.rint(np.clip(np.dstack(sides), 0, 255)).astype(np.uint8),
             3,
         ),
-        "LAB TIFF": Picture(encode(Image.fromarray(lab, "LAB"), "TIFF"), neutral, 6, "either"),
+        "LAB TIFF": Encoded(encode(Image.fromarray(lab, "LAB"), "TIFF"), neutral, 6, "either"),
     }
 
 
-def _animations() -> dict[str, Picture]:
-    """The first of two frames."""
+def _animations() -> dict[str, Encoded]:
+    """Animations of two frames, of which the first is expected."""
     index = [(colours(seed)[..., 0] % 5).astype(np.uint8) for seed in (8, 9)]
     table = np.random.default_rng(10).integers(0, 256, (5, 3)).astype(np.uint8)
     frames = [Image.fromarray(values) for values in index]
@@ -275,13 +276,13 @@ def _animations() -> dict[str, Picture]:
     first, second = (Image.fromarray(table[values]) for values in index)
     more = {"save_all": True, "duration": 100}
     return {
-        "animated GIF": Picture(encode(frames[0], "GIF", append_images=frames[1:], **more),
+        "animated GIF": Encoded(encode(frames[0], "GIF", append_images=frames[1:], **more),
                                 table[index[0]]),
-        "animated PNG": Picture(encode(first, append_images=[second], **more), table[index[0]]),
-        "animated WEBP": Picture(
+        "animated PNG": Encoded(encode(first, append_images=[second], **more), table[index[0]]),
+        "animated WEBP": Encoded(
             encode(first, "WEBP", lossless=True, append_images=[second], **more), table[index[0]], 2
         ),
-        "TIFF of two pages": Picture(
+        "TIFF of two pages": Encoded(
             encode(first, "TIFF", save_all=True, append_images=[second]), table[index[0]]
         ),
     }  # fmt: skip
