@@ -7,6 +7,7 @@ with its file and line.
 
 import argparse
 import ast
+import inspect
 import io
 import re
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MOST_WORDS = 25  # in a sentence
 LEAST_WORDS = 4  # of a string that counts as a message
+NOT_PROSE = {"prose.py", "prompts.py"}
+"""Files that are not counted: patterns of this script, and prompts that are sent to models."""
 AREAS = ("README.md", "docs", "other pages", "realign", "realign_kernels", "csrc", "benchmarks")
 AREAS += ("experiments", "examples", "tests")
 C_LIKE = {".cpp", ".h", ".cu", ".cuh"}
@@ -112,11 +115,21 @@ def _python(file: Path, source: str) -> Iterator[Text]:
         elif isinstance(node, ast.JoinedStr):
             parts = (v.value if isinstance(v, ast.Constant) else "CODE" for v in node.values)
             text = "".join(map(str, parts))
-        if text and len(re.findall(r"[a-zA-Z]{2,}", text)) >= LEAST_WORDS:
+        if text and len(re.findall(r"[a-zA-Z]{2,}", text)) >= LEAST_WORDS and not _is_code(text):
             yield from _docstring(file, text, node.lineno)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     found = ((t.start[0], t.string.lstrip("#! ")) for t in tokens if t.type == tokenize.COMMENT)
     yield from _joined(file, found)
+
+
+def _is_code(text: str) -> bool:
+    """Whether a string holds a template or a Python program."""
+    if "{%" in text or "{{" in text:
+        return True
+    try:
+        return "\n" in text.strip() and bool(ast.parse(inspect.cleandoc(text)))
+    except SyntaxError:
+        return False
 
 
 def _docstring(file: Path, text: str, first: int) -> Iterator[Text]:
@@ -128,7 +141,7 @@ def _docstring(file: Path, text: str, first: int) -> Iterator[Text]:
             if lines:
                 yield Text(file, start, _plain(" ".join(lines)))
             lines = []
-        code = re.match(r"\s*(>>>|\.\.\.)|( {4})+\S+( \S+)* = |\s*\|", line)
+        code = re.match(r"\s*(>>>|\.\.\.|python |pip |make |\|)|( {4})+\S+( \S+)* = ", line)
         if line.strip() and not code:
             start = start if lines else number
             lines.append(line.strip())
@@ -189,13 +202,12 @@ def files(root: Path, paths: list[str] | None = None) -> list[Path]:
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     kinds = {".md", ".py", ".ipynb", *C_LIKE, *SHELL}
     plain = ("Makefile", "CMakeLists.txt")
-    # The list itself holds the banned words.
     return [
         root / name
         for name in names
         if (Path(name).suffix in kinds or Path(name).name in plain)
         and (root / name).is_file()
-        and Path(name).name != "prose.py"
+        and Path(name).name not in NOT_PROSE
     ]
 
 
