@@ -35,7 +35,7 @@ VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 
 @pytest.hookimpl(tryfirst=True, wrapper=True)
 def pytest_runtest_setup(item):
-    """Hide GPUs from all tests but the kernels': runs are compared bit for bit, as on a CPU.
+    """Hide GPUs from all tests but the kernels': runs are compared bitwise, as on a CPU.
 
     Fixtures of a module are set up inside, and processes that a test starts inherit the variable.
     """
@@ -130,10 +130,10 @@ def whole_run(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Make every engine say what the given function makes of its requests."""
+    """Make every engine answer with the given function of its requests."""
 
-    def use(say):
-        fake = FakeEngine(say)
+    def use(answer):
+        fake = FakeEngine(answer)
         monkeypatch.setattr("realign.pairs.engines.make_engine", lambda *_, **__: fake)
         return fake
 

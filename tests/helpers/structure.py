@@ -31,7 +31,7 @@ def modules(root: Path, package: str) -> dict[str, Path]:
 
 
 def imports(root: Path, package: str) -> dict[str, set[str]]:
-    """Module -> modules of the same package that it imports, wherever the import is."""
+    """Module -> modules of the same package that it imports, at any place in the file."""
     files = modules(root, package)
     graph: dict[str, set[str]] = {}
     for name, file in files.items():
