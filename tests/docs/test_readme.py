@@ -14,7 +14,6 @@ from forked_ranks import run_command, run_ranks
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from realign import cache, distributed, export, train
-from realign.data.records import write_pairs
 from realign.demo import __main__ as demo
 from realign.digits import ASSETS
 from realign.digits.scenes import CAPTION_PROMPT, digits_in, make_scenes
@@ -22,18 +21,21 @@ from realign.evaluate import __main__ as evaluate
 from realign.evaluate.command import COMMANDS
 from realign.pairs import __main__ as pairs
 from realign.pairs import pipeline
-from realign.pairs.pipeline import PairsConfig, digit_sources
+from realign.pairs.pipeline import PairsConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+TRAINING, CACHE = ((ROOT / "docs" / f"{n}.md").read_text() for n in ("training", "reference-cache"))
 
 
-def commands():
-    lines = "\n".join(blocks("console")).splitlines()
+def blocks(kind, page=README):
+    return re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)
+
+
+def commands(page=README):
+    lines = "\n".join(blocks("console", page)).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
@@ -56,44 +58,57 @@ def test_ci_runs_the_make_and_pip_commands():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with the files that the commands read: records, and a model in place of LLaVA."""
+    """A folder with the files that the commands read: images, and a model in place of LLaVA."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    write_pairs("records.parquet", digit_sources(PairsConfig(scenes=40)))
+    folder = tmp_path / "my-images"
+    folder.mkdir()
+    lines = []
+    for i, scene in enumerate(make_scenes(40, biased=True, split="train", seed=4)):
+        scene.image.save(folder / f"{i:03d}.png")
+        line = {"image": f"{i:03d}.png", "question": CAPTION_PROMPT, "answer": scene.caption}
+        lines.append(json.dumps(line))
+    (folder / "questions.jsonl").write_text("\n".join(lines))
     Path("llava-hf").mkdir()
     Path("llava-hf/llava-1.5-7b-hf").symlink_to(ASSETS)
 
 
-@pytest.mark.parametrize(
-    ("model", "modules"),
-    [("digits", {"train", "evaluate"}), ("llava", {"pairs", "cache", "train"})],
-)
-def test_every_command_runs_as_written(model, modules, workplace, tmp_path, monkeypatch, capfd):
-    """In order, in this process, on an eighth of the scenes.
+def _run(words, monkeypatch, capfd):
+    """Output of `python -m WORDS`, in this process, which has loaded the libraries."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    shown = capfd.readouterr()
+    assert end.value.code == 0, (words, shown)
+    return shown.out
 
-    The ranks of digits are forked. The ranks of LLaVA are started by the launcher.
-    """
-    if model == "digits":
-        monkeypatch.setattr(pipeline, "PairsConfig", partial(PairsConfig, scenes=128))
-        monkeypatch.setattr(distributed, "launch", partial(_forked, tmp_path / "log"))
-    ran = set()
-    for program, *words in commands():
-        if program != "python" or (model == "llava") != ("llava" in str(words)):
-            continue
-        words.remove("-m")
+
+def test_the_commands_run_in_order(workplace, monkeypatch, capfd):
+    """Two ranks, started by the launcher, find the log-probs that `fill` computed."""
+    (fill,) = (words[2:] for words in commands(CACHE) if "fill" in words)
+    *before, train_on_ranks = (words[2:] for words in commands() if words[0] == "python")
+    for words in (*before, fill):
+        _run(words, monkeypatch, capfd)
+    assert "runs/llava" in train_on_ranks
+    shown = _run(train_on_ranks, monkeypatch, capfd)
+    assert re.search(r"(\d+) of \1 leaves known", shown), shown
+    ran = {words[0] for words in (*before, fill, train_on_ranks)}
+    assert ran == {"realign.pairs", "realign.cache", "realign.train"}
+
+
+def test_the_commands_of_the_training_page_run(tmp_path, monkeypatch, capfd):
+    """On an eighth of the scenes, with forked ranks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "PairsConfig", partial(PairsConfig, scenes=128))
+    monkeypatch.setattr(distributed, "launch", partial(_forked, tmp_path / "log"))
+    ran = [words[2:] for words in commands(TRAINING.partition("\n## ")[0])]
+    for words in ran:
         assert words[0] != "realign.evaluate" or "1000" in words
-        monkeypatch.setattr(sys, "argv", ["125" if word == "1000" else word for word in words])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-        shown = capfd.readouterr()
-        assert end.value.code == 0, (words, shown)
-        ran.add(words[0])
-        if "runs/llava" in words:  # two ranks find the log-probs that one process computed
-            assert re.search(r"(\d+) of \1 leaves known", shown.out), shown.out
+        shown = _run(["125" if w == "1000" else w for w in words], monkeypatch, capfd)
         if words == ["realign.train", "--fsdp"]:
-            assert "on 2 rank(s)" in shown.out
+            assert "on 2 rank(s)" in shown
             _captions_in_plain_transformers(tmp_path / "runs" / "rdpo")
-    assert ran == {f"realign.{name}" for name in modules}
+    assert [words[0] for words in ran] == ["realign.train", "realign.train", "realign.evaluate"]
 
 
 def _forked(log, module, arguments, workers):
