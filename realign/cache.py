@@ -1,13 +1,12 @@
-"""Commands of the reference cache: log-probs ahead of training, and upkeep of their tables.
+"""Commands of the reference cache: compute log-probs before training, and maintain their tables.
 
-    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute missing ones
+    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute missing log-probs
     python -m realign.cache stats                                     # list the tables
     python -m realign.cache verify                                    # read every record again
     python -m realign.cache compact                                   # merge logs, drop bad records
 
-`python -m realign.train` does `fill` by itself before its first step. Run it separately to use
-other machines for it (ranks share the work, under torchrun or with --nproc-per-node), or to prepare
-for several runs. `COMMAND --help` lists the settings.
+`python -m realign.train` fills the cache before its first step. A separate `fill` can use other
+machines, or prepare for several runs. The ranks of torchrun or --nproc-per-node share its work.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign import distributed
-from realign.cli import parse_sections
-from realign.config import LossConfig, resolve_dtype
+from realign.cli import CommandParser, parse_sections
+from realign.config import METAVARS, LossConfig, resolve_dtype
 from realign.digits import ASSETS
 from realign.files import check_folder
 from realign.modeling import reference_logps
@@ -30,22 +29,37 @@ from realign.training import fsdp
 from realign.training.setup import load_inputs, shared_fingerprint
 from realign_kernels import ReferenceCache, missing_reason, refcache
 
+COMMANDS = {
+    "fill": "Compute the reference log-probs that training on these pairs needs",
+    "stats": "List the tables and their counts",
+    "verify": "Read every record again, and fail if one is unreadable",
+    "compact": "Merge log files, and drop duplicates and unreadable records",
+}
+"""Command -> summary."""
+_HELP = {
+    "fill": {
+        "usage": "%(prog)s --pairs PATH [--config FILE] [options]",
+        "example": "python -m realign.cache fill --model llava-hf/llava-1.5-7b-hf \\\n"
+        "    --pairs pairs.parquet",
+    }
+}
+
 
 @dataclass
 class CacheConfig:
     reference_cache: str | None = None
-    """Folder of the tables; $REALIGN_CACHE/reference, or ~/.cache/realign/reference, if absent."""
+    """Folder of the tables. Without it, $REALIGN_CACHE/reference or ~/.cache/realign/reference."""
 
     @property
     def directory(self) -> Path:
-        """Folder of the tables, by the setting or by default."""
+        """Folder of the tables: the setting, or the default folder."""
         return Path(self.reference_cache or reference_logps.default_directory())
 
     def tables(self) -> dict[Path, dict[str, str]]:
         """Folder and fingerprint of each table in the folder.
 
         Raises:
-            ValueError: when the folder does not exist.
+            ValueError: if the folder does not exist.
         """
         if self.reference_cache and not self.directory.is_dir():
             raise ValueError(f"there is no folder {self.directory}; check --reference-cache.")
@@ -58,27 +72,29 @@ class CacheConfig:
 @dataclass
 class FillConfig:
     pairs: str | None = None
-    """Parquet file or folder of preference pairs."""
+    """Parquet file, or folder of such files, of preference pairs. Required."""
     model: str | None = None
-    """Folder or hub name of the reference model; the shipped digits model when absent."""
+    """Folder or Hub name of the reference model. Without it, the shipped digits model is used."""
     objective: str = "rdpo"
-    """Objective to be trained: it decides which responses under which images are needed."""
+    """Objective that will be trained. It determines which responses are needed under which
+    images."""
     dtype: str = "auto"
-    """Compute in 'fp32' or 'bf16', as training will. 'auto' is 'bf16' on CUDA, 'fp32' on a CPU."""
+    """Precision of the computation, the same as in training. 'auto' is 'bf16' on CUDA and 'fp32' on
+    a CPU."""
     attention: str = "tree"
-    """Attention of the language model, the same as in training (its 'auto' is 'tree')."""
+    """Attention of the language model, the same as in training, where 'auto' is 'tree'."""
     max_response_tokens: int = 1024
-    """Longest response; a longer one is an error that names its record, never cut."""
+    """Longest response, in tokens. A longer response is an error and is never truncated."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest; 0 takes the longest tree."""
+    """Most tokens in a row of the forest. 0 selects the length of the longest tree."""
     batch_rows: int = 32
-    """Rows in one forward."""
+    """Rows in one forward pass."""
     fsdp: bool = False
-    """Shard the model over the ranks, where one GPU cannot hold it."""
+    """Shard the model over the ranks, for a model that does not fit on one GPU."""
     nproc_per_node: int = 0
-    """Workers to start on this machine; 0 is this process only, unless torchrun started it."""
+    """Workers to start on this machine. 0 uses this process only, or the ranks of torchrun."""
     quiet: bool = False
-    """No progress bar."""
+    """Print no progress."""
 
     def __post_init__(self) -> None:
         if self.pairs is None:
@@ -91,7 +107,7 @@ class FillConfig:
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
-        LossConfig(objective=self.objective)  # refuses unknown names
+        LossConfig(objective=self.objective)  # raises for unknown names
 
 
 def fill(tables: CacheConfig, config: FillConfig) -> None:
@@ -192,10 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
-        print(__doc__)
+        print(_parser().format_help(), end="")
         return 0
-    if command not in ("fill", "stats", "verify", "compact"):
-        print(f"error: unknown command {command!r}: fill, stats, verify, compact", file=sys.stderr)
+    if command not in COMMANDS:
+        print(
+            f"error: unknown command {command!r}. The commands are {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return 2
     silence_third_party()
     sections = {"cache": CacheConfig} | ({"fill": FillConfig} if command == "fill" else {})
@@ -203,8 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse_sections(
             sections,
             prog=f"python -m realign.cache {command}",
-            description="Reference log-probs.",
+            description=COMMANDS[command] + ".",
             arguments=flags,
+            **_HELP.get(command, {"example": f"python -m realign.cache {command}"}),
+            headings={"reference_cache": "Cache"},
+            metavars=METAVARS | {"attention": tuple(IMPLEMENTATIONS)},
         )
         if command == "fill":
             workers = settings["fill"].nproc_per_node
@@ -227,6 +249,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         distributed.stop()
     return 0
+
+
+def _parser() -> CommandParser:
+    """Parser of the command's own --help; each subcommand parses its own flags."""
+    return CommandParser(
+        prog="python -m realign.cache",
+        usage="%(prog)s COMMAND [options]",
+        description="Compute reference log-probs before training, and maintain their tables. "
+        "`COMMAND --help` lists the options of a command.",
+        commands=COMMANDS,
+        example="python -m realign.cache stats",
+    )
 
 
 def _files(count: int) -> str:

@@ -1,7 +1,7 @@
-"""The settings of a training run: a typed tree, filled from TOML and flags.
+"""Settings of a training run: a typed tree, filled from a TOML file and flags.
 
-`[section]` tables of `--config file.toml` match the classes below; every field also is a flag of
-the same name with dashes (`learning_rate` -> `--learning-rate`). Flags win over the file.
+The `[section]` tables of `--config file.toml` match the classes below. Each field is also a flag of
+the same name with dashes (`learning_rate` -> `--learning-rate`). Flags override the file.
 """
 
 from __future__ import annotations
@@ -16,33 +16,68 @@ import torch
 from realign.cli import parse_sections
 from realign_kernels import objectives
 
+TUNED = ("lora", "full")
+DTYPES = ("auto", "fp32", "bf16")
+ATTENTIONS = ("auto", "tree", "sdpa", "eager", "flex", "flash")
+
+HEADINGS = {
+    "model": "Model",
+    "pairs": "Data",
+    "objective": "Loss",
+    "learning_rate": "Optimizer",
+    "fsdp": "Scaling",
+    "output": "Run",
+    "log_every": "Logging",
+}
+"""First field of a group in the help text -> its heading."""
+METAVARS = {
+    "tune": TUNED,
+    "dtype": DTYPES,
+    "attention": ATTENTIONS,
+    "lora_alpha": "SCALE",
+    "pairs": "PATH",
+    "objective": "NAME",
+    "visual_weight": "WEIGHT",
+    "learning_rate": "RATE",
+    "weight_decay": "RATE",
+    "warmup": "FRACTION",
+    "clip": "NORM",
+    "epochs": "N",
+    "output": "FOLDER",
+    "reference_cache": "FOLDER",
+    "wandb": "PROJECT",
+}
+"""Field -> placeholder of its value in the help text, or the valid values."""
+
 
 @dataclass
 class ModelConfig:
     model: str | None = None
-    """Folder or hub name of a vision-language model; the shipped digits model when absent."""
+    """Folder or Hub name of a vision-language model. Without it, the shipped digits model is
+    trained."""
     tune: str = "lora"
-    """Trained weights: 'lora' (all linear layers of the language model) or 'full'."""
+    """Weights to train. 'lora' adds adapters to all linear layers of the language model. 'full'
+    trains all weights except those of the vision tower."""
     lora_rank: int = 128
-    """Rank of the LoRA matrices (the paper: 128)."""
+    """Rank of the LoRA matrices. The paper uses 128."""
     lora_alpha: float = 256.0
-    """LoRA scale alpha (the paper: 256)."""
+    """Scale alpha of LoRA. The paper uses 256."""
     train_vision: bool = False
-    """With --tune full, train the vision tower too."""
+    """Train the vision tower too. Needs --tune full."""
     dtype: str = "auto"
-    """Compute in 'fp32' or 'bf16'; trained weights are kept in fp32 either way. 'auto' is 'bf16' on
-    CUDA, 'fp32' on a CPU."""
+    """Precision of the computation. Trained weights stay in fp32. 'auto' is 'bf16' on CUDA and
+    'fp32' on a CPU."""
     attention: str = "auto"
-    """Attention of the language model: 'tree' (each tree by itself, without a mask; models with
-    windows, two-way blocks or dropout get 'sdpa', as does --compile without the flash kernel),
-    'flash' ('tree' by torch's flash kernel in one call a layer, on CUDA in bf16, where 'tree' takes
-    it by itself), 'sdpa', 'eager', or on CUDA 'flex' (skips masked pairs, so rows can be
-    long). 'auto' is 'tree'."""
+    """Attention of the language model. 'tree' computes each tree separately and needs no mask.
+    'flash' is 'tree' with torch's flash kernel; on CUDA in bf16, 'tree' uses that kernel
+    automatically. 'flex' needs CUDA, skips masked pairs and allows long rows. 'sdpa' and 'eager'
+    use a mask. 'sdpa' replaces 'tree' for models with sliding windows, bidirectional blocks or
+    dropout, and under --compile without the flash kernel. 'auto' is 'tree'."""
 
     def __post_init__(self) -> None:
-        _one_of("tune", self.tune, ("lora", "full"))
+        _one_of("tune", self.tune, TUNED)
         self.dtype = resolve_dtype(self.dtype)
-        _one_of("attention", self.attention, ("auto", "tree", "sdpa", "eager", "flex", "flash"))
+        _one_of("attention", self.attention, ATTENTIONS)
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
                 "attention is 'flash', which computes in half precision only, and dtype is 'fp32'. "
@@ -59,12 +94,13 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     pairs: str | None = None
-    """Parquet file or folder of preference pairs; digit pairs are built when absent."""
+    """Parquet file, or folder of such files, of preference pairs. Without it, pairs of the digits
+    are built."""
     max_response_tokens: int = 1024
-    """Longest response; a longer one is an error that names its record, never cut."""
+    """Longest response, in tokens. A longer response is an error and is never truncated."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest; 0 takes the best for the attention: all of a forward
-    (tree), 8192 or more (flex), else the longest tree."""
+    """Most tokens in a row of the forest. 0 selects the best value for the attention: the whole
+    forward for 'tree', at least 8192 for 'flex', and the longest tree for the others."""
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)
@@ -75,11 +111,12 @@ class DataConfig:
 class LossConfig:
     objective: str = "rdpo"
     """Preference objective: dpo, rdpo, mdpo, mfpo, svco, symmpo, ovip, adavip, mispdpo, lpoi, chip,
-    cdpo, ipo, hinge, or released (the loss of Re-Align's code; to reproduce it only)."""
+    cdpo, ipo, hinge or released. 'released' is the loss of Re-Align's published code, for
+    reproduction only."""
     beta: float = 0.1
-    """Strength of the tie to the reference model."""
+    """Strength of the constraint to stay close to the reference model."""
     visual_weight: float = 1.0
-    """Weight of the visual term of rdpo, mdpo, mfpo, lpoi and released."""
+    """Weight of the visual term in rdpo, mdpo, mfpo, lpoi and released."""
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, tuple(objectives.PRESETS))
@@ -93,21 +130,23 @@ class LossConfig:
 @dataclass
 class OptimConfig:
     learning_rate: float = 0.0
-    """Peak learning rate of AdamW; 0 takes 1e-5 (the paper's), or 5e-5 for the shipped digits."""
+    """Peak learning rate of AdamW. 0 selects 1e-5, as in the paper, or 5e-5 for the shipped digits
+    model."""
     weight_decay: float = 0.0
-    """AdamW weight decay."""
+    """Weight decay of AdamW."""
     warmup: float = 0.03
-    """Share of the steps with rising learning rate; a cosine to zero follows."""
+    """Fraction of the steps in which the learning rate rises. It then falls to zero along a
+    cosine."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Largest norm of the gradient. 0 disables clipping."""
     batch_size: int = 32
-    """Examples in a step, over all ranks."""
+    """Examples in a step, over all ranks together."""
     micro_batch_size: int = 16
-    """Examples in one forward of one rank; a larger batch is accumulated."""
+    """Examples in one forward pass of one rank. Gradients of a larger batch are accumulated."""
     epochs: float = 1.0
-    """Passes over the pairs."""
+    """Passes over the pairs, which may be a fraction."""
     steps: int = 0
-    """Steps to train; overrides --epochs when not 0."""
+    """Steps to train. 0 trains for --epochs."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "epochs"):
@@ -115,26 +154,28 @@ class OptimConfig:
         for name in ("learning_rate", "weight_decay", "warmup", "clip", "steps"):
             _not_negative(name, getattr(self, name))
         if self.warmup > 1:
-            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, 1 at most.")
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, at most 1.")
 
 
 @dataclass
 class ScaleConfig:
     fsdp: bool = False
-    """Shard over ranks with FSDP2; starts its own workers unless torchrun did."""
+    """Shard the model over ranks with FSDP2. The command starts its own workers unless torchrun has
+    started them."""
     nproc_per_node: int = 0
-    """Workers to start with --fsdp; 0 means one per GPU, or two on a CPU."""
+    """Workers that --fsdp starts. 0 starts one per GPU, or two on a CPU."""
     replicas: int = 1
-    """Copies of the model that the ranks hold (HSDP): each is sharded over ranks / replicas ranks,
-    in order. With as many as there are nodes, weights are gathered within a node only."""
+    """Copies of the model over all ranks (HSDP). Each copy is sharded over consecutive ranks. With
+    one copy per node, weights are gathered within a node only."""
     activation_checkpointing: bool = False
-    """Keep only the input of each trained layer and compute the layer again in backward."""
+    """Keep only the input of each trained layer and recompute the layer in the backward pass."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer in host memory; the GPU sees a layer at a time."""
+    """Keep parameters, gradients and optimizer state in host memory. The GPU holds one layer at a
+    time."""
     compile: bool = False
-    """Compile each trained layer with torch.compile, for any size of batch."""
+    """Compile each trained layer with torch.compile, for any batch size."""
     liger: bool = False
-    """RMSNorm and SwiGLU of the language model by liger-kernel, on CUDA."""
+    """Use liger-kernel for RMSNorm and SwiGLU of the language model, on CUDA."""
 
     def __post_init__(self) -> None:
         _not_negative("nproc_per_node", self.nproc_per_node)
@@ -149,46 +190,48 @@ class ScaleConfig:
 
     @property
     def kernels(self) -> str:
-        """Kernels of the layers; log-probs of different kernels differ by rounding."""
+        """Kernels of the layers: their log-probs differ by rounding."""
         return "compiled" if self.compile else "liger" if self.liger else "eager"
 
 
 @dataclass
 class RunConfig:
     output: str = "runs/rdpo"
-    """Folder of metrics, checkpoints and the final model."""
+    """Folder for metrics, checkpoints and the final model."""
     reference_cache: str | None = None
-    """Folder of reference log-probs, shared by all runs; $REALIGN_CACHE/reference, or
-    ~/.cache/realign/reference, when absent."""
+    """Folder of reference log-probs, shared by all runs. Without it, $REALIGN_CACHE/reference or
+    ~/.cache/realign/reference."""
     cache_vision: bool = False
-    """Keep the frozen vision tower's features of each image, in $REALIGN_CACHE/vision or
-    ~/.cache/realign/vision; all runs share it."""
+    """Cache the features of the frozen vision tower in $REALIGN_CACHE/vision or
+    ~/.cache/realign/vision, shared by all runs."""
     seed: int = 0
-    """Seeds the order of the examples and the LoRA initialisation."""
+    """Seed of the order of the examples and of the LoRA initialisation."""
     save_every: int = 50
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints. 0 saves only at the end."""
     keep: int = 2
-    """Checkpoints to keep, the newest."""
+    """Number of the newest checkpoints to keep."""
     resume: bool = False
     """Resume from the last checkpoint in the output folder."""
     merge: bool = False
-    """Write the final model with the LoRA adapter merged in, in the base's dtype, instead of the
-    adapter."""
+    """Write the final model with the LoRA adapter merged into the base, in the dtype of the base.
+   """
     dry_run: bool = False
-    """Check settings and records, print the plan (sizes, memory, steps, time); write nothing."""
+    """Check settings and records, and print the plan: sizes, memory, steps and time. Nothing is
+    written."""
     log_every: int = 1
-    """Steps between the lines on the terminal; the files get every step."""
+    """Steps between progress lines. metrics.jsonl gets every step."""
     tensorboard: bool = False
-    """Write TensorBoard events to the folder `tensorboard` in the output folder."""
+    """Write TensorBoard events to the subfolder 'tensorboard' of --output."""
     wandb: str | None = None
-    """Project of Weights & Biases to report to; WANDB_MODE=offline keeps it on this machine."""
+    """Report metrics to this project of Weights & Biases. WANDB_MODE=offline keeps them on this
+    machine."""
     quiet: bool = False
-    """No lines and no progress bars for the steps."""
+    """Print no progress lines and no progress bars."""
 
     def __post_init__(self) -> None:
         _positive("log_every", self.log_every)
         if self.quiet and self.log_every != 1:
-            raise ValueError("log_every would have no effect with --quiet. Leave out one of them.")
+            raise ValueError("log_every would have no effect with --quiet. Leave one of them out.")
         for name in ("seed", "save_every"):
             _not_negative(name, getattr(self, name))
         _positive("keep", self.keep)
@@ -196,7 +239,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    """All settings of a run, a section each."""
+    """All settings of a run, by section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -210,8 +253,8 @@ class TrainConfig:
             _no_effect("merge", "there is no adapter to merge", "--tune lora")
         if self.run.cache_vision and self.model.tune == "full":
             raise ValueError(
-                "cache_vision keeps image features as they are, and with --tune full their "
-                "tower learns. Leave it out, or add --tune lora."
+                "cache_vision keeps the features of a frozen vision tower. --tune full changes the "
+                "features. Leave it out, or add --tune lora."
             )
         if self.model.attention == "auto":
             self.model.attention = "tree"
@@ -220,9 +263,10 @@ class TrainConfig:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is under FSDP2.
+        """Whether the model is wrapped in FSDP2.
 
-        One rank needs it to cast a trained base, or to offload. LoRA layers cast themselves.
+        A single rank needs FSDP2 to cast a fully trained model, or to offload it. LoRA layers cast
+        their own inputs.
         """
         casts = self.model.tune == "full" and self.model.dtype != "fp32"
         return self.scale.fsdp or self.scale.cpu_offload or casts
@@ -242,20 +286,24 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     sections = parse_sections(
         get_type_hints(TrainConfig),
         prog="python -m realign.train",
-        description="Align a vision-language model with rDPO. Without --model and --pairs it runs "
-        "on the shipped handwritten digits.",
+        description="Align a vision-language model with rDPO. Without --model and --pairs, the "
+        "shipped model of handwritten digits is trained.",
+        example="python -m realign.train --model llava-hf/llava-1.5-7b-hf \\\n"
+        "    --pairs pairs.parquet --output runs/llava",
+        headings=HEADINGS,
+        metavars=METAVARS,
         arguments=arguments,
     )
     return TrainConfig(**sections)
 
 
 def resolve_dtype(dtype: str) -> str:
-    """'fp32' or 'bf16' for a `dtype` that may be 'auto': bf16 on CUDA, ten times faster than fp32.
+    """Resolve 'auto' to 'bf16' on CUDA, where it is ten times faster than fp32, else to 'fp32'.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for an unknown name.
     """
-    _one_of("dtype", dtype, ("auto", "fp32", "bf16"))
+    _one_of("dtype", dtype, DTYPES)
     return ("bf16" if torch.cuda.is_available() else "fp32") if dtype == "auto" else dtype
 
 

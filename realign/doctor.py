@@ -1,12 +1,11 @@
 """Installation check: versions, backends and missing packages, `python -m realign.doctor`.
 
-The exit code is 0 if everything that is needed works, and 1 if something is broken. A missing
-package, or an extension that crashes Python, is a finding. Each line is printed immediately.
+The exit code is 0 if all required parts work, and 1 if a part is broken. A missing package, or an
+extension that crashes Python, is a finding. Each line is printed immediately.
 """
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import functools
 import importlib
@@ -23,13 +22,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from realign.cli import CommandParser
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 Finding = tuple[str, str, str]
-"""A mark ("ok", "--" for a missing extra, "BAD" for a broken package), a name, the finding."""
+"""Mark ("ok", "--" for a missing extra, "BAD" for a broken package), name and finding."""
 EXTRAS = ("", "cpu", "gpu", "demo", "tensorboard", "wandb", "ray", "sentences", "endpoint")
-"""Extras of pyproject.toml for users, after the required packages; `gpu` only for a GPU."""
+"""Extras of pyproject.toml for users, after the required packages. `gpu` needs a GPU."""
 _LOAD = """import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
@@ -177,7 +178,12 @@ def _line(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all checks and print them; returns an exit code."""
-    parser = argparse.ArgumentParser(prog="python -m realign.doctor", description=__doc__)
+    parser = CommandParser(
+        prog="python -m realign.doctor",
+        description="Installation check: print versions, backends and missing packages. The exit "
+        "code is 0 if all required parts work, and 1 otherwise.",
+        example="python -m realign.doctor",
+    )
     parser.parse_args(arguments)
     bad: list[str] = []
     for section in (_machine, _packages, _kernels, _folders):

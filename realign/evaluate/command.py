@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from realign.cli import CommandParser
 from realign.data.errors import short_repr
 from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
 from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
@@ -272,48 +273,114 @@ def _lines(table: tables.Table) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m realign.evaluate")
-    commands = parser.add_subparsers(dest="command", required=True)
+    prog = "python -m realign.evaluate"
+    parser = CommandParser(prog=prog)
+    commands = parser.add_subparsers(
+        dest="command", required=True, prog=prog, parser_class=CommandParser
+    )
 
-    def add(name: str, function: Callable, about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about)
+    def add(name: str, function: Callable, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            description=COMMANDS[name] + ".",
+            example=f"python -m realign.evaluate {name} {example}",
+        )
         command.set_defaults(run=function)
         return command
 
-    def asks(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--model", required=True, help="folder or hub name; adapters, too")
-        command.add_argument("--image-folder", required=True, help="folder of the images")
-        command.add_argument("--output", required=True, help="folder for answers and figures")
-        command.add_argument("--batch-size", type=int, default=16, help="at once (%(default)s)")
-        command.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, else fp32")
-        command.add_argument("--limit", type=int, default=0, help="the first so many; 0: all")
-        command.add_argument("--quiet", action="store_true", help="no progress bars")
+    def add_model(command: argparse.ArgumentParser) -> None:
+        add = command.add_argument
+        add("--model", required=True, help="Folder or Hub name of a model or an adapter. Required.")
+        add(
+            "--image-folder",
+            required=True,
+            metavar="FOLDER",
+            help="Folder of the images. Required.",
+        )
+        add(
+            "--output",
+            required=True,
+            metavar="FOLDER",
+            help="Folder for answers and figures. A stopped run resumes from it. Required.",
+        )
+        add("--batch-size", type=int, default=16, metavar="N", help="Answers generated together.")
+        add(
+            "--dtype",
+            choices=("fp32", "bf16"),
+            help="Precision of the computation. Without it, bf16 on a GPU and fp32 on a CPU.",
+        )
+        add("--limit", type=int, default=0, metavar="N", help="Questions to use. 0 uses all.")
+        add("--quiet", action="store_true", help="Print no progress.")
 
-    command = add("pope", pope, "POPE: yes/no questions about objects, by three rules")
-    command.add_argument("questions", nargs="+", metavar="FILE", help="coco_pope_random.json, ...")
-    command.add_argument("--suffix", default=SHORT, help="behind every question")
-    asks(command)
-    command = add("chair", captions, "CHAIR: objects in captions that images do not show")
-    command.add_argument("--instances", required=True, help="COCO's instances_val2014.json")
-    command.add_argument("--reference", required=True, help="COCO's captions_val2014.json")
-    command.add_argument("--synonyms", help="synonyms.txt of the metric's authors (our own list)")
-    command.add_argument("--prompt", default=CAPTION, help="that asks for a caption (%(default)s)")
-    command.add_argument("--max-tokens", type=int, default=512, help="of a caption (%(default)s)")
-    command.add_argument("--most", type=int, default=500, help="images drawn; 0: all (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    asks(command)
-    command = add("hallusionbench", hallusion, "HallusionBench, by rules in place of GPT-4")
-    command.add_argument("questions", metavar="FILE", help="HallusionBench.json")
-    command.add_argument("--suffix", default=SHORT, help="behind every question")
-    asks(command)
-    command = add("compare", compare, "two models on the same questions: McNemar and bootstrap")
-    command.add_argument("first", help="answers (JSON lines, or a folder of them)")
-    command.add_argument("second", help="of the other model")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
-    command = add("handoff", handoff, "a merged folder for lmms-eval and VLMEvalKit")
-    command.add_argument("--model", required=True, help="folder or hub name; an adapter is merged")
-    command.add_argument("--output", required=True, help="folder to write")
+    def add_suffix(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--suffix",
+            default=SHORT,
+            metavar="TEXT",
+            help="Text appended to every question. Default: a new line and "
+            f"'{SHORT.strip().replace('%', '%%')}'",
+        )
+
+    files = "\\\n    --model runs/llava/model --image-folder val2014 --output answers"
+    command = add("pope", pope, f"coco_pope_random.json {files}")
+    command.add_argument(
+        "questions", nargs="+", metavar="FILE", help="POPE file, such as coco_pope_random.json."
+    )
+    add_suffix(command)
+    add_model(command)
+    command = add(
+        "chair",
+        captions,
+        "\\\n    --instances instances_val2014.json --reference captions_val2014.json " + files,
+    )
+    for flag in ("instances", "reference"):
+        file = {"instances": "instances_val2014.json", "reference": "captions_val2014.json"}[flag]
+        command.add_argument(
+            f"--{flag}", required=True, metavar="FILE", help=f"COCO's {file}. Required."
+        )
+    command.add_argument(
+        "--synonyms",
+        metavar="FILE",
+        help="synonyms.txt of the authors of CHAIR. Without it, the list of this package is used.",
+    )
+    command.add_argument("--prompt", default=CAPTION, metavar="TEXT", help="Prompt for a caption.")
+    command.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="Most tokens of a caption."
+    )
+    command.add_argument(
+        "--most", type=int, default=500, metavar="N", help="Images to sample. 0 uses all images."
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="Seed of the sample of images."
+    )
+    add_model(command)
+    command = add("hallusionbench", hallusion, f"HallusionBench.json {files}")
+    command.add_argument("questions", metavar="FILE", help="HallusionBench.json.")
+    add_suffix(command)
+    add_model(command)
+    command = add("compare", compare, "answers-base answers-rdpo")
+    for name, model in (("first", "first"), ("second", "second")):
+        command.add_argument(
+            name, metavar=name.upper(), help=f"Answers of the {model} model: a file or a folder."
+        )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the bootstrap.")
+    command = add("handoff", handoff, "\\\n    --model runs/llava/model --output llava-merged")
+    command.add_argument(
+        "--model",
+        required=True,
+        help="Folder or Hub name. An adapter is merged into its base. Required.",
+    )
+    command.add_argument(
+        "--output", required=True, metavar="FOLDER", help="Folder to write. Required."
+    )
     return parser
 
 
-COMMANDS = ("pope", "chair", "hallusionbench", "compare", "handoff")
+COMMANDS = {
+    "pope": "POPE: yes/no questions about objects, scored by three rules",
+    "chair": "CHAIR: objects in captions that are not in the image",
+    "hallusionbench": "HallusionBench, scored by rules instead of GPT-4",
+    "compare": "Compare two models by McNemar's test and a bootstrap",
+    "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
+}
+"""Command -> summary."""

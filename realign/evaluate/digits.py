@@ -38,21 +38,21 @@ RESAMPLES = 2000
 @dataclass
 class EvaluateConfig:
     model: str | None = None
-    """Folder of a model or adapter; the shipped digits model when absent."""
+    """Folder of a model or adapter. Without it, the shipped digits model is evaluated."""
     output: str | None = None
-    """JSON file to write beside the printed table."""
+    """JSON file for the rates, which are also printed."""
     answers: str | None = None
-    """JSON lines file to write with every caption and answer, a line for each scene."""
+    """JSON-lines file for all captions and answers, one line per scene."""
     scenes: int = 3000
-    """Unbiased test scenes."""
+    """Number of test scenes."""
     batch_size: int = 250
-    """Scenes in one generation."""
+    """Scenes generated together."""
     biased: bool = False
-    """Use scenes that follow the prior of the training captions instead."""
+    """Use scenes that follow the prior of the training captions, instead of unbiased scenes."""
     seed: int = 0
-    """Seed of the evaluation scenes."""
+    """Seed of the test scenes."""
     quiet: bool = False
-    """No progress bars."""
+    """Print no progress."""
 
     def __post_init__(self) -> None:
         for name, minimum in (("scenes", 1), ("batch_size", 1), ("seed", 0)):

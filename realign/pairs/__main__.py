@@ -13,14 +13,60 @@ import sys
 from collections.abc import Sequence
 
 from realign.cli import one_line_errors, parse_sections
-from realign.pairs import gallery, stats
-from realign.pairs.config import PairsConfig
+from realign.modeling.loading import DTYPES
+from realign.pairs import gallery, negatives, stats
+from realign.pairs.config import REFILLS, PairsConfig
 from realign.pairs.io import importers
 from realign.pairs.pipeline import STAGES, build_pairs, run_stages
+from realign.pairs.retrieval.index import KINDS
 from realign.third_party import silence_third_party
 
 _LAST = STAGES[1:]  # stages that a command may name; every run begins with reading
 _COMMANDS = {"import": importers.main, "gallery": gallery.main, "stats": stats.main}
+_SUMMARIES = {
+    "import": "Convert an existing set of preference pairs",
+    "gallery": "Write an HTML page that shows pairs",
+    "stats": "Print figures of pairs",
+}
+_HEADINGS = {
+    "output": "Input and output",
+    "model": "Models",
+    "scenes": "Input and output",
+    "answer": "Models",
+    "k": "Visual negatives",
+    "masker": "Masking",
+    "refill": "Refill of masked words",
+    "tau": "Filters",
+    "concurrency": "Endpoints",
+    "negative": "Visual negatives",
+    "work": "Run",
+}
+_METAVARS = {
+    "output": "FILE",
+    "data": "PATH",
+    "image_folder": "FOLDER",
+    "embed_model": "MODEL",
+    "dtype": tuple(DTYPES),
+    "answer": "ENGINE",
+    "index": KINDS,
+    "ceiling": "COSINE",
+    "floor": "COSINE",
+    "hash_distance": "BITS",
+    "mask": "KINDS",
+    "share": "FRACTION",
+    "refill": REFILLS,
+    "temperature": "T",
+    "tau": "SIMILARITY",
+    "similarity": "MEASURE",
+    "judge": "ENGINE",
+    "requests_per_minute": "N",
+    "price_in": "PRICE",
+    "price_out": "PRICE",
+    "negative": negatives.KINDS,
+    "work": "FOLDER",
+    "max_bad": "FRACTION",
+    "ray": "ADDRESS",
+}
 
 
 @one_line_errors
@@ -40,10 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse_sections(
             {"pairs": PairsConfig},
             prog="python -m realign.pairs",
-            description="Turn images with true responses into dual-preference pairs. Without "
-            "--data it makes them of the shipped handwritten digits. A stage's name in front "
-            f"({', '.join(_LAST)}) runs up to that stage. {', '.join(_COMMANDS)} are about "
-            "finished pairs and have flags of their own.",
+            usage="%(prog)s [STAGE] [--config FILE] [options]",
+            description="Make preference pairs from images with correct responses. Without --data, "
+            "they are made from the shipped handwritten digits. The name of a stage as STAGE "
+            f"({', '.join(_LAST)}) stops after that stage. The commands below work on finished "
+            "pairs, and `COMMAND --help` lists their options.",
+            commands=_SUMMARIES,
+            example="python -m realign.pairs --data records.parquet --output pairs.parquet",
+            headings=_HEADINGS,
+            metavars=_METAVARS,
             arguments=words,
         )["pairs"]
         if last is None:

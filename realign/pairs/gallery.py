@@ -7,7 +7,6 @@ script and style.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import html
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from realign.cli import one_line_errors
+from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
 from realign.data.pictures import PictureError, StoredImage
@@ -216,7 +215,9 @@ def _finite(value: Any) -> float | None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, write, report; returns an exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
+        example="python -m realign.pairs gallery pairs.parquet --output gallery.html",
+        metavars={"output": "FILE", "most": "N", "side": "PIXELS"},
         prog="python -m realign.pairs gallery",
         description="Write one HTML file that shows preference pairs; it needs no network.",
     )

@@ -6,7 +6,6 @@ out, by reason. The gallery shows the same figures above its pairs.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from realign.cli import one_line_errors
+from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
 from realign.data.pictures import StoredImage
@@ -220,8 +219,11 @@ def _short(value: float) -> str:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print; returns an exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m realign.pairs stats", description="Print figures of preference pairs."
+    parser = CommandParser(
+        example="python -m realign.pairs stats pairs.parquet",
+        metavars={"work": "FOLDER"},
+        prog="python -m realign.pairs stats",
+        description="Print figures of preference pairs.",
     )
     parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
     parser.add_argument("--work", help="work folder of the run, with its drops (PAIRS.work)")

@@ -89,7 +89,7 @@ def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
         (["fill", "--pairs", "nowhere.parquet"], "there is nothing at"),
         (["fill", "--pairs", "x", "--nproc-per-node", "-1"], "nproc_per_node is -1; it must be 0"),
         (["verify", "--reference-cache", "nowhere"], "there is no folder nowhere; check --ref"),
-        (["full"], "unknown command 'full': fill, stats, verify, compact"),
+        (["full"], "unknown command 'full'. The commands are fill, stats, verify, compact"),
     ],
 )
 def test_mistakes_of_the_commands(words, message, capsys):

@@ -238,7 +238,7 @@ def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["cider"], "unknown command 'cider'; there are pope, chair"),
+        (["cider"], "unknown command 'cider'. The commands are pope, chair"),
         (["compare", "a", "a"], "No such file"),
     ],
 )

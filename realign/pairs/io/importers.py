@@ -7,7 +7,6 @@ gives a `Record` or an `InvalidRecord` for every record of a file.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -21,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from realign.cli import one_line_errors
+from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, Names, name_of
 from realign.data.errors import Malformed, short_repr
 from realign.data.messages import texts_of
@@ -316,7 +315,13 @@ def _digest(record: Record) -> bytes:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, import, report; returns an exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
+        example="python -m realign.pairs import data.json --image-folder images --output pairs.parquet",
+        metavars={
+            "image_folder": "FOLDER",
+            "output": "FILE",
+            "format": ("auto", "realign", "parquet"),
+        },
         prog="python -m realign.pairs import",
         description="Write the pairs that a data set already has: the authors' JSON, or a TRL set.",
     )
