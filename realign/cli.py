@@ -168,7 +168,7 @@ def parse_sections(
         prog: the command, for the help text.
         description: description of the command, for the help text.
         arguments: the command line; `sys.argv` when absent.
-        headings: field name -> heading in the help text, before that field.
+        headings: field name -> heading in the help text, of that field and the next ones.
         metavars: field name -> placeholder of its value, or a tuple of the valid values.
         **options: further arguments of `CommandParser`, such as `example`.
 
@@ -210,16 +210,18 @@ def _add_flags(
     place: str,
 ) -> None:
     docs = _field_docs(cls)
-    group: Any = None
+    groups: dict[str, Any] = {}
+    heading = section.capitalize()
     for f in fields(cls):
-        if group is None or f.name in headings:
-            group = parser.add_argument_group(headings.get(f.name, section.capitalize()) + place)
+        heading = headings.get(f.name, heading)
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading + place)
         kind = _type_of(cls, f.name)
         options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if kind is not bool:
             metavar = metavars.get(f.name, "N" if kind is int else f.name.upper())
             options = {"type": kind, "metavar": placeholder(metavar)}
-        group.add_argument(
+        groups[heading].add_argument(
             "--" + f.name.replace("_", "-"),
             dest=f"{section}.{f.name}",
             default=argparse.SUPPRESS,

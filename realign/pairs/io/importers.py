@@ -316,7 +316,7 @@ def _digest(record: Record) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, import, report; returns an exit code."""
     parser = CommandParser(
-        example="python -m realign.pairs import data.json --image-folder images --output pairs.parquet",
+        example="python -m realign.pairs import data.json --image-folder images",
         metavars={
             "image_folder": "FOLDER",
             "output": "FILE",
