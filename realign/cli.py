@@ -144,6 +144,8 @@ def with_default(text: str, default: Any) -> str:
     if default in (None, ""):
         return text
     if isinstance(default, bool):
+        if "by default" in text.lower():
+            return text
         return f"{text} {'On' if default else 'Off'} by default."
     if isinstance(default, str) and " " in default:
         return f"{text} Default: '{default}'"

@@ -1,7 +1,7 @@
-"""Settings of a training run: a typed tree, filled from a TOML file and flags.
+"""Settings of a training run: a typed tree, filled from TOML and flags.
 
-The `[section]` tables of `--config file.toml` match the classes below. Each field is also a flag of
-the same name with dashes (`learning_rate` -> `--learning-rate`). Flags override the file.
+The `[section]` tables of `--config file.toml` match the classes below. Every field is also a flag
+of the same name with dashes (`learning_rate` -> `--learning-rate`). Flags override the file.
 """
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ METAVARS = {
 @dataclass
 class ModelConfig:
     model: str | None = None
-    """Folder or Hub name of a vision-language model. Without it, the shipped digits model is
+    """Folder or hub name of a vision-language model. Without it the shipped digits model is
     trained."""
     tune: str = "lora"
-    """Weights to train. 'lora' adds adapters to all linear layers of the language model. 'full'
-    trains all weights except those of the vision tower."""
+    """Weights to train: 'lora' trains adapters on all linear layers of the language model, 'full'
+    trains the weights themselves."""
     lora_rank: int = 128
-    """Rank of the LoRA matrices. The paper uses 128."""
+    """Rank of the LoRA matrices. The default is the paper's."""
     lora_alpha: float = 256.0
-    """Scale alpha of LoRA. The paper uses 256."""
+    """LoRA scale alpha. The default is the paper's, twice the rank."""
     train_vision: bool = False
-    """Train the vision tower too. Needs --tune full."""
+    """Train the vision tower too, with --tune full. By default it is frozen."""
     dtype: str = "auto"
-    """Precision of the computation. Trained weights stay in fp32. 'auto' is 'bf16' on CUDA and
-    'fp32' on a CPU."""
+    """Compute dtype, 'fp32' or 'bf16'. 'auto' is bf16 on CUDA and fp32 on a CPU. Trained weights
+    are kept in fp32 either way."""
     attention: str = "auto"
-    """Attention of the language model. 'tree' computes each tree separately and needs no mask.
-    'flash' is 'tree' with torch's flash kernel; on CUDA in bf16, 'tree' uses that kernel
-    automatically. 'flex' needs CUDA, skips masked pairs and allows long rows. 'sdpa' and 'eager'
-    use a mask. 'sdpa' replaces 'tree' for models with sliding windows, bidirectional blocks or
-    dropout, and under --compile without the flash kernel. 'auto' is 'tree'."""
+    """Attention of the language model. 'tree' computes each tree without a mask, and uses torch's
+    flash kernel on CUDA in bf16. Models with windows, two-way blocks or dropout get 'sdpa' instead,
+    as does --compile without the flash kernel. 'flash' is 'tree' and requires that kernel. 'sdpa'
+    and 'eager' use a mask. 'flex' needs CUDA and skips masked pairs, so rows can be long. 'auto' is
+    'tree'."""
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, TUNED)
@@ -94,13 +94,13 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     pairs: str | None = None
-    """Parquet file, or folder of such files, of preference pairs. Without it, pairs of the digits
-    are built."""
+    """Parquet file or folder of preference pairs. Without it pairs of digits are built."""
     max_response_tokens: int = 1024
-    """Longest response, in tokens. A longer response is an error and is never truncated."""
+    """Most tokens in a response. A longer response is an error that names its record. Responses are
+    never cut."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest. 0 selects the best value for the attention: the whole
-    forward for 'tree', at least 8192 for 'flex', and the longest tree for the others."""
+    """Most tokens in a row of the forest. 0 chooses by attention: one row for a whole forward
+    ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)
@@ -111,12 +111,12 @@ class DataConfig:
 class LossConfig:
     objective: str = "rdpo"
     """Preference objective: dpo, rdpo, mdpo, mfpo, svco, symmpo, ovip, adavip, mispdpo, lpoi, chip,
-    cdpo, ipo, hinge or released. 'released' is the loss of Re-Align's published code, for
-    reproduction only."""
+    cdpo, ipo, hinge, or released. 'released' reproduces the loss of Re-Align's code."""
     beta: float = 0.1
-    """Strength of the constraint to stay close to the reference model."""
+    """Beta of the objective. A larger beta keeps the model closer to the reference model."""
     visual_weight: float = 1.0
-    """Weight of the visual term in rdpo, mdpo, mfpo, lpoi and released."""
+    """Weight of the visual term of rdpo, mdpo, mfpo, lpoi and released. 1 weights it like the text
+    term."""
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, tuple(objectives.PRESETS))
@@ -130,23 +130,21 @@ class LossConfig:
 @dataclass
 class OptimConfig:
     learning_rate: float = 0.0
-    """Peak learning rate of AdamW. 0 selects 1e-5, as in the paper, or 5e-5 for the shipped digits
-    model."""
+    """Peak learning rate of AdamW. 0 is 1e-5 (the paper's), or 5e-5 for the digits model."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW. 0 turns it off."""
     warmup: float = 0.03
-    """Fraction of the steps in which the learning rate rises. It then falls to zero along a
-    cosine."""
+    """Share of the steps in which the learning rate rises linearly. A cosine to zero follows."""
     clip: float = 1.0
-    """Largest norm of the gradient. 0 disables clipping."""
+    """Norm that gradients are clipped to. 0 turns clipping off."""
     batch_size: int = 32
-    """Examples in a step, over all ranks together."""
+    """Examples in a step, over all ranks."""
     micro_batch_size: int = 16
-    """Examples in one forward pass of one rank. Gradients of a larger batch are accumulated."""
+    """Examples in one forward of one rank. Gradients of a larger batch are accumulated."""
     epochs: float = 1.0
-    """Passes over the pairs, which may be a fraction."""
+    """Passes over the pairs."""
     steps: int = 0
-    """Steps to train. 0 trains for --epochs."""
+    """Steps to train, instead of --epochs. 0 uses --epochs."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "epochs"):
@@ -154,28 +152,28 @@ class OptimConfig:
         for name in ("learning_rate", "weight_decay", "warmup", "clip", "steps"):
             _not_negative(name, getattr(self, name))
         if self.warmup > 1:
-            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, at most 1.")
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, 1 at most.")
 
 
 @dataclass
 class ScaleConfig:
     fsdp: bool = False
-    """Shard the model over ranks with FSDP2. The command starts its own workers unless torchrun has
-    started them."""
+    """Shard model and optimizer over ranks with FSDP2. Starts its own workers unless torchrun
+    did."""
     nproc_per_node: int = 0
-    """Workers that --fsdp starts. 0 starts one per GPU, or two on a CPU."""
+    """Workers to start with --fsdp. 0 starts one per GPU, or two on a CPU."""
     replicas: int = 1
-    """Copies of the model over all ranks (HSDP). Each copy is sharded over consecutive ranks. With
-    one copy per node, weights are gathered within a node only."""
+    """Copies of the model (HSDP), each sharded over ranks / replicas consecutive ranks. With one
+    copy per node, weights are gathered within nodes only. 1 shards over all ranks."""
     activation_checkpointing: bool = False
-    """Keep only the input of each trained layer and recompute the layer in the backward pass."""
+    """Keep only the input of each trained layer, and compute the layer again in the backward."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer state in host memory. The GPU holds one layer at a
+    """Keep parameters, gradients and optimizer in host memory. The GPU holds one layer at a
     time."""
     compile: bool = False
     """Compile each trained layer with torch.compile, for any batch size."""
     liger: bool = False
-    """Use liger-kernel for RMSNorm and SwiGLU of the language model, on CUDA."""
+    """Compute RMSNorm and SwiGLU of the language model by liger-kernel. Needs CUDA."""
 
     def __post_init__(self) -> None:
         _not_negative("nproc_per_node", self.nproc_per_node)
@@ -190,48 +188,47 @@ class ScaleConfig:
 
     @property
     def kernels(self) -> str:
-        """Kernels of the layers: their log-probs differ by rounding."""
+        """Kernels of the layers. Log-probs of different kernels differ by rounding."""
         return "compiled" if self.compile else "liger" if self.liger else "eager"
 
 
 @dataclass
 class RunConfig:
     output: str = "runs/rdpo"
-    """Folder for metrics, checkpoints and the final model."""
+    """Output folder for metrics, checkpoints and the final model."""
     reference_cache: str | None = None
-    """Folder of reference log-probs, shared by all runs. Without it, $REALIGN_CACHE/reference or
-    ~/.cache/realign/reference."""
+    """Folder of cached reference log-probs, shared by all runs. The default is
+    $REALIGN_CACHE/reference, or ~/.cache/realign/reference."""
     cache_vision: bool = False
-    """Cache the features of the frozen vision tower in $REALIGN_CACHE/vision or
-    ~/.cache/realign/vision, shared by all runs."""
+    """Cache the frozen vision tower's features of each image, in $REALIGN_CACHE/vision or
+    ~/.cache/realign/vision. All runs share the cache."""
     seed: int = 0
-    """Seed of the order of the examples and of the LoRA initialisation."""
+    """Seed for the order of the examples, the LoRA initialization and dropout."""
     save_every: int = 50
     """Steps between checkpoints. 0 saves only at the end."""
     keep: int = 2
-    """Number of the newest checkpoints to keep."""
+    """Number of checkpoints to keep. Older ones are deleted."""
     resume: bool = False
-    """Resume from the last checkpoint in the output folder."""
+    """Resume from the newest intact checkpoint in the output folder."""
     merge: bool = False
-    """Write the final model with the LoRA adapter merged into the base, in the dtype of the base.
-   """
+    """Merge the LoRA adapter into the final model, in the base's dtype. By default only the adapter
+    is written."""
     dry_run: bool = False
-    """Check settings and records, and print the plan: sizes, memory, steps and time. Nothing is
-    written."""
+    """Check settings and records, and print the plan: sizes, memory, steps, time. Writes
+    nothing."""
     log_every: int = 1
-    """Steps between progress lines. metrics.jsonl gets every step."""
+    """Steps between printed lines. The metrics files get every step."""
     tensorboard: bool = False
-    """Write TensorBoard events to the subfolder 'tensorboard' of --output."""
+    """Write TensorBoard events to the folder `tensorboard` in the output folder."""
     wandb: str | None = None
-    """Report metrics to this project of Weights & Biases. WANDB_MODE=offline keeps them on this
-    machine."""
+    """Weights & Biases project to report to. WANDB_MODE=offline keeps the run on this machine."""
     quiet: bool = False
-    """Print no progress lines and no progress bars."""
+    """Print no step lines and no progress bars."""
 
     def __post_init__(self) -> None:
         _positive("log_every", self.log_every)
         if self.quiet and self.log_every != 1:
-            raise ValueError("log_every would have no effect with --quiet. Leave one of them out.")
+            raise ValueError("log_every would have no effect with --quiet. Leave out one of them.")
         for name in ("seed", "save_every"):
             _not_negative(name, getattr(self, name))
         _positive("keep", self.keep)
@@ -253,8 +250,8 @@ class TrainConfig:
             _no_effect("merge", "there is no adapter to merge", "--tune lora")
         if self.run.cache_vision and self.model.tune == "full":
             raise ValueError(
-                "cache_vision keeps the features of a frozen vision tower. --tune full changes the "
-                "features. Leave it out, or add --tune lora."
+                "cache_vision keeps image features for the whole run, and --tune full trains "
+                "the layers that compute them. Leave it out, or add --tune lora."
             )
         if self.model.attention == "auto":
             self.model.attention = "tree"
@@ -263,16 +260,15 @@ class TrainConfig:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is wrapped in FSDP2.
+        """Whether the model uses FSDP2.
 
-        A single rank needs FSDP2 to cast a fully trained model, or to offload it. LoRA layers cast
-        their own inputs.
+        One rank needs it to cast a trained base, or to offload. LoRA layers cast their own weights.
         """
         casts = self.model.tune == "full" and self.model.dtype != "fp32"
         return self.scale.fsdp or self.scale.cpu_offload or casts
 
     def to_dict(self) -> dict:
-        """The tree as nested dictionaries."""
+        """All settings as nested dictionaries."""
         return asdict(self)
 
 
@@ -298,10 +294,10 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """Resolve 'auto' to 'bf16' on CUDA, where it is ten times faster than fp32, else to 'fp32'.
+    """Resolve 'auto' to a dtype: 'bf16' on CUDA, where it is 10x faster, and 'fp32' on a CPU.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for another name.
     """
     _one_of("dtype", dtype, DTYPES)
     return ("bf16" if torch.cuda.is_available() else "fp32") if dtype == "auto" else dtype
