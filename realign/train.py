@@ -101,8 +101,7 @@ def prepare_pairs(config: TrainConfig) -> Path:
         )
     path = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
     if not path.exists() and distributed.rank() == 0:
-        quiet = config.run.quiet or not sys.stderr.isatty()
-        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=quiet))
+        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=config.run.quiet))
     distributed.barrier()
     return path
 

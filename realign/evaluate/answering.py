@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from realign.data.pictures import StoredImage
 from realign.files import check_file, read_jsonl, write_whole
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.io.pictures import PictureError, inside, load_picture
 from realign.pairs.io.rows import files_digest
+from realign.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,12 @@ def answer(
         ValueError: for an image that cannot be read.
     """
     missing, output, asked = sheet.missing, sheet.output, sheet.asked
-    with tqdm(
-        desc=output.stem,
-        unit="question",
-        total=len(sheet.questions),
-        initial=len(sheet.questions) - len(missing),
-        disable=not progress,
+    with Progress(
+        output.stem,
+        "questions",
+        len(sheet.questions),
+        done=len(sheet.questions) - len(missing),
+        quiet=not progress,
     ) as bar:
         if missing:
             engine.open()

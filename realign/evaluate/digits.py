@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from realign.digits import ASSETS
 from realign.digits.scenes import (
@@ -30,6 +29,7 @@ from realign.digits.scenes import (
 from realign.files import check_file
 from realign.modeling.chat import ChatTemplate, text_inputs
 from realign.modeling.loading import load_processor, load_trained
+from realign.progress import Progress
 
 EVALUATION_SEED = 20_000  # scenes of no training seed
 RESAMPLES = 2000
@@ -173,7 +173,7 @@ def answer(
             [pair[kind].text for pair in questions],
             batch_size,
             max_new_tokens=2,
-            desc=f"questions {kind + 1}/2",
+            desc=f"questions {kind + 1} of 2",
             progress=progress,
         )
     digits = np.array([scene.digits for scene in scenes])
@@ -219,20 +219,21 @@ def generate(
     template = ChatTemplate(processor)
     texts = [template.prompt([{"role": "user", "content": p}], 1).text for p in prompts]
     responses: list[str] = []
-    starts = range(0, len(scenes), batch_size)
-    for start in tqdm(starts, desc=desc, unit="batch", disable=not progress):
-        part = slice(start, start + batch_size)
-        encoded = processor(
-            images=[scene.image for scene in scenes[part]],
-            **text_inputs(processor, texts[part]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(model.device)
-        out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
-        new_ids = out[:, encoded["input_ids"].shape[1] :]
-        new_texts = processor.batch_decode(new_ids, skip_special_tokens=True)
-        responses += [text.strip() for text in new_texts]
+    with Progress(desc, "scenes", len(scenes), quiet=not progress) as bar:
+        for start in range(0, len(scenes), batch_size):
+            part = slice(start, start + batch_size)
+            encoded = processor(
+                images=[scene.image for scene in scenes[part]],
+                **text_inputs(processor, texts[part]),
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+            ).to(model.device)
+            out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
+            new_ids = out[:, encoded["input_ids"].shape[1] :]
+            new_texts = processor.batch_decode(new_ids, skip_special_tokens=True)
+            responses += [text.strip() for text in new_texts]
+            bar.update(len(new_texts))
     return responses
 
 
