@@ -264,6 +264,7 @@ def restore(run: Run) -> None:
     trained = sum(p.numel() for p in run.trained)
     distributed.log_rank0(
         f"{inputs.objective.name}: {len(inputs.examples):,} records, {len(inputs.store):,} "
-        f"distinct images, {trained:,} trained parameters, {run.total:,} steps of {config.optim.batch_size} records on {distributed.world_size()} rank(s), in "
+        f"distinct images, {trained:,} trained parameters, {run.total:,} steps of "
+        f"{config.optim.batch_size} records on {distributed.world_size()} rank(s), in "
         f"{config.model.dtype}"
     )
