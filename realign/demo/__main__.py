@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign.cli import one_line_errors, parse_sections
-from realign.data.records import read_pairs
+from realign.data.records import Record, read_pairs
+from realign.demo.report import NOISY, Panel, draw
 from realign.digits import ASSETS
-from realign.digits.scenes import make_scenes
+from realign.digits.scenes import NOISE, digits_in, make_scenes
 from realign.evaluate import (
     EVALUATION_SEED,
     EvaluateConfig,
@@ -36,6 +37,7 @@ from realign.third_party import silence_third_party
 
 OBJECTIVES = ("dpo", "rdpo")
 EVALUATED = 1  # evaluation seed; the settings were selected on the scenes of seed 0
+CAPTIONED = 60  # test scenes among which the report looks for different captions
 
 
 @dataclass
@@ -82,7 +84,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
         json.dumps({n: {k: vars(r) for k, r in v.items()} for n, v in results.items()}, indent=2)
         + "\n"
     )
-    _report(folder, results)
+    _report(folder, results, config)
     return results
 
 
@@ -134,24 +136,51 @@ def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> 
     return rates
 
 
-def _report(folder: Path, results: dict[str, dict[str, Rate]]) -> None:
-    """Draw report.png from the first seed's runs."""
-    from realign.demo.report import Captions, draw
-
+def _report(folder: Path, results: dict[str, dict[str, Rate]], config: DemoConfig) -> None:
+    """Draw report.png from the runs of the first seed."""
     first = folder / "seed0"
     logs = {name: read_jsonl(first / name / "metrics.jsonl") for name in OBJECTIVES}
-    pairs = read_pairs(first / "pairs.parquet")[:3]
-    scenes = make_scenes(60, biased=False, split="test", seed=EVALUATION_SEED + EVALUATED)
-    processor = load_processor(ASSETS)
-    before = caption(load_trained(ASSETS), processor, scenes)
-    after = caption(load_trained(first / "rdpo" / "model"), processor, scenes)
-    shown = [
-        Captions(scene.image, scene.caption, old, new)
-        for scene, old, new in zip(scenes, before, after, strict=True)
-        if old != new
-    ]
-    draw(folder / "report.png", results, logs, pairs, shown[:3])
+    pair = _pair(next(iter(read_pairs(first / "pairs.parquet"))), config.scenes)
+    models = {"base": ASSETS, "DPO": first / "dpo" / "model", "rDPO": first / "rdpo" / "model"}
+    draw(folder / "report.png", results, logs, pair, _scenes(models))
     print(f"wrote {folder / 'results.json'} and {folder / 'report.png'}")
+
+
+def _pair(record: Record, count: int) -> Panel:
+    """A training pair with its images, without noise and as the model sees them."""
+    noisy, clean = (make_scenes(count, biased=True, seed=0, noise=n) for n in (NOISE, 0.0))
+    clean_of = {seen.image.tobytes(): scene.image for seen, scene in zip(noisy, clean, strict=True)}
+    image, retrieved = (
+        group[0].open(record.name) for group in (record.images, record.retrieved_images)
+    )
+    cells = {
+        "image": clean_of[image.tobytes()],
+        NOISY: image,
+        "chosen response": record.chosen,
+        "retrieved image": clean_of[retrieved.tobytes()],
+        f"{NOISY} ": retrieved,  # a title of its own
+        "rejected response": record.rejected,
+    }
+    return Panel(record.chosen, cells)
+
+
+def _scenes(models: dict[str, Path]) -> list[Panel]:
+    """The first three test scenes on which the models differ, with the captions of each model."""
+    seed = EVALUATION_SEED + EVALUATED
+    scenes, clean = (
+        make_scenes(CAPTIONED, biased=False, split="test", seed=seed, noise=n) for n in (NOISE, 0.0)
+    )
+    processor = load_processor(ASSETS)
+    captions = {
+        name: caption(load_trained(path), processor, scenes) for name, path in models.items()
+    }
+    panels = []
+    for i, scene in enumerate(scenes):
+        named = {name: texts[i] for name, texts in captions.items()}
+        if len({tuple(digits_in(text)) for text in named.values()}) > 1:
+            seen = {"scene": clean[i].image, NOISY: scene.image, "truth": scene.caption}
+            panels.append(Panel(scene.caption, seen | named))
+    return panels[:3]
 
 
 def _announce(stage: str) -> None:
