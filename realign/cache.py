@@ -56,13 +56,13 @@ class CacheConfig:
         return Path(self.reference_cache or reference_logps.default_directory())
 
     def tables(self) -> dict[Path, dict[str, str]]:
-        """Folder and fingerprint of each table in the folder.
+        """Fingerprint of each table in the folder, by the table's folder.
 
         Raises:
             ValueError: if the folder does not exist.
         """
         if self.reference_cache and not self.directory.is_dir():
-            raise ValueError(f"there is no folder {self.directory}; check --reference-cache.")
+            raise ValueError(f"there is no folder {self.directory}. Check --reference-cache.")
         tables = refcache.tables(self.directory)
         if not tables:
             print(f"no tables in {self.directory}")
@@ -98,7 +98,7 @@ class FillConfig:
 
     def __post_init__(self) -> None:
         if self.pairs is None:
-            raise ValueError("pairs is missing: pass the file to be trained on, --pairs FILE.")
+            raise ValueError("pairs is missing. Pass the training file, --pairs FILE.")
         self.dtype = resolve_dtype(self.dtype)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
@@ -111,11 +111,11 @@ class FillConfig:
 
 
 def fill(tables: CacheConfig, config: FillConfig) -> None:
-    """Compute the reference log-probs that a training run on these pairs will look up."""
+    """Compute the reference log-probs that training on these pairs will need."""
     check_folder("--reference-cache", tables.directory)
     assert config.pairs is not None  # checked in __post_init__
     dtype = DTYPES[config.dtype]
-    device = distributed.start(alone=config.fsdp)
+    device = distributed.start(single=config.fsdp)
     attends, reason = choose(config.attention, device, dtype)
     progress = not config.quiet and distributed.rank() == 0
     inputs = load_inputs(
@@ -134,7 +134,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     if config.fsdp:
         fingerprint = shared_fingerprint(inputs, device)
         fsdp.shard(model, device, dtype)
-    else:  # each rank digests its own weights; `fill` compares the fingerprints
+    else:  # each rank digests its own weights, and `fill` compares the fingerprints
         fingerprint = reference_logps.fingerprint(model.vlm, inputs.processor, dtype, device)
         model.to(device)
     distributed.mark_ranks_diverged()
@@ -156,40 +156,38 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
 
 
 def stats(tables: CacheConfig) -> int:
-    """Print every table and its counts; returns the number of unreadable records."""
+    """Print all tables with their counts; returns the number of unreadable records."""
     unreadable = 0
     for folder, parts in tables.tables().items():
         print(folder)
         parts_text = ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
-        print(
-            f"  {parts_text or 'its description is lost; the next run that adds to it writes it'}"
-        )
+        print(f"  {parts_text or 'no description; the next run that adds records writes it'}")
         try:
             counts = refcache.inspect(folder)
         except (ValueError, OSError) as error:
-            print(f"  cannot be read: {error}")
+            print(f"  the table cannot be read: {error}")
             unreadable += 1
             continue
         print(
             f"  {counts['records']:,} log-probs in {_files(counts['logs'])}, "
-            f"{counts['bytes']:,} bytes; {counts['duplicates']:,} written twice"
+            f"{counts['bytes']:,} bytes; {counts['duplicates']:,} duplicates"
         )
         if counts["conflicts"]:
             print(
-                f"  {counts['conflicts']:,} of these differ, by {counts['largest_difference']:.2g} "
-                "at most; the log with the lowest name counts"
+                f"  {counts['conflicts']:,} duplicates differ, by at most "
+                f"{counts['largest_difference']:.2g}; the log with the lowest name is used"
             )
         if counts["bad"] or counts["torn_bytes"]:
             print(
-                f"  {counts['bad']:,} unreadable records and {counts['torn_bytes']} bytes of "
-                "unfinished ones are skipped"
+                f"  {counts['bad']:,} unreadable records and {counts['torn_bytes']:,} bytes of "
+                "incomplete records are skipped"
             )
         unreadable += counts["bad"]
     return unreadable
 
 
 def compact(tables: CacheConfig) -> None:
-    """Rewrite every table without duplicates and unreadable records."""
+    """Rewrite all tables without duplicates and unreadable records."""
     for folder in tables.tables():
         counts = refcache.compact(folder)
         what = f"{counts['logs_merged']} log(s) merged"
@@ -200,7 +198,7 @@ def compact(tables: CacheConfig) -> None:
             f"{counts['bytes_after']:,} bytes, {counts['bad_dropped']:,} unreadable records dropped"
         )
         if counts["logs_in_use"]:
-            print(f"  {counts['logs_in_use']} log(s) are being written and were skipped")
+            print(f"  {counts['logs_in_use']} log(s) are in use and were skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compact(settings["cache"])
         elif stats(settings["cache"]) and command == "verify":
             print(
-                "error: there are unreadable records. The next run computes these log-probs again; "
+                "error: there are unreadable records. The next run computes these log-probs again. "
                 "`python -m realign.cache compact` removes the records.",
                 file=sys.stderr,
             )
@@ -264,7 +262,7 @@ def _parser() -> CommandParser:
 
 
 def _files(count: int) -> str:
-    """The number of a table's files by their kind."""
+    """Number and kind of a table's files."""
     if missing_reason() is None:
         return f"{count} log(s)"
     return f"{count or 'no'} database"

@@ -2,9 +2,9 @@
 
     python -m realign.train                          # rDPO on the shipped digits, one process
     python -m realign.train --fsdp                   # the same, sharded over ranks
-    python -m realign.train --model DIR --pairs P    # any model of docs/families.md
+    python -m realign.train --model DIR --pairs P    # a model of docs/families.md
 
-Read `train` from top to bottom: set-up, reference log-probs, steps, export. The stages are in
+`train` calls the stages in order: set-up, reference log-probs, steps and export. They are in
 training/setup.py, training/step.py and training/export.py.
 """
 
@@ -62,15 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: TrainConfig) -> Path | None:
-    """Train as configured; returns the folder of the final model, None when stopped by a signal.
+    """Train as configured; returns the folder of the final model, or None after a signal.
 
     Raises:
-        ValueError: for settings, records or a model that cannot be trained on; before any step.
-        NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
-        CheckpointError: when no checkpoint is intact, or the last one cannot be written.
+        ValueError: before the first step, for unusable settings, records or models.
+        NonFiniteStep: if the loss or the gradient is not finite. The last checkpoint is kept.
+        CheckpointError: if no checkpoint is intact, or the last one cannot be written.
     """
     scale, output = config.scale, Path(config.run.output)
-    device = distributed.start(alone=config.sharded, fsdp=scale.fsdp)
+    device = distributed.start(single=config.sharded, fsdp=scale.fsdp)
     fsdp.check(scale, device, distributed.world_size())
     attends, reason = attention.choose(
         config.model.attention, device, DTYPES[config.model.dtype], compiled=scale.compile
@@ -87,10 +87,10 @@ def train(config: TrainConfig) -> Path | None:
 
 
 def prepare_pairs(config: TrainConfig) -> Path:
-    """The pairs file to train on; builds the default digit pairs once when none is given.
+    """The pairs file to train on. Without one, pairs of the digits are built once.
 
     Raises:
-        ValueError: when a model is given without pairs.
+        ValueError: if a model is given without pairs.
     """
     if config.data.pairs is not None:
         return Path(config.data.pairs)

@@ -182,7 +182,11 @@ def fill(
     def on_batch(leaves: int, computed: int) -> None:
         nonlocal tokens
         tokens += computed
-        bar.update(leaves, f"{tokens / max(bar.seconds, 1e-9):7,.0f} tokens/s")
+        # Ranks take unequal parts of the leaves.
+        bar.update(
+            min(leaves, leaves_of_rank - bar.done),
+            f"{tokens / max(bar.seconds, 1e-9):7,.0f} tokens/s",
+        )
 
     with bar, nullcontext() if adapters else adapters_off(model):
         cache.fill(

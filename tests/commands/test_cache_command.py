@@ -56,7 +56,7 @@ def test_the_commands(pairs_file, tmp_path, capsys):
     shutil.copy(log, foreign / "0.log")
     code, shown = run("verify")
     assert code == 1 and "belongs to the table with fingerprint" in shown.out
-    assert "its description is lost" in shown.out and f"{total:,} log-probs" in shown.out
+    assert "no description" in shown.out and f"{total:,} log-probs" in shown.out
 
 
 def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
@@ -79,7 +79,7 @@ def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fill"], "pairs is missing: pass the file"),
+        (["fill"], "pairs is missing. Pass the training file"),
         (
             ["fill", "--pairs", "x", "--dtype", "fp8"],
             "dtype is 'fp8'; it must be one of auto, fp32, bf16",
@@ -111,7 +111,7 @@ def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
     assert shown.startswith("error (rank 1): ") and "No space left on device" in shown
     assert distributed.report(RuntimeError("[gloo/x.cc:1] Connection closed by peer"))
     assert capsys.readouterr().err == (
-        "error: another rank has ended; see its own message, if any\n"
+        "error: another rank has ended. See its own message, if there is one.\n"
     )
     assert not distributed.report(RuntimeError("a fault of ours"))
 

@@ -67,7 +67,7 @@ def printed(capsys, code):
 
 def test_a_full_installation(capsys):
     out = printed(capsys, 0)
-    assert out.endswith("everything that is needed works\n") and "BAD" not in out
+    assert out.endswith("all required parts work\n") and "BAD" not in out
     for section in ("machine", "packages", "kernels", "folders"):
         assert f"\n{section}\n" in f"\n{out}"
     lines = [line.split() for line in out.splitlines()]
@@ -75,7 +75,7 @@ def test_a_full_installation(capsys):
         name = re.match(r"[\w-]+", requirement)[0]
         if "extra" not in requirement:
             assert ["ok", name, importlib.metadata.version(name)] in lines
-    assert "rdpo_loss, torch" in out and "from the specification in fp64" in out
+    assert "rdpo_loss, torch" in out and "against the reference in fp64" in out
     assert max(map(len, out.splitlines())) < 160
 
 
