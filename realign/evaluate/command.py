@@ -1,8 +1,8 @@
 """Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|...`.
 
-The first three ask a model the questions in a benchmark's files and print the figures. They save
-every answer in a JSON-lines file (`answering`), so a stopped run resumes. `compare` compares two
-such files, or folders of them. `handoff` prepares a model for lmms-eval and VLMEvalKit.
+`pope`, `chair` and `hallusionbench` ask a model the questions of a benchmark and print the figures.
+They save all answers in JSON-lines files (`answering`), so a stopped run resumes. `compare`
+compares two such files, or two folders. `handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from realign.files import check_file, check_folder, write_whole
 SHORT = "\nAnswer the question using a single word or phrase."
 """Suffix of a yes/no question in LLaVA and lmms-eval."""
 CAPTION = "Please describe this image in detail."
-"""Prompt of CHAIR in papers on hallucination."""
+"""Usual prompt of CHAIR in papers on hallucination."""
 
 _LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1}
 
@@ -36,7 +36,7 @@ _POPE = {
     "image": files.TEXT,
     "label": (lambda value: str(value).strip().lower() in ("yes", "no"), "yes or no"),
 }
-_POPE_FILE = "Give a file of POPE, as coco_pope_random.json."
+_POPE_FILE = "Give a file of POPE, such as coco_pope_random.json."
 _HALLUSION = {"question": files.TEXT} | dict.fromkeys(hallusionbench.NEEDED, files.KEY)
 _HALLUSION["gt_answer"] = (lambda value: str(value) in ("0", "1"), "0 or 1")
 _HALLUSION_FILE = "Give HallusionBench.json."
@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> int:
     """Run one command; returns an exit code.
 
     Raises:
-        ValueError: for bad input, with the remedy.
+        ValueError: for invalid input.
         OSError: for missing files.
     """
     args = _parser().parse_args(words)
@@ -59,10 +59,10 @@ def run(words: Sequence[str]) -> int:
 
 
 def pope(args: argparse.Namespace) -> str:
-    """Ask POPE's questions, each file separately, and score them by every rule.
+    """Ask the questions of each POPE file, and score the answers by every rule.
 
     Raises:
-        ValueError: for two files of one name, whose answers would share a file.
+        ValueError: for two files of the same name, whose answers would share a file.
     """
     sheets: dict[str, Sheet] = {}
     for file in args.questions:
@@ -85,10 +85,10 @@ def pope(args: argparse.Namespace) -> str:
 
 
 def captions(args: argparse.Namespace) -> str:
-    """Generate captions and score the objects they name.
+    """Generate captions, and score the objects that they mention.
 
     Raises:
-        ValueError: for an image without a file name, or files of another kind.
+        ValueError: for an image without a file name, or a file of another kind.
     """
     vocabulary = chair.Vocabulary(args.synonyms or chair.OWN_SYNONYMS)
     names = {
@@ -121,7 +121,7 @@ def captions(args: argparse.Namespace) -> str:
 
 
 def hallusion(args: argparse.Namespace) -> str:
-    """Ask HallusionBench's questions and score them by every rule.
+    """Ask the questions of HallusionBench, and score the answers by every rule.
 
     Raises:
         ValueError: for a file name that is not text, or a file of another kind.
@@ -149,10 +149,10 @@ def hallusion(args: argparse.Namespace) -> str:
 
 
 def compare(args: argparse.Namespace) -> str:
-    """Two models' answers to the same questions; two files may have any names.
+    """Compare the answers of two models to the same questions. Single files may have any names.
 
     Raises:
-        ValueError: for answers to different questions, or answers without labels.
+        ValueError: for answers to different questions, or without labels.
     """
     paths = [Path(args.first), Path(args.second)]
     single = not any(path.is_dir() for path in paths)
@@ -185,14 +185,14 @@ def compare(args: argparse.Namespace) -> str:
 
 
 def handoff(args: argparse.Namespace) -> str:
-    """Write a folder for lmms-eval and VLMEvalKit."""
+    """Write a model folder for lmms-eval and VLMEvalKit."""
     return hand_off(args.model, args.output)
 
 
 def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """(file, id) -> answer with its label, of the yes/no questions; captions are skipped.
+    """(file, id) -> answer with its label, for yes/no questions. Captions are skipped.
 
-    `name` replaces the file's name, where two single files are compared.
+    `name` replaces the file's name if two single files are compared.
     """
     labelled = {}
     for line in read_answers(path):
@@ -203,7 +203,7 @@ def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, A
                 raise ValueError(f"{path}: answer {line['id']!r} has no question, image or label.")
             labelled[name or line["file"], line["id"]] = line
     if not labelled:
-        raise ValueError(f"{path} has no labels; `compare` needs yes/no answers.")
+        raise ValueError(f"{path} has no labels. `compare` needs yes/no answers.")
     return labelled
 
 
@@ -235,7 +235,7 @@ def _sheet(
 def _answers(
     args: argparse.Namespace, sheets: Mapping[str, Sheet]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers to the questions of every sheet, by the name of the sheet."""
+    """Answer the questions of all sheets; returns the answers by sheet name."""
     from realign.pairs.engines import make_engine
 
     engine = make_engine(f"transformers:{args.model}", batch_size=args.batch_size, dtype=args.dtype)
@@ -247,7 +247,7 @@ def _answers(
         engine.close()
     for lines in answers.values():
         if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
-            print(f"{len(failed)} of {len(lines)} have no answer ({failed[0]['error']})")
+            print(f"{len(failed)} of {len(lines)} questions have no answer ({failed[0]['error']})")
     return answers
 
 
@@ -256,7 +256,7 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
 
 
 def _write_scores(args: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
-    """Write the figures beside the answers; returns the table."""
+    """Write the scores to the folder of the answers; returns the table."""
     path = Path(args.output) / f"{args.command}.json"
     content = {"model": args.model, "scores": scores}
     write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""`python -m realign.cache`: its commands, its mistakes, what ranks say, and the page about it."""
+"""`python -m realign.cache`: commands, errors, several ranks, and the examples of its page."""
 
 import errno
 import os
@@ -60,7 +60,7 @@ def test_the_commands(pairs_file, tmp_path, capsys):
 
 
 def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
-    """Without the extension the commands count databases, and leave a damaged one."""
+    """Without the extension, the commands count databases and leave a damaged one unchanged."""
     monkeypatch.setattr(store, "extension", lambda: None)
     monkeypatch.setattr(cache, "missing_reason", lambda: "not built")
     place = ["--reference-cache", str(tmp_path)]
@@ -130,9 +130,9 @@ def fails_alone(*words):
 def test_what_one_rank_alone_runs_into_is_told_by_it(pairs_file, tmp_path):
     words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "cache"]
     words = [*map(str, words), "--batch-rows", "4"]
-    said = run_ranks(fails_alone, 2, tmp_path / "log", *words)
-    assert "error (rank 1): record 'scene-1': its image is not what it was." in said
-    assert "error: another rank has ended" in said and "error (rank 0)" not in said
+    printed = run_ranks(fails_alone, 2, tmp_path / "log", *words)
+    assert "error (rank 1): record 'scene-1': its image is not what it was." in printed
+    assert "error: another rank has ended" in printed and "error (rank 0)" not in printed
 
 
 def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
     assert shown.startswith("error: ") and str(tmp_path / "file") in shown
 
 
-def test_the_page_about_it_runs_as_it_stands(pairs_file, tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_page_run(pairs_file, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "reference-cache.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}

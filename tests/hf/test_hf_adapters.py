@@ -1,4 +1,4 @@
-"""What RDPOTrainer takes for the reference of a model with adapters, and what it refuses."""
+"""Reference of a model with adapters under RDPOTrainer, and models that it rejects."""
 
 import math
 
@@ -16,7 +16,7 @@ from realign.hf import RDPOTrainer
 from realign.hf.records import records_of
 from realign.modeling.loading import load_model
 
-EQUAL = 2 * math.log(2)  # the loss of rdpo where policy and reference agree
+EQUAL = 2 * math.log(2)  # the loss of rdpo if policy and reference are equal
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def records(pairs_file):
 
 @pytest.fixture
 def adapted():
-    """A model with an adapter that was trained before."""
+    """A model with a trained adapter."""
     torch.manual_seed(0)
     model = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
     for name, value in model.named_parameters():
@@ -46,10 +46,10 @@ def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, records, 
     for found in (base, trainer):
         assert history(found)[0] == pytest.approx(EQUAL, abs=1e-4)
         assert history(found, "rewards/margins")[0] == pytest.approx(0, abs=1e-4)
-    # It is another reference than the base, kept apart; log-probs under it are others.
+    # The reference differs from the base, so its log-probs are cached separately.
     assert len({path.name for path in (tmp_path / "cache").iterdir()} - shared) == 1
     difference = (trainer.references - base.references).abs().mean()
-    assert difference > 0.1  # nats; a rounding error is 1e-5
+    assert difference > 0.1  # nats; rounding errors are 1e-5
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(ASSETS), str(tmp_path / "saved")
@@ -61,7 +61,7 @@ def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, records, 
 
 def test_adapters_that_begin_as_the_base_share_its_references(records, tmp_path):
     fresh = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
-    dora = LoraConfig(**LORA, use_dora=True)  # rounds; in bf16 it is not its base
+    dora = LoraConfig(**LORA, use_dora=True)  # rounds, so in bf16 it differs from its base
     for model, peft, folders in [(fresh, None, 1), (str(ASSETS), None, 1), (str(ASSETS), dora, 2)]:
         trainer = RDPOTrainer(model, config(tmp_path, max_steps=1), records, peft_config=peft)
         trainer.train()

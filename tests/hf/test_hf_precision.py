@@ -1,4 +1,4 @@
-"""Precision of what RDPOTrainer is handed: dtypes, autocast, quantized and absent weights."""
+"""Precision of models under RDPOTrainer: dtypes, autocast, quantized and missing weights."""
 
 import math
 
@@ -109,7 +109,7 @@ def test_under_autocast_policy_and_reference_agree(kept, more, records, tmp_path
             torch.nn.init.normal_(value, std=0.05)
     trainer = RDPOTrainer(model, settings, records)
     trainer.train()
-    # Rows of other lengths round otherwise: 1e-4 here; 1.6e-3 without autocast.
+    # Rows of other lengths round differently: by 1e-4 here, and by 1.6e-3 without autocast.
     assert history(trainer)[0] == pytest.approx(2 * math.log(2), abs=3e-4)
     learns = {p.dtype for p in model.parameters() if p.requires_grad}
     assert learns == {torch.float32}
