@@ -88,7 +88,7 @@ def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
         (["fill", "--pairs", "x", "--batch-rows", "0"], "batch_rows is 0; it must be 1 or more"),
         (["fill", "--pairs", "nowhere.parquet"], "there is nothing at"),
         (["fill", "--pairs", "x", "--nproc-per-node", "-1"], "nproc_per_node is -1; it must be 0"),
-        (["verify", "--reference-cache", "nowhere"], "there is no folder nowhere; check --ref"),
+        (["verify", "--reference-cache", "nowhere"], "there is no folder nowhere. Check --ref"),
         (["full"], "unknown command 'full'. The commands are fill, stats, verify, compact"),
     ],
 )

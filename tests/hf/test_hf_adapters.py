@@ -73,10 +73,10 @@ def test_what_of_adapters_cannot_be_trained_is_refused(adapted, records, tmp_pat
     folder = tmp_path / "adapter"
     adapted.save_pretrained(folder)
     settings = config(tmp_path)
-    with pytest.raises(ValueError, match="is an adapter itself.*Merge it first"):
+    with pytest.raises(ValueError, match="is an adapter. Merge it first"):
         RDPOTrainer(str(folder), settings, records, peft_config=LoraConfig(**LORA))
     frozen = PeftModel.from_pretrained(load_model(ASSETS), str(folder))
-    with pytest.raises(ValueError, match="no weight of the model learns.*is_trainable=True"):
+    with pytest.raises(ValueError, match="no weight of the model is trained.*is_trainable=True"):
         RDPOTrainer(frozen, settings, records)
 
 
@@ -93,9 +93,9 @@ def test_several_sets_are_evaluated_by_name_and_others_refused(records, tmp_path
         assert found[f"eval_far_{name}"] == pytest.approx(one.evaluate()[f"eval_{name}"], rel=0.05)
         assert found[f"eval_far_{name}"] != found[f"eval_near_{name}"]
     assert trainer.evaluate("near")["eval_loss"] == found["eval_near_loss"]
-    with pytest.raises(ValueError, match="given when the trainer is made"):
+    with pytest.raises(ValueError, match="evaluation records must be passed to the trainer"):
         trainer.evaluate(records[:2])
-    with pytest.raises(ValueError, match=r"predict has no logits.*evaluate\(\)"):
+    with pytest.raises(ValueError, match=r"predict is not supported.*no logits.*evaluate\(\)"):
         trainer.predict(records[:2])
     with pytest.raises(ValueError, match="no eval_dataset|requires an eval_dataset"):
         RDPOTrainer(str(ASSETS), config(tmp_path), records).evaluate()
@@ -119,7 +119,7 @@ def test_pushing_keeps_the_card(records, tmp_path, monkeypatch):
     [
         ({"compute_metrics": len}, "compute_metrics would have no effect"),
         ({"data_collator": len}, "data_collator would have no effect"),
-        ({"deepspeed": True}, "DeepSpeed is not supported; shard with FSDP2"),
+        ({"deepspeed": True}, "DeepSpeed is not supported. Shard with FSDP2"),
         ({"gpus": 2}, "2 GPUs are visible.*accelerate launch"),
     ],
 )

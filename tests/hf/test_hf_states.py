@@ -132,14 +132,17 @@ def mixed(model):
     [
         (merged, "are merged into its weights.*unmerge_adapter"),
         (disabled, "are disabled.*enable_adapter_layers"),
-        (disabled_in_one_layer, "are disabled, in all layers or in some"),
-        (scaled, "q_proj scales adapter 'default' by 1, not by 2 as its configuration"),
-        (scaled_loha, "q_proj scales adapter 'default' by 0.5, not by 1 as its configuration"),
-        (scaled_shira, "q_proj scales adapter 'default' by 0.5, not by 1 as its configuration"),
-        (base_learns, "multi_modal_projector.* would learn.*modules_to_save"),
-        (another_is_active, "no weight of the model learns.*default, second.*active one is second"),
+        (disabled_in_one_layer, "are disabled in some or all layers"),
+        (scaled, "q_proj scales adapter 'default' by 1, but its configuration gives 2"),
+        (scaled_loha, "q_proj scales adapter 'default' by 0.5, but its configuration gives 1"),
+        (scaled_shira, "q_proj scales adapter 'default' by 0.5, but its configuration gives 1"),
+        (base_learns, "multi_modal_projector.* would be trained.*modules_to_save"),
+        (
+            another_is_active,
+            "no weight of the model is trained.*default, second.*active one is second",
+        ),
         (both_are_active, "adapters default, second are active together.*add_weighted_adapter"),
-        (without_configuration, "layers of the adapter.s. default.*no configuration"),
+        (without_configuration, "layers of the adapter.s. default, but not their configurations"),
         (twice, "default|on top of another one"),
         (in_a_peft_model, "a PeftModel around one"),
         (on_a_merged_base, "proj.weight of the model is not that of .*as its base.*save_pre"),
@@ -159,7 +162,7 @@ def test_a_state_that_cannot_be_saved_as_trained_is_refused(
 def test_a_fresh_adapter_goes_on_a_model_without_one_only(adapted, records, tmp_path):
     injected = inject(LoraConfig(**LORA), load_model(ASSETS))
     for model in (adapted, adapted.get_base_model(), injected):
-        with pytest.raises(ValueError, match="has adapters already; leave out peft_config"):
+        with pytest.raises(ValueError, match="already has adapters. Leave out peft_config"):
             RDPOTrainer(model, config(tmp_path), records, peft_config=LoraConfig(**LORA))
     unloaded = adapted.unload()  # it keeps the attribute peft_config, but no adapter
     trainer = RDPOTrainer(unloaded, config(tmp_path, max_steps=1), records,
@@ -258,12 +261,14 @@ def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_p
         trainer.train(resume_from_checkpoint=str(folder))
         return trainer
 
-    with pytest.raises(ValueError, match="is another model than.*differ by .* a token"):
+    with pytest.raises(ValueError, match="is not the given model.*differ by .* per token"):
         resume(adapted)
     other = LoraConfig(**(LORA | {"r": 4}))
-    with pytest.raises(ValueError, match="other settings than its checkpoint.*r is 4, was 8"):
+    with pytest.raises(
+        ValueError, match="its checkpoint in .* have different settings.*r is 4, was 8"
+    ):
         resume(str(ASSETS), peft_config=other)
-    with pytest.raises(ValueError, match="holds an adapter. Resume with the peft_config"):
+    with pytest.raises(ValueError, match="holds an adapter. Resume with its peft_config"):
         resume(str(ASSETS))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no reference.json"):
