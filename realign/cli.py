@@ -46,7 +46,6 @@ class CommandParser(argparse.ArgumentParser):
     Args:
         example: a complete command line, or several lines joined by backslashes.
         commands: subcommand -> summary, for the help text.
-        metavars: argument -> placeholder of its value, or a tuple of the valid values.
         **options: further arguments of `argparse.ArgumentParser`.
     """
 
@@ -55,26 +54,17 @@ class CommandParser(argparse.ArgumentParser):
         *,
         example: str = "",
         commands: Mapping[str, str] = _EMPTY,
-        metavars: Mapping[str, str | Sequence[str]] = _EMPTY,
         **options: Any,
     ) -> None:
         if example:
             options["epilog"] = "Example:\n" + textwrap.indent(example, "  ")
         super().__init__(formatter_class=HelpFormatter, add_help=False, **options)
         self._positionals.title, self._optionals.title = "Arguments", "Options"
-        self._metavars = metavars
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
         if commands:
             width = 2 + max(map(len, commands))
             lines = [f"{name:{width}}{summary}" for name, summary in commands.items()]
             self.add_argument_group("Commands", "\n".join(lines))
-
-    def format_help(self) -> str:
-        """The help text, with the placeholders of `metavars`."""
-        for action in self._actions:
-            if (metavar := self._metavars.get(action.dest)) is not None:
-                action.metavar = placeholder(metavar)
-        return super().format_help()
 
 
 class HelpFormatter(argparse.HelpFormatter):

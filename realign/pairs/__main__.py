@@ -24,9 +24,9 @@ from realign.third_party import silence_third_party
 _LAST = STAGES[1:]  # stages that a command may name; every run begins with reading
 _COMMANDS = {"import": importers.main, "gallery": gallery.main, "stats": stats.main}
 _SUMMARIES = {
-    "import": "Convert an existing set of preference pairs",
-    "gallery": "Write an HTML page that shows pairs",
-    "stats": "Print figures of pairs",
+    "import": "Convert existing preference pairs",
+    "gallery": "Write an HTML file that shows preference pairs",
+    "stats": "Print statistics of preference pairs",
 }
 _HEADINGS = {
     "output": "Input and output",
@@ -87,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {"pairs": PairsConfig},
             prog="python -m realign.pairs",
             usage="%(prog)s [STAGE] [--config FILE] [options]",
-            description="Make preference pairs from images with correct responses. Without --data, "
-            "they are made from the shipped handwritten digits. The name of a stage as STAGE "
-            f"({', '.join(_LAST)}) stops after that stage. The commands below work on finished "
-            "pairs, and `COMMAND --help` lists their options.",
+            description="Make preference pairs from images with true responses. Without --data, "
+            "the records are scenes of the shipped handwritten digits. To stop after a stage, "
+            f"give its name before the options: {', '.join(_LAST)}. The commands below process "
+            "finished pairs and have their own --help.",
             commands=_SUMMARIES,
             example="python -m realign.pairs --data records.parquet --output pairs.parquet",
             headings=_HEADINGS,

@@ -214,20 +214,31 @@ def _finite(value: Any) -> float | None:
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, write, report; returns an exit code."""
+    """Parses the arguments and writes the gallery. Returns an exit code."""
     parser = CommandParser(
-        example="python -m realign.pairs gallery pairs.parquet --output gallery.html",
-        metavars={"output": "FILE", "most": "N", "side": "PIXELS"},
         prog="python -m realign.pairs gallery",
-        description="Write one HTML file that shows preference pairs; it needs no network.",
-    )
-    parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
-    parser.add_argument("--output", default="gallery.html", help="file to write (%(default)s)")
-    parser.add_argument(
-        "--most", type=int, default=500, help="pairs shown, evenly sampled; 0: all (%(default)s)"
+        description="Write one HTML file that shows preference pairs and needs no network.",
+        example="python -m realign.pairs gallery pairs.parquet --output gallery.html",
     )
     parser.add_argument(
-        "--side", type=int, default=320, help="longer side of a thumbnail (%(default)s pixels)"
+        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files."
+    )
+    parser.add_argument(
+        "--output", default="gallery.html", metavar="FILE", help="HTML file to write."
+    )
+    parser.add_argument(
+        "--most",
+        type=int,
+        default=500,
+        metavar="N",
+        help="Maximum number of pairs to show, sampled evenly. 0 shows all.",
+    )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=320,
+        metavar="PIXELS",
+        help="Longer side of a thumbnail.",
     )
     args = parser.parse_args(arguments)
     check_file("--output", args.output)

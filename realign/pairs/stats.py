@@ -218,15 +218,21 @@ def _short(value: float) -> str:
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure, print; returns an exit code."""
+    """Parses the arguments and prints the statistics. Returns an exit code."""
     parser = CommandParser(
-        example="python -m realign.pairs stats pairs.parquet",
-        metavars={"work": "FOLDER"},
         prog="python -m realign.pairs stats",
-        description="Print figures of preference pairs.",
+        description="Print statistics of preference pairs, and why records were left out.",
+        example="python -m realign.pairs stats pairs.parquet",
     )
-    parser.add_argument("pairs", metavar="PAIRS.parquet", help="pairs, or a folder of such files")
-    parser.add_argument("--work", help="work folder of the run, with its drops (PAIRS.work)")
+    parser.add_argument(
+        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files."
+    )
+    parser.add_argument(
+        "--work",
+        metavar="FOLDER",
+        help="Work folder of the run, with its dropped and invalid records. Without it, the folder "
+        "PAIRS.work beside PAIRS.parquet.",
+    )
     args = parser.parse_args(arguments)
     print(collect(args.pairs, work=args.work))
     return 0

@@ -314,21 +314,27 @@ def _digest(record: Record) -> bytes:
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, import, report; returns an exit code."""
+    """Parses the arguments and imports the pairs. Returns an exit code."""
     parser = CommandParser(
-        example="python -m realign.pairs import data.json --image-folder images",
-        metavars={
-            "image_folder": "FOLDER",
-            "output": "FILE",
-            "format": ("auto", "realign", "parquet"),
-        },
         prog="python -m realign.pairs import",
-        description="Write the pairs that a data set already has: the authors' JSON, or a TRL set.",
+        description="Convert existing pairs: the JSON of Re-Align's authors, or TRL's columns.",
+        example="python -m realign.pairs import data.json --image-folder images",
     )
-    parser.add_argument("data", metavar="DATA", help="file or folder of pairs")
-    parser.add_argument("--image-folder", help="that image paths are relative to (that of DATA)")
-    parser.add_argument("--output", default="pairs.parquet", help="file to write (%(default)s)")
-    parser.add_argument("--format", default="auto", help="realign or parquet (auto looks)")
+    parser.add_argument("data", metavar="DATA", help="File or folder of pairs.")
+    parser.add_argument(
+        "--image-folder",
+        metavar="FOLDER",
+        help="Folder that image paths are relative to. Without it, the folder of DATA.",
+    )
+    parser.add_argument(
+        "--output", default="pairs.parquet", metavar="FILE", help="Parquet file to write."
+    )
+    parser.add_argument(
+        "--format",
+        default="auto",
+        metavar="{auto,realign,parquet}",
+        help="Format of DATA. auto detects it.",
+    )
     args = parser.parse_args(arguments)
     counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
