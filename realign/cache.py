@@ -1,10 +1,6 @@
 """Commands of the reference cache: compute log-probs before training, and maintain their tables.
 
-    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute missing log-probs
-    python -m realign.cache stats                                     # list the tables
-    python -m realign.cache verify                                    # read every record again
-    python -m realign.cache compact                                   # merge logs, drop bad records
-
+The commands of `python -m realign.cache` are `fill`, `stats`, `verify` and `compact` (`COMMANDS`).
 `python -m realign.train` fills the cache before its first step. A separate `fill` can use other
 machines, or prepare for several runs. The ranks of torchrun or --nproc-per-node share its work.
 """
@@ -156,12 +152,12 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
 
 
 def stats(tables: CacheConfig) -> int:
-    """Print all tables with their counts; returns the number of unreadable records."""
+    """Print all tables with their counts. Returns the number of unreadable records."""
     unreadable = 0
     for folder, parts in tables.tables().items():
         print(folder)
         parts_text = ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
-        print(f"  {parts_text or 'no description; the next run that adds records writes it'}")
+        print(f"  {parts_text or 'no description (the next run that adds records writes it)'}")
         try:
             counts = refcache.inspect(folder)
         except (ValueError, OSError) as error:
@@ -170,12 +166,12 @@ def stats(tables: CacheConfig) -> int:
             continue
         print(
             f"  {counts['records']:,} log-probs in {_files(counts['logs'])}, "
-            f"{counts['bytes']:,} bytes; {counts['duplicates']:,} duplicates"
+            f"{counts['bytes']:,} bytes, {counts['duplicates']:,} duplicates"
         )
         if counts["conflicts"]:
             print(
                 f"  {counts['conflicts']:,} duplicates differ, by at most "
-                f"{counts['largest_difference']:.2g}; the log with the lowest name is used"
+                f"{counts['largest_difference']:.2g} (the log with the lowest name is used)"
             )
         if counts["bad"] or counts["torn_bytes"]:
             print(
@@ -202,7 +198,7 @@ def compact(tables: CacheConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of fill, stats, verify, compact; returns an exit code."""
+    """Run one of fill, stats, verify, compact. Returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
@@ -250,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> CommandParser:
-    """Parser of the command's own --help; each subcommand parses its own flags."""
+    """Parser of the command's own --help. Each subcommand parses its own flags."""
     return CommandParser(
         prog="python -m realign.cache",
         usage="%(prog)s COMMAND [options]",
@@ -269,7 +265,7 @@ def _files(count: int) -> str:
 
 
 def _short(value: str) -> str:
-    """The first 8 digits of a digest; other values in full."""
+    """The first 8 digits of a digest, or any other value in full."""
     is_digest = len(value) == 32 and not set(value) - set("0123456789abcdef")
     return value[:8] if is_digest else value
 

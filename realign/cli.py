@@ -22,7 +22,7 @@ from pathlib import Path
 from reprlib import repr
 from typing import Any
 
-_WIDEST = 100  # columns; longer lines are hard to read on a wide terminal
+_WIDEST = 100  # columns, since longer lines are hard to read
 _EMPTY: Mapping[str, Any] = {}
 
 
@@ -130,7 +130,7 @@ def placeholder(values: str | Iterable[str] | None) -> str:
 
 
 def with_default(text: str, default: Any) -> str:
-    """A help text followed by its default; a missing default adds nothing."""
+    """A help text followed by the default, if there is one."""
     if default in (None, ""):
         return text
     if isinstance(default, bool):
@@ -153,13 +153,13 @@ def parse_sections(
     metavars: Mapping[str, str | Sequence[str]] = _EMPTY,
     **options: Any,
 ) -> dict[str, Any]:
-    """Fill one dataclass per section from `--config file.toml` and flags; flags win.
+    """Fill one dataclass per section from `--config file.toml` and flags, which override the file.
 
     Args:
-        sections: section name -> dataclass; field names are unique over all of them.
+        sections: section name -> dataclass. Field names are unique over all sections.
         prog: the command, for the help text.
         description: description of the command, for the help text.
-        arguments: the command line; `sys.argv` when absent.
+        arguments: the command line. The default is `sys.argv`.
         headings: field name -> heading in the help text, of that field and the next ones.
         metavars: field name -> placeholder of its value, or a tuple of the valid values.
         **options: further arguments of `CommandParser`, such as `example`.
@@ -169,7 +169,7 @@ def parse_sections(
 
     Raises:
         SystemExit: for an unknown flag, with status 2.
-        ValueError: for an unknown section or key in the file, or a value of another type.
+        ValueError: for an unknown section or key in the file, or a value of the wrong type.
     """
     parser = CommandParser(prog=prog, description=description, **options)
     names = ", ".join(f"[{section}]" for section in sections)
@@ -229,14 +229,14 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
-        json = " It looks like JSON; write [section] and key = value." * (text.lstrip()[:1] == "{")
+        json = " It looks like JSON. Write [section] and key = value." * (text.lstrip()[:1] == "{")
         raise ValueError(f"{file} is not valid TOML: {error}.{json}") from error
     for section, table in content.items():
         if section not in sections:
             raise ValueError(f"{file}: unknown section [{section}]; use {', '.join(sections)}.")
         if not isinstance(table, dict):
             raise ValueError(
-                f"{file}: {section} is {repr(table)}, not a section; write [{section}]."
+                f"{file}: {section} is {repr(table)}, not a section. Write [{section}]."
             )
         cls = sections[section]
         names = [f.name for f in fields(cls)]

@@ -1,7 +1,7 @@
 """Ranks: launch, process group, collectives and errors.
 
-A run without `--fsdp` is one process. With it, each GPU gets a worker; on a CPU there are two. They
-are started here by torch's launcher unless torchrun started this process.
+A run without `--fsdp` is one process. With it, each GPU gets a worker, and a CPU gets two. They are
+started here by torch's launcher unless torchrun started this process.
 
 FSDP2 keeps trained parameters in fp32 and computes in bf16. With `--tune full` in bf16, a single
 process is therefore a mesh of one rank. LoRA layers cast their adapters themselves, with bitwise
@@ -72,7 +72,7 @@ def rank_environment(port: int, workers: int) -> dict[str, str]:
 
 
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
-    """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code.
+    """Run `python -m module arguments` as `workers` ranks of this machine. Returns an exit code.
 
     Signals are forwarded to the ranks. The exit code is 0 if all ranks end with 0. When a rank ends
     with another code, the other ranks are stopped, and killed after 30 seconds.
@@ -142,7 +142,7 @@ def _default_workers() -> int:
 
 
 def start(*, single: bool = False, fsdp: bool = True) -> torch.device:
-    """Join the process group of the launcher, if there is one; returns this rank's device.
+    """Join the process group of the launcher, if there is one. Returns this rank's device.
 
     With `single`, a process without a launcher becomes the only rank of its own group.
 
@@ -210,7 +210,7 @@ def stop() -> None:
 
 
 def exit_rank(code: int) -> NoReturn:
-    """End this process with an exit code; a rank ends without finalizing its interpreter.
+    """End this process with an exit code. A rank does not finalize its interpreter.
 
     FSDP2 holds its process group until the end. In torch 2.13, a gloo thread that frees a gathered
     tensor during finalization aborts the process, although all work is done. Non-daemon threads are
@@ -243,7 +243,7 @@ def log_rank0(line: str) -> None:
 
 
 def report(error: Exception) -> bool:
-    """Print the error that ends this process, in one line; returns False for a program fault.
+    """Print the error that ends this process, in one line. Returns False for a program fault.
 
     Before `mark_ranks_diverged`, all ranks read the same records and settings and raise the same
     error, so only rank 0 reports it. Afterwards, a rank may fail separately, and reports its own

@@ -177,7 +177,7 @@ def _line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all checks and print them; returns an exit code."""
+    """Run all checks and print them. Returns an exit code."""
     parser = CommandParser(
         prog="python -m realign.doctor",
         description="Installation check: print versions, backends and missing packages. The exit "

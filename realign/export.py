@@ -73,7 +73,7 @@ def evaluation_of(file: Path) -> str:
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns an exit code."""
+    """Run the command. Returns an exit code."""
     silence_third_party()
     config = parse_sections(
         {"export": ExportConfig},

@@ -118,7 +118,7 @@ class JsonlLog:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Write waiting lines; a failure raises OSError, unless another error ends the run.
+        """Write waiting lines. A failure raises OSError, unless another error ends the run.
 
         A resumed run writes the lines after its checkpoint again.
         """

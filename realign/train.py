@@ -1,7 +1,6 @@
 """Preference training of a vision-language model: `python -m realign.train --help`.
 
-    python -m realign.train                          # rDPO on the shipped digits, one process
-    python -m realign.train --fsdp                   # the same, sharded over ranks
+    python -m realign.train                          # the shipped digits
     python -m realign.train --model DIR --pairs P    # a model of docs/families.md
 
 `train` calls the stages in order: set-up, reference log-probs, steps and export. They are in
@@ -33,7 +32,7 @@ from realign.training.trackers import check_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command, with its own workers under --fsdp; returns an exit code."""
+    """Run the command, with its own workers under --fsdp. Returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     silence_third_party()
     try:
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: TrainConfig) -> Path | None:
-    """Train as configured; returns the folder of the final model, or None after a signal.
+    """Train as configured. Returns the folder of the final model, or None after a signal.
 
     Raises:
         ValueError: before the first step, for unusable settings, records or models.
@@ -107,7 +106,7 @@ def prepare_pairs(config: TrainConfig) -> Path:
 
 
 def export(run: Run) -> Path:
-    """Write the final model with its card; returns its folder."""
+    """Write the final model with its card. Returns its folder."""
     config, inputs, output = run.config, run.inputs, Path(run.config.run.output)
     folder, log = output / "model", output / "metrics.jsonl"
 

@@ -36,7 +36,7 @@ from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign.third_party import silence_third_party
 
 OBJECTIVES = ("dpo", "rdpo")
-EVALUATED = 1  # evaluation seed; the settings were selected on the scenes of seed 0
+EVALUATED = 1  # evaluation seed. The settings were selected on the scenes of seed 0.
 CAPTIONED = 60  # test scenes among which the report looks for different captions
 
 
@@ -62,7 +62,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
-    """Run all stages; returns the rates of the base and of every trained model."""
+    """Run all stages. Returns the rates of the base and of every trained model."""
     folder = Path(config.output)
     check_folder("--output", folder)
     _claim(folder, config)
@@ -89,13 +89,13 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
 
 
 def _claim(folder: Path, config: DemoConfig) -> None:
-    """Record the settings in the folder; a demo of the same settings resumes.
+    """Record the settings in the folder, so that a demo of the same settings resumes.
 
     Raises:
-        ValueError: when the folder holds another demo, or matplotlib is missing.
+        ValueError: if the folder holds another demo, or matplotlib is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the report needs matplotlib: pip install 'realign[demo]'.")
+        raise ValueError("the report needs matplotlib. Install it: pip install 'realign[demo]'.")
     base = hashlib.blake2b((ASSETS / "model.safetensors").read_bytes(), digest_size=16)
     settings = vars(config) | {"output": None, "base": base.hexdigest()}
     file = folder / "demo.json"
@@ -120,11 +120,11 @@ def _train(run: Path, pairs: Path, objective: str, seed: int, config: DemoConfig
     }
     command += [str(part) for option in options.items() for part in option]
     if subprocess.run(command, check=False).returncode != 0:
-        raise ValueError(f"training {objective} failed; its message is above. Fix it and rerun.")
+        raise ValueError(f"training {objective} failed, with the message above. Fix it and rerun.")
 
 
 def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> dict[str, Rate]:
-    """Rates of a model, read from `file` when it exists."""
+    """Rates of a model, read from `file` if it exists."""
     if file.exists():
         return {key: Rate(**value) for key, value in json.loads(file.read_text()).items()}
     _announce(f"evaluating {name}")
@@ -189,7 +189,7 @@ def _announce(stage: str) -> None:
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print the table; returns an exit code."""
+    """Parse, run, print the table. Returns an exit code."""
     began = time.perf_counter()
     silence_third_party()
     config = parse_sections(
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments=arguments,
     )["demo"]
     results = demo(config)
-    print(f"\n{table(results)}\n\n{time.perf_counter() - began:.0f} s in all")
+    print(f"\n{table(results)}\n\n{time.perf_counter() - began:.0f} s in total")
     return 0
 
 

@@ -27,7 +27,7 @@ class Panel:
     """A row of the report: images and the digits that captions name.
 
     Attributes:
-        truth: the true caption; other digits are marked as wrong.
+        truth: the true caption. Other digits are marked as wrong.
         cells: title of a cell -> an image, or a caption.
     """
 

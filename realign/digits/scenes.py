@@ -22,9 +22,9 @@ CAPTION_PROMPT = "name the digits ."
 
 CELL = 8  # pixels of a quadrant: one handwritten digit
 SIZE = 2 * CELL
-NOISE = 0.20  # standard deviation of the pixel noise; grey levels are in [0, 1]
-PRIOR = 0.97  # share of biased rows whose right digit follows from the left one
-TEST_DIGITS = 400  # number of digits for testing, at the end of the set
+NOISE = 0.20  # standard deviation of the pixel noise, for grey levels in [0, 1].
+PRIOR = 0.97  # share of biased rows whose right digit follows from the left one.
+TEST_DIGITS = 400  # number of digits for testing, at the end of the set.
 
 
 @dataclass(frozen=True)

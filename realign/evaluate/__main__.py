@@ -14,7 +14,7 @@ from realign.third_party import silence_third_party
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, evaluate, print; returns an exit code."""
+    """Parse, evaluate, print. Returns an exit code."""
     silence_third_party()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:

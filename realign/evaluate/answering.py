@@ -82,8 +82,8 @@ def prepare(
         suffix: text appended to every question.
 
     Raises:
-        ValueError: for repeated ids or a missing image; if `output` cannot be written, or holds
-            answers of another model or to other questions.
+        ValueError: for repeated ids, a missing image, or an `output` that cannot be written or
+            holds answers of another model or to other questions.
     """
     if len({question.id for question in questions}) != len(questions):
         raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
@@ -173,7 +173,7 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read answers by id; removes an incomplete last line, left by a crash, from the file."""
+    """Read answers by id, and remove an incomplete last line, left by a crash, from the file."""
     if not output.exists():
         return {}
     head, *lines = _lines(output)

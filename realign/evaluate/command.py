@@ -43,7 +43,7 @@ _HALLUSION_FILE = "Give HallusionBench.json."
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command; returns an exit code.
+    """Run one command. Returns an exit code.
 
     Raises:
         ValueError: for invalid input.
@@ -235,7 +235,7 @@ def _sheet(
 def _answers(
     args: argparse.Namespace, sheets: Mapping[str, Sheet]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answer the questions of all sheets; returns the answers by sheet name."""
+    """Answer the questions of all sheets. Returns the answers by sheet name."""
     from realign.pairs.engines import make_engine
 
     engine = make_engine(f"transformers:{args.model}", batch_size=args.batch_size, dtype=args.dtype)
@@ -256,7 +256,7 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
 
 
 def _write_scores(args: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
-    """Write the scores to the folder of the answers; returns the table."""
+    """Write the scores to the folder of the answers. Returns the table."""
     path = Path(args.output) / f"{args.command}.json"
     content = {"model": args.model, "scores": scores}
     write_whole(path, json.dumps(content, indent=2) + "\n")

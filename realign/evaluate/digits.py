@@ -59,7 +59,7 @@ class EvaluateConfig:
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
         if self.output and self.output == self.answers:
-            raise ValueError(f"--output and --answers both name {self.output}; name two files.")
+            raise ValueError(f"--output and --answers both name {self.output}. Name two files.")
 
 
 @dataclass(frozen=True)

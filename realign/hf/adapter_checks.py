@@ -280,7 +280,7 @@ def _check_learning(holder: nn.Module, saved: Mapping[str, set[int]]) -> None:
 
 
 def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
-    """Freeze weights that adapters in a model of transformers replace; returns their names.
+    """Freeze weights that adapters in a model of transformers replace. Returns their names.
 
     `load_adapter` leaves an embedding trainable if PEFT saved it with its adapter.
     """

@@ -164,7 +164,7 @@ def state_of(
 
 
 def place_of(holder: nn.Module, folder: str | Path, name: str | None = None) -> Path:
-    """The folder of a saved adapter; without a name, of the active one.
+    """The folder of a saved adapter. Without a name, the folder of the active one.
 
     PEFT writes "default" to the folder and other adapters to subfolders with their names. For a
     model of transformers, the active adapter is written to the folder, as in transformers.
@@ -207,7 +207,7 @@ def load(holder: nn.Module, folder: Path) -> None:
     """Load all adapters that `save` has written into a holder of the same adapters.
 
     Raises:
-        ValueError: if an adapter is missing, or has other settings or weights; names it.
+        ValueError: if an adapter is missing, or has other settings or weights, with its name.
     """
     for name, config in configs_of(holder).items():
         place = place_of(holder, folder, name)

@@ -50,7 +50,7 @@ def check_arguments(args: Any, arguments: dict[str, Any]) -> None:
 
 
 def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) -> Any:
-    """Check the given processor; None loads the processor of the model's folder.
+    """Check the given processor. None loads the processor of the model's folder.
 
     Raises:
         ValueError: if it is not a processor of images and text, or belongs to another model.
@@ -103,7 +103,7 @@ def check_full_model(vlm: PreTrainedModel) -> None:
 
 
 def agreed(fingerprint: dict[str, str]) -> dict[str, str]:
-    """Check that all processes have the same fingerprint; every process calls it.
+    """Check that all processes have the same fingerprint. Every process calls this function.
 
     Raises:
         ValueError: if their weights differ, as with random adapters without a seed.
@@ -125,7 +125,7 @@ def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> Non
         autocast: whether the forward computes in bf16, for weights of any dtype.
 
     Raises:
-        ValueError: for quantized or missing weights, or an unsuitable dtype; names a weight.
+        ValueError: for quantized or missing weights, or an unsuitable dtype, with a weight's name.
     """
     if getattr(vlm, "hf_quantizer", None) is not None:
         method = vlm.config.quantization_config

@@ -34,7 +34,7 @@ def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
 
 
 def check_finite(losses: Sequence[tuple[torch.Tensor, tuple[str, ...]]]) -> None:
-    """Check that losses are finite; reads them from the device in one copy.
+    """Check that losses are finite, after reading them from the device in one copy.
 
     Args:
         losses: losses with the names of their records.

@@ -61,9 +61,8 @@ class RDPOTrainer(Trainer):
         kwargs: callbacks, optimizers and other arguments of `Trainer`.
 
     Raises:
-        ValueError: for an unsupported model, adapter (`adapter_checks`) or dtype of weights, a
-            missing or wrong processor, arguments without effect, DeepSpeed, or several GPUs
-            without a launcher.
+        ValueError: for an unsupported model, adapter (`adapter_checks`) or dtype, an unsuitable
+            processor, arguments without effect, DeepSpeed, or several GPUs in one process.
         RecordError: for a record that cannot be trained on, with its name.
     """
 
@@ -256,7 +255,7 @@ class RDPOTrainer(Trainer):
             self._pool = None
 
     def _collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor | Future]:
-        """Collate example indices; a thread lays out their micro-batch.
+        """Collate example indices. A thread lays out their micro-batch.
 
         accelerate's loader collates a batch before it returns the previous one.
         """
@@ -273,7 +272,7 @@ class RDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of a batch of example indices; `training_step` checks that it is finite.
+        """The mean loss of a batch of example indices. `training_step` checks that it is finite.
 
         Raises:
             RecordError: if an image cannot be read again.
@@ -298,7 +297,7 @@ class RDPOTrainer(Trainer):
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`; checks the losses of all micro-batches before an update.
+        """As `Trainer.training_step`, with a check of all micro-batch losses before an update.
 
         Raises:
             ValueError: if a loss is not finite, with the names of the records.

@@ -50,7 +50,7 @@ def test_the_verdict_of_each_rule(place, rule):
 
 
 def test_pope_by_hand():
-    """Six questions; yes is right for the first three."""
+    """Six questions, of which the first three have the answer yes."""
     answers = ["Yes", "No", "There isn't a cat.", "No", "Yes, there is.", "It is unclear."]
     labels = ["yes", "yes", "yes", "no", "no", "No"]
     # pope reads yes no yes | no yes yes: 2 hits of 4 yes, 1 missed, 3 right
@@ -199,9 +199,9 @@ def _question(category, set_id, figure, question, answer):
 def test_hallusionbench_by_hand():
     rows = [
         _question("VD", "0", "0", "0", "1"),  # right
-        _question("VD", "0", "1", "0", "0"),  # wrong, and so are its pair and its figure
+        _question("VD", "0", "1", "0", "0"),  # wrong, as are its pair and its figure.
         _question("VD", "0", "0", "1", "1"),  # right
-        _question("VD", "0", "1", "1", "0"),  # right, and completes a pair
+        _question("VD", "0", "1", "1", "0"),  # right, and completes a pair.
         _question("VS", "0", "0", "0", "1"),  # wrong, and without a figure
         _question("VS", "0", "1", "0", "1"),  # right, and completes a figure
     ]

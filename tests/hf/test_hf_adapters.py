@@ -136,8 +136,8 @@ def test_transforms_of_a_data_set_are_applied(pairs_file):
     rows = datasets.load_dataset("parquet", data_files=str(pairs_file), split="train")
 
     def shout(batch):
-        says = [[m | {"content": m["content"].upper()} for m in one] for one in batch["chosen"]]
-        return batch | {"chosen": says}
+        texts = [[m | {"content": m["content"].upper()} for m in one] for one in batch["chosen"]]
+        return batch | {"chosen": texts}
 
     plain, loud = records_of(rows), records_of(rows.with_transform(shout))
     assert [r.chosen for r in loud] == [r.chosen.upper() for r in plain]

@@ -45,7 +45,7 @@ def test_two_processes_train_what_one_trains(way, single, pairs_file, tmp_path):
 
 
 def run_example(name, pairs_file, output, monkeypatch, capsys) -> str:
-    """Run an example in this process, which has imported the libraries; returns its output."""
+    """Run an example in this process, which has imported the libraries. Returns its output."""
     words = ["--steps", 3, "--batch-size", 4, "--pairs", pairs_file, "--output", output]
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -153,7 +153,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
         ("[optim]\nbatch_size = true\n", "optim.batch_size is True; it must be of type int"),
         ('[data]\npairs = ["a.parquet"]\n', "data.pairs is .*; it must be of type str"),
         ("[model]\nlora_alpha = 1" + "0" * 400, "lora_alpha"),
-        ("model = 3\n", "model is 3, not a section; write .model."),
+        ("model = 3\n", "model is 3, not a section. Write .model."),
         ('{"optim": {"steps": 3}}', "is not valid TOML: .* It looks like JSON"),
         ("[scale]\nfsdp = 1\n", "scale.fsdp is 1; it must be of type bool"),
         ("[model]\nmodel = 3\n", "model.model is 3; it must be of type str"),
