@@ -121,7 +121,7 @@ class _Bar(tqdm):
     @property
     def format_dict(self) -> dict[str, Any]:
         """The fields of the bar's format."""
-        return super().format_dict | {"line": self.progress.line()}
+        return {**super().format_dict, "line": self.progress.line()}
 
 
 def track(
